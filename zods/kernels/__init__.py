@@ -1,0 +1,129 @@
+"""Directions and their application to tensors: the one place where terms (seed, coefficient) become numbers.
+
+`reference.py` defines z; `cpu.cpp` is the same to the bit on CPU tensors, where a compiler is at hand.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from zods.kernels import reference
+from zods.kernels.build import cpu_module
+
+DISTRIBUTIONS = ("gaussian", "rademacher")
+
+__all__ = ["DISTRIBUTIONS", "backend", "combine_", "direction"]
+
+_DTYPES = (torch.float32, torch.bfloat16)
+_ELEMENTS_PER_THREAD = 2**16  # at least: some 50 us of work, ten times what waking a thread costs
+
+
+@torch.no_grad()
+def combine_(
+    out: Tensor,
+    *,
+    weight: Tensor | None = None,
+    scale: float = 1.0,
+    seeds: Sequence[int] = (),
+    coefficients: Sequence[float] = (),
+    distribution: str = "gaussian",
+    parameter: int,
+    offset: int,
+    dense: Tensor | None = None,
+    dense_coefficient: float = 0.0,
+    rounding_seed: int | None = None,
+) -> Tensor:
+    """Write a weighted sum of a tensor, directions and a dense tensor into `out`, in one sweep over memory.
+
+        out[i] = scale * weight[i] + dense_coefficient * dense[i]
+                 + sum_k coefficients[k] * z(seeds[k], parameter, offset + i)
+
+    The sum is float32: the terms in their order, then `dense`, then `weight`, each by one fused multiply-add, from 0.
+    Scalars are taken to float32. The bits are the same in every backend, for any thread count and any cut into slices.
+
+    Args:
+        out: contiguous, float32 or bfloat16; read as flat. It may be `weight` or `dense` itself, but not overlap them
+            otherwise.
+        weight, dense: contiguous, with out's number of elements, dtype and device; None means 0.
+        seeds: of the directions, in [0, 2^64); `coefficients` has one number for each.
+        distribution: of the directions, one of DISTRIBUTIONS.
+        parameter: the parameter's ordinal, in [0, 2^31).
+        offset: index of out's first element in the flat whole parameter.
+        rounding_seed: for bfloat16, None rounds to nearest even; a seed in [0, 2^64) rounds stochastically and without
+            bias, by the element's own random bits, so that many small updates arrive. Ignored for float32.
+
+    Returns:
+        out.
+
+    Raises:
+        ValueError: if a tensor or number is not as described.
+    """
+    tensors = {"weight": weight, "dense": dense}
+    _check(
+        out, {name: tensor for name, tensor in tensors.items() if tensor is not None}, distribution, parameter, offset
+    )
+    if len(seeds) != len(coefficients):
+        raise ValueError(
+            f"one coefficient per seed is needed, got {len(seeds)} seeds and {len(coefficients)} coefficients"
+        )
+    for seed in [*seeds, *([] if rounding_seed is None else [rounding_seed])]:
+        if not 0 <= seed < 2**64:
+            raise ValueError(f"a seed must be in [0, 2^64), got {seed}")
+    if out.dtype == torch.float32:
+        rounding_seed = None
+
+    seeds, coefficients = list(seeds), [_float32(c) for c in coefficients]
+    scale, dense_coefficient = _float32(scale), _float32(dense_coefficient)
+    module = cpu_module() if out.device.type == "cpu" else None
+    if module is None:
+        flat = [None if tensor is None else tensor.view(-1) for tensor in (weight, dense)]
+        reference.combine_(out.view(-1), flat[0], scale, seeds, coefficients, distribution, parameter, offset, flat[1],
+                           dense_coefficient, rounding_seed)  # fmt: skip
+        return out
+    kernel = module.combine_float32 if out.dtype == torch.float32 else module.combine_bfloat16
+    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in (out, weight, dense)]
+    num_threads = max(1, min(torch.get_num_threads(), out.numel() // _ELEMENTS_PER_THREAD))
+    kernel(addresses[0], addresses[1], scale, seeds, coefficients, distribution == "rademacher", parameter, offset,
+           addresses[2], dense_coefficient, rounding_seed, out.numel(), num_threads)  # fmt: skip
+    return out
+
+
+def direction(
+    numel: int, *, seed: int, distribution: str, parameter: int, offset: int, device: torch.device | str = "cpu"
+) -> Tensor:
+    """z(seed, parameter, offset + i) for 0 <= i < numel, as float32."""
+    out = torch.empty(numel, dtype=torch.float32, device=device)
+    return combine_(
+        out, seeds=[seed], coefficients=[1.0], distribution=distribution, parameter=parameter, offset=offset
+    )
+
+
+def backend() -> str:
+    """What serves CPU tensors, for logs: "cpp", or "reference" where the C++ kernel could not be built."""
+    return "reference" if cpu_module() is None else "cpp"
+
+
+def _check(out: Tensor, others: dict[str, Tensor], distribution: str, parameter: int, offset: int) -> None:
+    if out.dtype not in _DTYPES:
+        raise ValueError(f"out must be float32 or bfloat16, got {out.dtype}")
+    for name, tensor in {"out": out, **others}.items():
+        if not tensor.is_contiguous():
+            raise ValueError(
+                f"{name} must be contiguous, got shape {tuple(tensor.shape)} with strides {tensor.stride()}"
+            )
+        if (tensor.numel(), tensor.dtype, tensor.device) != (out.numel(), out.dtype, out.device):
+            raise ValueError(
+                f"{name} must be like out ({out.numel()} elements, {out.dtype}, {out.device}), "
+                f"got {tensor.numel()} elements, {tensor.dtype}, {tensor.device}"
+            )
+    if distribution not in DISTRIBUTIONS:
+        raise ValueError(f"distribution must be one of {DISTRIBUTIONS}, got {distribution!r}")
+    if not 0 <= parameter < 2**31:
+        raise ValueError(f"parameter must be in [0, 2^31), got {parameter}")
+    if not 0 <= offset < 2**62:
+        raise ValueError(f"offset must be in [0, 2^62), got {offset}")
+
+
+def _float32(value: float) -> float:
+    return torch.tensor(value, dtype=torch.float32).item()

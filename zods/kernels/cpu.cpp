@@ -1,0 +1,279 @@
+// combine_ for CPU tensors: what reference.py defines, to the bit, in one sweep over memory. The layouts of the streams
+// and the meaning of every constant are written there.
+//
+// Vectorised by the compiler: everything works on rows of 16 lanes (AVX-512: one register; AVX2: two; NEON: four), and
+// within a row only the 32 x 32 -> 64 bit products of Philox are spelled out, because compilers emulate a 64 x 64 one.
+// Must be compiled with -ffp-contract=off; every fused multiply-add that reference.py asks for is explicit.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <optional>
+#include <vector>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+constexpr int kLanes = 16;
+constexpr int kRounds = 10;
+constexpr int kTile = 2048;  // elements made at once: a multiple of every stream's group, and 8 KB: it stays in L1
+constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u;
+constexpr uint32_t kGaussianStream = 0, kRademacherStream = 1, kRoundingStream = 2;
+constexpr uint32_t kSignBit = 0x80000000u;
+
+inline float as_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+inline uint32_t as_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+inline float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+
+struct PhiloxKey {
+  uint32_t k0[kRounds], k1[kRounds];
+
+  explicit PhiloxKey(uint64_t seed) {
+    for (uint32_t round = 0; round < kRounds; ++round) {
+      k0[round] = static_cast<uint32_t>(seed) + round * 0x9E3779B9u;
+      k1[round] = static_cast<uint32_t>(seed >> 32) + round * 0xBB67AE85u;
+    }
+  }
+};
+
+using Words = uint32_t[4][kLanes];
+
+#if defined(__AVX2__)
+#if defined(__AVX512F__)
+typedef uint64_t Wide __attribute__((vector_size(64)));
+inline Wide multiply_low_halves(Wide a, Wide b) { return (Wide)_mm512_mul_epu32((__m512i)a, (__m512i)b); }
+#else
+typedef uint64_t Wide __attribute__((vector_size(32)));
+inline Wide multiply_low_halves(Wide a, Wide b) { return (Wide)_mm256_mul_epu32((__m256i)a, (__m256i)b); }
+#endif
+
+// Each 64-bit lane carries one block's word in its low half; the upper halves are never looked at until the even and the
+// odd blocks are put together at the end, so no product needs a shuffle.
+inline void philox(uint64_t first_block, uint32_t parameter, uint32_t stream, const PhiloxKey& key, Words words) {
+  constexpr int kWide = sizeof(Wide) / sizeof(uint64_t);
+  const Wide zero = {};
+  Wide even_lanes;
+  for (int i = 0; i < kWide; ++i) even_lanes[i] = 2 * i;
+  for (int base = 0; base < kLanes; base += 2 * kWide) {
+    Wide c[2][4];
+    for (int odd = 0; odd < 2; ++odd) {
+      c[odd][0] = even_lanes + (first_block + base + odd);
+      c[odd][1] = zero + (first_block >> 32);
+      c[odd][2] = zero + parameter;
+      c[odd][3] = zero + stream;
+    }
+#pragma GCC unroll 10
+    for (int round = 0; round < kRounds; ++round) {
+      for (int odd = 0; odd < 2; ++odd) {
+        const Wide p0 = multiply_low_halves(c[odd][0], zero + kPhiloxM0);
+        const Wide p1 = multiply_low_halves(c[odd][2], zero + kPhiloxM1);
+        c[odd][0] = (p1 >> 32) ^ c[odd][1] ^ static_cast<uint64_t>(key.k0[round]);
+        c[odd][1] = p1;
+        c[odd][2] = (p0 >> 32) ^ c[odd][3] ^ static_cast<uint64_t>(key.k1[round]);
+        c[odd][3] = p0;
+      }
+    }
+    for (int word = 0; word < 4; ++word) {
+      const Wide both = (c[0][word] & (zero + 0xFFFFFFFFu)) | (c[1][word] << 32);
+      std::memcpy(&words[word][base], &both, sizeof both);
+    }
+  }
+}
+#else
+inline void philox(uint64_t first_block, uint32_t parameter, uint32_t stream, const PhiloxKey& key, Words words) {
+#pragma omp simd
+  for (int lane = 0; lane < kLanes; ++lane) {
+    // A group's first block is a multiple of 16: adding the lane never carries into the high half.
+    uint32_t c0 = static_cast<uint32_t>(first_block) + lane, c1 = static_cast<uint32_t>(first_block >> 32);
+    uint32_t c2 = parameter, c3 = stream;
+#pragma GCC unroll 10
+    for (int round = 0; round < kRounds; ++round) {
+      const uint64_t p0 = static_cast<uint64_t>(c0) * kPhiloxM0, p1 = static_cast<uint64_t>(c2) * kPhiloxM1;
+      c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ key.k0[round];
+      c1 = static_cast<uint32_t>(p1);
+      c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ key.k1[round];
+      c3 = static_cast<uint32_t>(p0);
+    }
+    words[0][lane] = c0, words[1][lane] = c1, words[2][lane] = c2, words[3][lane] = c3;
+  }
+}
+#endif
+
+template <int N>
+inline float polynomial(const float (&coefficients)[N], float x) {
+  float value = coefficients[0];
+#pragma GCC unroll 8
+  for (int i = 1; i < N; ++i) value = fma(value, x, coefficients[i]);
+  return value;
+}
+
+constexpr float kLog[] = {-0x1.654488p-3f, 0x1.263BA2p-2f,  -0x1.3238FP-2f, 0x1.5332A4p-2f, -0x1.98B748p-2f,
+                          0x1.00057p-1f,   -0x1.555792p-1f, 0x1.FFFFF8p-1f, -2.0f};
+constexpr float kSin[] = {-0x1.2D9BB8p-15f, 0x1.465EC6p-9f, -0x1.4ABBBAp-4f, 0x1.921FB6p-1f};
+constexpr float kCos[] = {-0x1.4E5ED6p-12f, 0x1.03AF5Cp-6f, -0x1.3BD392p-2f, 1.0f};
+constexpr float kMinus2Log2 = -0x1.62E43p0f;
+constexpr uint32_t kSqrtHalfBits = 0x3F3504F3u;
+
+inline void box_muller(uint32_t radius_word, uint32_t angle_word, float& x, float& y) {
+  const float distance = fma(static_cast<float>(static_cast<int32_t>(radius_word)), 0x1p-32f, 0x1p-33f);
+  const float u = distance < 0 ? distance + 1.0f : distance;
+  const uint32_t bits = as_bits(u) - kSqrtHalfBits;
+  const int32_t exponent = static_cast<int32_t>(bits) >> 23;
+  const float m = as_float((bits & 0x7FFFFFu) + kSqrtHalfBits);
+  const float f = exponent == 0 ? distance : m - 1.0f;
+  float r = std::sqrt(fma(static_cast<float>(exponent), kMinus2Log2, f * polynomial(kLog, f)));
+  r = as_float(as_bits(r) | (angle_word & kSignBit));
+
+  const float a = static_cast<float>(static_cast<int32_t>(angle_word << 2)) * 0x1p-31f;
+  const float square = a * a;
+  const float sine = polynomial(kSin, square) * a, cosine = polynomial(kCos, square);
+  const bool reflected = angle_word & 0x40000000u;
+  x = r * (reflected ? sine : cosine);
+  y = r * (reflected ? cosine : sine);
+}
+
+// acc[i] += coefficient * z(start + i) for first <= i < last, widened to whole groups. `start` is a multiple of kTile.
+void add_gaussian(float* acc, uint64_t start, int first, int last, uint32_t parameter, const PhiloxKey& key,
+                  float coefficient) {
+  constexpr int kGroup = 64;
+  for (int base = first / kGroup * kGroup; base < last; base += kGroup) {
+    Words words;
+    philox((start + base) / kGroup * kLanes, parameter, kGaussianStream, key, words);
+    for (int pair = 0; pair < 2; ++pair) {
+      float* row = acc + base + 2 * pair * kLanes;
+#pragma omp simd
+      for (int lane = 0; lane < kLanes; ++lane) {
+        float x, y;
+        box_muller(words[2 * pair][lane], words[2 * pair + 1][lane], x, y);
+        row[lane] = fma(coefficient, x, row[lane]);
+        row[kLanes + lane] = fma(coefficient, y, row[kLanes + lane]);
+      }
+    }
+  }
+}
+
+// The same; the tile is one group. fma(coefficient, +-1, acc) is acc + (+-coefficient).
+void add_rademacher(float* acc, uint64_t start, uint32_t parameter, const PhiloxKey& key, float coefficient) {
+  Words words;
+  philox(start / kTile * kLanes, parameter, kRademacherStream, key, words);
+  const uint32_t coefficient_bits = as_bits(coefficient);
+  for (int row = 0; row < kTile / kLanes; ++row) {
+    const uint32_t* word = words[row / 32];
+    const int shift = 31 - row % 32;
+#pragma omp simd
+    for (int lane = 0; lane < kLanes; ++lane)
+      acc[row * kLanes + lane] += as_float(coefficient_bits ^ ((word[lane] << shift) & kSignBit));
+  }
+}
+
+// noise[i] = the 16 random bits of element start + i, for first <= i < last, widened to whole groups.
+void make_noise(uint16_t* noise, uint64_t start, int first, int last, uint32_t parameter, const PhiloxKey& key) {
+  constexpr int kGroup = 128;
+  for (int base = first / kGroup * kGroup; base < last; base += kGroup) {
+    Words words;
+    philox((start + base) / kGroup * kLanes, parameter, kRoundingStream, key, words);
+    for (int word = 0; word < 4; ++word) {
+      uint16_t* low = noise + base + 2 * word * kLanes;
+#pragma omp simd
+      for (int lane = 0; lane < kLanes; ++lane) {
+        low[lane] = static_cast<uint16_t>(words[word][lane]);
+        low[kLanes + lane] = static_cast<uint16_t>(words[word][lane] >> 16);
+      }
+    }
+  }
+}
+
+inline float widen(float value) { return value; }
+inline float widen(uint16_t bfloat16) { return as_float(static_cast<uint32_t>(bfloat16) << 16); }
+
+inline uint32_t nearest_increment(uint32_t bits) { return 0x7FFFu + (bits >> 16 & 1u); }
+
+inline uint16_t to_bfloat16(uint32_t bits, uint32_t increment) {
+  const uint32_t rounded = (bits & ~kSignBit) > 0x7F800000u ? 0x7FC0u : (bits + increment) >> 16;
+  return static_cast<uint16_t>(rounded);
+}
+
+void store(float* out, const float* value, const uint16_t*, int count) { std::memcpy(out, value, count * sizeof *out); }
+
+void store(uint16_t* out, const float* value, const uint16_t* noise, int count) {
+  if (noise == nullptr) {
+#pragma omp simd
+    for (int i = 0; i < count; ++i) {
+      const uint32_t bits = as_bits(value[i]);
+      out[i] = to_bfloat16(bits, nearest_increment(bits));
+    }
+    return;
+  }
+#pragma omp simd
+  for (int i = 0; i < count; ++i) {
+    const uint32_t bits = as_bits(value[i]);
+    const bool has_upper_neighbour = (bits & ~kSignBit) <= 0x7F7F0000u;
+    out[i] = to_bfloat16(bits, has_upper_neighbour ? noise[i] : nearest_increment(bits));
+  }
+}
+
+template <typename T>
+void add_scaled(float* acc, const T* values, float scale, int count) {
+#pragma omp simd
+  for (int i = 0; i < count; ++i) acc[i] = fma(scale, widen(values[i]), acc[i]);
+}
+
+template <typename T>
+void combine(uintptr_t out_address, uintptr_t weight_address, float scale, const std::vector<uint64_t>& seeds,
+             const std::vector<float>& coefficients, bool rademacher, uint32_t parameter, uint64_t offset,
+             uintptr_t dense_address, float dense_coefficient, std::optional<uint64_t> rounding_seed, int64_t numel,
+             int num_threads) {
+  T* const out = reinterpret_cast<T*>(out_address);
+  const T* const weight = reinterpret_cast<const T*>(weight_address);
+  const T* const dense = reinterpret_cast<const T*>(dense_address);
+  const std::vector<PhiloxKey> keys(seeds.begin(), seeds.end());
+  const PhiloxKey rounding_key(rounding_seed.value_or(0));
+  const uint64_t stop = offset + numel;
+  const int64_t first_tile = offset / kTile, stop_tile = (stop + kTile - 1) / kTile;
+
+  // Tiles lie on a grid of the whole parameter, not of this slice: no thread count or cut changes what is computed.
+#pragma omp parallel for schedule(static) num_threads(num_threads)
+  for (int64_t tile = first_tile; tile < stop_tile; ++tile) {
+    alignas(64) float acc[kTile];
+    alignas(64) uint16_t noise[kTile];
+    const uint64_t start = static_cast<uint64_t>(tile) * kTile;
+    const int first = static_cast<int>(std::max(offset, start) - start);
+    const int last = static_cast<int>(std::min<uint64_t>(stop - start, kTile));
+    const int count = last - first;
+    const int64_t at = static_cast<int64_t>(start + first - offset);
+
+    std::fill(acc, acc + kTile, 0.0f);
+    for (size_t k = 0; k < keys.size(); ++k) {
+      if (rademacher) add_rademacher(acc, start, parameter, keys[k], coefficients[k]);
+      else add_gaussian(acc, start, first, last, parameter, keys[k], coefficients[k]);
+    }
+    if (dense != nullptr) add_scaled(acc + first, dense + at, dense_coefficient, count);
+    if (weight != nullptr) add_scaled(acc + first, weight + at, scale, count);
+    if (rounding_seed) make_noise(noise, start, first, last, parameter, rounding_key);
+    store(out + at, acc + first, rounding_seed ? noise + first : nullptr, count);
+  }
+}
+
+}  // namespace
+
+// Addresses, not tensors: torch's headers would make the first build take a minute. zods.kernels.combine_ checks them.
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
+  module.def("combine_float32", &combine<float>, pybind11::call_guard<pybind11::gil_scoped_release>());
+  module.def("combine_bfloat16", &combine<uint16_t>, pybind11::call_guard<pybind11::gil_scoped_release>());
+}

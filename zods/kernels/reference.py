@@ -1,0 +1,183 @@
+"""What a direction z is, to the bit, in plain PyTorch on any device. Every other backend is compared with this file.
+
+z(seed, parameter, index) is a pure function: Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2,
+3") with the 64-bit seed as its key and (block low, block high, parameter, stream) as its counter. A block is four 32-bit
+words. `index` counts the elements of the flat whole parameter, so any slice of z can be made anywhere.
+
+Sixteen consecutive blocks serve one group of elements, laid out so that a lane of a vector register stays a lane:
+
+    stream       group    element e of group G uses block 16 G + e % 16, row = e // 16, and of that block
+    gaussian        64    Box-Muller on words (0, 1): its cosine is row 0, its sine row 1; on words (2, 3): rows 2 and 3
+    rademacher    2048    bit row % 32 of word row // 32; a set bit is -1
+    rounding       128    half (row % 2, the low one first) of word row // 2
+
+The floats are the same bits everywhere as well: only operations that IEEE 754 rounds correctly occur (conversion,
+addition, product, fused multiply-add, square root), in a fixed order. There is no library logarithm, sine or cosine.
+"""
+
+import torch
+from torch import Tensor
+
+STREAMS = {"gaussian": 0, "rademacher": 1, "rounding": 2}
+GROUPS = {"gaussian": 64, "rademacher": 2048, "rounding": 128}
+_CHUNK = 2**20  # elements made at once: bounds the temporaries to some tens of MB; a multiple of every group
+_MASK = 0xFFFFFFFF
+
+
+def _float32s(hexadecimal: str) -> list[float]:
+    return [float.fromhex(number) for number in hexadecimal.split()]
+
+
+# Minimax polynomials (Remez), constant term last. Errors: 2.6e-8 relative, 2.4e-9 and 2.8e-8 absolute.
+_LOG = _float32s(  # -2 log(1 + f) / f, sqrt(1/2) <= 1 + f <= sqrt(2)
+    "-0x1.654488p-3 0x1.263BA2p-2 -0x1.3238FP-2 0x1.5332A4p-2 -0x1.98B748p-2 0x1.00057p-1 -0x1.555792p-1 0x1.FFFFF8p-1 "
+    "-0x1p1"
+)
+_SIN = _float32s("-0x1.2D9BB8p-15 0x1.465EC6p-9 -0x1.4ABBBAp-4 0x1.921FB6p-1")  # sin(pi/4 a) / a in a^2, |a| <= 1
+_COS = _float32s("-0x1.4E5ED6p-12 0x1.03AF5Cp-6 -0x1.3BD392p-2 0x1p0")  # cos(pi/4 a) in a^2, |a| <= 1
+_MINUS_2_LOG_2 = float.fromhex("-0x1.62E43p0")
+_SQRT_HALF_BITS = 0x3F3504F3
+
+
+def philox(blocks: Tensor, parameter: int, stream: int, seed: int) -> list[Tensor]:
+    """The four words (int64, each in [0, 2^32)) of each block (int64) under the key `seed`."""
+    c0, c1 = blocks & _MASK, blocks >> 32 & _MASK
+    c2, c3 = torch.full_like(blocks, parameter), torch.full_like(blocks, stream)
+    k0, k1 = seed & _MASK, seed >> 32
+    for _ in range(10):
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # wraps in int64: the 64 bits of the unsigned product
+        c0, c1 = (p1 >> 32) & _MASK ^ c1 ^ k0, p1 & _MASK
+        c2, c3 = (p0 >> 32) & _MASK ^ c3 ^ k1, p0 & _MASK
+        k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
+    return [c0, c1, c2, c3]
+
+
+def fma(a: Tensor, b: Tensor | float, c: Tensor | float) -> Tensor:
+    """a * b + c rounded once to float32. All are float32 tensors, or numbers that float32 holds.
+
+    The product is exact in float64. Its sum with c is rounded to odd (53 bits are more than 24 + 2), so that the rounding
+    to float32 that follows cannot see a tie that the first rounding made (Boldo and Melquiond 2008).
+    """
+    product = a.double() * b
+    total = product + c
+    virtual = total - product
+    error = (product - (total - virtual)) + (c - virtual)  # Knuth's TwoSum: the exact error of `total`
+    bits = total.view(torch.int64)
+    step = torch.where((error > 0) == (total > 0), 1, -1)  # one unit away from zero, or towards it
+    inexact = (error > 0) | (error < 0)  # false where an infinity made the error NaN
+    bits = torch.where(inexact & (bits & 1 == 0), bits + step, bits)
+    return bits.view(torch.float64).float()
+
+
+def _sqrt(x: Tensor) -> Tensor:
+    """The square root rounded once to float32. torch.sqrt is not, on CPUs where a vector library serves it (one in six off
+    by an ulp). No root of a float32 lies within 2^-50 of a tie, so a float64 root off by an ulp still rounds right.
+    """
+    return torch.sqrt(x.double()).float()
+
+
+def _polynomial(coefficients: list[float], x: Tensor) -> Tensor:
+    value = torch.full_like(x, coefficients[0])
+    for coefficient in coefficients[1:]:
+        value = fma(value, x, coefficient)
+    return value
+
+
+def _signed(words: Tensor) -> Tensor:
+    """The words (any int64) as two's complement 32-bit integers."""
+    return (words & _MASK ^ 0x80000000) - 0x80000000
+
+
+def box_muller(radius_word: Tensor, angle_word: Tensor) -> tuple[Tensor, Tensor]:
+    """r cos(theta) and r sin(theta), r = sqrt(-2 log u), within 1e-6 of their exact values for these words.
+
+    u = (radius_word + 1/2) / 2^32, so r reaches 6.76. Near 1, u is held as u - 1, or small radii would lose digits. The
+    low 30 bits of angle_word, signed, are theta in [-pi/4, pi/4); bit 30 reflects it at the diagonal, bit 31 negates both.
+    """
+    distance = fma(_signed(radius_word).float(), 2.0**-32, 2.0**-33)  # u where u <= 1/2, else u - 1
+    u = torch.where(distance < 0, distance + 1.0, distance)
+    bits = u.view(torch.int32) - _SQRT_HALF_BITS
+    exponent = bits >> 23  # u = 2^exponent m with sqrt(1/2) <= m < sqrt(2)
+    m = ((bits & 0x7FFFFF) + _SQRT_HALF_BITS).view(torch.float32)
+    f = torch.where(exponent == 0, distance, m - 1.0)  # exponent 0 means u > 0.7, where `distance` is u - 1
+    r = _sqrt(fma(exponent.float(), _MINUS_2_LOG_2, f * _polynomial(_LOG, f)))
+    r = torch.where(angle_word & 0x80000000 != 0, -r, r)
+
+    a = _signed(angle_word << 2).float() * 2.0**-31
+    square = a * a
+    sine, cosine = _polynomial(_SIN, square) * a, _polynomial(_COS, square)
+    reflected = angle_word & 0x40000000 != 0
+    return r * torch.where(reflected, sine, cosine), r * torch.where(reflected, cosine, sine)
+
+
+def _words(
+    stream: str, seed: int, parameter: int, start: int, stop: int, device: torch.device
+) -> tuple[list[Tensor], slice]:
+    """Words (groups, 16) of the groups that cover the elements [start, stop), and where in them these elements lie."""
+    size = GROUPS[stream]
+    first = start // size
+    groups = torch.arange(first, -(-stop // size), device=device)
+    blocks = 16 * groups[:, None] + torch.arange(16, device=device)
+    return philox(blocks, parameter, STREAMS[stream], seed), slice(start - first * size, stop - first * size)
+
+
+def _fields(words: list[Tensor], width: int) -> Tensor:
+    """Each word cut into fields of `width` bits, the lowest first: flat (groups, 4 words, 32 / width fields, 16 lanes)."""
+    shifts = torch.arange(0, 32, width, device=words[0].device)
+    return ((torch.stack(words, 1)[:, :, None, :] >> shifts[:, None]) & (2**width - 1)).flatten()
+
+
+def _direction(seed: int, distribution: str, parameter: int, start: int, stop: int, device: torch.device) -> Tensor:
+    words, inside = _words(distribution, seed, parameter, start, stop, device)
+    if distribution == "rademacher":
+        return (1 - 2 * _fields(words, 1)[inside]).float()
+    rows = (*box_muller(words[0], words[1]), *box_muller(words[2], words[3]))
+    return torch.stack(rows, 1).flatten()[inside]  # (groups, 4 rows, 16 lanes)
+
+
+def to_bfloat16(value: Tensor, noise: Tensor | None) -> Tensor:
+    """float32 rounded to nearest even, or stochastically: 16 random bits are added below the last kept bit, then cut.
+
+    Beyond the largest finite bfloat16 there is no finite neighbour to choose: nearest even holds, as for infinities. Every
+    NaN becomes 0x7fc0.
+    """
+    bits = value.view(torch.int32).long() & _MASK
+    magnitude = bits & 0x7FFFFFFF
+    nearest = 0x7FFF + (bits >> 16 & 1)
+    increment = nearest if noise is None else torch.where(magnitude > 0x7F7F0000, nearest, noise)
+    rounded = torch.where(magnitude > 0x7F800000, 0x7FC0, (bits + increment) >> 16)
+    return rounded.to(torch.int16).view(torch.bfloat16)
+
+
+def combine_(
+    out: Tensor,
+    weight: Tensor | None,
+    scale: float,
+    seeds: list[int],
+    coefficients: list[float],
+    distribution: str,
+    parameter: int,
+    offset: int,
+    dense: Tensor | None,
+    dense_coefficient: float,
+    rounding_seed: int | None,
+) -> None:
+    """`zods.kernels.combine_`, its arguments checked: flat tensors, scalars that float32 holds."""
+    for begin in range(0, out.numel(), _CHUNK):
+        piece = slice(begin, min(begin + _CHUNK, out.numel()))
+        start, stop = offset + piece.start, offset + piece.stop
+        value = torch.zeros(stop - start, device=out.device)
+        for seed, coefficient in zip(seeds, coefficients, strict=True):
+            value = fma(_direction(seed, distribution, parameter, start, stop, out.device), coefficient, value)
+        if dense is not None:
+            value = fma(dense[piece].float(), dense_coefficient, value)
+        if weight is not None:
+            value = fma(weight[piece].float(), scale, value)
+        if out.dtype == torch.float32:
+            out[piece] = value
+            continue
+        noise = None
+        if rounding_seed is not None:
+            words, inside = _words("rounding", rounding_seed, parameter, start, stop, out.device)
+            noise = _fields(words, 16)[inside]
+        out[piece] = to_bfloat16(value, noise)
