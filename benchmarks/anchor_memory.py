@@ -1,0 +1,65 @@
+"""Memory that MeZO-SVRG's anchor takes, by where it is kept: `python benchmarks/anchor_memory.py`.
+
+Each case runs in a process of its own: an OPT-125M shape in float32, one refresh and two steps. Prints one JSON object:
+the engine's own counters, and the peak resident memory over that of plain MeZO in bytes per parameter. On a CPU, device
+and host memory are the same memory, so "device" and "cpu" both show there; "nvme" and "terms" must not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+
+PLACES = ("device", "cpu", "nvme", "terms")
+
+
+def run_case(place: str, folder: str) -> None:
+    from common import opt_125m, single_rank_engine, token_batch
+
+    section: dict = {"method": "mezo", "lr": 1e-9}
+    if place != "mezo":
+        path = {"nvme_path": folder} if place == "nvme" else {}
+        section |= {"method": "mezo_svrg", "anchor": {"point": place, "gradient": place, **path}}
+    engine = single_rank_engine(opt_125m(), section)
+    batch = token_batch(8, 64)
+    for _ in range(2):
+        engine.backward(engine(batch))
+        engine.step()
+    anchor = engine.anchor
+    result = {
+        "place": place,
+        "parameters": engine.parameters.numel,
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "anchor_device_bytes": anchor.device_bytes if anchor else 0,
+        "anchor_offloaded_bytes": anchor.offloaded_bytes if anchor else 0,
+    }
+    print(json.dumps(result))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", choices=("mezo", *PLACES), help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.case:
+        run_case(arguments.case, arguments.folder)
+        return
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for place in ("mezo", *PLACES):
+            command = [sys.executable, __file__, "--case", place, "--folder", folder]
+            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            rows.append(json.loads(output.strip().splitlines()[-1]))
+    for row in rows:
+        row["added_bytes_per_parameter"] = (row["peak_rss_bytes"] - rows[0]["peak_rss_bytes"]) / row["parameters"]
+    from common import machine
+
+    print(json.dumps({"benchmark": "anchor_memory", "machine": machine(), "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()

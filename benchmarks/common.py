@@ -1,0 +1,53 @@
+"""What the benchmarks share: one process as a world of one rank, an OPT shape with random weights, the machine's name."""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import torch
+from transformers import OPTConfig, OPTForCausalLM
+
+import zods
+from zods.engine import ZerothOrderEngine
+from zods.runs import versions
+
+
+def opt_125m(num_layers: int = 12) -> OPTForCausalLM:
+    """OPT-125M's shape (12 blocks, width 768, vocabulary 50,272), random weights, float32."""
+    torch.manual_seed(0)
+    config = OPTConfig(num_hidden_layers=num_layers, use_cache=False)
+    return OPTForCausalLM(config).eval()
+
+
+def token_batch(batch_size: int, length: int, vocab_size: int = 50272) -> dict[str, torch.Tensor]:
+    """Random tokens, their own labels, no padding: (batch_size, length) each."""
+    tokens = torch.randint(4, vocab_size, (batch_size, length), generator=torch.Generator().manual_seed(1))
+    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
+
+
+def single_rank_engine(model: torch.nn.Module, section: dict[str, Any], **ds: Any) -> ZerothOrderEngine:
+    """`model` under zods in this process alone; training data, where the method needs it, is 16 rows of tokens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", str(port))
+    rows = token_batch(16, 64)
+    data = [{key: value[i] for key, value in rows.items()} for i in range(16)]
+    config = {"train_batch_size": 8, "zero_optimization": {"stage": 0}, "steps_per_print": 10**9, **ds}
+    return zods.initialize(model=model, training_data=data, config={**config, "zeroth_order": section})[0]  # type: ignore[arg-type]
+
+
+def machine() -> dict[str, Any]:
+    cpu = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
+    return {
+        "cpu": cpu.partition(":")[2].strip() or platform.processor(),
+        "threads": torch.get_num_threads(),
+        **versions(),
+    }

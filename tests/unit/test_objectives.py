@@ -1,0 +1,150 @@
+"""Losses agree with transformers' own, and what cannot be a loss is an error that says so."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from zods import objectives
+from zods.objectives import batch_loss, num_examples, sequence_log_likelihood
+
+TINY = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+
+
+def language_batch(num_rows=3, length=7):
+    generator = torch.Generator().manual_seed(1)
+    input_ids = torch.randint(50, (num_rows, length), generator=generator)
+    labels = input_ids.clone()
+    labels[0, :4] = -100
+    labels[1, 5:] = -100
+    return {"input_ids": input_ids, "labels": labels}
+
+
+@pytest.mark.parametrize(
+    "make_model",
+    [
+        lambda: LlamaForCausalLM(LlamaConfig(**TINY)),
+        lambda: GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2)),
+    ],
+    ids=["llama", "gpt2"],
+)
+def test_a_language_models_loss_from_logits_is_the_one_transformers_gives(make_model):
+    torch.manual_seed(0)
+    model, batch = make_model().eval(), language_batch()
+    own = model(**batch).loss
+    from_logits = batch_loss({"logits": model(batch["input_ids"]).logits}, batch)
+    # The same sum in another order: a few float32 roundings of numbers near 4.
+    torch.testing.assert_close(from_logits, own, rtol=1e-6, atol=0)
+
+
+def test_a_classifiers_loss_from_logits_is_the_one_transformers_gives():
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(BertConfig(**TINY, num_labels=3)).eval()
+    batch = {"input_ids": language_batch()["input_ids"], "labels": torch.tensor([2, 0, 1])}
+    own = model(**batch).loss
+    from_logits = batch_loss({"logits": model(batch["input_ids"]).logits}, batch)
+    torch.testing.assert_close(from_logits, own, rtol=1e-6, atol=0)
+
+
+def test_the_models_own_loss_is_taken_wherever_it_stands_and_becomes_float32():
+    loss, logits = torch.tensor(1.5, dtype=torch.bfloat16), torch.zeros(2, 3)
+    batch = {"labels": torch.tensor([0, 1])}
+    for outputs in (
+        loss,
+        (loss, logits),
+        {"loss": loss, "logits": logits},
+        SimpleNamespace(loss=loss, logits=logits),
+    ):
+        found = batch_loss(outputs, batch)
+        assert (found.item(), found.dtype, found.ndim) == (1.5, torch.float32, 0)
+
+
+def test_a_loss_of_none_leaves_the_choice_to_the_logits():
+    outputs = SimpleNamespace(loss=None, logits=torch.zeros(2, 4))
+    assert batch_loss(outputs, {"labels": torch.tensor([0, 3])}).item() == pytest.approx(1.3862944)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "batch", "message"),
+    [
+        ({"logits": torch.zeros(2, 3)}, {"input_ids": torch.zeros(2, 3)}, "keys logits .* keys input_ids; pass labels"),
+        ({"hidden": torch.zeros(2)}, {"labels": torch.zeros(2)}, "keys hidden"),
+        (torch.zeros(2, 3), (torch.zeros(2, 5), torch.zeros(2)), r"a tensor of shape \(2, 3\).*wrap the model"),
+        ((torch.zeros(2, 3),), {"labels": torch.zeros(2)}, "tuple of a tensor"),
+        ({"loss": torch.zeros(2)}, {}, r"0-d tensor.*shape \(2,\)"),
+        ({"loss": 0.5}, {}, "float"),
+        ({"logits": torch.zeros(2, 3)}, {"labels": torch.zeros(2)}, "integer labels"),
+        ({"logits": torch.zeros(2, 6, 3)}, {"labels": torch.zeros(2, 5, dtype=torch.int64)}, "do not fit"),
+    ],
+)
+def test_outputs_without_a_loss_are_an_error_that_says_what_was_found(outputs, batch, message):
+    with pytest.raises(ValueError, match=message):
+        batch_loss(outputs, batch)
+
+
+def test_the_number_of_examples_is_dim_0_of_the_first_tensor():
+    tensor = torch.zeros(3, 2)
+    for batch in (tensor, {"a": tensor, "b": torch.zeros(9)}, (tensor, None), [{"a": [tensor]}], {"n": 1, "a": tensor}):
+        assert num_examples(batch) == 3
+    for batch in ({}, (), None, {"a": 1}, torch.tensor(1.0)):
+        with pytest.raises(ValueError, match="no tensor with a batch dimension"):
+            num_examples(batch)
+
+
+def test_log_likelihood_is_the_sum_over_labelled_tokens_whatever_the_chunks(monkeypatch):
+    labels = language_batch()["labels"]
+    logits = torch.randn(3, 7, 50, generator=torch.Generator().manual_seed(2))
+    expected = [
+        sum(logits[r, t].log_softmax(0)[labels[r, t + 1]].item() for t in range(6) if labels[r, t + 1] != -100)
+        for r in range(3)
+    ]
+    for chunk_elements in (1, 150, objectives._CHUNK_ELEMENTS):
+        monkeypatch.setattr(objectives, "_CHUNK_ELEMENTS", chunk_elements)
+        sums, counts = sequence_log_likelihood(logits, labels)
+        assert sums.tolist() == pytest.approx(expected, rel=1e-6)
+        assert counts.tolist() == [3, 4, 6]
+
+
+def test_no_float32_copy_of_all_logits_is_made(monkeypatch):
+    class LargestFloat32(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.dtype == torch.float32:
+                self.numel = max(self.numel, result.numel())
+            return result
+
+    monkeypatch.setattr(objectives, "_CHUNK_ELEMENTS", 4000)
+    with LargestFloat32() as largest:
+        sequence_log_likelihood(torch.zeros(4, 50, 1000, dtype=torch.bfloat16), torch.zeros(4, 50, dtype=torch.int64))
+    assert largest.numel == 4000
+
+
+def test_infinities_and_nan_reach_their_own_row_only():
+    logits, labels = torch.zeros(3, 3, 5), torch.ones(3, 3, dtype=torch.int64)
+    logits[0, 0, 1] = -torch.inf
+    logits[1, 1, 2] = torch.nan
+    logits[2, 2] = torch.nan  # the last position predicts nothing
+    sums, _ = sequence_log_likelihood(logits, labels)
+    assert sums[0] == -torch.inf
+    assert sums[1].isnan()
+    assert sums[2].isfinite()
+
+
+def test_the_loss_from_logits_can_be_differentiated():
+    logits = torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(3), requires_grad=True)
+    labels = torch.tensor([[-100, 1, 2, 3], [-100, -100, -100, 4]])
+    batch_loss({"logits": logits}, {"labels": labels}).backward()
+    found, logits.grad = logits.grad, None
+    torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()).backward()
+    torch.testing.assert_close(found, logits.grad, rtol=1e-5, atol=1e-7)

@@ -1,0 +1,125 @@
+"""The options of `zods.finetune`."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+from typing import Any
+
+from zods.config import DIRECTIONS, METHODS, SECTION, SVRG_ONLY, ZerothOrderConfig, load_json
+
+OVERRIDES = {  # option: help; each sets the key of the same name in the section "zeroth_order"
+    "method": f"{' or '.join(METHODS)}; mezo drops the keys that only mezo_svrg has",
+    "lr": "step size",
+    "eps": "perturbation scale",
+    "direction": " or ".join(DIRECTIONS),
+    "num_directions": "directions per step",
+    "anchor_lr": "step size of the full-batch step at a refresh",
+    "anchor_interval": "steps between two refreshes of the anchor",
+    "anchor_directions": "directions per refresh",
+    "weight_decay": "decoupled weight decay",
+    "seed": "of directions and data order",
+}
+BATCH_OVERRIDES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="deepspeed --module zods.finetune",
+        description="Fine-tune a transformer with zeroth-order steps (MeZO, MeZO-SVRG) on DeepSpeed ZeRO-3.",
+        epilog="Example: deepspeed --num_gpus 2 --module zods.finetune --deepspeed_config ds_configs/svrg_zero3.json "
+        "--model facebook/opt-1.3b --task prompted --template '{sentence} It was {label}' --label_words terrible,great "
+        "--dataset_name glue --dataset_config sst2 --validation_split validation --max_steps 5000 --output_dir runs/sst2",
+        allow_abbrev=False,
+    )
+    main = parser.add_argument_group("model and method")
+    main.add_argument("--deepspeed_config", required=True, help="DeepSpeed JSON with a section zeroth_order")
+    main.add_argument("--model", required=True, help="name on the hub, or folder")
+    main.add_argument("--tokenizer", help="name or folder (default: the model's)")
+    main.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
+    main.add_argument("--output_dir", required=True, help="the run's folder: config, metrics, log, checkpoints, model")
+    main.add_argument("--resume", metavar="FOLDER", help="go on from the latest checkpoint in this folder")
+
+    data = parser.add_argument_group("data: local files or a dataset of the hub")
+    data.add_argument("--train_file", help=".jsonl, .json, .csv, .tsv or .parquet (.gz too)")
+    data.add_argument("--validation_file", help="held-out examples")
+    data.add_argument("--dataset_name", help="name on the hub, or a folder that datasets loads")
+    data.add_argument("--dataset_config", help="the hub dataset's configuration")
+    data.add_argument("--train_split", help="default: train")
+    data.add_argument("--validation_split", help="held-out split of the hub dataset")
+    data.add_argument("--held_out", type=_fraction_or_count, default=0.1, metavar="FRACTION_OR_COUNT",
+                      help="taken from the training data where no validation data is given (default: %(default)s)")  # fmt: skip
+    data.add_argument("--column_names", type=_names, help="columns of a CSV or TSV without a header, comma-separated")
+    data.add_argument("--max_train_examples", type=int, help="keep this many")
+    data.add_argument("--max_eval_examples", type=int, help="keep this many")
+
+    task = parser.add_argument_group("task")
+    task.add_argument("--task", default="classification", choices=("classification", "prompted", "instruction"),
+                      help="a classification head; label words after a prompt; or responses (default: %(default)s)")  # fmt: skip
+    task.add_argument("--text_column", help="classification (default: text)")
+    task.add_argument("--text_pair_column", help="classification of pairs")
+    task.add_argument("--label_column", help="classification, prompted (default: label)")
+    task.add_argument("--template", help=r"prompted: '{text}\nTopic: {label}'; instruction: '{question}\n{answer}'")
+    task.add_argument("--label_words", type=_names, help="prompted: words of the labels 0, 1, ..., comma-separated")
+    task.add_argument("--prompt_column", help="instruction (default: instruction)")
+    task.add_argument("--response_column", help="instruction (default: output)")
+    task.add_argument("--max_length", type=int, default=256, help="tokens per example (default: %(default)s)")
+
+    run = parser.add_argument_group("run")
+    run.add_argument("--max_steps", type=int, help="steps (default: num_epochs passes over the data)")
+    run.add_argument("--num_epochs", type=int, default=1, help="passes, where max_steps is not given (default: 1)")
+    run.add_argument("--eval_interval", type=int, default=0, help="steps between evaluations; 0: before and after only")
+    run.add_argument("--save_interval", type=int, default=0, help="steps between checkpoints; 0: none")
+    run.add_argument("--save_model", action="store_true", help="export the model for from_pretrained at the end")
+    run.add_argument("--plot", action="store_true", help="draw curves.png at the end (needs matplotlib)")
+    run.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # set by the launcher
+
+    override = parser.add_argument_group("overrides of the JSON")
+    types = {"float": float, "int": int, "str": str}
+    kinds = {f.name: types[str(f.type).split(" ")[0]] for f in fields(ZerothOrderConfig) if f.name in OVERRIDES}
+    for key, text in OVERRIDES.items():
+        override.add_argument(f"--{key}", type=kinds[key], help=text)
+    for key in BATCH_OVERRIDES:
+        override.add_argument(f"--{key}", type=int, help="as in the JSON")
+    arguments = parser.parse_args(argv)
+    _check(parser, arguments)
+    return arguments
+
+
+def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    if (arguments.train_file is None) == (arguments.dataset_name is None):
+        parser.error("give either --train_file or --dataset_name")
+    for option in ("dataset_config", "train_split", "validation_split"):
+        if getattr(arguments, option) is not None and arguments.dataset_name is None:
+            parser.error(f"--{option} belongs to --dataset_name")
+    if arguments.validation_file is not None and arguments.validation_split is not None:
+        parser.error("give either --validation_file or --validation_split")
+    for option in ("max_length", "num_epochs", "max_steps", "max_train_examples", "max_eval_examples"):
+        value = getattr(arguments, option)
+        if value is not None and value < 1:
+            parser.error(f"--{option}: found {value}, must be 1 or more")
+    for option in ("eval_interval", "save_interval"):
+        if getattr(arguments, option) < 0:
+            parser.error(f"--{option}: found {getattr(arguments, option)}, must be 0 or more")
+
+
+def merged_config(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The JSON with the overrides of the command line."""
+    config = load_json(arguments.deepspeed_config)
+    section = dict(config.get(SECTION, {}))
+    given = {key: getattr(arguments, key) for key in OVERRIDES if getattr(arguments, key) is not None}
+    if given.get("method") == "mezo":
+        section = {key: value for key, value in section.items() if key not in SVRG_ONLY}
+    config[SECTION] = {**section, **given}
+    batch = {key: getattr(arguments, key) for key in BATCH_OVERRIDES if getattr(arguments, key) is not None}
+    if batch:  # those not given follow from those that are
+        config = {key: value for key, value in config.items() if key not in BATCH_OVERRIDES} | batch
+    return config
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]
+
+
+def _fraction_or_count(text: str) -> float | int:
+    return int(text) if text.isdigit() else float(text)

@@ -1,0 +1,90 @@
+"""What zods itself sends between ranks. The only room that calls torch.distributed.
+
+A step sends one small vector of float64 per rank (loss sums and counts); every rank gathers all of them and adds in
+rank order, so that all compute the same bits. Slices of a stored anchor point travel like a ZeRO-3 gather and are
+counted apart.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+class Communicator:
+    """The ranks of the default process group, with counters of the bytes that this rank sends.
+
+    scalar_bytes: loss scalars and agreement checks. gather_bytes: slices of the anchor point.
+    A rank that contributes b bytes to an all-gather of n ranks is counted with b * (n - 1).
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.rank: int = dist.get_rank()
+        self.world_size: int = dist.get_world_size()
+        self.scalar_bytes = 0
+        self.gather_bytes = 0
+
+    def _all_gather(self, local: torch.Tensor) -> torch.Tensor:
+        """Gather `local`, 1-D and of the same size on all ranks, as (world_size, numel)."""
+        if self.world_size == 1:
+            return local.unsqueeze(0)
+        gathered = torch.empty(self.world_size, local.numel(), dtype=local.dtype, device=local.device)
+        dist.all_gather(list(gathered), local)
+        return gathered
+
+    def gather_scalars(self, values: Sequence[float]) -> list[list[float]]:
+        """Every rank's values, in rank order, as float64. `values` has the same length on all ranks."""
+        local = torch.tensor(values, dtype=torch.float64, device=self.device)
+        self.scalar_bytes += local.nbytes * (self.world_size - 1)
+        return self._all_gather(local).tolist()
+
+    def sum_over_ranks(self, values: Sequence[float]) -> list[float]:
+        """Sums over the ranks, in rank order and float64: the same bits on every rank."""
+        totals = [0.0] * len(values)
+        for row in self.gather_scalars(values):
+            totals = [total + value for total, value in zip(totals, row, strict=True)]
+        return totals
+
+    def gather_slices(self, local: torch.Tensor) -> torch.Tensor:
+        """All ranks' slices, concatenated in rank order; `local` is 1-D and padded to the same size on all ranks."""
+        self.gather_bytes += local.nbytes * (self.world_size - 1)
+        return self._all_gather(local).view(-1)
+
+    def check_agreement(self, digest: bytes, what: str) -> None:
+        """Raise RuntimeError on every rank, naming those that differ from rank 0, unless all digests are equal."""
+        short = int.from_bytes(hashlib.blake2b(digest, digest_size=8).digest(), "little", signed=True)
+        local = torch.tensor([short], dtype=torch.int64, device=self.device)
+        self.scalar_bytes += local.nbytes * (self.world_size - 1)
+        values = self._all_gather(local).view(-1).tolist()
+        odd = [rank for rank, value in enumerate(values) if value != values[0]]
+        if odd:
+            raise RuntimeError(f"rank {', '.join(map(str, odd))}: {what} differs from rank 0's. The run stops here.")
+
+    @contextmanager
+    def same_on_all_ranks(self) -> Iterator[None]:
+        """Run a block that may fail on some ranks only; the first failing rank's error is raised on all.
+
+        The block itself must not communicate.
+        """
+        failure: Exception | None = None
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            failure = error
+        failures: list[Any] = [None] * self.world_size
+        dist.all_gather_object(failures, None if failure is None else (type(failure).__name__, str(failure)))
+        for rank, found in enumerate(failures):
+            if found is not None:
+                if failure is not None and rank == self.rank:
+                    raise failure
+                kind = ValueError if found[0] == "ValueError" else OSError
+                raise kind(f"rank {rank}: {found[1]}" if self.world_size > 1 else found[1]) from failure
+
+    def barrier(self) -> None:
+        dist.barrier()

@@ -1,0 +1,373 @@
+"""The DeepSpeed JSON and its section "zeroth_order", as frozen dataclasses.
+
+`read_config` splits one file into what DeepSpeed gets and what zods keeps, and refuses here, before anything is spent,
+whatever the two cannot do together. The file is read as DeepSpeed reads it (hjson: `#` and `//` comments are allowed).
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import hjson
+
+SECTION = "zeroth_order"
+METHODS = ("mezo", "mezo_svrg")
+DIRECTIONS = ("gaussian", "rademacher")
+PLACES = ("device", "cpu", "nvme", "terms")
+
+
+@dataclass(frozen=True)
+class AnchorConfig:
+    """Where the anchor of MeZO-SVRG is kept.
+
+    point: the parameters at the last refresh. gradient: the full-batch estimate there.
+    Each is a copy on the `device`, on `cpu` or in `nvme` files, or is made when needed from its `terms` (no bytes).
+    """
+
+    point: str = "cpu"
+    gradient: str = "cpu"
+    nvme_path: str | None = None  # a folder on the drive; needed for nvme
+    buffer_count: int = 3  # nvme: buffers per store, each as large as the largest slice; 2 or more overlap I/O
+    buffer_size: int | None = None  # nvme: elements per buffer; None: the largest slice of the model
+    pin_memory: bool = True  # cpu: page-locked where there is a GPU
+
+    def places(self) -> tuple[str, str]:
+        return (self.point, self.gradient)
+
+
+@dataclass(frozen=True)
+class AnnealConfig:
+    """Divide the step sizes by `alpha` when an epoch's mean loss exceeds `threshold` times the one before."""
+
+    alpha: float = 5.0
+    threshold: float = 1.05
+
+
+@dataclass(frozen=True)
+class ZerothOrderConfig:
+    """The section "zeroth_order". Symbols in brackets are those of Gautam et al. 2024 (arXiv:2404.08080)."""
+
+    method: str = "mezo_svrg"
+    eps: float = 1e-3  # perturbation scale [mu]
+    lr: float = 1e-6  # step size of a mini-batch step [eta_2]
+    anchor_lr: float | None = None  # step size of the full-batch step at a refresh [eta_1]; None: as lr
+    anchor_interval: int = 100  # steps between two refreshes [q]
+    num_directions: int = 1  # per step
+    anchor_directions: int = 1  # per refresh (K)
+    share_direction: bool = True  # a step's two estimates use the same directions
+    direction: str = "gaussian"
+    seed: int = 42
+    weight_decay: float = 0.0  # decoupled: lr * weight_decay per step, on parameters of two or more dimensions
+    anneal: AnnealConfig | None = None
+    stochastic_rounding: bool = True  # of updates to 16-bit parameters
+    agreement_interval: int = 10  # steps between two checks that all ranks applied the same
+    max_nonfinite_steps: int = 10  # steps in a row that may be skipped for a non-finite loss
+    anchor: AnchorConfig = field(default_factory=AnchorConfig)
+
+    @property
+    def is_svrg(self) -> bool:
+        return self.method == "mezo_svrg"
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+SVRG_ONLY = ("anchor_lr", "anchor_interval", "anchor_directions", "share_direction", "anchor")
+_NESTED = {"anchor": AnchorConfig, "anneal": AnnealConfig}
+_CHOICES: dict[str, tuple[str, ...]] = {"method": METHODS, "direction": DIRECTIONS, "point": PLACES, "gradient": PLACES}
+_MINIMUM: dict[str, float | tuple[float]] = {  # smallest allowed value; a tuple (x,) means strictly above x
+    "eps": (0.0,),
+    "lr": 0.0,
+    "anchor_lr": 0.0,
+    "anchor_interval": 1,
+    "num_directions": 1,
+    "anchor_directions": 1,
+    "seed": 0,
+    "weight_decay": 0.0,
+    "alpha": (1.0,),
+    "threshold": (0.0,),
+    "agreement_interval": 1,
+    "max_nonfinite_steps": 0,
+    "buffer_count": 1,
+    "buffer_size": 1,
+}
+
+
+def _nearest(key: str, allowed: list[str]) -> str:
+    close = difflib.get_close_matches(key, allowed, n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def _checked(path: str, key: str, annotation: str, value: Any) -> float | str | None:
+    """`value` of `path` in the type of its field; `annotation` is the field's type as written."""
+    if value is None and "None" in annotation:
+        return None
+    if value == "auto":
+        raise ValueError(f'{path}: "auto" is not resolved for this key; give a value or leave it out for the default.')
+    kind = annotation.split(" ")[0]
+    if kind == "float" and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value).__name__ != kind:
+        raise ValueError(f"{path}: found {value!r} ({type(value).__name__}), expected {kind}.")
+    if key in _CHOICES and value not in _CHOICES[key]:
+        raise ValueError(
+            f"{path}: found {value!r}, allowed are {', '.join(_CHOICES[key])}.{_nearest(value, list(_CHOICES[key]))}"
+        )
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{path}: found {value!r}, expected a finite number.")
+    bound = _MINIMUM.get(key)
+    if isinstance(bound, tuple) and not value > bound[0]:
+        raise ValueError(f"{path}: found {value!r}, must be above {bound[0]}.")
+    if isinstance(bound, (int, float)) and not value >= bound:
+        raise ValueError(f"{path}: found {value!r}, must be {bound} or more.")
+    if key == "seed" and value >= 2**63:
+        raise ValueError(f"{path}: found {value!r}, must be below 2**63.")
+    return value
+
+
+def _build(cls: type, values: Any, path: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{path}: found {values!r}, expected a section {{...}}.")
+    known = {f.name: f for f in fields(cls)}
+    built = {}
+    for key, value in values.items():
+        here = f"{path}.{key}"
+        if key not in known:
+            raise ValueError(
+                f"{here}: unknown key.{_nearest(key, list(known))} Allowed keys are {', '.join(sorted(known))}."
+            )
+        if key in _NESTED:
+            if key == "anneal" and value is None:
+                continue
+            built[key] = _build(_NESTED[key], value, here)
+        else:
+            built[key] = _checked(here, key, str(known[key].type), value)
+    return cls(**built)
+
+
+def parse_section(values: Any) -> ZerothOrderConfig:
+    """The section "zeroth_order" (a dict) as a checked `ZerothOrderConfig`. Raises ValueError, naming the key."""
+    config: ZerothOrderConfig = _build(ZerothOrderConfig, values, SECTION)
+    if not config.is_svrg:
+        unused = [key for key in SVRG_ONLY if key in values]
+        if unused:
+            raise ValueError(
+                f'{SECTION}: {", ".join(unused)} belong to method "mezo_svrg", but method is "{config.method}". '
+                "Remove them, or change the method."
+            )
+    anchor = config.anchor
+    if "nvme" in anchor.places() and not anchor.nvme_path:
+        raise ValueError(f"{SECTION}.anchor.nvme_path: missing; point or gradient is nvme. Give a folder on the drive.")
+    if anchor.nvme_path is not None and "nvme" not in anchor.places():
+        raise ValueError(
+            f"{SECTION}.anchor.nvme_path: given, but neither point ({anchor.point}) nor gradient ({anchor.gradient}) is "
+            "nvme. Set one of them to nvme, or remove the path."
+        )
+    return config
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One configuration file, split.
+
+    deepspeed: what `deepspeed.initialize` gets: no "zeroth_order", no "scheduler", batch sizes resolved.
+    scheduler: DeepSpeed's section of that name, or None; zods builds it on its own step size.
+    zeroth_order: the section of that name.
+    """
+
+    deepspeed: dict[str, Any]
+    scheduler: dict[str, Any] | None
+    zeroth_order: ZerothOrderConfig
+
+    @property
+    def zero_stage(self) -> int:
+        return self.deepspeed.get("zero_optimization", {}).get("stage", 0)
+
+    def to_dict(self) -> dict[str, Any]:
+        whole = dict(self.deepspeed)
+        if self.scheduler is not None:
+            whole["scheduler"] = self.scheduler
+        section = self.zeroth_order.to_dict()
+        if not self.zeroth_order.is_svrg:
+            section = {key: value for key, value in section.items() if key not in SVRG_ONLY}
+        return {**whole, SECTION: section}
+
+
+def load_json(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration as a plain dict, from a path or a mapping. Raises ValueError or FileNotFoundError."""
+    if isinstance(source, Mapping):
+        return json.loads(json.dumps(source))
+    path = Path(source)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"configuration file {path}: not found. Give a DeepSpeed JSON, e.g. one of ds_configs/."
+        )
+
+    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        twice = sorted({key for key in keys if keys.count(key) > 1})
+        if twice:
+            raise ValueError(f"configuration file {path}: {', '.join(twice)} given twice.")
+        return dict(pairs)
+
+    try:
+        loaded = hjson.loads(path.read_text(encoding="utf-8"), object_pairs_hook=no_duplicates)
+    except (hjson.HjsonDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"configuration file {path}: not valid JSON: {error}") from error
+    if not isinstance(loaded, dict):
+        raise ValueError(f"configuration file {path}: expected {{...}}, found {type(loaded).__name__}.")
+    return loaded
+
+
+def read_config(source: str | Path | Mapping[str, Any], world_size: int) -> RunConfig:
+    """Read, check and split a configuration.
+
+    source: path of a DeepSpeed JSON, or its content. world_size: number of ranks, for the batch sizes.
+    Raises ValueError or FileNotFoundError that names the key or file, what was found and what is allowed.
+    """
+    whole = load_json(source)
+    if SECTION not in whole:
+        raise ValueError(
+            f'configuration: no section "{SECTION}". Add one, e.g. "{SECTION}": {{"method": "mezo", "lr": 1e-6}}, or '
+            "call deepspeed.initialize for first-order training."
+        )
+    section = parse_section(whole.pop(SECTION))
+    _refuse_unsupported(whole)
+    scheduler = whole.pop("scheduler", None)
+    if scheduler is not None:
+        scheduler = _resolved_scheduler(scheduler, section)
+    _resolve_batch(whole, world_size)
+    _refuse_auto(whole, "")
+    return RunConfig(deepspeed=whole, scheduler=scheduler, zeroth_order=section)
+
+
+def _refuse_unsupported(ds: dict[str, Any]) -> None:
+    """Raise ValueError for a part of DeepSpeed that a zeroth-order step cannot use, with the reason."""
+
+    def enabled(key: str) -> bool:
+        section = ds.get(key)
+        return isinstance(section, dict) and section.get("enabled", False) is not False
+
+    if "optimizer" in ds:
+        raise ValueError(
+            f'optimizer: found beside "{SECTION}". A zeroth-order step has no optimizer states: remove the section and '
+            f"set {SECTION}.lr and {SECTION}.weight_decay."
+        )
+    if enabled("fp16"):
+        raise ValueError('fp16.enabled: not supported. Use "bf16": {"enabled": true}, or fp32.')
+    if enabled("torch_autocast"):
+        raise ValueError('torch_autocast.enabled: not supported. Use "bf16": {"enabled": true}, or fp32.')
+    if ds.get("gradient_clipping", 0) not in (0, 0.0):
+        raise ValueError(
+            f"gradient_clipping: found {ds['gradient_clipping']!r}. There is no gradient to clip: remove it."
+        )
+    for key in ("tensor_parallel", "pipeline", "sequence_parallel_size"):
+        if ds.get(key) not in (None, {}, 1):
+            raise ValueError(f"{key}: not supported; parameters are sharded by ZeRO-3 alone. Remove it.")
+    zero = ds.get("zero_optimization", {})
+    stage = zero.get("stage", 0)
+    if stage not in (0, 3):
+        raise ValueError(
+            f"zero_optimization.stage: found {stage!r}, allowed are 0 (replicated) and 3 (sharded). Stages 1 and 2 shard "
+            "optimizer states and gradients, and a zeroth-order step has neither."
+        )
+    if zero.get("offload_optimizer", {}).get("device", "none") != "none":
+        raise ValueError(
+            "zero_optimization.offload_optimizer: there are no optimizer states to offload. Remove it; parameters are "
+            f"offloaded by offload_param, the anchor by {SECTION}.anchor."
+        )
+    offload = zero.get("offload_param", {})
+    if offload.get("device", "none") != "none" and stage != 3:
+        raise ValueError(f"zero_optimization.offload_param: needs stage 3, found stage {stage}.")
+    if offload.get("device") == "nvme" and not offload.get("nvme_path"):
+        raise ValueError("zero_optimization.offload_param.nvme_path: missing; device is nvme.")
+    for key, off in (("zero_hpz_partition_size", 1), ("mics_shard_size", -1)):
+        if zero.get(key, off) != off:
+            raise ValueError(
+                f"zero_optimization.{key}: not supported: forwards would read a second copy of the shards that a step "
+                "does not update. Remove it."
+            )
+    for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights"):
+        if zero.get(key, False):
+            raise ValueError(f"zero_optimization.{key}: not supported: losses at quantised points differ. Remove it.")
+
+
+def _resolved_scheduler(scheduler: Any, section: ZerothOrderConfig) -> dict[str, Any]:
+    """The section "scheduler" with the "auto" values that follow from `lr` resolved."""
+    if not isinstance(scheduler, dict) or not isinstance(scheduler.get("type"), str):
+        raise ValueError(f'scheduler: found {scheduler!r}, expected {{"type": NAME, "params": {{...}}}}.')
+    known = {"warmup_max_lr": section.lr, "warmup_min_lr": 0.0}
+    params = {k: known[k] if v == "auto" and k in known else v for k, v in scheduler.get("params", {}).items()}
+    _refuse_auto(params, "scheduler.params.")
+    return {**scheduler, "params": params}
+
+
+def _resolve_batch(ds: dict[str, Any], world_size: int) -> None:
+    """Fill in the one of DeepSpeed's three batch keys that is missing or "auto", and check that they multiply out."""
+    keys = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    given = {key: ds[key] for key in keys if ds.get(key, "auto") != "auto"}
+    for key, value in given.items():
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{key}: found {value!r}, expected a whole number, 1 or more.")
+    batch, micro, accumulation = (given.get(key) for key in keys)
+    if batch is None and micro is None:
+        raise ValueError("train_batch_size, train_micro_batch_size_per_gpu: give one of the two.")
+    if micro is None and accumulation is None:
+        accumulation = 1
+    if batch is None:
+        assert micro is not None
+        accumulation = accumulation or 1
+        batch = micro * accumulation * world_size
+    elif micro is None:
+        assert accumulation is not None
+        micro = batch // (accumulation * world_size)
+    elif accumulation is None:
+        accumulation = batch // (micro * world_size)
+    if batch != micro * accumulation * world_size or micro == 0:
+        raise ValueError(
+            f"train_batch_size: found {batch}, but train_micro_batch_size_per_gpu ({micro}) x "
+            f"gradient_accumulation_steps ({accumulation}) x ranks ({world_size}) = "
+            f"{micro * accumulation * world_size}. Change one so that they multiply out."
+        )
+    ds.update(zip(keys, (batch, micro, accumulation), strict=True))
+
+
+def resolve_model_auto(ds: dict[str, Any], hidden_size: int | None) -> None:
+    """Resolve the ZeRO-3 buckets given as "auto" by transformers' rule, from the model's hidden size, in place.
+
+    Without a hidden size the keys are removed, so that DeepSpeed's defaults hold.
+    """
+    zero = ds.get("zero_optimization", {})
+    rules = {
+        "reduce_bucket_size": lambda h: h * h,
+        "stage3_prefetch_bucket_size": lambda h: int(0.9 * h * h),
+        "stage3_param_persistence_threshold": lambda h: 10 * h,
+    }
+    for key, rule in rules.items():
+        if zero.get(key) == "auto":
+            if hidden_size is None:
+                del zero[key]
+            else:
+                zero[key] = rule(hidden_size)
+
+
+_MODEL_AUTO = {
+    "zero_optimization.reduce_bucket_size",
+    "zero_optimization.stage3_prefetch_bucket_size",
+    "zero_optimization.stage3_param_persistence_threshold",
+}
+
+
+def _refuse_auto(values: Mapping[str, Any], path: str) -> None:
+    for key, value in values.items():
+        here = f"{path}{key}"
+        if isinstance(value, Mapping):
+            _refuse_auto(value, here + ".")
+        elif value == "auto" and here not in _MODEL_AUTO:
+            raise ValueError(f'{here}: "auto" cannot be resolved here; give a value, or leave the key out.')

@@ -1,0 +1,132 @@
+"""Which rank sees which example when.
+
+The order of the examples is a function of (seed, epoch) alone: a step's global batch is the same set whatever the number
+of ranks. A loader's place is two numbers, so that a run resumes anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+
+def check_dataset(dataset: Any, name: str) -> int:
+    """The number of examples of a map-style dataset. Raises ValueError for another kind, and for an empty one."""
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise ValueError(
+            f"{name}: found {type(dataset).__name__}, expected a map-style dataset (__len__, __getitem__)."
+        )
+    if len(dataset) == 0:
+        raise ValueError(f"{name}: the dataset is empty.")
+    return len(dataset)
+
+
+class TrainingLoader:
+    """This rank's micro-batches, epoch after epoch; an iterator per epoch, resumable.
+
+    A step takes `accumulation` micro-batches of `micro_batch` examples on each of `world_size` ranks. The tail of an
+    epoch that does not fill a step is left out; each epoch is shuffled anew, so that no example always is.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        micro_batch: int,
+        accumulation: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        collate_fn: Callable | None = None,
+    ) -> None:
+        size = check_dataset(dataset, "training_data")
+        self.batch_size = micro_batch * accumulation * world_size
+        if size < self.batch_size:
+            raise ValueError(
+                f"training_data: {size} examples, fewer than one step's train_batch_size of {self.batch_size}. "
+                "Use a smaller batch or more data."
+            )
+        self.dataset = dataset
+        self.collate_fn = collate_fn
+        self.seed = seed
+        self.micro_batch = micro_batch
+        self.accumulation = accumulation
+        self.rank = rank
+        self.world_size = world_size
+        self.epoch = 0
+        self.position = 0  # micro-batches of the running epoch that were handed out
+
+    def __len__(self) -> int:
+        """Micro-batches per epoch and rank."""
+        return len(self.dataset) // self.batch_size * self.accumulation  # type: ignore[arg-type]
+
+    def _epoch_batches(self) -> list[list[int]]:
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
+        order = torch.randperm(len(self.dataset), generator=generator)  # type: ignore[arg-type]
+        steps = len(self.dataset) // self.batch_size  # type: ignore[arg-type]
+        # (step, micro-batch of the step, rank, example)
+        dealt = order[: steps * self.batch_size].view(steps, self.accumulation, self.world_size, self.micro_batch)
+        return dealt[:, :, self.rank].reshape(-1, self.micro_batch).tolist()
+
+    def __iter__(self) -> Iterator[Any]:
+        if self.position == len(self):
+            self.epoch, self.position = self.epoch + 1, 0
+        batches = self._epoch_batches()[self.position :]
+        for batch in DataLoader(self.dataset, batch_sampler=batches, collate_fn=self.collate_fn):
+            self.position += 1
+            yield batch
+
+    def forever(self) -> Iterator[Any]:
+        """Micro-batches without end, through the epochs."""
+        while True:
+            yield from self
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "examples": self.position // self.accumulation * self.batch_size}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on at the first step that `state` had not begun; raises ValueError where the batch sizes do not fit."""
+        if state["examples"] % self.batch_size:
+            raise ValueError(
+                f"train_batch_size: {self.batch_size}, but the checkpoint stands at example {state['examples']} of its "
+                "epoch, which is no multiple. Resume with the train_batch_size it was made with."
+            )
+        self.epoch = state["epoch"]
+        self.position = state["examples"] // self.batch_size * self.accumulation
+
+
+@dataclass(frozen=True)
+class WholePass:
+    """Every example once, in micro-batches dealt out to the ranks in turn.
+
+    All ranks make the same number of forwards, as ZeRO-3 needs: one that has no micro-batch left in the last round
+    repeats the first with `counted` False. The micro-batches themselves do not depend on the number of ranks.
+    """
+
+    dataset: Dataset
+    micro_batch: int
+    rank: int
+    world_size: int
+    collate_fn: Callable | None = None
+
+    def __len__(self) -> int:
+        """Rounds; each is one micro-batch per rank."""
+        chunks = -(-len(self.dataset) // self.micro_batch)  # type: ignore[arg-type]
+        return -(-chunks // self.world_size)
+
+    def __iter__(self) -> Iterator[tuple[Any, bool]]:
+        size: int = len(self.dataset)  # type: ignore[arg-type]
+        starts = [(r * self.world_size + self.rank) * self.micro_batch for r in range(len(self))]
+        chunks: Sequence[list[int]] = [
+            list(range(start, min(start + self.micro_batch, size)))
+            if start < size
+            else list(range(min(self.micro_batch, size)))
+            for start in starts
+        ]
+        loader = DataLoader(self.dataset, batch_sampler=chunks, collate_fn=self.collate_fn)
+        for start, batch in zip(starts, loader, strict=True):
+            yield batch, start < size

@@ -1,0 +1,481 @@
+"""The zeroth-order engine: DeepSpeed's face, and a step told as its phases.
+
+`engine(batch)` evaluates the loss at the step's points, `engine.backward(loss)` reduces the loss scalars over the ranks,
+`engine.step()` combines them into terms, applies these to this rank's slices, and logs them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import struct
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from zods import checkpoint, estimators
+from zods.anchor import Anchor
+from zods.comm import Communicator
+from zods.config import RunConfig
+from zods.data import TrainingLoader, WholePass
+from zods.directions import derive_seed
+from zods.estimators import Annealing, Term, Update
+from zods.objectives import batch_loss, num_examples
+from zods.sharding import ShardedParameters, Slice, release_gathered
+from zods.streams import PerturbedForward, Point
+from zods.trajectory import TrajectoryLog
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one step did. loss: mean of the losses at theta +- eps z, over the global batch. seconds: of the whole step."""
+
+    step: int
+    loss: float
+    projected_grad: float
+    lr: float
+    scalar_bytes: int
+    seconds: float
+    skipped: bool
+
+
+class ZerothOrderOptimizer(torch.optim.Optimizer):
+    """Holds the step size where schedulers look for it. `engine.step()` is what updates the parameters."""
+
+    def __init__(self, params: Sequence[torch.nn.Parameter], lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    def step(self, closure: Any = None) -> Any:
+        raise RuntimeError("ZerothOrderOptimizer holds the step size only; call engine.step().")
+
+
+class ZerothOrderEngine:
+    """A model under DeepSpeed with zeroth-order steps. Made by `zods.initialize`.
+
+    module: the model. deepspeed: the DeepSpeedEngine that shards it. global_steps, global_samples, micro_steps,
+    skipped_steps: counters as DeepSpeed's. comm: what zods sends, with byte counters. anchor: of MeZO-SVRG, else None.
+    last_step: report of the last step, or None.
+
+    In training the model stays in eval mode: both losses of a pair need the same function, so dropout is off.
+    """
+
+    def __init__(
+        self,
+        deepspeed_engine: Any,
+        config: RunConfig,
+        *,
+        comm: Communicator,
+        parameters: ShardedParameters,
+        optimizer: ZerothOrderOptimizer,
+        lr_scheduler: Any,
+        training_loader: TrainingLoader | None,
+    ) -> None:
+        self.deepspeed = deepspeed_engine
+        self.module: torch.nn.Module = deepspeed_engine.module
+        self.config = config
+        self.comm = comm
+        self.parameters = parameters
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.training_dataloader = training_loader
+        self.monitor = deepspeed_engine.monitor
+        self.training = True
+        self.global_steps = 0
+        self.global_samples = 0
+        self.micro_steps = 0
+        self.skipped_steps = 0
+        self.last_step: StepReport | None = None
+        self.trajectory: TrajectoryLog | None = None
+        self._zo = config.zeroth_order
+        self.anchor: Anchor | None = None
+        if self._zo.is_svrg:
+            aio = config.deepspeed.get("aio", {})
+            self.anchor = Anchor(self._zo.anchor, parameters, comm, distribution=self._zo.direction, aio=aio)
+        self.anchor_step: int | None = None  # the step of the last refresh
+        self.annealing = Annealing()
+        self.digest = hashlib.sha256(b"zods").digest()  # of everything applied so far
+        self._forward_at = PerturbedForward(self.module, parameters.slices, self._zo.direction)
+        self._own_batches: Iterator[Any] | None = None
+        self._bytes_before = 0
+        self._checked_model = False
+        self._nonfinite_in_a_row = 0
+        self._points: list[Point] = []
+        self._sums: list[torch.Tensor] = []  # per micro-batch: a loss sum per point, then the number of examples
+        self._last_loss: torch.Tensor | None = None
+        self._reduced: list[float] = []
+        self._step_began = time.perf_counter()
+        deepspeed_engine.eval()
+
+    # --- the face of DeepSpeed's engine -----------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        return self.comm.device
+
+    @property
+    def global_rank(self) -> int:
+        return self.comm.rank
+
+    @property
+    def local_rank(self) -> int:
+        return self.deepspeed.local_rank
+
+    @property
+    def world_size(self) -> int:
+        return self.comm.world_size
+
+    def train_batch_size(self) -> int:
+        return self.config.deepspeed["train_batch_size"]
+
+    def train_micro_batch_size_per_gpu(self) -> int:
+        return self.config.deepspeed["train_micro_batch_size_per_gpu"]
+
+    def gradient_accumulation_steps(self) -> int:
+        return self.config.deepspeed["gradient_accumulation_steps"]
+
+    def is_gradient_accumulation_boundary(self) -> bool:
+        return (self.micro_steps + 1) % self.gradient_accumulation_steps() == 0
+
+    def get_lr(self) -> list[float]:
+        """The step size in force: the scheduler's, divided by what annealing asks."""
+        return [group["lr"] / self.annealing.divisor for group in self.optimizer.param_groups]
+
+    def train(self, mode: bool = True) -> ZerothOrderEngine:
+        """In training mode `engine(batch)` evaluates a step's losses; else it gives the model's outputs."""
+        self.training = mode
+        return self
+
+    def eval(self) -> ZerothOrderEngine:
+        return self.train(False)
+
+    def zero_grad(self) -> None:
+        """Nothing: there are no gradients. Here so that a DeepSpeed loop runs unchanged."""
+
+    def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
+        return self.forward(*inputs, **kwargs)
+
+    # --- phase 1: evaluate ------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        """Training: the mean loss of this rank's micro-batch around the parameters (0-d). Else: the model's outputs.
+
+        Takes what the model's forward takes, or one dict of it. The micro-batches of one step share the directions; a
+        refresh of the anchor that is due comes before the first. Raises ValueError where the model gives no loss.
+        """
+        batch = self._to_device(inputs[0] if len(inputs) == 1 and not kwargs else (inputs or kwargs))
+        if not self.training:
+            return self._outputs(batch)
+        if not self._checked_model:
+            self._check_model(batch)
+        if not self._sums:
+            self._begin_step()
+        size = num_examples(batch)
+        losses = torch.stack([self._loss_at(point, batch) for point in self._points])
+        self._sums.append(torch.cat([losses * size, losses.new_tensor([size])]))
+        self._last_loss = losses[: 2 * self._zo.num_directions].mean().float()
+        return self._last_loss
+
+    def _begin_step(self) -> None:
+        """Refresh the anchor where it is due, and choose the step's points: pairs at theta, then at the anchor."""
+        zo, step = self._zo, self.global_steps
+        if self.anchor is not None and (self.anchor_step is None or step - self.anchor_step >= zo.anchor_interval):
+            self.refresh_anchor()
+        self._points = self._pairs(self._seeds("step", zo.num_directions))
+        if self.anchor is not None:
+            seeds = self._seeds("step" if zo.share_direction else "step_anchor", zo.num_directions)
+            self._points += self._pairs(seeds, source=self.anchor.source)
+
+    def _seeds(self, purpose: str, number: int) -> list[int]:
+        return [derive_seed(self._zo.seed, purpose, self.global_steps, k) for k in range(number)]
+
+    def _pairs(self, seeds: Sequence[int], **source: Any) -> list[Point]:
+        eps = self._zo.eps
+        return [Point(seed, sign * eps, **source) for seed in seeds for sign in (1, -1)]
+
+    def _loss_at(self, point: Point | None, batch: Any) -> torch.Tensor:
+        with self._forward_at.at(point):
+            return batch_loss(self._outputs(batch), batch).double()
+
+    def _outputs(self, batch: Any) -> Any:
+        if isinstance(batch, dict):
+            return self.deepspeed(**batch)
+        return self.deepspeed(*batch) if isinstance(batch, (tuple, list)) else self.deepspeed(batch)
+
+    def _to_device(self, batch: Any) -> Any:
+        if isinstance(batch, torch.Tensor):
+            return batch.to(self.device, non_blocking=True)
+        if isinstance(batch, (tuple, list)):
+            return type(batch)(self._to_device(item) for item in batch)
+        if hasattr(batch, "items"):
+            return {key: self._to_device(value) for key, value in batch.items()}
+        return batch
+
+    def _check_model(self, batch: Any) -> None:
+        """One forward at the parameters: does the model give a loss, and which modules run?"""
+        with self._forward_at.observing():
+            outputs = self._outputs(batch)
+        batch_loss(outputs, batch)
+        num_examples(batch)
+        self._checked_model = True
+
+    # --- phase 2: reduce the scalars --------------------------------------------------------------------------------
+
+    def backward(self, loss: torch.Tensor) -> torch.Tensor:
+        """At an accumulation boundary: the loss sums and counts of all ranks, added. Sends 8 bytes per point and rank.
+
+        Raises ValueError where `loss` is not what `engine(batch)` returned: a scaled or other loss would have no effect,
+        since the losses at the points are already known. Wrap the model so that its forward returns that loss.
+        """
+        if loss is not self._last_loss:
+            raise ValueError(
+                "engine.backward(loss): this is not the loss that engine(batch) returned. A zeroth-order step uses the "
+                "losses of the forward itself; for another loss wrap the model so that its forward returns it."
+            )
+        if self.is_gradient_accumulation_boundary():
+            self._reduced = self.comm.sum_over_ranks(torch.stack(self._sums).sum(0).tolist())
+        return loss
+
+    # --- phases 3 to 5: combine, apply, log -------------------------------------------------------------------------
+
+    def step(self) -> None:
+        """At an accumulation boundary: combine the losses into terms, apply these to this rank's slices, log them.
+
+        A step with a non-finite loss is skipped and counted; RuntimeError after `max_nonfinite_steps` in a row.
+        """
+        boundary = self.is_gradient_accumulation_boundary()
+        self.micro_steps += 1
+        if not boundary:
+            return
+        if not self._reduced:
+            raise RuntimeError("engine.step() was called without engine.backward(loss) before it.")
+        *sums, count = self._reduced
+        losses = [s / count for s in sums]
+        finite = all(map(math.isfinite, losses))
+        update, projected_grad = self._combine(losses) if finite else (Update(()), math.nan)
+        if finite:
+            self._apply(update)
+            self._nonfinite_in_a_row = 0
+        else:
+            self._skip(losses)
+        loss = sum(losses[: 2 * self._zo.num_directions]) / (2 * self._zo.num_directions)
+        self._log(update, losses, loss, projected_grad, skipped=not finite)
+        self._sums, self._reduced, self._last_loss = [], [], None
+
+    def _combine(self, losses: Sequence[float]) -> tuple[Update, float]:
+        """The update of this step, and the mean projected gradient at the parameters, from the losses at the points."""
+        zo, lr = self._zo, self.get_lr()[0]
+        coefficients = estimators.projected_grads(losses[0::2], losses[1::2], zo.eps)
+        seeds = [point.seed for point in self._points[0::2]]
+        n = zo.num_directions
+        anchor_terms: list[Term] = []
+        anchor_coefficient = 0.0
+        if self.anchor is None:
+            terms = estimators.spsa(seeds, coefficients)
+        else:
+            terms = estimators.svrg(seeds[:n], coefficients[:n], seeds[n:], coefficients[n:])
+            anchor_terms, anchor_coefficient = self.anchor.descent(lr)
+        update = Update(
+            terms=(*estimators.descend(terms, lr), *(t for t in anchor_terms if t.coefficient != 0.0)),
+            decay=1.0 - lr * zo.weight_decay,
+            anchor_grad_coefficient=anchor_coefficient,
+            rounding_seed=self._rounding_seed("rounding"),
+        )
+        return update, sum(coefficients[:n]) / n
+
+    def _rounding_seed(self, purpose: str) -> int | None:
+        return derive_seed(self._zo.seed, purpose, self.global_steps) if self._zo.stochastic_rounding else None
+
+    def _apply(self, update: Update) -> None:
+        """Apply an update to this rank's slices; gathered copies are dropped first, so that none goes stale."""
+        release_gathered(self.deepspeed)
+        dense = None
+        if update.anchor_grad_coefficient != 0.0:
+            assert self.anchor is not None
+            assert self.anchor.gradient is not None
+            dense = self.anchor.gradient.read
+        seeds = [t.seed for t in update.terms]
+        coefficients = [t.coefficient for t in update.terms]
+
+        def update_of(piece: Slice) -> tuple[float, list[int], list[float]]:
+            return (update.decay if piece.decays else 1.0), seeds, coefficients
+
+        self.parameters.apply_(
+            update_of,
+            distribution=self._zo.direction,
+            rounding_seed=update.rounding_seed,
+            dense=dense,
+            dense_coefficient=update.anchor_grad_coefficient,
+        )
+        if self.anchor is not None:
+            self.anchor.record(update)
+        numbers = [update.decay, update.anchor_grad_coefficient, *coefficients]
+        self.digest = hashlib.sha256(
+            self.digest + struct.pack(f"<{len(numbers)}d{len(seeds)}Q", *numbers, *seeds)
+        ).digest()
+
+    def _skip(self, losses: Sequence[float]) -> None:
+        self.skipped_steps += 1
+        self._nonfinite_in_a_row += 1
+        logger.warning("step %d skipped: losses %s are not all finite", self.global_steps, losses)
+        if self._nonfinite_in_a_row > self._zo.max_nonfinite_steps:
+            raise RuntimeError(
+                f"{self._nonfinite_in_a_row} steps in a row had non-finite losses (max_nonfinite_steps = "
+                f"{self._zo.max_nonfinite_steps}). Lower lr or eps, or look at the data. Last losses: {list(losses)}."
+            )
+
+    def _log(
+        self, update: Update, losses: Sequence[float], loss: float, projected_grad: float, *, skipped: bool
+    ) -> None:
+        """Count the step, keep its record, move the schedules on, and compare digests where that is due."""
+        lr = self.get_lr()[0]
+        if self.trajectory is not None:
+            self.trajectory.append("step", self.global_steps, update, losses, lr)
+        self.global_steps += 1
+        self.global_samples += self.train_batch_size()
+        if not skipped:
+            self.annealing = estimators.record_loss(self.annealing, loss)
+            if self.lr_scheduler is not None:
+                self.lr_scheduler.step()
+        loader, anneal = self.training_dataloader, self._zo.anneal
+        if anneal is not None and loader is not None and loader.position == len(loader):
+            self.annealing = estimators.end_epoch(self.annealing, alpha=anneal.alpha, threshold=anneal.threshold)
+        if self.global_steps % self._zo.agreement_interval == 0:
+            self.comm.check_agreement(self.digest, f"what was applied up to step {self.global_steps}")
+        now = time.perf_counter()
+        sent = self.comm.scalar_bytes - self._bytes_before
+        self.last_step = StepReport(self.global_steps, loss, projected_grad, lr, sent, now - self._step_began, skipped)
+        self._step_began, self._bytes_before = now, self.comm.scalar_bytes
+        if self.monitor.enabled:
+            events = {"loss": loss, "lr": lr, "projected_grad": projected_grad}
+            self.monitor.write_events([(f"Train/Samples/{k}", v, self.global_samples) for k, v in events.items()])
+
+    # --- the anchor -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def refresh_anchor(self) -> None:
+        """Make the parameters the anchor, estimate the gradient there over the whole training set, and step along it.
+
+        Algorithm 2 of Gautam et al. 2024: the step at a refresh is theta <- theta - anchor_lr * g.
+        """
+        assert self.anchor is not None
+        assert self.training_dataloader is not None
+        zo = self._zo
+        self.anchor.set_point()
+        seeds = self._seeds("anchor", zo.anchor_directions)
+        losses = self._whole_set_losses(self._pairs(seeds))
+        if not all(map(math.isfinite, losses)):
+            raise RuntimeError(f"anchor refresh at step {self.global_steps}: non-finite loss. Lower eps or lr.")
+        coefficients = estimators.projected_grads(losses[0::2], losses[1::2], zo.eps)
+        release_gathered(self.deepspeed)
+        self.anchor.set_gradient(estimators.spsa(seeds, coefficients))
+        self.anchor_step = self.global_steps
+        anchor_lr = zo.lr if zo.anchor_lr is None else zo.anchor_lr
+        scheduled = self.get_lr()[0] / zo.lr if zo.lr else 1.0 / self.annealing.divisor
+        terms, coefficient = self.anchor.descent(anchor_lr * scheduled)
+        update = Update(
+            terms=tuple(t for t in terms if t.coefficient != 0.0),
+            anchor_grad_coefficient=coefficient,
+            rounding_seed=self._rounding_seed("anchor_rounding"),
+        )
+        self._apply(update)
+        if self.trajectory is not None:
+            self.trajectory.append("anchor", self.global_steps, update, losses, anchor_lr * scheduled)
+
+    def _whole_set_losses(self, points: Sequence[Point]) -> list[float]:
+        """Mean losses over the whole training set, each micro-batch weighted by its examples."""
+        loader = self.training_dataloader
+        assert loader is not None
+        rounds = self._whole_pass(loader.dataset, loader.collate_fn)
+        sums = torch.zeros(len(points) + 1, dtype=torch.float64, device=self.device)
+        progress = tqdm(rounds, desc=f"anchor at step {self.global_steps}", leave=False, disable=self.comm.rank != 0)
+        for raw, counted in progress:
+            batch = self._to_device(raw)
+            losses = torch.stack([self._loss_at(point, batch) for point in points])
+            if counted:
+                size = num_examples(batch)
+                sums += torch.cat([losses * size, losses.new_tensor([size])])
+        *totals, count = self.comm.sum_over_ranks(sums.tolist())
+        return [total / count for total in totals]
+
+    def _whole_pass(self, dataset: Any, collate_fn: Callable | None) -> WholePass:
+        micro = self.train_micro_batch_size_per_gpu()
+        return WholePass(dataset, micro, self.comm.rank, self.comm.world_size, collate_fn)
+
+    # --- save, load, export (see `zods.checkpoint`) -------------------------------------------------------------------
+
+    def save_checkpoint(
+        self, save_dir: str | Path, tag: str | None = None, client_state: dict[str, Any] | None = None
+    ) -> Path:
+        return checkpoint.save_checkpoint(self, save_dir, tag, client_state or {})
+
+    def load_checkpoint(self, load_dir: str | Path, tag: str | None = None) -> tuple[Path, dict[str, Any]]:
+        return checkpoint.load_checkpoint(self, load_dir, tag)
+
+    def save_pretrained(self, save_dir: str | Path) -> None:
+        checkpoint.save_pretrained(self, save_dir)
+
+    # --- whole batches ----------------------------------------------------------------------------------------------
+
+    def train_batch(self, data_iter: Iterator[Any] | None = None) -> float:
+        """One whole step: micro-batches from `data_iter` (default: the engine's own loader), evaluated and applied.
+
+        Returns the global batch's mean loss.
+        """
+        if data_iter is None:
+            if self.training_dataloader is None:
+                raise ValueError("engine.train_batch(): give an iterator, or training_data to zods.initialize.")
+            self._own_batches = data_iter = self._own_batches or self.training_dataloader.forever()
+        self.train()
+        for _ in range(self.gradient_accumulation_steps()):
+            self.backward(self.forward(next(data_iter)))
+            self.step()
+        assert self.last_step is not None
+        return self.last_step.loss
+
+    def restart_loader(self) -> None:
+        """Let `train_batch` take up the loader where it stands now; iterators made before go on where they were."""
+        self._own_batches = None
+
+    @torch.no_grad()
+    def eval_batch(self, data_iter: Iterator[Any]) -> float:
+        """Mean loss at the parameters over `gradient_accumulation_steps` micro-batches of all ranks."""
+        sums = [0.0, 0.0]
+        for _ in range(self.gradient_accumulation_steps()):
+            batch = self._to_device(next(data_iter))
+            size = num_examples(batch)
+            sums[0] += self._loss_at(None, batch).item() * size
+            sums[1] += size
+        total, count = self.comm.sum_over_ranks(sums)
+        return total / count
+
+    @torch.no_grad()
+    def evaluate(
+        self,
+        dataset: Any,
+        collate_fn: Callable[[list], tuple[dict[str, torch.Tensor], Any]],
+        measure: Callable[[Any, dict[str, torch.Tensor], Any], dict[str, tuple[float, float]]],
+    ) -> dict[str, float]:
+        """Means over a whole dataset at the parameters, every example counted once, over all ranks.
+
+        collate_fn: rows -> (model inputs, targets). measure: (outputs, inputs, targets) -> name: (sum, count).
+        """
+        totals: dict[str, list[float]] = {}
+        for (inputs, targets), counted in self._whole_pass(dataset, collate_fn):
+            inputs, targets = self._to_device(inputs), self._to_device(targets)
+            for name, (total, count) in measure(self._outputs(inputs), inputs, targets).items():
+                sums = totals.setdefault(name, [0.0, 0.0])
+                if counted:
+                    sums[0] += total
+                    sums[1] += count
+        names = sorted(totals)
+        reduced = self.comm.sum_over_ranks([value for name in names for value in totals[name]])
+        return {name: reduced[2 * i] / reduced[2 * i + 1] for i, name in enumerate(names)}

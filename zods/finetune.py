@@ -1,0 +1,252 @@
+"""Fine-tune a transformer from the command line: `deepspeed --module zods.finetune --help`. Composition only."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import resource
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import datasets
+import deepspeed
+import torch
+import transformers
+from deepspeed.accelerator import get_accelerator
+from deepspeed.comm.comm import comms_logger
+from tqdm import tqdm
+from transformers.integrations import HfDeepSpeedConfig
+
+import zods
+from zods.arguments import merged_config, parse_arguments
+from zods.comm import Communicator
+from zods.config import RunConfig, read_config, resolve_model_auto
+from zods.engine import ZerothOrderEngine
+from zods.initialization import check_folders
+from zods.report import plot_curves
+from zods.runs import RunFolder
+from zods.tasks import Task, build_task, load_examples, split_held_out
+from zods.trajectory import TrajectoryLog
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    rank = int(os.environ.get("RANK", 0))
+    logging.basicConfig(level=logging.INFO if rank == 0 else logging.ERROR, format="%(name)s: %(message)s")
+    try:
+        finetune(arguments)
+    except (ValueError, OSError) as error:
+        if rank == 0:
+            print(f"zods.finetune: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def finetune(arguments: argparse.Namespace) -> None:
+    """One run: check the input, load, evaluate, train with evaluations and checkpoints, evaluate, report."""
+    config = merged_config(arguments)
+    deepspeed.init_distributed(get_accelerator().communication_backend_name(), verbose=False)
+    comm = Communicator(torch.device(get_accelerator().current_device_name()))
+    run = read_config(config, comm.world_size)
+    with comm.same_on_all_ranks():
+        check_folders(run)
+        folder = RunFolder(arguments.output_dir, rank=comm.rank, resume=arguments.resume is not None)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            arguments.tokenizer or arguments.model, trust_remote_code=arguments.trust_remote_code
+        )
+        task, train, held_out = prepare_data(arguments, tokenizer, run.zeroth_order.seed)
+        model_config = transformers.AutoConfig.from_pretrained(
+            arguments.model, trust_remote_code=arguments.trust_remote_code
+        )
+    resolve_model_auto(run.deepspeed, getattr(model_config.get_text_config(), "hidden_size", None))
+    model = load_model(arguments, run, task)
+    engine = zods.initialize(model=model, config=run.to_dict(), training_data=train, collate_fn=task.collate)[0]
+    if arguments.resume is not None:
+        engine.load_checkpoint(arguments.resume)
+    folder.describe(run.to_dict(), seed=run.zeroth_order.seed, world_size=comm.world_size, device=str(comm.device))
+    if comm.rank == 0:
+        engine.trajectory = TrajectoryLog(folder.path / "trajectory.log")
+
+    before = evaluate(engine, task, held_out, folder)
+    trained = train_steps(engine, arguments, task, held_out, folder)
+    after = evaluate(engine, task, held_out, folder)
+
+    if arguments.save_model:
+        engine.save_pretrained(folder.path / "model")
+        if comm.rank == 0:
+            tokenizer.save_pretrained(folder.path / "model")
+    summary = summarise(engine, before, after, trained)
+    if comm.rank == 0:
+        folder.record("summary", engine.global_steps, **summary)
+        print(table(summary))
+        if arguments.plot:
+            print(f"curves: {plot_curves(folder.path)}")
+    comm.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def prepare_data(
+    arguments: argparse.Namespace, tokenizer: Any, seed: int
+) -> tuple[Task, datasets.Dataset, datasets.Dataset]:
+    """The task, its training data and its held-out data, tokenised and checked."""
+    hub = {"dataset_name": arguments.dataset_name, "dataset_config": arguments.dataset_config}
+    local = {"column_names": arguments.column_names}
+    most, most_held_out = arguments.max_train_examples, arguments.max_eval_examples
+    if arguments.train_file is not None:
+        train = load_examples(file=arguments.train_file, **local, max_examples=most, seed=seed)
+    else:
+        train = load_examples(**hub, split=arguments.train_split, max_examples=most, seed=seed)
+    if arguments.validation_file is not None:
+        held_out = load_examples(file=arguments.validation_file, **local, max_examples=most_held_out, seed=seed)
+    elif arguments.validation_split is not None:
+        held_out = load_examples(**hub, split=arguments.validation_split, max_examples=most_held_out, seed=seed)
+    else:
+        train, held_out = split_held_out(train, arguments.held_out, seed)
+    task = build_task(
+        arguments.task,
+        tokenizer,
+        train,
+        text_column=arguments.text_column,
+        text_pair_column=arguments.text_pair_column,
+        label_column=arguments.label_column,
+        template=None if arguments.template is None else arguments.template.replace(r"\n", "\n"),
+        label_words=arguments.label_words,
+        prompt_column=arguments.prompt_column,
+        response_column=arguments.response_column,
+        max_length=arguments.max_length,
+    )
+    train, held_out = task.prepare(train), task.prepare(held_out)
+    return task, train, held_out
+
+
+def load_model(arguments: argparse.Namespace, run: RunConfig, task: Task) -> torch.nn.Module:
+    """The pretrained model, sharded while it is loaded where the run is stage 3."""
+    # transformers looks for a living HfDeepSpeedConfig while from_pretrained runs
+    sharded = HfDeepSpeedConfig(run.deepspeed) if run.zero_stage == 3 else None
+    model = task.auto_class().from_pretrained(
+        arguments.model,
+        dtype=torch.bfloat16 if run.deepspeed.get("bf16", {}).get("enabled", False) else torch.float32,
+        trust_remote_code=arguments.trust_remote_code,
+        **task.model_kwargs(),
+    )
+    del sharded
+    return model
+
+
+def evaluate(engine: ZerothOrderEngine, task: Task, held_out: datasets.Dataset, folder: RunFolder) -> dict[str, float]:
+    metrics = engine.evaluate(held_out, task.collate_eval, task.measure)
+    folder.record("eval", engine.global_steps, **metrics)
+    return metrics
+
+
+@dataclass
+class Trained:
+    """Seconds of each step, and what was sent in them."""
+
+    seconds: list[float] = field(default_factory=list)
+    scalar_bytes: int = 0
+    zero3_bytes: int = 0
+
+
+def train_steps(
+    engine: ZerothOrderEngine, arguments: argparse.Namespace, task: Task, held_out: datasets.Dataset, folder: RunFolder
+) -> Trained:
+    """Train to the last step, evaluating and saving on the way."""
+    assert engine.training_dataloader is not None
+    steps_per_epoch = len(engine.training_dataloader) // engine.gradient_accumulation_steps()
+    last = arguments.max_steps or arguments.num_epochs * steps_per_epoch
+    trained = Trained()
+    progress = tqdm(total=last, initial=engine.global_steps, desc="steps", disable=engine.global_rank != 0)
+    while engine.global_steps < last:
+        began, gathered = time.perf_counter(), _logged_bytes()
+        engine.train_batch()
+        report = engine.last_step
+        assert report is not None
+        trained.seconds.append(time.perf_counter() - began)
+        trained.scalar_bytes += report.scalar_bytes
+        trained.zero3_bytes += _logged_bytes() - gathered
+        folder.record(
+            "train",
+            report.step,
+            loss=report.loss,
+            projected_grad=report.projected_grad,
+            lr=report.lr,
+            seconds=trained.seconds[-1],
+            scalar_bytes=report.scalar_bytes,
+            skipped=report.skipped,
+        )
+        progress.set_postfix_str(
+            f"loss {report.loss:.4f}, projected_grad {report.projected_grad:+.2e}, {trained.seconds[-1]:.3f} s/step"
+        )
+        progress.update()
+        if arguments.eval_interval and engine.global_steps % arguments.eval_interval == 0 and report.step < last:
+            metrics = evaluate(engine, task, held_out, folder)
+            progress.write(f"step {engine.global_steps}: held out: {_text(metrics)}", file=sys.stderr)
+        if arguments.save_interval and engine.global_steps % arguments.save_interval == 0:
+            engine.save_checkpoint(folder.path / "checkpoints")
+    progress.close()
+    return trained
+
+
+def summarise(
+    engine: ZerothOrderEngine, before: dict[str, float], after: dict[str, float], trained: Trained
+) -> dict[str, Any]:
+    """What the run ends with, as a flat dict; all ranks call it."""
+    steps = max(len(trained.seconds), 1)
+    peaks = engine.comm.gather_scalars([float(_peak_memory_bytes(engine.device))])
+    return {
+        **{f"{name}_before": value for name, value in before.items()},
+        **{f"{name}_after": value for name, value in after.items()},
+        "steps": engine.global_steps,
+        "step_seconds_median": statistics.median(trained.seconds) if trained.seconds else None,
+        "train_seconds": sum(trained.seconds),
+        "zods_bytes_per_step": trained.scalar_bytes / steps,
+        "anchor_gather_bytes_per_step": engine.comm.gather_bytes / steps,
+        "zero3_bytes_per_step": trained.zero3_bytes / steps if comms_logger.enabled else None,
+        "peak_memory_bytes": [int(row[0]) for row in peaks],
+        "anchor_device_bytes": engine.anchor.device_bytes if engine.anchor else 0,
+        "anchor_offloaded_bytes": engine.anchor.offloaded_bytes if engine.anchor else 0,
+    }
+
+
+def table(summary: dict[str, Any]) -> str:
+    """The summary as a short table for people."""
+    mib = 1 << 20
+    seconds, zero3 = summary["step_seconds_median"], summary["zero3_bytes_per_step"]
+    rows = [
+        ("held-out accuracy", f"{summary['accuracy_before']:.3f} -> {summary['accuracy_after']:.3f}"),
+        ("held-out loss", f"{summary['loss_before']:.3f} -> {summary['loss_after']:.3f}"),
+        ("steps", f"{summary['steps']} in {summary['train_seconds']:.0f} s (anchor refreshes in them)"),
+        ("time per step (median)", "-" if seconds is None else f"{seconds * 1e3:.0f} ms"),
+        ("sent per step and rank by zods", f"{summary['zods_bytes_per_step']:.0f} bytes"),
+        ("  gathered of the anchor point", f"{summary['anchor_gather_bytes_per_step'] / mib:.1f} MiB"),
+        ("  gathered by ZeRO-3", "not counted (enable comms_logger)" if zero3 is None else f"{zero3 / mib:.1f} MiB"),
+        ("peak memory per rank", ", ".join(f"{b / mib:.0f} MiB" for b in summary["peak_memory_bytes"])),
+        ("anchor per rank, on the device", f"{summary['anchor_device_bytes'] / mib:.1f} MiB"),
+        ("anchor per rank, offloaded", f"{summary['anchor_offloaded_bytes'] / mib:.1f} MiB"),
+    ]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _text(metrics: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+
+
+def _logged_bytes() -> int:
+    """Bytes of all collectives that DeepSpeed's communication logger has seen, 0 where it is off."""
+    sizes = comms_logger.get_raw_data().values()
+    return sum(size * record[0] for by_size in sizes for size, record in by_size.items())
+
+
+def _peak_memory_bytes(device: torch.device) -> int:
+    if device.type == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return get_accelerator().max_memory_allocated()
+
+
+if __name__ == "__main__":
+    main()

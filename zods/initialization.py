@@ -1,0 +1,172 @@
+"""`zods.initialize`: DeepSpeed's signature and 4-tuple, for a zeroth-order engine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime import lr_schedules
+
+from zods.anchor import check_nvme
+from zods.comm import Communicator
+from zods.config import RunConfig, read_config, resolve_model_auto
+from zods.data import TrainingLoader, check_dataset
+from zods.engine import ZerothOrderEngine, ZerothOrderOptimizer
+from zods.kernels import backend
+from zods.sharding import ShardedParameters
+
+logger = logging.getLogger(__name__)
+
+
+def initialize(
+    args: Any = None,
+    model: torch.nn.Module | None = None,
+    optimizer: Any = None,
+    model_parameters: Iterable[torch.nn.Parameter] | None = None,
+    training_data: torch.utils.data.Dataset | None = None,
+    lr_scheduler: Any = None,
+    distributed_port: int = 29500,
+    mpu: Any = None,
+    dist_init_required: bool | None = None,
+    collate_fn: Callable | None = None,
+    config: Any = None,
+    mesh_param: Any = None,
+    config_params: Any = None,
+) -> tuple[ZerothOrderEngine, ZerothOrderOptimizer, TrainingLoader | None, Any]:
+    """Put a model under DeepSpeed with zeroth-order steps; `deepspeed.initialize` with a section "zeroth_order".
+
+    model: any module whose forward returns a loss, an output with `loss`, or one with `logits` for a batch with
+    `labels`. It may be made under `deepspeed.zero.Init`. model_parameters: those to train (default: all that require a
+    gradient). training_data: a map-style dataset; needed for "mezo_svrg" (the anchor is its full-batch gradient) and for
+    "anneal". lr_scheduler: a scheduler on the returned optimizer, or a function that makes one from it. config: path or
+    dict (else `args.deepspeed_config`). optimizer, mpu and mesh_param must be None.
+
+    Returns (engine, optimizer, training_dataloader, lr_scheduler). Raises ValueError or OSError on bad input, the same
+    on all ranks.
+    """
+    source = config if config is not None else config_params
+    if source is None:
+        source = getattr(args, "deepspeed_config", None)
+    if source is None:
+        raise ValueError("config: missing. Give a path or dict, or args with deepspeed_config.")
+    if model is None:
+        raise ValueError("model: missing. Give a torch.nn.Module.")
+    for name, value in (("optimizer", optimizer), ("mpu", mpu), ("mesh_param", mesh_param)):
+        if value is not None:
+            raise ValueError(
+                f"{name}: must be None; a zeroth-order step has no optimizer states and shards by ZeRO-3 only."
+            )
+
+    deepspeed.init_distributed(
+        get_accelerator().communication_backend_name(),
+        distributed_port=distributed_port,
+        dist_init_required=dist_init_required,
+    )
+    comm = Communicator(torch.device(get_accelerator().current_device_name()))
+    run = read_config(source, comm.world_size)
+    with comm.same_on_all_ranks():
+        check_folders(run)
+        loader = _training_loader(run, comm, training_data, collate_fn)
+    resolve_model_auto(run.deepspeed, getattr(getattr(model, "config", None), "hidden_size", None))
+    comm.check_agreement(json.dumps(run.to_dict(), sort_keys=True).encode(), "the configuration")
+    comm.check_agreement(_fingerprint(model), "the model (parameter names, shapes, dtypes, trainable or not)")
+
+    engine = deepspeed.initialize(model=model, config=_deepspeed_config(run, model), dist_init_required=False)[0]
+    world = comm.world_size
+    parameters = ShardedParameters(engine.module, rank=comm.rank, world_size=world, model_parameters=model_parameters)
+    zo_optimizer = ZerothOrderOptimizer([p.param for p in parameters], lr=run.zeroth_order.lr)
+    scheduler = _scheduler(run, zo_optimizer, lr_scheduler)
+    zo_engine = ZerothOrderEngine(
+        engine,
+        run,
+        comm=comm,
+        parameters=parameters,
+        optimizer=zo_optimizer,
+        lr_scheduler=scheduler,
+        training_loader=loader,
+    )
+    if comm.rank == 0:
+        logger.info(
+            "zods: %s on %d ranks, %d trainable elements, kernels: %s",
+            run.zeroth_order.method,
+            world,
+            parameters.numel,
+            backend(),
+        )
+    return zo_engine, zo_optimizer, loader, scheduler
+
+
+def check_folders(run: RunConfig) -> None:
+    """Raise ValueError where a folder for NVMe offload cannot be used on this rank, before anything is loaded."""
+    offload = run.deepspeed.get("zero_optimization", {}).get("offload_param", {})
+    if offload.get("device") == "nvme":
+        check_nvme(offload["nvme_path"], "zero_optimization.offload_param.nvme_path")
+    if run.zeroth_order.anchor.nvme_path is not None:
+        check_nvme(run.zeroth_order.anchor.nvme_path, "zeroth_order.anchor.nvme_path")
+
+
+def _training_loader(
+    run: RunConfig, comm: Communicator, training_data: Any, collate_fn: Callable | None
+) -> TrainingLoader | None:
+    zo = run.zeroth_order
+    if training_data is None:
+        if zo.is_svrg:
+            raise ValueError(
+                'training_data: missing; method "mezo_svrg" takes its anchor over the whole training set. Give a '
+                'map-style dataset to zods.initialize, or use method "mezo".'
+            )
+        if zo.anneal is not None:
+            raise ValueError("training_data: missing; zeroth_order.anneal compares the losses of its epochs.")
+        return None
+    check_dataset(training_data, "training_data")
+    return TrainingLoader(
+        training_data,
+        micro_batch=run.deepspeed["train_micro_batch_size_per_gpu"],
+        accumulation=run.deepspeed["gradient_accumulation_steps"],
+        rank=comm.rank,
+        world_size=comm.world_size,
+        seed=zo.seed,
+        collate_fn=collate_fn,
+    )
+
+
+def _fingerprint(model: torch.nn.Module) -> bytes:
+    described = [
+        (name, tuple(getattr(p, "ds_shape", p.shape)), str(p.dtype), p.requires_grad)
+        for name, p in model.named_parameters()
+    ]
+    return hashlib.sha256(repr(described).encode()).digest()
+
+
+def _deepspeed_config(run: RunConfig, model: torch.nn.Module) -> dict[str, Any]:
+    """What DeepSpeed gets. Replicated bf16 is cast here: DeepSpeed's own stage-0 bf16 keeps fp32 master weights."""
+    config = dict(run.deepspeed)
+    if run.zero_stage == 0 and config.get("bf16", {}).get("enabled", False):
+        model.bfloat16()
+        del config["bf16"]
+    return config
+
+
+def _scheduler(run: RunConfig, optimizer: ZerothOrderOptimizer, client: Any) -> Any:
+    """The client's scheduler, or the one of the configuration, on the zeroth-order step size."""
+    if client is not None:
+        return client(optimizer) if callable(client) else client
+    if run.scheduler is None:
+        return None
+    name, params = run.scheduler["type"], run.scheduler["params"]
+    kind = getattr(lr_schedules, name, None) or getattr(torch.optim.lr_scheduler, name, None)
+    if not isinstance(kind, type):
+        allowed = ", ".join(lr_schedules.VALID_LR_SCHEDULES)
+        raise ValueError(
+            f"scheduler.type: found {name!r}, allowed are {allowed} and those of torch.optim.lr_scheduler."
+        )
+    try:
+        return kind(optimizer, **params)
+    except (TypeError, ValueError, KeyError) as error:
+        raise ValueError(f"scheduler.params: {name} refused {params}: {error}") from error

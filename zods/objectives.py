@@ -1,0 +1,118 @@
+"""The loss of a model's outputs on a batch, and the log-likelihood of labelled tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+IGNORE_INDEX = -100  # transformers' mark for a token that is not scored
+
+_CHUNK_ELEMENTS = 1 << 24  # logits turned into float32 at a time: 64 MiB
+
+
+def batch_loss(outputs: Any, batch: Any) -> Tensor:
+    """The mean loss of a model's outputs on a batch.
+
+    The model's own loss is taken where there is one: `outputs` itself when it is a 0-d tensor, the first element of a
+    tuple when that is a 0-d tensor, or the entry (or attribute) `loss`. Otherwise it is the cross entropy of `logits`
+    against `batch["labels"]`: logits (B, C) with labels (B,) are a classification; logits (B, L, V) with labels (B, L)
+    a causal language model, where position t predicts label t + 1 and labels of -100 do not count. A batch without any
+    counted label gives NaN, as in transformers.
+
+    Args:
+        outputs: what the model's forward returned.
+        batch: what it was given: a dict, or a tuple of tensors (which names no labels).
+
+    Returns:
+        0-d float32 tensor.
+
+    Raises:
+        ValueError: neither a scalar loss nor logits with labels; or their shapes do not fit each other.
+    """
+    first = outputs[0] if isinstance(outputs, (tuple, list)) and outputs else outputs
+    loss = first if isinstance(first, Tensor) and first.ndim == 0 else _entry(outputs, "loss")
+    if isinstance(loss, Tensor) and loss.ndim == 0:
+        return loss.float()
+    if loss is not None:
+        found = f"of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"the model's loss must be a 0-d tensor, the mean over the batch; it is {found}")
+
+    logits, labels = _entry(outputs, "logits"), _entry(batch, "labels")
+    if not isinstance(logits, Tensor) or not isinstance(labels, Tensor):
+        raise ValueError(
+            "the model's forward gives neither a loss nor logits with labels: "
+            f"it returned {_describe(outputs)} for a batch of {_describe(batch)}; "
+            "pass labels, or wrap the model so that forward returns a scalar loss"
+        )
+    if logits.ndim == 2 and labels.shape == logits.shape[:1] and not labels.is_floating_point():
+        return functional.cross_entropy(logits.float(), labels, ignore_index=IGNORE_INDEX)
+    if logits.ndim == 3 and labels.shape == logits.shape[:2]:
+        log_likelihood, num_tokens = sequence_log_likelihood(logits, labels)
+        return -log_likelihood.sum() / num_tokens.sum()
+    raise ValueError(
+        f"logits of shape {tuple(logits.shape)} do not fit labels of shape {tuple(labels.shape)} and {labels.dtype}; "
+        "allowed are (B, C) with integer labels (B,), and (B, L, V) with (B, L); "
+        "for another objective, return a scalar loss from forward"
+    )
+
+
+def num_examples(batch: Any) -> int:
+    """The size of dim 0 of the first tensor in a batch (a tensor, or nested dicts, tuples and lists of tensors).
+
+    Raises:
+        ValueError: the batch holds no tensor with a dim 0.
+    """
+    tensor = _first_tensor(batch)
+    if tensor is None:
+        raise ValueError(f"the batch holds no tensor with a batch dimension; it is {_describe(batch)}")
+    return tensor.shape[0]
+
+
+def sequence_log_likelihood(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Per row, the sum of the labelled tokens' log-probabilities, and their number.
+
+    log p(row) = sum over t with labels[t + 1] != -100 of log softmax(logits[t])[labels[t + 1]], in float32. Only
+    labelled positions are looked at, some at a time, so that there is never a float32 copy of all logits. Infinities
+    and NaN in the logits of a labelled position pass through to its row.
+
+    Args:
+        logits: (B, L, V), any floating dtype.
+        labels: (B, L), int64; -100 where a token is not scored. A row's first label has no predecessor and never is.
+
+    Returns:
+        (B,) float32 sums, and (B,) int64 counts.
+    """
+    targets = labels[:, 1:]
+    rows, positions = (targets != IGNORE_INDEX).nonzero(as_tuple=True)
+    chunk = max(1, _CHUNK_ELEMENTS // logits.shape[-1])
+    token_log_probs = torch.zeros(targets.shape, dtype=torch.float32, device=logits.device)  # (B, L - 1)
+    for row, position in zip(rows.split(chunk), positions.split(chunk), strict=True):
+        scores = logits[row, position].float()  # (chunk, V)
+        chosen = scores.gather(1, targets[row, position, None]).squeeze(1)
+        token_log_probs[row, position] = chosen - scores.logsumexp(1)
+    return token_log_probs.sum(1), (targets != IGNORE_INDEX).sum(1)
+
+
+def _entry(container: Any, name: str) -> Any:
+    return container.get(name) if isinstance(container, Mapping) else getattr(container, name, None)
+
+
+def _first_tensor(batch: Any) -> Tensor | None:
+    if isinstance(batch, Tensor):
+        return batch if batch.ndim else None
+    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ()
+    return next((tensor for value in values if (tensor := _first_tensor(value)) is not None), None)
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"{type(value).__name__} with keys {', '.join(map(str, value)) or 'none'}"
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    if isinstance(value, (tuple, list)):
+        return f"{type(value).__name__} of {', '.join(map(_describe, value)) or 'nothing'}"
+    return type(value).__name__

@@ -1,0 +1,216 @@
+"""This rank's slices of the trainable parameters: where they start, how they are reached, how terms are applied to them.
+
+Works on ZeRO-3 shards (stage 3) and on replicated parameters (stage 0), where a rank's slice is the whole.
+
+This is the one place that touches what DeepSpeed does not document: on a Parameter `ds_tensor` (the padded local slice),
+`ds_shape`, `ds_numel`, `nvme_swapper`, and the swapper's `swap_in`, `synchronize_reads`, `swap_out_and_release`,
+`synchronize_writes`, `remove_partition_and_release_buffers`. Read in DeepSpeed 0.19.8;
+tests/distributed/test_sharding.py fails where they change. No DeepSpeed class is patched, nothing is hung on a Parameter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
+
+from zods.kernels import combine_
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@dataclass(frozen=True, eq=False)
+class Slice:
+    """The part of one trainable parameter that this rank owns.
+
+    ordinal: the parameter's place in `named_parameters()`, frozen ones counted; with an element's index in the whole
+    flat parameter it names an element of a direction. offset: where the slice starts in the whole, in elements.
+    numel: elements owned, without padding; may be 0. padded_numel: the same on all ranks.
+    """
+
+    name: str
+    ordinal: int
+    param: Any  # a torch.nn.Parameter; Any for the attributes that DeepSpeed hangs on it
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    offset: int
+    numel: int
+    padded_numel: int
+
+    @property
+    def whole_numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def decays(self) -> bool:
+        return len(self.shape) >= 2
+
+
+class ShardedParameters:
+    """The trainable parameters of a module, as this rank's slices, in the order of `named_parameters()`."""
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        *,
+        rank: int,
+        world_size: int,
+        model_parameters: Iterable[torch.nn.Parameter] | None = None,
+    ) -> None:
+        """model_parameters: those to train among the ones that require a gradient; None trains all of these.
+
+        Raises ValueError when nothing is trainable, or a trainable parameter is neither float32 nor bfloat16.
+        """
+        wanted = None if model_parameters is None else {id(p) for p in model_parameters}
+        named = list(module.named_parameters())
+        self.slices: list[Slice] = [
+            self._slice(name, ordinal, param, rank, world_size)
+            for ordinal, (name, param) in enumerate(named)
+            if param.requires_grad and (wanted is None or id(param) in wanted)
+        ]
+        if not self.slices:
+            raise ValueError("model: no trainable parameter. Set requires_grad on those that are to be trained.")
+        odd = [f"{s.name} ({s.dtype})" for s in self.slices if s.dtype not in DTYPES]
+        if odd:
+            raise ValueError(f"model: trainable parameters must be float32 or bfloat16; found {', '.join(odd[:3])}.")
+        self.numel = sum(s.whole_numel for s in self.slices)
+        self.num_parameters_total = len(named)
+
+    @staticmethod
+    def _slice(name: str, ordinal: int, param: torch.nn.Parameter, rank: int, world_size: int) -> Slice:
+        if not is_sharded(param):
+            if not param.data.is_contiguous():
+                param.data = param.data.contiguous()
+            n = param.numel()
+            return Slice(name, ordinal, param, tuple(param.shape), param.dtype, 0, n, n)
+        zero: Any = param
+        padded = zero.ds_tensor.ds_numel
+        offset = rank * padded
+        numel = min(max(zero.ds_numel - offset, 0), padded)
+        return Slice(name, ordinal, param, tuple(zero.ds_shape), zero.ds_tensor.dtype, offset, numel, padded)
+
+    def __iter__(self) -> Iterator[Slice]:
+        return iter(self.slices)
+
+    def __len__(self) -> int:
+        return len(self.slices)
+
+    def visit(self, *, write: bool) -> Iterator[tuple[Slice, torch.Tensor]]:
+        """(slice, its elements as a 1-D tensor of `numel`), one after the other, where they are stored.
+
+        Slices on NVMe are read one ahead and, with `write`, written back behind; otherwise changes to them are lost.
+        The gathered copies of the parameters must have been released before (`release_gathered`).
+        """
+        pending = iter(self.slices)
+        following = next(pending, None)
+        if following is not None:
+            _begin_load(following)
+        while following is not None:
+            current, following = following, next(pending, None)
+            _finish_load(current)
+            if following is not None:
+                _begin_load(following)
+            yield current, _local(current)
+            _store(current, write)
+        for piece in self.slices:
+            if _on_nvme(piece):
+                _swapper(piece).synchronize_writes()
+                break
+
+    @torch.no_grad()
+    def apply_(
+        self,
+        update_of: Callable[[Slice], tuple[float, Sequence[int], Sequence[float]]],
+        *,
+        distribution: str,
+        rounding_seed: int | None,
+        dense: Callable[[Slice], torch.Tensor] | None = None,
+        dense_coefficient: float = 0.0,
+    ) -> None:
+        """theta <- scale * theta + sum_k coefficient_k z(seed_k) + dense_coefficient * dense, in one sweep per slice.
+
+        update_of: a slice's (scale, seeds, coefficients). dense: a slice's `numel` elements (the anchor gradient).
+        """
+        for piece, local in self.visit(write=True):
+            if piece.numel == 0:
+                continue
+            scale, seeds, coefficients = update_of(piece)
+            combine_(
+                local,
+                weight=local,
+                scale=scale,
+                seeds=seeds,
+                coefficients=coefficients,
+                distribution=distribution,
+                parameter=piece.ordinal,
+                offset=piece.offset,
+                dense=None if dense is None else dense(piece).to(local.device),
+                dense_coefficient=dense_coefficient,
+                rounding_seed=rounding_seed,
+            )
+
+
+def is_sharded(param: torch.nn.Parameter) -> bool:
+    return hasattr(param, "ds_tensor")
+
+
+def is_gathered(piece: Slice) -> bool:
+    """Whether the whole parameter is at hand in `param.data`, as it is while a module that uses it runs."""
+    return piece.param.data.numel() == piece.whole_numel
+
+
+@contextmanager
+def gathered(params: Sequence[torch.nn.Parameter]) -> Iterator[None]:
+    """The whole of `params` in their `.data`, for reading."""
+    with deepspeed.zero.GatheredParameters(list(params), enabled=bool(params) and is_sharded(params[0])):
+        yield
+
+
+def release_gathered(deepspeed_engine: Any) -> None:
+    """Drop every gathered copy that DeepSpeed still holds, so that the next forward gathers what is stored."""
+    offload = deepspeed_engine.optimizer
+    if offload is not None:
+        offload.partition_all_parameters()
+
+
+def _on_nvme(piece: Slice) -> bool:
+    return is_sharded(piece.param) and getattr(piece.param.ds_tensor, "final_location", None) == "nvme"
+
+
+def _swapper(piece: Slice) -> Any:
+    return piece.param.nvme_swapper
+
+
+def _begin_load(piece: Slice) -> None:
+    if _on_nvme(piece) and piece.param.ds_tensor.status is PartitionedParamStatus.NOT_AVAILABLE:
+        if _swapper(piece).available_swap_in_buffers() == 0:
+            _swapper(piece).synchronize_writes()
+        _swapper(piece).swap_in([piece.param], async_op=True)
+
+
+def _finish_load(piece: Slice) -> None:
+    if _on_nvme(piece):
+        _swapper(piece).synchronize_reads()
+
+
+def _store(piece: Slice, write: bool) -> None:
+    if not _on_nvme(piece):
+        return
+    swapper = _swapper(piece)
+    if write:
+        swapper.synchronize_writes()  # the one before; this one runs while the next slice is computed
+        swapper.swap_out_and_release([piece.param], async_op=True, force_buffer_release=True)
+    else:
+        swapper.remove_partition_and_release_buffers([piece.param])
+
+
+def _local(piece: Slice) -> torch.Tensor:
+    if is_sharded(piece.param):
+        return piece.param.ds_tensor.data.view(-1)[: piece.numel]
+    return piece.param.data.view(-1)

@@ -1,0 +1,99 @@
+"""From a task's name and settings to the task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import datasets
+from transformers import PreTrainedTokenizerBase
+
+from zods.tasks.classification import Classification
+from zods.tasks.instruction import Instruction
+from zods.tasks.labels import Labels
+from zods.tasks.prompted import Prompted
+from zods.tasks.prompts import Template
+from zods.tasks.task import Task, check_text_columns, pad_token_id
+
+_SETTINGS = {
+    Classification.name: ("text_column", "text_pair_column", "label_column"),
+    Prompted.name: ("template", "label_column", "label_words"),
+    Instruction.name: ("template", "prompt_column", "response_column"),
+}
+
+
+def build_task(
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    train_dataset: datasets.Dataset,
+    *,
+    text_column: str | None = None,
+    text_pair_column: str | None = None,
+    label_column: str | None = None,
+    template: str | None = None,
+    label_words: Sequence[str] | None = None,
+    prompt_column: str | None = None,
+    response_column: str | None = None,
+    max_length: int,
+) -> Task:
+    """Build a task for the training data, and check both before a model is loaded.
+
+    Args:
+        name: "classification", "prompted" or "instruction".
+        train_dataset: its columns are checked, and its labels are the task's labels.
+        text_column, text_pair_column: of classification; "text" by default, and no pair.
+        label_column: of classification and prompted; "label" by default.
+        template: of prompted, with columns as fields and {label} last; of instruction, with the response's column last.
+        label_words: of prompted: the words of the integer labels 0, 1, ...; by default the labels or their names.
+        prompt_column, response_column: of instruction, instead of a template: "{prompt}\\n{response}";
+            "instruction" and "output" by default.
+        max_length: of an example, in tokens.
+
+    Raises:
+        ValueError: an unknown name, a setting that the task does not use or cannot use, a column that is not there.
+    """
+    if name not in _SETTINGS:
+        raise ValueError(f"unknown task {name!r}; allowed are {', '.join(_SETTINGS)}")
+    given = {
+        "text_column": text_column,
+        "text_pair_column": text_pair_column,
+        "label_column": label_column,
+        "template": template,
+        "label_words": label_words,
+        "prompt_column": prompt_column,
+        "response_column": response_column,
+    }
+    for setting, value in given.items():
+        if value is not None and setting not in _SETTINGS[name]:
+            raise ValueError(
+                f"the task {name} does not use {setting} ({value!r}); it uses {', '.join(_SETTINGS[name])}"
+            )
+    pad_token_id(tokenizer)
+
+    if name == Classification.name:
+        text_columns = (
+            (text_column or "text",) if text_pair_column is None else (text_column or "text", text_pair_column)
+        )
+        check_text_columns(train_dataset, text_columns)
+        num_special = tokenizer.num_special_tokens_to_add(pair=text_pair_column is not None)
+        if max_length < num_special + len(text_columns):
+            raise ValueError(
+                f"max_length {max_length} is too short: a text of one token has {num_special} special tokens"
+            )
+        return Classification(tokenizer, text_columns, Labels.of(train_dataset, label_column or "label"), max_length)
+
+    if name == Prompted.name:
+        if template is None:
+            raise ValueError("the task prompted needs a template, such as '{text}\\nArea: {label}'")
+        parsed = Template.parse(template)
+        if parsed.answer != "label":
+            raise ValueError(f"template {template!r} must end with {{label}}; it ends with {{{parsed.answer}}}")
+        check_text_columns(train_dataset, parsed.columns)
+        return Prompted(tokenizer, parsed, Labels.of(train_dataset, label_column or "label", label_words), max_length)
+
+    if template is None:
+        template = f"{{{prompt_column or 'instruction'}}}\n{{{response_column or 'output'}}}"
+    elif prompt_column is not None or response_column is not None:
+        raise ValueError("pass either a template, which names its columns, or prompt_column and response_column")
+    parsed = Template.parse(template)
+    check_text_columns(train_dataset, [*parsed.columns, parsed.answer])
+    return Instruction(tokenizer, parsed, max_length)

@@ -1,0 +1,98 @@
+"""Sequence classification: one or two texts in, one label out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import compress
+from typing import Any, ClassVar
+
+import datasets
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
+
+from zods.tasks.labels import Labels
+from zods.tasks.task import (
+    Columns,
+    Row,
+    check_columns,
+    check_text_columns,
+    check_texts,
+    map_rows,
+    pad_inputs,
+    pad_right,
+    pad_token_id,
+)
+
+
+@dataclass(frozen=True)
+class Classification:
+    """Train by cross entropy over the labels; texts longer than `max_length` are truncated as the tokenizer does.
+
+    Attributes:
+        text_columns: one column, or two for text pairs.
+    """
+
+    name: ClassVar[str] = "classification"
+    tokenizer: PreTrainedTokenizerBase
+    text_columns: tuple[str, ...]
+    labels: Labels
+    max_length: int
+
+    def auto_class(self) -> type[Any]:
+        return AutoModelForSequenceClassification
+
+    def model_kwargs(self) -> dict[str, Any]:
+        """The labels; and the pad token, by which a decoder model finds its last token."""
+        return {
+            "num_labels": len(self.labels.names),
+            "id2label": dict(enumerate(self.labels.names)),
+            "label2id": {name: i for i, name in enumerate(self.labels.names)},
+            "pad_token_id": pad_token_id(self.tokenizer),
+        }
+
+    def prepare(self, dataset: datasets.Dataset) -> datasets.Dataset:
+        """Rows of `input_ids` (and `token_type_ids` where the tokenizer has them) and `answer`, the label's id."""
+        check_text_columns(dataset, self.text_columns)
+        check_columns(dataset, [self.labels.column])
+        return map_rows(dataset, self._make_rows, self.max_length)
+
+    def _make_rows(self, batch: Columns, indices: list[int]) -> Columns:
+        check_texts(batch, self.text_columns, indices)
+        texts = [batch[column] for column in self.text_columns]
+        encoded = self.tokenizer(*texts, return_attention_mask=False, verbose=False)
+        columns = {key: list(values) for key, values in encoded.items()}
+        too_long = [len(ids) > self.max_length for ids in columns["input_ids"]]
+        if any(too_long):
+            cut = self.tokenizer(
+                *(list(compress(column, too_long)) for column in texts),
+                truncation=True,
+                max_length=self.max_length,
+                return_attention_mask=False,
+            )
+            for key, values in cut.items():
+                for row, value in zip(compress(range(len(too_long)), too_long), values, strict=True):
+                    columns[key][row] = value
+        answers = self.labels.ids(batch[self.labels.column], indices)
+        return {**columns, "answer": answers, "truncated": too_long}
+
+    def collate(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """`input_ids`, `attention_mask` (and `token_type_ids`) (B, L), `labels` (B,)."""
+        inputs, answers = self.collate_eval(rows)
+        return {**inputs, "labels": answers}
+
+    def collate_eval(self, rows: Sequence[Row]) -> tuple[dict[str, Tensor], Tensor]:
+        """(inputs (B, L), labels (B,))."""
+        inputs = pad_inputs([row["input_ids"] for row in rows], self.tokenizer)
+        if "token_type_ids" in rows[0]:
+            inputs["token_type_ids"] = pad_right([row["token_type_ids"] for row in rows], 0)
+        return inputs, torch.tensor([row["answer"] for row in rows])
+
+    def measure(self, outputs: Any, inputs: dict[str, Tensor], targets: Tensor) -> dict[str, tuple[float, float]]:
+        """Cross entropy and accuracy of logits (B, num_labels)."""
+        logits = outputs["logits"].float()
+        loss = functional.cross_entropy(logits, targets, reduction="sum")
+        num_correct = (logits.argmax(1) == targets).sum()
+        return {"loss": (loss.item(), len(targets)), "accuracy": (float(num_correct), len(targets))}

@@ -1,0 +1,101 @@
+"""Instruction tuning: a response follows a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import datasets
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from zods.objectives import sequence_log_likelihood
+from zods.tasks.prompts import (
+    Template,
+    answer_labels,
+    collate_answers,
+    fit_prompt,
+    leading_special_tokens,
+    num_tokens,
+    tokenize_continuations,
+)
+from zods.tasks.task import Columns, Row, check_text_columns, check_texts, map_rows, pad_inputs
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """Train by cross entropy on the tokens of the response and the end-of-sequence token.
+
+    A prompt that is too long loses tokens on its left; the cue before the response stays. A response that cannot be
+    kept whole even so is cut at its right, end-of-sequence token and all, and leaves the prompt up to half the length.
+    """
+
+    name: ClassVar[str] = "instruction"
+    tokenizer: PreTrainedTokenizerBase
+    template: Template
+    max_length: int
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a tokenizer without an end-of-sequence token, or a max_length that the cue fills."""
+        if self.tokenizer.eos_token_id is None:
+            raise ValueError("the tokenizer has no eos token to end a response; set tokenizer.eos_token")
+        needed = len(leading_special_tokens(self.tokenizer)) + self._num_cue_tokens() + 1
+        if self.max_length < needed:
+            raise ValueError(
+                f"max_length {self.max_length} is too short for the end of the template and a token of the response; "
+                f"they need {needed} tokens"
+            )
+
+    def auto_class(self) -> type[Any]:
+        return AutoModelForCausalLM
+
+    def model_kwargs(self) -> dict[str, Any]:
+        return {}
+
+    def prepare(self, dataset: datasets.Dataset) -> datasets.Dataset:
+        """Rows of `input_ids` (prompt, response, end of sequence) and `num_answer_tokens` (the last two's)."""
+        check_text_columns(dataset, [*self.template.columns, self.template.answer])
+        return map_rows(dataset, self._make_rows, self.max_length)
+
+    def _make_rows(self, batch: Columns, indices: list[int]) -> Columns:
+        check_texts(batch, self.template.columns, indices)
+        check_texts(batch, [self.template.answer], indices)
+        start = leading_special_tokens(self.tokenizer)
+        room = self.max_length - len(start)
+        num_cue_tokens = self._num_cue_tokens()
+        responses = [[response] for response in batch[self.template.answer]]
+        columns: Columns = {"input_ids": [], "num_answer_tokens": [], "truncated": []}
+        tokenized = tokenize_continuations(self.tokenizer, self.template.prompts(batch), responses)
+        for row, (prompt, (response,)) in zip(indices, tokenized, strict=True):
+            answer = [*response, self.tokenizer.eos_token_id]
+            columns["truncated"].append(len(prompt) + len(answer) > room)
+            if len(answer) > room - min(num_cue_tokens, len(prompt)):
+                answer = answer[: room - min(max(num_cue_tokens, room // 2), len(prompt))]
+            columns["input_ids"].append(fit_prompt(start, prompt, room - len(answer), row) + answer)
+            columns["num_answer_tokens"].append(len(answer))
+        return columns
+
+    def _num_cue_tokens(self) -> int:
+        """The tokens that end every prompt, with one before them that the cue may have merged with."""
+        return num_tokens(self.tokenizer, self.template.cue) + 1
+
+    def collate(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """`input_ids`, `attention_mask` and `labels`, all (B, L)."""
+        return collate_answers(rows, self.tokenizer)
+
+    def collate_eval(self, rows: Sequence[Row]) -> tuple[dict[str, Tensor], Tensor]:
+        """(inputs (B, L), the number of answer tokens (B,))."""
+        inputs = pad_inputs([row["input_ids"] for row in rows], self.tokenizer)
+        return inputs, torch.tensor([row["num_answer_tokens"] for row in rows])
+
+    def measure(self, outputs: Any, inputs: dict[str, Tensor], targets: Tensor) -> dict[str, tuple[float, float]]:
+        """Negative log-likelihood per answer token and share of answer tokens predicted, as means over an example."""
+        labels = answer_labels(inputs, targets)
+        log_likelihood, counts = sequence_log_likelihood(outputs["logits"], labels)
+        num_correct = (outputs["logits"][:, :-1].argmax(-1) == labels[:, 1:]).sum(1)
+        return {
+            "loss": (-(log_likelihood / counts).sum().item(), len(counts)),
+            "accuracy": ((num_correct / counts).sum().item(), len(counts)),
+        }

@@ -1,0 +1,110 @@
+"""Classification by a language model: the label's word follows a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import datasets
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from zods.objectives import sequence_log_likelihood
+from zods.tasks.labels import Labels
+from zods.tasks.prompts import (
+    Template,
+    answer_labels,
+    collate_answers,
+    fit_prompt,
+    leading_special_tokens,
+    num_tokens,
+    tokenize_continuations,
+)
+from zods.tasks.task import Columns, Row, check_columns, check_text_columns, check_texts, map_rows, pad_inputs
+
+
+@dataclass(frozen=True)
+class Prompted:
+    """Train by cross entropy on the right word's tokens; predict the word of the highest mean log-probability.
+
+    A prompt that is too long loses tokens on its left, after the tokenizer's leading special token: its end, with the
+    cue before the label, stays.
+    """
+
+    name: ClassVar[str] = "prompted"
+    tokenizer: PreTrainedTokenizerBase
+    template: Template
+    labels: Labels
+    max_length: int
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for words without tokens or with the same tokens, or a max_length below cue and word."""
+        _, words = tokenize_continuations(self.tokenizer, ["a" + self.template.cue], [self.labels.names])[0]
+        seen: dict[tuple[int, ...], str] = {}
+        for name, tokens in zip(self.labels.names, words, strict=True):
+            if not name.strip() or not tokens:
+                raise ValueError(f"label word {name!r} has no tokens; give each label a word by label_words")
+            if tuple(tokens) in seen:
+                raise ValueError(f"label words {seen[tuple(tokens)]!r} and {name!r} have the same tokens {tokens}")
+            seen[tuple(tokens)] = name
+        needed = len(leading_special_tokens(self.tokenizer)) + num_tokens(self.tokenizer, self.template.cue) + 1
+        needed += max(map(len, words))
+        if self.max_length < needed:
+            raise ValueError(
+                f"max_length {self.max_length} is too short for the end of the template and the longest label word; "
+                f"they need {needed} tokens"
+            )
+
+    def auto_class(self) -> type[Any]:
+        return AutoModelForCausalLM
+
+    def model_kwargs(self) -> dict[str, Any]:
+        return {}
+
+    def prepare(self, dataset: datasets.Dataset) -> datasets.Dataset:
+        """Rows of `prompt` (token ids), `words` (the token ids of each label's word) and `answer` (the label's id)."""
+        check_text_columns(dataset, self.template.columns)
+        check_columns(dataset, [self.labels.column])
+        return map_rows(dataset, self._make_rows, self.max_length)
+
+    def _make_rows(self, batch: Columns, indices: list[int]) -> Columns:
+        check_texts(batch, self.template.columns, indices)
+        start = leading_special_tokens(self.tokenizer)
+        texts = self.template.prompts(batch)
+        columns: Columns = {"prompt": [], "words": [], "truncated": []}
+        tokenized = tokenize_continuations(self.tokenizer, texts, [self.labels.names] * len(texts))
+        for row, (prompt, words) in zip(indices, tokenized, strict=True):
+            room = self.max_length - len(start) - max(map(len, words))
+            columns["prompt"].append(fit_prompt(start, prompt, room, row))
+            columns["words"].append(words)
+            columns["truncated"].append(len(prompt) > room)
+        return {**columns, "answer": self.labels.ids(batch[self.labels.column], indices)}
+
+    def collate(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """`input_ids`, `attention_mask` and `labels`, all (B, L): prompt and right word, which alone is labelled."""
+        words = [row["words"][row["answer"]] for row in rows]
+        answers = [
+            {"input_ids": row["prompt"] + word, "num_answer_tokens": len(word)}
+            for row, word in zip(rows, words, strict=True)
+        ]
+        return collate_answers(answers, self.tokenizer)
+
+    def collate_eval(self, rows: Sequence[Row]) -> tuple[dict[str, Tensor], Tensor]:
+        """(inputs (B W, L): each row with each of the W words, row by row; targets (B, 1 + W)).
+
+        The targets are the right word's number, and the number of tokens of each word.
+        """
+        inputs = pad_inputs([row["prompt"] + word for row in rows for word in row["words"]], self.tokenizer)
+        return inputs, torch.tensor([[row["answer"], *map(len, row["words"])] for row in rows])
+
+    def measure(self, outputs: Any, inputs: dict[str, Tensor], targets: Tensor) -> dict[str, tuple[float, float]]:
+        """Mean negative log-likelihood per token of the right word; accuracy of the best word."""
+        answers, num_word_tokens = targets[:, 0], targets[:, 1:]
+        labels = answer_labels(inputs, num_word_tokens.flatten())
+        log_likelihood, counts = sequence_log_likelihood(outputs["logits"], labels)
+        scores = (log_likelihood / counts).view(num_word_tokens.shape)  # (B, W)
+        loss = -scores.gather(1, answers[:, None]).sum()
+        num_correct = (scores.argmax(1) == answers).sum()
+        return {"loss": (loss.item(), len(answers)), "accuracy": (float(num_correct), len(answers))}

@@ -1,0 +1,133 @@
+"""Templates, and the tokens of a prompt and of what may follow it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from string import Formatter
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from zods.objectives import IGNORE_INDEX
+from zods.tasks.task import Columns, Row, pad_inputs
+
+
+@dataclass(frozen=True)
+class Template:
+    """A prompt with fields, and last the field of the answer: "{text}\\nArea: {label}".
+
+    Attributes:
+        pieces: (literal text, the field that follows it), in order, without the answer.
+        cue: the literal text between the last of these fields and the answer.
+        answer: the answer's field.
+    """
+
+    pieces: tuple[tuple[str, str], ...]
+    cue: str
+    answer: str
+
+    @classmethod
+    def parse(cls, text: str) -> Template:
+        """Read a template in the format of `str.format`, with plain field names only; {{ and }} are braces.
+
+        Raises:
+            ValueError: unbalanced braces, a field that is no plain name, text after the last field, an answer that is
+                also a field of the prompt, or no field before it.
+        """
+        try:
+            parsed = list(Formatter().parse(text))
+        except ValueError as error:
+            raise ValueError(f"template {text!r}: {error}; write {{{{ and }}}} for braces") from None
+        pieces: list[tuple[str, str]] = []
+        literal = ""
+        for before, field, spec, conversion in parsed:
+            literal += before
+            if field is None:
+                continue
+            if not field or spec or conversion:
+                raise ValueError(f"template {text!r}: a field is a column's name in braces, without '!' or ':'")
+            pieces.append((literal, field))
+            literal = ""
+        if literal or len(pieces) < 2:
+            raise ValueError(
+                f"template {text!r} must have a field for the text, and end with the field of the answer; "
+                f"it has the fields {', '.join(field for _, field in pieces) or '(none)'} and ends with {text[-20:]!r}"
+            )
+        *prompt, (cue, answer) = pieces
+        if answer in [field for _, field in prompt]:
+            raise ValueError(f"template {text!r}: the answer {{{answer}}} must stand only once, at the end")
+        return cls(tuple(prompt), cue, answer)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The prompt's columns, each once."""
+        return tuple(dict.fromkeys(field for _, field in self.pieces))
+
+    def prompts(self, batch: Columns) -> list[str]:
+        """Each row's text up to the answer."""
+        num_rows = len(batch[self.columns[0]])
+        return [
+            "".join(literal + batch[field][row] for literal, field in self.pieces) + self.cue for row in range(num_rows)
+        ]
+
+
+def tokenize_continuations(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], continuations: Sequence[Sequence[str]]
+) -> list[tuple[list[int], list[list[int]]]]:
+    """Per prompt, its tokens and those of each continuation, without special tokens.
+
+    A continuation's tokens are those it has after this prompt, not alone: prompt and continuation are tokenised as one
+    text, and the cut is where the tokens of the prompt alone and of all its continuations first differ. So where a
+    tokenizer merges the end of the prompt with the start of a continuation (as most do with a space and a word), the
+    cut is before the merged token, and for all of them.
+    """
+    texts = []
+    for prompt, group in zip(prompts, continuations, strict=True):
+        texts += [prompt, *(prompt + continuation for continuation in group)]
+    ids = iter(tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"])
+    result = []
+    for group in continuations:
+        alone, together = next(ids), [next(ids) for _ in group]
+        columns = enumerate(zip(alone, *together, strict=False))
+        cut = next((i for i, column in columns if len(set(column)) > 1), min(map(len, [alone, *together])))
+        result.append((alone[:cut], [tokens[cut:] for tokens in together]))
+    return result
+
+
+def leading_special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer puts before every text: a beginning-of-sequence token, or nothing."""
+    encoded = tokenizer("a", return_special_tokens_mask=True)
+    num_leading = (*encoded["special_tokens_mask"], 0).index(0)
+    return encoded["input_ids"][:num_leading]
+
+
+def fit_prompt(start: list[int], prompt: list[int], room: int, row: int) -> list[int]:
+    """`start` and the last `room` tokens of a prompt.
+
+    Raises:
+        ValueError: there is no room, or nothing to predict the answer's first token from.
+    """
+    if room < 1 or not start + prompt:
+        raise ValueError(f"row {row}: no token is left before the answer; lengthen the prompt or raise max_length")
+    return start + prompt[-room:]
+
+
+def num_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
+    """The number of a text's own tokens."""
+    return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def collate_answers(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
+    """A causal LM's training batch of rows with `input_ids` and `num_answer_tokens`: only the answers are labelled."""
+    inputs = pad_inputs([row["input_ids"] for row in rows], tokenizer)
+    return {**inputs, "labels": answer_labels(inputs, torch.tensor([row["num_answer_tokens"] for row in rows]))}
+
+
+def answer_labels(inputs: dict[str, Tensor], num_answer_tokens: Tensor) -> Tensor:
+    """The labels (B, L) that score the last `num_answer_tokens` (B,) tokens of each right-padded row."""
+    ends = inputs["attention_mask"].sum(1, keepdim=True)  # (B, 1)
+    positions = torch.arange(inputs["input_ids"].shape[1], device=ends.device)
+    is_answer = (positions < ends) & (positions >= ends - num_answer_tokens[:, None])
+    return inputs["input_ids"].where(is_answer, IGNORE_INDEX)

@@ -1,0 +1,47 @@
+"""The trajectory log: what was applied at each step, one checksummed JSON line per update, appended.
+
+Base weights and this list of terms are the fine-tuned weights.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from zods.estimators import Update
+
+
+class TrajectoryLog:
+    """Appends records to a file; a record is on its way to the disk when `append` returns."""
+
+    def __init__(self, path: str | Path) -> None:
+        self._file = open(path, "a", encoding="ascii")  # noqa: SIM115 (open as long as the run)
+
+    def append(self, kind: str, step: int, update: Update, losses: Sequence[float], lr: float) -> None:
+        """kind: "step" or "anchor". losses: at the points evaluated, as reduced over the ranks."""
+        record = {
+            "kind": kind,
+            "step": step,
+            "terms": [list(t) for t in update.terms],
+            "decay": update.decay,
+            "anchor_grad": update.anchor_grad_coefficient,
+            "rounding_seed": update.rounding_seed,
+            "losses": list(losses),
+            "lr": lr,
+        }
+        text = json.dumps(record, separators=(",", ":"))
+        self._file.write(f"{zlib.crc32(text.encode()):08x} {text}\n")
+        self._file.flush()
+
+
+def read_log(path: str | Path) -> Iterator[dict[str, Any]]:
+    """The records of a log in order. Raises ValueError with the line's number where one is damaged or torn."""
+    with open(path, encoding="ascii", errors="replace") as file:
+        for number, line in enumerate(file, start=1):
+            checksum, _, text = line.rstrip("\n").partition(" ")
+            if not line.endswith("\n") or checksum != f"{zlib.crc32(text.encode()):08x}":
+                raise ValueError(f"{path}, line {number}: damaged or torn record. The records before it are intact.")
+            yield json.loads(text)
