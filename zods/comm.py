@@ -78,13 +78,14 @@ class Communicator:
         except (ValueError, OSError) as error:
             failure = error
         failures: list[Any] = [None] * self.world_size
-        dist.all_gather_object(failures, None if failure is None else (type(failure).__name__, str(failure)))
-        for rank, found in enumerate(failures):
-            if found is not None:
-                if failure is not None and rank == self.rank:
-                    raise failure
-                kind = ValueError if found[0] == "ValueError" else OSError
-                raise kind(f"rank {rank}: {found[1]}" if self.world_size > 1 else found[1]) from failure
+        dist.all_gather_object(failures, None if failure is None else (isinstance(failure, OSError), str(failure)))
+        failing = [rank for rank, found in enumerate(failures) if found is not None]
+        if failing:
+            is_os_error, text = failures[failing[0]]
+            where = "" if failures.count(failures[failing[0]]) == self.world_size else f"rank {failing[0]}: "
+            raise (OSError if is_os_error else ValueError)(where + text) from failure
 
-    def barrier(self) -> None:
+    def shutdown(self) -> None:
+        """Leave the process group, all ranks together: a rank that exits while others still communicate aborts them."""
         dist.barrier()
+        dist.destroy_process_group()

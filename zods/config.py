@@ -112,7 +112,10 @@ def _checked(path: str, key: str, annotation: str, value: Any) -> float | str | 
         raise ValueError(f'{path}: "auto" is not resolved for this key; give a value or leave it out for the default.')
     kind = annotation.split(" ")[0]
     if kind == "float" and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        try:
+            value = float(value)
+        except OverflowError:
+            raise ValueError(f"{path}: found a number of {len(str(value))} digits, expected {kind}.") from None
     if type(value).__name__ != kind:
         raise ValueError(f"{path}: found {value!r} ({type(value).__name__}), expected {kind}.")
     if key in _CHOICES and value not in _CHOICES[key]:
@@ -218,7 +221,7 @@ def load_json(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
 
     try:
         loaded = hjson.loads(path.read_text(encoding="utf-8"), object_pairs_hook=no_duplicates)
-    except (hjson.HjsonDecodeError, UnicodeDecodeError) as error:
+    except (hjson.HjsonDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"configuration file {path}: not valid JSON: {error}") from error
     if not isinstance(loaded, dict):
         raise ValueError(f"configuration file {path}: expected {{...}}, found {type(loaded).__name__}.")
@@ -254,6 +257,14 @@ def _refuse_unsupported(ds: dict[str, Any]) -> None:
         section = ds.get(key)
         return isinstance(section, dict) and section.get("enabled", False) is not False
 
+    zero = ds.get("zero_optimization", {})
+    sections: dict[str, Any] = {key: ds[key] for key in ("bf16", "fp16", "torch_autocast", "zero_optimization") if key in ds}
+    if isinstance(zero, Mapping):
+        offloads = ("offload_param", "offload_optimizer")
+        sections |= {f"zero_optimization.{key}": zero[key] for key in offloads if key in zero}
+    for name, value in sections.items():
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{name}: found {value!r}, expected a section {{...}}.")
     if "optimizer" in ds:
         raise ValueError(
             f'optimizer: found beside "{SECTION}". A zeroth-order step has no optimizer states: remove the section and '
@@ -261,6 +272,9 @@ def _refuse_unsupported(ds: dict[str, Any]) -> None:
         )
     if enabled("fp16"):
         raise ValueError('fp16.enabled: not supported. Use "bf16": {"enabled": true}, or fp32.')
+    for key, instead in (("bfloat16", "bf16"), ("amp", "bf16")):
+        if key in ds:
+            raise ValueError(f'{key}: not supported; use "{instead}".')
     if enabled("torch_autocast"):
         raise ValueError('torch_autocast.enabled: not supported. Use "bf16": {"enabled": true}, or fp32.')
     if ds.get("gradient_clipping", 0) not in (0, 0.0):
@@ -270,9 +284,8 @@ def _refuse_unsupported(ds: dict[str, Any]) -> None:
     for key in ("tensor_parallel", "pipeline", "sequence_parallel_size"):
         if ds.get(key) not in (None, {}, 1):
             raise ValueError(f"{key}: not supported; parameters are sharded by ZeRO-3 alone. Remove it.")
-    zero = ds.get("zero_optimization", {})
     stage = zero.get("stage", 0)
-    if stage not in (0, 3):
+    if type(stage) is not int or stage not in (0, 3):
         raise ValueError(
             f"zero_optimization.stage: found {stage!r}, allowed are 0 (replicated) and 3 (sharded). Stages 1 and 2 shard "
             "optimizer states and gradients, and a zeroth-order step has neither."
@@ -293,6 +306,9 @@ def _refuse_unsupported(ds: dict[str, Any]) -> None:
                 f"zero_optimization.{key}: not supported: forwards would read a second copy of the shards that a step "
                 "does not update. Remove it."
             )
+    for key in ("cpu_offload", "cpu_offload_param", "cpu_offload_params"):
+        if zero.get(key, False):
+            raise ValueError(f'zero_optimization.{key}: not supported; use "offload_param": {{"device": "cpu"}}.')
     for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights"):
         if zero.get(key, False):
             raise ValueError(f"zero_optimization.{key}: not supported: losses at quantised points differ. Remove it.")
@@ -302,6 +318,8 @@ def _resolved_scheduler(scheduler: Any, section: ZerothOrderConfig) -> dict[str,
     """The section "scheduler" with the "auto" values that follow from `lr` resolved."""
     if not isinstance(scheduler, dict) or not isinstance(scheduler.get("type"), str):
         raise ValueError(f'scheduler: found {scheduler!r}, expected {{"type": NAME, "params": {{...}}}}.')
+    if not isinstance(scheduler.get("params", {}), Mapping):
+        raise ValueError(f"scheduler.params: found {scheduler['params']!r}, expected a section {{...}}.")
     known = {"warmup_max_lr": section.lr, "warmup_min_lr": 0.0}
     params = {k: known[k] if v == "auto" and k in known else v for k, v in scheduler.get("params", {}).items()}
     _refuse_auto(params, "scheduler.params.")
@@ -329,7 +347,7 @@ def _resolve_batch(ds: dict[str, Any], world_size: int) -> None:
         micro = batch // (accumulation * world_size)
     elif accumulation is None:
         accumulation = batch // (micro * world_size)
-    if batch != micro * accumulation * world_size or micro == 0:
+    if batch != micro * accumulation * world_size:
         raise ValueError(
             f"train_batch_size: found {batch}, but train_micro_batch_size_per_gpu ({micro}) x "
             f"gradient_accumulation_steps ({accumulation}) x ranks ({world_size}) = "

@@ -76,7 +76,9 @@ class TrainingLoader:
         if self.position == len(self):
             self.epoch, self.position = self.epoch + 1, 0
         batches = self._epoch_batches()[self.position :]
-        for batch in DataLoader(self.dataset, batch_sampler=batches, collate_fn=self.collate_fn):
+        for batch in DataLoader(
+            self.dataset, batch_sampler=batches, collate_fn=self.collate_fn, generator=torch.Generator()
+        ):
             self.position += 1
             yield batch
 
@@ -127,6 +129,6 @@ class WholePass:
             else list(range(min(self.micro_batch, size)))
             for start in starts
         ]
-        loader = DataLoader(self.dataset, batch_sampler=chunks, collate_fn=self.collate_fn)
+        loader = DataLoader(self.dataset, batch_sampler=chunks, collate_fn=self.collate_fn, generator=torch.Generator())
         for start, batch in zip(starts, loader, strict=True):
             yield batch, start < size

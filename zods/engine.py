@@ -17,18 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from zods import checkpoint, estimators
 from zods.anchor import Anchor
 from zods.comm import Communicator
 from zods.config import RunConfig
-from zods.data import TrainingLoader, WholePass
+from zods.data import TrainingLoader
 from zods.directions import derive_seed
 from zods.estimators import Annealing, Term, Update
-from zods.objectives import batch_loss, num_examples
+from zods.evaluation import Evaluator
 from zods.sharding import ShardedParameters, Slice, release_gathered
-from zods.streams import PerturbedForward, Point
+from zods.streams import Point
 from zods.trajectory import TrajectoryLog
 
 logger = logging.getLogger(__name__)
@@ -36,7 +35,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one step did. loss: mean of the losses at theta +- eps z, over the global batch. seconds: of the whole step."""
+    """What one step did.
+
+    loss: mean of the losses at theta +- eps z, over the global batch. projected_grad: mean over the directions.
+    scalar_bytes: sent by this rank. seconds: with the refresh of the anchor, where the step began with one.
+    """
 
     step: int
     loss: float
@@ -102,16 +105,21 @@ class ZerothOrderEngine:
         self.anchor_step: int | None = None  # the step of the last refresh
         self.annealing = Annealing()
         self.digest = hashlib.sha256(b"zods").digest()  # of everything applied so far
-        self._forward_at = PerturbedForward(self.module, parameters.slices, self._zo.direction)
+        self._evaluator = Evaluator(
+            deepspeed_engine,
+            comm,
+            parameters,
+            distribution=self._zo.direction,
+            micro_batch=self.train_micro_batch_size_per_gpu(),
+        )
         self._own_batches: Iterator[Any] | None = None
         self._bytes_before = 0
-        self._checked_model = False
         self._nonfinite_in_a_row = 0
         self._points: list[Point] = []
         self._sums: list[torch.Tensor] = []  # per micro-batch: a loss sum per point, then the number of examples
         self._last_loss: torch.Tensor | None = None
         self._reduced: list[float] = []
-        self._step_began = time.perf_counter()
+        self._step_began = 0.0
         deepspeed_engine.eval()
 
     # --- the face of DeepSpeed's engine -----------------------------------------------------------------------------
@@ -171,21 +179,19 @@ class ZerothOrderEngine:
         Takes what the model's forward takes, or one dict of it. The micro-batches of one step share the directions; a
         refresh of the anchor that is due comes before the first. Raises ValueError where the model gives no loss.
         """
-        batch = self._to_device(inputs[0] if len(inputs) == 1 and not kwargs else (inputs or kwargs))
+        batch = self._evaluator.to_device(inputs[0] if len(inputs) == 1 and not kwargs else (inputs or kwargs))
         if not self.training:
-            return self._outputs(batch)
-        if not self._checked_model:
-            self._check_model(batch)
+            return self._evaluator.outputs(batch)
         if not self._sums:
             self._begin_step()
-        size = num_examples(batch)
-        losses = torch.stack([self._loss_at(point, batch) for point in self._points])
-        self._sums.append(torch.cat([losses * size, losses.new_tensor([size])]))
-        self._last_loss = losses[: 2 * self._zo.num_directions].mean().float()
+        sums = self._evaluator.loss_sums(self._points, batch)
+        self._sums.append(sums)
+        self._last_loss = (sums[: 2 * self._zo.num_directions].mean() / sums[-1]).float()
         return self._last_loss
 
     def _begin_step(self) -> None:
         """Refresh the anchor where it is due, and choose the step's points: pairs at theta, then at the anchor."""
+        self._step_began, self._bytes_before = time.perf_counter(), self.comm.scalar_bytes
         zo, step = self._zo, self.global_steps
         if self.anchor is not None and (self.anchor_step is None or step - self.anchor_step >= zo.anchor_interval):
             self.refresh_anchor()
@@ -200,32 +206,6 @@ class ZerothOrderEngine:
     def _pairs(self, seeds: Sequence[int], **source: Any) -> list[Point]:
         eps = self._zo.eps
         return [Point(seed, sign * eps, **source) for seed in seeds for sign in (1, -1)]
-
-    def _loss_at(self, point: Point | None, batch: Any) -> torch.Tensor:
-        with self._forward_at.at(point):
-            return batch_loss(self._outputs(batch), batch).double()
-
-    def _outputs(self, batch: Any) -> Any:
-        if isinstance(batch, dict):
-            return self.deepspeed(**batch)
-        return self.deepspeed(*batch) if isinstance(batch, (tuple, list)) else self.deepspeed(batch)
-
-    def _to_device(self, batch: Any) -> Any:
-        if isinstance(batch, torch.Tensor):
-            return batch.to(self.device, non_blocking=True)
-        if isinstance(batch, (tuple, list)):
-            return type(batch)(self._to_device(item) for item in batch)
-        if hasattr(batch, "items"):
-            return {key: self._to_device(value) for key, value in batch.items()}
-        return batch
-
-    def _check_model(self, batch: Any) -> None:
-        """One forward at the parameters: does the model give a loss, and which modules run?"""
-        with self._forward_at.observing():
-            outputs = self._outputs(batch)
-        batch_loss(outputs, batch)
-        num_examples(batch)
-        self._checked_model = True
 
     # --- phase 2: reduce the scalars --------------------------------------------------------------------------------
 
@@ -263,12 +243,10 @@ class ZerothOrderEngine:
         update, projected_grad = self._combine(losses) if finite else (Update(()), math.nan)
         if finite:
             self._apply(update)
-            self._nonfinite_in_a_row = 0
-        else:
-            self._skip(losses)
         loss = sum(losses[: 2 * self._zo.num_directions]) / (2 * self._zo.num_directions)
         self._log(update, losses, loss, projected_grad, skipped=not finite)
         self._sums, self._reduced, self._last_loss = [], [], None
+        self._count_skipped(losses, finite)
 
     def _combine(self, losses: Sequence[float]) -> tuple[Update, float]:
         """The update of this step, and the mean projected gradient at the parameters, from the losses at the points."""
@@ -322,7 +300,10 @@ class ZerothOrderEngine:
             self.digest + struct.pack(f"<{len(numbers)}d{len(seeds)}Q", *numbers, *seeds)
         ).digest()
 
-    def _skip(self, losses: Sequence[float]) -> None:
+    def _count_skipped(self, losses: Sequence[float], finite: bool) -> None:
+        if finite:
+            self._nonfinite_in_a_row = 0
+            return
         self.skipped_steps += 1
         self._nonfinite_in_a_row += 1
         logger.warning("step %d skipped: losses %s are not all finite", self.global_steps, losses)
@@ -350,10 +331,9 @@ class ZerothOrderEngine:
             self.annealing = estimators.end_epoch(self.annealing, alpha=anneal.alpha, threshold=anneal.threshold)
         if self.global_steps % self._zo.agreement_interval == 0:
             self.comm.check_agreement(self.digest, f"what was applied up to step {self.global_steps}")
-        now = time.perf_counter()
+        seconds = time.perf_counter() - self._step_began
         sent = self.comm.scalar_bytes - self._bytes_before
-        self.last_step = StepReport(self.global_steps, loss, projected_grad, lr, sent, now - self._step_began, skipped)
-        self._step_began, self._bytes_before = now, self.comm.scalar_bytes
+        self.last_step = StepReport(self.global_steps, loss, projected_grad, lr, sent, seconds, skipped)
         if self.monitor.enabled:
             events = {"loss": loss, "lr": lr, "projected_grad": projected_grad}
             self.monitor.write_events([(f"Train/Samples/{k}", v, self.global_samples) for k, v in events.items()])
@@ -364,14 +344,16 @@ class ZerothOrderEngine:
     def refresh_anchor(self) -> None:
         """Make the parameters the anchor, estimate the gradient there over the whole training set, and step along it.
 
-        Algorithm 2 of Gautam et al. 2024: the step at a refresh is theta <- theta - anchor_lr * g.
+        The step at a refresh is theta <- theta - anchor_lr * g, as in algorithm 2 of Gautam et al. 2024. There it takes
+        the place of a mini-batch step; here the mini-batch step that was due follows it.
         """
         assert self.anchor is not None
         assert self.training_dataloader is not None
         zo = self._zo
         self.anchor.set_point()
         seeds = self._seeds("anchor", zo.anchor_directions)
-        losses = self._whole_set_losses(self._pairs(seeds))
+        loader, title = self.training_dataloader, f"anchor at step {self.global_steps}"
+        losses = self._evaluator.whole_set_losses(self._pairs(seeds), loader.dataset, loader.collate_fn, title)
         if not all(map(math.isfinite, losses)):
             raise RuntimeError(f"anchor refresh at step {self.global_steps}: non-finite loss. Lower eps or lr.")
         coefficients = estimators.projected_grads(losses[0::2], losses[1::2], zo.eps)
@@ -389,26 +371,6 @@ class ZerothOrderEngine:
         self._apply(update)
         if self.trajectory is not None:
             self.trajectory.append("anchor", self.global_steps, update, losses, anchor_lr * scheduled)
-
-    def _whole_set_losses(self, points: Sequence[Point]) -> list[float]:
-        """Mean losses over the whole training set, each micro-batch weighted by its examples."""
-        loader = self.training_dataloader
-        assert loader is not None
-        rounds = self._whole_pass(loader.dataset, loader.collate_fn)
-        sums = torch.zeros(len(points) + 1, dtype=torch.float64, device=self.device)
-        progress = tqdm(rounds, desc=f"anchor at step {self.global_steps}", leave=False, disable=self.comm.rank != 0)
-        for raw, counted in progress:
-            batch = self._to_device(raw)
-            losses = torch.stack([self._loss_at(point, batch) for point in points])
-            if counted:
-                size = num_examples(batch)
-                sums += torch.cat([losses * size, losses.new_tensor([size])])
-        *totals, count = self.comm.sum_over_ranks(sums.tolist())
-        return [total / count for total in totals]
-
-    def _whole_pass(self, dataset: Any, collate_fn: Callable | None) -> WholePass:
-        micro = self.train_micro_batch_size_per_gpu()
-        return WholePass(dataset, micro, self.comm.rank, self.comm.world_size, collate_fn)
 
     # --- save, load, export (see `zods.checkpoint`) -------------------------------------------------------------------
 
@@ -448,14 +410,7 @@ class ZerothOrderEngine:
     @torch.no_grad()
     def eval_batch(self, data_iter: Iterator[Any]) -> float:
         """Mean loss at the parameters over `gradient_accumulation_steps` micro-batches of all ranks."""
-        sums = [0.0, 0.0]
-        for _ in range(self.gradient_accumulation_steps()):
-            batch = self._to_device(next(data_iter))
-            size = num_examples(batch)
-            sums[0] += self._loss_at(None, batch).item() * size
-            sums[1] += size
-        total, count = self.comm.sum_over_ranks(sums)
-        return total / count
+        return self._evaluator.mean_loss(next(data_iter) for _ in range(self.gradient_accumulation_steps()))
 
     @torch.no_grad()
     def evaluate(
@@ -468,14 +423,4 @@ class ZerothOrderEngine:
 
         collate_fn: rows -> (model inputs, targets). measure: (outputs, inputs, targets) -> name: (sum, count).
         """
-        totals: dict[str, list[float]] = {}
-        for (inputs, targets), counted in self._whole_pass(dataset, collate_fn):
-            inputs, targets = self._to_device(inputs), self._to_device(targets)
-            for name, (total, count) in measure(self._outputs(inputs), inputs, targets).items():
-                sums = totals.setdefault(name, [0.0, 0.0])
-                if counted:
-                    sums[0] += total
-                    sums[1] += count
-        names = sorted(totals)
-        reduced = self.comm.sum_over_ranks([value for name in names for value in totals[name]])
-        return {name: reduced[2 * i] / reduced[2 * i + 1] for i, name in enumerate(names)}
+        return self._evaluator.measure(dataset, collate_fn, measure)

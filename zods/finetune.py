@@ -8,7 +8,6 @@ import os
 import resource
 import statistics
 import sys
-import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,11 +46,10 @@ def main() -> None:
 
 def finetune(arguments: argparse.Namespace) -> None:
     """One run: check the input, load, evaluate, train with evaluations and checkpoints, evaluate, report."""
-    config = merged_config(arguments)
     deepspeed.init_distributed(get_accelerator().communication_backend_name(), verbose=False)
     comm = Communicator(torch.device(get_accelerator().current_device_name()))
-    run = read_config(config, comm.world_size)
     with comm.same_on_all_ranks():
+        run = read_config(merged_config(arguments), comm.world_size)
         check_folders(run)
         folder = RunFolder(arguments.output_dir, rank=comm.rank, resume=arguments.resume is not None)
         tokenizer = transformers.AutoTokenizer.from_pretrained(
@@ -84,8 +82,7 @@ def finetune(arguments: argparse.Namespace) -> None:
         print(table(summary))
         if arguments.plot:
             print(f"curves: {plot_curves(folder.path)}")
-    comm.barrier()
-    torch.distributed.destroy_process_group()
+    comm.shutdown()
 
 
 def prepare_data(
@@ -161,11 +158,11 @@ def train_steps(
     trained = Trained()
     progress = tqdm(total=last, initial=engine.global_steps, desc="steps", disable=engine.global_rank != 0)
     while engine.global_steps < last:
-        began, gathered = time.perf_counter(), _logged_bytes()
+        gathered = _logged_bytes()
         engine.train_batch()
         report = engine.last_step
         assert report is not None
-        trained.seconds.append(time.perf_counter() - began)
+        trained.seconds.append(report.seconds)
         trained.scalar_bytes += report.scalar_bytes
         trained.zero3_bytes += _logged_bytes() - gathered
         folder.record(
@@ -174,12 +171,12 @@ def train_steps(
             loss=report.loss,
             projected_grad=report.projected_grad,
             lr=report.lr,
-            seconds=trained.seconds[-1],
+            seconds=report.seconds,
             scalar_bytes=report.scalar_bytes,
             skipped=report.skipped,
         )
         progress.set_postfix_str(
-            f"loss {report.loss:.4f}, projected_grad {report.projected_grad:+.2e}, {trained.seconds[-1]:.3f} s/step"
+            f"loss {report.loss:.4f}, projected_grad {report.projected_grad:+.2e}, {report.seconds:.3f} s/step"
         )
         progress.update()
         if arguments.eval_interval and engine.global_steps % arguments.eval_interval == 0 and report.step < last:

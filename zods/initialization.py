@@ -69,8 +69,8 @@ def initialize(
         dist_init_required=dist_init_required,
     )
     comm = Communicator(torch.device(get_accelerator().current_device_name()))
-    run = read_config(source, comm.world_size)
     with comm.same_on_all_ranks():
+        run = read_config(source, comm.world_size)
         check_folders(run)
         loader = _training_loader(run, comm, training_data, collate_fn)
     resolve_model_auto(run.deepspeed, getattr(getattr(model, "config", None), "hidden_size", None))

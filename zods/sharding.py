@@ -80,7 +80,6 @@ class ShardedParameters:
         if odd:
             raise ValueError(f"model: trainable parameters must be float32 or bfloat16; found {', '.join(odd[:3])}.")
         self.numel = sum(s.whole_numel for s in self.slices)
-        self.num_parameters_total = len(named)
 
     @staticmethod
     def _slice(name: str, ordinal: int, param: torch.nn.Parameter, rank: int, world_size: int) -> Slice:
@@ -107,21 +106,16 @@ class ShardedParameters:
         Slices on NVMe are read one ahead and, with `write`, written back behind; otherwise changes to them are lost.
         The gathered copies of the parameters must have been released before (`release_gathered`).
         """
-        pending = iter(self.slices)
-        following = next(pending, None)
-        if following is not None:
-            _begin_load(following)
-        while following is not None:
-            current, following = following, next(pending, None)
-            _finish_load(current)
-            if following is not None:
+        for piece, following in zip(self.slices, [*self.slices[1:], None], strict=True):
+            _begin_load(piece)
+            _finish_load(piece)
+            if following is not None and _on_nvme(following) and _swapper(following).available_swap_in_buffers():
                 _begin_load(following)
-            yield current, _local(current)
-            _store(current, write)
-        for piece in self.slices:
-            if _on_nvme(piece):
-                _swapper(piece).synchronize_writes()
-                break
+            yield piece, _local(piece)
+            _store(piece, write)
+        on_nvme = [piece for piece in self.slices if _on_nvme(piece)]
+        if on_nvme:
+            _swapper(on_nvme[0]).synchronize_writes()
 
     @torch.no_grad()
     def apply_(
@@ -160,11 +154,6 @@ def is_sharded(param: torch.nn.Parameter) -> bool:
     return hasattr(param, "ds_tensor")
 
 
-def is_gathered(piece: Slice) -> bool:
-    """Whether the whole parameter is at hand in `param.data`, as it is while a module that uses it runs."""
-    return piece.param.data.numel() == piece.whole_numel
-
-
 @contextmanager
 def gathered(params: Sequence[torch.nn.Parameter]) -> Iterator[None]:
     """The whole of `params` in their `.data`, for reading."""
@@ -188,6 +177,7 @@ def _swapper(piece: Slice) -> Any:
 
 
 def _begin_load(piece: Slice) -> None:
+    """Start to read a slice from NVMe, unless that is under way; waits for writes where their buffer is needed."""
     if _on_nvme(piece) and piece.param.ds_tensor.status is PartitionedParamStatus.NOT_AVAILABLE:
         if _swapper(piece).available_swap_in_buffers() == 0:
             _swapper(piece).synchronize_writes()

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from zods.kernels import combine_
 
@@ -53,6 +55,27 @@ class Point:
     source: Callable[[Any, torch.Tensor], Source] = field(default=at_parameters)
 
 
+class _Reads(TorchFunctionMode):
+    """Notes parameters that a module uses while no module that owns them runs."""
+
+    def __init__(self, forward_at: PerturbedForward) -> None:
+        super().__init__()
+        self._forward_at = forward_at
+        self.found: list[tuple[torch.nn.Module, Perturbable]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        at = self._forward_at
+        if at._stack and func.__name__ != "__get__":
+            running = [module for module, _ in at._stack]
+            for leaf in tree_leaves((args, kwargs)):
+                parameter = at._by_id.get(id(leaf))
+                if parameter is None or any(parameter in at._owned[module] for module in running):
+                    continue
+                if (running[-1], parameter) not in self.found:
+                    self.found.append((running[-1], parameter))
+        return func(*args, **(kwargs or {}))
+
+
 class PerturbedForward:
     """Runs a module's forward at given points. Installed once, after DeepSpeed's own hooks."""
 
@@ -62,8 +85,8 @@ class PerturbedForward:
         self._by_id = {id(p.param): p for p in parameters}
         self._point: Point | None = None
         self._live: dict[int, tuple[Perturbable, torch.Tensor]] = {}  # by ordinal: the data a copy stands in for
-        self._stack: list[list[int]] = []  # per running module: the ordinals that it put in place
-        self._owned: dict[torch.nn.Module, list[Perturbable]] = {}
+        self._stack: list[tuple[torch.nn.Module, list[int]]] = []  # running modules, and the ordinals each put in place
+        self._owned: dict[torch.nn.Module, list[Perturbable]] = {}  # what each module puts in place
         self._ran: set[torch.nn.Module] | None = None
         for submodule in module.modules():
             owned = [self._by_id[id(p)] for p in submodule.parameters(recurse=False) if id(p) in self._by_id]
@@ -90,8 +113,15 @@ class PerturbedForward:
         itself) are handed to the nearest module above that does run.
         """
         self._ran = set()
-        yield
-        ran, self._ran = self._ran, None
+        reads = _Reads(self)
+        try:
+            with reads:
+                yield
+        finally:
+            ran, self._ran = self._ran, None
+            self._stack.clear()
+        for submodule, parameter in reads.found:
+            self._owned[submodule] = [*self._owned[submodule], parameter]
         parents = {child: parent for parent in self._module.modules() for child in parent.children()}
         for submodule, owned in list(self._owned.items()):
             above = submodule
@@ -105,6 +135,8 @@ class PerturbedForward:
         if self._ran is not None:
             self._ran.add(submodule)
         if self._point is None:
+            if self._ran is not None:
+                self._stack.append((submodule, []))
             return
         placed = []
         for parameter in self._owned[submodule]:
@@ -114,11 +146,11 @@ class PerturbedForward:
                 self._live[parameter.ordinal] = (parameter, live)
                 parameter.param.data = self._perturbed(parameter, live, self._point)
                 placed.append(parameter.ordinal)
-        self._stack.append(placed)
+        self._stack.append((submodule, placed))
 
-    def _leave(self, _submodule: torch.nn.Module, _inputs: Any, _output: Any) -> None:
-        if self._stack:
-            self._restore(self._stack.pop())
+    def _leave(self, submodule: torch.nn.Module, _inputs: Any, _output: Any) -> None:
+        if self._stack and self._stack[-1][0] is submodule:  # not where a hook before ours raised
+            self._restore(self._stack.pop()[1])
 
     def _restore(self, ordinals: Sequence[int]) -> None:
         for ordinal in ordinals:

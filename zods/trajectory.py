@@ -39,7 +39,7 @@ class TrajectoryLog:
 
 def read_log(path: str | Path) -> Iterator[dict[str, Any]]:
     """The records of a log in order. Raises ValueError with the line's number where one is damaged or torn."""
-    with open(path, encoding="ascii", errors="replace") as file:
+    with open(path, encoding="ascii", errors="replace", newline="\n") as file:
         for number, line in enumerate(file, start=1):
             checksum, _, text = line.rstrip("\n").partition(" ")
             if not line.endswith("\n") or checksum != f"{zlib.crc32(text.encode()):08x}":

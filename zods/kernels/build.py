@@ -32,7 +32,7 @@ SOURCE = Path(__file__).with_name("cpu.cpp")
 # vectorised and change no value. -fopenmp goes to the compiler only, see `link_flags`.
 EXACT_FLAGS = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 COMPILE_FLAGS = ["-O3", "-fopenmp", *EXACT_FLAGS]
-NATIVE_FLAGS = ["-march=native", *(["-mprefer-vector-width=512"] if platform.machine() in ("x86_64", "AMD64") else [])]
+NATIVE_FLAGS = ["-march=native"]
 
 
 def link_flags(compiler_version: str) -> list[str]:

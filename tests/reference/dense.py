@@ -1,0 +1,136 @@
+"""MeZO and MeZO-SVRG, dense and in one process: what the sharded engine is compared with.
+
+Everything is written out on whole parameters: a direction is made in full, a perturbed point is a copy, the anchor is a
+copy, the anchor gradient is a dictionary of tensors. Only the definition of z and of the seeds is taken from zods.
+
+Malladi et al. 2023, arXiv:2305.17333, algorithm 1 (MeZO); Gautam et al. 2024, arXiv:2404.08080, algorithm 2 (MeZO-SVRG).
+As in zods, the step of a refresh, theta <- theta - anchor_lr * g, comes before a mini-batch step, not in its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zods.directions import derive_seed
+from zods.kernels import direction
+
+Parameters = dict[str, Tensor]
+Loss = Callable[[Parameters, Any], float]  # (parameters, batch) -> mean loss over the batch's examples
+
+
+@dataclass
+class DenseReference:
+    """`params`, changed by `step`; every field below it has the meaning of the key of "zeroth_order" of that name.
+
+    params: all named parameters in the order of `named_parameters()`, frozen ones included, in float64 or float32.
+    loss: the mean loss of a batch. whole_set: the batch that is the whole training set (for mezo_svrg).
+    trainable: names of those to train; None trains all.
+    """
+
+    params: Parameters
+    loss: Loss
+    whole_set: Any = None
+    trainable: set[str] | None = None
+    method: str = "mezo_svrg"
+    eps: float = 1e-3
+    lr: float = 1e-6
+    anchor_lr: float | None = None
+    anchor_interval: int = 100
+    num_directions: int = 1
+    anchor_directions: int = 1
+    share_direction: bool = True
+    direction: str = "gaussian"
+    seed: int = 42
+    weight_decay: float = 0.0
+    steps: int = 0
+    anchor: Parameters | None = field(default=None, init=False)
+    anchor_grad: Parameters | None = field(default=None, init=False)
+    losses: list[float] = field(default_factory=list, init=False)  # of the last step, in the order of its points
+    anchor_losses: list[float] = field(default_factory=list, init=False)  # of the last refresh
+
+    def __post_init__(self) -> None:
+        self.params = {name: value.detach().clone() for name, value in self.params.items()}
+
+    def z(self, seed: int) -> Parameters:
+        """The direction of `seed`, whole, for every parameter to train."""
+        return {
+            name: direction(value.numel(), seed=seed, distribution=self.direction, parameter=ordinal, offset=0)
+            .to(value.dtype)
+            .view(value.shape)
+            for ordinal, (name, value) in enumerate(self.params.items())
+            if self.trainable is None or name in self.trainable
+        }
+
+    def projected_grad(self, at: Parameters, seed: int, batch: Any, losses: list[float]) -> float:
+        """(L(at + eps z) - L(at - eps z)) / (2 eps); the two losses are appended to `losses`."""
+        z = self.z(seed)
+        plus = {name: value + self.eps * z[name] if name in z else value for name, value in at.items()}
+        minus = {name: value - self.eps * z[name] if name in z else value for name, value in at.items()}
+        losses += [float(self.loss(plus, batch)), float(self.loss(minus, batch))]
+        return (losses[-2] - losses[-1]) / (2 * self.eps)
+
+    def estimate(self, at: Parameters, seeds: list[int], batch: Any, losses: list[float]) -> Parameters:
+        """The mean over `seeds` of projected_grad * z: the SPSA estimate of the gradient of `batch` at `at`."""
+        total: Parameters = {}
+        for seed in seeds:
+            grad = self.projected_grad(at, seed, batch, losses)
+            for name, z in self.z(seed).items():
+                total[name] = total.get(name, torch.zeros_like(z)) + grad * z / len(seeds)
+        return total
+
+    def seeds(self, purpose: str, number: int) -> list[int]:
+        return [derive_seed(self.seed, purpose, self.steps, k) for k in range(number)]
+
+    def refresh(self) -> None:
+        """Copy the parameters as the anchor, estimate the full-batch gradient there, and step along it."""
+        self.anchor = {name: value.clone() for name, value in self.params.items()}
+        self.anchor_losses = []
+        seeds = self.seeds("anchor", self.anchor_directions)
+        self.anchor_grad = self.estimate(self.anchor, seeds, self.whole_set, self.anchor_losses)
+        anchor_lr = self.lr if self.anchor_lr is None else self.anchor_lr
+        for name, grad in self.anchor_grad.items():
+            self.params[name] = self.params[name] - anchor_lr * grad
+
+    def step(self, batch: Any) -> float:
+        """One step on `batch`, the global batch; returns the mean of the losses at theta +- eps z."""
+        if self.method == "mezo_svrg" and self.steps % self.anchor_interval == 0:
+            self.refresh()
+        self.losses = []
+        seeds = self.seeds("step", self.num_directions)
+        grad = self.estimate(self.params, seeds, batch, self.losses)
+        if self.method == "mezo_svrg":
+            assert self.anchor is not None
+            assert self.anchor_grad is not None
+            anchor_seeds = seeds if self.share_direction else self.seeds("step_anchor", self.num_directions)
+            at_anchor = self.estimate(self.anchor, anchor_seeds, batch, self.losses)
+            grad = {name: grad[name] - at_anchor[name] + self.anchor_grad[name] for name in grad}
+        for name, value in grad.items():
+            decay = 1 - self.lr * self.weight_decay if self.params[name].dim() >= 2 else 1.0
+            self.params[name] = decay * self.params[name] - self.lr * value
+        self.steps += 1
+        return sum(self.losses[: 2 * self.num_directions]) / (2 * self.num_directions)
+
+
+def named_parameters_of(module: torch.nn.Module, dtype: torch.dtype = torch.float64) -> Parameters:
+    """Copies of a module's parameters, for `DenseReference.params`; one that is tied is there once."""
+    return {name: param.detach().to(dtype, copy=True) for name, param in module.named_parameters()}
+
+
+def loss_of_module(module: torch.nn.Module, mean_loss: Callable[[Any, Any], Tensor]) -> Loss:
+    """A `Loss` that runs `module` with the given parameters in place of its own: mean_loss(outputs, batch).
+
+    `batch` is a dict of the module's keyword arguments, or its one argument. The module must be of the parameters' dtype.
+    """
+
+    @torch.no_grad()
+    def loss(params: Parameters, batch: Any) -> float:
+        kwargs = batch if isinstance(batch, dict) else None
+        outputs = torch.func.functional_call(module, params, () if kwargs is not None else (batch,), kwargs)
+        return mean_loss(outputs, batch).item()
+
+    return loss

@@ -1,0 +1,681 @@
+"""The configuration: every key's default, type and range; what is refused, and that the refusal says what to do."""
+
+import copy
+import dataclasses
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from zods.config import (
+    DIRECTIONS,
+    METHODS,
+    PLACES,
+    SECTION,
+    SVRG_ONLY,
+    AnchorConfig,
+    AnnealConfig,
+    RunConfig,
+    ZerothOrderConfig,
+    load_json,
+    parse_section,
+    read_config,
+    resolve_model_auto,
+)
+
+FOLDER = Path(__file__).parents[2] / "ds_configs"
+
+
+def config(section: dict | None = None, **deepspeed) -> dict:
+    """A whole configuration: batch 8 unless said otherwise."""
+    if not any(key.startswith("train_") for key in deepspeed):
+        deepspeed["train_batch_size"] = 8
+    return {**deepspeed, SECTION: section or {}}
+
+
+def refused(source, *parts: str, world_size: int = 1) -> str:
+    """The message of the ValueError that `source` meets; each of `parts` must be in it."""
+    with pytest.raises(ValueError, match=r".") as caught:
+        read_config(source, world_size)
+    message = str(caught.value)
+    for part in parts:
+        assert part in message, f"{part!r} is not in: {message}"
+    return message
+
+
+# --- the section: defaults, types, ranges ---
+
+DEFAULTS = {
+    "method": "mezo_svrg",
+    "eps": 1e-3,
+    "lr": 1e-6,
+    "anchor_lr": None,
+    "anchor_interval": 100,
+    "num_directions": 1,
+    "anchor_directions": 1,
+    "share_direction": True,
+    "direction": "gaussian",
+    "seed": 42,
+    "weight_decay": 0.0,
+    "anneal": None,
+    "stochastic_rounding": True,
+    "agreement_interval": 10,
+    "max_nonfinite_steps": 10,
+    "anchor": {
+        "point": "cpu",
+        "gradient": "cpu",
+        "nvme_path": None,
+        "buffer_count": 3,
+        "buffer_size": None,
+        "pin_memory": True,
+    },
+}
+ANNEAL_DEFAULTS = {"alpha": 5.0, "threshold": 1.05}
+
+# key: (values taken as they are, values refused)
+NOT_NUMBERS = ["1", "1e-3", "", True, False, [], [1], {}, {"value": 1}, math.nan, math.inf, -math.inf, "auto"]
+FLOATS = {
+    "eps": ([1e-8, 1e-3, 1, 10.0], [0, 0.0, -1e-3, None, *NOT_NUMBERS]),
+    "lr": ([0, 0.0, 1e-7, 1], [-1e-9, None, *NOT_NUMBERS]),
+    "anchor_lr": ([None, 0, 1e-3], [-1e-9, *NOT_NUMBERS]),
+    "weight_decay": ([0, 0.1, 1], [-0.1, None, *NOT_NUMBERS]),
+    "anneal.alpha": ([1.01, 2, 5.0], [1, 1.0, 0.5, 0, -5, None, *NOT_NUMBERS]),
+    "anneal.threshold": ([0.5, 1, 1.05], [0, -1, None, *NOT_NUMBERS]),
+}
+NOT_WHOLE = [-1, 1.0, 2.5, 1e3, *NOT_NUMBERS]
+INTEGERS = {
+    "anchor_interval": ([1, 2, 10**6], [0, None, *NOT_WHOLE]),
+    "num_directions": ([1, 16], [0, None, *NOT_WHOLE]),
+    "anchor_directions": ([1, 16], [0, None, *NOT_WHOLE]),
+    "seed": ([0, 1, 2**63 - 1], [2**63, 2**64, None, *NOT_WHOLE]),
+    "agreement_interval": ([1, 1000], [0, None, *NOT_WHOLE]),
+    "max_nonfinite_steps": ([0, 5], [None, *NOT_WHOLE]),
+    "anchor.buffer_count": ([1, 2, 8], [0, None, *NOT_WHOLE]),
+    "anchor.buffer_size": ([None, 1, 10**9], [0, *NOT_WHOLE]),
+}
+NOT_BOOLEANS = [0, 1, None, "true", "false", "", [], {}, 1.0, "auto"]
+BOOLEANS = {
+    key: ([True, False], NOT_BOOLEANS) for key in ("share_direction", "stochastic_rounding", "anchor.pin_memory")
+}
+NOT_NAMES = [None, "", 0, 1, True, [], {}, "auto", ["gaussian"]]
+NAMES = {
+    "method": (["mezo_svrg"], ["MeZO", "svrg", "mezo-svrg", "adamw", *NOT_NAMES]),
+    "direction": (list(DIRECTIONS), ["normal", "Gaussian", "low_rank", *NOT_NAMES]),
+    "anchor.point": (["device", "cpu", "terms"], ["gpu", "CPU", "disk", "none", *NOT_NAMES]),
+    "anchor.gradient": (["device", "cpu", "terms"], ["gpu", "cuda", "none", *NOT_NAMES]),
+}
+SECTIONS = {
+    "anchor": ([{}], [None, 1, "cpu", [], True, "auto"]),
+    "anneal": ([{}], [1, "on", [], True, False, "auto"]),
+}
+KEYS = {**FLOATS, **INTEGERS, **BOOLEANS, **NAMES, **SECTIONS, "anchor.nvme_path": ([], [1, True, [], {}, "auto"])}
+
+
+def nested(path: str, value) -> dict:
+    """{"a": {"b": value}} for "a.b"."""
+    first, _, rest = path.partition(".")
+    return {first: nested(rest, value) if rest else value}
+
+
+def at(section: ZerothOrderConfig, path: str):
+    found = section.to_dict()
+    for key in path.split("."):
+        found = found[key]
+    return found
+
+
+ACCEPTED = [(key, value) for key, (taken, _) in KEYS.items() for value in taken if key not in SECTIONS]
+REFUSED = [(key, value) for key, (_, values) in KEYS.items() for value in values]
+
+
+def test_defaults_are_those_documented():
+    assert parse_section({}).to_dict() == DEFAULTS
+    assert parse_section({"anneal": {}}).to_dict() == {**DEFAULTS, "anneal": ANNEAL_DEFAULTS}
+    assert parse_section({"anneal": None}).anneal is None
+    assert parse_section({"anchor": {}}) == ZerothOrderConfig()
+
+
+def test_every_key_is_in_these_tests():
+    for cls, prefix in ((ZerothOrderConfig, ""), (AnchorConfig, "anchor."), (AnnealConfig, "anneal.")):
+        assert {prefix + field.name for field in dataclasses.fields(cls)} <= set(KEYS)
+
+
+@pytest.mark.parametrize(("key", "value"), ACCEPTED)
+def test_a_value_in_range_is_taken_as_it_is(key, value):
+    found = at(parse_section(nested(key, value)), key)
+    assert found == value
+    if key in FLOATS and value is not None:
+        assert type(found) is float
+
+
+@pytest.mark.parametrize(("key", "value"), REFUSED)
+def test_a_value_of_another_type_or_range_is_refused_by_its_key(key, value):
+    message = refused(config(nested(key, value)), f"{SECTION}.{key}: ")
+    assert repr(value) in message or value == "auto"
+    if value == "auto" and key not in SECTIONS:
+        assert "leave it out for the default" in message
+
+
+def test_a_float_that_no_float_can_hold_is_refused():
+    refused(config({"lr": 10**400}), f"{SECTION}.lr: ")
+
+
+def test_the_names_allowed_are_told_with_the_nearest():
+    assert "Did you mean 'mezo_svrg'?" in refused(config({"method": "mezo-svrg"}), *METHODS)
+    assert "Did you mean 'gaussian'?" in refused(config({"direction": "gausian"}), *DIRECTIONS)
+    assert "Did you mean 'nvme'?" in refused(config({"anchor": {"point": "nvm"}}), *PLACES)
+
+
+@pytest.mark.parametrize(
+    ("path", "nearest"),
+    [
+        ("learning_rte", None),
+        ("epsilon", "eps"),
+        ("num_direction", "num_directions"),
+        ("anchor_directons", "anchor_directions"),
+        ("Method", "method"),
+        ("anchor.gradients", "gradient"),
+        ("anchor.nvmepath", "nvme_path"),
+        ("anneal.alfa", "alpha"),
+    ],
+)
+def test_an_unknown_key_is_named_with_the_nearest_and_the_allowed(path, nearest):
+    message = refused(config(nested(path, 1)), f"{SECTION}.{path}: unknown key")
+    if nearest is not None:
+        assert f"Did you mean {nearest!r}?" in message
+    cls = {"anchor": AnchorConfig, "anneal": AnnealConfig}.get(path.partition(".")[0], ZerothOrderConfig)
+    assert all(field.name in message.partition("Allowed keys are")[2] for field in dataclasses.fields(cls))
+
+
+@pytest.mark.parametrize("section", [None, [], "mezo", 1, True])
+def test_a_section_that_is_none_is_refused(section):
+    refused({"train_batch_size": 8, SECTION: section}, f"{SECTION}: ", "expected a section")
+
+
+def test_a_configuration_without_the_section_is_refused():
+    refused({"train_batch_size": 8}, SECTION, "Add one")
+
+
+@pytest.mark.parametrize("key", SVRG_ONLY)
+def test_keys_of_svrg_are_refused_with_mezo(key):
+    value = DEFAULTS[key] if key != "anchor_lr" else 1e-3
+    refused(config({"method": "mezo", key: value}), key, "mezo_svrg")
+    assert parse_section({"method": "mezo_svrg", key: value}).is_svrg
+
+
+def test_mezo_takes_every_other_key():
+    others = {key: value for key, value in DEFAULTS.items() if key not in (*SVRG_ONLY, "method")}
+    assert not parse_section({"method": "mezo", **others}).is_svrg
+
+
+@pytest.mark.parametrize("role", ["point", "gradient"])
+def test_nvme_needs_its_path_and_the_path_needs_nvme(role):
+    key = f"{SECTION}.anchor.nvme_path"
+    refused(config({"anchor": {role: "nvme"}}), key, "missing")
+    refused(config({"anchor": {role: "nvme", "nvme_path": ""}}), key, "missing")
+    refused(config({"anchor": {role: "cpu", "nvme_path": "/drive"}}), key, "neither")
+    read = parse_section({"anchor": {role: "nvme", "nvme_path": "/drive"}})
+    assert read.anchor.nvme_path == "/drive"
+
+
+# --- DeepSpeed's part ---
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_stages_0_and_3_are_taken(stage):
+    assert read_config(config(zero_optimization={"stage": stage}), 1).zero_stage == stage
+
+
+def test_no_zero_section_is_stage_0():
+    assert read_config(config(), 1).zero_stage == 0
+    assert read_config(config(zero_optimization={}), 1).zero_stage == 0
+
+
+@pytest.mark.parametrize("stage", [1, 2, 4, -1, "3", None, True, False, 3.5, [], "auto"])
+def test_another_stage_is_refused(stage):
+    refused(config(zero_optimization={"stage": stage}), "zero_optimization.stage", repr(stage), "0", "3")
+
+
+OFFLOADED = {"stage": 3, "offload_param": {"device": "nvme"}}
+UNSUPPORTED = [
+    ({"optimizer": {"type": "AdamW"}}, ["optimizer", SECTION, "remove"]),
+    ({"optimizer": None}, ["optimizer"]),
+    ({"fp16": {"enabled": True}}, ["fp16", "bf16"]),
+    ({"fp16": {"enabled": "auto"}}, ["fp16"]),
+    ({"torch_autocast": {"enabled": True}}, ["torch_autocast"]),
+    ({"gradient_clipping": 1.0}, ["gradient_clipping", "1.0"]),
+    ({"gradient_clipping": "auto"}, ["gradient_clipping"]),
+    ({"pipeline": {"stages": 2}}, ["pipeline"]),
+    ({"tensor_parallel": {"autotp_size": 2}}, ["tensor_parallel"]),
+    ({"sequence_parallel_size": 2}, ["sequence_parallel_size"]),
+    (
+        {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}},
+        ["offload_optimizer", "offload_param"],
+    ),
+    ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, ["offload_optimizer"]),
+    ({"zero_optimization": {"stage": 0, "offload_param": {"device": "cpu"}}}, ["offload_param", "stage 3", "stage 0"]),
+    ({"zero_optimization": OFFLOADED}, ["offload_param.nvme_path", "missing"]),
+    ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, ["zero_hpz_partition_size"]),
+    ({"zero_optimization": {"stage": 3, "mics_shard_size": 2}}, ["mics_shard_size"]),
+    ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, ["zero_quantized_weights"]),
+    (
+        {"zero_optimization": {"stage": 3, "zero_quantized_nontrainable_weights": True}},
+        ["zero_quantized_nontrainable_weights"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("deepspeed", "parts"), UNSUPPORTED, ids=[json.dumps(d) for d, _ in UNSUPPORTED])
+def test_what_a_zeroth_order_step_cannot_use_is_refused_by_its_key(deepspeed, parts):
+    refused(config(**deepspeed), *parts)
+
+
+@pytest.mark.parametrize(
+    "deepspeed",
+    [
+        {"fp16": {"enabled": False}},
+        {"bf16": {"enabled": True}},
+        {"torch_autocast": {"enabled": False}},
+        {"gradient_clipping": 0.0},
+        {"tensor_parallel": {}},
+        {"sequence_parallel_size": 1},
+        {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "none"}}},
+        {"zero_optimization": {"stage": 3, "offload_param": {"device": "none"}}},
+        {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu", "pin_memory": True}}},
+        {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/drive"}}},
+        {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 1, "mics_shard_size": -1}},
+        {"zero_optimization": {"stage": 3, "zero_quantized_weights": False}},
+        {"steps_per_print": 10, "wall_clock_breakdown": False, "tensorboard": {"enabled": False}},
+    ],
+    ids=json.dumps,
+)
+def test_what_is_switched_off_or_of_no_concern_is_left_to_deepspeed(deepspeed):
+    run = read_config(config(**deepspeed), 1)
+    assert {key: run.deepspeed[key] for key in deepspeed} == deepspeed
+
+
+@pytest.mark.parametrize("key", ["zero_optimization", "scheduler", "bf16", "fp16"])
+@pytest.mark.parametrize("value", [[], "on", 3, True])
+def test_a_section_of_deepspeed_that_is_no_section_is_refused_by_its_key(key, value):
+    refused(config(**{key: value}), f"{key}")
+
+
+@pytest.mark.parametrize("key", ["offload_param", "offload_optimizer"])
+@pytest.mark.parametrize("value", [[], "cpu", 3, True])
+def test_an_offload_section_that_is_no_section_is_refused_by_its_key(key, value):
+    refused(config(zero_optimization={"stage": 3, key: value}), f"zero_optimization.{key}")
+
+
+# --- batch sizes ---
+
+_ = None  # not given
+BATCHES = [  # ranks, (batch, micro, accumulation) given -> (batch, micro, accumulation)
+    (1, (8, _, _), (8, 8, 1)),
+    (2, (8, _, _), (8, 4, 1)),
+    (8, (8, _, _), (8, 1, 1)),
+    (1, (_, 4, _), (4, 4, 1)),
+    (2, (_, 4, _), (8, 4, 1)),
+    (2, (_, 4, 3), (24, 4, 3)),
+    (2, (24, 4, _), (24, 4, 3)),
+    (2, (24, _, 3), (24, 4, 3)),
+    (2, (24, 4, 3), (24, 4, 3)),
+    (2, (24, "auto", 3), (24, 4, 3)),
+    (2, ("auto", 4, "auto"), (8, 4, 1)),
+    (2, (24, 4, "auto"), (24, 4, 3)),
+    (2, (8, "auto", "auto"), (8, 4, 1)),
+    (3, (8, _, _), "8"),
+    (16, (8, _, _), "8"),
+    (2, (24, 4, 2), "24"),
+    (2, (25, 4, _), "25"),
+    (2, (4, 4, _), "4"),
+    (2, (25, _, 3), "25"),
+    (1, (_, _, 2), "train_micro_batch_size_per_gpu"),
+    (1, ("auto", "auto", "auto"), "train_batch_size"),
+    (1, (_, _, _), "train_batch_size"),
+    (1, (0, _, _), "train_batch_size"),
+    (1, (-8, _, _), "train_batch_size"),
+    (1, (8.0, _, _), "train_batch_size"),
+    (1, ("8", _, _), "train_batch_size"),
+    (1, (True, _, _), "train_batch_size"),
+    (1, (8, 0, _), "train_micro_batch_size_per_gpu"),
+    (1, (8, _, 0), "gradient_accumulation_steps"),
+    (1, (8, _, [1]), "gradient_accumulation_steps"),
+]
+
+
+@pytest.mark.parametrize(("ranks", "given", "expected"), BATCHES)
+def test_batch_sizes_are_resolved_or_refused(ranks, given, expected):
+    keys = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    source = {**{key: value for key, value in zip(keys, given, strict=True) if value is not _}, SECTION: {}}
+    if isinstance(expected, str):
+        refused(source, expected, world_size=ranks)
+    else:
+        run = read_config(source, ranks)
+        assert tuple(run.deepspeed[key] for key in keys) == expected
+
+
+def test_batch_sizes_that_do_not_multiply_out_are_told_with_their_product():
+    refused(config(train_batch_size=24, train_micro_batch_size_per_gpu=4, gradient_accumulation_steps=2),
+            "found 24", "(4)", "(2)", "(2) = 16", world_size=2)  # fmt: skip
+
+
+# --- "auto" and the scheduler ---
+
+
+def test_autos_of_the_scheduler_follow_from_lr():
+    params = {"warmup_min_lr": "auto", "warmup_max_lr": "auto", "warmup_num_steps": 10}
+    run = read_config(config({"lr": 3e-5}, scheduler={"type": "WarmupLR", "params": params}), 1)
+    resolved = {"warmup_min_lr": 0.0, "warmup_max_lr": 3e-5, "warmup_num_steps": 10}
+    assert run.scheduler == {"type": "WarmupLR", "params": resolved}
+    assert "scheduler" not in run.deepspeed
+
+
+def test_an_auto_of_the_scheduler_that_does_not_follow_is_refused():
+    params = {"warmup_num_steps": "auto", "total_num_steps": 10}
+    refused(config(scheduler={"type": "WarmupDecayLR", "params": params}), "scheduler.params.warmup_num_steps", "auto")
+
+
+def test_a_scheduler_without_params_is_taken():
+    run = read_config(config(scheduler={"type": "WarmupLR"}), 1)
+    assert run.scheduler == {"type": "WarmupLR", "params": {}}
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [{}, {"params": {}}, {"type": None}, {"type": 1}, {"type": "WarmupLR", "params": []}, "WarmupLR", 1, []],
+    ids=json.dumps,
+)
+def test_a_scheduler_that_is_not_one_is_refused(scheduler):
+    refused(config(scheduler=scheduler), "scheduler")
+
+
+@pytest.mark.parametrize(
+    ("deepspeed", "key"),
+    [
+        ({"bf16": {"enabled": "auto"}}, "bf16.enabled"),
+        ({"steps_per_print": "auto"}, "steps_per_print"),
+        ({"zero_optimization": {"stage": 3, "stage3_max_live_parameters": "auto"}},
+         "zero_optimization.stage3_max_live_parameters"),
+        ({"reduce_bucket_size": "auto"}, "reduce_bucket_size"),
+        ({"aio": {"block_size": "auto"}}, "aio.block_size"),
+    ],
+)  # fmt: skip
+def test_an_auto_that_nothing_resolves_is_refused_by_its_key(deepspeed, key):
+    refused(config(**deepspeed), f"{key}: ", "auto")
+
+
+MODEL_AUTOS = {
+    "reduce_bucket_size": 4096,
+    "stage3_prefetch_bucket_size": 3686,
+    "stage3_param_persistence_threshold": 640,
+}
+
+
+def test_autos_of_the_buckets_follow_from_the_hidden_size_or_are_left_out():
+    zero = {"stage": 3, **dict.fromkeys(MODEL_AUTOS, "auto")}
+    run = read_config(config(zero_optimization=zero), 1)
+    resolve_model_auto(run.deepspeed, 64)
+    assert run.deepspeed["zero_optimization"] == {"stage": 3, **MODEL_AUTOS}
+    run = read_config(config(zero_optimization=zero), 1)
+    resolve_model_auto(run.deepspeed, None)
+    assert run.deepspeed["zero_optimization"] == {"stage": 3}
+
+
+def test_buckets_that_are_given_stay():
+    ds = {"zero_optimization": {"stage": 3, "reduce_bucket_size": 5}}
+    resolve_model_auto(ds, 64)
+    assert ds == {"zero_optimization": {"stage": 3, "reduce_bucket_size": 5}}
+
+
+# --- files ---
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path / "no.json"))):
+        read_config(tmp_path / "no.json", 1)
+    with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path))):
+        read_config(tmp_path, 1)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{", '{"train_batch_size": 8', '{"a": }', "[1, 2]", "3", '"text"', "null", "{]", '{"a": [1, 2}', "\x00"],
+)
+def test_a_file_that_is_not_json_is_named(tmp_path, text):
+    path = tmp_path / "broken.json"
+    path.write_text(text)
+    refused(path, "broken.json")
+
+
+def test_an_empty_file_is_refused(tmp_path):
+    path = tmp_path / "empty.json"
+    path.write_text("")
+    refused(path)
+
+
+def test_a_file_that_is_not_text_is_named(tmp_path):
+    path = tmp_path / "broken.json"
+    path.write_bytes(b'{"a": "\xff\xfe"}')
+    refused(path, "broken.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ('{"train_batch_size": 8, "zeroth_order": {}, "train_batch_size": 16}', "train_batch_size"),
+        ('{"train_batch_size": 8, "zeroth_order": {"lr": 1e-6, "lr": 1e-5}}', "lr"),
+        ('{"train_batch_size": 8, "zeroth_order": {"anchor": {"point": "cpu", "point": "terms"}}}', "point"),
+    ],
+)
+def test_a_key_given_twice_is_refused(tmp_path, text, key):
+    path = tmp_path / "twice.json"
+    path.write_text(text)
+    refused(path, "twice.json", f"{key} given twice")
+
+
+def test_comments_are_allowed(tmp_path):
+    path = tmp_path / "commented.json"
+    path.write_text(
+        '# at the top\n{ // after the brace\n  "train_batch_size": 8, # of all ranks\n  /* whole\n lines */\n'
+        '  "zeroth_order": {"lr": 1e-5, "eps": 2e-3 // [mu]\n}\n}\n'
+    )
+    section = read_config(path, 1).zeroth_order
+    assert (section.lr, section.eps) == (1e-5, 2e-3)
+
+
+def test_a_path_a_string_and_a_dict_give_the_same(tmp_path):
+    source = config({"lr": 1e-5}, bf16={"enabled": True})
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(source))
+    assert read_config(path, 1) == read_config(str(path), 1) == read_config(source, 1)
+    assert load_json(path) == source
+
+
+def test_the_dict_given_is_not_changed():
+    params = {"warmup_min_lr": "auto", "warmup_max_lr": 1e-3}
+    source = config({"lr": 1e-5}, scheduler={"type": "WarmupLR", "params": params}, zero_optimization={"stage": 3})
+    before = copy.deepcopy(source)
+    run = read_config(source, 2)
+    resolve_model_auto(run.deepspeed, 64)
+    assert source == before
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        config({"method": "mezo", "lr": 1e-4}),
+        config({"anneal": {"alpha": 2.0}, "anchor": {"point": "terms"}}, zero_optimization={"stage": 3}),
+        config(scheduler={"type": "WarmupLR", "params": {"warmup_max_lr": "auto"}}, train_micro_batch_size_per_gpu=4),
+    ],
+    ids=["mezo", "svrg", "scheduler"],
+)
+def test_the_resolved_configuration_of_a_run_can_be_read_again(source):
+    """It is kept in the run's folder, to run it once more."""
+    run = read_config(source, 2)
+    assert read_config(json.loads(json.dumps(run.to_dict())), 2) == run
+
+
+# --- the files that are shipped ---
+
+
+def shipped() -> list[Path]:
+    return sorted(FOLDER.glob("*.json"))
+
+
+def test_configurations_are_shipped():
+    assert shipped(), "ds_configs/ holds no *.json"
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 8])
+@pytest.mark.parametrize("path", shipped(), ids=lambda path: path.name)
+def test_every_shipped_configuration_loads(path, world_size):
+    """On 1, 2 and 8 ranks, unless all three batch keys are given, which fit one number of ranks only."""
+    ds = load_json(path)
+    fixed = [
+        ds.get(key) for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    ]
+    if all(isinstance(value, int) for value in fixed):
+        world_size = fixed[0] // (fixed[1] * fixed[2])
+    run = read_config(path, world_size)
+    resolve_model_auto(run.deepspeed, 64)
+    assert run.zeroth_order == parse_section(ds[SECTION])
+    assert run.deepspeed["train_batch_size"] == (
+        run.deepspeed["train_micro_batch_size_per_gpu"] * run.deepspeed["gradient_accumulation_steps"] * world_size
+    )
+    assert "auto" not in json.dumps(run.to_dict())
+
+
+@pytest.mark.parametrize("path", shipped(), ids=lambda path: path.name)
+def test_every_shipped_configuration_begins_by_saying_what_it_is_for(path):
+    assert path.read_text().startswith(("#", "//"))
+
+
+# --- any input at all: a configuration, or an error that is meant for the user ---
+
+WHOLE = {
+    "train_batch_size": 16,
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": 2,
+    "gradient_clipping": 0.0,
+    "bf16": {"enabled": True},
+    "fp16": {"enabled": False},
+    "scheduler": {"type": "WarmupLR", "params": {"warmup_min_lr": 0, "warmup_max_lr": "auto", "warmup_num_steps": 5}},
+    "zero_optimization": {
+        "stage": 3,
+        "offload_param": {"device": "nvme", "nvme_path": "/drive"},
+        "offload_optimizer": {"device": "none"},
+        "reduce_bucket_size": "auto",
+        "zero_hpz_partition_size": 1,
+        "zero_quantized_weights": False,
+    },
+    "aio": {"block_size": 1048576},
+    SECTION: {
+        **DEFAULTS,
+        "anneal": ANNEAL_DEFAULTS,
+        "anchor": {**DEFAULTS["anchor"], "point": "nvme", "nvme_path": "/a"},
+    },
+}
+
+
+def paths_in(value, here=()) -> list[tuple[str, ...]]:
+    inside = [p for key, item in value.items() for p in paths_in(item, (*here, key))] if isinstance(value, dict) else []
+    return [here, *inside] if here else inside
+
+
+NAMES_KNOWN = sorted({key for path in paths_in(WHOLE) for key in path})
+SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 20),
+    st.integers(),
+    st.floats(),
+    st.sampled_from(["auto", "cpu", "nvme", "none", "terms", "mezo", "WarmupLR", "", "0", 10**400, -(10**400), 2**63]),
+    st.text(max_size=6),
+)
+ANY_NAME = st.sampled_from(NAMES_KNOWN) | st.text(max_size=6)
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(ANY_NAME, inner, max_size=3),
+    max_leaves=4,
+)
+MUTATIONS = st.lists(
+    st.tuples(
+        st.sampled_from(paths_in(WHOLE)),
+        st.sampled_from(["set", "set", "set", "delete", "add"]),
+        ANY_NAME,
+        VALUES,
+    ),
+    min_size=1,
+    max_size=3,
+)
+FUZZ = settings(deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+
+
+def mutated(mutations) -> dict:
+    whole = copy.deepcopy(WHOLE)
+    for path, action, name, value in mutations:
+        parent = whole
+        for key in path[:-1]:
+            parent = parent.get(key) if isinstance(parent, dict) else None
+        if not isinstance(parent, dict):
+            continue  # an earlier mutation took it away
+        if action == "delete":
+            parent.pop(path[-1], None)
+        elif action == "set":
+            parent[path[-1]] = value
+        elif isinstance(parent.get(path[-1]), dict):
+            parent[path[-1]][name] = value
+    return whole
+
+
+def assert_read_or_refused(source, world_size: int) -> None:
+    try:
+        run = read_config(source, world_size)
+    except (ValueError, FileNotFoundError):
+        return
+    assert isinstance(run, RunConfig)
+    resolve_model_auto(run.deepspeed, 64)
+    assert run.zero_stage in (0, 3)
+    json.dumps(run.to_dict())
+
+
+def test_the_configuration_that_is_mutated_is_a_good_one():
+    assert read_config(WHOLE, 2).deepspeed["train_micro_batch_size_per_gpu"] == 4
+
+
+@settings(FUZZ, max_examples=400)
+@given(mutations=MUTATIONS, world_size=st.sampled_from([1, 2, 8]))
+def test_any_mutated_configuration_is_read_or_refused(mutations, world_size):
+    assert_read_or_refused(mutated(mutations), world_size)
+
+
+@settings(FUZZ, max_examples=200)
+@given(
+    edits=st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 3), st.binary(max_size=3)), min_size=1, max_size=3)
+)
+def test_any_damaged_file_is_read_or_refused(tmp_path_factory, edits):
+    text = json.dumps(WHOLE, indent=1).encode()
+    for position, removed, inserted in edits:
+        start = position % len(text)
+        text = text[:start] + inserted + text[start + removed :]
+    path = tmp_path_factory.getbasetemp() / "damaged.json"
+    path.write_bytes(text)
+    assert_read_or_refused(path, 2)
+
+
+@settings(FUZZ, max_examples=100)
+@given(content=st.binary(max_size=40))
+def test_any_bytes_are_read_or_refused(tmp_path_factory, content):
+    path = tmp_path_factory.getbasetemp() / "bytes.json"
+    path.write_bytes(content)
+    assert_read_or_refused(path, 1)
+
+
+def test_a_file_nested_too_deeply_is_refused(tmp_path):
+    path = tmp_path / "deep.json"
+    path.write_text('{"a": ' + "[" * 100_000)
+    refused(path, "deep.json")

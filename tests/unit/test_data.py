@@ -1,0 +1,187 @@
+"""Which rank sees which example when: the same set of examples on any number of ranks, each once, resumable anywhere."""
+
+import itertools
+
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from zods.data import TrainingLoader, WholePass, check_dataset
+
+
+class Numbers(Dataset):
+    """The numbers 0 to size - 1."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> int:
+        if not 0 <= index < self.size:
+            raise IndexError(index)
+        return index
+
+
+def loaders(size: int, ranks: int, accumulation: int = 1, batch: int = 12, seed: int = 0) -> list[TrainingLoader]:
+    micro = batch // (ranks * accumulation)
+    return [
+        TrainingLoader(
+            Numbers(size), micro_batch=micro, accumulation=accumulation, rank=rank, world_size=ranks, seed=seed,
+            collate_fn=list,
+        )
+        for rank in range(ranks)
+    ]  # fmt: skip
+
+
+def steps_of(group: list[TrainingLoader], number: int) -> list[list[int]]:
+    """The global batch of each of the next `number` steps, sorted."""
+    accumulation = group[0].accumulation
+    streams = [loader.forever() for loader in group]
+    taken = [[list(itertools.islice(s, accumulation)) for _ in range(number)] for s in streams]
+    return [sorted(example for rank in taken for micro in rank[step] for example in micro) for step in range(number)]
+
+
+@pytest.mark.parametrize(("ranks", "accumulation"), [(1, 2), (1, 3), (2, 1), (2, 2), (2, 3), (3, 2), (4, 3), (12, 1)])
+def test_global_batches_do_not_depend_on_the_ranks_and_the_accumulation(ranks, accumulation):
+    assert steps_of(loaders(100, ranks, accumulation), 20) == steps_of(loaders(100, 1), 20)
+
+
+@pytest.mark.parametrize(("ranks", "accumulation"), [(1, 1), (2, 3), (4, 1)])
+def test_an_epoch_holds_each_example_at_most_once(ranks, accumulation):
+    batches = steps_of(loaders(100, ranks, accumulation), 3 * (100 // 12))
+    for epoch in range(3):
+        seen = [example for batch in batches[epoch * 8 : epoch * 8 + 8] for example in batch]
+        assert len(set(seen)) == len(seen) == 96
+
+
+def test_an_epoch_that_divides_holds_every_example():
+    batches = steps_of(loaders(96, 2), 8)
+    assert sorted(itertools.chain(*batches)) == list(range(96))
+
+
+def test_the_examples_left_out_change_with_the_epoch():
+    batches = steps_of(loaders(100, 2), 8 * 20)
+    left_out = [
+        frozenset(range(100)) - {e for batch in batches[epoch * 8 : epoch * 8 + 8] for e in batch}
+        for epoch in range(20)
+    ]
+    assert all(len(tail) == 4 for tail in left_out)
+    assert len(set(left_out)) == 20
+    assert not frozenset.intersection(*left_out)
+
+
+def test_epochs_and_seeds_are_shuffled_differently():
+    first, second = steps_of(loaders(96, 1), 16)[:8], steps_of(loaders(96, 1), 16)[8:]
+    assert first != second
+    assert steps_of(loaders(96, 1, seed=1), 8) != first
+
+
+def test_an_iterator_ends_with_the_epoch_and_the_next_begins_another():
+    (loader,) = loaders(100, 1, accumulation=2)
+    assert len(loader) == 16
+    first, second = list(loader), list(loader)
+    assert len(first) == len(second) == 16
+    assert first != second
+    assert loader.epoch == 1
+
+
+def test_a_loop_left_in_the_middle_of_an_epoch_is_taken_up_there():
+    (loader,), (whole,) = loaders(100, 1), loaders(100, 1)
+    head = list(itertools.islice(loader, 3))
+    assert head + list(loader) == list(whole)
+
+
+@pytest.mark.parametrize(("ranks", "accumulation"), [(1, 1), (2, 2), (4, 3)])
+@pytest.mark.parametrize("done", [0, 1, 5, 7, 8, 9, 16, 21])
+def test_a_run_resumes_at_any_step_with_any_number_of_ranks(done, ranks, accumulation):
+    """100 examples in batches of 12: an epoch ends after 8 steps."""
+    before = loaders(100, 2, 3)
+    head = steps_of(before, done)
+    states = [loader.state_dict() for loader in before]
+    assert all(state == states[0] for state in states)
+    after = loaders(100, ranks, accumulation)
+    for loader in after:
+        loader.load_state_dict(states[0])
+    assert head + steps_of(after, 10) == steps_of(loaders(100, 1), done + 10)
+
+
+def test_a_step_that_was_only_begun_is_repeated_on_resume():
+    (loader,) = loaders(100, 1, accumulation=3)
+    whole = list(itertools.islice(loaders(100, 1, accumulation=3)[0].forever(), 12))
+    list(itertools.islice(loader.forever(), 5))  # one step and two of three micro-batches
+    (resumed,) = loaders(100, 1, accumulation=3)
+    resumed.load_state_dict(loader.state_dict())
+    assert list(itertools.islice(resumed.forever(), 9)) == whole[3:]
+
+
+def test_a_loader_that_goes_back_to_an_earlier_state_repeats_what_followed():
+    (loader,) = loaders(100, 1)
+    steps_of([loader], 3)
+    state = loader.state_dict()
+    following = steps_of([loader], 12)
+    loader.load_state_dict(state)
+    assert steps_of([loader], 12) == following
+
+
+def test_a_state_of_another_batch_size_is_refused_where_it_does_not_fit():
+    (loader,) = loaders(100, 1)
+    steps_of([loader], 1)
+    (other,) = loaders(100, 1, batch=10)
+    with pytest.raises(ValueError, match=r"train_batch_size.* 10.*example 12"):
+        other.load_state_dict(loader.state_dict())
+
+
+def test_a_step_larger_than_the_data_is_refused():
+    with pytest.raises(ValueError, match=r"training_data: 11 examples.*train_batch_size of 12"):
+        loaders(11, 2)
+
+
+@pytest.mark.parametrize("dataset", [Numbers(0), [], iter(range(3)), object(), None])
+def test_a_dataset_without_a_length_or_without_examples_is_refused(dataset):
+    with pytest.raises(ValueError, match=r"^training_data: "):
+        check_dataset(dataset, "training_data")
+
+
+def test_lists_are_datasets():
+    assert check_dataset([1, 2, 3], "training_data") == 3
+
+
+@pytest.mark.parametrize("make", [lambda: loaders(24, 1)[0], lambda: WholePass(Numbers(24), 5, 0, 2, list)])
+def test_loading_leaves_the_global_random_state_as_it_was(make):
+    before = torch.random.get_rng_state()
+    list(make())
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+# --- a whole pass ---
+
+SIZES = [1, 2, 3, 4, 5, 7, 8, 9, 12, 31]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("micro_batch", [1, 2, 4, 50])
+def test_a_whole_pass_counts_every_example_exactly_once_in_as_many_rounds_on_every_rank(ranks, micro_batch):
+    for size in SIZES:
+        passes = [list(WholePass(Numbers(size), micro_batch, rank, ranks, list)) for rank in range(ranks)]
+        counted = [example for one in passes for batch, counts in one if counts for example in batch]
+        assert sorted(counted) == list(range(size))
+        rounds = {len(one) for one in passes} | {len(WholePass(Numbers(size), micro_batch, 0, ranks))}
+        assert len(rounds) == 1, f"{size} examples: ranks make {rounds} rounds"
+        assert all(0 < len(batch) <= micro_batch for one in passes for batch, _ in one)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_the_micro_batches_of_a_whole_pass_do_not_depend_on_the_ranks(ranks):
+    for size in SIZES:
+        passes = [list(WholePass(Numbers(size), 3, rank, ranks, list)) for rank in range(ranks)]
+        counted = sorted(batch for one in passes for batch, counts in one if counts)
+        assert counted == [list(range(start, min(start + 3, size))) for start in range(0, size, 3)]
+
+
+def test_a_rank_without_a_chunk_still_makes_its_forwards():
+    """One chunk, four ranks: three of them run a batch that does not count."""
+    passes = [list(WholePass(Numbers(2), 8, rank, 4, list)) for rank in range(4)]
+    assert [[counts for _, counts in one] for one in passes] == [[True], [False], [False], [False]]
+    assert all(batch == [0, 1] for one in passes for batch, _ in one)

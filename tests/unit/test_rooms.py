@@ -1,0 +1,172 @@
+"""Which room of zods may import which, and what else: the table, and its test."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "zods"
+FACE = ""  # `import zods`: what users import
+
+# room: (rooms it may import, packages outside the standard library it may import). A room imports only rooms above it.
+TABLE: dict[str, tuple[set[str], set[str]]] = {
+    "config": (set(), {"hjson"}),
+    "kernels": (set(), {"torch"}),
+    "directions": ({"kernels"}, set()),
+    "estimators": ({"directions"}, set()),
+    "comm": (set(), {"torch"}),
+    "data": (set(), {"torch"}),
+    "sharding": ({"kernels", "comm"}, {"torch", "deepspeed"}),
+    "streams": ({"kernels", "directions"}, {"torch"}),
+    "anchor": ({"config", "kernels", "estimators", "comm", "sharding", "streams"}, {"torch", "deepspeed"}),
+    "trajectory": ({"estimators", "sharding"}, set()),
+    "objectives": (set(), {"torch"}),
+    "evaluation": ({"comm", "data", "objectives", "sharding", "streams"}, {"torch", "tqdm"}),
+    "checkpoint": ({"kernels", "estimators", "sharding", "trajectory"}, {"torch", "safetensors"}),
+    "engine": (
+        {
+            "config", "directions", "estimators", "comm", "data", "sharding", "streams", "anchor", "trajectory",
+            "evaluation", "checkpoint",
+        },
+        {"torch"},
+    ),
+    "initialization": (
+        {"config", "kernels", "comm", "data", "sharding", "anchor", "engine"},
+        {"torch", "deepspeed"},
+    ),
+    "tasks": ({"objectives"}, {"torch", "transformers", "datasets"}),
+    "arguments": ({"config"}, set()),
+    "runs": (set(), set()),
+    "report": ({"runs"}, {"matplotlib"}),
+    "finetune": (
+        {
+            FACE, "config", "comm", "engine", "initialization", "trajectory", "tasks", "arguments", "runs", "report",
+        },
+        {"torch", "deepspeed", "transformers", "datasets", "tqdm"},
+    ),
+}  # fmt: skip
+PURE = ("config", "directions", "estimators", "data", "trajectory")
+COUNTERS = "deepspeed.comm.comm.comms_logger"  # DeepSpeed's count of what ZeRO-3 sends; it sends nothing itself
+
+
+def files() -> list[Path]:
+    return sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
+
+
+def room_of(file: Path) -> str:
+    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def name_of(file: Path) -> str:
+    return str(file.relative_to(PACKAGE))
+
+
+def imported(tree: ast.AST) -> list[tuple[str, str | None]]:
+    """(module, name taken from it or None) of every absolute import, those inside functions too."""
+    found: list[tuple[str, str | None]] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, None) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found += [(node.module or "", alias.name) for alias in node.names]
+    return found
+
+
+def room_imports(tree: ast.AST) -> list[tuple[str, list[str]]]:
+    """(room, the dotted names taken from it) of every import of zods."""
+    found = []
+    for module, name in imported(tree):
+        parts = [*module.split("."), *([name] if name is not None else [])]
+        if parts[0] == "zods":
+            found.append((parts[1] if len(parts) > 1 else "", parts[2:]))
+    return found
+
+
+def dotted_names(tree: ast.AST) -> set[str]:
+    """What is reached as an attribute of a name, e.g. `torch.distributed.barrier` and its beginnings."""
+    found = set()
+    for node in ast.walk(tree):
+        parts = []
+        while isinstance(node, ast.Attribute):
+            parts.append(node.attr)
+            node = node.value
+        if parts and isinstance(node, ast.Name):
+            whole = [node.id, *reversed(parts)]
+            found |= {".".join(whole[:n]) for n in range(2, len(whole) + 1)}
+    return found
+
+
+def parse(file: Path) -> ast.AST:
+    return ast.parse(file.read_text(encoding="utf-8"), filename=str(file))
+
+
+def test_every_room_is_in_the_table():
+    missing = sorted({room_of(f) for f in files()} - set(TABLE))
+    assert not missing, f"rooms without a line in TABLE: {missing}"
+
+
+def test_the_table_points_upward_only():
+    order = list(TABLE)
+    for room, (rooms, _) in TABLE.items():
+        below = [other for other in rooms if other != FACE and order.index(other) >= order.index(room)]
+        assert not below, f"{room} may import {below}, which stand at or below it"
+
+
+@pytest.mark.parametrize("file", files(), ids=name_of)
+def test_a_room_imports_only_the_rooms_it_may(file: Path):
+    room = room_of(file)
+    allowed = TABLE[room][0] | {room}
+    found = {other for other, _ in room_imports(parse(file))}
+    assert found <= allowed, f"{name_of(file)} imports {sorted(found - allowed)}; TABLE allows {sorted(allowed)}"
+
+
+@pytest.mark.parametrize("file", files(), ids=name_of)
+def test_a_room_imports_only_the_packages_it_may(file: Path):
+    allowed = TABLE[room_of(file)][1] | {"zods"}
+    found = {module.split(".")[0] for module, _ in imported(parse(file))} - sys.stdlib_module_names
+    assert found <= allowed, f"{name_of(file)} imports {sorted(found - allowed)}; TABLE allows {sorted(allowed)}"
+
+
+@pytest.mark.parametrize("file", files(), ids=name_of)
+def test_only_comm_reaches_torch_distributed(file: Path):
+    if room_of(file) == "comm":
+        return
+    tree = parse(file)
+    reached = {f"{module}.{name}" if name else module for module, name in imported(tree)} | dotted_names(tree)
+    sending = [n for n in reached if (n + ".").startswith(("torch.distributed.", "deepspeed.comm.")) and n != COUNTERS]
+    assert not sending, f"{name_of(file)} reaches {sending}; what zods sends goes through zods.comm"
+
+
+def test_pure_rooms_know_neither_deepspeed_nor_transformers():
+    for room in PURE:
+        assert not TABLE[room][1] & {"deepspeed", "transformers"}
+        assert not any(TABLE[other][1] & {"deepspeed", "transformers"} for other in TABLE[room][0] - {"sharding"})
+
+
+@pytest.mark.parametrize("file", files(), ids=name_of)
+def test_no_import_is_relative(file: Path):
+    relative = [n.lineno for n in ast.walk(parse(file)) if isinstance(n, ast.ImportFrom) and n.level > 0]
+    assert not relative, f"{name_of(file)}: relative imports in lines {relative}"
+
+
+@pytest.mark.parametrize("file", files(), ids=name_of)
+def test_no_private_name_of_another_room_is_used(file: Path):
+    """Neither imported (`from zods.a import _b`) nor reached through the module (`a._b`)."""
+    tree = parse(file)
+    others = [(room, names) for room, names in room_imports(tree) if room != room_of(file)]
+    private = [f"{room}.{'.'.join(names)}" for room, names in others if any(n.startswith("_") for n in names)]
+    modules = {room for room, names in others if not names} | {names[-1] for _, names in others if names}
+    private += [
+        name
+        for name in dotted_names(tree)
+        if name.split(".")[0] in modules
+        and name.split(".")[1].startswith("_")
+        and not name.split(".")[1].endswith("__")
+    ]
+    assert not private, f"{name_of(file)} uses {private}"
+
+
+def test_the_package_itself_imports_only_initialization():
+    found = {room for room, _ in room_imports(parse(PACKAGE / "__init__.py"))}
+    assert found <= {"initialization"}
