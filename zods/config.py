@@ -258,7 +258,9 @@ def _refuse_unsupported(ds: dict[str, Any]) -> None:
         return isinstance(section, dict) and section.get("enabled", False) is not False
 
     zero = ds.get("zero_optimization", {})
-    sections: dict[str, Any] = {key: ds[key] for key in ("bf16", "fp16", "torch_autocast", "zero_optimization") if key in ds}
+    sections: dict[str, Any] = {
+        key: ds[key] for key in ("bf16", "fp16", "torch_autocast", "zero_optimization") if key in ds
+    }
     if isinstance(zero, Mapping):
         offloads = ("offload_param", "offload_optimizer")
         sections |= {f"zero_optimization.{key}": zero[key] for key in offloads if key in zero}

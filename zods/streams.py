@@ -55,24 +55,43 @@ class Point:
     source: Callable[[Any, torch.Tensor], Source] = field(default=at_parameters)
 
 
-class _Reads(TorchFunctionMode):
-    """Notes parameters that a module uses while no module that owns them runs."""
+class _Observer(TorchFunctionMode):
+    """Notes which parameters are used while no module that holds them runs, and by which module.
 
-    def __init__(self, forward_at: PerturbedForward) -> None:
+    Its hooks come before and after all others, so that what DeepSpeed does with a module's own parameters does not count.
+    """
+
+    def __init__(self, holders: dict[torch.nn.Module, list[Perturbable]]) -> None:
         super().__init__()
-        self._forward_at = forward_at
-        self.found: list[tuple[torch.nn.Module, Perturbable]] = []
+        self.found: dict[torch.nn.Module, list[Perturbable]] = {}
+        self._holders = holders
+        self._by_id = {id(p.param): p for held in holders.values() for p in held}
+        self._running: list[torch.nn.Module] = []
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> _Observer:
+        for module in self._holders:
+            enter = module.register_forward_pre_hook(lambda m, _: self._running.append(m), prepend=True)
+            leave = module.register_forward_hook(lambda *_: self._left())
+            self._hooks += [enter, leave]
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        for hook in self._hooks:
+            hook.remove()
+
+    def _left(self) -> None:
+        self._running.pop()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        at = self._forward_at
-        if at._stack and func.__name__ != "__get__":
-            running = [module for module, _ in at._stack]
+        if self._running and func.__name__ not in ("__get__", "__set__"):
             for leaf in tree_leaves((args, kwargs)):
-                parameter = at._by_id.get(id(leaf))
-                if parameter is None or any(parameter in at._owned[module] for module in running):
-                    continue
-                if (running[-1], parameter) not in self.found:
-                    self.found.append((running[-1], parameter))
+                parameter = self._by_id.get(id(leaf))
+                if parameter is not None and not any(parameter in self._holders[m] for m in self._running):
+                    found = self.found.setdefault(self._running[-1], [])
+                    if parameter not in found:
+                        found.append(parameter)
         return func(*args, **(kwargs or {}))
 
 
@@ -81,16 +100,14 @@ class PerturbedForward:
 
     def __init__(self, module: torch.nn.Module, parameters: Sequence[Perturbable], distribution: str) -> None:
         self.distribution = distribution
-        self._module = module
-        self._by_id = {id(p.param): p for p in parameters}
+        by_id = {id(p.param): p for p in parameters}
         self._point: Point | None = None
         self._live: dict[int, tuple[Perturbable, torch.Tensor]] = {}  # by ordinal: the data a copy stands in for
         self._stack: list[tuple[torch.nn.Module, list[int]]] = []  # running modules, and the ordinals each put in place
-        self._owned: dict[torch.nn.Module, list[Perturbable]] = {}  # what each module puts in place
-        self._ran: set[torch.nn.Module] | None = None
+        self._held: dict[torch.nn.Module, list[Perturbable]] = {}  # what each module puts in place
         for submodule in module.modules():
-            owned = [self._by_id[id(p)] for p in submodule.parameters(recurse=False) if id(p) in self._by_id]
-            self._owned[submodule] = owned
+            owned = [by_id[id(p)] for p in submodule.parameters(recurse=False) if id(p) in by_id]
+            self._held[submodule] = owned
             submodule.register_forward_pre_hook(self._enter)
             submodule.register_forward_hook(self._leave, prepend=True, always_call=True)
 
@@ -107,41 +124,24 @@ class PerturbedForward:
 
     @contextmanager
     def observing(self) -> Iterator[None]:
-        """Watch one forward at the parameters as they are, to see which modules run.
+        """Watch one forward at the parameters as they are, to see which modules use which parameters.
 
-        Parameters of a module whose forward never runs (torch's MultiheadAttention reads its projection's weight
-        itself) are handed to the nearest module above that does run.
+        A module that reads another's parameter itself (a head tied by hand, torch's MultiheadAttention with its output
+        projection) puts that in place too from then on.
         """
-        self._ran = set()
-        reads = _Reads(self)
-        try:
-            with reads:
-                yield
-        finally:
-            ran, self._ran = self._ran, None
-            self._stack.clear()
-        for submodule, parameter in reads.found:
-            self._owned[submodule] = [*self._owned[submodule], parameter]
-        parents = {child: parent for parent in self._module.modules() for child in parent.children()}
-        for submodule, owned in list(self._owned.items()):
-            above = submodule
-            while above not in ran and above in parents:
-                above = parents[above]
-            if above is not submodule and owned:
-                self._owned[submodule] = []
-                self._owned[above] = self._owned[above] + owned
+        observer = _Observer(self._held)
+        with observer:
+            yield
+        for module, parameters in observer.found.items():
+            self._held[module] = [*self._held[module], *parameters]
 
     def _enter(self, submodule: torch.nn.Module, _inputs: Any) -> None:
-        if self._ran is not None:
-            self._ran.add(submodule)
         if self._point is None:
-            if self._ran is not None:
-                self._stack.append((submodule, []))
             return
         placed = []
-        for parameter in self._owned[submodule]:
+        for parameter in self._held[submodule]:
             live = parameter.param.data
-            # a tied parameter may be in place already; one of a module that never runs may not be gathered
+            # a tied parameter may be in place already; one that another module holds may not be gathered yet
             if parameter.ordinal not in self._live and live.numel() == parameter.whole_numel:
                 self._live[parameter.ordinal] = (parameter, live)
                 parameter.param.data = self._perturbed(parameter, live, self._point)
