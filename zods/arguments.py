@@ -26,6 +26,8 @@ BATCH_OVERRIDES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradie
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="deepspeed --module zods.finetune",
+        usage="%(prog)s --deepspeed_config FILE --model NAME (--train_file FILE | --dataset_name NAME) "
+        "--output_dir FOLDER [options]",
         description="Fine-tune a transformer with zeroth-order steps (MeZO, MeZO-SVRG) on DeepSpeed ZeRO-3.",
         epilog="Example: deepspeed --num_gpus 2 --module zods.finetune --deepspeed_config ds_configs/svrg_zero3.json "
         "--model facebook/opt-1.3b --task prompted --template '{sentence} It was {label}' --label_words terrible,great "
@@ -33,8 +35,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     main = parser.add_argument_group("model and method")
-    main.add_argument("--deepspeed_config", required=True, help="DeepSpeed JSON with a section zeroth_order")
-    main.add_argument("--model", required=True, help="name on the hub, or folder")
+    main.add_argument(
+        "--deepspeed_config", required=True, metavar="FILE", help="DeepSpeed JSON with a section zeroth_order"
+    )
+    main.add_argument("--model", required=True, metavar="NAME", help="name on the hub, or folder")
     main.add_argument("--tokenizer", help="name or folder (default: the model's)")
     main.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
     main.add_argument("--output_dir", required=True, help="the run's folder: config, metrics, log, checkpoints, model")
@@ -81,6 +85,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         override.add_argument(f"--{key}", type=kinds[key], help=text)
     for key in BATCH_OVERRIDES:
         override.add_argument(f"--{key}", type=int, help="as in the JSON")
+    metavars: dict[Any, str] = {int: "N", float: "X"}
+    endings = {"file": "FILE", "dir": "FOLDER", "column": "NAME", "split": "NAME", "name": "NAME"}
+    for action in parser._actions:
+        if action.metavar is None and action.nargs is None and action.choices is None:
+            action.metavar = metavars.get(action.type) or endings.get(action.dest.rpartition("_")[2], "TEXT")
     arguments = parser.parse_args(argv)
     _check(parser, arguments)
     return arguments

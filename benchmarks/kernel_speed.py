@@ -1,0 +1,80 @@
+"""How fast directions are applied on the CPU, beside torch's own in-place addition. Prints one JSON object.
+
+    python benchmarks/kernel_speed.py [--numel 67108864] [--rounds 9]
+
+In every round each candidate runs once, so that what else the machine does strikes all alike; medians are compared.
+Memory's speed hides arithmetic and not the other way round: on a machine whose cores are shared, the ratios are lower.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from common import machine
+
+from zods.kernels import DISTRIBUTIONS, backend, combine_
+
+
+def candidates(x: torch.Tensor, y: torch.Tensor) -> dict[str, Callable[[], object]]:
+    def apply(distribution: str, num_terms: int, rounding_seed: int | None) -> Callable[[], object]:
+        terms = {"seeds": list(range(num_terms)), "coefficients": [1e-3] * num_terms, "distribution": distribution}
+        return lambda: combine_(x, weight=x, parameter=1, offset=0, rounding_seed=rounding_seed, **terms)
+
+    found: dict[str, Callable[[], object]] = {
+        "add_ of a tensor": lambda: x.add_(y, alpha=1e-3),
+        "add_ of a scalar": lambda: x.add_(1e-3),
+        "normal_ and add_": lambda: x.add_(torch.empty_like(x).normal_(), alpha=1e-3),
+    }
+    for distribution in DISTRIBUTIONS:
+        for num_terms in (1, 4):
+            found[f"{distribution}, {num_terms} term(s)"] = apply(distribution, num_terms, None)
+        if x.dtype == torch.bfloat16:
+            found[f"{distribution}, 1 term(s), stochastic rounding"] = apply(distribution, 1, 7)
+    return found
+
+
+def measure(numel: int, rounds: int, dtype: torch.dtype) -> dict[str, dict[str, float]]:
+    functions = candidates(torch.zeros(numel, dtype=dtype), torch.ones(numel, dtype=dtype))
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for round_number in range(rounds + 1):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            if round_number > 0:  # the first warms up
+                seconds[name].append(time.perf_counter() - start)
+    median = {name: statistics.median(times) for name, times in seconds.items()}
+    return {
+        name: {
+            "elements_per_s": round(numel / median[name] / 1e6) * 1e6,
+            "best_elements_per_s": round(numel / min(seconds[name]) / 1e6) * 1e6,
+            "of_add_tensor": round(median["add_ of a tensor"] / median[name], 3),
+            "of_add_scalar": round(median["add_ of a scalar"] / median[name], 3),
+        }
+        for name in functions
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--numel", type=int, default=2**26)
+    parser.add_argument("--rounds", type=int, default=9)
+    arguments = parser.parse_args()
+    report = {
+        "date": datetime.date.today().isoformat(),
+        "machine": {**machine(), "instructions": torch.backends.cpu.get_cpu_capability(), "load": os.getloadavg()[0]},
+        "backend": backend(),
+        "numel": arguments.numel,
+        "rounds": arguments.rounds,
+        "float32": measure(arguments.numel, arguments.rounds, torch.float32),
+        "bfloat16": measure(arguments.numel, arguments.rounds, torch.bfloat16),
+    }
+    print(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    main()
