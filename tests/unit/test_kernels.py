@@ -78,7 +78,7 @@ def test_fma_rounds_once():
 def test_box_muller_is_within_1e_6_of_float64():
     edges = [0, 1, 2**29, 2**30 - 1, 2**30, 2**31 - 1, 2**31, 2**31 + 1, 3 * 2**30, 2**32 - 2, 2**32 - 1]
     generator = torch.Generator().manual_seed(0)
-    word = torch.cat([torch.tensor(edges), torch.randint(2**32, (1000,), generator=generator)])
+    word = torch.cat([torch.tensor(edges), torch.randint(2**32, (400,), generator=generator)])
     near_one = 2**32 - 1 - torch.arange(200)  # u close to 1: the smallest radii
     radius_word, angle_word = torch.cartesian_prod(torch.cat([word, near_one]), word).unbind(1)
     x, y = reference.box_muller(radius_word, angle_word)
@@ -146,9 +146,9 @@ def test_cpp_and_reference_give_the_same_bits(cpp, distribution, numel):
                     assert torch.equal(bits(combine_(arguments["weight"], **arguments)), bits(expected))
 
 
-def test_cpp_and_reference_agree_over_a_million_gaussians(cpp):
-    z = direction(10**6, seed=11, distribution="gaussian", parameter=2, offset=5)
-    expected = by_reference(10**6, torch.float32, seeds=[11], coefficients=[1.0], parameter=2, offset=5)
+def test_cpp_and_reference_agree_over_many_gaussians(cpp):
+    z = direction(200_000, seed=11, distribution="gaussian", parameter=2, offset=5)
+    expected = by_reference(200_000, torch.float32, seeds=[11], coefficients=[1.0], parameter=2, offset=5)
     assert torch.equal(bits(z), bits(expected))
 
 
@@ -223,6 +223,10 @@ def test_values_bfloat16_cannot_hold_are_passed_through(rounding_seed):
     arguments = {"weight": values, "parameter": 0, "offset": 0, "rounding_seed": rounding_seed}
     for result in (combine_(torch.empty_like(values), **arguments), by_reference(2100, torch.bfloat16, **arguments)):
         torch.testing.assert_close(result, values, rtol=0, atol=0, equal_nan=True)
+    nans = torch.tensor([0x7FFF, -1, 0x7F81] * 300, dtype=torch.int16).view(torch.bfloat16)  # any payload, any sign
+    arguments |= {"weight": nans}
+    for result in (combine_(torch.empty_like(nans), **arguments), by_reference(900, torch.bfloat16, **arguments)):
+        assert (bits(result) == 0x7FC0).all()
     # Above the largest finite value nearest even decides: below half of the next step it stays, then it is infinite.
     for factor, expected in ((1 + 2**-10, largest), (1 + 2**-8, float("inf"))):
         arguments |= {"weight": torch.full((500,), largest, dtype=torch.bfloat16), "scale": factor}

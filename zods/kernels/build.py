@@ -20,7 +20,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -69,9 +69,7 @@ def _build_once() -> ModuleType:
     if shutil.which(compiler[0]) is None:
         raise RuntimeError(f"there is no C++ compiler: {compiler[0]!r} is not found")
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    if (
-        shutil.which("ninja") is None
-    ):  # it lies beside a python that was called by its path, outside an activated environment
+    if shutil.which("ninja") is None:  # it lies beside a python that was called by its path
         os.environ["PATH"] += os.pathsep + str(Path(sys.executable).parent)
     flags = [*COMPILE_FLAGS, *NATIVE_FLAGS]
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
@@ -79,8 +77,11 @@ def _build_once() -> ModuleType:
     library = folder / "_cpu.so"
     if not library.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / "building"):
+        with _locked(folder / "building") as alone:
             if not library.exists():  # another rank may have built it meanwhile
+                if alone:
+                    for leftover in folder.glob("build-*"):  # of builds that were killed
+                        shutil.rmtree(leftover, ignore_errors=True)
                 _compile(folder, library, flags, link_flags(version))
     return _import(library)
 
@@ -95,20 +96,20 @@ def _key(parts: list[str]) -> str:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _locked(path: Path) -> Iterator[bool]:
+    """Holds the lock, or yields False where the file system has none: there every rank compiles, the last one's stays."""
     with path.open("w") as file:
-        with suppress(
-            OSError
-        ):  # some network file systems have no locks; there every rank compiles, and the last one's stays
+        try:
             fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        except OSError:
+            yield False
+        else:
+            yield True
 
 
 def _compile(folder: Path, library: Path, flags: list[str], ldflags: list[str]) -> None:
     from torch.utils import cpp_extension
 
-    for leftover in folder.glob("build-*"):  # of builds that were killed
-        shutil.rmtree(leftover, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix="build-", dir=folder, ignore_cleanup_errors=True) as fresh:
         cpp_extension.load("_cpu", [str(SOURCE)], extra_cflags=flags, extra_ldflags=ldflags, build_directory=fresh)
         os.replace(Path(fresh) / "_cpu.so", library)
