@@ -181,7 +181,8 @@ def train_steps(
         progress.update()
         if arguments.eval_interval and engine.global_steps % arguments.eval_interval == 0 and report.step < last:
             metrics = evaluate(engine, task, held_out, folder)
-            progress.write(f"step {engine.global_steps}: held out: {_text(metrics)}", file=sys.stderr)
+            if engine.global_rank == 0:
+                progress.write(f"step {engine.global_steps}: held out: {_text(metrics)}", file=sys.stderr)
         if arguments.save_interval and engine.global_steps % arguments.save_interval == 0:
             engine.save_checkpoint(folder.path / "checkpoints")
     progress.close()
