@@ -78,12 +78,14 @@ class Communicator:
         except (ValueError, OSError) as error:
             failure = error
         failures: list[Any] = [None] * self.world_size
-        dist.all_gather_object(failures, None if failure is None else (isinstance(failure, OSError), str(failure)))
+        kinds = (FileNotFoundError, OSError, ValueError)
+        described = [(index, str(failure)) for index, kind in enumerate(kinds) if isinstance(failure, kind)]
+        dist.all_gather_object(failures, described[0] if described else None)
         failing = [rank for rank, found in enumerate(failures) if found is not None]
         if failing:
-            is_os_error, text = failures[failing[0]]
+            index, text = failures[failing[0]]
             where = "" if failures.count(failures[failing[0]]) == self.world_size else f"rank {failing[0]}: "
-            raise (OSError if is_os_error else ValueError)(where + text) from failure
+            raise kinds[index](where + text) from failure
 
     def shutdown(self) -> None:
         """Leave the process group, all ranks together: a rank that exits while others still communicate aborts them."""

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# The quickstart's job in an environment that is set up: train.sh OUTPUT_DIR [options of zods.finetune]
+set -euo pipefail
+here="$(dirname "${BASH_SOURCE[0]}")"
+out="$1"
+shift
+mkdir -p runs/nvme
+python "$here/make_data.py" runs/data
+export DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_DATASETS_CACHE="$PWD/runs/cache"
+deepspeed --num_gpus 2 --module zods.finetune \
+  --deepspeed_config "$here/config.json" --model "$here/model" --output_dir "$out" \
+  --task prompted --template '{text}\nKind: {label}' \
+  --train_file runs/data/train.jsonl --validation_file runs/data/validation.jsonl \
+  --max_length 64 --max_steps 80 --eval_interval 10 "$@"

@@ -1,0 +1,191 @@
+"""Small models, data and configurations for the tests on several ranks, and how the tests look at an engine."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import OPTConfig, OPTForCausalLM
+
+from zods.engine import ZerothOrderEngine
+from zods.kernels import combine_
+from zods.sharding import Slice
+
+VOCABULARY = 11
+
+
+class Awkward(nn.Module):
+    """Parameters of 1, 3, 5 and 7 elements, a tied and a frozen one, and one with more than 1 MiB on each of 4 ranks,
+    which is what DeepSpeed asks of a parameter that it is to keep on NVMe."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.one = nn.Parameter(torch.randn(1))
+        self.three = nn.Parameter(torch.randn(3))
+        self.frozen = nn.Parameter(torch.randn(3, 3), requires_grad=False)
+        self.five = nn.Parameter(torch.randn(5))
+        self.seven = nn.Parameter(torch.randn(7))
+        self.big = nn.Parameter(torch.randn(1024, 1030 * 4 // dtype.itemsize))
+        self.first = nn.Linear(5, 5, bias=False)
+        self.second = nn.Linear(5, 5)
+        self.second.weight = self.first.weight
+        self.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.second(self.first(x))
+        return (y * self.five).square().mean() + self.one.sum() * self.three.sum() * self.seven.sum() + self.big.mean()
+
+
+class Tiny(nn.Module):
+    """A classifier of five words with a tied head and a frozen layer; hardly a size is even."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        width = 7
+        self.embed = nn.Embedding(VOCABULARY, width)
+        self.frozen = nn.Linear(width, width)
+        self.frozen.requires_grad_(False)
+        self.hidden = nn.Linear(width, 13)
+        self.norm = nn.LayerNorm(13)
+        self.back = nn.Linear(13, width)
+        self.head = nn.Linear(width, VOCABULARY)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        x = torch.tanh(self.frozen(self.embed(ids).mean(1)))
+        logits = self.head(x + self.back(torch.tanh(self.norm(self.hidden(x)))))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return {"loss": functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def tiny_data(size: int = 24) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, VOCABULARY, (size, 5), generator=generator)
+    return [{"ids": row, "labels": row[0]} for row in ids]
+
+
+def tiny_opt() -> OPTForCausalLM:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 20, "word_embed_proj_dim": 20, "num_hidden_layers": 2, "ffn_dim": 36}
+    return OPTForCausalLM(OPTConfig(vocab_size=37, num_attention_heads=2, max_position_embeddings=16, **shape)).eval()
+
+
+def opt_data(size: int = 24) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, 37, (size, 8), generator=generator)
+    return [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row} for row in ids]
+
+
+def configuration(
+    batch: int,
+    *,
+    stage: int = 3,
+    offload: str = "none",
+    nvme_path: Path | None = None,
+    bf16: bool = False,
+    accumulation: int = 1,
+    top: dict[str, Any] | None = None,
+    **zeroth_order: Any,
+) -> dict[str, Any]:
+    """A DeepSpeed configuration with a section "zeroth_order"; `top` is merged in last."""
+    zero: dict[str, Any] = {"stage": stage}
+    if offload != "none":
+        zero["offload_param"] = {"device": offload}
+    if offload == "nvme":
+        zero["offload_param"] |= {"nvme_path": str(nvme_path), "buffer_size": 3_000_000}
+    if "nvme" in zeroth_order.get("anchor", {}).values():
+        zeroth_order["anchor"] = {"nvme_path": str(nvme_path), **zeroth_order["anchor"]}
+    return {
+        "train_batch_size": batch,
+        "gradient_accumulation_steps": accumulation,
+        "zero_optimization": zero,
+        "bf16": {"enabled": bf16},
+        "steps_per_print": 1_000_000,
+        "zeroth_order": zeroth_order,
+        **(top or {}),
+    }
+
+
+def collate(examples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {key: torch.stack([example[key] for example in examples]) for key in examples[0]}
+
+
+def global_batch(data: Sequence[Any], step: int, size: int) -> list[Any]:
+    """The examples of one step: the next `size`, from the start again at the end."""
+    return [data[i % len(data)] for i in range(step * size, (step + 1) * size)]
+
+
+def train(engine: ZerothOrderEngine, data: Sequence[Any], steps: Iterable[int]) -> list[float]:
+    """The three-line loop over `global_batch` of each step, this rank's part of it; the losses."""
+    losses = []
+    micro = engine.train_micro_batch_size_per_gpu()
+    for step in steps:
+        examples = global_batch(data, step, engine.train_batch_size())
+        for k in range(engine.gradient_accumulation_steps()):
+            start = (k * engine.world_size + engine.global_rank) * micro
+            mine = examples[start : start + micro]
+            loss = engine(collate(mine))
+            engine.backward(loss)
+            engine.step()
+        losses.append(engine.last_step.loss)
+    return losses
+
+
+def whole(engine: ZerothOrderEngine) -> dict[str, Tensor]:
+    """Copies of all parameters, frozen ones too, gathered one by one; all ranks call it together."""
+    copies = {}
+    for name, param in engine.module.named_parameters():
+        with deepspeed.zero.GatheredParameters([param], enabled=hasattr(param, "ds_tensor")):
+            copies[name] = param.detach().clone()
+    return copies
+
+
+def anchor_point(engine: ZerothOrderEngine) -> dict[str, Tensor]:
+    """The anchor point of every trainable parameter, as evaluations see it, whole."""
+    copies = {}
+    for piece in engine.parameters:
+        with deepspeed.zero.GatheredParameters([piece.param], enabled=hasattr(piece.param, "ds_tensor")):
+            live = piece.param.data
+            weight, scale, seeds, coefficients = engine.anchor.source(piece, live)
+            copies[piece.name] = combine_(
+                torch.empty_like(live),
+                weight=weight,
+                scale=scale,
+                seeds=seeds,
+                coefficients=coefficients,
+                parameter=piece.ordinal,
+                offset=0,
+            )
+    return copies
+
+
+def local_slices(engine: ZerothOrderEngine) -> dict[str, Tensor]:
+    """Copies of this rank's slices, where they are stored."""
+    return {piece.name: local.clone() for piece, local in engine.parameters.visit(write=False)}
+
+
+def sha256(tensors: dict[str, Tensor]) -> str:
+    """Of names, dtypes and every bit."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def numpy_of(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """What can be sent to another process."""
+    return {name: tensor.detach().double().numpy() for name, tensor in tensors.items()}
+
+
+def everywhere(seeds: Sequence[int], coefficients: Sequence[float], scale: float = 1.0) -> Callable[[Slice], Any]:
+    """For `ShardedParameters.apply_`: the same terms for every slice; `scale` for those that decay."""
+    return lambda piece: (scale if piece.decays else 1.0, list(seeds), list(coefficients))

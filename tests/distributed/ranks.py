@@ -1,0 +1,169 @@
+"""Ranks for tests: `run_ranks` runs a function on N gloo ranks, `launch` a script through the real launcher."""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+ENVIRONMENT = {  # of every rank
+    "DS_ACCELERATOR": "cpu",
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+    "PYTHONWARNINGS": "ignore",
+}
+# Ranks are forked from a server that has imported these, and done nothing else: importing them takes seconds.
+PRELOADED = ["pytest", "torch", "torch._dynamo", "deepspeed", "zods", "tests.distributed.models"]
+
+
+def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
+    """`function(*args)` on `world_size` ranks, processes of one torch thread with an initialised gloo group.
+
+    function: of a module's top level; what it takes and returns is pickled. Returns each rank's return value, in rank
+    order. The test fails with the ranks' tracebacks where one raises or dies, and where one takes longer than `timeout`
+    seconds. No process is left behind.
+    """
+    os.environ.update(ENVIRONMENT)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    with tempfile.TemporaryDirectory() as folder:
+        pipes, processes = [], []
+        port = free_port()
+        for rank in range(world_size):
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(target=_rank, args=(rank, world_size, folder, port, sender, function, args))
+            process.start()
+            sender.close()
+            pipes.append(receiver)
+            processes.append(process)
+        results = _collect(pipes, processes, timeout)
+        failures = [f"--- rank {rank}:\n{text}" for rank, (ok, text) in results.items() if not ok]
+        if failures:
+            outputs = [(Path(folder) / f"output-{rank}").read_text(errors="replace")[-2000:] for rank in results]
+            said = [f"--- output of rank {rank}:\n{text}" for rank, text in enumerate(outputs) if text.strip()]
+            pytest.fail("\n".join([f"{function.__name__} failed", *failures, *said]), pytrace=False)
+        return [results[rank][1] for rank in range(world_size)]
+
+
+def _collect(pipes: list[Any], processes: list[Any], timeout: float) -> dict[int, tuple[bool, Any]]:
+    """Per rank (it ended well, its value or what went wrong). Kills what still runs when it returns."""
+    results: dict[int, tuple[bool, Any]] = {}
+    deadline = time.monotonic() + timeout
+    while len(results) < len(pipes) and time.monotonic() < deadline:
+        waiting = [pipe for rank, pipe in enumerate(pipes) if rank not in results]
+        for pipe in multiprocessing.connection.wait(waiting, timeout=max(0.0, deadline - time.monotonic())):
+            rank = pipes.index(pipe)
+            try:
+                results[rank] = pipe.recv()
+            except EOFError:
+                processes[rank].join(5)
+                results[rank] = (False, f"died without a word, exit code {processes[rank].exitcode}")
+            if not results[rank][0]:  # the others may wait for it for ever
+                deadline = min(deadline, time.monotonic() + 5)
+    for rank, process in enumerate(processes):
+        if rank not in results:
+            results[rank] = (False, f"still running when the test gave up (timeout {timeout} s)")
+        process.join(0.0 if not results[rank][0] else max(5.0, deadline - time.monotonic()))
+        if process.is_alive():
+            process.kill()
+            process.join()
+            if results[rank][0]:
+                results[rank] = (False, "did not exit after its function had returned")
+        elif results[rank][0] and process.exitcode != 0:
+            results[rank] = (False, f"exit code {process.exitcode} after its function had returned")
+    return results
+
+
+def _rank(rank: int, world_size: int, folder: str, port: int, pipe: Any, function: Callable, args: Any) -> None:
+    output = os.open(f"{folder}/output-{rank}", os.O_WRONLY | os.O_CREAT)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.environ.update(
+        ENVIRONMENT,
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    try:
+        import logging
+
+        import deepspeed
+        import torch
+
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        torch.set_num_threads(1)
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size
+        )
+        deepspeed.init_distributed("gloo", verbose=False)
+        result = (True, function(*args))
+    except BaseException:
+        result = (False, traceback.format_exc())
+    pipe.send(result)
+    pipe.close()
+    if result[0]:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+        atexit._run_exitfuncs()  # a forked process does not run them by itself
+    else:
+        sys.stdout.flush()
+        os._exit(1)  # the other ranks may be gone, or wait in a collective
+
+
+def launch(script: Path, *args: Any, num_gpus: int = 2, timeout: float = 120.0) -> tuple[int, str]:
+    """Run `script` through the `deepspeed` launcher on this host: (exit code, what all ranks wrote).
+
+    The test fails where it takes longer than `timeout` seconds; the launcher and its ranks are killed then.
+    """
+    environment = {**os.environ, **ENVIRONMENT}
+    environment["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [
+        "deepspeed",
+        "--num_gpus",
+        str(num_gpus),
+        "--master_port",
+        str(free_port()),
+        str(script),
+        *map(str, args),
+    ]
+    command[0] = str(Path(sys.executable).parent / "deepspeed")
+    process = subprocess.Popen(
+        command,
+        cwd=script.parent,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        pytest.fail(f"{script.name} still ran after {timeout} s. It said:\n{output[-4000:]}", pytrace=False)
+    return process.returncode, output
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

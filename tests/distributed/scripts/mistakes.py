@@ -1,0 +1,109 @@
+"""For test_launcher.py: wrong input, given to zods on two ranks.
+
+Usage: mistakes.py OUTPUT_FOLDER: tries all, each rank writes what it was told to OUTPUT_FOLDER/rank<N>.json.
+       mistakes.py OUTPUT_FOLDER NAME: makes one mistake, and lets the error end the run.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import zods
+from tests.distributed.models import Tiny, collate, configuration, tiny_data
+
+MEZO = {"method": "mezo"}
+NVME = {"method": "mezo_svrg", "anchor": {"point": "nvme", "gradient": "nvme"}}
+
+
+class Silent(nn.Module):
+    """Gives neither a loss nor logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(5, 5)
+
+    def forward(self, ids, labels):
+        return {"hidden": self.layer(ids.float())}
+
+
+def start(config, model=None, data=None):
+    return zods.initialize(model=model or Tiny(), config=config, training_data=tiny_data() if data is None else data)[0]
+
+
+def step(engine):
+    loss = engine(collate(tiny_data()[:4]))
+    engine.backward(loss)
+    engine.step()
+    return engine
+
+
+def mistakes(output):
+    checkpoint = output / "checkpoint"
+    truncated = output / "truncated"
+
+    class Wider(Tiny):
+        def __init__(self):
+            super().__init__()
+            self.hidden = nn.Linear(7, 13, bias=False)
+
+    def wrong_batch():
+        return start({**configuration(8, **MEZO), "train_micro_batch_size_per_gpu": 3})
+
+    return {
+        "unknown key": lambda: start(configuration(8, **MEZO, epss=1e-3)),
+        "unknown anchor key": lambda: start(configuration(8, method="mezo_svrg", anchor={"points": "cpu"})),
+        "stage 2": lambda: start(configuration(8, stage=2, **MEZO)),
+        "stage 1": lambda: start(configuration(8, stage=1, **MEZO)),
+        "optimizer": lambda: start(configuration(8, top={"optimizer": {"type": "AdamW"}}, **MEZO)),
+        "batch sizes": wrong_batch,
+        "nvme_path": lambda: start(configuration(8, nvme_path=output / "nowhere", **NVME)),
+        "no nvme_path": lambda: start(
+            configuration(8, method="mezo_svrg", anchor={"gradient": "nvme", "nvme_path": None})
+        ),
+        "offload nvme_path": lambda: start(configuration(8, offload="nvme", nvme_path=output / "nowhere", **MEZO)),
+        "no loss": lambda: step(start(configuration(8, **MEZO), model=Silent())),
+        "empty dataset": lambda: start(configuration(8, **MEZO), data=[]),
+        "too few examples": lambda: start(configuration(8, **MEZO), data=tiny_data()[:5]),
+        "no dataset": lambda: zods.initialize(model=Tiny(), config=configuration(8, method="mezo_svrg")),
+        "no such file": lambda: start(str(output / "no.json")),
+        "another model": lambda: start(configuration(8, **MEZO), model=Wider()).load_checkpoint(checkpoint),
+        "truncated checkpoint": lambda: start(configuration(8, **MEZO)).load_checkpoint(truncated),
+    }
+
+
+def prepare(output):
+    """A checkpoint, and one that was cut."""
+    engine = step(start(configuration(8, **MEZO)))
+    engine.save_checkpoint(output / "checkpoint")
+    engine.save_checkpoint(output / "truncated")
+    if engine.global_rank == 0:
+        file = output / "truncated" / "global_step1" / "parameters-rank00001-of-00002.safetensors"
+        content = file.read_bytes()
+        file.write_bytes(content[: len(content) // 2])
+    engine.comm.barrier()
+    return engine.global_rank
+
+
+def main(output, name=None):
+    if name is not None:
+        mistakes(output)[name]()
+        return
+    rank = prepare(output)
+    told = {}
+    for mistake, make in mistakes(output).items():
+        try:
+            make()
+            told[mistake] = ["nothing", ""]
+        except Exception as error:
+            told[mistake] = [type(error).__name__, str(error)]
+    (output / f"rank{rank}.json").write_text(json.dumps(told))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    given = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
+    main(Path(given[0]), *given[1:])

@@ -1,0 +1,111 @@
+"""Through the real `deepspeed` launcher with two ranks: the loop, the bytes it sends, and how mistakes end a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.ranks import launch
+
+SCRIPTS = Path(__file__).parent / "scripts"
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def loop(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("loop")
+    code, output = launch(SCRIPTS / "three_lines.py", folder)
+    assert code == 0, output[-4000:]
+    return read(folder)
+
+
+def test_the_three_line_loop_runs_svrg_on_zero_3_through_the_launcher(loop):
+    for rank in loop:
+        for name in ("terms", "stored"):
+            assert rank[name]["global_steps"] == 4
+            assert rank[name]["loss"] == loop[0][name]["loss"]
+
+
+def test_a_step_sends_less_than_one_kibibyte_counted_at_the_communication_layer(loop):
+    """With 2 directions (8 losses) per step, 4 at a refresh, in accumulated micro-batches, an agreement check every 2."""
+    for rank in loop:
+        for step, (zods, _, scalars, slices, reported) in enumerate(rank["terms"]["steps"]):
+            assert 0 < zods < 1024
+            assert zods == scalars == reported, f"step {step}: the engine's own counter says otherwise"
+            assert slices == 0
+
+
+def test_slices_of_a_stored_anchor_point_are_counted_apart_from_the_scalars(loop):
+    for rank in loop:
+        per_evaluation = 4 * rank["anchor_numel"]
+        for zods, _, scalars, slices, reported in rank["stored"]["steps"]:
+            assert 0 < scalars < 1024
+            assert zods == scalars + slices
+            assert reported == scalars
+            assert slices == per_evaluation * 2 * 2 * 2, "two micro-batches of 2 pairs at the anchor point"
+
+
+def test_everything_that_is_sent_was_asked_for_by_zods_or_deepspeed(loop):
+    for rank in loop:
+        assert set(rank["sent"]["zods"]) == {"all_gather"}, "the one collective that zods uses"
+        assert sum(size for _, size in rank["sent"]["deepspeed"].values()) > 0, "ZeRO-3 gathers"
+
+
+# --- mistakes -------------------------------------------------------------------------------------------------------------
+
+EXPECTED = {
+    "unknown key": ("ValueError", ["zeroth_order.epss", "unknown key", "Did you mean 'eps'", "anchor_interval"]),
+    "unknown anchor key": ("ValueError", ["zeroth_order.anchor.points", "Did you mean 'point'"]),
+    "stage 2": ("ValueError", ["zero_optimization.stage", "found 2", "0", "3"]),
+    "stage 1": ("ValueError", ["zero_optimization.stage", "found 1"]),
+    "optimizer": ("ValueError", ["optimizer", "zeroth_order"]),
+    "batch sizes": ("ValueError", ["train_batch_size", "found 8", "multiply out"]),
+    "nvme_path": ("ValueError", ["zeroth_order.anchor.nvme_path", "nowhere"]),
+    "no nvme_path": ("ValueError", ["zeroth_order.anchor.nvme_path", "missing"]),
+    "offload nvme_path": ("ValueError", ["zero_optimization.offload_param.nvme_path", "nowhere"]),
+    "no loss": ("ValueError", ["neither a loss nor logits", "hidden"]),
+    "empty dataset": ("ValueError", ["training_data", "empty"]),
+    "too few examples": ("ValueError", ["training_data", "5 examples", "8"]),
+    "no dataset": ("ValueError", ["training_data", "missing"]),
+    "no such file": ("FileNotFoundError", ["no.json", "not found"]),
+    "another model": ("ValueError", ["checkpoint", "another model"]),
+    "truncated checkpoint": ("ValueError", ["checkpoint", "damaged or truncated"]),
+}
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("mistakes")
+    code, output = launch(SCRIPTS / "mistakes.py", folder)
+    assert code == 0, output[-4000:]
+    return read(folder)
+
+
+@pytest.mark.parametrize("mistake", EXPECTED)
+def test_a_mistake_is_the_same_clear_error_on_all_ranks(told, mistake):
+    kind, parts = EXPECTED[mistake]
+    (kind_0, text_0), (kind_1, text_1) = (rank[mistake] for rank in told)
+    assert kind_0 == kind_1 == kind, f"{text_0} / {text_1}"
+    assert text_1 == text_0
+    for part in parts:
+        assert part in text_0, text_0
+
+
+def test_every_mistake_of_the_script_is_expected(told):
+    assert set(told[0]) == set(EXPECTED)
+
+
+@pytest.mark.parametrize("mistake", ["unknown key", "no loss"])
+def test_a_run_with_a_mistake_ends_soon_with_its_text_and_an_exit_code(tmp_path, mistake):
+    code, output = launch(SCRIPTS / "mistakes.py", tmp_path, mistake, timeout=90)
+    assert code != 0
+    lines = [line for line in output.splitlines() if "ValueError: " in line]
+    assert 1 <= len(lines) <= 2, "once per rank at most"
+    for part in EXPECTED[mistake][1]:
+        assert part in lines[0]
