@@ -7,6 +7,7 @@ follow one another in rank order, so that another number of ranks cuts them anew
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -51,8 +52,12 @@ def save_checkpoint(engine: Any, save_dir: str | Path, tag: str | None, client_s
             (partial / "state.json").write_text(_state_text(engine, client_state))
     with comm.same_on_all_ranks():
         if comm.rank == 0:
-            shutil.rmtree(final, ignore_errors=True)
+            replaced = Path(save_dir) / f".{tag}.replaced"
+            if final.exists():
+                shutil.rmtree(replaced, ignore_errors=True)
+                final.rename(replaced)
             partial.rename(final)
+            shutil.rmtree(replaced, ignore_errors=True)
             pointer = Path(save_dir) / ".latest.partial"
             pointer.write_text(tag)
             os.replace(pointer, Path(save_dir) / "latest")
@@ -140,9 +145,13 @@ def _state_text(engine: Any, client_state: dict[str, Any]) -> str:
         "client_state": client_state,
     }
     try:
-        return json.dumps(state, indent=1)
+        return json.dumps({**state, "checksum": _checksum(state)}, indent=1)
     except TypeError as error:
         raise ValueError(f"checkpoint: client_state and the scheduler's state must be JSON: {error}") from error
+
+
+def _checksum(state: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def _find(load_dir: Path, tag: str | None) -> Path:
@@ -166,6 +175,8 @@ def _read_state(folder: Path) -> dict[str, Any]:
         raise ValueError(f"checkpoint {folder}/state.json: damaged or truncated: {error}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"checkpoint {folder}: not of format {FORMAT}, which this version of zods reads.")
+    if state.pop("checksum", None) != _checksum(state):
+        raise ValueError(f"checkpoint {folder}/state.json: damaged: its checksum is wrong.")
     return state
 
 

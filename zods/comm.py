@@ -85,7 +85,7 @@ class Communicator:
         if failing:
             index, text = failures[failing[0]]
             where = "" if failures.count(failures[failing[0]]) == self.world_size else f"rank {failing[0]}: "
-            raise kinds[index](where + text) from failure
+            raise kinds[index](where + text) from None
 
     def shutdown(self) -> None:
         """Leave the process group, all ranks together: a rank that exits while others still communicate aborts them."""

@@ -232,11 +232,11 @@ class ZerothOrderEngine:
         A step with a non-finite loss is skipped and counted; RuntimeError after `max_nonfinite_steps` in a row.
         """
         boundary = self.is_gradient_accumulation_boundary()
+        if boundary and not self._reduced:
+            raise RuntimeError("engine.step() was called without engine.backward(loss) before it.")
         self.micro_steps += 1
         if not boundary:
             return
-        if not self._reduced:
-            raise RuntimeError("engine.step() was called without engine.backward(loss) before it.")
         *sums, count = self._reduced
         losses = [s / count for s in sums]
         finite = all(map(math.isfinite, losses))
@@ -245,7 +245,7 @@ class ZerothOrderEngine:
             self._apply(update)
         loss = sum(losses[: 2 * self._zo.num_directions]) / (2 * self._zo.num_directions)
         self._log(update, losses, loss, projected_grad, skipped=not finite)
-        self._sums, self._reduced, self._last_loss = [], [], None
+        self._points, self._sums, self._reduced, self._last_loss = [], [], [], None
         self._count_skipped(losses, finite)
 
     def _combine(self, losses: Sequence[float]) -> tuple[Update, float]:

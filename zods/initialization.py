@@ -77,7 +77,8 @@ def initialize(
     comm.check_agreement(json.dumps(run.to_dict(), sort_keys=True).encode(), "the configuration")
     comm.check_agreement(_fingerprint(model), "the model (parameter names, shapes, dtypes, trainable or not)")
 
-    engine = deepspeed.initialize(model=model, config=_deepspeed_config(run, model), dist_init_required=False)[0]
+    ds_config = _prepared(run, model)
+    engine = deepspeed.initialize(model=model, config=ds_config, dist_init_required=False)[0]
     world = comm.world_size
     parameters = ShardedParameters(engine.module, rank=comm.rank, world_size=world, model_parameters=model_parameters)
     zo_optimizer = ZerothOrderOptimizer([p.param for p in parameters], lr=run.zeroth_order.lr)
@@ -144,12 +145,22 @@ def _fingerprint(model: torch.nn.Module) -> bytes:
     return hashlib.sha256(repr(described).encode()).digest()
 
 
-def _deepspeed_config(run: RunConfig, model: torch.nn.Module) -> dict[str, Any]:
-    """What DeepSpeed gets. Replicated bf16 is cast here: DeepSpeed's own stage-0 bf16 keeps fp32 master weights."""
+def _prepared(run: RunConfig, model: torch.nn.Module) -> dict[str, Any]:
+    """Cast and shard the model where DeepSpeed would do it otherwise than it stands in the JSON; returns DeepSpeed's part.
+
+    Replicated bf16 is cast here, because DeepSpeed's stage 0 keeps fp32 master weights. A model not made under zero.Init
+    is sharded here, because DeepSpeed 0.19.8 writes fp32 parameters to NVMe as bf16 when it is told a dtype, as its
+    engine does, on an accelerator without fp16.
+    """
     config = dict(run.deepspeed)
-    if run.zero_stage == 0 and config.get("bf16", {}).get("enabled", False):
+    bf16 = config.get("bf16", {}).get("enabled", False)
+    sharded = any(hasattr(p, "ds_tensor") for p in model.parameters())
+    if bf16 and not sharded:
         model.bfloat16()
+    if run.zero_stage == 0 and bf16:
         del config["bf16"]
+    if run.zero_stage == 3 and not sharded:
+        deepspeed.zero.Init(module=model, config_dict_or_path=config)
     return config
 
 

@@ -92,7 +92,7 @@ class ShardedParameters:
         padded = zero.ds_tensor.ds_numel
         offset = rank * padded
         numel = min(max(zero.ds_numel - offset, 0), padded)
-        return Slice(name, ordinal, param, tuple(zero.ds_shape), zero.ds_tensor.dtype, offset, numel, padded)
+        return Slice(name, ordinal, param, tuple(zero.ds_shape), param.dtype, offset, numel, padded)
 
     def __iter__(self) -> Iterator[Slice]:
         return iter(self.slices)

@@ -83,7 +83,7 @@ def prepare(output):
         file = output / "truncated" / "global_step1" / "parameters-rank00001-of-00002.safetensors"
         content = file.read_bytes()
         file.write_bytes(content[: len(content) // 2])
-    engine.comm.barrier()
+    torch.distributed.barrier()
     return engine.global_rank
 
 
