@@ -78,6 +78,17 @@ class ZerothOrderConfig:
         return asdict(self)
 
 
+DEEPSPEED_KEYS = frozenset(  # top-level keys that DeepSpeed 0.19.8 reads; it ignores any other without a word
+    """aio amp autotuning bf16 bfloat16 checkpoint comms_logger communication_data_type compile compression_training
+    csv_monitor comet curriculum_learning data_efficiency data_types dataloader_drop_last disable_allgather
+    disable_python_gc dump_state elasticity eigenvalue flops_profiler fp16 gradient_accumulation_steps
+    gradient_allreduce_op gradient_clipping gradient_predivide_factor hybrid_engine load_universal log_level
+    managed_gradient_accumulation memory_breakdown monitor_config nebula optimizer pipeline prescale_gradients
+    progressive_layer_drop quantize_training scheduler seed seq_parallel_communication_data_type sequence_parallel_size
+    sparse_attention sparse_gradients steps_per_print tensor_parallel tensorboard timers torch_autocast train_batch_size
+    train_micro_batch_size_per_gpu use_data_before_expert_parallelism use_node_local_storage wall_clock_breakdown wandb
+    weight_quantization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization""".split()  # noqa: SIM905
+)
 SVRG_ONLY = ("anchor_lr", "anchor_interval", "anchor_directions", "share_direction", "anchor")
 _NESTED = {"anchor": AnchorConfig, "anneal": AnnealConfig}
 _CHOICES: dict[str, tuple[str, ...]] = {"method": METHODS, "direction": DIRECTIONS, "point": PLACES, "gradient": PLACES}
@@ -274,6 +285,11 @@ def _refuse_unsupported(ds: dict[str, Any]) -> None:
         )
     if enabled("fp16"):
         raise ValueError('fp16.enabled: not supported. Use "bf16": {"enabled": true}, or fp32.')
+    unknown = sorted(set(ds) - DEEPSPEED_KEYS)
+    if unknown:
+        raise ValueError(
+            f"{unknown[0]}: unknown key; neither DeepSpeed nor zods reads it.{_nearest(unknown[0], [*DEEPSPEED_KEYS, SECTION])}"
+        )
     for key, instead in (("bfloat16", "bf16"), ("amp", "bf16")):
         if key in ds:
             raise ValueError(f'{key}: not supported; use "{instead}".')
@@ -320,6 +336,9 @@ def _resolved_scheduler(scheduler: Any, section: ZerothOrderConfig) -> dict[str,
     """The section "scheduler" with the "auto" values that follow from `lr` resolved."""
     if not isinstance(scheduler, dict) or not isinstance(scheduler.get("type"), str):
         raise ValueError(f'scheduler: found {scheduler!r}, expected {{"type": NAME, "params": {{...}}}}.')
+    unknown = sorted(set(scheduler) - {"type", "params"})
+    if unknown:
+        raise ValueError(f"scheduler.{unknown[0]}: unknown key. Allowed are type and params.")
     if not isinstance(scheduler.get("params", {}), Mapping):
         raise ValueError(f"scheduler.params: found {scheduler['params']!r}, expected a section {{...}}.")
     known = {"warmup_max_lr": section.lr, "warmup_min_lr": 0.0}

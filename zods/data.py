@@ -88,10 +88,16 @@ class TrainingLoader:
             yield from self
 
     def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.epoch, "examples": self.position // self.accumulation * self.batch_size}
+        examples = self.position // self.accumulation * self.batch_size
+        return {"epoch": self.epoch, "examples": examples, "size": len(self.dataset)}  # type: ignore[arg-type]
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on at the first step that `state` had not begun; raises ValueError where the batch sizes do not fit."""
+        if state["size"] != len(self.dataset):  # type: ignore[arg-type]
+            raise ValueError(
+                f"training_data: {len(self.dataset)} examples, but the checkpoint was made with {state['size']}. "  # type: ignore[arg-type]
+                "Resume with the same data."
+            )
         if state["examples"] % self.batch_size:
             raise ValueError(
                 f"train_batch_size: {self.batch_size}, but the checkpoint stands at example {state['examples']} of its "

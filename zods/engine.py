@@ -350,14 +350,18 @@ class ZerothOrderEngine:
         assert self.anchor is not None
         assert self.training_dataloader is not None
         zo = self._zo
-        self.anchor.set_point()
         seeds = self._seeds("anchor", zo.anchor_directions)
         loader, title = self.training_dataloader, f"anchor at step {self.global_steps}"
         losses = self._evaluator.whole_set_losses(self._pairs(seeds), loader.dataset, loader.collate_fn, title)
         if not all(map(math.isfinite, losses)):
-            raise RuntimeError(f"anchor refresh at step {self.global_steps}: non-finite loss. Lower eps or lr.")
+            if self.anchor_step is None:
+                raise RuntimeError("the first anchor: the loss over the training set is not finite. Look at the data.")
+            logger.warning("anchor at step %d: losses are not finite; the last anchor stays", self.global_steps)
+            self.anchor_step = self.global_steps
+            return
         coefficients = estimators.projected_grads(losses[0::2], losses[1::2], zo.eps)
         release_gathered(self.deepspeed)
+        self.anchor.set_point()
         self.anchor.set_gradient(estimators.spsa(seeds, coefficients))
         self.anchor_step = self.global_steps
         anchor_lr = zo.lr if zo.anchor_lr is None else zo.anchor_lr
@@ -370,7 +374,8 @@ class ZerothOrderEngine:
         )
         self._apply(update)
         if self.trajectory is not None:
-            self.trajectory.append("anchor", self.global_steps, update, losses, anchor_lr * scheduled)
+            gradient = self.anchor.gradient_terms
+            self.trajectory.append("anchor", self.global_steps, update, losses, anchor_lr * scheduled, gradient)
 
     # --- save, load, export (see `zods.checkpoint`) -------------------------------------------------------------------
 

@@ -37,15 +37,18 @@ def main() -> None:
     rank = int(os.environ.get("RANK", 0))
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.ERROR, format="%(name)s: %(message)s")
     try:
-        finetune(arguments)
-    except (ValueError, OSError) as error:
+        run = start(arguments)
+    except (ValueError, OSError) as error:  # bad input: the same on all ranks, so one of them says it
         if rank == 0:
             print(f"zods.finetune: error: {error}", file=sys.stderr)
         sys.exit(2)
+    finetune(arguments, *run)
 
 
-def finetune(arguments: argparse.Namespace) -> None:
-    """One run: check the input, load, evaluate, train with evaluations and checkpoints, evaluate, report."""
+def start(
+    arguments: argparse.Namespace,
+) -> tuple[ZerothOrderEngine, Task, datasets.Dataset, RunFolder, Any]:
+    """Check the input, then load: (engine, task, held-out data, run folder, tokenizer)."""
     deepspeed.init_distributed(get_accelerator().communication_backend_name(), verbose=False)
     comm = Communicator(torch.device(get_accelerator().current_device_name()))
     with comm.same_on_all_ranks():
@@ -67,22 +70,34 @@ def finetune(arguments: argparse.Namespace) -> None:
     folder.describe(run.to_dict(), seed=run.zeroth_order.seed, world_size=comm.world_size, device=str(comm.device))
     if comm.rank == 0:
         engine.trajectory = TrajectoryLog(folder.path / "trajectory.log")
+    return engine, task, held_out, folder, tokenizer
 
+
+def finetune(
+    arguments: argparse.Namespace,
+    engine: ZerothOrderEngine,
+    task: Task,
+    held_out: datasets.Dataset,
+    folder: RunFolder,
+    tokenizer: Any,
+) -> None:
+    """One run: evaluate, train with evaluations and checkpoints, evaluate, report."""
+    rank = engine.global_rank
     before = evaluate(engine, task, held_out, folder)
     trained = train_steps(engine, arguments, task, held_out, folder)
     after = evaluate(engine, task, held_out, folder)
 
     if arguments.save_model:
         engine.save_pretrained(folder.path / "model")
-        if comm.rank == 0:
+        if rank == 0:
             tokenizer.save_pretrained(folder.path / "model")
     summary = summarise(engine, before, after, trained)
-    if comm.rank == 0:
+    if rank == 0:
         folder.record("summary", engine.global_steps, **summary)
         print(table(summary))
         if arguments.plot:
             print(f"curves: {plot_curves(folder.path)}")
-    comm.shutdown()
+    engine.comm.shutdown()
 
 
 def prepare_data(
@@ -120,7 +135,8 @@ def prepare_data(
 
 
 def load_model(arguments: argparse.Namespace, run: RunConfig, task: Task) -> torch.nn.Module:
-    """The pretrained model, sharded while it is loaded where the run is stage 3."""
+    """The pretrained model, sharded while it is loaded where the run is stage 3; a new head follows from the seed."""
+    transformers.set_seed(run.zeroth_order.seed)
     # transformers looks for a living HfDeepSpeedConfig while from_pretrained runs
     sharded = HfDeepSpeedConfig(run.deepspeed) if run.zero_stage == 3 else None
     model = task.auto_class().from_pretrained(

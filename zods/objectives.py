@@ -18,7 +18,8 @@ def batch_loss(outputs: Any, batch: Any) -> Tensor:
     """The mean loss of a model's outputs on a batch.
 
     The model's own loss is taken where there is one: `outputs` itself when it is a 0-d tensor, the first element of a
-    tuple when that is a 0-d tensor, or the entry (or attribute) `loss`. Otherwise it is the cross entropy of `logits`
+    tuple when that is a 0-d tensor, or the entry (or attribute) `loss`; but not a 16-bit loss of a classification with
+    logits and labels at hand. Otherwise it is the cross entropy of `logits`
     against `batch["labels"]`: logits (B, C) with labels (B,) are a classification; logits (B, L, V) with labels (B, L)
     a causal language model, where position t predicts label t + 1 and labels of -100 do not count. A batch without any
     counted label gives NaN, as in transformers.
@@ -35,20 +36,23 @@ def batch_loss(outputs: Any, batch: Any) -> Tensor:
     """
     first = outputs[0] if isinstance(outputs, (tuple, list)) and outputs else outputs
     loss = first if isinstance(first, Tensor) and first.ndim == 0 else _entry(outputs, "loss")
+    logits, labels = _entry(outputs, "logits"), _entry(batch, "labels")
     if isinstance(loss, Tensor) and loss.ndim == 0:
-        return loss.float()
-    if loss is not None:
+        # transformers takes a classification's cross entropy in the dtype of the logits; rounded to 16 bits, it would
+        # swallow the difference of two nearby points
+        if loss.dtype.itemsize >= 4 or not _is_classification(logits, labels):
+            return loss.float()
+    elif loss is not None:
         found = f"of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(f"the model's loss must be a 0-d tensor, the mean over the batch; it is {found}")
 
-    logits, labels = _entry(outputs, "logits"), _entry(batch, "labels")
     if not isinstance(logits, Tensor) or not isinstance(labels, Tensor):
         raise ValueError(
             "the model's forward gives neither a loss nor logits with labels: "
             f"it returned {_describe(outputs)} for a batch of {_describe(batch)}; "
             "pass labels, or wrap the model so that forward returns a scalar loss"
         )
-    if logits.ndim == 2 and labels.shape == logits.shape[:1] and not labels.is_floating_point():
+    if _is_classification(logits, labels):
         return functional.cross_entropy(logits.float(), labels, ignore_index=IGNORE_INDEX)
     if logits.ndim == 3 and labels.shape == logits.shape[:2]:
         log_likelihood, num_tokens = sequence_log_likelihood(logits, labels)
@@ -58,6 +62,13 @@ def batch_loss(outputs: Any, batch: Any) -> Tensor:
         "allowed are (B, C) with integer labels (B,), and (B, L, V) with (B, L); "
         "for another objective, return a scalar loss from forward"
     )
+
+
+def _is_classification(logits: Any, labels: Any) -> bool:
+    """Logits (B, C) with integer labels (B,)."""
+    if not isinstance(logits, Tensor) or not isinstance(labels, Tensor):
+        return False
+    return logits.ndim == 2 and labels.shape == logits.shape[:1] and not labels.is_floating_point()
 
 
 def num_examples(batch: Any) -> int:

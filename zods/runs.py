@@ -29,17 +29,15 @@ class RunFolder:
         self.path = Path(path)
         self.rank = rank
         self._metrics: Any = None
-        if rank != 0:
-            return
-        if not resume and (self.path / "metrics.jsonl").exists():
+        if rank == 0 and not resume and (self.path / "metrics.jsonl").exists():
             raise ValueError(f"--output_dir {self.path}: holds another run. Give another folder, or --resume that run.")
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._metrics = open(self.path / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
 
     def describe(self, config: dict[str, Any], *, seed: int, world_size: int, device: str) -> None:
-        """Write config.json and run.json."""
+        """Make the folder, write config.json and run.json, and open metrics.jsonl: when all input has been checked."""
         if self.rank != 0:
             return
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._metrics = open(self.path / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
         (self.path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         about = {
             "command": sys.argv,

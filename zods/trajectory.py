@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from zods.estimators import Update
+from zods.estimators import Term, Update
 
 
 class TrajectoryLog:
@@ -20,8 +20,19 @@ class TrajectoryLog:
     def __init__(self, path: str | Path) -> None:
         self._file = open(path, "a", encoding="ascii")  # noqa: SIM115 (open as long as the run)
 
-    def append(self, kind: str, step: int, update: Update, losses: Sequence[float], lr: float) -> None:
-        """kind: "step" or "anchor". losses: at the points evaluated, as reduced over the ranks."""
+    def append(
+        self,
+        kind: str,
+        step: int,
+        update: Update,
+        losses: Sequence[float],
+        lr: float,
+        gradient: Sequence[Term] = (),
+    ) -> None:
+        """kind: "step" or "anchor". losses: at the points evaluated, as reduced over the ranks.
+
+        gradient: the terms of a new anchor gradient, of which later updates take `anchor_grad` times the whole.
+        """
         record = {
             "kind": kind,
             "step": step,
@@ -30,6 +41,7 @@ class TrajectoryLog:
             "anchor_grad": update.anchor_grad_coefficient,
             "rounding_seed": update.rounding_seed,
             "losses": list(losses),
+            "gradient": [list(t) for t in gradient],
             "lr": lr,
         }
         text = json.dumps(record, separators=(",", ":"))

@@ -400,7 +400,7 @@ def test_a_scheduler_that_is_not_one_is_refused(scheduler):
         ({"steps_per_print": "auto"}, "steps_per_print"),
         ({"zero_optimization": {"stage": 3, "stage3_max_live_parameters": "auto"}},
          "zero_optimization.stage3_max_live_parameters"),
-        ({"reduce_bucket_size": "auto"}, "reduce_bucket_size"),
+        ({"gradient_predivide_factor": "auto"}, "gradient_predivide_factor"),
         ({"aio": {"block_size": "auto"}}, "aio.block_size"),
     ],
 )  # fmt: skip
@@ -679,3 +679,11 @@ def test_a_file_nested_too_deeply_is_refused(tmp_path):
     path = tmp_path / "deep.json"
     path.write_text('{"a": ' + "[" * 100_000)
     refused(path, "deep.json")
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"), [("zero_optimisation", "zero_optimization"), ("bf_16", "bf16"), ("zerothorder", "zeroth_order")]
+)
+def test_a_mistyped_key_of_deepspeed_names_the_nearest(key, nearest):
+    with pytest.raises(ValueError, match=rf"{key}: unknown key.*{nearest}"):
+        read_config({"train_batch_size": 8, "zeroth_order": {"method": "mezo"}, key: {}}, 1)

@@ -185,3 +185,14 @@ def test_a_rank_without_a_chunk_still_makes_its_forwards():
     passes = [list(WholePass(Numbers(2), 8, rank, 4, list)) for rank in range(4)]
     assert [[counts for _, counts in one] for one in passes] == [[True], [False], [False], [False]]
     assert all(batch == [0, 1] for one in passes for batch, _ in one)
+
+
+def test_a_place_in_other_data_is_refused():
+    loader = make_loader_of(list(range(40)))
+    next(iter(loader))
+    with pytest.raises(ValueError, match="24 examples, but the checkpoint was made with 40"):
+        make_loader_of(list(range(24))).load_state_dict(loader.state_dict())
+
+
+def make_loader_of(data):
+    return TrainingLoader(data, micro_batch=4, accumulation=1, rank=0, world_size=1, seed=1)

@@ -148,3 +148,14 @@ def test_the_loss_from_logits_can_be_differentiated():
     found, logits.grad = logits.grad, None
     torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()).backward()
     torch.testing.assert_close(found, logits.grad, rtol=1e-5, atol=1e-7)
+
+
+def test_a_classification_loss_in_bf16_is_not_rounded_to_bf16():
+    """Two points differ by less than bf16's last digit of a loss; the model's own loss would lose the difference."""
+    logits = torch.tensor([[0.25, 0.5], [1.0, -0.5]], dtype=torch.bfloat16)
+    labels = torch.tensor([0, 1])
+    own = torch.nn.functional.cross_entropy(logits, labels)
+    exact = torch.nn.functional.cross_entropy(logits.float(), labels)
+    assert own.dtype == torch.bfloat16
+    assert own.float() != exact
+    assert batch_loss({"loss": own, "logits": logits}, {"labels": labels}) == exact

@@ -32,6 +32,7 @@ def as_written(updates=UPDATES) -> list[dict]:
             "anchor_grad": update.anchor_grad_coefficient,
             "rounding_seed": update.rounding_seed,
             "losses": losses,
+            "gradient": [],
             "lr": lr,
         }
         for kind, step, update, losses, lr in updates

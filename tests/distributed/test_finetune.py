@@ -1,0 +1,120 @@
+"""The command line through the real `deepspeed` launcher: a whole run on the quickstart's model, its resumption, mistakes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import zods.finetune
+from tests.distributed.ranks import launch
+from zods.runs import read_metrics
+from zods.trajectory import read_log
+
+MODEL = Path(__file__).parents[2] / "launch" / "quickstart" / "model"
+CONFIG = {
+    "train_batch_size": 8,
+    "zero_optimization": {"stage": 3},
+    "comms_logger": {"enabled": True, "prof_all": True, "verbose": False},
+    "zeroth_order": {"lr": 1e-4, "anchor_interval": 2, "anchor": {"point": "terms", "gradient": "cpu"}},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finetune")
+    rows = [{"text": f"return the value of {i}", "label": ("code", "text")[i % 2]} for i in range(24)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    wrong = [*rows, {"text": "x", "label": "neither"}]
+    (folder / "wrong.jsonl").write_text("".join(json.dumps(row) + "\n" for row in wrong))
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    return folder
+
+
+def finetune(folder: Path, output: str, *options: str) -> tuple[int, str]:
+    return launch(
+        Path(zods.finetune.__file__),
+        *("--deepspeed_config", folder / "config.json", "--model", MODEL, "--output_dir", folder / output),
+        *("--task", "prompted", "--template", r"{text}\nKind: {label}", "--train_file", folder / "train.jsonl"),
+        *("--max_length", "48", *options),
+    )
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path) -> Path:
+    options = (
+        "--max_steps",
+        "4",
+        "--save_interval",
+        "2",
+        "--eval_interval",
+        "2",
+        "--save_model",
+        "--plot",
+        "--lr",
+        "2e-4",
+    )
+    code, output = finetune(folder, "run", *options)
+    assert code == 0, output[-4000:]
+    assert "held-out accuracy" in output
+    return folder / "run"
+
+
+def test_a_run_folder_holds_all_that_tells_of_the_run(run):
+    config = json.loads((run / "config.json").read_text())
+    assert config["zeroth_order"]["lr"] == 2e-4, "the command line overrides the JSON"
+    about = json.loads((run / "run.json").read_text())
+    assert about["world_size"] == 2
+    assert about["versions"]["deepspeed"]
+    records = list(read_metrics(run))
+    assert [r["step"] for r in records if r["kind"] == "train"] == [1, 2, 3, 4]
+    assert [r["step"] for r in records if r["kind"] == "eval"] == [0, 2, 4]
+    summary = records[-1]
+    assert summary["zods_bytes_per_step"] < 1024 < summary["zero3_bytes_per_step"]
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+    kinds = [record["kind"] for record in read_log(run / "trajectory.log")]
+    assert kinds == ["anchor", "step", "step", "anchor", "step", "step"]
+
+
+def test_the_exported_model_loads_with_its_tokenizer(run):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    AutoTokenizer.from_pretrained(run / "model")
+    trained = AutoModelForCausalLM.from_pretrained(run / "model").state_dict()
+    base = AutoModelForCausalLM.from_pretrained(MODEL).state_dict()
+    assert trained.keys() == base.keys()
+    assert all(not trained[name].equal(base[name]) for name in base)
+
+
+def test_a_resumed_run_ends_where_the_undisturbed_one_did(folder, run):
+    (run / "checkpoints" / "latest").write_text("global_step2")
+    code, output = finetune(folder, "resumed", "--max_steps", "4", "--lr", "2e-4", "--resume", str(run / "checkpoints"))
+    assert code == 0, output[-4000:]
+    losses = {r["step"]: r["loss"] for r in read_metrics(run) if r["kind"] == "train"}
+    resumed = {r["step"]: r["loss"] for r in read_metrics(folder / "resumed") if r["kind"] == "train"}
+    assert resumed == {step: losses[step] for step in (3, 4)}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--validation_file", "{folder}/wrong.jsonl"), "neither"),
+        (("--model", "{folder}/nowhere"), "nowhere"),
+    ],
+)
+def test_bad_input_ends_with_one_message_and_leaves_no_folder(folder, options, message):
+    code, output = finetune(folder, "bad", *(option.format(folder=folder) for option in options))
+    assert code != 0
+    told = [line for line in output.splitlines() if "zods.finetune: error:" in line]
+    assert len(told) == 1
+    assert message in told[0]
+    assert not (folder / "bad").exists()
+
+
+def test_help_reads_without_a_launcher():
+    told = subprocess.run([sys.executable, "-m", "zods.finetune", "--help"], capture_output=True, text=True, check=True)
+    for option in ("--deepspeed_config", "--train_file", "--method", "--anchor_interval"):
+        assert option in told.stdout
