@@ -3,8 +3,8 @@
     python pretrain.py OUT_FOLDER
 
 The text is `pydoc_data.topics` (the language reference) and what make_data.py does not hold out of the standard library. One
-row in five ends as the task's prompts do, each prompt once with either label: the model comes to know the form of an answer,
-and nothing of which answer is right.
+row in five ends as the task's prompts do, with a label drawn at random: the model comes to know the form of an answer, and
+nothing of which answer is right.
 """
 
 import argparse
@@ -24,14 +24,14 @@ MAX_WHOLE = 400  # characters of a docstring or function body
 
 
 def make_rows(tokenizer: PreTrainedTokenizerFast, pieces: list[Piece], rng: random.Random) -> list[list[int]]:
-    """One epoch: all text cut into rows, and prompts with either answer, shuffled."""
+    """One epoch: all text cut into rows, and prompts with an answer drawn at random, shuffled."""
     texts = [*topics.values(), *(piece.whole[:MAX_WHOLE] for piece in pieces)]
     rows = []
     for text in texts:
         ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
         rows += [ids[i : i + ROW] for i in range(0, len(ids), ROW)]
-    for piece in rng.sample(pieces, min(len(pieces), len(rows) // 8)):
-        rows += [tokenizer(f"{piece.opening}\nKind: {label}")["input_ids"] for label in LABELS]
+    for piece in rng.sample(pieces, min(len(pieces), len(rows) // 4)):
+        rows.append(tokenizer(f"{piece.opening}\nKind: {rng.choice(LABELS)}")["input_ids"])
     rng.shuffle(rows)
     return [row for row in rows if len(row) > 1]
 
