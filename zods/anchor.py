@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import os
 import shutil
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,20 +30,24 @@ ALIGNMENT = 4096  # bytes; file offsets and lengths of direct I/O, per thread of
 
 
 class SliceStore(Protocol):
-    """One tensor of `numel` elements per slice."""
+    """One tensor of `numel` elements per slice, written and read in blocks: element ranges [start, stop)."""
 
     device_bytes: int
     offloaded_bytes: int
 
-    def write(self, piece: Slice, values: torch.Tensor) -> None: ...
+    def blocks(self, piece: Slice) -> list[tuple[int, int]]: ...
 
-    def read(self, piece: Slice) -> torch.Tensor:
-        """The slice's elements; valid until the next `read` or `write`."""
+    def write(self, piece: Slice, values: torch.Tensor, start: int = 0) -> None:
+        """Set the elements from `start`, where a block starts, up to the end of a block."""
+        ...
+
+    def read(self, piece: Slice) -> Iterator[tuple[int, torch.Tensor]]:
+        """(start, elements) of one block after the other; each valid until the next is taken."""
         ...
 
 
 class MemoryStore:
-    """Slices in the device's memory, or in the host's with `pin_memory` (None: on the device)."""
+    """Slices in the device's memory, or in the host's with `pin_memory` (None: on the device). One block per slice."""
 
     def __init__(self, parameters: ShardedParameters, device: torch.device, pin_memory: bool | None) -> None:
         where, pin = (device, False) if pin_memory is None else (torch.device("cpu"), pin_memory)
@@ -50,15 +55,18 @@ class MemoryStore:
         size = sum(t.nbytes for t in self._slices.values())
         self.device_bytes, self.offloaded_bytes = (size, 0) if pin_memory is None else (0, size)
 
-    def write(self, piece: Slice, values: torch.Tensor) -> None:
-        self._slices[piece.name].copy_(values)
+    def blocks(self, piece: Slice) -> list[tuple[int, int]]:
+        return [(0, piece.numel)]
 
-    def read(self, piece: Slice) -> torch.Tensor:
-        return self._slices[piece.name]
+    def write(self, piece: Slice, values: torch.Tensor, start: int = 0) -> None:
+        self._slices[piece.name][start : start + values.numel()].copy_(values)
+
+    def read(self, piece: Slice) -> Iterator[tuple[int, torch.Tensor]]:
+        yield 0, self._slices[piece.name]
 
 
 class NvmeStore:
-    """Slices in one file of this rank: writes go on behind, and the slice that followed this one last time is read
+    """Slices in one file of this rank: writes go on behind, and the block that followed this one last time is read
     ahead."""
 
     def __init__(
@@ -68,74 +76,79 @@ class NvmeStore:
         *,
         aio: Mapping[str, Any],
         buffer_count: int,
-        buffer_size: int | None,
+        buffer_size: int,
     ) -> None:
-        """path: the file, created here at its full size. aio: DeepSpeed's section "aio".
+        """path: the file, created here at its full size. aio: DeepSpeed's section "aio". buffer_size: elements of a block.
 
-        Raises ValueError where a buffer is too small or the drive has too little space, OSError where it is not writable.
+        Raises ValueError where the drive has too little space, OSError where it is not writable.
         """
         self._alignment = ALIGNMENT * aio.get("intra_op_parallelism", 1)
-        largest = max(parameters, key=lambda p: p.numel * p.dtype.itemsize)
-        needed = self._length(largest)
-        given = needed if buffer_size is None else self._aligned(buffer_size * largest.dtype.itemsize)
-        if given < needed:
-            raise ValueError(
-                f"zeroth_order.anchor.buffer_size: found {buffer_size}, but {largest.name} has {largest.numel} elements "
-                "on this rank. Give at least that many, or leave the key out."
-            )
-        self._places: dict[str, int] = {}
+        largest = max(p.numel * p.dtype.itemsize for p in parameters)
+        asked = buffer_size * max(p.dtype.itemsize for p in parameters)
+        self._block_bytes = max(self._aligned(min(asked, largest)), self._alignment)
+        self._places: dict[str, int] = {}  # bytes from the file's start
+        places: list[int] = []  # of every block
         end = 0
         for piece in parameters:
             self._places[piece.name] = end
-            end += self._length(piece)
+            places += [end + start * piece.dtype.itemsize for start, _ in self.blocks(piece)]
+            end += self._aligned(piece.numel * piece.dtype.itemsize)
+        self._lengths = {place: following - place for place, following in itertools.pairwise([*places, end])}  # bytes
+        self._followed_by = dict(itertools.pairwise(places))  # a guess; then what was seen
         self.device_bytes, self.offloaded_bytes = 0, end
         self._file = _AsyncFile(path, end, aio)
         weakref.finalize(self, self._file.close)
-        self._buffers = [self._file.new_buffer(max(given, self._alignment)) for _ in range(buffer_count)]
+        self._buffers = [self._file.new_buffer(self._block_bytes) for _ in range(buffer_count)]
         self._turn = 0
-        self._ahead: tuple[Slice, torch.Tensor] | None = None  # being read; never reads and writes at once
-        self._followed_by: dict[str, Slice] = {}
-        self._last: Slice | None = None
+        self._ahead: tuple[int, torch.Tensor] | None = None  # being read; never reads and writes at once
+        self._last: int | None = None
 
-    def write(self, piece: Slice, values: torch.Tensor) -> None:
-        if self._ahead is not None or self._file.num_pending == len(self._buffers):
+    def blocks(self, piece: Slice) -> list[tuple[int, int]]:
+        size = self._block_bytes // piece.dtype.itemsize
+        return [(start, min(start + size, piece.numel)) for start in range(0, piece.numel, size)]
+
+    def write(self, piece: Slice, values: torch.Tensor, start: int = 0) -> None:
+        if self._ahead is not None:
             self._file.wait()
             self._ahead = None  # what was read ahead may be about to change
-        if piece.numel:
-            buffer = self._next_buffer(piece)
-            self._elements(buffer, piece).copy_(values)
-            self._file.begin_write(buffer, self._places[piece.name])
+        for part in values.split(self._block_bytes // piece.dtype.itemsize):
+            if self._file.num_pending == len(self._buffers):
+                self._file.wait()
+            buffer = self._next_buffer()[: self._aligned(part.nbytes)]
+            buffer[: part.nbytes].view(piece.dtype).copy_(part)
+            if part.numel():
+                self._file.begin_write(buffer, self._places[piece.name] + start * piece.dtype.itemsize)
+            start += part.numel()
 
-    def read(self, piece: Slice) -> torch.Tensor:
+    def read(self, piece: Slice) -> Iterator[tuple[int, torch.Tensor]]:
+        size = piece.dtype.itemsize
+        for start, stop in self.blocks(piece):
+            buffer = self._read_block(self._places[piece.name] + start * size)
+            yield start, buffer[: (stop - start) * size].view(piece.dtype)
+
+    def _read_block(self, place: int) -> torch.Tensor:
         if self._last is not None:
-            self._followed_by[self._last.name] = piece
-        self._last = piece
+            self._followed_by[self._last] = place
+        self._last = place
         self._file.wait()
-        if self._ahead is None or self._ahead[0] is not piece:
-            self._begin_read(piece)
+        if self._ahead is None or self._ahead[0] != place:
+            self._begin_read(place)
             self._file.wait()
         assert self._ahead is not None
         buffer, self._ahead = self._ahead[1], None
-        following = self._followed_by.get(piece.name)
+        following = self._followed_by.get(place)
         if following is not None and len(self._buffers) > 1:
             self._begin_read(following)
-        return self._elements(buffer, piece)
+        return buffer
 
-    def _begin_read(self, piece: Slice) -> None:
-        self._ahead = (piece, self._next_buffer(piece))
-        if piece.numel:
-            self._file.begin_read(self._ahead[1], self._places[piece.name])
+    def _begin_read(self, place: int) -> None:
+        buffer = self._next_buffer()
+        self._ahead = (place, buffer)
+        self._file.begin_read(buffer[: self._lengths[place]], place)
 
-    def _next_buffer(self, piece: Slice) -> torch.Tensor:
+    def _next_buffer(self) -> torch.Tensor:
         self._turn = (self._turn + 1) % len(self._buffers)
-        return self._buffers[self._turn][: self._length(piece)]
-
-    @staticmethod
-    def _elements(buffer: torch.Tensor, piece: Slice) -> torch.Tensor:
-        return buffer[: piece.numel * piece.dtype.itemsize].view(piece.dtype)
-
-    def _length(self, piece: Slice) -> int:
-        return self._aligned(piece.numel * piece.dtype.itemsize)
+        return self._buffers[self._turn]
 
     def _aligned(self, size: int) -> int:
         return -(-size // self._alignment) * self._alignment
@@ -305,16 +318,16 @@ class Anchor:
         if self.gradient is None:
             return
         for piece in self._parameters:
-            values = torch.empty(piece.numel, dtype=piece.dtype, device=self._comm.device)
-            combine_(
-                values,
-                seeds=[t.seed for t in terms],
-                coefficients=[t.coefficient for t in terms],
-                distribution=self._distribution,
-                parameter=piece.ordinal,
-                offset=piece.offset,
-            )
-            self.gradient.write(piece, values)
+            for start, stop in self.gradient.blocks(piece):
+                values = combine_(
+                    torch.empty(stop - start, dtype=piece.dtype, device=self._comm.device),
+                    seeds=[t.seed for t in terms],
+                    coefficients=[t.coefficient for t in terms],
+                    distribution=self._distribution,
+                    parameter=piece.ordinal,
+                    offset=piece.offset + start,
+                )
+                self.gradient.write(piece, values, start)
 
     def descent(self, lr: float) -> tuple[list[Term], float]:
         """-lr * gradient, as (terms, coefficient of the stored gradient)."""
@@ -333,12 +346,19 @@ class Anchor:
         """The anchor point of one whole parameter, for `zods.streams`. All ranks call it in the same order."""
         if self.point is None:
             return self._drifts[piece.decays].source(live)
-        stored = self.point.read(piece).to(live.device)
-        if not is_sharded(piece.param):
-            return Source(stored.view(live.shape))
-        padded = torch.zeros(piece.padded_numel, dtype=piece.dtype, device=live.device)
-        padded[: piece.numel] = stored
-        return Source(self._comm.gather_slices(padded)[: piece.whole_numel].view(live.shape))
+        stored = self.stored_point(piece, live.device)
+        if is_sharded(piece.param):
+            stored = self._comm.gather_slices(stored)[: piece.whole_numel]
+        return Source(stored.view(live.shape))
+
+    def stored_point(self, piece: Slice, device: torch.device) -> torch.Tensor:
+        """A copy of this rank's slice of the stored point, padded to `padded_numel` with zeros."""
+        assert self.point is not None
+        padded = torch.empty(piece.padded_numel, dtype=piece.dtype, device=device)
+        for start, values in self.point.read(piece):
+            padded[start : start + values.numel()] = values
+        padded[piece.numel :] = 0
+        return padded
 
     def reconstruct(self, piece: Slice, local: torch.Tensor) -> torch.Tensor:
         """This rank's slice of the point, from its slice of the parameters and what was applied since the refresh."""

@@ -46,7 +46,9 @@ def save_checkpoint(engine: Any, save_dir: str | Path, tag: str | None, client_s
             slices = {p.name: local.detach().cpu().clone() for p, local in engine.parameters.visit(write=False)}
             save_file(slices, partial / _file_name("parameters", comm.rank, comm.world_size))
             if engine.anchor is not None and engine.anchor.point is not None and engine.anchor_step is not None:
-                slices = {p.name: engine.anchor.point.read(p).cpu().clone() for p in engine.parameters}
+                slices = {
+                    p.name: engine.anchor.stored_point(p, torch.device("cpu"))[: p.numel] for p in engine.parameters
+                }
                 save_file(slices, partial / _file_name("anchor_point", comm.rank, comm.world_size))
         if comm.rank == 0:
             (partial / "state.json").write_text(_state_text(engine, client_state))

@@ -33,8 +33,8 @@ class AnchorConfig:
     point: str = "cpu"
     gradient: str = "cpu"
     nvme_path: str | None = None  # a folder on the drive; needed for nvme
-    buffer_count: int = 3  # nvme: buffers per store, each as large as the largest slice; 2 or more overlap I/O
-    buffer_size: int | None = None  # nvme: elements per buffer; None: the largest slice of the model
+    buffer_count: int = 3  # nvme: buffers of the point and of the gradient; 2 or more overlap I/O
+    buffer_size: int = 1 << 22  # nvme: elements per buffer
     pin_memory: bool = True  # cpu: page-locked where there is a GPU
 
     def places(self) -> tuple[str, str]:

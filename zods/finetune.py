@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import logging
 import os
 import resource
@@ -43,6 +44,7 @@ def main() -> None:
             print(f"zods.finetune: error: {error}", file=sys.stderr)
         sys.exit(2)
     finetune(arguments, *run)
+    _end_process()
 
 
 def start(
@@ -147,6 +149,18 @@ def load_model(arguments: argparse.Namespace, run: RunConfig, task: Task) -> tor
     )
     del sharded
     return model
+
+
+def _end_process() -> None:
+    """End with code 0 and without the interpreter's teardown, in which Gloo's threads can abort a finished run.
+
+    They may drop a tensor while the interpreter ends, which needs a lock that is gone (PyTorch issue 190489). DeepSpeed
+    keeps references to the process groups, so destroying them does not end the threads.
+    """
+    atexit._run_exitfuncs()  # trackers upload what they hold
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def evaluate(engine: ZerothOrderEngine, task: Task, held_out: datasets.Dataset, folder: RunFolder) -> dict[str, float]:

@@ -18,11 +18,12 @@ def batch_loss(outputs: Any, batch: Any) -> Tensor:
     """The mean loss of a model's outputs on a batch.
 
     The model's own loss is taken where there is one: `outputs` itself when it is a 0-d tensor, the first element of a
-    tuple when that is a 0-d tensor, or the entry (or attribute) `loss`; but not a 16-bit loss of a classification with
-    logits and labels at hand. Otherwise it is the cross entropy of `logits`
-    against `batch["labels"]`: logits (B, C) with labels (B,) are a classification; logits (B, L, V) with labels (B, L)
-    a causal language model, where position t predicts label t + 1 and labels of -100 do not count. A batch without any
-    counted label gives NaN, as in transformers.
+    tuple when that is a 0-d tensor, or the entry (or attribute) `loss`. Where that is the plain cross entropy of a
+    classification rounded to 16 bits, as transformers takes it in the dtype of the logits, it is taken again in float32:
+    the rounding would swallow the difference of two nearby points. Where there is none, it is the cross entropy of
+    `logits` against `batch["labels"]`: logits (B, C) with labels (B,) are a classification; logits (B, L, V) with
+    labels (B, L) a causal language model, where position t predicts label t + 1 and labels of -100 do not count. A batch
+    without any counted label gives NaN, as in transformers.
 
     Args:
         outputs: what the model's forward returned.
@@ -38,11 +39,11 @@ def batch_loss(outputs: Any, batch: Any) -> Tensor:
     loss = first if isinstance(first, Tensor) and first.ndim == 0 else _entry(outputs, "loss")
     logits, labels = _entry(outputs, "logits"), _entry(batch, "labels")
     if isinstance(loss, Tensor) and loss.ndim == 0:
-        # transformers takes a classification's cross entropy in the dtype of the logits; rounded to 16 bits, it would
-        # swallow the difference of two nearby points
-        if loss.dtype.itemsize >= 4 or not _is_classification(logits, labels):
-            return loss.float()
-    elif loss is not None:
+        rounded = loss.dtype.itemsize < 4 and _is_classification(logits, labels)
+        if rounded and torch.equal(functional.cross_entropy(logits, labels), loss):
+            return functional.cross_entropy(logits.float(), labels)
+        return loss.float()
+    if loss is not None:
         found = f"of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(f"the model's loss must be a 0-d tensor, the mean over the batch; it is {found}")
 

@@ -124,30 +124,33 @@ class ShardedParameters:
         *,
         distribution: str,
         rounding_seed: int | None,
-        dense: Callable[[Slice], torch.Tensor] | None = None,
+        dense: Callable[[Slice], Iterable[tuple[int, torch.Tensor]]] | None = None,
         dense_coefficient: float = 0.0,
     ) -> None:
         """theta <- scale * theta + sum_k coefficient_k z(seed_k) + dense_coefficient * dense, in one sweep per slice.
 
-        update_of: a slice's (scale, seeds, coefficients). dense: a slice's `numel` elements (the anchor gradient).
+        update_of: a slice's (scale, seeds, coefficients). dense: a slice's (start, elements) in blocks that together cover
+        it (the anchor gradient).
         """
         for piece, local in self.visit(write=True):
             if piece.numel == 0:
                 continue
             scale, seeds, coefficients = update_of(piece)
-            combine_(
-                local,
-                weight=local,
-                scale=scale,
-                seeds=seeds,
-                coefficients=coefficients,
-                distribution=distribution,
-                parameter=piece.ordinal,
-                offset=piece.offset,
-                dense=None if dense is None else dense(piece).to(local.device),
-                dense_coefficient=dense_coefficient,
-                rounding_seed=rounding_seed,
-            )
+            for start, addend in ((0, None),) if dense is None else dense(piece):
+                part = local if addend is None else local[start : start + addend.numel()]
+                combine_(
+                    part,
+                    weight=part,
+                    scale=scale,
+                    seeds=seeds,
+                    coefficients=coefficients,
+                    distribution=distribution,
+                    parameter=piece.ordinal,
+                    offset=piece.offset + start,
+                    dense=None if addend is None else addend.to(local.device),
+                    dense_coefficient=dense_coefficient,
+                    rounding_seed=rounding_seed,
+                )
 
 
 def is_sharded(param: torch.nn.Parameter) -> bool:

@@ -46,16 +46,16 @@ class Awkward(nn.Module):
 class Tiny(nn.Module):
     """A classifier of five words with a tied head and a frozen layer; hardly a size is even."""
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, seed: int = 0, inner: int = 13) -> None:
         super().__init__()
         torch.manual_seed(seed)
         width = 7
         self.embed = nn.Embedding(VOCABULARY, width)
         self.frozen = nn.Linear(width, width)
         self.frozen.requires_grad_(False)
-        self.hidden = nn.Linear(width, 13)
-        self.norm = nn.LayerNorm(13)
-        self.back = nn.Linear(13, width)
+        self.hidden = nn.Linear(width, inner)
+        self.norm = nn.LayerNorm(inner)
+        self.back = nn.Linear(inner, width)
         self.head = nn.Linear(width, VOCABULARY)
         self.head.weight = self.embed.weight
 

@@ -70,7 +70,7 @@ DEFAULTS = {
         "gradient": "cpu",
         "nvme_path": None,
         "buffer_count": 3,
-        "buffer_size": None,
+        "buffer_size": 1 << 22,
         "pin_memory": True,
     },
 }
@@ -95,7 +95,7 @@ INTEGERS = {
     "agreement_interval": ([1, 1000], [0, None, *NOT_WHOLE]),
     "max_nonfinite_steps": ([0, 5], [None, *NOT_WHOLE]),
     "anchor.buffer_count": ([1, 2, 8], [0, None, *NOT_WHOLE]),
-    "anchor.buffer_size": ([None, 1, 10**9], [0, *NOT_WHOLE]),
+    "anchor.buffer_size": ([1, 10**9], [0, None, *NOT_WHOLE]),
 }
 NOT_BOOLEANS = [0, 1, None, "true", "false", "", [], {}, 1.0, "auto"]
 BOOLEANS = {

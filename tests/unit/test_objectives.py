@@ -68,6 +68,17 @@ def test_the_models_own_loss_is_taken_wherever_it_stands_and_becomes_float32():
         assert (found.item(), found.dtype, found.ndim) == (1.5, torch.float32, 0)
 
 
+def test_a_classification_loss_rounded_to_16_bits_is_taken_again_in_float32():
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(BertConfig(**TINY, num_labels=3)).eval().bfloat16()
+    batch = {"input_ids": language_batch()["input_ids"], "labels": torch.tensor([2, 0, 1])}
+    outputs = model(**batch)
+    assert outputs.loss.dtype == torch.bfloat16
+    exact = torch.nn.functional.cross_entropy(outputs.logits.float(), batch["labels"])
+    assert exact != outputs.loss.float(), "the rounding shows"
+    assert batch_loss(outputs, batch) == exact
+
+
 def test_a_loss_of_none_leaves_the_choice_to_the_logits():
     outputs = SimpleNamespace(loss=None, logits=torch.zeros(2, 4))
     assert batch_loss(outputs, {"labels": torch.tensor([0, 3])}).item() == pytest.approx(1.3862944)
