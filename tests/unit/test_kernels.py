@@ -35,11 +35,11 @@ def normal(numel: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.T
 
 
 def by_reference(numel, dtype, *, weight=None, scale=1.0, seeds=(), coefficients=(), distribution="gaussian", parameter,
-                 offset, dense=None, dense_coefficient=0.0, rounding_seed=None):  # fmt: skip
+                 offset, factors=None, dense=None, dense_coefficient=0.0, rounding_seed=None, mirror=None):  # fmt: skip
     out = torch.empty(numel, dtype=dtype)
     rounded = torch.tensor([scale, dense_coefficient, *coefficients], dtype=torch.float32).tolist()
-    reference.combine_(out, weight, rounded[0], list(seeds), rounded[2:], distribution, parameter, offset, dense,
-                       rounded[1], rounding_seed)  # fmt: skip
+    reference.combine_(out, mirror, weight, rounded[0], list(seeds), rounded[2:], distribution, parameter, offset,
+                       factors, dense, rounded[1], rounding_seed)  # fmt: skip
     return out
 
 
@@ -144,6 +144,51 @@ def test_cpp_and_reference_give_the_same_bits(cpp, distribution, numel):
                 if arguments.get("weight") is not None:  # in place
                     arguments["weight"] = weight.clone()
                     assert torch.equal(bits(combine_(arguments["weight"], **arguments)), bits(expected))
+
+
+@pytest.mark.parametrize(("numel", "columns"), [(0, 7), (5, 7), (1000, 7), (5003, 1), (5003, 3000), (5003, 6000)])
+def test_cpp_and_reference_add_the_same_low_rank_matrix(cpp, numel, columns):
+    for offset in (0, 13, 2**34 - 500):
+        rows = (offset + numel) // columns - offset // columns + 1
+        factors = normal(rows * 3, 1).view(rows, 3), normal(3 * columns, 2).view(3, columns)
+        for dtype, rounding_seed in ((torch.float32, None), (torch.bfloat16, 99)):
+            arguments = {"weight": normal(numel, 1, dtype), "scale": 0.99, "dense": normal(numel, 2, dtype),
+                         "dense_coefficient": -0.1, "seeds": [4], "coefficients": [0.5], "factors": factors,
+                         "parameter": 3, "offset": offset, "rounding_seed": rounding_seed}  # fmt: skip
+            expected = by_reference(numel, dtype, **arguments)
+            assert torch.equal(bits(combine_(torch.empty(numel, dtype=dtype), **arguments)), bits(expected))
+
+
+def test_factors_are_a_matrix_product_and_the_cut_does_not_show():
+    left, right = normal(50 * 3, 1).view(50, 3), normal(3 * 37, 2).view(3, 37)
+    whole = combine_(torch.empty(50 * 37), factors=(left, right), parameter=0, offset=0)
+    torch.testing.assert_close(
+        whole.view(50, 37), left @ right, rtol=1e-5, atol=1e-6
+    )  # another order of three products
+    for start, stop in ((0, 1), (36, 38), (100, 900), (1849, 1850)):
+        rows = left[start // 37 : (stop - 1) // 37 + 1].contiguous()
+        part = combine_(torch.empty(stop - start), factors=(rows, right), parameter=0, offset=start)
+        assert torch.equal(bits(part), bits(whole[start:stop]))
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("seeds", [SEEDS, SEEDS[:1]])
+def test_a_mirror_is_the_same_with_the_last_coefficient_negated(distribution, seeds):
+    numel, coefficients = 9001, COEFFICIENTS[: len(seeds)]
+    mirrored = [*coefficients[:-1], -coefficients[-1]]
+    for dtype in (torch.float32, torch.bfloat16):
+        arguments = {"weight": normal(numel, 4, dtype), "scale": 0.9, "seeds": seeds, "distribution": distribution,
+                     "parameter": 5, "offset": 2**34 - 4000}  # fmt: skip
+        expected = [combine_(torch.empty(numel, dtype=dtype), coefficients=c, **arguments)
+                    for c in (coefficients, mirrored)]  # fmt: skip
+        mirror = torch.empty(numel, dtype=dtype)
+        out = combine_(torch.empty(numel, dtype=dtype), mirror=mirror, coefficients=coefficients, **arguments)
+        by_torch = torch.empty(numel, dtype=dtype)
+        out_by_torch = by_reference(numel, dtype, mirror=by_torch, coefficients=coefficients, **arguments)
+        assert torch.equal(bits(out), bits(expected[0]))
+        assert torch.equal(bits(mirror), bits(expected[1]))
+        assert torch.equal(bits(out_by_torch), bits(expected[0]))
+        assert torch.equal(bits(by_torch), bits(expected[1]))
 
 
 def test_cpp_and_reference_agree_over_many_gaussians(cpp):
@@ -251,6 +296,10 @@ def test_values_bfloat16_cannot_hold_are_passed_through(rounding_seed):
         ({"rounding_seed": -1}, "seed must be in"),
         ({"parameter": 2**31}, "parameter must be in"),
         ({"offset": -1}, "offset must be in"),
+        ({"mirror": torch.zeros(5)}, "mirror must be like out"),
+        ({"mirror": torch.zeros(4)}, "no coefficient to negate"),
+        ({"factors": (torch.zeros(1, 2), torch.zeros(2, 2))}, r"factors must be \(2, Q\)"),
+        ({"factors": (torch.zeros(2, 2), torch.zeros(2))}, "right must be a contiguous float32 matrix"),
     ],
 )
 def test_wrong_use_raises_before_anything_is_written(change, message):

@@ -30,17 +30,20 @@ def combine_(
     distribution: str = "gaussian",
     parameter: int,
     offset: int,
+    factors: tuple[Tensor, Tensor] | None = None,
     dense: Tensor | None = None,
     dense_coefficient: float = 0.0,
     rounding_seed: int | None = None,
+    mirror: Tensor | None = None,
 ) -> Tensor:
-    """Write a weighted sum of a tensor, directions and a dense tensor into `out`, in one sweep over memory.
+    """Write a weighted sum of a tensor, directions, low-rank and dense tensors into `out`, in one sweep over memory.
 
-        out[i] = scale * weight[i] + dense_coefficient * dense[i]
+        out[i] = scale * weight[i] + dense_coefficient * dense[i] + (left @ right)[row(i), column(i)]
                  + sum_k coefficients[k] * z(seeds[k], parameter, offset + i)
 
-    The sum is float32: the terms in their order, then `dense`, then `weight`, each by one fused multiply-add, from 0.
-    Scalars are taken to float32. The bits are the same in every backend, for any thread count and any cut into slices.
+    The sum is float32: the terms in their order, the products of the factors in theirs, then `dense`, then `weight`, each
+    by one fused multiply-add, from 0. Scalars are taken to float32. The bits are the same in every backend, for any
+    thread count and any cut into slices.
 
     Args:
         out: contiguous, float32 or bfloat16; read as flat. It may be `weight` or `dense` itself, but not overlap them
@@ -50,8 +53,12 @@ def combine_(
         distribution: of the directions, one of DISTRIBUTIONS.
         parameter: the parameter's ordinal, in [0, 2^31).
         offset: index of out's first element in the flat whole parameter.
+        factors: float32 (left, right), left (R, Q) and right (Q, columns), where the whole parameter is a matrix of
+            `columns` columns; left's rows are those of the matrix that out's elements lie in.
         rounding_seed: for bfloat16, None rounds to nearest even; a seed in [0, 2^64) rounds stochastically and without
             bias, by the element's own random bits, so that many small updates arrive. Ignored for float32.
+        mirror: a second output like `out`, overlapping nothing: the same with the last coefficient negated. Both take
+            one read of `weight` and one making of each direction.
 
     Returns:
         out.
@@ -59,7 +66,7 @@ def combine_(
     Raises:
         ValueError: if a tensor or number is not as described.
     """
-    tensors = {"weight": weight, "dense": dense}
+    tensors = {"weight": weight, "dense": dense, "mirror": mirror}
     _check(
         out, {name: tensor for name, tensor in tensors.items() if tensor is not None}, distribution, parameter, offset
     )
@@ -70,6 +77,11 @@ def combine_(
     for seed in [*seeds, *([] if rounding_seed is None else [rounding_seed])]:
         if not 0 <= seed < 2**64:
             raise ValueError(f"a seed must be in [0, 2^64), got {seed}")
+    if mirror is not None and not seeds:
+        raise ValueError("mirror: there is no coefficient to negate")
+    left, right = factors or (None, None)
+    if left is not None and right is not None:
+        _check_factors(left, right, out, offset)
     if out.dtype == torch.float32:
         rounding_seed = None
 
@@ -77,15 +89,16 @@ def combine_(
     scale, dense_coefficient = _float32(scale), _float32(dense_coefficient)
     module = cpu_module() if out.device.type == "cpu" else None
     if module is None:
-        flat = [None if tensor is None else tensor.view(-1) for tensor in (weight, dense)]
-        reference.combine_(out.view(-1), flat[0], scale, seeds, coefficients, distribution, parameter, offset, flat[1],
-                           dense_coefficient, rounding_seed)  # fmt: skip
+        flat = [None if tensor is None else tensor.view(-1) for tensor in (mirror, weight, dense)]
+        reference.combine_(out.view(-1), flat[0], flat[1], scale, seeds, coefficients, distribution, parameter, offset,
+                           factors, flat[2], dense_coefficient, rounding_seed)  # fmt: skip
         return out
     kernel = module.combine_float32 if out.dtype == torch.float32 else module.combine_bfloat16
-    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in (out, weight, dense)]
+    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in (out, mirror, weight, left, right, dense)]
+    num_factors, num_columns = (0, 1) if right is None else right.shape
     num_threads = max(1, min(torch.get_num_threads(), out.numel() // _ELEMENTS_PER_THREAD))
-    kernel(addresses[0], addresses[1], scale, seeds, coefficients, distribution == "rademacher", parameter, offset,
-           addresses[2], dense_coefficient, rounding_seed, out.numel(), num_threads)  # fmt: skip
+    kernel(*addresses[:3], scale, seeds, coefficients, distribution == "rademacher", parameter, offset, *addresses[3:5],
+           num_factors, num_columns, addresses[5], dense_coefficient, rounding_seed, out.numel(), num_threads)  # fmt: skip
     return out
 
 
@@ -123,6 +136,20 @@ def _check(out: Tensor, others: dict[str, Tensor], distribution: str, parameter:
         raise ValueError(f"parameter must be in [0, 2^31), got {parameter}")
     if not 0 <= offset < 2**62:
         raise ValueError(f"offset must be in [0, 2^62), got {offset}")
+
+
+def _check_factors(left: Tensor, right: Tensor, out: Tensor, offset: int) -> None:
+    for name, tensor in (("left", left), ("right", right)):
+        if tensor.dtype != torch.float32 or tensor.ndim != 2 or not tensor.is_contiguous():
+            raise ValueError(f"{name} must be a contiguous float32 matrix, got {tuple(tensor.shape)}, {tensor.dtype}")
+        if tensor.device != out.device:
+            raise ValueError(f"{name} must be on {out.device}, got {tensor.device}")
+    columns = max(right.shape[1], 1)
+    rows = (offset + out.numel() - 1) // columns - offset // columns + 1 if out.numel() else 0
+    if left.shape[1] != right.shape[0] or left.shape[0] < rows:
+        raise ValueError(
+            f"factors must be ({rows}, Q) and (Q, columns), got {tuple(left.shape)} and {tuple(right.shape)}"
+        )
 
 
 def _float32(value: float) -> float:

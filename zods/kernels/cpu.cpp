@@ -199,6 +199,23 @@ void make_noise(uint16_t* noise, uint64_t start, int first, int last, uint32_t p
   }
 }
 
+// acc[i] += sum_q left[row, q] right[q, column] for the element start + i of a matrix with `num_columns` columns, where
+// first <= i < last; row 0 of `left` is the matrix's row `first_row`.
+void add_factors(float* acc, uint64_t start, int first, int last, const float* left, const float* right,
+                 int num_factors, int64_t num_columns, int64_t first_row) {
+  for (int i = first; i < last;) {
+    const int64_t row = (start + i) / num_columns, column = (start + i) % num_columns;
+    const int count = static_cast<int>(std::min<int64_t>(last - i, num_columns - column));
+    for (int q = 0; q < num_factors; ++q) {
+      const float scale = left[(row - first_row) * num_factors + q];
+      const float* values = right + q * num_columns + column;
+#pragma omp simd
+      for (int j = 0; j < count; ++j) acc[i + j] = fma(scale, values[j], acc[i + j]);
+    }
+    i += count;
+  }
+}
+
 inline float widen(float value) { return value; }
 inline float widen(uint16_t bfloat16) { return as_float(static_cast<uint32_t>(bfloat16) << 16); }
 
@@ -235,13 +252,17 @@ void add_scaled(float* acc, const T* values, float scale, int count) {
 }
 
 template <typename T>
-void combine(uintptr_t out_address, uintptr_t weight_address, float scale, const std::vector<uint64_t>& seeds,
-             const std::vector<float>& coefficients, bool rademacher, uint32_t parameter, uint64_t offset,
-             uintptr_t dense_address, float dense_coefficient, std::optional<uint64_t> rounding_seed, int64_t numel,
-             int num_threads) {
+void combine(uintptr_t out_address, uintptr_t mirror_address, uintptr_t weight_address, float scale,
+             const std::vector<uint64_t>& seeds, const std::vector<float>& coefficients, bool rademacher,
+             uint32_t parameter, uint64_t offset, uintptr_t left_address, uintptr_t right_address, int num_factors,
+             int64_t num_columns, uintptr_t dense_address, float dense_coefficient,
+             std::optional<uint64_t> rounding_seed, int64_t numel, int num_threads) {
   T* const out = reinterpret_cast<T*>(out_address);
+  T* const mirror = reinterpret_cast<T*>(mirror_address);
   const T* const weight = reinterpret_cast<const T*>(weight_address);
   const T* const dense = reinterpret_cast<const T*>(dense_address);
+  const float* const left = reinterpret_cast<const float*>(left_address);
+  const float* const right = reinterpret_cast<const float*>(right_address);
   const std::vector<PhiloxKey> keys(seeds.begin(), seeds.end());
   const PhiloxKey rounding_key(rounding_seed.value_or(0));
   const uint64_t stop = offset + numel;
@@ -250,7 +271,7 @@ void combine(uintptr_t out_address, uintptr_t weight_address, float scale, const
   // Tiles lie on a grid of the whole parameter, not of this slice: no thread count or cut changes what is computed.
 #pragma omp parallel for schedule(static) num_threads(num_threads)
   for (int64_t tile = first_tile; tile < stop_tile; ++tile) {
-    alignas(64) float acc[kTile];
+    alignas(64) float acc[kTile], mirrored[kTile];
     alignas(64) uint16_t noise[kTile];
     const uint64_t start = static_cast<uint64_t>(tile) * kTile;
     const int first = static_cast<int>(std::max(offset, start) - start);
@@ -258,15 +279,36 @@ void combine(uintptr_t out_address, uintptr_t weight_address, float scale, const
     const int count = last - first;
     const int64_t at = static_cast<int64_t>(start + first - offset);
 
+    const auto add_term = [&](float* sum, size_t k, float coefficient) {
+      if (rademacher) add_rademacher(sum, start, parameter, keys[k], coefficient);
+      else add_gaussian(sum, start, first, last, parameter, keys[k], coefficient);
+    };
+    const auto finish = [&](float* sum, T* to) {
+      if (num_factors)
+        add_factors(sum, start, first, last, left, right, num_factors, num_columns, offset / num_columns);
+      if (dense != nullptr) add_scaled(sum + first, dense + at, dense_coefficient, count);
+      if (weight != nullptr) add_scaled(sum + first, weight + at, scale, count);
+      if (rounding_seed) make_noise(noise, start, first, last, parameter, rounding_key);
+      store(to + at, sum + first, rounding_seed ? noise + first : nullptr, count);
+    };
+
     std::fill(acc, acc + kTile, 0.0f);
-    for (size_t k = 0; k < keys.size(); ++k) {
-      if (rademacher) add_rademacher(acc, start, parameter, keys[k], coefficients[k]);
-      else add_gaussian(acc, start, first, last, parameter, keys[k], coefficients[k]);
+    if (mirror == nullptr) {
+      for (size_t k = 0; k < keys.size(); ++k) add_term(acc, k, coefficients[k]);
+    } else {
+      alignas(64) float z[kTile];
+      for (size_t k = 0; k + 1 < keys.size(); ++k) add_term(acc, k, coefficients[k]);
+      std::fill(z, z + kTile, 0.0f);
+      add_term(z, keys.size() - 1, 1.0f);
+      const float coefficient = coefficients.back();
+#pragma omp simd
+      for (int i = 0; i < kTile; ++i) {
+        mirrored[i] = fma(-coefficient, z[i], acc[i]);
+        acc[i] = fma(coefficient, z[i], acc[i]);
+      }
+      finish(mirrored, mirror);
     }
-    if (dense != nullptr) add_scaled(acc + first, dense + at, dense_coefficient, count);
-    if (weight != nullptr) add_scaled(acc + first, weight + at, scale, count);
-    if (rounding_seed) make_noise(noise, start, first, last, parameter, rounding_key);
-    store(out + at, acc + first, rounding_seed ? noise + first : nullptr, count);
+    finish(acc, out);
   }
 }
 

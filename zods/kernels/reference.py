@@ -151,6 +151,7 @@ def to_bfloat16(value: Tensor, noise: Tensor | None) -> Tensor:
 
 def combine_(
     out: Tensor,
+    mirror: Tensor | None,
     weight: Tensor | None,
     scale: float,
     seeds: list[int],
@@ -158,26 +159,37 @@ def combine_(
     distribution: str,
     parameter: int,
     offset: int,
+    factors: tuple[Tensor, Tensor] | None,
     dense: Tensor | None,
     dense_coefficient: float,
     rounding_seed: int | None,
 ) -> None:
     """`zods.kernels.combine_`, its arguments checked: flat tensors, scalars that float32 holds."""
+    outputs = [(out, coefficients)]
+    if mirror is not None:  # first, for `out` may be `weight`
+        outputs.insert(0, (mirror, [*coefficients[:-1], -coefficients[-1]]))
     for begin in range(0, out.numel(), _CHUNK):
         piece = slice(begin, min(begin + _CHUNK, out.numel()))
         start, stop = offset + piece.start, offset + piece.stop
-        value = torch.zeros(stop - start, device=out.device)
-        for seed, coefficient in zip(seeds, coefficients, strict=True):
-            value = fma(_direction(seed, distribution, parameter, start, stop, out.device), coefficient, value)
-        if dense is not None:
-            value = fma(dense[piece].float(), dense_coefficient, value)
-        if weight is not None:
-            value = fma(weight[piece].float(), scale, value)
-        if out.dtype == torch.float32:
-            out[piece] = value
-            continue
-        noise = None
-        if rounding_seed is not None:
-            words, inside = _words("rounding", rounding_seed, parameter, start, stop, out.device)
-            noise = _fields(words, 16)[inside]
-        out[piece] = to_bfloat16(value, noise)
+        for to, scalars in outputs:
+            value = torch.zeros(stop - start, device=out.device)
+            for seed, coefficient in zip(seeds, scalars, strict=True):
+                value = fma(_direction(seed, distribution, parameter, start, stop, out.device), coefficient, value)
+            if factors is not None:
+                left, right = factors
+                index = torch.arange(start, stop, device=out.device)
+                rows = index // right.shape[1] - offset // right.shape[1]
+                for column, row in zip(left.T, right, strict=True):
+                    value = fma(column[rows], row[index % right.shape[1]], value)
+            if dense is not None:
+                value = fma(dense[piece].float(), dense_coefficient, value)
+            if weight is not None:
+                value = fma(weight[piece].float(), scale, value)
+            if to.dtype == torch.float32:
+                to[piece] = value
+                continue
+            noise = None
+            if rounding_seed is not None:
+                words, inside = _words("rounding", rounding_seed, parameter, start, stop, out.device)
+                noise = _fields(words, 16)[inside]
+            to[piece] = to_bfloat16(value, noise)
