@@ -21,8 +21,8 @@ from deepspeed.ops.op_builder import AsyncIOBuilder
 
 from zods.comm import Communicator
 from zods.config import AnchorConfig
+from zods.directions import Direction
 from zods.estimators import Term, Update
-from zods.kernels import combine_
 from zods.sharding import ShardedParameters, Slice, is_sharded
 from zods.streams import Source
 
@@ -268,13 +268,13 @@ class Anchor:
         parameters: ShardedParameters,
         comm: Communicator,
         *,
-        distribution: str,
+        direction: Direction,
         aio: Mapping[str, Any],
     ) -> None:
         self._config = config
         self._parameters = parameters
         self._comm = comm
-        self._distribution = distribution
+        self._direction = direction
         self.gradient_terms: tuple[Term, ...] = ()
         self._drifts = {True: _Drift(), False: _Drift()}  # by whether the parameter decays
         self.point: SliceStore | None = None
@@ -319,13 +319,12 @@ class Anchor:
             return
         for piece in self._parameters:
             for start, stop in self.gradient.blocks(piece):
-                values = combine_(
+                values = self._direction.combine_(
                     torch.empty(stop - start, dtype=piece.dtype, device=self._comm.device),
+                    piece,
+                    piece.offset + start,
                     seeds=[t.seed for t in terms],
                     coefficients=[t.coefficient for t in terms],
-                    distribution=self._distribution,
-                    parameter=piece.ordinal,
-                    offset=piece.offset + start,
                 )
                 self.gradient.write(piece, values, start)
 
@@ -363,15 +362,14 @@ class Anchor:
     def reconstruct(self, piece: Slice, local: torch.Tensor) -> torch.Tensor:
         """This rank's slice of the point, from its slice of the parameters and what was applied since the refresh."""
         source = self._drifts[piece.decays].source(local)
-        return combine_(
+        return self._direction.combine_(
             torch.empty_like(local),
+            piece,
+            piece.offset,
             weight=local,
             scale=source.scale,
             seeds=source.seeds,
             coefficients=source.coefficients,
-            distribution=self._distribution,
-            parameter=piece.ordinal,
-            offset=piece.offset,
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -6,13 +6,13 @@ import argparse
 from dataclasses import fields
 from typing import Any
 
-from zods.config import DIRECTIONS, METHODS, SECTION, SVRG_ONLY, ZerothOrderConfig, load_json
+from zods.config import METHODS, SECTION, SVRG_ONLY, ZerothOrderConfig, load_json
 
 OVERRIDES = {  # option: help; each sets the key of the same name in the section "zeroth_order"
     "method": f"{' or '.join(METHODS)}; mezo drops the keys that only mezo_svrg has",
     "lr": "step size",
     "eps": "perturbation scale",
-    "direction": " or ".join(DIRECTIONS),
+    "direction": "gaussian, rademacher or low_rank (rank 1; other ranks in the JSON)",
     "num_directions": "directions per step",
     "anchor_lr": "step size of the full-batch step at a refresh",
     "anchor_interval": "steps between two refreshes of the anchor",
@@ -79,8 +79,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     run.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # set by the launcher
 
     override = parser.add_argument_group("overrides of the JSON")
-    types = {"float": float, "int": int, "str": str}
-    kinds = {f.name: types[str(f.type).split(" ")[0]] for f in fields(ZerothOrderConfig) if f.name in OVERRIDES}
+    types = {"float": float, "int": int}
+    kinds = {
+        f.name: types.get(str(f.type).split(" ")[0], str) for f in fields(ZerothOrderConfig) if f.name in OVERRIDES
+    }
     for key, text in OVERRIDES.items():
         override.add_argument(f"--{key}", type=kinds[key], help=text)
     for key in BATCH_OVERRIDES:

@@ -18,7 +18,8 @@ import hjson
 
 SECTION = "zeroth_order"
 METHODS = ("mezo", "mezo_svrg")
-DIRECTIONS = ("gaussian", "rademacher")
+DISTRIBUTIONS = ("gaussian", "rademacher", "low_rank")
+EVALUATIONS = ("auto", "stacked", "lockstep", "sequential")
 PLACES = ("device", "cpu", "nvme", "terms")
 
 
@@ -42,6 +43,14 @@ class AnchorConfig:
 
 
 @dataclass(frozen=True)
+class DirectionConfig:
+    """How z is drawn: each element gaussian or +-1, or each matrix U V^T / sqrt(rank) and the rest gaussian."""
+
+    distribution: str = "gaussian"
+    rank: int = 1  # of low_rank
+
+
+@dataclass(frozen=True)
 class AnnealConfig:
     """Divide the step sizes by `alpha` when an epoch's mean loss exceeds `threshold` times the one before."""
 
@@ -61,7 +70,9 @@ class ZerothOrderConfig:
     num_directions: int = 1  # per step
     anchor_directions: int = 1  # per refresh (K)
     share_direction: bool = True  # a step's two estimates use the same directions
-    direction: str = "gaussian"
+    direction: DirectionConfig = field(default_factory=DirectionConfig)  # or the distribution's name alone
+    directions: str = "shared"  # by all ranks; or per_rank: each evaluates its own on its part of the batch
+    evaluation: str = "auto"  # of a step's points: in one stacked forward, in lockstep, or one after the other
     seed: int = 42
     weight_decay: float = 0.0  # decoupled: lr * weight_decay per step, on parameters of two or more dimensions
     anneal: AnnealConfig | None = None
@@ -90,8 +101,15 @@ DEEPSPEED_KEYS = frozenset(  # top-level keys that DeepSpeed 0.19.8 reads; it ig
     weight_quantization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization""".split()  # noqa: SIM905
 )
 SVRG_ONLY = ("anchor_lr", "anchor_interval", "anchor_directions", "share_direction", "anchor")
-_NESTED = {"anchor": AnchorConfig, "anneal": AnnealConfig}
-_CHOICES: dict[str, tuple[str, ...]] = {"method": METHODS, "direction": DIRECTIONS, "point": PLACES, "gradient": PLACES}
+_NESTED = {"anchor": AnchorConfig, "anneal": AnnealConfig, "direction": DirectionConfig}
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "method": METHODS,
+    "distribution": DISTRIBUTIONS,
+    "directions": ("shared", "per_rank"),
+    "evaluation": EVALUATIONS,
+    "point": PLACES,
+    "gradient": PLACES,
+}
 _MINIMUM: dict[str, float | tuple[float]] = {  # smallest allowed value; a tuple (x,) means strictly above x
     "eps": (0.0,),
     "lr": 0.0,
@@ -99,6 +117,7 @@ _MINIMUM: dict[str, float | tuple[float]] = {  # smallest allowed value; a tuple
     "anchor_interval": 1,
     "num_directions": 1,
     "anchor_directions": 1,
+    "rank": 1,
     "seed": 0,
     "weight_decay": 0.0,
     "alpha": (1.0,),
@@ -119,7 +138,7 @@ def _checked(path: str, key: str, annotation: str, value: Any) -> float | str | 
     """`value` of `path` in the type of its field; `annotation` is the field's type as written."""
     if value is None and "None" in annotation:
         return None
-    if value == "auto":
+    if value == "auto" and "auto" not in _CHOICES.get(key, ()):
         raise ValueError(f'{path}: "auto" is not resolved for this key; give a value or leave it out for the default.')
     kind = annotation.split(" ")[0]
     if kind == "float" and isinstance(value, int) and not isinstance(value, bool):
@@ -159,6 +178,8 @@ def _build(cls: type, values: Any, path: str) -> Any:
         if key in _NESTED:
             if key == "anneal" and value is None:
                 continue
+            if key == "direction" and isinstance(value, str):
+                value = {"distribution": _checked(here, "distribution", "str", value)}
             built[key] = _build(_NESTED[key], value, here)
         else:
             built[key] = _checked(here, key, str(known[key].type), value)
@@ -175,6 +196,10 @@ def parse_section(values: Any) -> ZerothOrderConfig:
                 f'{SECTION}: {", ".join(unused)} belong to method "mezo_svrg", but method is "{config.method}". '
                 "Remove them, or change the method."
             )
+    if config.direction.rank != 1 and config.direction.distribution != "low_rank":
+        raise ValueError(
+            f'{SECTION}.direction.rank: belongs to "low_rank", but distribution is "{config.direction.distribution}".'
+        )
     anchor = config.anchor
     if "nvme" in anchor.places() and not anchor.nvme_path:
         raise ValueError(f"{SECTION}.anchor.nvme_path: missing; point or gradient is nvme. Give a folder on the drive.")

@@ -23,7 +23,7 @@ from zods.anchor import Anchor
 from zods.comm import Communicator
 from zods.config import RunConfig
 from zods.data import TrainingLoader
-from zods.directions import derive_seed
+from zods.directions import Direction, derive_seed
 from zods.estimators import Annealing, Term, Update
 from zods.evaluation import Evaluator
 from zods.sharding import ShardedParameters, Slice, release_gathered
@@ -98,10 +98,11 @@ class ZerothOrderEngine:
         self.last_step: StepReport | None = None
         self.trajectory: TrajectoryLog | None = None
         self._zo = config.zeroth_order
+        self._direction = Direction(self._zo.direction.distribution, self._zo.direction.rank)
         self.anchor: Anchor | None = None
         if self._zo.is_svrg:
             aio = config.deepspeed.get("aio", {})
-            self.anchor = Anchor(self._zo.anchor, parameters, comm, distribution=self._zo.direction, aio=aio)
+            self.anchor = Anchor(self._zo.anchor, parameters, comm, direction=self._direction, aio=aio)
         self.anchor_step: int | None = None  # the step of the last refresh
         self.annealing = Annealing()
         self.digest = hashlib.sha256(b"zods").digest()  # of everything applied so far
@@ -109,7 +110,8 @@ class ZerothOrderEngine:
             deepspeed_engine,
             comm,
             parameters,
-            distribution=self._zo.direction,
+            direction=self._direction,
+            evaluation=self._zo.evaluation,
             micro_batch=self.train_micro_batch_size_per_gpu(),
         )
         self._own_batches: Iterator[Any] | None = None
@@ -118,7 +120,7 @@ class ZerothOrderEngine:
         self._points: list[Point] = []
         self._sums: list[torch.Tensor] = []  # per micro-batch: a loss sum per point, then the number of examples
         self._last_loss: torch.Tensor | None = None
-        self._reduced: list[float] = []
+        self._reduced: list[list[float]] = []  # losses at the points of each set of directions
         self._step_began = 0.0
         deepspeed_engine.eval()
 
@@ -195,13 +197,20 @@ class ZerothOrderEngine:
         zo, step = self._zo, self.global_steps
         if self.anchor is not None and (self.anchor_step is None or step - self.anchor_step >= zo.anchor_interval):
             self.refresh_anchor()
-        self._points = self._pairs(self._seeds("step", zo.num_directions))
+        own = self.global_rank if zo.directions == "per_rank" else 0
+        seeds, anchor_seeds = self._step_seeds(own)
+        self._points = self._pairs(seeds)
         if self.anchor is not None:
-            seeds = self._seeds("step" if zo.share_direction else "step_anchor", zo.num_directions)
-            self._points += self._pairs(seeds, source=self.anchor.source)
+            self._points += self._pairs(anchor_seeds, source=self.anchor.source)
 
-    def _seeds(self, purpose: str, number: int) -> list[int]:
-        return [derive_seed(self._zo.seed, purpose, self.global_steps, k) for k in range(number)]
+    def _seeds(self, purpose: str, number: int, of: int = 0) -> list[int]:
+        return [derive_seed(self._zo.seed, purpose, self.global_steps, of * number + k) for k in range(number)]
+
+    def _step_seeds(self, of: int) -> tuple[list[int], list[int]]:
+        """The directions of a step at the parameters and at the anchor: of one rank, or of all where they share them."""
+        at_parameters = self._seeds("step", self._zo.num_directions, of)
+        shared = self._zo.share_direction
+        return at_parameters, at_parameters if shared else self._seeds("step_anchor", self._zo.num_directions, of)
 
     def _pairs(self, seeds: Sequence[int], **source: Any) -> list[Point]:
         eps = self._zo.eps
@@ -210,7 +219,7 @@ class ZerothOrderEngine:
     # --- phase 2: reduce the scalars --------------------------------------------------------------------------------
 
     def backward(self, loss: torch.Tensor) -> torch.Tensor:
-        """At an accumulation boundary: the loss sums and counts of all ranks, added. Sends 8 bytes per point and rank.
+        """At an accumulation boundary: the loss sums and counts of all ranks. Sends 8 bytes per point and rank.
 
         Raises ValueError where `loss` is not what `engine(batch)` returned: a scaled or other loss would have no effect,
         since the losses at the points are already known. Wrap the model so that its forward returns that loss.
@@ -221,7 +230,10 @@ class ZerothOrderEngine:
                 "losses of the forward itself; for another loss wrap the model so that its forward returns it."
             )
         if self.is_gradient_accumulation_boundary():
-            self._reduced = self.comm.sum_over_ranks(torch.stack(self._sums).sum(0).tolist())
+            sums = torch.stack(self._sums).sum(0).tolist()
+            per_rank = self._zo.directions == "per_rank"
+            of_all = self.comm.gather_scalars(sums) if per_rank else [self.comm.sum_over_ranks(sums)]
+            self._reduced = [[total / count for total in totals] for *totals, count in of_all]
         return loss
 
     # --- phases 3 to 5: combine, apply, log -------------------------------------------------------------------------
@@ -237,29 +249,39 @@ class ZerothOrderEngine:
         self.micro_steps += 1
         if not boundary:
             return
-        *sums, count = self._reduced
-        losses = [s / count for s in sums]
+        losses = [loss for of_set in self._reduced for loss in of_set]
         finite = all(map(math.isfinite, losses))
-        update, projected_grad = self._combine(losses) if finite else (Update(()), math.nan)
+        update, projected_grad = self._combine(self._reduced) if finite else (Update(()), math.nan)
         if finite:
             self._apply(update)
-        loss = sum(losses[: 2 * self._zo.num_directions]) / (2 * self._zo.num_directions)
+        at_parameters = [loss for of_set in self._reduced for loss in of_set[: 2 * self._zo.num_directions]]
+        loss = sum(at_parameters) / len(at_parameters)
         self._log(update, losses, loss, projected_grad, skipped=not finite)
         self._points, self._sums, self._reduced, self._last_loss = [], [], [], None
         self._count_skipped(losses, finite)
 
-    def _combine(self, losses: Sequence[float]) -> tuple[Update, float]:
-        """The update of this step, and the mean projected gradient at the parameters, from the losses at the points."""
+    def _combine(self, losses: Sequence[Sequence[float]]) -> tuple[Update, float]:
+        """The update of this step, and the mean projected gradient at the parameters.
+
+        losses: at the points of each set of directions: one set, or one per rank.
+        """
         zo, lr = self._zo, self.get_lr()[0]
-        coefficients = estimators.projected_grads(losses[0::2], losses[1::2], zo.eps)
-        seeds = [point.seed for point in self._points[0::2]]
         n = zo.num_directions
+        seeds: list[int] = []
+        anchor_seeds: list[int] = []
+        coefficients: list[float] = []
+        anchor_coefficients: list[float] = []
+        for of, of_set in enumerate(losses):
+            of_seeds, of_anchor_seeds = self._step_seeds(of)
+            grads = estimators.projected_grads(of_set[0::2], of_set[1::2], zo.eps)
+            seeds, anchor_seeds = seeds + of_seeds, anchor_seeds + of_anchor_seeds
+            coefficients, anchor_coefficients = coefficients + grads[:n], anchor_coefficients + grads[n:]
         anchor_terms: list[Term] = []
         anchor_coefficient = 0.0
         if self.anchor is None:
             terms = estimators.spsa(seeds, coefficients)
         else:
-            terms = estimators.svrg(seeds[:n], coefficients[:n], seeds[n:], coefficients[n:])
+            terms = estimators.svrg(seeds, coefficients, anchor_seeds, anchor_coefficients)
             anchor_terms, anchor_coefficient = self.anchor.descent(lr)
         update = Update(
             terms=(*estimators.descend(terms, lr), *(t for t in anchor_terms if t.coefficient != 0.0)),
@@ -267,7 +289,7 @@ class ZerothOrderEngine:
             anchor_grad_coefficient=anchor_coefficient,
             rounding_seed=self._rounding_seed("rounding"),
         )
-        return update, sum(coefficients[:n]) / n
+        return update, sum(coefficients) / len(coefficients)
 
     def _rounding_seed(self, purpose: str) -> int | None:
         return derive_seed(self._zo.seed, purpose, self.global_steps) if self._zo.stochastic_rounding else None
@@ -288,7 +310,7 @@ class ZerothOrderEngine:
 
         self.parameters.apply_(
             update_of,
-            distribution=self._zo.direction,
+            direction=self._direction,
             rounding_seed=update.rounding_seed,
             dense=dense,
             dense_coefficient=update.anchor_grad_coefficient,

@@ -1,7 +1,9 @@
-"""Losses and outputs of a sharded model on batches, at given points: one forward per point."""
+"""Losses and outputs of a sharded model on batches, at given points, and in which form its forwards are run."""
 
 from __future__ import annotations
 
+import inspect
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -10,9 +12,15 @@ from tqdm import tqdm
 
 from zods.comm import Communicator
 from zods.data import WholePass
-from zods.objectives import batch_loss, num_examples
-from zods.sharding import ShardedParameters
+from zods.directions import Direction
+from zods.objectives import batch_loss, logits_of, num_examples
+from zods.sharding import ShardedParameters, is_sharded, release_gathered
+from zods.stacking import NotStackable
 from zods.streams import PerturbedForward, Point
+
+logger = logging.getLogger(__name__)
+
+CHECK_DISTANCE = 0.02  # of the points at which forms of evaluation are compared; weights are commonly that large
 
 
 class Evaluator:
@@ -24,14 +32,20 @@ class Evaluator:
         comm: Communicator,
         parameters: ShardedParameters,
         *,
-        distribution: str,
+        direction: Direction,
+        evaluation: str,
         micro_batch: int,
     ) -> None:
         self._deepspeed = deepspeed_engine
         self._comm = comm
         self._micro_batch = micro_batch
-        self._forward_at = PerturbedForward(deepspeed_engine.module, parameters.slices, distribution)
-        self._checked = False
+        self._forward_at = PerturbedForward(deepspeed_engine.module, parameters.slices, direction)
+        self._sharded = is_sharded(parameters.slices[0].param)
+        takes = inspect.signature(deepspeed_engine.module.forward).parameters
+        self._needs_labels = "labels" in takes and takes["labels"].default is inspect.Parameter.empty
+        self._has_cache = "use_cache" in takes  # keys and values for generation, of all layers: a loss needs none
+        self._asked = evaluation
+        self.evaluation: str | None = None  # how points are evaluated; chosen on the first batch
 
     def to_device(self, batch: Any) -> Any:
         """A batch with its tensors on the device; tuples, lists and dicts are followed."""
@@ -45,26 +59,132 @@ class Evaluator:
 
     def outputs(self, batch: Any) -> Any:
         """The model's outputs: a dict is given as keywords, a tuple or list as positions."""
-        if isinstance(batch, dict):
-            return self._deepspeed(**batch)
-        return self._deepspeed(*batch) if isinstance(batch, (tuple, list)) else self._deepspeed(batch)
+        return _call(self._deepspeed, batch)
 
     def losses(self, points: Sequence[Point | None], batch: Any) -> torch.Tensor:
         """Mean losses of a batch on the device, (number of points,) in float64; None is the parameters as they are.
 
-        Before the first, one forward at the parameters: does the model give a loss, and which modules run?
-        Raises ValueError where the model gives no loss.
+        Before the first: does the model give a loss, which modules use which parameters, and does one forward give what
+        separate ones do? Raises ValueError where the model gives no loss, or cannot be evaluated as was asked.
         """
-        if not self._checked:
-            with self._forward_at.observing():
-                outputs = self.outputs(batch)
-            batch_loss(outputs, batch)
-            self._checked = True
-        losses = []
-        for point in points:
-            with self._forward_at.at(point):
-                losses.append(batch_loss(self.outputs(batch), batch).double())
-        return torch.stack(losses)
+        if self._has_cache and isinstance(batch, dict):
+            batch = {"use_cache": False, **batch}
+        if self.evaluation is None:
+            self.evaluation = self._choose(batch)
+        at = [point for point in points if point is not None]
+        if len(at) < max(len(points), 2):
+            return torch.stack([self._loss(point, batch) for point in points])
+        return self._losses_by[self.evaluation](self, at, batch)
+
+    def _loss(self, point: Point | None, batch: Any, **record: int) -> torch.Tensor:
+        with self._forward_at.at(point, **record):
+            return batch_loss(self.outputs(batch), batch).double()
+
+    def _losses_one_by_one(self, points: Sequence[Point], batch: Any) -> torch.Tensor:
+        return torch.stack([self._loss(point, batch) for point in points])
+
+    def _losses_of_a_stack(self, points: Sequence[Point], batch: Any) -> torch.Tensor:
+        logits = self._stacked_logits(points, batch)
+        return torch.stack([batch_loss({"logits": part}, batch).double() for part in logits])
+
+    def _losses_in_lockstep(self, points: Sequence[Point], batch: Any) -> torch.Tensor:
+        def loss(k: int) -> torch.Tensor:
+            # DeepSpeed's hooks on the whole model count forwards: they run once, in the first stream
+            call = self._deepspeed if k == 0 else self._deepspeed.module.forward
+            return batch_loss(_call(call, batch), batch).double()
+
+        return torch.stack(self._forward_at.in_lockstep(points, loss))
+
+    _losses_by = {  # noqa: RUF012 (a constant)
+        "sequential": _losses_one_by_one,
+        "stacked": _losses_of_a_stack,
+        "lockstep": _losses_in_lockstep,
+    }
+
+    def _stacked_logits(self, points: Sequence[Point], batch: Any) -> tuple[torch.Tensor, ...]:
+        """The logits of a batch at each point, from one forward of as many copies of it."""
+        size = num_examples(batch)
+        stack = {
+            key: value.repeat(len(points), *[1] * (value.ndim - 1))
+            if isinstance(value, torch.Tensor) and value.ndim and value.shape[0] == size
+            else value
+            for key, value in batch.items()
+            if key != "labels" or self._needs_labels  # else the model's own loss, over the whole stack, is spared
+        }
+        with self._forward_at.at_all(points, size):
+            logits = logits_of(self.outputs(stack))
+        if logits is None:
+            raise NotStackable("the model gives no logits without labels")
+        return logits.chunk(len(points))
+
+    # --- how to evaluate ----------------------------------------------------------------------------------------------
+
+    def _choose(self, batch: Any) -> str:
+        """The first of the forms that are asked for which gives what separate forwards give; a word on those that do not."""
+        with self._forward_at.observing():
+            outputs = self.outputs(batch)
+        batch_loss(outputs, batch)
+        if self._asked == "sequential":
+            return self._asked
+        del outputs
+        wanted = ("stacked", "lockstep") if self._asked == "auto" else (self._asked,)
+        for form in wanted:
+            reason = self._misfit(form, batch)
+            if reason is None:
+                return form
+            if self._asked != "auto":
+                raise ValueError(f'zeroth_order.evaluation: "{form}" does not fit this model: {reason}. Use "auto".')
+            logger.warning("evaluation: %s does not fit this model: %s", form, reason)
+        return "sequential"
+
+    def _misfit(self, form: str, batch: Any) -> str | None:
+        """Why `form` does not give what separate forwards do, or None. The same on all ranks.
+
+        Far from the parameters, so that what one point gives is nothing like what the other does.
+        """
+        points = [Point(seed, CHECK_DISTANCE) for seed in (1, 2)]
+        self._forward_at.stacking.forget()
+        separate = [self._outputs_at(points[0], batch, record=num_examples(batch)), self._outputs_at(points[1], batch)]
+        losses = torch.stack([batch_loss(outputs, batch).double() for outputs in separate])
+        try:
+            if form == "stacked":
+                reason = self._stack_misfit(points, batch, separate, losses)
+            else:
+                same = torch.equal(self._losses_in_lockstep(points, batch), losses)
+                reason = None if same else "its losses differ from those of separate forwards"
+        except (NotStackable, RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            release_gathered(self._deepspeed)
+        (failures,) = self._comm.sum_over_ranks([float(reason is not None)])
+        return reason or ("it fails on another rank" if failures else None)
+
+    def _outputs_at(self, point: Point, batch: Any, **record: int) -> Any:
+        with self._forward_at.at(point, **record):
+            return self.outputs(batch)
+
+    def _stack_misfit(self, points: list[Point], batch: Any, separate: list[Any], losses: torch.Tensor) -> str | None:
+        if not isinstance(batch, dict) or "labels" not in batch:
+            return "the batch is not a dict with labels"
+        logits = [found for outputs in separate if (found := logits_of(outputs)) is not None]
+        if len(logits) < len(separate):
+            return "the model gives no logits"
+        from_logits = [batch_loss({"logits": part}, batch).double() for part in logits]
+        if not torch.allclose(torch.stack(from_logits), losses, rtol=1e-5, atol=1e-6):
+            return "its loss is not the cross entropy of its logits"
+        self._forward_at.nested.clear()
+        stacked = self._stacked_logits(points, batch)
+        nested = sorted({type(module).__name__ for module in self._forward_at.nested})
+        if nested and self._sharded and self._asked == "auto":
+            return (
+                f"{', '.join(nested)} would be gathered once per point, as a part of a module with its own parameters"
+            )
+        apart = (logits[0].float() - logits[1].float()).norm()
+        size = logits[0].float().norm()
+        tolerance = 1e-4 * apart + 1e-5 * size if logits[0].dtype == torch.float32 else 0.05 * apart + 0.01 * size
+        errors = [(a.float() - b.float()).norm() for a, b in zip(stacked, logits, strict=True)]
+        if all(bool(error <= tolerance) for error in errors):
+            return None
+        return f"its logits are {max(map(float, errors)) / float(size):.1e} off those of separate forwards (relative)"
 
     def loss_sums(self, points: Sequence[Point | None], batch: Any) -> torch.Tensor:
         """Losses times the number of examples, then that number: (number of points + 1,) in float64."""
@@ -112,3 +232,10 @@ class Evaluator:
 
     def _whole_pass(self, dataset: Any, collate_fn: Callable | None) -> WholePass:
         return WholePass(dataset, self._micro_batch, self._comm.rank, self._comm.world_size, collate_fn)
+
+
+def _call(model: Any, batch: Any) -> Any:
+    """A dict is given as keywords, a tuple or list as positions."""
+    if isinstance(batch, dict):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)

@@ -72,6 +72,12 @@ def _is_classification(logits: Any, labels: Any) -> bool:
     return logits.ndim == 2 and labels.shape == logits.shape[:1] and not labels.is_floating_point()
 
 
+def logits_of(outputs: Any) -> Tensor | None:
+    """The logits among a model's outputs: the entry or attribute of that name, or a tensor that is all there is."""
+    found = outputs if isinstance(outputs, Tensor) and outputs.ndim else _entry(outputs, "logits")
+    return found if isinstance(found, Tensor) else None
+
+
 def num_examples(batch: Any) -> int:
     """The size of dim 0 of the first tensor in a batch (a tensor, or nested dicts, tuples and lists of tensors).
 

@@ -3,9 +3,10 @@
 Works on ZeRO-3 shards (stage 3) and on replicated parameters (stage 0), where a rank's slice is the whole.
 
 This is the one place that touches what DeepSpeed does not document: on a Parameter `ds_tensor` (the padded local slice),
-`ds_shape`, `ds_numel`, `nvme_swapper`, and the swapper's `swap_in`, `synchronize_reads`, `swap_out_and_release`,
-`synchronize_writes`, `remove_partition_and_release_buffers`. Read in DeepSpeed 0.19.8;
-tests/distributed/test_sharding.py fails where they change. No DeepSpeed class is patched, nothing is hung on a Parameter.
+`ds_shape`, `ds_numel`, `ds_status`, `nvme_swapper`; ZeRO-3's `get_param_coordinator().fetch_sub_module`; and the swapper's
+`swap_in`, `synchronize_reads`, `swap_out_and_release`, `synchronize_writes`, `remove_partition_and_release_buffers`. Read
+in DeepSpeed 0.19.8; tests/distributed/test_sharding.py fails where they change. No DeepSpeed class is patched, nothing is
+hung on a Parameter.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
-from zods.kernels import combine_
+from zods.directions import Direction
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -122,7 +124,7 @@ class ShardedParameters:
         self,
         update_of: Callable[[Slice], tuple[float, Sequence[int], Sequence[float]]],
         *,
-        distribution: str,
+        direction: Direction,
         rounding_seed: int | None,
         dense: Callable[[Slice], Iterable[tuple[int, torch.Tensor]]] | None = None,
         dense_coefficient: float = 0.0,
@@ -138,15 +140,14 @@ class ShardedParameters:
             scale, seeds, coefficients = update_of(piece)
             for start, addend in ((0, None),) if dense is None else dense(piece):
                 part = local if addend is None else local[start : start + addend.numel()]
-                combine_(
+                direction.combine_(
                     part,
+                    piece,
+                    piece.offset + start,
                     weight=part,
                     scale=scale,
                     seeds=seeds,
                     coefficients=coefficients,
-                    distribution=distribution,
-                    parameter=piece.ordinal,
-                    offset=piece.offset + start,
                     dense=None if addend is None else addend.to(local.device),
                     dense_coefficient=dense_coefficient,
                     rounding_seed=rounding_seed,
@@ -165,10 +166,17 @@ def gathered(params: Sequence[torch.nn.Parameter]) -> Iterator[None]:
 
 
 def release_gathered(deepspeed_engine: Any) -> None:
-    """Drop every gathered copy that DeepSpeed still holds, so that the next forward gathers what is stored."""
+    """Drop every gathered copy that DeepSpeed still holds, so that the next forward gathers what is stored.
+
+    Gathers still under way, which a forward that was cut short leaves behind, are waited for.
+    """
     offload = deepspeed_engine.optimizer
-    if offload is not None:
-        offload.partition_all_parameters()
+    if offload is None:
+        return
+    for module in deepspeed_engine.module.modules():
+        if any(is_sharded(p) and p.ds_status is ZeroParamStatus.INFLIGHT for p in module.parameters(recurse=False)):
+            offload.get_param_coordinator().fetch_sub_module(module, forward=True)
+    offload.partition_all_parameters()
 
 
 def _on_nvme(piece: Slice) -> bool:

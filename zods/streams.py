@@ -1,22 +1,31 @@
-"""Evaluate a module at a point near its parameters without touching what is stored.
+"""Evaluate a module at points near its parameters without touching what is stored.
 
-A perturbed copy of a parameter exists only while the module that owns it runs: hooks put it in place of the gathered
-(ZeRO-3) or stored (replicated) data before the module's own forward, and put that back after it. So there is no drift,
-and at any time one module's parameters exist twice, not the model's.
+A perturbed copy of a parameter exists only while the module that owns it runs: the module's forward is wrapped, and puts
+the copy in place of the gathered (ZeRO-3) or stored (replicated) data while its own forward runs. So there is no drift,
+and at any time one module's parameters exist once more, not the model's.
+
+Several points are evaluated in one forward. Stacked: the batch is repeated on dim 0, and each module that owns parameters
+runs once per point on that point's part of the stack; all else sees the stack. With low-rank directions the module runs
+once, and what its output lacks is added to it. In lockstep: as many forwards as points, which wait for each other at every
+module that owns parameters. Either way ZeRO-3 gathers a module's parameters once.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
+import greenlet
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from zods.kernels import combine_
+from zods import factored
+from zods.directions import Direction
+from zods.stacking import Stacking
 
 
 class Perturbable(Protocol):
@@ -26,6 +35,8 @@ class Perturbable(Protocol):
     def name(self) -> str: ...
     @property
     def ordinal(self) -> int: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
     @property
     def param(self) -> torch.nn.Parameter: ...
     @property
@@ -46,6 +57,14 @@ def at_parameters(parameter: Any, live: torch.Tensor) -> Source:
     return Source(live)
 
 
+class _Placed(NamedTuple):
+    """A copy that stands in for a parameter's data."""
+
+    parameter: Perturbable
+    live: torch.Tensor
+    copy: torch.Tensor
+
+
 @dataclass(frozen=True)
 class Point:
     """source + coefficient * z(seed). source: maps (parameter, its live whole data) to a `Source`."""
@@ -53,6 +72,9 @@ class Point:
     seed: int
     coefficient: float
     source: Callable[[Any, torch.Tensor], Source] = field(default=at_parameters)
+
+    def is_mirror_of(self, other: Point) -> bool:
+        return (self.seed, -self.coefficient, self.source) == (other.seed, other.coefficient, other.source)
 
 
 class _Observer(TorchFunctionMode):
@@ -98,29 +120,93 @@ class _Observer(TorchFunctionMode):
 class PerturbedForward:
     """Runs a module's forward at given points. Installed once, after DeepSpeed's own hooks."""
 
-    def __init__(self, module: torch.nn.Module, parameters: Sequence[Perturbable], distribution: str) -> None:
-        self.distribution = distribution
-        by_id = {id(p.param): p for p in parameters}
-        self._point: Point | None = None
-        self._live: dict[int, tuple[Perturbable, torch.Tensor]] = {}  # by ordinal: the data a copy stands in for
-        self._stack: list[tuple[torch.nn.Module, list[int]]] = []  # running modules, and the ordinals each put in place
+    def __init__(self, module: torch.nn.Module, parameters: Sequence[Perturbable], direction: Direction) -> None:
+        self._direction = direction
+        self._points: tuple[Point, ...] = ()
+        self._pairs: list[tuple[int, ...]] = []  # streams in order, a stream and its mirror together
+        self._stream: int | None = None  # the one that runs alone; None: a stack of all
+        self._live: dict[int, _Placed] = {}  # by ordinal
         self._held: dict[torch.nn.Module, list[Perturbable]] = {}  # what each module puts in place
+        self._recording = False
+        self._hub: greenlet.greenlet | None = None  # runs the streams in lockstep
+        self.nested: set[torch.nn.Module] = set()  # holders that ran inside another, so once per stream of a stack
+        self.stacking = Stacking(module)
+        by_id = {id(p.param): p for p in parameters}
         for submodule in module.modules():
-            owned = [by_id[id(p)] for p in submodule.parameters(recurse=False) if id(p) in by_id]
-            self._held[submodule] = owned
-            submodule.register_forward_pre_hook(self._enter)
-            submodule.register_forward_hook(self._leave, prepend=True, always_call=True)
+            self._hold(submodule, [by_id[id(p)] for p in submodule.parameters(recurse=False) if id(p) in by_id])
+
+    def _hold(self, submodule: torch.nn.Module, parameters: list[Perturbable]) -> None:
+        if parameters and not self._held.get(submodule):
+            original = submodule.forward
+
+            @functools.wraps(original)
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                return self._run(submodule, original, args, kwargs)
+
+            submodule.forward = forward
+            # torch's TransformerEncoderLayer bypasses its children's forwards, unless a module has a hook
+            submodule.register_forward_pre_hook(lambda *_: None)
+        self._held[submodule] = [*self._held.get(submodule, []), *parameters]
+
+    # --- what the engine calls ----------------------------------------------------------------------------------------
 
     @contextmanager
-    def at(self, point: Point | None) -> Iterator[None]:
-        """Forwards inside run at `point`; None is the parameters as they are."""
-        self._point = point
+    def at(self, point: Point | None, *, record: int | None = None) -> Iterator[None]:
+        """Forwards inside run at `point`; None is the parameters as they are. record: the examples of a batch, to learn
+        from its forward how a stack of such batches is to be cut."""
+        self._recording = record is not None
+        self._begin(() if point is None else (point,), 0)
         try:
             yield
         finally:
-            self._point = None
-            self._stack.clear()
-            self._restore(list(self._live))  # nothing, unless a forward was cut short
+            self._end()
+
+    @contextmanager
+    def at_all(self, points: Sequence[Point], num_examples: int) -> Iterator[None]:
+        """Forwards inside run on a stack of as many batches of `num_examples` as there are points.
+
+        Raises NotStackable where a module cannot be run so.
+        """
+        self._begin(tuple(points), None)
+        self.stacking.begin(len(points), num_examples)
+        try:
+            yield
+        finally:
+            self._end()
+
+    def in_lockstep(self, points: Sequence[Point], call: Callable[[int], Any]) -> list[Any]:
+        """[call(k) for each point k], where call(k) is a forward on one batch: all go from one module that holds
+        parameters to the next together. Raises RuntimeError where they do not come to the same modules."""
+        self._begin(tuple(points), 0)
+        self._hub = greenlet.getcurrent()
+        streams = [greenlet.greenlet(functools.partial(call, k)) for k in range(len(points))]
+        results: list[Any] = [None] * len(points)
+        order = list(range(len(points)))
+        try:
+            while order:
+                waiting_at = []
+                for k in order:
+                    self._stream, self._live = k, {}
+                    found = streams[k].switch()
+                    if streams[k].dead:
+                        results[k] = found
+                    else:
+                        waiting_at.append(found)
+                if waiting_at and (len(waiting_at) < len(points) or len({id(m) for m in waiting_at}) > 1):
+                    raise RuntimeError(
+                        "the forwards at different points call different modules: "
+                        + ", ".join(sorted({type(m).__name__ for m in waiting_at}))
+                    )
+                # the first to start is the last to end: DeepSpeed's hooks on the whole model run in it
+                order = [] if not waiting_at else list(reversed(range(len(points))))
+        finally:
+            for stream in streams:
+                self._live = {}
+                if not stream.dead and stream:
+                    stream.throw()
+            self._hub = None
+            self._end()
+        return results
 
     @contextmanager
     def observing(self) -> Iterator[None]:
@@ -133,39 +219,211 @@ class PerturbedForward:
         with observer:
             yield
         for module, parameters in observer.found.items():
-            self._held[module] = [*self._held[module], *parameters]
+            self._hold(module, parameters)
 
-    def _enter(self, submodule: torch.nn.Module, _inputs: Any) -> None:
-        if self._point is None:
-            return
-        placed = []
-        for parameter in self._held[submodule]:
+    def _begin(self, points: tuple[Point, ...], stream: int | None) -> None:
+        self._points, self._stream = points, stream
+        self._pairs = []
+        k = 0
+        while k < len(points):
+            size = 2 if k + 1 < len(points) and points[k + 1].is_mirror_of(points[k]) else 1
+            self._pairs.append(tuple(range(k, k + size)))
+            k += size
+
+    def _end(self) -> None:
+        self._restore(list(self._live))  # nothing, unless a forward was cut short
+        self._points, self._stream, self._recording = (), None, False
+
+    # --- a module's forward -------------------------------------------------------------------------------------------
+
+    def _run(self, module: torch.nn.Module, original: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if not self._points:
+            return original(*args, **kwargs)
+        if self._hub is not None:
+            self._wait(module)
+            output = self._run_stream(module, original, args, kwargs)
+            self._wait(module)  # until all have run: DeepSpeed may release the parameters after this forward
+            return output
+        if self._stream is not None:
+            if self._recording and not self._live:
+                self.stacking.record(module, (args, kwargs))
+            return self._run_stream(module, original, args, kwargs)
+        streams, carries = self.stacking.split(module, (args, kwargs))
+        form = self._form(module, args, kwargs) if carries else None
+        if form is not None:
+            return self._run_factored(module, form, original, args[0])
+        outputs = []
+        sources: dict[Any, Source] = {}
+        for pair in self._pairs:
+            copies = self._copies(self._whole(module), pair, sources)
+            for k, of_stream in zip(pair, copies, strict=True):
+                with self._placed(of_stream):
+                    self._stream = k
+                    try:
+                        outputs.append(original(*streams[k][0], **streams[k][1]))
+                    finally:
+                        self._stream = None
+        return self.stacking.join(module, outputs, carries)
+
+    def _run_stream(self, module: torch.nn.Module, original: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """One stream's forward of a module. A tied parameter may be in place already; one that another module holds may
+        not be gathered yet."""
+        assert self._stream is not None
+        if self._live:
+            self.nested.add(module)
+        missing = [p for p in self._whole(module) if p.ordinal not in self._live]
+        (copies,) = self._copies(missing, (self._stream,), {})
+        with self._placed(copies):
+            return original(*args, **kwargs)
+
+    def _whole(self, module: torch.nn.Module) -> list[Perturbable]:
+        return [p for p in self._held[module] if p.param.data.numel() == p.whole_numel]
+
+    def _wait(self, module: torch.nn.Module) -> None:
+        """Let the other streams come to this module; meanwhile none of this one's copies is in place."""
+        assert self._hub is not None
+        stream, mine = self._stream, dict(self._live)
+        self._restore(list(mine))
+        self._hub.switch(module)
+        self._stream = stream
+        self._live = {}
+        for parameter, _, copy in mine.values():
+            self._place(parameter, copy)
+
+    # --- copies -------------------------------------------------------------------------------------------------------
+
+    def _copies(
+        self, parameters: Sequence[Perturbable], pair: tuple[int, ...], sources: dict[Any, Source]
+    ) -> list[list[tuple[Perturbable, torch.Tensor]]]:
+        """For each stream of a pair, the parameters with their values at its point."""
+        point = self._points[pair[0]]
+        copies: list[list[tuple[Perturbable, torch.Tensor]]] = [[] for _ in pair]
+        for parameter in parameters:
             live = parameter.param.data
-            # a tied parameter may be in place already; one that another module holds may not be gathered yet
-            if parameter.ordinal not in self._live and live.numel() == parameter.whole_numel:
-                self._live[parameter.ordinal] = (parameter, live)
-                parameter.param.data = self._perturbed(parameter, live, self._point)
-                placed.append(parameter.ordinal)
-        self._stack.append((submodule, placed))
+            source = self._source(parameter, live, point, sources)
+            made = [torch.empty_like(live, memory_format=torch.contiguous_format) for _ in pair]
+            self._direction.combine_(
+                made[0],
+                parameter,
+                weight=source.weight,
+                scale=source.scale,
+                seeds=(*source.seeds, point.seed),
+                coefficients=(*source.coefficients, point.coefficient),
+                mirror=made[1] if len(made) > 1 else None,
+            )
+            for of_stream, tensor in zip(copies, made, strict=True):
+                of_stream.append((parameter, tensor))
+        return copies
 
-    def _leave(self, submodule: torch.nn.Module, _inputs: Any, _output: Any) -> None:
-        if self._stack and self._stack[-1][0] is submodule:  # not where a hook before ours raised
-            self._restore(self._stack.pop()[1])
+    @staticmethod
+    def _source(parameter: Perturbable, live: torch.Tensor, point: Point, sources: dict[Any, Source]) -> Source:
+        key = (point.source, parameter.ordinal)
+        if key not in sources:
+            sources[key] = point.source(parameter, live)
+        return sources[key]
+
+    @contextmanager
+    def _placed(self, copies: Sequence[tuple[Perturbable, torch.Tensor]]) -> Iterator[None]:
+        for parameter, copy in copies:
+            self._place(parameter, copy)
+        try:
+            yield
+        finally:
+            self._restore([parameter.ordinal for parameter, _ in copies])
+
+    def _place(self, parameter: Perturbable, copy: torch.Tensor) -> None:
+        self._live[parameter.ordinal] = _Placed(parameter, parameter.param.data, copy)
+        parameter.param.data = copy
 
     def _restore(self, ordinals: Sequence[int]) -> None:
         for ordinal in ordinals:
-            parameter, live = self._live.pop(ordinal)
-            parameter.param.data = live
+            placed = self._live.pop(ordinal, None)  # None where a stream in lockstep was cut short while it waited
+            if placed is not None:
+                placed.parameter.param.data = placed.live
 
-    def _perturbed(self, parameter: Perturbable, live: torch.Tensor, point: Point) -> torch.Tensor:
-        source = point.source(parameter, live)
-        return combine_(
-            torch.empty_like(live, memory_format=torch.contiguous_format),
-            weight=source.weight,
-            scale=source.scale,
-            seeds=(*source.seeds, point.seed),
-            coefficients=(*source.coefficients, point.coefficient),
-            distribution=self.distribution,
-            parameter=parameter.ordinal,
-            offset=0,
+    # --- low-rank directions ----------------------------------------------------------------------------------------
+
+    def _form(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> factored.Form | None:
+        """How to run a module once for all streams, or None."""
+        form = factored.form_of(module)
+        own = {id(p) for p in module.parameters(recurse=False)}
+        alone = all(id(p.param) in own for p in self._held[module])
+        fits = self._direction.distribution == "low_rank" and alone and len(args) == 1 and not kwargs
+        return form if fits else None
+
+    def _run_factored(self, module: torch.nn.Module, form: factored.Form, original: Callable, x: torch.Tensor) -> Any:
+        """One forward of a matrix module over the streams that start from the same weights, and then what each lacks."""
+        size = x.shape[0] // len(self._points)
+        sources: dict[Any, Source] = {}
+        held = {p.param: (p, p.param.data) for p in self._whole(module)}
+        starts = [
+            {param: self._source(p, live, self._points[pair[0]], sources) for param, (p, live) in held.items()}
+            for pair in self._pairs
+        ]
+        outputs, begin = [], 0
+        for i, pair in enumerate(self._pairs):
+            same = i + 1 < len(starts) and all(starts[i + 1][k].weight is starts[i][k].weight for k in held)
+            if not same:
+                end = (pair[-1] + 1) * size
+                stored = [(p, starts[i][k].weight) for k, (p, live) in held.items() if starts[i][k].weight is not live]
+                with self._placed(stored):
+                    outputs.append(original(x[begin:end]))
+                begin = end
+        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        for pair, start in zip(self._pairs, starts, strict=True):
+            part = slice(pair[0] * size, (pair[-1] + 1) * size)
+            scale = self._add_factors(module, form, output[part], x[part], pair, start)
+            self._add_bias(module, output[part], pair, start, sources, scale)
+        return output
+
+    def _add_factors(
+        self,
+        module: Any,
+        form: factored.Form,
+        output: torch.Tensor,
+        x: torch.Tensor,
+        pair: tuple[int, ...],
+        start: dict[Any, Source],
+    ) -> float:
+        """The matrix's part; returns what the output was scaled by."""
+        source, parameter = start.get(module.weight), self._parameter(module, module.weight)
+        if source is None or parameter is None:
+            return 1.0
+        point = self._points[pair[0]]
+        left, right = self._direction.factors(
+            parameter,
+            (*source.seeds, point.seed),
+            (*source.coefficients, point.coefficient),
+            range(parameter.shape[0]),
+            x.device,
         )
+        rank = right.shape[0] // (len(source.seeds) + 1)
+        mirrored = rank if len(pair) > 1 else 0
+        factored.add_(form, output, x, left, right, scale=source.scale, mirrored=mirrored)
+        return source.scale
+
+    def _add_bias(
+        self,
+        module: Any,
+        output: torch.Tensor,
+        pair: tuple[int, ...],
+        start: dict[Any, Source],
+        sources: dict[Any, Source],
+        scale: float,
+    ) -> None:
+        """The bias at each stream's point in place of `scale` times the one that the output was made with."""
+        bias = getattr(module, "bias", None)
+        if bias is None:
+            return
+        parameter = self._parameter(module, bias)
+        if parameter is None and scale == 1.0:
+            return
+        used = bias.data if parameter is None else start[bias].weight
+        wanted = [used] * len(pair)
+        if parameter is not None:
+            wanted = [copies[0][1] for copies in self._copies([parameter], pair, sources)]
+        for part, value in zip(output.chunk(len(pair)), wanted, strict=True):
+            part += (value.float() - scale * used.float()).to(output.dtype)
+
+    def _parameter(self, module: torch.nn.Module, param: Any) -> Perturbable | None:
+        return next((p for p in self._whole(module) if p.param is param), None)

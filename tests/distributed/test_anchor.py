@@ -28,6 +28,7 @@ from tests.distributed.models import (
 )
 from tests.distributed.ranks import run_ranks
 from tests.reference.dense import DenseReference, loss_of_module, named_parameters_of
+from zods.directions import Direction
 from zods.kernels import combine_
 from zods.sharding import release_gathered
 
@@ -83,7 +84,7 @@ def rank_of_copies(folder: Path) -> dict[Any, dict[str, Any]]:
             result["gradient"] = sha256(kept) == sha256(made)
             # change the live weights: the anchor stays
             release_gathered(engine.deepspeed)
-            engine.parameters.apply_(lambda _: (0.0, [5], [1.0]), distribution="gaussian", rounding_seed=None)
+            engine.parameters.apply_(lambda _: (0.0, [5], [1.0]), direction=Direction(), rounding_seed=None)
             changed = sha256(whole(engine))
             result["stays"] = [
                 sha256(anchor_point(engine)) == sha256(point),

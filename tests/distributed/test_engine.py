@@ -426,23 +426,20 @@ def stored(engine: Any) -> list[str]:
 def rank_of_evaluations(folder: Path) -> list[tuple[str, int, list[str], list[str]]]:
     found = []
     data = tiny_data()
-    for stage, offload, point in ((3, "none", "cpu"), (3, "cpu", "terms"), (0, "none", "device")):
-        section = {"method": "mezo_svrg", "lr": 0.0, "anchor_interval": 20, "eps": 1e-2}
+    for stage, offload, point, evaluation in (
+        (3, "none", "cpu", "stacked"),
+        (3, "cpu", "terms", "lockstep"),
+        (0, "none", "device", "stacked"),
+        (3, "none", "terms", "sequential"),
+    ):
+        section = {"method": "mezo_svrg", "lr": 0.0, "anchor_interval": 20, "eps": 1e-2, "evaluation": evaluation}
         arguments = {"stage": stage, "offload": offload, "bf16": True, "anchor": {"point": point, "gradient": "cpu"}}
         engine = zods.initialize(model=Tiny(), config=configuration(BATCH, **arguments, **section), training_data=data)[
             0
         ]
-        evaluations = 0
-
-        def count(*_: Any) -> None:
-            nonlocal evaluations
-            evaluations += 1
-
-        engine.module.register_forward_hook(count)
-
         before = stored(engine)
         train(engine, data, range(50))
-        found.append((f"stage {stage} {offload}", evaluations, before, stored(engine)))
+        found.append((f"stage {stage} {offload} {evaluation}", 4 * engine.global_steps, before, stored(engine)))
     return found
 
 

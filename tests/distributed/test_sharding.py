@@ -11,6 +11,7 @@ import torch
 import zods
 from tests.distributed.models import Awkward, configuration, everywhere, sha256, whole
 from tests.distributed.ranks import run_ranks
+from zods.directions import Direction
 from zods.estimators import Term
 from zods.kernels import combine_
 
@@ -65,7 +66,7 @@ def rank_of_layouts(folder: Path) -> dict[Any, dict[str, Any]]:
                 seeds, coefficients, decay, rounding_seed = given(step)
                 engine.parameters.apply_(
                     everywhere(seeds, coefficients, decay),
-                    distribution="gaussian",
+                    direction=Direction(),
                     rounding_seed=rounding_seed,
                     dense=engine.anchor.gradient.read,
                     dense_coefficient=DENSE_COEFFICIENT,
@@ -78,7 +79,9 @@ def rank_of_layouts(folder: Path) -> dict[Any, dict[str, Any]]:
             z = {}
             for distribution in ("gaussian", "rademacher"):
                 zods.sharding.release_gathered(engine.deepspeed)
-                engine.parameters.apply_(lambda _: (0.0, [4321], [1.0]), distribution=distribution, rounding_seed=None)
+                engine.parameters.apply_(
+                    lambda _: (0.0, [4321], [1.0]), direction=Direction(distribution), rounding_seed=None
+                )
                 z[distribution] = sha256(whole(engine))
             found[stage, offload, dtype] = {
                 "slices": slices,

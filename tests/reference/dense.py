@@ -9,6 +9,9 @@ As in zods, the step of a refresh, theta <- theta - anchor_lr * g, comes before 
 
 from __future__ import annotations
 
+import hashlib
+import math
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +23,14 @@ from zods.directions import derive_seed
 from zods.kernels import direction
 
 Parameters = dict[str, Tensor]
+
+
+def _half_seed(seed: int, side: int) -> int:
+    """Of U (0) and V (1) of a low-rank direction."""
+    message = struct.pack("<QI", seed, side)
+    return int.from_bytes(hashlib.blake2b(message, digest_size=8, person=b"zods-seed").digest(), "little")
+
+
 Loss = Callable[[Parameters, Any], float]  # (parameters, batch) -> mean loss over the batch's examples
 
 
@@ -45,6 +56,7 @@ class DenseReference:
     anchor_directions: int = 1
     share_direction: bool = True
     direction: str = "gaussian"
+    rank: int = 1
     seed: int = 42
     weight_decay: float = 0.0
     steps: int = 0
@@ -58,13 +70,26 @@ class DenseReference:
 
     def z(self, seed: int) -> Parameters:
         """The direction of `seed`, whole, for every parameter to train."""
-        return {
-            name: direction(value.numel(), seed=seed, distribution=self.direction, parameter=ordinal, offset=0)
-            .to(value.dtype)
-            .view(value.shape)
-            for ordinal, (name, value) in enumerate(self.params.items())
-            if self.trainable is None or name in self.trainable
-        }
+        made = {}
+        for ordinal, (name, value) in enumerate(self.params.items()):
+            if self.trainable is not None and name not in self.trainable:
+                continue
+            if self.direction == "low_rank" and value.ndim == 2:
+                rank = min(self.rank, *value.shape)
+                sides = [_half_seed(seed, side) for side in (0, 1)]
+                left = self._gaussian(value.shape[0] * rank, sides[0], ordinal).view(-1, rank).double()
+                right = self._gaussian(rank * value.shape[1], sides[1], ordinal).view(rank, -1).double()
+                z = left @ right / math.sqrt(rank)
+            elif self.direction == "rademacher":
+                z = direction(value.numel(), seed=seed, distribution="rademacher", parameter=ordinal, offset=0)
+            else:
+                z = self._gaussian(value.numel(), seed, ordinal)
+            made[name] = z.to(value.dtype).view(value.shape)
+        return made
+
+    @staticmethod
+    def _gaussian(numel: int, seed: int, ordinal: int) -> Tensor:
+        return direction(numel, seed=seed, distribution="gaussian", parameter=ordinal, offset=0)
 
     def projected_grad(self, at: Parameters, seed: int, batch: Any, losses: list[float]) -> float:
         """(L(at + eps z) - L(at - eps z)) / (2 eps); the two losses are appended to `losses`."""

@@ -12,13 +12,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from zods.config import (
-    DIRECTIONS,
+    DISTRIBUTIONS,
     METHODS,
     PLACES,
     SECTION,
     SVRG_ONLY,
     AnchorConfig,
     AnnealConfig,
+    DirectionConfig,
     RunConfig,
     ZerothOrderConfig,
     load_json,
@@ -58,7 +59,9 @@ DEFAULTS = {
     "num_directions": 1,
     "anchor_directions": 1,
     "share_direction": True,
-    "direction": "gaussian",
+    "direction": {"distribution": "gaussian", "rank": 1},
+    "directions": "shared",
+    "evaluation": "auto",
     "seed": 42,
     "weight_decay": 0.0,
     "anneal": None,
@@ -94,6 +97,7 @@ INTEGERS = {
     "seed": ([0, 1, 2**63 - 1], [2**63, 2**64, None, *NOT_WHOLE]),
     "agreement_interval": ([1, 1000], [0, None, *NOT_WHOLE]),
     "max_nonfinite_steps": ([0, 5], [None, *NOT_WHOLE]),
+    "direction.rank": ([1], [0, None, *NOT_WHOLE]),
     "anchor.buffer_count": ([1, 2, 8], [0, None, *NOT_WHOLE]),
     "anchor.buffer_size": ([1, 10**9], [0, None, *NOT_WHOLE]),
 }
@@ -104,12 +108,18 @@ BOOLEANS = {
 NOT_NAMES = [None, "", 0, 1, True, [], {}, "auto", ["gaussian"]]
 NAMES = {
     "method": (["mezo_svrg"], ["MeZO", "svrg", "mezo-svrg", "adamw", *NOT_NAMES]),
-    "direction": (list(DIRECTIONS), ["normal", "Gaussian", "low_rank", *NOT_NAMES]),
+    "direction.distribution": (list(DISTRIBUTIONS), ["normal", "Gaussian", "low rank", *NOT_NAMES]),
+    "directions": (["shared", "per_rank"], ["own", "rank", *NOT_NAMES]),
+    "evaluation": (
+        ["auto", "stacked", "lockstep", "sequential"],
+        ["Stacked", "both", *(n for n in NOT_NAMES if n != "auto")],
+    ),
     "anchor.point": (["device", "cpu", "terms"], ["gpu", "CPU", "disk", "none", *NOT_NAMES]),
     "anchor.gradient": (["device", "cpu", "terms"], ["gpu", "cuda", "none", *NOT_NAMES]),
 }
 SECTIONS = {
     "anchor": ([{}], [None, 1, "cpu", [], True, "auto"]),
+    "direction": ([{}], [None, 1, [], True]),
     "anneal": ([{}], [1, "on", [], True, False, "auto"]),
 }
 KEYS = {**FLOATS, **INTEGERS, **BOOLEANS, **NAMES, **SECTIONS, "anchor.nvme_path": ([], [1, True, [], {}, "auto"])}
@@ -137,10 +147,23 @@ def test_defaults_are_those_documented():
     assert parse_section({"anneal": {}}).to_dict() == {**DEFAULTS, "anneal": ANNEAL_DEFAULTS}
     assert parse_section({"anneal": None}).anneal is None
     assert parse_section({"anchor": {}}) == ZerothOrderConfig()
+    assert parse_section({"direction": "low_rank"}).direction == DirectionConfig("low_rank", 1)
+    assert parse_section({"direction": {"distribution": "low_rank", "rank": 4}}).direction == DirectionConfig(
+        "low_rank", 4
+    )
+
+
+def test_a_rank_belongs_to_low_rank_directions():
+    refused(config({"direction": {"distribution": "gaussian", "rank": 4}}), f"{SECTION}.direction.rank: ", "low_rank")
 
 
 def test_every_key_is_in_these_tests():
-    for cls, prefix in ((ZerothOrderConfig, ""), (AnchorConfig, "anchor."), (AnnealConfig, "anneal.")):
+    for cls, prefix in (
+        (ZerothOrderConfig, ""),
+        (AnchorConfig, "anchor."),
+        (AnnealConfig, "anneal."),
+        (DirectionConfig, "direction."),
+    ):
         assert {prefix + field.name for field in dataclasses.fields(cls)} <= set(KEYS)
 
 
@@ -166,7 +189,7 @@ def test_a_float_that_no_float_can_hold_is_refused():
 
 def test_the_names_allowed_are_told_with_the_nearest():
     assert "Did you mean 'mezo_svrg'?" in refused(config({"method": "mezo-svrg"}), *METHODS)
-    assert "Did you mean 'gaussian'?" in refused(config({"direction": "gausian"}), *DIRECTIONS)
+    assert "Did you mean 'gaussian'?" in refused(config({"direction": "gausian"}), *DISTRIBUTIONS)
     assert "Did you mean 'nvme'?" in refused(config({"anchor": {"point": "nvm"}}), *PLACES)
 
 
@@ -546,7 +569,7 @@ def test_every_shipped_configuration_loads(path, world_size):
     assert run.deepspeed["train_batch_size"] == (
         run.deepspeed["train_micro_batch_size_per_gpu"] * run.deepspeed["gradient_accumulation_steps"] * world_size
     )
-    assert "auto" not in json.dumps(run.to_dict())
+    assert json.dumps(run.to_dict()).count("auto") == 1  # the form of evaluation, which the first batch decides
 
 
 @pytest.mark.parametrize("path", shipped(), ids=lambda path: path.name)

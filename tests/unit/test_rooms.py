@@ -12,17 +12,19 @@ FACE = ""  # `import zods`: what users import
 # room: (rooms it may import, packages outside the standard library it may import). A room imports only rooms above it.
 TABLE: dict[str, tuple[set[str], set[str]]] = {
     "config": (set(), {"hjson"}),
-    "kernels": (set(), {"torch"}),
-    "directions": ({"kernels"}, set()),
+    "kernels": (set(), {"torch", "triton"}),
+    "directions": ({"kernels"}, {"torch"}),
     "estimators": ({"directions"}, set()),
     "comm": (set(), {"torch"}),
     "data": (set(), {"torch"}),
-    "sharding": ({"kernels", "comm"}, {"torch", "deepspeed"}),
-    "streams": ({"kernels", "directions"}, {"torch"}),
-    "anchor": ({"config", "kernels", "estimators", "comm", "sharding", "streams"}, {"torch", "deepspeed"}),
+    "sharding": ({"directions", "comm"}, {"torch", "deepspeed"}),
+    "stacking": (set(), {"torch"}),
+    "factored": (set(), {"torch"}),
+    "streams": ({"directions", "stacking", "factored"}, {"torch", "greenlet"}),
+    "anchor": ({"config", "directions", "estimators", "comm", "sharding", "streams"}, {"torch", "deepspeed"}),
     "trajectory": ({"estimators", "sharding"}, set()),
     "objectives": (set(), {"torch"}),
-    "evaluation": ({"comm", "data", "objectives", "sharding", "streams"}, {"torch", "tqdm"}),
+    "evaluation": ({"comm", "data", "directions", "objectives", "sharding", "stacking", "streams"}, {"torch", "tqdm"}),
     "checkpoint": ({"kernels", "estimators", "sharding", "trajectory"}, {"torch", "safetensors"}),
     "engine": (
         {

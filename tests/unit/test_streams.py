@@ -1,5 +1,7 @@
 """A module at a perturbed point gives what its copy with perturbed parameters gives, and is afterwards as it was."""
 
+import functools
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -7,7 +9,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
 from torch.nn.utils.parametrizations import weight_norm
 
-from zods import streams
+from zods import kernels
+from zods.directions import Direction
 from zods.kernels import combine_
 from zods.sharding import ShardedParameters
 from zods.streams import PerturbedForward, Point, Source
@@ -202,7 +205,7 @@ def example(dtype: torch.dtype = torch.float32) -> Tensor:
 
 def perturbed_forward(module: nn.Module, distribution: str = "gaussian", observe: bool = True) -> PerturbedForward:
     slices = ShardedParameters(module, rank=0, world_size=1).slices
-    forward_at = PerturbedForward(module, slices, distribution)
+    forward_at = PerturbedForward(module, slices, Direction(distribution))
     if observe:
         with torch.no_grad(), forward_at.observing():
             module(example(next(module.parameters()).dtype))
@@ -229,6 +232,17 @@ def output_at(forward_at: PerturbedForward, module: nn.Module, x: Tensor, point:
 
 def bits(tensor: Tensor) -> Tensor:
     return tensor.detach().view({4: torch.int32, 2: torch.int16}[tensor.element_size()]).clone()
+
+
+def before_forward(module: nn.Module, look) -> None:
+    """Call `look` at the start of the module's own forward, where its copies are in place."""
+    original = module.forward
+
+    def forward(*args, **kwargs):
+        look()
+        return original(*args, **kwargs)
+
+    module.forward = forward
 
 
 def stored(module: nn.Module) -> dict[str, tuple[int, Tensor]]:
@@ -307,7 +321,7 @@ def test_a_tied_parameter_is_made_once_per_use_and_the_same_in_both_places(monke
         made_at.append((kwargs["parameter"], combine_(out, **kwargs).clone()))
         return out
 
-    monkeypatch.setattr(streams, "combine_", recording)
+    monkeypatch.setattr(kernels, "combine_", recording)
     output_at(forward_at, module, x, Point(1, EPS))
     tied = [values for parameter, values in made_at if parameter == 0]
     assert len(tied) == 2  # in the embedding, in the head
@@ -319,7 +333,7 @@ def test_a_parameter_owned_by_a_running_module_is_not_perturbed_twice(monkeypatc
     module, x = made(TiedOverLevels), example()
     forward_at = perturbed_forward(module)
     made_at = []
-    monkeypatch.setattr(streams, "combine_", lambda out, **kw: made_at.append(kw["parameter"]) or combine_(out, **kw))
+    monkeypatch.setattr(kernels, "combine_", lambda out, **kw: made_at.append(kw["parameter"]) or combine_(out, **kw))
     output_at(forward_at, module, x, Point(1, EPS))
     assert sorted(made_at) == [0, 1, 1]  # the weight once, the child's own bias per call
 
@@ -461,14 +475,17 @@ def test_an_exception_that_a_module_handles_itself_leaves_the_rest_of_its_forwar
 
 def test_an_exception_that_a_module_handles_itself_leaves_no_copy_behind():
     """What runs after it runs beside its own copies and its parents', not beside those of the modules that failed."""
-    (module, forward_at), x = broken(True, "forward"), example()
-    home = {name: param.data_ptr() for name, param in module.named_parameters()}
+    (module, _), x = broken(True, "forward"), example()
+    home = {}
     away = []
 
-    def look(*_):
-        away.append({name for name, param in module.named_parameters() if param.data_ptr() != home[name]})
+    def look():
+        if home:  # not while observed, for this reads the parameters too
+            away.append({name for name, param in module.named_parameters() if param.data_ptr() != home.get(name)})
 
-    module.linear.register_forward_pre_hook(look)
+    before_forward(module.linear, look)
+    forward_at = perturbed_forward(module)
+    home |= {name: param.data_ptr() for name, param in module.named_parameters()}
     module.inner[1].fails = True
     output_at(forward_at, module, x, Point(1, EPS))
     assert away == [{"scale", "linear.weight", "linear.bias"}] * 2
@@ -507,7 +524,7 @@ def test_one_module_has_a_perturbed_copy_at_a_time(monkeypatch):
         peak = max(peak, sum(size for copy, size in copies if not copy.expired()))
         return combine_(out, **kwargs)
 
-    monkeypatch.setattr(streams, "combine_", watched)
+    monkeypatch.setattr(kernels, "combine_", watched)
     output_at(forward_at, module, x, Point(1, EPS))
     largest = max(sum(p.nbytes for p in m.parameters(recurse=False)) for m in module.modules())
     assert sum(size for _, size in copies) == sum(p.nbytes for p in module.parameters())
@@ -517,15 +534,17 @@ def test_one_module_has_a_perturbed_copy_at_a_time(monkeypatch):
 
 def test_while_a_module_runs_no_other_has_a_copy():
     module, x = made(mlp), example()
-    home = {name: param.data_ptr() for name, param in module.named_parameters()}
-    forward_at = perturbed_forward(module)
+    home = {}
     away = []
+
+    def look(name: str) -> None:
+        if home:  # not while observed, for this reads the parameters too
+            away.append((name, {n for n, p in module.named_parameters() if p.data_ptr() != home.get(n)}))
+
     for name, child in module.named_modules():
-        child.register_forward_pre_hook(
-            lambda _m, _x, name=name: away.append(
-                (name, {n for n, p in module.named_parameters() if p.data_ptr() != home[n]})
-            )
-        )
+        before_forward(child, functools.partial(look, name))
+    forward_at = perturbed_forward(module)
+    home |= {name: param.data_ptr() for name, param in module.named_parameters()}
     output_at(forward_at, module, x, Point(1, EPS))
     for name, found in away:
         own = {n for n in home if n.rpartition(".")[0] == name}

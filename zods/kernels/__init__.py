@@ -1,9 +1,14 @@
 """Directions and their application to tensors: the one place where terms (seed, coefficient) become numbers.
 
-`reference.py` defines z; `cpu.cpp` is the same to the bit on CPU tensors, where a compiler is at hand.
+`reference.py` defines z; `cpu.cpp` is the same to the bit on CPU tensors, where a compiler is at hand, and `gpu.py` on GPU
+tensors, where Triton is.
 """
 
+import functools
+import importlib
+import warnings
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -90,7 +95,8 @@ def combine_(
     module = cpu_module() if out.device.type == "cpu" else None
     if module is None:
         flat = [None if tensor is None else tensor.view(-1) for tensor in (mirror, weight, dense)]
-        reference.combine_(out.view(-1), flat[0], flat[1], scale, seeds, coefficients, distribution, parameter, offset,
+        served_by = _gpu_module() if out.device.type == "cuda" else reference  # ROCm's devices are named "cuda" too
+        served_by.combine_(out.view(-1), flat[0], flat[1], scale, seeds, coefficients, distribution, parameter, offset,
                            factors, flat[2], dense_coefficient, rounding_seed)  # fmt: skip
         return out
     kernel = module.combine_float32 if out.dtype == torch.float32 else module.combine_bfloat16
@@ -115,6 +121,24 @@ def direction(
 def backend() -> str:
     """What serves CPU tensors, for logs: "cpp", or "reference" where the C++ kernel could not be built."""
     return "reference" if cpu_module() is None else "cpp"
+
+
+@functools.cache
+def _gpu_module() -> ModuleType:
+    """The Triton kernel, or the reference, after one warning that says why, where Triton cannot run it."""
+    try:
+        module = importlib.import_module("zods.kernels.gpu")
+        one = torch.empty(1, device="cuda")  # Triton's launcher may need a C compiler, and that shows only here
+        module.combine_(one, None, None, 1.0, [], [], "gaussian", 0, 0, None, None, 0.0, None)
+    except Exception as error:  # whatever it is, training can go on without
+        warnings.warn(
+            f"zods: the Triton kernel cannot be used ({error}). The PyTorch reference serves instead: the same numbers, "
+            "many times slower. The package triton (`pip install triton`) and a C compiler are needed.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return reference
+    return module
 
 
 def _check(out: Tensor, others: dict[str, Tensor], distribution: str, parameter: int, offset: int) -> None:
