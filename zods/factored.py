@@ -1,9 +1,12 @@
-"""What a low-rank direction adds to the output of a module that multiplies by a matrix: (x V) U^T beside x W^T.
+"""Modules that multiply by a matrix, and what a low-rank direction adds to their output: (x V) U^T beside x W^T.
 
-The weights stay as they are, so one matrix product serves all streams. Activations carry the factors in their own dtype.
+With low-rank directions the weights stay as they are, so one matrix product serves all streams; activations carry the
+factors in their own dtype.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import nn
@@ -46,3 +49,19 @@ def add_(
     if mirrored:
         inner[inner.shape[0] // 2 :, -mirrored:].neg_()
     output.view(-1, output.shape[-1]).addmm_(inner.to(output.dtype), outer, beta=scale)
+
+
+def empty_output(module: Any, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """Where a linear module's streams can write their outputs side by side; None: their outputs are put together after."""
+    plain = form_of(module) == "linear" and len(args) == 1 and not kwargs
+    if not plain or torch.is_autocast_enabled(args[0].device.type) or args[0].dtype != module.weight.dtype:
+        return None
+    return args[0].new_empty(*args[0].shape[:-1], module.weight.shape[0])
+
+
+def linear_(out: torch.Tensor, module: Any, x: torch.Tensor) -> None:
+    rows, outputs = x.reshape(-1, x.shape[-1]), out.view(-1, out.shape[-1])
+    if module.bias is None:
+        torch.mm(rows, module.weight.t(), out=outputs)
+    else:
+        torch.addmm(module.bias, rows, module.weight.t(), out=outputs)

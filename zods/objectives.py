@@ -104,15 +104,24 @@ def sequence_log_likelihood(logits: Tensor, labels: Tensor) -> tuple[Tensor, Ten
     Returns:
         (B,) float32 sums, and (B,) int64 counts.
     """
-    targets = labels[:, 1:]
-    rows, positions = (targets != IGNORE_INDEX).nonzero(as_tuple=True)
+    targets = functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)  # (B, L)
+    counted = targets != IGNORE_INDEX
+    num_tokens = counted.sum(1)
     chunk = max(1, _CHUNK_ELEMENTS // logits.shape[-1])
-    token_log_probs = torch.zeros(targets.shape, dtype=torch.float32, device=logits.device)  # (B, L - 1)
-    for row, position in zip(rows.split(chunk), positions.split(chunk), strict=True):
-        scores = logits[row, position].float()  # (chunk, V)
-        chosen = scores.gather(1, targets[row, position, None]).squeeze(1)
-        token_log_probs[row, position] = chosen - scores.logsumexp(1)
-    return token_log_probs.sum(1), (targets != IGNORE_INDEX).sum(1)
+    # where most positions are labelled, looking at all of them spares a copy of those that are
+    few = 2 * int(num_tokens.sum()) < targets.numel()
+    chosen = counted.flatten().nonzero().squeeze(1) if few else None
+    wanted = targets.flatten() if chosen is None else targets.flatten()[chosen]
+    scores = logits.reshape(-1, logits.shape[-1])
+    parts = []
+    for start in range(0, len(wanted), chunk):
+        part = slice(start, start + chunk)
+        rows = scores[part] if chosen is None else scores[chosen[part]]
+        parts.append(-functional.cross_entropy(rows.float(), wanted[part], ignore_index=IGNORE_INDEX, reduction="none"))
+    token_log_probs = torch.zeros(targets.numel(), dtype=torch.float32, device=logits.device)
+    if parts:
+        token_log_probs[slice(None) if chosen is None else chosen] = torch.cat(parts)
+    return token_log_probs.view_as(targets).sum(1), num_tokens
 
 
 def _entry(container: Any, name: str) -> Any:

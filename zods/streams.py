@@ -16,31 +16,16 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import greenlet
 import torch
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from zods import factored
 from zods.directions import Direction
+from zods.observing import Observer, Perturbable
+from zods.scratch import Scratch
 from zods.stacking import Stacking
-
-
-class Perturbable(Protocol):
-    """What this room needs to know of a trainable parameter; `zods.sharding.Slice` is one."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def ordinal(self) -> int: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def param(self) -> torch.nn.Parameter: ...
-    @property
-    def whole_numel(self) -> int: ...
 
 
 class Source(NamedTuple):
@@ -77,46 +62,6 @@ class Point:
         return (self.seed, -self.coefficient, self.source) == (other.seed, other.coefficient, other.source)
 
 
-class _Observer(TorchFunctionMode):
-    """Notes which parameters are used while no module that holds them runs, and by which module.
-
-    Its hooks come before and after all others, so that what DeepSpeed does with a module's own parameters does not count.
-    """
-
-    def __init__(self, holders: dict[torch.nn.Module, list[Perturbable]]) -> None:
-        super().__init__()
-        self.found: dict[torch.nn.Module, list[Perturbable]] = {}
-        self._holders = holders
-        self._by_id = {id(p.param): p for held in holders.values() for p in held}
-        self._running: list[torch.nn.Module] = []
-        self._hooks: list[Any] = []
-
-    def __enter__(self) -> _Observer:
-        for module in self._holders:
-            enter = module.register_forward_pre_hook(lambda m, _: self._running.append(m), prepend=True)
-            leave = module.register_forward_hook(lambda *_: self._left())
-            self._hooks += [enter, leave]
-        return super().__enter__()
-
-    def __exit__(self, *exception: Any) -> None:
-        super().__exit__(*exception)
-        for hook in self._hooks:
-            hook.remove()
-
-    def _left(self) -> None:
-        self._running.pop()
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self._running and func.__name__ not in ("__get__", "__set__"):
-            for leaf in tree_leaves((args, kwargs)):
-                parameter = self._by_id.get(id(leaf))
-                if parameter is not None and not any(parameter in self._holders[m] for m in self._running):
-                    found = self.found.setdefault(self._running[-1], [])
-                    if parameter not in found:
-                        found.append(parameter)
-        return func(*args, **(kwargs or {}))
-
-
 class PerturbedForward:
     """Runs a module's forward at given points. Installed once, after DeepSpeed's own hooks."""
 
@@ -128,6 +73,7 @@ class PerturbedForward:
         self._live: dict[int, _Placed] = {}  # by ordinal
         self._held: dict[torch.nn.Module, list[Perturbable]] = {}  # what each module puts in place
         self._recording = False
+        self._scratch = Scratch()
         self._hub: greenlet.greenlet | None = None  # runs the streams in lockstep
         self.nested: set[torch.nn.Module] = set()  # holders that ran inside another, so once per stream of a stack
         self.stacking = Stacking(module)
@@ -215,7 +161,7 @@ class PerturbedForward:
         A module that reads another's parameter itself (a head tied by hand, torch's MultiheadAttention with its output
         projection) puts that in place too from then on.
         """
-        observer = _Observer(self._held)
+        observer = Observer(self._held)
         with observer:
             yield
         for module, parameters in observer.found.items():
@@ -252,18 +198,20 @@ class PerturbedForward:
         form = self._form(module, args, kwargs) if carries else None
         if form is not None:
             return self._run_factored(module, form, original, args[0])
+        whole = factored.empty_output(module, args, kwargs) if carries else None
+        parts = None if whole is None else whole.chunk(len(streams))
         outputs = []
         sources: dict[Any, Source] = {}
         for pair in self._pairs:
-            copies = self._copies(self._whole(module), pair, sources)
-            for k, of_stream in zip(pair, copies, strict=True):
-                with self._placed(of_stream):
-                    self._stream = k
-                    try:
-                        outputs.append(original(*streams[k][0], **streams[k][1]))
-                    finally:
-                        self._stream = None
-        return self.stacking.join(module, outputs, carries)
+            with self._scratch.scope():
+                copies = self._copies(self._whole(module), pair, sources)
+                for k, of_stream in zip(pair, copies, strict=True):
+                    with self._placed(of_stream), self._alone(k):
+                        if parts is None:
+                            outputs.append(original(*streams[k][0], **streams[k][1]))
+                        else:
+                            factored.linear_(parts[k], module, streams[k][0][0])
+        return self.stacking.join(module, outputs, carries) if whole is None else whole
 
     def _run_stream(self, module: torch.nn.Module, original: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """One stream's forward of a module. A tied parameter may be in place already; one that another module holds may
@@ -272,9 +220,18 @@ class PerturbedForward:
         if self._live:
             self.nested.add(module)
         missing = [p for p in self._whole(module) if p.ordinal not in self._live]
-        (copies,) = self._copies(missing, (self._stream,), {})
-        with self._placed(copies):
-            return original(*args, **kwargs)
+        with self._scratch.scope():
+            (copies,) = self._copies(missing, (self._stream,), {})
+            with self._placed(copies):
+                return original(*args, **kwargs)
+
+    @contextmanager
+    def _alone(self, stream: int) -> Iterator[None]:
+        self._stream = stream
+        try:
+            yield
+        finally:
+            self._stream = None
 
     def _whole(self, module: torch.nn.Module) -> list[Perturbable]:
         return [p for p in self._held[module] if p.param.data.numel() == p.whole_numel]
@@ -298,10 +255,12 @@ class PerturbedForward:
         """For each stream of a pair, the parameters with their values at its point."""
         point = self._points[pair[0]]
         copies: list[list[tuple[Perturbable, torch.Tensor]]] = [[] for _ in pair]
+        if self._hub is None:
+            self._scratch.reserve([p.param.data for p in parameters], len(pair))
         for parameter in parameters:
             live = parameter.param.data
             source = self._source(parameter, live, point, sources)
-            made = [torch.empty_like(live, memory_format=torch.contiguous_format) for _ in pair]
+            made = [self._empty_like(live) for _ in pair]
             self._direction.combine_(
                 made[0],
                 parameter,
@@ -314,6 +273,13 @@ class PerturbedForward:
             for of_stream, tensor in zip(copies, made, strict=True):
                 of_stream.append((parameter, tensor))
         return copies
+
+    def _empty_like(self, live: torch.Tensor) -> torch.Tensor:
+        if self._hub is None:
+            return self._scratch.empty_like(live)
+        return torch.empty_like(
+            live, memory_format=torch.contiguous_format
+        )  # streams do not end in the order they began
 
     @staticmethod
     def _source(parameter: Perturbable, live: torch.Tensor, point: Point, sources: dict[Any, Source]) -> Source:
@@ -372,8 +338,9 @@ class PerturbedForward:
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         for pair, start in zip(self._pairs, starts, strict=True):
             part = slice(pair[0] * size, (pair[-1] + 1) * size)
-            scale = self._add_factors(module, form, output[part], x[part], pair, start)
-            self._add_bias(module, output[part], pair, start, sources, scale)
+            with self._scratch.scope():
+                scale = self._add_factors(module, form, output[part], x[part], pair, start)
+                self._add_bias(module, output[part], pair, start, sources, scale)
         return output
 
     def _add_factors(

