@@ -26,6 +26,7 @@ def candidates(x: torch.Tensor, y: torch.Tensor) -> dict[str, Callable[[], objec
         return lambda: combine_(x, weight=x, parameter=1, offset=0, rounding_seed=rounding_seed, **terms)
 
     found: dict[str, Callable[[], object]] = {
+        "copy_": lambda: y.copy_(x),
         "add_ of a tensor": lambda: x.add_(y, alpha=1e-3),
         "add_ of a scalar": lambda: x.add_(1e-3),
         "normal_ and add_": lambda: x.add_(torch.empty_like(x).normal_(), alpha=1e-3),

@@ -1,8 +1,9 @@
-"""The cost of a step over the bare forwards it needs, in one process, interleaved: `python benchmarks/step_time.py`.
+"""The cost of a step over the bare forwards it needs: `python benchmarks/step_time.py [--quick]`.
 
-floor: the bare forwards of the same model on the same batch. published: MeZO's published procedure (Malladi et al. 2023,
-algorithm 1), written from its description: perturb in place with torch.normal by +eps, -2 eps, +eps, then update.
-Prints one JSON object; ratios are medians over rounds of (step / floor of the same round).
+floor: the bare forwards of the same model on the same batch, in the same process, before each step. published: MeZO's
+procedure (Malladi et al. 2023, algorithm 1) written from its description: +eps, -2 eps, +eps and the update, each an
+in-place pass with torch.normal. Prints the rows as they come, on stderr, and one JSON object as its last line; a ratio is
+the median over rounds of step / floor of the same round. --quick: the rows of the README's table alone.
 """
 
 from __future__ import annotations
@@ -10,11 +11,51 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from common import machine, opt_125m, single_rank_engine, token_batch
+from kernel_speed import measure as measure_kernels
+
+
+class Case(NamedTuple):
+    method: str = "mezo"  # or mezo_svrg, published
+    direction: str = "gaussian"
+    dtype: str = "float32"
+    evaluation: str = "auto"
+    num_directions: int = 1
+    batch_size: int = 8
+    num_layers: int = 12
+
+    @property
+    def num_forwards(self) -> int:
+        return (4 if self.method == "mezo_svrg" else 2) * self.num_directions
+
+
+def quick_cases() -> Iterator[Case]:
+    for dtype in ("float32", "bfloat16"):
+        for direction in ("rademacher", "gaussian", "low_rank"):
+            yield Case(direction=direction, dtype=dtype)
+        yield Case(method="mezo_svrg", direction="low_rank", dtype=dtype)
+    yield Case(method="published")
+
+
+def all_cases() -> Iterator[Case]:
+    yield from quick_cases()
+    for evaluation in ("lockstep", "sequential"):
+        for direction in ("gaussian", "low_rank"):
+            yield Case(direction=direction, evaluation=evaluation)
+    yield Case(method="mezo_svrg")
+    for direction in ("gaussian", "low_rank"):
+        for num_directions in (2, 4):
+            yield Case(direction=direction, dtype="bfloat16", num_directions=num_directions)
+        for batch_size in (1, 32):
+            yield Case(direction=direction, dtype="bfloat16", batch_size=batch_size)
+        for num_layers in (3, 24):
+            yield Case(direction=direction, dtype="bfloat16", num_layers=num_layers)
 
 
 def published_mezo_step(
@@ -36,6 +77,25 @@ def published_mezo_step(
     walk(-lr * (loss_plus - loss_minus) / (2 * eps))
 
 
+def zods_step(case: Case, batch: dict[str, torch.Tensor]) -> tuple[Callable[[], object], Any]:
+    section: dict[str, Any] = {"method": case.method, "direction": case.direction, "evaluation": case.evaluation}
+    section |= {"lr": 1e-9, "num_directions": case.num_directions}
+    if case.method == "mezo_svrg":
+        section |= {"anchor_interval": 10**6, "anchor": {"point": "terms", "gradient": "terms"}}
+    engine = single_rank_engine(
+        opt_125m(case.num_layers),
+        section,
+        train_batch_size=case.batch_size,
+        bf16={"enabled": case.dtype == "bfloat16"},
+    )
+
+    def step() -> None:
+        engine.backward(engine(batch))
+        engine.step()
+
+    return step, engine
+
+
 def seconds(call: Callable[[], object]) -> float:
     began = time.perf_counter()
     call()
@@ -43,51 +103,50 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 @torch.no_grad()
+def measured(case: Case, rounds: int, length: int) -> dict[str, Any]:
+    batch = token_batch(case.batch_size, length)
+    bare = opt_125m(case.num_layers).to(getattr(torch, case.dtype))
+    evaluation = "sequential"
+    if case.method == "published":
+
+        def step() -> object:
+            return published_mezo_step(bare, batch, seed=7, eps=1e-3, lr=0.0)
+    else:
+        step, engine = zods_step(case, batch)
+
+    def floor() -> None:
+        for _ in range(case.num_forwards):
+            bare(**batch)
+
+    step()  # builds, first-batch check, anchor
+    floor()
+    floors, steps = zip(*((seconds(floor), seconds(step)) for _ in range(rounds)), strict=True)
+    if case.method != "published":
+        evaluation = engine.evaluation
+    ratios = [s / f for s, f in zip(steps, floors, strict=True)]
+    return {
+        **case._asdict(),
+        "evaluation": evaluation,
+        "ratio_to_floor": round(statistics.median(ratios), 3),
+        "ratios": [round(ratio, 3) for ratio in sorted(ratios)],
+        "step_s": round(statistics.median(steps), 4),
+        "floor_s": round(statistics.median(floors), 4),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--quick", action="store_true", help="the README's table alone, in under 5 minutes")
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--length", type=int, default=64)
     arguments = parser.parse_args()
-
-    batch = token_batch(arguments.batch_size, arguments.length)
-    bare = opt_125m()
-    steps: dict[str, tuple[int, Callable[[], object]]] = {
-        "published_mezo gaussian": (2, lambda: published_mezo_step(bare, batch, seed=7, eps=1e-3, lr=0.0))
-    }
-    anchor = {"point": "terms", "gradient": "cpu"}
-    sections = {
-        f"mezo {direction}": (2, {"method": "mezo", "direction": direction}) for direction in ("gaussian", "rademacher")
-    } | {"mezo_svrg gaussian": (4, {"method": "mezo_svrg", "anchor_interval": 10**6, "anchor": anchor})}
-    for name, (num_forwards, section) in sections.items():
-        engine = single_rank_engine(opt_125m(), {"lr": 1e-9, **section})
-
-        def step(engine=engine) -> None:
-            engine.backward(engine(batch))
-            engine.step()
-
-        steps[name] = (num_forwards, step)
-    for _, step in steps.values():
-        step()  # builds, first-batch check, anchor
-
-    floors: list[float] = []
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(arguments.rounds):
-        floors.append(seconds(lambda: (bare(**batch), bare(**batch))))
-        for name, (_, step) in steps.items():
-            times[name].append(seconds(step))
-    rows = [
-        {
-            "step": name,
-            "forwards": num,
-            "dtype": "float32",
-            "ratio_to_floor": statistics.median(t / (f * num / 2) for t, f in zip(times[name], floors, strict=True)),
-            "step_s": statistics.median(times[name]),
-            "floor_s": statistics.median(floors) * num / 2,
-        }
-        for name, (num, _) in steps.items()
-    ]
-    print(json.dumps({"benchmark": "step_time", "arguments": vars(arguments), "machine": machine(), "rows": rows}))
+    rows = []
+    for case in quick_cases() if arguments.quick else all_cases():
+        rows.append(measured(case, arguments.rounds, arguments.length))
+        print(json.dumps(rows[-1]), file=sys.stderr)
+    kernels = {dtype: measure_kernels(1 << 26, 3, getattr(torch, dtype)) for dtype in ("float32", "bfloat16")}
+    report = {"benchmark": "step_time", "arguments": vars(arguments), "machine": machine()}
+    print(json.dumps({**report, "rows": rows, "kernels": kernels}))
 
 
 if __name__ == "__main__":

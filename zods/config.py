@@ -73,6 +73,7 @@ class ZerothOrderConfig:
     direction: DirectionConfig = field(default_factory=DirectionConfig)  # or the distribution's name alone
     directions: str = "shared"  # by all ranks; or per_rank: each evaluates its own on its part of the batch
     evaluation: str = "auto"  # of a step's points: in one stacked forward, in lockstep, or one after the other
+    stream_memory_gb: float | None = None  # for the points of one forward; None: half of what is free
     seed: int = 42
     weight_decay: float = 0.0  # decoupled: lr * weight_decay per step, on parameters of two or more dimensions
     anneal: AnnealConfig | None = None
@@ -118,6 +119,7 @@ _MINIMUM: dict[str, float | tuple[float]] = {  # smallest allowed value; a tuple
     "num_directions": 1,
     "anchor_directions": 1,
     "rank": 1,
+    "stream_memory_gb": (0.0,),
     "seed": 0,
     "weight_decay": 0.0,
     "alpha": (1.0,),

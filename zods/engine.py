@@ -112,6 +112,7 @@ class ZerothOrderEngine:
             parameters,
             direction=self._direction,
             evaluation=self._zo.evaluation,
+            stream_memory_gb=self._zo.stream_memory_gb,
             micro_batch=self.train_micro_batch_size_per_gpu(),
         )
         self._own_batches: Iterator[Any] | None = None
@@ -165,6 +166,11 @@ class ZerothOrderEngine:
 
     def eval(self) -> ZerothOrderEngine:
         return self.train(False)
+
+    @property
+    def evaluation(self) -> str | None:
+        """How a step's points are evaluated: stacked, lockstep or sequential; None before the first batch, which decides."""
+        return self._evaluator.evaluation
 
     def zero_grad(self) -> None:
         """Nothing: there are no gradients. Here so that a DeepSpeed loop runs unchanged."""

@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from tqdm import tqdm
 
 from zods.comm import Communicator
 from zods.data import WholePass
 from zods.directions import Direction
+from zods.memory import peak_memory
 from zods.objectives import batch_loss, logits_of, num_examples
 from zods.sharding import ShardedParameters, is_sharded, release_gathered
 from zods.stacking import NotStackable
@@ -34,6 +36,7 @@ class Evaluator:
         *,
         direction: Direction,
         evaluation: str,
+        stream_memory_gb: float | None,
         micro_batch: int,
     ) -> None:
         self._deepspeed = deepspeed_engine
@@ -46,6 +49,8 @@ class Evaluator:
         self._has_cache = "use_cache" in takes  # keys and values for generation, of all layers: a loss needs none
         self._asked = evaluation
         self.evaluation: str | None = None  # how points are evaluated; chosen on the first batch
+        self._stream_memory_gb = stream_memory_gb
+        self._streams_per_forward = 2
 
     def to_device(self, batch: Any) -> Any:
         """A batch with its tensors on the device; tuples, lists and dicts are followed."""
@@ -74,7 +79,9 @@ class Evaluator:
         at = [point for point in points if point is not None]
         if len(at) < max(len(points), 2):
             return torch.stack([self._loss(point, batch) for point in points])
-        return self._losses_by[self.evaluation](self, at, batch)
+        losses = self._losses_by[self.evaluation]
+        size = self._streams_per_forward
+        return torch.cat([losses(self, at[k : k + size], batch) for k in range(0, len(at), size)])
 
     def _loss(self, point: Point | None, batch: Any, **record: int) -> torch.Tensor:
         with self._forward_at.at(point, **record):
@@ -144,19 +151,42 @@ class Evaluator:
         """
         points = [Point(seed, CHECK_DISTANCE) for seed in (1, 2)]
         self._forward_at.stacking.forget()
-        separate = [self._outputs_at(points[0], batch, record=num_examples(batch)), self._outputs_at(points[1], batch)]
+        with peak_memory(self._comm.device) as of_one:
+            first = self._outputs_at(points[0], batch, record=num_examples(batch))
+        separate = [first, self._outputs_at(points[1], batch)]
         losses = torch.stack([batch_loss(outputs, batch).double() for outputs in separate])
         try:
-            if form == "stacked":
-                reason = self._stack_misfit(points, batch, separate, losses)
-            else:
-                same = torch.equal(self._losses_in_lockstep(points, batch), losses)
-                reason = None if same else "its losses differ from those of separate forwards"
+            with peak_memory(self._comm.device) as of_two:
+                if form == "stacked":
+                    reason = self._stack_misfit(points, batch, separate, losses)
+                else:
+                    same = torch.equal(self._losses_in_lockstep(points, batch), losses)
+                    reason = None if same else "its losses differ from those of separate forwards"
+            needed = of_two.bytes - of_one.bytes  # by a point beyond what several share
         except (NotStackable, RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
             reason = f"{type(error).__name__}: {error}"
             release_gathered(self._deepspeed)
+            needed = 0
         (failures,) = self._comm.sum_over_ranks([float(reason is not None)])
+        if reason is None and not failures:
+            self._streams_per_forward = self._fitting(needed * self._micro_batch / num_examples(batch))
         return reason or ("it fails on another rank" if failures else None)
+
+    def _fitting(self, needed: float) -> int:
+        """How many points of so many bytes fit one forward: whole pairs, the same on all ranks.
+
+        Raises ValueError where a budget was given and not even a pair fits it.
+        """
+        given, shared_by = self._stream_memory_gb, self._comm.world_size if self._comm.device.type == "cpu" else 1
+        free = get_accelerator().available_memory() / 2 / shared_by
+        rows = self._comm.gather_scalars([needed, free if given is None else given * 2**30])
+        needed, budget = max(row[0] for row in rows), min(row[1] for row in rows)
+        if given is not None and budget < 2 * needed:
+            raise ValueError(
+                f"zeroth_order.stream_memory_gb: found {given}, but a pair of points takes {2 * needed / 2**30:.3g} GiB "
+                f"with micro-batches of {self._micro_batch}. Give that much, a smaller micro-batch, or evaluation: sequential."
+            )
+        return 2 * max(1, int(budget / max(2 * needed, 1.0)))
 
     def _outputs_at(self, point: Point, batch: Any, **record: int) -> Any:
         with self._forward_at.at(point, **record):

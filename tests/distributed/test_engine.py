@@ -36,6 +36,7 @@ STEPS = 20
 BATCH = 8
 COMMON = {"eps": 1e-2, "lr": 1e-2, "seed": 7}
 SVRG = {**COMMON, "method": "mezo_svrg", "anchor_interval": 6, "anchor_lr": 2e-2, "anchor_directions": 2}
+LOW_RANK = {"distribution": "low_rank", "rank": 2}
 PLACES = [
     ("device", "device"),
     ("cpu", "cpu"),
@@ -58,6 +59,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "svrg-stage-0": ("tiny", {**SVRG, "stage": 0, "anchor": {"point": "cpu", "gradient": "nvme"}}),
     "svrg-own-directions": ("tiny", {**SVRG, "share_direction": False, "num_directions": 2, "weight_decay": 0.3}),
     "svrg-decay-terms": ("tiny", {**SVRG, "weight_decay": 0.3, "anchor": {"point": "terms", "gradient": "cpu"}}),
+    "mezo-sequential": ("tiny", {**COMMON, "method": "mezo", "evaluation": "sequential", "num_directions": 2}),
+    "mezo-lockstep": ("tiny", {**COMMON, "method": "mezo", "evaluation": "lockstep", "num_directions": 2}),
+    "low-rank-mezo": ("tiny", {**COMMON, "method": "mezo", "direction": "low_rank", "num_directions": 2}),
+    "low-rank-sequential": ("tiny", {**COMMON, "method": "mezo", "direction": LOW_RANK, "evaluation": "sequential"}),
+    "low-rank-svrg-decay-terms": (
+        "tiny",
+        {**SVRG, "direction": LOW_RANK, "weight_decay": 0.3, "anchor": {"point": "terms", "gradient": "terms"}},
+    ),
+    "low-rank-svrg-stored": ("opt", {**SVRG, "direction": LOW_RANK, "lr": 1e-3, "anchor_lr": 1e-3}),
     "opt-mezo": ("opt", {**COMMON, "method": "mezo", "lr": 1e-3}),
     "opt-from-pretrained-svrg": ("opt", {**SVRG, "lr": 1e-3, "anchor_lr": 1e-3}),
     **{
@@ -115,7 +125,9 @@ def dense_run(name: str) -> tuple[DenseReference, list[float]]:
     kind, arguments = CASES[name]
     make, make_data = MODELS[kind]
     model, data = make(), make_data()
-    section = {k: v for k, v in arguments.items() if k not in ("stage", "accumulation", "anchor")}
+    section = {k: v for k, v in arguments.items() if k not in ("stage", "accumulation", "anchor", "evaluation")}
+    if section.get("direction") == LOW_RANK:
+        section |= {"direction": LOW_RANK["distribution"], "rank": LOW_RANK["rank"]}
     trainable = {key for key, p in model.named_parameters() if p.requires_grad}
     params = named_parameters_of(model)
     loss = loss_of_module(model.double(), lambda outputs, _: outputs["loss"])
@@ -300,7 +312,7 @@ def rank_of_nonfinite_losses() -> dict[str, Any]:
     def step(bad: bool) -> None:
         original = engine.module.frozen.bias
         if bad and rank == 1:  # one rank's loss is enough
-            hook = engine.module.register_forward_hook(lambda *_: {"loss": torch.tensor(math.inf)})
+            hook = engine.module.register_forward_hook(lambda *io: {k: v + math.inf for k, v in io[-1].items()})
         loss = engine(good)
         engine.backward(loss)
         try:

@@ -26,7 +26,11 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "anchor": ({"config", "directions", "estimators", "comm", "sharding", "streams"}, {"torch", "deepspeed"}),
     "trajectory": ({"estimators", "sharding"}, set()),
     "objectives": (set(), {"torch"}),
-    "evaluation": ({"comm", "data", "directions", "objectives", "sharding", "stacking", "streams"}, {"torch", "tqdm"}),
+    "memory": (set(), {"torch"}),
+    "evaluation": (
+        {"comm", "data", "directions", "memory", "objectives", "sharding", "stacking", "streams"},
+        {"torch", "deepspeed", "tqdm"},
+    ),
     "checkpoint": ({"kernels", "estimators", "sharding", "trajectory"}, {"torch", "safetensors"}),
     "engine": (
         {
