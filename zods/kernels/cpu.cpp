@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <cstring>
 #include <optional>
+#include <type_traits>
 #include <vector>
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -148,28 +149,36 @@ inline void box_muller(uint32_t radius_word, uint32_t angle_word, float& x, floa
   y = r * (reflected ? cosine : sine);
 }
 
-// acc[i] += coefficient * z(start + i) for first <= i < last, widened to whole groups. `start` is a multiple of kTile.
-void add_gaussian(float* acc, uint64_t start, int first, int last, uint32_t parameter, const PhiloxKey& key,
-                  float coefficient) {
+// acc[i] += coefficient * z(start + i), and mirrored[i] -= the same where there is one, for first <= i < last, widened to
+// whole groups. `start` is a multiple of kTile.
+template <bool kMirror>
+void add_gaussian(float* acc, float* mirrored, uint64_t start, int first, int last, uint32_t parameter,
+                  const PhiloxKey& key, float coefficient) {
   constexpr int kGroup = 64;
   for (int base = first / kGroup * kGroup; base < last; base += kGroup) {
     Words words;
     philox((start + base) / kGroup * kLanes, parameter, kGaussianStream, key, words);
     for (int pair = 0; pair < 2; ++pair) {
-      float* row = acc + base + 2 * pair * kLanes;
+      const int at = base + 2 * pair * kLanes;
 #pragma omp simd
       for (int lane = 0; lane < kLanes; ++lane) {
         float x, y;
         box_muller(words[2 * pair][lane], words[2 * pair + 1][lane], x, y);
-        row[lane] = fma(coefficient, x, row[lane]);
-        row[kLanes + lane] = fma(coefficient, y, row[kLanes + lane]);
+        acc[at + lane] = fma(coefficient, x, acc[at + lane]);
+        acc[at + kLanes + lane] = fma(coefficient, y, acc[at + kLanes + lane]);
+        if (kMirror) {
+          mirrored[at + lane] = fma(-coefficient, x, mirrored[at + lane]);
+          mirrored[at + kLanes + lane] = fma(-coefficient, y, mirrored[at + kLanes + lane]);
+        }
       }
     }
   }
 }
 
 // The same; the tile is one group. fma(coefficient, +-1, acc) is acc + (+-coefficient).
-void add_rademacher(float* acc, uint64_t start, uint32_t parameter, const PhiloxKey& key, float coefficient) {
+template <bool kMirror>
+void add_rademacher(float* acc, float* mirrored, uint64_t start, uint32_t parameter, const PhiloxKey& key,
+                    float coefficient) {
   Words words;
   philox(start / kTile * kLanes, parameter, kRademacherStream, key, words);
   const uint32_t coefficient_bits = as_bits(coefficient);
@@ -177,8 +186,11 @@ void add_rademacher(float* acc, uint64_t start, uint32_t parameter, const Philox
     const uint32_t* word = words[row / 32];
     const int shift = 31 - row % 32;
 #pragma omp simd
-    for (int lane = 0; lane < kLanes; ++lane)
-      acc[row * kLanes + lane] += as_float(coefficient_bits ^ ((word[lane] << shift) & kSignBit));
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const float addend = as_float(coefficient_bits ^ ((word[lane] << shift) & kSignBit));
+      acc[row * kLanes + lane] += addend;
+      if (kMirror) mirrored[row * kLanes + lane] -= addend;
+    }
   }
 }
 
@@ -279,9 +291,10 @@ void combine(uintptr_t out_address, uintptr_t mirror_address, uintptr_t weight_a
     const int count = last - first;
     const int64_t at = static_cast<int64_t>(start + first - offset);
 
-    const auto add_term = [&](float* sum, size_t k, float coefficient) {
-      if (rademacher) add_rademacher(sum, start, parameter, keys[k], coefficient);
-      else add_gaussian(sum, start, first, last, parameter, keys[k], coefficient);
+    const auto add_term = [&](auto mirror_too, size_t k) {
+      constexpr bool kMirror = decltype(mirror_too)::value;
+      if (rademacher) add_rademacher<kMirror>(acc, mirrored, start, parameter, keys[k], coefficients[k]);
+      else add_gaussian<kMirror>(acc, mirrored, start, first, last, parameter, keys[k], coefficients[k]);
     };
     const auto finish = [&](float* sum, T* to) {
       if (num_factors)
@@ -293,19 +306,11 @@ void combine(uintptr_t out_address, uintptr_t mirror_address, uintptr_t weight_a
     };
 
     std::fill(acc, acc + kTile, 0.0f);
-    if (mirror == nullptr) {
-      for (size_t k = 0; k < keys.size(); ++k) add_term(acc, k, coefficients[k]);
-    } else {
-      alignas(64) float z[kTile];
-      for (size_t k = 0; k + 1 < keys.size(); ++k) add_term(acc, k, coefficients[k]);
-      std::fill(z, z + kTile, 0.0f);
-      add_term(z, keys.size() - 1, 1.0f);
-      const float coefficient = coefficients.back();
-#pragma omp simd
-      for (int i = 0; i < kTile; ++i) {
-        mirrored[i] = fma(-coefficient, z[i], acc[i]);
-        acc[i] = fma(coefficient, z[i], acc[i]);
-      }
+    const size_t num_common = keys.size() - (mirror != nullptr);
+    for (size_t k = 0; k < num_common; ++k) add_term(std::false_type(), k);
+    if (mirror != nullptr) {
+      std::copy(acc, acc + kTile, mirrored);
+      add_term(std::true_type(), num_common);
       finish(mirrored, mirror);
     }
     finish(acc, out);
