@@ -15,7 +15,7 @@ from zods.comm import Communicator
 from zods.data import WholePass
 from zods.directions import Direction
 from zods.memory import peak_memory
-from zods.objectives import batch_loss, logits_of, num_examples
+from zods.objectives import IGNORE_INDEX, batch_loss, logits_of, num_examples
 from zods.sharding import ShardedParameters, is_sharded, release_gathered
 from zods.stacking import NotStackable
 from zods.streams import PerturbedForward, Point
@@ -112,9 +112,7 @@ class Evaluator:
         """The logits of a batch at each point, from one forward of as many copies of it."""
         size = num_examples(batch)
         stack = {
-            key: value.repeat(len(points), *[1] * (value.ndim - 1))
-            if isinstance(value, torch.Tensor) and value.ndim and value.shape[0] == size
-            else value
+            key: _stacked(value, len(points), size)
             for key, value in batch.items()
             if key != "labels" or self._needs_labels  # else the model's own loss, over the whole stack, is spared
         }
@@ -198,8 +196,12 @@ class Evaluator:
         logits = [found for outputs in separate if (found := logits_of(outputs)) is not None]
         if len(logits) < len(separate):
             return "the model gives no logits"
+        holed = _with_padding(batch)
+        on_holed = self._outputs_at(points[0], holed)
+        expected = torch.cat([losses, batch_loss(on_holed, holed).double()[None]])
         from_logits = [batch_loss({"logits": part}, batch).double() for part in logits]
-        if not torch.allclose(torch.stack(from_logits), losses, rtol=1e-5, atol=1e-6):
+        from_logits.append(batch_loss({"logits": logits_of(on_holed)}, holed).double())
+        if not torch.allclose(torch.stack(from_logits), expected, rtol=1e-5, atol=1e-6, equal_nan=True):
             return "its loss is not the cross entropy of its logits"
         self._forward_at.nested.clear()
         stacked = self._stacked_logits(points, batch)
@@ -269,3 +271,25 @@ def _call(model: Any, batch: Any) -> Any:
     if isinstance(batch, dict):
         return model(**batch)
     return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+
+
+def _stacked(value: Any, num_points: int, size: int) -> Any:
+    """An entry of a batch of `size` examples, for each point; one row serves all examples."""
+    if not isinstance(value, torch.Tensor) or value.ndim == 0 or value.shape[0] not in (1, size):
+        return value
+    return value.expand(size, *value.shape[1:]).repeat(num_points, *[1] * (value.ndim - 1))
+
+
+def _with_padding(batch: dict[str, Any]) -> dict[str, Any]:
+    """The batch with the third quarter of its first example unlabelled and the last one masked, where these go by token.
+
+    A loss of its own may show only there.
+    """
+    changed = dict(batch)
+    for key, value, quarters in (("labels", IGNORE_INDEX, (2, 3)), ("attention_mask", 0, (3, 4))):
+        entry = batch.get(key)
+        if isinstance(entry, torch.Tensor) and entry.ndim == 2:
+            start, stop = (entry.shape[1] * quarter // 4 for quarter in quarters)
+            changed[key] = entry.clone()
+            changed[key][0, start:stop] = value
+    return changed

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map
 
 
 class Scratch:
@@ -26,6 +28,16 @@ class Scratch:
             yield
         finally:
             self._used = used
+
+    def kept(self, output: Any) -> Any:
+        """`output` with copies of what lies in this memory: a module may give a part of its parameter."""
+        start = self._memory.untyped_storage().data_ptr()
+
+        def keep(leaf: Any) -> Any:
+            mine = isinstance(leaf, torch.Tensor) and leaf.untyped_storage().data_ptr() == start != 0
+            return leaf.detach().clone() if mine else leaf
+
+        return tree_map(keep, output)
 
     def reserve(self, tensors: Sequence[torch.Tensor], times: int) -> None:
         """Make room for so many of each, where nothing is taken yet: one module's copies then never need a second block."""

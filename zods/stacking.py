@@ -53,7 +53,7 @@ class Stacking:
         streams: list[list[Any]] = [[] for _ in range(self._num_streams)]
         for leaf, carries in zip(leaves, carry, strict=True):
             if isinstance(leaf, torch.Tensor) and carries is None:
-                raise NotStackable(f"{self._names[module]} was given another kind of input on the first batch")
+                carries = leaf.ndim > 0 and leaf.shape[0] == self._num_streams * self._num_examples
             parts = leaf.chunk(self._num_streams) if carries else [leaf] * self._num_streams
             for stream, part in zip(streams, parts, strict=True):
                 stream.append(part)
@@ -61,6 +61,9 @@ class Stacking:
 
     def _learn(self, module: torch.nn.Module, call: int, leaves: list[Any]) -> None:
         recorded = self._recorded[module]
+        if call >= len(recorded) and self._carry[module] and len(self._carry[module][-1]) == len(leaves):
+            self._carry[module].append(self._carry[module][-1])  # more calls than on the first batch: cut as the others
+            return
         if call >= len(recorded) or len(recorded[call]) != len(leaves):
             raise NotStackable(f"{self._names[module]} is not called as it was on the first batch")
         carry: list[bool | None] = []

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import greenlet
 import torch
+from deepspeed.accelerator import get_accelerator
 
 from zods import factored
 from zods.directions import Direction
@@ -60,6 +61,22 @@ class Point:
 
     def is_mirror_of(self, other: Point) -> bool:
         return (self.seed, -self.coefficient, self.source) == (other.seed, other.coefficient, other.source)
+
+
+class _Contexts:
+    """What `with` sets for the whole thread in a forward, and streams in lockstep would leave to each other."""
+
+    def __init__(self) -> None:
+        devices = {"cpu", get_accelerator().device_name()}
+        self._autocast = [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices]
+        self._cache, self._grad = torch.is_autocast_cache_enabled(), torch.is_grad_enabled()
+
+    def enter(self) -> None:
+        for device, enabled, dtype in self._autocast:
+            torch.set_autocast_enabled(device, enabled)
+            torch.set_autocast_dtype(device, dtype)
+        torch.set_autocast_cache_enabled(self._cache)
+        torch.set_grad_enabled(self._grad)
 
 
 class PerturbedForward:
@@ -125,6 +142,7 @@ class PerturbedForward:
         parameters to the next together. Raises RuntimeError where they do not come to the same modules."""
         self._begin(tuple(points), 0)
         self._hub = greenlet.getcurrent()
+        self._outside = _Contexts()
         streams = [greenlet.greenlet(functools.partial(call, k)) for k in range(len(points))]
         results: list[Any] = [None] * len(points)
         order = list(range(len(points)))
@@ -169,6 +187,9 @@ class PerturbedForward:
 
     def _begin(self, points: tuple[Point, ...], stream: int | None) -> None:
         self._points, self._stream = points, stream
+        # autocast's cache maps a Parameter, whatever its data are meanwhile, to the first cast of it
+        self._autocast_cache = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)
         self._pairs = []
         k = 0
         while k < len(points):
@@ -179,6 +200,7 @@ class PerturbedForward:
     def _end(self) -> None:
         self._restore(list(self._live))  # nothing, unless a forward was cut short
         self._points, self._stream, self._recording = (), None, False
+        torch.set_autocast_cache_enabled(self._autocast_cache)
 
     # --- a module's forward -------------------------------------------------------------------------------------------
 
@@ -208,7 +230,7 @@ class PerturbedForward:
                 for k, of_stream in zip(pair, copies, strict=True):
                     with self._placed(of_stream), self._alone(k):
                         if parts is None:
-                            outputs.append(original(*streams[k][0], **streams[k][1]))
+                            outputs.append(self._scratch.kept(original(*streams[k][0], **streams[k][1])))
                         else:
                             factored.linear_(parts[k], module, streams[k][0][0])
         return self.stacking.join(module, outputs, carries) if whole is None else whole
@@ -223,7 +245,7 @@ class PerturbedForward:
         with self._scratch.scope():
             (copies,) = self._copies(missing, (self._stream,), {})
             with self._placed(copies):
-                return original(*args, **kwargs)
+                return self._scratch.kept(original(*args, **kwargs))
 
     @contextmanager
     def _alone(self, stream: int) -> Iterator[None]:
@@ -241,7 +263,12 @@ class PerturbedForward:
         assert self._hub is not None
         stream, mine = self._stream, dict(self._live)
         self._restore(list(mine))
-        self._hub.switch(module)
+        contexts = _Contexts()
+        self._outside.enter()
+        try:
+            self._hub.switch(module)
+        finally:
+            contexts.enter()
         self._stream = stream
         self._live = {}
         for parameter, _, copy in mine.values():

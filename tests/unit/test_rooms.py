@@ -22,7 +22,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "factored": (set(), {"torch"}),
     "observing": (set(), {"torch"}),
     "scratch": (set(), {"torch"}),
-    "streams": ({"directions", "stacking", "factored", "observing", "scratch"}, {"torch", "greenlet"}),
+    "streams": ({"directions", "stacking", "factored", "observing", "scratch"}, {"torch", "deepspeed", "greenlet"}),
     "anchor": ({"config", "directions", "estimators", "comm", "sharding", "streams"}, {"torch", "deepspeed"}),
     "trajectory": ({"estimators", "sharding"}, set()),
     "objectives": (set(), {"torch"}),

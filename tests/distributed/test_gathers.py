@@ -1,0 +1,266 @@
+"""What a step gathers, counted where DeepSpeed calls torch; and what it applies, whatever the form of evaluation is, and
+with directions of each rank's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from deepspeed.comm import comm as deepspeed_comm
+
+import zods
+from tests.distributed.models import (
+    Tiny,
+    collate,
+    configuration,
+    global_batch,
+    numpy_of,
+    opt_data,
+    sha256,
+    tiny_data,
+    tiny_opt,
+    train,
+    whole,
+)
+from tests.distributed.ranks import run_ranks
+from tests.distributed.zoo import zoo_batch, zoo_model
+from tests.reference.dense import DenseReference, loss_of_module, named_parameters_of
+from zods.directions import derive_seed
+from zods.trajectory import TrajectoryLog, read_log
+
+GATHERS = {"stage3_param_persistence_threshold": 0}  # of every parameter, however small
+
+
+def gathering(batch: int, **arguments: Any) -> dict[str, Any]:
+    config = configuration(batch, **arguments)
+    config["zero_optimization"] |= GATHERS
+    return config
+
+
+class Counter:
+    """Bytes that all-gathers of DeepSpeed put together, whole parameters with their padding."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        backend = deepspeed_comm.cdb  # holds torch's function since its own start
+        into_tensor = backend.all_gather_function
+
+        def counted(output_tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            self.total += output_tensor.nbytes
+            return into_tensor(output_tensor, *args, **kwargs)
+
+        def uncounted(*_: Any, **__: Any) -> Any:
+            raise AssertionError("DeepSpeed gathers by another way than the one counted")
+
+        backend.all_gather_function = counted
+        backend.all_gather = backend.all_gather_base = backend.all_gather_coalesced = uncounted
+
+
+def padded_bytes(engine: Any) -> int:
+    """Of all parameters, each once, wherever it is used."""
+    world_size = torch.distributed.get_world_size()
+    sizes = {id(p): p.ds_tensor.numel() * p.ds_tensor.element_size() for p in engine.module.parameters()}
+    return world_size * sum(sizes.values())
+
+
+# name: (model, form asked for, form expected, further arguments)
+SVRG = {"method": "mezo_svrg", "anchor_interval": 100, "anchor": {"point": "terms", "gradient": "terms"}}
+COUNTED: dict[str, tuple[str, str, str, dict[str, Any]]] = {
+    **{f"mezo, {form}": ("opt", form, form, {}) for form in ("stacked", "lockstep", "sequential")},
+    **{f"svrg, {form}": ("opt", form, form, SVRG) for form in ("stacked", "lockstep", "sequential")},
+    **{f"low rank, {form}": ("opt", form, form, {"direction": "low_rank"}) for form in ("stacked", "lockstep")},
+    "four directions, stacked": ("opt", "stacked", "stacked", {"num_directions": 4}),
+    "llama": ("llama", "auto", "stacked", {}),
+    "mixtral": ("mixtral", "auto", "stacked", {}),
+    "t5": ("t5", "auto", "lockstep", {}),
+    "mamba": ("mamba", "auto", "lockstep", {}),
+    "mamba, svrg": ("mamba", "auto", "lockstep", SVRG),
+}
+FORWARDS = {"mezo, sequential": 2, "svrg, sequential": 4}  # 1 for all others
+
+
+def rank_of_counts() -> dict[str, tuple[str, list[float]]]:
+    counter, found = Counter(), {}
+    for name, (kind, form, _, arguments) in COUNTED.items():
+        arguments = {"method": "mezo", "lr": 1e-3, "eps": 1e-2, "evaluation": form, **arguments}
+        batch = zoo_batch(kind, 2, 8)
+        data = [dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)] * 2
+        engine = zods.initialize(model=zoo_model(kind), config=gathering(4, **arguments), training_data=data)[0]
+        train(engine, data, range(3))  # the first chooses the form, and DeepSpeed's prefetching learns the order
+        ratios = []
+        for step in range(3, 6):
+            before = counter.total
+            train(engine, data, [step])
+            ratios.append((counter.total - before) / padded_bytes(engine))
+        found[name] = (engine.evaluation, ratios)
+    return found
+
+
+@pytest.fixture(scope="module")
+def counts() -> list[dict[str, tuple[str, list[float]]]]:
+    return run_ranks(2, rank_of_counts, timeout=240)
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_a_step_gathers_the_parameters_once_in_one_forward_of_all_points(counts, name):
+    for rank in counts:
+        form, ratios = rank[name]
+        assert form == COUNTED[name][2]
+        assert ratios == [FORWARDS.get(name, 1.0)] * 3
+
+
+# --- what is applied ----------------------------------------------------------------------------------------------------
+
+STEPS = 10
+COMMON = {"eps": 1e-2, "lr": 1e-3, "seed": 7}
+
+
+def rounding(losses: list[float], lr: float) -> float:
+    """How far two runs in float32 may be apart after STEPS: test_engine.py's bound for one against float64, twice."""
+    return 2 * STEPS * (lr * 4 * 2 * 8 * 2.0**-23 * max(losses) / (2 * COMMON["eps"]) + 2.0**-24)
+
+
+TRAJECTORIES = {
+    "mezo": {"method": "mezo"},
+    "svrg": {**SVRG, "anchor_interval": 4, "num_directions": 2},
+    "low rank": {"method": "mezo", "direction": {"distribution": "low_rank", "rank": 2}},
+}
+FORMS = ("sequential", "stacked", "lockstep")
+
+
+def rank_of_trajectories(folder: Path) -> dict[tuple[str, str], Any]:
+    found = {}
+    for name, arguments in TRAJECTORIES.items():
+        for form in FORMS:
+            config = gathering(8, **COMMON, **arguments, evaluation=form)
+            engine = zods.initialize(model=tiny_opt(), config=config, training_data=opt_data())[0]
+            log = folder / f"{name}-{form}-{engine.global_rank}"
+            engine.trajectory, direction = TrajectoryLog(log), engine._direction
+            replayed = whole(engine)
+            before = numpy_of(replayed)
+            losses = train(engine, opt_data(), range(STEPS))
+            records = list(read_log(log))
+            for record in records:
+                seeds, coefficients = zip(*record["terms"], strict=True)
+                for piece in engine.parameters:
+                    weight = replayed[piece.name]
+                    direction.combine_(weight, piece, weight=weight, seeds=seeds, coefficients=coefficients)
+            found[name, form] = {
+                "before": before,
+                "after": numpy_of(whole(engine)),
+                "replayed": sha256(replayed) == sha256(whole(engine)),
+                "losses": losses,
+                "seeds": [[seed for seed, _ in record["terms"]] for record in records],
+                "form": engine.evaluation,
+            }
+    return found
+
+
+@pytest.fixture(scope="module")
+def trajectories(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, str], Any]]:
+    return run_ranks(2, rank_of_trajectories, tmp_path_factory.mktemp("logs"))
+
+
+@pytest.mark.parametrize("form", FORMS[1:])
+@pytest.mark.parametrize("name", TRAJECTORIES)
+def test_trajectories_do_not_depend_on_the_form_of_evaluation(trajectories, name, form):
+    for rank in trajectories:
+        one, other = rank[name, "sequential"], rank[name, form]
+        tolerance = rounding(one["losses"], COMMON["lr"])
+        assert other["form"] == form
+        assert other["seeds"] == one["seeds"]
+        for key, expected in one["after"].items():
+            assert np.abs(other["after"][key] - expected).max() <= tolerance, key
+        assert max(np.abs(one["after"][key] - one["before"][key]).max() for key in one["after"]) > 100 * tolerance
+
+
+def test_the_terms_applied_are_those_logged(trajectories):
+    for rank in trajectories:
+        assert all(found["replayed"] for found in rank.values())
+
+
+# --- directions per rank ------------------------------------------------------------------------------------------------
+
+PER_RANK: dict[str, dict[str, Any]] = {
+    "mezo": {"method": "mezo"},
+    "mezo, stage 0": {"method": "mezo", "stage": 0, "num_directions": 2},
+    "mezo, accumulation": {"method": "mezo", "accumulation": 2, "direction": "rademacher"},
+    "low rank": {"method": "mezo", "direction": {"distribution": "low_rank", "rank": 2}},
+    "svrg": {"method": "mezo_svrg", "anchor_interval": 4, "anchor_directions": 2, "num_directions": 2},
+    "svrg, own directions": {
+        **{"method": "mezo_svrg", "anchor_interval": 4, "share_direction": False},
+        "anchor": {"point": "terms", "gradient": "terms"},
+    },
+}
+
+
+def rank_of_per_rank() -> dict[str, Any]:
+    found = {}
+    for name, arguments in PER_RANK.items():
+        config = configuration(8, **COMMON, **arguments, directions="per_rank")
+        engine = zods.initialize(model=Tiny(), config=config, training_data=tiny_data())[0]
+        losses = train(engine, tiny_data(), range(STEPS))
+        after = whole(engine)
+        found[name] = {"after": numpy_of(after), "digests": (sha256(after), engine.digest.hex()), "losses": losses}
+    return found
+
+
+@pytest.fixture(scope="module")
+def per_rank() -> list[dict[str, Any]]:
+    return run_ranks(2, rank_of_per_rank)
+
+
+def dense_step(dense: DenseReference, parts: list[Any]) -> None:
+    """theta - lr * the mean over ranks of each one's estimate: of its own directions, on its own part of the batch."""
+    svrg, number = dense.method == "mezo_svrg", dense.num_directions
+    if svrg and dense.steps % dense.anchor_interval == 0:
+        dense.refresh()
+    total = dict(dense.anchor_grad) if svrg else {name: torch.zeros_like(p) for name, p in dense.params.items()}
+    for rank, part in enumerate(parts):
+        seeds, anchor_seeds = (
+            [derive_seed(dense.seed, purpose, dense.steps, rank * number + k) for k in range(number)]
+            for purpose in ("step", "step_anchor")
+        )
+        grad = dense.estimate(dense.params, seeds, part, dense.losses)
+        at = dense.estimate(dense.anchor, seeds if dense.share_direction else anchor_seeds, part, []) if svrg else {}
+        for name, value in grad.items():
+            total[name] = total[name] + (value - at.get(name, 0.0)) / len(parts)
+    dense.params = {name: p - dense.lr * total[name] if name in total else p for name, p in dense.params.items()}
+    dense.steps += 1
+
+
+def part_of(rank: int, examples: list[Any], accumulation: int) -> Any:
+    """What one of two ranks is given of a step's examples, over all its micro-batches."""
+    micro = len(examples) // (2 * accumulation)
+    starts = [(k * 2 + rank) * micro for k in range(accumulation)]
+    return collate([example for start in starts for example in examples[start : start + micro]])
+
+
+@pytest.mark.parametrize("name", PER_RANK)
+def test_an_update_is_the_mean_of_each_ranks_estimate_on_its_own_part(per_rank, name):
+    """Within float32 rounding of a float64 reference; see `rounding`. Both ranks hold the same bits, also where each
+    stores the whole."""
+    arguments = dict(PER_RANK[name])
+    accumulation = arguments.pop("accumulation", 1)
+    for key in ("stage", "anchor"):
+        arguments.pop(key, None)
+    if isinstance(arguments.get("direction"), dict):
+        arguments |= {"direction": "low_rank", "rank": arguments["direction"]["rank"]}
+    model = Tiny()
+    trainable = {key for key, p in model.named_parameters() if p.requires_grad}
+    params = named_parameters_of(model)
+    loss = loss_of_module(model.double(), lambda outputs, _: outputs["loss"])
+    whole_set = collate(tiny_data())
+    dense = DenseReference(params=params, loss=loss, whole_set=whole_set, trainable=trainable, **COMMON, **arguments)
+    for step in range(STEPS):
+        examples = global_batch(tiny_data(), step, 8)
+        dense_step(dense, [part_of(rank, examples, accumulation) for rank in range(2)])
+    tolerance = rounding(dense.losses, COMMON["lr"])
+    for found in (rank[name] for rank in per_rank):
+        for key, expected in dense.params.items():
+            assert np.abs(found["after"][key] - expected.numpy()).max() <= tolerance, key
+        assert max(np.abs(found["after"][key] - params[key].numpy()).max() for key in params) > 100 * tolerance
+        assert found["digests"] == per_rank[0][name]["digests"]
