@@ -191,11 +191,11 @@ def _check_fits(engine: Any, folder: Path, state: dict[str, Any]) -> None:
             f"checkpoint {folder}: it is of another model: found {found}, this model has {expected}. Load the model and "
             "the set of trainable parameters that it was made with."
         )
-    saved, zo = state["zeroth_order"], engine.config.zeroth_order
+    saved, here = state["zeroth_order"], engine.config.zeroth_order.to_dict()
     for key in ("method", "direction"):
-        if saved[key] != getattr(zo, key):
+        if saved[key] != here[key]:
             raise ValueError(
-                f"checkpoint {folder}: made with zeroth_order.{key} = {saved[key]!r}, this run has {getattr(zo, key)!r}. "
+                f"checkpoint {folder}: made with zeroth_order.{key} = {saved[key]!r}, this run has {here[key]!r}. "
                 "Resume with the same."
             )
     if (state["scheduler"] is None) != (engine.lr_scheduler is None):

@@ -7,10 +7,13 @@ counted apart.
 
 from __future__ import annotations
 
+import atexit
 import hashlib
+import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -87,7 +90,18 @@ class Communicator:
             where = "" if failures.count(failures[failing[0]]) == self.world_size else f"rank {failing[0]}: "
             raise kinds[index](where + text) from None
 
-    def shutdown(self) -> None:
-        """Leave the process group, all ranks together: a rank that exits while others still communicate aborts them."""
+
+def end_process(code: int) -> NoReturn:
+    """End without the interpreter's teardown, and with code 0 all ranks together.
+
+    A rank that exits while others still communicate aborts them. And Gloo's threads can abort a finished run: they may
+    drop a tensor while the interpreter ends, which needs a lock that is gone (PyTorch issue 190489). DeepSpeed keeps
+    references to the process groups, so destroying them does not end the threads.
+    """
+    if code == 0:
         dist.barrier()
         dist.destroy_process_group()
+    atexit._run_exitfuncs()  # trackers upload what they hold
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

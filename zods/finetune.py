@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import atexit
 import logging
 import os
 import resource
@@ -23,7 +22,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 import zods
 from zods.arguments import merged_config, parse_arguments
-from zods.comm import Communicator
+from zods.comm import Communicator, end_process
 from zods.config import RunConfig, read_config, resolve_model_auto
 from zods.engine import ZerothOrderEngine
 from zods.initialization import check_folders
@@ -42,9 +41,9 @@ def main() -> None:
     except (ValueError, OSError) as error:  # bad input: the same on all ranks, so one of them says it
         if rank == 0:
             print(f"zods.finetune: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        end_process(2)
     finetune(arguments, *run)
-    _end_process()
+    end_process(0)
 
 
 def start(
@@ -99,7 +98,6 @@ def finetune(
         print(table(summary))
         if arguments.plot:
             print(f"curves: {plot_curves(folder.path)}")
-    engine.comm.shutdown()
 
 
 def prepare_data(
@@ -149,18 +147,6 @@ def load_model(arguments: argparse.Namespace, run: RunConfig, task: Task) -> tor
     )
     del sharded
     return model
-
-
-def _end_process() -> None:
-    """End with code 0 and without the interpreter's teardown, in which Gloo's threads can abort a finished run.
-
-    They may drop a tensor while the interpreter ends, which needs a lock that is gone (PyTorch issue 190489). DeepSpeed
-    keeps references to the process groups, so destroying them does not end the threads.
-    """
-    atexit._run_exitfuncs()  # trackers upload what they hold
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
 
 
 def evaluate(engine: ZerothOrderEngine, task: Task, held_out: datasets.Dataset, folder: RunFolder) -> dict[str, float]:

@@ -13,6 +13,7 @@ from torch import nn
 
 import zods
 from tests.distributed.models import Tiny, collate, configuration, tiny_data
+from zods.comm import end_process
 
 MEZO = {"method": "mezo"}
 NVME = {"method": "mezo_svrg", "anchor": {"point": "nvme", "gradient": "nvme"}}
@@ -100,8 +101,7 @@ def main(output, name=None):
         except Exception as error:
             told[mistake] = [type(error).__name__, str(error)]
     (output / f"rank{rank}.json").write_text(json.dumps(told))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    end_process(0)
 
 
 if __name__ == "__main__":

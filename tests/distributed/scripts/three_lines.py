@@ -76,6 +76,7 @@ for collective in COLLECTIVES:  # before anyone takes a name of them
 
 import zods  # noqa: E402
 from tests.distributed.models import configuration, opt_data, tiny_opt  # noqa: E402
+from zods.comm import end_process  # noqa: E402
 
 
 def total(who):
@@ -118,8 +119,7 @@ def main(output):
     uses = [held[id(p)] for module in engine.module.modules() for p in module.parameters(recurse=False)]
     found["anchor_numel"] = sum(uses)
     (output / f"rank{engine.global_rank}.json").write_text(json.dumps(found))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    end_process(0)
 
 
 if __name__ == "__main__":
