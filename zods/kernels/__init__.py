@@ -4,6 +4,7 @@
 tensors, where Triton is.
 """
 
+import ctypes
 import functools
 import importlib
 import warnings
@@ -177,4 +178,4 @@ def _check_factors(left: Tensor, right: Tensor, out: Tensor, offset: int) -> Non
 
 
 def _float32(value: float) -> float:
-    return torch.tensor(value, dtype=torch.float32).item()
+    return ctypes.c_float(value).value

@@ -238,29 +238,36 @@ inline uint16_t to_bfloat16(uint32_t bits, uint32_t increment) {
   return static_cast<uint16_t>(rounded);
 }
 
-void store(float* out, const float* value, const uint16_t*, int count) { std::memcpy(out, value, count * sizeof *out); }
-
-void store(uint16_t* out, const float* value, const uint16_t* noise, int count) {
-  if (noise == nullptr) {
-#pragma omp simd
-    for (int i = 0; i < count; ++i) {
-      const uint32_t bits = as_bits(value[i]);
-      out[i] = to_bfloat16(bits, nearest_increment(bits));
-    }
-    return;
-  }
-#pragma omp simd
-  for (int i = 0; i < count; ++i) {
-    const uint32_t bits = as_bits(value[i]);
-    const bool has_upper_neighbour = (bits & ~kSignBit) <= 0x7F7F0000u;
-    out[i] = to_bfloat16(bits, has_upper_neighbour ? noise[i] : nearest_increment(bits));
-  }
+// A float32 in T; noise: of each element, for stochastic rounding; null rounds to nearest even.
+template <typename T>
+inline T round_to(float value, const uint16_t* noise, int i) {
+  if constexpr (std::is_same_v<T, float>) return value;
+  const uint32_t bits = as_bits(value);
+  const bool has_upper_neighbour = (bits & ~kSignBit) <= 0x7F7F0000u;
+  return to_bfloat16(bits, noise != nullptr && has_upper_neighbour ? noise[i] : nearest_increment(bits));
 }
 
 template <typename T>
 void add_scaled(float* acc, const T* values, float scale, int count) {
 #pragma omp simd
   for (int i = 0; i < count; ++i) acc[i] = fma(scale, widen(values[i]), acc[i]);
+}
+
+// out[i] = sum[i] + scale * weight[i], or with kNegate -sum[i] + scale * weight[i], in T. No sum is -0: it began at 0.
+template <bool kNegate, typename T>
+void store(T* out, const float* sum, const T* weight, float scale, const uint16_t* noise, int count) {
+  const auto each = [&](auto value) {
+    if (noise == nullptr) {
+#pragma omp simd
+      for (int i = 0; i < count; ++i) out[i] = round_to<T>(value(i), nullptr, i);
+    } else {
+#pragma omp simd
+      for (int i = 0; i < count; ++i) out[i] = round_to<T>(value(i), noise, i);
+    }
+  };
+  const auto signed_sum = [&](int i) { return kNegate ? 0.0f - sum[i] : sum[i]; };
+  if (weight == nullptr) each(signed_sum);
+  else each([&](int i) { return fma(scale, widen(weight[i]), signed_sum(i)); });
 }
 
 template <typename T>
@@ -296,24 +303,31 @@ void combine(uintptr_t out_address, uintptr_t mirror_address, uintptr_t weight_a
       if (rademacher) add_rademacher<kMirror>(acc, mirrored, start, parameter, keys[k], coefficients[k]);
       else add_gaussian<kMirror>(acc, mirrored, start, first, last, parameter, keys[k], coefficients[k]);
     };
-    const auto finish = [&](float* sum, T* to) {
+    const auto add_matrices = [&](float* sum) {
       if (num_factors)
         add_factors(sum, start, first, last, left, right, num_factors, num_columns, offset / num_columns);
       if (dense != nullptr) add_scaled(sum + first, dense + at, dense_coefficient, count);
-      if (weight != nullptr) add_scaled(sum + first, weight + at, scale, count);
-      if (rounding_seed) make_noise(noise, start, first, last, parameter, rounding_key);
-      store(to + at, sum + first, rounding_seed ? noise + first : nullptr, count);
+    };
+    const auto finish = [&](auto negate, T* to, const float* sum) {
+      store<decltype(negate)::value>(to + at, sum + first, weight == nullptr ? nullptr : weight + at, scale,
+                                     rounding_seed ? noise + first : nullptr, count);
     };
 
     std::fill(acc, acc + kTile, 0.0f);
-    const size_t num_common = keys.size() - (mirror != nullptr);
+    if (rounding_seed) make_noise(noise, start, first, last, parameter, rounding_key);
+    const bool opposite = mirror != nullptr && keys.size() == 1 && !num_factors && dense == nullptr;
+    const size_t num_common = keys.size() - (mirror != nullptr && !opposite);
     for (size_t k = 0; k < num_common; ++k) add_term(std::false_type(), k);
-    if (mirror != nullptr) {
+    if (opposite) {
+      finish(std::true_type(), mirror, acc);
+    } else if (mirror != nullptr) {
       std::copy(acc, acc + kTile, mirrored);
       add_term(std::true_type(), num_common);
-      finish(mirrored, mirror);
+      add_matrices(mirrored);
+      finish(std::false_type(), mirror, mirrored);
     }
-    finish(acc, out);
+    add_matrices(acc);
+    finish(std::false_type(), out, acc);
   }
 }
 
