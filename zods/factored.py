@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from zods import kernels
+
 Form = str  # "linear": weight (out, in); "conv1d": (in, out); "embedding": (rows, out)
 
 
@@ -26,29 +28,30 @@ def form_of(module: nn.Module) -> Form | None:
     return None
 
 
-def add_(
-    form: Form,
-    output: torch.Tensor,
-    x: torch.Tensor,
-    left: torch.Tensor,
-    right: torch.Tensor,
-    *,
-    scale: float,
-    mirrored: int,
-) -> None:
-    """output <- scale * output + what the matrix left @ right, of the weight's shape, would give for the input `x`.
+def projected(
+    form: Form, x: torch.Tensor, left: torch.Tensor, right: torch.Tensor, mirrored: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(N, Q) and (Q, out) float32, whose product is what the matrix left @ right, of the weight's shape, gives for `x`.
 
-    output: (..., out), contiguous. x: (..., in), or indices (...). left: (rows, Q), right: (Q, columns), float32.
-    mirrored: in the second half of `x` on dim 0 the last so many columns of `left` count negative; 0: none.
+    x: (..., in), or indices (...), N in all. left: (rows, Q), right: (Q, columns), float32.
+    mirrored: in the second half of `x` on dim 0 the last so many of the Q count negative; 0: none.
     """
     if form == "embedding":
         inner = left[x.reshape(-1)]
     else:
-        inner = x.reshape(-1, x.shape[-1]) @ (right.T if form == "linear" else left).to(x.dtype)
-    outer = (left.T if form == "linear" else right).to(output.dtype)
+        inner = (x.reshape(-1, x.shape[-1]) @ (right.T if form == "linear" else left).to(x.dtype)).float()
     if mirrored:
         inner[inner.shape[0] // 2 :, -mirrored:].neg_()
-    output.view(-1, output.shape[-1]).addmm_(inner.to(output.dtype), outer, beta=scale)
+    return inner, left.T if form == "linear" else right
+
+
+def add_(output: torch.Tensor, inner: torch.Tensor, outer: torch.Tensor, scale: float) -> None:
+    """output <- scale * output + inner @ outer in one sweep, the sums in float32. output: (..., out), contiguous."""
+    sums = output if output.dtype in kernels.DTYPES else output.float()
+    factors = (inner.contiguous(), outer.contiguous())
+    kernels.combine_(sums, weight=sums, scale=scale, factors=factors, parameter=0, offset=0)
+    if sums is not output:
+        output.copy_(sums)
 
 
 def empty_output(module: Any, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor | None:

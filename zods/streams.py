@@ -366,11 +366,10 @@ class PerturbedForward:
         for pair, start in zip(self._pairs, starts, strict=True):
             part = slice(pair[0] * size, (pair[-1] + 1) * size)
             with self._scratch.scope():
-                scale = self._add_factors(module, form, output[part], x[part], pair, start)
-                self._add_bias(module, output[part], pair, start, sources, scale)
+                self._add_missing(module, form, output[part], x[part], pair, start, sources)
         return output
 
-    def _add_factors(
+    def _add_missing(
         self,
         module: Any,
         form: factored.Form,
@@ -378,46 +377,30 @@ class PerturbedForward:
         x: torch.Tensor,
         pair: tuple[int, ...],
         start: dict[Any, Source],
-    ) -> float:
-        """The matrix's part; returns what the output was scaled by."""
-        source, parameter = start.get(module.weight), self._parameter(module, module.weight)
-        if source is None or parameter is None:
-            return 1.0
-        point = self._points[pair[0]]
-        left, right = self._direction.factors(
-            parameter,
-            (*source.seeds, point.seed),
-            (*source.coefficients, point.coefficient),
-            range(parameter.shape[0]),
-            x.device,
-        )
-        rank = right.shape[0] // (len(source.seeds) + 1)
-        mirrored = rank if len(pair) > 1 else 0
-        factored.add_(form, output, x, left, right, scale=source.scale, mirrored=mirrored)
-        return source.scale
-
-    def _add_bias(
-        self,
-        module: Any,
-        output: torch.Tensor,
-        pair: tuple[int, ...],
-        start: dict[Any, Source],
         sources: dict[Any, Source],
-        scale: float,
     ) -> None:
-        """The bias at each stream's point in place of `scale` times the one that the output was made with."""
-        bias = getattr(module, "bias", None)
-        if bias is None:
-            return
-        parameter = self._parameter(module, bias)
-        if parameter is None and scale == 1.0:
-            return
-        used = bias.data if parameter is None else start[bias].weight
-        wanted = [used] * len(pair)
+        """Bring a pair's output at the weights it starts from to its points: the matrix's part, and the bias's."""
+        inner, outer, scale = [], [], 1.0
+        parameter = self._parameter(module, module.weight)
         if parameter is not None:
-            wanted = [copies[0][1] for copies in self._copies([parameter], pair, sources)]
-        for part, value in zip(output.chunk(len(pair)), wanted, strict=True):
-            part += (value.float() - scale * used.float()).to(output.dtype)
+            source, point = start[module.weight], self._points[pair[0]]
+            seeds, coefficients = (*source.seeds, point.seed), (*source.coefficients, point.coefficient)
+            rows = range(parameter.shape[0])
+            left, right = self._direction.factors(parameter, seeds, coefficients, rows, x.device)
+            mirrored = right.shape[0] // len(seeds) if len(pair) > 1 else 0
+            matrices = factored.projected(form, x, left, right, mirrored)
+            inner, outer, scale = [matrices[0]], [matrices[1]], source.scale
+        bias = getattr(module, "bias", None)
+        if bias is not None:
+            used, wanted = bias.data, [bias.data] * len(pair)
+            if (parameter := self._parameter(module, bias)) is not None:
+                used = start[bias].weight
+                wanted = [copies[0][1] for copies in self._copies([parameter], pair, sources)]
+            num_rows = output.numel() // output.shape[-1]
+            streams = torch.eye(len(pair), device=x.device).repeat_interleave(num_rows // len(pair), 0)
+            inner.append(streams)
+            outer.extend((value.float() - scale * used.float())[None] for value in wanted)
+        factored.add_(output, torch.cat(inner, 1), torch.cat(outer), scale)
 
     def _parameter(self, module: torch.nn.Module, param: Any) -> Perturbable | None:
         return next((p for p in self._whole(module) if p.param is param), None)

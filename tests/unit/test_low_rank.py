@@ -167,7 +167,7 @@ def test_factors_added_to_an_output_are_the_module_with_the_perturbed_weight(for
     if bias is not None:
         nn.init.normal_(bias)
     output = module(x)
-    factored.add_(form, output, x, left, right, scale=0.9, mirrored=rank if mirrored else 0)
+    factored.add_(output, *factored.projected(form, x, left, right, rank if mirrored else 0), 0.9)
     weight = module.weight.clone()
     halves = []
     for half, last in zip(x.chunk(2), (0.2, -0.2 if mirrored else 0.2), strict=True):

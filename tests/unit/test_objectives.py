@@ -118,8 +118,8 @@ def test_log_likelihood_is_the_sum_over_labelled_tokens_whatever_the_chunks(monk
         sum(logits[r, t].log_softmax(0)[labels[r, t + 1]].item() for t in range(6) if labels[r, t + 1] != -100)
         for r in range(3)
     ]
-    for chunk_elements in (1, 150, objectives._CHUNK_ELEMENTS):
-        monkeypatch.setattr(objectives, "_CHUNK_ELEMENTS", chunk_elements)
+    for chunk_elements in (1, 150, objectives._CHUNK_ELEMENTS_ON_CPU):
+        monkeypatch.setattr(objectives, "_CHUNK_ELEMENTS_ON_CPU", chunk_elements)
         sums, counts = sequence_log_likelihood(logits, labels)
         assert sums.tolist() == pytest.approx(expected, rel=1e-6)
         assert counts.tolist() == [3, 4, 6]
@@ -135,7 +135,7 @@ def test_no_float32_copy_of_all_logits_is_made(monkeypatch):
                 self.numel = max(self.numel, result.numel())
             return result
 
-    monkeypatch.setattr(objectives, "_CHUNK_ELEMENTS", 4000)
+    monkeypatch.setattr(objectives, "_CHUNK_ELEMENTS_ON_CPU", 4000)
     with LargestFloat32() as largest:
         sequence_log_likelihood(torch.zeros(4, 50, 1000, dtype=torch.bfloat16), torch.zeros(4, 50, dtype=torch.int64))
     assert largest.numel == 4000

@@ -19,7 +19,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "data": (set(), {"torch"}),
     "sharding": ({"directions", "comm"}, {"torch", "deepspeed"}),
     "stacking": (set(), {"torch"}),
-    "factored": (set(), {"torch"}),
+    "factored": ({"kernels"}, {"torch"}),
     "observing": (set(), {"torch"}),
     "scratch": (set(), {"torch"}),
     "streams": ({"directions", "stacking", "factored", "observing", "scratch"}, {"torch", "deepspeed", "greenlet"}),

@@ -18,10 +18,10 @@ from zods.kernels import reference
 from zods.kernels.build import cpu_module
 
 DISTRIBUTIONS = ("gaussian", "rademacher")
+DTYPES = (torch.float32, torch.bfloat16)
 
-__all__ = ["DISTRIBUTIONS", "backend", "combine_", "direction"]
+__all__ = ["DISTRIBUTIONS", "DTYPES", "backend", "combine_", "direction"]
 
-_DTYPES = (torch.float32, torch.bfloat16)
 _ELEMENTS_PER_THREAD = 2**16  # at least: some 50 us of work, ten times what waking a thread costs
 
 
@@ -143,7 +143,7 @@ def _gpu_module() -> ModuleType:
 
 
 def _check(out: Tensor, others: dict[str, Tensor], distribution: str, parameter: int, offset: int) -> None:
-    if out.dtype not in _DTYPES:
+    if out.dtype not in DTYPES:
         raise ValueError(f"out must be float32 or bfloat16, got {out.dtype}")
     for name, tensor in {"out": out, **others}.items():
         if not tensor.is_contiguous():
