@@ -23,10 +23,11 @@ from zods.anchor import Anchor
 from zods.comm import Communicator
 from zods.config import RunConfig
 from zods.data import TrainingLoader
+from zods.deferral import DeferredUpdate
 from zods.directions import Direction, derive_seed
 from zods.estimators import Annealing, Term, Update
 from zods.evaluation import Evaluator
-from zods.sharding import ShardedParameters, Slice, release_gathered
+from zods.sharding import ShardedParameters, Slice, SliceUpdate, release_gathered
 from zods.streams import Point
 from zods.trajectory import TrajectoryLog
 
@@ -106,10 +107,13 @@ class ZerothOrderEngine:
         self.anchor_step: int | None = None  # the step of the last refresh
         self.annealing = Annealing()
         self.digest = hashlib.sha256(b"zods").digest()  # of everything applied so far
+        offload = config.deepspeed.get("zero_optimization", {}).get("offload_param", {}).get("device", "none")
+        self._deferred = None if offload == "none" else DeferredUpdate(parameters, self._direction)
         self._evaluator = Evaluator(
             deepspeed_engine,
             comm,
             parameters,
+            self._deferred,
             direction=self._direction,
             evaluation=self._zo.evaluation,
             stream_memory_gb=self._zo.stream_memory_gb,
@@ -161,6 +165,8 @@ class ZerothOrderEngine:
 
     def train(self, mode: bool = True) -> ZerothOrderEngine:
         """In training mode `engine(batch)` evaluates a step's losses; else it gives the model's outputs."""
+        if not mode:
+            self.flush()
         self.training = mode
         return self
 
@@ -189,6 +195,7 @@ class ZerothOrderEngine:
         """
         batch = self._evaluator.to_device(inputs[0] if len(inputs) == 1 and not kwargs else (inputs or kwargs))
         if not self.training:
+            self.flush()
             return self._evaluator.outputs(batch)
         if not self._sums:
             self._begin_step()
@@ -301,7 +308,10 @@ class ZerothOrderEngine:
         return derive_seed(self._zo.seed, purpose, self.global_steps) if self._zo.stochastic_rounding else None
 
     def _apply(self, update: Update) -> None:
-        """Apply an update to this rank's slices; gathered copies are dropped first, so that none goes stale."""
+        """Apply an update to this rank's slices, or let it wait where they are offloaded.
+
+        Gathered copies are dropped first, so that none goes stale.
+        """
         release_gathered(self.deepspeed)
         dense = None
         if update.anchor_grad_coefficient != 0.0:
@@ -311,22 +321,29 @@ class ZerothOrderEngine:
         seeds = [t.seed for t in update.terms]
         coefficients = [t.coefficient for t in update.terms]
 
-        def update_of(piece: Slice) -> tuple[float, list[int], list[float]]:
-            return (update.decay if piece.decays else 1.0), seeds, coefficients
+        def update_of(piece: Slice) -> SliceUpdate:
+            return SliceUpdate(update.decay if piece.decays else 1.0, seeds, coefficients, update.rounding_seed)
 
-        self.parameters.apply_(
-            update_of,
-            direction=self._direction,
-            rounding_seed=update.rounding_seed,
-            dense=dense,
-            dense_coefficient=update.anchor_grad_coefficient,
-        )
+        if self._deferred is not None and dense is None:
+            self._deferred.defer(update_of)
+        else:
+            if self._deferred is not None:
+                self._deferred.flush()
+            coefficient = update.anchor_grad_coefficient
+            self.parameters.apply_(update_of, direction=self._direction, dense=dense, dense_coefficient=coefficient)
         if self.anchor is not None:
             self.anchor.record(update)
         numbers = [update.decay, update.anchor_grad_coefficient, *coefficients]
         self.digest = hashlib.sha256(
             self.digest + struct.pack(f"<{len(numbers)}d{len(seeds)}Q", *numbers, *seeds)
         ).digest()
+
+    def flush(self) -> None:
+        """Apply what waits until its parameter is next loaded (`zods.deferral`): before parameters are read other than by
+        a step. The engine's own methods do it where they need it."""
+        if self._deferred is not None:
+            release_gathered(self.deepspeed)
+            self._deferred.flush()
 
     def _count_skipped(self, losses: Sequence[float], finite: bool) -> None:
         if finite:
@@ -377,6 +394,7 @@ class ZerothOrderEngine:
         """
         assert self.anchor is not None
         assert self.training_dataloader is not None
+        self.flush()
         zo = self._zo
         seeds = self._seeds("anchor", zo.anchor_directions)
         loader, title = self.training_dataloader, f"anchor at step {self.global_steps}"
@@ -410,12 +428,15 @@ class ZerothOrderEngine:
     def save_checkpoint(
         self, save_dir: str | Path, tag: str | None = None, client_state: dict[str, Any] | None = None
     ) -> Path:
+        self.flush()
         return checkpoint.save_checkpoint(self, save_dir, tag, client_state or {})
 
     def load_checkpoint(self, load_dir: str | Path, tag: str | None = None) -> tuple[Path, dict[str, Any]]:
+        self.flush()
         return checkpoint.load_checkpoint(self, load_dir, tag)
 
     def save_pretrained(self, save_dir: str | Path) -> None:
+        self.flush()
         checkpoint.save_pretrained(self, save_dir)
 
     # --- whole batches ----------------------------------------------------------------------------------------------
@@ -443,6 +464,7 @@ class ZerothOrderEngine:
     @torch.no_grad()
     def eval_batch(self, data_iter: Iterator[Any]) -> float:
         """Mean loss at the parameters over `gradient_accumulation_steps` micro-batches of all ranks."""
+        self.flush()
         return self._evaluator.mean_loss(next(data_iter) for _ in range(self.gradient_accumulation_steps()))
 
     @torch.no_grad()
@@ -456,4 +478,5 @@ class ZerothOrderEngine:
 
         collate_fn: rows -> (model inputs, targets). measure: (outputs, inputs, targets) -> name: (sum, count).
         """
+        self.flush()
         return self._evaluator.measure(dataset, collate_fn, measure)

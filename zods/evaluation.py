@@ -13,10 +13,11 @@ from tqdm import tqdm
 
 from zods.comm import Communicator
 from zods.data import WholePass
+from zods.deferral import DeferredUpdate
 from zods.directions import Direction
 from zods.memory import peak_memory
 from zods.objectives import IGNORE_INDEX, batch_loss, logits_of, num_examples
-from zods.sharding import ShardedParameters, is_sharded, release_gathered
+from zods.sharding import ShardedParameters, is_sharded, release_gathered, stop_nvme_prefetch
 from zods.stacking import NotStackable
 from zods.streams import PerturbedForward, Point
 
@@ -33,6 +34,7 @@ class Evaluator:
         deepspeed_engine: Any,
         comm: Communicator,
         parameters: ShardedParameters,
+        deferred: DeferredUpdate | None,
         *,
         direction: Direction,
         evaluation: str,
@@ -42,7 +44,7 @@ class Evaluator:
         self._deepspeed = deepspeed_engine
         self._comm = comm
         self._micro_batch = micro_batch
-        self._forward_at = PerturbedForward(deepspeed_engine.module, parameters.slices, direction)
+        self._forward_at = PerturbedForward(deepspeed_engine.module, parameters.slices, direction, deferred)
         self._sharded = is_sharded(parameters.slices[0].param)
         takes = inspect.signature(deepspeed_engine.module.forward).parameters
         self._needs_labels = "labels" in takes and takes["labels"].default is inspect.Parameter.empty
@@ -147,6 +149,8 @@ class Evaluator:
 
         Far from the parameters, so that what one point gives is nothing like what the other does.
         """
+        if form == "lockstep":
+            stop_nvme_prefetch(self._deepspeed)
         points = [Point(seed, CHECK_DISTANCE) for seed in (1, 2)]
         self._forward_at.stacking.forget()
         with peak_memory(self._comm.device) as of_one:

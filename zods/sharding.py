@@ -3,10 +3,10 @@
 Works on ZeRO-3 shards (stage 3) and on replicated parameters (stage 0), where a rank's slice is the whole.
 
 This is the one place that touches what DeepSpeed does not document: on a Parameter `ds_tensor` (the padded local slice),
-`ds_shape`, `ds_numel`, `ds_status`, `nvme_swapper`; ZeRO-3's `get_param_coordinator().fetch_sub_module`; and the swapper's
-`swap_in`, `synchronize_reads`, `swap_out_and_release`, `synchronize_writes`, `remove_partition_and_release_buffers`. Read
-in DeepSpeed 0.19.8; tests/distributed/test_sharding.py fails where they change. No DeepSpeed class is patched, nothing is
-hung on a Parameter.
+`ds_shape`, `ds_numel`, `ds_status`, `nvme_swapper`; of ZeRO-3's coordinator `fetch_sub_module` and `__prefetch_nvme`; and
+the swapper's `swap_in`, `synchronize_reads`, `swap_out_and_release`, `swap_out_params`, `synchronize_writes` and
+`remove_partition_and_release_buffers`. Read in DeepSpeed 0.19.8; tests/distributed/test_sharding.py and test_deferral.py
+fail where they change. No DeepSpeed class is patched, nothing is hung on a Parameter.
 """
 
 from __future__ import annotations
@@ -52,6 +52,42 @@ class Slice:
     @property
     def decays(self) -> bool:
         return len(self.shape) >= 2
+
+
+@dataclass(frozen=True)
+class SliceUpdate:
+    """theta <- scale * theta + sum_k coefficients[k] * z(seeds[k]), for one parameter.
+
+    rounding_seed: of stochastic rounding of 16-bit parameters; None rounds to nearest.
+    """
+
+    scale: float
+    seeds: Sequence[int]
+    coefficients: Sequence[float]
+    rounding_seed: int | None = None
+
+    def apply_(
+        self,
+        elements: torch.Tensor,
+        piece: Slice,
+        offset: int,
+        direction: Direction,
+        dense: torch.Tensor | None = None,
+        dense_coefficient: float = 0.0,
+    ) -> None:
+        """In place, to elements of the parameter from `offset` on; `dense_coefficient * dense` is added where given."""
+        direction.combine_(
+            elements,
+            piece,
+            offset,
+            weight=elements,
+            scale=self.scale,
+            seeds=self.seeds,
+            coefficients=self.coefficients,
+            dense=dense,
+            dense_coefficient=dense_coefficient,
+            rounding_seed=self.rounding_seed,
+        )
 
 
 class ShardedParameters:
@@ -102,56 +138,44 @@ class ShardedParameters:
     def __len__(self) -> int:
         return len(self.slices)
 
-    def visit(self, *, write: bool) -> Iterator[tuple[Slice, torch.Tensor]]:
+    def visit(self, *, write: bool, pieces: Sequence[Slice] | None = None) -> Iterator[tuple[Slice, torch.Tensor]]:
         """(slice, its elements as a 1-D tensor of `numel`), one after the other, where they are stored.
 
         Slices on NVMe are read one ahead and, with `write`, written back behind; otherwise changes to them are lost.
         The gathered copies of the parameters must have been released before (`release_gathered`).
+        pieces: those to visit; None: all.
         """
-        for piece, following in zip(self.slices, [*self.slices[1:], None], strict=True):
+        pieces = self.slices if pieces is None else pieces
+        for piece, following in zip(pieces, [*pieces[1:], None], strict=True):
             _begin_load(piece)
             _finish_load(piece)
             if following is not None and _on_nvme(following) and _swapper(following).available_swap_in_buffers():
                 _begin_load(following)
             yield piece, _local(piece)
             _store(piece, write)
-        on_nvme = [piece for piece in self.slices if _on_nvme(piece)]
-        if on_nvme:
-            _swapper(on_nvme[0]).synchronize_writes()
+        finish_stores(pieces)
 
     @torch.no_grad()
     def apply_(
         self,
-        update_of: Callable[[Slice], tuple[float, Sequence[int], Sequence[float]]],
+        update_of: Callable[[Slice], SliceUpdate],
         *,
         direction: Direction,
-        rounding_seed: int | None,
         dense: Callable[[Slice], Iterable[tuple[int, torch.Tensor]]] | None = None,
         dense_coefficient: float = 0.0,
+        pieces: Sequence[Slice] | None = None,
     ) -> None:
         """theta <- scale * theta + sum_k coefficient_k z(seed_k) + dense_coefficient * dense, in one sweep per slice.
 
-        update_of: a slice's (scale, seeds, coefficients). dense: a slice's (start, elements) in blocks that together cover
-        it (the anchor gradient).
+        dense: a slice's (start, elements) in blocks that together cover it (the anchor gradient). pieces: as in `visit`.
         """
-        for piece, local in self.visit(write=True):
+        for piece, local in self.visit(write=True, pieces=pieces):
             if piece.numel == 0:
                 continue
-            scale, seeds, coefficients = update_of(piece)
             for start, addend in ((0, None),) if dense is None else dense(piece):
                 part = local if addend is None else local[start : start + addend.numel()]
-                direction.combine_(
-                    part,
-                    piece,
-                    piece.offset + start,
-                    weight=part,
-                    scale=scale,
-                    seeds=seeds,
-                    coefficients=coefficients,
-                    dense=None if addend is None else addend.to(local.device),
-                    dense_coefficient=dense_coefficient,
-                    rounding_seed=rounding_seed,
-                )
+                moved = None if addend is None else addend.to(local.device)
+                update_of(piece).apply_(part, piece, piece.offset + start, direction, moved, dense_coefficient)
 
 
 def is_sharded(param: torch.nn.Parameter) -> bool:
@@ -177,6 +201,17 @@ def release_gathered(deepspeed_engine: Any) -> None:
         if any(is_sharded(p) and p.ds_status is ZeroParamStatus.INFLIGHT for p in module.parameters(recurse=False)):
             offload.get_param_coordinator().fetch_sub_module(module, forward=True)
     offload.partition_all_parameters()
+
+
+def stop_nvme_prefetch(deepspeed_engine: Any) -> None:
+    """Have slices read from NVMe when they are needed, not ahead.
+
+    DeepSpeed 0.19.8 fails on a parameter that its trace of a forward names twice within what it reads ahead, and where
+    forwards advance in lockstep the trace names every parameter once per forward.
+    """
+    coordinator = deepspeed_engine.optimizer and deepspeed_engine.optimizer.get_param_coordinator()
+    if coordinator is not None:
+        coordinator._PartitionedParameterCoordinator__prefetch_nvme = False
 
 
 def _on_nvme(piece: Slice) -> bool:
@@ -209,6 +244,23 @@ def _store(piece: Slice, write: bool) -> None:
         swapper.swap_out_and_release([piece.param], async_op=True, force_buffer_release=True)
     else:
         swapper.remove_partition_and_release_buffers([piece.param])
+
+
+def store_from_gathered(piece: Slice) -> None:
+    """Store this rank's slice of a parameter that is gathered; on NVMe this goes on until `finish_stores`."""
+    if _on_nvme(piece) and piece.param.ds_tensor.status is not PartitionedParamStatus.AVAILABLE:
+        _begin_load(piece)  # DeepSpeed has let go of the slice already, as of a parameter that stays gathered
+        _finish_load(piece)
+    _local(piece).copy_(piece.param.data.view(-1)[piece.offset : piece.offset + piece.numel])
+    if _on_nvme(piece):
+        _swapper(piece).swap_out_and_release([piece.param], async_op=True, force_buffer_release=True)
+        _swapper(piece).swap_out_params.pop()  # DeepSpeed releases the slice's memory with the gathered parameter
+
+
+def finish_stores(pieces: Sequence[Slice]) -> None:
+    on_nvme = [piece for piece in pieces if _on_nvme(piece)]
+    if on_nvme:
+        _swapper(on_nvme[0]).synchronize_writes()
 
 
 def _local(piece: Slice) -> torch.Tensor:

@@ -16,7 +16,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import greenlet
 import torch
@@ -41,6 +41,13 @@ class Source(NamedTuple):
 def at_parameters(parameter: Any, live: torch.Tensor) -> Source:
     """The source that is the parameters themselves."""
     return Source(live)
+
+
+class Deferred(Protocol):
+    """What brings parameters up to date when they are loaded; see `zods.deferral`."""
+
+    def loaded(self, ordinals: Sequence[int]) -> None: ...
+    def before_release(self) -> None: ...
 
 
 class _Placed(NamedTuple):
@@ -82,7 +89,15 @@ class _Contexts:
 class PerturbedForward:
     """Runs a module's forward at given points. Installed once, after DeepSpeed's own hooks."""
 
-    def __init__(self, module: torch.nn.Module, parameters: Sequence[Perturbable], direction: Direction) -> None:
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        parameters: Sequence[Perturbable],
+        direction: Direction,
+        deferred: Deferred | None = None,
+    ) -> None:
+        """deferred: told of the parameters that are gathered before they are used, and before they may be released."""
+        self._deferred = deferred
         self._direction = direction
         self._points: tuple[Point, ...] = ()
         self._pairs: list[tuple[int, ...]] = []  # streams in order, a stream and its mirror together
@@ -209,9 +224,18 @@ class PerturbedForward:
             return original(*args, **kwargs)
         if self._hub is not None:
             self._wait(module)
-            output = self._run_stream(module, original, args, kwargs)
+        if self._deferred is not None:
+            self._deferred.loaded([p.ordinal for p in self._whole(module)])
+        output = self._run_at_points(module, original, args, kwargs)
+        if self._hub is not None:
             self._wait(module)  # until all have run: DeepSpeed may release the parameters after this forward
-            return output
+        if self._deferred is not None:
+            self._deferred.before_release()
+        return output
+
+    def _run_at_points(self, module: torch.nn.Module, original: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if self._hub is not None:
+            return self._run_stream(module, original, args, kwargs)
         if self._stream is not None:
             if self._recording and not self._live:
                 self.stacking.record(module, (args, kwargs))

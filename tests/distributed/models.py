@@ -15,7 +15,7 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from zods.engine import ZerothOrderEngine
 from zods.kernels import combine_
-from zods.sharding import Slice
+from zods.sharding import Slice, SliceUpdate
 
 VOCABULARY = 11
 
@@ -142,6 +142,7 @@ def train(engine: ZerothOrderEngine, data: Sequence[Any], steps: Iterable[int]) 
 def whole(engine: ZerothOrderEngine) -> dict[str, Tensor]:
     """Copies of all parameters, frozen ones too, gathered one by one; all ranks call it together."""
     copies = {}
+    engine.flush()
     for name, param in engine.module.named_parameters():
         with deepspeed.zero.GatheredParameters([param], enabled=hasattr(param, "ds_tensor")):
             copies[name] = param.detach().clone()
@@ -151,6 +152,7 @@ def whole(engine: ZerothOrderEngine) -> dict[str, Tensor]:
 def anchor_point(engine: ZerothOrderEngine) -> dict[str, Tensor]:
     """The anchor point of every trainable parameter, as evaluations see it, whole."""
     copies = {}
+    engine.flush()
     for piece in engine.parameters:
         with deepspeed.zero.GatheredParameters([piece.param], enabled=hasattr(piece.param, "ds_tensor")):
             live = piece.param.data
@@ -169,6 +171,7 @@ def anchor_point(engine: ZerothOrderEngine) -> dict[str, Tensor]:
 
 def local_slices(engine: ZerothOrderEngine) -> dict[str, Tensor]:
     """Copies of this rank's slices, where they are stored."""
+    engine.flush()
     return {piece.name: local.clone() for piece, local in engine.parameters.visit(write=False)}
 
 
@@ -186,6 +189,8 @@ def numpy_of(tensors: dict[str, Tensor]) -> dict[str, Any]:
     return {name: tensor.detach().double().numpy() for name, tensor in tensors.items()}
 
 
-def everywhere(seeds: Sequence[int], coefficients: Sequence[float], scale: float = 1.0) -> Callable[[Slice], Any]:
+def everywhere(
+    seeds: Sequence[int], coefficients: Sequence[float], scale: float = 1.0, rounding_seed: int | None = None
+) -> Callable[[Slice], SliceUpdate]:
     """For `ShardedParameters.apply_`: the same terms for every slice; `scale` for those that decay."""
-    return lambda piece: (scale if piece.decays else 1.0, list(seeds), list(coefficients))
+    return lambda piece: SliceUpdate(scale if piece.decays else 1.0, list(seeds), list(coefficients), rounding_seed)

@@ -14,6 +14,7 @@ from tests.distributed.ranks import run_ranks
 from zods.directions import Direction
 from zods.estimators import Term
 from zods.kernels import combine_
+from zods.sharding import SliceUpdate
 
 WORLD_SIZES = (1, 2, 3, 4)
 LAYOUTS = [(0, "none"), (3, "none"), (3, "cpu"), (3, "nvme")]
@@ -65,9 +66,8 @@ def rank_of_layouts(folder: Path) -> dict[Any, dict[str, Any]]:
             for step in range(STEPS):
                 seeds, coefficients, decay, rounding_seed = given(step)
                 engine.parameters.apply_(
-                    everywhere(seeds, coefficients, decay),
+                    everywhere(seeds, coefficients, decay, rounding_seed),
                     direction=Direction(),
-                    rounding_seed=rounding_seed,
                     dense=engine.anchor.gradient.read,
                     dense_coefficient=DENSE_COEFFICIENT,
                 )
@@ -79,9 +79,7 @@ def rank_of_layouts(folder: Path) -> dict[Any, dict[str, Any]]:
             z = {}
             for distribution in ("gaussian", "rademacher"):
                 zods.sharding.release_gathered(engine.deepspeed)
-                engine.parameters.apply_(
-                    lambda _: (0.0, [4321], [1.0]), direction=Direction(distribution), rounding_seed=None
-                )
+                engine.parameters.apply_(lambda _: SliceUpdate(0.0, [4321], [1.0]), direction=Direction(distribution))
                 z[distribution] = sha256(whole(engine))
             found[stage, offload, dtype] = {
                 "slices": slices,

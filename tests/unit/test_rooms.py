@@ -18,6 +18,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "comm": (set(), {"torch"}),
     "data": (set(), {"torch"}),
     "sharding": ({"directions", "comm"}, {"torch", "deepspeed"}),
+    "deferral": ({"directions", "sharding"}, set()),
     "stacking": (set(), {"torch"}),
     "factored": ({"kernels"}, {"torch"}),
     "observing": (set(), {"torch"}),
@@ -28,13 +29,13 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "objectives": (set(), {"torch"}),
     "memory": (set(), {"torch"}),
     "evaluation": (
-        {"comm", "data", "directions", "memory", "objectives", "sharding", "stacking", "streams"},
+        {"comm", "data", "deferral", "directions", "memory", "objectives", "sharding", "stacking", "streams"},
         {"torch", "deepspeed", "tqdm"},
     ),
     "checkpoint": ({"kernels", "estimators", "sharding", "trajectory"}, {"torch", "safetensors"}),
     "engine": (
         {
-            "config", "directions", "estimators", "comm", "data", "sharding", "streams", "anchor", "trajectory",
+            "config", "directions", "estimators", "comm", "data", "deferral", "sharding", "streams", "anchor", "trajectory",
             "evaluation", "checkpoint",
         },
         {"torch"},

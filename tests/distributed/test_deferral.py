@@ -1,0 +1,191 @@
+"""Offloaded parameters: how often each is read and written in a step, and that an update which waits is never missed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import zods
+from tests.distributed.models import collate, configuration, sha256, train, whole
+from tests.distributed.ranks import run_ranks
+
+WIDTH = 1030  # a rank of two holds more of each weight, also in bfloat16, than the MiB that DeepSpeed asks for on NVMe
+OFFLOADS = ("cpu", "nvme")
+RUNS: dict[str, dict[str, Any]] = {
+    "mezo": {},
+    "rademacher, decay, bfloat16": {"direction": "rademacher", "weight_decay": 0.1, "bf16": True},
+    "low rank": {"direction": "low_rank"},
+    "in lockstep": {"evaluation": "lockstep"},
+    "one by one": {"evaluation": "sequential"},
+    "micro-batches": {"accumulation": 2},
+    "svrg": {"method": "mezo_svrg", "anchor_interval": 3, "anchor": {"point": "cpu", "gradient": "terms"}},
+    "svrg, terms": {"method": "mezo_svrg", "anchor_interval": 3, "anchor": {"point": "terms", "gradient": "terms"}},
+    "svrg, stored gradient": {
+        "method": "mezo_svrg",
+        "anchor_interval": 3,
+        "anchor": {"point": "terms", "gradient": "cpu"},
+    },
+}
+
+
+class Wide(nn.Module):
+    """Weights that go to NVMe, biases that do not, and a weight that no forward uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.unused = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.head = nn.Linear(WIDTH, 5)
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        x = x.to(self.head.bias.dtype)
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        logits = self.head(x).float()
+        return {"loss": functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def wide_data() -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [{"x": torch.randn(WIDTH, generator=generator), "labels": torch.tensor(i % 5)} for i in range(8)]
+
+
+def build(offload: str, folder: Path, **arguments: Any) -> Any:
+    folder.mkdir(parents=True, exist_ok=True)
+    section = {"method": "mezo", "lr": 1e-3, "eps": 1e-2, **arguments}
+    config = configuration(4, offload=offload, nvme_path=folder, **section)
+    return zods.initialize(model=Wide(), config=config, training_data=wide_data())[0]
+
+
+class Counting:
+    """An async_io handle that counts its reads and writes by file."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+        self.reads: dict[str, int] = {}
+        self.writes: dict[str, int] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._handle, name)
+
+    def async_pread(self, buffer: Tensor, path: str, *rest: Any) -> Any:
+        self.reads[path] = self.reads.get(path, 0) + 1
+        return self._handle.async_pread(buffer, path, *rest)
+
+    def async_pwrite(self, buffer: Tensor, path: str, *rest: Any) -> Any:
+        self.writes[path] = self.writes.get(path, 0) + 1
+        return self._handle.async_pwrite(buffer, path, *rest)
+
+
+def rank_of_counts(folder: Path) -> dict[str, list[tuple[list[int], list[int]]]]:
+    """Reads and writes in each of three steps, of the files of the weights in use."""
+    found = {}
+    for name in ("mezo", "rademacher, decay, bfloat16", "low rank", "in lockstep", "svrg, terms"):
+        arguments = {**RUNS[name], "anchor_interval": 100} if "svrg" in name else RUNS[name]
+        engine = build("nvme", folder / name, **arguments)
+        train(engine, wide_data(), range(3))
+        weights = [layer.weight for layer in engine.module.layers]
+        swapper = weights[0].nvme_swapper
+        paths = [swapper.get_path(weight) for weight in weights]
+        found[name] = []
+        for step in range(3, 6):
+            reads, writes = Counting(swapper.aio_read_handle), Counting(swapper.aio_write_handle)
+            swapper.aio_read_handle, swapper.aio_write_handle = reads, writes
+            train(engine, wide_data(), [step])
+            swapper.aio_read_handle, swapper.aio_write_handle = reads._handle, writes._handle
+            found[name].append(([reads.reads.get(path, 0) for path in paths], [writes.writes.get(p, 0) for p in paths]))
+    return found
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_parameter_on_nvme_is_read_once_and_written_once_per_step(tmp_path, world_size):
+    for rank in run_ranks(world_size, rank_of_counts, tmp_path):
+        for name, steps in rank.items():
+            assert steps == [([1, 1, 1], [1, 1, 1])] * 3, name
+
+
+# --- nothing is missed ----------------------------------------------------------------------------------------------------
+
+
+def seen_by_readers(engine: Any, folder: Path) -> dict[str, Any]:
+    """What each reader of the parameters finds, right after a step."""
+    data, found = wide_data(), {}
+
+    def step() -> None:
+        train(engine, data, [engine.global_steps])
+
+    step()
+    found["eval_batch"] = engine.eval_batch(iter([collate(data)] * 4))
+    step()
+    engine.eval()
+    found["outputs"] = sha256({"logits": engine(**collate(data))["logits"]})
+    engine.train()
+    step()
+    engine.save_checkpoint(folder / "saved")
+    found["saved"] = sha256(whole(engine))
+    step()
+    engine.save_pretrained(folder / "exported")
+    torch.distributed.barrier()
+    found["exported"] = (folder / "exported" / "model.safetensors").read_bytes()
+    step()
+    engine.load_checkpoint(folder / "saved")
+    found["loaded"] = sha256(whole(engine))
+    step()
+    engine.flush()
+    with deepspeed.zero.GatheredParameters([engine.module.unused.weight]):
+        found["unused"] = sha256({"unused": engine.module.unused.weight.data})
+    return found
+
+
+def rank_of_runs(folder: Path) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for name, arguments in RUNS.items():
+        found[name] = {}
+        for offload in ("none", *OFFLOADS):
+            engine = build(offload, folder / name / offload, **arguments)
+            losses = train(engine, wide_data(), range(5))
+            end = sha256(whole(engine))
+            found[name][offload] = (losses, end, engine.digest, seen_by_readers(engine, folder / name / offload))
+    return found
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Any]]]:
+    return run_ranks(2, rank_of_runs, tmp_path_factory.mktemp("deferral"), timeout=240)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_offloaded_parameters_end_at_the_same_bits_whoever_reads_them(runs, name):
+    for rank in runs:
+        plain = rank[name]["none"]
+        assert plain[3]["loaded"] == plain[3]["saved"] != plain[1]
+        for offload in OFFLOADS:
+            assert rank[name][offload] == plain, offload
+
+
+def test_an_update_waits_where_parameters_are_offloaded(tmp_path):
+    (waiting,) = run_ranks(1, rank_of_waiting, tmp_path)
+    assert waiting == {"none": False, "cpu": True, "nvme": True}
+
+
+def rank_of_waiting(folder: Path) -> dict[str, bool]:
+    """Whether what is stored is still that of before the step."""
+    found = {}
+    for offload in ("none", "cpu", "nvme"):
+        engine = build(offload, folder / offload)
+
+        def stored(engine: Any = engine) -> dict[str, Tensor]:
+            return {piece.name: local.clone() for piece, local in engine.parameters.visit(write=False)}
+
+        zods.sharding.release_gathered(engine.deepspeed)
+        before = sha256(stored())
+        train(engine, wide_data(), range(1))
+        found[offload] = sha256(stored()) == before
+    return found

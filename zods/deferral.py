@@ -1,0 +1,55 @@
+"""Where parameters are offloaded: an update waits until each parameter is next loaded, which saves a load of each per step.
+
+A forward has the gathered parameter at hand, and this rank's slice in host memory. The update is applied to the gathered
+one on all ranks (to the same bits: it depends on an element's index alone), and the slice is written back from it, to
+NVMe while the module runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from zods.directions import Direction
+from zods.sharding import ShardedParameters, Slice, SliceUpdate, finish_stores, store_from_gathered
+
+
+class DeferredUpdate:
+    """The last update, where it still has to be applied."""
+
+    def __init__(self, parameters: ShardedParameters, direction: Direction) -> None:
+        self._parameters = parameters
+        self._direction = direction
+        self._update_of: Callable[[Slice], SliceUpdate] | None = None
+        self._waiting: dict[int, Slice] = {}  # by ordinal
+        self._storing: list[Slice] = []
+
+    def defer(self, update_of: Callable[[Slice], SliceUpdate]) -> None:
+        """Take an update over; what the one before still has to do is done first. No gathered copies may be held."""
+        self.flush()
+        self._update_of = update_of
+        self._waiting = {piece.ordinal: piece for piece in self._parameters}
+
+    def flush(self) -> None:
+        """Apply what waits to the stored slices. No gathered copies may be held."""
+        waiting, self._waiting = list(self._waiting.values()), {}
+        if waiting:
+            assert self._update_of is not None
+            self._parameters.apply_(self._update_of, direction=self._direction, pieces=waiting)
+
+    def loaded(self, ordinals: Sequence[int]) -> None:
+        """These parameters are gathered: bring them, and what is stored of them, up to date."""
+        for ordinal in ordinals:
+            piece = self._waiting.pop(ordinal, None)
+            if piece is None:
+                continue
+            assert self._update_of is not None
+            gathered = piece.param.data.view(-1)
+            self._update_of(piece).apply_(gathered, piece, 0, self._direction)
+            store_from_gathered(piece)
+            self._storing.append(piece)
+
+    def before_release(self) -> None:
+        """Wait until what was written is stored: DeepSpeed may use its memory for another parameter."""
+        if self._storing:
+            finish_stores(self._storing)
+            self._storing = []
