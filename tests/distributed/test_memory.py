@@ -1,0 +1,77 @@
+"""The peak of a step against that of an inference forward over the same stack."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import OPTConfig, OPTForCausalLM
+
+import zods
+from tests.distributed.models import collate, configuration, train
+from tests.distributed.ranks import run_ranks
+from zods.memory import peak_memory
+from zods.sharding import release_gathered
+
+VOCABULARY, LENGTH, BATCH = 8000, 64, 16  # so large that the float32 logits of one chunk of the loss hardly count
+SVRG = {"method": "mezo_svrg", "anchor_interval": 100}
+RUNS: dict[str, tuple[int, dict[str, Any]]] = {  # points of a step, and the section
+    "mezo": (2, {}),
+    "mezo, bfloat16": (2, {"bf16": True}),
+    "four directions": (8, {"num_directions": 4}),
+    "low rank": (2, {"direction": "low_rank"}),
+    "svrg": (4, {**SVRG, "anchor": {"point": "terms", "gradient": "terms"}}),
+    "svrg, stored": (4, {**SVRG, "anchor": {"point": "cpu", "gradient": "cpu"}}),
+    "svrg, low rank": (4, {**SVRG, "direction": "low_rank", "anchor": {"point": "terms", "gradient": "terms"}}),
+}
+
+
+def model() -> OPTForCausalLM:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 96, "word_embed_proj_dim": 96, "num_hidden_layers": 3, "ffn_dim": 384}
+    config = OPTConfig(vocab_size=VOCABULARY, num_attention_heads=4, max_position_embeddings=LENGTH, **shape)
+    return OPTForCausalLM(config).eval()
+
+
+def rank_of_peaks(stage: int) -> dict[str, tuple[int, int, int]]:
+    """(inference forward, step, largest module), bytes."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, VOCABULARY, (2 * BATCH, LENGTH), generator=generator)
+    data = [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row} for row in ids]
+    found = {}
+    for name, (points, arguments) in RUNS.items():
+        section = {"method": "mezo", "lr": 1e-4, "eps": 1e-3, "evaluation": "stacked", **arguments}
+        config = configuration(BATCH, stage=stage, **section)
+        engine = zods.initialize(model=model(), config=config, training_data=data)[0]
+        train(engine, data, range(1))
+        stack = collate(data[: engine.train_micro_batch_size_per_gpu()] * points)
+        inputs = {key: value for key, value in stack.items() if key != "labels"}
+        with torch.no_grad():
+            engine.deepspeed(**inputs, use_cache=False)
+            release_gathered(engine.deepspeed)
+            with peak_memory(engine.device) as inference:
+                engine.deepspeed(**inputs, use_cache=False)
+            release_gathered(engine.deepspeed)
+        engine._evaluator._forward_at._scratch.__init__()  # else what is kept from the first step does not count
+        with peak_memory(engine.device) as step:
+            train(engine, data, [1])
+        largest = 0
+        for module in engine.module.modules():
+            own = [p for p in engine.parameters if any(p.param is q for q in module.parameters(recurse=False))]
+            largest = max(largest, sum(p.whole_numel * p.dtype.itemsize for p in own))
+        found[name] = (inference.bytes, step.bytes, largest)
+    return found
+
+
+@pytest.fixture(scope="module", params=[(1, 0), (2, 3)], ids=["stage-0", "stage-3-on-2-ranks"])
+def peaks(request: pytest.FixtureRequest) -> list[dict[str, tuple[int, int, int]]]:
+    return run_ranks(request.param[0], rank_of_peaks, request.param[1])
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_step_takes_little_more_memory_than_inference_over_the_same_stack(peaks, name):
+    for rank in peaks:
+        inference, step, largest = rank[name]
+        assert inference > 2 * largest, "else the allowance for copies would hide the rest"
+        assert step <= 1.3 * inference + 2 * largest
