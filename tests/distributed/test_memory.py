@@ -14,7 +14,7 @@ from tests.distributed.ranks import run_ranks
 from zods.memory import peak_memory
 from zods.sharding import release_gathered
 
-VOCABULARY, LENGTH, BATCH = 8000, 64, 16  # so large that the float32 logits of one chunk of the loss hardly count
+VOCABULARY, LENGTH, BATCH = 8000, 64, 32  # so large that the float32 logits of one chunk of the loss hardly count
 SVRG = {"method": "mezo_svrg", "anchor_interval": 100}
 RUNS: dict[str, tuple[int, dict[str, Any]]] = {  # points of a step, and the section
     "mezo": (2, {}),
