@@ -25,13 +25,20 @@ def candidates(x: torch.Tensor, y: torch.Tensor) -> dict[str, Callable[[], objec
         terms = {"seeds": list(range(num_terms)), "coefficients": [1e-3] * num_terms, "distribution": distribution}
         return lambda: combine_(x, weight=x, parameter=1, offset=0, rounding_seed=rounding_seed, **terms)
 
+    def copies(distribution: str) -> Callable[[], object]:
+        terms = {"seeds": [1], "coefficients": [1e-3], "distribution": distribution}
+        return lambda: combine_(plus, weight=x, mirror=minus, parameter=1, offset=0, **terms)
+
+    plus, minus = torch.empty_like(x), torch.empty_like(x)
     found: dict[str, Callable[[], object]] = {
         "copy_": lambda: y.copy_(x),
+        "copy_ twice": lambda: (plus.copy_(x), minus.copy_(x)),
         "add_ of a tensor": lambda: x.add_(y, alpha=1e-3),
         "add_ of a scalar": lambda: x.add_(1e-3),
         "normal_ and add_": lambda: x.add_(torch.empty_like(x).normal_(), alpha=1e-3),
     }
     for distribution in DISTRIBUTIONS:
+        found[f"{distribution}, both copies"] = copies(distribution)
         for num_terms in (1, 4):
             found[f"{distribution}, {num_terms} term(s)"] = apply(distribution, num_terms, None)
         if x.dtype == torch.bfloat16:

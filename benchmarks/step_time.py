@@ -2,18 +2,22 @@
 
 floor: the bare forwards of the same model on the same batch, in the same process, before each step. published: MeZO's
 procedure (Malladi et al. 2023, algorithm 1) written from its description: +eps, -2 eps, +eps and the update, each an
-in-place pass with torch.normal. Prints the rows as they come, on stderr, and one JSON object as its last line; a ratio is
-the median over rounds of step / floor of the same round. --quick: the rows of the README's table alone.
+in-place pass with torch.normal. stack: no step, but one bare forward over the doubled batch, which is what the machine
+itself gains or loses by it. Prints the rows as they come, on stderr, and one JSON object as its last line; a ratio is the
+median over rounds of step / floor of the same round. --quick: the rows of the README's table alone. --output: that object
+there, with a table (.md) and a plot (.png) beside it. `zero3_step.py` has the ranks and the bytes.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +26,7 @@ from kernel_speed import measure as measure_kernels
 
 
 class Case(NamedTuple):
-    method: str = "mezo"  # or mezo_svrg, published
+    method: str = "mezo"  # or mezo_svrg, published, stack
     direction: str = "gaussian"
     dtype: str = "float32"
     evaluation: str = "auto"
@@ -37,6 +41,7 @@ class Case(NamedTuple):
 
 def quick_cases() -> Iterator[Case]:
     for dtype in ("float32", "bfloat16"):
+        yield Case(method="stack", direction="", dtype=dtype)
         for direction in ("rademacher", "gaussian", "low_rank"):
             yield Case(direction=direction, dtype=dtype)
         yield Case(method="mezo_svrg", direction="low_rank", dtype=dtype)
@@ -106,11 +111,16 @@ def seconds(call: Callable[[], object]) -> float:
 def measured(case: Case, rounds: int, length: int) -> dict[str, Any]:
     batch = token_batch(case.batch_size, length)
     bare = opt_125m(case.num_layers).to(getattr(torch, case.dtype))
-    evaluation = "sequential"
+    engine = None
     if case.method == "published":
 
         def step() -> object:
             return published_mezo_step(bare, batch, seed=7, eps=1e-3, lr=0.0)
+    elif case.method == "stack":
+        stack = {key: torch.cat([value] * 2) for key, value in batch.items()}
+
+        def step() -> object:
+            return bare(**stack)
     else:
         step, engine = zods_step(case, batch)
 
@@ -121,12 +131,10 @@ def measured(case: Case, rounds: int, length: int) -> dict[str, Any]:
     step()  # builds, first-batch check, anchor
     floor()
     floors, steps = zip(*((seconds(floor), seconds(step)) for _ in range(rounds)), strict=True)
-    if case.method != "published":
-        evaluation = engine.evaluation
     ratios = [s / f for s, f in zip(steps, floors, strict=True)]
     return {
         **case._asdict(),
-        "evaluation": evaluation,
+        "evaluation": "stacked" if case.method == "stack" else "sequential" if engine is None else engine.evaluation,
         "ratio_to_floor": round(statistics.median(ratios), 3),
         "ratios": [round(ratio, 3) for ratio in sorted(ratios)],
         "step_s": round(statistics.median(steps), 4),
@@ -137,16 +145,72 @@ def measured(case: Case, rounds: int, length: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the README's table alone, in under 5 minutes")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, help="default: 3 with --quick, else 7")
     parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--output", type=Path, help="a .json file")
     arguments = parser.parse_args()
+    arguments.rounds = arguments.rounds or (3 if arguments.quick else 7)
     rows = []
     for case in quick_cases() if arguments.quick else all_cases():
         rows.append(measured(case, arguments.rounds, arguments.length))
         print(json.dumps(rows[-1]), file=sys.stderr)
     kernels = {dtype: measure_kernels(1 << 26, 3, getattr(torch, dtype)) for dtype in ("float32", "bfloat16")}
-    report = {"benchmark": "step_time", "arguments": vars(arguments), "machine": machine()}
-    print(json.dumps({**report, "rows": rows, "kernels": kernels}))
+    asked = {"quick": arguments.quick, "rounds": arguments.rounds, "length": arguments.length}
+    report = {"benchmark": "step_time", "date": datetime.date.today().isoformat(), "arguments": asked}
+    report |= {"machine": machine(), "rows": rows, "kernels": kernels}
+    if arguments.output is not None:
+        arguments.output.write_text(json.dumps(report, indent=1) + "\n")
+        arguments.output.with_suffix(".md").write_text(table(rows))
+        plot(rows, arguments.output.with_suffix(".png"))
+    print(json.dumps(report))
+
+
+def label(row: dict[str, Any]) -> str:
+    parts = [row["method"].replace("mezo_svrg", "svrg"), row["direction"]]
+    parts += [row["evaluation"]] if row["evaluation"] != "stacked" else []
+    parts += [f"{row['num_directions']} directions"] if row["num_directions"] > 1 else []
+    parts += [f"batch {row['batch_size']}"] if row["batch_size"] != 8 else []
+    parts += [f"{row['num_layers']} layers"] if row["num_layers"] != 12 else []
+    return ", ".join(part for part in parts if part)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Step over floor by case and dtype, as Markdown."""
+    cells: dict[str, dict[str, str]] = {}
+    for row in rows:
+        low, high = row["ratios"][0], row["ratios"][-1]
+        cells.setdefault(label(row), {})[row["dtype"]] = f"{row['ratio_to_floor']:.2f} ({low:.2f} to {high:.2f})"
+    lines = [
+        "Step over floor: the median, least and most of the rounds.",
+        "",
+        "| | float32 | bfloat16 |",
+        "|---|---|---|",
+    ]
+    lines += [f"| {name} | {by.get('float32', '')} | {by.get('bfloat16', '')} |" for name, by in cells.items()]
+    return "\n".join(lines) + "\n"
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = list(dict.fromkeys(map(label, rows)))
+    figure, axes = plt.subplots(figsize=(8, 0.32 * len(names) + 1.2), layout="constrained")
+    for dtype, marker in (("float32", "o"), ("bfloat16", "s")):
+        of_dtype = [row for row in rows if row["dtype"] == dtype]
+        middle = [row["ratio_to_floor"] for row in of_dtype]
+        spread = [[m - row["ratios"][0] for m, row in zip(middle, of_dtype, strict=True)]]
+        spread += [[row["ratios"][-1] - m for m, row in zip(middle, of_dtype, strict=True)]]
+        places = [names.index(label(row)) for row in of_dtype]
+        axes.errorbar(middle, places, xerr=spread, fmt=marker, label=dtype, capsize=2)
+    axes.axvline(1.0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set(xlabel="step over the bare forwards it needs", xlim=(0.5, None))
+    axes.legend()
+    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":
