@@ -112,17 +112,19 @@ class Evaluator:
 
     def _stacked_logits(self, points: Sequence[Point], batch: Any) -> tuple[torch.Tensor, ...]:
         """The logits of a batch at each point, from one forward of as many copies of it."""
+        if not isinstance(batch, dict) or "labels" not in batch:
+            raise NotStackable("the batch is not a dict with labels")
         size = num_examples(batch)
-        stack = {
-            key: _stacked(value, len(points), size)
-            for key, value in batch.items()
-            if key != "labels" or self._needs_labels  # else the model's own loss, over the whole stack, is spared
-        }
+        stack = {key: _stacked(value, len(points), size) for key, value in self._without_loss(batch).items()}
         with self._forward_at.at_all(points, size):
             logits = logits_of(self.outputs(stack))
         if logits is None:
             raise NotStackable("the model gives no logits without labels")
         return logits.chunk(len(points))
+
+    def _without_loss(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch without labels, where the model takes that: its own loss, over a whole stack, is spared."""
+        return batch if self._needs_labels else {key: value for key, value in batch.items() if key != "labels"}
 
     # --- how to evaluate ----------------------------------------------------------------------------------------------
 
@@ -153,17 +155,21 @@ class Evaluator:
             stop_nvme_prefetch(self._deepspeed)
         points = [Point(seed, CHECK_DISTANCE) for seed in (1, 2)]
         self._forward_at.stacking.forget()
-        with peak_memory(self._comm.device) as of_one:
-            first = self._outputs_at(points[0], batch, record=num_examples(batch))
-        separate = [first, self._outputs_at(points[1], batch)]
+        alone = self._without_loss(batch) if form == "stacked" and isinstance(batch, dict) else batch
+        separate = [self._outputs_at(point, batch) for point in points]
         losses = torch.stack([batch_loss(outputs, batch).double() for outputs in separate])
         try:
+            with peak_memory(self._comm.device) as of_one:
+                self._outputs_at(points[0], alone, record=num_examples(batch))
+            self._forward_at.nested.clear()
             with peak_memory(self._comm.device) as of_two:
-                if form == "stacked":
-                    reason = self._stack_misfit(points, batch, separate, losses)
-                else:
-                    same = torch.equal(self._losses_in_lockstep(points, batch), losses)
-                    reason = None if same else "its losses differ from those of separate forwards"
+                evaluate = self._stacked_logits if form == "stacked" else self._losses_in_lockstep
+                found = list(evaluate(points, batch))
+            if form == "stacked":
+                reason = self._stack_misfit(found, points, batch, separate, losses)
+            else:
+                same = torch.equal(torch.stack(found), losses)
+                reason = None if same else "its losses differ from those of separate forwards"
             needed = of_two.bytes - of_one.bytes  # by a point beyond what several share
         except (NotStackable, RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
             reason = f"{type(error).__name__}: {error}"
@@ -194,9 +200,19 @@ class Evaluator:
         with self._forward_at.at(point, **record):
             return self.outputs(batch)
 
-    def _stack_misfit(self, points: list[Point], batch: Any, separate: list[Any], losses: torch.Tensor) -> str | None:
-        if not isinstance(batch, dict) or "labels" not in batch:
-            return "the batch is not a dict with labels"
+    def _stack_misfit(
+        self,
+        stacked: Sequence[torch.Tensor],
+        points: list[Point],
+        batch: dict[str, Any],
+        separate: list[Any],
+        losses: torch.Tensor,
+    ) -> str | None:
+        nested = sorted({type(module).__name__ for module in self._forward_at.nested})
+        if nested and self._sharded and self._asked == "auto":
+            return (
+                f"{', '.join(nested)} would be gathered once per point, as a part of a module with its own parameters"
+            )
         logits = [found for outputs in separate if (found := logits_of(outputs)) is not None]
         if len(logits) < len(separate):
             return "the model gives no logits"
@@ -207,13 +223,6 @@ class Evaluator:
         from_logits.append(batch_loss({"logits": logits_of(on_holed)}, holed).double())
         if not torch.allclose(torch.stack(from_logits), expected, rtol=1e-5, atol=1e-6, equal_nan=True):
             return "its loss is not the cross entropy of its logits"
-        self._forward_at.nested.clear()
-        stacked = self._stacked_logits(points, batch)
-        nested = sorted({type(module).__name__ for module in self._forward_at.nested})
-        if nested and self._sharded and self._asked == "auto":
-            return (
-                f"{', '.join(nested)} would be gathered once per point, as a part of a module with its own parameters"
-            )
         apart = (logits[0].float() - logits[1].float()).norm()
         size = logits[0].float().norm()
         tolerance = 1e-4 * apart + 1e-5 * size if logits[0].dtype == torch.float32 else 0.05 * apart + 0.01 * size

@@ -15,7 +15,7 @@ from deepspeed.runtime import lr_schedules
 
 from zods.anchor import check_nvme
 from zods.comm import Communicator
-from zods.config import RunConfig, read_config, resolve_model_auto
+from zods.config import DirectionConfig, RunConfig, read_config, resolve_model_auto
 from zods.data import TrainingLoader, check_dataset
 from zods.engine import ZerothOrderEngine, ZerothOrderOptimizer
 from zods.kernels import backend
@@ -100,7 +100,17 @@ def initialize(
             parameters.numel,
             backend(),
         )
+        _say_reduced_ranks(run.zeroth_order.direction, parameters)
     return zo_engine, zo_optimizer, loader, scheduler
+
+
+def _say_reduced_ranks(direction: DirectionConfig, parameters: ShardedParameters) -> None:
+    """Matrices whose smaller side is below the rank of low-rank directions get that rank, full for them."""
+    small = [p for p in parameters if len(p.shape) == 2 and min(p.shape) < direction.rank]
+    if direction.distribution == "low_rank" and small:
+        named = ", ".join(f"{p.name} ({min(p.shape)})" for p in small[:5])
+        more = f" and {len(small) - 5} more" if len(small) > 5 else ""
+        logger.warning("direction.rank %d is reduced to the smaller side of %s%s", direction.rank, named, more)
 
 
 def check_folders(run: RunConfig) -> None:
