@@ -24,9 +24,10 @@ from zods.comm import Communicator
 from zods.config import RunConfig
 from zods.data import TrainingLoader
 from zods.deferral import DeferredUpdate
-from zods.directions import Direction, derive_seed
-from zods.estimators import Annealing, Term, Update
+from zods.directions import Direction
+from zods.estimators import Annealing, Update
 from zods.evaluation import Evaluator
+from zods.rule import StepRule
 from zods.sharding import ShardedParameters, Slice, SliceUpdate, release_gathered
 from zods.streams import Point
 from zods.trajectory import TrajectoryLog
@@ -99,6 +100,7 @@ class ZerothOrderEngine:
         self.last_step: StepReport | None = None
         self.trajectory: TrajectoryLog | None = None
         self._zo = config.zeroth_order
+        self._rule = StepRule(self._zo)
         self._direction = Direction(self._zo.direction.distribution, self._zo.direction.rank)
         self.anchor: Anchor | None = None
         if self._zo.is_svrg:
@@ -211,23 +213,7 @@ class ZerothOrderEngine:
         if self.anchor is not None and (self.anchor_step is None or step - self.anchor_step >= zo.anchor_interval):
             self.refresh_anchor()
         own = self.global_rank if zo.directions == "per_rank" else 0
-        seeds, anchor_seeds = self._step_seeds(own)
-        self._points = self._pairs(seeds)
-        if self.anchor is not None:
-            self._points += self._pairs(anchor_seeds, source=self.anchor.source)
-
-    def _seeds(self, purpose: str, number: int, of: int = 0) -> list[int]:
-        return [derive_seed(self._zo.seed, purpose, self.global_steps, of * number + k) for k in range(number)]
-
-    def _step_seeds(self, of: int) -> tuple[list[int], list[int]]:
-        """The directions of a step at the parameters and at the anchor: of one rank, or of all where they share them."""
-        at_parameters = self._seeds("step", self._zo.num_directions, of)
-        shared = self._zo.share_direction
-        return at_parameters, at_parameters if shared else self._seeds("step_anchor", self._zo.num_directions, of)
-
-    def _pairs(self, seeds: Sequence[int], **source: Any) -> list[Point]:
-        eps = self._zo.eps
-        return [Point(seed, sign * eps, **source) for seed in seeds for sign in (1, -1)]
+        self._points = self._rule.points(step, own, self.anchor and self.anchor.source)
 
     # --- phase 2: reduce the scalars --------------------------------------------------------------------------------
 
@@ -274,38 +260,10 @@ class ZerothOrderEngine:
         self._count_skipped(losses, finite)
 
     def _combine(self, losses: Sequence[Sequence[float]]) -> tuple[Update, float]:
-        """The update of this step, and the mean projected gradient at the parameters.
-
-        losses: at the points of each set of directions: one set, or one per rank.
-        """
-        zo, lr = self._zo, self.get_lr()[0]
-        n = zo.num_directions
-        seeds: list[int] = []
-        anchor_seeds: list[int] = []
-        coefficients: list[float] = []
-        anchor_coefficients: list[float] = []
-        for of, of_set in enumerate(losses):
-            of_seeds, of_anchor_seeds = self._step_seeds(of)
-            grads = estimators.projected_grads(of_set[0::2], of_set[1::2], zo.eps)
-            seeds, anchor_seeds = seeds + of_seeds, anchor_seeds + of_anchor_seeds
-            coefficients, anchor_coefficients = coefficients + grads[:n], anchor_coefficients + grads[n:]
-        anchor_terms: list[Term] = []
-        anchor_coefficient = 0.0
-        if self.anchor is None:
-            terms = estimators.spsa(seeds, coefficients)
-        else:
-            terms = estimators.svrg(seeds, coefficients, anchor_seeds, anchor_coefficients)
-            anchor_terms, anchor_coefficient = self.anchor.descent(lr)
-        update = Update(
-            terms=(*estimators.descend(terms, lr), *(t for t in anchor_terms if t.coefficient != 0.0)),
-            decay=1.0 - lr * zo.weight_decay,
-            anchor_grad_coefficient=anchor_coefficient,
-            rounding_seed=self._rounding_seed("rounding"),
-        )
-        return update, sum(coefficients) / len(coefficients)
-
-    def _rounding_seed(self, purpose: str) -> int | None:
-        return derive_seed(self._zo.seed, purpose, self.global_steps) if self._zo.stochastic_rounding else None
+        """The update of this step, and the mean projected gradient at the parameters."""
+        lr = self.get_lr()[0]
+        anchor_terms, coefficient = ([], 0.0) if self.anchor is None else self.anchor.descent(lr)
+        return self._rule.update(self.global_steps, losses, lr, anchor_terms, coefficient)
 
     def _apply(self, update: Update) -> None:
         """Apply an update to this rank's slices, or let it wait where they are offloaded.
@@ -396,9 +354,9 @@ class ZerothOrderEngine:
         assert self.training_dataloader is not None
         self.flush()
         zo = self._zo
-        seeds = self._seeds("anchor", zo.anchor_directions)
+        seeds = self._rule.seeds("anchor", self.global_steps, zo.anchor_directions)
         loader, title = self.training_dataloader, f"anchor at step {self.global_steps}"
-        losses = self._evaluator.whole_set_losses(self._pairs(seeds), loader.dataset, loader.collate_fn, title)
+        losses = self._evaluator.whole_set_losses(self._rule.pairs(seeds), loader.dataset, loader.collate_fn, title)
         if not all(map(math.isfinite, losses)):
             if self.anchor_step is None:
                 raise RuntimeError("the first anchor: the loss over the training set is not finite. Look at the data.")
@@ -416,7 +374,7 @@ class ZerothOrderEngine:
         update = Update(
             terms=tuple(t for t in terms if t.coefficient != 0.0),
             anchor_grad_coefficient=coefficient,
-            rounding_seed=self._rounding_seed("anchor_rounding"),
+            rounding_seed=self._rule.rounding_seed("anchor_rounding", self.global_steps),
         )
         self._apply(update)
         if self.trajectory is not None:

@@ -25,6 +25,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "scratch": (set(), {"torch"}),
     "streams": ({"directions", "stacking", "factored", "observing", "scratch"}, {"torch", "deepspeed", "greenlet"}),
     "anchor": ({"config", "directions", "estimators", "comm", "sharding", "streams"}, {"torch", "deepspeed"}),
+    "rule": ({"config", "directions", "estimators", "streams"}, set()),
     "trajectory": ({"estimators", "sharding"}, set()),
     "objectives": (set(), {"torch"}),
     "memory": (set(), {"torch"}),
@@ -35,8 +36,8 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "checkpoint": ({"kernels", "estimators", "sharding", "trajectory"}, {"torch", "safetensors"}),
     "engine": (
         {
-            "config", "directions", "estimators", "comm", "data", "deferral", "sharding", "streams", "anchor", "trajectory",
-            "evaluation", "checkpoint",
+            "config", "directions", "estimators", "comm", "data", "deferral", "sharding", "streams", "anchor", "rule",
+            "trajectory", "evaluation", "checkpoint",
         },
         {"torch"},
     ),
