@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from deepspeed.utils.z3_leaf_module import z3_leaf_parameter
+
 from zods.directions import Direction
 from zods.sharding import ShardedParameters, Slice, SliceUpdate, finish_stores, store_from_gathered
 
@@ -24,10 +26,16 @@ class DeferredUpdate:
         self._storing: list[Slice] = []
 
     def defer(self, update_of: Callable[[Slice], SliceUpdate]) -> None:
-        """Take an update over; what the one before still has to do is done first. No gathered copies may be held."""
+        """Take an update over; what the one before still has to do is done first. No gathered copies may be held.
+
+        Parameters of DeepSpeed's leaf modules are updated at once: which of them a forward uses may differ by rank.
+        """
         self.flush()
         self._update_of = update_of
-        self._waiting = {piece.ordinal: piece for piece in self._parameters}
+        at_once = [piece for piece in self._parameters if z3_leaf_parameter(piece.param)]
+        self._waiting = {piece.ordinal: piece for piece in self._parameters if piece not in at_once}
+        if at_once:
+            self._parameters.apply_(update_of, direction=self._direction, pieces=at_once)
 
     def flush(self) -> None:
         """Apply what waits to the stored slices. No gathered copies may be held."""
@@ -39,7 +47,7 @@ class DeferredUpdate:
     def loaded(self, ordinals: Sequence[int]) -> None:
         """These parameters are gathered: bring them, and what is stored of them, up to date."""
         for ordinal in ordinals:
-            piece = self._waiting.pop(ordinal, None)
+            piece = self._waiting.get(ordinal)
             if piece is None:
                 continue
             assert self._update_of is not None
@@ -47,6 +55,7 @@ class DeferredUpdate:
             self._update_of(piece).apply_(gathered, piece, 0, self._direction)
             store_from_gathered(piece)
             self._storing.append(piece)
+            del self._waiting[ordinal]
 
     def before_release(self) -> None:
         """Wait until what was written is stored: DeepSpeed may use its memory for another parameter."""

@@ -8,6 +8,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+TRANSPOSES = ("T", "mT", "H", "mH")  # attributes of a parameter that are views of its values
+
 
 class Perturbable(Protocol):
     """What this room needs to know of a trainable parameter; `zods.sharding.Slice` is one."""
@@ -54,7 +56,8 @@ class Observer(TorchFunctionMode):
         self._running.pop()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self._running and func.__name__ not in ("__get__", "__set__"):
+        attribute = getattr(getattr(func, "__self__", None), "__name__", "")  # of a getter or setter
+        if self._running and (func.__name__ not in ("__get__", "__set__") or attribute in TRANSPOSES):
             for leaf in tree_leaves((args, kwargs)):
                 parameter = self._by_id.get(id(leaf))
                 if parameter is not None and not any(parameter in self._holders[m] for m in self._running):

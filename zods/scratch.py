@@ -20,6 +20,10 @@ class Scratch:
         self._memory = torch.empty(0, dtype=torch.uint8)
         self._used = 0
 
+    @property
+    def bytes(self) -> int:
+        return self._memory.numel()
+
     @contextmanager
     def scope(self) -> Iterator[None]:
         """What is taken inside is given back at the end."""

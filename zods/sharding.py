@@ -248,13 +248,17 @@ def _store(piece: Slice, write: bool) -> None:
 
 def store_from_gathered(piece: Slice) -> None:
     """Store this rank's slice of a parameter that is gathered; on NVMe this goes on until `finish_stores`."""
-    if _on_nvme(piece) and piece.param.ds_tensor.status is not PartitionedParamStatus.AVAILABLE:
-        _begin_load(piece)  # DeepSpeed has let go of the slice already, as of a parameter that stays gathered
+    updated = piece.param.data.view(-1)[piece.offset : piece.offset + piece.numel]
+    released = _on_nvme(piece) and piece.param.ds_tensor.status is not PartitionedParamStatus.AVAILABLE
+    if released:  # DeepSpeed has let go of the slice already, as of a parameter that stays gathered
+        updated = updated.clone()  # on one CPU rank it may lie in the memory that the slice is read into
+        _begin_load(piece)
         _finish_load(piece)
-    _local(piece).copy_(piece.param.data.view(-1)[piece.offset : piece.offset + piece.numel])
+    _local(piece).copy_(updated)
     if _on_nvme(piece):
         _swapper(piece).swap_out_and_release([piece.param], async_op=True, force_buffer_release=True)
-        _swapper(piece).swap_out_params.pop()  # DeepSpeed releases the slice's memory with the gathered parameter
+        if not released:
+            _swapper(piece).swap_out_params.pop()  # DeepSpeed releases the slice's memory with the gathered parameter
 
 
 def finish_stores(pieces: Sequence[Slice]) -> None:

@@ -104,17 +104,23 @@ class PerturbedForward:
         self._stream: int | None = None  # the one that runs alone; None: a stack of all
         self._live: dict[int, _Placed] = {}  # by ordinal
         self._held: dict[torch.nn.Module, list[Perturbable]] = {}  # what each module puts in place
+        self._wrapped: set[torch.nn.Module] = set()
         self._recording = False
         self._scratch = Scratch()
         self._hub: greenlet.greenlet | None = None  # runs the streams in lockstep
+        self._shared_sources: dict[Any, Source] = {}  # of the module at which streams in lockstep are
         self.nested: set[torch.nn.Module] = set()  # holders that ran inside another, so once per stream of a stack
         self.stacking = Stacking(module)
         by_id = {id(p.param): p for p in parameters}
         for submodule in module.modules():
-            self._hold(submodule, [by_id[id(p)] for p in submodule.parameters(recurse=False) if id(p) in by_id])
+            own = list(submodule.parameters(recurse=False))
+            self._held[submodule] = [by_id[id(p)] for p in own if id(p) in by_id]
+            if own:  # where they are frozen, streams in lockstep wait for each other none the less
+                self._wrap(submodule)
 
-    def _hold(self, submodule: torch.nn.Module, parameters: list[Perturbable]) -> None:
-        if parameters and not self._held.get(submodule):
+    def _wrap(self, submodule: torch.nn.Module) -> None:
+        if submodule not in self._wrapped:
+            self._wrapped.add(submodule)
             original = submodule.forward
 
             @functools.wraps(original)
@@ -124,7 +130,11 @@ class PerturbedForward:
             submodule.forward = forward
             # torch's TransformerEncoderLayer bypasses its children's forwards, unless a module has a hook
             submodule.register_forward_pre_hook(lambda *_: None)
-        self._held[submodule] = [*self._held.get(submodule, []), *parameters]
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Memory for copies, which is kept and used again."""
+        return self._scratch.bytes
 
     # --- what the engine calls ----------------------------------------------------------------------------------------
 
@@ -164,6 +174,7 @@ class PerturbedForward:
         try:
             while order:
                 waiting_at = []
+                self._shared_sources = {}
                 for k in order:
                     self._stream, self._live = k, {}
                     found = streams[k].switch()
@@ -198,7 +209,8 @@ class PerturbedForward:
         with observer:
             yield
         for module, parameters in observer.found.items():
-            self._hold(module, parameters)
+            self._wrap(module)
+            self._held[module] += parameters
 
     def _begin(self, points: tuple[Point, ...], stream: int | None) -> None:
         self._points, self._stream = points, stream
@@ -220,18 +232,20 @@ class PerturbedForward:
     # --- a module's forward -------------------------------------------------------------------------------------------
 
     def _run(self, module: torch.nn.Module, original: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
-        if not self._points:
+        if not self._held[module] and self._hub is None:
             return original(*args, **kwargs)
         if self._hub is not None:
             self._wait(module)
-        if self._deferred is not None:
-            self._deferred.loaded([p.ordinal for p in self._whole(module)])
-        output = self._run_at_points(module, original, args, kwargs)
-        if self._hub is not None:
-            self._wait(module)  # until all have run: DeepSpeed may release the parameters after this forward
-        if self._deferred is not None:
-            self._deferred.before_release()
-        return output
+        try:
+            if self._deferred is not None:
+                self._deferred.loaded([p.ordinal for p in self._whole(module)])
+            output = self._run_at_points(module, original, args, kwargs) if self._points else original(*args, **kwargs)
+            if self._hub is not None:
+                self._wait(module)  # until all have run: DeepSpeed may release the parameters after this forward
+            return output
+        finally:
+            if self._deferred is not None:
+                self._deferred.before_release()
 
     def _run_at_points(self, module: torch.nn.Module, original: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         if self._hub is not None:
@@ -263,11 +277,11 @@ class PerturbedForward:
         """One stream's forward of a module. A tied parameter may be in place already; one that another module holds may
         not be gathered yet."""
         assert self._stream is not None
-        if self._live:
+        if self._live and self._held[module]:
             self.nested.add(module)
         missing = [p for p in self._whole(module) if p.ordinal not in self._live]
         with self._scratch.scope():
-            (copies,) = self._copies(missing, (self._stream,), {})
+            (copies,) = self._copies(missing, (self._stream,), {} if self._hub is None else self._shared_sources)
             with self._placed(copies):
                 return self._scratch.kept(original(*args, **kwargs))
 

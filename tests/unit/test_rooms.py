@@ -18,7 +18,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "comm": (set(), {"torch"}),
     "data": (set(), {"torch"}),
     "sharding": ({"directions", "comm"}, {"torch", "deepspeed"}),
-    "deferral": ({"directions", "sharding"}, set()),
+    "deferral": ({"directions", "sharding"}, {"deepspeed"}),
     "stacking": (set(), {"torch"}),
     "factored": ({"kernels"}, {"torch"}),
     "observing": (set(), {"torch"}),
