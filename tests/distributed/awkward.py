@@ -50,6 +50,13 @@ class TwoPlaces(Classifier):
         return self.again(torch.tanh(self.block(x))) + x @ self.block.weight
 
 
+class ReadsTransposed(Classifier):
+    """The root reads a weight that is another module's, by an attribute and not by a function."""
+
+    def body(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.block(x)) @ self.block.weight.T + x @ self.block.weight.mT
+
+
 class Table(nn.Module):
     """Gives a part of its parameter itself, as learned positional tables do."""
 

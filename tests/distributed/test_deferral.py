@@ -17,6 +17,7 @@ from tests.distributed.ranks import run_ranks
 
 WIDTH = 1030  # a rank of two holds more of each weight, also in bfloat16, than the MiB that DeepSpeed asks for on NVMe
 OFFLOADS = ("cpu", "nvme")
+KEPT = "kept gathered"  # not on NVMe: DeepSpeed 0.19.8 fails in the forward, with parameters of another dtype
 RUNS: dict[str, dict[str, Any]] = {
     "mezo": {},
     "rademacher, decay, bfloat16": {"direction": "rademacher", "weight_decay": 0.1, "bf16": True},
@@ -24,6 +25,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "in lockstep": {"evaluation": "lockstep"},
     "one by one": {"evaluation": "sequential"},
     "micro-batches": {"accumulation": 2},
+    KEPT: {"zero": {"stage3_param_persistence_threshold": 10**8}},
     "svrg": {"method": "mezo_svrg", "anchor_interval": 3, "anchor": {"point": "cpu", "gradient": "terms"}},
     "svrg, terms": {"method": "mezo_svrg", "anchor_interval": 3, "anchor": {"point": "terms", "gradient": "terms"}},
     "svrg, stored gradient": {
@@ -57,10 +59,11 @@ def wide_data() -> list[dict[str, Tensor]]:
     return [{"x": torch.randn(WIDTH, generator=generator), "labels": torch.tensor(i % 5)} for i in range(8)]
 
 
-def build(offload: str, folder: Path, **arguments: Any) -> Any:
+def build(offload: str, folder: Path, zero: dict[str, Any] | None = None, **arguments: Any) -> Any:
     folder.mkdir(parents=True, exist_ok=True)
     section = {"method": "mezo", "lr": 1e-3, "eps": 1e-2, **arguments}
     config = configuration(4, offload=offload, nvme_path=folder, **section)
+    config["zero_optimization"] |= zero or {}
     return zods.initialize(model=Wide(), config=config, training_data=wide_data())[0]
 
 
@@ -148,7 +151,7 @@ def rank_of_runs(folder: Path) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for name, arguments in RUNS.items():
         found[name] = {}
-        for offload in ("none", *OFFLOADS):
+        for offload in ("none", *OFFLOADS) if name != KEPT else ("none", "cpu"):
             engine = build(offload, folder / name / offload, **arguments)
             losses = train(engine, wide_data(), range(5))
             end = sha256(whole(engine))
@@ -166,8 +169,7 @@ def test_offloaded_parameters_end_at_the_same_bits_whoever_reads_them(runs, name
     for rank in runs:
         plain = rank[name]["none"]
         assert plain[3]["loaded"] == plain[3]["saved"] != plain[1]
-        for offload in OFFLOADS:
-            assert rank[name][offload] == plain, offload
+        assert all(found == plain for found in rank[name].values()), name
 
 
 def test_an_update_waits_where_parameters_are_offloaded(tmp_path):

@@ -69,6 +69,7 @@ def judged(make: type[nn.Module], batches: dict[str, Any], distribution: str) ->
 # The form that "auto" chooses: where parameters are stored whole, and where they are sharded
 FORMS = {
     "Classifier": ("stacked", "stacked"),
+    "ReadsTransposed": ("stacked", "lockstep"),
     "TwoPlaces": ("stacked", "lockstep"),
     "GivesItsParameter": ("lockstep", "lockstep"),
     "Chunked": ("stacked", "stacked"),
