@@ -6,7 +6,6 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import peft
 import pytest
 import torch
 from torch import nn
@@ -14,7 +13,7 @@ from torch import nn
 import zods
 from tests.distributed.models import configuration, sha256
 from tests.distributed.ranks import run_ranks
-from tests.distributed.zoo import ZOO, zoo_batch, zoo_model
+from tests.distributed.zoo import ZOO, with_adapters, zoo_batch, zoo_model
 from zods.streams import Point, Source
 
 EPS = 1e-2
@@ -109,11 +108,6 @@ def evaluations(make: Callable[[], nn.Module], asked: Sequence[tuple[Any, str]],
     before = bits(engine)
     found = [compare(engine._evaluator, POINTS[what], batch) for batch, what in asked]
     return {"found": found, "kept": bits(engine) == before}
-
-
-def with_adapters(name: str) -> nn.Module:
-    """Only LoRA's matrices are trainable; none of them zero."""
-    return peft.get_peft_model(zoo_model(name), peft.LoraConfig(r=2, lora_alpha=128, init_lora_weights=False))
 
 
 # (name, direction, LoRA, bf16), by ranks; the many cases are on one, where a forward is cheap

@@ -26,7 +26,7 @@ from tests.distributed.models import (
     whole,
 )
 from tests.distributed.ranks import run_ranks
-from tests.distributed.zoo import zoo_batch, zoo_model
+from tests.distributed.zoo import with_adapters, zoo_batch, zoo_model
 from tests.reference.dense import DenseReference, loss_of_module, named_parameters_of
 from zods.directions import derive_seed
 from zods.trajectory import TrajectoryLog, read_log
@@ -76,6 +76,7 @@ COUNTED: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "llama": ("llama", "auto", "stacked", {}),
     "mixtral": ("mixtral", "auto", "stacked", {}),
     "t5": ("t5", "auto", "lockstep", {}),
+    "t5, adapters on frozen weights": ("t5", "auto", "lockstep", {}),
     "mamba": ("mamba", "auto", "lockstep", {}),
     "mamba, svrg": ("mamba", "auto", "lockstep", SVRG),
 }
@@ -88,7 +89,8 @@ def rank_of_counts() -> dict[str, tuple[str, list[float]]]:
         arguments = {"method": "mezo", "lr": 1e-3, "eps": 1e-2, "evaluation": form, **arguments}
         batch = zoo_batch(kind, 2, 8)
         data = [dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)] * 2
-        engine = zods.initialize(model=zoo_model(kind), config=gathering(4, **arguments), training_data=data)[0]
+        model = (with_adapters if "adapters" in name else zoo_model)(kind)
+        engine = zods.initialize(model=model, config=gathering(4, **arguments), training_data=data)[0]
         train(engine, data, range(3))  # the first chooses the form, and DeepSpeed's prefetching learns the order
         ratios = []
         for step in range(3, 6):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import peft
 import torch
 import transformers as hf
 from torch import Tensor, nn
@@ -57,3 +58,8 @@ def zoo_batch(name: str, size: int = 4, length: int = 16, *, padded: bool = Fals
     classes = torch.randint(0, 3, (size,), generator=generator)
     labels = classes if name in CLASSIFIERS else ids.masked_fill(mask == 0, -100)
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def with_adapters(name: str) -> nn.Module:
+    """Only LoRA's matrices are trainable; none of them zero."""
+    return peft.get_peft_model(zoo_model(name), peft.LoraConfig(r=2, lora_alpha=128, init_lora_weights=False))
