@@ -85,9 +85,8 @@ class Evaluator:
         size = self._streams_per_forward
         return torch.cat([losses(self, at[k : k + size], batch) for k in range(0, len(at), size)])
 
-    def _loss(self, point: Point | None, batch: Any, **record: int) -> torch.Tensor:
-        with self._forward_at.at(point, **record):
-            return batch_loss(self.outputs(batch), batch).double()
+    def _loss(self, point: Point | None, batch: Any) -> torch.Tensor:
+        return batch_loss(self._outputs_at(point, batch), batch).double()
 
     def _losses_one_by_one(self, points: Sequence[Point], batch: Any) -> torch.Tensor:
         return torch.stack([self._loss(point, batch) for point in points])
@@ -198,7 +197,7 @@ class Evaluator:
             )
         return 2 * max(1, int(budget / max(2 * needed, 1.0)))
 
-    def _outputs_at(self, point: Point, batch: Any, **record: int) -> Any:
+    def _outputs_at(self, point: Point | None, batch: Any, **record: int) -> Any:
         with self._forward_at.at(point, **record):
             return self.outputs(batch)
 
