@@ -33,6 +33,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
         {"comm", "data", "deferral", "directions", "memory", "objectives", "sharding", "stacking", "streams"},
         {"torch", "deepspeed", "tqdm"},
     ),
+    "selection": ({"config", "kernels", "directions", "comm", "data", "objectives", "sharding"}, {"torch"}),
     "checkpoint": ({"kernels", "estimators", "sharding", "trajectory"}, {"torch", "safetensors"}),
     "engine": (
         {

@@ -20,7 +20,7 @@ from zods.kernels.build import cpu_module
 DISTRIBUTIONS = ("gaussian", "rademacher")
 DTYPES = (torch.float32, torch.bfloat16)
 
-__all__ = ["DISTRIBUTIONS", "DTYPES", "backend", "combine_", "direction"]
+__all__ = ["DISTRIBUTIONS", "DTYPES", "backend", "combine_", "direction", "summed_excess"]
 
 _ELEMENTS_PER_THREAD = 2**16  # at least: some 50 us of work, ten times what waking a thread costs
 
@@ -117,6 +117,23 @@ def direction(
     return combine_(
         out, seeds=[seed], coefficients=[1.0], distribution=distribution, parameter=parameter, offset=offset
     )
+
+
+def summed_excess(nearest: Tensor, matrix: Tensor, rows: Tensor) -> Tensor:
+    """sum_i max(0, nearest[i] - matrix[row, i]) for each of `rows`, (number of rows,) int64, exact.
+
+    nearest: (n,), matrix: (., n), both float32 and holding integers from 0 to below 2^24. rows: int64.
+    """
+    module = cpu_module() if matrix.device.type == "cpu" else None
+    if module is None or not matrix.is_contiguous():
+        return torch.sub(nearest, matrix[rows]).clamp_(min=0).sum(1, dtype=torch.float64).long()  # exact: below 2^53
+    out = torch.empty(len(rows), dtype=torch.int64)
+    num_threads = max(1, min(torch.get_num_threads(), len(rows) * matrix.shape[1] // _ELEMENTS_PER_THREAD))
+    nearest = nearest.contiguous()
+    module.summed_excess(
+        matrix.data_ptr(), rows.tolist(), matrix.shape[1], nearest.data_ptr(), out.data_ptr(), num_threads
+    )
+    return out
 
 
 def backend() -> str:

@@ -331,10 +331,30 @@ void combine(uintptr_t out_address, uintptr_t mirror_address, uintptr_t weight_a
   }
 }
 
+// out[r] = sum_i max(0, from[i] - matrix[rows[r]][i]) of integers below 2^24 held in float32: exact in any order.
+void summed_excess(uintptr_t matrix_address, const std::vector<int64_t>& rows, int64_t num_columns,
+                   uintptr_t from_address, uintptr_t out_address, int num_threads) {
+  const auto* matrix = reinterpret_cast<const float*>(matrix_address);
+  const auto* from = reinterpret_cast<const float*>(from_address);
+  auto* out = reinterpret_cast<int64_t*>(out_address);
+#pragma omp parallel for schedule(static) num_threads(num_threads)
+  for (size_t r = 0; r < rows.size(); ++r) {
+    const float* row = matrix + rows[r] * num_columns;
+    int64_t total = 0;
+#pragma omp simd reduction(+ : total)
+    for (int64_t i = 0; i < num_columns; ++i) {
+      const float excess = from[i] - row[i];
+      total += static_cast<int32_t>(excess > 0.0f ? excess : 0.0f);
+    }
+    out[r] = total;
+  }
+}
+
 }  // namespace
 
 // Addresses, not tensors: torch's headers would make the first build take a minute. zods.kernels.combine_ checks them.
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("combine_float32", &combine<float>, pybind11::call_guard<pybind11::gil_scoped_release>());
   module.def("combine_bfloat16", &combine<uint16_t>, pybind11::call_guard<pybind11::gil_scoped_release>());
+  module.def("summed_excess", &summed_excess, pybind11::call_guard<pybind11::gil_scoped_release>());
 }
