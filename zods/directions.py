@@ -19,7 +19,7 @@ from zods import kernels
 
 __all__ = ["PURPOSES", "Direction", "Parameter", "derive_seed"]
 
-PURPOSES = ("step", "step_anchor", "anchor", "rounding", "anchor_rounding")
+PURPOSES = ("step", "step_anchor", "anchor", "rounding", "anchor_rounding", "selection")
 
 
 def derive_seed(base_seed: int, purpose: str, step: int, index: int = 0) -> int:

@@ -59,7 +59,25 @@ def batch_loss(outputs: Any, batch: Any) -> Tensor:
     if logits.ndim == 3 and labels.shape == logits.shape[:2]:
         log_likelihood, num_tokens = sequence_log_likelihood(logits, labels)
         return -log_likelihood.sum() / num_tokens.sum()
-    raise ValueError(
+    raise ValueError(_misfit(logits, labels))
+
+
+def example_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """The loss of each example, (B,) float32: the mean over its own labelled tokens, NaN where it has none.
+
+    logits (B, C) with labels (B,), or (B, L, V) with (B, L), as in `batch_loss`. Raises ValueError for other shapes.
+    """
+    if _is_classification(logits, labels):
+        losses = functional.cross_entropy(logits.float(), labels, ignore_index=IGNORE_INDEX, reduction="none")
+        return losses.masked_fill(labels == IGNORE_INDEX, torch.nan)
+    if logits.ndim == 3 and labels.shape == logits.shape[:2]:
+        log_likelihood, num_tokens = sequence_log_likelihood(logits, labels)
+        return -log_likelihood / num_tokens
+    raise ValueError(_misfit(logits, labels))
+
+
+def _misfit(logits: Tensor, labels: Tensor) -> str:
+    return (
         f"logits of shape {tuple(logits.shape)} do not fit labels of shape {tuple(labels.shape)} and {labels.dtype}; "
         "allowed are (B, C) with integer labels (B,), and (B, L, V) with (B, L); "
         "for another objective, return a scalar loss from forward"

@@ -194,8 +194,9 @@ def release_gathered(deepspeed_engine: Any) -> None:
 
     Gathers still under way, which a forward that was cut short leaves behind, are waited for.
     """
-    offload = deepspeed_engine.optimizer
-    if offload is None:
+    # an engine without an optimizer of its own has the part of ZeRO-3 that looks after parameters in its place
+    offload = getattr(deepspeed_engine.optimizer, "parameter_offload", deepspeed_engine.optimizer)
+    if not hasattr(offload, "get_param_coordinator"):
         return
     for module in deepspeed_engine.module.modules():
         if any(is_sharded(p) and p.ds_status is ZeroParamStatus.INFLIGHT for p in module.parameters(recurse=False)):

@@ -102,9 +102,14 @@ class Problem:
 
     def among(self, ids: Tensor) -> Problem:
         """The problem whose items and candidates are these; it must be a symmetric one. Its ids are places in `ids`."""
-        size = len(ids)
-        whole = {"largest": self.largest, "unit": self.unit, "symmetric": True, "device": self.device}
-        return Problem(size, size, lambda rows, columns: self._between(ids[rows], ids[columns]), **whole)  # type: ignore[arg-type]
+
+        def between(candidates: Index, items: Index) -> Tensor:
+            return self._between(ids[candidates], ids[items])
+
+        size, device = len(ids), self.device
+        return Problem(
+            size, size, between, largest=self.largest, unit=self.unit, symmetric=self._symmetric, device=device
+        )
 
     def start(self) -> Tensor:
         """Every item's distance when nothing is chosen."""
@@ -208,7 +213,8 @@ def _from_integers(distances: Tensor, largest: int, unit: float) -> Problem:
 
     square = distances.shape[0] == distances.shape[1]
     symmetric = square and torch.equal(by_candidate, distances)
-    return Problem(*distances.shape, between, largest=largest, unit=unit, symmetric=symmetric, device=distances.device)
+    items, candidates = distances.shape
+    return Problem(items, candidates, between, largest=largest, unit=unit, symmetric=symmetric, device=distances.device)
 
 
 # --- choices ----------------------------------------------------------------------------------------------------------
@@ -251,7 +257,8 @@ def lazy_greedy(problem: Problem, k: int, *, own: Tensor | None = None, share: S
     order, for this rank's. All ranks know all distances, together own all candidates, and choose the same.
     """
     _check_budget(k)
-    problem.keep_distances()
+    if share is None:
+        problem.keep_distances()
     own = torch.arange(problem.num_candidates, device=problem.device) if own is None else own
     num_offered = len(own) if share is None else problem.num_candidates
     nearest, ids = problem.start(), list[int]()
@@ -273,7 +280,7 @@ def lazy_greedy(problem: Problem, k: int, *, own: Tensor | None = None, share: S
         pool = own.new_tensor([_id(packed) for packed in offered[:_POOL]])
         distances = problem.distances(pool)
         now, picked = dict(zip(pool.tolist(), offered, strict=False)), set[int]()
-        while len(ids) + len(picked) < k and now and max(now.values()) > bound:
+        while len(ids) < k and now and max(now.values()) > bound:
             best = max(now, key=lambda i: now[i])
             picked.add(best)
             ids.append(best)

@@ -1,0 +1,345 @@
+"""A few numbers for each example of a batch, whose distances are those of the examples' gradients.
+
+Feature k of example i is the derivative of its loss, the mean over its own labelled tokens, along direction k of one matrix:
+the value projection of the last block. So the features are a random projection of the gradient of that matrix.
+
+zo     by differences of losses at points along the directions: one forward, in which all but the last block and the head run
+       once, and the last block and the head on stacks of the points
+exact  the same derivatives by automatic differentiation from the losses back to the output of that matrix, in one forward
+paper  by differences along one direction alone (Nguyen et al. 2024, arXiv:2407.19580v1); see `zods.selection.paper`
+
+Only labelled tokens reach the head. Directions are low-rank, U V^T / sqrt(r), from seeds: the matrix's gradients, which would
+be large, are never made.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils._pytree import tree_map
+
+from zods.directions import Direction
+from zods.objectives import IGNORE_INDEX, example_losses, logits_of
+from zods.sharding import release_gathered
+
+logger = logging.getLogger(__name__)
+
+KINDS = ("exact", "zo", "paper")
+VALUE_PROJECTIONS = (  # of a block, as models name it; further down, one that makes queries and keys too
+    "v_proj",
+    "value",
+    "v_lin",
+    "qkv_proj",
+    "query_key_value",
+    "Wqkv",
+    "c_attn",
+)
+_STACK_ELEMENTS = 1 << 27  # of the largest tensor in a run of the last block on copies of the batch
+
+
+@dataclass(frozen=True)
+class Target:
+    """The matrix whose gradients are compared. ordinal: its place in `named_parameters()`. shape: of the whole.
+
+    input_first: the matrix is (inputs, outputs), as in transformers' Conv1D. blocks: those of the model, in order; none
+    where the matrix is in none. block: the place of the one that holds it.
+    """
+
+    name: str
+    module: nn.Module
+    ordinal: int
+    shape: tuple[int, ...]
+    input_first: bool
+    blocks: tuple[nn.Module, ...]
+    block: int
+
+
+def find_target(model: nn.Module, pattern: str | None = None) -> Target:
+    """The last matrix of a linear layer whose parameter's name `pattern` (a regular expression) is found in.
+
+    None: the value projection of the last block; where an adapter (LoRA) is trained on it, the adapter's second matrix,
+    since the gradient of the first is 0 at the start. Raises ValueError where there is none, naming some that there are.
+    """
+    modules = dict(model.named_modules())
+    found: dict[str, Target] = {}
+    for ordinal, (name, parameter) in enumerate(model.named_parameters()):
+        owner = modules[name.rpartition(".")[0]]
+        input_first = type(owner).__name__ == "Conv1D"
+        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        if len(shape) == 2 and (input_first or isinstance(owner, nn.Linear)):
+            found[name] = Target(name, owner, ordinal, shape, input_first, *_blocks(model, name))
+    if pattern is not None:
+        try:
+            matching = [target for name, target in found.items() if re.search(pattern, name)]
+        except re.error as error:
+            raise ValueError(f"selector.pattern: {pattern!r} is not a regular expression: {error}") from None
+    else:
+        in_blocks = {name: target for name, target in found.items() if target.blocks}
+        matching = next(filter(None, (_value_projections(in_blocks, kind) for kind in VALUE_PROJECTIONS)), [])
+    if not matching:
+        what = "no value projection is known" if pattern is None else f"no linear layer's parameter matches {pattern!r}"
+        raise ValueError(
+            f"selector.pattern: {what}. Give a regular expression that is found in one of: {', '.join(list(found)[-8:])}."
+        )
+    return matching[-1]
+
+
+def _value_projections(targets: dict[str, Target], kind: str) -> list[Target]:
+    """Those of this name, an adapter on the last of them alone where there is one."""
+    named = re.compile(rf"\.{kind}\.(base_layer\.)?weight$")
+    plain = [target for name, target in targets.items() if named.search(name)]
+    if not plain:
+        return []
+    layer = re.sub(r"(base_layer\.)?weight$", "", plain[-1].name)
+    adapters = [t for name, t in targets.items() if name.startswith(f"{layer}lora_B.")]
+    return [target for target in adapters if target.module.weight.requires_grad] or plain
+
+
+def _blocks(model: nn.Module, name: str) -> tuple[tuple[nn.Module, ...], int]:
+    """The outermost list of modules around a parameter, and the place in it of the one that holds the parameter."""
+    parts = name.split(".")
+    for depth in range(1, len(parts)):
+        around = model.get_submodule(".".join(parts[:depth]))
+        if isinstance(around, nn.ModuleList):
+            return tuple(around), int(parts[depth])
+    return (), 0
+
+
+class FeatureExtractor:
+    """Features of the examples of a batch, on a model that may be under DeepSpeed (any ZeRO stage, offloaded or not).
+
+    deepspeed_engine: a DeepSpeedEngine, or None for a model that is not sharded.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        deepspeed_engine: Any = None,
+        *,
+        kind: str = "exact",
+        num_directions: int,
+        rank: int,
+        pattern: str | None = None,
+        eps: float = 1e-3,
+        two_sided: bool = True,
+    ) -> None:
+        self._model, self._deepspeed = model, deepspeed_engine
+        self.target = find_target(model, pattern)
+        self._kind = kind
+        self.num_directions = 1 if kind == "paper" else num_directions
+        self._direction = Direction("low_rank", rank) if kind != "paper" else Direction()
+        self._eps, self._two_sided = eps, two_sided
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        self._head = head if isinstance(head, nn.Module) else None
+        logger.info("features: %s of %s %s", kind, self.target.name, self.target.shape)
+
+    def __call__(self, batch: dict[str, Any], seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """(features (B, m) float32, losses (B,) float32) of a batch on the device; not finite for an example without
+        labels. seeds: of the m directions.
+
+        All ranks of a sharded model call it together. The model is left in the mode it was in, nothing of it is changed.
+        """
+        training = [module for module in self._model.modules() if module.training]
+        self._model.eval()
+        try:
+            with torch.no_grad():
+                pass_ = _Pass(self._model, self.target, self._head, batch)
+                return self._exact(pass_, seeds) if self._kind == "exact" else self._differences(pass_, seeds)
+        finally:
+            for module in training:
+                module.training = True
+            if self._deepspeed is not None:
+                release_gathered(self._deepspeed)
+
+    def _exact(self, pass_: _Pass, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """<dL_i/dW, Z_k> = sum over tokens t of (delta_t . U_k) (x_t . V_k), delta the gradient of the matrix's output."""
+        made: list[Tensor] = []  # the input of the matrix and its output, from which the graph begins
+
+        def begin_graph(inputs: Tensor, outputs: Tensor) -> Tensor:
+            torch.set_grad_enabled(True)
+            made[:] = inputs.detach(), outputs.detach().requires_grad_()
+            return made[1]
+
+        losses = pass_.losses(begin_graph)[0]
+        with torch.enable_grad():
+            counted = losses[losses.detach().isfinite()].sum()
+        (delta,) = torch.autograd.grad(counted, made[1]) if counted.requires_grad else (torch.zeros_like(made[1]),)
+        inputs, factors = made[0].float(), self._factors(seeds, 1.0, delta.device)
+        products = (delta.float() @ factors[0]) * (inputs @ factors[1])  # (B, L, m r)
+        return pass_.per_example(products.unflatten(-1, (len(seeds), -1)).sum(-1)), losses.detach()
+
+    def _differences(self, pass_: _Pass, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """(L_i(W + eps Z_k) - L_i(W - eps Z_k)) / (2 eps), or with L_i(W) in place of the second."""
+        (losses,) = pass_.losses(record=True)
+        signs = (1.0, -1.0) if self._two_sided else (1.0,)
+        per_run = max(1, _STACK_ELEMENTS // (pass_.largest * len(signs)))
+        features = []
+        for start in range(0, len(seeds), per_run):
+            some = seeds[start : start + per_run]
+            copies = len(some) * len(signs)
+
+            def perturb(inputs: Tensor, outputs: Tensor, some: Sequence[int] = some, copies: int = copies) -> Tensor:
+                moved = self._moved(inputs[: len(inputs) // copies], some)  # (directions, B, L, outputs)
+                both = torch.cat([sign * moved for sign in signs]).flatten(0, 1)
+                return (outputs + both).to(outputs.dtype)
+
+            found = pass_.losses(perturb, copies=copies).view(len(signs), len(some), -1)
+            apart = (found[0] - found[1]) / 2 if self._two_sided else found[0] - losses
+            features.append(apart.T / self._eps)
+        return torch.cat(features, 1), losses
+
+    def _moved(self, inputs: Tensor, seeds: Sequence[int]) -> Tensor:
+        """eps x Z_k^T for each direction: (K, B, L, outputs)."""
+        if not self._direction.has_factors(self.target):
+            z = self._direction.combine_(
+                torch.empty(self.target.shape, device=inputs.device), self.target, seeds=seeds, coefficients=[self._eps]
+            )
+            return (inputs.float() @ (z if self.target.input_first else z.T))[None]
+        outer, inner = self._factors(seeds, self._eps, inputs.device)
+        projected = (inputs.float() @ inner).unflatten(-1, (len(seeds), -1))  # (B, L, K, r)
+        return torch.einsum("...kr,okr->k...o", projected, outer.unflatten(-1, (len(seeds), -1)))
+
+    def _factors(self, seeds: Sequence[int], coefficient: float, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(U (outputs, K r), V (inputs, K r)): the directions as seen from the layer's outputs and inputs."""
+        rows = range(self.target.shape[0])
+        left, right = self._direction.factors(self.target, seeds, [coefficient] * len(seeds), rows, device)
+        return (right.T, left) if self.target.input_first else (left, right.T)
+
+
+class _Pass:
+    """Forwards of a model on one batch, whose head sees labelled tokens only."""
+
+    def __init__(self, model: nn.Module, target: Target, head: nn.Module | None, batch: dict[str, Any]) -> None:
+        labels = batch.get("labels")
+        if not isinstance(labels, Tensor):
+            raise ValueError(f"a batch to select from needs labels; it has {', '.join(batch)}.")
+        self._model, self._target, self._head, self._labels = model, target, head, labels
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        cache = {"use_cache": False} if "use_cache" in inspect.signature(inner.forward).parameters else {}
+        self._inputs = cache | {key: value for key, value in batch.items() if key != "labels"}
+        self._before_last: Any = None  # what the block before the last returns
+        self._positions = self._targets = self._owners = None
+        if labels.ndim == 2:  # position t predicts label t + 1
+            counted = functional.pad(labels[:, 1:] != IGNORE_INDEX, (0, 1)).flatten()
+            self._positions = counted.nonzero().squeeze(1)
+            self._targets = labels.flatten()[self._positions + 1]
+            self._owners = self._positions // labels.shape[1]
+
+    @property
+    def largest(self) -> int:
+        """Elements of the larger of the logits and the hidden states of the last block, per copy of the batch."""
+        vocabulary = getattr(self._head, "out_features", 1)
+        labelled = 1 if self._positions is None else len(self._positions)
+        tokens = max(value.numel() for value in self._inputs.values() if isinstance(value, Tensor))
+        return max(labelled * vocabulary, tokens * 4 * max(self._target.shape))
+
+    def losses(
+        self, at_target: Callable[[Tensor, Tensor], Tensor] | None = None, *, copies: int = 1, record: bool = False
+    ) -> Tensor:
+        """The losses of the examples, (copies, B): the last block and the head run on so many copies of the batch.
+
+        at_target: (input, output of the matrix's layer) -> the output to go on with. record: keep what the block before
+        the last returns; later calls begin with it.
+        """
+        cut: list[bool] = []
+
+        def keep_labelled(_: nn.Module, args: tuple) -> tuple | None:
+            hidden = args[0]
+            if self._positions is None or hidden.shape[:-1] != (copies * len(self._labels), self._labels.shape[1]):
+                return None
+            cut.append(True)
+            return (hidden.reshape(copies, -1, hidden.shape[-1])[:, self._positions], *args[1:])
+
+        inputs = self._inputs
+        with ExitStack() as stack:
+            if at_target is not None:
+                hook = self._target.module.register_forward_hook(lambda _, args, output: at_target(args[0], output))
+                stack.callback(hook.remove)
+            if self._head is not None:
+                stack.callback(self._head.register_forward_pre_hook(keep_labelled).remove)
+            if self._target.blocks:
+                stack.enter_context(self._copied_from_last_block(copies))
+                stack.enter_context(self._beginning_at_last_block(record))
+            else:
+                inputs = self._repeated(inputs, copies)
+            logits = logits_of(self._model(**inputs))
+        if logits is None:
+            raise ValueError(
+                "the model gives no logits without labels, so the losses of single examples are not known."
+            )
+        with torch.set_grad_enabled(logits.requires_grad):
+            if not cut:
+                labels = self._labels.repeat(copies, *[1] * (self._labels.ndim - 1))
+                return example_losses(logits, labels).view(copies, -1)
+            tokens = functional.cross_entropy(
+                logits.flatten(0, 1).float(), self._targets.repeat(copies), reduction="none"
+            )
+            sums = tokens.new_zeros(copies, len(self._labels)).index_add(1, self._owners, tokens.view(copies, -1))
+            return sums / torch.bincount(self._owners, minlength=len(self._labels))
+
+    def per_example(self, products: Tensor) -> Tensor:
+        """(B, m): the sums over each example's tokens of what was made of the matrix's inputs, (B, L, m)."""
+        if (
+            self._target.module is self._head and self._owners is not None
+        ):  # whose inputs were labelled tokens, (1, N, m)
+            return products.new_zeros(len(self._labels), products.shape[-1]).index_add(0, self._owners, products[0])
+        return products.flatten(1, -2).sum(1)
+
+    def _repeated(self, value: Any, copies: int) -> Any:
+        """Tensors that carry the batch, as many times; dicts, lists and tuples are followed."""
+
+        def repeat(leaf: Any) -> Any:
+            carries = isinstance(leaf, Tensor) and leaf.ndim > 1 and leaf.shape[0] == len(self._labels)
+            return leaf.repeat(copies, *[1] * (leaf.ndim - 1)) if carries else leaf
+
+        return value if copies == 1 else tree_map(repeat, value)
+
+    @contextmanager
+    def _copied_from_last_block(self, copies: int) -> Iterator[None]:
+        """The last block gets its inputs repeated, and so has all that is after it."""
+
+        def repeat(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+            return self._repeated(args, copies), self._repeated(kwargs, copies)
+
+        blocks = self._target.blocks[self._target.block :]
+        hooks = [block.register_forward_pre_hook(repeat, with_kwargs=True) for block in blocks]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @contextmanager
+    def _beginning_at_last_block(self, record: bool) -> Iterator[None]:
+        """Blocks before the last do nothing where it is known what they give; else that is kept, with `record`."""
+        prefix = self._target.blocks[: self._target.block]
+        if not prefix or (self._before_last is None and not record):
+            yield
+            return
+        if record:
+            hook = prefix[-1].register_forward_hook(lambda _, __, output: setattr(self, "_before_last", output))
+            try:
+                yield
+            finally:
+                hook.remove()
+            return
+        forwards = [block.__dict__.get("forward") for block in prefix]
+        for block in prefix:
+            block.forward = lambda *_, **__: self._before_last
+        try:
+            yield
+        finally:
+            for block, forward in zip(prefix, forwards, strict=True):
+                if forward is None:
+                    del block.forward
+                else:
+                    block.forward = forward
