@@ -20,9 +20,9 @@ import torch
 from deepspeed.ops.op_builder import AsyncIOBuilder
 
 from zods.comm import Communicator
-from zods.config import AnchorConfig
 from zods.directions import Direction
 from zods.estimators import Term, Update
+from zods.section import AnchorConfig
 from zods.sharding import ShardedParameters, Slice, is_sharded
 from zods.streams import Source
 

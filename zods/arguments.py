@@ -6,7 +6,8 @@ import argparse
 from dataclasses import fields
 from typing import Any
 
-from zods.config import METHODS, SECTION, SVRG_ONLY, ZerothOrderConfig, load_json
+from zods.config import load_json
+from zods.section import METHODS, SECTION, SVRG_ONLY, ZerothOrderConfig
 
 OVERRIDES = {  # option: help; each sets the key of the same name in the section "zeroth_order"
     "method": f"{' or '.join(METHODS)}; mezo drops the keys that only mezo_svrg has",

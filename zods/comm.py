@@ -22,7 +22,8 @@ import torch.distributed as dist
 class Communicator:
     """The ranks of the default process group, with counters of the bytes that this rank sends.
 
-    scalar_bytes: loss scalars and agreement checks. gather_bytes: slices of the anchor point.
+    scalar_bytes: loss scalars and agreement checks. gather_bytes: slices of the anchor point. selection_bytes: candidates'
+    features and gains.
     A rank that contributes b bytes to an all-gather of n ranks is counted with b * (n - 1).
     """
 
@@ -32,6 +33,7 @@ class Communicator:
         self.world_size: int = dist.get_world_size()
         self.scalar_bytes = 0
         self.gather_bytes = 0
+        self.selection_bytes = 0
 
     def _all_gather(self, local: torch.Tensor) -> torch.Tensor:
         """Gather `local`, 1-D and of the same size on all ranks, as (world_size, numel)."""
@@ -58,6 +60,26 @@ class Communicator:
         """All ranks' slices, concatenated in rank order; `local` is 1-D and padded to the same size on all ranks."""
         self.gather_bytes += local.nbytes * (self.world_size - 1)
         return self._all_gather(local).view(-1)
+
+    def gather_rows(self, local: torch.Tensor) -> list[torch.Tensor]:
+        """Every rank's tensor, in rank order; they differ in dim 0 only, which may be 0."""
+        sizes = self._all_gather(torch.tensor([len(local)], device=self.device)).view(-1).tolist()
+        row_bytes = local.element_size() * local.shape[1:].numel()
+        padded = torch.zeros(max(sizes) * row_bytes, dtype=torch.uint8, device=self.device)
+        mine = local.to(self.device).contiguous().view(-1).view(torch.uint8)
+        padded[: mine.numel()] = mine
+        self.selection_bytes += (8 + padded.numel()) * (self.world_size - 1)
+        gathered = self._all_gather(padded) if max(sizes) else padded.expand(self.world_size, -1)
+        return [
+            row[: size * row_bytes].clone().view(local.dtype).view(size, *local.shape[1:])
+            for row, size in zip(gathered, sizes, strict=True)
+        ]
+
+    def gather_integers(self, values: Sequence[int]) -> list[list[int]]:
+        """Every rank's values, in rank order. `values`, of 64 bits, has the same length on all ranks."""
+        local = torch.tensor(values, dtype=torch.int64, device=self.device)
+        self.selection_bytes += local.nbytes * (self.world_size - 1)
+        return self._all_gather(local).tolist()
 
     def check_agreement(self, digest: bytes, what: str) -> None:
         """Raise RuntimeError on every rank, naming those that differ from rank 0, unless all digests are equal."""

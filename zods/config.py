@@ -1,4 +1,4 @@
-"""The DeepSpeed JSON and its section "zeroth_order", as frozen dataclasses.
+"""The DeepSpeed JSON with its section "zeroth_order".
 
 `read_config` splits one file into what DeepSpeed gets and what zods keeps, and refuses here, before anything is spent,
 whatever the two cannot do together. The file is read as DeepSpeed reads it (hjson: `#` and `//` comments are allowed).
@@ -6,89 +6,15 @@ whatever the two cannot do together. The file is read as DeepSpeed reads it (hjs
 
 from __future__ import annotations
 
-import difflib
 import json
-import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import hjson
 
-SECTION = "zeroth_order"
-METHODS = ("mezo", "mezo_svrg")
-DISTRIBUTIONS = ("gaussian", "rademacher", "low_rank")
-EVALUATIONS = ("auto", "stacked", "lockstep", "sequential")
-PLACES = ("device", "cpu", "nvme", "terms")
-
-
-@dataclass(frozen=True)
-class AnchorConfig:
-    """Where the anchor of MeZO-SVRG is kept.
-
-    point: the parameters at the last refresh. gradient: the full-batch estimate there.
-    Each is a copy on the `device`, on `cpu` or in `nvme` files, or is made when needed from its `terms` (no bytes).
-    """
-
-    point: str = "cpu"
-    gradient: str = "cpu"
-    nvme_path: str | None = None  # a folder on the drive; needed for nvme
-    buffer_count: int = 3  # nvme: buffers of the point and of the gradient; 2 or more overlap I/O
-    buffer_size: int = 1 << 22  # nvme: elements per buffer
-    pin_memory: bool = True  # cpu: page-locked where there is a GPU
-
-    def places(self) -> tuple[str, str]:
-        return (self.point, self.gradient)
-
-
-@dataclass(frozen=True)
-class DirectionConfig:
-    """How z is drawn: each element gaussian or +-1, or each matrix U V^T / sqrt(rank) and the rest gaussian."""
-
-    distribution: str = "gaussian"
-    rank: int = 1  # of low_rank
-
-
-@dataclass(frozen=True)
-class AnnealConfig:
-    """Divide the step sizes by `alpha` when an epoch's mean loss exceeds `threshold` times the one before."""
-
-    alpha: float = 5.0
-    threshold: float = 1.05
-
-
-@dataclass(frozen=True)
-class ZerothOrderConfig:
-    """The section "zeroth_order". Symbols in brackets are those of Gautam et al. 2024 (arXiv:2404.08080)."""
-
-    method: str = "mezo_svrg"
-    eps: float = 1e-3  # perturbation scale [mu]
-    lr: float = 1e-6  # step size of a mini-batch step [eta_2]
-    anchor_lr: float | None = None  # step size of the full-batch step at a refresh [eta_1]; None: as lr
-    anchor_interval: int = 100  # steps between two refreshes [q]
-    num_directions: int = 1  # per step
-    anchor_directions: int = 1  # per refresh (K)
-    share_direction: bool = True  # a step's two estimates use the same directions
-    direction: DirectionConfig = field(default_factory=DirectionConfig)  # or the distribution's name alone
-    directions: str = "shared"  # by all ranks; or per_rank: each evaluates its own on its part of the batch
-    evaluation: str = "auto"  # of a step's points: in one stacked forward, in lockstep, or one after the other
-    stream_memory_gb: float | None = None  # for the points of one forward; None: half of what is free
-    seed: int = 42
-    weight_decay: float = 0.0  # decoupled: lr * weight_decay per step, on parameters of two or more dimensions
-    anneal: AnnealConfig | None = None
-    stochastic_rounding: bool = True  # of updates to 16-bit parameters
-    agreement_interval: int = 10  # steps between two checks that all ranks applied the same
-    max_nonfinite_steps: int = 10  # steps in a row that may be skipped for a non-finite loss
-    anchor: AnchorConfig = field(default_factory=AnchorConfig)
-
-    @property
-    def is_svrg(self) -> bool:
-        return self.method == "mezo_svrg"
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
+from zods.section import SECTION, SVRG_ONLY, ZerothOrderConfig, checked_selector, nearest, parse_section
 
 DEEPSPEED_KEYS = frozenset(  # top-level keys that DeepSpeed 0.19.8 reads; it ignores any other without a word
     """aio amp autotuning bf16 bfloat16 checkpoint comms_logger communication_data_type compile compression_training
@@ -101,116 +27,6 @@ DEEPSPEED_KEYS = frozenset(  # top-level keys that DeepSpeed 0.19.8 reads; it ig
     train_micro_batch_size_per_gpu use_data_before_expert_parallelism use_node_local_storage wall_clock_breakdown wandb
     weight_quantization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization""".split()  # noqa: SIM905
 )
-SVRG_ONLY = ("anchor_lr", "anchor_interval", "anchor_directions", "share_direction", "anchor")
-_NESTED = {"anchor": AnchorConfig, "anneal": AnnealConfig, "direction": DirectionConfig}
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "method": METHODS,
-    "distribution": DISTRIBUTIONS,
-    "directions": ("shared", "per_rank"),
-    "evaluation": EVALUATIONS,
-    "point": PLACES,
-    "gradient": PLACES,
-}
-_MINIMUM: dict[str, float | tuple[float]] = {  # smallest allowed value; a tuple (x,) means strictly above x
-    "eps": (0.0,),
-    "lr": 0.0,
-    "anchor_lr": 0.0,
-    "anchor_interval": 1,
-    "num_directions": 1,
-    "anchor_directions": 1,
-    "rank": 1,
-    "stream_memory_gb": (0.0,),
-    "seed": 0,
-    "weight_decay": 0.0,
-    "alpha": (1.0,),
-    "threshold": (0.0,),
-    "agreement_interval": 1,
-    "max_nonfinite_steps": 0,
-    "buffer_count": 1,
-    "buffer_size": 1,
-}
-
-
-def _nearest(key: str, allowed: list[str]) -> str:
-    close = difflib.get_close_matches(key, allowed, n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
-
-
-def _checked(path: str, key: str, annotation: str, value: Any) -> float | str | None:
-    """`value` of `path` in the type of its field; `annotation` is the field's type as written."""
-    if value is None and "None" in annotation:
-        return None
-    if value == "auto" and "auto" not in _CHOICES.get(key, ()):
-        raise ValueError(f'{path}: "auto" is not resolved for this key; give a value or leave it out for the default.')
-    kind = annotation.split(" ")[0]
-    if kind == "float" and isinstance(value, int) and not isinstance(value, bool):
-        try:
-            value = float(value)
-        except OverflowError:
-            raise ValueError(f"{path}: found a number of {len(str(value))} digits, expected {kind}.") from None
-    if type(value).__name__ != kind:
-        raise ValueError(f"{path}: found {value!r} ({type(value).__name__}), expected {kind}.")
-    if key in _CHOICES and value not in _CHOICES[key]:
-        raise ValueError(
-            f"{path}: found {value!r}, allowed are {', '.join(_CHOICES[key])}.{_nearest(value, list(_CHOICES[key]))}"
-        )
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{path}: found {value!r}, expected a finite number.")
-    bound = _MINIMUM.get(key)
-    if isinstance(bound, tuple) and not value > bound[0]:
-        raise ValueError(f"{path}: found {value!r}, must be above {bound[0]}.")
-    if isinstance(bound, (int, float)) and not value >= bound:
-        raise ValueError(f"{path}: found {value!r}, must be {bound} or more.")
-    if key == "seed" and value >= 2**63:
-        raise ValueError(f"{path}: found {value!r}, must be below 2**63.")
-    return value
-
-
-def _build(cls: type, values: Any, path: str) -> Any:
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{path}: found {values!r}, expected a section {{...}}.")
-    known = {f.name: f for f in fields(cls)}
-    built = {}
-    for key, value in values.items():
-        here = f"{path}.{key}"
-        if key not in known:
-            raise ValueError(
-                f"{here}: unknown key.{_nearest(key, list(known))} Allowed keys are {', '.join(sorted(known))}."
-            )
-        if key in _NESTED:
-            if key == "anneal" and value is None:
-                continue
-            if key == "direction" and isinstance(value, str):
-                value = {"distribution": _checked(here, "distribution", "str", value)}
-            built[key] = _build(_NESTED[key], value, here)
-        else:
-            built[key] = _checked(here, key, str(known[key].type), value)
-    return cls(**built)
-
-
-def parse_section(values: Any) -> ZerothOrderConfig:
-    """The section "zeroth_order" (a dict) as a checked `ZerothOrderConfig`. Raises ValueError, naming the key."""
-    config: ZerothOrderConfig = _build(ZerothOrderConfig, values, SECTION)
-    if not config.is_svrg:
-        unused = [key for key in SVRG_ONLY if key in values]
-        if unused:
-            raise ValueError(
-                f'{SECTION}: {", ".join(unused)} belong to method "mezo_svrg", but method is "{config.method}". '
-                "Remove them, or change the method."
-            )
-    if config.direction.rank != 1 and config.direction.distribution != "low_rank":
-        raise ValueError(
-            f'{SECTION}.direction.rank: belongs to "low_rank", but distribution is "{config.direction.distribution}".'
-        )
-    anchor = config.anchor
-    if "nvme" in anchor.places() and not anchor.nvme_path:
-        raise ValueError(f"{SECTION}.anchor.nvme_path: missing; point or gradient is nvme. Give a folder on the drive.")
-    if anchor.nvme_path is not None and "nvme" not in anchor.places():
-        raise ValueError(
-            f"{SECTION}.anchor.nvme_path: given, but neither point ({anchor.point}) nor gradient ({anchor.gradient}) is "
-            "nvme. Set one of them to nvme, or remove the path."
-        )
-    return config
 
 
 @dataclass(frozen=True)
@@ -285,6 +101,8 @@ def read_config(source: str | Path | Mapping[str, Any], world_size: int) -> RunC
         scheduler = _resolved_scheduler(scheduler, section)
     _resolve_batch(whole, world_size)
     _refuse_auto(whole, "")
+    if section.selector is not None:
+        checked_selector(section.selector, f"{SECTION}.selector", whole["train_batch_size"])
     return RunConfig(deepspeed=whole, scheduler=scheduler, zeroth_order=section)
 
 
@@ -315,7 +133,7 @@ def _refuse_unsupported(ds: dict[str, Any]) -> None:
     unknown = sorted(set(ds) - DEEPSPEED_KEYS)
     if unknown:
         raise ValueError(
-            f"{unknown[0]}: unknown key; neither DeepSpeed nor zods reads it.{_nearest(unknown[0], [*DEEPSPEED_KEYS, SECTION])}"
+            f"{unknown[0]}: unknown key; neither DeepSpeed nor zods reads it.{nearest(unknown[0], [*DEEPSPEED_KEYS, SECTION])}"
         )
     for key, instead in (("bfloat16", "bf16"), ("amp", "bf16")):
         if key in ds:

@@ -25,6 +25,13 @@ def check_dataset(dataset: Any, name: str) -> int:
     return len(dataset)
 
 
+def epoch_order(size: int, batch_size: int, seed: int, epoch: int) -> torch.Tensor:
+    """The examples of each step of an epoch, (steps, batch_size): all of `size` shuffled, less a tail that fills no batch."""
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+    order = torch.randperm(size, generator=generator)
+    return order[: size // batch_size * batch_size].view(-1, batch_size)
+
+
 class TrainingLoader:
     """This rank's micro-batches, epoch after epoch; an iterator per epoch, resumable.
 
@@ -65,11 +72,10 @@ class TrainingLoader:
         return len(self.dataset) // self.batch_size * self.accumulation  # type: ignore[arg-type]
 
     def _epoch_batches(self) -> list[list[int]]:
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
-        order = torch.randperm(len(self.dataset), generator=generator)  # type: ignore[arg-type]
-        steps = len(self.dataset) // self.batch_size  # type: ignore[arg-type]
+        size: int = len(self.dataset)  # type: ignore[arg-type]
+        order = epoch_order(size, self.batch_size, self.seed, self.epoch)
         # (step, micro-batch of the step, rank, example)
-        dealt = order[: steps * self.batch_size].view(steps, self.accumulation, self.world_size, self.micro_batch)
+        dealt = order.view(-1, self.accumulation, self.world_size, self.micro_batch)
         return dealt[:, :, self.rank].reshape(-1, self.micro_batch).tolist()
 
     def __iter__(self) -> Iterator[Any]:

@@ -28,6 +28,7 @@ from zods.directions import Direction
 from zods.estimators import Annealing, Update
 from zods.evaluation import Evaluator
 from zods.rule import StepRule
+from zods.selection.batches import SelectingLoader
 from zods.sharding import ShardedParameters, Slice, SliceUpdate, release_gathered
 from zods.streams import Point
 from zods.trajectory import TrajectoryLog
@@ -40,7 +41,8 @@ class StepReport:
     """What one step did.
 
     loss: mean of the losses at theta +- eps z, over the global batch. projected_grad: mean over the directions.
-    scalar_bytes: sent by this rank. seconds: with the refresh of the anchor, where the step began with one.
+    scalar_bytes: sent by this rank. seconds: with the refresh of the anchor, where the step began with one, and the selection.
+    selection_seconds: of it, choosing the sub-batch, where the step began with that.
     """
 
     step: int
@@ -50,6 +52,7 @@ class StepReport:
     scalar_bytes: int
     seconds: float
     skipped: bool
+    selection_seconds: float = 0.0
 
 
 class ZerothOrderOptimizer(torch.optim.Optimizer):
@@ -67,7 +70,8 @@ class ZerothOrderEngine:
 
     module: the model. deepspeed: the DeepSpeedEngine that shards it. global_steps, global_samples, micro_steps,
     skipped_steps: counters as DeepSpeed's. comm: what zods sends, with byte counters. anchor: of MeZO-SVRG, else None.
-    last_step: report of the last step, or None.
+    last_step: report of the last step, or None. selection: what chooses the sub-batches, with the last one's ids and report,
+    where there is a selector.
 
     In training the model stays in eval mode: both losses of a pair need the same function, so dropout is off.
     """
@@ -81,7 +85,7 @@ class ZerothOrderEngine:
         parameters: ShardedParameters,
         optimizer: ZerothOrderOptimizer,
         lr_scheduler: Any,
-        training_loader: TrainingLoader | None,
+        training_loader: TrainingLoader | SelectingLoader | None,
     ) -> None:
         self.deepspeed = deepspeed_engine
         self.module: torch.nn.Module = deepspeed_engine.module
@@ -91,6 +95,7 @@ class ZerothOrderEngine:
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.training_dataloader = training_loader
+        self.selection = training_loader.selection if isinstance(training_loader, SelectingLoader) else None
         self.monitor = deepspeed_engine.monitor
         self.training = True
         self.global_steps = 0
@@ -232,7 +237,7 @@ class ZerothOrderEngine:
             sums = torch.stack(self._sums).sum(0).tolist()
             per_rank = self._zo.directions == "per_rank"
             of_all = self.comm.gather_scalars(sums) if per_rank else [self.comm.sum_over_ranks(sums)]
-            self._reduced = [[total / count for total in totals] for *totals, count in of_all]
+            self._reduced = [[total / count if count else math.nan for total in totals] for *totals, count in of_all]
         return loss
 
     # --- phases 3 to 5: combine, apply, log -------------------------------------------------------------------------
@@ -322,7 +327,8 @@ class ZerothOrderEngine:
         """Count the step, keep its record, move the schedules on, and compare digests where that is due."""
         lr = self.get_lr()[0]
         if self.trajectory is not None:
-            self.trajectory.append("step", self.global_steps, update, losses, lr)
+            ids = None if self.selection is None else self.selection.selected_ids
+            self.trajectory.append("step", self.global_steps, update, losses, lr, ids=ids)
         self.global_steps += 1
         self.global_samples += self.train_batch_size()
         if not skipped:
@@ -334,9 +340,10 @@ class ZerothOrderEngine:
             self.annealing = estimators.end_epoch(self.annealing, alpha=anneal.alpha, threshold=anneal.threshold)
         if self.global_steps % self._zo.agreement_interval == 0:
             self.comm.check_agreement(self.digest, f"what was applied up to step {self.global_steps}")
-        seconds = time.perf_counter() - self._step_began
+        selecting = 0.0 if self.selection is None else self.selection.take_seconds()
+        seconds = time.perf_counter() - self._step_began + selecting
         sent = self.comm.scalar_bytes - self._bytes_before
-        self.last_step = StepReport(self.global_steps, loss, projected_grad, lr, sent, seconds, skipped)
+        self.last_step = StepReport(self.global_steps, loss, projected_grad, lr, sent, seconds, skipped, selecting)
         if self.monitor.enabled:
             events = {"loss": loss, "lr": lr, "projected_grad": projected_grad}
             self.monitor.write_events([(f"Train/Samples/{k}", v, self.global_samples) for k, v in events.items()])

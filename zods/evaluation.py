@@ -16,7 +16,7 @@ from zods.data import WholePass
 from zods.deferral import DeferredUpdate
 from zods.directions import Direction
 from zods.memory import peak_memory
-from zods.objectives import IGNORE_INDEX, batch_loss, logits_of, num_examples
+from zods.objectives import IGNORE_INDEX, WEIGHTS, batch_loss, logits_of, num_examples, weights_of
 from zods.sharding import ShardedParameters, is_sharded, release_gathered, stop_nvme_prefetch
 from zods.stacking import NotStackable
 from zods.streams import PerturbedForward, Point
@@ -132,6 +132,7 @@ class Evaluator:
         with self._forward_at.observing():
             outputs = self.outputs(batch)
         batch_loss(outputs, batch)
+        self._check_weighted(outputs, batch)
         if self._asked == "sequential":
             return self._asked
         del outputs
@@ -144,6 +145,19 @@ class Evaluator:
                 raise ValueError(f'zeroth_order.evaluation: "{form}" does not fit this model: {reason}. Use "auto".')
             logger.warning("evaluation: %s does not fit this model: %s", form, reason)
         return "sequential"
+
+    def _check_weighted(self, outputs: Any, batch: Any) -> None:
+        """Raise ValueError on all ranks where a model's own loss is not what the losses of its examples are made of."""
+        if weights_of(batch) is None:
+            return
+        plain = {key: value for key, value in batch.items() if key != WEIGHTS}
+        own, of_logits = batch_loss(outputs, plain), batch_loss({"logits": logits_of(outputs)}, plain)
+        differs = not torch.allclose(own, of_logits, rtol=1e-2, atol=1e-3, equal_nan=True)
+        if self._comm.sum_over_ranks([float(differs)])[0]:
+            raise ValueError(
+                "zeroth_order.selector: the model's own loss is not the cross entropy of its logits, which is what examples "
+                "are compared by. Leave the selector out."
+            )
 
     def _misfit(self, form: str, batch: Any) -> str | None:
         """Why `form` does not give what separate forwards do, or None. The same on all ranks.
@@ -233,9 +247,10 @@ class Evaluator:
         return f"its logits are {max(map(float, errors)) / float(size):.1e} off those of separate forwards (relative)"
 
     def loss_sums(self, points: Sequence[Point | None], batch: Any) -> torch.Tensor:
-        """Losses times the number of examples, then that number: (number of points + 1,) in float64."""
+        """Losses times the number of examples, or their weight, then that: (number of points + 1,) in float64."""
         losses = self.losses(points, batch)
-        size = num_examples(batch)
+        weights = weights_of(batch)
+        size = num_examples(batch) if weights is None else float(weights.sum())
         return torch.cat([losses * size, losses.new_tensor([size])])
 
     def whole_set_losses(
@@ -283,7 +298,7 @@ class Evaluator:
 def _call(model: Any, batch: Any) -> Any:
     """A dict is given as keywords, a tuple or list as positions."""
     if isinstance(batch, dict):
-        return model(**batch)
+        return model(**{key: value for key, value in batch.items() if key != WEIGHTS})
     return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
 
 

@@ -15,13 +15,18 @@ from deepspeed.runtime import lr_schedules
 
 from zods.anchor import check_nvme
 from zods.comm import Communicator
-from zods.config import DirectionConfig, RunConfig, read_config, resolve_model_auto
+from zods.config import RunConfig, read_config, resolve_model_auto
 from zods.data import TrainingLoader, check_dataset
 from zods.engine import ZerothOrderEngine, ZerothOrderOptimizer
 from zods.kernels import backend
+from zods.section import SECTION, DirectionConfig, checked_selector
+from zods.selection.batches import SelectingLoader, SubBatches, sources_of
+from zods.selection.features import find_target
 from zods.sharding import ShardedParameters
 
 logger = logging.getLogger(__name__)
+
+SELECTOR = f"{SECTION}.selector"
 
 
 def initialize(
@@ -38,13 +43,13 @@ def initialize(
     config: Any = None,
     mesh_param: Any = None,
     config_params: Any = None,
-) -> tuple[ZerothOrderEngine, ZerothOrderOptimizer, TrainingLoader | None, Any]:
+) -> tuple[ZerothOrderEngine, ZerothOrderOptimizer, TrainingLoader | SelectingLoader | None, Any]:
     """Put a model under DeepSpeed with zeroth-order steps; `deepspeed.initialize` with a section "zeroth_order".
 
     model: any module whose forward returns a loss, an output with `loss`, or one with `logits` for a batch with
     `labels`. It may be made under `deepspeed.zero.Init`. model_parameters: those to train (default: all that require a
-    gradient). training_data: a map-style dataset; needed for "mezo_svrg" (the anchor is its full-batch gradient) and for
-    "anneal". lr_scheduler: a scheduler on the returned optimizer, or a function that makes one from it. config: path or
+    gradient). training_data: a map-style dataset; needed for "mezo_svrg" (the anchor is its full-batch gradient), "anneal"
+    and "selector". lr_scheduler: a scheduler on the returned optimizer, or a function that makes one from it. config: path or
     dict (else `args.deepspeed_config`). optimizer, mpu and mesh_param must be None.
 
     Returns (engine, optimizer, training_dataloader, lr_scheduler). Raises ValueError or OSError on bad input, the same
@@ -72,7 +77,8 @@ def initialize(
     with comm.same_on_all_ranks():
         run = read_config(source, comm.world_size)
         check_folders(run)
-        loader = _training_loader(run, comm, training_data, collate_fn)
+        loader: TrainingLoader | SelectingLoader | None = _training_loader(run, comm, training_data, collate_fn)
+        _check_selector(run, model, training_data)
     resolve_model_auto(run.deepspeed, getattr(getattr(model, "config", None), "hidden_size", None))
     comm.check_agreement(json.dumps(run.to_dict(), sort_keys=True).encode(), "the configuration")
     comm.check_agreement(_fingerprint(model), "the model (parameter names, shapes, dtypes, trainable or not)")
@@ -81,6 +87,8 @@ def initialize(
     engine = deepspeed.initialize(model=model, config=ds_config, dist_init_required=False)[0]
     world = comm.world_size
     parameters = ShardedParameters(engine.module, rank=comm.rank, world_size=world, model_parameters=model_parameters)
+    if run.zeroth_order.selector is not None:
+        loader = _selecting_loader(run, comm, engine, training_data, collate_fn)
     zo_optimizer = ZerothOrderOptimizer([p.param for p in parameters], lr=run.zeroth_order.lr)
     scheduler = _scheduler(run, zo_optimizer, lr_scheduler)
     zo_engine = ZerothOrderEngine(
@@ -145,6 +153,40 @@ def _training_loader(
         seed=zo.seed,
         collate_fn=collate_fn,
     )
+
+
+def _check_selector(run: RunConfig, model: torch.nn.Module, training_data: Any) -> None:
+    """Raise ValueError where the model or the data is not what the selector's configuration says."""
+    selector = run.zeroth_order.selector
+    if selector is None:
+        return
+    if training_data is None:
+        raise ValueError(
+            f"training_data: missing; {SELECTOR} chooses from it. Give a map-style dataset to zods.initialize."
+        )
+    checked_selector(selector, SELECTOR, run.deepspeed["train_batch_size"], len(training_data))
+    sources_of(training_data, selector.source_column, SELECTOR)
+    find_target(model, selector.pattern)
+
+
+def _selecting_loader(
+    run: RunConfig, comm: Communicator, engine: Any, training_data: Any, collate_fn: Callable | None
+) -> SelectingLoader:
+    assert run.zeroth_order.selector is not None
+    with comm.same_on_all_ranks():
+        selection = SubBatches(
+            training_data,
+            collate_fn,
+            run.zeroth_order.selector,
+            model=engine.module,
+            deepspeed_engine=engine,
+            comm=comm,
+            micro_batch=run.deepspeed["train_micro_batch_size_per_gpu"],
+            accumulation=run.deepspeed["gradient_accumulation_steps"],
+            seed=run.zeroth_order.seed,
+            path=SELECTOR,
+        )
+    return SelectingLoader(selection, comm, run.zeroth_order.seed)
 
 
 def _fingerprint(model: torch.nn.Module) -> bytes:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 IGNORE_INDEX = -100  # transformers' mark for a token that is not scored
+WEIGHTS = "example_weights"  # the entry of a batch with a weight for each example, which no model is given
 
 _CHUNK_ELEMENTS = 1 << 24  # logits turned into float32 at a time: 64 MiB
 _CHUNK_ELEMENTS_ON_CPU = 1 << 20  # what stays in its cache: seven times faster there for bfloat16 logits
@@ -26,6 +27,8 @@ def batch_loss(outputs: Any, batch: Any) -> Tensor:
     labels (B, L) a causal language model, where position t predicts label t + 1 and labels of -100 do not count. A batch
     without any counted label gives NaN, as in transformers.
 
+    Of a batch with weights it is their weighted mean of `example_losses`, whatever loss the model gives; 0 where all are 0.
+
     Args:
         outputs: what the model's forward returned.
         batch: what it was given: a dict, or a tuple of tensors (which names no labels).
@@ -39,6 +42,9 @@ def batch_loss(outputs: Any, batch: Any) -> Tensor:
     first = outputs[0] if isinstance(outputs, (tuple, list)) and outputs else outputs
     loss = first if isinstance(first, Tensor) and first.ndim == 0 else _entry(outputs, "loss")
     logits, labels = _entry(outputs, "logits"), _entry(batch, "labels")
+    weights = weights_of(batch)
+    if weights is not None:
+        return weighted_sum(outputs, batch) / weights.sum().clamp(min=torch.finfo(torch.float32).tiny)
     if isinstance(loss, Tensor) and loss.ndim == 0:
         rounded = loss.dtype.itemsize < 4 and _is_classification(logits, labels)
         if rounded and torch.equal(functional.cross_entropy(logits, labels), loss):
@@ -60,6 +66,25 @@ def batch_loss(outputs: Any, batch: Any) -> Tensor:
         log_likelihood, num_tokens = sequence_log_likelihood(logits, labels)
         return -log_likelihood.sum() / num_tokens.sum()
     raise ValueError(_misfit(logits, labels))
+
+
+def weights_of(batch: Any) -> Tensor | None:
+    """The weights of a batch's examples, (B,), where it has some."""
+    return batch.get(WEIGHTS) if isinstance(batch, Mapping) else None
+
+
+def weighted_sum(outputs: Any, batch: Any) -> Tensor:
+    """The sum over a batch of its weights times `example_losses`, 0-d float32; an example of weight 0 counts nothing.
+
+    Raises ValueError where the outputs have no logits, or no labels fit them.
+    """
+    logits, labels, weights = logits_of(outputs), _entry(batch, "labels"), weights_of(batch)
+    if logits is None or not isinstance(labels, Tensor) or weights is None:
+        raise ValueError(
+            f"weights of examples need logits and labels; the model returned {_describe(outputs)} for {_describe(batch)}"
+        )
+    counted = weights != 0
+    return (example_losses(logits, labels)[counted] * weights[counted]).sum()
 
 
 def example_losses(logits: Tensor, labels: Tensor) -> Tensor:

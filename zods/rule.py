@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from zods import estimators
-from zods.config import ZerothOrderConfig
 from zods.directions import derive_seed
 from zods.estimators import Term, Update
+from zods.section import ZerothOrderConfig
 from zods.streams import Point
 
 

@@ -28,10 +28,12 @@ class TrajectoryLog:
         losses: Sequence[float],
         lr: float,
         gradient: Sequence[Term] = (),
+        ids: Sequence[int] | None = None,
     ) -> None:
         """kind: "step" or "anchor". losses: at the points evaluated, as reduced over the ranks.
 
         gradient: the terms of a new anchor gradient, of which later updates take `anchor_grad` times the whole.
+        ids: of the examples that a selector chose for this step.
         """
         record = {
             "kind": kind,
@@ -44,6 +46,8 @@ class TrajectoryLog:
             "gradient": [list(t) for t in gradient],
             "lr": lr,
         }
+        if ids is not None:
+            record["ids"] = list(ids)
         text = json.dumps(record, separators=(",", ":"))
         self._file.write(f"{zlib.crc32(text.encode()):08x} {text}\n")
         self._file.flush()

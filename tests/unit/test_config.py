@@ -11,21 +11,20 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from zods.config import (
+from zods.config import RunConfig, load_json, read_config, resolve_model_auto
+from zods.section import (
     DISTRIBUTIONS,
     METHODS,
     PLACES,
     SECTION,
+    STRATEGIES,
     SVRG_ONLY,
     AnchorConfig,
     AnnealConfig,
     DirectionConfig,
-    RunConfig,
+    SelectorConfig,
     ZerothOrderConfig,
-    load_json,
     parse_section,
-    read_config,
-    resolve_model_auto,
 )
 
 FOLDER = Path(__file__).parents[2] / "ds_configs"
@@ -77,6 +76,25 @@ DEFAULTS = {
         "buffer_size": 1 << 22,
         "pin_memory": True,
     },
+    "selector": None,
+}
+SELECTOR_DEFAULTS = {
+    "candidates": 16,
+    "strategy": "greedy",
+    "source_column": None,
+    "num_clusters": 8,
+    "quotas": None,
+    "weights": "uniform",
+    "warmup_steps": 0,
+    "interval": 1,
+    "metric": "l2",
+    "features": "exact",
+    "num_directions": 64,
+    "rank": 4,
+    "pattern": None,
+    "eps": 1e-3,
+    "two_sided": True,
+    "top": 2560,
 }
 ANNEAL_DEFAULTS = {"alpha": 5.0, "threshold": 1.05}
 
@@ -89,6 +107,7 @@ FLOATS = {
     "stream_memory_gb": ([None, 0.5, 80], [0, -1, *NOT_NUMBERS]),
     "weight_decay": ([0, 0.1, 1], [-0.1, None, *NOT_NUMBERS]),
     "anneal.alpha": ([1.01, 2, 5.0], [1, 1.0, 0.5, 0, -5, None, *NOT_NUMBERS]),
+    "selector.eps": ([1e-8, 1e-3, 1], [0, -1e-3, None, *NOT_NUMBERS]),
     "anneal.threshold": ([0.5, 1, 1.05], [0, -1, None, *NOT_NUMBERS]),
 }
 NOT_WHOLE = [-1, 1.0, 2.5, 1e3, *NOT_NUMBERS]
@@ -101,11 +120,19 @@ INTEGERS = {
     "max_nonfinite_steps": ([0, 5], [None, *NOT_WHOLE]),
     "direction.rank": ([1], [0, None, *NOT_WHOLE]),
     "anchor.buffer_count": ([1, 2, 8], [0, None, *NOT_WHOLE]),
+    "selector.candidates": ([8, 128], [0, None, *NOT_WHOLE]),
+    "selector.num_clusters": ([1, 8], [0, None, *NOT_WHOLE]),
+    "selector.warmup_steps": ([0, 8], [None, *NOT_WHOLE]),
+    "selector.interval": ([1, 8], [0, None, *NOT_WHOLE]),
+    "selector.num_directions": ([1, 8], [0, None, *NOT_WHOLE]),
+    "selector.rank": ([1, 8], [0, None, *NOT_WHOLE]),
+    "selector.top": ([1, 8], [0, None, *NOT_WHOLE]),
     "anchor.buffer_size": ([1, 10**9], [0, None, *NOT_WHOLE]),
 }
 NOT_BOOLEANS = [0, 1, None, "true", "false", "", [], {}, 1.0, "auto"]
 BOOLEANS = {
-    key: ([True, False], NOT_BOOLEANS) for key in ("share_direction", "stochastic_rounding", "anchor.pin_memory")
+    key: ([True, False], NOT_BOOLEANS)
+    for key in ("share_direction", "stochastic_rounding", "anchor.pin_memory", "selector.two_sided")
 }
 NOT_NAMES = [None, "", 0, 1, True, [], {}, "auto", ["gaussian"]]
 NAMES = {
@@ -119,18 +146,32 @@ NAMES = {
     "anchor.point": (["device", "cpu", "terms"], ["gpu", "CPU", "disk", "none", *NOT_NAMES]),
     "anchor.gradient": (["device", "cpu", "terms"], ["gpu", "cuda", "none", *NOT_NAMES]),
 }
+NAMES |= {
+    "selector.strategy": (list(STRATEGIES), ["Greedy", "best", *NOT_NAMES]),
+    "selector.features": (["exact", "zo", "paper"], ["gradient", *NOT_NAMES]),
+    "selector.metric": (["l1", "l2", "cosine"], ["L1", *NOT_NAMES]),
+    "selector.weights": (["uniform", "cluster"], ["Uniform", *NOT_NAMES]),
+}
 SECTIONS = {
+    "selector": ([], [1, "on", [], True, False, "auto"]),
     "anchor": ([{}], [None, 1, "cpu", [], True, "auto"]),
     "direction": ([{}], [None, 1, [], True]),
     "anneal": ([{}], [1, "on", [], True, False, "auto"]),
 }
-KEYS = {**FLOATS, **INTEGERS, **BOOLEANS, **NAMES, **SECTIONS, "anchor.nvme_path": ([], [1, True, [], {}, "auto"])}
+TEXTS = {
+    "anchor.nvme_path": ([], [1, True, [], {}, "auto"]),
+    "selector.source_column": ([None, "source"], [1, True, [], {}, "auto"]),
+    "selector.pattern": ([None, "v_proj"], [1, True, [], {}, "auto"]),
+    "selector.quotas": ([None], [1, True, [], {}]),
+}
+KEYS = {**FLOATS, **INTEGERS, **BOOLEANS, **NAMES, **SECTIONS, **TEXTS}
 
 
 def nested(path: str, value) -> dict:
     """{"a": {"b": value}} for "a.b"."""
     first, _, rest = path.partition(".")
-    return {first: nested(rest, value) if rest else value}
+    needed = {"candidates": 16} if first == "selector" and rest != "candidates" else {}
+    return {first: {**needed, **nested(rest, value)} if rest else value}
 
 
 def at(section: ZerothOrderConfig, path: str):
@@ -148,11 +189,27 @@ def test_defaults_are_those_documented():
     assert parse_section({}).to_dict() == DEFAULTS
     assert parse_section({"anneal": {}}).to_dict() == {**DEFAULTS, "anneal": ANNEAL_DEFAULTS}
     assert parse_section({"anneal": None}).anneal is None
+    assert parse_section({"selector": {"candidates": 16}}).to_dict() == {**DEFAULTS, "selector": SELECTOR_DEFAULTS}
+    assert parse_section({"selector": None}).selector is None
     assert parse_section({"anchor": {}}) == ZerothOrderConfig()
     assert parse_section({"direction": "low_rank"}).direction == DirectionConfig("low_rank", 1)
     assert parse_section({"direction": {"distribution": "low_rank", "rank": 4}}).direction == DirectionConfig(
         "low_rank", 4
     )
+
+
+def test_a_selector_is_refused_where_it_does_not_fit_the_batch():
+    refused(config({"selector": {}}), f"{SECTION}.selector.candidates: missing")
+    refused(config({"selector": {"candidates": 7}}), f"{SECTION}.selector.candidates: found 7", "8 (train_batch_size)")
+    quotas = {"candidates": 9, "source_column": "source", "quotas": {"a": 3, "b": 4}}
+    refused(config({"selector": quotas}), f"{SECTION}.selector.quotas: they sum to 7, must sum to 8")
+    refused(
+        config({"selector": {"candidates": 9, "quotas": {"a": 8}}}), "selector.quotas: given without", "source_column"
+    )
+    refused(config({"selector": quotas | {"quotas": {"a": -1}}}), "selector.quotas.a: found -1")
+    taken = read_config(config({"selector": quotas | {"quotas": {"a": 3, "b": 5}}}), 1)
+    assert taken.zeroth_order.selector.quotas == {"a": 3, "b": 5}
+    assert read_config(taken.to_dict(), 1) == taken
 
 
 def test_a_rank_belongs_to_low_rank_directions():
@@ -165,6 +222,7 @@ def test_every_key_is_in_these_tests():
         (AnchorConfig, "anchor."),
         (AnnealConfig, "anneal."),
         (DirectionConfig, "direction."),
+        (SelectorConfig, "selector."),
     ):
         assert {prefix + field.name for field in dataclasses.fields(cls)} <= set(KEYS)
 

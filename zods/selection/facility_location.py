@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from zods.kernels import summed_excess
+from zods.section import METRICS
 
-METRICS = ("l1", "l2", "cosine")
 MAX_CANDIDATES = (1 << 19) - 1  # a gain (43 bits) and an id fit one int64
 
 _LARGEST_FEATURE = (1 << 15) - 1
@@ -88,7 +88,7 @@ class Problem:
 
     def keep_distances(self) -> None:
         """Make all distances once, where they are few enough to keep."""
-        if self._kept is not None or self.num_items * self.num_candidates * 4 > _CACHE_BYTES:
+        if self._kept is not None or not distances_fit(max(self.num_items, self.num_candidates)):
             return
         kept = torch.empty(self.num_candidates, self.num_items, device=self.device)
         size = max(1, _BLOCK // max(1, self.num_items))
@@ -143,6 +143,16 @@ def quantised(features: Tensor, largest: float) -> Tensor:
     if largest == 0.0:
         return torch.zeros_like(features, dtype=torch.int16)
     return (features.double() / largest * _LARGEST_FEATURE).round().to(torch.int16)
+
+
+def dequantised(features: Tensor, largest: float) -> Tensor:
+    """What `quantised` was given, to within its rounding, float32."""
+    return (features.double() * (largest / _LARGEST_FEATURE)).float()
+
+
+def distances_fit(n: int) -> bool:
+    """Whether the distances of n candidates are kept in memory, once made."""
+    return n * n * 4 <= _CACHE_BYTES
 
 
 def from_quantised(features: Tensor, largest: float, metric: str) -> Problem:
@@ -294,17 +304,18 @@ def lazy_greedy(problem: Problem, k: int, *, own: Tensor | None = None, share: S
     return choice(problem, ids)
 
 
-def greedi(problem: Problem, k: int, parts: Sequence[Sequence[int]]) -> Chosen:
-    """Two rounds: k of each part, by the part alone; then k of what these have chosen. The better of that and the best
-    part's own choice."""
+def greedi(
+    problem: Problem, k: int, parts: Sequence[Sequence[int]], local_quotas: Sequence[int] | None = None
+) -> Chosen:
+    """Two rounds: k of each part (or its local quota), by the part alone; then k of what these have chosen. The better of
+    that and the best part's own choice."""
     _check_budget(k)
-    device = problem.device
     firsts = []
-    for part in parts:
-        ids = torch.tensor(part, dtype=torch.int64, device=device)
-        firsts.append(ids[lazy_greedy(problem.among(ids), k).ids].tolist() if part else [])
-    union = torch.tensor(sorted(i for first in firsts for i in first), dtype=torch.int64, device=device)
-    tried = [lazy_greedy(problem, k, own=union), *(choice(problem, first) for first in firsts)]
+    for part, quota in zip(parts, local_quotas or [k] * len(parts), strict=True):
+        ids = torch.tensor(part, dtype=torch.int64, device=problem.device)
+        firsts.append(ids[lazy_greedy(problem.among(ids), quota).ids].tolist() if len(part) else [])
+    union = torch.tensor(sorted(i for first in firsts for i in first), dtype=torch.int64, device=problem.device)
+    tried = [lazy_greedy(problem, k, own=union), *(choice(problem, first) for first in firsts if len(first) == k)]
     return max(tried, key=lambda chosen: chosen.objective)
 
 

@@ -20,7 +20,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,6 @@ from zods.sharding import release_gathered
 
 logger = logging.getLogger(__name__)
 
-KINDS = ("exact", "zo", "paper")
 VALUE_PROJECTIONS = (  # of a block, as models name it; further down, one that makes queries and keys too
     "v_proj",
     "value",
@@ -101,7 +100,7 @@ def _value_projections(targets: dict[str, Target], kind: str) -> list[Target]:
         return []
     layer = re.sub(r"(base_layer\.)?weight$", "", plain[-1].name)
     adapters = [t for name, t in targets.items() if name.startswith(f"{layer}lora_B.")]
-    return [target for target in adapters if target.module.weight.requires_grad] or plain
+    return [target for target in adapters if next(target.module.parameters()).requires_grad] or plain
 
 
 def _blocks(model: nn.Module, name: str) -> tuple[tuple[nn.Module, ...], int]:
@@ -112,6 +111,14 @@ def _blocks(model: nn.Module, name: str) -> tuple[tuple[nn.Module, ...], int]:
         if isinstance(around, nn.ModuleList):
             return tuple(around), int(parts[depth])
     return (), 0
+
+
+def without_cache(model: nn.Module) -> dict[str, Any]:
+    """What tells a transformer's forward not to keep keys and values, as for generation."""
+    inner: Any = model
+    if hasattr(model, "get_base_model"):
+        inner = inner.get_base_model()
+    return {"use_cache": False} if "use_cache" in inspect.signature(inner.forward).parameters else {}
 
 
 class FeatureExtractor:
@@ -148,12 +155,21 @@ class FeatureExtractor:
 
         All ranks of a sharded model call it together. The model is left in the mode it was in, nothing of it is changed.
         """
+        with self._pass(batch) as pass_:
+            return self._exact(pass_, seeds) if self._kind == "exact" else self._differences(pass_, seeds)
+
+    def losses(self, batch: dict[str, Any]) -> Tensor:
+        """The losses alone, (B,) float32."""
+        with self._pass(batch) as pass_:
+            return pass_.losses()[0]
+
+    @contextmanager
+    def _pass(self, batch: dict[str, Any]) -> Iterator[_Pass]:
         training = [module for module in self._model.modules() if module.training]
         self._model.eval()
         try:
             with torch.no_grad():
-                pass_ = _Pass(self._model, self.target, self._head, batch)
-                return self._exact(pass_, seeds) if self._kind == "exact" else self._differences(pass_, seeds)
+                yield _Pass(self._model, self.target, self._head, batch)
         finally:
             for module in training:
                 module.training = True
@@ -215,6 +231,14 @@ class FeatureExtractor:
         return (right.T, left) if self.target.input_first else (left, right.T)
 
 
+class _Labelled(NamedTuple):
+    """The labelled tokens of a batch. positions: of what predicts them, in (B L). owners: their examples."""
+
+    positions: Tensor
+    targets: Tensor
+    owners: Tensor
+
+
 class _Pass:
     """Forwards of a model on one batch, whose head sees labelled tokens only."""
 
@@ -223,22 +247,18 @@ class _Pass:
         if not isinstance(labels, Tensor):
             raise ValueError(f"a batch to select from needs labels; it has {', '.join(batch)}.")
         self._model, self._target, self._head, self._labels = model, target, head, labels
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-        cache = {"use_cache": False} if "use_cache" in inspect.signature(inner.forward).parameters else {}
-        self._inputs = cache | {key: value for key, value in batch.items() if key != "labels"}
+        self._inputs = without_cache(model) | {key: value for key, value in batch.items() if key != "labels"}
         self._before_last: Any = None  # what the block before the last returns
-        self._positions = self._targets = self._owners = None
+        self._labelled: _Labelled | None = None
         if labels.ndim == 2:  # position t predicts label t + 1
-            counted = functional.pad(labels[:, 1:] != IGNORE_INDEX, (0, 1)).flatten()
-            self._positions = counted.nonzero().squeeze(1)
-            self._targets = labels.flatten()[self._positions + 1]
-            self._owners = self._positions // labels.shape[1]
+            positions = functional.pad(labels[:, 1:] != IGNORE_INDEX, (0, 1)).flatten().nonzero().squeeze(1)
+            self._labelled = _Labelled(positions, labels.flatten()[positions + 1], positions // labels.shape[1])
 
     @property
     def largest(self) -> int:
         """Elements of the larger of the logits and the hidden states of the last block, per copy of the batch."""
         vocabulary = getattr(self._head, "out_features", 1)
-        labelled = 1 if self._positions is None else len(self._positions)
+        labelled = 1 if self._labelled is None else len(self._labelled.positions)
         tokens = max(value.numel() for value in self._inputs.values() if isinstance(value, Tensor))
         return max(labelled * vocabulary, tokens * 4 * max(self._target.shape))
 
@@ -254,15 +274,16 @@ class _Pass:
 
         def keep_labelled(_: nn.Module, args: tuple) -> tuple | None:
             hidden = args[0]
-            if self._positions is None or hidden.shape[:-1] != (copies * len(self._labels), self._labels.shape[1]):
+            if self._labelled is None or hidden.shape[:-1] != (copies * len(self._labels), self._labels.shape[1]):
                 return None
             cut.append(True)
-            return (hidden.reshape(copies, -1, hidden.shape[-1])[:, self._positions], *args[1:])
+            return (hidden.reshape(copies, -1, hidden.shape[-1])[:, self._labelled.positions], *args[1:])
 
         inputs = self._inputs
         with ExitStack() as stack:
             if at_target is not None:
-                hook = self._target.module.register_forward_hook(lambda _, args, output: at_target(args[0], output))
+                change = at_target
+                hook = self._target.module.register_forward_hook(lambda _, args, output: change(args[0], output))
                 stack.callback(hook.remove)
             if self._head is not None:
                 stack.callback(self._head.register_forward_pre_hook(keep_labelled).remove)
@@ -277,21 +298,21 @@ class _Pass:
                 "the model gives no logits without labels, so the losses of single examples are not known."
             )
         with torch.set_grad_enabled(logits.requires_grad):
-            if not cut:
+            if not cut or self._labelled is None:
                 labels = self._labels.repeat(copies, *[1] * (self._labels.ndim - 1))
                 return example_losses(logits, labels).view(copies, -1)
-            tokens = functional.cross_entropy(
-                logits.flatten(0, 1).float(), self._targets.repeat(copies), reduction="none"
-            )
-            sums = tokens.new_zeros(copies, len(self._labels)).index_add(1, self._owners, tokens.view(copies, -1))
-            return sums / torch.bincount(self._owners, minlength=len(self._labels))
+            _, targets, owners = self._labelled
+            tokens = functional.cross_entropy(logits.flatten(0, 1).float(), targets.repeat(copies), reduction="none")
+            sums = tokens.new_zeros(copies, len(self._labels)).index_add(1, owners, tokens.view(copies, -1))
+            return sums / torch.bincount(owners, minlength=len(self._labels))
 
     def per_example(self, products: Tensor) -> Tensor:
         """(B, m): the sums over each example's tokens of what was made of the matrix's inputs, (B, L, m)."""
         if (
-            self._target.module is self._head and self._owners is not None
-        ):  # whose inputs were labelled tokens, (1, N, m)
-            return products.new_zeros(len(self._labels), products.shape[-1]).index_add(0, self._owners, products[0])
+            self._target.module is self._head and self._labelled is not None
+        ):  # its inputs are labelled tokens, (1, N, m)
+            sums = products.new_zeros(len(self._labels), products.shape[-1])
+            return sums.index_add(0, self._labelled.owners, products[0])
         return products.flatten(1, -2).sum(1)
 
     def _repeated(self, value: Any, copies: int) -> Any:

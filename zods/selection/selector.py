@@ -1,0 +1,244 @@
+"""Which examples of a candidate batch are trained on, and with what weights.
+
+Nguyen et al. 2024, arXiv:2407.19580v1 (later CoLM): small sources are kept whole, of each other source the examples are chosen
+that stand best for the rest of it. Everything here is the same on every rank, whoever made the features.
+"""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zods.directions import Parameter, derive_seed
+from zods.section import SelectorConfig
+from zods.selection.facility_location import (
+    Chosen,
+    Problem,
+    Share,
+    dequantised,
+    distances_fit,
+    from_features,
+    from_quantised,
+    greedi,
+    lazy_greedy,
+    stochastic_greedy,
+)
+from zods.selection.paper import PaperFeatures
+from zods.selection.policy import capped_quotas, largest_remainder, quotas_of
+
+logger = logging.getLogger(__name__)
+
+BY_SOURCE = ("greedy", "stochastic_greedy", "greedi", "structured_random")
+NEEDS = {  # what a strategy wants to know of a candidate
+    "greedy": "features",
+    "stochastic_greedy": "features",
+    "greedi": "features",
+    "random": "nothing",
+    "structured_random": "nothing",
+    "longest": "nothing",
+    "highest_loss": "losses",
+}
+
+
+@dataclass(frozen=True)
+class CandidateBatch:
+    """The candidates of all ranks, in the order of their ids.
+
+    ids: places in the dataset, ascending. sources: a name for each, or None. num_tokens: of each. losses: (n,), not finite
+    for an example that is not to be chosen; None: not known. features: (n, m) int16, `quantised` by `largest`; or None.
+    owned: the places of the candidates for which this rank may evaluate gains; None: all.
+    """
+
+    ids: Sequence[int]
+    num_tokens: Sequence[int]
+    sources: Sequence[str] | None = None
+    losses: Tensor | None = None
+    features: Tensor | None = None
+    largest: float = 0.0
+    owned: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a selection did. quotas: of each source that had candidates. objective: of facility location, summed over the
+    sources; 0 for a strategy without it. unusable: candidates without labels, or with a loss or features that are not finite."""
+
+    step: int
+    candidates: int
+    unusable: int
+    quotas: dict[str, int] = field(default_factory=dict)
+    kept_whole: list[str] = field(default_factory=list)
+    objective: float = 0.0
+
+
+class Selector:
+    """Chooses `budget` of the candidates of each batch.
+
+    target: the matrix whose gradients the features tell of; needed for those of the paper. num_parts: of GreeDi, the ranks
+    there are. share: exchanges gains between ranks, each of which evaluates those of the candidates it owns.
+    """
+
+    def __init__(
+        self,
+        config: SelectorConfig,
+        budget: int,
+        *,
+        seed: int,
+        target: Parameter | None = None,
+        num_parts: int = 1,
+        share: Share | None = None,
+    ) -> None:
+        self.config, self.budget = config, budget
+        self.step = 0  # selections made
+        self._seed, self._num_parts, self._share = seed, num_parts, share
+        self._said_kept = False
+        self._paper: PaperFeatures | None = None
+        if config.features == "paper" and NEEDS[config.strategy] == "features":
+            assert target is not None
+            self._paper = PaperFeatures(target, config.top)
+
+    @property
+    def strategy(self) -> str:
+        """Of the next selection."""
+        return "structured_random" if self.step < self.config.warmup_steps else self.config.strategy
+
+    def direction_seeds(self) -> list[int]:
+        """Of the features of the next selection."""
+        count = 1 if self.config.features == "paper" else self.config.num_directions
+        return [derive_seed(self._seed, "selection", self.step, k) for k in range(count)]
+
+    def select(self, batch: CandidateBatch) -> tuple[list[int], list[float], Report]:
+        """(places in `batch` of the chosen, in their order; a weight for each; what was done).
+
+        Fewer than the budget are chosen only where fewer are usable. Weights are 1, or with "cluster" the number of usable
+        candidates that an example stands for.
+        """
+        usable = self._usable(batch)
+        problem = self._problem(batch, usable) if NEEDS[self.strategy] == "features" and usable else None
+        groups = self._groups(batch, usable, problem)
+        sizes = {name: len(members) for name, members in groups.items()}
+        quotas = self._quotas(sizes)
+        chosen: list[tuple[int, float]] = []
+        objective = 0.0
+        for name, members in groups.items():
+            if quotas[name] == len(members):
+                chosen += [(usable[i], 1.0) for i in members]
+                continue
+            found, weights, gained = self._choose(batch, usable, problem, members, quotas[name], name)
+            chosen += zip(found, weights, strict=True)
+            objective += gained
+        chosen.sort()
+        whole = [name for name in groups if quotas[name] == sizes[name]]
+        if self._paper is not None and problem is not None:
+            derivatives = _derivatives(batch)[[place for place, _ in chosen]]
+            self._paper.record(self.direction_seeds()[0], float(derivatives.mean()))
+        report = Report(self.step, len(batch.ids), len(batch.ids) - len(usable), quotas, whole, objective)
+        self.step += 1
+        weights = [weight if self.config.weights == "cluster" else 1.0 for _, weight in chosen]
+        return [place for place, _ in chosen], weights, report
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next selections depend on, as JSON."""
+        history = None if self._paper is None else [list(entry) for entry in self._paper.history]
+        return {"step": self.step, "history": history}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+        if self._paper is not None:
+            self._paper.load([(seed, mean) for seed, mean in state["history"] or []])
+
+    def _problem(self, batch: CandidateBatch, usable: list[int]) -> Problem:
+        assert batch.features is not None
+        if self._paper is not None:
+            expanded = self._paper.expand(_derivatives(batch)[usable], self.direction_seeds()[0])
+            return from_features(expanded, self.config.metric)
+        places = torch.tensor(usable, device=batch.features.device)
+        return from_quantised(batch.features[places], batch.largest, self.config.metric)
+
+    def _usable(self, batch: CandidateBatch) -> list[int]:
+        usable = torch.ones(len(batch.ids), dtype=torch.bool)
+        if batch.losses is not None:
+            usable &= batch.losses.cpu().isfinite()
+        return usable.nonzero().squeeze(1).tolist()
+
+    def _groups(self, batch: CandidateBatch, usable: list[int], problem: Problem | None) -> dict[str, list[int]]:
+        """Places in `usable` by source, in the order of the sources' names."""
+        if self.strategy not in BY_SOURCE:
+            names = ["all"] * len(usable)
+        elif batch.sources is not None:
+            names = [batch.sources[i] for i in usable]
+        elif problem is not None and self.config.num_clusters > 1:
+            centres = lazy_greedy(problem, self.config.num_clusters).ids
+            distances = problem.distances(torch.tensor(centres, device=problem.device))
+            names = [f"cluster {k}" for k in distances.argmin(0).tolist()]
+        else:
+            names = ["all"] * len(usable)
+        groups: dict[str, list[int]] = {name: [] for name in sorted(set(names))}
+        for i, name in enumerate(names):
+            groups[name].append(i)
+        return groups
+
+    def _quotas(self, sizes: dict[str, int]) -> dict[str, int]:
+        if self.config.quotas is not None and self.strategy in BY_SOURCE:
+            return capped_quotas(self.config.quotas, sizes)
+        quotas = quotas_of(sizes, self.budget)
+        total = sum(sizes.values())
+        small = sum(size for size in sizes.values() if size * len(sizes) < total)
+        if small >= self.budget and total > self.budget and not self._said_kept:
+            self._said_kept = True
+            logger.warning(
+                "selector: sources below the mean size have %d of %d candidates, which leaves nothing of the %d to be chosen: "
+                "no source is kept whole, all have a share in proportion",
+                small, total, self.budget,
+            )  # fmt: skip
+        return quotas
+
+    def _choose(
+        self, batch: CandidateBatch, usable: list[int], problem: Problem | None, members: list[int], k: int, name: str
+    ) -> tuple[list[int], list[float], float]:
+        """k of the members of a source: (places in the batch, weights, objective)."""
+        places = [usable[i] for i in members]
+        if problem is None:
+            kept = self._ranked(batch, places, name)[:k]
+            return kept, [len(members) / k for _ in kept], 0.0
+        chosen = self._facility(problem.among(torch.tensor(members, device=problem.device)), batch, places, k, name)
+        return [places[i] for i in chosen.ids], [float(w) for w in chosen.weights], chosen.objective
+
+    def _facility(self, problem: Problem, batch: CandidateBatch, places: list[int], k: int, name: str) -> Chosen:
+        """Where all distances fit the memory every rank chooses by itself; else each evaluates the candidates it owns."""
+        if self.strategy == "stochastic_greedy":
+            return stochastic_greedy(problem, k, seed=self._random_seed(name))
+        if self.strategy == "greedi":
+            parts = [range(part, len(places), self._num_parts) for part in range(self._num_parts)]
+            return greedi(problem, k, parts, largest_remainder([len(part) for part in parts], k))
+        if self._share is None or batch.owned is None or distances_fit(len(places)):
+            return lazy_greedy(problem, k)
+        owned = torch.isin(torch.tensor(places), batch.owned.cpu()).nonzero().squeeze(1)
+        return lazy_greedy(problem, k, own=owned.to(problem.device), share=self._share)
+
+    def _ranked(self, batch: CandidateBatch, places: list[int], name: str) -> list[int]:
+        """Places in the order in which a baseline takes them."""
+        if self.strategy == "longest":
+            return sorted(places, key=lambda i: (-batch.num_tokens[i], i))
+        if self.strategy == "highest_loss":
+            assert batch.losses is not None
+            losses = batch.losses.tolist()
+            return sorted(places, key=lambda i: (-losses[i], i))
+        order = torch.randperm(len(places), generator=torch.Generator().manual_seed(self._random_seed(name)))
+        return [places[i] for i in order.tolist()]
+
+    def _random_seed(self, name: str) -> int:
+        """Of a source in this selection."""
+        return derive_seed(self._seed, "selection", self.step, zlib.crc32(name.encode())) % 2**63
+
+
+def _derivatives(batch: CandidateBatch) -> Tensor:
+    """What `quantised` was given, of features with one number each."""
+    assert batch.features is not None
+    return dequantised(batch.features, batch.largest)[:, 0].cpu()
