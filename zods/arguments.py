@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from zods.config import load_json
-from zods.section import METHODS, SECTION, SVRG_ONLY, ZerothOrderConfig
+from zods.section import METHODS, SECTION, STRATEGIES, SVRG_ONLY, ZerothOrderConfig
 
 OVERRIDES = {  # option: help; each sets the key of the same name in the section "zeroth_order"
     "method": f"{' or '.join(METHODS)}; mezo drops the keys that only mezo_svrg has",
@@ -21,6 +21,7 @@ OVERRIDES = {  # option: help; each sets the key of the same name in the section
     "weight_decay": "decoupled weight decay",
     "seed": "of directions and data order",
 }
+FIRST_ORDER = ("lr", "weight_decay", "seed")  # those that mean something with an optimizer, too
 BATCH_OVERRIDES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
@@ -44,6 +45,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     main.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
     main.add_argument("--output_dir", required=True, help="the run's folder: config, metrics, log, checkpoints, model")
     main.add_argument("--resume", metavar="FOLDER", help="go on from the latest checkpoint in this folder")
+
+    main.add_argument("--optimizer", choices=("adamw",), help="first-order training by DeepSpeed, for comparison")
+    main.add_argument("--lora_rank", type=int, help="train LoRA adapters of this rank only (needs peft)")
+
+    select = parser.add_argument_group("selection of sub-batches")
+    select.add_argument("--select", type=_select, metavar="K/N", help="choose K (the train_batch_size) of N candidates")
+    select.add_argument("--source_column", help="the column of an example's source (default: clusters of features)")
+    select.add_argument("--strategy", choices=STRATEGIES, help="default: greedy")
 
     data = parser.add_argument_group("data: local files or a dataset of the hub")
     data.add_argument("--train_file", help=".jsonl, .json, .csv, .tsv or .parquet (.gz too)")
@@ -106,7 +115,13 @@ def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> No
             parser.error(f"--{option} belongs to --dataset_name")
     if arguments.validation_file is not None and arguments.validation_split is not None:
         parser.error("give either --validation_file or --validation_split")
-    for option in ("max_length", "num_epochs", "max_steps", "max_train_examples", "max_eval_examples"):
+    if arguments.optimizer is not None:
+        zeroth = [key for key in OVERRIDES if getattr(arguments, key) is not None and key not in FIRST_ORDER]
+        if zeroth:
+            parser.error(f"--{zeroth[0]} belongs to zeroth-order steps, not to --optimizer")
+    if arguments.select is not None and arguments.train_batch_size is not None:
+        parser.error("--select K/N sets train_batch_size to K; leave --train_batch_size out")
+    for option in ("lora_rank", "max_length", "num_epochs", "max_steps", "max_train_examples", "max_eval_examples"):
         value = getattr(arguments, option)
         if value is not None and value < 1:
             parser.error(f"--{option}: found {value}, must be 1 or more")
@@ -120,13 +135,45 @@ def merged_config(arguments: argparse.Namespace) -> dict[str, Any]:
     config = load_json(arguments.deepspeed_config)
     section = dict(config.get(SECTION, {}))
     given = {key: getattr(arguments, key) for key in OVERRIDES if getattr(arguments, key) is not None}
-    if given.get("method") == "mezo":
+    if arguments.optimizer is not None:
+        rates: dict[str, float] = {key: given.pop(key) for key in ("lr", "weight_decay") if key in given}
+        config["optimizer"] = _optimizer(config, rates)
+        section = {key: value for key, value in section.items() if key in ("seed", "selector")}
+    elif given.get("method") == "mezo":
         section = {key: value for key, value in section.items() if key not in SVRG_ONLY}
-    config[SECTION] = {**section, **given}
+    config[SECTION] = {**section, **given, **_selector(section, arguments)}
     batch = {key: getattr(arguments, key) for key in BATCH_OVERRIDES if getattr(arguments, key) is not None}
+    if arguments.select is not None:
+        micro = config.get("train_micro_batch_size_per_gpu")
+        batch = {"train_batch_size": arguments.select[0], **batch}
+        if micro is not None and len(batch) == 1:
+            batch["train_micro_batch_size_per_gpu"] = micro
     if batch:  # those not given follow from those that are
         config = {key: value for key, value in config.items() if key not in BATCH_OVERRIDES} | batch
     return config
+
+
+def _selector(section: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
+    """{"selector": ...} with the overrides of the command line, or nothing where there is no selector."""
+    given = {
+        key: getattr(arguments, key) for key in ("source_column", "strategy") if getattr(arguments, key) is not None
+    }
+    if arguments.select is not None:
+        given["candidates"] = arguments.select[1]
+    return {"selector": {**(section.get("selector") or {}), **given}} if given else {}
+
+
+def _optimizer(config: dict[str, Any], rates: dict[str, float]) -> dict[str, Any]:
+    """DeepSpeed's section: the JSON's own, or AdamW, with the rates given."""
+    optimizer = config.get("optimizer", {"type": "AdamW", "params": {"torch_adam": True}})
+    return {**optimizer, "params": {**optimizer.get("params", {}), **rates}}
+
+
+def _select(text: str) -> tuple[int, int]:
+    chosen, _, candidates = text.partition("/")
+    if not (chosen.isdigit() and candidates.isdigit() and 0 < int(chosen) <= int(candidates)):
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected K/N with 0 < K <= N, as in 64/128")
+    return int(chosen), int(candidates)
 
 
 def _names(text: str) -> list[str]:

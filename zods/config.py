@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import hjson
 
-from zods.section import SECTION, SVRG_ONLY, ZerothOrderConfig, checked_selector, nearest, parse_section
+from zods.section import SECTION, SVRG_ONLY, SelectorConfig, ZerothOrderConfig, checked_selector, nearest, parse_section
 
 DEEPSPEED_KEYS = frozenset(  # top-level keys that DeepSpeed 0.19.8 reads; it ignores any other without a word
     """aio amp autotuning bf16 bfloat16 checkpoint comms_logger communication_data_type compile compression_training
@@ -46,6 +46,14 @@ class RunConfig:
     def zero_stage(self) -> int:
         return self.deepspeed.get("zero_optimization", {}).get("stage", 0)
 
+    @property
+    def seed(self) -> int:
+        return self.zeroth_order.seed
+
+    @property
+    def selector(self) -> SelectorConfig | None:
+        return self.zeroth_order.selector
+
     def to_dict(self) -> dict[str, Any]:
         whole = dict(self.deepspeed)
         if self.scheduler is not None:
@@ -54,6 +62,38 @@ class RunConfig:
         if not self.zeroth_order.is_svrg:
             section = {key: value for key, value in section.items() if key not in SVRG_ONLY}
         return {**whole, SECTION: section}
+
+
+@dataclass(frozen=True)
+class FirstOrderConfig:
+    """A run with DeepSpeed's own optimizer. deepspeed: what `deepspeed.initialize` gets. seed: of the data order."""
+
+    deepspeed: dict[str, Any]
+    selector: SelectorConfig | None
+    seed: int
+
+    @property
+    def zero_stage(self) -> int:
+        return self.deepspeed.get("zero_optimization", {}).get("stage", 0)
+
+    def to_dict(self) -> dict[str, Any]:
+        section = None if self.selector is None else asdict(self.selector)
+        return {**self.deepspeed, SECTION: {"seed": self.seed, "selector": section}}
+
+
+def read_first_order_config(source: str | Path | Mapping[str, Any], world_size: int) -> FirstOrderConfig:
+    """As `read_config`, with a section "optimizer"; of "zeroth_order" only `selector` and `seed` may be there."""
+    whole = load_json(source)
+    values = whole.pop(SECTION, {})
+    extra = sorted(set(values) - {"selector", "seed"})
+    if extra:
+        raise ValueError(f"{SECTION}.{extra[0]}: belongs to zeroth-order steps. With an optimizer leave it out.")
+    section = parse_section({"method": "mezo", **values})
+    _resolve_batch(whole, world_size)
+    _refuse_auto(whole, "")
+    if section.selector is not None:
+        checked_selector(section.selector, f"{SECTION}.selector", whole["train_batch_size"])
+    return FirstOrderConfig(whole, section.selector, section.seed)
 
 
 def load_json(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:

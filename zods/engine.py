@@ -27,6 +27,7 @@ from zods.deferral import DeferredUpdate
 from zods.directions import Direction
 from zods.estimators import Annealing, Update
 from zods.evaluation import Evaluator
+from zods.measuring import Measure, measure_whole, to_device
 from zods.rule import StepRule
 from zods.selection.batches import SelectingLoader
 from zods.sharding import ShardedParameters, Slice, SliceUpdate, release_gathered
@@ -200,7 +201,7 @@ class ZerothOrderEngine:
         Takes what the model's forward takes, or one dict of it. The micro-batches of one step share the directions; a
         refresh of the anchor that is due comes before the first. Raises ValueError where the model gives no loss.
         """
-        batch = self._evaluator.to_device(inputs[0] if len(inputs) == 1 and not kwargs else (inputs or kwargs))
+        batch = to_device(inputs[0] if len(inputs) == 1 and not kwargs else (inputs or kwargs), self.device)
         if not self.training:
             self.flush()
             return self._evaluator.outputs(batch)
@@ -437,11 +438,14 @@ class ZerothOrderEngine:
         self,
         dataset: Any,
         collate_fn: Callable[[list], tuple[dict[str, torch.Tensor], Any]],
-        measure: Callable[[Any, dict[str, torch.Tensor], Any], dict[str, tuple[float, float]]],
+        measure: Measure,
     ) -> dict[str, float]:
         """Means over a whole dataset at the parameters, every example counted once, over all ranks.
 
         collate_fn: rows -> (model inputs, targets). measure: (outputs, inputs, targets) -> name: (sum, count).
         """
         self.flush()
-        return self._evaluator.measure(dataset, collate_fn, measure)
+        micro_batch = self.train_micro_batch_size_per_gpu()
+        return measure_whole(
+            self._evaluator.outputs, dataset, collate_fn, measure, comm=self.comm, micro_batch=micro_batch
+        )

@@ -15,6 +15,7 @@ from zods.comm import Communicator
 from zods.data import WholePass
 from zods.deferral import DeferredUpdate
 from zods.directions import Direction
+from zods.measuring import to_device
 from zods.memory import peak_memory
 from zods.objectives import IGNORE_INDEX, WEIGHTS, batch_loss, logits_of, num_examples, weights_of
 from zods.sharding import ShardedParameters, is_sharded, release_gathered, stop_nvme_prefetch
@@ -53,16 +54,6 @@ class Evaluator:
         self.evaluation: str | None = None  # how points are evaluated; chosen on the first batch
         self._stream_memory_gb = stream_memory_gb
         self._streams_per_forward = 2
-
-    def to_device(self, batch: Any) -> Any:
-        """A batch with its tensors on the device; tuples, lists and dicts are followed."""
-        if isinstance(batch, torch.Tensor):
-            return batch.to(self._comm.device, non_blocking=True)
-        if isinstance(batch, (tuple, list)):
-            return type(batch)(self.to_device(item) for item in batch)
-        if hasattr(batch, "items"):
-            return {key: self.to_device(value) for key, value in batch.items()}
-        return batch
 
     def outputs(self, batch: Any) -> Any:
         """The model's outputs: a dict is given as keywords, a tuple or list as positions."""
@@ -260,34 +251,15 @@ class Evaluator:
         rounds = self._whole_pass(dataset, collate_fn)
         sums = torch.zeros(len(points) + 1, dtype=torch.float64, device=self._comm.device)
         for batch, counted in tqdm(rounds, desc=title, leave=False, disable=self._comm.rank != 0):
-            found = self.loss_sums(points, self.to_device(batch))
+            found = self.loss_sums(points, to_device(batch, self._comm.device))
             if counted:
                 sums += found
         *totals, count = self._comm.sum_over_ranks(sums.tolist())
         return [total / count for total in totals]
 
-    def measure(
-        self,
-        dataset: Any,
-        collate_fn: Callable[[list], tuple[dict[str, torch.Tensor], Any]],
-        measure: Callable[[Any, dict[str, torch.Tensor], Any], dict[str, tuple[float, float]]],
-    ) -> dict[str, float]:
-        """Means of metrics over a whole dataset and all ranks; see `ZerothOrderEngine.evaluate`."""
-        totals: dict[str, list[float]] = {}
-        for (inputs, targets), counted in self._whole_pass(dataset, collate_fn):
-            inputs, targets = self.to_device(inputs), self.to_device(targets)
-            for name, (total, count) in measure(self.outputs(inputs), inputs, targets).items():
-                sums = totals.setdefault(name, [0.0, 0.0])
-                if counted:
-                    sums[0] += total
-                    sums[1] += count
-        names = sorted(totals)
-        reduced = self._comm.sum_over_ranks([value for name in names for value in totals[name]])
-        return {name: reduced[2 * i] / reduced[2 * i + 1] for i, name in enumerate(names)}
-
     def mean_loss(self, batches: Iterator[Any]) -> float:
         """Mean loss at the parameters over `batches` and all ranks; the same number of batches on every rank."""
-        sums = torch.stack([self.loss_sums([None], self.to_device(batch)) for batch in batches]).sum(0)
+        sums = torch.stack([self.loss_sums([None], to_device(batch, self._comm.device)) for batch in batches]).sum(0)
         total, count = self._comm.sum_over_ranks(sums.tolist())
         return total / count
 

@@ -23,11 +23,13 @@ from transformers.integrations import HfDeepSpeedConfig
 import zods
 from zods.arguments import merged_config, parse_arguments
 from zods.comm import Communicator, end_process
-from zods.config import RunConfig, read_config, resolve_model_auto
+from zods.config import FirstOrderConfig, RunConfig, read_config, read_first_order_config, resolve_model_auto
 from zods.engine import ZerothOrderEngine
+from zods.first_order import FirstOrderEngine
 from zods.initialization import check_folders
 from zods.report import plot_curves
 from zods.runs import RunFolder
+from zods.selection.batches import sources_of
 from zods.tasks import Task, build_task, load_examples, split_held_out
 from zods.trajectory import TrajectoryLog
 
@@ -48,27 +50,36 @@ def main() -> None:
 
 def start(
     arguments: argparse.Namespace,
-) -> tuple[ZerothOrderEngine, Task, datasets.Dataset, RunFolder, Any]:
+) -> tuple[ZerothOrderEngine | FirstOrderEngine, Task, datasets.Dataset, RunFolder, Any]:
     """Check the input, then load: (engine, task, held-out data, run folder, tokenizer)."""
     deepspeed.init_distributed(get_accelerator().communication_backend_name(), verbose=False)
     comm = Communicator(torch.device(get_accelerator().current_device_name()))
     with comm.same_on_all_ranks():
-        run = read_config(merged_config(arguments), comm.world_size)
-        check_folders(run)
+        merged = merged_config(arguments)
+        run: RunConfig | FirstOrderConfig
+        if arguments.optimizer is None:
+            run = read_config(merged, comm.world_size)
+            check_folders(run)
+        else:
+            run = read_first_order_config(merged, comm.world_size)
         folder = RunFolder(arguments.output_dir, rank=comm.rank, resume=arguments.resume is not None)
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             arguments.tokenizer or arguments.model, trust_remote_code=arguments.trust_remote_code
         )
-        task, train, held_out = prepare_data(arguments, tokenizer, run.zeroth_order.seed)
+        task, train, held_out = prepare_data(arguments, tokenizer, run)
         model_config = transformers.AutoConfig.from_pretrained(
             arguments.model, trust_remote_code=arguments.trust_remote_code
         )
     resolve_model_auto(run.deepspeed, getattr(model_config.get_text_config(), "hidden_size", None))
     model = load_model(arguments, run, task)
-    engine = zods.initialize(model=model, config=run.to_dict(), training_data=train, collate_fn=task.collate)[0]
+    engine: ZerothOrderEngine | FirstOrderEngine
+    if isinstance(run, RunConfig):
+        engine = zods.initialize(model=model, config=run.to_dict(), training_data=train, collate_fn=task.collate)[0]
+    else:
+        engine = FirstOrderEngine(model, run, train, task.collate)
     if arguments.resume is not None:
         engine.load_checkpoint(arguments.resume)
-    folder.describe(run.to_dict(), seed=run.zeroth_order.seed, world_size=comm.world_size, device=str(comm.device))
+    folder.describe(run.to_dict(), seed=run.seed, world_size=comm.world_size, device=str(comm.device))
     if comm.rank == 0:
         engine.trajectory = TrajectoryLog(folder.path / "trajectory.log")
     return engine, task, held_out, folder, tokenizer
@@ -76,7 +87,7 @@ def start(
 
 def finetune(
     arguments: argparse.Namespace,
-    engine: ZerothOrderEngine,
+    engine: ZerothOrderEngine | FirstOrderEngine,
     task: Task,
     held_out: datasets.Dataset,
     folder: RunFolder,
@@ -101,9 +112,11 @@ def finetune(
 
 
 def prepare_data(
-    arguments: argparse.Namespace, tokenizer: Any, seed: int
+    arguments: argparse.Namespace, tokenizer: Any, run: RunConfig | FirstOrderConfig
 ) -> tuple[Task, datasets.Dataset, datasets.Dataset]:
-    """The task, its training data and its held-out data, tokenised and checked."""
+    """The task, its training data (with the column of the sources, where one is named) and its held-out data, tokenised and
+    checked."""
+    seed = run.seed
     hub = {"dataset_name": arguments.dataset_name, "dataset_config": arguments.dataset_config}
     local = {"column_names": arguments.column_names}
     most, most_held_out = arguments.max_train_examples, arguments.max_eval_examples
@@ -130,13 +143,17 @@ def prepare_data(
         response_column=arguments.response_column,
         max_length=arguments.max_length,
     )
+    column = None if run.selector is None else run.selector.source_column
+    sources = None if column is None else sources_of(train, column, "selector")
     train, held_out = task.prepare(train), task.prepare(held_out)
+    if column is not None:
+        train = train.add_column(column, sources)
     return task, train, held_out
 
 
-def load_model(arguments: argparse.Namespace, run: RunConfig, task: Task) -> torch.nn.Module:
+def load_model(arguments: argparse.Namespace, run: RunConfig | FirstOrderConfig, task: Task) -> torch.nn.Module:
     """The pretrained model, sharded while it is loaded where the run is stage 3; a new head follows from the seed."""
-    transformers.set_seed(run.zeroth_order.seed)
+    transformers.set_seed(run.seed)
     # transformers looks for a living HfDeepSpeedConfig while from_pretrained runs
     sharded = HfDeepSpeedConfig(run.deepspeed) if run.zero_stage == 3 else None
     model = task.auto_class().from_pretrained(
@@ -146,10 +163,18 @@ def load_model(arguments: argparse.Namespace, run: RunConfig, task: Task) -> tor
         **task.model_kwargs(),
     )
     del sharded
+    if arguments.lora_rank is not None:
+        import peft  # an extra
+
+        head = ["classifier", "score"] if task.name == "classification" else None
+        lora = peft.LoraConfig(r=arguments.lora_rank, lora_alpha=2 * arguments.lora_rank, modules_to_save=head)
+        model = peft.get_peft_model(model, lora)
     return model
 
 
-def evaluate(engine: ZerothOrderEngine, task: Task, held_out: datasets.Dataset, folder: RunFolder) -> dict[str, float]:
+def evaluate(
+    engine: ZerothOrderEngine | FirstOrderEngine, task: Task, held_out: datasets.Dataset, folder: RunFolder
+) -> dict[str, float]:
     metrics = engine.evaluate(held_out, task.collate_eval, task.measure)
     folder.record("eval", engine.global_steps, **metrics)
     return metrics
@@ -165,7 +190,11 @@ class Trained:
 
 
 def train_steps(
-    engine: ZerothOrderEngine, arguments: argparse.Namespace, task: Task, held_out: datasets.Dataset, folder: RunFolder
+    engine: ZerothOrderEngine | FirstOrderEngine,
+    arguments: argparse.Namespace,
+    task: Task,
+    held_out: datasets.Dataset,
+    folder: RunFolder,
 ) -> Trained:
     """Train to the last step, evaluating and saving on the way."""
     assert engine.training_dataloader is not None
@@ -190,6 +219,7 @@ def train_steps(
             seconds=report.seconds,
             scalar_bytes=report.scalar_bytes,
             skipped=report.skipped,
+            **({} if engine.selection is None else {"selection_seconds": report.selection_seconds}),
         )
         progress.set_postfix_str(
             f"loss {report.loss:.4f}, projected_grad {report.projected_grad:+.2e}, {report.seconds:.3f} s/step"
@@ -206,7 +236,7 @@ def train_steps(
 
 
 def summarise(
-    engine: ZerothOrderEngine, before: dict[str, float], after: dict[str, float], trained: Trained
+    engine: ZerothOrderEngine | FirstOrderEngine, before: dict[str, float], after: dict[str, float], trained: Trained
 ) -> dict[str, Any]:
     """What the run ends with, as a flat dict; all ranks call it."""
     steps = max(len(trained.seconds), 1)

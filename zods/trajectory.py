@@ -48,6 +48,13 @@ class TrajectoryLog:
         }
         if ids is not None:
             record["ids"] = list(ids)
+        self._append(record)
+
+    def append_selection(self, step: int, ids: Sequence[int], *, loss: float, lr: float) -> None:
+        """Of a first-order step: what a selector chose for it. It is no record of what was applied."""
+        self._append({"kind": "selection", "step": step, "ids": list(ids), "loss": loss, "lr": lr})
+
+    def _append(self, record: dict[str, Any]) -> None:
         text = json.dumps(record, separators=(",", ":"))
         self._file.write(f"{zlib.crc32(text.encode()):08x} {text}\n")
         self._file.flush()

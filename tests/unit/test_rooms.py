@@ -30,21 +30,29 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "trajectory": ({"estimators", "sharding"}, set()),
     "objectives": (set(), {"torch"}),
     "memory": (set(), {"torch"}),
+    "measuring": ({"comm", "data"}, {"torch"}),
     "evaluation": (
-        {"comm", "data", "deferral", "directions", "memory", "objectives", "sharding", "stacking", "streams"},
+        {"comm", "data", "deferral", "directions", "measuring", "memory", "objectives", "sharding", "stacking", "streams"},
         {"torch", "deepspeed", "tqdm"},
     ),
-    "selection": ({"section", "kernels", "directions", "comm", "data", "objectives", "sharding"}, {"torch", "deepspeed"}),
+    "selection": (
+        {"section", "measuring", "kernels", "directions", "comm", "data", "objectives", "sharding"},
+        {"torch", "deepspeed"},
+    ),
     "checkpoint": ({"kernels", "estimators", "sharding", "trajectory"}, {"torch", "safetensors"}),
     "engine": (
         {
             "config", "directions", "estimators", "comm", "data", "deferral", "sharding", "streams", "anchor", "rule",
-            "trajectory", "evaluation", "checkpoint", "selection",
+            "trajectory", "evaluation", "checkpoint", "selection", "measuring",
         },
         {"torch"},
     ),
     "initialization": (
         {"section", "config", "kernels", "comm", "data", "sharding", "anchor", "engine", "selection"},
+        {"torch", "deepspeed"},
+    ),
+    "first_order": (
+        {"checkpoint", "comm", "config", "data", "engine", "measuring", "objectives", "selection"},
         {"torch", "deepspeed"},
     ),
     "tasks": ({"objectives"}, {"torch", "transformers", "datasets"}),
@@ -53,9 +61,10 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "report": ({"runs"}, {"matplotlib"}),
     "finetune": (
         {
-            FACE, "config", "comm", "engine", "initialization", "trajectory", "tasks", "arguments", "runs", "report",
+            FACE, "config", "comm", "engine", "first_order", "selection",
+            "initialization", "trajectory", "tasks", "arguments", "runs", "report",
         },
-        {"torch", "deepspeed", "transformers", "datasets", "tqdm"},
+        {"torch", "deepspeed", "transformers", "datasets", "tqdm", "peft"},
     ),
 }  # fmt: skip
 PURE = ("section", "config", "directions", "estimators", "data", "trajectory")

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from zods.comm import Communicator
 from zods.data import check_dataset, epoch_order
+from zods.measuring import to_device
 from zods.objectives import IGNORE_INDEX, WEIGHTS, weighted_sum
 from zods.section import SelectorConfig, parse_selector
 from zods.selection.facility_location import quantised
@@ -188,7 +189,7 @@ class SubBatches:
         for first in range(0, len(chunks), world):  # all ranks make the same number of forwards, as ZeRO-3 needs
             mine = first + rank
             chunk = chunks[mine if mine < len(chunks) else 0]
-            batch = self._to_device(self._batch_of([ids[place] for place in chunk]))
+            batch = to_device(self._batch_of([ids[place] for place in chunk]), self._comm.device)
             if seeds:
                 of_chunk = self._extract(batch, seeds)
             else:
@@ -210,9 +211,6 @@ class SubBatches:
         by_place[places.to(rows.device)] = rows
         owned = torch.tensor([place for chunk in chunks[rank::world] for place in chunk], dtype=torch.int64)
         return by_place[:, -2:].contiguous().view(torch.float32).squeeze(1), by_place[:, :-2], largest, owned
-
-    def _to_device(self, batch: Batch) -> Batch:
-        return {k: v.to(self._comm.device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -375,6 +373,6 @@ def weighted_loss(engine: Any, batch: Mapping[str, Any]) -> Tensor:
     """The loss of one of `select`'s micro-batches on `engine`: the weighted sum of its examples' losses, each the mean over
     the example's own labels. 0-d, with a graph; scaled for `engine.backward`, which takes the mean over micro-batches and ranks.
     """
-    moved = {k: v.to(engine.device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    moved = to_device(batch, engine.device)
     inputs = {key: value for key, value in moved.items() if key not in ("labels", WEIGHTS)}
     return weighted_sum(engine(**inputs, **without_cache(engine.module)), moved)
