@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -107,28 +108,22 @@ class SubBatches:
         began = time.perf_counter()
         known = self._looked_up(own_ids)
         ids = sorted(known)
-        losses = torch.tensor([0.0 if known[i][1] else torch.nan for i in ids])
-        features, largest, owned = None, 0.0, None
-        if NEEDS[self.selector.strategy] != "nothing":
-            measured, features, largest, owned = self._measured(ids, [known[i][0] for i in ids])
-            losses = losses + measured.cpu()
-        num_tokens = [known[i][0] for i in ids]
         batch = CandidateBatch(
             ids,
-            num_tokens,
+            [known[i][0] for i in ids],
             sources=None if self._sources is None else [self._sources[i] for i in ids],
-            losses=losses,
-            features=features,
-            largest=largest,
-            owned=owned,
+            losses=torch.tensor([0.0 if known[i][1] else torch.nan for i in ids]),
         )
-        places, self._weights, self.report = self.selector.select(batch)
+        quotas, wanted = self.selector.plan(batch)
+        if wanted:
+            batch = self._measured(batch, wanted)
+        places, self._weights, self.report = self.selector.select(batch, quotas)
         if not places:
             raise RuntimeError(
                 f"selector: none of {len(ids)} candidates has a label and a finite loss. Look at the data."
             )
         self.selected_ids = [ids[place] for place in places]
-        self._num_tokens = [num_tokens[place] for place in places]
+        self._num_tokens = [batch.num_tokens[place] for place in places]
         self._seconds += time.perf_counter() - began
 
     def take_seconds(self) -> float:
@@ -175,25 +170,25 @@ class SubBatches:
         gathered = self._comm.gather_rows(torch.tensor(rows, dtype=torch.int64).view(-1, 3))
         return {i: (count, bool(labelled)) for of_rank in gathered for i, count, labelled in of_rank.tolist()}
 
-    def _measured(self, ids: list[int], num_tokens: list[int]) -> tuple[Tensor, Tensor | None, float, Tensor]:
-        """(losses (n,), features (n, m) int16, the magnitude they are quantised by, places that this rank measured).
+    def _measured(self, batch: CandidateBatch, wanted: list[int]) -> CandidateBatch:
+        """The batch with losses and features of the places wanted; losses are not finite where features are not.
 
-        Losses are not finite where the features are not. Micro-batches of candidates of like length go to the ranks in turn.
+        Micro-batches of candidates of like length go to the ranks in turn.
         """
         assert self._extract is not None
         rank, world = self._comm.rank, self._comm.world_size
-        order = sorted(range(len(ids)), key=lambda place: (-num_tokens[place], ids[place]))
+        order = sorted(wanted, key=lambda place: (-batch.num_tokens[place], place))
         chunks = [order[start : start + self._micro_batch] for start in range(0, len(order), self._micro_batch)]
         seeds = self.selector.direction_seeds() if NEEDS[self.selector.strategy] == "features" else []
         found = []
         for first in range(0, len(chunks), world):  # all ranks make the same number of forwards, as ZeRO-3 needs
             mine = first + rank
             chunk = chunks[mine if mine < len(chunks) else 0]
-            batch = to_device(self._batch_of([ids[place] for place in chunk]), self._comm.device)
+            inputs = to_device(self._batch_of([batch.ids[place] for place in chunk]), self._comm.device)
             if seeds:
-                of_chunk = self._extract(batch, seeds)
+                of_chunk = self._extract(inputs, seeds)
             else:
-                losses = self._extract.losses(batch)
+                losses = self._extract.losses(inputs)
                 of_chunk = losses.new_empty(len(losses), 0), losses
             if mine < len(chunks):
                 found.append(of_chunk)
@@ -207,10 +202,12 @@ class SubBatches:
         sent = torch.cat([quantised(features, largest), losses.float().view(-1, 1).view(torch.int16)], 1)
         rows = torch.cat(self._comm.gather_rows(sent))
         places = torch.tensor([p for r in range(world) for chunk in chunks[r::world] for p in chunk])
-        by_place = torch.empty_like(rows)
-        by_place[places.to(rows.device)] = rows
+        of_all = rows.new_zeros(len(batch.ids), rows.shape[1])
+        of_all[places.to(rows.device)] = rows
+        known = of_all[:, -2:].contiguous().view(torch.float32).squeeze(1).cpu()
         owned = torch.tensor([place for chunk in chunks[rank::world] for place in chunk], dtype=torch.int64)
-        return by_place[:, -2:].contiguous().view(torch.float32).squeeze(1), by_place[:, :-2], largest, owned
+        assert batch.losses is not None
+        return replace(batch, losses=batch.losses + known, features=of_all[:, :-2], largest=largest, owned=owned)
 
     def state_dict(self) -> dict[str, Any]:
         return {

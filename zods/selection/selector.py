@@ -52,7 +52,8 @@ class CandidateBatch:
 
     ids: places in the dataset, ascending. sources: a name for each, or None. num_tokens: of each. losses: (n,), not finite
     for an example that is not to be chosen; None: not known. features: (n, m) int16, `quantised` by `largest`; or None.
-    owned: the places of the candidates for which this rank may evaluate gains; None: all.
+    owned: the places of the candidates for which this rank may evaluate gains; None: all. Of candidates that the plan does
+    not want measured, losses and features may be any finite numbers.
     """
 
     ids: Sequence[int]
@@ -113,17 +114,34 @@ class Selector:
         count = 1 if self.config.features == "paper" else self.config.num_directions
         return [derive_seed(self._seed, "selection", self.step, k) for k in range(count)]
 
-    def select(self, batch: CandidateBatch) -> tuple[list[int], list[float], Report]:
+    def plan(self, batch: CandidateBatch) -> tuple[dict[str, int] | None, list[int]]:
+        """(quotas, places to be measured) of a batch of which losses and features are not known.
+
+        Sources that are kept whole need no measuring. Quotas are None where they follow from the features.
+        """
+        usable = self._usable(batch)
+        if NEEDS[self.strategy] == "nothing":
+            return None, []
+        if batch.sources is None or self.strategy not in BY_SOURCE or self._paper is not None:
+            return None, usable
+        groups = self._groups(batch, usable, None)
+        quotas = self._quotas({name: len(members) for name, members in groups.items()})
+        return quotas, [usable[i] for name, members in groups.items() if quotas[name] < len(members) for i in members]
+
+    def select(
+        self, batch: CandidateBatch, quotas: dict[str, int] | None = None
+    ) -> tuple[list[int], list[float], Report]:
         """(places in `batch` of the chosen, in their order; a weight for each; what was done).
 
-        Fewer than the budget are chosen only where fewer are usable. Weights are 1, or with "cluster" the number of usable
-        candidates that an example stands for.
+        quotas: of the plan; where measuring has shown too few usable candidates in a source, others have more. Fewer than the
+        budget are chosen only where fewer are usable. Weights are 1, or with "cluster" the number of usable candidates that
+        an example stands for.
         """
         usable = self._usable(batch)
         problem = self._problem(batch, usable) if NEEDS[self.strategy] == "features" and usable else None
         groups = self._groups(batch, usable, problem)
         sizes = {name: len(members) for name, members in groups.items()}
-        quotas = self._quotas(sizes)
+        quotas = self._quotas(sizes) if quotas is None else capped_quotas(quotas, sizes)
         chosen: list[tuple[int, float]] = []
         objective = 0.0
         for name, members in groups.items():

@@ -1,0 +1,452 @@
+"""Selection on several ranks: the same choice however candidates are spread, in steps of both orders, stopped and resumed."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, DistributedSampler
+
+import zods
+from tests.distributed.models import configuration, numpy_of, whole
+from tests.distributed.ranks import run_ranks
+from tests.distributed.zoo import with_adapters, zoo_batch, zoo_model
+from zods.comm import Communicator
+from zods.objectives import example_losses
+from zods.selection import facility_location as fl
+from zods.selection.facility_location import from_features, lazy_greedy, quantised
+from zods.trajectory import TrajectoryLog, read_log
+
+WORLDS = (1, 2, 3, 4)
+
+
+# --- the distributed greedy on given features ---
+
+
+def features_of(kind: str, n: int) -> Tensor:
+    generator = torch.Generator().manual_seed(n)
+    if kind == "ties":  # one dimension, few values
+        return torch.randint(0, 5, (n, 1), generator=generator).float()
+    features = torch.randn(n, 4, generator=generator)
+    return features[torch.randint(0, n // 2, (n,), generator=generator)] if kind == "duplicates" else features
+
+
+def split_of(how: str, n: int, world_size: int) -> list[list[int]]:
+    """Who owns which candidate."""
+    ids = (
+        torch.randperm(n, generator=torch.Generator().manual_seed(7)).tolist() if how == "permuted" else list(range(n))
+    )
+    if how == "uneven":  # the first rank has most, the last nothing where there are more than two
+        ends = [0, *[n - n // 5 + k for k in range(world_size - 1)], n]
+        return [ids[a:b] for a, b in pairwise(ends)]
+    if how == "one":
+        return [ids if rank == world_size - 1 else [] for rank in range(world_size)]
+    return [ids[rank::world_size] for rank in range(world_size)]
+
+
+CASES = [
+    (kind, n, how)
+    for kind in ("random", "ties", "duplicates")
+    for n in (17, 128, 1000)
+    for how in ("dealt", "uneven", "permuted", "one")
+]
+
+
+def choose_on_ranks() -> list[tuple[Any, Any, int]]:
+    """For every case: features gathered from their owners, then chosen by all and by each rank for its own candidates."""
+    comm = Communicator(torch.device("cpu"))
+    results = []
+    for kind, n, how in CASES:
+        mine = split_of(how, n, comm.world_size)[comm.rank]
+        features = features_of(kind, n)[mine]
+        largest = max(row[0] for row in comm.gather_scalars([float(features.abs().max()) if mine else 0.0]))
+        rows = torch.cat(comm.gather_rows(quantised(features, largest)))
+        ids = torch.cat(comm.gather_rows(torch.tensor(mine, dtype=torch.int64)))
+        by_id = torch.empty_like(rows)
+        by_id[ids] = rows
+        k = n // 4
+        comm.selection_bytes = 0
+        sharded = lazy_greedy(
+            fl.from_quantised(by_id, largest, "l1"),
+            k,
+            own=torch.tensor(mine, dtype=torch.int64),
+            share=comm.gather_integers,
+        )
+        replicated = lazy_greedy(fl.from_quantised(by_id, largest, "l1"), k)
+        results.append((sharded, replicated, comm.selection_bytes))
+    return results
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_the_same_ids_on_any_number_of_ranks(world_size: int):
+    """Uneven and empty shards, ties, duplicates, permuted owners: gains and weights, too, to the bit."""
+    of_ranks = run_ranks(world_size, choose_on_ranks)
+    for case, *found in zip(CASES, *of_ranks, strict=True):
+        kind, n, _ = case
+        expected = fl.greedy(from_features(features_of(kind, n), "l1"), n // 4)
+        for sharded, replicated, sent in found:
+            assert sharded == expected, case
+            assert replicated == expected, case
+            assert (sent > 0) == (world_size > 1)
+
+
+def gather() -> list[Any]:
+    comm = Communicator(torch.device("cpu"))
+    rows = torch.arange(comm.rank * 6).view(-1, 3)  # 0, 2, 4, ... rows
+    return [
+        [part.tolist() for part in comm.gather_rows(rows)],
+        [part.dtype for part in comm.gather_rows(rows.to(torch.int16))],
+        [len(part) for part in comm.gather_rows(rows[:0])],
+        comm.gather_integers([comm.rank, 2**62]),
+    ]
+
+
+def test_rows_of_different_number_are_gathered():
+    for rows, dtypes, empty, integers in run_ranks(3, gather):
+        assert rows == [[], [[0, 1, 2], [3, 4, 5]], torch.arange(12).view(-1, 3).tolist()]
+        assert dtypes == [torch.int16] * 3
+        assert empty == [0, 0, 0]
+        assert integers == [[rank, 2**62] for rank in range(3)]
+
+
+# --- steps ---
+
+
+def examples(size: int = 64, *, spoilt: bool = False) -> list[dict[str, Any]]:
+    """Two sources of different size; spoilt: some without labels, some whose loss is not finite."""
+    batch = zoo_batch("llama", size=size, length=12, padded=True, seed=3)
+    rows = [{key: value[i] for key, value in batch.items()} for i in range(size)]
+    for i, row in enumerate(rows):
+        row["source"] = "rare" if i % 8 == 0 else "common" if i % 3 else "other"
+        if spoilt and i % 5 == 0:
+            row["labels"] = torch.full_like(row["labels"], -100)
+    return rows
+
+
+def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    return {key: torch.stack([row[key] for row in rows]) for key in ("input_ids", "attention_mask", "labels")}
+
+
+def zeroth_order_engine(
+    data: list[Any], *, lora: bool = False, top: dict[str, Any] | None = None, **options: Any
+) -> Any:
+    stage, offload = options.pop("stage", 3), options.pop("offload", "none")
+    selector = {"candidates": 16, "source_column": "source", "num_directions": 8, **options.pop("selector", {})}
+    config = configuration(
+        8, stage=stage, offload=offload, lr=1e-2, selector=selector, top=top, **{"method": "mezo", **options}
+    )
+    model = with_adapters("llama") if lora else zoo_model("llama")
+    return zods.initialize(model=model, training_data=data, collate_fn=collate, config=config)[0]
+
+
+def zeroth_order_steps(steps: int, options: dict[str, Any]) -> tuple[list[list[int]], list[Any], int]:
+    spoilt = options.pop("spoilt", False)
+    engine = zeroth_order_engine(examples(spoilt=spoilt), **options)
+    ids, reports = [], []
+    for _ in range(steps):
+        engine.train_batch()
+        ids.append(engine.selection.selected_ids)
+        reports.append((engine.selection.report.unusable, engine.last_step.loss))
+    return ids, reports, engine.comm.selection_bytes // steps
+
+
+VARIANTS: list[dict[str, Any]] = [
+    {},
+    {"stage": 0},
+    {"offload": "cpu"},
+    {"lora": True},
+    {"selector": {"features": "zo"}},
+    {"selector": {"features": "zo", "two_sided": False, "source_column": None, "num_clusters": 3}},
+    {"selector": {"features": "paper", "metric": "l1"}},
+    {"selector": {"metric": "cosine", "weights": "cluster"}},
+    {"selector": {"strategy": "stochastic_greedy"}},
+    {"selector": {"strategy": "highest_loss"}},
+    {"selector": {"strategy": "longest"}},
+    {"selector": {"strategy": "structured_random", "interval": 2}},
+    {"selector": {"warmup_steps": 2, "interval": 2}},
+    {"spoilt": True},
+    {"spoilt": True, "selector": {"strategy": "random"}},
+    {"method": "mezo_svrg", "anchor_interval": 2, "evaluation": "sequential"},
+    {"method": "mezo_svrg", "anchor_interval": 2, "anchor": {"point": "terms", "gradient": "terms"}},
+    {"directions": "per_rank", "evaluation": "lockstep"},
+    {"top": {"bf16": {"enabled": True}}},
+]
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=lambda o: re.sub(r"[{}':\" ]+", " ", str(o)).strip() or "default")
+def test_zeroth_order_steps_choose_the_same_on_1_and_2_ranks(options: dict[str, Any]):
+    """On 4 steps; the first choice of per-rank directions only, since the later ones are at other parameters."""
+    alone, both = (run_ranks(n, zeroth_order_steps, 4, dict(options)) for n in (1, 2))
+    assert both[0][0] == both[1][0]
+    compared = 1 if options.get("directions") == "per_rank" or "top" in options else 4
+    assert alone[0][0][:compared] == both[0][0][:compared]
+    assert all(len(set(ids)) == 8 for ids in alone[0][0])
+    assert all(math.isfinite(loss) for _, loss in alone[0][1])
+    unusable = [i for i in range(64) if i % 5 == 0] if options.get("spoilt") else []
+    assert not set(unusable) & {i for ids in alone[0][0] for i in ids}
+    assert sum(count for count, _ in alone[0][1]) == len(unusable)
+
+
+def test_128_candidates_on_4_ranks_send_less_than_64_kib():
+    options = {"selector": {"candidates": 128, "num_directions": 64}}
+    for _, _, sent in run_ranks(4, bytes_of_a_selection, options):
+        assert 0 < sent < 64 << 10
+
+
+def bytes_of_a_selection(options: dict[str, Any]) -> tuple[Any, Any, int]:
+    engine = zeroth_order_engine(examples(128), **options)
+    next(iter(engine.training_dataloader))
+    return None, None, engine.comm.selection_bytes
+
+
+def chosen_and_weighted(world_size_options: dict[str, Any]) -> dict[str, Any]:
+    """One step's losses at its points, as the engine reduces them, with what was chosen and its weights."""
+    engine = zeroth_order_engine(examples(), selector={"weights": "cluster"}, **world_size_options)
+    batches = iter(engine.training_dataloader)
+    before = numpy_of(whole(engine))
+    micro = [next(batches) for _ in range(engine.gradient_accumulation_steps())]
+    for batch in micro:
+        engine.backward(engine(batch))
+        engine.step()
+    selection = engine.selection
+    return {
+        "before": before,
+        "loss": engine.last_step.loss,
+        "ids": selection.selected_ids,
+        "weights": selection.state_dict()["weights"],
+        "tokens": [int(batch["attention_mask"].sum()) for batch in micro],
+    }
+
+
+def test_the_loss_of_a_step_is_the_weighted_mean_over_the_chosen():
+    (one,) = run_ranks(1, chosen_and_weighted, {})
+    two = run_ranks(2, chosen_and_weighted, {})
+    model = zoo_model("llama")
+    with torch.no_grad():
+        batch = collate([examples()[i] for i in one["ids"]])
+        losses = example_losses(
+            model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits, batch["labels"]
+        )
+    weights = torch.tensor(one["weights"])
+    assert float(weights.sum()) == 16 and len(set(one["weights"])) > 1  # noqa: PT018
+    expected = float((losses * weights).sum() / weights.sum())
+    for run in (one, *two):
+        assert (run["ids"], run["weights"]) == (one["ids"], one["weights"])
+        assert run["loss"] == pytest.approx(expected, rel=1e-4)  # eps = 1e-3 away
+    assert abs(sum(two[0]["tokens"]) - sum(two[1]["tokens"])) <= 12
+
+
+# --- stopped and resumed ---
+
+
+def run_and_save(steps: int, save_at: int, folder: Path, options: dict[str, Any]) -> list[list[int]]:
+    engine = zeroth_order_engine(examples(), **options)
+    if engine.global_rank == 0:
+        engine.trajectory = TrajectoryLog(folder / "log")
+    ids = []
+    for step in range(steps):
+        if step == save_at:
+            engine.save_checkpoint(folder / "checkpoint")
+        engine.train_batch()
+        ids.append(engine.selection.selected_ids)
+    return ids
+
+
+def resume(steps: int, folder: Path, options: dict[str, Any]) -> list[list[int]]:
+    engine = zeroth_order_engine(examples(), **options)
+    engine.load_checkpoint(folder / "checkpoint")
+    ids = []
+    for _ in range(steps):
+        engine.train_batch()
+        ids.append(engine.selection.selected_ids)
+    return ids
+
+
+@pytest.mark.parametrize(
+    ("options", "save_at"),
+    [
+        ({}, 3),
+        ({"selector": {"features": "paper"}}, 3),
+        ({"selector": {"interval": 3}}, 4),
+        ({"selector": {"warmup_steps": 4}}, 3),
+    ],
+    ids=["exact", "paper", "interval", "warm-up"],
+)
+def test_a_run_stopped_and_resumed_on_another_number_of_ranks_selects_the_same(options, save_at, tmp_path: Path):
+    """8 steps cross an epoch of 4 candidate batches."""
+    undisturbed = run_ranks(2, run_and_save, 8, save_at, tmp_path, options)[0]
+    for world_size in (1, 4):
+        resumed = run_ranks(world_size, resume, 8 - save_at, tmp_path, options)
+        assert all(ids == undisturbed[save_at:] for ids in resumed)
+    logged = [record["ids"] for record in read_log(tmp_path / "log")]
+    assert logged == undisturbed
+
+
+# --- first-order training ---
+
+
+def first_order_engine(stage: int, lora: bool, accumulation: int = 1) -> tuple[Any, Any]:
+    torch.manual_seed(0)
+    model = with_adapters("llama") if lora else zoo_model("llama")
+    config = {
+        "train_batch_size": 8,
+        "gradient_accumulation_steps": accumulation,
+        "zero_optimization": {"stage": stage},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "weight_decay": 0.01, "torch_adam": True}},
+        "steps_per_print": 10**9,
+    }
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    engine, _, loader, _ = deepspeed.initialize(
+        model=model, model_parameters=trainable, config=config, training_data=examples(), collate_fn=collate
+    )
+    return engine, loader
+
+
+def first_order_steps(stage: int, lora: bool, accumulation: int, own_loader: bool) -> tuple[Any, ...]:
+    """A pass with weighted clusters: what was chosen, mean losses, and the norms of the parameters at the end."""
+    engine, loader = first_order_engine(stage, lora, accumulation)
+    if own_loader:
+        sampler = DistributedSampler(examples(), shuffle=False)
+        loader = DataLoader(examples(), batch_size=8 // engine.world_size, sampler=sampler, collate_fn=collate)
+    comm = Communicator(torch.device("cpu"))
+    options = {"candidates": 16, "source_column": "source", "num_directions": 8, "weights": "cluster"}
+    batches = zods.select(loader, engine, options)
+    ids, losses = [], []
+    for micro in batches:
+        loss = zods.weighted_loss(engine, micro)
+        engine.backward(loss)
+        engine.step()
+        losses.append(comm.sum_over_ranks([float(loss.detach())])[0] / comm.world_size)
+        if batches.selection.selected_ids not in ids:
+            ids.append(batches.selection.selected_ids)
+    assert len(losses) == len(batches)
+    ends = {}
+    for name, param in engine.module.named_parameters():
+        with deepspeed.zero.GatheredParameters([param], enabled=hasattr(param, "ds_tensor")):
+            ends[name] = param.detach().double().norm().item()
+    return ids, losses, ends
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
+@pytest.mark.parametrize(("stage", "accumulation"), [(0, 1), (1, 2), (3, 1), (3, 2)])
+def test_first_order_training_on_chosen_examples(stage: int, accumulation: int, lora: bool):
+    """As plain AdamW on one process over the same weighted examples, whatever the ranks and micro-batches."""
+    expected_ids, expected_losses, expected_ends = plain_adamw(lora)
+    for world_size in (1, 2):
+        for ids, losses, ends in run_ranks(world_size, first_order_steps, stage, lora, accumulation, True):
+            assert ids == expected_ids
+            means = [sum(losses[i : i + accumulation]) / accumulation for i in range(0, len(losses), accumulation)]
+            assert means == pytest.approx(expected_losses, rel=1e-4)
+            assert {k.removeprefix("module."): v for k, v in ends.items()} == pytest.approx(expected_ends, rel=1e-3)
+
+
+def plain_adamw(lora: bool) -> tuple[list[list[int]], list[float], dict[str, float]]:
+    """The reference: exact features one example at a time, greedy by source, one weighted loss over the whole sub-batch."""
+    from zods.directions import derive_seed
+    from zods.selection.features import FeatureExtractor
+    from zods.selection.policy import quotas_of
+
+    torch.manual_seed(0)
+    model = with_adapters("llama") if lora else zoo_model("llama")
+    data = examples()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.01)
+    extract = FeatureExtractor(model, kind="exact", num_directions=8, rank=4)
+    chosen, losses = [], []
+    for step in range(4):
+        candidates = list(range(16 * step, 16 * step + 16))
+        seeds = [derive_seed(42, "selection", step, k) for k in range(8)]
+        features = torch.cat([extract(collate([data[i]]), seeds)[0] for i in candidates])
+        groups = {s: [j for j in range(16) if data[candidates[j]]["source"] == s] for s in ("common", "other", "rare")}
+        quotas = quotas_of({s: len(g) for s, g in groups.items()}, 8)
+        weights: dict[int, float] = {}
+        for source, members in groups.items():
+            if quotas[source] == len(members):
+                weights |= {candidates[j]: 1.0 for j in members}
+            else:
+                of_source = lazy_greedy(from_features(features[members]), quotas[source])
+                weights |= {
+                    candidates[members[j]]: float(w) for j, w in zip(of_source.ids, of_source.weights, strict=True)
+                }
+        ids = sorted(weights)
+        batch = collate([data[i] for i in ids])
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        w = torch.tensor([weights[i] for i in ids])
+        loss = (example_losses(logits, batch["labels"]) * w).sum() / w.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        chosen.append(ids)
+        losses.append(float(loss.detach()))
+    return chosen, losses, {name: p.detach().double().norm().item() for name, p in model.named_parameters()}
+
+
+def test_the_loader_of_deepspeed_serves_too():
+    for ids, losses, _ in run_ranks(2, first_order_steps, 3, False, 1, False):
+        assert len(ids) == 4
+        assert all(math.isfinite(loss) for loss in losses)
+
+
+# --- mistakes ---
+
+
+def mistakes() -> list[str]:
+    """What each is told; the same on all ranks, and none hangs."""
+    data = examples()
+    told = []
+
+    def attempt(make: Any) -> None:
+        try:
+            make()
+            told.append("taken")
+        except (ValueError, RuntimeError) as error:
+            told.append(f"{type(error).__name__}: {error}")
+
+    def with_selector(rows: Any = data, **selector: Any) -> Any:
+        return lambda: zeroth_order_engine(rows, selector=selector)
+
+    attempt(with_selector(source_column="origin"))
+    attempt(with_selector(candidates=7))
+    attempt(with_selector(candidates=65))
+    attempt(with_selector(quotas={"rare": 4, "common": 5}))
+    attempt(with_selector(pattern="no_such_layer"))
+    attempt(
+        lambda: zods.initialize(
+            model=zoo_model("llama"), config=configuration(8, method="mezo", selector={"candidates": 8})
+        )
+    )
+    unlabelled = [{**row, "labels": torch.full_like(row["labels"], -100)} for row in data]
+    engine = zeroth_order_engine(unlabelled)
+    attempt(engine.train_batch)
+    engine, loader = first_order_engine(3, False)
+    attempt(lambda: zods.select(loader, engine, {"candidates": 17}))
+    attempt(lambda: zods.select([1, 2], engine, {"candidates": 16}))
+    attempt(lambda: zods.select(loader, engine, {"candidates": 16, "sources": "source"}))
+    return told
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_mistakes_are_told_on_all_ranks(world_size: int):
+    wanted = [
+        r"source_column: the training data has no column 'origin'; its columns are input_ids, .*source",
+        r"selector\.candidates: found 7, of which 8",
+        r"selector\.candidates: found 65, but there are 64",
+        r"selector\.quotas: they sum to 9, must sum to 8",
+        r"selector\.pattern: no linear layer's parameter matches 'no_such_layer'",
+        r"training_data: missing",
+        r"RuntimeError: selector: none of 16 candidates has a label and a finite loss",
+        r"selector\.candidates: found 17, but the loader's batches of",
+        r"loader: found list, expected a DataLoader",
+        r"selector\.sources: unknown key\. Did you mean 'source_column'",
+    ]
+    for told in run_ranks(world_size, mistakes):
+        assert len(told) == len(wanted)
+        for message, pattern in zip(told, wanted, strict=True):
+            assert re.search(pattern, message), message
