@@ -133,7 +133,9 @@ def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> No
 def merged_config(arguments: argparse.Namespace) -> dict[str, Any]:
     """The JSON with the overrides of the command line."""
     config = load_json(arguments.deepspeed_config)
-    section = dict(config.get(SECTION, {}))
+    section = config.get(SECTION, {})
+    if not isinstance(section, dict) or not isinstance(section.get("selector") or {}, dict):
+        return config  # which is refused for that
     given = {key: getattr(arguments, key) for key in OVERRIDES if getattr(arguments, key) is not None}
     if arguments.optimizer is not None:
         rates: dict[str, float] = {key: given.pop(key) for key in ("lr", "weight_decay") if key in given}
@@ -166,7 +168,12 @@ def _selector(section: dict[str, Any], arguments: argparse.Namespace) -> dict[st
 def _optimizer(config: dict[str, Any], rates: dict[str, float]) -> dict[str, Any]:
     """DeepSpeed's section: the JSON's own, or AdamW, with the rates given."""
     optimizer = config.get("optimizer", {"type": "AdamW", "params": {"torch_adam": True}})
-    return {**optimizer, "params": {**optimizer.get("params", {}), **rates}}
+    if not isinstance(optimizer, dict) or str(optimizer.get("type")).lower() != "adamw":
+        raise ValueError(f"optimizer: found {optimizer!r}, but --optimizer adamw was asked for. Change one of them.")
+    params = {**optimizer.get("params", {}), **rates}
+    if "lr" not in params:
+        raise ValueError("--lr: missing; the step size of zeroth-order steps does not serve an optimizer. Give one.")
+    return {**optimizer, "params": params}
 
 
 def _select(text: str) -> tuple[int, int]:

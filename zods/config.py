@@ -85,6 +85,8 @@ def read_first_order_config(source: str | Path | Mapping[str, Any], world_size: 
     """As `read_config`, with a section "optimizer"; of "zeroth_order" only `selector` and `seed` may be there."""
     whole = load_json(source)
     values = whole.pop(SECTION, {})
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{SECTION}: found {values!r}, expected a section {{...}}.")
     extra = sorted(set(values) - {"selector", "seed"})
     if extra:
         raise ValueError(f"{SECTION}.{extra[0]}: belongs to zeroth-order steps. With an optimizer leave it out.")

@@ -99,6 +99,8 @@ class TrainingLoader:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on at the first step that `state` had not begun; raises ValueError where the batch sizes do not fit."""
+        if "examples" not in state:
+            raise ValueError("zeroth_order.selector: none, but the checkpoint was made with one. Resume with the same.")
         if state["size"] != len(self.dataset):  # type: ignore[arg-type]
             raise ValueError(
                 f"training_data: {len(self.dataset)} examples, but the checkpoint was made with {state['size']}. "  # type: ignore[arg-type]

@@ -29,7 +29,7 @@ from zods.estimators import Annealing, Update
 from zods.evaluation import Evaluator
 from zods.measuring import Measure, measure_whole, to_device
 from zods.rule import StepRule
-from zods.selection.batches import SelectingLoader
+from zods.selection.loaders import SelectingLoader
 from zods.sharding import ShardedParameters, Slice, SliceUpdate, release_gathered
 from zods.streams import Point
 from zods.trajectory import TrajectoryLog
@@ -41,14 +41,14 @@ logger = logging.getLogger(__name__)
 class StepReport:
     """What one step did.
 
-    loss: mean of the losses at theta +- eps z, over the global batch. projected_grad: mean over the directions.
-    scalar_bytes: sent by this rank. seconds: with the refresh of the anchor, where the step began with one, and the selection.
-    selection_seconds: of it, choosing the sub-batch, where the step began with that.
+    loss: mean of the losses at theta +- eps z, over the global batch. projected_grad: mean over the directions; None of a
+    first-order step. scalar_bytes: sent by this rank. seconds: with the refresh of the anchor and the choice of the sub-batch
+    (selection_seconds), where the step began with them.
     """
 
     step: int
     loss: float
-    projected_grad: float
+    projected_grad: float | None
     lr: float
     scalar_bytes: int
     seconds: float

@@ -221,9 +221,8 @@ def train_steps(
             skipped=report.skipped,
             **({} if engine.selection is None else {"selection_seconds": report.selection_seconds}),
         )
-        progress.set_postfix_str(
-            f"loss {report.loss:.4f}, projected_grad {report.projected_grad:+.2e}, {report.seconds:.3f} s/step"
-        )
+        slope = "" if report.projected_grad is None else f"projected_grad {report.projected_grad:+.2e}, "
+        progress.set_postfix_str(f"loss {report.loss:.4f}, {slope}{report.seconds:.3f} s/step")
         progress.update()
         if arguments.eval_interval and engine.global_steps % arguments.eval_interval == 0 and report.step < last:
             metrics = evaluate(engine, task, held_out, folder)

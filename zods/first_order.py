@@ -5,7 +5,7 @@ For comparison on equal terms: the same data in the same order, the same loss, s
 
 from __future__ import annotations
 
-import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,11 +19,10 @@ from zods.comm import Communicator
 from zods.config import FirstOrderConfig
 from zods.data import TrainingLoader
 from zods.engine import StepReport
-from zods.measuring import Measure, measure_whole
+from zods.measuring import Measure, check_own_loss, measure_whole
 from zods.objectives import WEIGHTS, num_examples
-from zods.selection.batches import SelectingLoader, SubBatches, weighted_loss
-
-STATE_FILE = "zods_loader.json"
+from zods.selection.batches import SubBatches
+from zods.selection.loaders import SelectingLoader, weighted_loss
 
 
 class FirstOrderEngine:
@@ -46,6 +45,7 @@ class FirstOrderEngine:
         self.last_step: StepReport | None = None
         self.trajectory: Any = None
         self.selection: SubBatches | None = None
+        self._loss_checked = False
         micro_batch, accumulation = self.deepspeed.train_micro_batch_size_per_gpu(), self.gradient_accumulation_steps()
         with self.comm.same_on_all_ranks():
             if config.selector is None:
@@ -93,18 +93,24 @@ class FirstOrderEngine:
         for _ in range(self.gradient_accumulation_steps()):
             batch = next(self._batches)
             size = num_examples(batch)
+            if self.selection is None and not self._loss_checked:
+                check_own_loss(self.deepspeed, batch, self.comm)
+                self._loss_checked = True
             loss = weighted_loss(self.deepspeed, {WEIGHTS: torch.full((size,), 1 / size), **batch})
             self.deepspeed.backward(loss)
             self.deepspeed.step()
             total += float(loss.detach())
         mean = self.comm.sum_over_ranks([total])[0] / self.comm.world_size / self.gradient_accumulation_steps()
+        if not math.isfinite(mean):
+            ids = "" if self.selection is None else f" Its examples: {self.selection.selected_ids}."
+            raise RuntimeError(f"step {self.global_steps}: the loss is not finite. Lower lr, or look at the data.{ids}")
         lr = self.deepspeed.get_lr()[0]
         selecting = 0.0 if self.selection is None else self.selection.take_seconds()
         if self.trajectory is not None and self.selection is not None:
             self.trajectory.append_selection(self.global_steps, self.selection.selected_ids, loss=mean, lr=lr)
         self.global_steps += 1
         seconds, sent = time.perf_counter() - began, self.comm.scalar_bytes - sent
-        self.last_step = StepReport(self.global_steps, mean, 0.0, lr, sent, seconds, False, selecting)
+        self.last_step = StepReport(self.global_steps, mean, None, lr, sent, seconds, False, selecting)
         return mean
 
     def evaluate(self, dataset: Any, collate_fn: Callable, measure: Measure) -> dict[str, float]:
@@ -118,22 +124,19 @@ class FirstOrderEngine:
         return measure_whole(outputs_of, dataset, collate_fn, measure, comm=self.comm, micro_batch=micro_batch)
 
     def save_checkpoint(self, save_dir: str | Path) -> None:
-        """DeepSpeed's own checkpoint, with the loader's place and the selector's state beside it."""
-        tag = f"global_step{self.global_steps}"
-        self.deepspeed.save_checkpoint(str(save_dir), tag)
+        """DeepSpeed's own checkpoint, with the loader's place and the selector's state."""
         state = {"global_steps": self.global_steps, "loader": self.training_dataloader.state_dict()}
-        with self.comm.same_on_all_ranks():
-            if self.global_rank == 0:
-                (Path(save_dir) / tag / STATE_FILE).write_text(json.dumps(state))
+        self.deepspeed.save_checkpoint(str(save_dir), f"global_step{self.global_steps}", client_state={"zods": state})
 
     def load_checkpoint(self, load_dir: str | Path) -> None:
+        """Raises ValueError, the same on all ranks, where there is no checkpoint or one of another run."""
+        folder, client_state = self.deepspeed.load_checkpoint(str(load_dir))
         with self.comm.same_on_all_ranks():
-            latest = Path(load_dir) / "latest"
-            if not latest.is_file():
-                raise FileNotFoundError(f"checkpoint {load_dir}: no file `latest`. Give a folder of checkpoints.")
-            state = json.loads((Path(load_dir) / latest.read_text().strip() / STATE_FILE).read_text())
-        self.deepspeed.load_checkpoint(str(load_dir))
-        with self.comm.same_on_all_ranks():
+            if folder is None or "zods" not in client_state:
+                raise ValueError(
+                    f"checkpoint {load_dir}: DeepSpeed finds none of zods.finetune in it. Give a folder of checkpoints."
+                )
+            state = client_state["zods"]
             self.training_dataloader.load_state_dict(state["loader"])
         self.global_steps = state["global_steps"]
         self._batches = self.training_dataloader.forever()

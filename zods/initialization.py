@@ -20,8 +20,10 @@ from zods.data import TrainingLoader, check_dataset
 from zods.engine import ZerothOrderEngine, ZerothOrderOptimizer
 from zods.kernels import backend
 from zods.section import SECTION, DirectionConfig, checked_selector
-from zods.selection.batches import SelectingLoader, SubBatches, sources_of
+from zods.selection.batches import SubBatches, sources_of
 from zods.selection.features import find_target
+from zods.selection.loaders import SelectingLoader
+from zods.selection.selector import NEEDS
 from zods.sharding import ShardedParameters
 
 logger = logging.getLogger(__name__)
@@ -166,7 +168,8 @@ def _check_selector(run: RunConfig, model: torch.nn.Module, training_data: Any) 
         )
     checked_selector(selector, SELECTOR, run.deepspeed["train_batch_size"], len(training_data))
     sources_of(training_data, selector.source_column, SELECTOR)
-    find_target(model, selector.pattern)
+    if NEEDS[selector.strategy] != "nothing":
+        find_target(model, selector.pattern)
 
 
 def _selecting_loader(

@@ -9,6 +9,7 @@ import torch
 
 from zods.comm import Communicator
 from zods.data import WholePass
+from zods.objectives import WEIGHTS, batch_loss, logits_of
 
 Measure = Callable[[Any, dict[str, torch.Tensor], Any], dict[str, tuple[float, float]]]
 
@@ -50,3 +51,21 @@ def measure_whole(
     names = sorted(totals)
     reduced = comm.sum_over_ranks([value for name in names for value in totals[name]])
     return {name: reduced[2 * i] / reduced[2 * i + 1] for i, name in enumerate(names)}
+
+
+@torch.no_grad()
+def check_own_loss(model: Any, batch: dict[str, Any], comm: Communicator) -> None:
+    """Raise ValueError on all ranks where the loss that a model gives for a batch is not the cross entropy of its logits, of
+    which the losses of single examples are made. All ranks call it together."""
+    plain = to_device({key: value for key, value in batch.items() if key != WEIGHTS}, comm.device)
+    outputs = model(**plain)
+    logits = logits_of(outputs)
+    own, of_logits = batch_loss(outputs, plain), batch_loss({"logits": logits}, plain)
+    tolerance = 1e-4 if logits is not None and logits.dtype == torch.float32 else 1e-2
+    differs = not torch.allclose(own, of_logits, rtol=tolerance, atol=0.1 * tolerance, equal_nan=True)
+    if comm.sum_over_ranks([float(differs)])[0]:
+        raise ValueError(
+            f"the model's own loss ({float(own):.4f} on a first batch) is not the cross entropy of its logits "
+            f"({float(of_logits):.4f}), of which the losses of single examples are made. Losses of another kind can be "
+            "neither selected by nor weighted."
+        )

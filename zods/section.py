@@ -15,6 +15,7 @@ DISTRIBUTIONS = ("gaussian", "rademacher", "low_rank")
 EVALUATIONS = ("auto", "stacked", "lockstep", "sequential")
 PLACES = ("device", "cpu", "nvme", "terms")
 STRATEGIES = ("greedy", "stochastic_greedy", "greedi", "random", "structured_random", "longest", "highest_loss")
+BY_SOURCE = (*STRATEGIES[:3], "structured_random")
 FEATURES = ("exact", "zo", "paper")
 METRICS = ("l1", "l2", "cosine")
 
@@ -67,9 +68,7 @@ class SelectorConfig:
     warmup_steps: int = 0  # steps with random sub-batches, small sources whole, before the first choice
     interval: int = 1  # steps that are made with a sub-batch before the next is chosen
     metric: str = "l2"  # between features
-    features: str = (
-        "exact"  # derivatives of an example's loss along directions of a matrix; or by differences: zo, paper
-    )
+    features: str = "exact"  # derivatives of a loss along directions of a matrix; or by differences: zo, paper
     num_directions: int = 64
     rank: int = 4  # of a direction
     pattern: str | None = None  # a regular expression found in the matrix's name; None: the last value projection
@@ -223,9 +222,9 @@ def _build(cls: type, values: Any, path: str) -> Any:
     return cls(**built)
 
 
-def parse_selector(values: Any, path: str, budget: int, num_examples: int | None = None) -> SelectorConfig:
-    """A section of a selector (a dict) that chooses `budget` examples, checked. Raises ValueError, naming the key."""
-    return checked_selector(_build(SelectorConfig, values, path), path, budget, num_examples)
+def parse_selector(values: Any, path: str) -> SelectorConfig:
+    """A section of a selector (a dict), checked by itself. Raises ValueError, naming the key."""
+    return _build(SelectorConfig, values, path)
 
 
 def checked_selector(config: SelectorConfig, path: str, budget: int, num_examples: int | None = None) -> SelectorConfig:
@@ -242,6 +241,10 @@ def checked_selector(config: SelectorConfig, path: str, budget: int, num_example
     if config.quotas is not None:
         if config.source_column is None:
             raise ValueError(f"{path}.quotas: given without {path}.source_column. Name the column of the sources.")
+        if config.strategy not in BY_SOURCE:
+            raise ValueError(
+                f"{path}.quotas: {config.strategy} does not choose by source. Allowed are {', '.join(BY_SOURCE)}."
+            )
         total = sum(config.quotas.values())
         if total != budget:
             raise ValueError(f"{path}.quotas: they sum to {total}, must sum to {budget}, the train_batch_size.")

@@ -34,11 +34,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def finetune(folder: Path, output: str, *options: str) -> tuple[int, str]:
+def finetune(runs: Path, config: Path, output: str, *options: str) -> tuple[int, str]:
+    """A run in `runs`/`output`, on the data beside `config`."""
     return launch(
         Path(zods.finetune.__file__),
-        *("--deepspeed_config", folder / "config.json", "--model", MODEL, "--output_dir", folder / output),
-        *("--task", "prompted", "--template", r"{text}\nKind: {label}", "--train_file", folder / "train.jsonl"),
+        *("--deepspeed_config", config, "--model", MODEL, "--output_dir", runs / output),
+        *("--task", "prompted", "--template", r"{text}\nKind: {label}", "--train_file", config.parent / "train.jsonl"),
         *("--max_length", "48", *options),
     )
 
@@ -57,7 +58,7 @@ def run(folder: Path) -> Path:
         "--lr",
         "2e-4",
     )
-    code, output = finetune(folder, "run", *options)
+    code, output = finetune(folder, folder / "config.json", "run", *options)
     assert code == 0, output[-4000:]
     assert "held-out accuracy" in output
     return folder / "run"
@@ -91,22 +92,66 @@ def test_the_exported_model_loads_with_its_tokenizer(run):
 
 def test_a_resumed_run_ends_where_the_undisturbed_one_did(folder, run):
     (run / "checkpoints" / "latest").write_text("global_step2")
-    code, output = finetune(folder, "resumed", "--max_steps", "4", "--lr", "2e-4", "--resume", str(run / "checkpoints"))
+    code, output = finetune(
+        folder,
+        folder / "config.json",
+        "resumed",
+        "--max_steps",
+        "4",
+        "--lr",
+        "2e-4",
+        "--resume",
+        str(run / "checkpoints"),
+    )
     assert code == 0, output[-4000:]
     losses = {r["step"]: r["loss"] for r in read_metrics(run) if r["kind"] == "train"}
     resumed = {r["step"]: r["loss"] for r in read_metrics(folder / "resumed") if r["kind"] == "train"}
     assert resumed == {step: losses[step] for step in (3, 4)}
 
 
+SELECT = ("--select", "4/8", "--source_column", "label", "--max_steps", "4", "--lr", "1e-3")
+
+
+@pytest.mark.parametrize("lora", [(), ("--lora_rank", "2")], ids=["whole", "lora"])
+def test_first_order_training_with_selection_resumes_where_it_was(folder, lora, tmp_path):
+    first_order = ("--optimizer", "adamw", *SELECT, *lora)
+    code, output = finetune(
+        tmp_path, folder / "config.json", "whole", *first_order, "--save_interval", "2", "--save_model"
+    )
+    assert code == 0, output[-4000:]
+    logged = list(read_log(tmp_path / "whole" / "trajectory.log"))
+    assert [record["kind"] for record in logged] == ["selection"] * 4
+    assert all(len(set(record["ids"])) == 4 for record in logged)
+    assert (tmp_path / "whole" / "model").is_dir()
+    records = [r for r in read_metrics(tmp_path / "whole") if r["kind"] == "train"]
+    assert records[-1]["loss"] < records[0]["loss"]
+    assert all(record["selection_seconds"] > 0 for record in records)
+    (tmp_path / "whole" / "checkpoints" / "latest").write_text("global_step2")
+    resume = ("--resume", str(tmp_path / "whole" / "checkpoints"))
+    code, output = finetune(tmp_path, folder / "config.json", "resumed", *first_order, *resume)
+    assert code == 0, output[-4000:]
+    assert list(read_log(tmp_path / "resumed" / "trajectory.log")) == logged[2:]
+
+
+def test_zeroth_order_steps_log_what_was_selected(folder, tmp_path):
+    code, output = finetune(tmp_path, folder / "config.json", "run", *SELECT, "--strategy", "structured_random")
+    assert code == 0, output[-4000:]
+    steps = [record for record in read_log(tmp_path / "run" / "trajectory.log") if record["kind"] == "step"]
+    assert [len(set(record["ids"])) for record in steps] == [4] * 4
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (("--select", "4/8", "--source_column", "origin"), "no column 'origin'"),
         (("--validation_file", "{folder}/wrong.jsonl"), "neither"),
         (("--model", "{folder}/nowhere"), "nowhere"),
     ],
 )
 def test_bad_input_ends_with_one_message_and_leaves_no_folder(folder, options, message):
-    code, output = finetune(folder, "bad", *(option.format(folder=folder) for option in options))
+    code, output = finetune(
+        folder, folder / "config.json", "bad", *(option.format(folder=folder) for option in options)
+    )
     assert code != 0
     told = [line for line in output.splitlines() if "zods.finetune: error:" in line]
     assert len(told) == 1
@@ -114,7 +159,25 @@ def test_bad_input_ends_with_one_message_and_leaves_no_folder(folder, options, m
     assert not (folder / "bad").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--select", "8/4"), "expected K/N with 0 < K <= N"),
+        (("--select", "0/4"), "expected K/N with 0 < K <= N"),
+        (("--select", "4/8", "--train_batch_size", "4"), "sets train_batch_size to K"),
+        (("--optimizer", "adamw", "--eps", "1e-3"), "--eps belongs to zeroth-order steps"),
+        (("--lora_rank", "0"), "--lora_rank: found 0"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(options, message):
+    needed = ("--deepspeed_config", "c", "--model", "m", "--output_dir", "o", "--train_file", "t")
+    command = [sys.executable, "-m", "zods.finetune", *needed, *options]
+    told = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert told.returncode == 2
+    assert message in told.stderr
+
+
 def test_help_reads_without_a_launcher():
     told = subprocess.run([sys.executable, "-m", "zods.finetune", "--help"], capture_output=True, text=True, check=True)
-    for option in ("--deepspeed_config", "--train_file", "--method", "--anchor_interval"):
+    for option in ("--deepspeed_config", "--train_file", "--select", "--optimizer", "--method", "--anchor_interval"):
         assert option in told.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ import deepspeed
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, DistributedSampler
 
 import zods
@@ -20,7 +22,9 @@ from tests.distributed.models import configuration, numpy_of, whole
 from tests.distributed.ranks import run_ranks
 from tests.distributed.zoo import with_adapters, zoo_batch, zoo_model
 from zods.comm import Communicator
+from zods.data import TrainingLoader
 from zods.objectives import example_losses
+from zods.selection import facility_location, features
 from zods.selection import facility_location as fl
 from zods.selection.facility_location import from_features, lazy_greedy, quantised
 from zods.trajectory import TrajectoryLog, read_log
@@ -176,6 +180,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"spoilt": True, "selector": {"strategy": "random"}},
     {"method": "mezo_svrg", "anchor_interval": 2, "evaluation": "sequential"},
     {"method": "mezo_svrg", "anchor_interval": 2, "anchor": {"point": "terms", "gradient": "terms"}},
+    {"method": "mezo_svrg", "anchor_interval": 2, "spoilt": True},
     {"directions": "per_rank", "evaluation": "lockstep"},
     {"top": {"bf16": {"enabled": True}}},
 ]
@@ -193,6 +198,41 @@ def test_zeroth_order_steps_choose_the_same_on_1_and_2_ranks(options: dict[str, 
     unusable = [i for i in range(64) if i % 5 == 0] if options.get("spoilt") else []
     assert not set(unusable) & {i for ids in alone[0][0] for i in ids}
     assert sum(count for count, _ in alone[0][1]) == len(unusable)
+
+
+def features_in_many_runs(_: int) -> Any:
+    """Ranks whose batches differ in length make as many forwards, or they would wait for each other for ever."""
+    features._STACK_ELEMENTS_ON_CPU = 20_000
+    data = [
+        {**row, **{k: row[k][: 4 + i % 9] for k in ("input_ids", "attention_mask", "labels")}}
+        for i, row in enumerate(examples())
+    ]
+    options = {"candidates": 16, "features": "zo", "num_directions": 16, "source_column": "source"}
+    config = configuration(8, lr=1e-2, selector=options, method="mezo")
+    engine = zods.initialize(model=zoo_model("llama"), training_data=data, collate_fn=padded, config=config)[0]
+    return [(engine.train_batch(), engine.selection.selected_ids)[1] for _ in range(3)]
+
+
+def padded(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    values = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+    return {key: pad_sequence([row[key] for row in rows], True, value) for key, value in values.items()}
+
+
+def test_differences_make_as_many_forwards_on_all_ranks():
+    (alone,), (first, second) = run_ranks(1, features_in_many_runs, 0), run_ranks(2, features_in_many_runs, 0)
+    assert alone == first == second
+
+
+def large_selection(_: int) -> list[tuple[list[int], int]]:
+    """As many candidates as if their distances did not fit the memory of a rank."""
+    facility_location._CACHE_BYTES = 1000
+    return zeroth_order_steps(3, {})[0]
+
+
+def test_ranks_share_the_work_where_distances_do_not_fit():
+    expected = run_ranks(1, zeroth_order_steps, 3, {})[0][0]
+    for world_size in (1, 2, 4):
+        assert run_ranks(world_size, large_selection, 0) == [expected] * world_size
 
 
 def test_128_candidates_on_4_ranks_send_less_than_64_kib():
@@ -358,7 +398,7 @@ def plain_adamw(lora: bool) -> tuple[list[list[int]], list[float], dict[str, flo
     model = with_adapters("llama") if lora else zoo_model("llama")
     data = examples()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.01)
-    extract = FeatureExtractor(model, kind="exact", num_directions=8, rank=4)
+    extract = FeatureExtractor(model, kind="exact", rank=4)
     chosen, losses = [], []
     for step in range(4):
         candidates = list(range(16 * step, 16 * step + 16))
@@ -386,6 +426,61 @@ def plain_adamw(lora: bool) -> tuple[list[list[int]], list[float], dict[str, flo
         chosen.append(ids)
         losses.append(float(loss.detach()))
     return chosen, losses, {name: p.detach().double().norm().item() for name, p in model.named_parameters()}
+
+
+def steps_with_few_usable(stage: int) -> tuple[list[list[int]], list[float]]:
+    """3 of 16 candidates have labels, 8 are to be chosen: some micro-batches count for nothing, on some ranks all."""
+    engine, _ = first_order_engine(stage, False, 2)
+    data = [
+        row if i % 16 < 3 else {**row, "labels": torch.full_like(row["labels"], -100)}
+        for i, row in enumerate(examples())
+    ]
+    loader = DataLoader(
+        data, batch_size=16 // engine.world_size, sampler=DistributedSampler(data, shuffle=False), collate_fn=collate
+    )
+    batches = zods.select(loader, engine, {"candidates": 16})
+    ids, losses = [], []
+    for micro in batches:
+        loss = zods.weighted_loss(engine, micro)
+        engine.backward(loss)
+        engine.step()
+        ids.append(batches.selection.selected_ids)
+        losses.append(float(loss.detach()))
+    return ids, losses
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_where_few_candidates_are_usable_the_others_do_not_count(stage: int):
+    (alone,) = run_ranks(1, steps_with_few_usable, stage)
+    of_ranks = run_ranks(2, steps_with_few_usable, stage)
+    assert alone[0] == [[i, i + 1, i + 2] for i in (0, 0, 16, 16, 32, 32, 48, 48)] == of_ranks[0][0] == of_ranks[1][0]
+    means = [sum(losses) / 2 for losses in zip(*(losses for _, losses in of_ranks), strict=True)]
+    for step in range(4):
+        assert sum(means[2 * step : 2 * step + 2]) == pytest.approx(sum(alone[1][2 * step : 2 * step + 2]), rel=1e-4)
+
+
+def passes_with_a_stop(stop: int) -> tuple[list[list[int]], list[list[int]]]:
+    """What is chosen step by step in a pass, and in one that is stopped after `stop` steps and goes on elsewhere."""
+    engine, _ = first_order_engine(0, False, 2)
+    loader = DataLoader(examples(), batch_size=16 // engine.world_size, sampler=DistributedSampler(examples(), shuffle=False),
+                        collate_fn=collate)  # fmt: skip
+    options = {"candidates": 16, "interval": 2, "strategy": "random"}
+    whole_pass, first, second = (zods.select(loader, engine, options) for _ in range(3))
+    expected = [whole_pass.selection.selected_ids for _ in whole_pass]
+    found, batches = [], iter(first)
+    for _ in range(2 * stop):
+        next(batches)
+        found.append(first.selection.selected_ids)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    found += [second.selection.selected_ids for _ in second]
+    return expected, found
+
+
+@pytest.mark.parametrize("stop", [0, 1, 2, 5, 8])
+def test_a_pass_over_a_loader_goes_on_where_it_was_stopped(stop: int):
+    for expected, found in run_ranks(2, passes_with_a_stop, stop):
+        assert len(expected) == 16
+        assert found == expected
 
 
 def test_the_loader_of_deepspeed_serves_too():
@@ -416,6 +511,8 @@ def mistakes() -> list[str]:
     attempt(with_selector(candidates=7))
     attempt(with_selector(candidates=65))
     attempt(with_selector(quotas={"rare": 4, "common": 5}))
+    attempt(with_selector(quotas={"rrae": 4, "common": 4}))
+    attempt(with_selector(quotas={"rare": 4, "common": 4}, strategy="longest"))
     attempt(with_selector(pattern="no_such_layer"))
     attempt(
         lambda: zods.initialize(
@@ -425,7 +522,17 @@ def mistakes() -> list[str]:
     unlabelled = [{**row, "labels": torch.full_like(row["labels"], -100)} for row in data]
     engine = zeroth_order_engine(unlabelled)
     attempt(engine.train_batch)
+    saved = zeroth_order_engine(data).training_dataloader.state_dict()
+    attempt(lambda: zeroth_order_engine(data, selector={"interval": 2}).training_dataloader.load_state_dict(saved))
+    attempt(
+        lambda: TrainingLoader(data, micro_batch=8, accumulation=1, rank=0, world_size=1, seed=0).load_state_dict(saved)
+    )
+    masked = {"model": zoo_model("bert, masked"), "training_data": data, "collate_fn": collate}
+    engine = zods.initialize(**masked, config=configuration(8, method="mezo", selector={"candidates": 16}))[0]
+    attempt(engine.train_batch)
     engine, loader = first_order_engine(3, False)
+    same = DataLoader(data, batch_size=8 // engine.world_size, collate_fn=collate)
+    attempt(lambda: next(iter(zods.select(same, engine, {"candidates": 16}))) and None)
     attempt(lambda: zods.select(loader, engine, {"candidates": 17}))
     attempt(lambda: zods.select([1, 2], engine, {"candidates": 16}))
     attempt(lambda: zods.select(loader, engine, {"candidates": 16, "sources": "source"}))
@@ -439,9 +546,15 @@ def test_mistakes_are_told_on_all_ranks(world_size: int):
         r"selector\.candidates: found 7, of which 8",
         r"selector\.candidates: found 65, but there are 64",
         r"selector\.quotas: they sum to 9, must sum to 8",
+        r"selector\.quotas: no example's source is 'rrae'; there are common, other, rare",
+        r"selector\.quotas: longest does not choose by source",
         r"selector\.pattern: no linear layer's parameter matches 'no_such_layer'",
         r"training_data: missing",
         r"RuntimeError: selector: none of 16 candidates has a label and a finite loss",
+        r"selector: interval is 2, but 1 in the checkpoint",
+        r"zeroth_order\.selector: none, but the checkpoint was made with one",
+        r"the model's own loss .* is not the cross entropy of its logits",
+        r"taken" if world_size == 1 else r"16 candidates are 8 different ones: ranks give the same",
         r"selector\.candidates: found 17, but the loader's batches of",
         r"loader: found list, expected a DataLoader",
         r"selector\.sources: unknown key\. Did you mean 'source_column'",

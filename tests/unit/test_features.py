@@ -43,8 +43,8 @@ def batch_of(family: str, size: int = 5) -> dict[str, Tensor]:
     return batch
 
 
-def extractor(model: nn.Module, kind: str, num_directions: int = 3, **options) -> FeatureExtractor:
-    return FeatureExtractor(model, kind=kind, num_directions=num_directions, rank=2, **options)
+def extractor(model: nn.Module, kind: str, **options) -> FeatureExtractor:
+    return FeatureExtractor(model, kind=kind, rank=2, **options)
 
 
 def gradients(model: nn.Module, name: str, batch: dict[str, Tensor]) -> Tensor:
@@ -88,20 +88,36 @@ def test_exact_features_are_autograd_over_the_whole_model(family: str):
 @pytest.mark.parametrize("two_sided", [True, False])
 def test_differences_are_near_the_derivatives(family: str, two_sided: bool):
     model, batch = model_of(family).double(), batch_of(family)
-    expected, losses = extractor(model, "exact", 5)(batch, [1, 2, 3, 4, 5])
-    found, base = extractor(model, "zo", 5, eps=1e-4, two_sided=two_sided)(batch, [1, 2, 3, 4, 5])
+    expected, losses = extractor(model, "exact")(batch, [1, 2, 3, 4, 5])
+    found, base = extractor(model, "zo", eps=1e-4, two_sided=two_sided)(batch, [1, 2, 3, 4, 5])
     # losses are float32: half a unit in their last place, over eps; the one-sided ones are off by eps times a curvature
     tolerance = 3e-7 * float(losses.max()) / 1e-4 + (0 if two_sided else 0.05 * float(expected.abs().max()))
     torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
     torch.testing.assert_close(base, losses)
 
 
+@pytest.mark.parametrize("kind", ["llama", "opt", "gpt2"])
+def test_classifiers_on_decoders(kind: str):
+    """They pool by the tokens of their inputs."""
+    config = zoo_model(kind).config
+    config.num_labels, config.pad_token_id = 3, 1
+    torch.manual_seed(0)
+    model = transformers.AutoModelForSequenceClassification.from_config(config).eval().double()
+    batch = batch_of(kind) | {"labels": torch.tensor([0, 2, 1, 1, 0])}
+    expected, _ = extractor(model, "exact")(batch, [1, 2, 3])
+    torch.testing.assert_close(
+        expected, projected(model, find_target(model).name, batch, [1, 2, 3]), rtol=1e-4, atol=1e-6
+    )
+    found, _ = extractor(model, "zo", eps=1e-4)(batch, [1, 2, 3])
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=3e-3)  # losses are float32
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
 def test_stacks_of_directions_give_what_single_ones_do(family: str, monkeypatch: pytest.MonkeyPatch):
     model, batch = model_of(family).double(), batch_of(family)
-    stacked, _ = extractor(model, "zo", 4, eps=0.05)(batch, [1, 2, 3, 4])
-    monkeypatch.setattr("zods.selection.features._STACK_ELEMENTS", 1)
-    single, _ = extractor(model, "zo", 4, eps=0.05)(batch, [1, 2, 3, 4])
+    stacked, _ = extractor(model, "zo", eps=0.05)(batch, [1, 2, 3, 4])
+    monkeypatch.setattr("zods.selection.features._STACK_ELEMENTS_ON_CPU", 1)
+    single, _ = extractor(model, "zo", eps=0.05)(batch, [1, 2, 3, 4])
     torch.testing.assert_close(stacked, single, rtol=1e-4, atol=1e-4)
 
 
@@ -214,7 +230,7 @@ def test_distances_of_features_are_in_the_order_of_those_of_the_gradients():
     pairs = torch.triu_indices(len(texts), len(texts), 1)
     true = torch.cdist(*[gradients(model, find_target(model).name, batch).flatten(1)] * 2)[pairs[0], pairs[1]]
     for kind in ("zo", "exact"):
-        extract = FeatureExtractor(model, kind=kind, num_directions=64, rank=4)
+        extract = FeatureExtractor(model, kind=kind, rank=4)
         features, _ = extract(batch, range(64))
         found = torch.cdist(features, features)[pairs[0], pairs[1]]
         assert spearman(found, true) >= 0.95

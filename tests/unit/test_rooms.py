@@ -30,7 +30,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "trajectory": ({"estimators", "sharding"}, set()),
     "objectives": (set(), {"torch"}),
     "memory": (set(), {"torch"}),
-    "measuring": ({"comm", "data"}, {"torch"}),
+    "measuring": ({"comm", "data", "objectives"}, {"torch"}),
     "evaluation": (
         {"comm", "data", "deferral", "directions", "measuring", "memory", "objectives", "sharding", "stacking", "streams"},
         {"torch", "deepspeed", "tqdm"},

@@ -30,7 +30,7 @@ def batch_of(n: int = 40, *, sources: str | None = "aaaabbbcd", m: int = 3, seed
 
 
 def selector(budget: int = 20, seed: int = 1, **options) -> Selector:
-    return Selector(parse_selector({"candidates": 40, **options}, "selector", budget), budget, seed=seed)
+    return Selector(parse_selector({"candidates": 40, **options}, "selector"), budget, seed=seed)
 
 
 def test_small_sources_are_kept_and_the_others_chosen_by_facility_location():
@@ -114,6 +114,13 @@ def test_warm_up_is_structured_random():
     assert [warm.plan(batch) for _ in range(1)] == [(None, [])]
     assert [warm.select(batch)[0] for _ in range(2)] == [plain.select(batch)[0] for _ in range(2)]
     assert warm.select(batch)[0] == selector().select(batch)[0]
+
+
+def test_warm_up_counts_steps_not_selections():
+    batch = batch_of()
+    warm, plain = selector(warmup_steps=3, interval=2), selector(strategy="structured_random")
+    assert [warm.select(batch)[0] for _ in range(2)] == [plain.select(batch)[0] for _ in range(2)]  # steps 0 to 3
+    assert warm.strategy == "greedy"
 
 
 def test_unusable_candidates_are_never_chosen_and_counted():

@@ -1,27 +1,28 @@
 """From candidates to the micro-batches that ranks train on: measure, choose, deal out.
 
 Every rank can read every example, by its place in the dataset: what is exchanged is features and losses, never examples.
-Candidates are measured in micro-batches that do not depend on the number of ranks, so that their features do not either.
+Candidates are measured in micro-batches that depend on train_micro_batch_size_per_gpu, not on who owns which; sources that
+are kept whole are not measured, so that an example of theirs is trained on whatever its loss is.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from deepspeed.runtime.dataloader import DeepSpeedDataLoader
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import default_collate
 
 from zods.comm import Communicator
-from zods.data import check_dataset, epoch_order
-from zods.measuring import to_device
-from zods.objectives import IGNORE_INDEX, WEIGHTS, weighted_sum
-from zods.section import SelectorConfig, parse_selector
+from zods.data import check_dataset
+from zods.measuring import check_own_loss, to_device
+from zods.objectives import IGNORE_INDEX, WEIGHTS
+from zods.section import SelectorConfig, checked_selector
 from zods.selection.facility_location import quantised
 from zods.selection.features import FeatureExtractor, without_cache
 from zods.selection.policy import deal
@@ -49,6 +50,12 @@ def sources_of(dataset: Any, column: str | None, path: str) -> list[str] | None:
     return [str(dataset[i][column]) for i in range(len(dataset))]
 
 
+def is_labelled(labels: Tensor) -> Tensor:
+    """Which rows have a label that counts."""
+    counted = labels[:, None] if labels.ndim == 1 else labels[:, 1:]
+    return (counted != IGNORE_INDEX).any(1)
+
+
 class SubBatches:
     """Makes this rank's micro-batches of the examples chosen from a candidate batch.
 
@@ -70,9 +77,17 @@ class SubBatches:
         path: str,
     ) -> None:
         self.dataset, self._collate = dataset, collate_fn or default_collate
+        self._model, self._loss_checked = model, False
         self._comm, self._micro_batch = comm, micro_batch
         self.accumulation = accumulation
+        budget = micro_batch * accumulation * comm.world_size
+        checked_selector(config, path, budget, check_dataset(dataset, "training_data"))
         self._sources = sources_of(dataset, config.source_column, path)
+        unknown = sorted(set(config.quotas or {}) - set(self._sources or []))
+        if unknown:
+            raise ValueError(
+                f"{path}.quotas: no example's source is {unknown[0]!r}; there are {', '.join(sorted(set(self._sources or [])))}."
+            )
         self._batch_of([0])  # whatever is wrong with it shows before anything is spent
         self._extract: FeatureExtractor | None = None
         if NEEDS[config.strategy] != "nothing":
@@ -80,15 +95,15 @@ class SubBatches:
                 model,
                 deepspeed_engine,
                 kind=config.features,
-                num_directions=config.num_directions,
                 rank=config.rank,
                 pattern=config.pattern,
                 eps=config.eps,
                 two_sided=config.two_sided,
+                agree=lambda value: max(of_rank[0] for of_rank in comm.gather_integers([value])),
             )
         self.selector = Selector(
             config,
-            micro_batch * accumulation * comm.world_size,
+            budget,
             seed=seed,
             target=None if self._extract is None else self._extract.target,
             num_parts=comm.world_size,
@@ -107,6 +122,13 @@ class SubBatches:
         """
         began = time.perf_counter()
         known = self._looked_up(own_ids)
+        if not self._loss_checked:
+            check_own_loss(
+                self._model,
+                {**without_cache(self._model), **self._batch_of(sorted(known)[: self._micro_batch])},
+                self._comm,
+            )
+            self._loss_checked = True
         ids = sorted(known)
         batch = CandidateBatch(
             ids,
@@ -122,7 +144,10 @@ class SubBatches:
             raise RuntimeError(
                 f"selector: none of {len(ids)} candidates has a label and a finite loss. Look at the data."
             )
+        if wanted and self._extract is not None:
+            self.report = replace(self.report, matrix=self._extract.target.name)
         self.selected_ids = [ids[place] for place in places]
+        self._comm.check_agreement(json.dumps(self.selected_ids).encode(), "what was selected")
         self._num_tokens = [batch.num_tokens[place] for place in places]
         self._seconds += time.perf_counter() - began
 
@@ -160,15 +185,23 @@ class SubBatches:
     def _looked_up(self, own_ids: Sequence[int]) -> dict[int, tuple[int, bool]]:
         """The number of tokens, and whether there is a label, of all ranks' candidates by id."""
         rows: list[tuple[int, int, bool]] = []
-        for start in range(0, len(own_ids), self._micro_batch):
-            ids = own_ids[start : start + self._micro_batch]
-            batch = self._batch_of(ids)
-            labels, mask = batch["labels"], batch.get("attention_mask")
-            counted = (labels[:, None] if labels.ndim == 1 else labels[:, 1:]) != IGNORE_INDEX
-            sizes = mask.sum(1).tolist() if isinstance(mask, Tensor) else [labels[0].numel()] * len(ids)
-            rows += zip(ids, sizes, counted.any(1).tolist(), strict=True)
+        with self._comm.same_on_all_ranks():
+            for start in range(0, len(own_ids), self._micro_batch):
+                ids = own_ids[start : start + self._micro_batch]
+                batch = self._batch_of(ids)
+                mask = batch.get("attention_mask")
+                # without a mask each by itself: a batch's lengths are padded
+                alone = [] if isinstance(mask, Tensor) else [self._batch_of([i])["labels"].numel() for i in ids]
+                sizes = mask.sum(1).tolist() if isinstance(mask, Tensor) else alone
+                rows += zip(ids, sizes, is_labelled(batch["labels"]).tolist(), strict=True)
         gathered = self._comm.gather_rows(torch.tensor(rows, dtype=torch.int64).view(-1, 3))
-        return {i: (count, bool(labelled)) for of_rank in gathered for i, count, labelled in of_rank.tolist()}
+        found = {i: (count, bool(labelled)) for of_rank in gathered for i, count, labelled in of_rank.tolist()}
+        if 2 * len(found) <= sum(map(len, gathered)):
+            raise ValueError(
+                f"selector: {sum(map(len, gathered))} candidates are {len(found)} different ones: ranks give the same. Use a "
+                "DistributedSampler."
+            )
+        return found
 
     def _measured(self, batch: CandidateBatch, wanted: list[int]) -> CandidateBatch:
         """The batch with losses and features of the places wanted; losses are not finite where features are not.
@@ -220,156 +253,3 @@ class SubBatches:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.selector.load_state_dict(state["selector"])
         self.selected_ids, self._weights, self._num_tokens = state["ids"], state["weights"], state["num_tokens"]
-
-
-class SelectingLoader:
-    """This rank's micro-batches of the chosen examples, epoch after epoch; resumable. The face of `TrainingLoader`.
-
-    An epoch is a pass over the data in candidate batches, `interval` steps for each.
-    """
-
-    def __init__(self, selection: SubBatches, comm: Communicator, seed: int) -> None:
-        self.selection, self._comm, self._seed = selection, comm, seed
-        self._config = selection.selector.config
-        self.dataset, self.accumulation = selection.dataset, selection.accumulation
-        self.epoch = 0
-        self.position = 0  # micro-batches of the running epoch that were handed out
-
-    def collate_fn(self, rows: Sequence[Any]) -> Batch:
-        """A batch with weights of 1, whose loss is the mean over its examples, as that of the chosen is."""
-        batch = self.selection.collated(rows)
-        return {**batch, WEIGHTS: torch.ones(len(batch["labels"]))}
-
-    def __len__(self) -> int:
-        """Micro-batches per epoch and rank."""
-        return len(self.dataset) // self._config.candidates * self._config.interval * self.accumulation
-
-    def __iter__(self) -> Iterator[Batch]:
-        if self.position == len(self):
-            self.epoch, self.position = self.epoch + 1, 0
-        order = epoch_order(len(self.dataset), self._config.candidates, self._seed, self.epoch)
-        batches: list[Batch] = []
-        while self.position < len(self):
-            step, micro = divmod(self.position, self.accumulation)
-            if micro == 0 and step % self._config.interval == 0:
-                candidates = order[step // self._config.interval]
-                self.selection.choose(candidates[self._comm.rank :: self._comm.world_size].tolist())
-            if micro == 0 or not batches:
-                batches = self.selection.micro_batches()
-            self.position += 1
-            yield batches[micro]
-
-    def forever(self) -> Iterator[Batch]:
-        """Micro-batches without end, through the epochs."""
-        while True:
-            yield from self
-
-    def state_dict(self) -> dict[str, Any]:
-        steps = self.position // self.accumulation
-        return {
-            "epoch": self.epoch,
-            "steps": steps,
-            "size": len(self.dataset),
-            "candidates": self._config.candidates,
-            **self.selection.state_dict(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on at the first step that `state` had not begun, on any number of ranks."""
-        for name, key, here in (
-            ("training_data", "size", len(self.dataset)),
-            ("zeroth_order.selector.candidates", "candidates", self._config.candidates),
-        ):
-            if state.get(key) != here:
-                raise ValueError(
-                    f"{name}: {here}, but the checkpoint was made with {state.get(key)}. Resume with the same."
-                )
-        self.epoch, self.position = state["epoch"], state["steps"] * self.accumulation
-        self.selection.load_state_dict(state)
-
-
-class SelectedBatches:
-    """What `select` returns. selection: the last one's ids and report."""
-
-    def __init__(self, loader: DataLoader, selection: SubBatches, comm: Communicator) -> None:
-        self._batches: Any = loader.batch_sampler
-        self.selection = selection
-        self._config = selection.selector.config
-        size = int(loader.batch_size or 0) * comm.world_size
-        if size == 0 or self._config.candidates % size:
-            raise ValueError(
-                f"selector.candidates: found {self._config.candidates}, but the loader's batches of {loader.batch_size} on "
-                f"{comm.world_size} ranks give {size} at a time. Give a multiple."
-            )
-        self._loads = self._config.candidates // size
-
-    def __len__(self) -> int:
-        """Micro-batches of a pass over the loader, on this rank."""
-        per_step = self.selection.accumulation * self._config.interval
-        return len(self._batches) // self._loads * per_step
-
-    def __iter__(self) -> Iterator[Batch]:
-        ids: list[int] = []
-        for count, some in enumerate(self._batches, start=1):
-            ids += some
-            if count % self._loads == 0:
-                self.selection.choose(ids)
-                ids = []
-                batches = self.selection.micro_batches()
-                for _ in range(self._config.interval):
-                    yield from batches
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.selection.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.selection.load_state_dict(state)
-
-
-def select(loader: Any, engine: Any, config: Mapping[str, Any], *, seed: int = 42) -> SelectedBatches:
-    """Around a loader of first-order DeepSpeed training: micro-batches of chosen examples in place of the loader's own.
-
-        for batch in zods.select(loader, engine, {"candidates": 128, "source_column": "source"}):
-            loss = zods.weighted_loss(engine, batch)
-            engine.backward(loss)
-            engine.step()
-
-    loader: a torch DataLoader, or the one that `deepspeed.initialize` returns, over a map-style dataset that every rank can
-    read; its samplers decide who the candidates are. engine: a DeepSpeedEngine; its train_batch_size is the number chosen.
-    config: the keys of the section "selector". Each item is a dict of the model's inputs and labels, on the CPU, and
-    `example_weights`.
-
-    Raises ValueError, the same on all ranks, where the loader or the configuration does not serve.
-    """
-    comm = Communicator(torch.device(engine.device))
-    with comm.same_on_all_ranks():
-        if isinstance(loader, DeepSpeedDataLoader):
-            loader = iter(loader).dataloader  # it makes one for each pass
-        if not isinstance(loader, DataLoader) or loader.batch_sampler is None:
-            raise ValueError(
-                f"loader: found {type(loader).__name__}, expected a DataLoader with batches of a map-style dataset."
-            )
-        size = check_dataset(loader.dataset, "loader.dataset")
-        parsed = parse_selector(config, "selector", engine.train_batch_size(), size)
-        sub_batches = SubBatches(
-            loader.dataset,
-            loader.collate_fn,
-            parsed,
-            model=engine.module,
-            deepspeed_engine=engine,
-            comm=comm,
-            micro_batch=engine.train_micro_batch_size_per_gpu(),
-            accumulation=engine.gradient_accumulation_steps(),
-            seed=seed,
-            path="selector",
-        )
-        return SelectedBatches(loader, sub_batches, comm)
-
-
-def weighted_loss(engine: Any, batch: Mapping[str, Any]) -> Tensor:
-    """The loss of one of `select`'s micro-batches on `engine`: the weighted sum of its examples' losses, each the mean over
-    the example's own labels. 0-d, with a graph; scaled for `engine.backward`, which takes the mean over micro-batches and ranks.
-    """
-    moved = to_device(batch, engine.device)
-    inputs = {key: value for key, value in moved.items() if key not in ("labels", WEIGHTS)}
-    return weighted_sum(engine(**inputs, **without_cache(engine.module)), moved)

@@ -83,8 +83,12 @@ class Problem:
         """What each candidate would add to F, int64; `nearest` (num_items,): each item's distance to those chosen."""
         if self._kept is not None:
             return summed_excess(nearest, self._kept, candidates)
-        blocks = candidates.split(max(1, _BLOCK // max(1, self.num_items)))
-        return torch.cat([_gains(self.distances(block), nearest) for block in blocks])
+        # made beforehand: small tensors between large ones keep the allocator from using these again
+        found = torch.empty_like(candidates)
+        size = max(1, _BLOCK // max(1, self.num_items))
+        for start in range(0, len(candidates), size):
+            found[start : start + size] = _gains(self.distances(candidates[start : start + size]), nearest)
+        return found
 
     def keep_distances(self) -> None:
         """Make all distances once, where they are few enough to keep."""
@@ -101,7 +105,14 @@ class Problem:
         self._kept = kept
 
     def among(self, ids: Tensor) -> Problem:
-        """The problem whose items and candidates are these; it must be a symmetric one. Its ids are places in `ids`."""
+        """The problem whose items and candidates are these. Its ids are places in `ids`.
+
+        Raises ValueError where the items are not the candidates, at distances that are symmetric.
+        """
+        if not self._symmetric:
+            raise ValueError(
+                "a part of a problem is taken by candidates: these must be the items, at symmetric distances"
+            )
 
         def between(candidates: Index, items: Index) -> Tensor:
             return self._between(ids[candidates], ids[items])

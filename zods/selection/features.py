@@ -43,6 +43,7 @@ VALUE_PROJECTIONS = (  # of a block, as models name it; further down, one that m
     "c_attn",
 )
 _STACK_ELEMENTS = 1 << 27  # of the largest tensor in a run of the last block on copies of the batch
+_STACK_ELEMENTS_ON_CPU = 1 << 22  # larger ones are no faster there, and cost memory that is not in its cache
 
 
 @dataclass(frozen=True)
@@ -133,25 +134,25 @@ class FeatureExtractor:
         deepspeed_engine: Any = None,
         *,
         kind: str = "exact",
-        num_directions: int,
         rank: int,
         pattern: str | None = None,
         eps: float = 1e-3,
         two_sided: bool = True,
+        agree: Callable[[int], int] = int,
     ) -> None:
+        """agree: the largest of the ranks' values, so that all ranks of a sharded model make as many forwards."""
         self._model, self._deepspeed = model, deepspeed_engine
         self.target = find_target(model, pattern)
         self._kind = kind
-        self.num_directions = 1 if kind == "paper" else num_directions
         self._direction = Direction("low_rank", rank) if kind != "paper" else Direction()
-        self._eps, self._two_sided = eps, two_sided
+        self._eps, self._two_sided, self._agree = eps, two_sided, agree
         head = getattr(model, "get_output_embeddings", lambda: None)()
         self._head = head if isinstance(head, nn.Module) else None
         logger.info("features: %s of %s %s", kind, self.target.name, self.target.shape)
 
     def __call__(self, batch: dict[str, Any], seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """(features (B, m) float32, losses (B,) float32) of a batch on the device; not finite for an example without
-        labels. seeds: of the m directions.
+        """(features (B, m) float32, losses (B,) float32) of a batch on the device; the loss of an example without labels is
+        NaN. seeds: of the m directions.
 
         All ranks of a sharded model call it together. The model is left in the mode it was in, nothing of it is changed.
         """
@@ -197,7 +198,8 @@ class FeatureExtractor:
         """(L_i(W + eps Z_k) - L_i(W - eps Z_k)) / (2 eps), or with L_i(W) in place of the second."""
         (losses,) = pass_.losses(record=True)
         signs = (1.0, -1.0) if self._two_sided else (1.0,)
-        per_run = max(1, _STACK_ELEMENTS // (pass_.largest * len(signs)))
+        elements = _STACK_ELEMENTS_ON_CPU if losses.device.type == "cpu" else _STACK_ELEMENTS
+        per_run = max(1, elements // (self._agree(pass_.largest) * len(signs)))
         features = []
         for start in range(0, len(seeds), per_run):
             some = seeds[start : start + per_run]
@@ -279,7 +281,6 @@ class _Pass:
             cut.append(True)
             return (hidden.reshape(copies, -1, hidden.shape[-1])[:, self._labelled.positions], *args[1:])
 
-        inputs = self._inputs
         with ExitStack() as stack:
             if at_target is not None:
                 change = at_target
@@ -287,12 +288,8 @@ class _Pass:
                 stack.callback(hook.remove)
             if self._head is not None:
                 stack.callback(self._head.register_forward_pre_hook(keep_labelled).remove)
-            if self._target.blocks:
-                stack.enter_context(self._copied_from_last_block(copies))
-                stack.enter_context(self._beginning_at_last_block(record))
-            else:
-                inputs = self._repeated(inputs, copies)
-            logits = logits_of(self._model(**inputs))
+            stack.enter_context(self._beginning_at_last_block(record, copies))
+            logits = logits_of(self._model(**self._repeated(self._inputs, copies)))
         if logits is None:
             raise ValueError(
                 "the model gives no logits without labels, so the losses of single examples are not known."
@@ -301,9 +298,11 @@ class _Pass:
             if not cut or self._labelled is None:
                 labels = self._labels.repeat(copies, *[1] * (self._labels.ndim - 1))
                 return example_losses(logits, labels).view(copies, -1)
-            _, targets, owners = self._labelled
+            positions, targets, owners = self._labelled
             tokens = functional.cross_entropy(logits.flatten(0, 1).float(), targets.repeat(copies), reduction="none")
-            sums = tokens.new_zeros(copies, len(self._labels)).index_add(1, owners, tokens.view(copies, -1))
+            # one place for each token, not one sum for each example: adding in place has no fixed order on a GPU
+            placed = tokens.new_zeros(copies, self._labels.numel()).index_copy(1, positions, tokens.view(copies, -1))
+            sums = placed.view(copies, *self._labels.shape).sum(2)
             return sums / torch.bincount(owners, minlength=len(self._labels))
 
     def per_example(self, products: Tensor) -> Tensor:
@@ -311,8 +310,9 @@ class _Pass:
         if (
             self._target.module is self._head and self._labelled is not None
         ):  # its inputs are labelled tokens, (1, N, m)
-            sums = products.new_zeros(len(self._labels), products.shape[-1])
-            return sums.index_add(0, self._labelled.owners, products[0])
+            placed = products.new_zeros(self._labels.numel(), products.shape[-1])
+            placed[self._labelled.positions] = products[0]
+            return placed.view(*self._labels.shape, -1).sum(1)
         return products.flatten(1, -2).sum(1)
 
     def _repeated(self, value: Any, copies: int) -> Any:
@@ -325,22 +325,7 @@ class _Pass:
         return value if copies == 1 else tree_map(repeat, value)
 
     @contextmanager
-    def _copied_from_last_block(self, copies: int) -> Iterator[None]:
-        """The last block gets its inputs repeated, and so has all that is after it."""
-
-        def repeat(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-            return self._repeated(args, copies), self._repeated(kwargs, copies)
-
-        blocks = self._target.blocks[self._target.block :]
-        hooks = [block.register_forward_pre_hook(repeat, with_kwargs=True) for block in blocks]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    @contextmanager
-    def _beginning_at_last_block(self, record: bool) -> Iterator[None]:
+    def _beginning_at_last_block(self, record: bool, copies: int) -> Iterator[None]:
         """Blocks before the last do nothing where it is known what they give; else that is kept, with `record`."""
         prefix = self._target.blocks[: self._target.block]
         if not prefix or (self._before_last is None and not record):
@@ -354,8 +339,9 @@ class _Pass:
                 hook.remove()
             return
         forwards = [block.__dict__.get("forward") for block in prefix]
+        known = self._repeated(self._before_last, copies)
         for block in prefix:
-            block.forward = lambda *_, **__: self._before_last
+            block.forward = lambda *_, **__: known
         try:
             yield
         finally:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from zods.directions import Parameter, derive_seed
-from zods.section import SelectorConfig
+from zods.section import BY_SOURCE, SelectorConfig
 from zods.selection.facility_location import (
     Chosen,
     Problem,
@@ -34,7 +34,6 @@ from zods.selection.policy import capped_quotas, largest_remainder, quotas_of
 
 logger = logging.getLogger(__name__)
 
-BY_SOURCE = ("greedy", "stochastic_greedy", "greedi", "structured_random")
 NEEDS = {  # what a strategy wants to know of a candidate
     "greedy": "features",
     "stochastic_greedy": "features",
@@ -67,8 +66,12 @@ class CandidateBatch:
 
 @dataclass(frozen=True)
 class Report:
-    """What a selection did. quotas: of each source that had candidates. objective: of facility location, summed over the
-    sources; 0 for a strategy without it. unusable: candidates without labels, or with a loss or features that are not finite."""
+    """What a selection did.
+
+    quotas: of each source that had candidates. objective: of facility location, summed over the sources; 0 for a strategy
+    without it. matrix: whose gradients were compared, or "" where none were. unusable: candidates without labels, or with
+    a loss or features that are not finite.
+    """
 
     step: int
     candidates: int
@@ -76,6 +79,7 @@ class Report:
     quotas: dict[str, int] = field(default_factory=dict)
     kept_whole: list[str] = field(default_factory=list)
     objective: float = 0.0
+    matrix: str = ""
 
 
 class Selector:
@@ -107,7 +111,9 @@ class Selector:
     @property
     def strategy(self) -> str:
         """Of the next selection."""
-        return "structured_random" if self.step < self.config.warmup_steps else self.config.strategy
+        return (
+            "structured_random" if self.step * self.config.interval < self.config.warmup_steps else self.config.strategy
+        )
 
     def direction_seeds(self) -> list[int]:
         """Of the features of the next selection."""

@@ -1,0 +1,119 @@
+"""The selector's speed, scaling, quality and what it does for training: `python benchmarks/selection.py [--part NAME]`.
+
+speed     choosing n / 10 of n by facility location (64 features, Euclidean), against apricot-select and submodlib-py, from
+          features to ids. objective: of the ids, recomputed the same way for all.
+scaling   k = 1,000 of up to 100,000 on 1 and 2 ranks under the real launcher: seconds, peak memory of a rank, bytes sent.
+quality   on a 12-block decoder of width 192 after 60 steps on the data: agreement of what features choose with what the whole
+          gradients of the same matrix choose (0: as chance would, 1: the same), relative error of the chosen's mean gradient
+          (whole model), and cost: cost_forwards is the time of the features less that of the blocks before the last, which run
+          once for any features, over the time of a forward with its loss; total_forwards is all of it over the same.
+training  step time and peak memory of AdamW on 128 examples and on 64 chosen of 128; held-out loss over steps, examples passed
+          through the model, and seconds, for three seeds.
+
+The part speed needs the extra `benchmark`. quality and training take `--data`, JSON lines with source, instruction and output, or
+else prose of Python's own manual. The last line printed is one JSON object; --output writes BASE.json, and pictures beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import machine
+from zods.comm import end_process
+
+from selection_models import Row
+from selection_quality import quality
+from selection_speed import scaling, speed
+from selection_training import training
+
+
+def pictures(rows: list[Row], base: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    def save(figure: Any, name: str) -> None:
+        figure.savefig(base.with_name(f"{base.name}_{name}.png"), dpi=120)
+        plt.close(figure)
+
+    timed = [row for row in rows if row["part"] == "speed"]
+    if timed:
+        figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+        for library in dict.fromkeys(row["library"] for row in timed):
+            of_library = [row for row in timed if row["library"] == library]
+            axes.loglog([r["n"] for r in of_library], [r["seconds"] for r in of_library], marker="o", label=library)
+        axes.set(xlabel="candidates", ylabel="seconds, n / 10 chosen")
+        axes.legend()
+        axes.grid(alpha=0.3)
+        save(figure, "speed")
+    judged = [row for row in rows if row["part"] == "quality" and row["total_forwards"] > 0]
+    if judged:
+        figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+        for kind in dict.fromkeys(row["features"] for row in judged):
+            of_kind = [row for row in judged if row["features"] == kind]
+            axes.semilogx(
+                [r["total_forwards"] for r in of_kind], [r["agreement"] for r in of_kind], marker="o", label=kind
+            )
+            for r in of_kind:
+                axes.annotate(f"m={r['m']}", (r["total_forwards"], r["agreement"]), fontsize=7)
+        axes.set(
+            xlabel="cost in forwards over the candidates, prefix included", ylabel="agreement with whole gradients"
+        )
+        axes.legend(fontsize=7)
+        axes.grid(alpha=0.3)
+        save(figure, "quality")
+    curves_ = [row for row in rows if row.get("what") == "curve"]
+    if curves_:
+        figure, panels = plt.subplots(1, 3, figsize=(14, 4), layout="constrained", sharey=True)
+        for panel, key, label in zip(
+            panels, ("step", "passes", "seconds"), ("step", "examples forward", "seconds"), strict=True
+        ):
+            for method in dict.fromkeys(row["method"] for row in curves_):
+                of_method = [row["curve"] for row in curves_ if row["method"] == method]
+                x = [statistics.mean(c[i][key] for c in of_method) for i in range(len(of_method[0]))]
+                y = torch.tensor([[point["loss"] for point in c] for c in of_method])
+                panel.plot(x, y.mean(0), marker=".", label=method)
+                panel.fill_between(x, y.min(0).values, y.max(0).values, alpha=0.15)
+            panel.set(xlabel=label, ylabel="held-out loss" if key == "step" else None)
+            panel.grid(alpha=0.3)
+        panels[0].legend(fontsize=8)
+        save(figure, "training")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=("speed", "scaling", "quality", "training"), help="default: all")
+    parser.add_argument("--data", type=Path, help="default: Python's manual")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batches", type=int, default=3, help="candidate batches of the part quality")
+    parser.add_argument("--steps", type=int, default=40, help="of a training curve")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--output", type=Path, metavar="BASE", help="write BASE.json and pictures")
+    arguments = parser.parse_args()
+    wanted = (arguments.part,) if arguments.part else ("speed", "scaling", "quality", "training")
+    parts: dict[str, Callable[[], list[Row]]] = {
+        "speed": lambda: speed(arguments.rounds),
+        "scaling": scaling,
+        "quality": lambda: quality(arguments.data, arguments.batches),
+        "training": lambda: training(arguments.data, arguments.steps, arguments.seeds, arguments.rounds),
+    }
+    rows = [row for part in wanted for row in parts[part]()]
+    report = {"benchmark": "selection", "date": datetime.date.today().isoformat(), "machine": machine(), "rows": rows}
+    if arguments.output is not None:
+        arguments.output.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+        pictures(rows, arguments.output)
+    print(json.dumps(report), flush=True)
+    if {"quality", "training"} & set(wanted):
+        end_process(0)
+
+
+if __name__ == "__main__":
+    main()

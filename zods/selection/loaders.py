@@ -1,0 +1,190 @@
+"""Loaders of chosen examples: over a dataset of one's own, and around a loader of first-order DeepSpeed training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from deepspeed.runtime.dataloader import DeepSpeedDataLoader
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from zods.comm import Communicator
+from zods.data import check_dataset, epoch_order
+from zods.measuring import to_device
+from zods.objectives import WEIGHTS, weighted_sum
+from zods.section import parse_selector
+from zods.selection.batches import Batch, SubBatches, is_labelled
+from zods.selection.features import without_cache
+
+
+class SelectingLoader:
+    """This rank's micro-batches of the chosen examples, epoch after epoch; resumable. The face of `TrainingLoader`.
+
+    An epoch is a pass over the data in candidate batches, `interval` steps for each.
+    """
+
+    def __init__(self, selection: SubBatches, comm: Communicator, seed: int) -> None:
+        self.selection, self._comm, self._seed = selection, comm, seed
+        self._config = selection.selector.config
+        self.dataset, self.accumulation = selection.dataset, selection.accumulation
+        self.epoch = 0
+        self.position = 0  # micro-batches of the running epoch that were handed out
+
+    def collate_fn(self, rows: Sequence[Any]) -> Batch:
+        """A batch with equal weights, whose loss is the mean over its labelled examples, as that of the chosen is."""
+        batch = self.selection.collated(rows)
+        return {**batch, WEIGHTS: is_labelled(batch["labels"]).float()}
+
+    def __len__(self) -> int:
+        """Micro-batches per epoch and rank."""
+        return len(self.dataset) // self._config.candidates * self._config.interval * self.accumulation
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self.position == len(self):
+            self.epoch, self.position = self.epoch + 1, 0
+        order = epoch_order(len(self.dataset), self._config.candidates, self._seed, self.epoch)
+        batches: list[Batch] = []
+        while self.position < len(self):
+            step, micro = divmod(self.position, self.accumulation)
+            if micro == 0 and step % self._config.interval == 0:
+                candidates = order[step // self._config.interval]
+                self.selection.choose(candidates[self._comm.rank :: self._comm.world_size].tolist())
+            if micro == 0 or not batches:
+                batches = self.selection.micro_batches()
+            self.position += 1
+            yield batches[micro]
+
+    def forever(self) -> Iterator[Batch]:
+        """Micro-batches without end, through the epochs."""
+        while True:
+            yield from self
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "epoch": self.epoch,
+            "steps": self.position // self.accumulation,
+            **self._kind(),
+            **self.selection.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on at the first step that `state` had not begun, on any number of ranks; raises ValueError where the data or the
+        sizes of batches are others."""
+        for key, here in self._kind().items():
+            if state.get(key) != here:
+                raise ValueError(
+                    f"selector: {key} is {here}, but {state.get(key)} in the checkpoint. Resume with the same."
+                )
+        self.epoch, self.position = state["epoch"], state["steps"] * self.accumulation
+        self.selection.load_state_dict(state)
+
+    def _kind(self) -> dict[str, int]:
+        """What must be the same for a step to be the same."""
+        return {
+            "size": len(self.dataset),
+            "candidates": self._config.candidates,
+            "interval": self._config.interval,
+            "train_batch_size": self.selection.selector.budget,
+        }
+
+
+class SelectedBatches:
+    """What `select` returns: a pass over the loader for each iteration, resumable at any step.
+
+    selection: the last one's ids and report.
+    """
+
+    def __init__(self, loader: DataLoader, selection: SubBatches, comm: Communicator) -> None:
+        self._batches: Any = loader.batch_sampler
+        self.position = 0  # micro-batches of the running pass that were handed out
+        self.selection = selection
+        self._config = selection.selector.config
+        size = int(loader.batch_size or 0) * comm.world_size
+        if size == 0 or self._config.candidates % size:
+            raise ValueError(
+                f"selector.candidates: found {self._config.candidates}, but the loader's batches of {loader.batch_size} on "
+                f"{comm.world_size} ranks give {size} at a time. Give a multiple."
+            )
+        self._loads = self._config.candidates // size
+
+    def __len__(self) -> int:
+        """Micro-batches of a pass over the loader, on this rank."""
+        per_step = self.selection.accumulation * self._config.interval
+        return len(self._batches) // self._loads * per_step
+
+    def __iter__(self) -> Iterator[Batch]:
+        ids: list[int] = []
+        per_choice = self.selection.accumulation * self._config.interval
+        for count, some in enumerate(self._batches, start=1):
+            ids += some
+            if count % self._loads:
+                continue
+            own_ids, ids = ids, []
+            begins = (count // self._loads - 1) * per_choice
+            if self.position >= begins + per_choice:  # a pass that goes on where it was
+                continue
+            if self.position == begins:
+                self.selection.choose(own_ids)
+            batches = self.selection.micro_batches()
+            while self.position < begins + per_choice:
+                self.position += 1
+                yield batches[(self.position - 1) % self.selection.accumulation]
+        self.position = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of a pass over the loader, for the same order of its batches."""
+        return {"steps": self.position // self.selection.accumulation, **self.selection.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.position = state["steps"] * self.selection.accumulation
+        self.selection.load_state_dict(state)
+
+
+def select(loader: Any, engine: Any, config: Mapping[str, Any], *, seed: int = 42) -> SelectedBatches:
+    """Around a loader of first-order DeepSpeed training: micro-batches of chosen examples in place of the loader's own.
+
+        for batch in zods.select(loader, engine, {"candidates": 128, "source_column": "source"}):
+            loss = zods.weighted_loss(engine, batch)
+            engine.backward(loss)
+            engine.step()
+
+    loader: a torch DataLoader, or the one that `deepspeed.initialize` returns, over a map-style dataset that every rank can
+    read; its samplers decide who the candidates are. engine: a DeepSpeedEngine; its train_batch_size is the number chosen.
+    config: the keys of the section "selector". Each item is a dict of the model's inputs and labels, on the CPU, and
+    `example_weights`.
+
+    Raises ValueError, the same on all ranks, where the loader or the configuration does not serve.
+    """
+    comm = Communicator(torch.device(engine.device))
+    with comm.same_on_all_ranks():
+        if isinstance(loader, DeepSpeedDataLoader):
+            loader = iter(loader).dataloader  # it makes one for each pass
+        if not isinstance(loader, DataLoader) or loader.batch_sampler is None:
+            raise ValueError(
+                f"loader: found {type(loader).__name__}, expected a DataLoader with batches of a map-style dataset."
+            )
+        check_dataset(loader.dataset, "loader.dataset")
+        sub_batches = SubBatches(
+            loader.dataset,
+            loader.collate_fn,
+            parse_selector(config, "selector"),
+            model=engine.module,
+            deepspeed_engine=engine,
+            comm=comm,
+            micro_batch=engine.train_micro_batch_size_per_gpu(),
+            accumulation=engine.gradient_accumulation_steps(),
+            seed=seed,
+            path="selector",
+        )
+        return SelectedBatches(loader, sub_batches, comm)
+
+
+def weighted_loss(engine: Any, batch: Mapping[str, Any]) -> Tensor:
+    """The loss of one of `select`'s micro-batches on `engine`: the weighted sum of its examples' losses, each the mean over
+    the example's own labels. 0-d, with a graph; scaled for `engine.backward`, which takes the mean over micro-batches and ranks.
+    """
+    moved = to_device(batch, engine.device)
+    inputs = {key: value for key, value in moved.items() if key not in ("labels", WEIGHTS)}
+    return weighted_sum(engine(**inputs, **without_cache(engine.module)), moved)
