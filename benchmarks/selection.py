@@ -26,12 +26,12 @@ from typing import Any
 
 import torch
 from common import machine
-from zods.comm import end_process
-
 from selection_models import Row
 from selection_quality import quality
 from selection_speed import scaling, speed
 from selection_training import training
+
+from zods.comm import end_process
 
 
 def pictures(rows: list[Row], base: Path) -> None:

@@ -11,6 +11,7 @@ import datasets
 import deepspeed
 import torch
 import transformers
+
 from zods.config import read_first_order_config
 from zods.first_order import FirstOrderEngine
 from zods.tasks import build_task, load_examples, split_held_out

@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from selection_models import BUDGET, CANDIDATES, Row, decoder, first_order, prepared, single_process
 from torch import Tensor
+
 from zods.data import epoch_order
 from zods.objectives import example_losses
 from zods.section import SelectorConfig
 from zods.selection import facility_location as fl
 from zods.selection.features import FeatureExtractor, find_target
 from zods.selection.selector import CandidateBatch, Selector
-
-from selection_models import BUDGET, CANDIDATES, Row, decoder, first_order, prepared, single_process
 
 FEATURES: list[Row] = [
     *({"kind": "zo", "num_directions": m} for m in (1, 4, 16, 64)),

@@ -16,13 +16,13 @@ from pathlib import Path
 
 import deepspeed
 import torch
+from selection_models import Row
 from torch import Tensor
+
 from zods.comm import Communicator, end_process
 from zods.section import SelectorConfig
 from zods.selection import facility_location as fl
 from zods.selection.selector import CandidateBatch, Selector
-
-from selection_models import Row
 
 
 def clustered(n: int, d: int = 64) -> Tensor:

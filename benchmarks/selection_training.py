@@ -9,9 +9,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from zods.first_order import FirstOrderEngine
-from zods.memory import peak_memory
-
 from selection_models import (
     BUDGET,
     CANDIDATES,
@@ -23,6 +20,9 @@ from selection_models import (
     prepared,
     single_process,
 )
+
+from zods.first_order import FirstOrderEngine
+from zods.memory import peak_memory
 
 
 def training(data: Path | None, steps: int, seeds: int, rounds: int) -> list[Row]:
