@@ -63,11 +63,8 @@ class FirstOrderEngine:
                     dataset,
                     collate_fn,
                     config.selector,
-                    model=self.module,
                     deepspeed_engine=self.deepspeed,
                     comm=self.comm,
-                    micro_batch=micro_batch,
-                    accumulation=accumulation,
                     seed=config.seed,
                     path="selector",
                 )

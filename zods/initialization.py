@@ -181,11 +181,8 @@ def _selecting_loader(
             training_data,
             collate_fn,
             run.zeroth_order.selector,
-            model=engine.module,
             deepspeed_engine=engine,
             comm=comm,
-            micro_batch=run.deepspeed["train_micro_batch_size_per_gpu"],
-            accumulation=run.deepspeed["gradient_accumulation_steps"],
             seed=run.zeroth_order.seed,
             path=SELECTOR,
         )

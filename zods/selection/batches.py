@@ -68,19 +68,19 @@ class SubBatches:
         collate_fn: Callable | None,
         config: SelectorConfig,
         *,
-        model: nn.Module,
         deepspeed_engine: Any,
         comm: Communicator,
-        micro_batch: int,
-        accumulation: int,
         seed: int,
         path: str,
     ) -> None:
+        """path: of the configuration, for errors. Raises ValueError where data, model and configuration do not fit."""
         self.dataset, self._collate = dataset, collate_fn or default_collate
-        self._model, self._loss_checked = model, False
-        self._comm, self._micro_batch = comm, micro_batch
-        self.accumulation = accumulation
-        budget = micro_batch * accumulation * comm.world_size
+        self._comm = comm
+        self._model: nn.Module = deepspeed_engine.module
+        self._micro_batch: int = deepspeed_engine.train_micro_batch_size_per_gpu()
+        self.accumulation: int = deepspeed_engine.gradient_accumulation_steps()
+        self._loss_checked = False
+        budget = self._micro_batch * self.accumulation * comm.world_size
         checked_selector(config, path, budget, check_dataset(dataset, "training_data"))
         self._sources = sources_of(dataset, config.source_column, path)
         unknown = sorted(set(config.quotas or {}) - set(self._sources or []))
@@ -92,7 +92,7 @@ class SubBatches:
         self._extract: FeatureExtractor | None = None
         if NEEDS[config.strategy] != "nothing":
             self._extract = FeatureExtractor(
-                model,
+                self._model,
                 deepspeed_engine,
                 kind=config.features,
                 rank=config.rank,

@@ -170,11 +170,8 @@ def select(loader: Any, engine: Any, config: Mapping[str, Any], *, seed: int = 4
             loader.dataset,
             loader.collate_fn,
             parse_selector(config, "selector"),
-            model=engine.module,
             deepspeed_engine=engine,
             comm=comm,
-            micro_batch=engine.train_micro_batch_size_per_gpu(),
-            accumulation=engine.gradient_accumulation_steps(),
             seed=seed,
             path="selector",
         )
