@@ -231,7 +231,9 @@ class Selector:
         if problem is None:
             kept = self._ranked(batch, places, name)[:k]
             return kept, [len(members) / k for _ in kept], 0.0
-        chosen = self._facility(problem.among(torch.tensor(members, device=problem.device)), batch, places, k, name)
+        whole = len(members) == problem.num_candidates
+        part = problem if whole else problem.among(torch.tensor(members, device=problem.device))
+        chosen = self._facility(part, batch, places, k, name)
         return [places[i] for i in chosen.ids], [float(w) for w in chosen.weights], chosen.objective
 
     def _facility(self, problem: Problem, batch: CandidateBatch, places: list[int], k: int, name: str) -> Chosen:
