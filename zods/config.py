@@ -14,7 +14,7 @@ from typing import Any
 
 import hjson
 
-from zods.section import SECTION, SVRG_ONLY, SelectorConfig, ZerothOrderConfig, checked_selector, nearest, parse_section
+from zods.section import SECTION, SVRG_ONLY, SelectorConfig, ZerothOrderConfig, check_selector, nearest, parse_section
 
 DEEPSPEED_KEYS = frozenset(  # top-level keys that DeepSpeed 0.19.8 reads; it ignores any other without a word
     """aio amp autotuning bf16 bfloat16 checkpoint comms_logger communication_data_type compile compression_training
@@ -94,7 +94,7 @@ def read_first_order_config(source: str | Path | Mapping[str, Any], world_size: 
     _resolve_batch(whole, world_size)
     _refuse_auto(whole, "")
     if section.selector is not None:
-        checked_selector(section.selector, f"{SECTION}.selector", whole["train_batch_size"])
+        check_selector(section.selector, f"{SECTION}.selector", whole["train_batch_size"])
     return FirstOrderConfig(whole, section.selector, section.seed)
 
 
@@ -144,7 +144,7 @@ def read_config(source: str | Path | Mapping[str, Any], world_size: int) -> RunC
     _resolve_batch(whole, world_size)
     _refuse_auto(whole, "")
     if section.selector is not None:
-        checked_selector(section.selector, f"{SECTION}.selector", whole["train_batch_size"])
+        check_selector(section.selector, f"{SECTION}.selector", whole["train_batch_size"])
     return RunConfig(deepspeed=whole, scheduler=scheduler, zeroth_order=section)
 
 

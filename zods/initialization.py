@@ -19,7 +19,7 @@ from zods.config import RunConfig, read_config, resolve_model_auto
 from zods.data import TrainingLoader, check_dataset
 from zods.engine import ZerothOrderEngine, ZerothOrderOptimizer
 from zods.kernels import backend
-from zods.section import SECTION, DirectionConfig, checked_selector
+from zods.section import SECTION, DirectionConfig, check_selector
 from zods.selection.batches import SubBatches, sources_of
 from zods.selection.features import find_target
 from zods.selection.loaders import SelectingLoader
@@ -166,7 +166,7 @@ def _check_selector(run: RunConfig, model: torch.nn.Module, training_data: Any) 
         raise ValueError(
             f"training_data: missing; {SELECTOR} chooses from it. Give a map-style dataset to zods.initialize."
         )
-    checked_selector(selector, SELECTOR, run.deepspeed["train_batch_size"], len(training_data))
+    check_selector(selector, SELECTOR, run.deepspeed["train_batch_size"], len(training_data))
     sources_of(training_data, selector.source_column, SELECTOR)
     if NEEDS[selector.strategy] != "nothing":
         find_target(model, selector.pattern)

@@ -227,8 +227,8 @@ def parse_selector(values: Any, path: str) -> SelectorConfig:
     return _build(SelectorConfig, values, path)
 
 
-def checked_selector(config: SelectorConfig, path: str, budget: int, num_examples: int | None = None) -> SelectorConfig:
-    """`config`, or a ValueError where it does not fit the number to choose, or that of the examples there are."""
+def check_selector(config: SelectorConfig, path: str, budget: int, num_examples: int | None = None) -> None:
+    """Raise ValueError where `config` does not fit the number to choose, or that of the examples there are."""
     if budget < 1 or budget > config.candidates:
         raise ValueError(
             f"{path}.candidates: found {config.candidates}, of which {budget} (train_batch_size) are to be chosen. Give "
@@ -248,7 +248,6 @@ def checked_selector(config: SelectorConfig, path: str, budget: int, num_example
         total = sum(config.quotas.values())
         if total != budget:
             raise ValueError(f"{path}.quotas: they sum to {total}, must sum to {budget}, the train_batch_size.")
-    return config
 
 
 def parse_section(values: Any) -> ZerothOrderConfig:

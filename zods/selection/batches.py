@@ -8,7 +8,6 @@ are kept whole are not measured, so that an example of theirs is trained on what
 from __future__ import annotations
 
 import json
-import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -22,13 +21,11 @@ from zods.comm import Communicator
 from zods.data import check_dataset
 from zods.measuring import check_own_loss, to_device
 from zods.objectives import IGNORE_INDEX, WEIGHTS
-from zods.section import SelectorConfig, checked_selector
+from zods.section import SelectorConfig, check_selector
 from zods.selection.facility_location import quantised
 from zods.selection.features import FeatureExtractor, without_cache
 from zods.selection.policy import deal
 from zods.selection.selector import NEEDS, CandidateBatch, Report, Selector
-
-logger = logging.getLogger(__name__)
 
 Batch = dict[str, Any]
 
@@ -81,7 +78,7 @@ class SubBatches:
         self.accumulation: int = deepspeed_engine.gradient_accumulation_steps()
         self._loss_checked = False
         budget = self._micro_batch * self.accumulation * comm.world_size
-        checked_selector(config, path, budget, check_dataset(dataset, "training_data"))
+        check_selector(config, path, budget, check_dataset(dataset, "training_data"))
         self._sources = sources_of(dataset, config.source_column, path)
         unknown = sorted(set(config.quotas or {}) - set(self._sources or []))
         if unknown:
