@@ -1,6 +1,9 @@
 """How fast directions are applied on the CPU, beside torch's own in-place addition. Prints one JSON object.
 
-    python benchmarks/kernel_speed.py [--numel 67108864] [--rounds 9]
+    python benchmarks/kernel_speed.py [--numel 67108864] [--rounds 9] [--replay-numel 4194304]
+
+Rates are in elements per second; those of a replay count an element once for each of its 64 sweeps of one term, over
+--replay-numel elements, and are those of making the directions.
 
 In every round each candidate runs once, so that what else the machine does strikes all alike; medians are compared.
 Memory's speed hides arithmetic and not the other way round: on a machine whose cores are shared, the ratios are lower.
@@ -17,7 +20,9 @@ from collections.abc import Callable
 import torch
 from common import machine
 
-from zods.kernels import DISTRIBUTIONS, backend, combine_
+from zods.kernels import DISTRIBUTIONS, Sweep, backend, combine_, fingerprint, replay_
+
+SWEEPS = 64
 
 
 def candidates(x: torch.Tensor, y: torch.Tensor) -> dict[str, Callable[[], object]]:
@@ -46,8 +51,32 @@ def candidates(x: torch.Tensor, y: torch.Tensor) -> dict[str, Callable[[], objec
     return found
 
 
-def measure(numel: int, rounds: int, dtype: torch.dtype) -> dict[str, dict[str, float]]:
-    functions = candidates(torch.zeros(numel, dtype=dtype), torch.ones(numel, dtype=dtype))
+def replays(x: torch.Tensor) -> dict[str, Callable[[], object]]:
+    """x: (rows, 1024)."""
+
+    def replay(rounding_seed: int | None, distribution: str | None) -> Callable[[], object]:
+        common = {"distribution": distribution or "gaussian", "parameter": 1, "offset": 0}
+        if distribution is None:
+            common["factors"] = torch.zeros(SWEEPS, x.shape[0], 1), torch.zeros(SWEEPS, 1, x.shape[1])
+        seeds = [] if distribution is None else [1]
+        sweeps = [Sweep(1.0, seeds, [1e-3] * len(seeds), rounding_seed=rounding_seed)] * SWEEPS
+        return lambda: replay_(x, sweeps, **common)
+
+    roundings = {"": None, ", stochastic rounding": 7} if x.dtype == torch.bfloat16 else {"": None}
+    return {
+        f"replay, {distribution or 'rank 1'}{rounding}": replay(seed, distribution)
+        for distribution in (*DISTRIBUTIONS, None)
+        for rounding, seed in roundings.items()
+    }
+
+
+def measure(numel: int, replay_numel: int, rounds: int, dtype: torch.dtype) -> dict[str, dict[str, float]]:
+    x = torch.zeros(numel, dtype=dtype)
+    functions = candidates(x, torch.ones(numel, dtype=dtype)) | {"fingerprint": lambda: fingerprint(x)}
+    work = dict.fromkeys(functions, numel)
+    again = replays(torch.zeros(replay_numel // 1024, 1024, dtype=dtype))
+    functions |= again
+    work |= dict.fromkeys(again, replay_numel // 1024 * 1024 * SWEEPS)
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for round_number in range(rounds + 1):
         for name, function in functions.items():
@@ -55,13 +84,13 @@ def measure(numel: int, rounds: int, dtype: torch.dtype) -> dict[str, dict[str, 
             function()
             if round_number > 0:  # the first warms up
                 seconds[name].append(time.perf_counter() - start)
-    median = {name: statistics.median(times) for name, times in seconds.items()}
+    rate = {name: work[name] / statistics.median(times) for name, times in seconds.items()}
     return {
         name: {
-            "elements_per_s": round(numel / median[name] / 1e6) * 1e6,
-            "best_elements_per_s": round(numel / min(seconds[name]) / 1e6) * 1e6,
-            "of_add_tensor": round(median["add_ of a tensor"] / median[name], 3),
-            "of_add_scalar": round(median["add_ of a scalar"] / median[name], 3),
+            "elements_per_s": round(rate[name] / 1e6) * 1e6,
+            "best_elements_per_s": round(work[name] / min(seconds[name]) / 1e6) * 1e6,
+            "of_add_tensor": round(rate[name] / rate["add_ of a tensor"], 3),
+            "of_add_scalar": round(rate[name] / rate["add_ of a scalar"], 3),
         }
         for name in functions
     }
@@ -70,6 +99,7 @@ def measure(numel: int, rounds: int, dtype: torch.dtype) -> dict[str, dict[str, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--numel", type=int, default=2**26)
+    parser.add_argument("--replay-numel", type=int, default=2**22)
     parser.add_argument("--rounds", type=int, default=9)
     arguments = parser.parse_args()
     report = {
@@ -77,9 +107,10 @@ def main() -> None:
         "machine": {**machine(), "instructions": torch.backends.cpu.get_cpu_capability(), "load": os.getloadavg()[0]},
         "backend": backend(),
         "numel": arguments.numel,
+        "replay_numel": arguments.replay_numel,
         "rounds": arguments.rounds,
-        "float32": measure(arguments.numel, arguments.rounds, torch.float32),
-        "bfloat16": measure(arguments.numel, arguments.rounds, torch.bfloat16),
+        "float32": measure(arguments.numel, arguments.replay_numel, arguments.rounds, torch.float32),
+        "bfloat16": measure(arguments.numel, arguments.replay_numel, arguments.rounds, torch.bfloat16),
     }
     print(json.dumps(report, indent=2))
 

@@ -1,5 +1,5 @@
-// combine_ for CPU tensors: what reference.py defines, to the bit, in one sweep over memory. The layouts of the streams
-// and the meaning of every constant are written there.
+// combine_, replay_ and fingerprint for CPU tensors: what reference.py defines, to the bit, in one pass over memory. The
+// layouts of the streams and the meaning of every constant are written there.
 //
 // Vectorised by the compiler: everything works on rows of 16 lanes (AVX-512: one register; AVX2: two; NEON: four), and
 // within a row only the 32 x 32 -> 64 bit products of Philox are spelled out, because compilers emulate a 64 x 64 one.
@@ -175,9 +175,10 @@ void add_gaussian(float* acc, float* mirrored, uint64_t start, int first, int la
   }
 }
 
-// The same; the tile is one group. fma(coefficient, +-1, acc) is acc + (+-coefficient).
+// The same; the tile is one group. fma(coefficient, +-1, acc) is acc + (+-coefficient). Not inlined: within sweep_tile gcc
+// 12 makes it a fifth slower.
 template <bool kMirror>
-void add_rademacher(float* acc, float* mirrored, uint64_t start, uint32_t parameter, const PhiloxKey& key,
+__attribute__((noinline)) void add_rademacher(float* acc, float* mirrored, uint64_t start, uint32_t parameter, const PhiloxKey& key,
                     float coefficient) {
   Words words;
   philox(start / kTile * kLanes, parameter, kRademacherStream, key, words);
@@ -270,65 +271,118 @@ void store(T* out, const float* sum, const T* weight, float scale, const uint16_
   else each([&](int i) { return fma(scale, widen(weight[i]), signed_sum(i)); });
 }
 
+// What the sweeps over one slice share: its tensors, where it lies in the whole parameter, and the shape of the factors.
 template <typename T>
-void combine(uintptr_t out_address, uintptr_t mirror_address, uintptr_t weight_address, float scale,
-             const std::vector<uint64_t>& seeds, const std::vector<float>& coefficients, bool rademacher,
-             uint32_t parameter, uint64_t offset, uintptr_t left_address, uintptr_t right_address, int num_factors,
-             int64_t num_columns, uintptr_t dense_address, float dense_coefficient,
-             std::optional<uint64_t> rounding_seed, int64_t numel, int num_threads) {
-  T* const out = reinterpret_cast<T*>(out_address);
-  T* const mirror = reinterpret_cast<T*>(mirror_address);
-  const T* const weight = reinterpret_cast<const T*>(weight_address);
-  const T* const dense = reinterpret_cast<const T*>(dense_address);
-  const float* const left = reinterpret_cast<const float*>(left_address);
-  const float* const right = reinterpret_cast<const float*>(right_address);
+struct Slice {
+  T *out, *mirror;
+  const T *weight, *dense;
+  bool rademacher;
+  uint32_t parameter;
+  uint64_t offset, stop;
+  int num_factors;
+  int64_t num_columns;
+};
+
+struct Sweep {
+  float scale;
+  const PhiloxKey* keys;
+  const float* coefficients;
+  size_t num_terms;
+  const float *left, *right;
+  std::optional<float> dense_coefficient;  // none: `dense` is left out, be it infinite or not
+  std::optional<uint64_t> rounding_seed;
+};
+
+template <typename T>
+void sweep_tile(const Slice<T>& slice, const Sweep& sweep, uint64_t start) {
+  alignas(64) float acc[kTile], mirrored[kTile];
+  alignas(64) uint16_t noise[kTile];
+  const int first = static_cast<int>(std::max(slice.offset, start) - start);
+  const int last = static_cast<int>(std::min<uint64_t>(slice.stop - start, kTile));
+  const int count = last - first;
+  const int64_t at = static_cast<int64_t>(start + first - slice.offset);
+
+  const auto add_term = [&](auto mirror_too, size_t k) {
+    constexpr bool kMirror = decltype(mirror_too)::value;
+    const PhiloxKey& key = sweep.keys[k];
+    const float coefficient = sweep.coefficients[k];
+    if (slice.rademacher) add_rademacher<kMirror>(acc, mirrored, start, slice.parameter, key, coefficient);
+    else add_gaussian<kMirror>(acc, mirrored, start, first, last, slice.parameter, key, coefficient);
+  };
+  const auto add_matrices = [&](float* sum) {
+    if (slice.num_factors)
+      add_factors(sum, start, first, last, sweep.left, sweep.right, slice.num_factors, slice.num_columns,
+                  slice.offset / slice.num_columns);
+    if (sweep.dense_coefficient) add_scaled(sum + first, slice.dense + at, *sweep.dense_coefficient, count);
+  };
+  const auto finish = [&](auto negate, T* to, const float* sum) {
+    store<decltype(negate)::value>(to + at, sum + first, slice.weight == nullptr ? nullptr : slice.weight + at,
+                                   sweep.scale, sweep.rounding_seed ? noise + first : nullptr, count);
+  };
+
+  std::fill(acc, acc + kTile, 0.0f);
+  if (sweep.rounding_seed) make_noise(noise, start, first, last, slice.parameter, PhiloxKey(*sweep.rounding_seed));
+  const bool mirroring = slice.mirror != nullptr;
+  const bool opposite = mirroring && sweep.num_terms == 1 && !slice.num_factors && !sweep.dense_coefficient;
+  const size_t num_common = sweep.num_terms - (mirroring && !opposite);
+  for (size_t k = 0; k < num_common; ++k) add_term(std::false_type(), k);
+  if (opposite) {
+    finish(std::true_type(), slice.mirror, acc);
+  } else if (mirroring) {
+    std::copy(acc, acc + kTile, mirrored);
+    add_term(std::true_type(), num_common);
+    add_matrices(mirrored);
+    finish(std::false_type(), slice.mirror, mirrored);
+  }
+  add_matrices(acc);
+  finish(std::false_type(), slice.out, acc);
+}
+
+// Sweep after sweep over one slice, a tile at a time, so that the tile stays in L1 for all of them. The terms of all sweeps
+// lie one after the other, as do the factors: (sweeps, num_rows, num_factors) and (sweeps, num_factors, num_columns).
+template <typename T>
+void combine(uintptr_t out_address, uintptr_t mirror_address, uintptr_t weight_address, uintptr_t dense_address,
+             const std::vector<float>& scales, const std::vector<size_t>& num_terms,
+             const std::vector<uint64_t>& seeds, const std::vector<float>& coefficients,
+             const std::vector<std::optional<float>>& dense_coefficients,
+             const std::vector<std::optional<uint64_t>>& rounding_seeds,
+             bool rademacher, uint32_t parameter, uint64_t offset, uintptr_t left_address, uintptr_t right_address,
+             int64_t num_rows, int num_factors, int64_t num_columns, int64_t numel, int num_threads) {
+  const Slice<T> slice{reinterpret_cast<T*>(out_address),          reinterpret_cast<T*>(mirror_address),
+                       reinterpret_cast<const T*>(weight_address), reinterpret_cast<const T*>(dense_address),
+                       rademacher, parameter, offset, offset + numel, num_factors, num_columns};
   const std::vector<PhiloxKey> keys(seeds.begin(), seeds.end());
-  const PhiloxKey rounding_key(rounding_seed.value_or(0));
-  const uint64_t stop = offset + numel;
-  const int64_t first_tile = offset / kTile, stop_tile = (stop + kTile - 1) / kTile;
+  std::vector<Sweep> sweeps;
+  size_t term = 0;
+  for (size_t s = 0; s < scales.size(); ++s) {
+    sweeps.push_back({scales[s], keys.data() + term, coefficients.data() + term, num_terms[s],
+                      reinterpret_cast<const float*>(left_address) + s * num_rows * num_factors,
+                      reinterpret_cast<const float*>(right_address) + s * num_factors * num_columns,
+                      dense_coefficients[s], rounding_seeds[s]});
+    term += num_terms[s];
+  }
+  const int64_t first_tile = offset / kTile, stop_tile = (slice.stop + kTile - 1) / kTile;
 
   // Tiles lie on a grid of the whole parameter, not of this slice: no thread count or cut changes what is computed.
 #pragma omp parallel for schedule(static) num_threads(num_threads)
-  for (int64_t tile = first_tile; tile < stop_tile; ++tile) {
-    alignas(64) float acc[kTile], mirrored[kTile];
-    alignas(64) uint16_t noise[kTile];
-    const uint64_t start = static_cast<uint64_t>(tile) * kTile;
-    const int first = static_cast<int>(std::max(offset, start) - start);
-    const int last = static_cast<int>(std::min<uint64_t>(stop - start, kTile));
-    const int count = last - first;
-    const int64_t at = static_cast<int64_t>(start + first - offset);
+  for (int64_t tile = first_tile; tile < stop_tile; ++tile)
+    for (const Sweep& sweep : sweeps) sweep_tile(slice, sweep, static_cast<uint64_t>(tile) * kTile);
+}
 
-    const auto add_term = [&](auto mirror_too, size_t k) {
-      constexpr bool kMirror = decltype(mirror_too)::value;
-      if (rademacher) add_rademacher<kMirror>(acc, mirrored, start, parameter, keys[k], coefficients[k]);
-      else add_gaussian<kMirror>(acc, mirrored, start, first, last, parameter, keys[k], coefficients[k]);
-    };
-    const auto add_matrices = [&](float* sum) {
-      if (num_factors)
-        add_factors(sum, start, first, last, left, right, num_factors, num_columns, offset / num_columns);
-      if (dense != nullptr) add_scaled(sum + first, dense + at, dense_coefficient, count);
-    };
-    const auto finish = [&](auto negate, T* to, const float* sum) {
-      store<decltype(negate)::value>(to + at, sum + first, weight == nullptr ? nullptr : weight + at, scale,
-                                     rounding_seed ? noise + first : nullptr, count);
-    };
-
-    std::fill(acc, acc + kTile, 0.0f);
-    if (rounding_seed) make_noise(noise, start, first, last, parameter, rounding_key);
-    const bool opposite = mirror != nullptr && keys.size() == 1 && !num_factors && dense == nullptr;
-    const size_t num_common = keys.size() - (mirror != nullptr && !opposite);
-    for (size_t k = 0; k < num_common; ++k) add_term(std::false_type(), k);
-    if (opposite) {
-      finish(std::true_type(), mirror, acc);
-    } else if (mirror != nullptr) {
-      std::copy(acc, acc + kTile, mirrored);
-      add_term(std::true_type(), num_common);
-      add_matrices(mirrored);
-      finish(std::false_type(), mirror, mirrored);
-    }
-    add_matrices(acc);
-    finish(std::false_type(), out, acc);
+// zods.kernels.fingerprint; T has the size of the elements.
+template <typename T>
+uint64_t fingerprint(uintptr_t address, uint64_t offset, int64_t numel, int num_threads) {
+  constexpr uint64_t kGolden = 0x9E3779B97F4A7C15u;
+  const T* const values = reinterpret_cast<const T*>(address);
+  uint64_t total = 0;
+#pragma omp parallel for simd schedule(static) num_threads(num_threads) reduction(+ : total)
+  for (int64_t i = 0; i < numel; ++i) {
+    uint64_t x = values[i] + (offset + static_cast<uint64_t>(i) + 1) * kGolden;
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
+    total += x ^ (x >> 31);
   }
+  return total;
 }
 
 // out[r] = sum_i max(0, from[i] - matrix[rows[r]][i]) of integers below 2^24 held in float32: exact in any order.
@@ -352,9 +406,13 @@ void summed_excess(uintptr_t matrix_address, const std::vector<int64_t>& rows, i
 
 }  // namespace
 
-// Addresses, not tensors: torch's headers would make the first build take a minute. zods.kernels.combine_ checks them.
+// Addresses, not tensors: torch's headers would make the first build take a minute. zods.kernels checks them.
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("combine_float32", &combine<float>, pybind11::call_guard<pybind11::gil_scoped_release>());
   module.def("combine_bfloat16", &combine<uint16_t>, pybind11::call_guard<pybind11::gil_scoped_release>());
+  module.def("fingerprint_1", &fingerprint<uint8_t>, pybind11::call_guard<pybind11::gil_scoped_release>());
+  module.def("fingerprint_2", &fingerprint<uint16_t>, pybind11::call_guard<pybind11::gil_scoped_release>());
+  module.def("fingerprint_4", &fingerprint<uint32_t>, pybind11::call_guard<pybind11::gil_scoped_release>());
+  module.def("fingerprint_8", &fingerprint<uint64_t>, pybind11::call_guard<pybind11::gil_scoped_release>());
   module.def("summed_excess", &summed_excess, pybind11::call_guard<pybind11::gil_scoped_release>());
 }

@@ -22,6 +22,8 @@ STREAMS = {"gaussian": 0, "rademacher": 1, "rounding": 2}
 GROUPS = {"gaussian": 64, "rademacher": 2048, "rounding": 128}
 _CHUNK = 2**20  # elements made at once: bounds the temporaries to some tens of MB; a multiple of every group
 _MASK = 0xFFFFFFFF
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # SplitMix64's constants, as int64
+_MIX = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
 
 
 def _float32s(hexadecimal: str) -> list[float]:
@@ -193,3 +195,17 @@ def combine_(
                 words, inside = _words("rounding", rounding_seed, parameter, start, stop, out.device)
                 noise = _fields(words, 16)[inside]
             to[piece] = to_bfloat16(value, noise)
+
+
+def fingerprint(tensor: Tensor, offset: int) -> int:
+    """`zods.kernels.fingerprint`, its arguments checked, of a flat tensor. int64 wraps as the sums modulo 2^64 do."""
+    size = tensor.element_size()
+    words = tensor.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size])
+    total = 0
+    for begin in range(0, words.numel(), _CHUNK):
+        x = words[begin : begin + _CHUNK].long() & (2 ** (8 * size) - 1 if size < 8 else -1)
+        x += torch.arange(offset + begin + 1, offset + begin + 1 + x.numel(), device=x.device) * _GOLDEN
+        for shift, factor in ((30, _MIX[0]), (27, _MIX[1]), (31, 1)):
+            x = (x ^ (x >> shift & 2 ** (64 - shift) - 1)) * factor
+        total += int(x.sum())
+    return total % 2**64
