@@ -81,6 +81,22 @@ class Communicator:
         self.selection_bytes += local.nbytes * (self.world_size - 1)
         return self._all_gather(local).tolist()
 
+    def broadcast_bytes(self, data: bytes) -> bytes:
+        """Rank 0's `data`, on all ranks."""
+        if self.world_size == 1:
+            return data
+        size = torch.tensor([len(data)], device=self.device)
+        dist.broadcast(size, 0)
+        sent = torch.zeros(int(size), dtype=torch.uint8, device=self.device)
+        if self.rank == 0:
+            sent.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else sent)
+        dist.broadcast(sent, 0)
+        return sent.cpu().numpy().tobytes()
+
+    def board(self) -> Board:
+        """A new connection to what the ranks pin up for each other beside their collectives; for one thread alone."""
+        return Board()
+
     def check_agreement(self, digest: bytes, what: str) -> None:
         """Raise RuntimeError on every rank, naming those that differ from rank 0, unless all digests are equal."""
         short = int.from_bytes(hashlib.blake2b(digest, digest_size=8).digest(), "little", signed=True)
@@ -111,6 +127,33 @@ class Communicator:
             index, text = failures[failing[0]]
             where = "" if failures.count(failures[failing[0]]) == self.world_size else f"rank {failing[0]}: "
             raise kinds[index](where + text) from None
+
+
+class Board:
+    """Short texts that any rank pins up and any rank reads, whatever their main threads do: keys of the process group's store.
+
+    It has a connection of its own, since a thread that waits on one keeps it to itself. Where a launcher started the ranks,
+    rank 0's process keeps the store: while that is stopped, every call blocks, and once it is gone, they raise RuntimeError.
+    """
+
+    def __init__(self) -> None:
+        default: Any = dist.distributed_c10d._get_default_store()  # private, and so in torch 2.9 to 2.13
+        self._store = dist.PrefixStore("zods", default.clone())
+
+    def pin(self, key: str, text: str) -> None:
+        self._store.set(key, text)
+
+    def has(self, *keys: str) -> bool:
+        """Whether all of them are pinned up."""
+        return self._store.check(list(keys))
+
+    def read(self, key: str) -> str | None:
+        """The text, or None if nothing is pinned up there. Does not wait for it."""
+        return self._store.get(key).decode() if self.has(key) else None
+
+    def first(self, key: str) -> bool:
+        """Whether nobody has asked this of `key` before, on any rank."""
+        return self._store.add(key, 1) == 1
 
 
 def end_process(code: int) -> NoReturn:

@@ -1,0 +1,264 @@
+"""Ranks that hang are named, and all end; and nothing is said of ranks that do not hang."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.distributed.ranks import ENVIRONMENT, PRELOADED, launch, master_port, run_ranks
+from zods.comm import Communicator
+from zods.watchdog import AGAIN, EXIT_CODE, Answer, Watchdog, verdict
+
+SCRIPTS = Path(__file__).parent / "scripts"
+TIMEOUT = 2.0
+
+
+@dataclass
+class Ended:
+    """codes: each rank's exit code, None of one that still runs or is stopped. said: by each. seconds: for all the others."""
+
+    codes: list[int | None]
+    said: list[str]
+    seconds: float
+
+
+def end_of(
+    function: Callable[[Watchdog, Communicator], Any],
+    folder: Path,
+    *,
+    store: str,
+    stays: int | None = None,
+    between: Callable[[list[int]], None] = lambda pids: None,
+) -> Ended:
+    """Run `function` on three ranks that may die, until all but rank `stays` have ended; kills what is left after 30 s.
+
+    store: "file" or "tcp", which rank 0's process keeps. between: called with the processes' ids once all have started.
+    """
+    os.environ.update(ENVIRONMENT)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    with master_port() as port:
+        address = f"file://{folder}/store" if store == "file" else f"tcp://127.0.0.1:{port}"
+        ready = context.Barrier(4)
+        processes = [context.Process(target=_rank, args=(r, address, folder, ready, function)) for r in range(3)]
+        for process in processes:
+            process.start()
+        ready.wait(60)
+        began = time.monotonic()
+        between([process.pid for process in processes])
+        for rank, process in enumerate(processes):
+            if rank != stays:
+                process.join(max(0.0, began + 30 - time.monotonic()))
+        seconds = time.monotonic() - began
+        codes = [process.exitcode for process in processes]
+        for process in processes:
+            process.kill()
+            process.join()
+    return Ended(codes, [(folder / f"output-{rank}").read_text() for rank in range(3)], seconds)
+
+
+def _rank(rank: int, address: str, folder: Path, ready: Any, function: Callable[..., Any]) -> None:
+    output = os.open(folder / f"output-{rank}", os.O_WRONLY | os.O_CREAT)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=3)
+    comm = Communicator(torch.device("cpu"))
+    comm.gather_scalars([0.0])
+    watchdog = Watchdog(comm, TIMEOUT)
+    watchdog.beat("step 17, evaluate")
+    time.sleep(1.5)  # every clerk has its connection to the store
+    watchdog.rest()
+    ready.wait(60)
+    function(watchdog, comm)
+    watchdog.close()
+    torch.distributed.barrier()
+    os._exit(0)
+
+
+def check_end(ended: Ended, *, stays: int | None = None) -> str:
+    """The others ended with the code of a hang, in time, with one message, which is returned."""
+    others = [rank for rank in range(3) if rank != stays]
+    assert [ended.codes[rank] for rank in others] == [EXIT_CODE] * len(others), ended.said
+    assert ended.seconds < TIMEOUT + 11
+    messages = [text for text in ended.said if "zods:" in text]
+    assert len(messages) == 1, ended.said
+    assert not any("Traceback" in text or "TCPStore" in text for text in ended.said), ended.said
+    assert messages[0].count("zods:") == 1
+    assert AGAIN in messages[0]
+    return messages[0]
+
+
+def sleeps_in_its_own_code(watchdog: Watchdog, comm: Communicator) -> None:
+    watchdog.beat("step 18, evaluate")
+    if comm.rank == 2:
+        time.sleep(1000)
+    comm.gather_scalars([1.0])
+
+
+def sleeps_at_rest(watchdog: Watchdog, comm: Communicator) -> None:
+    if comm.rank == 0:
+        time.sleep(1000)
+    watchdog.beat("step 18, evaluate")
+    comm.gather_scalars([1.0])
+
+
+def rank_0_is_stopped(watchdog: Watchdog, comm: Communicator) -> None:
+    stopped_rank(0, watchdog, comm)
+
+
+def rank_1_is_stopped(watchdog: Watchdog, comm: Communicator) -> None:
+    stopped_rank(1, watchdog, comm)
+
+
+def stopped_rank(rank: int, watchdog: Watchdog, comm: Communicator) -> None:
+    watchdog.beat("step 18, evaluate")
+    if comm.rank == rank:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    comm.gather_scalars([1.0])
+
+
+def works_on(watchdog: Watchdog, comm: Communicator) -> None:
+    watchdog.beat("step 18, evaluate")
+    time.sleep(1.5)  # stopped meanwhile
+    time.sleep(0.8)
+    comm.gather_scalars([1.0])
+
+
+def test_a_rank_that_sleeps_in_its_own_code_is_named_with_its_place(tmp_path: Path):
+    said = check_end(end_of(sleeps_in_its_own_code, tmp_path, store="tcp"))
+    assert "zods: rank 2 hangs: at step 18, evaluate, for " in said
+    assert "in test_watchdog.py:" in said
+    assert "sleeps_in_its_own_code. The others wait for it." in said
+
+
+def test_a_resting_rank_is_named_when_others_wait_for_it(tmp_path: Path):
+    said = check_end(end_of(sleeps_at_rest, tmp_path, store="file"))
+    assert "zods: rank 0 hangs: at rest after step 17, evaluate, for " in said
+    assert "sleeps_at_rest. The others wait for it." in said
+
+
+def test_a_stopped_rank_is_named_as_not_answering(tmp_path: Path):
+    said = check_end(end_of(rank_1_is_stopped, tmp_path, store="tcp", stays=1), stays=1)
+    assert "zods: rank 1 does not answer: its process is stopped or swapped out, or the host is gone." in said
+    assert "The others wait for it." in said
+
+
+def test_rank_0_is_named_when_it_is_stopped_with_the_store(tmp_path: Path):
+    ended = end_of(rank_0_is_stopped, tmp_path, store="tcp", stays=0)
+    assert ended.codes[1:] == [EXIT_CODE] * 2, ended.said
+    assert ended.seconds < TIMEOUT + 11
+    for rank in (1, 2):
+        assert "Traceback" not in ended.said[rank], ended.said
+        assert "zods: rank 0, which keeps the process group's store, does not answer: " in ended.said[rank]
+        assert f"Rank {rank} is at step 18, evaluate, for " in ended.said[rank]
+
+
+def test_a_job_that_is_suspended_as_a_whole_and_resumed_hangs_not(tmp_path: Path):
+    def suspend(pids: list[int]) -> None:
+        time.sleep(1.2)  # the beat has been seen
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(2 * TIMEOUT)
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+
+    ended = end_of(works_on, tmp_path, store="tcp", between=suspend)
+    assert ended.codes == [0, 0, 0], ended.said
+    assert not any("zods:" in text for text in ended.said)
+
+
+def test_the_launcher_ends_with_the_code_of_a_hang():
+    code, output = launch(SCRIPTS / "hanging.py", "hangs")
+    assert code == EXIT_CODE, output[-4000:]
+    assert output.count("zods:") == 1
+    assert "Traceback" not in output, output[-4000:]
+    assert "zods: rank 1 hangs: at step 17, evaluate, for " in output
+    assert "in hanging.py:" in output
+
+
+def test_a_watch_that_is_closed_does_not_miss_the_store():
+    """Which goes with rank 0."""
+    code, output = launch(SCRIPTS / "hanging.py", "ends")
+    assert code == 0, output[-4000:]
+    for sign in ("zods:", "TCPStore", "Traceback", "terminate"):
+        assert sign not in output, output[-4000:]
+
+
+def slow_but_alive() -> str:
+    comm = Communicator(torch.device("cpu"))
+    watchdog = Watchdog(comm, 1.5)
+    watchdog.beat("step 0")
+    for step in range(4):
+        time.sleep(0.8 if comm.rank == 0 else 0.0)
+        comm.gather_scalars([1.0])
+        watchdog.beat(f"step {step + 1}")
+    watchdog.rest()
+    time.sleep(3.5)  # longer than the timeout, and nobody waits
+    comm.gather_scalars([1.0])
+    watchdog.close()
+    return "went on"
+
+
+def test_slow_ranks_that_beat_and_resting_ranks_do_not_hang():
+    assert run_ranks(2, slow_but_alive) == ["went on"] * 2
+
+
+def threads_of_a_watch() -> list[int]:
+    def running() -> int:
+        return sum(thread.name.startswith("zods-watchdog") for thread in threading.enumerate())
+
+    watchdog = Watchdog(Communicator(torch.device("cpu")), 60.0)
+    counts = [running()]
+    for what in ("step 0", "step 1"):
+        watchdog.beat(what)
+        counts.append(running())
+    del watchdog
+    gc.collect()
+    return [*counts, running()]
+
+
+def test_the_threads_start_at_the_first_beat_and_end_with_the_watchdog():
+    assert run_ranks(2, threads_of_a_watch) == [[0, 2, 2, 0]] * 2
+
+
+def test_a_single_rank_is_not_watched():
+    assert run_ranks(1, threads_of_a_watch) == [[0, 0, 0, 0]]
+
+
+# --- the message --------------------------------------------------------------------------------------------------------
+
+WAITS = Answer("step 3, reduce", 20.0, resting=False, waits=True, place="comm.py:4 gather", stack=["run.py:1 main"])
+BUSY = replace(
+    WAITS, what="step 3, evaluate", waits=False, place="data.py:104 __iter__", stack=["data.py:104 __iter__"]
+)
+
+
+def test_all_ranks_that_hang_are_named_with_their_places():
+    said = verdict({0: BUSY, 1: WAITS, 2: BUSY}, 3)
+    place = "at step 3, evaluate, for 20 s, in data.py:104 __iter__"
+    assert f"ranks 0, 2 hang: rank 0 {place}; rank 2 {place}. The others wait for them. {AGAIN}" in said
+
+
+def test_ranks_that_do_not_answer_are_named_before_those_that_are_busy():
+    said = verdict({1: BUSY, 2: WAITS}, 4)
+    assert "ranks 0, 3 do not answer: their processes are stopped" in said
+    assert "hang" not in said
+    assert "The others wait" not in said, "rank 1 does not"
+
+
+def test_ranks_that_all_wait_are_listed_with_their_places():
+    said = verdict({0: WAITS, 1: replace(WAITS, place="comm.py:9 barrier")}, 2)
+    assert "all ranks wait for each other" in said
+    assert "rank 0 at step 3, reduce, for 20 s, in comm.py:4 gather" in said
+    assert "rank 1 at step 3, reduce, for 20 s, in comm.py:9 barrier" in said
