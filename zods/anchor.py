@@ -9,10 +9,11 @@ from __future__ import annotations
 import errno
 import fcntl
 import itertools
+import logging
 import os
 import shutil
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,11 +23,14 @@ from deepspeed.ops.op_builder import AsyncIOBuilder
 from zods.comm import Communicator
 from zods.directions import Direction
 from zods.estimators import Term, Update
+from zods.kernels import fingerprint
 from zods.section import AnchorConfig
 from zods.sharding import ShardedParameters, Slice, is_sharded
 from zods.streams import Source
 
 ALIGNMENT = 4096  # bytes; file offsets and lengths of direct I/O, per thread of one operation
+
+logger = logging.getLogger(__name__)
 
 
 class SliceStore(Protocol):
@@ -67,7 +71,10 @@ class MemoryStore:
 
 class NvmeStore:
     """Slices in one file of this rank: writes go on behind, and the block that followed this one last time is read
-    ahead."""
+    ahead.
+
+    The fingerprint of every block written is kept in memory, and every block read is held against it.
+    """
 
     def __init__(
         self,
@@ -77,8 +84,10 @@ class NvmeStore:
         aio: Mapping[str, Any],
         buffer_count: int,
         buffer_size: int,
+        remake: Callable[[Slice, int, int], torch.Tensor] | None,
     ) -> None:
         """path: the file, created here at its full size. aio: DeepSpeed's section "aio". buffer_size: elements of a block.
+        remake: gives the elements [start, stop) of a slice again, as they were written; None where that cannot be.
 
         Raises ValueError where the drive has too little space, OSError where it is not writable.
         """
@@ -91,11 +100,14 @@ class NvmeStore:
         end = 0
         for piece in parameters:
             self._places[piece.name] = end
-            places += [end + start * piece.dtype.itemsize for start, _ in self.blocks(piece)]
+            places += [self._place(piece, start) for start, _ in self.blocks(piece)]
             end += self._aligned(piece.numel * piece.dtype.itemsize)
         self._lengths = {place: following - place for place, following in itertools.pairwise([*places, end])}  # bytes
         self._followed_by = dict(itertools.pairwise(places))  # a guess; then what was seen
         self.device_bytes, self.offloaded_bytes = 0, end
+        self._path = path
+        self._remake = remake
+        self._fingerprints: dict[int, int] = {}  # of the values in the block at a place
         self._file = _AsyncFile(path, end, aio)
         weakref.finalize(self, self._file.close)
         self._buffers = [self._file.new_buffer(self._block_bytes) for _ in range(buffer_count)]
@@ -115,16 +127,40 @@ class NvmeStore:
             if self._file.num_pending == len(self._buffers):
                 self._file.wait()
             buffer = self._next_buffer()[: self._aligned(part.nbytes)]
-            buffer[: part.nbytes].view(piece.dtype).copy_(part)
+            written = buffer[: part.nbytes].view(piece.dtype).copy_(part)
             if part.numel():
-                self._file.begin_write(buffer, self._places[piece.name] + start * piece.dtype.itemsize)
+                place = self._place(piece, start)
+                self._fingerprints[place] = fingerprint(written)
+                self._file.begin_write(buffer, place)
             start += part.numel()
 
     def read(self, piece: Slice) -> Iterator[tuple[int, torch.Tensor]]:
-        size = piece.dtype.itemsize
+        """Raises RuntimeError where a block is not what was written, and cannot be made again."""
         for start, stop in self.blocks(piece):
-            buffer = self._read_block(self._places[piece.name] + start * size)
-            yield start, buffer[: (stop - start) * size].view(piece.dtype)
+            place = self._place(piece, start)
+            values = self._read_block(place)[: (stop - start) * piece.dtype.itemsize].view(piece.dtype)
+            if fingerprint(values) != self._fingerprints[place]:
+                values = self._made_again(piece, start, stop)
+            yield start, values
+
+    def _made_again(self, piece: Slice, start: int, stop: int) -> torch.Tensor:
+        """The elements of a damaged block, which are written back."""
+        place = self._place(piece, start)
+        end = place + (stop - start) * piece.dtype.itemsize
+        damage = f"{self._path}: bytes {place} to {end} (of {piece.name}) are not those that were written there"
+        if self._remake is not None:
+            expected, values = self._fingerprints[place], self._remake(piece, start, stop)
+            self.write(piece, values, start)
+            if self._fingerprints[place] == expected:
+                logger.warning("%s. They were rebuilt exactly from the gradient's terms. Look at the drive.", damage)
+                return values
+        raise RuntimeError(
+            f"{damage}: the drive is failing, or something else writes to the file. Start again with the same command: "
+            "that rebuilds the anchor exactly from the trajectory log."
+        )
+
+    def _place(self, piece: Slice, start: int) -> int:
+        return self._places[piece.name] + start * piece.dtype.itemsize
 
     def _read_block(self, place: int) -> torch.Tensor:
         if self._last is not None:
@@ -177,6 +213,10 @@ class _AsyncFile:
         return self._handle.new_cpu_locked_tensor(size, torch.empty(0, dtype=torch.uint8))
 
     def begin_read(self, buffer: torch.Tensor, at: int) -> None:
+        """Where the file ends too early the buffer is zeros: async_io aborts the process there."""
+        if self._path.stat().st_size < at + buffer.nbytes:
+            buffer.zero_()
+            return
         self._begun(self._handle.async_pread(buffer, str(self._path), at))
 
     def begin_write(self, buffer: torch.Tensor, at: int) -> None:
@@ -280,19 +320,25 @@ class Anchor:
         self.point: SliceStore | None = None
         self.gradient: SliceStore | None = None
         with comm.same_on_all_ranks():
-            self.point = self._make_store("point", aio)
-            self.gradient = self._make_store("gradient", aio)
+            self.point = self._make_store("point", aio, None)  # the parameters have moved on and are rounded
+            self.gradient = self._make_store("gradient", aio, self._gradient_block)
 
-    def _make_store(self, role: str, aio: Mapping[str, Any]) -> SliceStore | None:
+    def _make_store(
+        self, role: str, aio: Mapping[str, Any], remake: Callable[[Slice, int, int], torch.Tensor] | None
+    ) -> SliceStore | None:
         place = getattr(self._config, role)
         if place == "terms":
             return None
         if place == "nvme":
             assert self._config.nvme_path is not None
             path = Path(self._config.nvme_path) / "zods_anchor" / f"rank{self._comm.rank}" / f"{role}.bin"
-            config = self._config
             return NvmeStore(
-                path, self._parameters, aio=aio, buffer_count=config.buffer_count, buffer_size=config.buffer_size
+                path,
+                self._parameters,
+                aio=aio,
+                buffer_count=self._config.buffer_count,
+                buffer_size=self._config.buffer_size,
+                remake=remake,
             )
         pin = self._config.pin_memory and self._comm.device.type != "cpu"
         return MemoryStore(self._parameters, self._comm.device, pin_memory=None if place == "device" else pin)
@@ -319,20 +365,22 @@ class Anchor:
             return
         for piece in self._parameters:
             for start, stop in self.gradient.blocks(piece):
-                values = self._direction.combine_(
-                    torch.empty(stop - start, dtype=piece.dtype, device=self._comm.device),
-                    piece,
-                    piece.offset + start,
-                    seeds=[t.seed for t in terms],
-                    coefficients=[t.coefficient for t in terms],
-                )
-                self.gradient.write(piece, values, start)
+                self.gradient.write(piece, self._gradient_block(piece, start, stop), start)
 
-    def descent(self, lr: float) -> tuple[list[Term], float]:
-        """-lr * gradient, as (terms, coefficient of the stored gradient)."""
-        if self.gradient is not None:
-            return [], -lr
-        return [Term(seed, -lr * c) for seed, c in self.gradient_terms], 0.0
+    def _gradient_block(self, piece: Slice, start: int, stop: int) -> torch.Tensor:
+        """Elements [start, stop) of this rank's slice of the gradient, from its terms."""
+        return self._direction.combine_(
+            torch.empty(stop - start, dtype=piece.dtype, device=self._comm.device),
+            piece,
+            piece.offset + start,
+            seeds=[t.seed for t in self.gradient_terms],
+            coefficients=[t.coefficient for t in self.gradient_terms],
+        )
+
+    def begin(self, gradient: Sequence[Term]) -> None:
+        """The parameters stood at the point, which is kept already, when `record` is next called; this is the gradient there."""
+        self._drifts = {True: _Drift(), False: _Drift()}
+        self.set_gradient(gradient)
 
     def record(self, update: Update) -> None:
         """Follow an update of the parameters, so that the point can be had from them by taking it back."""

@@ -2,16 +2,21 @@
 
 A checkpoint is a folder: `state.json` (counters, schedules, the anchor's terms, the loader's place) and per rank one
 safetensors file of its slices of the trainable parameters, and one of the anchor point where that is stored. Slices
-follow one another in rank order, so that another number of ranks cuts them anew. Nothing is unpickled.
+follow one another in rank order, so that another number of ranks cuts them anew. A file's metadata has the fingerprint of
+each of its tensors, `state.json` its own checksum. Nothing is unpickled.
+
+A crash at any moment leaves whole checkpoints only, and names that start with a dot, which the next save removes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
+import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,49 +26,66 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from zods.estimators import Annealing
+from zods.kernels import fingerprint
 from zods.sharding import Slice, gathered, is_sharded, release_gathered
 
-FORMAT = 1
+FORMAT = 2
+HIDDEN = re.compile(r"\.(.+)\.(partial|replaced|removed)")  # tag; what became of the folder, see `save_checkpoint`
+
+logger = logging.getLogger(__name__)
 
 
-def save_checkpoint(engine: Any, save_dir: str | Path, tag: str | None, client_state: dict[str, Any]) -> Path:
-    """Write `save_dir`/`tag` under a temporary name, rename it when whole, then point `latest` to it.
+def save_checkpoint(
+    engine: Any, save_dir: str | Path, tag: str | None, client_state: dict[str, Any], keep: int | None = None
+) -> Path:
+    """Write `save_dir`/`tag` under a temporary name, rename it when it is whole and on the disk, then point `latest` to it.
 
     engine: a ZerothOrderEngine. tag: default `global_step<N>`. client_state: JSON. `save_dir` is shared by all ranks.
+    keep: of the checkpoints named `global_step<N>` only the last so many by their step stay, and the one written; None:
+    all stay. Raises ValueError or OSError, the same on all ranks, as for a full disk; what was there before stays good.
     """
+    if keep is not None and keep < 1:
+        raise ValueError(f"checkpoint: keep is {keep}; give the number of checkpoints that are to stay, at least 1.")
     comm = engine.comm
-    tag = tag or f"global_step{engine.global_steps}"
-    final = Path(save_dir) / tag
-    partial = Path(save_dir) / f".{tag}.partial"
+    final = Path(save_dir) / (tag or f"global_step{engine.global_steps}")
+    partial = _hidden(final, "partial")
     release_gathered(engine.deepspeed)
-    with comm.same_on_all_ranks():
-        if comm.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-    with comm.same_on_all_ranks():
-        owner = comm.rank == 0 or is_sharded(engine.parameters.slices[0].param)
-        if owner:
-            slices = {p.name: local.detach().cpu().clone() for p, local in engine.parameters.visit(write=False)}
-            save_file(slices, partial / _file_name("parameters", comm.rank, comm.world_size))
-            if engine.anchor is not None and engine.anchor.point is not None and engine.anchor_step is not None:
-                slices = {
-                    p.name: engine.anchor.stored_point(p, torch.device("cpu"))[: p.numel] for p in engine.parameters
-                }
-                save_file(slices, partial / _file_name("anchor_point", comm.rank, comm.world_size))
-        if comm.rank == 0:
-            (partial / "state.json").write_text(_state_text(engine, client_state))
-    with comm.same_on_all_ranks():
-        if comm.rank == 0:
-            replaced = Path(save_dir) / f".{tag}.replaced"
-            if final.exists():
-                shutil.rmtree(replaced, ignore_errors=True)
-                final.rename(replaced)
-            partial.rename(final)
-            shutil.rmtree(replaced, ignore_errors=True)
-            pointer = Path(save_dir) / ".latest.partial"
-            pointer.write_text(tag)
-            os.replace(pointer, Path(save_dir) / "latest")
+    try:
+        with comm.same_on_all_ranks():
+            if comm.rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+        with comm.same_on_all_ranks():
+            if comm.rank == 0 or is_sharded(engine.parameters.slices[0].param):
+                _write_slices(engine, partial)
+            if comm.rank == 0:
+                _write_text(partial / "state.json", _state_text(engine, client_state))
+        with comm.same_on_all_ranks():
+            if comm.rank == 0:
+                _put_in_place(partial, final)
+                _remove_old(final, keep)
+    except (ValueError, OSError):
+        with comm.same_on_all_ranks():  # gone when any rank goes on
+            if comm.rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+        raise
     return final
+
+
+def newest_checkpoints(save_dir: str | Path) -> list[Path]:
+    """The whole checkpoints of a folder, that of the last step first; for who falls back from a damaged one to the next.
+
+    `load_checkpoint(engine, found.parent, found.name)` loads one, and only there its tensors are verified.
+    """
+    entries = [entry.name for entry in Path(save_dir).iterdir()] if Path(save_dir).is_dir() else []
+    tags = {found[1] if (found := HIDDEN.fullmatch(name)) else name for name in entries}
+    steps = {}
+    for folder in (_folder_of(Path(save_dir), tag) for tag in tags):
+        try:
+            steps[folder] = read_state(folder)["global_steps"]
+        except (ValueError, OSError):
+            continue
+    return sorted(steps, key=lambda folder: (steps[folder], folder.name), reverse=True)
 
 
 def load_checkpoint(engine: Any, load_dir: str | Path, tag: str | None) -> tuple[Path, dict[str, Any]]:
@@ -75,10 +97,11 @@ def load_checkpoint(engine: Any, load_dir: str | Path, tag: str | None) -> tuple
     comm = engine.comm
     with comm.same_on_all_ranks():
         folder = _find(Path(load_dir), tag)
-        state = _read_state(folder)
+        state = read_state(folder)
         _check_fits(engine, folder, state)
         parameters = _SliceFiles(folder, "parameters", engine.parameters.slices)
-        has_point = engine.anchor is not None and state["anchor_step"] is not None and state["anchor_point_stored"]
+        wants_point = engine.anchor is not None and engine.anchor.point is not None and state["anchor_step"] is not None
+        has_point = wants_point and state["anchor_point_stored"]
         point = _SliceFiles(folder, "anchor_point", engine.parameters.slices) if has_point else None
     release_gathered(engine.deepspeed)
     with comm.same_on_all_ranks():
@@ -123,8 +146,90 @@ def save_pretrained(engine: Any, save_dir: str | Path) -> None:
                 save_file({k: v.clone() for k, v in state.items()}, Path(save_dir) / "model.safetensors")
 
 
-def _file_name(role: str, rank: int, world_size: int) -> str:
-    return f"{role}-rank{rank:05d}-of-{world_size:05d}.safetensors"
+def _write_slices(engine: Any, folder: Path) -> None:
+    """This rank's files, on the disk when it returns."""
+    slices = {p.name: local.detach().cpu().clone() for p, local in engine.parameters.visit(write=False)}
+    _write_tensors(engine, folder, "parameters", slices)
+    if engine.anchor is not None and engine.anchor.point is not None and engine.anchor_step is not None:
+        cpu = torch.device("cpu")
+        slices = {p.name: engine.anchor.stored_point(p, cpu)[: p.numel] for p in engine.parameters}
+        _write_tensors(engine, folder, "anchor_point", slices)
+
+
+def _write_tensors(engine: Any, folder: Path, role: str, slices: dict[str, torch.Tensor]) -> None:
+    path = folder / f"{role}-rank{engine.comm.rank:05d}-of-{engine.comm.world_size:05d}.safetensors"
+    try:
+        save_file(
+            slices,
+            path,
+            {p.name: _fingerprint_text(slices[p.name], min(p.offset, p.whole_numel)) for p in engine.parameters},
+        )
+    except SafetensorError as error:  # of which a full disk is one
+        raise OSError(f"checkpoint {path}: {error}") from error
+    _flush(path)
+
+
+def _fingerprint_text(slice_: torch.Tensor, offset: int) -> str:
+    """offset: in the whole parameter, so that a slice in another's place is found out."""
+    return f"{fingerprint(slice_, offset):016x}"
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text)
+    _flush(path)
+
+
+def _flush(path: Path) -> None:
+    """Have a file, or the names in a folder, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _hidden(folder: Path, fate: str) -> Path:
+    return folder.with_name(f".{folder.name}.{fate}")
+
+
+def _folder_of(save_dir: Path, tag: str) -> Path:
+    """Where the checkpoint `tag` is: a crash between the renames of `_put_in_place` leaves it under another name."""
+    folder = save_dir / tag
+    replaced = _hidden(folder, "replaced")
+    return replaced if replaced.is_dir() and not folder.exists() else folder
+
+
+def _put_in_place(partial: Path, final: Path) -> None:
+    _flush(partial)
+    if final.exists():
+        replaced = _hidden(final, "replaced")
+        shutil.rmtree(replaced, ignore_errors=True)
+        final.rename(replaced)
+    partial.rename(final)
+    _flush(final.parent)  # before `latest` names it
+    pointer = final.parent / ".latest.partial"
+    _write_text(pointer, final.name)
+    pointer.replace(final.parent / "latest")
+    _flush(final.parent)
+
+
+def _remove_old(written: Path, keep: int | None) -> None:
+    """Remove all but the last `keep` checkpoints, and what a crash left. What cannot be removed is a warning: the new
+    checkpoint is good."""
+    save_dir = written.parent
+    numbered = [f for f in newest_checkpoints(save_dir) if re.fullmatch(r"global_step\d+", f.name)]
+    try:
+        for folder in [] if keep is None else numbered[keep:]:
+            if folder != written:
+                # from here on it is no checkpoint any more, however far its removal gets
+                shutil.rmtree(_hidden(folder, "removed"), ignore_errors=True)
+                folder.rename(_hidden(folder, "removed"))
+        _flush(save_dir)
+        for entry in save_dir.iterdir():
+            if HIDDEN.fullmatch(entry.name) and entry.is_dir():
+                shutil.rmtree(entry)
+    except OSError as error:
+        logger.warning("checkpoint %s: an old one is not removed: %s", written, error)
 
 
 def _state_text(engine: Any, client_state: dict[str, Any]) -> str:
@@ -136,7 +241,8 @@ def _state_text(engine: Any, client_state: dict[str, Any]) -> str:
         "global_steps": engine.global_steps,
         "global_samples": engine.global_samples,
         "skipped_steps": engine.skipped_steps,
-        "digest": engine.digest.hex(),
+        "nonfinite_in_a_row": engine.nonfinite_in_a_row,
+        "recorder": engine.recorder.state_dict(),
         "annealing": asdict(engine.annealing),
         "lr": [group["lr"] for group in engine.optimizer.param_groups],
         "scheduler": None if engine.lr_scheduler is None else engine.lr_scheduler.state_dict(),
@@ -161,8 +267,8 @@ def _find(load_dir: Path, tag: str | None) -> Path:
         latest = load_dir / "latest"
         if not latest.is_file():
             raise FileNotFoundError(f"checkpoint {load_dir}: no file `latest`. Give a folder of checkpoints, or a tag.")
-        tag = latest.read_text().strip()
-    folder = load_dir / tag
+        tag = latest.read_text(errors="replace").strip()
+    folder = _folder_of(load_dir, tag)
     if not (folder / "state.json").is_file():
         raise FileNotFoundError(
             f"checkpoint {folder}: no state.json. It is not a checkpoint of zods, or is incomplete."
@@ -170,10 +276,10 @@ def _find(load_dir: Path, tag: str | None) -> Path:
     return folder
 
 
-def _read_state(folder: Path) -> dict[str, Any]:
+def read_state(folder: Path) -> dict[str, Any]:
     try:
         state = json.loads((folder / "state.json").read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"checkpoint {folder}/state.json: damaged or truncated: {error}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"checkpoint {folder}: not of format {FORMAT}, which this version of zods reads.")
@@ -219,7 +325,9 @@ def _load_counters(engine: Any, state: dict[str, Any]) -> None:
     engine.global_samples = state["global_samples"]
     engine.skipped_steps = state["skipped_steps"]
     engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
-    engine.digest = bytes.fromhex(state["digest"])
+    engine.nonfinite_in_a_row = state["nonfinite_in_a_row"]
+    engine.recorder.load_state_dict(state["recorder"], () if engine.anchor is None else engine.anchor.gradient_terms)
+    engine.adopt_evaluation()
     engine.annealing = Annealing(**state["annealing"])
     engine.anchor_step = state["anchor_step"]
     if engine.lr_scheduler is not None:
@@ -229,32 +337,76 @@ def _load_counters(engine: Any, state: dict[str, Any]) -> None:
 
 
 class _SliceFiles:
-    """The files of one role, all ranks' slices of a parameter taken as one whole. Checked when opened."""
+    """The files of one role, all ranks' slices of a parameter taken as one whole.
+
+    Checked when opened, without keeping what is read: that none is missing, and every saved slice that this rank takes
+    elements from, whole, by its fingerprint.
+    """
 
     def __init__(self, folder: Path, role: str, pieces: Sequence[Slice]) -> None:
-        paths = sorted(folder.glob(f"{role}-rank*-of-*.safetensors"))
-        if not paths:
+        self._files = [_TensorFile(path) for path in sorted(folder.glob(f"{role}-rank*-of-*.safetensors"))]
+        if not self._files:
             raise ValueError(f"checkpoint {folder}: no file of the {role}. It is incomplete.")
-        try:
-            self._files: list[Any] = [safe_open(path, framework="pt") for path in paths]
-            for piece in pieces:
-                found = sum(f.get_slice(piece.name).get_shape()[0] for f in self._files)
-                if found != piece.whole_numel:
-                    raise ValueError(
-                        f"checkpoint {folder}: {piece.name} has {found} of {piece.whole_numel} elements in the "
-                        f"{len(paths)} files of the {role}. A rank's file is missing."
-                    )
-        except SafetensorError as error:
-            raise ValueError(f"checkpoint {folder}: a file of the {role} is damaged or truncated: {error}") from error
+        for piece in pieces:
+            found = sum(file.slice_of(piece).numel() for file in self._files)
+            if found != piece.whole_numel:
+                raise ValueError(
+                    f"checkpoint {folder}: {piece.name} has {found} of {piece.whole_numel} elements in the "
+                    f"{len(self._files)} files of the {role}. A rank's file is missing."
+                )
+        for piece in pieces:
+            for file, start, low, high in self._parts(piece):
+                if low < high or file.slice_of(piece).numel() == 0:  # an empty one is of no rank: all look at it
+                    file.verify(piece, start)
+
+    def _parts(self, piece: Slice) -> Iterator[tuple[_TensorFile, int, int, int]]:
+        """(file, where its slice starts in the whole, first and last + 1 of the slice's elements that are this rank's)."""
+        start = 0
+        for file in self._files:
+            end = start + file.slice_of(piece).numel()
+            yield file, start, max(piece.offset, start) - start, min(piece.offset + piece.numel, end) - start
+            start = end
 
     def read(self, piece: Slice) -> torch.Tensor:
         """This rank's elements of `piece`."""
-        parts, start = [], 0
-        for file in self._files:
-            saved = file.get_slice(piece.name)
-            end = start + saved.get_shape()[0]
-            low, high = max(piece.offset, start), min(piece.offset + piece.numel, end)
-            if low < high:
-                parts.append(saved[low - start : high - start])
-            start = end
+        parts = [file.slice_of(piece)[low:high] for file, _, low, high in self._parts(piece) if low < high]
         return torch.cat(parts) if parts else torch.empty(0, dtype=piece.dtype)
+
+
+class _TensorFile:
+    """A safetensors file whose metadata has the fingerprint of each tensor. Raises ValueError or OSError."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._readable = False
+        try:
+            self._file: Any = safe_open(path, framework="pt")
+            self._fingerprints: dict[str, str] = self._file.metadata() or {}
+        except SafetensorError as error:
+            raise ValueError(f"checkpoint {path}: damaged or truncated: {error}") from error
+
+    def slice_of(self, piece: Slice) -> torch.Tensor:
+        """1-D, mapped from the file, not verified."""
+        try:
+            saved = self._file.get_tensor(piece.name)
+        except SafetensorError as error:
+            raise ValueError(f"checkpoint {self._path}: {piece.name}: damaged: {error}") from error
+        if saved.dtype != piece.dtype or saved.dim() != 1:
+            raise ValueError(
+                f"checkpoint {self._path}: {piece.name}: damaged: {saved.dtype} of shape {list(saved.shape)} instead of "
+                f"{piece.dtype} in one dimension."
+            )
+        return saved
+
+    def verify(self, piece: Slice, start: int) -> None:
+        """start: of the slice in the whole parameter."""
+        if not self._readable:
+            with open(self._path, "rb") as file:  # what cannot be read is an error here; where it is mapped, a signal
+                while file.read(1 << 20):
+                    pass
+            self._readable = True
+        if self._fingerprints.get(piece.name) != _fingerprint_text(self.slice_of(piece), start):
+            raise ValueError(
+                f"checkpoint {self._path}: {piece.name}: damaged: its fingerprint is not the one it was saved with. Load "
+                "another checkpoint."
+            )

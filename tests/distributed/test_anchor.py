@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import os
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -275,6 +277,122 @@ def rank_of_buffers(folder: Path) -> list[str]:
 def test_the_number_of_buffers_their_size_and_the_tier_change_no_bit(tmp_path):
     for digests in run_ranks(2, rank_of_buffers, tmp_path):
         assert len(set(digests)) == 1
+
+
+# --- damage to the files ----------------------------------------------------------------------------------------------------
+
+
+def flip(file: Path, position: int) -> None:
+    with open(file, "r+b") as opened:
+        opened.seek(position)
+        byte = opened.read(1)[0]
+        opened.seek(position)
+        opened.write(bytes([byte ^ 16]))
+
+
+def last_bytes(store: Any, piece: Any) -> list[int]:
+    """Where the last byte of each block of `piece` lies in the file."""
+    size = piece.dtype.itemsize
+    return [store._places[piece.name] + stop * size - 1 for _, stop in store.blocks(piece)]
+
+
+def values_of(file: Path, store: Any, parameters: Any) -> bytes:
+    """What is in the file, without what pads its blocks."""
+    store._file.wait()
+    content = file.read_bytes()
+    places = [(store._places[p.name], p.numel * p.dtype.itemsize) for p in parameters]
+    return b"".join(content[place : place + length] for place, length in places)
+
+
+class Warnings(logging.Handler):
+    """The texts of what zods.anchor warns of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+        logging.getLogger("zods.anchor").addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+
+
+def rank_of_failing_drives(folder: Path, buffer_count: int, bf16: bool) -> dict[str, Any]:
+    rank = torch.distributed.get_rank()
+    engines, files = [], []
+    for name in ("disturbed", "twin"):
+        (folder / name).mkdir(exist_ok=True)
+        anchor = {"point": "nvme", "gradient": "nvme", "buffer_count": buffer_count, "buffer_size": 1}
+        engines.append(build(folder / name, model=Tiny(inner=1021), anchor=anchor, bf16=bf16))
+        files.append(folder / name / "zods_anchor" / f"rank{rank}" / "gradient.bin")
+    engine, twin = engines
+    store, file, warnings = engine.anchor.gradient, files[0], Warnings()
+    for each in engines:
+        train(each, tiny_data(), range(2))
+    good = values_of(file, store, engine.parameters)
+    size = file.stat().st_size
+    bits = [[place] for p in engine.parameters for place in last_bytes(store, p)]
+    damages = {
+        "nothing": lambda: None,
+        "one bit": lambda: flip(file, bits[len(bits) // 2][0]),
+        "a bit of every block": lambda: [flip(file, *place) for place in bits],
+        "cut to half": lambda: os.truncate(file, size // 2 + 100),
+        "cut by a byte": lambda: os.truncate(file, size - 1),
+        "emptied": lambda: os.truncate(file, 0),
+    }
+    found: dict[str, Any] = {"blocks": len(bits), "file": str(file), "damages": {}}
+    for k, (name, damage) in enumerate(damages.items()):
+        values_of(file, store, engine.parameters)  # what is read ahead is read before the damage
+        damage()
+        warnings.texts.clear()
+        for each in engines:
+            train(each, tiny_data(), range(2 * k, 2 * k + 2))  # the first step may have read its first block before
+        equal = sha256(whole(engine)) == sha256(whole(twin))
+        rebuilt = values_of(file, store, engine.parameters) == good
+        found["damages"][name] = (equal, rebuilt, list(warnings.texts))
+    return found
+
+
+@pytest.mark.parametrize(("world_size", "buffer_count", "bf16"), [(1, 1, False), (2, 3, False), (2, 2, True)])
+def test_a_damaged_file_of_the_gradient_is_rebuilt_to_the_bit_and_the_run_goes_on_as_its_undisturbed_twin(
+    tmp_path, world_size, buffer_count, bf16
+):
+    for found in run_ranks(world_size, rank_of_failing_drives, tmp_path, buffer_count, bf16):
+        blocks = found["blocks"]
+        # of the blocks of a cut file some lie before the cut
+        warned = {"nothing": 0, "one bit": 1, "a bit of every block": blocks, "cut by a byte": 1, "emptied": blocks}
+        for name, (equal, rebuilt, texts) in found["damages"].items():
+            assert equal, name
+            assert rebuilt, name
+            assert all(found["file"] in text and "rebuilt exactly from the gradient's terms" in text for text in texts)
+            assert all(re.search(r"bytes \d+ to \d+ \(of [a-z]+\.", text) for text in texts)
+            assert len(texts) == warned[name] if name in warned else 0 < len(texts) < blocks, f"{name}: {texts}"
+
+
+def rank_of_lost_points(folder: Path) -> dict[str, tuple[str, str, bool]]:
+    said = {}
+    for name in ("one bit", "cut"):
+        (folder / name).mkdir(exist_ok=True)
+        engine = build(folder / name, anchor={"point": "nvme", "gradient": "nvme"})
+        train(engine, tiny_data(), range(2))
+        store, file = engine.anchor.point, folder / name / "zods_anchor" / f"rank{engine.global_rank}" / "point.bin"
+        store._file.wait()
+        place = last_bytes(store, next(p for p in engine.parameters if p.name == "hidden.weight"))[0]
+        flip(file, place) if name == "one bit" else os.truncate(file, place)
+        try:
+            train(engine, tiny_data(), range(2, 4))
+            said[name] = ("nothing", "", False)
+        except Exception as error:
+            ranged = f"{file}: bytes {store._places['hidden.weight']} to {place + 1} (of hidden.weight)" in str(error)
+            said[name] = (type(error).__name__, str(error), ranged)
+    return said
+
+
+def test_a_damaged_file_of_the_point_stops_the_run_and_names_the_bytes_and_what_to_do(tmp_path):
+    for said in run_ranks(2, rank_of_lost_points, tmp_path):
+        for kind, text, ranged in said.values():
+            assert kind == "RuntimeError"
+            assert ranged, text
+            assert "Start again with the same command" in text
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------------

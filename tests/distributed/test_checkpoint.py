@@ -1,15 +1,20 @@
-"""Save and resume, on as many ranks or another number; damaged checkpoints; the export."""
+"""Save and resume, on as many ranks or another number; damaged checkpoints, crashes and full disks; the export."""
 
 from __future__ import annotations
 
 import json
+import os
+import resource
 import shutil
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import zods
@@ -26,6 +31,8 @@ from tests.distributed.models import (
     whole,
 )
 from tests.distributed.ranks import run_ranks
+from zods import checkpoint
+from zods.checkpoint import newest_checkpoints
 from zods.estimators import Term, Update
 
 BATCH = 12
@@ -63,7 +70,7 @@ def state(engine: Any) -> dict[str, Any]:
         "weights": sha256(whole(engine)),
         "step": engine.global_steps,
         "samples": engine.global_samples,
-        "digest": engine.digest.hex(),
+        "digest": engine.trajectory.head,
         "point": sha256(anchor_point(engine)) if engine.anchor_step is not None else None,
         "gradient": engine.anchor.gradient_terms,
         "anchor step": engine.anchor_step,
@@ -230,13 +237,22 @@ def edit_state(folder: Path, **changes: Any) -> None:
     (folder / "state.json").write_text(json.dumps(loaded))
 
 
-def drop_tensor(file: Path) -> None:
+def rewrite(file: Path, change: Callable[[dict[str, Any], dict[str, str]], Any]) -> None:
+    """Write a file of tensors again, with tensors and metadata changed."""
     tensors = load_file(file)
-    tensors.pop("hidden.weight")
-    save_file(tensors, file)
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata()
+    change(tensors, metadata)
+    save_file(tensors, file, metadata)
 
 
-LAST = "parameters-rank00001-of-00002.safetensors"
+def swap(first: Path, second: Path) -> None:
+    content = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(content)
+
+
+FIRST, LAST = (f"parameters-rank0000{rank}-of-00002.safetensors" for rank in range(2))
 DAMAGES: dict[str, Any] = {
     "a truncated file of a rank": lambda f: cut(f / LAST),
     "an empty file of a rank": lambda f: cut(f / LAST, 0),
@@ -245,7 +261,19 @@ DAMAGES: dict[str, Any] = {
     "all files of the parameters missing": lambda f: [p.unlink() for p in f.glob("parameters*")],
     "a truncated anchor": lambda f: cut(f / "anchor_point-rank00000-of-00002.safetensors"),
     "a missing anchor": lambda f: [p.unlink() for p in f.glob("anchor_point*")],
-    "a tensor missing in a file": lambda f: drop_tensor(f / LAST),
+    "a tensor missing in a file": lambda f: rewrite(f / LAST, lambda tensors, _: tensors.pop("hidden.weight")),
+    "a tensor of another dtype": lambda f: rewrite(
+        f / LAST, lambda t, _: t.update({"norm.bias": t["norm.bias"].int()})
+    ),
+    "a tensor of two dimensions": lambda f: rewrite(
+        f / LAST, lambda t, _: t.update({"norm.bias": t["norm.bias"][None]})
+    ),
+    "a tensor without a fingerprint": lambda f: rewrite(f / LAST, lambda _, metadata: metadata.pop("hidden.weight")),
+    "a file without metadata": lambda f: save_file(load_file(f / LAST), f / LAST),
+    "the files of two ranks swapped": lambda f: swap(f / FIRST, f / LAST),
+    "a state.json of a number too long": lambda f: (f / "state.json").write_text("1" * 5000),
+    "a state.json too deep": lambda f: (f / "state.json").write_text("[" * 100_000),
+    "a latest that is no text": lambda f: (f.parent / "latest").write_bytes(b"\xff\x00"),
     "a truncated state.json": lambda f: cut(f / "state.json"),
     "an empty state.json": lambda f: (f / "state.json").write_text(""),
     "no state.json": lambda f: (f / "state.json").unlink(),
@@ -294,12 +322,12 @@ def rank_of_damages(folders: dict[str, Path], at: Path) -> dict[str, Any]:
         if section["method"] == "mezo":
             section = {k: v for k, v in section.items() if not k.startswith("anchor")}
         other = zods.initialize(model=model, config=configuration(**section), training_data=tiny_data(40))[0]
-        weights, digest = sha256(whole(other)), other.digest
+        weights, digest = sha256(whole(other)), other.trajectory.head
         try:
             other.load_checkpoint(good)
             found["others"][name] = ("nothing", "", False)
         except Exception as error:
-            same = weights == sha256(whole(other)) and digest == other.digest and other.global_steps == 0
+            same = weights == sha256(whole(other)) and digest == other.trajectory.head and other.global_steps == 0
             found["others"][name] = (type(error).__name__, str(error), same)
     engine.load_checkpoint(good)
     found["loads"] = engine.global_steps
@@ -357,17 +385,18 @@ def rank_of_interruptions(folder: Path) -> dict[str, Any]:
     for tag in (None, "global_step1"):  # a new tag; and the one that `latest` names
         engine.train_batch()
 
-        def failing(tensors: Any, path: Any) -> None:
+        def failing(tensors: Any, path: Any, metadata: Any) -> None:
             if engine.global_rank == 1:
                 Path(path).write_bytes(b"half")
                 raise OSError(28, "No space left on device")
-            original(tensors, path)
+            original(tensors, path, metadata)
 
         zods.checkpoint.save_file = failing
         with pytest.raises(OSError, match="No space left") as error:
             engine.save_checkpoint(folder / "run", tag=tag)
         zods.checkpoint.save_file = original
         found[str(tag)] = str(error.value)
+        found[f"{tag} left"] = sorted(entry.name for entry in (folder / "run").iterdir())
         twin = build("point stored", folder)
         at, _ = twin.load_checkpoint(folder / "run")
         found[f"{tag} loads"] = (at.name, state(twin) == old)
@@ -381,7 +410,298 @@ def test_an_interrupted_save_is_an_error_on_all_ranks_and_leaves_latest_on_the_o
         for tag in ("None", "global_step1"):
             assert "No space left" in found[tag]
             assert found[f"{tag} loads"] == ("global_step1", True)
+            assert found[f"{tag} left"] == ["global_step1", "latest"]
         assert found["next"] == "global_step3"
+
+
+# --- flipped bits -----------------------------------------------------------------------------------------------------
+
+
+def flip(file: Path, position: int) -> None:
+    with open(file, "r+b") as opened:
+        opened.seek(position)
+        byte = opened.read(1)[0]
+        opened.seek(position)
+        opened.write(bytes([byte ^ 1 << position % 8]))
+
+
+def rank_of_flips(folder: Path, at: Path) -> dict[str, Any]:
+    """What a load says of one flipped bit in each 7th byte of the files."""
+    engine = build("point stored", at)
+    engine.train_batch()
+    before = state(engine)
+    said: dict[str, dict[int, tuple[str, str]]] = {}
+    for file in sorted((folder / "global_step7").glob("*.safetensors")):
+        said[file.name] = {}
+        for position in range(0, file.stat().st_size, 7):
+            torch.distributed.barrier()
+            if engine.global_rank == 0:
+                flip(file, position)
+            torch.distributed.barrier()
+            try:
+                engine.load_checkpoint(folder)
+                said[file.name][position] = ("nothing", "")
+            except Exception as error:
+                said[file.name][position] = (type(error).__name__, str(error))
+            torch.distributed.barrier()
+            if engine.global_rank == 0:
+                flip(file, position)
+    torch.distributed.barrier()
+    unchanged = state(engine) == before
+    engine.load_checkpoint(folder)
+    return {"said": said, "unchanged": unchanged, "loads": engine.global_steps}
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_one_flipped_bit_anywhere_in_the_files_is_an_error_on_all_ranks_that_names_file_and_tensor(
+    saved, tmp_path, world_size
+):
+    shutil.copytree(saved[0] / "point stored", tmp_path / "run")
+    names = [name for name, _, _ in json.loads((tmp_path / "run/global_step7/state.json").read_text())["parameters"]]
+    ranks = run_ranks(world_size, rank_of_flips, tmp_path / "run", tmp_path)
+    for rank in ranks:
+        assert rank == ranks[0]
+        assert len(rank["said"]) == 4
+        for file, positions in rank["said"].items():
+            header = 8 + int.from_bytes((tmp_path / "run/global_step7" / file).read_bytes()[:8], "little")
+            assert len([position for position in positions if position >= header]) > 80
+            for position, (kind, text) in positions.items():
+                assert kind == "ValueError", f"{file}, byte {position}"
+                assert file in text
+                if position >= header:
+                    assert any(f": {name}: damaged" in text for name in names), text
+        assert rank["unchanged"]
+        assert rank["loads"] == 7
+
+
+# --- crashes ----------------------------------------------------------------------------------------------------------
+
+STEPS_OF_A_SAVE = ("mkdir", "rename", "replace", "unlink", "rmdir", "fsync")  # of `os`: where a crash is tried
+
+
+class Crash(BaseException):
+    """Nothing catches it, as nothing catches a power cut."""
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, crash_at: int | None) -> list[str]:
+    """The operations of `os` that change names or flush, as they come, with a Crash in place of number `crash_at`."""
+    events: list[str] = []
+
+    def wrapped(name: str, original: Callable) -> Callable:
+        def operation(*arguments: Any, **keywords: Any) -> Any:
+            subject = os.readlink(f"/proc/self/fd/{arguments[0]}") if name == "fsync" else str(arguments[0])
+            if len(events) == crash_at:
+                raise Crash
+            events.append(f"{name} {Path(subject).name}")
+            return original(*arguments, **keywords)
+
+        return operation
+
+    for name in STEPS_OF_A_SAVE:
+        monkeypatch.setattr(os, name, wrapped(name, getattr(os, name)))
+    return events
+
+
+def rank_of_crashes(folder: Path) -> dict[str, Any]:
+    engine = build("point stored", folder)
+    twin = build("point stored", folder)
+    states = {}
+    for _ in range(2):
+        engine.train_batch()
+        engine.save_checkpoint(folder / "before")
+        states[engine.global_steps] = state(engine)
+    engine.train_batch()
+    states[3] = state(engine)
+    found = {}
+    for tag in ("global_step3", "global_step2"):  # a new one; the one that `latest` names
+        for crash_at in range(1000):
+            run = folder / f"{tag}-{crash_at}"
+            shutil.copytree(folder / "before", run)
+            with pytest.MonkeyPatch.context() as monkeypatch:
+                events = counted(monkeypatch, crash_at)
+                try:
+                    checkpoint.save_checkpoint(engine, run, tag, {}, keep=1)
+                    crashed = False
+                except Crash:
+                    crashed = True
+            loaded = []
+            for at in [None, *newest_checkpoints(run)]:
+                if at is None:
+                    twin.load_checkpoint(run)
+                else:
+                    twin.load_checkpoint(at.parent, at.name)
+                loaded.append(twin.global_steps)
+                assert state(twin) == states[twin.global_steps], f"{tag}: crash after {events}"
+            assert loaded[0] in (2, 3)
+            assert loaded[1:] == sorted(loaded[1:], reverse=True)
+            assert loaded[0] in loaded[1:]
+            twin.save_checkpoint(run)  # goes on, and cleans up
+            left = [entry.name for entry in run.iterdir()]
+            assert not [name for name in left if name.startswith(".") and name != ".latest.partial"], left
+            shutil.rmtree(run)
+            if not crashed:
+                break
+        found[tag] = events
+    return found
+
+
+def test_a_crash_at_any_moment_of_a_save_leaves_only_whole_checkpoints_and_a_latest_that_loads(tmp_path):
+    (found,) = run_ranks(1, rank_of_crashes, tmp_path)
+    for tag, events in found.items():
+        assert len(events) > 15, tag
+        # what has reached the disk before which name: a power cut loses what is not flushed
+        files = {f"fsync {role}-rank00000-of-00001.safetensors" for role in ("parameters", "anchor_point")}
+        partial = f"fsync .{tag}.partial"
+        assert files | {"fsync state.json"} <= set(events[: events.index(partial)])
+        renamed = events.index(f"rename .{tag}.partial")
+        named = events.index("replace .latest.partial")
+        parent = [k for k, event in enumerate(events) if event.startswith(f"fsync {tag}-")]
+        assert events.index(partial) < renamed < parent[0] < events.index("fsync .latest.partial") < named < parent[1]
+        removals = [k for k, event in enumerate(events) if event.startswith(("unlink", "rmdir"))]
+        assert parent[1] < min(removals), "what is removed goes when the new one is in its place"
+
+
+# --- old checkpoints --------------------------------------------------------------------------------------------------
+
+
+def rank_of_keepers(folder: Path) -> dict[str, Any]:
+    engine = build("point stored", folder)
+    run = folder / "run"
+    found: dict[str, Any] = {"kept": []}
+
+    def names() -> list[str]:
+        torch.distributed.barrier()
+        return sorted(entry.name for entry in run.iterdir())
+
+    if engine.global_rank == 0:
+        for foreign in ("global_step0", "global_stepping", ".hidden", ".global_step9.partial", ".global_step9.removed"):
+            (run / foreign).mkdir(parents=True)
+            (run / foreign / "state.json").write_text("{}")
+    for _ in range(2):
+        engine.train_batch()
+        checkpoint.save_checkpoint(engine, run, None, {})
+    checkpoint.save_checkpoint(engine, run, "best", {})
+    found["without"] = names()
+    for _ in range(4):
+        engine.train_batch()
+        checkpoint.save_checkpoint(engine, run, None, {}, keep=3)
+        found["kept"].append(names())
+    found["newest"] = [at.name for at in newest_checkpoints(run)]
+    engine.load_checkpoint(run, tag="global_step4")
+    engine.train_batch()
+    with pytest.raises(ValueError, match="keep is 0"):
+        checkpoint.save_checkpoint(engine, run, None, {}, keep=0)
+    checkpoint.save_checkpoint(engine, run, "global_step3", {}, keep=1)  # older than the newest of the same step
+    found["one"] = names()
+    # what cannot be removed does not fail the save, and is no checkpoint
+    original = shutil.rmtree
+
+    def failing(path: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise OSError(39, "Directory not empty")
+        original(path, ignore_errors)
+
+    shutil.rmtree = failing
+    engine.train_batch()
+    checkpoint.save_checkpoint(engine, run, "global_step7", {}, keep=1)
+    shutil.rmtree = original
+    found["failing"] = names()
+    found["newest then"] = [at.name for at in newest_checkpoints(run)]
+    checkpoint.save_checkpoint(engine, run, "global_step8", {}, keep=2)
+    found["next"] = names()
+    (run / "global_step8" / LAST).unlink(missing_ok=True)
+    torch.distributed.barrier()
+    whole_ones = []
+    for at in newest_checkpoints(run):
+        try:
+            engine.load_checkpoint(at.parent, at.name)
+            whole_ones.append(at.name)
+        except ValueError:
+            continue
+    found["fell back to"] = whole_ones
+    found["of no folder"] = newest_checkpoints(run / "nothing")
+    return found
+
+
+def test_old_checkpoints_are_removed_but_the_last_ones_and_what_is_not_of_that_kind(tmp_path):
+    first, second = run_ranks(2, rank_of_keepers, tmp_path)
+    assert first == second
+    foreign = [".hidden", "best", "global_step0", "global_stepping", "latest"]
+    assert first["without"] == sorted([*foreign, "global_step1", "global_step2"]), "leftovers of crashes are removed"
+    for step, kept in enumerate(first["kept"], start=3):
+        assert kept == sorted([*foreign, *(f"global_step{k}" for k in range(step - 2, step + 1))])
+    assert first["newest"] == ["global_step6", "global_step5", "global_step4", "best"]
+    assert first["one"] == sorted([*foreign, "global_step3", "global_step6"])
+    assert first["failing"] == sorted([*foreign, ".global_step3.removed", ".global_step6.removed", "global_step7"])
+    assert first["newest then"] == ["global_step7", "best"]
+    assert first["next"] == sorted([*foreign, "global_step7", "global_step8"])
+    assert first["fell back to"] == ["global_step7", "best"]
+    assert first["of no folder"] == []
+
+
+# --- a full disk ------------------------------------------------------------------------------------------------------
+
+
+def rank_of_full_disks(folder: Path, drive: Path | None) -> list[Any]:
+    engine = build("point stored", folder)
+    twin = build("point stored", folder)
+    run = (drive or folder) / "run"
+    engine.train_batch()
+    engine.save_checkpoint(run)
+    old = state(engine)
+    engine.train_batch()
+    found: list[Any] = []
+    filler, limits = run.parent / "filler", resource.getrlimit(resource.RLIMIT_FSIZE)
+    for pages in range(12):  # that are left; a save needs a page for each of six files
+        torch.distributed.barrier()
+        if drive is None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (600 * pages, limits[1]))
+        elif engine.global_rank == 0:
+            filler.unlink(missing_ok=True)
+            free = os.statvfs(drive).f_bavail
+            filler.write_bytes(bytes((free - pages) * os.statvfs(drive).f_bsize))
+        torch.distributed.barrier()
+        try:
+            engine.save_checkpoint(run)
+            said = ("nothing", "")
+        except Exception as error:
+            said = (type(error).__name__, str(error))
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        torch.distributed.barrier()
+        at, _ = twin.load_checkpoint(run)
+        same = state(twin) == (state(engine) if said[0] == "nothing" else old)
+        left = [entry.name for entry in run.iterdir() if entry.name.startswith(".") and entry.is_dir()]
+        found.append((*said, at.name, same, left))
+        if said[0] == "nothing":
+            break
+    return found
+
+
+@pytest.fixture
+def drive(tmp_path: Path) -> Iterator[Path | None]:
+    """A drive of 1 MiB, or None where this process may not mount."""
+    path = tmp_path / "drive"
+    path.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(path)]
+    mounted = os.geteuid() == 0 and subprocess.run(command, capture_output=True).returncode == 0
+    yield path if mounted else None
+    if mounted:
+        subprocess.run(["umount", str(path)], check=True)
+
+
+@pytest.mark.parametrize("limit", ["drive", "file size"])
+def test_a_full_disk_is_an_error_on_all_ranks_and_what_was_saved_before_stays_good(tmp_path, drive, limit):
+    if limit == "drive" and drive is None:
+        pytest.skip("this process may not mount a drive")
+    first, second = run_ranks(2, rank_of_full_disks, tmp_path, drive if limit == "drive" else None)
+    assert first == second
+    *full, last = first
+    assert len(full) >= 4
+    for kind, text, at, same, left in full:
+        assert kind == "OSError"
+        assert ("No space left" if limit == "drive" else "File too large") in text
+        assert (at, same, left) == ("global_step1", True, [])
+    assert last == ("nothing", "", "global_step2", True, [])
 
 
 # --- the export -------------------------------------------------------------------------------------------------------

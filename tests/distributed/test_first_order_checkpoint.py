@@ -1,0 +1,119 @@
+"""Checkpoints of first-order training: DeepSpeed's own, of which no code is run when they are loaded."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed.models import collate, opt_data, tiny_opt
+from tests.distributed.ranks import run_ranks
+from zods.config import read_first_order_config
+from zods.first_order import CLASSES_IN_CHECKPOINTS, FirstOrderEngine
+
+VARIABLE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+
+
+def build(stage: int, bf16: bool) -> FirstOrderEngine:
+    config = {
+        "train_batch_size": 8,
+        "zero_optimization": {"stage": stage},
+        "bf16": {"enabled": bf16},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "weight_decay": 0.01, "torch_adam": True}},
+        "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 1e-3, "warmup_num_steps": 5}},
+        "steps_per_print": 10**9,
+    }
+    run = read_first_order_config(config, torch.distributed.get_world_size())
+    return FirstOrderEngine(tiny_opt(), run, opt_data(), collate)
+
+
+def go_on(engine: FirstOrderEngine) -> list[float]:
+    torch.manual_seed(9)  # of dropout, whose place no checkpoint holds
+    return [engine.train_batch() for _ in range(4)]
+
+
+class Malicious:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Callable, tuple[str]]:
+        return os.system, (f"touch {self.mark}",)
+
+
+def poison(file: Path, mark: Path) -> None:
+    """Add an object to a state that DeepSpeed saved, which its own load would run code for."""
+    content = torch.load(file, weights_only=False)
+    torch.save({**content, "extra": Malicious(mark)}, file)
+    torch.load(file, weights_only=False)
+    assert mark.exists(), "else the file is harmless"
+    mark.unlink()
+
+
+def cut(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def rank_of_savers(folder: Path, stage: int, bf16: bool) -> dict[str, Any]:
+    rank = torch.distributed.get_rank()
+    engine = build(stage, bf16)
+    for _ in range(3):
+        engine.train_batch()
+    engine.save_checkpoint(folder / "good")
+    losses = go_on(engine)
+    mark = folder / "ran"
+    damaged: dict[str, Path] = {}
+    for file in sorted((folder / "good" / "global_step3").glob("*.pt")):
+        for name, damage in (("poisoned", lambda f: poison(f, mark)), ("cut", cut)):
+            at = damaged[f"{name} {file.name}"] = folder / name / file.name
+            if rank == 0:
+                shutil.copytree(folder / "good", at)
+                damage(at / "global_step3" / file.name)
+    damaged["no folder"] = folder / "nothing"
+    torch.distributed.barrier()
+    again = build(stage, bf16)
+    again.train_batch()
+    said = {}
+    for name, at in damaged.items():
+        try:
+            again.load_checkpoint(at)
+            said[name] = ("nothing", "")
+        except Exception as error:
+            said[name] = (type(error).__name__, str(error))
+    found = {"said": said, "ran": mark.exists(), "steps": again.global_steps, "losses": losses}
+    os.environ[VARIABLE] = "0"
+    again.load_checkpoint(folder / "good")
+    found["resumed"] = go_on(again)
+    found["variable"] = os.environ.pop(VARIABLE)
+    build(stage, bf16).load_checkpoint(folder / "good")
+    allowed = torch.serialization.get_safe_globals()
+    found["left"] = VARIABLE in os.environ or any(kind in allowed for kind in CLASSES_IN_CHECKPOINTS)
+    return found
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [0, 1, 3])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_checkpoints_resume_to_the_bit_and_a_file_with_code_in_it_is_refused_and_not_run(
+    tmp_path, world_size, stage, bf16
+):
+    ranks = run_ranks(world_size, rank_of_savers, tmp_path, stage, bf16)
+    for found in ranks:
+        assert found["resumed"] == found["losses"]
+        assert found["said"] == ranks[0]["said"]
+        assert not found["ran"]
+        assert found["steps"] == 1, "nothing was loaded"
+        assert found["variable"] == "0"
+        assert not found["left"], "what is allowed at a load is allowed at that load only"
+        assert len(found["said"]) > 2
+        for name, (kind, text) in found["said"].items():
+            assert kind == "ValueError"
+            assert name.split()[-1] in text or name == "no folder"
+            assert "system" in text or "poisoned" not in name
+            assert "weights_only" not in text, "no advice to run it"
