@@ -44,7 +44,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     main.add_argument("--tokenizer", help="name or folder (default: the model's)")
     main.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
     main.add_argument("--output_dir", required=True, help="the run's folder: config, metrics, log, checkpoints, model")
-    main.add_argument("--resume", metavar="FOLDER", help="go on from the latest checkpoint in this folder")
+    main.add_argument("--resume", metavar="auto|FOLDER", help="auto: go on where the run in output_dir stopped, or begin it; "
+                      "FOLDER: begin from the latest checkpoint of that run")  # fmt: skip
 
     main.add_argument("--optimizer", choices=("adamw",), help="first-order training by DeepSpeed, for comparison")
     main.add_argument("--lora_rank", type=int, help="train LoRA adapters of this rank only (needs peft)")
@@ -84,6 +85,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     run.add_argument("--num_epochs", type=int, default=1, help="passes, where max_steps is not given (default: 1)")
     run.add_argument("--eval_interval", type=int, default=0, help="steps between evaluations; 0: before and after only")
     run.add_argument("--save_interval", type=int, default=0, help="steps between checkpoints; 0: none")
+    run.add_argument("--save_total_limit", type=int, help="checkpoints that are kept, the last ones (default: all)")
     run.add_argument("--save_model", action="store_true", help="export the model for from_pretrained at the end")
     run.add_argument("--plot", action="store_true", help="draw curves.png at the end (needs matplotlib)")
     run.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # set by the launcher
@@ -121,7 +123,15 @@ def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> No
             parser.error(f"--{zeroth[0]} belongs to zeroth-order steps, not to --optimizer")
     if arguments.select is not None and arguments.train_batch_size is not None:
         parser.error("--select K/N sets train_batch_size to K; leave --train_batch_size out")
-    for option in ("lora_rank", "max_length", "num_epochs", "max_steps", "max_train_examples", "max_eval_examples"):
+    for option in (
+        "lora_rank",
+        "max_length",
+        "num_epochs",
+        "max_steps",
+        "max_train_examples",
+        "max_eval_examples",
+        "save_total_limit",
+    ):
         value = getattr(arguments, option)
         if value is not None and value < 1:
             parser.error(f"--{option}: found {value}, must be 1 or more")

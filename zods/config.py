@@ -76,6 +76,15 @@ class FirstOrderConfig:
     def zero_stage(self) -> int:
         return self.deepspeed.get("zero_optimization", {}).get("stage", 0)
 
+    @property
+    def scheduler(self) -> dict[str, Any] | None:
+        return self.deepspeed.get("scheduler")
+
+    @property
+    def zeroth_order(self) -> ZerothOrderConfig:
+        """What of that section counts: the seed and the selector."""
+        return ZerothOrderConfig(method="mezo", seed=self.seed, selector=self.selector)
+
     def to_dict(self) -> dict[str, Any]:
         section = None if self.selector is None else asdict(self.selector)
         return {**self.deepspeed, SECTION: {"seed": self.seed, "selector": section}}

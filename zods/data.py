@@ -6,7 +6,8 @@ of ranks. A loader's place is two numbers, so that a run resumes anywhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,11 +26,56 @@ def check_dataset(dataset: Any, name: str) -> int:
     return len(dataset)
 
 
+def digest_of(rows: Iterable[Any]) -> str:
+    """Of what examples hold: tensors, arrays, texts, numbers, and containers of these; of another type its name alone."""
+    hasher = hashlib.blake2b(digest_size=8)
+    for row in rows:
+        _add(hasher, row)
+    return hasher.hexdigest()
+
+
+def _add(hasher: Any, value: Any) -> None:
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu()
+        hasher.update(f"{value.dtype}{tuple(value.shape)}".encode())
+        hasher.update(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    elif isinstance(value, Mapping):
+        for key in sorted(value, key=str):
+            hasher.update(f"{key}:".encode())
+            _add(hasher, value[key])
+    elif isinstance(value, (list, tuple)):
+        hasher.update(f"[{len(value)}".encode())
+        for item in value:
+            _add(hasher, item)
+    elif isinstance(value, (str, bytes, int, float, bool, type(None))):
+        hasher.update(f"{type(value).__name__} {value!r};".encode())
+    elif hasattr(value, "tobytes"):  # an array or scalar of numpy
+        hasher.update(f"{value.dtype}{value.shape}".encode() + value.tobytes())
+    else:
+        hasher.update(type(value).__name__.encode())
+
+
+def sample_digest(dataset: Any, most: int = 64) -> str | None:
+    """Of up to `most` examples, evenly spread. None where an example is another one when it is looked up again."""
+    if digest_of([dataset[0]]) != digest_of([dataset[0]]):
+        return None
+    size = len(dataset)
+    return digest_of(dataset[place * size // min(most, size)] for place in range(min(most, size)))
+
+
 def epoch_order(size: int, batch_size: int, seed: int, epoch: int) -> torch.Tensor:
     """The examples of each step of an epoch, (steps, batch_size): all of `size` shuffled, less a tail that fills no batch."""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
     order = torch.randperm(size, generator=generator)
     return order[: size // batch_size * batch_size].view(-1, batch_size)
+
+
+def check_place(place: tuple[int, int], steps_per_epoch: int) -> None:
+    if not 0 <= place[1] <= steps_per_epoch:
+        raise ValueError(
+            f"the log stands at step {place[1]} of an epoch, which has {steps_per_epoch} steps here. Resume with the data and "
+            "the train_batch_size it was made with."
+        )
 
 
 class TrainingLoader:
@@ -58,6 +104,7 @@ class TrainingLoader:
                 "Use a smaller batch or more data."
             )
         self.dataset = dataset
+        self.data_digest = sample_digest(dataset)  # None: examples are not the same each time
         self.collate_fn = collate_fn
         self.seed = seed
         self.micro_batch = micro_batch
@@ -92,6 +139,23 @@ class TrainingLoader:
         """Micro-batches without end, through the epochs."""
         while True:
             yield from self
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """(epoch, steps of it that were handed out whole)."""
+        return self.epoch, self.position // self.accumulation
+
+    def go_to(self, place: tuple[int, int]) -> None:
+        """Go on from a `place`. Raises ValueError where an epoch has no such step."""
+        check_place(place, len(self) // self.accumulation)
+        self.epoch, self.position = place[0], place[1] * self.accumulation
+
+    def last_examples(self) -> list[int]:
+        """Those of the last step that was handed out, on all ranks."""
+        if self.position < self.accumulation:
+            return []
+        order = epoch_order(len(self.dataset), self.batch_size, self.seed, self.epoch)  # type: ignore[arg-type]
+        return order[self.position // self.accumulation - 1].tolist()
 
     def state_dict(self) -> dict[str, int]:
         examples = self.position // self.accumulation * self.batch_size

@@ -7,6 +7,7 @@ z = U V^T / sqrt(r) for a matrix, with the elements of U and V Gaussian, and Gau
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import struct
 from collections.abc import Sequence
@@ -20,6 +21,9 @@ from zods import kernels
 __all__ = ["PURPOSES", "Direction", "Parameter", "derive_seed"]
 
 PURPOSES = ("step", "step_anchor", "anchor", "rounding", "anchor_rounding", "selection")
+
+
+_FACTOR_BYTES = 1 << 26  # of low-rank directions that are made at once
 
 
 def derive_seed(base_seed: int, purpose: str, step: int, index: int = 0) -> int:
@@ -119,3 +123,41 @@ class Direction:
             negated = torch.cat([left[:, :-last], -left[:, -last:]], 1)
             kernels.combine_(mirror, factors=(negated, right), **others)  # type: ignore[arg-type]
         return kernels.combine_(out, factors=(left, right), **others)  # type: ignore[arg-type]
+
+    def replay_(
+        self,
+        out: torch.Tensor,
+        parameter: Parameter,
+        offset: int,
+        sweeps: Sequence[kernels.Sweep],
+        dense: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`zods.kernels.replay_` of these directions: what as many calls of `combine_` would do, in one pass over `out`."""
+        if not self.has_factors(parameter):
+            distribution = "gaussian" if self.distribution == "low_rank" else self.distribution
+            return kernels.replay_(
+                out, sweeps, distribution=distribution, parameter=parameter.ordinal, offset=offset, dense=dense
+            )
+        if out.numel() == 0:
+            return out
+        columns = max(parameter.shape[1], 1)
+        rows = range(offset // columns, (offset + out.numel() - 1) // columns + 1)
+        rank = min(self.rank, *parameter.shape)
+        for number, of_number in itertools.groupby(sweeps, key=lambda sweep: len(sweep.seeds)):
+            alike = list(of_number)
+            size = max(1, _FACTOR_BYTES // (4 * max(number, 1) * rank * (len(rows) + columns)))
+            for start in range(0, len(alike), size):
+                part = alike[start : start + size]
+                pairs = [self.factors(parameter, s.seeds, s.coefficients, rows, out.device) for s in part]
+                left, right = (torch.stack(side) for side in zip(*pairs, strict=True))
+                bare = [sweep._replace(seeds=(), coefficients=()) for sweep in part]
+                kernels.replay_(
+                    out,
+                    bare,
+                    distribution="gaussian",
+                    parameter=parameter.ordinal,
+                    offset=offset,
+                    factors=(left, right),
+                    dense=dense,
+                )
+        return out

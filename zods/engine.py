@@ -1,38 +1,39 @@
 """The zeroth-order engine: DeepSpeed's face, and a step told as its phases.
 
 `engine(batch)` evaluates the loss at the step's points, `engine.backward(loss)` reduces the loss scalars over the ranks,
-`engine.step()` combines them into terms, applies these to this rank's slices, and logs them.
+`engine.step()` combines them into a record, logs it, and applies what it says to this rank's slices.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
-import struct
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from zods import checkpoint, estimators
+from zods import checkpoint, estimators, resuming
 from zods.anchor import Anchor
 from zods.comm import Communicator
 from zods.config import RunConfig
-from zods.data import TrainingLoader
+from zods.data import TrainingLoader, digest_of
 from zods.deferral import DeferredUpdate
-from zods.directions import Direction
 from zods.estimators import Annealing, Update
 from zods.evaluation import Evaluator
 from zods.measuring import Measure, measure_whole, to_device
+from zods.recording import Recorder
 from zods.rule import StepRule
 from zods.selection.loaders import SelectingLoader
 from zods.sharding import ShardedParameters, Slice, SliceUpdate, release_gathered
-from zods.streams import Point
-from zods.trajectory import TrajectoryLog
+from zods.stopping import StopRequest
+from zods.streams import Point, pairs
+from zods.trajectory.history import direction_of
+from zods.trajectory.records import Record, Refresh, Step
+from zods.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -71,8 +72,9 @@ class ZerothOrderEngine:
 
     module: the model. deepspeed: the DeepSpeedEngine that shards it. global_steps, global_samples, micro_steps,
     skipped_steps: counters as DeepSpeed's. comm: what zods sends, with byte counters. anchor: of MeZO-SVRG, else None.
-    last_step: report of the last step, or None. selection: what chooses the sub-batches, with the last one's ids and report,
-    where there is a selector.
+    last_step: report of the last step, or None. trajectory: the chain of what was applied, and its log (`resume`).
+    stop: asks for an end after a step; should_stop: whether some rank was asked. selection: what chooses the sub-batches, with
+    the last one's ids and report, where there is a selector.
 
     In training the model stays in eval mode: both losses of a pair need the same function, so dropout is off.
     """
@@ -104,17 +106,21 @@ class ZerothOrderEngine:
         self.micro_steps = 0
         self.skipped_steps = 0
         self.last_step: StepReport | None = None
-        self.trajectory: TrajectoryLog | None = None
+        micro_batch = self.train_micro_batch_size_per_gpu()
+        self.recorder = Recorder(config, comm.world_size, training_loader, micro_batch)
+        self.trajectory = self.recorder.trajectory
+        self.stop = StopRequest()
+        self.should_stop = False
         self._zo = config.zeroth_order
         self._rule = StepRule(self._zo)
-        self._direction = Direction(self._zo.direction.distribution, self._zo.direction.rank)
+        self._direction = direction_of(self._zo)
+        self._watchdog = Watchdog(comm, self._zo.hang_timeout)
         self.anchor: Anchor | None = None
         if self._zo.is_svrg:
             aio = config.deepspeed.get("aio", {})
             self.anchor = Anchor(self._zo.anchor, parameters, comm, direction=self._direction, aio=aio)
         self.anchor_step: int | None = None  # the step of the last refresh
         self.annealing = Annealing()
-        self.digest = hashlib.sha256(b"zods").digest()  # of everything applied so far
         offload = config.deepspeed.get("zero_optimization", {}).get("offload_param", {}).get("device", "none")
         self._deferred = None if offload == "none" else DeferredUpdate(parameters, self._direction)
         self._evaluator = Evaluator(
@@ -125,11 +131,13 @@ class ZerothOrderEngine:
             direction=self._direction,
             evaluation=self._zo.evaluation,
             stream_memory_gb=self._zo.stream_memory_gb,
-            micro_batch=self.train_micro_batch_size_per_gpu(),
+            micro_batch=micro_batch,
+            most_points=self._zo.most_points,
+            beat=lambda: self._watchdog.beat(f"step {self.global_steps}, forward"),
         )
         self._own_batches: Iterator[Any] | None = None
         self._bytes_before = 0
-        self._nonfinite_in_a_row = 0
+        self.nonfinite_in_a_row = 0
         self._points: list[Point] = []
         self._sums: list[torch.Tensor] = []  # per micro-batch: a loss sum per point, then the number of examples
         self._last_loss: torch.Tensor | None = None
@@ -186,6 +194,10 @@ class ZerothOrderEngine:
         """How a step's points are evaluated: stacked, lockstep or sequential; None before the first batch, which decides."""
         return self._evaluator.evaluation
 
+    def close(self) -> None:
+        """The watch over the ranks ends; to be called before any of them does."""
+        self._watchdog.close()
+
     def zero_grad(self) -> None:
         """Nothing: there are no gradients. Here so that a DeepSpeed loop runs unchanged."""
 
@@ -208,26 +220,35 @@ class ZerothOrderEngine:
         if not self._sums:
             self._begin_step()
         sums = self._evaluator.loss_sums(self._points, batch)
+        self._record_evaluation()
         self._sums.append(sums)
         self._last_loss = (sums[: 2 * self._zo.num_directions].mean() / sums[-1]).float()
         return self._last_loss
+
+    def _record_evaluation(self) -> None:
+        self.recorder.record_evaluation(self.global_steps, self.evaluation, self._evaluator.streams_per_forward)
 
     def _begin_step(self) -> None:
         """Refresh the anchor where it is due, and choose the step's points: pairs at theta, then at the anchor."""
         self._step_began, self._bytes_before = time.perf_counter(), self.comm.scalar_bytes
         zo, step = self._zo, self.global_steps
+        self.recorder.record_run(step)
         if self.anchor is not None and (self.anchor_step is None or step - self.anchor_step >= zo.anchor_interval):
             self.refresh_anchor()
         own = self.global_rank if zo.directions == "per_rank" else 0
-        self._points = self._rule.points(step, own, self.anchor and self.anchor.source)
+        seeds, anchor_seeds = self._rule.step_seeds(step, own)
+        self._points = pairs(seeds, zo.eps)
+        if self.anchor is not None:
+            self._points += pairs(anchor_seeds, zo.eps, source=self.anchor.source)
 
     # --- phase 2: reduce the scalars --------------------------------------------------------------------------------
 
     def backward(self, loss: torch.Tensor) -> torch.Tensor:
         """At an accumulation boundary: the loss sums and counts of all ranks. Sends 8 bytes per point and rank.
 
-        Raises ValueError where `loss` is not what `engine(batch)` returned: a scaled or other loss would have no effect,
-        since the losses at the points are already known. Wrap the model so that its forward returns that loss.
+        Whether a rank was asked to stop travels with them. Raises ValueError where `loss` is not what `engine(batch)`
+        returned: a scaled or other loss would have no effect, since the losses at the points are already known. Wrap the
+        model so that its forward returns that loss.
         """
         if loss is not self._last_loss:
             raise ValueError(
@@ -235,41 +256,77 @@ class ZerothOrderEngine:
                 "losses of the forward itself; for another loss wrap the model so that its forward returns it."
             )
         if self.is_gradient_accumulation_boundary():
-            sums = torch.stack(self._sums).sum(0).tolist()
+            self._watchdog.beat(f"step {self.global_steps}, backward")
+            sums = [*torch.stack(self._sums).sum(0).tolist(), float(self.stop.reason is not None)]
             per_rank = self._zo.directions == "per_rank"
             of_all = self.comm.gather_scalars(sums) if per_rank else [self.comm.sum_over_ranks(sums)]
-            self._reduced = [[total / count if count else math.nan for total in totals] for *totals, count in of_all]
+            self._reduced = [[total / count if count else math.nan for total in totals] for *totals, count, _ in of_all]
+            self.should_stop = any(asked for *_, asked in of_all)
         return loss
 
-    # --- phases 3 to 5: combine, apply, log -------------------------------------------------------------------------
+    # --- phases 3 to 5: combine, log, apply -------------------------------------------------------------------------
 
     def step(self) -> None:
-        """At an accumulation boundary: combine the losses into terms, apply these to this rank's slices, log them.
+        """At an accumulation boundary: combine the losses into an estimate, log it, apply it to this rank's slices.
 
-        A step with a non-finite loss is skipped and counted; RuntimeError after `max_nonfinite_steps` in a row.
+        When it returns the step is on the disk, where there is a log; OSError where that failed. A step with a non-finite
+        loss is skipped and counted; RuntimeError after `max_nonfinite_steps` in a row.
         """
         boundary = self.is_gradient_accumulation_boundary()
         if boundary and not self._reduced:
             raise RuntimeError("engine.step() was called without engine.backward(loss) before it.")
-        self.micro_steps += 1
         if not boundary:
+            self.micro_steps += 1
             return
+        self._watchdog.beat(f"step {self.global_steps}, step")
         losses = [loss for of_set in self._reduced for loss in of_set]
-        finite = all(map(math.isfinite, losses))
-        update, projected_grad = self._combine(self._reduced) if finite else (Update(()), math.nan)
-        if finite:
-            self._apply(update)
+        record, projected_grad = self._combine(self._reduced)
+        self.commit(record)
         at_parameters = [loss for of_set in self._reduced for loss in of_set[: 2 * self._zo.num_directions]]
-        loss = sum(at_parameters) / len(at_parameters)
-        self._log(update, losses, loss, projected_grad, skipped=not finite)
         self._points, self._sums, self._reduced, self._last_loss = [], [], [], None
-        self._count_skipped(losses, finite)
+        self.advance(record)
+        self.trajectory.wait()
+        self._check_agreement()
+        self._report(record, sum(at_parameters) / len(at_parameters), projected_grad)
+        self._watchdog.rest()
+        if record.skipped:
+            self._refuse_more_skipped(losses)
 
-    def _combine(self, losses: Sequence[Sequence[float]]) -> tuple[Update, float]:
-        """The update of this step, and the mean projected gradient at the parameters."""
+    def _combine(self, losses: Sequence[Sequence[float]]) -> tuple[Step, float]:
+        """The record of this step, and the mean projected gradient at the parameters."""
+        coefficients: tuple[float, ...] = ()
+        projected_grad = math.nan
+        if all(math.isfinite(loss) for of_set in losses for loss in of_set):
+            estimate, projected_grad = self._rule.estimate(self.global_steps, losses)
+            coefficients = tuple(term.coefficient for term in estimate)
+        if not all(map(math.isfinite, coefficients)):
+            coefficients = ()
+        at_parameters = [loss for of_set in losses for loss in of_set[: 2 * self._zo.num_directions]]
+        loss = sum(at_parameters) / len(at_parameters)
+        place = None if self.training_dataloader is None else self.training_dataloader.place
         lr = self.get_lr()[0]
-        anchor_terms, coefficient = ([], 0.0) if self.anchor is None else self.anchor.descent(lr)
-        return self._rule.update(self.global_steps, losses, lr, anchor_terms, coefficient)
+        return (
+            Step(self.global_steps, loss if coefficients else None, lr, coefficients, place, self.recorder.sub_batch()),
+            projected_grad,
+        )
+
+    def commit(self, record: Record) -> None:
+        """Log a record and do to the parameters what it says: what a run, and what goes on from a log, have in common.
+
+        The record is on its way to the disk while it is applied: parameters live in memory, and a run that ends in between
+        is taken up from the log.
+        """
+        change = self.recorder.add(record)
+        if isinstance(record, Refresh):
+            self.anchor_step = record.step
+        if change is None:
+            return
+        if isinstance(record, Refresh):
+            assert self.anchor is not None
+            release_gathered(self.deepspeed)
+            self.anchor.set_point()
+            self.anchor.set_gradient(self.recorder.gradient)
+        self._apply(change.update)
 
     def _apply(self, update: Update) -> None:
         """Apply an update to this rank's slices, or let it wait where they are offloaded.
@@ -297,10 +354,6 @@ class ZerothOrderEngine:
             self.parameters.apply_(update_of, direction=self._direction, dense=dense, dense_coefficient=coefficient)
         if self.anchor is not None:
             self.anchor.record(update)
-        numbers = [update.decay, update.anchor_grad_coefficient, *coefficients]
-        self.digest = hashlib.sha256(
-            self.digest + struct.pack(f"<{len(numbers)}d{len(seeds)}Q", *numbers, *seeds)
-        ).digest()
 
     def flush(self) -> None:
         """Apply what waits until its parameter is next loaded (`zods.deferral`): before parameters are read other than by
@@ -309,45 +362,52 @@ class ZerothOrderEngine:
             release_gathered(self.deepspeed)
             self._deferred.flush()
 
-    def _count_skipped(self, losses: Sequence[float], finite: bool) -> None:
-        if finite:
-            self._nonfinite_in_a_row = 0
-            return
-        self.skipped_steps += 1
-        self._nonfinite_in_a_row += 1
-        logger.warning("step %d skipped: losses %s are not all finite", self.global_steps, losses)
-        if self._nonfinite_in_a_row > self._zo.max_nonfinite_steps:
-            raise RuntimeError(
-                f"{self._nonfinite_in_a_row} steps in a row had non-finite losses (max_nonfinite_steps = "
-                f"{self._zo.max_nonfinite_steps}). Lower lr or eps, or look at the data. Last losses: {list(losses)}."
-            )
-
-    def _log(
-        self, update: Update, losses: Sequence[float], loss: float, projected_grad: float, *, skipped: bool
-    ) -> None:
-        """Count the step, keep its record, move the schedules on, and compare digests where that is due."""
-        lr = self.get_lr()[0]
-        if self.trajectory is not None:
-            ids = None if self.selection is None else self.selection.selected_ids
-            self.trajectory.append("step", self.global_steps, update, losses, lr, ids=ids)
-        self.global_steps += 1
+    def advance(self, record: Step) -> None:
+        """Count a step that was made, and move the schedules on."""
+        self.global_steps = record.step + 1
         self.global_samples += self.train_batch_size()
-        if not skipped:
-            self.annealing = estimators.record_loss(self.annealing, loss)
+        self.micro_steps = self.global_steps * self.gradient_accumulation_steps()
+        self.nonfinite_in_a_row = self.nonfinite_in_a_row + 1 if record.skipped else 0
+        self.skipped_steps += record.skipped
+        if not record.skipped:
+            assert record.loss is not None
+            self.annealing = estimators.record_loss(self.annealing, record.loss)
             if self.lr_scheduler is not None:
                 self.lr_scheduler.step()
         loader, anneal = self.training_dataloader, self._zo.anneal
-        if anneal is not None and loader is not None and loader.position == len(loader):
+        steps_per_epoch = 0 if loader is None else len(loader) // self.gradient_accumulation_steps()
+        if anneal is not None and record.at is not None and record.at[1] == steps_per_epoch:
             self.annealing = estimators.end_epoch(self.annealing, alpha=anneal.alpha, threshold=anneal.threshold)
-        if self.global_steps % self._zo.agreement_interval == 0:
-            self.comm.check_agreement(self.digest, f"what was applied up to step {self.global_steps}")
+
+    def _check_agreement(self) -> None:
+        """Where it is due: have all ranks applied the same, and been given the same examples?"""
+        if self.global_steps % self._zo.agreement_interval:
+            return
+        self.comm.check_agreement(self.trajectory.head.encode(), f"what was applied up to step {self.global_steps}")
+        loader = self.training_dataloader
+        if loader is not None and loader.data_digest is not None:
+            with self.comm.same_on_all_ranks():
+                digest = digest_of(loader.dataset[i] for i in loader.last_examples())
+            self.comm.check_agreement(digest.encode(), f"the training data of step {self.global_steps}")
+
+    def _report(self, record: Step, loss: float, projected_grad: float) -> None:
         selecting = 0.0 if self.selection is None else self.selection.take_seconds()
         seconds = time.perf_counter() - self._step_began + selecting
         sent = self.comm.scalar_bytes - self._bytes_before
-        self.last_step = StepReport(self.global_steps, loss, projected_grad, lr, sent, seconds, skipped, selecting)
+        self.last_step = StepReport(
+            self.global_steps, loss, projected_grad, record.lr, sent, seconds, record.skipped, selecting
+        )
         if self.monitor.enabled:
-            events = {"loss": loss, "lr": lr, "projected_grad": projected_grad}
+            events = {"loss": loss, "lr": record.lr, "projected_grad": projected_grad}
             self.monitor.write_events([(f"Train/Samples/{k}", v, self.global_samples) for k, v in events.items()])
+
+    def _refuse_more_skipped(self, losses: Sequence[float]) -> None:
+        logger.warning("step %d skipped: losses %s are not all finite", self.global_steps, losses)
+        if self.nonfinite_in_a_row > self._zo.max_nonfinite_steps:
+            raise RuntimeError(
+                f"{self.nonfinite_in_a_row} steps in a row had non-finite losses (max_nonfinite_steps = "
+                f"{self._zo.max_nonfinite_steps}). Lower lr or eps, or look at the data. Last losses: {list(losses)}."
+            )
 
     # --- the anchor -------------------------------------------------------------------------------------------------
 
@@ -364,38 +424,41 @@ class ZerothOrderEngine:
         zo = self._zo
         seeds = self._rule.seeds("anchor", self.global_steps, zo.anchor_directions)
         loader, title = self.training_dataloader, f"anchor at step {self.global_steps}"
-        losses = self._evaluator.whole_set_losses(self._rule.pairs(seeds), loader.dataset, loader.collate_fn, title)
-        if not all(map(math.isfinite, losses)):
+        losses = self._evaluator.whole_set_losses(pairs(seeds, zo.eps), loader.dataset, loader.collate_fn, title)
+        self._record_evaluation()
+        scheduled = self.get_lr()[0] / zo.lr if zo.lr else 1.0 / self.annealing.divisor
+        anchor_lr = zo.lr if zo.anchor_lr is None else zo.anchor_lr
+        coefficients: tuple[float, ...] = ()
+        if all(map(math.isfinite, losses)):
+            grads = estimators.projected_grads(losses[0::2], losses[1::2], zo.eps)
+            coefficients = tuple(term.coefficient for term in estimators.in_float32(estimators.spsa(seeds, grads)))
+        if not coefficients or not all(map(math.isfinite, coefficients)):
             if self.anchor_step is None:
                 raise RuntimeError("the first anchor: the loss over the training set is not finite. Look at the data.")
             logger.warning("anchor at step %d: losses are not finite; the last anchor stays", self.global_steps)
-            self.anchor_step = self.global_steps
-            return
-        coefficients = estimators.projected_grads(losses[0::2], losses[1::2], zo.eps)
-        release_gathered(self.deepspeed)
-        self.anchor.set_point()
-        self.anchor.set_gradient(estimators.spsa(seeds, coefficients))
-        self.anchor_step = self.global_steps
-        anchor_lr = zo.lr if zo.anchor_lr is None else zo.anchor_lr
-        scheduled = self.get_lr()[0] / zo.lr if zo.lr else 1.0 / self.annealing.divisor
-        terms, coefficient = self.anchor.descent(anchor_lr * scheduled)
-        update = Update(
-            terms=tuple(t for t in terms if t.coefficient != 0.0),
-            anchor_grad_coefficient=coefficient,
-            rounding_seed=self._rule.rounding_seed("anchor_rounding", self.global_steps),
-        )
-        self._apply(update)
-        if self.trajectory is not None:
-            gradient = self.anchor.gradient_terms
-            self.trajectory.append("anchor", self.global_steps, update, losses, anchor_lr * scheduled, gradient)
+            coefficients = ()
+        self.commit(Refresh(self.global_steps, anchor_lr * scheduled, coefficients))
 
-    # --- save, load, export (see `zods.checkpoint`) -------------------------------------------------------------------
+    # --- resume (see `zods.resuming`), save, load, export (see `zods.checkpoint`) --------------------------------------
+
+    def adopt_evaluation(self) -> None:
+        """Evaluate as the log says, where that was chosen under the same conditions: the same bits."""
+        self._evaluator.adopt(self.recorder.chosen_evaluation())
+
+    def resume(self, folder: str | Path, *, checkpoints: str | Path | None = None, new: Collection[str] = ()) -> None:
+        """Log every step in `folder`; where steps are logged there, go on after them. To be called before the first step."""
+        resuming.resume(self, folder, checkpoints=checkpoints, new=new)
 
     def save_checkpoint(
-        self, save_dir: str | Path, tag: str | None = None, client_state: dict[str, Any] | None = None
+        self,
+        save_dir: str | Path,
+        tag: str | None = None,
+        client_state: dict[str, Any] | None = None,
+        keep: int | None = None,
     ) -> Path:
+        """keep: of the checkpoints in `save_dir` only the last so many stay; None: all."""
         self.flush()
-        return checkpoint.save_checkpoint(self, save_dir, tag, client_state or {})
+        return checkpoint.save_checkpoint(self, save_dir, tag, client_state or {}, keep)
 
     def load_checkpoint(self, load_dir: str | Path, tag: str | None = None) -> tuple[Path, dict[str, Any]]:
         self.flush()

@@ -7,6 +7,7 @@ algorithm 2 (MeZO-SVRG), with the anchor kept as a copy and one direction shared
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -56,6 +57,16 @@ def svrg(
     if list(seeds) == list(anchor_seeds):
         return spsa(seeds, [c - a for c, a in zip(coefficients, anchor_coefficients, strict=True)])
     return spsa(seeds, coefficients) + spsa(anchor_seeds, [-a for a in anchor_coefficients])
+
+
+def in_float32(terms: Sequence[Term]) -> tuple[Term, ...]:
+    """The terms with their coefficients rounded to float32."""
+    return tuple(Term(seed, ctypes.c_float(coefficient).value) for seed, coefficient in terms)
+
+
+def along_gradient(gradient: Sequence[Term], stored: bool, lr: float) -> tuple[tuple[Term, ...], float]:
+    """-lr * g of an anchor gradient as (terms, coefficient of the stored gradient). stored: g is kept as a tensor."""
+    return ((), -lr) if stored else (descend(gradient, lr), 0.0)
 
 
 def descend(estimate: Sequence[Term], lr: float) -> tuple[Term, ...]:

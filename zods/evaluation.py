@@ -41,7 +41,12 @@ class Evaluator:
         evaluation: str,
         stream_memory_gb: float | None,
         micro_batch: int,
+        most_points: int,
+        beat: Callable[[], None],
     ) -> None:
+        """most_points: that are ever evaluated together. beat: called before each batch of losses, so that it can be told who
+        hangs in it."""
+        self._most_points, self._beat = most_points, beat
         self._deepspeed = deepspeed_engine
         self._comm = comm
         self._micro_batch = micro_batch
@@ -52,8 +57,13 @@ class Evaluator:
         self._has_cache = "use_cache" in takes  # keys and values for generation, of all layers: a loss needs none
         self._asked = evaluation
         self.evaluation: str | None = None  # how points are evaluated; chosen on the first batch
+        self._known: tuple[str, int] | None = None
         self._stream_memory_gb = stream_memory_gb
-        self._streams_per_forward = 2
+        self.streams_per_forward = 2
+
+    def adopt(self, known: tuple[str, int] | None) -> None:
+        """Evaluate as (form, points per forward) that were chosen before, under the same conditions; None: choose."""
+        self._known, self.evaluation = known, None
 
     def outputs(self, batch: Any) -> Any:
         """The model's outputs: a dict is given as keywords, a tuple or list as positions."""
@@ -73,7 +83,7 @@ class Evaluator:
         if len(at) < max(len(points), 2):
             return torch.stack([self._loss(point, batch) for point in points])
         losses = self._losses_by[self.evaluation]
-        size = self._streams_per_forward
+        size = self.streams_per_forward
         return torch.cat([losses(self, at[k : k + size], batch) for k in range(0, len(at), size)])
 
     def _loss(self, point: Point | None, batch: Any) -> torch.Tensor:
@@ -123,6 +133,13 @@ class Evaluator:
         with self._forward_at.observing():
             outputs = self.outputs(batch)
         batch_loss(outputs, batch)
+        if self._known is not None:
+            form, self.streams_per_forward = self._known
+            if form == "lockstep":
+                stop_nvme_prefetch(self._deepspeed)
+            if form == "stacked":  # which calls carry the batch is told from those of one batch
+                self._outputs_at(Point(1, CHECK_DISTANCE), self._without_loss(batch), record=num_examples(batch))
+            return form
         if self._asked == "sequential":
             return self._asked
         del outputs
@@ -169,7 +186,7 @@ class Evaluator:
             needed = 0
         (failures,) = self._comm.sum_over_ranks([float(reason is not None)])
         if reason is None and not failures:
-            self._streams_per_forward = self._fitting(needed * self._micro_batch / num_examples(batch))
+            self.streams_per_forward = self._fitting(needed * self._micro_batch / num_examples(batch))
         return reason or ("it fails on another rank" if failures else None)
 
     def _fitting(self, needed: float) -> int:
@@ -186,7 +203,7 @@ class Evaluator:
                 f"zeroth_order.stream_memory_gb: found {given}, but a pair of points takes {2 * needed / 2**30:.3g} GiB "
                 f"with micro-batches of {self._micro_batch}. Give that much, a smaller micro-batch, or evaluation: sequential."
             )
-        return 2 * max(1, int(budget / max(2 * needed, 1.0)))
+        return 2 * min(max(1, int(budget / max(2 * needed, 1.0))), self._most_points // 2)
 
     def _outputs_at(self, point: Point | None, batch: Any, **record: int) -> Any:
         with self._forward_at.at(point, **record):
@@ -225,6 +242,7 @@ class Evaluator:
 
     def loss_sums(self, points: Sequence[Point | None], batch: Any) -> torch.Tensor:
         """Losses times the number of examples, or their weight, then that: (number of points + 1,) in float64."""
+        self._beat()
         losses = self.losses(points, batch)
         weights = weights_of(batch)
         size = num_examples(batch) if weights is None else float(weights.sum())

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 import resource
 import statistics
 import sys
+import traceback
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -28,10 +31,12 @@ from zods.engine import ZerothOrderEngine
 from zods.first_order import FirstOrderEngine
 from zods.initialization import check_folders
 from zods.report import plot_curves
+from zods.resuming import CHECKPOINTS, INITIAL, copy_log
 from zods.runs import RunFolder
 from zods.selection.batches import sources_of
 from zods.tasks import Task, build_task, load_examples, split_held_out
-from zods.trajectory import TrajectoryLog
+
+logger = logging.getLogger(__name__)
 
 
 def main() -> None:
@@ -44,8 +49,21 @@ def main() -> None:
         if rank == 0:
             print(f"zods.finetune: error: {error}", file=sys.stderr)
         end_process(2)
-    finetune(arguments, *run)
+    try:
+        finetune(arguments, *run)
+    except (OSError, RuntimeError) as error:  # a full disk, ranks that disagree, another rank that is gone
+        print(f"zods.finetune: error: rank {rank}: {error}", file=sys.stderr)
+        if not isinstance(error, OSError) and not _is_our_own(error):
+            traceback.print_exc()
+        end_process(1)
+    run[0].close()
     end_process(0)
+
+
+def _is_our_own(error: RuntimeError) -> bool:
+    """Whether the message tells all: it was raised here, or another rank is gone and that one has said why."""
+    innermost = list(traceback.walk_tb(error.__traceback__))[-1][0]
+    return innermost.f_globals.get("__name__", "").startswith("zods.") or "peer" in str(error)
 
 
 def start(
@@ -62,7 +80,8 @@ def start(
             check_folders(run)
         else:
             run = read_first_order_config(merged, comm.world_size)
-        folder = RunFolder(arguments.output_dir, rank=comm.rank, resume=arguments.resume is not None)
+        folder = RunFolder(arguments.output_dir, rank=comm.rank, resume=arguments.resume == "auto")
+        fork = None if arguments.resume in (None, "auto") else latest_checkpoint(Path(arguments.resume))
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             arguments.tokenizer or arguments.model, trust_remote_code=arguments.trust_remote_code
         )
@@ -71,17 +90,22 @@ def start(
             arguments.model, trust_remote_code=arguments.trust_remote_code
         )
     resolve_model_auto(run.deepspeed, getattr(model_config.get_text_config(), "hidden_size", None))
-    model = load_model(arguments, run, task)
+    model, new = load_model(arguments, run, task)
     engine: ZerothOrderEngine | FirstOrderEngine
     if isinstance(run, RunConfig):
         engine = zods.initialize(model=model, config=run.to_dict(), training_data=train, collate_fn=task.collate)[0]
     else:
         engine = FirstOrderEngine(model, run, train, task.collate)
-    if arguments.resume is not None:
-        engine.load_checkpoint(arguments.resume)
-    folder.describe(run.to_dict(), seed=run.seed, world_size=comm.world_size, device=str(comm.device))
-    if comm.rank == 0:
-        engine.trajectory = TrajectoryLog(folder.path / "trajectory.log")
+    with comm.same_on_all_ranks():
+        if fork is not None and comm.rank == 0:
+            copy_log(fork.parent.parent, fork if isinstance(run, RunConfig) else None, folder.path)
+    engine.resume(folder.path, checkpoints=None if fork is None else fork.parent, new=new)
+    if comm.rank == 0 and new:
+        save_configuration(model, folder.path / INITIAL.parent)
+    engine.stop.listen()
+    folder.describe(
+        run.to_dict(), seed=run.seed, world_size=comm.world_size, device=str(comm.device), step=engine.global_steps
+    )
     return engine, task, held_out, folder, tokenizer
 
 
@@ -95,8 +119,11 @@ def finetune(
 ) -> None:
     """One run: evaluate, train with evaluations and checkpoints, evaluate, report."""
     rank = engine.global_rank
-    before = evaluate(engine, task, held_out, folder)
+    before = folder.first_evaluation() if engine.global_steps else evaluate(engine, task, held_out, folder)
     trained = train_steps(engine, arguments, task, held_out, folder)
+    if engine.should_stop:
+        stop(engine, arguments, folder)
+        return
     after = evaluate(engine, task, held_out, folder)
 
     if arguments.save_model:
@@ -109,6 +136,17 @@ def finetune(
         print(table(summary))
         if arguments.plot:
             print(f"curves: {plot_curves(folder.path)}")
+
+
+def latest_checkpoint(run: Path) -> Path:
+    """That of a run's folder, or of its folder of checkpoints. Raises FileNotFoundError."""
+    folder = run / CHECKPOINTS if (run / CHECKPOINTS).is_dir() else run
+    latest = folder / "latest"
+    if not latest.is_file():
+        raise FileNotFoundError(
+            f"--resume {run}: no file `latest` in {folder}. Give the folder of a run with checkpoints, or auto."
+        )
+    return folder / Path(latest.read_text(errors="replace").strip()).name
 
 
 def prepare_data(
@@ -151,25 +189,40 @@ def prepare_data(
     return task, train, held_out
 
 
-def load_model(arguments: argparse.Namespace, run: RunConfig | FirstOrderConfig, task: Task) -> torch.nn.Module:
-    """The pretrained model, sharded while it is loaded where the run is stage 3; a new head follows from the seed."""
+def load_model(
+    arguments: argparse.Namespace, run: RunConfig | FirstOrderConfig, task: Task
+) -> tuple[torch.nn.Module, list[str]]:
+    """The pretrained model, sharded while it is loaded where the run is stage 3; a new head follows from the seed.
+
+    Also the names of the parameters to train that are not in its files.
+    """
     transformers.set_seed(run.seed)
     # transformers looks for a living HfDeepSpeedConfig while from_pretrained runs
     sharded = HfDeepSpeedConfig(run.deepspeed) if run.zero_stage == 3 else None
-    model = task.auto_class().from_pretrained(
+    model, info = task.auto_class().from_pretrained(
         arguments.model,
+        output_loading_info=True,
         dtype=torch.bfloat16 if run.deepspeed.get("bf16", {}).get("enabled", False) else torch.float32,
         trust_remote_code=arguments.trust_remote_code,
         **task.model_kwargs(),
     )
     del sharded
+    new = set(info["missing_keys"])
     if arguments.lora_rank is not None:
         import peft  # an extra
 
         head = ["classifier", "score"] if task.name == "classification" else None
         lora = peft.LoraConfig(r=arguments.lora_rank, lora_alpha=2 * arguments.lora_rank, modules_to_save=head)
         model = peft.get_peft_model(model, lora)
-    return model
+        new = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return model, [name for name, _ in model.named_parameters() if name in new]
+
+
+def save_configuration(model: Any, folder: Path) -> None:
+    """What a replay needs to write a model or adapter that the base's own configuration does not describe."""
+    configuration = getattr(model, "peft_config", {}).get("default", getattr(model, "config", None))
+    if configuration is not None:
+        configuration.save_pretrained(folder)
 
 
 def evaluate(
@@ -229,9 +282,35 @@ def train_steps(
             if engine.global_rank == 0:
                 progress.write(f"step {engine.global_steps}: held out: {_text(metrics)}", file=sys.stderr)
         if arguments.save_interval and engine.global_steps % arguments.save_interval == 0:
-            engine.save_checkpoint(folder.path / "checkpoints")
+            save(engine, arguments, folder)
+        if engine.should_stop:
+            break
     progress.close()
     return trained
+
+
+def save(engine: ZerothOrderEngine | FirstOrderEngine, arguments: argparse.Namespace, folder: RunFolder) -> None:
+    """A full checkpoint; where it cannot be written, the log of zeroth-order steps has all that is needed, and the run goes
+    on."""
+    try:
+        engine.save_checkpoint(folder.path / CHECKPOINTS, keep=arguments.save_total_limit)
+    except OSError as error:
+        if isinstance(engine, FirstOrderEngine):
+            raise
+        if engine.global_rank == 0:
+            logger.warning(
+                "no checkpoint at step %d: %s. The run goes on: its log is whole.", engine.global_steps, error
+            )
+
+
+def stop(engine: ZerothOrderEngine | FirstOrderEngine, arguments: argparse.Namespace, folder: RunFolder) -> None:
+    """The run was asked to end before its last step: save, and say how it goes on."""
+    save(engine, arguments, folder)
+    if engine.global_rank == 0:
+        print(
+            f"stopped after step {engine.global_steps} ({engine.stop.reason or 'another rank was asked to'}). To go on: the "
+            "same command with --resume auto"
+        )
 
 
 def summarise(
@@ -260,8 +339,8 @@ def table(summary: dict[str, Any]) -> str:
     mib = 1 << 20
     seconds, zero3 = summary["step_seconds_median"], summary["zero3_bytes_per_step"]
     rows = [
-        ("held-out accuracy", f"{summary['accuracy_before']:.3f} -> {summary['accuracy_after']:.3f}"),
-        ("held-out loss", f"{summary['loss_before']:.3f} -> {summary['loss_after']:.3f}"),
+        ("held-out accuracy", f"{summary.get('accuracy_before', math.nan):.3f} -> {summary['accuracy_after']:.3f}"),
+        ("held-out loss", f"{summary.get('loss_before', math.nan):.3f} -> {summary['loss_after']:.3f}"),
         ("steps", f"{summary['steps']} in {summary['train_seconds']:.0f} s (anchor refreshes in them)"),
         ("time per step (median)", "-" if seconds is None else f"{seconds * 1e3:.0f} ms"),
         ("sent per step and rank by zods", f"{summary['zods_bytes_per_step']:.0f} bytes"),

@@ -6,13 +6,20 @@ For comparison on equal terms: the same data in the same order, the same loss, s
 from __future__ import annotations
 
 import math
+import os
+import re
+import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
 
 from zods import checkpoint
 from zods.comm import Communicator
@@ -21,8 +28,16 @@ from zods.data import TrainingLoader
 from zods.engine import StepReport
 from zods.measuring import Measure, check_own_loss, measure_whole
 from zods.objectives import WEIGHTS, num_examples
+from zods.recording import Recorder
+from zods.resuming import CHECKPOINTS, LOG_NAME, open_log
 from zods.selection.batches import SubBatches
 from zods.selection.loaders import SelectingLoader, weighted_loss
+from zods.stopping import StopRequest
+from zods.trajectory.log import parse_log
+from zods.trajectory.records import Header, Step
+
+# the classes, beside what torch allows, of which objects are in a checkpoint of DeepSpeed 0.19.8
+CLASSES_IN_CHECKPOINTS = [LossScaler, ZeroStageEnum, fragment_address]
 
 
 class FirstOrderEngine:
@@ -43,7 +58,8 @@ class FirstOrderEngine:
         self.config = config
         self.global_steps = 0
         self.last_step: StepReport | None = None
-        self.trajectory: Any = None
+        self.stop = StopRequest()
+        self.should_stop = False
         self.selection: SubBatches | None = None
         self._loss_checked = False
         micro_batch, accumulation = self.deepspeed.train_micro_batch_size_per_gpu(), self.gradient_accumulation_steps()
@@ -70,6 +86,10 @@ class FirstOrderEngine:
                 )
                 self.training_dataloader = SelectingLoader(self.selection, self.comm, config.seed)
         self._batches: Iterator[Any] = self.training_dataloader.forever()
+        self.recorder = Recorder(config, self.comm.world_size, self.training_dataloader, micro_batch)
+
+    def close(self) -> None:
+        """Nothing: DeepSpeed's engine has no watch over the ranks."""
 
     @property
     def device(self) -> torch.device:
@@ -97,14 +117,17 @@ class FirstOrderEngine:
             self.deepspeed.backward(loss)
             self.deepspeed.step()
             total += float(loss.detach())
-        mean = self.comm.sum_over_ranks([total])[0] / self.comm.world_size / self.gradient_accumulation_steps()
+        total, asked = self.comm.sum_over_ranks([total, float(self.stop.reason is not None)])
+        self.should_stop = asked > 0
+        mean = total / self.comm.world_size / self.gradient_accumulation_steps()
         if not math.isfinite(mean):
             ids = "" if self.selection is None else f" Its examples: {self.selection.selected_ids}."
             raise RuntimeError(f"step {self.global_steps}: the loss is not finite. Lower lr, or look at the data.{ids}")
         lr = self.deepspeed.get_lr()[0]
         selecting = 0.0 if self.selection is None else self.selection.take_seconds()
-        if self.trajectory is not None and self.selection is not None:
-            self.trajectory.append_selection(self.global_steps, self.selection.selected_ids, loss=mean, lr=lr)
+        place, sub_batch = self.training_dataloader.place, self.recorder.sub_batch()
+        self.recorder.add(Step(self.global_steps, mean, lr, None, place, sub_batch))
+        self.recorder.trajectory.wait()
         self.global_steps += 1
         seconds, sent = time.perf_counter() - began, self.comm.scalar_bytes - sent
         self.last_step = StepReport(self.global_steps, mean, None, lr, sent, seconds, False, selecting)
@@ -120,19 +143,53 @@ class FirstOrderEngine:
 
         return measure_whole(outputs_of, dataset, collate_fn, measure, comm=self.comm, micro_batch=micro_batch)
 
-    def save_checkpoint(self, save_dir: str | Path) -> None:
-        """DeepSpeed's own checkpoint, with the loader's place and the selector's state."""
+    def resume(self, folder: Path, *, checkpoints: Path | None = None, new: Collection[str] = ()) -> None:
+        """Log what is selected in `folder`, and go on from the last checkpoint there, if there is one: DeepSpeed's own.
+
+        new: unused; a checkpoint of DeepSpeed's holds all weights.
+        """
+        checkpoints = folder / CHECKPOINTS if checkpoints is None else checkpoints
+        file, data = open_log(self.comm, folder)
+        if (checkpoints / "latest").is_file():
+            self.load_checkpoint(checkpoints)
+        with self.comm.same_on_all_ranks():
+            log = parse_log(data, folder / LOG_NAME) if b"\n" in data else None
+            kept = [] if log is None else [record for record in log.records if record.step < self.global_steps]
+            goes_on = log is not None and bool(kept)
+            if file is not None:
+                file.cut(log.ends[len(kept)] if log is not None and goes_on else 0)
+        self.recorder.trajectory.file = file
+        if log is not None and goes_on:
+            self.recorder.follow(kept, log.heads[len(kept)])
+        else:
+            self.recorder.trajectory.add(Header(type(self.module).__name__, ()))
+        self.recorder.record_run(self.global_steps)
+
+    def save_checkpoint(self, save_dir: str | Path, keep: int | None = None) -> None:
+        """DeepSpeed's own checkpoint, with the loader's place and the selector's state. keep: the last so many stay."""
         state = {"global_steps": self.global_steps, "loader": self.training_dataloader.state_dict()}
         self.deepspeed.save_checkpoint(str(save_dir), f"global_step{self.global_steps}", client_state={"zods": state})
+        if keep is not None and self.comm.rank == 0:
+            tags = [p for p in Path(save_dir).iterdir() if re.fullmatch(r"global_step\d+", p.name)]
+            for old in sorted(tags, key=lambda p: int(p.name.removeprefix("global_step")))[:-keep]:
+                shutil.rmtree(old)
 
     def load_checkpoint(self, load_dir: str | Path) -> None:
-        """Raises ValueError, the same on all ranks, where there is no checkpoint or one of another run."""
-        folder, client_state = self.deepspeed.load_checkpoint(str(load_dir))
+        """The checkpoint that `latest` names. No code that a file of it names is run.
+
+        Raises ValueError or OSError, the same on all ranks and before anything is changed, where there is none, or a file
+        of it is truncated or holds more than data.
+        """
         with self.comm.same_on_all_ranks():
-            if folder is None or "zods" not in client_state:
-                raise ValueError(
-                    f"checkpoint {load_dir}: DeepSpeed finds none of zods.finetune in it. Give a folder of checkpoints."
-                )
+            files = _files_of_latest(Path(load_dir))
+            with _only_data():
+                for path in files[self.comm.rank :: self.comm.world_size]:
+                    _check_only_data(path)
+        with _only_data():
+            _, client_state = self.deepspeed.load_checkpoint(str(load_dir), files[0].parent.name)
+        with self.comm.same_on_all_ranks():
+            if "zods" not in client_state:
+                raise ValueError(f"checkpoint {load_dir}: it is none of zods.finetune.")
             state = client_state["zods"]
             self.training_dataloader.load_state_dict(state["loader"])
         self.global_steps = state["global_steps"]
@@ -140,3 +197,38 @@ class FirstOrderEngine:
 
     def save_pretrained(self, save_dir: str | Path) -> None:
         checkpoint.save_pretrained(self, save_dir)
+
+
+def _files_of_latest(load_dir: Path) -> list[Path]:
+    latest = load_dir / "latest"
+    tag = latest.read_text(errors="replace").strip() if latest.is_file() else ""
+    files = sorted((load_dir / tag).glob("*.pt")) if tag else []
+    if not files:
+        raise ValueError(f"checkpoint {load_dir}: DeepSpeed finds none in it. Give a folder of checkpoints.")
+    return files
+
+
+@contextmanager
+def _only_data() -> Iterator[None]:
+    """Have torch.load run no code that a file names, whatever its caller asks: DeepSpeed asks for weights_only=False."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        with torch.serialization.safe_globals(CLASSES_IN_CHECKPOINTS):
+            yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
+
+
+def _check_only_data(path: Path) -> None:
+    """Raise ValueError unless torch can load the file without running code. Tensors' data are not read."""
+    with open(path, "rb") as file:
+        try:
+            torch.load(file, map_location="meta", weights_only=True)
+        except Exception as error:  # of what is no pickle or no zip file nearly every kind is raised
+            code = re.search(r"GLOBAL (\S+)", str(error))
+            wrong = f"it names the code {code[1]}, of which no checkpoint has need; none was run" if code else "damaged"
+            raise ValueError(f"checkpoint {path}: {wrong}. Load a checkpoint that zods.finetune wrote.") from error

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import logging
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -16,18 +18,19 @@ from deepspeed.runtime import lr_schedules
 from zods.anchor import check_nvme
 from zods.comm import Communicator
 from zods.config import RunConfig, read_config, resolve_model_auto
-from zods.data import TrainingLoader, check_dataset
+from zods.data import TrainingLoader, check_dataset, sample_digest
 from zods.engine import ZerothOrderEngine, ZerothOrderOptimizer
-from zods.kernels import backend
+from zods.kernels import backend, fingerprint
 from zods.section import SECTION, DirectionConfig, check_selector
 from zods.selection.batches import SubBatches, sources_of
 from zods.selection.features import find_target
 from zods.selection.loaders import SelectingLoader
 from zods.selection.selector import NEEDS
-from zods.sharding import ShardedParameters
+from zods.sharding import ShardedParameters, is_sharded
 
 logger = logging.getLogger(__name__)
 
+PACKAGES = ("torch", "deepspeed", "transformers")
 SELECTOR = f"{SECTION}.selector"
 
 
@@ -84,7 +87,14 @@ def initialize(
     resolve_model_auto(run.deepspeed, getattr(getattr(model, "config", None), "hidden_size", None))
     comm.check_agreement(json.dumps(run.to_dict(), sort_keys=True).encode(), "the configuration")
     comm.check_agreement(_fingerprint(model), "the model (parameter names, shapes, dtypes, trainable or not)")
+    comm.check_agreement(_code_digest(), f"the code (of zods, or a version of {', '.join(PACKAGES)})")
+    if training_data is not None:
+        with comm.same_on_all_ranks():
+            sample = f"{check_dataset(training_data, 'training_data')} {sample_digest(training_data)}"
+        comm.check_agreement(sample.encode(), "the training data")
 
+    if not any(is_sharded(p) for p in model.parameters()):
+        _check_weights(model, comm)
     ds_config = _prepared(run, model)
     engine = deepspeed.initialize(model=model, config=ds_config, dist_init_required=False)[0]
     world = comm.world_size
@@ -195,6 +205,20 @@ def _fingerprint(model: torch.nn.Module) -> bytes:
         for name, p in model.named_parameters()
     ]
     return hashlib.sha256(repr(described).encode()).digest()
+
+
+def _code_digest() -> bytes:
+    """Of zods' own files and of the versions of what computes with it."""
+    digest = hashlib.sha256(repr({name: importlib.metadata.version(name) for name in PACKAGES}).encode())
+    for path in sorted(p for p in Path(__file__).parent.rglob("*") if p.suffix in (".py", ".cpp")):
+        digest.update(path.read_bytes())
+    return digest.digest()
+
+
+def _check_weights(model: torch.nn.Module, comm: Communicator) -> None:
+    """Raise RuntimeError where a rank was given other weights, which the shards would be cut from."""
+    own = [fingerprint(p.detach().contiguous().view(-1)) for p in model.parameters()]
+    comm.check_agreement(repr(own).encode(), "the model's weights")
 
 
 def _prepared(run: RunConfig, model: torch.nn.Module) -> dict[str, Any]:

@@ -1,16 +1,14 @@
-"""What a step evaluates and what follows from its losses, for MeZO and MeZO-SVRG: seeds, points, updates. No tensors."""
+"""What follows from a step's number and its losses, for MeZO and MeZO-SVRG: seeds, estimates, updates. No tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from zods import estimators
 from zods.directions import derive_seed
 from zods.estimators import Term, Update
 from zods.section import ZerothOrderConfig
-from zods.streams import Point
 
 
 @dataclass(frozen=True)
@@ -32,45 +30,68 @@ class StepRule:
     def rounding_seed(self, purpose: str, step: int) -> int | None:
         return derive_seed(self.config.seed, purpose, step) if self.config.stochastic_rounding else None
 
-    def pairs(self, seeds: Sequence[int], **source: Any) -> list[Point]:
-        return [Point(seed, sign * self.config.eps, **source) for seed in seeds for sign in (1, -1)]
+    def estimate(self, step: int, losses: Sequence[Sequence[float]]) -> tuple[tuple[Term, ...], float]:
+        """The estimate of the gradient as terms, less that of the full batch, and the mean projected gradient at the
+        parameters.
 
-    def points(self, step: int, of: int, anchor_source: Any) -> list[Point]:
-        """Pairs at the parameters, then with SVRG at the anchor. of: the rank whose directions they are, 0 if shared."""
-        seeds, anchor_seeds = self.step_seeds(step, of)
-        return self.pairs(seeds) + (self.pairs(anchor_seeds, source=anchor_source) if self.config.is_svrg else [])
-
-    def update(
-        self,
-        step: int,
-        losses: Sequence[Sequence[float]],
-        lr: float,
-        anchor_terms: Sequence[Term],
-        anchor_coefficient: float,
-    ) -> tuple[Update, float]:
-        """The update of a step, and the mean projected gradient at the parameters.
-
-        losses: at the points of each set of directions: one set, or one per rank. anchor_terms, anchor_coefficient: what
-        `Anchor.descent(lr)` gives; nothing for MeZO.
+        losses: at the points of each set of directions: one set, or one per rank. Coefficients are rounded to float32, in
+        which the log keeps them; noise is many orders above.
         """
         n = self.config.num_directions
-        seeds: list[int] = []
-        anchor_seeds: list[int] = []
         coefficients: list[float] = []
         anchor_coefficients: list[float] = []
-        for of, of_set in enumerate(losses):
-            of_seeds, of_anchor_seeds = self.step_seeds(step, of)
+        for of_set in losses:
             grads = estimators.projected_grads(of_set[0::2], of_set[1::2], self.config.eps)
-            seeds, anchor_seeds = seeds + of_seeds, anchor_seeds + of_anchor_seeds
             coefficients, anchor_coefficients = coefficients + grads[:n], anchor_coefficients + grads[n:]
+        seeds, anchor_seeds = self._all_seeds(step, len(losses))
         if self.config.is_svrg:
             terms = estimators.svrg(seeds, coefficients, anchor_seeds, anchor_coefficients)
         else:
             terms = estimators.spsa(seeds, coefficients)
-        update = Update(
-            terms=(*estimators.descend(terms, lr), *(t for t in anchor_terms if t.coefficient != 0.0)),
+        return estimators.in_float32(terms), sum(coefficients) / len(coefficients)
+
+    def estimate_of(self, step: int, coefficients: Sequence[float]) -> tuple[Term, ...]:
+        """The terms of an estimate from their coefficients alone, as a log keeps them. Raises ValueError where they are not
+        as many as an estimate has."""
+        per_set = self.config.num_directions * (2 if self._draws_twice else 1)
+        number, left_over = divmod(len(coefficients), per_set)
+        if left_over or (number > 1 and self.config.directions == "shared"):
+            raise ValueError(f"{len(coefficients)} coefficients, expected {per_set} (times the ranks, if per_rank)")
+        seeds, anchor_seeds = self._all_seeds(step, number)
+        return tuple(map(Term, seeds + (anchor_seeds if self._draws_twice else []), coefficients))
+
+    @property
+    def _draws_twice(self) -> bool:
+        return self.config.is_svrg and not self.config.share_direction
+
+    def _all_seeds(self, step: int, num_sets: int) -> tuple[list[int], list[int]]:
+        sets = [self.step_seeds(step, of) for of in range(num_sets)]
+        return [seed for seeds, _ in sets for seed in seeds], [seed for _, seeds in sets for seed in seeds]
+
+    def update(
+        self,
+        step: int,
+        estimate: Sequence[Term],
+        lr: float,
+        anchor_terms: Sequence[Term] = (),
+        anchor_coefficient: float = 0.0,
+    ) -> Update:
+        """The update of a step. anchor_terms, anchor_coefficient: what `estimators.along_gradient` gives; none for MeZO."""
+        return Update(
+            terms=(*estimators.descend(estimate, lr), *anchor_terms),
             decay=1.0 - lr * self.config.weight_decay,
             anchor_grad_coefficient=anchor_coefficient,
             rounding_seed=self.rounding_seed("rounding", step),
         )
-        return update, sum(coefficients) / len(coefficients)
+
+    def anchor_gradient(self, step: int, coefficients: Sequence[float]) -> tuple[Term, ...]:
+        """The full-batch gradient at a refresh, from the mean's coefficients."""
+        return tuple(map(Term, self.seeds("anchor", step, len(coefficients)), coefficients))
+
+    def anchor_update(self, step: int, anchor_terms: Sequence[Term], anchor_coefficient: float) -> Update:
+        """The update of a refresh: a step along the full-batch gradient."""
+        return Update(
+            terms=tuple(anchor_terms),
+            anchor_grad_coefficient=anchor_coefficient,
+            rounding_seed=self.rounding_seed("anchor_rounding", step),
+        )

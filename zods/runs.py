@@ -4,6 +4,7 @@ config.json          the DeepSpeed JSON with "zeroth_order", every value resolve
 run.json             command, versions, git commit, seed, ranks, device
 metrics.jsonl        one object per step ("train") and per evaluation ("eval")
 trajectory.log       what was applied, step by step (see zods.trajectory)
+initial/             what the base weights lack: a new head or adapters, as they were drawn, and their configuration
 checkpoints/, model/ and curves.png as asked for
 """
 
@@ -29,14 +30,24 @@ class RunFolder:
         self.path = Path(path)
         self.rank = rank
         self._metrics: Any = None
-        if rank == 0 and not resume and (self.path / "metrics.jsonl").exists():
-            raise ValueError(f"--output_dir {self.path}: holds another run. Give another folder, or --resume that run.")
+        if (
+            rank == 0
+            and not resume
+            and any((self.path / name).exists() for name in ("metrics.jsonl", "trajectory.log"))
+        ):
+            raise ValueError(
+                f"--output_dir {self.path}: holds another run. Give another folder, or --resume auto to go on with it."
+            )
 
-    def describe(self, config: dict[str, Any], *, seed: int, world_size: int, device: str) -> None:
-        """Make the folder, write config.json and run.json, and open metrics.jsonl: when all input has been checked."""
+    def describe(self, config: dict[str, Any], *, seed: int, world_size: int, device: str, step: int) -> None:
+        """Make the folder, write config.json and run.json, and open metrics.jsonl: when all input has been checked.
+
+        step: steps that were made; what metrics.jsonl tells of later ones is cut off, for they will be made again.
+        """
         if self.rank != 0:
             return
         self.path.mkdir(parents=True, exist_ok=True)
+        self._cut_metrics(step)
         self._metrics = open(self.path / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
         (self.path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         about = {
@@ -48,6 +59,30 @@ class RunFolder:
             "versions": versions(),
         }
         (self.path / "run.json").write_text(json.dumps(about, indent=2) + "\n")
+
+    def _cut_metrics(self, step: int) -> None:
+        path = self.path / "metrics.jsonl"
+        if not path.exists():
+            return
+        kept = []
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+            try:
+                record = json.loads(line)
+                later = record["step"] > step or step == 0 or record["kind"] == "summary"
+            except (ValueError, KeyError, TypeError):  # a crash in the middle of a line
+                continue
+            if not later and line.endswith("\n"):
+                kept.append(line)
+        partial = path.with_name(".metrics.jsonl.partial")
+        partial.write_text("".join(kept), encoding="utf-8")
+        partial.replace(path)
+
+    def first_evaluation(self) -> dict[str, float]:
+        """What was measured before the first step; nothing on other ranks than 0, or where that is not there."""
+        if self.rank != 0:
+            return {}
+        first = next((r for r in read_metrics(self.path) if r["kind"] == "eval" and r["step"] == 0), {})
+        return {name: value for name, value in first.items() if name not in ("kind", "step")}
 
     def record(self, kind: str, step: int, **values: Any) -> None:
         """Append one line to metrics.jsonl; kind: "train" or "eval"."""

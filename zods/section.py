@@ -99,12 +99,18 @@ class ZerothOrderConfig:
     stochastic_rounding: bool = True  # of updates to 16-bit parameters
     agreement_interval: int = 10  # steps between two checks that all ranks applied the same
     max_nonfinite_steps: int = 10  # steps in a row that may be skipped for a non-finite loss
+    hang_timeout: float = 600.0  # seconds that one forward, or what follows it, may take; then who hangs is named
     anchor: AnchorConfig = field(default_factory=AnchorConfig)
     selector: SelectorConfig | None = None
 
     @property
     def is_svrg(self) -> bool:
         return self.method == "mezo_svrg"
+
+    @property
+    def most_points(self) -> int:
+        """That are evaluated on one batch: of a step, or of a refresh."""
+        return 2 * max(2 * self.num_directions, self.anchor_directions) if self.is_svrg else 2 * self.num_directions
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -144,6 +150,7 @@ _MINIMUM: dict[str, float | tuple[float]] = {  # smallest allowed value; a tuple
     "threshold": (0.0,),
     "agreement_interval": 1,
     "max_nonfinite_steps": 0,
+    "hang_timeout": (0.0,),
     "buffer_count": 1,
     "buffer_size": 1,
     "candidates": 1,

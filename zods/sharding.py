@@ -112,6 +112,12 @@ class ShardedParameters:
             for ordinal, (name, param) in enumerate(named)
             if param.requires_grad and (wanted is None or id(param) in wanted)
         ]
+        trained = {id(piece.param) for piece in self.slices}
+        self.frozen: list[Slice] = [  # all other parameters
+            self._slice(name, ordinal, param, rank, world_size)
+            for ordinal, (name, param) in enumerate(named)
+            if id(param) not in trained
+        ]
         if not self.slices:
             raise ValueError("model: no trainable parameter. Set requires_grad on those that are to be trained.")
         odd = [f"{s.name} ({s.dtype})" for s in self.slices if s.dtype not in DTYPES]

@@ -70,6 +70,11 @@ class Point:
         return (self.seed, -self.coefficient, self.source) == (other.seed, other.coefficient, other.source)
 
 
+def pairs(seeds: Sequence[int], eps: float, **source: Any) -> list[Point]:
+    """source + eps * z and source - eps * z for each seed."""
+    return [Point(seed, sign * eps, **source) for seed in seeds for sign in (1, -1)]
+
+
 class _Contexts:
     """What `with` sets for the whole thread in a forward, and streams in lockstep would leave to each other."""
 

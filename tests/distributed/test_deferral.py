@@ -155,7 +155,12 @@ def rank_of_runs(folder: Path) -> dict[str, dict[str, Any]]:
             engine = build(offload, folder / name / offload, **arguments)
             losses = train(engine, wide_data(), range(5))
             end = sha256(whole(engine))
-            found[name][offload] = (losses, end, engine.digest, seen_by_readers(engine, folder / name / offload))
+            found[name][offload] = (
+                losses,
+                end,
+                engine.trajectory.head,
+                seen_by_readers(engine, folder / name / offload),
+            )
     return found
 
 

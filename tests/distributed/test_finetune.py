@@ -12,7 +12,8 @@ import pytest
 import zods.finetune
 from tests.distributed.ranks import launch
 from zods.runs import read_metrics
-from zods.trajectory import read_log
+from zods.trajectory.log import read_log
+from zods.trajectory.records import Step
 
 MODEL = Path(__file__).parents[2] / "launch" / "quickstart" / "model"
 CONFIG = {
@@ -76,8 +77,8 @@ def test_a_run_folder_holds_all_that_tells_of_the_run(run):
     summary = records[-1]
     assert summary["zods_bytes_per_step"] < 1024 < summary["zero3_bytes_per_step"]
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
-    kinds = [record["kind"] for record in read_log(run / "trajectory.log")]
-    assert kinds == ["anchor", "step", "step", "anchor", "step", "step"]
+    kinds = [type(record).__name__ for record in read_log(run / "trajectory.log").records]
+    assert kinds == ["Run", "Evaluation", "Refresh", "Step", "Step", "Refresh", "Step", "Step"]
 
 
 def test_the_exported_model_loads_with_its_tokenizer(run):
@@ -119,9 +120,8 @@ def test_first_order_training_with_selection_resumes_where_it_was(folder, lora, 
         tmp_path, folder / "config.json", "whole", *first_order, "--save_interval", "2", "--save_model"
     )
     assert code == 0, output[-4000:]
-    logged = list(read_log(tmp_path / "whole" / "trajectory.log"))
-    assert [record["kind"] for record in logged] == ["selection"] * 4
-    assert all(len(set(record["ids"])) == 4 for record in logged)
+    logged = read_log(tmp_path / "whole" / "trajectory.log").records[1:]
+    assert all(len(set(record.sub_batch.places)) == 4 and record.coefficients is None for record in logged)
     assert (tmp_path / "whole" / "model").is_dir()
     records = [r for r in read_metrics(tmp_path / "whole") if r["kind"] == "train"]
     assert len({record["loss"] for record in records}) == 4
@@ -130,14 +130,14 @@ def test_first_order_training_with_selection_resumes_where_it_was(folder, lora, 
     resume = ("--resume", str(tmp_path / "whole" / "checkpoints"))
     code, output = finetune(tmp_path, folder / "config.json", "resumed", *first_order, *resume)
     assert code == 0, output[-4000:]
-    assert list(read_log(tmp_path / "resumed" / "trajectory.log")) == logged[2:]
+    assert read_log(tmp_path / "resumed" / "trajectory.log").records[1:] == logged
 
 
 def test_zeroth_order_steps_log_what_was_selected(folder, tmp_path):
     code, output = finetune(tmp_path, folder / "config.json", "run", *SELECT, "--strategy", "structured_random")
     assert code == 0, output[-4000:]
-    steps = [record for record in read_log(tmp_path / "run" / "trajectory.log") if record["kind"] == "step"]
-    assert [len(set(record["ids"])) for record in steps] == [4] * 4
+    steps = [r for r in read_log(tmp_path / "run" / "trajectory.log").records if isinstance(r, Step)]
+    assert [len(set(record.sub_batch.places)) for record in steps] == [4] * 4
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,8 @@ from tests.distributed.ranks import run_ranks
 from tests.distributed.zoo import with_adapters, zoo_batch, zoo_model
 from tests.reference.dense import DenseReference, loss_of_module, named_parameters_of
 from zods.directions import derive_seed
-from zods.trajectory import TrajectoryLog, read_log
+from zods.trajectory.history import History, replay_
+from zods.trajectory.log import read_log
 
 GATHERS = {"stage3_param_persistence_threshold": 0}  # of every parameter, however small
 
@@ -139,23 +140,21 @@ def rank_of_trajectories(folder: Path) -> dict[tuple[str, str], Any]:
         for form in FORMS:
             config = gathering(8, **COMMON, **arguments, evaluation=form)
             engine = zods.initialize(model=tiny_opt(), config=config, training_data=opt_data())[0]
-            log = folder / f"{name}-{form}-{engine.global_rank}"
-            engine.trajectory, direction = TrajectoryLog(log), engine._direction
+            engine.resume(folder / f"{name}-{form}")
             replayed = whole(engine)
             before = numpy_of(replayed)
             losses = train(engine, opt_data(), range(STEPS))
-            records = list(read_log(log))
-            for record in records:
-                seeds, coefficients = zip(*record["terms"], strict=True)
-                for piece in engine.parameters:
-                    weight = replayed[piece.name]
-                    direction.combine_(weight, piece, weight=weight, seeds=seeds, coefficients=coefficients)
+            history = History()
+            records = read_log(folder / f"{name}-{form}" / "trajectory.log").records
+            changes = [change for record in records if (change := history.change(record))]
+            for piece in engine.parameters:
+                replay_(replayed[piece.name].view(-1), piece, 0, changes, engine._direction)
             found[name, form] = {
                 "before": before,
                 "after": numpy_of(whole(engine)),
                 "replayed": sha256(replayed) == sha256(whole(engine)),
                 "losses": losses,
-                "seeds": [[seed for seed, _ in record["terms"]] for record in records],
+                "seeds": [[term.seed for term in change.update.terms] for change in changes],
                 "form": engine.evaluation,
             }
     return found
@@ -206,7 +205,7 @@ def rank_of_per_rank() -> dict[str, Any]:
         engine = zods.initialize(model=Tiny(), config=config, training_data=tiny_data())[0]
         losses = train(engine, tiny_data(), range(STEPS))
         after = whole(engine)
-        found[name] = {"after": numpy_of(after), "digests": (sha256(after), engine.digest.hex()), "losses": losses}
+        found[name] = {"after": numpy_of(after), "digests": (sha256(after), engine.trajectory.head), "losses": losses}
     return found
 
 

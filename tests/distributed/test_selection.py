@@ -27,7 +27,8 @@ from zods.objectives import example_losses
 from zods.selection import facility_location, features
 from zods.selection import facility_location as fl
 from zods.selection.facility_location import from_features, lazy_greedy, quantised
-from zods.trajectory import TrajectoryLog, read_log
+from zods.trajectory.log import read_log
+from zods.trajectory.records import Step
 
 WORLDS = (1, 2, 3, 4)
 
@@ -287,22 +288,32 @@ def test_the_loss_of_a_step_is_the_weighted_mean_over_the_chosen():
 # --- stopped and resumed ---
 
 
-def run_and_save(steps: int, save_at: int, folder: Path, options: dict[str, Any]) -> list[list[int]]:
+def run_and_save(
+    steps: int, save_at: int, folder: Path, options: dict[str, Any]
+) -> tuple[list[list[int]], list[list[int]]]:
+    """The ids of each step; and as the log has them."""
     engine = zeroth_order_engine(examples(), **options)
-    if engine.global_rank == 0:
-        engine.trajectory = TrajectoryLog(folder / "log")
+    engine.resume(folder / "run")
     ids = []
     for step in range(steps):
         if step == save_at:
             engine.save_checkpoint(folder / "checkpoint")
         engine.train_batch()
         ids.append(engine.selection.selected_ids)
-    return ids
+    logged: list[list[int]] = []
+    for record in read_log(folder / "run" / "trajectory.log").records:
+        if isinstance(record, Step):
+            chosen, candidates = record.sub_batch, engine.training_dataloader.candidates(record.at)
+            logged.append(logged[-1] if chosen is None else [candidates[place] for place in chosen.places])
+    return ids, logged
 
 
-def resume(steps: int, folder: Path, options: dict[str, Any]) -> list[list[int]]:
+def resume(steps: int, folder: Path, options: dict[str, Any], log: Path | None) -> list[list[int]]:
     engine = zeroth_order_engine(examples(), **options)
-    engine.load_checkpoint(folder / "checkpoint")
+    if log is None:
+        engine.load_checkpoint(folder / "checkpoint")
+    else:
+        engine.resume(log)
     ids = []
     for _ in range(steps):
         engine.train_batch()
@@ -322,12 +333,16 @@ def resume(steps: int, folder: Path, options: dict[str, Any]) -> list[list[int]]
 )
 def test_a_run_stopped_and_resumed_on_another_number_of_ranks_selects_the_same(options, save_at, tmp_path: Path):
     """8 steps cross an epoch of 4 candidate batches."""
-    undisturbed = run_ranks(2, run_and_save, 8, save_at, tmp_path, options)[0]
-    for world_size in (1, 4):
-        resumed = run_ranks(world_size, resume, 8 - save_at, tmp_path, options)
-        assert all(ids == undisturbed[save_at:] for ids in resumed)
-    logged = [record["ids"] for record in read_log(tmp_path / "log")]
+    undisturbed, logged = run_ranks(2, run_and_save, 8, save_at, tmp_path, options)[0]
     assert logged == undisturbed
+    whole = read_log(tmp_path / "run" / "trajectory.log")
+    stopped = (tmp_path / "run" / "trajectory.log").read_bytes()[: whole.ends[len(whole.until(save_at))]]
+    for world_size in (1, 4):
+        (tmp_path / f"on{world_size}").mkdir()
+        (tmp_path / f"on{world_size}" / "trajectory.log").write_bytes(stopped)
+        for log in (None, tmp_path / f"on{world_size}"):
+            resumed = run_ranks(world_size, resume, 8 - save_at, tmp_path, options, log)
+            assert all(ids == undisturbed[save_at:] for ids in resumed)
 
 
 # --- first-order training ---

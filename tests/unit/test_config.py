@@ -68,6 +68,7 @@ DEFAULTS = {
     "stochastic_rounding": True,
     "agreement_interval": 10,
     "max_nonfinite_steps": 10,
+    "hang_timeout": 600.0,
     "anchor": {
         "point": "cpu",
         "gradient": "cpu",
@@ -105,6 +106,7 @@ FLOATS = {
     "lr": ([0, 0.0, 1e-7, 1], [-1e-9, None, *NOT_NUMBERS]),
     "anchor_lr": ([None, 0, 1e-3], [-1e-9, *NOT_NUMBERS]),
     "stream_memory_gb": ([None, 0.5, 80], [0, -1, *NOT_NUMBERS]),
+    "hang_timeout": ([0.5, 600], [0, -1, None, *NOT_NUMBERS]),
     "weight_decay": ([0, 0.1, 1], [-0.1, None, *NOT_NUMBERS]),
     "anneal.alpha": ([1.01, 2, 5.0], [1, 1.0, 0.5, 0, -5, None, *NOT_NUMBERS]),
     "selector.eps": ([1e-8, 1e-3, 1], [0, -1e-3, None, *NOT_NUMBERS]),

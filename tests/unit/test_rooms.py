@@ -17,7 +17,14 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "directions": ({"kernels"}, {"torch"}),
     "estimators": ({"directions"}, set()),
     "comm": (set(), {"torch"}),
+    "watchdog": ({"comm"}, set()),
+    "stopping": (set(), set()),
     "data": (set(), {"torch"}),
+    "rule": ({"section", "directions", "estimators"}, set()),
+    "trajectory": (
+        {"section", "kernels", "directions", "estimators", "rule"},
+        {"torch", "safetensors", "tqdm", "huggingface_hub", "transformers"},
+    ),
     "sharding": ({"directions", "comm"}, {"torch", "deepspeed"}),
     "deferral": ({"directions", "sharding"}, {"deepspeed"}),
     "stacking": (set(), {"torch"}),
@@ -25,9 +32,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "observing": (set(), {"torch"}),
     "scratch": (set(), {"torch"}),
     "streams": ({"directions", "stacking", "factored", "observing", "scratch"}, {"torch", "deepspeed", "greenlet"}),
-    "anchor": ({"section", "directions", "estimators", "comm", "sharding", "streams"}, {"torch", "deepspeed"}),
-    "rule": ({"section", "directions", "estimators", "streams"}, set()),
-    "trajectory": ({"estimators", "sharding"}, set()),
+    "anchor": ({"section", "kernels", "directions", "estimators", "comm", "sharding", "streams"}, {"torch", "deepspeed"}),
     "objectives": (set(), {"torch"}),
     "memory": (set(), {"torch"}),
     "measuring": ({"comm", "data", "objectives"}, {"torch"}),
@@ -40,10 +45,15 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "deepspeed"},
     ),
     "checkpoint": ({"kernels", "estimators", "sharding", "trajectory"}, {"torch", "safetensors"}),
+    "recording": ({"config", "data", "estimators", "selection", "trajectory"}, set()),
+    "resuming": (
+        {"checkpoint", "comm", "kernels", "selection", "sharding", "trajectory"},
+        {"torch", "safetensors", "tqdm"},
+    ),
     "engine": (
         {
-            "config", "directions", "estimators", "comm", "data", "deferral", "sharding", "streams", "anchor", "rule",
-            "trajectory", "evaluation", "checkpoint", "selection", "measuring",
+            "config", "estimators", "comm", "data", "deferral", "sharding", "streams", "anchor", "rule", "trajectory",
+            "evaluation", "checkpoint", "selection", "measuring", "recording", "resuming", "stopping", "watchdog",
         },
         {"torch"},
     ),
@@ -52,7 +62,10 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "deepspeed"},
     ),
     "first_order": (
-        {"checkpoint", "comm", "config", "data", "engine", "measuring", "objectives", "selection"},
+        {
+            "checkpoint", "comm", "config", "data", "engine", "measuring", "objectives", "recording", "resuming", "selection",
+            "stopping", "trajectory",
+        },
         {"torch", "deepspeed"},
     ),
     "tasks": ({"objectives"}, {"torch", "transformers", "datasets"}),
@@ -62,12 +75,12 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "finetune": (
         {
             FACE, "config", "comm", "engine", "first_order", "selection",
-            "initialization", "trajectory", "tasks", "arguments", "runs", "report",
+            "initialization", "resuming", "tasks", "arguments", "runs", "report",
         },
         {"torch", "deepspeed", "transformers", "datasets", "tqdm", "peft"},
     ),
 }  # fmt: skip
-PURE = ("section", "config", "directions", "estimators", "data", "trajectory")
+PURE = ("section", "config", "directions", "estimators", "rule", "data")
 COUNTERS = "deepspeed.comm.comm.comms_logger"  # DeepSpeed's count of what ZeRO-3 sends; it sends nothing itself
 
 

@@ -1,143 +1,291 @@
 """The trajectory log: what is written is read back to the bit, and damage is never taken for a record."""
 
+import json
 import math
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from zods.estimators import Term, Update
-from zods.trajectory import TrajectoryLog, read_log
+from zods.section import parse_section
+from zods.trajectory import log as log_module
+from zods.trajectory.__main__ import main
+from zods.trajectory.compare import differences, longer
+from zods.trajectory.log import LogFile, Trajectory, chained, parse_log, read_log
+from zods.trajectory.records import Evaluation, Header, ParameterRecord, Refresh, Run, Step, SubBatch
 
-UPDATES = [
-    ("anchor", 0, Update((Term(2**64 - 1, 1 / 3), Term(0, -5e-324)), rounding_seed=2**63), [0.1, 0.2], 1e-6),
-    ("step", 0, Update((Term(7, -1.7976931348623157e308),), 1 - 1e-9, -0.1), [0.3, math.pi, 1e-300, 2.0], 0.1 + 0.2),
-    ("step", 1, Update(()), [], 0.0),
+HEADER = Header(
+    "Tiny",
+    (
+        ParameterRecord("embed.weight", (11, 7), "float32", True, 2**64 - 1),
+        ParameterRecord("embed.bias", (7,), "float32", False, 0),
+    ),
+    {"head.weight": "embed.weight"},
+    (24, "0123456789abcdef"),
+)
+SVRG = parse_section({"method": "mezo_svrg", "anchor": {"point": "terms", "gradient": "nvme", "nvme_path": "/drive"}})
+CONFIGURED = Run(0, SVRG, 8, 2, {"zero_stage": 3})
+RECORDS = [
+    CONFIGURED,
+    Evaluation(0, "stacked", 4),
+    Refresh(0, 1e-6, (0.5,)),
+    Step(0, 0.1 + 0.2, 1e-6, (-1.5,), (0, 1)),
+    Step(1, None, 1e-6, (), (0, 2)),
+    Step(2, math.pi, 5e-324, (2.0**127,), (0, 3), SubBatch(13, (0, 5, 12), (1.0, 2.5, 3.0), -1e-3)),
 ]
 
 
-def write(path: Path, updates=UPDATES) -> None:
-    log = TrajectoryLog(path)
-    for update in updates:
-        log.append(*update)
+def write(path: Path, records=RECORDS, header=HEADER) -> Path:
+    trajectory = Trajectory()
+    trajectory.file = LogFile(path)
+    for record in [header, *records]:
+        trajectory.add(record)
+    trajectory.wait()
+    trajectory.file.close()
+    return path
 
 
-def as_written(updates=UPDATES) -> list[dict]:
-    return [
-        {
-            "kind": kind,
-            "step": step,
-            "terms": [list(term) for term in update.terms],
-            "decay": update.decay,
-            "anchor_grad": update.anchor_grad_coefficient,
-            "rounding_seed": update.rounding_seed,
-            "losses": losses,
-            "gradient": [],
-            "lr": lr,
-        }
-        for kind, step, update, losses, lr in updates
-    ]
-
-
-def intact_prefix(path: Path) -> tuple[list[dict], str | None]:
-    """The records before the first that is damaged, and the error, if any."""
-    records = []
-    try:
-        for record in read_log(path):
-            records.append(record)  # those before the error count
-    except ValueError as error:
-        return records, str(error)
-    return records, None
+def without_paths(records):
+    """As they are read back: where the anchor's files were is not recorded."""
+    anchor = {"point": "terms", "gradient": "nvme", "nvme_path": "(not recorded)"}
+    section = parse_section({"method": "mezo_svrg", "anchor": anchor})
+    return tuple(Run(r.step, section, r.batch, r.world_size, r.about) if isinstance(r, Run) else r for r in records)
 
 
 def test_records_come_back_as_they_were_to_the_bit(tmp_path):
-    write(tmp_path / "log")
-    assert list(read_log(tmp_path / "log")) == as_written()
+    log = read_log(write(tmp_path / "log"))
+    assert log.header == HEADER
+    assert log.records == without_paths(RECORDS)
+    assert (log.num_steps, log.torn) == (3, 0)
+    assert "/drive" not in (tmp_path / "log").read_text()
 
 
 def test_random_numbers_come_back_to_the_bit(tmp_path):
     rng = random.Random(0)
-    numbers = [rng.uniform(-1, 1) * 10.0 ** rng.randint(-300, 300) for _ in range(500)]
-    terms = tuple(Term(rng.getrandbits(64), number) for number in numbers)
-    write(tmp_path / "log", [("step", 3, Update(terms, decay=numbers[0]), numbers, numbers[1])])
-    (record,) = read_log(tmp_path / "log")
-    assert [tuple(term) for term in record["terms"]] == list(terms)
-    assert (record["losses"], record["decay"], record["lr"]) == (numbers, numbers[0], numbers[1])
+    single = [float.fromhex(f"0x1.{rng.getrandbits(23) << 1:06x}p{rng.randint(-126, 127)}") for _ in range(500)]
+    double = [rng.uniform(-1, 1) * 10.0 ** rng.randint(-300, 300) for _ in range(2)]
+    step = Step(0, double[0], abs(double[1]), tuple(single))
+    assert read_log(write(tmp_path / "log", [CONFIGURED, step])).records[1] == step
 
 
-def test_the_losses_of_a_skipped_step_come_back_non_finite(tmp_path):
-    write(tmp_path / "log", [("step", 0, Update(()), [math.inf, math.nan], 1.0)])
-    (record,) = read_log(tmp_path / "log")
-    assert record["losses"][0] == math.inf
-    assert math.isnan(record["losses"][1])
+@pytest.mark.parametrize("number", [1, 6, 16])
+def test_a_step_takes_at_most_200_bytes(tmp_path, number):
+    rng = random.Random(number)
+    chosen = SubBatch(128, tuple(sorted(rng.sample(range(128), 64)))) if number < 16 else None
+    steps = [
+        Step(19_000 + k, 2 + rng.random(), 1e-6 * rng.random(), tuple([1 / 3] * number), (37, 1000 + k), chosen)
+        for k in range(50)
+    ]
+    lines = [json.dumps(step.to_json(), separators=(",", ":")) for step in steps]
+    assert max(map(len, lines)) + len("0123456789abcdef \n") <= 200
 
 
-def test_a_record_is_in_the_file_when_append_returns(tmp_path):
-    log = TrajectoryLog(tmp_path / "log")
-    for count in range(1, 4):
-        log.append(*UPDATES[0])
-        assert len(list(read_log(tmp_path / "log"))) == count
+def test_a_record_is_on_the_disk_when_wait_returns(tmp_path):
+    trajectory = Trajectory()
+    trajectory.file = LogFile(tmp_path / "log")
+    for count, record in enumerate([HEADER, *RECORDS]):
+        trajectory.add(record)
+        trajectory.wait()
+        assert len(read_log(tmp_path / "log").records) == count
+        assert read_log(tmp_path / "log").heads[-1] == trajectory.head
 
 
-def test_a_log_opened_again_goes_on_at_its_end(tmp_path):
-    write(tmp_path / "log", UPDATES[:1])
-    write(tmp_path / "log", UPDATES[1:])
-    assert list(read_log(tmp_path / "log")) == as_written()
+def test_all_ranks_chain_the_same_head_without_a_file(tmp_path):
+    written, other = read_log(write(tmp_path / "log")), Trajectory()
+    for record in [HEADER, *RECORDS]:
+        other.add(record)
+    assert other.head == written.heads[-1]
 
 
-def test_an_empty_log_has_no_records(tmp_path):
-    write(tmp_path / "log", [])
-    assert list(read_log(tmp_path / "log")) == []
+def test_every_truncation_leaves_the_whole_records_and_says_what_is_torn(tmp_path):
+    data = write(tmp_path / "log").read_bytes()
+    whole = parse_log(data, "log")
+    for length in range(len(data)):
+        if length < whole.ends[0]:
+            with pytest.raises(ValueError, match=r"^log(, line 1|: empty)"):
+                parse_log(data[:length], "log")
+            continue
+        complete = sum(end <= length for end in whole.ends)
+        cut = parse_log(data[:length], "log")
+        assert cut.records == whole.records[: complete - 1]
+        assert cut.torn == length - whole.ends[complete - 1]
 
 
-def test_every_torn_length_gives_the_whole_records_and_names_the_torn_one(tmp_path):
-    path = tmp_path / "log"
-    write(path)
-    whole = path.read_bytes()
-    for length in range(len(whole)):
-        path.write_bytes(whole[:length])
-        complete = whole[:length].count(b"\n")
-        records, error = intact_prefix(path)
-        assert records == as_written()[:complete]
-        if whole[:length].endswith(b"\n") or length == 0:
-            assert error is None
-        else:
-            assert f"line {complete + 1}" in error
+def parsed(data: bytes):
+    """(the log, "") or (None, what is wrong with it)."""
+    try:
+        return parse_log(data, "log"), ""
+    except ValueError as error:
+        return None, str(error)
 
 
-def test_every_flipped_byte_is_found_in_its_line(tmp_path):
-    """Each byte in three ways: one bit (another one from byte to byte), its complement, and not ASCII."""
-    path = tmp_path / "log"
-    write(path, UPDATES[1:])
-    whole = path.read_bytes()
-    for position in range(len(whole)):
-        line = whole[:position].count(b"\n")
-        for mask in (1 << position % 8, 0xFF, 0x80):
-            damaged = bytearray(whole)
-            damaged[position] ^= mask
-            path.write_bytes(damaged)
-            records, error = intact_prefix(path)
-            assert error is not None, f"byte {position}, flipped with {mask:#x}: not noticed"
-            assert f"line {line + 1}" in error or mask == 1 << position % 8  # that may have made a new line
-            assert records == as_written()[1:][:line], f"byte {position}, {mask:#x}: a damaged record was read"
+@pytest.mark.parametrize("mask", [1, 0x20, 0x80, 0xFF])
+def test_every_flipped_byte_is_an_error_with_its_place_or_a_torn_end(tmp_path, mask):
+    data = write(tmp_path / "log").read_bytes()
+    whole = parse_log(data, "log")
+    for position in range(len(data)):
+        damaged = bytearray(data)
+        damaged[position] ^= mask
+        line = data[:position].count(b"\n")
+        found, said = parsed(bytes(damaged))
+        if found is None:
+            assert f"line {line + 1} " in said, f"byte {position}: {said}"
+            continue
+        assert line == len(whole.records), f"byte {position}, not in the last line, went unnoticed"
+        assert found.torn == len(data) - whole.ends[-2]
+        assert found.records == whole.records[:-1]
 
 
-@pytest.mark.parametrize("position", ["checksum", "space", "newline"])
-def test_every_other_byte_in_the_frame_of_a_record_is_found(tmp_path, position):
-    path = tmp_path / "log"
-    write(path)
-    whole = path.read_bytes()
-    at = {"checksum": 0, "space": 8, "newline": whole.index(b"\n")}[position]
-    for value in set(range(256)) - {whole[at]}:
-        path.write_bytes(whole[:at] + bytes([value]) + whole[at + 1 :])
-        records, error = intact_prefix(path)
-        assert error is not None, f"byte {at} = {value:#x}: not noticed"
-        assert records == []
+def test_lost_doubled_and_moved_lines_are_found(tmp_path):
+    lines = write(tmp_path / "log").read_bytes().splitlines(keepends=True)
+    for k in range(1, len(lines) - 1):
+        for changed in (
+            lines[:k] + lines[k + 1 :],
+            [*lines[: k + 1], *lines[k:]],
+            [*lines[:k], lines[k + 1], lines[k]],
+        ):
+            rest = changed if len(changed) > k + 1 else [*changed, lines[-1]]
+            with pytest.raises(ValueError, match=r"line \d+ .*checksum"):
+                parse_log(b"".join([*rest, lines[-1]]), "log")
 
 
-def test_the_end_of_one_record_joined_to_another_is_found(tmp_path):
-    path = tmp_path / "log"
-    write(path)
-    lines = path.read_bytes().split(b"\n")
-    path.write_bytes(lines[0] + lines[1][20:] + b"\n" + lines[2] + b"\n")
-    assert intact_prefix(path)[0] == []
+def rechained(texts: list[str]) -> bytes:
+    head, lines = "0" * 16, []
+    for text in texts:
+        head = chained(head, text)
+        lines.append(f"{head} {text}\n")
+    return "".join(lines).encode()
+
+
+def mutated(rng: random.Random, value):
+    """`value` with something in it replaced: what a program that writes other logs might write."""
+    kinds = [None, True, -1, 0, 10**30, 1.5, "", "x", [], {}, [[]], {"a": 1}, "AAAA", 2**53, 1e308]
+    if isinstance(value, dict) and value and rng.random() < 0.8:
+        key = rng.choice(list(value))
+        if rng.random() < 0.15:
+            return {k: v for k, v in value.items() if k != key}
+        return {**value, (key if rng.random() < 0.9 else "other"): mutated(rng, value[key])}
+    if isinstance(value, list) and value and rng.random() < 0.8:
+        k = rng.randrange(len(value))
+        return [*value[:k], mutated(rng, value[k]), *value[k + 1 :]]
+    return rng.choice(kinds)
+
+
+def test_4000_logs_of_wrong_records_with_right_checksums_are_clean_errors_or_logs(tmp_path, capsys):
+    texts = [line.split(" ", 1)[1] for line in write(tmp_path / "log").read_text().splitlines()]
+    rng = random.Random(7)
+    accepted = 0
+    for _ in range(4000):
+        changed = list(texts)
+        k = rng.randrange(len(texts))
+        changed[k] = json.dumps(mutated(rng, json.loads(texts[k])))
+        if rng.random() < 0.1:
+            changed[k] = rng.choice(["[" * 5000, "NaN", "1e999", '{"step":0', "9" * 5000, ""])
+        (tmp_path / "changed").write_bytes(rechained(changed))
+        code = main(["verify", str(tmp_path / "changed")])
+        said = capsys.readouterr()
+        accepted += code == 0
+        assert code in (0, 2), said.err
+        assert code == 0 or said.err.startswith("zods.trajectory: error: "), said.err
+    assert accepted < 2000, "else hardly anything is checked"
+
+
+def test_a_second_writer_is_told_that_the_log_is_in_use(tmp_path, monkeypatch):
+    monkeypatch.setattr(log_module, "LOCK_SECONDS", 0.5)
+    first = LogFile(tmp_path / "log")
+    script = (
+        "import sys; from zods.trajectory import log; log.LOCK_SECONDS = 0.3\n"
+        "try: log.LogFile(sys.argv[1])\nexcept ValueError as error: print(error)"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "log")]
+    assert "another run writes to it" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    first.close()
+    assert "another" not in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_a_full_disk_is_an_error_and_leaves_whole_records(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8k", "none", disk], capture_output=True, text=True)
+    if mount.returncode:
+        pytest.skip(f"no file system can be mounted here: {mount.stderr.strip()}")
+    try:
+        trajectory = Trajectory()
+        trajectory.file = LogFile(disk / "log")
+        for record in [HEADER, CONFIGURED]:
+            trajectory.add(record)
+        trajectory.wait()
+        written = 0
+
+        def write_on() -> None:
+            nonlocal written
+            for step in range(200):
+                trajectory.add(Step(step, 0.5, 1e-6, (1.0,)))
+                trajectory.wait()
+                written += 1
+
+        with pytest.raises(OSError, match=r"cannot be written .No space left.*steps before this one are safe"):
+            write_on()
+        log = read_log(disk / "log")
+        assert 0 < written < 200
+        assert (log.num_steps, log.torn) == (written, 0)
+        trajectory.file.close()
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+def test_verify_tells_whole_torn_and_damaged_logs_apart(tmp_path, capsys, caplog):
+    path = write(tmp_path / "log")
+    data = path.read_bytes()
+    assert main(["verify", str(path)]) == 0
+    assert "3 steps" in capsys.readouterr().out
+    path.write_bytes(data[:-5])
+    assert main(["verify", str(path)]) == 1
+    assert "torn" in caplog.text
+    path.write_bytes(data[:400] + b"?" + data[401:])
+    assert main(["verify", str(path)]) == 2
+    assert "line" in capsys.readouterr().err
+    assert main(["verify", str(tmp_path / "none")]) == 2
+
+
+def test_inspect_shows_the_run_and_single_records(tmp_path, capsys):
+    path = write(tmp_path / "log")
+    assert main(["inspect", str(path)]) == 0
+    said = capsys.readouterr().out
+    for part in ("Tiny", "on 2 ranks", '"method": "mezo_svrg"', "3, of these skipped 1", "stacked"):
+        assert part in said
+    assert main(["inspect", str(path), "--step", "2"]) == 0
+    assert json.loads(capsys.readouterr().out)["lr"] == 5e-324
+
+
+def test_diff_names_the_first_difference(tmp_path, capsys):
+    one = write(tmp_path / "one")
+    other = write(tmp_path / "other", [*RECORDS[:4], Step(1, 0.5, 1e-6, (2.0,), (0, 2)), RECORDS[5]])
+    assert main(["diff", str(one), str(one)]) == 0
+    assert capsys.readouterr().out == "the same\n"
+    assert main(["diff", str(one), str(other)]) == 1
+    assert capsys.readouterr().out.startswith("after 1 steps: c: ")
+    third = write(tmp_path / "third", header=Header("Tiny", HEADER.parameters, {}, (25, "0123456789abcdef")))
+    assert [line for line in differences(read_log(one), read_log(third)) if line.startswith("header: data: 24 and 25")]
+
+
+def test_merge_gives_the_longer_log_and_refuses_with_the_reason_what_does_not_commute(tmp_path, capsys):
+    short, whole = write(tmp_path / "short", RECORDS[:4]), write(tmp_path / "whole")
+    for left, right in ((short, whole), (whole, short), (whole, whole)):
+        assert main(["merge", str(left), str(right), "--out", str(tmp_path / "merged")]) == 0
+        assert (tmp_path / "merged").read_bytes() == whole.read_bytes()
+        (tmp_path / "merged").unlink()
+    other = read_log(write(tmp_path / "other", [*RECORDS[:4], Step(1, 0.5, 1e-6, (2.0,), (0, 2))]))
+    with pytest.raises(ValueError, match=r"have 1 steps in common.*rounds the weights to float32"):
+        longer(other, read_log(whole))
+    third = write(tmp_path / "third", header=Header("Other", HEADER.parameters))
+    assert main(["merge", str(third), str(whole), "--out", str(tmp_path / "merged")]) == 2
+    assert "do not start from the same" in capsys.readouterr().err
+    assert main(["merge", str(whole), str(whole), "--out", str(whole)]) == 2

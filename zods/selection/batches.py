@@ -239,6 +239,18 @@ class SubBatches:
         assert batch.losses is not None
         return replace(batch, losses=batch.losses + known, features=of_all[:, :-2], largest=largest, owned=owned)
 
+    @property
+    def chosen(self) -> tuple[list[int], list[float]]:
+        """Ids of the last chosen, ascending, and their weights."""
+        return self.selected_ids, self._weights
+
+    def follow(self, own_ids: Sequence[int], ids: Sequence[int], weights: Sequence[float], mean: float | None) -> None:
+        """Take over a selection that was made before: `ids` out of the candidates, of which all ranks have `own_ids`."""
+        known = self._looked_up(own_ids)
+        self.selected_ids, self._weights = list(ids), list(weights)
+        self._num_tokens = [known[i][0] for i in ids]
+        self.selector.follow(mean)
+
     def state_dict(self) -> dict[str, Any]:
         return {
             "selector": self.selector.state_dict(),

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from zods.comm import Communicator
-from zods.data import check_dataset, epoch_order
+from zods.data import check_dataset, check_place, epoch_order, sample_digest
 from zods.measuring import to_device
 from zods.objectives import WEIGHTS, weighted_sum
 from zods.section import parse_selector
@@ -29,6 +29,7 @@ class SelectingLoader:
         self.selection, self._comm, self._seed = selection, comm, seed
         self._config = selection.selector.config
         self.dataset, self.accumulation = selection.dataset, selection.accumulation
+        self.data_digest = sample_digest(selection.dataset)  # None: examples are not the same each time
         self.epoch = 0
         self.position = 0  # micro-batches of the running epoch that were handed out
 
@@ -60,6 +61,30 @@ class SelectingLoader:
         """Micro-batches without end, through the epochs."""
         while True:
             yield from self
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """(epoch, steps of it that were handed out whole)."""
+        return self.epoch, self.position // self.accumulation
+
+    def go_to(self, place: tuple[int, int]) -> None:
+        """Go on from a `place`. Raises ValueError where an epoch has no such step."""
+        check_place(place, len(self) // self.accumulation)
+        self.epoch, self.position = place[0], place[1] * self.accumulation
+
+    def last_examples(self) -> list[int]:
+        """Those of the last selection."""
+        return self.selection.selected_ids
+
+    def candidates(self, place: tuple[int, int]) -> list[int]:
+        """Ids, ascending, of which the sub-batch of the step that ends at `place` is chosen."""
+        order = epoch_order(len(self.dataset), self._config.candidates, self._seed, place[0])
+        return sorted(order[(place[1] - 1) // self._config.interval].tolist())
+
+    def follow(self, place: tuple[int, int], ids: Sequence[int], weights: Sequence[float], mean: float | None) -> None:
+        """Take over a selection that was made before, for the step that ends at `place`."""
+        own_ids = self.candidates(place)[self._comm.rank :: self._comm.world_size]
+        self.selection.follow(own_ids, ids, weights, mean)
 
     def state_dict(self) -> dict[str, Any]:
         return {

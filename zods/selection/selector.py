@@ -102,6 +102,7 @@ class Selector:
         self.config, self.budget = config, budget
         self.step = 0  # selections made
         self._seed, self._num_parts, self._share = seed, num_parts, share
+        self.chosen_mean: float | None = None  # derivative of the last chosen, for the features of the paper
         self._said_kept = False
         self._paper: PaperFeatures | None = None
         if config.features == "paper" and NEEDS[config.strategy] == "features":
@@ -143,6 +144,7 @@ class Selector:
         budget are chosen only where fewer are usable. Weights are 1, or with "cluster" the number of usable candidates that
         an example stands for.
         """
+        self.chosen_mean = None
         usable = self._usable(batch)
         problem = self._problem(batch, usable) if NEEDS[self.strategy] == "features" and usable else None
         groups = self._groups(batch, usable, problem)
@@ -161,11 +163,22 @@ class Selector:
         whole = [name for name in groups if quotas[name] == sizes[name]]
         if self._paper is not None and problem is not None:
             derivatives = _derivatives(batch)[[place for place, _ in chosen]]
-            self._paper.record(self.direction_seeds()[0], float(derivatives.mean()))
+            self._record_mean(float(derivatives.mean()))
         report = Report(self.step, len(batch.ids), len(batch.ids) - len(usable), quotas, whole, objective)
         self.step += 1
         weights = [weight if self.config.weights == "cluster" else 1.0 for _, weight in chosen]
         return [place for place, _ in chosen], weights, report
+
+    def _record_mean(self, mean: float) -> None:
+        if self._paper is not None:
+            self.chosen_mean = mean
+            self._paper.record(self.direction_seeds()[0], mean)
+
+    def follow(self, mean: float | None) -> None:
+        """Take over a selection that was made before, of which only `chosen_mean` counts for those to come."""
+        if mean is not None:
+            self._record_mean(mean)
+        self.step += 1
 
     def state_dict(self) -> dict[str, Any]:
         """What the next selections depend on, as JSON."""

@@ -1,0 +1,324 @@
+"""Log a run, and take it up where it stopped: the newest whole checkpoint that belongs to the log, then the log's tail.
+
+Without a checkpoint the base weights and the whole log give the same. All ranks do it together, on any number of them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from zods import checkpoint
+from zods.comm import Communicator
+from zods.kernels import fingerprint
+from zods.selection.loaders import SelectingLoader
+from zods.sharding import Slice, gathered, is_sharded, release_gathered
+from zods.trajectory.history import Change, direction_of, num_terms, replay_
+from zods.trajectory.log import Log, LogFile, parse_log
+from zods.trajectory.records import Header, ParameterRecord, Record, Refresh, Run, Step
+
+logger = logging.getLogger(__name__)
+
+LOG_NAME = "trajectory.log"
+INITIAL = Path("initial") / "initial.safetensors"  # weights that the base does not hold, as they were at the start
+CHECKPOINTS = "checkpoints"
+
+
+def resume(
+    engine: Any, folder: str | Path, *, checkpoints: str | Path | None = None, new: Collection[str] = ()
+) -> None:
+    """Log `engine`'s steps in `folder`/trajectory.log; where that holds steps already, bring the engine to their end first.
+
+    engine: a ZerothOrderEngine that has made no step. checkpoints: where full ones may be; default `folder`/checkpoints.
+    new: names of trained parameters that the base weights lack (a new head, LoRA); their first values are kept beside the
+    log. Only rank 0 needs to see the log; checkpoints must be seen by all.
+
+    Raises ValueError or OSError, the same on all ranks, where the log is damaged, another run writes to it, or it is of
+    another model, data, or batch size.
+    """
+    comm, folder = engine.comm, Path(folder)
+    if engine.global_steps or not engine.recorder.is_new:
+        raise ValueError(
+            f"engine.resume({str(folder)!r}): the engine has made steps already. Call it before the first."
+        )
+    file, data = open_log(comm, folder)
+    header = describe(engine)
+    log = None
+    with comm.same_on_all_ranks():
+        if b"\n" in data:
+            log = parse_log(data, folder / LOG_NAME)
+            _check_run(engine, log)
+    if log is not None and log.header != header:
+        _load_initial(engine, folder / INITIAL, log.header)
+        header = describe(engine)
+    with comm.same_on_all_ranks():
+        if log is not None:
+            check_same_model(log.header, header, str(folder / LOG_NAME))
+        if file is not None:
+            file.cut(0 if log is None else log.ends[-1])
+    if log is None:
+        if new:
+            _save_initial(engine, folder / INITIAL, new)
+        engine.trajectory.file = file
+        engine.trajectory.add(header)
+        engine.recorder.record_run(0)
+    else:
+        if comm.rank == 0:
+            log.say_torn()
+        _catch_up(engine, log, folder / CHECKPOINTS if checkpoints is None else Path(checkpoints))
+        engine.trajectory.file = file
+    with comm.same_on_all_ranks():
+        engine.trajectory.wait()
+
+
+def open_log(comm: Communicator, folder: Path) -> tuple[LogFile | None, bytes]:
+    """The log in a run's folder, which is made where it is not there: its file on rank 0, what it holds on all ranks."""
+    file, data = None, b""
+    with comm.same_on_all_ranks():
+        if comm.rank == 0:
+            file = LogFile(folder / LOG_NAME)
+            data = file.read()
+    return file, comm.broadcast_bytes(data)
+
+
+def describe(engine: Any) -> Header:
+    """The model as it stands, and the training data. All ranks call it together."""
+    engine.flush()
+    release_gathered(engine.deepspeed)
+    parameters, comm = engine.parameters, engine.comm
+    pieces = sorted([*parameters.slices, *parameters.frozen], key=lambda piece: piece.ordinal)
+    own = [fingerprint(local, piece.offset) for piece, local in parameters.visit(write=False, pieces=pieces)]
+    by_rank = comm.gather_integers([value - (value >> 63 << 64) for value in own])
+    trained = {piece.ordinal for piece in parameters}
+    records = []
+    for piece, *values in zip(pieces, *by_rank, strict=True):
+        whole = sum(values) % 2**64 if is_sharded(piece.param) else values[0] % 2**64
+        odd = [rank for rank, value in enumerate(values) if value != values[0]]
+        if odd and not is_sharded(piece.param):
+            raise RuntimeError(f"rank {', '.join(map(str, odd))}: the weights of {piece.name} differ from rank 0's.")
+        dtype = str(piece.dtype).removeprefix("torch.")
+        records.append(ParameterRecord(piece.name, piece.shape, dtype, piece.ordinal in trained, whole))
+    names = {id(piece.param): piece.name for piece in pieces}
+    tied = {
+        name: names[id(param)]
+        for name, param in engine.module.named_parameters(remove_duplicate=False)
+        if names[id(param)] != name
+    }
+    loader = engine.training_dataloader
+    data = None if loader is None or loader.data_digest is None else (len(loader.dataset), loader.data_digest)
+    return Header(type(engine.module).__name__, tuple(records), tied, data)
+
+
+def check_same_model(logged: Header, here: Header, path: str) -> None:
+    """Raise ValueError, naming the first difference, unless both are of the same base weights and data."""
+    remedy = "Start from the model that the log was made with."
+    if [p.name for p in logged.parameters] != [p.name for p in here.parameters]:
+        missing = sorted({p.name for p in logged.parameters} ^ {p.name for p in here.parameters})
+        raise ValueError(
+            f"{path}: it is of another model: {len(logged.parameters)} parameters there, {len(here.parameters)} here, e.g. "
+            f"{', '.join(missing[:3]) or 'in another order'}. {remedy}"
+        )
+    for there, now in zip(logged.parameters, here.parameters, strict=True):
+        for key in ("shape", "dtype", "trained", "fingerprint"):
+            if getattr(there, key) != getattr(now, key):
+                what = "base weights" if key == "fingerprint" else key
+                found = "" if key == "fingerprint" else f" ({getattr(there, key)} there, {getattr(now, key)} here)"
+                raise ValueError(f"{path}: {there.name} has another {what}{found} in the log. {remedy}")
+    if logged.data is not None and here.data is not None and logged.data != here.data:
+        raise ValueError(
+            f"{path}: it is of other training data: {logged.data[0]} examples (digest {logged.data[1]}), here "
+            f"{here.data[0]} ({here.data[1]}). Resume with the same data."
+        )
+
+
+def _check_run(engine: Any, log: Log) -> None:
+    """Raise ValueError where the log cannot be gone on with under this configuration."""
+    run = next((record for record in reversed(log.records) if isinstance(record, Run)), None)
+    if run is None:
+        return
+    here = engine.recorder.run_record(0)
+    for key in ("method", "direction"):
+        there, now = getattr(run.section, key), getattr(here.section, key)
+        if there != now:
+            raise ValueError(
+                f"{log.path}: made with zeroth_order.{key} = {there}, this run has {now}. Resume with the same."
+            )
+    if run.batch != here.batch:
+        fits = [n for n in range(1, 1 + run.batch // engine.world_size) if run.batch % (n * engine.world_size) == 0]
+        how = (
+            f"train_micro_batch_size_per_gpu {fits[-1]} or a divisor of it"
+            if fits
+            else f"a number of ranks that divides {run.batch}"
+        )
+        raise ValueError(
+            f"{log.path}: made with train_batch_size {run.batch}, this run has {here.batch} on {engine.world_size} ranks. The "
+            f'global batch stays the same: give "train_batch_size": {run.batch}, and {how}.'
+        )
+    if (run.section.selector is None) != (here.section.selector is None):
+        raise ValueError(f"{log.path}: made with{'out' if run.section.selector is None else ''} zeroth_order.selector.")
+
+
+# --- weights that the base lacks ------------------------------------------------------------------------------------------
+
+
+def _pieces(engine: Any, names: Collection[str]) -> list[Slice]:
+    return [piece for piece in [*engine.parameters.slices, *engine.parameters.frozen] if piece.name in names]
+
+
+def _save_initial(engine: Any, path: Path, names: Collection[str]) -> None:
+    state = {}
+    for piece in _pieces(engine, names):
+        with gathered([piece.param]):
+            if engine.comm.rank == 0:
+                state[piece.name] = piece.param.detach().to("cpu", copy=True)
+    release_gathered(engine.deepspeed)
+    with engine.comm.same_on_all_ranks():
+        if engine.comm.rank == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file(state, path)
+
+
+def _load_initial(engine: Any, path: Path, header: Header) -> None:
+    """Set the parameters that are kept beside the log: a new head may be drawn anew by another version or number of ranks."""
+    with engine.comm.same_on_all_ranks():
+        if not path.is_file():
+            return
+        shapes = {parameter.name: list(parameter.shape) for parameter in header.parameters}
+        try:
+            with safe_open(path, framework="pt") as file:
+                names = set(file.keys())
+                odd = [name for name in names if file.get_slice(name).get_shape() != shapes.get(name)]
+                if odd:
+                    raise ValueError(f"{path}: {odd[0]} is not as in the log.")
+                pieces = _pieces(engine, names)
+                for piece, local in engine.parameters.visit(write=True, pieces=pieces):
+                    values = file.get_tensor(piece.name).to(piece.dtype).view(-1)
+                    local.copy_(values[piece.offset : piece.offset + piece.numel])
+        except SafetensorError as error:
+            raise ValueError(f"{path}: damaged or truncated: {error}") from error
+
+
+# --- the log's tail -------------------------------------------------------------------------------------------------------
+
+
+def _catch_up(engine: Any, log: Log, checkpoints: Path) -> None:
+    done = _load_newest(engine, log, checkpoints)
+    tail = log.records[done:]
+    changes, refreshed_at = _follow(engine, tail)
+    _apply(engine, changes, refreshed_at)
+    engine.recorder.follow(tail, log.heads[-1])
+    engine.adopt_evaluation()
+    engine.restart_loader()
+    if engine.comm.rank == 0:
+        logger.info("%s: at step %d, %d of them from the log", log.path, engine.global_steps, _num_steps(tail))
+
+
+def _load_newest(engine: Any, log: Log, folder: Path) -> int:
+    """Load the newest checkpoint that belongs to the log and is whole; returns the number of records it stands for."""
+    for path in checkpoint.newest_checkpoints(folder):
+        try:
+            with engine.comm.same_on_all_ranks():
+                head = checkpoint.read_state(path)["recorder"]["head"]
+                if head not in log.heads:
+                    raise ValueError(f"checkpoint {path}: it does not belong to {log.path}")
+            engine.load_checkpoint(path.parent, path.name)
+        except (ValueError, OSError) as error:
+            if engine.comm.rank == 0:
+                logger.warning("%s. It is left out; an older one or the log serves.", error)
+            continue
+        return log.heads.index(head)
+    return 0
+
+
+def _follow(engine: Any, tail: Sequence[Record]) -> tuple[list[Change], int | None]:
+    """Count the steps of the tail, move schedules and loader on. Returns what it does to the parameters, and which change
+    is the last step along a new anchor's gradient."""
+    changes: list[Change] = []
+    refreshed_at = None
+    with engine.comm.same_on_all_ranks():
+        for record in tail:
+            change = engine.recorder.change(record)
+            if isinstance(record, Refresh):
+                engine.anchor_step = record.step
+                refreshed_at = refreshed_at if change is None else len(changes)
+            if isinstance(record, Step):
+                engine.advance(record)
+            if change is not None:
+                changes.append(change)
+        steps = [record for record in tail if isinstance(record, Step)]
+        loader = engine.training_dataloader
+        if loader is not None and steps and steps[-1].at is not None:
+            loader.go_to(steps[-1].at)
+    _follow_selections(loader, steps)
+    return changes, refreshed_at
+
+
+def _follow_selections(loader: Any, steps: Sequence[Step]) -> None:
+    chosen = [step for step in steps if step.sub_batch is not None]
+    if not isinstance(loader, SelectingLoader) or not chosen:
+        return
+    for step in chosen[:-1]:
+        assert step.sub_batch is not None
+        loader.selection.selector.follow(step.sub_batch.mean)
+    last, at = chosen[-1].sub_batch, chosen[-1].at
+    assert last is not None
+    assert at is not None
+    candidates = loader.candidates(at)
+    ids = [candidates[place] for place in last.places]
+    loader.follow(at, ids, last.weights or [1.0] * len(ids), last.mean)
+
+
+@torch.no_grad()
+def _apply(engine: Any, changes: Sequence[Change], refreshed_at: int | None) -> None:
+    """Apply changes to this rank's slices in one visit, and keep the anchor of the last refresh among them."""
+    if not changes:
+        return
+    anchor, parameters = engine.anchor, engine.parameters
+    direction = direction_of(engine.config.zeroth_order)
+    before, after = changes[: refreshed_at or 0], changes[refreshed_at or 0 :]
+    engine.flush()
+    release_gathered(engine.deepspeed)
+    total = num_terms(changes) * sum(piece.numel for piece in parameters)
+    quiet = engine.comm.rank != 0
+    with tqdm(total=total, desc="log", unit="terms", unit_scale=True, disable=quiet, leave=False) as progress:
+        for piece, local in parameters.visit(write=True):
+            replay_(local, piece, piece.offset, before, direction, progress.update)
+            if refreshed_at is not None and anchor.point is not None:
+                anchor.point.write(piece, local)
+            replay_(local, piece, piece.offset, after, direction, progress.update)
+    if anchor is None:
+        return
+    if refreshed_at is not None:
+        anchor.begin(changes[refreshed_at].gradient)
+    for change in after:
+        anchor.record(change.update)
+
+
+def _num_steps(records: Sequence[Record]) -> int:
+    return sum(isinstance(record, Step) for record in records)
+
+
+def copy_log(run: Path, checkpoint_folder: Path | None, to: Path) -> None:
+    """Begin a log in the folder `to` with the records of `run`'s, up to a checkpoint or all, so that it is a whole one.
+
+    Raises ValueError or OSError where the checkpoint does not belong to the log.
+    """
+    data = (run / LOG_NAME).read_bytes()
+    log = parse_log(data, run / LOG_NAME)
+    if checkpoint_folder is not None:
+        head = checkpoint.read_state(checkpoint_folder)["recorder"]["head"]
+        if head not in log.heads:
+            raise ValueError(f"checkpoint {checkpoint_folder}: it does not belong to {log.path}.")
+        data = data[: log.ends[log.heads.index(head)]]
+    to.mkdir(parents=True, exist_ok=True)
+    (to / LOG_NAME).write_bytes(data)
+    if (run / INITIAL).is_file():
+        (to / INITIAL).parent.mkdir(exist_ok=True)
+        (to / INITIAL).write_bytes((run / INITIAL).read_bytes())

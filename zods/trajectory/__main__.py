@@ -1,0 +1,161 @@
+"""`python -m zods.trajectory`: replay, inspect, verify, diff and merge trajectory logs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import os
+import sys
+from pathlib import Path
+
+from zods.trajectory.compare import differences, longer
+from zods.trajectory.log import Log, read_log
+from zods.trajectory.records import Evaluation, Refresh, Run, Step
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        return arguments.run(arguments)
+    except (ValueError, OSError) as error:
+        print(f"zods.trajectory: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m zods.trajectory", description=__doc__, allow_abbrev=False)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    replay = commands.add_parser("replay", help="the weights of a run, from base weights and its log")
+    replay.add_argument("--base", required=True, metavar="NAME_OR_FOLDER", help="the model that the run started from")
+    replay.add_argument(
+        "--log", required=True, metavar="FILE", help="beside it, a folder `initial` where the run had one"
+    )
+    replay.add_argument("--out", required=True, metavar="FOLDER", help="made for from_pretrained")
+    replay.add_argument("--until", type=int, metavar="STEP", help="weights after so many steps (default: all)")
+    replay.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # set by a launcher
+    replay.set_defaults(run=_replay)
+
+    inspect = commands.add_parser("inspect", help="what a log tells of its run")
+    inspect.add_argument("log", metavar="FILE")
+    inspect.add_argument(
+        "--step", type=int, metavar="STEP", help="only the records that come when so many steps are made"
+    )
+    inspect.set_defaults(run=_inspect)
+
+    verify = commands.add_parser(
+        "verify", help="is it whole? Exit code 1 where its last record is torn, 2 where it is damaged"
+    )
+    verify.add_argument("log", metavar="FILE")
+    verify.set_defaults(run=_verify)
+
+    diff = commands.add_parser("diff", help="where two logs part; exit code 1 where they do")
+    diff.add_argument("left", metavar="FILE")
+    diff.add_argument("right", metavar="FILE")
+    diff.set_defaults(run=_diff)
+
+    merge = commands.add_parser(
+        "merge", help="one log for two, where one goes on from the other; else why there is none"
+    )
+    merge.add_argument("left", metavar="FILE")
+    merge.add_argument("right", metavar="FILE")
+    merge.add_argument("--out", required=True, metavar="FILE")
+    merge.set_defaults(run=_merge)
+    return parser
+
+
+def _replay(arguments: argparse.Namespace) -> int:
+    from zods.trajectory.replay import replay  # torch is slow to import, and the others do not compute
+
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    done = replay(arguments.base, arguments.log, arguments.out, until=arguments.until, rank=rank, world_size=world_size)
+    speed = done.element_terms / max(done.seconds, 1e-9)
+    print(f"{done.steps} steps in {done.seconds:.1f} s, {speed:.3g} element-terms/s: {arguments.out}")
+    return 0
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    log = _read(arguments.log)
+    if arguments.step is not None:
+        for record in log.records:
+            if record.step == arguments.step:
+                print(json.dumps(record.to_json()))
+        return 0
+    parameters = log.header.parameters
+    trained = [parameter for parameter in parameters if parameter.trained]
+    print(
+        f"model       {log.header.model}, {sum(p.numel for p in parameters):,} parameters in {len(parameters)} tensors"
+    )
+    print(
+        f"trained     {sum(p.numel for p in trained):,} in {len(trained)}, {', '.join(sorted({p.dtype for p in trained}))}"
+    )
+    if log.header.data is not None:
+        print(f"data        {log.header.data[0]:,} examples, digest {log.header.data[1]}")
+    for record in log.records:
+        if isinstance(record, Run):
+            section = {
+                "batch": record.batch,
+                **{k: v for k, v in record.to_json()["zeroth_order"].items() if v is not None},
+            }
+            print(f"from step {record.step:<6} on {record.world_size} ranks: {json.dumps(section)}")
+        if isinstance(record, Evaluation):
+            print(f"from step {record.step:<6} evaluated {record.form}, {record.streams} points per forward")
+    steps = [record for record in log.records if isinstance(record, Step)]
+    refreshes = sum(isinstance(record, Refresh) for record in log.records)
+    print(
+        f"steps       {len(steps)}, of these skipped {sum(s.skipped for s in steps)}; refreshes of the anchor {refreshes}"
+    )
+    if steps:
+        losses = [step.loss for step in steps if step.loss is not None]
+        most = min(20, len(losses))
+        first, last = (math.fsum(part) / max(most, 1) for part in (losses[:most], losses[len(losses) - most :]))
+        print(f"loss        {first:.4f} -> {last:.4f} (means of {most} steps)")
+        print(f"size        {log.ends[-1]:,} bytes, {(log.ends[-1] - log.ends[0]) / len(steps):.0f} per step")
+    print(f"head        {log.heads[-1]}")
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    log = _read(arguments.log)
+    _changes(log)
+    print(f"{arguments.log}: {log.num_steps} steps, {len(log.records)} records, head {log.heads[-1]}: whole")
+    return int(log.torn > 0)
+
+
+def _changes(log: Log) -> None:
+    """Raise ValueError where a record does not go with its configuration."""
+    from zods.trajectory.history import History
+
+    history = History()
+    for record in log.records:
+        if not (isinstance(record, Step) and record.coefficients is None):  # of first-order training
+            history.change(record)
+
+
+def _diff(arguments: argparse.Namespace) -> int:
+    found = list(differences(_read(arguments.left), _read(arguments.right)))
+    print("\n".join(found) or "the same")
+    return int(bool(found))
+
+
+def _merge(arguments: argparse.Namespace) -> int:
+    out = Path(arguments.out)
+    if out.exists():
+        raise ValueError(f"--out {out}: exists. Give another name.")
+    log = longer(_read(arguments.left), _read(arguments.right))
+    out.write_bytes(Path(log.path).read_bytes()[: log.ends[-1]])
+    print(f"{out}: {log.num_steps} steps, those of {log.path}, which the other is the beginning of")
+    return 0
+
+
+def _read(path: str) -> Log:
+    log = read_log(path)
+    log.say_torn()
+    return log
+
+
+if __name__ == "__main__":
+    sys.exit(main())

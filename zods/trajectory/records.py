@@ -1,0 +1,336 @@
+"""The records of a trajectory log: frozen dataclasses, their JSON, and every check of what is read.
+
+    header      the model: names, shapes, dtypes and fingerprints of the base weights; what a direction is
+    run         the configuration in force from this step on, whenever it changes
+    evaluation  how points are evaluated from this step on, so that a restarted run computes the same bits
+    refresh     a new anchor: the coefficients of its full-batch gradient, along which a step was made
+    step        the coefficients of a step's estimate, its loss and step size, the loader's place, what a selector chose
+
+Seeds are not kept: they follow from the base seed and the step (`zods.rule`). Coefficients are float32, in base64.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import math
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from zods.section import SVRG_ONLY, ZerothOrderConfig, parse_section
+
+FORMAT = 1
+# What the numbers of a log mean. It changes when the same log would give other weights.
+DEFINITION = "philox4x32-10, blake2b seeds, float32 fused multiply-add, bfloat16 rounded stochastically; 1"
+NOT_RECORDED = ("nvme_path", "buffer_count", "buffer_size", "pin_memory")  # of the anchor: no bit depends on them
+
+
+@dataclass(frozen=True)
+class ParameterRecord:
+    """A parameter, in the order of `named_parameters()`. fingerprint: of its base weights, see `zods.kernels`."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str  # such as "bfloat16"
+    trained: bool
+    fingerprint: int
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    def to_json(self) -> list[Any]:
+        return [self.name, list(self.shape), self.dtype, int(self.trained), f"{self.fingerprint:016x}"]
+
+
+@dataclass(frozen=True)
+class Header:
+    """The first record. tied: other name of a parameter -> its name. data: number of training examples and a digest of some."""
+
+    model: str  # its class
+    parameters: tuple[ParameterRecord, ...]
+    tied: dict[str, str] = field(default_factory=dict)
+    data: tuple[int, str] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "header": FORMAT,
+            "definition": DEFINITION,
+            "model": self.model,
+            "parameters": [parameter.to_json() for parameter in self.parameters],
+            "tied": self.tied,
+            "data": None if self.data is None else list(self.data),
+        }
+
+
+@dataclass(frozen=True)
+class Run:
+    """section: "zeroth_order". batch: train_batch_size. about: what else tells of it, for people."""
+
+    step: int
+    section: ZerothOrderConfig
+    batch: int
+    world_size: int
+    about: dict[str, Any] = field(default_factory=dict)
+
+    def describes(self) -> dict[str, Any]:
+        """What is the same for two records of one configuration."""
+        return {**self.to_json(), "run": None}
+
+    def to_json(self) -> dict[str, Any]:
+        section = self.section.to_dict()
+        section["anchor"] = {key: value for key, value in section["anchor"].items() if key not in NOT_RECORDED}
+        if not self.section.is_svrg:
+            section = {key: value for key, value in section.items() if key not in SVRG_ONLY}
+        return {
+            "run": self.step,
+            "batch": self.batch,
+            "world_size": self.world_size,
+            "about": self.about,
+            "zeroth_order": section,
+        }
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """form: see `Evaluator`. streams: points per forward."""
+
+    step: int
+    form: str
+    streams: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {"evaluation": self.step, "form": self.form, "streams": self.streams}
+
+
+@dataclass(frozen=True)
+class Refresh:
+    """coefficients: of the full-batch gradient; none where its losses were not finite, and the last anchor stayed."""
+
+    step: int
+    lr: float
+    coefficients: tuple[float, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"refresh": self.step, "lr": self.lr, "c": packed(self.coefficients)}
+
+
+@dataclass(frozen=True)
+class SubBatch:
+    """What a selector chose for the steps from this one on. places: among the candidates in the order of their ids.
+
+    weights: None where all are 1. mean: of the derivatives of the chosen, which the features of the paper go on from.
+    """
+
+    num_candidates: int
+    places: tuple[int, ...]
+    weights: tuple[float, ...] | None = None
+    mean: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        bits = sum(1 << place for place in self.places).to_bytes(-(-self.num_candidates // 8), "little")
+        optional = {"weights": None if self.weights is None else list(self.weights), "mean": self.mean}
+        given = {key: value for key, value in optional.items() if value is not None}
+        return {"of": self.num_candidates, "bits": base64.b64encode(bits).decode(), **given}
+
+
+@dataclass(frozen=True)
+class Step:
+    """coefficients: of the estimate; none where the step was skipped; None: of a first-order step, which no log replays.
+
+    loss: the mean over the global batch, None where it is not finite. at: (epoch, step in it) of the loader after the step.
+    """
+
+    step: int
+    loss: float | None
+    lr: float
+    coefficients: tuple[float, ...] | None
+    at: tuple[int, int] | None = None
+    sub_batch: SubBatch | None = None
+
+    @property
+    def skipped(self) -> bool:
+        return self.coefficients == ()
+
+    def to_json(self) -> dict[str, Any]:
+        record: dict[str, Any] = {"step": self.step, "loss": self.loss, "lr": self.lr}
+        if self.at is not None:
+            record["at"] = list(self.at)
+        if self.coefficients is not None:
+            record["c"] = packed(self.coefficients)
+        if self.sub_batch is not None:
+            record["sub"] = self.sub_batch.to_json()
+        return record
+
+
+Record = Run | Evaluation | Refresh | Step
+
+
+def packed(coefficients: Sequence[float]) -> str:
+    return base64.b64encode(struct.pack(f"<{len(coefficients)}f", *coefficients)).decode()
+
+
+def header_of(values: Any) -> Header:
+    """The header from its JSON. Raises ValueError."""
+    get = _Reader(values, "header", ("definition", "model", "parameters", "tied", "data"))
+    if get("header", int) != FORMAT:
+        raise ValueError(f"header: format {values['header']}; this version of zods reads format {FORMAT}")
+    if get("definition", str) != DEFINITION:
+        raise ValueError(f"header: its numbers mean {values['definition']!r}, here {DEFINITION!r}")
+    tied, data = get("tied", dict), get("data", (list, type(None)))
+    if not all(isinstance(name, str) for name in tied.values()):
+        raise ValueError("header: tied: names are expected")
+    if data is not None and [type(value) for value in data] != [int, str]:
+        raise ValueError("header: data: a number and a digest are expected")
+    parameters = tuple(_parameter(entry) for entry in get("parameters", list))
+    names = [parameter.name for parameter in parameters]
+    if len(set(names)) < len(names):
+        raise ValueError("header: a parameter is named twice")
+    return Header(get("model", str), parameters, tied, None if data is None else (data[0], data[1]))
+
+
+def record_of(values: Any) -> Record:
+    """A record after the header from its JSON. Raises ValueError."""
+    if not isinstance(values, dict):
+        raise ValueError("a record must be an object")
+    for kind, parse in _KINDS.items():
+        if kind in values:
+            return parse(values)
+    raise ValueError(f"a record of no known kind: {', '.join(map(str, values)) or 'empty'}")
+
+
+class _Reader:
+    """Takes the values of a record, each of its type, and no other ones."""
+
+    def __init__(self, values: Any, kind: str, others: Sequence[str]) -> None:
+        if not isinstance(values, dict):
+            raise ValueError(f"{kind}: an object is expected")
+        unknown = sorted(set(values) - {kind, *others})
+        if unknown:
+            raise ValueError(f"{kind}: unknown key {unknown[0]!r}")
+        self._values, self._kind = values, kind
+
+    def __call__(self, key: str, kinds: type | tuple[type, ...], default: Any = ...) -> Any:
+        if key not in self._values:
+            if default is ...:
+                raise ValueError(f"{self._kind}: {key} is missing")
+            return default
+        value = self._values[key]
+        kinds = kinds if isinstance(kinds, tuple) else (kinds,)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            raise ValueError(f"{self._kind}: {key} is {value!r}")
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isfinite(value):
+            raise ValueError(f"{self._kind}: {key} is {value!r}")
+        return value
+
+    def count(self, key: str, at_least: int = 0) -> int:
+        value = self(key, int)
+        if not at_least <= value < 2**53:
+            raise ValueError(f"{self._kind}: {key} is {value}")
+        return value
+
+    def number(self, key: str) -> float:
+        return float(self(key, (int, float)))
+
+    def coefficients(self, key: str) -> tuple[float, ...]:
+        data = _decoded(self(key, str), f"{self._kind}: {key}")
+        if len(data) % 4:
+            raise ValueError(f"{self._kind}: {key} holds {len(data)} bytes, no whole number of coefficients")
+        values = struct.unpack(f"<{len(data) // 4}f", data)
+        if not all(map(math.isfinite, values)):
+            raise ValueError(f"{self._kind}: {key} holds a coefficient that is not finite")
+        return values
+
+
+def _decoded(text: str, what: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ValueError(f"{what}: not base64 ({error})") from None
+
+
+def _parameter(entry: Any) -> ParameterRecord:
+    if not isinstance(entry, list) or len(entry) != 5:
+        raise ValueError("header: parameters: [name, shape, dtype, trained, fingerprint] is expected")
+    name, shape, dtype, trained, fingerprint = entry
+    if not (isinstance(name, str) and isinstance(dtype, str) and isinstance(fingerprint, str) and trained in (0, 1)):
+        raise ValueError(f"header: parameters: {entry!r}")
+    if not isinstance(shape, list) or not all(type(size) is int and 0 <= size < 2**53 for size in shape):
+        raise ValueError(f"header: the shape of {name} is {shape!r}")
+    try:
+        return ParameterRecord(name, tuple(shape), dtype, bool(trained), int(fingerprint, 16))
+    except ValueError:
+        raise ValueError(f"header: the fingerprint of {name} is {fingerprint!r}") from None
+
+
+def _run(values: dict[str, Any]) -> Run:
+    get = _Reader(values, "run", ("batch", "world_size", "about", "zeroth_order"))
+    section = get("zeroth_order", dict)
+    anchor = section.get("anchor")
+    if isinstance(anchor, Mapping) and "nvme" in (anchor.get("point"), anchor.get("gradient")):
+        section = {**section, "anchor": {**anchor, "nvme_path": "(not recorded)"}}
+    return Run(
+        get.count("run"),
+        parse_section(section),
+        get.count("batch", 1),
+        get.count("world_size", 1),
+        get("about", dict),
+    )
+
+
+def _evaluation(values: dict[str, Any]) -> Evaluation:
+    get = _Reader(values, "evaluation", ("form", "streams"))
+    return Evaluation(get.count("evaluation"), get("form", str), get.count("streams", 1))
+
+
+def _refresh(values: dict[str, Any]) -> Refresh:
+    get = _Reader(values, "refresh", ("lr", "c"))
+    return Refresh(get.count("refresh"), get.number("lr"), get.coefficients("c"))
+
+
+def _step(values: dict[str, Any]) -> Step:
+    get = _Reader(values, "step", ("loss", "lr", "at", "c", "sub"))
+    at = get("at", list, None)
+    if at is not None and not (len(at) == 2 and all(type(value) is int and 0 <= value < 2**53 for value in at)):
+        raise ValueError(f"step: at is {at!r}")
+    loss = get("loss", (int, float, type(None)))
+    return Step(
+        get.count("step"),
+        None if loss is None else float(loss),
+        get.number("lr"),
+        get.coefficients("c") if "c" in values else None,
+        None if at is None else (at[0], at[1]),
+        _sub_batch(values["sub"]) if "sub" in values else None,
+    )
+
+
+def _sub_batch(values: Any) -> SubBatch:
+    get = _Reader(values, "of", ("bits", "weights", "mean"))
+    number = get.count("of", 1)
+    data = _decoded(get("bits", str), "sub_batch: bits")
+    bits = int.from_bytes(data, "little")
+    if len(data) != -(-number // 8) or bits.bit_length() > number:
+        raise ValueError(f"sub_batch: {len(data)} bytes of bits for {number} candidates")
+    places = tuple(place for place in range(number) if bits >> place & 1)
+    weights, mean = get("weights", list, None), get("mean", (int, float), None)
+    if weights is not None and not (
+        len(weights) == len(places)
+        and all(type(weight) in (int, float) and math.isfinite(weight) for weight in weights)
+    ):
+        raise ValueError("sub_batch: one weight per chosen example is expected")
+    return SubBatch(
+        number,
+        places,
+        None if weights is None else tuple(map(float, weights)),
+        None if mean is None else float(mean),
+    )
+
+
+_KINDS: dict[str, Callable[[dict[str, Any]], Record]] = {
+    "step": _step,
+    "refresh": _refresh,
+    "evaluation": _evaluation,
+    "run": _run,
+}

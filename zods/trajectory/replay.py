@@ -1,0 +1,318 @@
+"""From base weights and a log to the weights that a run had: parameter by parameter, all steps in one pass over each.
+
+Reads a folder of safetensors files, as transformers keeps a model, and writes another one. No model is built, so that it
+may be larger than memory; each process of N makes files of its own, without a word to the others. Every parameter's base
+weights are checked against the log's fingerprint before anything is applied.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from zods.directions import Direction
+from zods.kernels import fingerprint
+from zods.trajectory.history import Change, History, direction_of, num_terms, replay_
+from zods.trajectory.log import Log, read_log
+from zods.trajectory.records import Header, ParameterRecord, Run
+
+logger = logging.getLogger(__name__)
+
+INDEX = "model.safetensors.index.json"
+ADAPTER_CONFIG = "adapter_config.json"
+WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.index.json")
+SHARD_BYTES = 1 << 30  # of a file that is written, which is held in memory until then
+
+
+class Unfit(ValueError):
+    """The base's files do not name their weights as the model does."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a parameter's base weights are. key: in the file, and in the one that is written."""
+
+    key: str
+    file: Path
+    parameter: ParameterRecord | None  # None: no parameter of the model, copied as it is
+    ordinal: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Done:
+    """element_terms: numbers of elements times terms that were applied."""
+
+    steps: int
+    element_terms: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Parameter:
+    ordinal: int
+    shape: tuple[int, ...]
+
+
+def replay(
+    base: str | Path,
+    log_path: str | Path,
+    out: str | Path,
+    *,
+    until: int | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    shard_bytes: int = SHARD_BYTES,
+) -> Done:
+    """Write the weights after `until` steps (default: all of the log) to the folder `out`, for `from_pretrained`.
+
+    base: a model's folder or its name on the hub. What the base lacks (a new head, LoRA) is taken from the folder `initial`
+    beside the log; a run with LoRA gives the folder of the adapters. rank, world_size: this process of several.
+    Raises ValueError or OSError: a damaged log, other base weights, a folder in the way.
+    """
+    log = read_log(log_path)
+    log.say_torn()
+    records = log.until(log.num_steps if until is None else until)
+    history = History()
+    changes = [change for record in records if (change := history.change(record)) is not None]
+    run = next((record for record in log.records if isinstance(record, Run)), None)
+    direction = Direction() if run is None else direction_of(run.section)
+    steps = log.num_steps if until is None else until
+    folder, initial = _folder_of(base), Path(log_path).parent / "initial"
+    try:
+        sources = _sources(log.header, folder, initial)
+    except Unfit as error:
+        if world_size > 1:
+            raise ValueError(f"{error} One process has to load the model whole.") from None
+        logger.warning("%s The model is loaded whole instead.", error)
+        return _replay_in_memory(log, folder, initial, Path(out), changes, direction, steps)
+    adapters = (initial / ADAPTER_CONFIG).is_file()
+    written = [s for s in sources if not adapters or (s.parameter is not None and s.parameter.trained)]
+    checked = [s for s in sources if s not in written]
+    shards = _shards(written, min(shard_bytes, -(-sum(s.nbytes for s in written) // world_size)))
+    stem = "adapter_model" if adapters else "model"
+    names = [f"{stem}.safetensors"] if len(shards) == 1 else [
+        f"{stem}-{k + 1:05d}-of-{len(shards):05d}.safetensors" for k in range(len(shards))
+    ]  # fmt: skip
+    mine = [(names[k], shard) for k, shard in enumerate(shards) if k % world_size == rank]
+    _refuse_existing(Path(out), [name for name, _ in mine])
+    began = time.perf_counter()
+    trained = sum(s.parameter.numel for _, shard in mine for s in shard if s.parameter and s.parameter.trained)
+    total = trained * num_terms(changes)
+    with tqdm(total=total, unit="terms", unit_scale=True, desc="replay", disable=rank != 0) as progress:
+        for source in checked[rank::world_size]:
+            _base_weights(source)
+        for name, shard in mine:
+            tensors = {_written_key(s, adapters): _replayed(s, changes, direction, progress.update) for s in shard}
+            partial = Path(out) / f".{name}.partial"
+            save_file(tensors, partial, {"format": "pt"})
+            partial.replace(Path(out) / name)
+    if rank == 0:
+        _write_rest(log.header, folder, initial, Path(out), names, shards, adapters)
+    return Done(steps, total, time.perf_counter() - began)
+
+
+def _folder_of(base: str | Path) -> Path:
+    if Path(base).is_dir():
+        return Path(base)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(base), ignore_patterns=["*.bin", "*.pt", "*.h5", "*.msgpack", "*.onnx"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(f"--base {base}: neither a folder nor a model that the hub gives ({error}).") from None
+
+
+def _keys(folder: Path) -> dict[str, Path]:
+    """Every tensor of a model's folder, and its file."""
+    files = sorted(folder.glob("*.safetensors"))
+    index = folder / INDEX
+    try:
+        if index.is_file():
+            names = json.loads(index.read_text())["weight_map"]
+            files = sorted({folder / Path(name).name for name in names.values()})
+        found: dict[str, Path] = {}
+        for path in files:
+            with safe_open(path, framework="pt") as file:
+                found |= dict.fromkeys(file.keys(), path)
+        return found
+    except (SafetensorError, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"--base {folder}: damaged: {error}") from error
+
+
+def _sources(header: Header, folder: Path, initial: Path) -> list[Source]:
+    """Where each tensor comes from; a parameter that is tied to another is there once."""
+    ordinals = {parameter.name: ordinal for ordinal, parameter in enumerate(header.parameters)}
+    names = {name: name for name in ordinals} | {alias: name for alias, name in header.tied.items() if name in ordinals}
+    by_file_name = {_name_in_files(name): of for name, of in names.items()}
+    found: dict[str, Source] = {}
+    others = []
+    own = _keys(initial) if initial.is_dir() else {}
+    for key, file in [*own.items(), *_keys(folder).items()]:
+        name = names.get(key) if key in own else _parameter_of(key, by_file_name)
+        if name in found:
+            continue
+        if name is None:
+            others.append(Source(key, file, None, -1, _size(file, key)))
+            continue
+        parameter = header.parameters[ordinals[name]]
+        size = parameter.numel * _dtype(parameter).itemsize
+        found[name] = Source(key, file, parameter, ordinals[name], size)
+    missing = sorted(set(ordinals) - set(found))
+    if missing:
+        raise Unfit(
+            f"--base {folder}: {len(missing)} parameters of the log are not in its safetensors files, e.g. {missing[0]}."
+        )
+    return [found[name] for name in ordinals] + others
+
+
+def _name_in_files(name: str) -> str:
+    """A parameter's name without what peft puts around it."""
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".original_module.", ".")
+
+
+def _parameter_of(key: str, names: dict[str, str]) -> str | None:
+    """The parameter that a file's key means: with, without, or with another first part of its name (`bert.`, `model.`)."""
+    firsts = sorted({name.partition(".")[0] for name in names})
+    for candidate in (key, *(f"{first}.{key}" for first in firsts), key.partition(".")[2]):
+        if candidate in names:
+            return names[candidate]
+    return None
+
+
+def _size(file: Path, key: str) -> int:
+    with safe_open(file, framework="pt") as opened:
+        return opened.get_tensor(key).nbytes
+
+
+def _dtype(parameter: ParameterRecord) -> torch.dtype:
+    dtype = getattr(torch, parameter.dtype, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(
+            f"the log says that {parameter.name} is of dtype {parameter.dtype!r}, which torch does not know."
+        )
+    return dtype
+
+
+def _shards(sources: Sequence[Source], size: int) -> list[list[Source]]:
+    shards: list[list[Source]] = [[]]
+    held = 0
+    for source in sources:
+        if shards[-1] and held + source.nbytes > size:
+            shards.append([])
+            held = 0
+        shards[-1].append(source)
+        held += source.nbytes
+    return shards
+
+
+def _base_weights(source: Source) -> torch.Tensor:
+    """A parameter's base weights, checked: its shape, and the fingerprint that the log has of it."""
+    with safe_open(source.file, framework="pt") as file:
+        values = file.get_tensor(source.key)
+    parameter = source.parameter
+    if parameter is None:
+        return values
+    if tuple(values.shape) != parameter.shape:
+        raise ValueError(
+            f"{source.file}: {source.key} is of shape {tuple(values.shape)}, {parameter.shape} in the log. Give the base that "
+            "the run started from."
+        )
+    values = values.to(_dtype(parameter), copy=True).contiguous()
+    if fingerprint(values.view(-1)) != parameter.fingerprint:
+        raise ValueError(
+            f"{source.file}: {source.key} has other weights than the run started from. Give the base that it started from."
+        )
+    return values
+
+
+def _replayed(
+    source: Source, changes: Sequence[Change], direction: Direction, progress: Callable[[int], object]
+) -> torch.Tensor:
+    values = _base_weights(source)
+    if source.parameter is not None and source.parameter.trained:
+        replay_(values.view(-1), _Parameter(source.ordinal, source.parameter.shape), 0, changes, direction, progress)
+    return values
+
+
+def _written_key(source: Source, adapters: bool) -> str:
+    """As peft names the weights of an adapter, which is named default in the model."""
+    return source.key.replace(".modules_to_save.default.", ".").replace(".default.", ".") if adapters else source.key
+
+
+def _refuse_existing(out: Path, names: Sequence[str]) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    taken = [name for name in names if (out / name).exists()]
+    if taken:
+        raise ValueError(f"--out {out}: holds {taken[0]} already. Give another folder.")
+
+
+def _write_rest(
+    header: Header, folder: Path, initial: Path, out: Path, names: list[str], shards: list[list[Source]], adapters: bool
+) -> None:
+    """What is in the folder beside the weights: configurations, tokenizer, the index."""
+    if adapters:
+        shutil.copy(initial / ADAPTER_CONFIG, out)
+        return
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and not any(path.match(pattern) for pattern in WEIGHTS):
+            shutil.copy(path, out)
+    config = initial / "config.json" if (initial / "config.json").is_file() else folder / "config.json"
+    if config.is_file():
+        values = json.loads(config.read_text())
+        values.pop("torch_dtype", None)
+        dtype = next((p.dtype for p in header.parameters if p.trained), None)
+        values |= {"dtype": dtype, "architectures": [header.model]}
+        (out / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+    if len(names) > 1:
+        placed = {source.key: name for name, shard in zip(names, shards, strict=True) for source in shard}
+        total = sum(source.nbytes for shard in shards for source in shard)
+        text = json.dumps({"metadata": {"total_size": total}, "weight_map": placed}, indent=2)
+        (out / INDEX).write_text(text + "\n")
+
+
+def _replay_in_memory(
+    log: Log, folder: Path, initial: Path, out: Path, changes: list[Change], direction: Direction, steps: int
+) -> Done:
+    """Where the files name weights otherwise than the model: build it, and apply the log to its parameters."""
+    import transformers
+
+    kind = getattr(transformers, log.header.model, None)
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        raise ValueError(
+            f"{log.path}: {log.header.model} is no model of transformers, and the base names other weights."
+        )
+    _refuse_existing(out, ["config.json"])
+    trained = [p for p in log.header.parameters if p.trained]
+    dtype = _dtype(trained[0]) if trained else torch.float32
+    config = initial if (initial / "config.json").is_file() else folder
+    model = kind.from_pretrained(folder, config=transformers.AutoConfig.from_pretrained(config), dtype=dtype)
+    live = dict(model.named_parameters())
+    if list(live) != [p.name for p in log.header.parameters]:
+        raise ValueError(f"--base {folder}: its {log.header.model} has other parameters than the log names.")
+    for key, file in (_keys(initial) if initial.is_dir() else {}).items():
+        with safe_open(file, framework="pt") as opened:
+            live[key].data = opened.get_tensor(key).to(live[key].dtype)
+    began = time.perf_counter()
+    total = sum(p.numel for p in trained) * num_terms(changes)
+    with torch.no_grad(), tqdm(total=total, unit="terms", unit_scale=True, desc="replay") as progress:
+        for ordinal, parameter in enumerate(log.header.parameters):
+            values = live[parameter.name].data.contiguous()
+            if fingerprint(values.view(-1)) != parameter.fingerprint:
+                raise ValueError(f"--base {folder}: {parameter.name} has other weights than the run started from.")
+            if parameter.trained:
+                replay_(values.view(-1), _Parameter(ordinal, parameter.shape), 0, changes, direction, progress.update)
+                live[parameter.name].data.copy_(values)
+    model.save_pretrained(out)
+    return Done(steps, total, time.perf_counter() - began)
