@@ -47,6 +47,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     main.add_argument("--resume", metavar="auto|FOLDER", help="auto: go on where the run in output_dir stopped, or begin it; "
                       "FOLDER: begin from the latest checkpoint of that run")  # fmt: skip
 
+    main.add_argument("--replica", type=int, metavar="INDEX", help="one of several launches that train one model together: "
+                      "0 leads and keeps the log, others come and go")  # fmt: skip
+    main.add_argument("--replica_store", metavar="HOST:PORT", help="where replica 0 keeps what they share")
     main.add_argument("--optimizer", choices=("adamw",), help="first-order training by DeepSpeed, for comparison")
     main.add_argument("--lora_rank", type=int, help="train LoRA adapters of this rank only (needs peft)")
 
@@ -117,6 +120,10 @@ def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> No
             parser.error(f"--{option} belongs to --dataset_name")
     if arguments.validation_file is not None and arguments.validation_split is not None:
         parser.error("give either --validation_file or --validation_split")
+    if (arguments.replica is None) != (arguments.replica_store is None):
+        parser.error("--replica and --replica_store go together")
+    if arguments.optimizer is not None and arguments.replica is not None:
+        parser.error("--replica belongs to zeroth-order steps, not to --optimizer")
     if arguments.optimizer is not None:
         zeroth = [key for key in OVERRIDES if getattr(arguments, key) is not None and key not in FIRST_ORDER]
         if zeroth:
@@ -153,6 +160,12 @@ def merged_config(arguments: argparse.Namespace) -> dict[str, Any]:
         section = {key: value for key, value in section.items() if key in ("seed", "selector")}
     elif given.get("method") == "mezo":
         section = {key: value for key, value in section.items() if key not in SVRG_ONLY}
+    if arguments.replica is not None:
+        given["replicas"] = {
+            **(section.get("replicas") or {}),
+            "store": arguments.replica_store,
+            "index": arguments.replica,
+        }
     config[SECTION] = {**section, **given, **_selector(section, arguments)}
     batch = {key: getattr(arguments, key) for key in BATCH_OVERRIDES if getattr(arguments, key) is not None}
     if arguments.select is not None:

@@ -8,6 +8,7 @@ counted apart.
 from __future__ import annotations
 
 import atexit
+import datetime
 import hashlib
 import os
 import sys
@@ -154,6 +155,20 @@ class Board:
     def first(self, key: str) -> bool:
         """Whether nobody has asked this of `key` before, on any rank."""
         return self._store.add(key, 1) == 1
+
+
+def connect(address: str, *, keeps: bool, seconds: float) -> Any:
+    """A torch store at "host:port", kept by this process or another one's. Raises ValueError where that fails."""
+    host, _, port = address.rpartition(":")
+    try:
+        return dist.TCPStore(
+            host, int(port), is_master=keeps, wait_for_workers=False, timeout=datetime.timedelta(seconds=seconds)
+        )
+    except (RuntimeError, OSError) as error:
+        what = "kept" if keeps else f"reached within {seconds:g} s"
+        raise ValueError(
+            f"zeroth_order.replicas.store: no store can be {what} at {address} ({str(error).splitlines()[0]})."
+        ) from None
 
 
 def end_process(code: int) -> NoReturn:

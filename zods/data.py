@@ -107,10 +107,8 @@ class TrainingLoader:
         self.data_digest = sample_digest(dataset)  # None: examples are not the same each time
         self.collate_fn = collate_fn
         self.seed = seed
-        self.micro_batch = micro_batch
         self.accumulation = accumulation
-        self.rank = rank
-        self.world_size = world_size
+        self.share = (rank, world_size)  # this rank's place among those that share a batch; it may change between steps
         self.epoch = 0
         self.position = 0  # micro-batches of the running epoch that were handed out
 
@@ -118,19 +116,22 @@ class TrainingLoader:
         """Micro-batches per epoch and rank."""
         return len(self.dataset) // self.batch_size * self.accumulation  # type: ignore[arg-type]
 
-    def _epoch_batches(self) -> list[list[int]]:
-        size: int = len(self.dataset)  # type: ignore[arg-type]
-        order = epoch_order(size, self.batch_size, self.seed, self.epoch)
-        # (step, micro-batch of the step, rank, example)
-        dealt = order.view(-1, self.accumulation, self.world_size, self.micro_batch)
-        return dealt[:, :, self.rank].reshape(-1, self.micro_batch).tolist()
+    def _epoch_batches(self) -> Iterator[list[int]]:
+        """What is left of the epoch, each made when it is asked for."""
+        order = epoch_order(len(self.dataset), self.batch_size, self.seed, self.epoch)  # type: ignore[arg-type]
+        for position in range(self.position, len(self)):
+            step, micro = divmod(position, self.accumulation)
+            rank, number = self.share
+            yield order[step].tensor_split(self.accumulation)[micro].tensor_split(number)[rank].tolist()
 
     def __iter__(self) -> Iterator[Any]:
         if self.position == len(self):
             self.epoch, self.position = self.epoch + 1, 0
-        batches = self._epoch_batches()[self.position :]
         for batch in DataLoader(
-            self.dataset, batch_sampler=batches, collate_fn=self.collate_fn, generator=torch.Generator()
+            self.dataset,
+            batch_sampler=self._epoch_batches(),
+            collate_fn=self.collate_fn,
+            generator=torch.Generator(),
         ):
             self.position += 1
             yield batch

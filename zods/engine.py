@@ -10,7 +10,6 @@ import logging
 import math
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +25,11 @@ from zods.estimators import Annealing, Update
 from zods.evaluation import Evaluator
 from zods.measuring import Measure, measure_whole, to_device
 from zods.recording import Recorder
+from zods.replicas import Replicas
 from zods.rule import StepRule
 from zods.selection.loaders import SelectingLoader
 from zods.sharding import ShardedParameters, Slice, SliceUpdate, release_gathered
+from zods.steps import StepReport, ZerothOrderOptimizer
 from zods.stopping import StopRequest
 from zods.streams import Point, pairs
 from zods.trajectory.history import direction_of
@@ -38,42 +39,14 @@ from zods.watchdog import Watchdog
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class StepReport:
-    """What one step did.
-
-    loss: mean of the losses at theta +- eps z, over the global batch. projected_grad: mean over the directions; None of a
-    first-order step. scalar_bytes: sent by this rank. seconds: with the refresh of the anchor and the choice of the sub-batch
-    (selection_seconds), where the step began with them.
-    """
-
-    step: int
-    loss: float
-    projected_grad: float | None
-    lr: float
-    scalar_bytes: int
-    seconds: float
-    skipped: bool
-    selection_seconds: float = 0.0
-
-
-class ZerothOrderOptimizer(torch.optim.Optimizer):
-    """Holds the step size where schedulers look for it. `engine.step()` is what updates the parameters."""
-
-    def __init__(self, params: Sequence[torch.nn.Parameter], lr: float) -> None:
-        super().__init__(params, {"lr": lr})
-
-    def step(self, closure: Any = None) -> Any:
-        raise RuntimeError("ZerothOrderOptimizer holds the step size only; call engine.step().")
-
-
 class ZerothOrderEngine:
     """A model under DeepSpeed with zeroth-order steps. Made by `zods.initialize`.
 
     module: the model. deepspeed: the DeepSpeedEngine that shards it. global_steps, global_samples, micro_steps,
     skipped_steps: counters as DeepSpeed's. comm: what zods sends, with byte counters. anchor: of MeZO-SVRG, else None.
     last_step: report of the last step, or None. trajectory: the chain of what was applied, and its log (`resume`).
-    stop: asks for an end after a step; should_stop: whether some rank was asked. selection: what chooses the sub-batches, with
+    stop: asks for an end after a step; should_stop: whether some rank was asked. replicas: the other worlds that train with
+    this one, else None. selection: what chooses the sub-batches, with
     the last one's ids and report, where there is a selector.
 
     In training the model stays in eval mode: both losses of a pair need the same function, so dropout is off.
@@ -111,6 +84,7 @@ class ZerothOrderEngine:
         self.trajectory = self.recorder.trajectory
         self.stop = StopRequest()
         self.should_stop = False
+        self.replicas = None if config.zeroth_order.replicas is None else Replicas(config.zeroth_order.replicas, comm)
         self._zo = config.zeroth_order
         self._rule = StepRule(self._zo)
         self._direction = direction_of(self._zo)
@@ -172,6 +146,11 @@ class ZerothOrderEngine:
     def gradient_accumulation_steps(self) -> int:
         return self.config.deepspeed["gradient_accumulation_steps"]
 
+    @property
+    def _rows(self) -> int:
+        """Examples of a micro-batch, over all ranks."""
+        return self.train_batch_size() // self.gradient_accumulation_steps()
+
     def is_gradient_accumulation_boundary(self) -> bool:
         return (self.micro_steps + 1) % self.gradient_accumulation_steps() == 0
 
@@ -195,8 +174,10 @@ class ZerothOrderEngine:
         return self._evaluator.evaluation
 
     def close(self) -> None:
-        """The watch over the ranks ends; to be called before any of them does."""
+        """The watch over the ranks ends, and replicas part; to be called before any rank ends."""
         self._watchdog.close()
+        if self.replicas is not None:
+            self.replicas.close()
 
     def zero_grad(self) -> None:
         """Nothing: there are no gradients. Here so that a DeepSpeed loop runs unchanged."""
@@ -232,6 +213,10 @@ class ZerothOrderEngine:
         """Refresh the anchor where it is due, and choose the step's points: pairs at theta, then at the anchor."""
         self._step_began, self._bytes_before = time.perf_counter(), self.comm.scalar_bytes
         zo, step = self._zo, self.global_steps
+        if self.replicas is not None and self.recorder.is_new:
+            raise RuntimeError(
+                "zeroth_order.replicas: call engine.resume(folder) before the first step; they share its log."
+            )
         self.recorder.record_run(step)
         if self.anchor is not None and (self.anchor_step is None or step - self.anchor_step >= zo.anchor_interval):
             self.refresh_anchor()
@@ -257,12 +242,20 @@ class ZerothOrderEngine:
             )
         if self.is_gradient_accumulation_boundary():
             self._watchdog.beat(f"step {self.global_steps}, backward")
-            sums = [*torch.stack(self._sums).sum(0).tolist(), float(self.stop.reason is not None)]
-            per_rank = self._zo.directions == "per_rank"
-            of_all = self.comm.gather_scalars(sums) if per_rank else [self.comm.sum_over_ranks(sums)]
-            self._reduced = [[total / count if count else math.nan for total in totals] for *totals, count, _ in of_all]
-            self.should_stop = any(asked for *_, asked in of_all)
+            of_all = self._reduce(torch.stack(self._sums).sum(0).tolist(), asked=self.stop.reason is not None)
+            self._reduced = [[total / count if count else math.nan for total in totals] for *totals, count in of_all]
         return loss
+
+    def _reduce(self, sums: list[float], *, asked: bool) -> list[list[float]]:
+        """The sums of each set of directions; and whether some rank was asked to stop."""
+        if self.replicas is not None:
+            tag, head = str(self.global_steps), self.trajectory.head
+            totals, self.should_stop = self.replicas.sum(sums, tag, head, asked=asked, rows=self._rows)
+            return [totals]
+        own, per_rank = [*sums, float(asked)], self._zo.directions == "per_rank"
+        of_all = self.comm.gather_scalars(own) if per_rank else [self.comm.sum_over_ranks(own)]
+        self.should_stop = any(row.pop() for row in of_all)
+        return of_all
 
     # --- phases 3 to 5: combine, log, apply -------------------------------------------------------------------------
 
@@ -281,11 +274,13 @@ class ZerothOrderEngine:
         self._watchdog.beat(f"step {self.global_steps}, step")
         losses = [loss for of_set in self._reduced for loss in of_set]
         record, projected_grad = self._combine(self._reduced)
-        self.commit(record)
+        self._commit_everywhere(record)
         at_parameters = [loss for of_set in self._reduced for loss in of_set[: 2 * self._zo.num_directions]]
         self._points, self._sums, self._reduced, self._last_loss = [], [], [], None
         self.advance(record)
         self.trajectory.wait()
+        if self.replicas is not None and not self.should_stop:
+            self.share_with(self.replicas)
         self._check_agreement()
         self._report(record, sum(at_parameters) / len(at_parameters), projected_grad)
         self._watchdog.rest()
@@ -309,6 +304,15 @@ class ZerothOrderEngine:
             Step(self.global_steps, loss if coefficients else None, lr, coefficients, place, self.recorder.sub_batch()),
             projected_grad,
         )
+
+    def _commit_everywhere(self, record: Record) -> None:
+        """Commit a record, and where another replica leads, that one's in its place, with what it recorded before it."""
+        if self.replicas is None or self.replicas.leads:
+            self.commit(record)
+            return
+        while type(taken := self.replicas.next_record()) is not type(record):
+            self.commit(taken)
+        self.commit(taken)
 
     def commit(self, record: Record) -> None:
         """Log a record and do to the parameters what it says: what a run, and what goes on from a log, have in common.
@@ -424,7 +428,18 @@ class ZerothOrderEngine:
         zo = self._zo
         seeds = self._rule.seeds("anchor", self.global_steps, zo.anchor_directions)
         loader, title = self.training_dataloader, f"anchor at step {self.global_steps}"
-        losses = self._evaluator.whole_set_losses(pairs(seeds, zo.eps), loader.dataset, loader.collate_fn, title)
+        share, total = (self.global_rank, self.world_size), self.comm.sum_over_ranks
+        if self.replicas is not None:
+            share, total = self.replicas.share, self._total_of_refresh
+        losses = self._evaluator.whole_set_losses(
+            pairs(seeds, zo.eps),
+            loader.dataset,
+            loader.collate_fn,
+            title=title,
+            micro_batch=self._rows // share[1],
+            share=share,
+            total=total,
+        )
         self._record_evaluation()
         scheduled = self.get_lr()[0] / zo.lr if zo.lr else 1.0 / self.annealing.divisor
         anchor_lr = zo.lr if zo.anchor_lr is None else zo.anchor_lr
@@ -437,9 +452,18 @@ class ZerothOrderEngine:
                 raise RuntimeError("the first anchor: the loss over the training set is not finite. Look at the data.")
             logger.warning("anchor at step %d: losses are not finite; the last anchor stays", self.global_steps)
             coefficients = ()
-        self.commit(Refresh(self.global_steps, anchor_lr * scheduled, coefficients))
+        self._commit_everywhere(Refresh(self.global_steps, anchor_lr * scheduled, coefficients))
+
+    def _total_of_refresh(self, values: Sequence[float]) -> list[float]:
+        assert self.replicas is not None
+        return self.replicas.sum(values, f"{self.global_steps}, refresh", self.trajectory.head)[0]
 
     # --- resume (see `zods.resuming`), save, load, export (see `zods.checkpoint`) --------------------------------------
+
+    def share_with(self, replicas: Replicas) -> None:
+        """From the next step on, evaluate this rank's part of each batch, as it is shared by those that take part."""
+        assert isinstance(self.training_dataloader, TrainingLoader)
+        self.training_dataloader.share = replicas.share
 
     def adopt_evaluation(self) -> None:
         """Evaluate as the log says, where that was chosen under the same conditions: the same bits."""

@@ -249,26 +249,34 @@ class Evaluator:
         return torch.cat([losses * size, losses.new_tensor([size])])
 
     def whole_set_losses(
-        self, points: Sequence[Point], dataset: Any, collate_fn: Callable | None, title: str
+        self,
+        points: Sequence[Point],
+        dataset: Any,
+        collate_fn: Callable | None,
+        *,
+        title: str,
+        micro_batch: int,
+        share: tuple[int, int],
+        total: Callable[[Sequence[float]], Sequence[float]],
     ) -> list[float]:
-        """Mean losses over a whole dataset and all ranks, each micro-batch weighted by its examples."""
-        rounds = self._whole_pass(dataset, collate_fn)
+        """Mean losses over a whole dataset, each micro-batch weighted by its examples.
+
+        share: this rank's place among so many that share the dataset, in micro-batches of one size. total: sums over those.
+        """
+        rounds = WholePass(dataset, micro_batch, *share, collate_fn)
         sums = torch.zeros(len(points) + 1, dtype=torch.float64, device=self._comm.device)
         for batch, counted in tqdm(rounds, desc=title, leave=False, disable=self._comm.rank != 0):
             found = self.loss_sums(points, to_device(batch, self._comm.device))
             if counted:
                 sums += found
-        *totals, count = self._comm.sum_over_ranks(sums.tolist())
-        return [total / count for total in totals]
+        *totals, count = total(sums.tolist())
+        return [of_point / count for of_point in totals]
 
     def mean_loss(self, batches: Iterator[Any]) -> float:
         """Mean loss at the parameters over `batches` and all ranks; the same number of batches on every rank."""
         sums = torch.stack([self.loss_sums([None], to_device(batch, self._comm.device)) for batch in batches]).sum(0)
         total, count = self._comm.sum_over_ranks(sums.tolist())
         return total / count
-
-    def _whole_pass(self, dataset: Any, collate_fn: Callable | None) -> WholePass:
-        return WholePass(dataset, self._micro_batch, self._comm.rank, self._comm.world_size, collate_fn)
 
 
 def _call(model: Any, batch: Any) -> Any:

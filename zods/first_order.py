@@ -25,13 +25,13 @@ from zods import checkpoint
 from zods.comm import Communicator
 from zods.config import FirstOrderConfig
 from zods.data import TrainingLoader
-from zods.engine import StepReport
 from zods.measuring import Measure, check_own_loss, measure_whole
 from zods.objectives import WEIGHTS, num_examples
 from zods.recording import Recorder
 from zods.resuming import CHECKPOINTS, LOG_NAME, open_log
 from zods.selection.batches import SubBatches
 from zods.selection.loaders import SelectingLoader, weighted_loss
+from zods.steps import StepReport
 from zods.stopping import StopRequest
 from zods.trajectory.log import parse_log
 from zods.trajectory.records import Header, Step

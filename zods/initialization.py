@@ -19,7 +19,7 @@ from zods.anchor import check_nvme
 from zods.comm import Communicator
 from zods.config import RunConfig, read_config, resolve_model_auto
 from zods.data import TrainingLoader, check_dataset, sample_digest
-from zods.engine import ZerothOrderEngine, ZerothOrderOptimizer
+from zods.engine import ZerothOrderEngine
 from zods.kernels import backend, fingerprint
 from zods.section import SECTION, DirectionConfig, check_selector
 from zods.selection.batches import SubBatches, sources_of
@@ -27,6 +27,7 @@ from zods.selection.features import find_target
 from zods.selection.loaders import SelectingLoader
 from zods.selection.selector import NEEDS
 from zods.sharding import ShardedParameters, is_sharded
+from zods.steps import ZerothOrderOptimizer
 
 logger = logging.getLogger(__name__)
 
@@ -152,6 +153,8 @@ def _training_loader(
                 'training_data: missing; method "mezo_svrg" takes its anchor over the whole training set. Give a '
                 'map-style dataset to zods.initialize, or use method "mezo".'
             )
+        if zo.replicas is not None:
+            raise ValueError("training_data: missing; zeroth_order.replicas share its batches.")
         if zo.anneal is not None:
             raise ValueError("training_data: missing; zeroth_order.anneal compares the losses of its epochs.")
         return None

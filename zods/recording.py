@@ -34,6 +34,8 @@ class Recorder:
         self._run: Run | None = None
         self._evaluation: Evaluation | None = None
         self._run_is_recorded = self._evaluation_is_recorded = False
+        replicas = config.zeroth_order.replicas
+        self.follows = replicas is not None and replicas.index > 0  # another replica records what is not a step's
         self._selections = 0
 
     @property
@@ -59,7 +61,7 @@ class Recorder:
 
     def record_run(self, step: int) -> None:
         """Before a step: the configuration, where it is another one than that recorded last."""
-        if self._run_is_recorded:
+        if self._run_is_recorded or self.follows:
             return
         self._run_is_recorded = True
         run = self.run_record(step)
@@ -69,7 +71,7 @@ class Recorder:
 
     def record_evaluation(self, step: int, form: str | None, streams: int) -> None:
         """After a forward: how points are evaluated, where it is another way than that recorded last."""
-        if self._evaluation_is_recorded or form is None:
+        if self._evaluation_is_recorded or self.follows or form is None:
             return
         self._evaluation_is_recorded = True
         if self.chosen_evaluation() != (form, streams):

@@ -20,7 +20,7 @@ from zods.comm import Communicator
 from zods.kernels import fingerprint
 from zods.selection.loaders import SelectingLoader
 from zods.sharding import Slice, gathered, is_sharded, release_gathered
-from zods.trajectory.history import Change, direction_of, num_terms, replay_
+from zods.trajectory.history import Change, direction_of, num_terms, replay_, stores_gradient
 from zods.trajectory.log import Log, LogFile, parse_log
 from zods.trajectory.records import Header, ParameterRecord, Record, Refresh, Run, Step
 
@@ -48,13 +48,17 @@ def resume(
         raise ValueError(
             f"engine.resume({str(folder)!r}): the engine has made steps already. Call it before the first."
         )
-    file, data = open_log(comm, folder)
+    replicas = engine.replicas
+    follows = replicas is not None and not replicas.leads
+    file, data = (None, replicas.read_log()) if follows else open_log(comm, folder)
     header = describe(engine)
     log = None
     with comm.same_on_all_ranks():
         if b"\n" in data:
             log = parse_log(data, folder / LOG_NAME)
             _check_run(engine, log)
+            if follows:
+                _check_replica(engine, log)
     if log is not None and log.header != header:
         _load_initial(engine, folder / INITIAL, log.header)
         header = describe(engine)
@@ -67,6 +71,7 @@ def resume(
         if new:
             _save_initial(engine, folder / INITIAL, new)
         engine.trajectory.file = file
+        _publish(engine, b"")
         engine.trajectory.add(header)
         engine.recorder.record_run(0)
     else:
@@ -74,8 +79,11 @@ def resume(
             log.say_torn()
         _catch_up(engine, log, folder / CHECKPOINTS if checkpoints is None else Path(checkpoints))
         engine.trajectory.file = file
+        _publish(engine, data[: log.ends[-1]])
     with comm.same_on_all_ranks():
         engine.trajectory.wait()
+    if follows:
+        _join(engine)
 
 
 def open_log(comm: Communicator, folder: Path) -> tuple[LogFile | None, bytes]:
@@ -163,6 +171,47 @@ def _check_run(engine: Any, log: Log) -> None:
         )
     if (run.section.selector is None) != (here.section.selector is None):
         raise ValueError(f"{log.path}: made with{'out' if run.section.selector is None else ''} zeroth_order.selector.")
+
+
+# --- replicas ---------------------------------------------------------------------------------------------------------
+
+
+def _publish(engine: Any, data: bytes) -> None:
+    """Where this is the leading replica's rank 0: the log as it is, and from now on each record."""
+    if engine.replicas is None or not engine.replicas.leads or engine.comm.rank != 0:
+        return
+    for line in data.decode().splitlines():
+        engine.replicas.publish(line.partition(" ")[2])
+    engine.trajectory.publish = engine.replicas.publish
+
+
+def _check_replica(engine: Any, log: Log) -> None:
+    """Raise ValueError where this replica would evaluate other points than the leader does, or keep g in another form."""
+    run = next(record for record in reversed(log.records) if isinstance(record, Run))
+    there, here = run.section, engine.config.zeroth_order
+    for key in ("eps", "num_directions", "anchor_interval", "anchor_directions", "share_direction", "seed"):
+        if getattr(there, key) != getattr(here, key):
+            raise ValueError(
+                f"zeroth_order.{key}: {getattr(here, key)}, but {getattr(there, key)} at the leading replica. Give the same."
+            )
+    if stores_gradient(there) != stores_gradient(here):
+        raise ValueError(
+            f"zeroth_order.anchor.gradient: {here.anchor.gradient}, but {there.anchor.gradient} at the leading replica. Either "
+            "both keep it as terms, or none does."
+        )
+
+
+def _join(engine: Any) -> None:
+    """Apply what the leader has published meanwhile, until this replica takes part."""
+    loader = engine.training_dataloader
+    while (record := engine.replicas.to_catch_up(engine.global_steps)) is not None:
+        engine.commit(record)
+        if isinstance(record, Step):
+            engine.advance(record)
+            if record.at is not None:
+                loader.go_to(record.at)
+    engine.restart_loader()
+    engine.share_with(engine.replicas)
 
 
 # --- weights that the base lacks ------------------------------------------------------------------------------------------

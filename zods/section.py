@@ -78,6 +78,15 @@ class SelectorConfig:
 
 
 @dataclass(frozen=True)
+class ReplicasConfig:
+    """Several DeepSpeed worlds that train one model together. See `zods.replicas`."""
+
+    store: str  # "host:port", which replica 0 keeps and the others reach
+    index: int = 0  # this replica's, one of its own; 0 leads
+    silence_timeout: float = 30.0  # seconds without a sign of life after which a replica is left out
+
+
+@dataclass(frozen=True)
 class ZerothOrderConfig:
     """The section "zeroth_order". Symbols in brackets are those of Gautam et al. 2024 (arXiv:2404.08080)."""
 
@@ -102,6 +111,7 @@ class ZerothOrderConfig:
     hang_timeout: float = 600.0  # seconds that one forward, or what follows it, may take; then who hangs is named
     anchor: AnchorConfig = field(default_factory=AnchorConfig)
     selector: SelectorConfig | None = None
+    replicas: ReplicasConfig | None = None
 
     @property
     def is_svrg(self) -> bool:
@@ -122,6 +132,7 @@ _NESTED: dict[str, type] = {
     "anneal": AnnealConfig,
     "direction": DirectionConfig,
     "selector": SelectorConfig,
+    "replicas": ReplicasConfig,
 }
 _CHOICES: dict[str, tuple[str, ...]] = {
     "method": METHODS,
@@ -151,6 +162,8 @@ _MINIMUM: dict[str, float | tuple[float]] = {  # smallest allowed value; a tuple
     "agreement_interval": 1,
     "max_nonfinite_steps": 0,
     "hang_timeout": (0.0,),
+    "silence_timeout": (0.0,),
+    "index": 0,
     "buffer_count": 1,
     "buffer_size": 1,
     "candidates": 1,
@@ -257,6 +270,18 @@ def check_selector(config: SelectorConfig, path: str, budget: int, num_examples:
             raise ValueError(f"{path}.quotas: they sum to {total}, must sum to {budget}, the train_batch_size.")
 
 
+def _check_replicas(config: ZerothOrderConfig, replicas: ReplicasConfig) -> None:
+    host, _, port = replicas.store.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 2**16:
+        raise ValueError(f'{SECTION}.replicas.store: found {replicas.store!r}, expected "host:port".')
+    if config.selector is not None:
+        raise ValueError(f"{SECTION}.replicas: goes without a selector, whose features do not travel between replicas.")
+    if config.directions == "per_rank":
+        raise ValueError(
+            f'{SECTION}.replicas: goes with directions "shared": a replica may come and go, its direction not.'
+        )
+
+
 def parse_section(values: Any) -> ZerothOrderConfig:
     """The section "zeroth_order" (a dict) as a checked `ZerothOrderConfig`. Raises ValueError, naming the key."""
     config: ZerothOrderConfig = _build(ZerothOrderConfig, values, SECTION)
@@ -271,6 +296,8 @@ def parse_section(values: Any) -> ZerothOrderConfig:
         raise ValueError(
             f'{SECTION}.direction.rank: belongs to "low_rank", but distribution is "{config.direction.distribution}".'
         )
+    if config.replicas is not None:
+        _check_replicas(config, config.replicas)
     anchor = config.anchor
     if "nvme" in anchor.places() and not anchor.nvme_path:
         raise ValueError(f"{SECTION}.anchor.nvme_path: missing; point or gradient is nvme. Give a folder on the drive.")

@@ -13,6 +13,7 @@ import torch
 
 from tests.distributed.models import collate, opt_data, tiny_opt
 from tests.distributed.ranks import run_ranks
+from zods import first_order
 from zods.config import read_first_order_config
 from zods.first_order import CLASSES_IN_CHECKPOINTS, FirstOrderEngine
 
@@ -117,3 +118,19 @@ def test_checkpoints_resume_to_the_bit_and_a_file_with_code_in_it_is_refused_and
             assert name.split()[-1] in text or name == "no folder"
             assert "system" in text or "poisoned" not in name
             assert "weights_only" not in text, "no advice to run it"
+
+
+def rank_of_unchecked_loads(folder: Path) -> tuple[str, bool]:
+    engine = build(3, False)
+    engine.train_batch()
+    engine.save_checkpoint(folder)
+    mark = folder / "ran"
+    poison(next((folder / "global_step1").glob("*optim_states.pt")), mark)
+    first_order._check_only_data = lambda path: None
+    with pytest.raises(Exception, match="system") as error:
+        build(3, False).load_checkpoint(folder)
+    return type(error.value).__name__, mark.exists()
+
+
+def test_every_load_of_deepspeed_is_one_of_data_even_of_files_that_were_not_looked_at_before(tmp_path):
+    assert run_ranks(1, rank_of_unchecked_loads, tmp_path) == [("UnpicklingError", False)]

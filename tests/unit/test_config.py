@@ -22,6 +22,7 @@ from zods.section import (
     AnchorConfig,
     AnnealConfig,
     DirectionConfig,
+    ReplicasConfig,
     SelectorConfig,
     ZerothOrderConfig,
     parse_section,
@@ -78,6 +79,7 @@ DEFAULTS = {
         "pin_memory": True,
     },
     "selector": None,
+    "replicas": None,
 }
 SELECTOR_DEFAULTS = {
     "candidates": 16,
@@ -107,6 +109,7 @@ FLOATS = {
     "anchor_lr": ([None, 0, 1e-3], [-1e-9, *NOT_NUMBERS]),
     "stream_memory_gb": ([None, 0.5, 80], [0, -1, *NOT_NUMBERS]),
     "hang_timeout": ([0.5, 600], [0, -1, None, *NOT_NUMBERS]),
+    "replicas.silence_timeout": ([0.5, 30], [0, -1, None, *NOT_NUMBERS]),
     "weight_decay": ([0, 0.1, 1], [-0.1, None, *NOT_NUMBERS]),
     "anneal.alpha": ([1.01, 2, 5.0], [1, 1.0, 0.5, 0, -5, None, *NOT_NUMBERS]),
     "selector.eps": ([1e-8, 1e-3, 1], [0, -1e-3, None, *NOT_NUMBERS]),
@@ -122,6 +125,7 @@ INTEGERS = {
     "max_nonfinite_steps": ([0, 5], [None, *NOT_WHOLE]),
     "direction.rank": ([1], [0, None, *NOT_WHOLE]),
     "anchor.buffer_count": ([1, 2, 8], [0, None, *NOT_WHOLE]),
+    "replicas.index": ([0, 7], [None, *NOT_WHOLE]),
     "selector.candidates": ([8, 128], [0, None, *NOT_WHOLE]),
     "selector.num_clusters": ([1, 8], [0, None, *NOT_WHOLE]),
     "selector.warmup_steps": ([0, 8], [None, *NOT_WHOLE]),
@@ -159,9 +163,11 @@ SECTIONS = {
     "anchor": ([{}], [None, 1, "cpu", [], True, "auto"]),
     "direction": ([{}], [None, 1, [], True]),
     "anneal": ([{}], [1, "on", [], True, False, "auto"]),
+    "replicas": ([], [1, "on", [], True, False, "auto"]),
 }
 TEXTS = {
     "anchor.nvme_path": ([], [1, True, [], {}, "auto"]),
+    "replicas.store": (["host:29900"], ["host", ":1", "host:", "host:0", "host:65536", None, 1, True, [], {}, "auto"]),
     "selector.source_column": ([None, "source"], [1, True, [], {}, "auto"]),
     "selector.pattern": ([None, "v_proj"], [1, True, [], {}, "auto"]),
     "selector.quotas": ([None], [1, True, [], {}]),
@@ -172,7 +178,7 @@ KEYS = {**FLOATS, **INTEGERS, **BOOLEANS, **NAMES, **SECTIONS, **TEXTS}
 def nested(path: str, value) -> dict:
     """{"a": {"b": value}} for "a.b"."""
     first, _, rest = path.partition(".")
-    needed = {"candidates": 16} if first == "selector" and rest != "candidates" else {}
+    needed = {"selector": {"candidates": 16}, "replicas": {"store": "host:1"}}.get(first, {})
     return {first: {**needed, **nested(rest, value)} if rest else value}
 
 
@@ -225,6 +231,7 @@ def test_every_key_is_in_these_tests():
         (AnnealConfig, "anneal."),
         (DirectionConfig, "direction."),
         (SelectorConfig, "selector."),
+        (ReplicasConfig, "replicas."),
     ):
         assert {prefix + field.name for field in dataclasses.fields(cls)} <= set(KEYS)
 

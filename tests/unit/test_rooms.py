@@ -19,6 +19,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "comm": (set(), {"torch"}),
     "watchdog": ({"comm"}, set()),
     "stopping": (set(), set()),
+    "steps": (set(), {"torch"}),
     "data": (set(), {"torch"}),
     "rule": ({"section", "directions", "estimators"}, set()),
     "trajectory": (
@@ -50,20 +51,22 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
         {"checkpoint", "comm", "kernels", "selection", "sharding", "trajectory"},
         {"torch", "safetensors", "tqdm"},
     ),
+    "replicas": ({"comm", "section", "trajectory"}, set()),
     "engine": (
         {
             "config", "estimators", "comm", "data", "deferral", "sharding", "streams", "anchor", "rule", "trajectory",
-            "evaluation", "checkpoint", "selection", "measuring", "recording", "resuming", "stopping", "watchdog",
+            "evaluation", "checkpoint", "selection", "measuring", "recording", "replicas", "resuming", "steps", "stopping",
+            "watchdog",
         },
         {"torch"},
     ),
     "initialization": (
-        {"section", "config", "kernels", "comm", "data", "sharding", "anchor", "engine", "selection"},
+        {"section", "config", "kernels", "comm", "data", "sharding", "anchor", "engine", "selection", "steps"},
         {"torch", "deepspeed"},
     ),
     "first_order": (
         {
-            "checkpoint", "comm", "config", "data", "engine", "measuring", "objectives", "recording", "resuming", "selection",
+            "checkpoint", "comm", "config", "data", "measuring", "objectives", "recording", "resuming", "selection", "steps",
             "stopping", "trajectory",
         },
         {"torch", "deepspeed"},

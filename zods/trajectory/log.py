@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,12 +156,14 @@ def _following(records: list[Record], record: Record) -> Record:
 class Trajectory:
     """The chain of what was applied, on every rank, and the file that rank 0 keeps of it.
 
-    head: stands for all records so far; START where there are none. file: None where no log is written.
+    head: stands for all records so far; START where there are none. file: None where no log is written. publish: where
+    others wait for the records, is given the JSON of each.
     """
 
     def __init__(self) -> None:
         self.head = START
         self.file: LogFile | None = None
+        self.publish: Callable[[str], None] = lambda _: None
 
     def add(self, record: Header | Record) -> None:
         """Chain a record; where this rank keeps the file it is on its way to the disk until `wait`."""
@@ -169,6 +171,7 @@ class Trajectory:
         self.head = chained(self.head, text)
         if self.file is not None:
             self.file.begin_append(f"{self.head} {text}\n".encode())
+        self.publish(text)
 
     def wait(self) -> None:
         """Block until all records are on the disk. Raises OSError where that failed; the file then ends before the first

@@ -81,6 +81,7 @@ class Run:
 
     def to_json(self) -> dict[str, Any]:
         section = self.section.to_dict()
+        del section["replicas"]  # no bit depends on it
         section["anchor"] = {key: value for key, value in section["anchor"].items() if key not in NOT_RECORDED}
         if not self.section.is_svrg:
             section = {key: value for key, value in section.items() if key not in SVRG_ONLY}

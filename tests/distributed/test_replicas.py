@@ -1,0 +1,313 @@
+"""Replicas: DeepSpeed worlds of their own that train one model together, come late, leave and die."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import zods
+from tests.distributed.models import Tiny, configuration, numpy_of, sha256, tiny_data, whole
+from tests.distributed.ranks import run_ranks
+from zods.section import parse_section
+from zods.trajectory.log import read_log
+from zods.trajectory.records import Step
+
+STEPS = 12
+COMMON: dict[str, Any] = {"lr": 1e-2, "eps": 1e-2, "agreement_interval": 2}
+RUNS: dict[str, dict[str, Any]] = {
+    "mezo": {"method": "mezo", "num_directions": 2},
+    "svrg": {"method": "mezo_svrg", "anchor_interval": 4, "anchor": {"point": "cpu", "gradient": "cpu"}},
+    "svrg as terms, bf16": {
+        "method": "mezo_svrg",
+        "anchor_interval": 4,
+        "anchor": {"point": "terms", "gradient": "terms"},
+        "bf16": True,
+        "accumulation": 2,
+    },
+}
+
+
+def store_address() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
+def at_once(runs: Sequence[tuple[int, Callable[..., Any], Any]]) -> list[list[Any]]:
+    """Worlds of ranks side by side: (world size, function, arguments) of each."""
+    results: dict[int, Any] = {}
+
+    def run(k: int, world_size: int, function: Callable[..., Any], args: Any) -> None:
+        try:
+            results[k] = run_ranks(world_size, function, *args)
+        except BaseException as error:
+            results[k] = error
+
+    threads = [threading.Thread(target=run, args=(k, *of)) for k, of in enumerate(runs)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for result in results.values():
+        if isinstance(result, BaseException):
+            raise result
+    return [results[k] for k in range(len(runs))]
+
+
+def waits_for(path: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    torch.distributed.barrier()
+
+
+def build(name: str, replica: dict[str, Any] | None) -> Any:
+    section = {**COMMON, **RUNS[name], "replicas": replica}
+    config = configuration(12, **section)
+    return zods.initialize(model=Tiny(), config=config, training_data=tiny_data(40))[0]
+
+
+def seen(engine: Any) -> dict[str, Any]:
+    return {
+        "weights": sha256(whole(engine)),
+        "values": numpy_of(whole(engine)),
+        "head": engine.trajectory.head,
+        "step": engine.global_steps,
+        "members": [] if engine.replicas is None else list(engine.replicas.members),
+    }
+
+
+def rank_of_leader(name: str, folder: Path, store: str, pauses: dict[int, str]) -> dict[str, Any]:
+    """Trains, and waits at some steps until a file is there. pauses: step: the file."""
+    engine = build(name, {"store": store, "index": 0, "silence_timeout": 3.0})
+    engine.resume(folder / "log")
+    (folder / "begun").touch()
+    counts = []
+    while engine.global_steps < STEPS:
+        if engine.global_steps in pauses:
+            waits_for(folder / pauses[engine.global_steps])
+        engine.train_batch()
+        counts.append(len(engine.replicas.members))
+    found = {**seen(engine), "counts": counts}
+    engine.close()
+    return found
+
+
+def rank_of_joiner(name: str, folder: Path, store: str, index: int, last: int, ready: str) -> dict[str, Any]:
+    """Joins, and leaves after step `last`. `ready`: the file that it makes when it has joined."""
+    waits_for(folder / "begun")
+    engine = build(name, {"store": store, "index": index, "silence_timeout": 30.0})
+    threading.Timer(1.0, (folder / ready).touch).start()
+    engine.resume(folder / "none")
+    joined = engine.global_steps
+    sizes = []
+    while engine.global_steps < last:
+        if engine.global_steps == last - 1:
+            engine.stop.request("the test ends here")
+        batch = next(engine.training_dataloader.forever()) if False else None
+        engine.train_batch()
+        sizes.append(engine.training_dataloader.share[1])
+        del batch
+    found = {**seen(engine), "joined": joined, "sizes": sizes}
+    engine.close()
+    return found
+
+
+def rank_of_one(name: str, folder: Path) -> dict[str, Any]:
+    engine = build(name, None)
+    engine.resume(folder)
+    while engine.global_steps < STEPS:
+        engine.train_batch()
+    return seen(engine)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_replica_that_starts_late_joins_and_all_end_with_the_same_bits(name, tmp_path):
+    store = store_address()
+    leader, joiner = at_once(
+        [
+            (2, rank_of_leader, (name, tmp_path, store, {5: "ready"})),
+            (1, rank_of_joiner, (name, tmp_path, store, 7, STEPS, "ready")),
+        ]
+    )
+    assert joiner[0]["joined"] >= 1
+    assert leader[0]["counts"][-2] == 2
+    assert {rank["weights"] for rank in [*leader, *joiner]} == {leader[0]["weights"]}
+    assert {rank["head"] for rank in [*leader, *joiner]} == {leader[0]["head"]}
+    log = read_log(tmp_path / "log" / "trajectory.log")
+    assert (log.num_steps, log.heads[-1]) == (STEPS, leader[0]["head"])
+    (alone,) = run_ranks(1, rank_of_one, name, tmp_path / "alone")
+    losses = [
+        [r.loss for r in of.records if isinstance(r, Step)]
+        for of in (log, read_log(tmp_path / "alone" / "trajectory.log"))
+    ]
+    np.testing.assert_allclose(*losses, rtol=0.05 if "bf16" in name else 1e-3)
+    assert alone["step"] == STEPS
+
+
+def rank_of_one_that_dies(name: str, folder: Path, store: str, at: int) -> Any:
+    """Joins, and dies without a word in the middle of a step."""
+    waits_for(folder / "begun")
+    engine = build(name, {"store": store, "index": 3})
+    threading.Timer(1.0, (folder / "ready").touch).start()
+    engine.resume(folder / "none")
+    while engine.global_steps < at:
+        engine.train_batch()
+    engine(next(engine.training_dataloader.forever()))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def rank_of_two_lives(name: str, folder: Path, store: str) -> list[dict[str, Any]]:
+    """Joins, leaves, and joins again with the same index."""
+    first = rank_of_joiner(name, folder, store, 1, 7, "ready")
+    second = rank_of_joiner(name, folder, store, 1, STEPS, "back")
+    return [first, second]
+
+
+def test_a_replica_that_dies_is_left_out_and_the_others_go_on(tmp_path):
+    results: list[Any] = []
+
+    def leader() -> None:
+        results.extend(run_ranks(1, rank_of_leader, "svrg", tmp_path, store, {5: "ready"}))
+
+    store = store_address()
+    thread = threading.Thread(target=leader)
+    thread.start()
+    with pytest.raises(pytest.fail.Exception, match="exit code -9"):
+        run_ranks(1, rank_of_one_that_dies, "svrg", tmp_path, store, 8)
+    thread.join()
+    (found,) = results
+    assert found["step"] == STEPS
+    assert max(found["counts"]) == 2
+    assert found["counts"][-1] == 1
+    assert read_log(tmp_path / "log" / "trajectory.log").heads[-1] == found["head"]
+
+
+def test_a_replica_leaves_and_joins_again(tmp_path):
+    store = store_address()
+    leader, other = at_once(
+        [
+            (1, rank_of_leader, ("mezo", tmp_path, store, {5: "ready", 9: "back"})),
+            (2, rank_of_two_lives, ("mezo", tmp_path, store)),
+        ]
+    )
+    for first, second in other:
+        assert first["step"] == 7
+        assert second["joined"] >= 7
+        assert second["weights"] == leader[0]["weights"]
+    assert set(leader[0]["counts"]) == {1, 2}
+
+
+def rank_of_leader_that_dies(folder: Path, store: str) -> None:
+    engine = build("svrg", {"store": store})
+    engine.resume(folder / "log")
+    (folder / "begun").touch()
+    while len(engine.replicas.members) == 1:
+        engine.train_batch()
+    engine.train_batch()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def rank_left_alone(folder: Path, store: str) -> str:
+    waits_for(folder / "begun")
+    engine = build("svrg", {"store": store, "index": 1})
+    engine.resume(folder / "none")
+
+    def train_for_ever() -> None:
+        while True:
+            engine.train_batch()
+
+    with pytest.raises(RuntimeError, match="replica 1: the leading replica is gone") as error:
+        train_for_ever()
+    engine.close()
+    return str(error.value).partition("(")[0]
+
+
+def test_where_the_leader_dies_the_others_say_so_and_its_log_is_whole(tmp_path):
+    store, said = store_address(), []
+    thread = threading.Thread(target=lambda: said.extend(run_ranks(2, rank_left_alone, tmp_path, store)))
+    thread.start()
+    with pytest.raises(pytest.fail.Exception, match="exit code -9"):
+        run_ranks(1, rank_of_leader_that_dies, tmp_path, store)
+    thread.join()
+    assert said[0] == said[1]
+    assert read_log(tmp_path / "log" / "trajectory.log").num_steps >= 1
+
+
+MISFITS: dict[str, tuple[dict[str, Any], int, str]] = {
+    "another eps": ({"eps": 0.02}, 1, "zeroth_order.eps: 0.02, but 0.01 at the leading replica"),
+    "another batch": ({"batch": 24}, 1, "train_batch_size 12"),
+    "another model": ({"seed_of_model": 1}, 1, "base weights"),
+    "other data": ({"data": 44}, 1, "other training data"),
+    "more ranks than examples": ({"accumulation": 6}, 2, "do not fit"),
+    "the leader's form of the gradient": ({"anchor": {"point": "cpu", "gradient": "terms"}}, 1, "anchor.gradient"),
+}
+
+
+def rank_of_misfits(names: list[str], folder: Path, store: str) -> dict[str, str]:
+    waits_for(folder / "begun")
+    said = {}
+    for k, name in enumerate(names):
+        changed = dict(MISFITS[name][0])
+        model, data = Tiny(changed.pop("seed_of_model", 0)), tiny_data(changed.pop("data", 40))
+        section = {**COMMON, **RUNS["svrg"], **changed, "replicas": {"store": store, "index": 10 + k}}
+        config = configuration(section.pop("batch", 12), **section)
+        engine = zods.initialize(model=model, config=config, training_data=data)[0]
+        with pytest.raises(ValueError, match=r".") as error:
+            engine.resume(folder / "none")
+        said[name] = str(error.value)
+        engine.close()
+    (folder / "tried").touch()
+    return said
+
+
+def rank_of_small_leader(folder: Path, store: str, accumulation: int) -> int:
+    """Leads with micro-batches of 2 examples where there are 6 of them; goes on until the others have tried."""
+    section = {**COMMON, **RUNS["svrg"], "accumulation": accumulation, "replicas": {"store": store}}
+    engine = zods.initialize(model=Tiny(), config=configuration(12, **section), training_data=tiny_data(40))[0]
+    engine.resume(folder / "log")
+    (folder / "begun").touch()
+    while not (folder / "tried").exists():
+        engine.train_batch()
+    engine.close()
+    return len(engine.replicas.members)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_replica_that_does_not_fit_is_refused_with_the_reason_and_the_others_go_on(ranks, tmp_path):
+    names = [name for name, (_, of, _) in MISFITS.items() if of == ranks]
+    store = store_address()
+    leader, said = at_once(
+        [
+            (1, rank_of_small_leader, (tmp_path, store, 6 if ranks == 2 else 1)),
+            (ranks, rank_of_misfits, (names, tmp_path, store)),
+        ]
+    )
+    assert leader == [1]
+    for name in names:
+        assert MISFITS[name][2] in said[0][name]
+        assert len({rank[name] for rank in said}) == 1
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"replicas": {"store": "somewhere"}}, 'expected "host:port"'),
+        ({"replicas": {"store": "h:1", "indx": 1}}, "Did you mean 'index'"),
+        ({"replicas": {"store": "h:1"}, "directions": "per_rank"}, "per_rank|shared"),
+        ({"replicas": {"store": "h:1"}, "selector": {"candidates": 24}}, "without a selector"),
+    ],
+)
+def test_what_does_not_go_with_replicas_is_refused(changed, said):
+    with pytest.raises(ValueError, match=said):
+        parse_section({"method": "mezo", **changed})
