@@ -1,0 +1,91 @@
+"""Under torch's elastic agent: a rank that dies is started again with the others, and the run ends as if nothing had been.
+
+DeepSpeed 0.19.8 has no elastic agent any more ("Elastic training has been removed"); torchrun is what there is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.ranks import ENVIRONMENT, REPOSITORY
+
+MODEL = REPOSITORY / "launch" / "quickstart" / "model"
+CONFIG = {
+    "train_batch_size": 8,
+    "zero_optimization": {"stage": 3},
+    "zeroth_order": {"lr": 1e-4, "anchor_interval": 3, "anchor": {"point": "terms", "gradient": "cpu"}},
+}
+# Runs zods.finetune, and where the marker is not there yet, kills this process, rank 1, before the third step's record.
+DYING = """
+import os, runpy, signal, sys
+from pathlib import Path
+from zods.engine import ZerothOrderEngine
+marker, commit = Path(sys.argv.pop(1)), ZerothOrderEngine.commit
+def dying(self, record):
+    if os.environ["RANK"] == "1" and self.global_steps == 2 and not marker.exists():
+        marker.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    commit(self, record)
+ZerothOrderEngine.commit = dying
+runpy.run_module("zods.finetune", run_name="__main__")
+"""
+
+
+def torchrun(folder: Path, output: str, marker: Path, nproc: int = 2) -> str:
+    (folder / "dying.py").write_text(DYING)
+    command = [
+        *(
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={nproc}",
+            "--max_restarts=1",
+        ),
+        *(folder / "dying.py", marker, "--deepspeed_config", folder / "config.json", "--model", MODEL),
+        *("--output_dir", folder / output, "--task", "prompted", "--template", r"{text}\nKind: {label}"),
+        *("--train_file", folder / "train.jsonl", "--max_length", "48", "--max_steps", "5", "--resume", "auto"),
+        "--save_model",
+    ]
+    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(REPOSITORY)}
+    process = subprocess.Popen(
+        list(map(str, command)),
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        said, _ = process.communicate(timeout=150)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, said[-4000:]
+    return said
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    rows = [{"text": f"return the value of {i}", "label": ("code", "text")[i % 2]} for i in range(24)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    return tmp_path
+
+
+def test_torchs_agent_starts_a_dead_rank_again_and_the_run_ends_as_if_nothing_had_been(folder):
+    (folder / "never").touch()
+    torchrun(folder, "undisturbed", folder / "never")
+    said = torchrun(folder, "disturbed", folder / "once")
+    assert (folder / "once").exists()
+    assert re.search(r"at step [23], [23] of them from the log", said), "rank 0 may have logged the third step"
+    for name in ("trajectory.log", "model/model.safetensors"):
+        assert (folder / "disturbed" / name).read_bytes() == (folder / "undisturbed" / name).read_bytes()
