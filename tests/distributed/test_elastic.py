@@ -55,7 +55,9 @@ def torchrun(folder: Path, output: str, marker: Path, nproc: int = 2) -> str:
         *("--train_file", folder / "train.jsonl", "--max_length", "48", "--max_steps", "5", "--resume", "auto"),
         "--save_model",
     ]
-    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(REPOSITORY)}
+    # torch 2.13 otherwise gives a second start the store of the first, with the addresses of its ranks in it
+    fresh = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    environment = {**os.environ, **ENVIRONMENT, **fresh, "PYTHONPATH": str(REPOSITORY)}
     process = subprocess.Popen(
         list(map(str, command)),
         env=environment,
@@ -86,6 +88,6 @@ def test_torchs_agent_starts_a_dead_rank_again_and_the_run_ends_as_if_nothing_ha
     torchrun(folder, "undisturbed", folder / "never")
     said = torchrun(folder, "disturbed", folder / "once")
     assert (folder / "once").exists()
-    assert re.search(r"at step [23], [23] of them from the log", said), "rank 0 may have logged the third step"
+    assert re.search(r"at step [23], [23] of them from the log", said), said[-4000:]
     for name in ("trajectory.log", "model/model.safetensors"):
         assert (folder / "disturbed" / name).read_bytes() == (folder / "undisturbed" / name).read_bytes()
