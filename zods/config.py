@@ -265,10 +265,12 @@ def _resolve_batch(ds: dict[str, Any], world_size: int) -> None:
     elif accumulation is None:
         accumulation = batch // (micro * world_size)
     if batch != micro * accumulation * world_size:
+        fits = ", ".join(str(number) for number in range(1, batch + 1) if batch % number == 0)
         raise ValueError(
             f"train_batch_size: found {batch}, but train_micro_batch_size_per_gpu ({micro}) x "
             f"gradient_accumulation_steps ({accumulation}) x ranks ({world_size}) = "
-            f"{micro * accumulation * world_size}. Change one so that they multiply out."
+            f"{micro * accumulation * world_size}. Change one so that they multiply out: {batch} examples are dealt to {fits} "
+            "ranks, in as many micro-batches as divide what each gets."
         )
     ds.update(zip(keys, (batch, micro, accumulation), strict=True))
 
