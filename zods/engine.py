@@ -273,22 +273,21 @@ class ZerothOrderEngine:
             return
         self._watchdog.beat(f"step {self.global_steps}, step")
         losses = [loss for of_set in self._reduced for loss in of_set]
-        record, projected_grad = self._combine(self._reduced)
+        record, loss, projected_grad = self._combine(self._reduced)
         self._commit_everywhere(record)
-        at_parameters = [loss for of_set in self._reduced for loss in of_set[: 2 * self._zo.num_directions]]
         self._points, self._sums, self._reduced, self._last_loss = [], [], [], None
         self.advance(record)
         self.trajectory.wait()
         if self.replicas is not None and not self.should_stop:
             self.share_with(self.replicas)
         self._check_agreement()
-        self._report(record, sum(at_parameters) / len(at_parameters), projected_grad)
+        self._report(record, loss, projected_grad)
         self._watchdog.rest()
         if record.skipped:
             self._refuse_more_skipped(losses)
 
-    def _combine(self, losses: Sequence[Sequence[float]]) -> tuple[Step, float]:
-        """The record of this step, and the mean projected gradient at the parameters."""
+    def _combine(self, losses: Sequence[Sequence[float]]) -> tuple[Step, float, float]:
+        """The record of this step; the mean loss and the mean projected gradient at the parameters."""
         coefficients: tuple[float, ...] = ()
         projected_grad = math.nan
         if all(math.isfinite(loss) for of_set in losses for loss in of_set):
@@ -299,11 +298,8 @@ class ZerothOrderEngine:
         at_parameters = [loss for of_set in losses for loss in of_set[: 2 * self._zo.num_directions]]
         loss = sum(at_parameters) / len(at_parameters)
         place = None if self.training_dataloader is None else self.training_dataloader.place
-        lr = self.get_lr()[0]
-        return (
-            Step(self.global_steps, loss if coefficients else None, lr, coefficients, place, self.recorder.sub_batch()),
-            projected_grad,
-        )
+        logged, lr, sub_batch = loss if coefficients else None, self.get_lr()[0], self.recorder.sub_batch()
+        return Step(self.global_steps, logged, lr, coefficients, place, sub_batch), loss, projected_grad
 
     def _commit_everywhere(self, record: Record) -> None:
         """Commit a record, and where another replica leads, that one's in its place, with what it recorded before it."""

@@ -168,11 +168,15 @@ class FirstOrderEngine:
     def save_checkpoint(self, save_dir: str | Path, keep: int | None = None) -> None:
         """DeepSpeed's own checkpoint, with the loader's place and the selector's state. keep: the last so many stay."""
         state = {"global_steps": self.global_steps, "loader": self.training_dataloader.state_dict()}
-        self.deepspeed.save_checkpoint(str(save_dir), f"global_step{self.global_steps}", client_state={"zods": state})
+        tag = f"global_step{self.global_steps}"
+        self.deepspeed.save_checkpoint(str(save_dir), tag, client_state={"zods": state})
         if keep is not None and self.comm.rank == 0:
             tags = [p for p in Path(save_dir).iterdir() if re.fullmatch(r"global_step\d+", p.name)]
             for old in sorted(tags, key=lambda p: int(p.name.removeprefix("global_step")))[:-keep]:
-                shutil.rmtree(old)
+                if old.name != tag:
+                    removed = old.with_name(f".{old.name}.removed")  # no checkpoint any more, however far this gets
+                    shutil.rmtree(removed, ignore_errors=True)
+                    shutil.rmtree(old.rename(removed), ignore_errors=True)
 
     def load_checkpoint(self, load_dir: str | Path) -> None:
         """The checkpoint that `latest` names. No code that a file of it names is run.

@@ -18,7 +18,7 @@ from deepspeed.runtime import lr_schedules
 from zods.anchor import check_nvme
 from zods.comm import Communicator
 from zods.config import RunConfig, read_config, resolve_model_auto
-from zods.data import TrainingLoader, check_dataset, sample_digest
+from zods.data import TrainingLoader, check_dataset
 from zods.engine import ZerothOrderEngine
 from zods.kernels import backend, fingerprint
 from zods.section import SECTION, DirectionConfig, check_selector
@@ -89,10 +89,8 @@ def initialize(
     comm.check_agreement(json.dumps(run.to_dict(), sort_keys=True).encode(), "the configuration")
     comm.check_agreement(_fingerprint(model), "the model (parameter names, shapes, dtypes, trainable or not)")
     comm.check_agreement(_code_digest(), f"the code (of zods, or a version of {', '.join(PACKAGES)})")
-    if training_data is not None:
-        with comm.same_on_all_ranks():
-            sample = f"{check_dataset(training_data, 'training_data')} {sample_digest(training_data)}"
-        comm.check_agreement(sample.encode(), "the training data")
+    if loader is not None:
+        comm.check_agreement(f"{len(loader.dataset)} {loader.data_digest}".encode(), "the training data")  # type: ignore[arg-type]
 
     if not any(is_sharded(p) for p in model.parameters()):
         _check_weights(model, comm)

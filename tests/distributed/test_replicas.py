@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -15,9 +16,9 @@ import numpy as np
 import pytest
 import torch
 
-import zods
+import zods.finetune
 from tests.distributed.models import Tiny, configuration, numpy_of, sha256, tiny_data, whole
-from tests.distributed.ranks import run_ranks
+from tests.distributed.ranks import REPOSITORY, launch, run_ranks
 from zods.section import parse_section
 from zods.trajectory.log import read_log
 from zods.trajectory.records import Step
@@ -311,3 +312,42 @@ def test_a_replica_that_does_not_fit_is_refused_with_the_reason_and_the_others_g
 def test_what_does_not_go_with_replicas_is_refused(changed, said):
     with pytest.raises(ValueError, match=said):
         parse_section({"method": "mezo", **changed})
+
+
+# --- through the launcher ---------------------------------------------------------------------------------------------
+
+
+def test_two_launches_of_the_command_line_train_one_model(tmp_path):
+    rows = [{"text": f"return the value of {i}", "label": ("code", "text")[i % 2]} for i in range(24)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    section = {"lr": 1e-4, "anchor_interval": 50, "anchor": {"point": "terms", "gradient": "cpu"}}
+    config = {"train_batch_size": 8, "zero_optimization": {"stage": 3}, "zeroth_order": section}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    store, said = store_address(), {}
+
+    def run(replica: int, ranks: int) -> None:
+        said[replica] = launch(
+            Path(zods.finetune.__file__),
+            *(
+                "--deepspeed_config",
+                tmp_path / "config.json",
+                "--model",
+                REPOSITORY / "launch" / "quickstart" / "model",
+            ),
+            *("--task", "prompted", "--template", r"{text}\nKind: {label}", "--train_file", tmp_path / "train.jsonl"),
+            *("--max_length", "48", "--max_steps", "100", "--save_model", "--output_dir", tmp_path / str(replica)),
+            *("--replica", replica, "--replica_store", store),
+            num_gpus=ranks,
+        )
+
+    threads = [threading.Thread(target=run, args=of) for of in ((0, 2), (1, 1))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for code, output in said.values():
+        assert code == 0, output[-4000:]
+    assert "replica 1 (1 ranks) takes part from step" in said[0][1]
+    models = [(tmp_path / replica / "model" / "model.safetensors").read_bytes() for replica in ("0", "1")]
+    assert models[0] == models[1]
+    assert not (tmp_path / "1" / "trajectory.log").exists(), "the leader keeps the log"
