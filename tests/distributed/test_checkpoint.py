@@ -263,7 +263,7 @@ DAMAGES: dict[str, Any] = {
     "a missing anchor": lambda f: [p.unlink() for p in f.glob("anchor_point*")],
     "a tensor missing in a file": lambda f: rewrite(f / LAST, lambda tensors, _: tensors.pop("hidden.weight")),
     "a tensor of another dtype": lambda f: rewrite(
-        f / LAST, lambda t, _: t.update({"norm.bias": t["norm.bias"].int()})
+        f / LAST, lambda t, _: t.update({"norm.bias": t["norm.bias"].view(torch.int32)})
     ),
     "a tensor of two dimensions": lambda f: rewrite(
         f / LAST, lambda t, _: t.update({"norm.bias": t["norm.bias"][None]})
@@ -397,6 +397,7 @@ def rank_of_interruptions(folder: Path) -> dict[str, Any]:
         zods.checkpoint.save_file = original
         found[str(tag)] = str(error.value)
         found[f"{tag} left"] = sorted(entry.name for entry in (folder / "run").iterdir())
+        torch.distributed.barrier()
         twin = build("point stored", folder)
         at, _ = twin.load_checkpoint(folder / "run")
         found[f"{tag} loads"] = (at.name, state(twin) == old)
@@ -472,6 +473,35 @@ def test_one_flipped_bit_anywhere_in_the_files_is_an_error_on_all_ranks_that_nam
                     assert any(f": {name}: damaged" in text for name in names), text
         assert rank["unchanged"]
         assert rank["loads"] == 7
+
+
+class WithScalar(Tiny):
+    """Its scalar has no element on the second of two ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scalar = torch.nn.Parameter(torch.ones(1))
+
+
+def rank_of_empty_slices(folder: Path) -> tuple[int, str]:
+    config = configuration(BATCH, method="mezo", lr=1e-2)
+    engine = zods.initialize(model=WithScalar(), config=config, training_data=tiny_data(40))[0]
+    engine.save_checkpoint(folder)
+    file = folder / "global_step0" / LAST
+    elements = load_file(file)["scalar"].numel()
+    torch.distributed.barrier()
+    if engine.global_rank == 0:
+        rewrite(file, lambda _, metadata: metadata.update({"scalar": "0"}))
+    torch.distributed.barrier()
+    with pytest.raises(ValueError, match="scalar: damaged") as error:
+        engine.load_checkpoint(folder)
+    return elements, str(error.value)
+
+
+def test_the_fingerprint_of_a_slice_without_elements_is_verified_too(tmp_path):
+    first, second = run_ranks(2, rank_of_empty_slices, tmp_path)
+    assert first == second
+    assert first[0] == 0
 
 
 # --- crashes ----------------------------------------------------------------------------------------------------------
@@ -571,7 +601,9 @@ def rank_of_keepers(folder: Path) -> dict[str, Any]:
 
     def names() -> list[str]:
         torch.distributed.barrier()
-        return sorted(entry.name for entry in run.iterdir())
+        found = sorted(entry.name for entry in run.iterdir())
+        torch.distributed.barrier()  # before the next save begins
+        return found
 
     if engine.global_rank == 0:
         for foreign in ("global_step0", "global_stepping", ".hidden", ".global_step9.partial", ".global_step9.removed"):

@@ -134,3 +134,21 @@ def rank_of_unchecked_loads(folder: Path) -> tuple[str, bool]:
 
 def test_every_load_of_deepspeed_is_one_of_data_even_of_files_that_were_not_looked_at_before(tmp_path):
     assert run_ranks(1, rank_of_unchecked_loads, tmp_path) == [("UnpicklingError", False)]
+
+
+def rank_of_keepers(folder: Path) -> list[list[str]]:
+    engine, found = build(1, False), []
+    (folder / "global_step9").mkdir(exist_ok=True)  # of a later step, as of a run that went back
+    for _ in range(4):
+        engine.train_batch()
+        engine.save_checkpoint(folder, keep=2)
+        torch.distributed.barrier()
+        found.append(sorted(entry.name for entry in folder.iterdir() if entry.is_dir()))
+        torch.distributed.barrier()
+    build(1, False).load_checkpoint(folder)
+    return found
+
+
+def test_old_checkpoints_are_removed_but_the_last_ones_and_the_one_just_written(tmp_path):
+    expected = [[f"global_step{step}", "global_step9"] for step in range(1, 5)]
+    assert run_ranks(2, rank_of_keepers, tmp_path) == [expected, expected]
