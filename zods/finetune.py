@@ -34,6 +34,7 @@ from zods.report import plot_curves
 from zods.resuming import CHECKPOINTS, INITIAL, copy_log
 from zods.runs import RunFolder
 from zods.selection.batches import sources_of
+from zods.stopping import StopRequest
 from zods.tasks import Task, build_task, load_examples, split_held_out
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ logger = logging.getLogger(__name__)
 
 def main() -> None:
     arguments = parse_arguments()
+    stop_request = StopRequest()
     rank = int(os.environ.get("RANK", 0))
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.ERROR, format="%(name)s: %(message)s")
     try:
@@ -49,6 +51,8 @@ def main() -> None:
         if rank == 0:
             print(f"zods.finetune: error: {error}", file=sys.stderr)
         end_process(2)
+    run[0].stop = stop_request
+    stop_request.listen()
     try:
         finetune(arguments, *run)
     except (OSError, RuntimeError) as error:  # a full disk, ranks that disagree, another rank that is gone
@@ -102,7 +106,6 @@ def start(
     engine.resume(folder.path, checkpoints=None if fork is None else fork.parent, new=new)
     if comm.rank == 0 and new:
         save_configuration(model, folder.path / INITIAL.parent)
-    engine.stop.listen()
     folder.describe(
         run.to_dict(), seed=run.seed, world_size=comm.world_size, device=str(comm.device), step=engine.global_steps
     )

@@ -14,10 +14,15 @@ LAUNCHER = "deepspeed.launcher.launch"
 
 
 class StopRequest:
-    """Whether this process has been asked to stop. reason: None until someone asks; then what was said first."""
+    """Whether this process has been asked to stop. reason: None until someone asks; then what was said first.
+
+    Made early, it knows the process's launcher even if that is gone before anyone listens.
+    """
 
     def __init__(self) -> None:
         self.reason: str | None = None
+        self._parent = os.getppid()
+        self._grandparent = _parent_of(self._parent) if _is_launcher(self._parent) else None
 
     def request(self, reason: str) -> None:
         """Ask by program. Once there is a reason, another changes nothing."""
@@ -34,16 +39,15 @@ class StopRequest:
         signal.signal(signal.SIGTERM, self._on_signal)
         # A forked pool is ended with SIGTERM, and then waited for. Blocked meanwhile: Python drops what comes in between.
         os.register_at_fork(before=_block, after_in_parent=_unblock, after_in_child=_default)
-        parent = os.getppid()
-        grandparent = _parent_of(parent) if _is_launcher(parent) else None
-        threading.Thread(target=self._watch, args=(parent, grandparent), name="zods-lineage", daemon=True).start()
+        threading.Thread(target=self._watch, name="zods-lineage", daemon=True).start()
 
     def _on_signal(self, number: int, frame: Any) -> None:
         self.request("SIGTERM")
 
-    def _watch(self, parent: int, grandparent: int | None) -> None:
+    def _watch(self) -> None:
         while self.reason is None:
-            if os.getppid() != parent or (grandparent is not None and _parent_of(parent) != grandparent):
+            runner_is_gone = self._grandparent is not None and _parent_of(self._parent) != self._grandparent
+            if os.getppid() != self._parent or runner_is_gone:
                 self.request("the launcher is gone")
             time.sleep(LOOK_SECONDS)
 
