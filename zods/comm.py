@@ -44,6 +44,10 @@ class Communicator:
         dist.all_gather(list(gathered), local)
         return gathered
 
+    def numbers(self, values: torch.Tensor) -> list[float]:
+        """A tensor's numbers. On a GPU this waits for the device, and so for ranks that collectives still wait for."""
+        return values.tolist()
+
     def gather_scalars(self, values: Sequence[float]) -> list[list[float]]:
         """Every rank's values, in rank order, as float64. `values` has the same length on all ranks."""
         local = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -138,7 +142,7 @@ class Board:
     """
 
     def __init__(self) -> None:
-        default: Any = dist.distributed_c10d._get_default_store()  # private, and so in torch 2.9 to 2.13
+        default: Any = dist.distributed_c10d._get_default_store()  # private; read in torch 2.13
         self._store = dist.PrefixStore("zods", default.clone())
 
     def pin(self, key: str, text: str) -> None:

@@ -242,7 +242,7 @@ class ZerothOrderEngine:
             )
         if self.is_gradient_accumulation_boundary():
             self._watchdog.beat(f"step {self.global_steps}, backward")
-            of_all = self._reduce(torch.stack(self._sums).sum(0).tolist(), asked=self.stop.reason is not None)
+            of_all = self._reduce(self.comm.numbers(torch.stack(self._sums).sum(0)), asked=self.stop.reason is not None)
             self._reduced = [[total / count if count else math.nan for total in totals] for *totals, count in of_all]
         return loss
 
