@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -82,8 +83,8 @@ def newest_checkpoints(save_dir: str | Path) -> list[Path]:
     steps = {}
     for folder in (_folder_of(Path(save_dir), tag) for tag in tags):
         try:
-            steps[folder] = read_state(folder)["global_steps"]
-        except (ValueError, OSError):
+            steps[folder] = int(read_state(folder)["global_steps"])
+        except (ValueError, OSError, KeyError, TypeError):
             continue
     return sorted(steps, key=lambda folder: (steps[folder], folder.name), reverse=True)
 
@@ -95,16 +96,17 @@ def load_checkpoint(engine: Any, load_dir: str | Path, tag: str | None) -> tuple
     all ranks, for a missing, damaged or truncated checkpoint, and for one of another model or method.
     """
     comm = engine.comm
-    with comm.same_on_all_ranks():
+    with comm.same_on_all_ranks(), _as_written(load_dir):
         folder = _find(Path(load_dir), tag)
         state = read_state(folder)
+        client_state = state["client_state"]
         _check_fits(engine, folder, state)
         parameters = _SliceFiles(folder, "parameters", engine.parameters.slices)
         wants_point = engine.anchor is not None and engine.anchor.point is not None and state["anchor_step"] is not None
         has_point = wants_point and state["anchor_point_stored"]
         point = _SliceFiles(folder, "anchor_point", engine.parameters.slices) if has_point else None
     release_gathered(engine.deepspeed)
-    with comm.same_on_all_ranks():
+    with comm.same_on_all_ranks(), _as_written(folder):
         if engine.training_dataloader is not None and state["loader"] is not None:
             engine.training_dataloader.load_state_dict(state["loader"])
             engine.restart_loader()
@@ -113,7 +115,16 @@ def load_checkpoint(engine: Any, load_dir: str | Path, tag: str | None) -> tuple
         if engine.anchor is not None and state["anchor_step"] is not None:
             _load_anchor(engine, state, None if point is None else point.read)
         _load_counters(engine, state)
-    return folder, state["client_state"]
+    return folder, client_state
+
+
+@contextmanager
+def _as_written(folder: str | Path) -> Iterator[None]:
+    """What another program may have put into a state.json, with the right checksum, is one clear error, too."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
+        raise ValueError(f"checkpoint {folder}: its state.json is not as zods writes it ({error!r}).") from error
 
 
 def save_pretrained(engine: Any, save_dir: str | Path) -> None:

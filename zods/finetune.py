@@ -223,9 +223,12 @@ def load_model(
 
 def save_configuration(model: Any, folder: Path) -> None:
     """What a replay needs to write a model or adapter that the base's own configuration does not describe."""
-    configuration = getattr(model, "peft_config", {}).get("default", getattr(model, "config", None))
-    if configuration is not None:
-        configuration.save_pretrained(folder)
+    if hasattr(model, "peft_config"):
+        base = type(model.get_base_model())  # by which peft's AutoPeftModel finds it
+        mapping = {"base_model_class": base.__name__, "parent_library": base.__module__}
+        model.peft_config["default"].save_pretrained(folder, auto_mapping_dict=mapping)
+    elif getattr(model, "config", None) is not None:
+        model.config.save_pretrained(folder)
 
 
 def evaluate(

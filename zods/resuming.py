@@ -274,9 +274,7 @@ def _load_newest(engine: Any, log: Log, folder: Path) -> int:
     for path in checkpoint.newest_checkpoints(folder):
         try:
             with engine.comm.same_on_all_ranks():
-                head = checkpoint.read_state(path)["recorder"]["head"]
-                if head not in log.heads:
-                    raise ValueError(f"checkpoint {path}: it does not belong to {log.path}")
+                head = _head_of(path, log)
             engine.load_checkpoint(path.parent, path.name)
         except (ValueError, OSError) as error:
             if engine.comm.rank == 0:
@@ -284,6 +282,15 @@ def _load_newest(engine: Any, log: Log, folder: Path) -> int:
             continue
         return log.heads.index(head)
     return 0
+
+
+def _head_of(folder: Path, log: Log) -> str:
+    """The head of the chain at a checkpoint. Raises ValueError where it is none of the log's."""
+    recorder = checkpoint.read_state(folder).get("recorder")
+    head = recorder.get("head") if isinstance(recorder, dict) else None
+    if head not in log.heads:
+        raise ValueError(f"checkpoint {folder}: it does not belong to {log.path}")
+    return head
 
 
 def _follow(engine: Any, tail: Sequence[Record]) -> tuple[list[Change], int | None]:
@@ -362,10 +369,7 @@ def copy_log(run: Path, checkpoint_folder: Path | None, to: Path) -> None:
     data = (run / LOG_NAME).read_bytes()
     log = parse_log(data, run / LOG_NAME)
     if checkpoint_folder is not None:
-        head = checkpoint.read_state(checkpoint_folder)["recorder"]["head"]
-        if head not in log.heads:
-            raise ValueError(f"checkpoint {checkpoint_folder}: it does not belong to {log.path}.")
-        data = data[: log.ends[log.heads.index(head)]]
+        data = data[: log.ends[log.heads.index(_head_of(checkpoint_folder, log))]]
     to.mkdir(parents=True, exist_ok=True)
     (to / LOG_NAME).write_bytes(data)
     if (run / INITIAL).is_file():

@@ -57,7 +57,7 @@ def torchrun(folder: Path, output: str, marker: Path, nproc: int = 2) -> str:
     ]
     # torch 2.13 otherwise gives a second start the store of the first, with the addresses of its ranks in it
     fresh = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    environment = {**os.environ, **ENVIRONMENT, **fresh, "PYTHONPATH": str(REPOSITORY)}
+    environment = {**os.environ, **ENVIRONMENT, **fresh, "PYTHONPATH": str(REPOSITORY), "TMPDIR": str(folder)}
     process = subprocess.Popen(
         list(map(str, command)),
         env=environment,

@@ -25,7 +25,7 @@ from zods.kernels import direction
 Parameters = dict[str, Tensor]
 
 
-def _half_seed(seed: int, side: int) -> int:
+def half_seed(seed: int, side: int) -> int:
     """Of U (0) and V (1) of a low-rank direction."""
     message = struct.pack("<QI", seed, side)
     return int.from_bytes(hashlib.blake2b(message, digest_size=8, person=b"zods-seed").digest(), "little")
@@ -76,7 +76,7 @@ class DenseReference:
                 continue
             if self.direction == "low_rank" and value.ndim == 2:
                 rank = min(self.rank, *value.shape)
-                sides = [_half_seed(seed, side) for side in (0, 1)]
+                sides = [half_seed(seed, side) for side in (0, 1)]
                 left = self._gaussian(value.shape[0] * rank, sides[0], ordinal).view(-1, rank).double()
                 right = self._gaussian(rank * value.shape[1], sides[1], ordinal).view(rank, -1).double()
                 z = left @ right / math.sqrt(rank)

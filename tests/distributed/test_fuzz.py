@@ -1,0 +1,191 @@
+"""10,000 mutated configurations, logs and folders of checkpoints: each is taken, or refused with one clear error."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import zods
+from tests.distributed.models import Tiny, configuration, tiny_data
+from tests.distributed.ranks import run_ranks
+from zods.config import read_config, read_first_order_config
+from zods.trajectory.log import chained, parse_log
+
+KINDS = [None, True, -1, 0, 10**30, 1.5, -0.0, "", "x", "auto", "nvme", [], {}, [[]], {"a": 1}, "AAAA", 2**53, 1e308]
+CONFIG = {
+    **configuration(
+        8, offload="cpu", method="mezo_svrg", anchor={"point": "terms", "gradient": "cpu"}, anneal={"alpha": 2}
+    ),
+    "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 10, "warmup_max_lr": "auto"}},
+    "aio": {"block_size": 4096},
+}
+CONFIG["zeroth_order"] |= {
+    "selector": {"candidates": 16, "quotas": {"a": 8}, "source_column": "s"},
+    "direction": "low_rank",
+}
+
+
+def mutated(rng: random.Random, value: Any) -> Any:
+    """`value` with something in it replaced, left out, doubled or renamed."""
+    if isinstance(value, dict) and value and rng.random() < 0.85:
+        key = rng.choice(list(value))
+        others = {k: v for k, v in value.items() if k != key}
+        chance = rng.random()
+        if chance < 0.1:
+            return others
+        name = key if chance < 0.9 else rng.choice(["other", key + "s", key[:-1], ""])
+        return {**others, name: mutated(rng, value[key])}
+    if isinstance(value, list) and value and rng.random() < 0.8:
+        k = rng.randrange(len(value))
+        return rng.choice(
+            [value[:k] + value[k + 1 :], [*value, value[k]], [*value[:k], mutated(rng, value[k]), *value[k + 1 :]]]
+        )
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and rng.random() < 0.3:
+        return rng.choice([-value, value * 1e18, value + 1, value / 3])
+    return rng.choice(KINDS)
+
+
+def test_4000_configurations_are_taken_or_refused_with_one_clear_error(tmp_path):
+    rng = random.Random(1)
+    text = json.dumps(CONFIG)
+    refused = 0
+    for k in range(4000):
+        config: Any = copy.deepcopy(CONFIG)
+        for _ in range(rng.randint(1, 3)):
+            config = mutated(rng, config)
+        source: Any = config if isinstance(config, dict) else {"zeroth_order": config}
+        if k % 4 == 0:  # the text of a file
+            at = rng.randrange(len(text))
+            changed = (
+                text[:at]
+                + rng.choice(["", '"', "{", "]", ",", "\x00", "é", "1", text[at:][:30] * 2])
+                + text[at + rng.randint(0, 3) :]
+            )
+            source = tmp_path / "config.json"
+            source.write_text(changed)
+        try:
+            (read_config if k % 3 else read_first_order_config)(source, rng.randint(1, 4))
+        except (ValueError, OSError) as error:
+            refused += 1
+            assert str(error)
+            assert "Traceback" not in str(error)
+    assert 1000 < refused < 4000
+
+
+def run_of_three_steps(folder: Path) -> None:
+    config = configuration(12, method="mezo_svrg", lr=1e-2, anchor_interval=2, top={"scheduler": CONFIG["scheduler"]})
+    engine = zods.initialize(model=Tiny(), config=config, training_data=tiny_data(40))[0]
+    engine.resume(folder)
+    for _ in range(3):
+        engine.train_batch()
+    engine.save_checkpoint(folder / "checkpoints")
+    engine.train_batch()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    run_ranks(1, run_of_three_steps, folder)
+    return folder
+
+
+def test_3000_logs_are_read_as_far_as_they_are_whole_or_refused_with_their_place(run):
+    rng = random.Random(2)
+    data = (run / "trajectory.log").read_bytes()
+    whole = parse_log(data, "log")
+    refused = 0
+    for _ in range(3000):
+        changed = bytearray(data)
+        for _ in range(rng.randint(1, 3)):
+            at, length = rng.randrange(len(changed) + 1), rng.choice([0, 1, 1, 2, 40, 400])
+            other = rng.randrange(len(data))
+            changed[at : at + length] = rng.choice(
+                [b"", bytes([rng.randrange(256)]), b"\n", data[other : other + length]]
+            )
+        try:
+            found = parse_log(bytes(changed), "log")
+        except ValueError as error:
+            refused += 1
+            assert str(error).startswith("log")
+            continue
+        assert found.heads == whole.heads[: len(found.heads)], "another log was taken for this one"
+    assert refused > 1000
+
+
+def rechecked(state: Any) -> str:
+    """A state.json with the checksum of what it holds."""
+    if not isinstance(state, dict):
+        return json.dumps(state)
+    state = {key: value for key, value in state.items() if key != "checksum"}
+    checksum = hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**state, "checksum": checksum})
+
+
+def rechained(rng: random.Random, data: bytes) -> bytes:
+    texts = [line.split(b" ", 1)[1].decode() for line in data.splitlines()]
+    k = rng.randrange(len(texts))
+    texts[k] = json.dumps(mutated(rng, json.loads(texts[k])))
+    head, lines = "0" * 16, []
+    for text in texts:
+        head = chained(head, text)
+        lines.append(f"{head} {text}\n")
+    return "".join(lines).encode()
+
+
+def rank_of_folders(run: Path, work: Path, number: int) -> tuple[int, int, int]:
+    """(resumed, refused, of these because of the checkpoint alone): each folder is changed, and then resumed."""
+    rng = random.Random(3)
+    config = configuration(12, method="mezo_svrg", lr=1e-2, anchor_interval=2, top={"scheduler": CONFIG["scheduler"]})
+    checkpoint = Path("checkpoints") / "global_step3"
+    files = sorted((run / checkpoint).iterdir())
+    state = json.loads((run / checkpoint / "state.json").read_text())
+    engine = zods.initialize(model=Tiny(), config=config, training_data=tiny_data(40))[0]
+    fresh = engine.recorder.state_dict(), engine.training_dataloader.state_dict(), engine.lr_scheduler.state_dict()
+    resumed = refused = 0
+    for k in range(number):
+        folder = work / str(k)
+        shutil.copytree(run, folder)
+        kind = rng.randrange(3)
+        if kind == 0:  # bytes of a file
+            path = folder / checkpoint / rng.choice(files).name
+            changed = bytearray(path.read_bytes())
+            at = rng.randrange(len(changed))
+            changed[at : at + rng.choice([1, 1, 8, 10**6])] = bytes([rng.randrange(256)]) * rng.choice([0, 1, 8])
+            path.write_bytes(changed)
+        elif kind == 1:  # what state.json holds
+            (folder / checkpoint / "state.json").write_text(rechecked(mutated(rng, state)))
+        else:  # what the log holds
+            log = folder / "trajectory.log"
+            log.write_bytes(rechained(rng, log.read_bytes()))
+        engine.global_steps = 0
+        engine.recorder.load_state_dict(fresh[0], ())
+        engine.training_dataloader.load_state_dict(fresh[1])
+        engine.lr_scheduler.load_state_dict(fresh[2])
+        try:
+            if kind == 2:
+                engine.resume(folder)
+            else:
+                engine.load_checkpoint(folder / "checkpoints")
+            resumed += 1
+        except (ValueError, OSError) as error:
+            refused += 1
+            assert str(error), kind
+            assert "Traceback" not in str(error)
+        if engine.trajectory.file is not None:
+            engine.trajectory.file.close()
+            engine.trajectory.file = None
+        shutil.rmtree(folder)
+    return resumed, refused, number
+
+
+def test_3000_folders_of_a_run_are_resumed_or_refused_with_one_clear_error(run, tmp_path):
+    ((resumed, refused, number),) = run_ranks(1, rank_of_folders, run, tmp_path, 3000, timeout=300)
+    assert resumed + refused == number
+    assert refused > 1000
