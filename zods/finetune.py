@@ -36,6 +36,7 @@ from zods.runs import RunFolder
 from zods.selection.batches import sources_of
 from zods.stopping import StopRequest
 from zods.tasks import Task, build_task, load_examples, split_held_out
+from zods.trajectory.replay import name_in_files
 
 logger = logging.getLogger(__name__)
 
@@ -197,7 +198,7 @@ def load_model(
 ) -> tuple[torch.nn.Module, list[str]]:
     """The pretrained model, sharded while it is loaded where the run is stage 3; a new head follows from the seed.
 
-    Also the names of the parameters to train that are not in its files.
+    Also the names of the parameters that are not in its files: a new head, adapters.
     """
     transformers.set_seed(run.seed)
     # transformers looks for a living HfDeepSpeedConfig while from_pretrained runs
@@ -217,7 +218,7 @@ def load_model(
         head = ["classifier", "score"] if task.name == "classification" else None
         lora = peft.LoraConfig(r=arguments.lora_rank, lora_alpha=2 * arguments.lora_rank, modules_to_save=head)
         model = peft.get_peft_model(model, lora)
-        new = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        new = {name for name, p in model.named_parameters() if p.requires_grad or name_in_files(name) in new}
     return model, [name for name, _ in model.named_parameters() if name in new]
 
 

@@ -22,7 +22,7 @@ from zods.selection.loaders import SelectingLoader
 from zods.sharding import Slice, gathered, is_sharded, release_gathered
 from zods.trajectory.history import Change, direction_of, num_terms, replay_, stores_gradient
 from zods.trajectory.log import Log, LogFile, parse_log
-from zods.trajectory.records import Header, ParameterRecord, Record, Refresh, Run, Step
+from zods.trajectory.records import Header, ParameterRecord, Record, Refresh, Step
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def resume(
     """Log `engine`'s steps in `folder`/trajectory.log; where that holds steps already, bring the engine to their end first.
 
     engine: a ZerothOrderEngine that has made no step. checkpoints: where full ones may be; default `folder`/checkpoints.
-    new: names of trained parameters that the base weights lack (a new head, LoRA); their first values are kept beside the
+    new: names of parameters that the base weights lack (a new head, LoRA); their first values are kept beside the
     log. Only rank 0 needs to see the log; checkpoints must be seen by all.
 
     Raises ValueError or OSError, the same on all ranks, where the log is damaged, another run writes to it, or it is of
@@ -148,7 +148,7 @@ def check_same_model(logged: Header, here: Header, path: str) -> None:
 
 def _check_run(engine: Any, log: Log) -> None:
     """Raise ValueError where the log cannot be gone on with under this configuration."""
-    run = next((record for record in reversed(log.records) if isinstance(record, Run)), None)
+    run = log.run_at_end()
     if run is None:
         return
     here = engine.recorder.run_record(0)
@@ -187,7 +187,11 @@ def _publish(engine: Any, data: bytes) -> None:
 
 def _check_replica(engine: Any, log: Log) -> None:
     """Raise ValueError where this replica would evaluate other points than the leader does, or keep g in another form."""
-    run = next(record for record in reversed(log.records) if isinstance(record, Run))
+    run = log.run_at_end()
+    if run is None:
+        raise ValueError(
+            f"zeroth_order.replicas: the leading replica has not begun yet ({log.path}). Start this one again."
+        )
     there, here = run.section, engine.config.zeroth_order
     for key in ("eps", "num_directions", "anchor_interval", "anchor_directions", "share_direction", "seed"):
         if getattr(there, key) != getattr(here, key):

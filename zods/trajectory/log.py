@@ -61,8 +61,6 @@ class Log:
         """The records that lead to the parameters after `num_steps` steps. Raises ValueError where there are fewer."""
         if not 0 <= num_steps <= self.num_steps:
             raise ValueError(f"{self.path}: holds {self.num_steps} steps, asked for {num_steps}.")
-        if num_steps == self.num_steps:
-            return self.records
         return tuple(record for record in self.records if record.step < num_steps)
 
     def say_torn(self) -> None:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import logging
+import pickle
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,7 +83,7 @@ def replay(
     """
     log = read_log(log_path)
     log.say_torn()
-    records = log.until(log.num_steps if until is None else until)
+    records = log.records if until is None else log.until(until)
     history = History()
     changes = [change for record in records if (change := history.change(record)) is not None]
     run = next((record for record in log.records if isinstance(record, Run)), None)
@@ -95,7 +96,7 @@ def replay(
         if world_size > 1:
             raise ValueError(f"{error} One process has to load the model whole.") from None
         logger.warning("%s The model is loaded whole instead.", error)
-        return _replay_in_memory(log, folder, initial, Path(out), changes, direction, steps)
+        return _replay_in_memory(log, folder, initial, Path(out), changes, direction, steps, str(error))
     adapters = (initial / ADAPTER_CONFIG).is_file()
     written = [s for s in sources if not adapters or (s.parameter is not None and s.parameter.trained)]
     checked = [s for s in sources if s not in written]
@@ -105,7 +106,8 @@ def replay(
         f"{stem}-{k + 1:05d}-of-{len(shards):05d}.safetensors" for k in range(len(shards))
     ]  # fmt: skip
     mine = [(names[k], shard) for k, shard in enumerate(shards) if k % world_size == rank]
-    _refuse_existing(Path(out), [name for name, _ in mine])
+    own = {name for name, _ in mine} | ({INDEX} if rank == 0 else set())
+    _refuse_existing(Path(out), {*names, INDEX} - own)
     began = time.perf_counter()
     trained = sum(s.parameter.numel for _, shard in mine for s in shard if s.parameter and s.parameter.trained)
     total = trained * num_terms(changes)
@@ -155,7 +157,7 @@ def _sources(header: Header, folder: Path, initial: Path) -> list[Source]:
     """Where each tensor comes from; a parameter that is tied to another is there once."""
     ordinals = {parameter.name: ordinal for ordinal, parameter in enumerate(header.parameters)}
     names = {name: name for name in ordinals} | {alias: name for alias, name in header.tied.items() if name in ordinals}
-    by_file_name = {_name_in_files(name): of for name, of in names.items()}
+    by_file_name = {name_in_files(name): of for name, of in names.items()}
     found: dict[str, Source] = {}
     others = []
     own = _keys(initial) if initial.is_dir() else {}
@@ -177,8 +179,8 @@ def _sources(header: Header, folder: Path, initial: Path) -> list[Source]:
     return [found[name] for name in ordinals] + others
 
 
-def _name_in_files(name: str) -> str:
-    """A parameter's name without what peft puts around it."""
+def name_in_files(name: str) -> str:
+    """A parameter's name in the base's files: without what peft puts around it."""
     return name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".original_module.", ".")
 
 
@@ -251,9 +253,11 @@ def _written_key(source: Source, adapters: bool) -> str:
     return source.key.replace(".modules_to_save.default.", ".").replace(".default.", ".") if adapters else source.key
 
 
-def _refuse_existing(out: Path, names: Sequence[str]) -> None:
+def _refuse_existing(out: Path, of_others: Collection[str] = ()) -> None:
+    """Make the folder; raise ValueError where it holds weights other than those that other processes write."""
     out.mkdir(parents=True, exist_ok=True)
-    taken = [name for name in names if (out / name).exists()]
+    held = sorted(path.name for path in out.iterdir() if any(path.match(pattern) for pattern in WEIGHTS))
+    taken = [name for name in held if name not in of_others]
     if taken:
         raise ValueError(f"--out {out}: holds {taken[0]} already. Give another folder.")
 
@@ -283,21 +287,38 @@ def _write_rest(
 
 
 def _replay_in_memory(
-    log: Log, folder: Path, initial: Path, out: Path, changes: list[Change], direction: Direction, steps: int
+    log: Log,
+    folder: Path,
+    initial: Path,
+    out: Path,
+    changes: list[Change],
+    direction: Direction,
+    steps: int,
+    unfit: str,
 ) -> Done:
-    """Where the files name weights otherwise than the model: build it, and apply the log to its parameters."""
+    """Where the files name weights otherwise than the model: build it, and apply the log to its parameters.
+
+    unfit: how it was found that they do.
+    """
     import transformers
 
     kind = getattr(transformers, log.header.model, None)
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise ValueError(
-            f"{log.path}: {log.header.model} is no model of transformers, and the base names other weights."
+            f"{unfit} Nor can it be loaded whole: {log.header.model} is no model of transformers."
         )
-    _refuse_existing(out, ["config.json"])
+    _refuse_existing(out)
     trained = [p for p in log.header.parameters if p.trained]
     dtype = _dtype(trained[0]) if trained else torch.float32
     config = initial if (initial / "config.json").is_file() else folder
-    model = kind.from_pretrained(folder, config=transformers.AutoConfig.from_pretrained(config), dtype=dtype)
+    try:
+        model = kind.from_pretrained(
+            folder, config=transformers.AutoConfig.from_pretrained(config), dtype=dtype, weights_only=True
+        )
+    except Exception as error:  # of what is no model's file nearly every kind is raised
+        harm = isinstance(error, pickle.UnpicklingError)
+        wrong = "a file of it is damaged or holds more than data; no code of it was run" if harm else str(error)
+        raise ValueError(f"{unfit} Nor can it be loaded whole: {wrong.splitlines()[0]}") from error
     live = dict(model.named_parameters())
     if list(live) != [p.name for p in log.header.parameters]:
         raise ValueError(f"--base {folder}: its {log.header.model} has other parameters than the log names.")
