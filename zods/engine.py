@@ -386,8 +386,7 @@ class ZerothOrderEngine:
         self.comm.check_agreement(self.trajectory.head.encode(), f"what was applied up to step {self.global_steps}")
         loader = self.training_dataloader
         if loader is not None and loader.data_digest is not None:
-            with self.comm.same_on_all_ranks():
-                digest = digest_of(loader.dataset[i] for i in loader.last_examples())
+            digest = digest_of(loader.dataset[i] for i in loader.last_examples())
             self.comm.check_agreement(digest.encode(), f"the training data of step {self.global_steps}")
 
     def _report(self, record: Step, loss: float, projected_grad: float) -> None:

@@ -217,9 +217,12 @@ def _code_digest() -> bytes:
 
 
 def _check_weights(model: torch.nn.Module, comm: Communicator) -> None:
-    """Raise RuntimeError where a rank was given other weights, which the shards would be cut from."""
+    """Raise RuntimeError where a rank was given other weights. DeepSpeed would take rank 0's without a word; but a run whose
+    base weights are not the same for all cannot be taken up or replayed either."""
     own = [fingerprint(p.detach().contiguous().view(-1)) for p in model.parameters()]
-    comm.check_agreement(repr(own).encode(), "the model's weights")
+    comm.check_agreement(
+        repr(own).encode(), "the model (its weights: load the same files, and seed torch before a new layer is made)"
+    )
 
 
 def _prepared(run: RunConfig, model: torch.nn.Module) -> dict[str, Any]:

@@ -112,6 +112,7 @@ class Recorder:
         for record in records:
             self._note(record)
         self.trajectory.head = head
+        self._note_selections()
 
     def state_dict(self) -> dict[str, Any]:
         """JSON: the head of the chain and the last records of their kind."""
@@ -127,6 +128,10 @@ class Recorder:
                 self._note(record_of(state[key]))
         self._history = History(self._config.zeroth_order, gradient)
         self._run_is_recorded = self._evaluation_is_recorded = False
+        self._note_selections()
+
+    def _note_selections(self) -> None:
+        """Those that the loader knows of are recorded."""
         if isinstance(self._loader, SelectingLoader):
             self._selections = self._loader.selection.selector.step
 

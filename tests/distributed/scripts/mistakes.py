@@ -24,6 +24,7 @@ class Silent(nn.Module):
 
     def __init__(self):
         super().__init__()
+        torch.manual_seed(0)
         self.layer = nn.Linear(5, 5)
 
     def forward(self, ids, labels):
