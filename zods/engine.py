@@ -174,10 +174,13 @@ class ZerothOrderEngine:
         return self._evaluator.evaluation
 
     def close(self) -> None:
-        """The watch over the ranks ends, and replicas part; to be called before any rank ends."""
+        """The watch over the ranks ends, replicas part, and the log is free for another engine; to be called before any rank
+        ends."""
         self._watchdog.close()
         if self.replicas is not None:
             self.replicas.close()
+        if self.trajectory.file is not None:
+            self.trajectory.file.close()
 
     def zero_grad(self) -> None:
         """Nothing: there are no gradients. Here so that a DeepSpeed loop runs unchanged."""

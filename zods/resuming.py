@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,19 +44,35 @@ def resume(
     Raises ValueError or OSError, the same on all ranks, where the log is damaged, another run writes to it, or it is of
     another model, data, or batch size.
     """
-    comm, folder = engine.comm, Path(folder)
+    folder = Path(folder)
     if engine.global_steps or not engine.recorder.is_new:
         raise ValueError(
             f"engine.resume({str(folder)!r}): the engine has made steps already. Call it before the first."
         )
     replicas = engine.replicas
     follows = replicas is not None and not replicas.leads
-    file, data = (None, replicas.read_log()) if follows else open_log(comm, folder)
+    file, data = (None, replicas.read_log()) if follows else open_log(engine.comm, folder)
+    try:
+        _take_up(engine, folder, file, data, folder / CHECKPOINTS if checkpoints is None else Path(checkpoints), new)
+    except Exception:
+        if file is not None:
+            file.close()  # for who mends what was wrong, and tries again
+        raise
+    if follows:
+        _join(engine)
+
+
+def _take_up(
+    engine: Any, folder: Path, file: LogFile | None, data: bytes, checkpoints: Path, new: Collection[str]
+) -> None:
+    """Begin a log in `file`, or do what `data`, its content, says, and go on there. file: None on other ranks than 0."""
+    comm = engine.comm
+    follows = engine.replicas is not None and not engine.replicas.leads
     header = describe(engine)
     log = None
     with comm.same_on_all_ranks():
         if b"\n" in data:
-            log = parse_log(data, folder / LOG_NAME)
+            log = _less_refresh(engine, parse_log(data, folder / LOG_NAME))
             _check_run(engine, log)
             if follows:
                 _check_replica(engine, log)
@@ -77,13 +94,19 @@ def resume(
     else:
         if comm.rank == 0:
             log.say_torn()
-        _catch_up(engine, log, folder / CHECKPOINTS if checkpoints is None else Path(checkpoints))
+        _catch_up(engine, log, checkpoints)
         engine.trajectory.file = file
         _publish(engine, data[: log.ends[-1]])
     with comm.same_on_all_ranks():
         engine.trajectory.wait()
-    if follows:
-        _join(engine)
+
+
+def _less_refresh(engine: Any, log: Log) -> Log:
+    """The log without a refresh at its end, which is then made again, where a selector chooses the batch of the step that
+    follows: it does so by the parameters as they were before the refresh."""
+    if engine.selection is None or not log.records or not isinstance(log.records[-1], Refresh):
+        return log
+    return replace(log, records=log.records[:-1], heads=log.heads[:-1], ends=log.ends[:-1])
 
 
 def open_log(comm: Communicator, folder: Path) -> tuple[LogFile | None, bytes]:

@@ -1,0 +1,164 @@
+"""For the fault matrix: a run of zods.finetune that real faults strike, each once.
+
+Usage: faulty.py FOLDER FAULT... -- options of zods.finetune. A fault is WHAT:WHERE:RANK:STEP, e.g. kill:scalars:1:4. FOLDER keeps
+marks of those that have struck: the run started again is spared them.
+
+WHAT: kill, stop, term (signals to the rank's own process), kill_all, sleep, corrupt_point, corrupt_gradient, fill, free (the
+disk), other_record; slow is no fault. WHERE: see `PLACES`.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+own, options = sys.argv[1 : sys.argv.index("--")], sys.argv[sys.argv.index("--") + 1 :]
+local_rank = [option for option in own if option.startswith("--local_rank")]
+folder, *given = [option for option in own if option not in local_rank]
+FOLDER, FAULTS = Path(folder), [fault.split(":") for fault in given]
+RANK, WORLD_SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+for what, where, rank, _ in FAULTS:  # another copy of the package, before the first import of it
+    if (what, where) == ("other", "code") and int(rank) == RANK:
+        sys.path.insert(0, str(FOLDER / "changed"))
+
+import zods.finetune  # noqa: E402
+from zods import checkpoint, resuming  # noqa: E402
+from zods.data import TrainingLoader  # noqa: E402
+from zods.engine import ZerothOrderEngine  # noqa: E402
+from zods.evaluation import Evaluator  # noqa: E402
+from zods.recording import Recorder  # noqa: E402
+from zods.sharding import SliceUpdate  # noqa: E402
+from zods.trajectory.log import LogFile  # noqa: E402
+
+STEP = [0]  # that is under way
+CALLS = [0]
+
+
+def do(what):
+    """What strikes this process, or what it uses, for real."""
+    if what in ("kill", "stop", "term"):
+        os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM}[what])
+    elif what == "kill_all":
+        for rank in [*(r for r in range(WORLD_SIZE) if r != RANK), RANK]:
+            os.kill(int((FOLDER / f"pid{rank}").read_text()), signal.SIGKILL)
+    elif what == "sleep":
+        time.sleep(10**6)
+    elif what.startswith("corrupt_"):
+        config = json.loads(Path(options[options.index("--deepspeed_config") + 1]).read_text())
+        drive = Path(config["zeroth_order"]["anchor"]["nvme_path"])
+        with open(drive / "zods_anchor" / f"rank{RANK}" / f"{what.removeprefix('corrupt_')}.bin", "r+b") as file:
+            file.seek(5000)
+            file.write(b"nothing that was written here")
+    elif what in ("fill", "free"):
+        filler = Path(options[options.index("--output_dir") + 1]).parent / "filler"
+        if what == "free":
+            filler.unlink()
+            return
+        with open(filler, "wb", buffering=0) as file:
+            try:
+                while True:
+                    file.write(bytes(4096))
+            except OSError:
+                return
+
+
+def strike(where):
+    for fault in FAULTS:
+        what, place, rank, step = fault
+        mark = FOLDER / "-".join(fault)
+        if place == where and int(rank) == RANK and int(step) in (STEP[0], -1) and not mark.exists():
+            mark.touch()
+            do(what)
+            return what
+    return None
+
+
+def around(holder, name, before=None, after=None):
+    original = getattr(holder, name)
+
+    def replaced(*args, **kwargs):
+        if before is not None:
+            before(*args)
+        result = original(*args, **kwargs)
+        if after is not None:
+            strike(after)
+        return result
+
+    setattr(holder, name, replaced)
+
+
+def forward(engine, *_):
+    if engine.training:
+        STEP[0], CALLS[0] = engine.global_steps, 0
+        for what, *_rest in FAULTS:
+            time.sleep(0.4 if what == "slow" else 0.0)
+        strike("forward")
+
+
+def in_application(*_):
+    CALLS[0] += 1
+    if CALLS[0] == 4:
+        strike("application")
+
+
+def half_a_line(file, line):
+    for fault in FAULTS:
+        due = fault[1] == "log" and int(fault[2]) == RANK and int(fault[3]) == STEP[0] and b'"step":' in line
+        if due and not (FOLDER / "-".join(fault)).exists():
+            os.write(file._descriptor, line[: len(line) // 2])
+    strike("log")
+
+
+def half_a_file(tensors, path, *_):
+    if any(fault[1] == "checkpoint" and int(fault[2]) == RANK for fault in FAULTS):
+        Path(path).write_bytes(b"half of a file")
+    strike("checkpoint")
+
+
+# WHERE: what is wrapped for it
+PLACES = {
+    "forward": lambda: around(ZerothOrderEngine, "forward", before=forward),
+    "scalars": lambda: around(ZerothOrderEngine, "_reduce", before=lambda *_: strike("scalars"), after="after_scalars"),
+    "application": lambda: around(SliceUpdate, "apply_", before=in_application),
+    "log": lambda: around(LogFile, "_append", before=half_a_line),
+    "checkpoint": lambda: around(checkpoint, "save_file", before=half_a_file),
+    "rename": lambda: around(checkpoint, "_put_in_place", before=lambda *_: strike("rename"), after="after_rename"),
+    "refresh": lambda: around(
+        Evaluator, "whole_set_losses", before=lambda *_: strike("refresh"), after="after_refresh"
+    ),
+    "resume": lambda: around(resuming, "replay_", before=lambda *_: strike("resume")),
+}
+
+
+def main():
+    (FOLDER / f"pid{RANK}").write_text(str(os.getpid()))
+    for wrap in PLACES.values():
+        wrap()
+    batches, add = TrainingLoader._epoch_batches, Recorder.add
+
+    def loading(loader):
+        for batch in batches(loader):
+            strike("data")
+            yield batch
+
+    def recording(recorder, record):
+        what = strike("record")
+        return add(recorder, record) if what is None else add(recorder, type(record)(**{**vars(record), "lr": 1.0}))
+
+    TrainingLoader._epoch_batches, Recorder.add = loading, recording
+    changed = list(options)
+    for what, where, rank, _ in FAULTS:
+        if what == "other" and int(rank) == RANK and where != "code":
+            changed += {
+                "seed": ["--seed", "43"],
+                "data": ["--train_file", str(FOLDER / "other.jsonl")],
+                "weights": ["--model", str(FOLDER / "other")],
+            }[where]
+    sys.argv = [zods.finetune.__file__, *local_rank, *changed]
+    zods.finetune.main()
+
+
+if __name__ == "__main__":
+    main()
