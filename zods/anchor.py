@@ -152,7 +152,7 @@ class NvmeStore:
             expected, values = self._fingerprints[place], self._remake(piece, start, stop)
             self.write(piece, values, start)
             if self._fingerprints[place] == expected:
-                logger.warning("%s. They were rebuilt exactly from the gradient's terms. Look at the drive.", damage)
+                logger.error("%s. They were rebuilt exactly from the gradient's terms. Look at the drive.", damage)
                 return values
         raise RuntimeError(
             f"{damage}: the drive is failing, or something else writes to the file. Start again with the same command: "

@@ -383,14 +383,23 @@ class ZerothOrderEngine:
             self.annealing = estimators.end_epoch(self.annealing, alpha=anneal.alpha, threshold=anneal.threshold)
 
     def _check_agreement(self) -> None:
-        """Where it is due: have all ranks applied the same, and been given the same examples?"""
+        """Where it is due: have all ranks applied the same, and been given the same examples?
+
+        Raises RuntimeError where they have not; the log then ends where they last had, for steps since were made on weights
+        that differ.
+        """
         if self.global_steps % self._zo.agreement_interval:
             return
-        self.comm.check_agreement(self.trajectory.head.encode(), f"what was applied up to step {self.global_steps}")
-        loader = self.training_dataloader
+        loader, digest = self.training_dataloader, ""
         if loader is not None and loader.data_digest is not None:
             digest = digest_of(loader.dataset[i] for i in loader.last_examples())
+        try:
+            self.comm.check_agreement(self.trajectory.head.encode(), f"what was applied up to step {self.global_steps}")
             self.comm.check_agreement(digest.encode(), f"the training data of step {self.global_steps}")
+        except RuntimeError:
+            self.trajectory.cut_to_agreement()
+            raise
+        self.trajectory.agree(self.global_steps)
 
     def _report(self, record: Step, loss: float, projected_grad: float) -> None:
         selecting = 0.0 if self.selection is None else self.selection.take_seconds()

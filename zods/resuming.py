@@ -99,6 +99,7 @@ def _take_up(
         _publish(engine, data[: log.ends[-1]])
     with comm.same_on_all_ranks():
         engine.trajectory.wait()
+    engine.trajectory.agree(engine.global_steps)
 
 
 def _less_refresh(engine: Any, log: Log) -> Log:

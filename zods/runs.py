@@ -86,9 +86,17 @@ class RunFolder:
 
     def record(self, kind: str, step: int, **values: Any) -> None:
         """Append one line to metrics.jsonl; kind: "train" or "eval"."""
-        if self._metrics is not None:
+        if self._metrics is None:
+            return
+        try:
             self._metrics.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
             self._metrics.flush()
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"{self.path / 'metrics.jsonl'}: cannot be written ({error.strerror}). What the trajectory log holds is safe. "
+                "Make room, and start again with the same command",
+            ) from None
 
 
 def read_metrics(path: str | Path) -> Iterator[dict[str, Any]]:

@@ -230,7 +230,7 @@ def _waits(modules: list[str]) -> bool:
     sends = any(
         (module + ".").startswith(("torch.distributed.", "deepspeed.comm.", "zods.comm.")) for module in modules
     )
-    return sends or modules[-1:] == ["deepspeed.runtime.zero.partition_parameters"]
+    return sends or "deepspeed.runtime.zero.partition_parameters" in modules[-3:]  # its wrappers may be innermost
 
 
 def _of_a_library(module: str) -> bool:

@@ -47,6 +47,7 @@ class Cell:
     restarts: int = 1
     variant: str = "svrg"
     disk_kib: int | None = None  # of a small file system that holds the run's folder
+    small_kib: int | None = None  # of one that holds its log alone
     refused_again: str = ""  # what the second start says, where the cause has to be removed by hand
     mend: Callable[[Path], None] | None = None
 
@@ -253,8 +254,8 @@ CELLS: list[Cell] = [
     Cell("hang", "stopped in a forward", "rank 1", ("stop:forward:1:4",), stops="rank 1 does not answer"),
     Cell("hang", "stopped in a forward", "rank 0", ("stop:forward:0:4",), stops="rank 0, which keeps"),
     Cell("hang", "asleep, loading data", "rank 1", ("sleep:data:1:4",), stops="rank 1 hangs"),
-    Cell("full disk", "log", "rank 0", ("fill:scalars:0:3",), stops="the trajectory log cannot be written", variant="long",
-         disk_kib=40_000, between=lambda run: (run.parent / "filler").unlink()),
+    Cell("full disk", "log", "rank 0", ("fill_small:scalars:0:3",), stops="the trajectory log cannot be written", variant="long",
+         small_kib=64, between=lambda run: (run.parent.parent / "small" / "filler").unlink()),
     Cell("full disk", "checkpoint", "rank 0", ("fill:scalars:0:1", "free:scalars:0:6"), says="no checkpoint at step 3",
          disk_kib=60_000, restarts=0),
     Cell("corrupted NVMe anchor", "gradient", "rank 1", ("corrupt_gradient:forward:1:4",), says="rebuilt exactly",
@@ -306,7 +307,10 @@ def run_cell(cell: Cell, folder: Path) -> Outcome:
         change_the_code(here)
     if "other:weights" in cell.strikes[0]:
         change_the_weights(here)
-    with _disk(here / "disk", cell.disk_kib):
+    with _disk(here / "disk", cell.disk_kib), _disk(here / "small", cell.small_kib):
+        if cell.small_kib is not None:
+            (here / "disk" / "run").mkdir()
+            (here / "disk" / "run" / "trajectory.log").symlink_to(here / "small" / "trajectory.log")
         return _run_cell(cell, here, expected)
 
 

@@ -12,11 +12,8 @@ from tests.distributed.matrix import CELLS, Cell, run_cell
 CHOSEN = {
     "kill -9, in the middle of application, rank 1",
     "kill -9, in the middle of a record, rank 0",
-    "kill -9, in the middle of a checkpoint, rank 1",
-    "kill -9, between scalars and application, all ranks",
     "kill -9, in a step, the runner",
     "SIGTERM, in a step, launch.py",
-    "hang, asleep, loading data, rank 1",
     "full disk, checkpoint, rank 0",
     "corrupted NVMe anchor, gradient, rank 1",
     "other record, a step, rank 1",

@@ -162,6 +162,7 @@ class Trajectory:
         self.head = START
         self.file: LogFile | None = None
         self.publish: Callable[[str], None] = lambda _: None
+        self._agreed = (0, 0)  # where the file ended, and the steps in it, when all ranks last agreed
 
     def add(self, record: Header | Record) -> None:
         """Chain a record; where this rank keeps the file it is on its way to the disk until `wait`."""
@@ -176,6 +177,18 @@ class Trajectory:
         that is not."""
         if self.file is not None:
             self.file.wait()
+
+    def agree(self, num_steps: int) -> None:
+        """All ranks have applied the same so far. What they do from here on counts for good when they agree again."""
+        if self.file is not None:
+            self._agreed = (self.file.length(), num_steps)
+
+    def cut_to_agreement(self) -> None:
+        """Ranks have applied different things: leave in the file what they agreed on, from where a restart goes on."""
+        if self.file is not None:
+            length, num_steps = self._agreed
+            self.file.cut(length)
+            logger.error("%s: cut back to step %d, up to which all ranks agreed", self.file.path, num_steps)
 
 
 class LogFile:
@@ -212,6 +225,9 @@ class LogFile:
     def read(self) -> bytes:
         return self.path.read_bytes()
 
+    def length(self) -> int:
+        return os.fstat(self._descriptor).st_size
+
     def cut(self, length: int) -> None:
         """Leave the first `length` bytes."""
         os.ftruncate(self._descriptor, length)
@@ -221,7 +237,7 @@ class LogFile:
         self._pending.append(self._worker.submit(self._append, line))
 
     def _append(self, line: bytes) -> None:
-        length = os.fstat(self._descriptor).st_size
+        length = self.length()
         try:
             written = os.write(self._descriptor, line)
             while written < len(line):

@@ -304,9 +304,7 @@ def _replay_in_memory(
 
     kind = getattr(transformers, log.header.model, None)
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
-        raise ValueError(
-            f"{unfit} Nor can it be loaded whole: {log.header.model} is no model of transformers."
-        )
+        raise ValueError(f"{unfit} Nor can it be loaded whole: {log.header.model} is no model of transformers.")
     _refuse_existing(out)
     trained = [p for p in log.header.parameters if p.trained]
     dtype = _dtype(trained[0]) if trained else torch.float32

@@ -51,8 +51,9 @@ def do(what):
         with open(drive / "zods_anchor" / f"rank{RANK}" / f"{what.removeprefix('corrupt_')}.bin", "r+b") as file:
             file.seek(5000)
             file.write(b"nothing that was written here")
-    elif what in ("fill", "free"):
-        filler = Path(options[options.index("--output_dir") + 1]).parent / "filler"
+    elif what in ("fill", "fill_small", "free"):
+        disk = Path(options[options.index("--output_dir") + 1]).parent
+        filler = (FOLDER / "small" if what == "fill_small" else disk) / "filler"
         if what == "free":
             filler.unlink()
             return
