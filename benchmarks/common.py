@@ -31,17 +31,20 @@ def token_batch(batch_size: int, length: int, vocab_size: int = 50272) -> dict[s
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
 
 
-def single_rank_engine(model: torch.nn.Module, section: dict[str, Any], **ds: Any) -> ZerothOrderEngine:
-    """`model` under zods in this process alone; training data, where the method needs it, is two batches of tokens."""
+def single_rank_engine(
+    model: torch.nn.Module, section: dict[str, Any], data: Any = None, **ds: Any
+) -> ZerothOrderEngine:
+    """`model` under zods in this process alone; data: default two batches of tokens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
     os.environ.setdefault("MASTER_PORT", str(port))
     config = {"train_batch_size": 8, "zero_optimization": {"stage": 0}, "steps_per_print": 10**9, **ds}
-    num_rows = 2 * config["train_batch_size"]
-    rows = token_batch(num_rows, 64)
-    data = [{key: value[i] for key, value in rows.items()} for i in range(num_rows)]
+    if data is None:
+        num_rows = 2 * config["train_batch_size"]
+        rows = token_batch(num_rows, 64)
+        data = [{key: value[i] for key, value in rows.items()} for i in range(num_rows)]
     return zods.initialize(model=model, training_data=data, config={**config, "zeroth_order": section})[0]  # type: ignore[arg-type]
 
 

@@ -8,7 +8,9 @@ import os
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -24,6 +26,7 @@ from tests.distributed.models import Tiny, configuration, opt_data, tiny_data, t
 from tests.distributed.ranks import ENVIRONMENT, REPOSITORY, run_ranks
 from tests.distributed.zoo import ZOO, zoo_batch
 from tests.reference.replay import replayed
+from zods.config import read_config
 from zods.kernels import fingerprint
 from zods.resuming import INITIAL, LOG_NAME
 from zods.section import parse_section
@@ -46,7 +49,11 @@ LOW_RANK = {"distribution": "low_rank", "rank": 2}
 # name: (ranks, model, arguments of `configuration`)
 RUNS: dict[str, tuple[int, str, dict[str, Any]]] = {
     "mezo": (2, "tiny", SECTION),
-    "three directions, decay, micro-batches": (3, "tiny", {"num_directions": 3, "weight_decay": 0.3, "accumulation": 2}),
+    "three directions, decay, micro-batches": (
+        3,
+        "tiny",
+        {"num_directions": 3, "weight_decay": 0.3, "accumulation": 2},
+    ),
     "rademacher, bf16, to nearest": (
         2,
         "tiny",
@@ -123,24 +130,19 @@ def write_bases(folder: Path) -> None:
     ZOO["bert"]().bert.save_pretrained(folder / "bert")
 
 
-def model_of(kind: str, bases: Path, bf16: bool) -> tuple[nn.Module, list[str]]:
-    """As the command line loads it; and the names of what its base lacks."""
+def loaded(kind: str, bases: Path, config: dict[str, Any]) -> tuple[nn.Module, list[str]]:
+    """A model as the command line loads it; and the names of what its base lacks."""
     if kind in OWN:
         return OWN[kind](), []
-    torch.manual_seed(1)  # of a head, and of the adapters
     base, _, adapters = kind.partition(" with ")
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    if base == "bert":
-        model = transformers.BertForSequenceClassification.from_pretrained(bases / base, dtype=dtype, num_labels=3)
-    else:
-        model = transformers.OPTForCausalLM.from_pretrained(bases / base, dtype=dtype)
-    new = [name for name, _ in model.named_parameters() if name.startswith("classifier")]
-    if adapters:
-        head = ["classifier"] if base == "bert" else None
-        lora = peft.LoraConfig(r=2, lora_alpha=8, init_lora_weights=False, modules_to_save=head)
-        model = peft.get_peft_model(model, lora)
-        new = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    return model.eval(), new
+    cls = transformers.AutoModelForSequenceClassification if base == "bert" else transformers.AutoModelForCausalLM
+    task: Any = SimpleNamespace(
+        name="classification" if base == "bert" else "prompted",
+        auto_class=lambda: cls,
+        model_kwargs=lambda: {"num_labels": 3} if base == "bert" else {},
+    )
+    arguments = Namespace(model=bases / base, trust_remote_code=False, lora_rank=2 if adapters else None)
+    return zods.finetune.load_model(arguments, read_config(config, torch.distributed.get_world_size()), task)
 
 
 def data_of(kind: str) -> list[dict[str, Tensor]]:
@@ -176,11 +178,13 @@ def rank_of_runs(folder: Path, names: list[str]) -> None:
             if name in CONTINUES:
                 shutil.copy(folder / CONTINUES[name] / LOG_NAME, run)
         torch.distributed.barrier()
-        model, new = model_of(kind, folder / "bases", arguments.get("bf16", False))
         config = configuration(12, nvme_path=run, **arguments)
+        model, new = loaded(kind, folder / "bases", config)
         engine = zods.initialize(model=model, config=config, training_data=data_of(kind))[0]
         save(engine, run / "start.safetensors")
         engine.resume(run, new=new)
+        if new and engine.global_rank == 0:
+            zods.finetune.save_configuration(model, run / INITIAL.parent)
         for step in range(engine.global_steps, engine.global_steps + STEPS):
             if kind == "fragile":
                 break_some(engine)
@@ -206,10 +210,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for world_size in (1, 2, 3, 4):  # a run that goes on has more ranks than the one before
         names = [name for name, (ranks, *_) in RUNS.items() if ranks == world_size]
         run_ranks(world_size, rank_of_runs, folder, names, timeout=240)
-    for name, (_, kind, arguments) in RUNS.items():
-        if (folder / name / INITIAL).is_file():
-            model, _ = model_of(kind, folder / "bases", arguments.get("bf16", False))
-            zods.finetune.save_configuration(model, folder / name / INITIAL.parent)
     return folder
 
 
@@ -268,8 +268,13 @@ def test_the_command_line_writes_the_weights_of_a_run_at_any_step(folder, name, 
         if "adapters" in kind:
             written, exported = adapter_config(tmp_path / when), adapter_config(run / f"exported {when}")
             assert written == exported
-            base = transformers.AutoModel.from_pretrained(base_of(folder, name))
-            assert peft.PeftModel.from_pretrained(base, tmp_path / when).active_adapter == "default"
+            cls = getattr(transformers, written["auto_mapping"]["base_model_class"])
+            model = peft.PeftModel.from_pretrained(
+                cls.from_pretrained(base_of(folder, name), num_labels=3), tmp_path / when
+            )
+            found = peft.get_peft_model_state_dict(model)
+            assert same({key: found[key].to(value.dtype) for key, value in read(tmp_path / when, kind).items()},
+                        read(tmp_path / when, kind))  # fmt: skip
 
 
 def adapter_config(path: Path) -> dict[str, Any]:
@@ -319,10 +324,10 @@ def test_several_processes_write_what_one_does(folder, name, world_size, tmp_pat
 
 def test_processes_that_run_at_once_do_not_meet(folder, tmp_path):
     name = "opt, shards"
+    files = ("--base", base_of(folder, name), "--log", folder / name / LOG_NAME, "--out", tmp_path / "out")
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "zods.trajectory", "replay", "--base", base_of(folder, name)]
-            + ["--log", folder / name / LOG_NAME, "--out", tmp_path / "out"],
+            [sys.executable, "-m", "zods.trajectory", "replay", *files],
             cwd=REPOSITORY,
             env={**os.environ, **ENVIRONMENT, "RANK": str(rank), "WORLD_SIZE": "2"},
         )
@@ -350,15 +355,26 @@ def cut(base: Path, to: Path, keep: float) -> Path:
     return to
 
 
+def indexed(base: Path, to: Path, index: str) -> Path:
+    shutil.copytree(base, to)
+    (to / INDEX).write_text(index)
+    return to
+
+
 FC1 = "model.decoder.layers.1.fc1.weight"
 WRONG_BASES: dict[str, tuple[Any, str]] = {
-    "one element": (lambda b, t: edited(b, t, lambda x: x[FC1][3].mul_(1.01)), "other weights than the run started from"),
+    "one element": (
+        lambda b, t: edited(b, t, lambda x: x[FC1][3].mul_(1.01)),
+        "other weights than the run started from",
+    ),
     "a frozen place": (lambda b, t: edited(b, t, lambda x: x[FC1].view(-1)[5].neg_()), "fc1.weight"),
     "shape": (lambda b, t: edited(b, t, lambda x: x.update({FC1: x[FC1].T.contiguous()})), "is of shape (20, 36)"),
     "missing": (lambda b, t: edited(b, t, lambda x: x.pop(FC1)), "fc1.weight"),
     "truncated": (lambda b, t: cut(b, t, 0.6), "damaged"),
     "cut in its header": (lambda b, t: cut(b, t, 0.001), "damaged"),
     "emptied": (lambda b, t: cut(b, t, 0.0), "damaged"),
+    "an index of nothing": (lambda b, t: indexed(b, t, "[]"), "damaged"),
+    "an index of no file": (lambda b, t: indexed(b, t, '{"weight_map": {"x": "none.safetensors"}}'), "damaged"),
     "no folder": (lambda b, t: t / "nowhere", "neither a folder nor a model"),
     "an empty folder": (lambda b, t: t.mkdir() or t, "not in its safetensors files"),
 }
@@ -501,6 +517,15 @@ def test_a_log_cut_anywhere_gives_the_weights_after_its_whole_records(small, cap
         assert same(weights, states[whole_lines - 1]), length
 
 
+def test_the_weights_at_a_step_do_not_depend_on_what_the_log_holds_after_it(small, tmp_path, capsys):
+    base, lines, states = small
+    for count in (7, 8, 9):  # up to step 3, then a refresh of the anchor, then step 4
+        (tmp_path / "cut").write_bytes(b"".join(lines[:count]))
+        command = ["replay", "--base", str(base), "--log", str(tmp_path / "cut"), "--until", "3"]
+        assert main([*command, "--out", str(tmp_path / str(count))]) == 0
+        assert same(load_file(tmp_path / str(count) / "model.safetensors"), states[6])
+
+
 @pytest.mark.parametrize("mask", [1, 0x80, 0xFF])
 def test_a_log_with_any_byte_changed_is_an_error_or_ends_before_its_last_record(small, mask, capsys):
     base, lines, states = small
@@ -511,6 +536,8 @@ def test_a_log_with_any_byte_changed_is_an_error_or_ends_before_its_last_record(
         made, weights, error = outcome(base, bytes(damaged), capsys)
         if position < len(data) - len(lines[-1]):
             assert f"line {data[:position].count(10) + 1} " in error, position
+        elif position == len(data) - 1:
+            assert "line 9 " in error, "a record is whole, and something follows it"
         else:
-            assert made == 3
+            assert made == 3, position
             assert same(weights, states[-2]), position

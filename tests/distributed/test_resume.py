@@ -1,0 +1,476 @@
+"""A run that was stopped anywhere goes on from its log, and from a checkpoint where there is a whole one, as if nothing had
+been; on another number of ranks it stands at the same bits and goes on within rounding."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import zods
+import zods.kernels
+from tests.distributed.models import Tiny, anchor_point, configuration, opt_data, sha256, tiny_data, tiny_opt, whole
+from tests.distributed.ranks import run_ranks
+from tests.distributed.test_deferral import Wide, wide_data
+from zods.resuming import CHECKPOINTS, INITIAL, LOG_NAME
+from zods.trajectory.log import Log, read_log
+from zods.trajectory.records import Evaluation, Refresh, Run
+
+BATCH, STEPS, SAVED = 24, 11, (4, 7)  # three steps to an epoch; checkpoints are written at those of SAVED
+WARMUP = {"type": "WarmupLR", "params": {"warmup_max_lr": 2e-2, "warmup_num_steps": 12, "warmup_type": "linear"}}
+SECTION = {
+    "method": "mezo_svrg",
+    "eps": 1e-2,
+    "lr": 2e-2,
+    "anchor_interval": 5,
+    "anneal": {"alpha": 3.0, "threshold": 1e-3},  # so low that it acts at the end of every epoch but the first
+}
+MEZO = {"method": "mezo", "anchor_interval": None, "anchor": None}
+
+
+def kept(point: str, gradient: str, **others: Any) -> dict[str, Any]:
+    return {"anchor": {"point": point, "gradient": gradient}, **others}
+
+
+SELECTOR = {"candidates": 32, "interval": 2, "strategy": "highest_loss", "warmup_steps": 1}
+LOW_RANK = {"distribution": "low_rank", "rank": 2}
+# name: arguments of `configuration`
+RUNS: dict[str, dict[str, Any]] = {
+    "mezo, micro-batches": {**MEZO, "accumulation": 2, "weight_decay": 0.2},
+    "device": kept("device", "device", anchor_directions=2),
+    "cpu, bf16": kept("cpu", "cpu", bf16=True),
+    "nvme, low rank": kept("nvme", "nvme", direction=LOW_RANK, share_direction=False),
+    "terms, decay": kept("terms", "terms", weight_decay=0.2, num_directions=2),
+    "point as terms, bf16": kept("terms", "cpu", bf16=True, direction=LOW_RANK),
+    "replicated": kept("cpu", "terms", stage=0, direction="rademacher", bf16=True),
+    "selected": kept("cpu", "cpu", selector=SELECTOR, anneal=None),
+    "offloaded": kept("cpu", "cpu", offload="cpu", anneal=None),
+    "offloaded to nvme": {**MEZO, "offload": "nvme", "bf16": True, "anneal": None},
+}
+WORLD_SIZE = 2
+BARE = ("offloaded", "offloaded to nvme")  # models of which other numbers of ranks keep too little for NVMe
+
+
+def build(name: str, folder: Path, **changed: Any) -> Any:
+    """An engine of run `name` whose NVMe files are in a folder of `folder` of their own."""
+    given = {"batch": BATCH, **SECTION, "top": {"scheduler": WARMUP}, **RUNS[name], **changed}
+    given = {key: value for key, value in given.items() if value is not None}
+    data, model = given.pop("data", None), given.pop("model", None)
+    if name in BARE:
+        data, model, given["batch"] = data or wide_data(), model or Wide(), 4
+    elif "selector" in given:
+        data, model = data or opt_data(80), model or tiny_opt()
+    torch.distributed.barrier()
+    nvme = folder / f"nvme{len(list(folder.glob('nvme*')))}"
+    torch.distributed.barrier()
+    nvme.mkdir(exist_ok=True, parents=True)
+    config = configuration(nvme_path=nvme, **given)
+    return zods.initialize(model=model or Tiny(), config=config, training_data=data or tiny_data(80))[0]
+
+
+def go_on(engine: Any, until: int = STEPS) -> list[float]:
+    return [engine.train_batch() for _ in range(engine.global_steps, until)]
+
+
+def close(engine: Any) -> None:
+    """So that the next engine may log in its folder."""
+    engine.close()
+    torch.distributed.barrier()
+
+
+def state(engine: Any) -> dict[str, Any]:
+    anchor, loader = engine.anchor, engine.training_dataloader
+    selected = {} if engine.selection is None else {"selection": engine.selection.state_dict()}
+    return {
+        "weights": sha256(whole(engine)),
+        "step": engine.global_steps,
+        "counters": (engine.global_samples, engine.skipped_steps, engine.nonfinite_in_a_row),
+        "digest": engine.trajectory.head,
+        "point": None if engine.anchor_step is None else sha256(anchor_point(engine)),
+        "gradient": anchor and anchor.gradient_terms,
+        "drift": anchor and anchor.state_dict(),
+        "anchor step": engine.anchor_step,
+        "loader": loader.state_dict(),
+        "lr": engine.get_lr(),
+        "scheduler": engine.lr_scheduler.state_dict(),
+        "annealing": engine.annealing,
+        **selected,
+    }
+
+
+def batches_ahead(engine: Any) -> list[Any]:
+    """All examples of the next steps, over all ranks: what the loader will give."""
+    seen = []
+    for _, batch in zip(
+        range(5 * engine.gradient_accumulation_steps()), engine.training_dataloader.forever(), strict=False
+    ):
+        gathered: list[Any] = [None] * engine.world_size
+        torch.distributed.all_gather_object(gathered, next(iter(batch.values())).tolist())
+        seen.append(sorted(row for rank in gathered for row in rank))
+    return seen
+
+
+# --- stopped, and started again ---------------------------------------------------------------------------------------
+
+
+def rank_of_runs(folder: Path) -> dict[str, Any]:
+    """Undisturbed runs, each with checkpoints; one of these is written between two micro-batches."""
+    found: dict[str, Any] = {}
+    for name in RUNS:
+        engine = build(name, folder)
+        engine.resume(folder / name)
+        states, losses = {}, []
+        for step in range(STEPS):
+            losses.append(engine.train_batch())
+            states[step + 1] = state(engine)
+            if step + 1 in SAVED:
+                if engine.gradient_accumulation_steps() > 1:
+                    engine.forward(next(engine._own_batches))
+                engine.save_checkpoint(folder / name / CHECKPOINTS)
+                if engine.gradient_accumulation_steps() > 1:
+                    engine._sums, engine.training_dataloader.position = [], engine.training_dataloader.position - 1
+                    engine.restart_loader()
+        close(engine)
+        ahead = build(name, folder)
+        ahead.load_checkpoint(folder / name / CHECKPOINTS)
+        found[name] = {
+            "states": states,
+            "losses": losses,
+            "ahead": None if name == "selected" else batches_ahead(ahead),
+        }
+    return found
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("runs")
+    first, second = run_ranks(WORLD_SIZE, rank_of_runs, folder, timeout=240)
+    assert first == second
+    return folder, first
+
+
+def stopped(run: Path, to: Path, num_records: int, checkpoints: tuple[int, ...] = ()) -> bytes:
+    """In `to` what a run leaves that dies when so many records are on the disk; returns its log."""
+    log = read_log(run / LOG_NAME)
+    data = (run / LOG_NAME).read_bytes()[: log.ends[num_records]]
+    to.mkdir(parents=True)
+    (to / LOG_NAME).write_bytes(data)
+    for step in checkpoints:
+        shutil.copytree(run / CHECKPOINTS / f"global_step{step}", to / CHECKPOINTS / f"global_step{step}")
+    return data
+
+
+def after(log: Log, steps: int) -> int:
+    """The number of records that are there when so many steps are made."""
+    return len(log.until(steps))
+
+
+def places(log: Log) -> dict[str, tuple[int, tuple[int, ...]]]:
+    """Where a run is stopped: (number of records, steps of the checkpoints that are there)."""
+    last = max(k for k, record in enumerate(log.records) if isinstance(record, (Run, Evaluation, Refresh)))
+    found = {
+        "before the first step": (1, ()),
+        "before the first anchor": (2, ()),
+        "in an epoch": (after(log, 1), ()),
+        "in an anchor's life": (after(log, 8), ()),
+        "after a checkpoint": (after(log, 9), SAVED),
+        "at a checkpoint": (after(log, 7), SAVED),
+    }
+    if isinstance(log.records[last], Refresh):
+        found["between a refresh and its step"] = (last + 1, ())
+        found["between a refresh and its step, with checkpoints"] = (last + 1, SAVED)
+    return found
+
+
+AFTER_A_STEP = (
+    *("in an epoch", "in an anchor's life", "after a checkpoint", "at a checkpoint"),
+    *("newest damaged", "all damaged"),
+)
+
+
+def damage(checkpoint: Path) -> None:
+    file = checkpoint / "parameters-rank00001-of-00002.safetensors"
+    if not file.exists():
+        file = checkpoint / "parameters-rank00000-of-00002.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 4
+    file.write_bytes(content)
+
+
+class Warnings(logging.Handler):
+    """The texts of what zods.resuming warns of."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.texts: list[str] = []
+        logging.getLogger("zods.resuming").addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+
+
+def rank_of_restarts(folder: Path, at: dict[str, dict[str, Path]]) -> dict[str, dict[str, Any]]:
+    warnings, found = Warnings(), {}
+    for name, stops in at.items():
+        found[name] = {}
+        for where, stop in stops.items():
+            warnings.texts.clear()
+            engine = build(name, folder)
+            engine.resume(stop)
+            resumed = state(engine)
+            losses = go_on(engine)
+            end = state(engine)
+            close(engine)
+            found[name][where] = (resumed, losses, end, (stop / LOG_NAME).read_bytes(), list(warnings.texts))
+    return found
+
+
+@pytest.fixture(scope="module")
+def restarts(runs: Any, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Any]]]:
+    folder, at = tmp_path_factory.mktemp("restarts"), {}
+    for name in RUNS:
+        at[name] = {where: folder / name / where for where in places(read_log(runs[0] / name / LOG_NAME))}
+        for where, (num_records, checkpoints) in places(read_log(runs[0] / name / LOG_NAME)).items():
+            stopped(runs[0] / name, at[name][where], num_records, checkpoints)
+        for where, damaged in (("newest damaged", SAVED[1:]), ("all damaged", SAVED)):
+            at[name][where] = folder / name / where
+            stopped(runs[0] / name, at[name][where], after(read_log(runs[0] / name / LOG_NAME), 9), SAVED)
+            for step in damaged:
+                damage(at[name][where] / CHECKPOINTS / f"global_step{step}")
+    return run_ranks(WORLD_SIZE, rank_of_restarts, folder, at, timeout=300)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_stopped_anywhere_ends_with_the_bits_and_the_log_of_the_undisturbed_one(runs, restarts, name):
+    undisturbed, log = runs[1][name], (runs[0] / name / LOG_NAME).read_bytes()
+    for rank in restarts:
+        for where, (resumed, losses, end, written, _) in rank[name].items():
+            made = resumed["step"]
+            if where in AFTER_A_STEP:
+                assert resumed == undisturbed["states"][made], where
+            assert losses == undisturbed["losses"][made:], where
+            assert end == undisturbed["states"][STEPS], where
+            assert written == log, where
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_damaged_checkpoint_is_left_out_with_a_word_and_an_older_one_or_the_log_serves(restarts, name):
+    first = restarts[0][name]
+    assert first["after a checkpoint"][4] == []
+    for where, number in (("newest damaged", 1), ("all damaged", 2)):
+        said = first[where][4]
+        assert len(said) == number, said
+        assert f"global_step{SAVED[1]}" in said[0]
+        assert all("its fingerprint is not the one it was saved with" in text for text in said)
+        assert all(text.endswith("It is left out; an older one or the log serves.") for text in said)
+
+
+# --- on another number of ranks ---------------------------------------------------------------------------------------
+
+
+def rank_of_others(folder: Path, at: dict[str, dict[str, Path]]) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for name, stops in at.items():
+        found[name] = {}
+        for where, stop in stops.items():
+            engine = build(name, folder)
+            engine.resume(stop)
+            found[name][where] = {"resumed": state(engine), "losses": go_on(engine), "end": state(engine)}
+            close(engine)
+        ahead = build(name, folder)
+        ahead.load_checkpoint(
+            next(iter(stops.values())).parent / "after a checkpoint" / CHECKPOINTS, f"global_step{SAVED[-1]}"
+        )
+        found[name]["ahead"] = {} if name == "selected" else {"batches": batches_ahead(ahead)}
+    return found
+
+
+@pytest.fixture(scope="module", params=[1, 3, 4], ids=lambda n: f"on-{n}-ranks")
+def others(request: pytest.FixtureRequest, runs: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder, at = tmp_path_factory.mktemp("others"), {}
+    for name in RUNS:
+        if name in BARE:
+            continue
+        log = read_log(runs[0] / name / LOG_NAME)
+        at[name] = {}
+        for where, checkpoints in (("the log alone", ()), ("after a checkpoint", SAVED)):
+            at[name][where] = folder / name / where
+            stopped(runs[0] / name, at[name][where], after(log, 8), checkpoints)
+    ranks = run_ranks(request.param, rank_of_others, folder, at, timeout=240)
+    assert all(rank == ranks[0] for rank in ranks)
+    return ranks[0]
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if name not in BARE])
+def test_on_other_ranks_a_run_stands_at_the_same_bits_and_goes_on_within_rounding(runs, others, name):
+    undisturbed = runs[1][name]
+    for where in ("the log alone", "after a checkpoint"):
+        again = others[name][where]
+        assert again["resumed"] == undisturbed["states"][8], where
+        tolerance = 0.05 if RUNS[name].get("bf16") else 1e-3  # as in test_checkpoint.py
+        np.testing.assert_allclose(again["losses"], undisturbed["losses"][8:], rtol=tolerance)
+        for key in ("step", "counters", "anchor step", "loader", "lr", "scheduler"):
+            assert again["end"][key] == undisturbed["states"][STEPS][key], (where, key)
+    assert others[name]["ahead"].get("batches") == undisturbed["ahead"]
+
+
+# --- what starts anew -------------------------------------------------------------------------------------------------
+
+
+def headed(seed: int) -> Tiny:
+    """Tiny, but for a layer that is drawn with another seed."""
+    model = Tiny()
+    torch.manual_seed(seed)
+    torch.nn.init.normal_(model.hidden.weight)
+    return model
+
+
+def rank_of_heads(folder: Path) -> tuple[list[str], str]:
+    name, digests = "cpu, bf16", []
+    engine = build(name, folder, model=headed(1))
+    engine.resume(folder / "run", new=["hidden.weight"])
+    go_on(engine)
+    digests.append(sha256(whole(engine)))
+    close(engine)
+    for seed in (1, 2):
+        engine = build(name, folder, model=headed(seed))
+        engine.resume(folder / "run")
+        digests.append(sha256(whole(engine)))
+        close(engine)
+    if engine.global_rank == 0:
+        shutil.rmtree(folder / "run" / INITIAL.parent)
+    torch.distributed.barrier()
+    with pytest.raises(ValueError, match="another base weights") as error:
+        build(name, folder, model=headed(2)).resume(folder / "run")
+    return digests, str(error.value)
+
+
+def test_a_head_that_is_drawn_otherwise_is_taken_from_where_it_was_kept(tmp_path):
+    first, second = run_ranks(2, rank_of_heads, tmp_path)
+    assert first == second
+    assert len(first[0]) == 3
+    assert len(set(first[0])) == 1
+    assert "hidden.weight" in first[1]
+
+
+def rank_without_the_kernel(stop: Path, folder: Path) -> dict[str, Any]:
+    zods.kernels.cpu_module = lambda: None
+    assert zods.kernels.backend() == "reference"
+    engine = build("point as terms, bf16", folder)
+    engine.resume(stop)
+    return state(engine)
+
+
+def test_without_the_compiled_kernel_a_run_stands_at_the_same_bits(runs, tmp_path):
+    name = "point as terms, bf16"
+    stopped(runs[0] / name, tmp_path / "run", after(read_log(runs[0] / name / LOG_NAME), 8))
+    for rank in run_ranks(WORLD_SIZE, rank_without_the_kernel, tmp_path / "run", tmp_path):
+        assert rank == runs[1][name]["states"][8]
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------------------
+
+
+def another_layer() -> Tiny:
+    model = Tiny()
+    model.back = torch.nn.Linear(13, 7, bias=False)
+    return model
+
+
+def frozen_norm() -> Tiny:
+    model = Tiny()
+    model.norm.requires_grad_(False)
+    return model
+
+
+MISFITS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {  # what the run is given instead; what is said
+    "model": ({"model": another_layer}, ("another model", "back.bias")),
+    "shape": ({"model": lambda: Tiny(inner=14)}, ("another shape", "hidden.weight", "(13, 7)", "(14, 7)")),
+    "base weights": ({"model": lambda: Tiny(seed=1)}, ("embed.weight", "another base weights")),
+    "trained": ({"model": frozen_norm}, ("norm.weight", "another trained (True there, False here)")),
+    "dtype": ({"bf16": True}, ("another dtype (float32 there, bfloat16 here)",)),
+    "data": ({"data": lambda: tiny_data(79)}, ("other training data", "80 examples", "79")),
+    "examples": ({"data": lambda: tiny_data(80)[::-1]}, ("other training data", "digest")),
+    "method": ({**MEZO, "anchor_directions": None}, ("zeroth_order.method = mezo_svrg", "mezo")),
+    "direction": ({"direction": "rademacher"}, ("zeroth_order.direction", "rademacher")),
+    "batch": ({"batch": 12}, ("train_batch_size 24", "has 12 on 2 ranks", '"train_batch_size": 24', "_gpu 12")),
+    "selector": (
+        {"selector": {"candidates": 48, "strategy": "random"}, "anneal": None},
+        ("made without zeroth_order.selector",),
+    ),
+}
+
+
+@contextmanager
+def said(found: dict[str, Any], what: str, log: Path) -> Iterator[None]:
+    """Note what is raised, and whether the log is as it was."""
+    torch.distributed.barrier()
+    before = log.read_bytes()
+    try:
+        yield
+    except Exception as error:
+        found[what] = (type(error).__name__, str(error), log.read_bytes() == before)
+    torch.distributed.barrier()
+
+
+def rank_of_mistakes(folder: Path, run: Path, damaged: dict[str, Path]) -> dict[str, tuple[str, str, bool]]:
+    name, found = "device", {}
+    for what, (changed, _) in MISFITS.items():
+        made = {key: value() if callable(value) else value for key, value in changed.items()}
+        engine = build(name, folder, **made)
+        with said(found, what, run / LOG_NAME):
+            engine.resume(run)
+        if what == "batch":  # the same process may try again
+            with said(found, "batch again", run / LOG_NAME):
+                build(name, folder, **made).resume(run)
+    for what, at in damaged.items():
+        with said(found, what, at / LOG_NAME):
+            build(name, folder).resume(at)
+    engine = build(name, folder)
+    engine.train_batch()
+    with said(found, "steps", run / LOG_NAME):
+        engine.resume(run)
+    engine = build(name, folder)
+    engine.resume(run)  # that no mistake has left anything
+    with said(found, "twice", run / LOG_NAME):
+        engine.resume(run)
+    found["at"] = engine.global_steps
+    close(engine)
+    return found
+
+
+def test_a_run_that_the_log_is_not_of_is_one_error_on_all_ranks_and_leaves_the_log(runs, tmp_path):
+    data = (runs[0] / "device" / LOG_NAME).read_bytes()
+    damages = {
+        "a byte": data[:2000] + bytes([data[2000] ^ 1]) + data[2001:],
+        "a lost line": b"".join(line for k, line in enumerate(data.splitlines(keepends=True)) if k != 5),
+        "another file": b"hello\nworld\n",
+    }
+    damaged = {what: tmp_path / "damaged" / what for what in damages}
+    for what, at in damaged.items():
+        at.mkdir(parents=True)
+        (at / LOG_NAME).write_bytes(damages[what])
+    stopped(runs[0] / "device", tmp_path / "run", after(read_log(runs[0] / "device" / LOG_NAME), 8))
+    first, second = run_ranks(WORLD_SIZE, rank_of_mistakes, tmp_path, tmp_path / "run", damaged, timeout=240)
+    assert first == second
+    assert first.pop("at") == 8
+    expected = {what: parts for what, (_, parts) in MISFITS.items()}
+    expected |= {
+        "batch again": expected["batch"],
+        "a byte": ("line ", "checksum"),
+        "a lost line": ("line 6 ", "checksum"),
+    }
+    expected |= {"another file": ("line 1 ",), "steps": ("has made steps",), "twice": ("has made steps",)}
+    assert first.keys() == expected.keys()
+    for what, (kind, text, untouched) in first.items():
+        assert kind == "ValueError", what
+        assert untouched, what
+        for part in expected[what]:
+            assert part in text, f"{what}: {text}"
