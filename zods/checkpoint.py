@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +28,7 @@ from safetensors.torch import save_file
 from zods.estimators import Annealing
 from zods.kernels import fingerprint
 from zods.sharding import Slice, gathered, is_sharded, release_gathered
+from zods.trajectory.log import flush_to_disk
 
 FORMAT = 2
 HIDDEN = re.compile(r"\.(.+)\.(partial|replaced|removed)")  # tag; what became of the folder, see `save_checkpoint`
@@ -177,7 +177,7 @@ def _write_tensors(engine: Any, folder: Path, role: str, slices: dict[str, torch
         )
     except SafetensorError as error:  # of which a full disk is one
         raise OSError(f"checkpoint {path}: {error}") from error
-    _flush(path)
+    flush_to_disk(path)
 
 
 def _fingerprint_text(slice_: torch.Tensor, offset: int) -> str:
@@ -187,16 +187,7 @@ def _fingerprint_text(slice_: torch.Tensor, offset: int) -> str:
 
 def _write_text(path: Path, text: str) -> None:
     path.write_text(text)
-    _flush(path)
-
-
-def _flush(path: Path) -> None:
-    """Have a file, or the names in a folder, on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    flush_to_disk(path)
 
 
 def _hidden(folder: Path, fate: str) -> Path:
@@ -211,17 +202,17 @@ def _folder_of(save_dir: Path, tag: str) -> Path:
 
 
 def _put_in_place(partial: Path, final: Path) -> None:
-    _flush(partial)
+    flush_to_disk(partial)
     if final.exists():
         replaced = _hidden(final, "replaced")
         shutil.rmtree(replaced, ignore_errors=True)
         final.rename(replaced)
     partial.rename(final)
-    _flush(final.parent)  # before `latest` names it
+    flush_to_disk(final.parent)  # before `latest` names it
     pointer = final.parent / ".latest.partial"
     _write_text(pointer, final.name)
     pointer.replace(final.parent / "latest")
-    _flush(final.parent)
+    flush_to_disk(final.parent)
 
 
 def _remove_old(written: Path, keep: int | None) -> None:
@@ -235,7 +226,7 @@ def _remove_old(written: Path, keep: int | None) -> None:
                 # from here on it is no checkpoint any more, however far its removal gets
                 shutil.rmtree(_hidden(folder, "removed"), ignore_errors=True)
                 folder.rename(_hidden(folder, "removed"))
-        _flush(save_dir)
+        flush_to_disk(save_dir)
         for entry in save_dir.iterdir():
             if HIDDEN.fullmatch(entry.name) and entry.is_dir():
                 shutil.rmtree(entry)

@@ -70,15 +70,45 @@ def epoch_order(size: int, batch_size: int, seed: int, epoch: int) -> torch.Tens
     return order[: size // batch_size * batch_size].view(-1, batch_size)
 
 
-def check_place(place: tuple[int, int], steps_per_epoch: int) -> None:
-    if not 0 <= place[1] <= steps_per_epoch:
-        raise ValueError(
-            f"the log stands at step {place[1]} of an epoch, which has {steps_per_epoch} steps here. Resume with the data and "
-            "the train_batch_size it was made with."
-        )
+class EpochLoader:
+    """What loaders of micro-batches have in common: an iterator per epoch, which goes on where it was.
+
+    epoch; position: micro-batches of it that were handed out; accumulation: micro-batches of a step.
+    """
+
+    accumulation: int
+    epoch = 0
+    position = 0
+
+    def __len__(self) -> int:
+        """Micro-batches per epoch and rank."""
+        raise NotImplementedError
+
+    def __iter__(self) -> Iterator[Any]:
+        raise NotImplementedError
+
+    def forever(self) -> Iterator[Any]:
+        """Micro-batches without end, through the epochs."""
+        while True:
+            yield from self
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """(epoch, steps of it that were handed out whole)."""
+        return self.epoch, self.position // self.accumulation
+
+    def go_to(self, place: tuple[int, int]) -> None:
+        """Go on from a `place`. Raises ValueError where an epoch has no such step."""
+        steps_per_epoch = len(self) // self.accumulation
+        if not 0 <= place[1] <= steps_per_epoch:
+            raise ValueError(
+                f"the log stands at step {place[1]} of an epoch, which has {steps_per_epoch} steps here. Resume with the data "
+                "and the train_batch_size it was made with."
+            )
+        self.epoch, self.position = place[0], place[1] * self.accumulation
 
 
-class TrainingLoader:
+class TrainingLoader(EpochLoader):
     """This rank's micro-batches, epoch after epoch; an iterator per epoch, resumable.
 
     A step takes `accumulation` micro-batches of `micro_batch` examples on each of `world_size` ranks. The tail of an
@@ -109,8 +139,6 @@ class TrainingLoader:
         self.seed = seed
         self.accumulation = accumulation
         self.share = (rank, world_size)  # this rank's place among those that share a batch; it may change between steps
-        self.epoch = 0
-        self.position = 0  # micro-batches of the running epoch that were handed out
 
     def __len__(self) -> int:
         """Micro-batches per epoch and rank."""
@@ -135,21 +163,6 @@ class TrainingLoader:
         ):
             self.position += 1
             yield batch
-
-    def forever(self) -> Iterator[Any]:
-        """Micro-batches without end, through the epochs."""
-        while True:
-            yield from self
-
-    @property
-    def place(self) -> tuple[int, int]:
-        """(epoch, steps of it that were handed out whole)."""
-        return self.epoch, self.position // self.accumulation
-
-    def go_to(self, place: tuple[int, int]) -> None:
-        """Go on from a `place`. Raises ValueError where an epoch has no such step."""
-        check_place(place, len(self) // self.accumulation)
-        self.epoch, self.position = place[0], place[1] * self.accumulation
 
     def last_examples(self) -> list[int]:
         """Those of the last step that was handed out, on all ranks."""

@@ -16,10 +16,10 @@ import pytest
 import zods
 from tests.distributed.models import Tiny, configuration, tiny_data
 from tests.distributed.ranks import run_ranks
+from tests.mutation import mutated, with_a_record_mutated
 from zods.config import read_config, read_first_order_config
-from zods.trajectory.log import chained, parse_log
+from zods.trajectory.log import parse_log
 
-KINDS = [None, True, -1, 0, 10**30, 1.5, -0.0, "", "x", "auto", "nvme", [], {}, [[]], {"a": 1}, "AAAA", 2**53, 1e308]
 CONFIG = {
     **configuration(
         8, offload="cpu", method="mezo_svrg", anchor={"point": "terms", "gradient": "cpu"}, anneal={"alpha": 2}
@@ -31,26 +31,6 @@ CONFIG["zeroth_order"] |= {
     "selector": {"candidates": 16, "quotas": {"a": 8}, "source_column": "s"},
     "direction": "low_rank",
 }
-
-
-def mutated(rng: random.Random, value: Any) -> Any:
-    """`value` with something in it replaced, left out, doubled or renamed."""
-    if isinstance(value, dict) and value and rng.random() < 0.85:
-        key = rng.choice(list(value))
-        others = {k: v for k, v in value.items() if k != key}
-        chance = rng.random()
-        if chance < 0.1:
-            return others
-        name = key if chance < 0.9 else rng.choice(["other", key + "s", key[:-1], ""])
-        return {**others, name: mutated(rng, value[key])}
-    if isinstance(value, list) and value and rng.random() < 0.8:
-        k = rng.randrange(len(value))
-        return rng.choice(
-            [value[:k] + value[k + 1 :], [*value, value[k]], [*value[:k], mutated(rng, value[k]), *value[k + 1 :]]]
-        )
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and rng.random() < 0.3:
-        return rng.choice([-value, value * 1e18, value + 1, value / 3])
-    return rng.choice(KINDS)
 
 
 def refusal(function: Callable[..., Any], *args: Any) -> str | None:
@@ -135,17 +115,6 @@ def rechecked(state: Any) -> str:
     return json.dumps({**state, "checksum": checksum})
 
 
-def rechained(rng: random.Random, data: bytes) -> bytes:
-    texts = [line.split(b" ", 1)[1].decode() for line in data.splitlines()]
-    k = rng.randrange(len(texts))
-    texts[k] = json.dumps(mutated(rng, json.loads(texts[k])))
-    head, lines = "0" * 16, []
-    for text in texts:
-        head = chained(head, text)
-        lines.append(f"{head} {text}\n")
-    return "".join(lines).encode()
-
-
 def rank_of_folders(run: Path, work: Path, number: int) -> tuple[int, int, int]:
     """(resumed, refused, number): each folder is changed, and then resumed."""
     rng = random.Random(3)
@@ -170,7 +139,7 @@ def rank_of_folders(run: Path, work: Path, number: int) -> tuple[int, int, int]:
             (folder / checkpoint / "state.json").write_text(rechecked(mutated(rng, state)))
         else:  # what the log holds
             log = folder / "trajectory.log"
-            log.write_bytes(rechained(rng, log.read_bytes()))
+            log.write_bytes(with_a_record_mutated(rng, log.read_bytes()))
         engine.global_steps = 0
         engine.recorder.load_state_dict(fresh[0], ())
         engine.training_dataloader.load_state_dict(fresh[1])

@@ -78,7 +78,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "finetune": (
         {
             FACE, "config", "comm", "engine", "first_order", "selection",
-            "initialization", "resuming", "stopping", "tasks", "arguments", "runs", "report",
+            "initialization", "resuming", "stopping", "tasks", "trajectory", "arguments", "runs", "report",
         },
         {"torch", "deepspeed", "transformers", "datasets", "tqdm", "peft"},
     ),

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.mutation import rechained, with_a_record_mutated
 from zods.section import parse_section
 from zods.trajectory import log as log_module
 from zods.trajectory.__main__ import main
 from zods.trajectory.compare import differences, longer
-from zods.trajectory.log import LogFile, Trajectory, chained, parse_log, read_log
+from zods.trajectory.log import LogFile, Trajectory, parse_log, read_log
 from zods.trajectory.records import Evaluation, Header, ParameterRecord, Refresh, Run, Step, SubBatch
 
 HEADER = Header(
@@ -152,39 +153,18 @@ def test_lost_doubled_and_moved_lines_are_found(tmp_path):
                 parse_log(b"".join([*rest, lines[-1]]), "log")
 
 
-def rechained(texts: list[str]) -> bytes:
-    head, lines = "0" * 16, []
-    for text in texts:
-        head = chained(head, text)
-        lines.append(f"{head} {text}\n")
-    return "".join(lines).encode()
-
-
-def mutated(rng: random.Random, value):
-    """`value` with something in it replaced: what a program that writes other logs might write."""
-    kinds = [None, True, -1, 0, 10**30, 1.5, "", "x", [], {}, [[]], {"a": 1}, "AAAA", 2**53, 1e308]
-    if isinstance(value, dict) and value and rng.random() < 0.8:
-        key = rng.choice(list(value))
-        if rng.random() < 0.15:
-            return {k: v for k, v in value.items() if k != key}
-        return {**value, (key if rng.random() < 0.9 else "other"): mutated(rng, value[key])}
-    if isinstance(value, list) and value and rng.random() < 0.8:
-        k = rng.randrange(len(value))
-        return [*value[:k], mutated(rng, value[k]), *value[k + 1 :]]
-    return rng.choice(kinds)
-
-
 def test_4000_logs_of_wrong_records_with_right_checksums_are_clean_errors_or_logs(tmp_path, capsys):
-    texts = [line.split(" ", 1)[1] for line in write(tmp_path / "log").read_text().splitlines()]
+    data = write(tmp_path / "log").read_bytes()
+    texts = [line.split(" ", 1)[1] for line in data.decode().splitlines()]
     rng = random.Random(7)
     accepted = 0
     for _ in range(4000):
-        changed = list(texts)
-        k = rng.randrange(len(texts))
-        changed[k] = json.dumps(mutated(rng, json.loads(texts[k])))
+        changed = with_a_record_mutated(rng, data)
         if rng.random() < 0.1:
-            changed[k] = rng.choice(["[" * 5000, "NaN", "1e999", '{"step":0', "9" * 5000, ""])
-        (tmp_path / "changed").write_bytes(rechained(changed))
+            odd = rng.choice(["[" * 5000, "NaN", "1e999", '{"step":0', "9" * 5000, ""])
+            k = rng.randrange(len(texts))
+            changed = rechained([*texts[:k], odd, *texts[k + 1 :]])
+        (tmp_path / "changed").write_bytes(changed)
         code = main(["verify", str(tmp_path / "changed")])
         said = capsys.readouterr()
         accepted += code == 0

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from zods.comm import Communicator
-from zods.data import check_dataset, check_place, epoch_order, sample_digest
+from zods.data import EpochLoader, check_dataset, epoch_order, sample_digest
 from zods.measuring import to_device
 from zods.objectives import WEIGHTS, weighted_sum
 from zods.section import parse_selector
@@ -19,7 +19,7 @@ from zods.selection.batches import Batch, SubBatches, is_labelled
 from zods.selection.features import without_cache
 
 
-class SelectingLoader:
+class SelectingLoader(EpochLoader):
     """This rank's micro-batches of the chosen examples, epoch after epoch; resumable. The face of `TrainingLoader`.
 
     An epoch is a pass over the data in candidate batches, `interval` steps for each.
@@ -30,8 +30,6 @@ class SelectingLoader:
         self._config = selection.selector.config
         self.dataset, self.accumulation = selection.dataset, selection.accumulation
         self.data_digest = sample_digest(selection.dataset)  # None: examples are not the same each time
-        self.epoch = 0
-        self.position = 0  # micro-batches of the running epoch that were handed out
 
     def collate_fn(self, rows: Sequence[Any]) -> Batch:
         """A batch with equal weights, whose loss is the mean over its labelled examples, as that of the chosen is."""
@@ -56,21 +54,6 @@ class SelectingLoader:
                 batches = self.selection.micro_batches()
             self.position += 1
             yield batches[micro]
-
-    def forever(self) -> Iterator[Batch]:
-        """Micro-batches without end, through the epochs."""
-        while True:
-            yield from self
-
-    @property
-    def place(self) -> tuple[int, int]:
-        """(epoch, steps of it that were handed out whole)."""
-        return self.epoch, self.position // self.accumulation
-
-    def go_to(self, place: tuple[int, int]) -> None:
-        """Go on from a `place`. Raises ValueError where an epoch has no such step."""
-        check_place(place, len(self) // self.accumulation)
-        self.epoch, self.position = place[0], place[1] * self.accumulation
 
     def last_examples(self) -> list[int]:
         """Those of the last selection."""

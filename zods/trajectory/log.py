@@ -200,7 +200,7 @@ class LogFile:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         self._lock()
-        _sync_folder(self.path.parent)  # a new file's name must outlive a power cut, too
+        flush_to_disk(self.path.parent)  # a new file's name must outlive a power cut, too
         self._worker = ThreadPoolExecutor(1, "zods-log")
         self._pending: list[Future[None]] = []
 
@@ -264,8 +264,9 @@ class LogFile:
         os.close(self._descriptor)
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def flush_to_disk(path: Path) -> None:
+    """Have a file, or the names in a folder, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
