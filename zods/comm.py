@@ -20,6 +20,10 @@ import torch
 import torch.distributed as dist
 
 
+class Disagreement(RuntimeError):
+    """Ranks have, or did, different things."""
+
+
 class Communicator:
     """The ranks of the default process group, with counters of the bytes that this rank sends.
 
@@ -103,14 +107,14 @@ class Communicator:
         return Board()
 
     def check_agreement(self, digest: bytes, what: str) -> None:
-        """Raise RuntimeError on every rank, naming those that differ from rank 0, unless all digests are equal."""
+        """Raise Disagreement on every rank, naming those that differ from rank 0, unless all digests are equal."""
         short = int.from_bytes(hashlib.blake2b(digest, digest_size=8).digest(), "little", signed=True)
         local = torch.tensor([short], dtype=torch.int64, device=self.device)
         self.scalar_bytes += local.nbytes * (self.world_size - 1)
         values = self._all_gather(local).view(-1).tolist()
         odd = [rank for rank, value in enumerate(values) if value != values[0]]
         if odd:
-            raise RuntimeError(f"rank {', '.join(map(str, odd))}: {what} differs from rank 0's. The run stops here.")
+            raise Disagreement(f"rank {', '.join(map(str, odd))}: {what} differs from rank 0's. The run stops here.")
 
     @contextmanager
     def same_on_all_ranks(self) -> Iterator[None]:

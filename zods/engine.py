@@ -17,7 +17,7 @@ import torch
 
 from zods import checkpoint, estimators, resuming
 from zods.anchor import Anchor
-from zods.comm import Communicator
+from zods.comm import Communicator, Disagreement
 from zods.config import RunConfig
 from zods.data import TrainingLoader, digest_of
 from zods.deferral import DeferredUpdate
@@ -385,7 +385,7 @@ class ZerothOrderEngine:
     def _check_agreement(self) -> None:
         """Where it is due: have all ranks applied the same, and been given the same examples?
 
-        Raises RuntimeError where they have not; the log then ends where they last had, for steps since were made on weights
+        Raises Disagreement where they have not; the log then ends where they last had, for steps since were made on weights
         that differ.
         """
         if self.global_steps % self._zo.agreement_interval:
@@ -396,7 +396,7 @@ class ZerothOrderEngine:
         try:
             self.comm.check_agreement(self.trajectory.head.encode(), f"what was applied up to step {self.global_steps}")
             self.comm.check_agreement(digest.encode(), f"the training data of step {self.global_steps}")
-        except RuntimeError:
+        except Disagreement:
             self.trajectory.cut_to_agreement()
             raise
         self.trajectory.agree(self.global_steps)

@@ -126,7 +126,8 @@ class Recorder:
         for key in ("run", "evaluation"):
             if state[key] is not None:
                 self._note(record_of(state[key]))
-        self._history = History(self._config.zeroth_order, gradient)
+        section = self._config.zeroth_order if self._run is None else self._run.section  # of what the log goes on with
+        self._history = History(section, gradient)
         self._run_is_recorded = self._evaluation_is_recorded = False
         self._note_selections()
 

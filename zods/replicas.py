@@ -13,6 +13,7 @@ import json
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 LEADER = 0
 BEAT_SECONDS = 1.0
 POLL_SECONDS = 0.002
+KEPT_SUMS = 1000  # in the store, for those who are late
 FAREWELL_SECONDS = 60.0  # that the leader stays at its end for the others to read the last record
 
 
@@ -49,6 +51,7 @@ class Replicas:
         self._store: Any = None
         self._num_records = 0  # that were published, or taken over
         self._ticket: int | None = None  # of the request to join; at the leader: of the next one to be answered
+        self._kept: deque[list[str]] = deque()
         self._beats: dict[int, tuple[bytes, float]] = {}  # of a replica: the last seen, and when
         self._over = threading.Event()
         with comm.same_on_all_ranks():
@@ -139,18 +142,32 @@ class Replicas:
             members += self._admitted(members, int(tag) + 1, rows)
         answer = {"sums": sums, "refused": refused, "members": members, "stop": own["leaving"]}
         self._store.set(f"sums/{tag}", json.dumps(answer))
+        self._kept.append([f"sums/{tag}", *(f"sums/{tag}/{member.replica}" for member in present[1:])])
+        if len(self._kept) > KEPT_SUMS:
+            for key in self._kept.popleft():
+                self._store.delete_key(key)
         return answer
 
     def _posted(self, key: str, index: int) -> dict[str, Any] | None:
         """What a replica posts, or None where it falls silent before."""
         while not self._store.check([key]):
             beat = self._store.get(f"beat/{index}") if self._store.check([f"beat/{index}"]) else b""
+            if self._asks_anew(index):  # started again: what it was before is gone
+                return None
             if index not in self._beats or self._beats[index][0] != beat:
                 self._beats[index] = (beat, time.monotonic())
             elif time.monotonic() - self._beats[index][1] > self._config.silence_timeout:
                 return None
             time.sleep(POLL_SECONDS)
         return json.loads(self._store.get(key))
+
+    def _asks_anew(self, index: int) -> bool:
+        ticket = self._ticket or 0
+        while self._store.check([f"asked/{ticket}"]):
+            if json.loads(self._store.get(f"asked/{ticket}"))[0] == index:
+                return True
+            ticket += 1
+        return False
 
     def _beat(self) -> None:
         store = self._store.clone()

@@ -5,6 +5,7 @@ Without a checkpoint the base weights and the whole log give the same. All ranks
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Collection, Sequence
 from dataclasses import replace
@@ -22,7 +23,7 @@ from zods.kernels import fingerprint
 from zods.selection.loaders import SelectingLoader
 from zods.sharding import Slice, gathered, is_sharded, release_gathered
 from zods.trajectory.history import Change, direction_of, num_terms, replay_, stores_gradient
-from zods.trajectory.log import Log, LogFile, parse_log
+from zods.trajectory.log import Log, LogFile, flush_to_disk, parse_log
 from zods.trajectory.records import Header, ParameterRecord, Record, Refresh, Step
 
 logger = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ def resume(
 
     engine: a ZerothOrderEngine that has made no step. checkpoints: where full ones may be; default `folder`/checkpoints.
     new: names of parameters that the base weights lack (a new head, LoRA); their first values are kept beside the
-    log. Only rank 0 needs to see the log; checkpoints must be seen by all.
+    log. Only rank 0 needs to see the log; checkpoints and `initial` must be seen by all.
 
     Raises ValueError or OSError, the same on all ranks, where the log is damaged, another run writes to it, or it is of
     another model, data, or batch size.
@@ -222,6 +223,12 @@ def _check_replica(engine: Any, log: Log) -> None:
             raise ValueError(
                 f"zeroth_order.{key}: {getattr(here, key)}, but {getattr(there, key)} at the leading replica. Give the same."
             )
+    accumulation = run.batch // (run.about.get("micro_batch", 1) * run.world_size)
+    if accumulation != engine.gradient_accumulation_steps():
+        raise ValueError(
+            f"gradient_accumulation_steps: {engine.gradient_accumulation_steps()}, but {accumulation} at the leading replica: "
+            "they would share other micro-batches. Give the same."
+        )
     if stores_gradient(there) != stores_gradient(here):
         raise ValueError(
             f"zeroth_order.anchor.gradient: {here.anchor.gradient}, but {there.anchor.gradient} at the leading replica. Either "
@@ -259,7 +266,11 @@ def _save_initial(engine: Any, path: Path, names: Collection[str]) -> None:
     with engine.comm.same_on_all_ranks():
         if engine.comm.rank == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(state, path)
+            partial = path.with_name(f".{path.name}.partial")
+            save_file(state, partial)
+            flush_to_disk(partial)
+            partial.replace(path)
+            flush_to_disk(path.parent)
 
 
 def _load_initial(engine: Any, path: Path, header: Header) -> None:
@@ -299,7 +310,14 @@ def _catch_up(engine: Any, log: Log, checkpoints: Path) -> None:
 
 def _load_newest(engine: Any, log: Log, folder: Path) -> int:
     """Load the newest checkpoint that belongs to the log and is whole; returns the number of records it stands for."""
-    for path in checkpoint.newest_checkpoints(folder):
+    names: list[str] = []
+    with engine.comm.same_on_all_ranks():
+        if engine.comm.rank == 0:
+            names = [path.name for path in checkpoint.newest_checkpoints(folder)]
+    names = json.loads(
+        engine.comm.broadcast_bytes(json.dumps(names).encode())
+    )  # the same, whatever a rank's disk shows it
+    for path in (folder / name for name in names):
         try:
             with engine.comm.same_on_all_ranks():
                 head = _head_of(path, log)
@@ -309,6 +327,8 @@ def _load_newest(engine: Any, log: Log, folder: Path) -> int:
                 logger.warning("%s. It is left out; an older one or the log serves.", error)
             continue
         return log.heads.index(head)
+    if names:  # one that failed late may have left its mark
+        check_same_model(log.header, describe(engine), log.path)
     return 0
 
 
@@ -399,7 +419,12 @@ def copy_log(run: Path, checkpoint_folder: Path | None, to: Path) -> None:
     if checkpoint_folder is not None:
         data = data[: log.ends[log.heads.index(_head_of(checkpoint_folder, log))]]
     to.mkdir(parents=True, exist_ok=True)
-    (to / LOG_NAME).write_bytes(data)
     if (run / INITIAL).is_file():
         (to / INITIAL).parent.mkdir(exist_ok=True)
         (to / INITIAL).write_bytes((run / INITIAL).read_bytes())
+        flush_to_disk(to / INITIAL)
+    partial = to / f".{LOG_NAME}.partial"
+    partial.write_bytes(data)
+    flush_to_disk(partial)
+    partial.replace(to / LOG_NAME)  # last: where there is a log, all that belongs to it is there
+    flush_to_disk(to)

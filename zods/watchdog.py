@@ -228,7 +228,8 @@ def _waits(modules: list[str]) -> bool:
     it is done, and the main thread waits for the device where it needs the numbers: those of zods' own in `zods.comm`.
     """
     sends = any(
-        (module + ".").startswith(("torch.distributed.", "deepspeed.comm.", "zods.comm.")) for module in modules
+        (module + ".").startswith(("torch.distributed.", "deepspeed.comm.", "zods.comm.", "zods.replicas."))
+        for module in modules
     )
     return sends or "deepspeed.runtime.zero.partition_parameters" in modules[-3:]  # its wrappers may be innermost
 

@@ -203,6 +203,7 @@ class LogFile:
         flush_to_disk(self.path.parent)  # a new file's name must outlive a power cut, too
         self._worker = ThreadPoolExecutor(1, "zods-log")
         self._pending: list[Future[None]] = []
+        self._failed: OSError | None = None
 
     def _lock(self) -> None:
         deadline, said = time.monotonic() + LOCK_SECONDS, False
@@ -237,13 +238,16 @@ class LogFile:
         self._pending.append(self._worker.submit(self._append, line))
 
     def _append(self, line: bytes) -> None:
+        if self._failed is not None:
+            raise self._failed  # what follows a record that is not there may not be there either
         length = self.length()
         try:
             written = os.write(self._descriptor, line)
             while written < len(line):
                 written += os.write(self._descriptor, line[written:])
             os.fdatasync(self._descriptor)
-        except OSError:
+        except OSError as error:
+            self._failed = error
             os.ftruncate(self._descriptor, length)  # what is whole stays whole
             raise
 
