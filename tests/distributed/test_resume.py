@@ -375,6 +375,33 @@ def test_without_the_compiled_kernel_a_run_stands_at_the_same_bits(runs, tmp_pat
         assert rank == runs[1][name]["states"][8]
 
 
+def rank_of_another_configuration(folder: Path, name: str) -> list[str]:
+    """A run of five steps, a checkpoint after three; then the weights of one that goes on with another configuration."""
+    engine = build(name, folder, weight_decay=0.1, seed=1)
+    engine.resume(folder / "run")
+    go_on(engine, 3)
+    engine.save_checkpoint(folder / "run" / "checkpoints")
+    go_on(engine, 5)
+    digests = [sha256(whole(engine))]
+    close(engine)
+    changed = build(name, folder, weight_decay=0.0, seed=2, stochastic_rounding=False, num_directions=2)
+    changed.resume(folder / "run")
+    digests.append(sha256(whole(changed)))
+    go_on(changed, 7)
+    digests.append(sha256(whole(changed)))
+    close(changed)
+    again = build(name, folder, weight_decay=0.0, seed=2, stochastic_rounding=False, num_directions=2)
+    again.resume(folder / "run", checkpoints=folder / "none")
+    return [*digests, sha256(whole(again))]
+
+
+def test_the_log_is_replayed_by_the_configuration_that_it_was_made_with(tmp_path):
+    """From a checkpoint, after which the log does not say it again, and from the base weights."""
+    for before, after, further, again in run_ranks(2, rank_of_another_configuration, tmp_path, next(iter(RUNS))):
+        assert after == before
+        assert again == further
+
+
 # --- mistakes ---------------------------------------------------------------------------------------------------------
 
 
