@@ -48,6 +48,7 @@ class Cell:
     variant: str = "svrg"
     disk_kib: int | None = None  # of a small file system that holds the run's folder
     small_kib: int | None = None  # of one that holds its log alone
+    nvme_kib: int | None = None  # of one that holds the anchor's files
     refused_again: str = ""  # what the second start says, where the cause has to be removed by hand
     mend: Callable[[Path], None] | None = None
 
@@ -199,6 +200,10 @@ def damage_the_newest_checkpoint(run: Path) -> None:
         file.write(b"damage")
 
 
+def give_room(disk: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
+
+
 def change_the_code(folder: Path) -> None:
     """A copy of the package for one rank, with one more line."""
     shutil.copytree(REPOSITORY / "zods", folder / "changed" / "zods", ignore=shutil.ignore_patterns("__pycache__"))
@@ -258,6 +263,8 @@ CELLS: list[Cell] = [
          small_kib=64, between=lambda run: (run.parent.parent / "small" / "filler").unlink()),
     Cell("full disk", "checkpoint", "rank 0", ("fill:scalars:0:1", "free:scalars:0:6"), says="no checkpoint at step 3",
          disk_kib=60_000, restarts=0),
+    Cell("full disk", "NVMe anchor, at the start", "rank 0", stops="is too small: this rank needs", nvme_kib=1000,
+         between=lambda run: give_room(run.parent.parent / "nvme")),
     Cell("corrupted NVMe anchor", "gradient", "rank 1", ("corrupt_gradient:forward:1:4",), says="rebuilt exactly",
          restarts=0),
     Cell("corrupted NVMe anchor", "point", "rank 0", ("corrupt_point:forward:0:4",), stops="rebuilds the anchor exactly",
@@ -303,11 +310,15 @@ def run_cell(cell: Cell, folder: Path) -> Outcome:
     here = folder / re.sub(r"\W+", "-", cell.name)
     shutil.rmtree(here, ignore_errors=True)
     prepare(here, cell.variant)
-    if "other:code" in cell.strikes[0]:
+    if "other:code:1:0" in cell.strikes:
         change_the_code(here)
-    if "other:weights" in cell.strikes[0]:
+    if "other:weights:1:0" in cell.strikes:
         change_the_weights(here)
-    with _disk(here / "disk", cell.disk_kib), _disk(here / "small", cell.small_kib):
+    with (
+        _disk(here / "disk", cell.disk_kib),
+        _disk(here / "small", cell.small_kib),
+        _disk(here / "nvme", cell.nvme_kib),
+    ):
         if cell.small_kib is not None:
             (here / "disk" / "run").mkdir()
             (here / "disk" / "run" / "trajectory.log").symlink_to(here / "small" / "trajectory.log")
@@ -316,7 +327,7 @@ def run_cell(cell: Cell, folder: Path) -> Outcome:
 
 @contextlib.contextmanager
 def _disk(path: Path, kib: int | None) -> Any:
-    path.mkdir()
+    path.mkdir(exist_ok=True)
     if kib is not None:
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kib}k", "none", path], check=True)
     try:
