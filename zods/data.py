@@ -93,17 +93,20 @@ class EpochLoader:
             yield from self
 
     @property
+    def steps_per_epoch(self) -> int:
+        return len(self) // self.accumulation
+
+    @property
     def place(self) -> tuple[int, int]:
         """(epoch, steps of it that were handed out whole)."""
         return self.epoch, self.position // self.accumulation
 
     def go_to(self, place: tuple[int, int]) -> None:
         """Go on from a `place`. Raises ValueError where an epoch has no such step."""
-        steps_per_epoch = len(self) // self.accumulation
-        if not 0 <= place[1] <= steps_per_epoch:
+        if not 0 <= place[1] <= self.steps_per_epoch:
             raise ValueError(
-                f"the log stands at step {place[1]} of an epoch, which has {steps_per_epoch} steps here. Resume with the data "
-                "and the train_batch_size it was made with."
+                f"the log stands at step {place[1]} of an epoch, which has {self.steps_per_epoch} steps here. Resume with the "
+                "data and the train_batch_size it was made with."
             )
         self.epoch, self.position = place[0], place[1] * self.accumulation
 

@@ -306,7 +306,7 @@ class ZerothOrderEngine:
 
     def _commit_everywhere(self, record: Record) -> None:
         """Commit a record, and where another replica leads, that one's in its place, with what it recorded before it."""
-        if self.replicas is None or self.replicas.leads:
+        if self.replicas is None or not self.recorder.follows:
             self.commit(record)
             return
         while type(taken := self.replicas.next_record()) is not type(record):
@@ -378,8 +378,8 @@ class ZerothOrderEngine:
             if self.lr_scheduler is not None:
                 self.lr_scheduler.step()
         loader, anneal = self.training_dataloader, self._zo.anneal
-        steps_per_epoch = 0 if loader is None else len(loader) // self.gradient_accumulation_steps()
-        if anneal is not None and record.at is not None and record.at[1] == steps_per_epoch:
+        ended = loader is not None and record.at is not None and record.at[1] == loader.steps_per_epoch
+        if anneal is not None and ended:
             self.annealing = estimators.end_epoch(self.annealing, alpha=anneal.alpha, threshold=anneal.threshold)
 
     def _check_agreement(self) -> None:

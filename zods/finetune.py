@@ -258,8 +258,7 @@ def train_steps(
 ) -> Trained:
     """Train to the last step, evaluating and saving on the way."""
     assert engine.training_dataloader is not None
-    steps_per_epoch = len(engine.training_dataloader) // engine.gradient_accumulation_steps()
-    last = arguments.max_steps or arguments.num_epochs * steps_per_epoch
+    last = arguments.max_steps or arguments.num_epochs * engine.training_dataloader.steps_per_epoch
     trained = Trained()
     progress = tqdm(total=last, initial=engine.global_steps, desc="steps", disable=engine.global_rank != 0)
     while engine.global_steps < last:

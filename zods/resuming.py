@@ -50,9 +50,8 @@ def resume(
         raise ValueError(
             f"engine.resume({str(folder)!r}): the engine has made steps already. Call it before the first."
         )
-    replicas = engine.replicas
-    follows = replicas is not None and not replicas.leads
-    file, data = (None, replicas.read_log()) if follows else open_log(engine.comm, folder)
+    follows = engine.recorder.follows
+    file, data = (None, engine.replicas.read_log()) if follows else open_log(engine.comm, folder)
     try:
         _take_up(engine, folder, file, data, folder / CHECKPOINTS if checkpoints is None else Path(checkpoints), new)
     except Exception:
@@ -68,14 +67,13 @@ def _take_up(
 ) -> None:
     """Begin a log in `file`, or do what `data`, its content, says, and go on there. file: None on other ranks than 0."""
     comm = engine.comm
-    follows = engine.replicas is not None and not engine.replicas.leads
     header = describe(engine)
     log = None
     with comm.same_on_all_ranks():
         if b"\n" in data:
             log = _less_refresh(engine, parse_log(data, folder / LOG_NAME))
             _check_run(engine, log)
-            if follows:
+            if engine.recorder.follows:
                 _check_replica(engine, log)
     if log is not None and log.header != header:
         _load_initial(engine, folder / INITIAL, log.header)

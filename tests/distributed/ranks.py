@@ -133,25 +133,34 @@ def launch(script: Path, *args: Any, num_gpus: int = 2, timeout: float = 120.0) 
 
     The test fails where it takes longer than `timeout` seconds; the launcher and its ranks are killed then.
     """
-    environment = {**os.environ, **ENVIRONMENT}
-    environment["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
     deepspeed = str(Path(sys.executable).parent / "deepspeed")
     with master_port() as port:
-        process = subprocess.Popen(
-            [deepspeed, "--num_gpus", str(num_gpus), "--master_port", str(port), str(script), *map(str, args)],
-            cwd=script.parent,
-            env=environment,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            output, _ = process.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            output, _ = process.communicate()
-            pytest.fail(f"{script.name} still ran after {timeout} s. It said:\n{output[-4000:]}", pytrace=False)
+        command = [deepspeed, "--num_gpus", str(num_gpus), "--master_port", str(port), str(script), *map(str, args)]
+        return run_command(command, script.parent, timeout)
+
+
+def run_command(command: list[str], cwd: Path, timeout: float, **variables: str) -> tuple[int, str]:
+    """Run a launcher's command in the environment of ranks, and `variables`: (exit code, what all that it starts wrote).
+
+    The test fails where it takes longer than `timeout` seconds; all processes of its session are killed then.
+    """
+    environment = {**os.environ, **ENVIRONMENT, **variables}
+    environment["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
+    process = subprocess.Popen(
+        command,
+        cwd=cwd,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        pytest.fail(f"{' '.join(command)} still ran after {timeout} s. It said:\n{output[-4000:]}", pytrace=False)
     return process.returncode, output
 
 

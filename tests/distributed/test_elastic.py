@@ -6,16 +6,13 @@ DeepSpeed 0.19.8 has no elastic agent any more ("Elastic training has been remov
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.distributed.ranks import ENVIRONMENT, REPOSITORY
+from tests.distributed.ranks import REPOSITORY, run_command
 
 MODEL = REPOSITORY / "launch" / "quickstart" / "model"
 CONFIG = {
@@ -56,22 +53,9 @@ def torchrun(folder: Path, output: str, marker: Path, nproc: int = 2) -> str:
         "--save_model",
     ]
     # torch 2.13 otherwise gives a second start the store of the first, with the addresses of its ranks in it
-    fresh = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    environment = {**os.environ, **ENVIRONMENT, **fresh, "PYTHONPATH": str(REPOSITORY), "TMPDIR": str(folder)}
-    process = subprocess.Popen(
-        list(map(str, command)),
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-    try:
-        said, _ = process.communicate(timeout=150)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, said[-4000:]
+    variables = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "TMPDIR": str(folder)}
+    code, said = run_command(list(map(str, command)), folder, 150, **variables)
+    assert code == 0, said[-4000:]
     return said
 
 

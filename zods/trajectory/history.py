@@ -21,7 +21,7 @@ from zods.section import ZerothOrderConfig
 from zods.trajectory.records import Record, Refresh, Run, Step
 
 _BLOCK = 2**20  # elements of a stored anchor gradient that are made again at once
-_SECONDS_OF_WORK = 2**32  # elements times terms
+_WORK = 2**32  # elements times terms that are done at once: a second or two
 
 
 @dataclass(frozen=True)
@@ -107,14 +107,15 @@ def replay_(
     elements times terms that were done. Returns `elements`.
     """
     decays = len(parameter.shape) >= 2
-    segments = [(of, [sweep_of(change.update, decays) for change in of]) for of in _segments(changes)]
+    segments = [
+        (of[0].gradient, [sweep_of(change.update, decays) for change in of], num_terms(of)) for of in _segments(changes)
+    ]
     size = _block_size(changes)
     for start in range(0, elements.numel() if changes else 0, size):
         block = elements[start : start + size]
-        for segment, sweeps in segments:
+        for gradient, sweeps, terms in segments:
             dense = None
             if any(sweep.dense_coefficient for sweep in sweeps):
-                gradient = segment[0].gradient
                 dense = direction.combine_(
                     torch.empty_like(block),
                     parameter,
@@ -123,14 +124,14 @@ def replay_(
                     coefficients=[term.coefficient for term in gradient],
                 )
             direction.replay_(block, parameter, offset + start, sweeps, dense)
-            progress(block.numel() * num_terms(segment))
+            progress(block.numel() * terms)
     return elements
 
 
 def _block_size(changes: Sequence[Change]) -> int:
     """Elements that are done at once: so many that progress shows, and that a stored gradient made anew stays small."""
     dense = any(change.update.anchor_grad_coefficient for change in changes)
-    fitting = max(_SECONDS_OF_WORK // max(num_terms(changes), 1), 2**16)
+    fitting = max(_WORK // max(num_terms(changes), 1), 2**16)
     return min(fitting, _BLOCK) if dense else fitting
 
 

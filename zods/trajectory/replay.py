@@ -25,7 +25,7 @@ from zods.directions import Direction
 from zods.kernels import fingerprint
 from zods.trajectory.history import Change, History, direction_of, num_terms, replay_
 from zods.trajectory.log import Log, read_log
-from zods.trajectory.records import Header, ParameterRecord, Run
+from zods.trajectory.records import Header, ParameterRecord
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ def replay(
     records = log.records if until is None else log.until(until)
     history = History()
     changes = [change for record in records if (change := history.change(record)) is not None]
-    run = next((record for record in log.records if isinstance(record, Run)), None)
+    run = log.run_at_end()  # all have one direction
     direction = Direction() if run is None else direction_of(run.section)
     steps = log.num_steps if until is None else until
     folder, initial = _folder_of(base), Path(log_path).parent / "initial"
