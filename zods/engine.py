@@ -103,6 +103,7 @@ class ZerothOrderEngine:
             parameters,
             self._deferred,
             direction=self._direction,
+            eps=self._zo.eps,
             evaluation=self._zo.evaluation,
             stream_memory_gb=self._zo.stream_memory_gb,
             micro_batch=micro_batch,
@@ -177,6 +178,7 @@ class ZerothOrderEngine:
         """The watch over the ranks ends, replicas part, and the log is free for another engine; to be called before any rank
         ends."""
         self._watchdog.close()
+        self._evaluator.close()
         if self.replicas is not None:
             self.replicas.close()
         if self.trajectory.file is not None:

@@ -54,12 +54,11 @@ def add_(output: torch.Tensor, inner: torch.Tensor, outer: torch.Tensor, scale: 
         output.copy_(sums)
 
 
-def empty_output(module: Any, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor | None:
+def empty_output(module: Any, x: torch.Tensor) -> torch.Tensor | None:
     """Where a linear module's streams can write their outputs side by side; None: their outputs are put together after."""
-    plain = form_of(module) == "linear" and len(args) == 1 and not kwargs
-    if not plain or torch.is_autocast_enabled(args[0].device.type) or args[0].dtype != module.weight.dtype:
+    if torch.is_autocast_enabled(x.device.type) or x.dtype != module.weight.dtype:
         return None
-    return args[0].new_empty(*args[0].shape[:-1], module.weight.shape[0])
+    return x.new_empty(*x.shape[:-1], module.weight.shape[0])
 
 
 def linear_(out: torch.Tensor, module: Any, x: torch.Tensor) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any, Protocol
 
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-TRANSPOSES = ("T", "mT", "H", "mH")  # attributes of a parameter that are views of its values
+VIEWS = ("T", "mT", "H", "mH", "data")  # attributes of a parameter that are views of its values
 
 
 class Perturbable(Protocol):
@@ -30,19 +31,24 @@ class Observer(TorchFunctionMode):
     """Notes which parameters are used while no module that holds them runs, and by which module.
 
     Its hooks come before and after all others, so that what DeepSpeed does with a module's own parameters does not count.
+
+    found: the parameters that each module uses and does not hold.
     """
 
-    def __init__(self, holders: dict[torch.nn.Module, list[Perturbable]]) -> None:
+    def __init__(self, holders: dict[torch.nn.Module, list[Perturbable]], *, sharded: bool) -> None:
+        """sharded: DeepSpeed gives a module an alias of each tensor among its inputs. What the module does with a
+        parameter that it is handed cannot be seen then, so the module that hands it over counts as its user."""
         super().__init__()
         self.found: dict[torch.nn.Module, list[Perturbable]] = {}
         self._holders = holders
+        self._sharded = sharded
         self._by_id = {id(p.param): p for held in holders.values() for p in held}
         self._running: list[torch.nn.Module] = []
         self._hooks: list[Any] = []
 
     def __enter__(self) -> Observer:
         for module in self._holders:
-            enter = module.register_forward_pre_hook(lambda m, _: self._running.append(m), prepend=True)
+            enter = module.register_forward_pre_hook(self._entered, prepend=True, with_kwargs=True)
             leave = module.register_forward_hook(lambda *_: self._left())
             self._hooks += [enter, leave]
         return super().__enter__()
@@ -52,16 +58,32 @@ class Observer(TorchFunctionMode):
         for hook in self._hooks:
             hook.remove()
 
+    def _entered(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if self._sharded:
+            self._note((args, kwargs))
+        self._running.append(module)
+
     def _left(self) -> None:
         self._running.pop()
 
+    def _note(self, values: Any) -> None:
+        """Parameters among `values` are used by the module that runs now."""
+        for leaf in tree_leaves(values) if self._running else ():
+            parameter = self._by_id.get(id(leaf))
+            if parameter is None:
+                continue
+            held = (p for m in self._running for p in (*self._holders[m], *self.found.get(m, ())))
+            if parameter not in held:
+                self.found.setdefault(self._running[-1], []).append(parameter)
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         attribute = getattr(getattr(func, "__self__", None), "__name__", "")  # of a getter or setter
-        if self._running and (func.__name__ not in ("__get__", "__set__") or attribute in TRANSPOSES):
-            for leaf in tree_leaves((args, kwargs)):
-                parameter = self._by_id.get(id(leaf))
-                if parameter is not None and not any(parameter in self._holders[m] for m in self._running):
-                    found = self.found.setdefault(self._running[-1], [])
-                    if parameter not in found:
-                        found.append(parameter)
+        reads_view = func.__name__ == "__get__" and attribute in VIEWS and not _called_by_us(sys._getframe(1))
+        if reads_view or func.__name__ not in ("__get__", "__set__"):
+            self._note((args, kwargs))
         return func(*args, **(kwargs or {}))
+
+
+def _called_by_us(frame: Any) -> bool:
+    """Whether DeepSpeed's code or ours reads an attribute: it moves data about and computes nothing for the model."""
+    return frame.f_globals.get("__name__", "").split(".")[0] in ("deepspeed", "zods")

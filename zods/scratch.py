@@ -35,13 +35,17 @@ class Scratch:
 
     def kept(self, output: Any) -> Any:
         """`output` with copies of what lies in this memory: a module may give a part of its parameter."""
+        return tree_map(self._kept, output)
+
+    def saving(self) -> Any:
+        """A context in which autograd saves copies of what lies in this memory, for a model that takes gradients in its
+        forward: the memory has other contents by the time they are used."""
+        return torch.autograd.graph.saved_tensors_hooks(self._kept, lambda saved: saved)
+
+    def _kept(self, leaf: Any) -> Any:
         start = self._memory.untyped_storage().data_ptr()
-
-        def keep(leaf: Any) -> Any:
-            mine = isinstance(leaf, torch.Tensor) and leaf.untyped_storage().data_ptr() == start != 0
-            return leaf.detach().clone() if mine else leaf
-
-        return tree_map(keep, output)
+        mine = isinstance(leaf, torch.Tensor) and leaf.untyped_storage().data_ptr() == start != 0
+        return leaf.detach().clone() if mine else leaf
 
     def reserve(self, tensors: Sequence[torch.Tensor], times: int) -> None:
         """Make room for so many of each, where nothing is taken yet: one module's copies then never need a second block."""

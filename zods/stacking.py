@@ -1,7 +1,8 @@
 """Which inputs of a module's calls carry the batch, so that a stack of batches can be cut into its streams and put together.
 
-Learnt, not guessed from sizes: an input carries the batch where its dim 0 grew by the number of streams from one forward
-of a batch to one of the stack; one whose dim 0 stayed (BERT's position ids) is given to every stream as it is.
+Learned, not guessed from sizes: an input carries the batch where its dim 0 grew by the number of streams from one forward
+of a batch to one of the stack; one whose dim 0 stayed (BERT's position ids) is given to every stream as it is. An input
+that carries the batch has as many rows for every example: those that a router sends to an expert cannot be told apart.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class Stacking:
     """Cuts and joins the calls of modules. `begin` comes before every forward."""
 
     def __init__(self, module: torch.nn.Module) -> None:
-        self._names = {m: f"{name or 'the model'} ({type(m).__name__})" for name, m in module.named_modules()}
+        self.names = {m: f"{name or 'the model'} ({type(m).__name__})" for name, m in module.named_modules()}
         self._recorded: dict[torch.nn.Module, list[list[int | None]]] = defaultdict(list)  # dim 0 of a batch's inputs
         self._carry: dict[torch.nn.Module, list[list[bool | None]]] = defaultdict(list)  # None: not a tensor
         self._num_calls: dict[torch.nn.Module, int] = defaultdict(int)
@@ -52,8 +53,14 @@ class Stacking:
         carry = self._carry[module][call]
         streams: list[list[Any]] = [[] for _ in range(self._num_streams)]
         for leaf, carries in zip(leaves, carry, strict=True):
+            rows = self._num_streams * self._num_examples
             if isinstance(leaf, torch.Tensor) and carries is None:
-                carries = leaf.ndim > 0 and leaf.shape[0] == self._num_streams * self._num_examples
+                carries = leaf.ndim > 0 and leaf.shape[0] == rows
+            if carries and (_size(leaf) or 0) % rows:
+                raise NotStackable(
+                    f"{self.names[module]} is given {_size(leaf)} rows of {rows} examples: which of them belong to which point "
+                    "is not known"
+                )
             parts = leaf.chunk(self._num_streams) if carries else [leaf] * self._num_streams
             for stream, part in zip(streams, parts, strict=True):
                 stream.append(part)
@@ -65,13 +72,13 @@ class Stacking:
             self._carry[module].append(self._carry[module][-1])  # more calls than on the first batch: cut as the others
             return
         if call >= len(recorded) or len(recorded[call]) != len(leaves):
-            raise NotStackable(f"{self._names[module]} is not called as it was on the first batch")
+            raise NotStackable(f"{self.names[module]} is not called as it was on the first batch")
         carry: list[bool | None] = []
         for before, leaf in zip(recorded[call], leaves, strict=True):
             now = _size(leaf)
             if now is not None and now not in (before, self._num_streams * (before or 0)):
                 raise NotStackable(
-                    f"{self._names[module]} is given an input of {before} rows for a batch, {now} for the stack"
+                    f"{self.names[module]} is given an input of {before} rows for a batch, {now} for the stack"
                 )
             carry.append(None if now is None else now != before)
         self._carry[module].append(carry)
@@ -85,7 +92,7 @@ class Stacking:
                 joined.append(parts[0])
                 continue
             if parts[0].ndim == 0 or (not carries and parts[0].shape[0] != 1):
-                raise NotStackable(f"{self._names[module]} returns a tensor without a batch dimension")
+                raise NotStackable(f"{self.names[module]} returns a tensor without a batch dimension")
             rows = (part if carries else part.expand(self._num_examples, *part.shape[1:]) for part in parts)
             joined.append(torch.cat(tuple(rows)))
         return tree_unflatten(joined, flat[0][1])

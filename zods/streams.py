@@ -12,21 +12,21 @@ module that owns parameters. Either way ZeRO-3 gathers a module's parameters onc
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
-import greenlet
 import torch
-from deepspeed.accelerator import get_accelerator
+from deepspeed.utils.z3_leaf_module import z3_leaf_module
 
 from zods import factored
 from zods.directions import Direction
+from zods.lockstep import Lockstep
 from zods.observing import Observer, Perturbable
 from zods.scratch import Scratch
 from zods.stacking import Stacking
+from zods.wrapping import WrappedForward, is_users
 
 
 class Source(NamedTuple):
@@ -75,24 +75,8 @@ def pairs(seeds: Sequence[int], eps: float, **source: Any) -> list[Point]:
     return [Point(seed, sign * eps, **source) for seed in seeds for sign in (1, -1)]
 
 
-class _Contexts:
-    """What `with` sets for the whole thread in a forward, and streams in lockstep would leave to each other."""
-
-    def __init__(self) -> None:
-        devices = {"cpu", get_accelerator().device_name()}
-        self._autocast = [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices]
-        self._cache, self._grad = torch.is_autocast_cache_enabled(), torch.is_grad_enabled()
-
-    def enter(self) -> None:
-        for device, enabled, dtype in self._autocast:
-            torch.set_autocast_enabled(device, enabled)
-            torch.set_autocast_dtype(device, dtype)
-        torch.set_autocast_cache_enabled(self._cache)
-        torch.set_grad_enabled(self._grad)
-
-
 class PerturbedForward:
-    """Runs a module's forward at given points. Installed once, after DeepSpeed's own hooks."""
+    """Runs a module's forward at given points. Installed after DeepSpeed's own hooks, until `remove`."""
 
     def __init__(
         self,
@@ -109,32 +93,36 @@ class PerturbedForward:
         self._stream: int | None = None  # the one that runs alone; None: a stack of all
         self._live: dict[int, _Placed] = {}  # by ordinal
         self._held: dict[torch.nn.Module, list[Perturbable]] = {}  # what each module puts in place
-        self._wrapped: set[torch.nn.Module] = set()
+        self._wrapped: dict[torch.nn.Module, WrappedForward] = {}
         self._recording = False
         self._scratch = Scratch()
-        self._hub: greenlet.greenlet | None = None  # runs the streams in lockstep
         self._shared_sources: dict[Any, Source] = {}  # of the module at which streams in lockstep are
+        self._shared_at: Any = None
+        self._sharded = any(hasattr(p.param, "ds_tensor") for p in parameters)
         self.nested: set[torch.nn.Module] = set()  # holders that ran inside another, so once per stream of a stack
         self.stacking = Stacking(module)
+        self._lockstep = Lockstep(self.stacking.names)
         by_id = {id(p.param): p for p in parameters}
+        # DeepSpeed gathers all that is inside a leaf module with it, whatever runs there: streams wait at the leaf alone
+        leaves = [m for m in module.modules() if z3_leaf_module(m)]
+        self._inside_leaves = {inner for leaf in leaves for inner in leaf.modules() if inner is not leaf}
         for submodule in module.modules():
             own = list(submodule.parameters(recurse=False))
             self._held[submodule] = [by_id[id(p)] for p in own if id(p) in by_id]
-            if own:  # where they are frozen, streams in lockstep wait for each other none the less
+            if (
+                own or submodule in leaves
+            ):  # where they are frozen, streams in lockstep wait for each other none the less
                 self._wrap(submodule)
 
     def _wrap(self, submodule: torch.nn.Module) -> None:
         if submodule not in self._wrapped:
-            self._wrapped.add(submodule)
-            original = submodule.forward
+            self._wrapped[submodule] = WrappedForward(submodule, self._run)
 
-            @functools.wraps(original)
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                return self._run(submodule, original, args, kwargs)
-
-            submodule.forward = forward
-            # torch's TransformerEncoderLayer bypasses its children's forwards, unless a module has a hook
-            submodule.register_forward_pre_hook(lambda *_: None)
+    def remove(self) -> None:
+        """Take the wrappers off: the module runs as it did before."""
+        for wrapper in self._wrapped.values():
+            wrapper.remove()
+        self._wrapped.clear()
 
     @property
     def scratch_bytes(self) -> int:
@@ -169,48 +157,29 @@ class PerturbedForward:
 
     def in_lockstep(self, points: Sequence[Point], call: Callable[[int], Any]) -> list[Any]:
         """[call(k) for each point k], where call(k) is a forward on one batch: all go from one module that holds
-        parameters to the next together. Raises RuntimeError where they do not come to the same modules."""
+        parameters to the next together. Raises NotInLockstep where they do not come to the same modules."""
         self._begin(tuple(points), 0)
-        self._hub = greenlet.getcurrent()
-        self._outside = _Contexts()
-        streams = [greenlet.greenlet(functools.partial(call, k)) for k in range(len(points))]
-        results: list[Any] = [None] * len(points)
-        order = list(range(len(points)))
         try:
-            while order:
-                waiting_at = []
-                self._shared_sources = {}
-                for k in order:
-                    self._stream, self._live = k, {}
-                    found = streams[k].switch()
-                    if streams[k].dead:
-                        results[k] = found
-                    else:
-                        waiting_at.append(found)
-                if waiting_at and (len(waiting_at) < len(points) or len({id(m) for m in waiting_at}) > 1):
-                    raise RuntimeError(
-                        "the forwards at different points call different modules: "
-                        + ", ".join(sorted({type(m).__name__ for m in waiting_at}))
-                    )
-                # the first to start is the last to end: DeepSpeed's hooks on the whole model run in it
-                order = [] if not waiting_at else list(reversed(range(len(points))))
+            return self._lockstep.run(call, len(points), self._resume)
         finally:
-            for stream in streams:
-                self._live = {}
-                if not stream.dead and stream:
-                    stream.throw()
-            self._hub = None
             self._end()
-        return results
+
+    def _resume(self, stream: int) -> None:
+        """None of a stream's copies is in place while it waits."""
+        self._stream, self._live = stream, {}
 
     @contextmanager
     def observing(self) -> Iterator[None]:
         """Watch one forward at the parameters as they are, to see which modules use which parameters.
 
         A module that reads another's parameter itself (a head tied by hand, torch's MultiheadAttention with its output
-        projection) puts that in place too from then on.
+        projection) puts that in place too from then on. Hooks of the model's user run inside their module's forward.
         """
-        observer = Observer(self._held)
+        for module in self._held:
+            if any(is_users(hook) for of in (module._forward_pre_hooks, module._forward_hooks) for hook in of.values()):
+                self._wrap(module)
+                self._wrapped[module].move_hooks()
+        observer = Observer(self._held, sharded=self._sharded)
         with observer:
             yield
         for module, parameters in observer.found.items():
@@ -237,15 +206,16 @@ class PerturbedForward:
     # --- a module's forward -------------------------------------------------------------------------------------------
 
     def _run(self, module: torch.nn.Module, original: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
-        if not self._held[module] and self._hub is None:
+        if not self._held[module] and not self._lockstep.is_running:
             return original(*args, **kwargs)
-        if self._hub is not None:
+        waits = self._lockstep.is_running and module not in self._inside_leaves
+        if waits:
             self._wait(module)
         try:
             if self._deferred is not None:
                 self._deferred.loaded([p.ordinal for p in self._whole(module)])
             output = self._run_at_points(module, original, args, kwargs) if self._points else original(*args, **kwargs)
-            if self._hub is not None:
+            if waits:
                 self._wait(module)  # until all have run: DeepSpeed may release the parameters after this forward
             return output
         finally:
@@ -253,7 +223,7 @@ class PerturbedForward:
                 self._deferred.before_release()
 
     def _run_at_points(self, module: torch.nn.Module, original: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
-        if self._hub is not None:
+        if self._lockstep.is_running:
             return self._run_stream(module, original, args, kwargs)
         if self._stream is not None:
             if self._recording and not self._live:
@@ -261,9 +231,9 @@ class PerturbedForward:
             return self._run_stream(module, original, args, kwargs)
         streams, carries = self.stacking.split(module, (args, kwargs))
         form = self._form(module, args, kwargs) if carries else None
-        if form is not None:
+        if form is not None and self._direction.distribution == "low_rank":
             return self._run_factored(module, form, original, args[0])
-        whole = factored.empty_output(module, args, kwargs) if carries else None
+        whole = factored.empty_output(module, args[0]) if form == "linear" else None
         parts = None if whole is None else whole.chunk(len(streams))
         outputs = []
         sources: dict[Any, Source] = {}
@@ -286,9 +256,17 @@ class PerturbedForward:
             self.nested.add(module)
         missing = [p for p in self._whole(module) if p.ordinal not in self._live]
         with self._scratch.scope():
-            (copies,) = self._copies(missing, (self._stream,), {} if self._hub is None else self._shared_sources)
+            (copies,) = self._copies(missing, (self._stream,), self._sources_at(module))
             with self._placed(copies):
                 return self._scratch.kept(original(*args, **kwargs))
+
+    def _sources_at(self, module: torch.nn.Module) -> dict[Any, Source]:
+        """Where streams in lockstep find the sources that the first of them made at this module."""
+        if not self._lockstep.is_running:
+            return {}
+        if self._shared_at != (here := (self._lockstep.round, module)):
+            self._shared_at, self._shared_sources = here, {}
+        return self._shared_sources
 
     @contextmanager
     def _alone(self, stream: int) -> Iterator[None]:
@@ -303,17 +281,12 @@ class PerturbedForward:
 
     def _wait(self, module: torch.nn.Module) -> None:
         """Let the other streams come to this module; meanwhile none of this one's copies is in place."""
-        assert self._hub is not None
         stream, mine = self._stream, dict(self._live)
         self._restore(list(mine))
-        contexts = _Contexts()
-        self._outside.enter()
         try:
-            self._hub.switch(module)
+            self._lockstep.wait(module)
         finally:
-            contexts.enter()
-        self._stream = stream
-        self._live = {}
+            self._stream, self._live = stream, {}
         for parameter, _, copy in mine.values():
             self._place(parameter, copy)
 
@@ -325,7 +298,7 @@ class PerturbedForward:
         """For each stream of a pair, the parameters with their values at its point."""
         point = self._points[pair[0]]
         copies: list[list[tuple[Perturbable, torch.Tensor]]] = [[] for _ in pair]
-        if self._hub is None:
+        if not self._lockstep.is_running:
             self._scratch.reserve([p.param.data for p in parameters], len(pair))
         for parameter in parameters:
             live = parameter.param.data
@@ -345,7 +318,7 @@ class PerturbedForward:
         return copies
 
     def _empty_like(self, live: torch.Tensor) -> torch.Tensor:
-        if self._hub is None:
+        if not self._lockstep.is_running:
             return self._scratch.empty_like(live)
         return torch.empty_like(
             live, memory_format=torch.contiguous_format
@@ -363,7 +336,8 @@ class PerturbedForward:
         for parameter, copy in copies:
             self._place(parameter, copy)
         try:
-            yield
+            with self._scratch.saving() if torch.is_grad_enabled() else nullcontext():
+                yield
         finally:
             self._restore([parameter.ordinal for parameter, _ in copies])
 
@@ -377,15 +351,20 @@ class PerturbedForward:
             if placed is not None:
                 placed.parameter.param.data = placed.live
 
-    # --- low-rank directions ----------------------------------------------------------------------------------------
+    # --- modules that multiply by one matrix ---------------------------------------------------------------------------
 
     def _form(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> factored.Form | None:
-        """How to run a module once for all streams, or None."""
+        """How a module multiplies its one input by its weight; None where it may do anything else.
+
+        Where gradients are enabled nothing may be computed beside the module's own forward.
+        """
         form = factored.form_of(module)
-        own = {id(p) for p in module.parameters(recurse=False)}
-        alone = all(id(p.param) in own for p in self._held[module])
-        fits = self._direction.distribution == "low_rank" and alone and len(args) == 1 and not kwargs
-        return form if fits else None
+        own = {id(p) for name, p in module._parameters.items() if name in ("weight", "bias")}
+        alone = id(module._parameters.get("weight")) in own and all(id(p.param) in own for p in self._held[module])
+        plain = alone and not self._wrapped[module].has_hooks and not torch.is_grad_enabled()
+        return form if plain and len(args) == 1 and not kwargs else None
+
+    # --- low-rank directions ----------------------------------------------------------------------------------------
 
     def _run_factored(self, module: torch.nn.Module, form: factored.Form, original: Callable, x: torch.Tensor) -> Any:
         """One forward of a matrix module over the streams that start from the same weights, and then what each lacks."""

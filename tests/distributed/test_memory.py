@@ -53,7 +53,7 @@ def rank_of_peaks(stage: int) -> dict[str, tuple[int, int, int]]:
             with peak_memory(engine.device) as inference:
                 engine.deepspeed(**inputs, use_cache=False)
             release_gathered(engine.deepspeed)
-        engine._evaluator._forward_at._scratch.__init__()  # else what is kept from the first step does not count
+        engine._evaluator._forwards.at._scratch.__init__()  # else what is kept from the first step does not count
         with peak_memory(engine.device) as step:
             train(engine, data, [1])
         largest = 0

@@ -32,14 +32,27 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "factored": ({"kernels"}, {"torch"}),
     "observing": (set(), {"torch"}),
     "scratch": (set(), {"torch"}),
-    "streams": ({"directions", "stacking", "factored", "observing", "scratch"}, {"torch", "deepspeed", "greenlet"}),
+    "wrapping": (set(), {"torch"}),
+    "lockstep": (set(), {"torch", "deepspeed", "greenlet"}),
+    "streams": (
+        {"directions", "stacking", "factored", "lockstep", "observing", "scratch", "wrapping"},
+        {"torch", "deepspeed"},
+    ),
     "anchor": ({"section", "kernels", "directions", "estimators", "comm", "sharding", "streams"}, {"torch", "deepspeed"}),
     "objectives": (set(), {"torch"}),
     "memory": (set(), {"torch"}),
     "measuring": ({"comm", "data", "objectives"}, {"torch"}),
+    "forwards": (
+        {"comm", "deferral", "directions", "objectives", "sharding", "stacking", "streams"},
+        {"torch"},
+    ),
+    "choose_form": ({"forwards", "memory", "objectives", "sharding", "streams"}, {"torch", "deepspeed", "tqdm"}),
     "evaluation": (
-        {"comm", "data", "deferral", "directions", "measuring", "memory", "objectives", "sharding", "stacking", "streams"},
-        {"torch", "deepspeed", "tqdm"},
+        {
+            "choose_form", "comm", "data", "deferral", "directions", "forwards", "lockstep", "measuring", "objectives",
+            "sharding", "stacking", "streams",
+        },
+        {"torch", "tqdm"},
     ),
     "selection": (
         {"section", "measuring", "kernels", "directions", "comm", "data", "objectives", "sharding"},

@@ -1,0 +1,284 @@
+"""How the points of a step are evaluated: the first form that gives, on a small batch, what separate forwards give.
+
+A form is compared at two points far from the parameters, so that what one point gives is nothing like what the other gives.
+Some models are chaotic there. They are compared again at the distance of a step's points, and where even separate forwards
+are mostly rounding errors, against a reading in a wider type. `ChooseForm` is called by the evaluator on its first batch.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch.utils._pytree import tree_map
+from tqdm import tqdm
+
+from zods.forwards import Forwards
+from zods.memory import peak_memory
+from zods.objectives import IGNORE_INDEX, logits_of, num_examples
+from zods.sharding import release_gathered, stop_nvme_prefetch
+from zods.streams import Point
+
+logger = logging.getLogger(__name__)
+
+CHECK_DISTANCE = 0.02  # of the points at which forms are first compared; weights are commonly that large
+CHECK_EXAMPLES = 4  # of the batch on which forms are compared, where it can be cut
+FORMS = ("stacked", "lockstep")
+
+
+class ChooseForm:
+    """Choose the form of evaluation of one model.
+
+    eps: distance of a step's points. asked: the configuration's key `evaluation`. micro_batch: examples per forward and
+    rank. most_points: that are ever evaluated together. stream_memory_gb: for the points of one forward; None: half of
+    what is free. streams_per_forward: how many points fit one forward of the form chosen.
+    """
+
+    def __init__(
+        self,
+        forwards: Forwards,
+        *,
+        eps: float,
+        asked: str,
+        micro_batch: int,
+        most_points: int,
+        stream_memory_gb: float | None,
+    ) -> None:
+        self._forwards, self._comm = forwards, forwards.comm
+        self._eps, self._asked = eps, asked
+        self._micro_batch, self._most_points, self._stream_memory_gb = micro_batch, most_points, stream_memory_gb
+        self.streams_per_forward = 2
+
+    def choose(self, batch: Any) -> str:
+        """The first of the forms asked for that fits, the same on all ranks.
+
+        Raises ValueError, the same on all ranks, where the model gives no loss, or a form that was asked for does not fit.
+        """
+        f = self._forwards
+        small = first_examples(batch, CHECK_EXAMPLES)
+        with tqdm(
+            desc="choosing the form of evaluation", unit=" forwards", leave=False, disable=self._comm.rank != 0
+        ) as bar:
+            f.on_forward = bar.update
+            try:
+                return self._choose(small)
+            finally:
+                f.on_forward = None
+
+    def _choose(self, batch: Any) -> str:
+        f = self._forwards
+        with f.at.observing():
+            outputs = f.outputs(batch)
+        own = f.mean_of(outputs, batch)
+        random = self._randomness(own, batch)
+        if random is not None:
+            logger.warning("%s", random)
+        if self._asked == "sequential" or (random is not None and self._asked == "auto"):
+            return "sequential"
+        reasons: list[str] = []
+        for form in FORMS if self._asked == "auto" else (self._asked,):
+            reason = self.misfit(form, batch, outputs)
+            if reason is None:
+                logger.info("evaluation: %s%s", form, f" ({'; '.join(reasons)})" if reasons else "")
+                return form
+            if self._asked != "auto":
+                raise ValueError(f'zeroth_order.evaluation: "{form}" does not fit this model: {reason}. Use "auto".')
+            reasons.append(f"not {form}: {reason}")
+        logger.info("evaluation: sequential (%s)", "; ".join(reasons))
+        return "sequential"
+
+    def _randomness(self, own: torch.Tensor, batch: Any) -> str | None:
+        """What is to be said where the same weights and batch give another loss, or None. The same on all ranks."""
+        f = self._forwards
+        again = f.mean_of(f.outputs(batch), batch)
+        tolerance = 1e-5 if f.dtype == torch.float32 else 2e-3
+        differs = not torch.allclose(own, again, rtol=tolerance, atol=0.0, equal_nan=True)
+        if not self._comm.sum_over_ranks([float(differs)])[0]:
+            return None
+        return (
+            f"the model is random in eval mode: the same weights and batch gave the losses {float(own):.6g} and "
+            f"{float(again):.6g}. The losses of a step's points differ by chance then: make its forward deterministic."
+        )
+
+    def misfit(self, form: str, batch: Any, outputs: Any) -> str | None:
+        """Why `form` does not give what separate forwards give, or None. The same on all ranks.
+
+        outputs: of the batch at the parameters.
+        """
+        f = self._forwards
+        needed, reason = 0.0, None
+        try:
+            if form == "stacked":
+                reason = self._own_loss_misfit(batch, outputs)
+                if reason is None:
+                    reason, needed = self._stacked_misfit(batch)
+            else:
+                reason, needed = self._lockstep_misfit(batch)
+        except Exception as error:  # whatever a model does in a form that it was not written for
+            reason = f"{type(error).__name__}: {str(error)[:300]}"
+            release_gathered(f.deepspeed)
+        (failures,) = self._comm.sum_over_ranks([float(reason is not None)])
+        if reason is None and not failures:
+            self.streams_per_forward = self._fitting(needed * self._micro_batch / num_examples(batch))
+        return reason or ("it fails on another rank" if failures else None)
+
+    # --- lockstep -----------------------------------------------------------------------------------------------------
+
+    def _lockstep_misfit(self, batch: Any) -> tuple[str | None, float]:
+        """Why not, and the bytes that a further point takes."""
+        f = self._forwards
+        stop_nvme_prefetch(f.deepspeed)
+        points = _points(CHECK_DISTANCE)
+        with peak_memory(self._comm.device) as of_one:
+            first = f.loss_at(points[0], batch)
+        separate = torch.stack([first, f.loss_at(points[1], batch)])
+        copies = f.at.scratch_bytes
+        with peak_memory(self._comm.device) as of_two:
+            found = f.losses_in_lockstep(points, batch)
+        copies = f.at.scratch_bytes - copies
+        same = torch.allclose(found, separate, rtol=1e-6, atol=0.0, equal_nan=True)
+        reason = None if same else "its losses differ from those of separate forwards"
+        return reason, of_two.bytes - of_one.bytes - copies
+
+    # --- stacked ------------------------------------------------------------------------------------------------------
+
+    def _stacked_misfit(self, batch: Any) -> tuple[str | None, float]:
+        """Why not, and the bytes that a further point takes."""
+        f = self._forwards
+        alone = f.without_loss(batch)
+        points = _points(CHECK_DISTANCE)
+        f.at.stacking.forget()
+        with peak_memory(self._comm.device) as of_one:
+            first = f.logits_at(points[0], alone, record=num_examples(batch))
+        separate = [first, f.logits_at(points[1], alone)]
+        f.at.nested.clear()
+        copies = f.at.scratch_bytes
+        with peak_memory(self._comm.device) as of_two:
+            stacked = f.stacked_logits(points, batch)
+        needed = of_two.bytes - of_one.bytes - (f.at.scratch_bytes - copies)  # copies serve all points
+        nested = sorted({type(module).__name__ for module in f.at.nested})
+        if nested and f.is_sharded and self._asked == "auto":
+            named = ", ".join(nested)
+            return f"{named} would be gathered once per point, as a part of a module with its own parameters", 0.0
+        far = _error(stacked, separate)
+        if far is None:
+            return None, needed
+        points = _points(self._eps)
+        stacked, separate = f.stacked_logits(points, batch), [f.logits_at(point, alone) for point in points]
+        near = _error(stacked, separate)
+        if near is None or self._is_as_near_to_the_truth(points, alone, stacked, separate):
+            return None, needed
+        return f"its logits are {far:.1e} off those of separate forwards (relative), at a step's points {near:.1e}", 0.0
+
+    def _own_loss_misfit(self, batch: Any, outputs: Any) -> str | None:
+        """Why the model's own loss is not the one that is taken from the logits of a stack; also with other labels and
+        padding, which may show what this batch does not (class weights, a loss that counts by the mask)."""
+        f = self._forwards
+        if not isinstance(batch, dict) or "labels" not in batch:
+            return "the batch is not a dict with labels"
+        if logits_of(outputs) is None:
+            return "the model gives no logits"
+        other = with_other_labels(batch, logits_of(outputs))
+        for given, of_given in ((batch, outputs), (other, f.outputs(other))):
+            own = f.mean_of(of_given, given)
+            try:
+                from_logits = f.mean_of({"logits": logits_of(of_given)}, given)
+            except ValueError:  # shapes that no cross entropy has
+                return "its loss is not the cross entropy of its logits"
+            if not torch.allclose(own, from_logits, rtol=1e-5, atol=1e-6, equal_nan=True):
+                return f"its loss is not the cross entropy of its logits: {float(own):.6g}, not {float(from_logits):.6g}"
+        return None
+
+    def _is_as_near_to_the_truth(
+        self, points: Sequence[Point], batch: Any, stacked: Sequence[torch.Tensor], separate: Sequence[torch.Tensor]
+    ) -> bool:
+        """Whether the logits of a stack are about as far from a reading in a wider type as those of separate forwards.
+
+        False where that reading is not to be had: weights that are sharded, or too large to be copied.
+        """
+        f = self._forwards
+        wider = torch.float64 if f.dtype == torch.float32 else torch.float32
+        size = sum(p.numel() for p in f.module.parameters()) * wider.itemsize
+        if f.is_sharded or size > get_accelerator().available_memory() / (4 * self._comm.world_size):
+            return False
+        module = copy.deepcopy(f.module).to(wider)
+        parameters = dict(module.named_parameters())
+        batch = tree_map(lambda x: x.to(wider) if isinstance(x, torch.Tensor) and x.is_floating_point() else x, batch)
+        for point, of_stack, alone in zip(points, stacked, separate, strict=True):
+            for piece in f.parameters:
+                z = torch.empty(piece.shape, device=piece.param.device)
+                f.direction.combine_(z, piece, seeds=[point.seed], coefficients=[1.0])
+                parameters[piece.name].data = piece.param.data.to(wider) + point.coefficient * z.to(wider)
+            truth = logits_of(module(**batch))
+            if truth is None or (of_stack - truth).norm() > 1.5 * (alone - truth).norm():
+                return False
+        return True
+
+    # --- memory -------------------------------------------------------------------------------------------------------
+
+    def _fitting(self, needed: float) -> int:
+        """How many points of so many bytes fit one forward: whole pairs, the same on all ranks.
+
+        Raises ValueError where a budget was given and not even a pair fits it.
+        """
+        given, shared_by = self._stream_memory_gb, self._comm.world_size if self._comm.device.type == "cpu" else 1
+        free = get_accelerator().available_memory() / 2 / shared_by
+        rows = self._comm.gather_scalars([needed, free if given is None else given * 2**30])
+        needed, budget = max(row[0] for row in rows), min(row[1] for row in rows)
+        if given is not None and budget < 2 * needed:
+            raise ValueError(
+                f"zeroth_order.stream_memory_gb: found {given}, but a pair of points takes {2 * needed / 2**30:.3g} GiB "
+                f"with micro-batches of {self._micro_batch}. Give that much, a smaller micro-batch, or evaluation: sequential."
+            )
+        return 2 * min(max(1, int(budget / max(2 * needed, 1.0))), self._most_points // 2)
+
+
+def _points(distance: float) -> list[Point]:
+    """Two that have nothing in common but their distance."""
+    return [Point(seed, distance) for seed in (1, 2)]
+
+
+def _error(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float | None:
+    """The largest relative error of logits, (2, ...) each, or None where it is what another order of sums makes of it.
+
+    Measured by what the two points' logits are apart, and by rounding errors of their size.
+    """
+    size, apart = expected[0].float().norm(), (expected[0].float() - expected[1].float()).norm()
+    tolerance = 1e-4 * apart + 1e-5 * size if expected[0].dtype == torch.float32 else 0.05 * apart + 0.01 * size
+    error = torch.stack([(a.float() - b.float()).norm() for a, b in zip(found, expected, strict=True)]).max()
+    return None if bool(error <= tolerance) else float(error / size)
+
+
+def first_examples(batch: Any, number: int) -> Any:
+    """The first examples of a batch that is a dict of tensors with a row for each; any other batch as it is."""
+    if not isinstance(batch, dict) or not all(
+        isinstance(value, (torch.Tensor, bool, type(None))) for value in batch.values()
+    ):
+        return batch
+    size = num_examples(batch)
+    tensors = [value for value in batch.values() if isinstance(value, torch.Tensor)]
+    if any(value.ndim == 0 or value.shape[0] != size for value in tensors):
+        return batch
+    return {key: value[:number] if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+
+
+def with_other_labels(batch: dict[str, Any], logits: torch.Tensor | None) -> dict[str, Any]:
+    """The batch with classes spread over its examples where labels are classes; where they are tokens, with the third
+    quarter of its first example unlabelled and the last one masked."""
+    changed = dict(batch)
+    labels = batch.get("labels")
+    if isinstance(labels, torch.Tensor) and labels.ndim == 1 and logits is not None and logits.ndim == 2:
+        number = logits.shape[1]
+        spread = torch.arange(len(labels), device=labels.device) * max(1, number // len(labels)) + 1
+        changed["labels"] = (spread % number).to(labels.dtype)
+    for key, value, quarters in (("labels", IGNORE_INDEX, (2, 3)), ("attention_mask", 0, (3, 4))):
+        entry = batch.get(key)
+        if isinstance(entry, torch.Tensor) and entry.ndim == 2 and not entry.is_floating_point():
+            start, stop = (entry.shape[1] * quarter // 4 for quarter in quarters)
+            changed[key] = entry.clone()
+            changed[key][0, start:stop] = value
+    return changed

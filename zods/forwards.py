@@ -1,0 +1,133 @@
+"""Forwards of a model under DeepSpeed at given points: one after the other, in lockstep, or as one stack."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from zods.comm import Communicator
+from zods.deferral import DeferredUpdate
+from zods.directions import Direction
+from zods.objectives import WEIGHTS, batch_loss, logits_of, num_examples
+from zods.sharding import ShardedParameters, is_sharded
+from zods.stacking import NotStackable
+from zods.streams import PerturbedForward, Point
+
+
+class Forwards:
+    """The model's outputs, logits and losses at points. It is in eval mode whenever one of these methods runs it.
+
+    on_forward: called before each forward, where it is set.
+    """
+
+    def __init__(
+        self,
+        deepspeed_engine: Any,
+        comm: Communicator,
+        parameters: ShardedParameters,
+        deferred: DeferredUpdate | None,
+        direction: Direction,
+    ) -> None:
+        self.deepspeed, self.module = deepspeed_engine, deepspeed_engine.module
+        self.comm, self.parameters, self.direction = comm, parameters, direction
+        self.is_sharded, self.dtype = is_sharded(parameters.slices[0].param), parameters.slices[0].dtype
+        self.at = PerturbedForward(self.module, parameters.slices, direction, deferred)
+        self.on_forward: Callable[[], Any] | None = None
+        self._modules = list(self.module.modules())
+        takes = inspect.signature(self.module.forward).parameters
+        self._needs_labels = "labels" in takes and takes["labels"].default is inspect.Parameter.empty
+        self._has_cache = "use_cache" in takes  # keys and values for generation, of all layers: a loss needs none
+
+    def without_cache(self, batch: Any) -> Any:
+        """The batch, with generation's cache switched off where the model has one."""
+        return {"use_cache": False, **batch} if self._has_cache and isinstance(batch, dict) else batch
+
+    def outputs(self, batch: Any) -> Any:
+        """The model's outputs: a dict is given as keywords, a tuple or list as positions."""
+        self._into_eval_mode()
+        if self.on_forward is not None:
+            self.on_forward()
+        return _call(self.deepspeed, batch)
+
+    def _into_eval_mode(self) -> None:
+        """Both losses of a pair need the same function, so dropout is off, whatever mode the model was put in since."""
+        for module in self._modules:
+            module.training = False
+
+    def mean_of(self, outputs: Any, batch: Any) -> torch.Tensor:
+        return batch_loss(outputs, batch).double()
+
+    def loss_at(self, point: Point | None, batch: Any) -> torch.Tensor:
+        return self.mean_of(self.outputs_at(point, batch), batch)
+
+    def logits_at(self, point: Point, batch: Any, **record: int) -> torch.Tensor:
+        """The logits at a point. Raises NotStackable where there are none."""
+        return _logits(self.outputs_at(point, batch, **record))
+
+    def stacked_logits(self, points: Sequence[Point], batch: Any) -> tuple[torch.Tensor, ...]:
+        """The logits of a batch at each point, from one forward of as many copies of it."""
+        if not isinstance(batch, dict) or "labels" not in batch:
+            raise NotStackable("the batch is not a dict with labels")
+        size = num_examples(batch)
+        stack = {key: _stacked(value, len(points), size) for key, value in self.without_loss(batch).items()}
+        with self.at.at_all(points, size):
+            logits = _logits(self.outputs(stack))
+        return logits.chunk(len(points))
+
+    def without_loss(self, batch: Any) -> Any:
+        """The batch without labels, where the model takes that: its own loss, over a whole stack, is not needed."""
+        if self._needs_labels or not isinstance(batch, dict):
+            return batch
+        return {key: value for key, value in batch.items() if key != "labels"}
+
+    def outputs_at(self, point: Point | None, batch: Any, **record: int) -> Any:
+        with self.at.at(point, **record):
+            return self.outputs(batch)
+
+    def losses_one_by_one(self, points: Sequence[Point], batch: Any) -> torch.Tensor:
+        return torch.stack([self.loss_at(point, batch) for point in points])
+
+    def losses_of_a_stack(self, points: Sequence[Point], batch: Any) -> torch.Tensor:
+        logits = self.stacked_logits(points, batch)
+        return torch.stack([self.mean_of({"logits": part}, batch) for part in logits])
+
+    def losses_in_lockstep(self, points: Sequence[Point], batch: Any) -> torch.Tensor:
+        """Mean losses of a batch, from as many forwards as points that go through the modules together."""
+        self._into_eval_mode()
+
+        def loss(k: int) -> torch.Tensor:
+            # DeepSpeed's hooks on the whole model count forwards: they run once, in the first stream
+            call = self.deepspeed if k == 0 else self.module.forward
+            return self.mean_of(_call(call, batch), batch)
+
+        return torch.stack(self.at.in_lockstep(points, loss))
+
+    LOSSES_BY = {  # noqa: RUF012 (a constant)
+        "sequential": losses_one_by_one,
+        "stacked": losses_of_a_stack,
+        "lockstep": losses_in_lockstep,
+    }
+
+
+def _logits(outputs: Any) -> torch.Tensor:
+    logits = logits_of(outputs)
+    if logits is None:
+        raise NotStackable("the model gives no logits without labels")
+    return logits
+
+
+def _call(model: Any, batch: Any) -> Any:
+    """A dict is given as keywords, a tuple or list as positions."""
+    if isinstance(batch, dict):
+        return model(**{key: value for key, value in batch.items() if key != WEIGHTS})
+    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+
+
+def _stacked(value: Any, num_points: int, size: int) -> Any:
+    """An entry of a batch of `size` examples, for each point; one row serves all examples."""
+    if not isinstance(value, torch.Tensor) or value.ndim == 0 or value.shape[0] not in (1, size):
+        return value
+    return value.expand(size, *value.shape[1:]).repeat(num_points, *[1] * (value.ndim - 1))
