@@ -190,7 +190,9 @@ class ChooseForm:
             except ValueError:  # shapes that no cross entropy has
                 return "its loss is not the cross entropy of its logits"
             if not torch.allclose(own, from_logits, rtol=1e-5, atol=1e-6, equal_nan=True):
-                return f"its loss is not the cross entropy of its logits: {float(own):.6g}, not {float(from_logits):.6g}"
+                return (
+                    f"its loss is not the cross entropy of its logits: {float(own):.6g}, not {float(from_logits):.6g}"
+                )
         return None
 
     def _is_as_near_to_the_truth(
