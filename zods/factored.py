@@ -61,9 +61,10 @@ def empty_output(module: Any, x: torch.Tensor) -> torch.Tensor | None:
     return x.new_empty(*x.shape[:-1], module.weight.shape[0])
 
 
-def linear_(out: torch.Tensor, module: Any, x: torch.Tensor) -> None:
-    rows, outputs = x.reshape(-1, x.shape[-1]), out.view(-1, out.shape[-1])
-    if module.bias is None:
-        torch.mm(rows, module.weight.t(), out=outputs)
+def linear_(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """out <- x @ weight^T + bias. out: (N, outputs), whose rows may be parts of longer ones; x: (..., inputs), N in all."""
+    rows = x.reshape(-1, x.shape[-1])
+    if bias is None:
+        torch.mm(rows, weight.t(), out=out)
     else:
-        torch.addmm(module.bias, rows, module.weight.t(), out=outputs)
+        torch.addmm(bias, rows, weight.t(), out=out)

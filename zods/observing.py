@@ -77,11 +77,15 @@ class Observer(TorchFunctionMode):
                 self.found.setdefault(self._running[-1], []).append(parameter)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        attribute = getattr(getattr(func, "__self__", None), "__name__", "")  # of a getter or setter
-        reads_view = func.__name__ == "__get__" and attribute in VIEWS and not _called_by_us(sys._getframe(1))
-        if reads_view or func.__name__ not in ("__get__", "__set__"):
+        if reads_values(func) and not (func.__name__ == "__get__" and _called_by_us(sys._getframe(1))):
             self._note((args, kwargs))
         return func(*args, **(kwargs or {}))
+
+
+def reads_values(func: Any) -> bool:
+    """Whether a function of torch reads more of a tensor than its attributes."""
+    attribute = getattr(getattr(func, "__self__", None), "__name__", "")  # of a getter or setter
+    return func.__name__ not in ("__get__", "__set__") or (func.__name__ == "__get__" and attribute in VIEWS)
 
 
 def _called_by_us(frame: Any) -> bool:

@@ -22,6 +22,7 @@ from deepspeed.utils.z3_leaf_module import z3_leaf_module
 
 from zods import factored
 from zods.directions import Direction
+from zods.large_matrices import LookedUpRows, blocks, is_large
 from zods.lockstep import Lockstep
 from zods.observing import Observer, Perturbable
 from zods.scratch import Scratch
@@ -222,7 +223,7 @@ class PerturbedForward:
             if self._deferred is not None:
                 self._deferred.before_release()
 
-    def _run_at_points(self, module: torch.nn.Module, original: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _run_at_points(self, module: Any, original: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         if self._lockstep.is_running:
             return self._run_stream(module, original, args, kwargs)
         if self._stream is not None:
@@ -238,14 +239,20 @@ class PerturbedForward:
         outputs = []
         sources: dict[Any, Source] = {}
         for pair in self._pairs:
+            if parts is not None and self._large(module) is not None:
+                inputs = [streams[k][0][0] for k in pair]
+                self._multiply_in_blocks(module, inputs, [parts[k] for k in pair], pair, sources)
+                continue
             with self._scratch.scope():
-                copies = self._copies(self._whole(module), pair, sources)
+                looked_up = self._looked_up(module)
+                copies = self._copies([p for p in self._whole(module) if p is not looked_up], pair, sources)
                 for k, of_stream in zip(pair, copies, strict=True):
-                    with self._placed(of_stream), self._alone(k):
+                    with self._placed(of_stream), self._alone(k), self._rows_of(looked_up, k, sources):
                         if parts is None:
                             outputs.append(self._scratch.kept(original(*streams[k][0], **streams[k][1])))
                         else:
-                            factored.linear_(parts[k], module, streams[k][0][0])
+                            out = parts[k].view(-1, parts[k].shape[-1])
+                            factored.linear_(out, streams[k][0][0], module.weight, module.bias)
         return self.stacking.join(module, outputs, carries) if whole is None else whole
 
     def _run_stream(self, module: torch.nn.Module, original: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -254,10 +261,17 @@ class PerturbedForward:
         assert self._stream is not None
         if self._live and self._held[module]:
             self.nested.add(module)
-        missing = [p for p in self._whole(module) if p.ordinal not in self._live]
+        sources, pair = self._sources_at(module), (self._stream,)
+        if self._large(module) is not None and self._form(module, args, kwargs) == "linear":
+            output = factored.empty_output(module, args[0])
+            if output is not None:
+                self._multiply_in_blocks(module, [args[0]], [output], pair, sources)
+                return output
+        looked_up = self._looked_up(module)
+        missing = [p for p in self._whole(module) if p.ordinal not in self._live and p is not looked_up]
         with self._scratch.scope():
-            (copies,) = self._copies(missing, (self._stream,), self._sources_at(module))
-            with self._placed(copies):
+            (copies,) = self._copies(missing, pair, sources)
+            with self._placed(copies), self._rows_of(looked_up, self._stream, sources):
                 return self._scratch.kept(original(*args, **kwargs))
 
     def _sources_at(self, module: torch.nn.Module) -> dict[Any, Source]:
@@ -301,21 +315,32 @@ class PerturbedForward:
         if not self._lockstep.is_running:
             self._scratch.reserve([p.param.data for p in parameters], len(pair))
         for parameter in parameters:
-            live = parameter.param.data
-            source = self._source(parameter, live, point, sources)
-            made = [self._empty_like(live) for _ in pair]
-            self._direction.combine_(
-                made[0],
-                parameter,
-                weight=source.weight,
-                scale=source.scale,
-                seeds=(*source.seeds, point.seed),
-                coefficients=(*source.coefficients, point.coefficient),
-                mirror=made[1] if len(made) > 1 else None,
-            )
+            made = [self._empty_like(parameter.param.data) for _ in pair]
+            self._perturb(made, parameter, point, sources)
             for of_stream, tensor in zip(copies, made, strict=True):
                 of_stream.append((parameter, tensor))
         return copies
+
+    def _perturb(
+        self,
+        made: Sequence[torch.Tensor],
+        parameter: Perturbable,
+        point: Point,
+        sources: dict[Any, Source],
+        rows: range | None = None,
+    ) -> None:
+        """Write a parameter's values at `point`, and at its mirror where two are to be made; rows: those of a matrix."""
+        source = self._source(parameter, parameter.param.data, point, sources)
+        self._direction.combine_(
+            made[0],
+            parameter,
+            0 if rows is None else rows.start * parameter.shape[1],
+            weight=source.weight if rows is None else source.weight[rows.start : rows.stop],
+            scale=source.scale,
+            seeds=(*source.seeds, point.seed),
+            coefficients=(*source.coefficients, point.coefficient),
+            mirror=made[1] if len(made) > 1 else None,
+        )
 
     def _empty_like(self, live: torch.Tensor) -> torch.Tensor:
         if not self._lockstep.is_running:
@@ -363,6 +388,67 @@ class PerturbedForward:
         alone = id(module._parameters.get("weight")) in own and all(id(p.param) in own for p in self._held[module])
         plain = alone and not self._wrapped[module].has_hooks and not torch.is_grad_enabled()
         return form if plain and len(args) == 1 and not kwargs else None
+
+    # --- large matrices -----------------------------------------------------------------------------------------------
+
+    def _large(self, module: torch.nn.Module) -> Perturbable | None:
+        """A module's weight where it is perturbed, not in place yet, and too large to be copied whole."""
+        weight = module._parameters.get("weight")
+        if weight is None or not is_large(weight.data):
+            return None
+        parameter = self._parameter(module, weight)
+        return None if parameter is None or parameter.ordinal in self._live else parameter
+
+    def _looked_up(self, module: torch.nn.Module) -> Perturbable | None:
+        return self._large(module) if isinstance(module, torch.nn.Embedding) else None
+
+    @contextmanager
+    def _rows_of(self, parameter: Perturbable | None, stream: int, sources: dict[Any, Source]) -> Iterator[None]:
+        """Rows that are looked up inside are those of a stream's point."""
+        if parameter is None:
+            yield
+            return
+        point = self._points[stream]
+
+        def place_whole() -> None:
+            ((copy,),) = self._copies([parameter], (stream,), sources)
+            self._place(*copy)
+
+        def copy_rows(out: torch.Tensor, rows: range) -> None:
+            self._perturb([out], parameter, point, sources, rows)
+
+        try:
+            with LookedUpRows(parameter.param, copy_rows, place_whole):
+                yield
+        finally:
+            self._restore([parameter.ordinal])
+
+    def _multiply_in_blocks(
+        self,
+        module: Any,
+        inputs: Sequence[torch.Tensor],
+        outputs: Sequence[torch.Tensor],
+        pair: tuple[int, ...],
+        sources: dict[Any, Source],
+    ) -> None:
+        """A linear module's outputs for the streams of a pair, from copies of some rows of its weight at a time."""
+        weight = self._large(module)
+        assert weight is not None
+        parts = [(slice(rows.start, rows.stop), rows) for rows in blocks(weight.param.data)]
+        others = [p for p in self._whole(module) if p is not weight]
+        with self._scratch.scope():
+            largest = weight.param.data[parts[0][0]]
+            if not self._lockstep.is_running:
+                self._scratch.reserve([largest, *(p.param.data for p in others)], len(pair))
+            copies = self._copies(others, pair, sources)
+            for part, rows in parts:
+                with self._scratch.scope():
+                    made = [self._empty_like(weight.param.data[part]) for _ in pair]
+                    self._perturb(made, weight, self._points[pair[0]], sources, rows)
+                    for x, output, matrix, of_stream in zip(inputs, outputs, made, copies, strict=True):
+                        with self._placed(of_stream):
+                            bias = None if module.bias is None else module.bias[part]
+                            factored.linear_(output.view(-1, output.shape[-1])[:, part], x, matrix, bias)
 
     # --- low-rank directions ----------------------------------------------------------------------------------------
 

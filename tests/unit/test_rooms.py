@@ -32,10 +32,11 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "factored": ({"kernels"}, {"torch"}),
     "observing": (set(), {"torch"}),
     "scratch": (set(), {"torch"}),
+    "large_matrices": ({"observing"}, {"torch"}),
     "wrapping": (set(), {"torch"}),
     "lockstep": (set(), {"torch", "deepspeed", "greenlet"}),
     "streams": (
-        {"directions", "stacking", "factored", "lockstep", "observing", "scratch", "wrapping"},
+        {"directions", "stacking", "factored", "large_matrices", "lockstep", "observing", "scratch", "wrapping"},
         {"torch", "deepspeed"},
     ),
     "anchor": ({"section", "kernels", "directions", "estimators", "comm", "sharding", "streams"}, {"torch", "deepspeed"}),
