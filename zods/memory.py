@@ -33,20 +33,34 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
 
 
 class _Watch(TorchDispatchMode):
+    """Adds up what operations make. What was freed since is taken off only where the sum would be a new peak: to look for
+    it after each of a forward's thousands of operations would take longer than the forward."""
+
     def __init__(self, peak: Peak) -> None:
         super().__init__()
         self._peak = peak
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._most = 0  # bytes of `_alive`, and so at least those that are alive
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {
-            leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)
-        }
         made = func(*args, **(kwargs or {}))
-        self._alive = {key: (ref, size) for key, (ref, size) in self._alive.items() if not ref.expired()}
-        for leaf in tree_leaves(made):
-            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage()._cdata not in given | self._alive.keys():
-                storage = leaf.untyped_storage()
-                self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        self._peak.bytes = max(self._peak.bytes, sum(size for _, size in self._alive.values()))
+        if any(returned.alias_info is not None for returned in func._schema.returns):
+            return made  # a view, or an operation in place
+        for leaf in made if isinstance(made, (tuple, list)) else (made,):
+            if isinstance(leaf, torch.Tensor):
+                self._add(leaf.untyped_storage(), (args, kwargs))
         return made
+
+    def _add(self, storage: torch.UntypedStorage, given: Any) -> None:
+        key = storage._cdata
+        known = self._alive.get(key)
+        if known is not None and not known[0].expired():
+            return
+        if any(isinstance(leaf, torch.Tensor) and leaf.untyped_storage()._cdata == key for leaf in tree_leaves(given)):
+            return
+        self._most += storage.nbytes() - (0 if known is None else known[1])
+        self._alive[key] = (StorageWeakRef(storage), storage.nbytes())
+        if self._most > self._peak.bytes:
+            self._alive = {k: (ref, size) for k, (ref, size) in self._alive.items() if not ref.expired()}
+            self._most = sum(size for _, size in self._alive.values())
+            self._peak.bytes = max(self._peak.bytes, self._most)

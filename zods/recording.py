@@ -33,7 +33,8 @@ class Recorder:
         self._history = History(config.zeroth_order)
         self._run: Run | None = None
         self._evaluation: Evaluation | None = None
-        self._run_is_recorded = self._evaluation_is_recorded = False
+        self._run_is_recorded = False
+        self._evaluated: tuple[str, int] | None = None  # how points were, when that was last looked at
         replicas = config.zeroth_order.replicas
         self.follows = replicas is not None and replicas.index > 0  # another replica records what is not a step's
         self._selections = 0
@@ -71,9 +72,9 @@ class Recorder:
 
     def record_evaluation(self, step: int, form: str | None, streams: int) -> None:
         """After a forward: how points are evaluated, where it is another way than that recorded last."""
-        if self._evaluation_is_recorded or self.follows or form is None:
+        if self.follows or form is None or self._evaluated == (form, streams):
             return
-        self._evaluation_is_recorded = True
+        self._evaluated = (form, streams)
         if self.chosen_evaluation() != (form, streams):
             self.add(Evaluation(step, form, streams))
 
@@ -128,7 +129,7 @@ class Recorder:
                 self._note(record_of(state[key]))
         section = self._config.zeroth_order if self._run is None else self._run.section  # of what the log goes on with
         self._history = History(section, gradient)
-        self._run_is_recorded = self._evaluation_is_recorded = False
+        self._run_is_recorded, self._evaluated = False, None
         self._note_selections()
 
     def _note_selections(self) -> None:

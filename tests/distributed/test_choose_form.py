@@ -1,0 +1,231 @@
+"""The form of evaluation: chosen on a few examples, compared again on later batches, and left where it does not fit."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tests.distributed import awkward
+from tests.distributed.ranks import run_ranks
+from tests.distributed.test_evaluation_forms import engine_of
+from tests.distributed.test_misfits import dense_losses
+from zods import choose_form
+from zods.choose_form import first_examples
+from zods.directions import Direction
+from zods.streams import Point
+
+POINTS = [Point(5, 0.01), Point(5, -0.01)]
+
+
+class PenaltyForAWord(awkward.Classifier):
+    """Its loss has a term that only batches with a certain word show."""
+
+    def forward(self, ids: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        outputs = super().forward(ids, labels)
+        if labels is not None:
+            outputs["loss"] = outputs["loss"] + (ids == 39).float().mean() * outputs["logits"].square().mean()
+        return outputs
+
+
+class ClassWeights(awkward.Classifier):
+    def forward(self, ids: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        logits = self.head(self.body(self.embed(ids)).mean(1))
+        weights = torch.arange(1.0, awkward.CLASSES + 1)
+        return {"logits": logits} | (
+            {} if labels is None else {"loss": functional.cross_entropy(logits, labels, weights)}
+        )
+
+
+class Experts(awkward.Classifier):
+    """Each example goes to one expert, and experts without examples are not called."""
+
+    def build(self) -> None:
+        self.router = nn.Linear(awkward.WIDTH, 4)
+        self.experts = nn.ModuleList(nn.Linear(awkward.WIDTH, awkward.WIDTH) for _ in range(4))
+
+    def body(self, x: Tensor) -> Tensor:
+        chosen, routed = self.router(x.mean(1)).argmax(-1), torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            rows = (chosen == number).nonzero()[:, 0]
+            if len(rows):
+                routed[rows] = expert(x[rows])
+        return torch.tanh(routed)
+
+
+class Noisy(awkward.Classifier):
+    """Draws random numbers in eval mode."""
+
+    def body(self, x: Tensor) -> Tensor:
+        return super().body(x + 0.1 * torch.randn_like(x))
+
+
+def chaotic() -> nn.Module:
+    """A Gemma whose norms have large weights, so that rounding errors grow from layer to layer."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "num_hidden_layers": 9, "num_attention_heads": 2, "intermediate_size": 128}
+    config = hf.Gemma3TextConfig(
+        vocab_size=512, num_key_value_heads=1, head_dim=32, sliding_window=8, initializer_range=0.1, **shape
+    )
+    model = hf.Gemma3ForCausalLM(config)
+    for name, param in model.named_parameters():
+        if "norm" in name:
+            param.data.add_(20 * torch.rand_like(param))
+    return model
+
+
+class Dropped(awkward.Classifier):
+    def build(self) -> None:
+        self.dropout = nn.Dropout(0.5)
+
+    def body(self, x: Tensor) -> Tensor:
+        return super().body(self.dropout(x))
+
+
+def batch_of_class(kind: int) -> dict[str, Tensor]:
+    return {**awkward.words(4, 6), "labels": torch.full((4,), kind)}
+
+
+def without_word(batch: dict[str, Tensor], word: int = 39) -> dict[str, Tensor]:
+    return {**batch, "ids": batch["ids"].where(batch["ids"] != word, 0)}
+
+
+def said_by(engine: Any, batches: list[Any]) -> dict[str, Any]:
+    """The largest relative error of a batch's losses, the forms that they were evaluated in, and what was said."""
+    messages: list[str] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            messages.append(record.getMessage())
+
+    handler, logger = Keep(), logging.getLogger("zods")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    plain = copy.deepcopy(engine.module)
+    errors, forms = [], []
+    with torch.no_grad():
+        for batch in batches:
+            found = engine._evaluator.losses(POINTS, batch)
+            forms.append(engine.evaluation)
+            truth = dense_losses(plain, POINTS, batch, Direction())
+            errors.append(((found - truth) / truth).abs().max().item())
+    logger.removeHandler(handler)
+    return {"errors": errors, "forms": forms, "said": messages}
+
+
+def rank_of_later_batches() -> dict[str, Any]:
+    later = [awkward.words(4, 6, seed=k) for k in range(1, 9)]
+    one_word = {**awkward.words(4, 6), "ids": torch.full((4, 6), 39)}
+    return {
+        "penalty": said_by(engine_of(PenaltyForAWord()), [without_word(awkward.words(4, 6)), one_word, *later]),
+        "weights": said_by(engine_of(ClassWeights()), [batch_of_class(0), *later]),
+        "experts": said_by(engine_of(Experts()), later),
+        "noisy": said_by(engine_of(Noisy()), later[:1]),
+    }
+
+
+@pytest.fixture(scope="module")
+def later() -> dict[str, Any]:
+    return run_ranks(1, rank_of_later_batches)[0]
+
+
+def test_a_term_of_the_loss_that_a_later_batch_shows_is_noticed_and_said_once(later):
+    found = later["penalty"]
+    assert found["forms"][:2] == ["stacked", "lockstep"]
+    assert max(found["errors"]) < 1e-5
+    (warning,) = [text for text in found["said"] if "from now on" in text]
+    assert "on this batch the model's loss is" in warning
+
+
+def test_class_weights_are_noticed_though_the_first_batch_holds_one_class(later):
+    found = later["weights"]
+    assert set(found["forms"]) == {"lockstep"}
+    assert max(found["errors"]) < 1e-5
+
+
+def test_experts_that_are_called_as_the_router_says_have_each_point_s_own_loss(later):
+    found = later["experts"]
+    assert found["forms"][-1] == "sequential"
+    assert max(found["errors"]) < 1e-5
+    assert sum("sequential" in text for text in found["said"]) == 1
+
+
+def test_a_model_that_is_random_in_eval_mode_is_called_so(later):
+    (text,) = [text for text in later["noisy"]["said"] if "random" in text]
+    assert "random in eval mode" in text
+    assert later["noisy"]["forms"] == ["sequential"]
+
+
+def rank_of_chaos() -> dict[str, str]:
+    ids = torch.randint(5, 512, (4, 24), generator=torch.Generator().manual_seed(1))
+    gemma = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    cases = [
+        ("chaotic", chaotic, gemma, choose_form.MOST_ROUNDINGS),
+        ("chaotic, rounding not allowed for", chaotic, gemma, 0),
+        ("mixes examples", awkward.MixesExamples, awkward.words(4, 6), choose_form.MOST_ROUNDINGS),
+    ]
+    found: dict[str, str] = {}
+    for name, make, batch, choose_form.MOST_ROUNDINGS in cases:
+        engine = engine_of(make(), direction="low_rank", eps=1e-3)
+        engine(batch)
+        found[name] = engine.evaluation
+    return found
+
+
+def test_a_chaotic_model_is_stacked_where_only_rounding_errors_tell_it_from_separate_forwards():
+    """What mixes examples is refused at any distance of the points, for rounding errors do not explain it."""
+    (found,) = run_ranks(1, rank_of_chaos)
+    refused = "chaotic, rounding not allowed for"
+    assert found == {"chaotic": "stacked", refused: "lockstep", "mixes examples": "lockstep"}
+
+
+def rank_of_modes() -> dict[str, list[float]]:
+    found = {}
+    for who in ("nobody", "user", "user, in a part"):
+        model = Dropped()
+        engine = engine_of(model, lr=0.0)
+        losses = []
+        for k in range(3):
+            {"nobody": list, "user": model.train, "user, in a part": model.dropout.train}[who]()
+            loss = engine(awkward.words(4, 6, seed=k))
+            engine.backward(loss)
+            engine.step()
+            losses.append((engine.last_step.loss, engine.last_step.projected_grad))
+        found[who] = losses
+    return found
+
+
+def test_dropout_is_off_in_a_step_whatever_mode_the_model_was_put_in():
+    (found,) = run_ranks(1, rank_of_modes)
+    assert found["nobody"] == found["user"] == found["user, in a part"]
+
+
+def rank_of_two_engines() -> tuple[list[float], bool]:
+    model, losses = awkward.Classifier(), []
+    for _ in range(2):
+        engine = engine_of(model, lr=0.0)
+        losses.append(float(engine(awkward.words(4, 6))))
+        engine.close()
+    return losses, any("forward" in vars(module) for module in model.modules())
+
+
+def test_a_model_can_be_given_to_another_engine_when_the_first_is_closed():
+    ((first, second), wrapped) = run_ranks(1, rank_of_two_engines)[0]
+    assert first == second
+    assert not wrapped
+
+
+def test_the_first_examples_are_taken_of_a_dict_of_tensors_with_a_row_for_each():
+    rows = {"ids": torch.arange(12).view(6, 2), "labels": torch.arange(6), "use_cache": False}
+    cut = first_examples(rows, 4)
+    assert torch.equal(cut["ids"], rows["ids"][:4])
+    assert torch.equal(cut["labels"], rows["labels"][:4])
+    assert cut["use_cache"] is False
+    for whole in ({**rows, "edges": torch.zeros(2, 9)}, {**rows, "texts": ["a"] * 6}, (rows["ids"], rows["labels"])):
+        assert first_examples(whole, 4) is whole
