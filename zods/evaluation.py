@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +19,20 @@ from zods.deferral import DeferredUpdate
 from zods.directions import Direction
 from zods.measuring import to_device
 from zods.memory import peak_memory
-from zods.objectives import IGNORE_INDEX, WEIGHTS, batch_loss, logits_of, num_examples, weights_of
+from zods.objectives import (
+    IGNORE_INDEX,
+    WEIGHTS,
+    Objective,
+    batch_loss,
+    fits_cross_entropy,
+    logits_of,
+    loss_count,
+    needs_rows,
+    num_examples,
+    own_loss,
+    refusal_of_examples,
+    shift_probes,
+)
 from zods.sharding import ShardedParameters, is_sharded, release_gathered, stop_nvme_prefetch
 from zods.stacking import NotStackable
 from zods.streams import PerturbedForward, Point
@@ -38,6 +53,7 @@ class Evaluator:
         deferred: DeferredUpdate | None,
         *,
         direction: Direction,
+        loss_mean: str,
         evaluation: str,
         stream_memory_gb: float | None,
         micro_batch: int,
@@ -55,6 +71,7 @@ class Evaluator:
         takes = inspect.signature(deepspeed_engine.module.forward).parameters
         self._needs_labels = "labels" in takes and takes["labels"].default is inspect.Parameter.empty
         self._has_cache = "use_cache" in takes  # keys and values for generation, of all layers: a loss needs none
+        self._objective = Objective(loss_mean)  # how the model aligns its labels is found on the first batch
         self._asked = evaluation
         self.evaluation: str | None = None  # how points are evaluated; chosen on the first batch
         self._known: tuple[str, int] | None = None
@@ -87,20 +104,23 @@ class Evaluator:
         return torch.cat([losses(self, at[k : k + size], batch) for k in range(0, len(at), size)])
 
     def _loss(self, point: Point | None, batch: Any) -> torch.Tensor:
-        return batch_loss(self._outputs_at(point, batch), batch).double()
+        return self._mean(self._outputs_at(point, batch), batch)
+
+    def _mean(self, outputs: Any, batch: Any) -> torch.Tensor:
+        return batch_loss(outputs, batch, self._objective).double()
 
     def _losses_one_by_one(self, points: Sequence[Point], batch: Any) -> torch.Tensor:
         return torch.stack([self._loss(point, batch) for point in points])
 
     def _losses_of_a_stack(self, points: Sequence[Point], batch: Any) -> torch.Tensor:
         logits = self._stacked_logits(points, batch)
-        return torch.stack([batch_loss({"logits": part}, batch).double() for part in logits])
+        return torch.stack([self._mean({"logits": part}, batch) for part in logits])
 
     def _losses_in_lockstep(self, points: Sequence[Point], batch: Any) -> torch.Tensor:
         def loss(k: int) -> torch.Tensor:
             # DeepSpeed's hooks on the whole model count forwards: they run once, in the first stream
             call = self._deepspeed if k == 0 else self._deepspeed.module.forward
-            return batch_loss(_call(call, batch), batch).double()
+            return self._mean(_call(call, batch), batch)
 
         return torch.stack(self._forward_at.in_lockstep(points, loss))
 
@@ -133,6 +153,7 @@ class Evaluator:
         with self._forward_at.observing():
             outputs = self.outputs(batch)
         batch_loss(outputs, batch)
+        self._objective = self._found_objective(outputs, batch)
         if self._known is not None:
             form, self.streams_per_forward = self._known
             if form == "lockstep":
@@ -164,7 +185,7 @@ class Evaluator:
         self._forward_at.stacking.forget()
         alone = self._without_loss(batch) if form == "stacked" and isinstance(batch, dict) else batch
         separate = [self._outputs_at(point, batch) for point in points]
-        losses = torch.stack([batch_loss(outputs, batch).double() for outputs in separate])
+        losses = torch.stack([self._mean(outputs, batch) for outputs in separate])
         try:
             with peak_memory(self._comm.device) as of_one:
                 self._outputs_at(points[0], alone, record=num_examples(batch))
@@ -174,7 +195,7 @@ class Evaluator:
                 evaluate = self._stacked_logits if form == "stacked" else self._losses_in_lockstep
                 found = list(evaluate(points, batch))
             if form == "stacked":
-                reason = self._stack_misfit(found, points, batch, separate, losses)
+                reason = self._stack_misfit(found, points, batch, separate)
             else:
                 same = torch.allclose(torch.stack(found), losses, rtol=1e-6, atol=0.0, equal_nan=True)
                 reason = None if same else "its losses differ from those of separate forwards"
@@ -215,7 +236,6 @@ class Evaluator:
         points: list[Point],
         batch: dict[str, Any],
         separate: list[Any],
-        losses: torch.Tensor,
     ) -> str | None:
         nested = sorted({type(module).__name__ for module in self._forward_at.nested})
         if nested and self._sharded and self._asked == "auto":
@@ -227,10 +247,11 @@ class Evaluator:
             return "the model gives no logits"
         holed = _with_padding(batch)
         on_holed = self._outputs_at(points[0], holed)
-        expected = torch.cat([losses, batch_loss(on_holed, holed).double()[None]])
-        from_logits = [batch_loss({"logits": part}, batch).double() for part in logits]
-        from_logits.append(batch_loss({"logits": logits_of(on_holed)}, holed).double())
-        if not torch.allclose(torch.stack(from_logits), expected, rtol=1e-5, atol=1e-6, equal_nan=True):
+        over_tokens = replace(self._objective, mean="tokens")  # as a model's own loss
+        pairs = [*((outputs, batch) for outputs in separate), (on_holed, holed)]
+        expected = [batch_loss(outputs, given, over_tokens) for outputs, given in pairs]
+        from_logits = [batch_loss({"logits": logits_of(outputs)}, given, over_tokens) for outputs, given in pairs]
+        if not torch.allclose(torch.stack(from_logits), torch.stack(expected), rtol=1e-5, atol=1e-6, equal_nan=True):
             return "its loss is not the cross entropy of its logits"
         apart = (logits[0].float() - logits[1].float()).norm()
         size = logits[0].float().norm()
@@ -240,13 +261,37 @@ class Evaluator:
             return None
         return f"its logits are {max(map(float, errors)) / float(size):.1e} off those of separate forwards (relative)"
 
+    def _found_objective(self, outputs: Any, batch: Any) -> Objective:
+        """How the model's labels are aligned, and whether its loss is the cross entropy of its logits. The same on all ranks.
+
+        Where the loss fits both alignments or neither, it is that of a shifted model if it does not depend on the rows'
+        first labels. Raises ValueError on all ranks where the mean over examples is wanted of a loss that does not tell them
+        apart.
+        """
+        found = Objective(self._objective.mean)
+        if own_loss(outputs) is None:
+            return found
+        misfits = [float(fits_cross_entropy(outputs, batch, shifted) is False) for shifted in (True, False)]
+        fits = [not number for number in self._comm.sum_over_ranks(misfits)]
+        shifted = fits[0]
+        if fits[0] == fits[1] and (probes := shift_probes(batch)) is not None:
+            without, with_first = (batch_loss(self._outputs_at(None, probe), probe) for probe in probes)
+            same = torch.allclose(without, with_first, rtol=1e-6, atol=0.0, equal_nan=True)
+            shifted = not any(self._comm.sum_over_ranks([float(not same)]))
+        found = replace(found, shifted=shifted, own=not any(fits))
+        if found.own:
+            size = num_examples(batch) if needs_rows(batch, found) else 0
+            largest = max(of_rank[0] for of_rank in self._comm.gather_scalars([float(size)]))
+            if largest:
+                raise ValueError(refusal_of_examples(int(largest)))
+        return found
+
     def loss_sums(self, points: Sequence[Point | None], batch: Any) -> torch.Tensor:
-        """Losses times the number of examples, or their weight, then that: (number of points + 1,) in float64."""
+        """Losses times what they are means over, then that: (number of points + 1,) in float64; all 0 where no label counts."""
         self._beat()
         losses = self.losses(points, batch)
-        weights = weights_of(batch)
-        size = num_examples(batch) if weights is None else float(weights.sum())
-        return torch.cat([losses * size, losses.new_tensor([size])])
+        count = loss_count(batch, self._objective).to(losses.device)
+        return torch.cat([torch.where(count > 0, losses * count, 0.0), count[None]])
 
     def whole_set_losses(
         self,
@@ -259,7 +304,7 @@ class Evaluator:
         share: tuple[int, int],
         total: Callable[[Sequence[float]], Sequence[float]],
     ) -> list[float]:
-        """Mean losses over a whole dataset, each micro-batch weighted by its examples.
+        """Mean losses over a whole dataset under the objective; NaN where no label counts.
 
         share: this rank's place among so many that share the dataset, in micro-batches of one size. total: sums over those.
         """
@@ -270,13 +315,16 @@ class Evaluator:
             if counted:
                 sums += found
         *totals, count = total(sums.tolist())
-        return [of_point / count for of_point in totals]
+        return [of_point / count if count else math.nan for of_point in totals]
 
     def mean_loss(self, batches: Iterator[Any]) -> float:
-        """Mean loss at the parameters over `batches` and all ranks; the same number of batches on every rank."""
+        """Mean loss at the parameters under the objective, over `batches` and all ranks; NaN where no label counts.
+
+        batches: the same number of them on every rank.
+        """
         sums = torch.stack([self.loss_sums([None], to_device(batch, self._comm.device)) for batch in batches]).sum(0)
         total, count = self._comm.sum_over_ranks(sums.tolist())
-        return total / count
+        return total / count if count else math.nan
 
 
 def _call(model: Any, batch: Any) -> Any:
