@@ -107,7 +107,7 @@ class Evaluator:
         return self._mean(self._outputs_at(point, batch), batch)
 
     def _mean(self, outputs: Any, batch: Any) -> torch.Tensor:
-        return batch_loss(outputs, batch, self._objective).double()
+        return batch_loss(outputs, batch, self._objective)
 
     def _losses_one_by_one(self, points: Sequence[Point], batch: Any) -> torch.Tensor:
         return torch.stack([self._loss(point, batch) for point in points])

@@ -65,7 +65,8 @@ def batch_loss(outputs: Any, batch: Any, objective: Objective = PLAIN) -> Tensor
         batch: what it was given: a dict, or a tuple of tensors (which names no labels).
 
     Returns:
-        0-d float32 tensor.
+        0-d float64 tensor. Losses of tokens are float32, sums of them float64: so the cut of a batch does not show in how a
+        sum is rounded.
 
     Raises:
         ValueError: neither a scalar loss nor logits with labels; or their shapes do not fit each other; or the mean over
@@ -74,13 +75,13 @@ def batch_loss(outputs: Any, batch: Any, objective: Objective = PLAIN) -> Tensor
     loss = own_loss(outputs)
     logits, labels = _entry(outputs, "logits"), _entry(batch, "labels")
     if weights_of(batch) is not None:
-        tiny = torch.finfo(torch.float32).tiny
-        return weighted_sum(outputs, batch, objective) / loss_count(batch, objective).float().clamp(min=tiny)
+        tiny = torch.finfo(torch.float64).tiny
+        return weighted_sum(outputs, batch, objective) / loss_count(batch, objective).clamp(min=tiny)
     if loss is not None and not needs_rows(batch, objective):
         rounded = loss.dtype.itemsize < 4 and _is_classification(logits, labels)
         if rounded and torch.equal(functional.cross_entropy(logits, labels), loss):
-            return functional.cross_entropy(logits.float(), labels)
-        return loss.float()
+            return functional.cross_entropy(logits.float(), labels).double()
+        return loss.double()
     if loss is not None and objective.own:
         raise ValueError(refusal_of_examples(len(labels)))
     if not isinstance(logits, Tensor) or not isinstance(labels, Tensor):
@@ -89,8 +90,6 @@ def batch_loss(outputs: Any, batch: Any, objective: Objective = PLAIN) -> Tensor
             f"it returned {_describe(outputs)} for a batch of {_describe(batch)}; "
             "pass labels, or wrap the model so that forward returns a scalar loss"
         )
-    if _is_classification(logits, labels):
-        return functional.cross_entropy(logits.float(), labels, ignore_index=IGNORE_INDEX)
     sums, counts = row_sums(logits, labels, objective.shifted)
     if objective.mean == "tokens":
         return sums.sum() / counts.sum()
@@ -160,7 +159,7 @@ def fits_cross_entropy(outputs: Any, batch: Any, shifted: bool) -> bool | None:
         return None
     expected = batch_loss({"logits": logits}, {"labels": labels}, Objective(shifted=shifted))
     tolerance = 1e-5 if loss.dtype.itemsize >= 4 and logits.dtype.itemsize >= 4 else 2.0**-7
-    return torch.allclose(loss.float(), expected, rtol=tolerance, atol=0.1 * tolerance)
+    return torch.allclose(loss.double(), expected, rtol=tolerance, atol=0.1 * tolerance)
 
 
 def shift_probes(batch: Any) -> tuple[Any, Any] | None:
@@ -184,7 +183,7 @@ def weights_of(batch: Any) -> Tensor | None:
 
 
 def weighted_sum(outputs: Any, batch: Any, objective: Objective = PLAIN) -> Tensor:
-    """The sum over a batch of each example's weight times its loss, 0-d float32.
+    """The sum over a batch of each example's weight times its loss, 0-d float64.
 
     tokens: an example's loss is the sum over its label tokens; examples: their mean. An example of weight 0, or without
     any label token, counts nothing.
@@ -203,13 +202,13 @@ def weighted_sum(outputs: Any, batch: Any, objective: Objective = PLAIN) -> Tens
 
 
 def row_sums(logits: Tensor, labels: Tensor, shifted: bool = True) -> tuple[Tensor, Tensor]:
-    """The cross entropy of each row, summed over its label tokens, (B,) float32, and their numbers, (B,) int64.
+    """The cross entropy of each row, summed over its label tokens, (B,) float64, and their numbers, (B,) int64.
 
     logits (B, C) with labels (B,), or (B, L, V) with (B, L), as in `batch_loss`. Raises ValueError for other shapes.
     """
     if _is_classification(logits, labels):
         losses = functional.cross_entropy(logits.float(), labels, ignore_index=IGNORE_INDEX, reduction="none")
-        return losses, (labels != IGNORE_INDEX).long()
+        return losses.double(), (labels != IGNORE_INDEX).long()
     if logits.ndim == 3 and labels.shape == logits.shape[:2]:
         log_likelihood, num_tokens = sequence_log_likelihood(logits, labels, shifted)
         return -log_likelihood, num_tokens
@@ -222,7 +221,7 @@ def example_losses(logits: Tensor, labels: Tensor) -> Tensor:
     Shapes and errors as in `row_sums`.
     """
     sums, counts = row_sums(logits, labels)
-    return sums / counts
+    return (sums / counts).float()
 
 
 def _misfit(logits: Tensor, labels: Tensor) -> str:
@@ -279,7 +278,7 @@ def sequence_log_likelihood(logits: Tensor, labels: Tensor, shifted: bool = True
             never is.
 
     Returns:
-        (B,) float32 sums, and (B,) int64 counts.
+        (B,) float64 sums of float32 log-probabilities, and (B,) int64 counts.
     """
     targets = functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX) if shifted else labels  # (B, L)
     counted = targets != IGNORE_INDEX
@@ -299,7 +298,7 @@ def sequence_log_likelihood(logits: Tensor, labels: Tensor, shifted: bool = True
     token_log_probs = torch.zeros(targets.numel(), dtype=torch.float32, device=logits.device)
     if parts:
         token_log_probs[slice(None) if chosen is None else chosen] = torch.cat(parts)
-    return token_log_probs.view_as(targets).sum(1), num_tokens
+    return token_log_probs.view_as(targets).sum(1, dtype=torch.float64), num_tokens
 
 
 def _entry(container: Any, name: str) -> Any:

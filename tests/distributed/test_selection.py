@@ -21,6 +21,7 @@ import zods
 from tests.distributed.models import configuration, numpy_of, whole
 from tests.distributed.ranks import run_ranks
 from tests.distributed.zoo import with_adapters, zoo_batch, zoo_model
+from tests.reference.objective import objective, token_losses
 from zods.comm import Communicator
 from zods.data import TrainingLoader
 from zods.objectives import example_losses
@@ -267,18 +268,16 @@ def chosen_and_weighted(world_size_options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def test_the_loss_of_a_step_is_the_weighted_mean_over_the_chosen():
-    (one,) = run_ranks(1, chosen_and_weighted, {})
-    two = run_ranks(2, chosen_and_weighted, {})
+@pytest.mark.parametrize("loss_mean", ["tokens", "examples"])
+def test_the_loss_of_a_step_is_the_weighted_mean_over_the_chosen(loss_mean: str):
+    (one,) = run_ranks(1, chosen_and_weighted, {"loss_mean": loss_mean})
+    two = run_ranks(2, chosen_and_weighted, {"loss_mean": loss_mean})
     model = zoo_model("llama")
     with torch.no_grad():
         batch = collate([examples()[i] for i in one["ids"]])
-        losses = example_losses(
-            model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits, batch["labels"]
-        )
-    weights = torch.tensor(one["weights"])
-    assert float(weights.sum()) == 16 and len(set(one["weights"])) > 1  # noqa: PT018
-    expected = float((losses * weights).sum() / weights.sum())
+        logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    assert sum(one["weights"]) == 16 and len(set(one["weights"])) > 1  # noqa: PT018
+    expected = float(objective(token_losses(logits, batch["labels"], True), loss_mean, one["weights"]))
     for run in (one, *two):
         assert (run["ids"], run["weights"]) == (one["ids"], one["weights"])
         assert run["loss"] == pytest.approx(expected, rel=1e-4)  # eps = 1e-3 away

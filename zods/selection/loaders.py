@@ -200,4 +200,4 @@ def weighted_loss(engine: Any, batch: Mapping[str, Any], loss_mean: str = "token
     check_loss_mean(loss_mean)
     moved = to_device(batch, engine.device)
     inputs = {key: value for key, value in moved.items() if key not in ("labels", WEIGHTS)}
-    return weighted_sum(engine(**inputs, **without_cache(engine.module)), moved, Objective(loss_mean))
+    return weighted_sum(engine(**inputs, **without_cache(engine.module)), moved, Objective(loss_mean)).float()
