@@ -262,7 +262,7 @@ def test_the_probes_differ_in_the_first_label_alone():
 
 def test_the_mean_over_examples_of_a_loss_that_does_not_tell_them_apart_is_refused():
     own, batch = {"loss": torch.tensor(1.0)}, {"labels": torch.ones(2, 3, dtype=torch.int64)}
-    with pytest.raises(ValueError, match='"examples" needs the loss of each example.* gives one for 2 .*"tokens"'):
+    with pytest.raises(ValueError, match=r'"examples" needs .* gives one for 2 .*"tokens"'):
         batch_loss(own, batch, Objective("examples", own=True))
     one = {"labels": batch["labels"][:1]}
     assert batch_loss(own, one, Objective("examples", own=True)) == 1.0
