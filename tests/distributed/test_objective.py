@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+import json
 import statistics
 from collections.abc import Callable, Iterator
 from itertools import product
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers as hf
@@ -15,10 +18,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import zods
-from tests.distributed.models import collate, configuration
-from tests.distributed.ranks import run_ranks
+import zods.finetune
+from tests.distributed.models import collate, configuration, numpy_of, sha256, whole
+from tests.distributed.ranks import REPOSITORY, launch, run_ranks
 from tests.reference.dense import DenseReference, loss_of_module, named_parameters_of
 from tests.reference.objective import objective_of
+from zods.directions import derive_seed
+from zods.runs import read_metrics
 
 VOCABULARY, LENGTH = 31, 256
 LABELLED = (5, 250, 5, 250, 5, 5, 250, 0, 250, 5, 250)  # label tokens of the examples; 8 to a step, 3 left over
@@ -197,3 +203,155 @@ def test_the_losses_of_a_run_are_those_of_the_global_batch_in_one_piece(ranks, n
             for (loss, grad), (expected_loss, expected_grad) in zip(found, expected, strict=True):
                 assert loss == pytest.approx(expected_loss, abs=5e-5), micro
                 assert grad == pytest.approx(expected_grad, abs=2e-3), micro
+
+
+# --- directions of each rank's own ------------------------------------------------------------------------------------
+
+PARTS = {  # places among the examples of the parts of two ranks
+    "uneven": ((0, 1, 2, 3), (4, 5, 6, 7)),
+    "a rank without labels": ((0, 1, 4, 6), (7, 7, 7, 7)),
+}
+
+
+def rank_of_own_directions() -> dict[tuple[str, str], Any]:
+    found = {}
+    for (name, parts), mean in product(PARTS.items(), ("tokens", "examples")):
+        engine = engine_of("causal", 4, loss_mean=mean, directions="per_rank")
+        rows = rows_of("causal")
+        engine.backward(engine(collate([rows[place] for place in parts[engine.global_rank]])))
+        engine.step()
+        report = engine.last_step
+        found[name, mean] = (report.loss, report.projected_grad, numpy_of(whole(engine)))
+        engine.close()
+    return found
+
+
+def test_directions_of_each_rank_estimate_the_objective_of_the_global_batch():
+    """Rank r's direction counts by the share of the label tokens, or labelled examples, that its part holds."""
+    ranks = run_ranks(2, rank_of_own_directions)
+    rows = rows_of("causal")
+    for (name, parts), mean in product(PARTS.items(), ("tokens", "examples")):
+        model = model_of("causal")
+        params, model = named_parameters_of(model), model.double()
+        counts = [sum(LABELLED[place] if mean == "tokens" else LABELLED[place] > 0 for place in part) for part in parts]
+        loss = grad = 0.0
+        expected = {key: value.clone() for key, value in params.items()}
+        mean_loss = loss_of_module(model, lambda out, batch, m=mean: objective_of(out.logits, batch["labels"], m, True))
+        dense = DenseReference(params=params, loss=mean_loss, eps=EPS)
+        for rank, (part, count) in enumerate(zip(parts, counts, strict=True)):
+            if count:
+                losses: list[float] = []
+                seed = derive_seed(42, "step", 0, rank)
+                share = count / sum(counts)
+                coefficient = share * dense.projected_grad(params, seed, collate([rows[k] for k in part]), losses)
+                loss, grad = loss + share * sum(losses) / 2, grad + coefficient
+                for key, z in dense.z(seed).items():
+                    expected[key] -= LR * coefficient * z
+        for rank in ranks:
+            found_loss, found_grad, weights = rank[name, mean]
+            assert found_loss == pytest.approx(loss, abs=5e-5), (name, mean)
+            assert found_grad == pytest.approx(grad, abs=2e-3), (name, mean)
+            for key, value in expected.items():  # LR times the tolerance of the gradient, and |z| < 4
+                assert np.abs(weights[key] - value.numpy()).max() < 1e-5, (name, mean, key)
+
+
+# --- what has no objective --------------------------------------------------------------------------------------------
+
+
+def rank_without_labels() -> tuple[bool, int, bool]:
+    engine = engine_of("causal", 2)
+    nothing = [rows_of("causal")[7]] * 2
+    before = sha256(whole(engine))
+    for _ in range(engine.gradient_accumulation_steps()):
+        engine.backward(engine(collate(nothing)))
+        engine.step()
+    return engine.last_step.skipped, engine.skipped_steps, sha256(whole(engine)) == before
+
+
+def test_a_global_batch_without_any_label_is_a_skipped_step():
+    assert run_ranks(2, rank_without_labels) == [(True, 1, True)] * 2
+
+
+def rank_refused(micro: int, mean: str) -> str:
+    engine = engine_of("own loss", micro, loss_mean=mean)
+    try:
+        engine(collate(rows_of("own loss")[:micro]))
+    except ValueError as error:
+        return str(error)
+    return "taken"
+
+
+def test_a_loss_of_its_own_for_several_examples_serves_no_mean_over_examples():
+    for told in run_ranks(2, rank_refused, 2, "examples"):
+        assert 'zeroth_order.loss_mean: "examples"' in told
+        assert 'Use "tokens", or train_micro_batch_size_per_gpu 1.' in told
+    assert run_ranks(2, rank_refused, 1, "examples") == ["taken"] * 2
+    assert run_ranks(2, rank_refused, 2, "tokens") == ["taken"] * 2
+
+
+# --- stopped, and resumed on another number of ranks ---------------------------------------------------------------------
+
+
+def rank_of_runs(folder: Path, until: dict[str, int], changed: dict[str, str]) -> dict[str, Any]:
+    """Runs of both means in folders of their own, up to so many steps: their losses, or what is said instead."""
+    found: dict[str, Any] = {}
+    for mean, steps in until.items():
+        micro = BATCH // torch.distributed.get_world_size()
+        engine = engine_of("causal", micro, loss_mean=changed.get(mean, mean), stage=3, **SVRG)
+        try:
+            engine.resume(folder / mean)
+            found[mean] = [engine.train_batch() for _ in range(engine.global_steps, steps)]
+        except ValueError as error:
+            found[mean] = str(error)
+        engine.close()
+        torch.distributed.barrier()
+    return found
+
+
+def test_a_run_resumed_on_other_ranks_goes_on_along_the_same_curve(tmp_path):
+    """The two means' curves are further apart than the tolerance by far."""
+    whole_run = {"tokens": 6, "examples": 6}
+    (undisturbed,) = run_ranks(1, rank_of_runs, tmp_path / "whole", whole_run, {})
+    (begun,) = run_ranks(1, rank_of_runs, tmp_path / "run", {"tokens": 3, "examples": 3}, {})
+    others = {"tokens": "examples", "examples": "tokens"}
+    for told in run_ranks(2, rank_of_runs, tmp_path / "run", whole_run, others):
+        for mean, other in others.items():
+            assert f"made with zeroth_order.loss_mean = {mean}, this run has {other}." in told[mean]
+    for resumed in run_ranks(2, rank_of_runs, tmp_path / "run", whole_run, {}):
+        for mean in whole_run:
+            assert begun[mean] + resumed[mean] == pytest.approx(undisturbed[mean], abs=5e-5)
+    assert all(abs(a - b) > 1e-2 for a, b in zip(*undisturbed.values(), strict=True))
+
+
+MODEL = REPOSITORY / "launch" / "quickstart" / "model"
+
+
+def finetune(folder: Path, output: str, num_gpus: int, *options: str) -> dict[int, float]:
+    """Losses of the steps in a run's folder, by step, after the command line was run on so many ranks."""
+    code, said = launch(
+        Path(zods.finetune.__file__),
+        *("--deepspeed_config", folder / "config.json", "--model", MODEL, "--output_dir", folder / output),
+        *("--task", "instruction", "--train_file", folder / "train.jsonl", "--max_length", "96", *options),
+        num_gpus=num_gpus,
+        timeout=200,
+    )
+    assert code == 0, said[-4000:]
+    return {record["step"]: record["loss"] for record in read_metrics(folder / output) if record["kind"] == "train"}
+
+
+def test_the_command_line_goes_on_along_the_same_curve_on_other_ranks(tmp_path):
+    """Instruction tuning with responses of one word and of dozens."""
+    words = ["value", "return", "name", "list", "of", "the"]
+    rows = [
+        {"instruction": f"say {k}", "output": "x" if k % 2 else " ".join(words[(j * k) % 6] for j in range(30))}
+        for k in range(24)
+    ]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    section = {"method": "mezo", "lr": 1e-4, "eps": 1e-2}
+    config = {"train_batch_size": 8, "zero_optimization": {"stage": 3}, "zeroth_order": section}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    undisturbed = finetune(tmp_path, "whole", 1, "--max_steps", "5")
+    finetune(tmp_path, "run", 1, "--max_steps", "3")
+    resumed = finetune(tmp_path, "run", 2, "--max_steps", "5", "--resume", "auto")
+    assert list(resumed) == list(undisturbed) == [1, 2, 3, 4, 5]
+    assert resumed == pytest.approx(undisturbed, rel=1e-4)
