@@ -23,13 +23,20 @@ from tests.distributed.models import collate, configuration, numpy_of, sha256, w
 from tests.distributed.ranks import REPOSITORY, launch, run_ranks
 from tests.reference.dense import DenseReference, loss_of_module, named_parameters_of
 from tests.reference.objective import objective_of
+from zods.config import read_first_order_config
 from zods.directions import derive_seed
+from zods.first_order import FirstOrderEngine
 from zods.runs import read_metrics
 
 VOCABULARY, LENGTH = 31, 256
 LABELLED = (5, 250, 5, 250, 5, 5, 250, 0, 250, 5, 250)  # label tokens of the examples; 8 to a step, 3 left over
 BATCH, STEPS = 8, 2
 EPS, LR = 1e-2, 1e-3
+ADAMW = {
+    "lr": 1e-2,
+    "eps": 1e-2,
+    "weight_decay": 0.01,
+}  # with so large an eps a gradient near 0 does not decide a whole step
 BERT = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
         "intermediate_size": 16, "max_position_embeddings": LENGTH, "initializer_range": 0.2}  # fmt: skip
 
@@ -287,6 +294,39 @@ def test_a_loss_of_its_own_for_several_examples_serves_no_mean_over_examples():
         assert 'Use "tokens", or train_micro_batch_size_per_gpu 1.' in told
     assert run_ranks(2, rank_refused, 1, "examples") == ["taken"] * 2
     assert run_ranks(2, rank_refused, 2, "tokens") == ["taken"] * 2
+
+
+# --- first-order steps --------------------------------------------------------------------------------------------------
+
+
+def rank_of_first_order(micro: int, stage: int, mean: str) -> list[float]:
+    """Losses of AdamW's steps on the same eight examples."""
+    config = {
+        "train_batch_size": BATCH,
+        "train_micro_batch_size_per_gpu": micro,
+        "zero_optimization": {"stage": stage},
+        "optimizer": {"type": "AdamW", "params": {**ADAMW, "torch_adam": True}},
+        "steps_per_print": 10**9,
+        "zeroth_order": {"loss_mean": mean},
+    }
+    run = read_first_order_config(config, torch.distributed.get_world_size())
+    engine = FirstOrderEngine(model_of("causal"), run, rows_of("causal")[:BATCH], collate)
+    return [engine.train_batch() for _ in range(3)]
+
+
+@pytest.mark.parametrize("mean", ["tokens", "examples"])
+def test_first_order_steps_are_those_of_plain_adamw_on_the_global_batch(mean):
+    model, batch, expected = model_of("causal"), collate(rows_of("causal")[:BATCH]), []
+    optimizer = torch.optim.AdamW(model.parameters(), **ADAMW)
+    for _ in range(3):
+        loss = objective_of(model(batch["input_ids"]).logits, batch["labels"], mean, True)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        expected.append(float(loss.detach()))
+    for world_size, micro, stage in ((1, 8, 0), (1, 1, 0), (2, 2, 3)):
+        for found in run_ranks(world_size, rank_of_first_order, micro, stage, mean):
+            assert found == pytest.approx(expected, rel=1e-4), (world_size, micro)
 
 
 # --- stopped, and resumed on another number of ranks ---------------------------------------------------------------------
