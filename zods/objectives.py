@@ -198,7 +198,9 @@ def weighted_sum(outputs: Any, batch: Any, objective: Objective = PLAIN) -> Tens
     sums, counts = row_sums(logits, labels, objective.shifted)
     counted = (weights != 0) & (counts > 0)
     losses = sums[counted] if objective.mean == "tokens" else sums[counted] / counts[counted]
-    return (losses * weights[counted]).sum()
+    total = (losses * weights[counted]).sum()
+    # where nothing counts no graph is made, but DeepSpeed's backward wants one, and ZeRO-3 one on every rank
+    return total if total.requires_grad else total + logits[:0].sum()
 
 
 def row_sums(logits: Tensor, labels: Tensor, shifted: bool = True) -> tuple[Tensor, Tensor]:

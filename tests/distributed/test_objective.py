@@ -307,6 +307,7 @@ def rank_of_first_order(micro: int, stage: int, mean: str) -> list[float]:
         "zero_optimization": {"stage": stage},
         "optimizer": {"type": "AdamW", "params": {**ADAMW, "torch_adam": True}},
         "steps_per_print": 10**9,
+        "gradient_clipping": 0.0,  # DeepSpeed 0.19.8 clips at 1 by default
         "zeroth_order": {"loss_mean": mean},
     }
     run = read_first_order_config(config, torch.distributed.get_world_size())
