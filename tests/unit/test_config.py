@@ -61,6 +61,7 @@ DEFAULTS = {
     "share_direction": True,
     "direction": {"distribution": "gaussian", "rank": 1},
     "directions": "shared",
+    "loss_mean": "tokens",
     "evaluation": "auto",
     "stream_memory_gb": None,
     "seed": 42,
