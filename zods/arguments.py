@@ -15,13 +15,14 @@ OVERRIDES = {  # option: help; each sets the key of the same name in the section
     "eps": "perturbation scale",
     "direction": "gaussian, rademacher or low_rank (rank 1; other ranks in the JSON)",
     "num_directions": "directions per step",
+    "loss_mean": "of the global batch: tokens (over its label tokens) or examples (of each one's own mean)",
     "anchor_lr": "step size of the full-batch step at a refresh",
     "anchor_interval": "steps between two refreshes of the anchor",
     "anchor_directions": "directions per refresh",
     "weight_decay": "decoupled weight decay",
     "seed": "of directions and data order",
 }
-FIRST_ORDER = ("lr", "weight_decay", "seed")  # those that mean something with an optimizer, too
+FIRST_ORDER = ("lr", "weight_decay", "seed", "loss_mean")  # those that mean something with an optimizer, too
 BATCH_OVERRIDES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
@@ -157,7 +158,7 @@ def merged_config(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.optimizer is not None:
         rates: dict[str, float] = {key: given.pop(key) for key in ("lr", "weight_decay") if key in given}
         config["optimizer"] = _optimizer(config, rates)
-        section = {key: value for key, value in section.items() if key in ("seed", "selector")}
+        section = {key: value for key, value in section.items() if key in ("seed", "selector", "loss_mean")}
     elif given.get("method") == "mezo":
         section = {key: value for key, value in section.items() if key not in SVRG_ONLY}
     if arguments.replica is not None:

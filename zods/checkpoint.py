@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 
 from zods.estimators import Annealing
 from zods.kernels import fingerprint
+from zods.section import ZerothOrderConfig
 from zods.sharding import Slice, gathered, is_sharded, release_gathered
 from zods.trajectory.log import flush_to_disk
 
@@ -299,8 +300,9 @@ def _check_fits(engine: Any, folder: Path, state: dict[str, Any]) -> None:
             f"checkpoint {folder}: it is of another model: found {found}, this model has {expected}. Load the model and "
             "the set of trainable parameters that it was made with."
         )
-    saved, here = state["zeroth_order"], engine.config.zeroth_order.to_dict()
-    for key in ("method", "direction"):
+    saved = {**ZerothOrderConfig().to_dict(), **state["zeroth_order"]}
+    here = engine.config.zeroth_order.to_dict()
+    for key in ("method", "direction", "loss_mean"):
         if saved[key] != here[key]:
             raise ValueError(
                 f"checkpoint {folder}: made with zeroth_order.{key} = {saved[key]!r}, this run has {here[key]!r}. "

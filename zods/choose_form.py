@@ -73,15 +73,20 @@ class ChooseForm:
         f = self._forwards
         with f.at.observing():
             outputs = f.outputs(batch)
+        f.find_objective(outputs, batch)
         own = f.mean_of(outputs, batch)
         random = self._randomness(own, batch)
         if random is not None:
             logger.warning("%s", random)
+        own_loss = self._own_loss_misfit(batch, outputs)
+        if self._comm.sum_over_ranks([float(own_loss is not None)])[0]:
+            own_loss = own_loss or "its loss is not the cross entropy of its logits on another rank"
+            f.take_own_loss(batch)
         if self._asked == "sequential" or (random is not None and self._asked == "auto"):
             return "sequential"
         reasons: list[str] = []
         for form in FORMS if self._asked == "auto" else (self._asked,):
-            reason = self.misfit(form, batch, outputs)
+            reason = own_loss if form == "stacked" and own_loss is not None else self.misfit(form, batch)
             if reason is None:
                 logger.info("evaluation: %s%s", form, f" ({'; '.join(reasons)})" if reasons else "")
                 return form
@@ -104,20 +109,12 @@ class ChooseForm:
             f"{float(again):.6g}. The losses of a step's points differ by chance then: make its forward deterministic."
         )
 
-    def misfit(self, form: str, batch: Any, outputs: Any) -> str | None:
-        """Why `form` does not give what separate forwards give, or None. The same on all ranks.
-
-        outputs: of the batch at the parameters.
-        """
+    def misfit(self, form: str, batch: Any) -> str | None:
+        """Why `form` does not give what separate forwards give, or None. The same on all ranks."""
         f = self._forwards
         needed, reason = 0.0, None
         try:
-            if form == "stacked":
-                reason = self._own_loss_misfit(batch, outputs)
-                if reason is None:
-                    reason, needed = self._stacked_misfit(batch)
-            else:
-                reason, needed = self._lockstep_misfit(batch)
+            reason, needed = self._stacked_misfit(batch) if form == "stacked" else self._lockstep_misfit(batch)
         except Exception as error:  # whatever a model does in a form that it was not written for
             reason = f"{type(error).__name__}: {str(error)[:300]}"
             release_gathered(f.deepspeed)
@@ -201,10 +198,9 @@ class ChooseForm:
             return "the model gives no logits"
         other = with_other_labels(batch, logits_of(outputs))
         for given, of_given in ((batch, outputs), (other, f.outputs(other))):
-            own = f.mean_of(of_given, given)
             try:
-                from_logits = f.mean_of({"logits": logits_of(of_given)}, given)
-            except ValueError:  # shapes that no cross entropy has
+                own, from_logits = f.own_and_logits_loss(of_given, given)
+            except ValueError:
                 return "its loss is not the cross entropy of its logits"
             if not torch.allclose(own, from_logits, rtol=1e-5, atol=1e-6, equal_nan=True):
                 return (

@@ -66,11 +66,15 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class FirstOrderConfig:
-    """A run with DeepSpeed's own optimizer. deepspeed: what `deepspeed.initialize` gets. seed: of the data order."""
+    """A run with DeepSpeed's own optimizer. deepspeed: what `deepspeed.initialize` gets. seed: of the data order.
+
+    loss_mean: as in the section "zeroth_order".
+    """
 
     deepspeed: dict[str, Any]
     selector: SelectorConfig | None
     seed: int
+    loss_mean: str = "tokens"
 
     @property
     def zero_stage(self) -> int:
@@ -82,21 +86,21 @@ class FirstOrderConfig:
 
     @property
     def zeroth_order(self) -> ZerothOrderConfig:
-        """What of that section counts: the seed and the selector."""
-        return ZerothOrderConfig(method="mezo", seed=self.seed, selector=self.selector)
+        """What of that section counts: the seed, the selector and the mean of the loss."""
+        return ZerothOrderConfig(method="mezo", seed=self.seed, selector=self.selector, loss_mean=self.loss_mean)
 
     def to_dict(self) -> dict[str, Any]:
         section = None if self.selector is None else asdict(self.selector)
-        return {**self.deepspeed, SECTION: {"seed": self.seed, "selector": section}}
+        return {**self.deepspeed, SECTION: {"seed": self.seed, "selector": section, "loss_mean": self.loss_mean}}
 
 
 def read_first_order_config(source: str | Path | Mapping[str, Any], world_size: int) -> FirstOrderConfig:
-    """As `read_config`, with a section "optimizer"; of "zeroth_order" only `selector` and `seed` may be there."""
+    """As `read_config`, with a section "optimizer"; of "zeroth_order" only `selector`, `seed` and `loss_mean` may be there."""
     whole = load_json(source)
     values = whole.pop(SECTION, {})
     if not isinstance(values, Mapping):
         raise ValueError(f"{SECTION}: found {values!r}, expected a section {{...}}.")
-    extra = sorted(set(values) - {"selector", "seed"})
+    extra = sorted(set(values) - {"selector", "seed", "loss_mean"})
     if extra:
         raise ValueError(f"{SECTION}.{extra[0]}: belongs to zeroth-order steps. With an optimizer leave it out.")
     section = parse_section({"method": "mezo", **values})
@@ -104,7 +108,7 @@ def read_first_order_config(source: str | Path | Mapping[str, Any], world_size: 
     _refuse_auto(whole, "")
     if section.selector is not None:
         check_selector(section.selector, f"{SECTION}.selector", whole["train_batch_size"])
-    return FirstOrderConfig(whole, section.selector, section.seed)
+    return FirstOrderConfig(whole, section.selector, section.seed, section.loss_mean)
 
 
 def load_json(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:

@@ -104,6 +104,7 @@ class ZerothOrderEngine:
             self._deferred,
             direction=self._direction,
             eps=self._zo.eps,
+            loss_mean=self._zo.loss_mean,
             evaluation=self._zo.evaluation,
             stream_memory_gb=self._zo.stream_memory_gb,
             micro_batch=micro_batch,
@@ -114,7 +115,7 @@ class ZerothOrderEngine:
         self._bytes_before = 0
         self.nonfinite_in_a_row = 0
         self._points: list[Point] = []
-        self._sums: list[torch.Tensor] = []  # per micro-batch: a loss sum per point, then the number of examples
+        self._sums: list[torch.Tensor] = []  # per micro-batch: a loss sum per point, then what the loss is a mean over
         self._last_loss: torch.Tensor | None = None
         self._reduced: list[list[float]] = []  # losses at the points of each set of directions
         self._step_began = 0.0
@@ -194,7 +195,8 @@ class ZerothOrderEngine:
 
     @torch.no_grad()
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
-        """Training: the mean loss of this rank's micro-batch around the parameters (0-d). Else: the model's outputs.
+        """Training: the mean loss of this rank's micro-batch around the parameters (0-d), NaN where it has no label that
+        counts. Else: the model's outputs.
 
         Takes what the model's forward takes, or one dict of it. The micro-batches of one step share the directions; a
         refresh of the anchor that is due comes before the first. Raises ValueError where the model gives no loss.
@@ -248,7 +250,10 @@ class ZerothOrderEngine:
         if self.is_gradient_accumulation_boundary():
             self._watchdog.beat(f"step {self.global_steps}, backward")
             of_all = self._reduce(self.comm.numbers(torch.stack(self._sums).sum(0)), asked=self.stop.reason is not None)
-            self._reduced = [[total / count if count else math.nan for total in totals] for *totals, count in of_all]
+            # An estimate is linear in its losses. With directions of each rank's own, a rank's losses are weighted by its share
+            # of what the loss is a mean over, so that the mean over the ranks is that of the global batch.
+            mean_count = sum(count for *_, count in of_all) / len(of_all)
+            self._reduced = [[total / mean_count if mean_count else math.nan for total in row[:-1]] for row in of_all]
         return loss
 
     def _reduce(self, sums: list[float], *, asked: bool) -> list[list[float]]:

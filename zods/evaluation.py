@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from zods.directions import Direction
 from zods.forwards import Forwards
 from zods.lockstep import NotInLockstep
 from zods.measuring import to_device
-from zods.objectives import num_examples, weights_of
+from zods.objectives import loss_count, num_examples
 from zods.sharding import ShardedParameters, release_gathered, stop_nvme_prefetch
 from zods.stacking import NotStackable
 from zods.streams import Point
@@ -37,6 +38,7 @@ class Evaluator:
         *,
         direction: Direction,
         eps: float,
+        loss_mean: str,
         evaluation: str,
         stream_memory_gb: float | None,
         micro_batch: int,
@@ -48,7 +50,7 @@ class Evaluator:
         self.evaluation: str | None = None  # how points are evaluated; chosen on the first batch
         self.streams_per_forward = 2
         self._comm, self._beat = comm, beat
-        self._forwards = Forwards(deepspeed_engine, comm, parameters, deferred, direction)
+        self._forwards = Forwards(deepspeed_engine, comm, parameters, deferred, direction, loss_mean)
         self._chooser = ChooseForm(
             self._forwards,
             eps=eps,
@@ -112,7 +114,7 @@ class Evaluator:
         f = self._forwards
         with f.at.observing():
             outputs = f.outputs(batch)
-        f.mean_of(outputs, batch)
+        f.find_objective(outputs, batch)
         form, self.streams_per_forward = self._known
         if form == "lockstep":
             stop_nvme_prefetch(f.deepspeed)
@@ -140,29 +142,35 @@ class Evaluator:
         What is special about a loss or a router may show on later batches only. All ranks call it together; the cost is one
         forward on the second batch, the fourth, the eighth and so on.
         """
-        own = self._forwards.loss_at(points[0], batch)
-        tolerance = 1e-3 if self._forwards.dtype == torch.float32 else 3e-2
-        same = torch.allclose(losses[0], own, rtol=tolerance, atol=1e-2 * tolerance, equal_nan=True)
-        if not self._comm.sum_over_ranks([float(not same or self.evaluation != "stacked")])[0]:
+        f = self._forwards
+        tolerance = 1e-3 if f.dtype == torch.float32 else 3e-2
+        outputs = f.outputs_at(points[0], batch)
+        own, of_logits = f.own_and_logits_loss(outputs, batch)
+        pairs = ((own, of_logits), (losses[0], f.mean_of(outputs, batch)))
+        differ = [not torch.allclose(a, b, rtol=tolerance, atol=1e-2 * tolerance, equal_nan=True) for a, b in pairs]
+        misfits = self._comm.sum_over_ranks([float(differ[0]), float(differ[1] or self.evaluation != "stacked")])
+        if not any(misfits):
             return losses
         self._rechecks = False
-        fits = self._chooser.misfit("lockstep", batch, None) is None
-        self.evaluation = "lockstep" if fits else "sequential"
+        if misfits[0]:
+            f.take_own_loss(batch)
+        self.evaluation = "lockstep" if self._chooser.misfit("lockstep", batch) is None else "sequential"
         logger.warning(
-            "evaluation: %s from now on: on this batch the model's loss is %.6g, from a stack's logits %.6g",
+            "evaluation: %s from now on, no longer stacked: on this batch the model's loss is %.6g, from its logits %.6g, "
+            "from a stack's %.6g",
             self.evaluation,
             float(own),
+            float(of_logits),
             float(losses[0]),
         )
         return self._losses_together(points, batch)
 
     def loss_sums(self, points: Sequence[Point | None], batch: Any) -> torch.Tensor:
-        """Losses times the number of examples, or their weight, then that: (number of points + 1,) in float64."""
+        """Losses times what they are means over, then that: (number of points + 1,) in float64; all 0 where no label counts."""
         self._beat()
         losses = self.losses(points, batch)
-        weights = weights_of(batch)
-        size = num_examples(batch) if weights is None else float(weights.sum())
-        return torch.cat([losses * size, losses.new_tensor([size])])
+        count = loss_count(batch, self._forwards.objective).to(losses.device)
+        return torch.cat([torch.where(count > 0, losses * count, 0.0), count[None]])
 
     def whole_set_losses(
         self,
@@ -175,7 +183,7 @@ class Evaluator:
         share: tuple[int, int],
         total: Callable[[Sequence[float]], Sequence[float]],
     ) -> list[float]:
-        """Mean losses over a whole dataset, each micro-batch weighted by its examples.
+        """Mean losses over a whole dataset under the objective; NaN where no label counts.
 
         share: this rank's place among so many that share the dataset, in micro-batches of one size. total: sums over those.
         """
@@ -186,10 +194,13 @@ class Evaluator:
             if counted:
                 sums += found
         *totals, count = total(sums.tolist())
-        return [of_point / count for of_point in totals]
+        return [of_point / count if count else math.nan for of_point in totals]
 
     def mean_loss(self, batches: Iterator[Any]) -> float:
-        """Mean loss at the parameters over `batches` and all ranks; the same number of batches on every rank."""
+        """Mean loss at the parameters under the objective, over `batches` and all ranks; NaN where no label counts.
+
+        batches: the same number of them on every rank.
+        """
         sums = torch.stack([self.loss_sums([None], to_device(batch, self._comm.device)) for batch in batches]).sum(0)
         total, count = self._comm.sum_over_ranks(sums.tolist())
         return total / count

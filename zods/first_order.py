@@ -26,14 +26,14 @@ from zods.comm import Communicator
 from zods.config import FirstOrderConfig
 from zods.data import TrainingLoader
 from zods.measuring import Measure, check_own_loss, measure_whole
-from zods.objectives import WEIGHTS, num_examples
+from zods.objectives import WEIGHTS, Objective, loss_count
 from zods.recording import Recorder
 from zods.resuming import CHECKPOINTS, LOG_NAME, open_log
 from zods.selection.batches import SubBatches
 from zods.selection.loaders import SelectingLoader, weighted_loss
 from zods.steps import StepReport
 from zods.stopping import StopRequest
-from zods.trajectory.log import parse_log
+from zods.trajectory.log import Log, parse_log
 from zods.trajectory.records import Header, Step
 
 # the classes, beside what torch allows, of which objects are in a checkpoint of DeepSpeed 0.19.8
@@ -41,7 +41,7 @@ CLASSES_IN_CHECKPOINTS = [LossScaler, ZeroStageEnum, fragment_address]
 
 
 class FirstOrderEngine:
-    """A model under DeepSpeed with its optimizer. The loss is the weighted mean over examples, each the mean over its labels."""
+    """A model under DeepSpeed with its optimizer. The loss of a step is the objective of `zods.objectives`."""
 
     anchor = None
 
@@ -83,6 +83,7 @@ class FirstOrderEngine:
                     comm=self.comm,
                     seed=config.seed,
                     path="selector",
+                    loss_mean=config.loss_mean,
                 )
                 self.training_dataloader = SelectingLoader(self.selection, self.comm, config.seed)
         self._batches: Iterator[Any] = self.training_dataloader.forever()
@@ -107,13 +108,8 @@ class FirstOrderEngine:
         self.deepspeed.train()
         began, sent = time.perf_counter(), self.comm.scalar_bytes
         total = 0.0
-        for _ in range(self.gradient_accumulation_steps()):
-            batch = next(self._batches)
-            size = num_examples(batch)
-            if self.selection is None and not self._loss_checked:
-                check_own_loss(self.deepspeed, batch, self.comm)
-                self._loss_checked = True
-            loss = weighted_loss(self.deepspeed, {WEIGHTS: torch.full((size,), 1 / size), **batch})
+        for batch in self._weighted_batches():
+            loss = weighted_loss(self.deepspeed, batch, self.config.loss_mean)
             self.deepspeed.backward(loss)
             self.deepspeed.step()
             total += float(loss.detach())
@@ -133,6 +129,25 @@ class FirstOrderEngine:
         self.last_step = StepReport(self.global_steps, mean, None, lr, sent, seconds, False, selecting)
         return mean
 
+    def _weighted_batches(self) -> list[dict[str, Any]]:
+        """This rank's micro-batches of a step, with weights by which the mean of their losses over micro-batches and ranks, which
+        is what DeepSpeed takes, is the mean over what all of them hold.
+
+        Raises RuntimeError on all ranks where none holds a label that counts.
+        """
+        batches = [next(self._batches) for _ in range(self.gradient_accumulation_steps())]
+        if self.selection is not None:
+            return batches
+        if not self._loss_checked:
+            check_own_loss(self.deepspeed, batches[0], self.comm)
+            self._loss_checked = True
+        objective = Objective(self.config.loss_mean)
+        (count,) = self.comm.sum_over_ranks([sum(float(loss_count(batch, objective)) for batch in batches)])
+        if not count:
+            raise RuntimeError(f"step {self.global_steps}: no example has a label that counts. Look at the data.")
+        weight = self.comm.world_size * len(batches) / count
+        return [{**batch, WEIGHTS: torch.full((len(batch["labels"]),), weight)} for batch in batches]
+
     def evaluate(self, dataset: Any, collate_fn: Callable, measure: Measure) -> dict[str, float]:
         """Means over a whole dataset; see `ZerothOrderEngine.evaluate`."""
         self.deepspeed.eval()
@@ -150,10 +165,14 @@ class FirstOrderEngine:
         """
         checkpoints = folder / CHECKPOINTS if checkpoints is None else checkpoints
         file, data = open_log(self.comm, folder)
-        if (checkpoints / "latest").is_file():
-            self.load_checkpoint(checkpoints)
         with self.comm.same_on_all_ranks():
             log = parse_log(data, folder / LOG_NAME) if b"\n" in data else None
+            found = (checkpoints / "latest").is_file()
+            if found and log is not None:
+                self._check_same_objective(log)
+        if found:
+            self.load_checkpoint(checkpoints)
+        with self.comm.same_on_all_ranks():
             kept = [] if log is None else [record for record in log.records if record.step < self.global_steps]
             goes_on = log is not None and bool(kept)
             if file is not None:
@@ -164,6 +183,15 @@ class FirstOrderEngine:
         else:
             self.recorder.trajectory.add(Header(type(self.module).__name__, ()))
         self.recorder.record_run(self.global_steps)
+
+    def _check_same_objective(self, log: Log) -> None:
+        """Raise ValueError where the log's steps were made on another mean of the loss."""
+        run = log.run_at_end()
+        if run is not None and run.section.loss_mean != self.config.loss_mean:
+            raise ValueError(
+                f"{log.path}: made with zeroth_order.loss_mean = {run.section.loss_mean}, this run has "
+                f"{self.config.loss_mean}. Resume with the same."
+            )
 
     def save_checkpoint(self, save_dir: str | Path, keep: int | None = None) -> None:
         """DeepSpeed's own checkpoint, with the loader's place and the selector's state. keep: the last so many stay."""

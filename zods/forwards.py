@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,18 @@ import torch
 from zods.comm import Communicator
 from zods.deferral import DeferredUpdate
 from zods.directions import Direction
-from zods.objectives import WEIGHTS, batch_loss, logits_of, num_examples
+from zods.objectives import (
+    WEIGHTS,
+    Objective,
+    batch_loss,
+    fits_cross_entropy,
+    logits_of,
+    needs_rows,
+    num_examples,
+    own_loss,
+    refusal_of_examples,
+    shift_probes,
+)
 from zods.sharding import ShardedParameters, is_sharded
 from zods.stacking import NotStackable
 from zods.streams import PerturbedForward, Point
@@ -30,11 +42,14 @@ class Forwards:
         parameters: ShardedParameters,
         deferred: DeferredUpdate | None,
         direction: Direction,
+        loss_mean: str,
     ) -> None:
+        """loss_mean: what a batch's loss is a mean over, "tokens" or "examples"."""
         self.deepspeed, self.module = deepspeed_engine, deepspeed_engine.module
         self.comm, self.parameters, self.direction = comm, parameters, direction
         self.is_sharded, self.dtype = is_sharded(parameters.slices[0].param), parameters.slices[0].dtype
         self.at = PerturbedForward(self.module, parameters.slices, direction, deferred)
+        self.objective = Objective(loss_mean)  # how the model aligns its labels is found on the first batch
         self.on_forward: Callable[[], Any] | None = None
         self._modules = list(self.module.modules())
         takes = inspect.signature(self.module.forward).parameters
@@ -58,7 +73,47 @@ class Forwards:
             module.training = False
 
     def mean_of(self, outputs: Any, batch: Any) -> torch.Tensor:
-        return batch_loss(outputs, batch).double()
+        return batch_loss(outputs, batch, self.objective)
+
+    def find_objective(self, outputs: Any, batch: Any) -> None:
+        """Find how the model's labels are aligned, and whether its loss is the cross entropy of its logits.
+
+        The same on all ranks. Where the loss fits both alignments or neither, it is that of a shifted model if it does not depend on the rows'
+        first labels. Raises ValueError on all ranks where the mean over examples is wanted of a loss that does not tell them
+        apart.
+        """
+        batch_loss(outputs, batch)
+        found = Objective(self.objective.mean)
+        if own_loss(outputs) is None:
+            self.objective = found
+            return
+        misfits = [float(fits_cross_entropy(outputs, batch, shifted) is False) for shifted in (True, False)]
+        fits = [not number for number in self.comm.sum_over_ranks(misfits)]
+        shifted = fits[0]
+        if fits[0] == fits[1] and (probes := shift_probes(batch)) is not None:
+            without, with_first = (batch_loss(self.outputs_at(None, probe), probe) for probe in probes)
+            same = torch.allclose(without, with_first, rtol=1e-6, atol=0.0, equal_nan=True)
+            shifted = not any(self.comm.sum_over_ranks([float(not same)]))
+        self.objective = replace(found, shifted=shifted)
+        if not any(fits):
+            self.take_own_loss(batch)
+
+    def take_own_loss(self, batch: Any) -> None:
+        """Take the model's loss as one of its own from now on, not as the cross entropy of its logits. All ranks together.
+
+        Raises ValueError on all ranks where the mean over examples is wanted of a loss that does not tell them apart.
+        """
+        self.objective = replace(self.objective, own=True)
+        size = num_examples(batch) if needs_rows(batch, self.objective) else 0
+        largest = max(of_rank[0] for of_rank in self.comm.gather_scalars([float(size)]))
+        if largest:
+            raise ValueError(refusal_of_examples(int(largest)))
+
+    def own_and_logits_loss(self, outputs: Any, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """The model's own loss, and the one that is taken of its logits alone. Raises ValueError where logits and labels
+        have shapes that no cross entropy has."""
+        over_tokens = replace(self.objective, mean="tokens", own=False)
+        return batch_loss(outputs, batch, over_tokens), batch_loss({"logits": logits_of(outputs)}, batch, over_tokens)
 
     def loss_at(self, point: Point | None, batch: Any) -> torch.Tensor:
         return self.mean_of(self.outputs_at(point, batch), batch)

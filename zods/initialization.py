@@ -196,6 +196,7 @@ def _selecting_loader(
             comm=comm,
             seed=run.zeroth_order.seed,
             path=SELECTOR,
+            loss_mean=run.zeroth_order.loss_mean,
         )
     return SelectingLoader(selection, comm, run.zeroth_order.seed)
 

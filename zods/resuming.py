@@ -175,7 +175,7 @@ def _check_run(engine: Any, log: Log) -> None:
     if run is None:
         return
     here = engine.recorder.run_record(0)
-    for key in ("method", "direction"):
+    for key in ("method", "direction", "loss_mean"):
         there, now = getattr(run.section, key), getattr(here.section, key)
         if there != now:
             raise ValueError(
@@ -216,7 +216,15 @@ def _check_replica(engine: Any, log: Log) -> None:
             f"zeroth_order.replicas: the leading replica has not begun yet ({log.path}). Start this one again."
         )
     there, here = run.section, engine.config.zeroth_order
-    for key in ("eps", "num_directions", "anchor_interval", "anchor_directions", "share_direction", "seed"):
+    for key in (
+        "eps",
+        "num_directions",
+        "anchor_interval",
+        "anchor_directions",
+        "share_direction",
+        "seed",
+        "loss_mean",
+    ):
         if getattr(there, key) != getattr(here, key):
             raise ValueError(
                 f"zeroth_order.{key}: {getattr(here, key)}, but {getattr(there, key)} at the leading replica. Give the same."

@@ -34,7 +34,8 @@ class StepRule:
         """The estimate of the gradient as terms, less that of the full batch, and the mean projected gradient at the
         parameters.
 
-        losses: at the points of each set of directions: one set, or one per rank. Coefficients are rounded to float32, in
+        losses: at the points of each set of directions: one set, or one per rank, each weighted by the rank's share of the
+        global batch such that their mean is the global batch's. Coefficients are rounded to float32, in
         which the log keeps them; noise is many orders above.
         """
         n = self.config.num_directions

@@ -12,6 +12,7 @@ from typing import Any
 SECTION = "zeroth_order"
 METHODS = ("mezo", "mezo_svrg")
 DISTRIBUTIONS = ("gaussian", "rademacher", "low_rank")
+LOSS_MEANS = ("tokens", "examples")
 EVALUATIONS = ("auto", "stacked", "lockstep", "sequential")
 PLACES = ("device", "cpu", "nvme", "terms")
 STRATEGIES = ("greedy", "stochastic_greedy", "greedi", "random", "structured_random", "longest", "highest_loss")
@@ -100,6 +101,7 @@ class ZerothOrderConfig:
     share_direction: bool = True  # a step's two estimates use the same directions
     direction: DirectionConfig = field(default_factory=DirectionConfig)  # or the distribution's name alone
     directions: str = "shared"  # by all ranks; or per_rank: each evaluates its own on its part of the batch
+    loss_mean: str = "tokens"  # over the global batch: of its label tokens' losses, or of its examples' means
     evaluation: str = "auto"  # of a step's points: in one stacked forward, in lockstep, or one after the other
     stream_memory_gb: float | None = None  # for the points of one forward; None: half of what is free
     seed: int = 42
@@ -138,6 +140,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "method": METHODS,
     "distribution": DISTRIBUTIONS,
     "directions": ("shared", "per_rank"),
+    "loss_mean": LOSS_MEANS,
     "evaluation": EVALUATIONS,
     "point": PLACES,
     "gradient": PLACES,
@@ -240,6 +243,11 @@ def _build(cls: type, values: Any, path: str) -> Any:
     if missing:
         raise ValueError(f"{path}.{missing[0]}: missing.")
     return cls(**built)
+
+
+def check_loss_mean(value: str) -> None:
+    """Raise ValueError unless `value` is what `loss_mean` may be."""
+    _checked("loss_mean", "loss_mean", "str", value)
 
 
 def parse_selector(values: Any, path: str) -> SelectorConfig:

@@ -21,9 +21,9 @@ import zods
 from tests.distributed.models import configuration, numpy_of, whole
 from tests.distributed.ranks import run_ranks
 from tests.distributed.zoo import with_adapters, zoo_batch, zoo_model
+from tests.reference.objective import objective, token_losses
 from zods.comm import Communicator
 from zods.data import TrainingLoader
-from zods.objectives import example_losses
 from zods.selection import facility_location, features
 from zods.selection import facility_location as fl
 from zods.selection.facility_location import from_features, lazy_greedy, quantised
@@ -267,18 +267,16 @@ def chosen_and_weighted(world_size_options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def test_the_loss_of_a_step_is_the_weighted_mean_over_the_chosen():
-    (one,) = run_ranks(1, chosen_and_weighted, {})
-    two = run_ranks(2, chosen_and_weighted, {})
+@pytest.mark.parametrize("loss_mean", ["tokens", "examples"])
+def test_the_loss_of_a_step_is_the_weighted_mean_over_the_chosen(loss_mean: str):
+    (one,) = run_ranks(1, chosen_and_weighted, {"loss_mean": loss_mean})
+    two = run_ranks(2, chosen_and_weighted, {"loss_mean": loss_mean})
     model = zoo_model("llama")
     with torch.no_grad():
         batch = collate([examples()[i] for i in one["ids"]])
-        losses = example_losses(
-            model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits, batch["labels"]
-        )
-    weights = torch.tensor(one["weights"])
-    assert float(weights.sum()) == 16 and len(set(one["weights"])) > 1  # noqa: PT018
-    expected = float((losses * weights).sum() / weights.sum())
+        logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    assert sum(one["weights"]) == 16 and len(set(one["weights"])) > 1  # noqa: PT018
+    expected = float(objective(token_losses(logits, batch["labels"], True), loss_mean, one["weights"]))
     for run in (one, *two):
         assert (run["ids"], run["weights"]) == (one["ids"], one["weights"])
         assert run["loss"] == pytest.approx(expected, rel=1e-4)  # eps = 1e-3 away
@@ -365,7 +363,7 @@ def first_order_engine(stage: int, lora: bool, accumulation: int = 1) -> tuple[A
     return engine, loader
 
 
-def first_order_steps(stage: int, lora: bool, accumulation: int, own_loader: bool) -> tuple[Any, ...]:
+def first_order_steps(stage: int, lora: bool, accumulation: int, loss_mean: str, own_loader: bool) -> tuple[Any, ...]:
     """A pass with weighted clusters: what was chosen, mean losses, and the norms of the parameters at the end."""
     engine, loader = first_order_engine(stage, lora, accumulation)
     if own_loader:
@@ -373,10 +371,10 @@ def first_order_steps(stage: int, lora: bool, accumulation: int, own_loader: boo
         loader = DataLoader(examples(), batch_size=8 // engine.world_size, sampler=sampler, collate_fn=collate)
     comm = Communicator(torch.device("cpu"))
     options = {"candidates": 16, "source_column": "source", "num_directions": 8, "weights": "cluster"}
-    batches = zods.select(loader, engine, options)
+    batches = zods.select(loader, engine, options, loss_mean=loss_mean)
     ids, losses = [], []
     for micro in batches:
-        loss = zods.weighted_loss(engine, micro)
+        loss = zods.weighted_loss(engine, micro, loss_mean)
         engine.backward(loss)
         engine.step()
         losses.append(comm.sum_over_ranks([float(loss.detach())])[0] / comm.world_size)
@@ -391,19 +389,22 @@ def first_order_steps(stage: int, lora: bool, accumulation: int, own_loader: boo
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
-@pytest.mark.parametrize(("stage", "accumulation"), [(0, 1), (1, 2), (3, 1), (3, 2)])
-def test_first_order_training_on_chosen_examples(stage: int, accumulation: int, lora: bool):
+@pytest.mark.parametrize(
+    ("stage", "accumulation", "loss_mean"),
+    [(0, 1, "tokens"), (1, 2, "examples"), (3, 1, "examples"), (3, 2, "tokens")],
+)
+def test_first_order_training_on_chosen_examples(stage: int, accumulation: int, loss_mean: str, lora: bool):
     """As plain AdamW on one process over the same weighted examples, whatever the ranks and micro-batches."""
-    expected_ids, expected_losses, expected_ends = plain_adamw(lora)
+    expected_ids, expected_losses, expected_ends = plain_adamw(lora, loss_mean)
     for world_size in (1, 2):
-        for ids, losses, ends in run_ranks(world_size, first_order_steps, stage, lora, accumulation, True):
+        for ids, losses, ends in run_ranks(world_size, first_order_steps, stage, lora, accumulation, loss_mean, True):
             assert ids == expected_ids
             means = [sum(losses[i : i + accumulation]) / accumulation for i in range(0, len(losses), accumulation)]
             assert means == pytest.approx(expected_losses, rel=1e-4)
             assert {k.removeprefix("module."): v for k, v in ends.items()} == pytest.approx(expected_ends, rel=1e-3)
 
 
-def plain_adamw(lora: bool) -> tuple[list[list[int]], list[float], dict[str, float]]:
+def plain_adamw(lora: bool, loss_mean: str) -> tuple[list[list[int]], list[float], dict[str, float]]:
     """The reference: exact features one example at a time, greedy by source, one weighted loss over the whole sub-batch."""
     from zods.directions import derive_seed
     from zods.selection.features import FeatureExtractor
@@ -433,8 +434,7 @@ def plain_adamw(lora: bool) -> tuple[list[list[int]], list[float], dict[str, flo
         ids = sorted(weights)
         batch = collate([data[i] for i in ids])
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        w = torch.tensor([weights[i] for i in ids])
-        loss = (example_losses(logits, batch["labels"]) * w).sum() / w.sum()
+        loss = objective(token_losses(logits, batch["labels"], True), loss_mean, [weights[i] for i in ids])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -499,7 +499,7 @@ def test_a_pass_over_a_loader_goes_on_where_it_was_stopped(stop: int):
 
 
 def test_the_loader_of_deepspeed_serves_too():
-    for ids, losses, _ in run_ranks(2, first_order_steps, 3, False, 1, False):
+    for ids, losses, _ in run_ranks(2, first_order_steps, 3, False, 1, "tokens", False):
         assert len(ids) == 4
         assert all(math.isfinite(loss) for loss in losses)
 

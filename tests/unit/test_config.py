@@ -61,6 +61,7 @@ DEFAULTS = {
     "share_direction": True,
     "direction": {"distribution": "gaussian", "rank": 1},
     "directions": "shared",
+    "loss_mean": "tokens",
     "evaluation": "auto",
     "stream_memory_gb": None,
     "seed": 42,
@@ -145,6 +146,7 @@ NAMES = {
     "method": (["mezo_svrg"], ["MeZO", "svrg", "mezo-svrg", "adamw", *NOT_NAMES]),
     "direction.distribution": (list(DISTRIBUTIONS), ["normal", "Gaussian", "low rank", *NOT_NAMES]),
     "directions": (["shared", "per_rank"], ["own", "rank", *NOT_NAMES]),
+    "loss_mean": (["tokens", "examples"], ["token", "Tokens", "batch", *NOT_NAMES]),
     "evaluation": (
         ["auto", "stacked", "lockstep", "sequential"],
         ["Stacked", "both", *(n for n in NOT_NAMES if n != "auto")],

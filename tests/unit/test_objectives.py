@@ -1,5 +1,6 @@
 """Losses agree with transformers' own, and what cannot be a loss is an error that says so."""
 
+from itertools import permutations
 from types import SimpleNamespace
 
 import pytest
@@ -14,8 +15,17 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from tests.reference.objective import objective, token_losses
 from zods import objectives
-from zods.objectives import batch_loss, num_examples, sequence_log_likelihood
+from zods.objectives import (
+    Objective,
+    batch_loss,
+    fits_cross_entropy,
+    loss_count,
+    num_examples,
+    sequence_log_likelihood,
+    shift_probes,
+)
 
 TINY = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 
@@ -43,7 +53,7 @@ def test_a_language_models_loss_from_logits_is_the_one_transformers_gives(make_m
     own = model(**batch).loss
     from_logits = batch_loss({"logits": model(batch["input_ids"]).logits}, batch)
     # The same sum in another order: a few float32 roundings of numbers near 4.
-    torch.testing.assert_close(from_logits, own, rtol=1e-6, atol=0)
+    torch.testing.assert_close(from_logits, own.double(), rtol=1e-6, atol=0)
 
 
 def test_a_classifiers_loss_from_logits_is_the_one_transformers_gives():
@@ -52,10 +62,10 @@ def test_a_classifiers_loss_from_logits_is_the_one_transformers_gives():
     batch = {"input_ids": language_batch()["input_ids"], "labels": torch.tensor([2, 0, 1])}
     own = model(**batch).loss
     from_logits = batch_loss({"logits": model(batch["input_ids"]).logits}, batch)
-    torch.testing.assert_close(from_logits, own, rtol=1e-6, atol=0)
+    torch.testing.assert_close(from_logits, own.double(), rtol=1e-6, atol=0)
 
 
-def test_the_models_own_loss_is_taken_wherever_it_stands_and_becomes_float32():
+def test_the_models_own_loss_is_taken_wherever_it_stands_and_becomes_float64():
     loss, logits = torch.tensor(1.5, dtype=torch.bfloat16), torch.zeros(2, 3)
     batch = {"labels": torch.tensor([0, 1])}
     for outputs in (
@@ -65,7 +75,7 @@ def test_the_models_own_loss_is_taken_wherever_it_stands_and_becomes_float32():
         SimpleNamespace(loss=loss, logits=logits),
     ):
         found = batch_loss(outputs, batch)
-        assert (found.item(), found.dtype, found.ndim) == (1.5, torch.float32, 0)
+        assert (found.item(), found.dtype, found.ndim) == (1.5, torch.float64, 0)
 
 
 def test_a_classification_loss_rounded_to_16_bits_is_taken_again_in_float32():
@@ -102,7 +112,21 @@ def test_outputs_without_a_loss_are_an_error_that_says_what_was_found(outputs, b
         batch_loss(outputs, batch)
 
 
-def test_the_number_of_examples_is_dim_0_of_the_first_tensor():
+def test_the_number_of_examples_does_not_depend_on_the_order_of_the_entries():
+    """One row that serves all examples, and a table, may stand before the inputs and after them."""
+    entries = {
+        "position_ids": torch.zeros(1, 7),
+        "mask": torch.zeros(4, 7),
+        "table": torch.zeros(50, 2),
+        "ids": torch.zeros(4, 7),
+    }
+    for order in permutations(entries):
+        assert num_examples({key: entries[key] for key in order}) == 4
+        assert num_examples({"labels": torch.zeros(3), **{key: entries[key] for key in order}}) == 3
+    assert num_examples((torch.zeros(1, 7), torch.zeros(9), torch.zeros(5, 2))) == 5
+
+
+def test_the_number_of_examples_is_dim_0_of_a_tensor():
     tensor = torch.zeros(3, 2)
     for batch in (tensor, {"a": tensor, "b": torch.zeros(9)}, (tensor, None), [{"a": [tensor]}], {"n": 1, "a": tensor}):
         assert num_examples(batch) == 3
@@ -170,3 +194,76 @@ def test_a_classification_loss_in_bf16_is_not_rounded_to_bf16():
     assert own.dtype == torch.bfloat16
     assert own.float() != exact
     assert batch_loss({"loss": own, "logits": logits}, {"labels": labels}) == exact
+
+
+def uneven(shifted):
+    """Logits and labels of 1, 0, 6 and 3 label tokens; the last row's first label counts where there is no shift."""
+    generator = torch.Generator().manual_seed(5)
+    logits = 3 * torch.randn(4, 7, 9, generator=generator)
+    labels = torch.randint(9, (4, 7), generator=generator)
+    for row, start in enumerate((6, 7, 1, 4)):
+        labels[row, :start] = -100
+    if not shifted:
+        labels[3, 0] = 2
+    return logits, labels
+
+
+@pytest.mark.parametrize("mean", ["tokens", "examples"])
+@pytest.mark.parametrize("shifted", [True, False])
+@pytest.mark.parametrize("weights", [None, [2.0, 1.0, 0.5, 3.0], [0.0, 1.0, 1.0, 0.0]])
+def test_the_objective_is_the_same_for_every_cut_of_a_batch(mean, shifted, weights):
+    """A part without any label token counts nothing."""
+    logits, labels = uneven(shifted)
+    expected = objective(token_losses(logits, labels, shifted), mean, weights)
+    of = Objective(mean, shifted)
+    for sizes in ([4], [1, 3], [2, 2], [3, 1], [1, 1, 1, 1]):
+        total = count = 0.0
+        for part_logits, part_labels, part_weights in zip(
+            logits.split(sizes), labels.split(sizes), torch.tensor(weights or [1.0] * 4).split(sizes), strict=True
+        ):
+            batch = {"labels": part_labels, **({} if weights is None else {objectives.WEIGHTS: part_weights})}
+            part_count = float(loss_count(batch, of))
+            total += part_count * float(batch_loss({"logits": part_logits}, batch, of)) if part_count else 0.0
+            count += part_count
+        assert total / count == pytest.approx(float(expected), rel=1e-6), sizes
+
+
+def test_what_a_micro_batch_weighs_is_what_its_loss_is_a_mean_over():
+    tokens = {"first": torch.zeros(50, 2), "labels": torch.tensor([[4, 1, -100], [-100, -100, -100], [1, 2, 3]])}
+    assert [float(loss_count(tokens, Objective("tokens", shifted))) for shifted in (True, False)] == [3, 5]
+    assert float(loss_count(tokens, Objective("examples"))) == 2
+    for mean in ("tokens", "examples"):
+        assert float(loss_count({"labels": torch.tensor([1, -100, 0])}, Objective(mean))) == 2
+        assert float(loss_count({"labels": torch.rand(3)}, Objective(mean))) == 3
+        assert float(loss_count({"pixels": torch.rand(5, 2)}, Objective(mean))) == 5
+
+
+def test_a_loss_is_told_from_the_cross_entropy_and_its_alignment():
+    logits, labels = uneven(False)
+    outputs = {True: logits[:, :-1], False: logits}
+    for shifted, scores in outputs.items():
+        wanted = labels[:, 1:] if shifted else labels
+        own = torch.nn.functional.cross_entropy(scores.flatten(0, 1), wanted.flatten())
+        for loss, expected in ((own, True), (1.01 * own, False)):
+            found = {"loss": loss, "logits": logits}
+            assert fits_cross_entropy(found, {"labels": labels}, shifted) is expected
+            assert fits_cross_entropy(found, {"labels": labels}, not shifted) is False
+    nothing = {"labels": torch.full_like(labels, -100)}
+    assert fits_cross_entropy({"loss": torch.tensor(torch.nan), "logits": logits}, nothing, True) is None
+
+
+def test_the_probes_differ_in_the_first_label_alone():
+    without, with_first = shift_probes({"labels": torch.full((2, 3), -100), "ids": torch.zeros(2, 3)})
+    assert (without["labels"] != with_first["labels"]).nonzero().tolist() == [[0, 0], [1, 0]]
+    assert (without["labels"] != -100).nonzero().tolist() == [[0, 2], [1, 2]]
+    for other in (torch.zeros(2, dtype=torch.int64), torch.zeros(2, 3)):
+        assert shift_probes({"labels": other}) is None
+
+
+def test_the_mean_over_examples_of_a_loss_that_does_not_tell_them_apart_is_refused():
+    own, batch = {"loss": torch.tensor(1.0)}, {"labels": torch.ones(2, 3, dtype=torch.int64)}
+    with pytest.raises(ValueError, match=r'"examples" needs .* gives one for 2 .*"tokens"'):
+        batch_loss(own, batch, Objective("examples", own=True))
+    one = {"labels": batch["labels"][:1]}
+    assert batch_loss(own, one, Objective("examples", own=True)) == 1.0
+    assert batch_loss(own, batch, Objective("tokens", own=True)) == 1.0

@@ -59,7 +59,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
         {"section", "measuring", "kernels", "directions", "comm", "data", "objectives", "sharding"},
         {"torch", "deepspeed"},
     ),
-    "checkpoint": ({"kernels", "estimators", "sharding", "trajectory"}, {"torch", "safetensors"}),
+    "checkpoint": ({"section", "kernels", "estimators", "sharding", "trajectory"}, {"torch", "safetensors"}),
     "recording": ({"config", "data", "estimators", "selection", "trajectory"}, set()),
     "resuming": (
         {"checkpoint", "comm", "kernels", "selection", "sharding", "trajectory"},

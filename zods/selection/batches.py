@@ -20,7 +20,7 @@ from torch.utils.data import default_collate
 from zods.comm import Communicator
 from zods.data import check_dataset
 from zods.measuring import check_own_loss, to_device
-from zods.objectives import IGNORE_INDEX, WEIGHTS
+from zods.objectives import WEIGHTS, label_counts
 from zods.section import SelectorConfig, check_selector
 from zods.selection.facility_location import quantised
 from zods.selection.features import FeatureExtractor, without_cache
@@ -47,10 +47,10 @@ def sources_of(dataset: Any, column: str | None, path: str) -> list[str] | None:
     return [str(dataset[i][column]) for i in range(len(dataset))]
 
 
-def is_labelled(labels: Tensor) -> Tensor:
-    """Which rows have a label that counts."""
-    counted = labels[:, None] if labels.ndim == 1 else labels[:, 1:]
-    return (counted != IGNORE_INDEX).any(1)
+def _label_counts(labels: Tensor) -> list[int]:
+    """The labels that count in each row; of labels that are not integers, 1."""
+    counts = label_counts(labels)
+    return [1] * len(labels) if counts is None else counts.tolist()
 
 
 class SubBatches:
@@ -69,10 +69,14 @@ class SubBatches:
         comm: Communicator,
         seed: int,
         path: str,
+        loss_mean: str = "tokens",
     ) -> None:
-        """path: of the configuration, for errors. Raises ValueError where data, model and configuration do not fit."""
+        """path: of the configuration, for errors. loss_mean: as in `zods.objectives`.
+
+        Raises ValueError where data, model and configuration do not fit."""
         self.dataset, self._collate = dataset, collate_fn or default_collate
         self._comm = comm
+        self._loss_mean = loss_mean
         self._model: nn.Module = deepspeed_engine.module
         self._micro_batch: int = deepspeed_engine.train_micro_batch_size_per_gpu()
         self.accumulation: int = deepspeed_engine.gradient_accumulation_steps()
@@ -111,6 +115,7 @@ class SubBatches:
         self._seconds = 0.0
         self._weights: list[float] = []
         self._num_tokens: list[int] = []
+        self._num_labels: list[int] = []
 
     def choose(self, own_ids: Sequence[int]) -> None:
         """Choose from all ranks' candidates; `own_ids`: those that this rank looks up first, in any split over the ranks.
@@ -131,7 +136,7 @@ class SubBatches:
             ids,
             [known[i][0] for i in ids],
             sources=None if self._sources is None else [self._sources[i] for i in ids],
-            losses=torch.tensor([0.0 if known[i][1] else torch.nan for i in ids]),
+            losses=torch.tensor([0.0 if known[i][1] else torch.nan for i in ids]),  # without a label: not usable
         )
         quotas, wanted = self.selector.plan(batch)
         if wanted:
@@ -146,6 +151,7 @@ class SubBatches:
         self.selected_ids = [ids[place] for place in places]
         self._comm.check_agreement(json.dumps(self.selected_ids).encode(), "what was selected")
         self._num_tokens = [batch.num_tokens[place] for place in places]
+        self._num_labels = [known[i][1] for i in self.selected_ids]
         self._seconds += time.perf_counter() - began
 
     def take_seconds(self) -> float:
@@ -156,11 +162,14 @@ class SubBatches:
     def micro_batches(self) -> list[Batch]:
         """This rank's part of what was chosen, `accumulation` batches with an entry `example_weights`.
 
-        Weights are such that the mean of all micro-batches' `weighted_loss` is the weighted mean over the chosen. Where
-        there is no example for a micro-batch, it has one of weight 0.
+        Weights are such that the mean of all micro-batches' `weighted_loss` is the weighted mean over the chosen, of their
+        label tokens or of the examples. Where there is no example for a micro-batch, it has one of weight 0.
         """
         dealt = deal(self._num_tokens, self._comm.world_size, self.accumulation, self._micro_batch)
-        scale = self._comm.world_size * self.accumulation / sum(self._weights)
+        over_tokens = self._loss_mean == "tokens"
+        counts = self._num_labels if over_tokens else [1] * len(self._weights)
+        total = sum(weight * count for weight, count in zip(self._weights, counts, strict=True))
+        scale = self._comm.world_size * self.accumulation / total
         batches = []
         for places in dealt[self._comm.rank]:
             batch = self._batch_of([self.selected_ids[place] for place in places or [0]])
@@ -179,9 +188,9 @@ class SubBatches:
     def _batch_of(self, ids: Sequence[int]) -> Batch:
         return self.collated([self.dataset[int(i)] for i in ids])
 
-    def _looked_up(self, own_ids: Sequence[int]) -> dict[int, tuple[int, bool]]:
-        """The number of tokens, and whether there is a label, of all ranks' candidates by id."""
-        rows: list[tuple[int, int, bool]] = []
+    def _looked_up(self, own_ids: Sequence[int]) -> dict[int, tuple[int, int]]:
+        """The number of tokens, and of labels that count, of all ranks' candidates by id."""
+        rows: list[tuple[int, int, int]] = []
         with self._comm.same_on_all_ranks():
             for start in range(0, len(own_ids), self._micro_batch):
                 ids = own_ids[start : start + self._micro_batch]
@@ -190,9 +199,9 @@ class SubBatches:
                 # without a mask each by itself: a batch's lengths are padded
                 alone = [] if isinstance(mask, Tensor) else [self._batch_of([i])["labels"].numel() for i in ids]
                 sizes = mask.sum(1).tolist() if isinstance(mask, Tensor) else alone
-                rows += zip(ids, sizes, is_labelled(batch["labels"]).tolist(), strict=True)
+                rows += zip(ids, sizes, _label_counts(batch["labels"]), strict=True)
         gathered = self._comm.gather_rows(torch.tensor(rows, dtype=torch.int64).view(-1, 3))
-        found = {i: (count, bool(labelled)) for of_rank in gathered for i, count, labelled in of_rank.tolist()}
+        found = {i: (tokens, labels) for of_rank in gathered for i, tokens, labels in of_rank.tolist()}
         if 2 * len(found) <= sum(map(len, gathered)):
             raise ValueError(
                 f"selector: {sum(map(len, gathered))} candidates are {len(found)} different ones: ranks give the same. Use a "
@@ -248,7 +257,7 @@ class SubBatches:
         """Take over a selection that was made before: `ids` out of the candidates, of which all ranks have `own_ids`."""
         known = self._looked_up(own_ids)
         self.selected_ids, self._weights = list(ids), list(weights)
-        self._num_tokens = [known[i][0] for i in ids]
+        self._num_tokens, self._num_labels = [known[i][0] for i in ids], [known[i][1] for i in ids]
         self.selector.follow(mean)
 
     def state_dict(self) -> dict[str, Any]:
@@ -257,8 +266,10 @@ class SubBatches:
             "ids": self.selected_ids,
             "weights": self._weights,
             "num_tokens": self._num_tokens,
+            "num_labels": self._num_labels,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.selector.load_state_dict(state["selector"])
-        self.selected_ids, self._weights, self._num_tokens = state["ids"], state["weights"], state["num_tokens"]
+        self.selected_ids, self._weights = state["ids"], state["weights"]
+        self._num_tokens, self._num_labels = state["num_tokens"], state["num_labels"]

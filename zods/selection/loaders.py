@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader
 from zods.comm import Communicator
 from zods.data import EpochLoader, check_dataset, epoch_order, sample_digest
 from zods.measuring import to_device
-from zods.objectives import WEIGHTS, weighted_sum
-from zods.section import parse_selector
-from zods.selection.batches import Batch, SubBatches, is_labelled
+from zods.objectives import WEIGHTS, Objective, weighted_sum
+from zods.section import check_loss_mean, parse_selector
+from zods.selection.batches import Batch, SubBatches
 from zods.selection.features import without_cache
 
 
@@ -32,9 +32,8 @@ class SelectingLoader(EpochLoader):
         self.data_digest = sample_digest(selection.dataset)  # None: examples are not the same each time
 
     def collate_fn(self, rows: Sequence[Any]) -> Batch:
-        """A batch with equal weights, whose loss is the mean over its labelled examples, as that of the chosen is."""
-        batch = self.selection.collated(rows)
-        return {**batch, WEIGHTS: is_labelled(batch["labels"]).float()}
+        """A batch of any examples, without weights."""
+        return self.selection.collated(rows)
 
     def __len__(self) -> int:
         """Micro-batches per epoch and rank."""
@@ -150,7 +149,9 @@ class SelectedBatches:
         self.selection.load_state_dict(state)
 
 
-def select(loader: Any, engine: Any, config: Mapping[str, Any], *, seed: int = 42) -> SelectedBatches:
+def select(
+    loader: Any, engine: Any, config: Mapping[str, Any], *, seed: int = 42, loss_mean: str = "tokens"
+) -> SelectedBatches:
     """Around a loader of first-order DeepSpeed training: micro-batches of chosen examples in place of the loader's own.
 
         for batch in zods.select(loader, engine, {"candidates": 128, "source_column": "source"}):
@@ -161,10 +162,12 @@ def select(loader: Any, engine: Any, config: Mapping[str, Any], *, seed: int = 4
     loader: a torch DataLoader, or the one that `deepspeed.initialize` returns, over a map-style dataset that every rank can
     read; its samplers decide who the candidates are. engine: a DeepSpeedEngine; its train_batch_size is the number chosen.
     config: the keys of the section "selector". Each item is a dict of the model's inputs and labels, on the CPU, and
-    `example_weights`.
+    `example_weights`. loss_mean: what a step's loss is the weighted mean over, "tokens" (the chosen's label tokens) or
+    "examples" (each the mean over its own label tokens); `weighted_loss` is to be given the same.
 
     Raises ValueError, the same on all ranks, where the loader or the configuration does not serve.
     """
+    check_loss_mean(loss_mean)
     comm = Communicator(torch.device(engine.device))
     with comm.same_on_all_ranks():
         if isinstance(loader, DeepSpeedDataLoader):
@@ -182,14 +185,19 @@ def select(loader: Any, engine: Any, config: Mapping[str, Any], *, seed: int = 4
             comm=comm,
             seed=seed,
             path="selector",
+            loss_mean=loss_mean,
         )
         return SelectedBatches(loader, sub_batches, comm)
 
 
-def weighted_loss(engine: Any, batch: Mapping[str, Any]) -> Tensor:
-    """The loss of one of `select`'s micro-batches on `engine`: the weighted sum of its examples' losses, each the mean over
-    the example's own labels. 0-d, with a graph; scaled for `engine.backward`, which takes the mean over micro-batches and ranks.
+def weighted_loss(engine: Any, batch: Mapping[str, Any], loss_mean: str = "tokens") -> Tensor:
+    """The loss of one of `select`'s micro-batches on `engine`: the weighted sum of its examples' losses, each the sum over the
+    example's own label tokens, or with "examples" their mean.
+
+    loss_mean: as given to `select`. 0-d, with a graph; scaled for `engine.backward`, which takes the mean over micro-batches
+    and ranks.
     """
+    check_loss_mean(loss_mean)
     moved = to_device(batch, engine.device)
     inputs = {key: value for key, value in moved.items() if key not in ("labels", WEIGHTS)}
-    return weighted_sum(engine(**inputs, **without_cache(engine.module)), moved)
+    return weighted_sum(engine(**inputs, **without_cache(engine.module)), moved, Objective(loss_mean)).float()
