@@ -78,9 +78,9 @@ class Forwards:
     def find_objective(self, outputs: Any, batch: Any) -> None:
         """Find how the model's labels are aligned, and whether its loss is the cross entropy of its logits.
 
-        The same on all ranks. Where the loss fits both alignments or neither, it is that of a shifted model if it does not depend on the rows'
-        first labels. Raises ValueError on all ranks where the mean over examples is wanted of a loss that does not tell them
-        apart.
+        The same on all ranks. Where the loss fits both alignments or neither, it is that of a shifted model if it does not
+        depend on the rows' first labels. Raises ValueError on all ranks where the mean over examples is wanted of a loss
+        that does not tell them apart.
         """
         batch_loss(outputs, batch)
         found = Objective(self.objective.mean)
