@@ -85,8 +85,12 @@ class FirstOrderConfig:
         return self.deepspeed.get("scheduler")
 
     @property
+    def optimizer(self) -> dict[str, Any]:
+        return self.deepspeed["optimizer"]
+
+    @property
     def zeroth_order(self) -> ZerothOrderConfig:
-        """What of that section counts: the seed and the selector."""
+        """The seed and the selector. Nothing else of it counts: `optimizer` has the step size."""
         return ZerothOrderConfig(method="mezo", seed=self.seed, selector=self.selector)
 
     def to_dict(self) -> dict[str, Any]:
@@ -189,6 +193,8 @@ def read_first_order_config(
             section = parse_section({"method": "mezo", **{key: values[key] for key in values if key not in extra}})
     found += resolve_precision(whole)
     optimizer = whole.get("optimizer")
+    if not isinstance(optimizer, Mapping) or not isinstance(optimizer.get("type"), str):
+        found.append(f'optimizer: found {optimizer!r}, expected {{"type": NAME, "params": {{...}}}}.')
     params = optimizer.get("params", {}) if isinstance(optimizer, Mapping) else {}
     lr = params.get("lr") if isinstance(params, Mapping) else None
     if "scheduler" in whole and isinstance(lr, (int, float)):

@@ -82,7 +82,8 @@ def test_a_key_that_deepspeed_removed_is_refused_in_one_line_whatever_its_value(
 @pytest.mark.parametrize("first_order", [False, True])
 def test_an_unknown_key_inside_of_a_section_is_told_with_the_nearest(section, inside, nearest, first_order):
     read = read_first_order_config if first_order else read_config
-    config = {**MINIMAL, section: inside, "zeroth_order": {} if first_order else {"method": "mezo"}}
+    kind = {"optimizer": {"type": "AdamW"}} if first_order else {"zeroth_order": {"method": "mezo"}}
+    config = {**MINIMAL, section: inside, **kind}
     with pytest.raises(ValueError, match=rf"^{section}\.[\w.]+: unknown key.*Did you mean '{nearest}'\?$"):
         read(config, 1)
 
