@@ -5,78 +5,85 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import zods.finetune
-from tests.distributed.ranks import ENVIRONMENT, REPOSITORY, launch, run_ranks
+from tests.distributed.ranks import launch, run_ranks
 from zods.comm import Communicator, RankFailure
+from zods.launching import RANKS, SIZES, TORCH, connect_ranks
 
 SCRIPT = Path(__file__).parent / "scripts" / "failed_start.py"
 MODEL = Path(__file__).parents[2] / "launch" / "quickstart" / "model"
 
 
-def rank_of_block(raised: dict[int, type[BaseException]]) -> tuple[str, str, str | None]:
-    """(type, text, type of the cause) of what a rank raises when the ranks in `raised` fail in a block."""
-    comm = Communicator(torch.device("cpu"))
-    try:
-        with comm.same_on_all_ranks():
-            if comm.rank in raised:
-                raise raised[comm.rank]("this is why")
-    except BaseException as error:
-        comm.check_agreement(b"", "nothing: the ranks can still communicate")
-        cause = None if error.__cause__ is None else type(error.__cause__).__name__
-        return type(error).__name__, str(error), cause
-    return "none", "", None
-
-
-UNFORESEEN = [
-    RuntimeError,
-    KeyError,
-    ImportError,
-    AttributeError,
-    AssertionError,
-    MemoryError,
-    torch.cuda.OutOfMemoryError,
+UNFORESEEN = [RuntimeError, KeyError, ImportError, AttributeError, AssertionError, MemoryError]
+FOR_USERS = [ValueError, OSError, FileNotFoundError, UnicodeError]
+ENDED = [KeyboardInterrupt, SystemExit]
+BLOCKS: list[dict[int, type[BaseException]]] = [  # rank: what it raises
+    *({1: kind} for kind in (*UNFORESEEN, *FOR_USERS, *ENDED)),
+    {0: KeyError, 1: KeyError},
+    {0: KeyError, 1: AttributeError},
 ]
 
 
+def rank_of_blocks() -> list[tuple[str, str, str | None]]:
+    """Of each of BLOCKS, what this rank raises: (type, text, type of the cause)."""
+    comm = Communicator(torch.device("cpu"))
+    found = []
+    for raised in BLOCKS:
+        try:
+            with comm.same_on_all_ranks():
+                if comm.rank in raised:
+                    raise raised[comm.rank]("this is why")
+        except BaseException as error:
+            cause = None if error.__cause__ is None else type(error.__cause__).__name__
+            found.append((type(error).__name__, str(error), cause))
+    return found
+
+
+@pytest.fixture(scope="module")
+def raised() -> list[tuple[Any, Any]]:
+    """Per block, what each of the two ranks raised."""
+    first, second = run_ranks(2, rank_of_blocks)
+    return list(zip(first, second, strict=True))
+
+
 @pytest.mark.parametrize("kind", UNFORESEEN)
-def test_an_exception_of_any_type_on_one_rank_ends_all_of_them(kind):
-    first, second = run_ranks(2, rank_of_block, {1: kind})
-    described = str(kind("this is why"))
-    for name, text, _ in (first, second):
-        assert name == RankFailure.__name__
-        assert text == f"rank 1: {kind.__name__}: {described}"
-    assert (first[2], second[2]) == (None, kind.__name__), "the traceback is where it was raised"
+def test_an_exception_of_any_type_on_one_rank_is_raised_on_all_with_the_name_of_that_rank(raised, kind):
+    text = f"rank 1: {kind.__name__}: {kind('this is why')}"
+    name = RankFailure.__name__
+    # the traceback stays on the rank where it was raised
+    assert raised[BLOCKS.index({1: kind})] == ((name, text, None), (name, text, kind.__name__))
 
 
-def test_an_exception_on_all_ranks_stays_as_it_is():
-    assert run_ranks(2, rank_of_block, {0: KeyError, 1: KeyError}) == [("KeyError", "'this is why'", None)] * 2
-
-
-@pytest.mark.parametrize("kind", [ValueError, OSError, FileNotFoundError, UnicodeError])
-def test_bad_input_of_one_rank_keeps_its_type_for_those_who_handle_it(kind):
+@pytest.mark.parametrize("kind", FOR_USERS)
+def test_bad_input_of_one_rank_keeps_its_type_for_those_who_handle_it(raised, kind):
     expected = "ValueError" if kind is UnicodeError else kind.__name__
-    assert run_ranks(2, rank_of_block, {0: kind}) == [(expected, "rank 0: this is why", None)] * 2
+    assert raised[BLOCKS.index({1: kind})] == ((expected, "rank 1: this is why", None),) * 2
 
 
-@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
-def test_a_rank_that_is_asked_to_end_takes_the_others_along(kind):
-    first, second = run_ranks(2, rank_of_block, {1: kind})
+@pytest.mark.parametrize("kind", ENDED)
+def test_a_rank_that_is_asked_to_end_takes_the_others_along(raised, kind):
+    first, second = raised[BLOCKS.index({1: kind})]
     assert first[:2] == (RankFailure.__name__, f"rank 1: {kind.__name__}: this is why")
     assert second[0] == kind.__name__
+
+
+def test_an_exception_that_all_ranks_raise_stays_as_it_is(raised):
+    assert raised[BLOCKS.index({0: KeyError, 1: KeyError})] == (("KeyError", "'this is why'", None),) * 2
+    first, second = raised[BLOCKS.index({0: KeyError, 1: AttributeError})]
+    text = "rank 0: KeyError: 'this is why'"
+    assert (first, second) == (("RankFailure", text, "KeyError"), ("RankFailure", text, None))
 
 
 WAYS = {  # way: (what is said, exit code, exception of the traceback)
     "disagreement": ("rank 1: the model differs from rank 0's. The run stops here.", 1, None),
     "one rank, and the other waits for it": ("AttributeError: no attribute 'rotary'", 1, "AttributeError"),
     "one rank, in a block that ranks agree on": ("rank 1: ImportError: no module for this model", 1, "ImportError"),
-    "bad input of one rank": ("rank 1: --train_file rows.jsonl: found nothing", 2, None),
     "the same on all": ("KeyError: 'gate'", 1, "KeyError"),
 }
 
@@ -131,14 +138,13 @@ def test_code_of_a_model_that_fails_on_one_rank_ends_the_run_with_the_name_of_th
         ({"RANK": "0", "LOCAL_RANK": "0"}, "but not WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
     ],
 )
-def test_a_launcher_that_cannot_be_understood_is_told_in_one_line(variables, said):
-    known = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    environment = {name: value for name, value in os.environ.items() if name not in known}
-    environment |= {**ENVIRONMENT, "PYTHONPATH": str(REPOSITORY), **variables}
-    command = [sys.executable, SCRIPT, "disagreement"]
-    told = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=100)
-    assert told.returncode == 2, told.stderr
-    lines = [line for line in told.stderr.splitlines() if "a program: error:" in line]
-    assert len(lines) == 1
-    assert said in lines[0]
-    assert "Traceback" not in told.stderr
+def test_a_launcher_that_cannot_be_understood_is_told_with_the_way_out(monkeypatch, variables, said):
+    for name in (*TORCH, *SIZES, *RANKS):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    before = dict(os.environ)
+    with pytest.raises(ValueError, match=said) as caught:
+        connect_ranks()
+    assert "deepspeed or torchrun" in str(caught.value)
+    assert dict(os.environ) == before
