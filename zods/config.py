@@ -153,9 +153,7 @@ def read_config(source: str | Path | Mapping[str, Any], world_size: int, total_s
         scheduler, wrong = resolve_scheduler(scheduler, section.lr, f"{SECTION}.lr", bare, total_steps)
         found += wrong
     _check_deepspeed(whole, world_size, found)
-    if not found and section is not None and section.selector is not None:
-        with collected(found):
-            check_selector(section.selector, f"{SECTION}.selector", whole["train_batch_size"])
+    _check_selection(whole, section, found)
     if found or section is None:
         raise Mistakes(found)
     return RunConfig(deepspeed=whole, scheduler=scheduler, zeroth_order=section)
@@ -174,6 +172,14 @@ def _check_deepspeed(whole: dict[str, Any], world_size: int, found: list[str]) -
     refused = None if found else refusal(whole)
     if refused is not None:
         found.append(refused)
+
+
+def _check_selection(whole: dict[str, Any], section: ZerothOrderConfig | None, found: list[str]) -> None:
+    """Append what of the selector does not fit the batch, where both could be read."""
+    batch = whole.get("train_batch_size")
+    if section is not None and section.selector is not None and type(batch) is int:
+        with collected(found):
+            check_selector(section.selector, f"{SECTION}.selector", batch)
 
 
 def read_first_order_config(
@@ -202,9 +208,7 @@ def read_first_order_config(
         whole["scheduler"], wrong = resolve_scheduler(whole["scheduler"], lr, "optimizer.params.lr", bare, total_steps)
         found += wrong
     _check_deepspeed(whole, world_size, found)
-    if not found and section is not None and section.selector is not None:
-        with collected(found):
-            check_selector(section.selector, f"{SECTION}.selector", whole["train_batch_size"])
+    _check_selection(whole, section, found)
     if found or section is None:
         raise Mistakes(found)
     return FirstOrderConfig(whole, section.selector, section.seed)

@@ -22,7 +22,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 import zods
 from zods.arguments import merged_config, parse_arguments
-from zods.comm import end_process
+from zods.comm import RankFailure, end_process
 from zods.config import FirstOrderConfig, RunConfig, read_config, read_first_order_config
 from zods.config_auto import offloads_to_nvme, resolve_model_auto, resolve_offload_buffers
 from zods.engine import ZerothOrderEngine
@@ -53,8 +53,11 @@ def main() -> None:
     stop_request.listen()
     try:
         finetune(arguments, *run)
-    except (OSError, RuntimeError) as error:  # a full disk, ranks that disagree, another rank that is gone
-        print(f"zods.finetune: error: rank {rank}: {error}", file=sys.stderr)
+    except Exception as error:  # a full disk, ranks that disagree, another rank that is gone
+        if isinstance(error, ValueError) and _is_our_own(error):  # the same on all ranks, so one of them says it
+            end_process(report_failure(error, "zods.finetune"))
+        kind = "" if isinstance(error, (OSError, RuntimeError)) else f"{type(error).__name__}: "
+        print(f"zods.finetune: error: rank {rank}: {kind}{error}", file=sys.stderr)
         if not isinstance(error, OSError) and not _is_our_own(error):
             traceback.print_exc()
         end_process(1)
@@ -62,8 +65,10 @@ def main() -> None:
     end_process(0)
 
 
-def _is_our_own(error: RuntimeError) -> bool:
+def _is_our_own(error: Exception) -> bool:
     """Whether the message tells all: it was raised here, or another rank is gone and that one has said why."""
+    if isinstance(error, RankFailure):
+        return error.__cause__ is None
     innermost = list(traceback.walk_tb(error.__traceback__))[-1][0]
     return innermost.f_globals.get("__name__", "").startswith("zods.") or "peer" in str(error)
 

@@ -562,6 +562,11 @@ def test_all_mistakes_of_a_configuration_are_told_at_once():
     assert first == f"{len(keys)} mistakes in the configuration:"
 
 
+def test_a_selector_that_does_not_fit_is_told_with_the_other_mistakes():
+    message = refused(config({"eps": 0, "selector": {"candidates": 4}}, steps_per_prin=5))
+    assert all(key in message for key in ("zeroth_order.eps", "zeroth_order.selector.candidates", "steps_per_prin"))
+
+
 def test_a_batch_that_does_not_divide_is_told_by_the_keys_that_were_given():
     message = refused(config(train_batch_size=5, gradient_accumulation_steps=10), "train_batch_size: found 5")
     assert "gradient_accumulation_steps (10)" in message
