@@ -115,7 +115,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     given = arguments.deepspeed or arguments.deepspeed_config
-    if given is None:
+    if not given:
         parser.error("the following arguments are required: --deepspeed_config")
     if arguments.deepspeed_config not in (None, given):
         parser.error(f"--deepspeed {given} and --deepspeed_config {arguments.deepspeed_config}: give one of the two")

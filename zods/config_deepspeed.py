@@ -72,7 +72,8 @@ def key_mistakes(ds: Mapping[str, Any]) -> Iterator[str]:
     inner = [f"zero_optimization.{key}" for key in zero] if isinstance(zero, Mapping) else []
     for key in [*ds, *inner]:
         if key in REMOVED_KEYS:
-            yield f"{key}: DeepSpeed {VERSION} refuses this key, whatever its value: its feature was removed. Remove it."
+            way = 'Use "bf16" instead.' if key == "amp" else "Remove it."
+            yield f"{key}: DeepSpeed {VERSION} refuses this key, whatever its value: its feature was removed. {way}"
         elif key in ds and key not in DEEPSPEED_KEYS:
             hint = nearest(key, [*DEEPSPEED_KEYS, SECTION])
             if key == "seed":
@@ -174,11 +175,11 @@ def unsupported(ds: Mapping[str, Any]) -> Iterator[str]:
             f'optimizer: found beside "{SECTION}". A zeroth-order step has no optimizer states: remove the section and '
             f"set {SECTION}.lr and {SECTION}.weight_decay."
         )
-    for key in ("fp16", "torch_autocast", "amp"):
-        section = ds.get(key)
-        if key != "fp16" and section is not None and not isinstance(section, Mapping):
+    for key in ("fp16", "torch_autocast"):
+        section = ds.get(key, {})
+        if not isinstance(section, Mapping):
             yield f"{key}: found {section!r}, expected a section {{...}}."
-        elif isinstance(section, Mapping) and section.get("enabled", False) is not False:
+        elif section.get("enabled", False) is not False:
             yield f'{key}.enabled: not supported. Use "bf16": {{"enabled": true}}, or fp32.'
     clipping = ds.get("gradient_clipping", 0)
     if clipping not in (0, 0.0):

@@ -187,7 +187,6 @@ def test_without_a_launcher_a_run_has_one_rank_and_a_summary_of_what_was_used(fo
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--deepspeed", "other.json"), "--deepspeed other.json and --deepspeed_config c: give one of the two"),
         (("--select", "8/4"), "expected K/N with 0 < K <= N"),
         (("--select", "0/4"), "expected K/N with 0 < K <= N"),
         (("--select", "4/8", "--train_batch_size", "4"), "sets train_batch_size to K"),
