@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import resource
-import statistics
 import sys
 import traceback
 from dataclasses import dataclass, field
@@ -15,7 +13,6 @@ from typing import Any
 import datasets
 import torch
 import transformers
-from deepspeed.accelerator import get_accelerator
 from deepspeed.comm.comm import comms_logger
 from tqdm import tqdm
 from transformers.integrations import HfDeepSpeedConfig
@@ -34,6 +31,7 @@ from zods.resuming import CHECKPOINTS, INITIAL, copy_log
 from zods.runs import RunFolder
 from zods.selection.batches import sources_of
 from zods.stopping import StopRequest
+from zods.summary import summarise, table
 from zods.tasks import Task, build_task, load_examples, split_held_out
 from zods.trajectory.replay import name_in_files
 
@@ -146,7 +144,9 @@ def finetune(
         engine.save_pretrained(folder.path / "model")
         if rank == 0:
             tokenizer.save_pretrained(folder.path / "model")
-    summary = summarise(engine, before, after, trained)
+    summary = summarise(
+        engine, before, after, seconds=trained.seconds, sent=trained.scalar_bytes, gathered=trained.zero3_bytes
+    )
     if rank == 0:
         folder.record("summary", engine.global_steps, **summary)
         print(table(summary))
@@ -331,67 +331,6 @@ def stop(engine: ZerothOrderEngine | FirstOrderEngine, arguments: argparse.Names
         )
 
 
-def summarise(
-    engine: ZerothOrderEngine | FirstOrderEngine, before: dict[str, float], after: dict[str, float], trained: Trained
-) -> dict[str, Any]:
-    """What the run ends with, as a flat dict: what does not apply to it is not there. All ranks call it."""
-    steps = max(len(trained.seconds), 1)
-    peaks = engine.comm.gather_scalars([float(_peak_memory_bytes(engine.device))])
-    summary: dict[str, Any] = {
-        **{f"{name}_before": value for name, value in before.items()},
-        **{f"{name}_after": value for name, value in after.items()},
-        "steps": engine.global_steps,
-        "step_seconds_median": statistics.median(trained.seconds) if trained.seconds else None,
-        "train_seconds": sum(trained.seconds),
-        "zods_bytes_per_step": trained.scalar_bytes / steps,
-        "zero3_bytes_per_step": trained.zero3_bytes / steps if comms_logger.enabled else None,
-        "peak_memory_bytes": [int(row[0]) for row in peaks],
-    }
-    if isinstance(engine, ZerothOrderEngine):
-        summary["evaluation"] = engine.evaluation
-    if engine.anchor:
-        summary["anchor_gather_bytes_per_step"] = engine.comm.gather_bytes / steps
-        summary["anchor_device_bytes"] = engine.anchor.device_bytes
-        summary["anchor_offloaded_bytes"] = engine.anchor.offloaded_bytes
-    return summary
-
-
-def table(summary: dict[str, Any]) -> str:
-    """The summary as a short table for people."""
-    mib = 1 << 20
-    seconds, zero3 = summary["step_seconds_median"], summary["zero3_bytes_per_step"]
-    anchor = "anchor_device_bytes" in summary
-    rows = [_measured(summary, key.removesuffix("_after")) for key in summary if key.endswith("_after")]
-    refreshes = " (anchor refreshes in them)" if anchor else ""
-    rows += [
-        ("steps", f"{summary['steps']} in {summary['train_seconds']:.0f} s{refreshes}"),
-        ("time per step (median)", "-" if seconds is None else f"{seconds * 1e3:.0f} ms"),
-    ]
-    if summary.get("evaluation") is not None:
-        rows.append(("evaluation", summary["evaluation"]))
-    rows.append(("sent per step and rank by zods", f"{summary['zods_bytes_per_step']:.0f} bytes"))
-    if anchor:
-        rows.append(("  gathered of the anchor point", f"{summary['anchor_gather_bytes_per_step'] / mib:.1f} MiB"))
-    counted = "not counted (enable comms_logger)" if zero3 is None else f"{zero3 / mib:.1f} MiB"
-    rows += [
-        ("  gathered by ZeRO-3", counted),
-        ("peak memory per rank", ", ".join(f"{b / mib:.0f} MiB" for b in summary["peak_memory_bytes"])),
-    ]
-    if anchor:
-        rows += [
-            ("anchor per rank, on the device", f"{summary['anchor_device_bytes'] / mib:.1f} MiB"),
-            ("anchor per rank, offloaded", f"{summary['anchor_offloaded_bytes'] / mib:.1f} MiB"),
-        ]
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
-
-
-def _measured(summary: dict[str, Any], name: str) -> tuple[str, str]:
-    """A metric of the held-out data before and after training."""
-    before = summary.get(f"{name}_before")
-    return f"held-out {name}", f"{'-' if before is None else f'{before:.3f}'} -> {summary[f'{name}_after']:.3f}"
-
-
 def _text(metrics: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
 
@@ -400,12 +339,6 @@ def _logged_bytes() -> int:
     """Bytes of all collectives that DeepSpeed's communication logger has seen, 0 where it is off."""
     sizes = comms_logger.get_raw_data().values()
     return sum(size * record[0] for by_size in sizes for size, record in by_size.items())
-
-
-def _peak_memory_bytes(device: torch.device) -> int:
-    if device.type == "cpu":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return get_accelerator().max_memory_allocated()
 
 
 if __name__ == "__main__":

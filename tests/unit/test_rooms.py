@@ -78,6 +78,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
         },
         {"torch", "deepspeed"},
     ),
+    "summary": ({"engine", "first_order"}, {"torch", "deepspeed"}),
     "tasks": ({"objectives"}, {"torch", "transformers", "datasets"}),
     "arguments": ({"config", "section"}, set()),
     "runs": (set(), set()),
@@ -85,7 +86,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "finetune": (
         {
             FACE, "config", "config_auto", "comm", "engine", "first_order", "launching", "selection",
-            "initialization", "resuming", "stopping", "tasks", "trajectory", "arguments", "runs", "report",
+            "initialization", "resuming", "stopping", "summary", "tasks", "trajectory", "arguments", "runs", "report",
         },
         {"torch", "deepspeed", "transformers", "datasets", "tqdm", "peft"},
     ),
