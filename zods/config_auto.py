@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+MOST_RANKS = 1024  # that a message lists as divisors of a batch
 _BUCKETS = {  # by transformers' rule
     "reduce_bucket_size": lambda h: h * h,
     "stage3_prefetch_bucket_size": lambda h: int(0.9 * h * h),
@@ -60,7 +61,7 @@ def resolve_batch(ds: dict[str, Any], world_size: int) -> None:
         multiplied = world_size
         for key in named:
             multiplied *= given.get(key, 1)
-        fits = ", ".join(str(number) for number in range(1, batch + 1) if batch % number == 0)
+        fits = ", ".join(str(number) for number in range(1, min(batch, MOST_RANKS) + 1) if batch % number == 0)
         raise ValueError(
             f"train_batch_size: found {batch}, but {product} = {multiplied}"
             f"{'' if len(factors) == 2 else ', of which it is no multiple'}. Change one so that they multiply out: "

@@ -562,6 +562,12 @@ def test_all_mistakes_of_a_configuration_are_told_at_once():
     assert first == f"{len(keys)} mistakes in the configuration:"
 
 
+def test_an_absurd_batch_is_refused_at_once():
+    refused(
+        config(train_batch_size=10**12 + 1, train_micro_batch_size_per_gpu=2), "train_batch_size: found 1000000000001"
+    )
+
+
 def test_a_selector_that_does_not_fit_is_told_with_the_other_mistakes():
     message = refused(config({"eps": 0, "selector": {"candidates": 4}}, steps_per_prin=5))
     assert all(key in message for key in ("zeroth_order.eps", "zeroth_order.selector.candidates", "steps_per_prin"))
