@@ -38,9 +38,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     main = parser.add_argument_group("model and method")
-    main.add_argument(
-        "--deepspeed_config", required=True, metavar="FILE", help="DeepSpeed JSON with a section zeroth_order"
-    )
+    main.add_argument("--deepspeed_config", metavar="FILE", help="DeepSpeed JSON with a section zeroth_order")
+    main.add_argument("--deepspeed", nargs="?", const="", metavar="FILE",
+                      help="as other scripts for DeepSpeed have it: without a FILE it changes nothing, with one it is "
+                      "--deepspeed_config")  # fmt: skip
     main.add_argument("--model", required=True, metavar="NAME", help="name on the hub, or folder")
     main.add_argument("--tokenizer", help="name or folder (default: the model's)")
     main.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
@@ -114,6 +115,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    given = arguments.deepspeed or arguments.deepspeed_config
+    if not given:
+        parser.error("the following arguments are required: --deepspeed_config")
+    if arguments.deepspeed_config not in (None, given):
+        parser.error(f"--deepspeed {given} and --deepspeed_config {arguments.deepspeed_config}: give one of the two")
+    arguments.deepspeed_config = given
     if (arguments.train_file is None) == (arguments.dataset_name is None):
         parser.error("give either --train_file or --dataset_name")
     for option in ("dataset_config", "train_split", "validation_split"):

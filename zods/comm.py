@@ -24,6 +24,22 @@ class Disagreement(RuntimeError):
     """Ranks have, or did, different things."""
 
 
+class RankFailure(RuntimeError):
+    """An exception on some ranks only, raised on all of them. rank: the first that failed.
+
+    On that rank it has the exception as its cause.
+    """
+
+    def __init__(self, rank: int, described: str) -> None:
+        self.rank = rank
+        super().__init__(f"rank {rank}: {described}")
+
+
+def is_connected() -> bool:
+    """Whether this process is one of the ranks of a process group."""
+    return dist.is_initialized()
+
+
 class Communicator:
     """The ranks of the default process group, with counters of the bytes that this rank sends.
 
@@ -118,24 +134,40 @@ class Communicator:
 
     @contextmanager
     def same_on_all_ranks(self) -> Iterator[None]:
-        """Run a block that may fail on some ranks only; the first failing rank's error is raised on all.
+        """Run a block that may fail on some ranks only; then all ranks raise.
 
-        The block itself must not communicate.
+        A ValueError or OSError, which is meant for the user, is raised on all ranks as it is, with the name of the rank
+        where others were spared. Any other exception is raised as it is where it was raised on all ranks, and as a
+        `RankFailure` otherwise. The block itself must not communicate.
         """
-        failure: Exception | None = None
+        failure: BaseException | None = None
         try:
             yield
-        except (ValueError, OSError) as error:
+        except (Exception, KeyboardInterrupt, SystemExit) as error:
             failure = error
         failures: list[Any] = [None] * self.world_size
-        kinds = (FileNotFoundError, OSError, ValueError)
-        described = [(index, str(failure)) for index, kind in enumerate(kinds) if isinstance(failure, kind)]
-        dist.all_gather_object(failures, described[0] if described else None)
+        dist.all_gather_object(failures, None if failure is None else _described(failure))
         failing = [rank for rank, found in enumerate(failures) if found is not None]
-        if failing:
-            index, text = failures[failing[0]]
-            where = "" if failures.count(failures[failing[0]]) == self.world_size else f"rank {failing[0]}: "
-            raise kinds[index](where + text) from None
+        if not failing:
+            return
+        first = failing[0]
+        kind, text = failures[first]
+        on_all = failures.count(failures[first]) == self.world_size
+        if kind in _FOR_USERS:
+            raise _FOR_USERS[kind](text if on_all else f"rank {first}: {text}") from None
+        if failure is not None and (on_all or not isinstance(failure, Exception)):
+            raise failure
+        summary = next(iter(text.strip().splitlines()), "")
+        raise RankFailure(first, f"{kind}: {summary}") from (failure if first == self.rank else None)
+
+
+_FOR_USERS = {"FileNotFoundError": FileNotFoundError, "OSError": OSError, "ValueError": ValueError}
+
+
+def _described(error: BaseException) -> tuple[str, str]:
+    """An exception as what is sent of it: the nearest type that is meant for users, else its own, and its text."""
+    kind = next((name for name, known in _FOR_USERS.items() if isinstance(error, known)), type(error).__name__)
+    return kind, str(error)
 
 
 class Board:

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import math
-import os
-import resource
-import statistics
 import sys
 import traceback
 from dataclasses import dataclass, field
@@ -15,26 +11,27 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import deepspeed
 import torch
 import transformers
-from deepspeed.accelerator import get_accelerator
 from deepspeed.comm.comm import comms_logger
 from tqdm import tqdm
 from transformers.integrations import HfDeepSpeedConfig
 
 import zods
 from zods.arguments import merged_config, parse_arguments
-from zods.comm import Communicator, end_process
-from zods.config import FirstOrderConfig, RunConfig, read_config, read_first_order_config, resolve_model_auto
+from zods.comm import RankFailure, end_process
+from zods.config import FirstOrderConfig, RunConfig, read_config, read_first_order_config
+from zods.config_auto import offloads_to_nvme, resolve_model_auto, resolve_offload_buffers
 from zods.engine import ZerothOrderEngine
 from zods.first_order import FirstOrderEngine
 from zods.initialization import check_folders
+from zods.launching import connect_ranks, environment_rank, report_failure
 from zods.report import plot_curves
 from zods.resuming import CHECKPOINTS, INITIAL, copy_log
 from zods.runs import RunFolder
 from zods.selection.batches import sources_of
 from zods.stopping import StopRequest
+from zods.summary import summarise, table
 from zods.tasks import Task, build_task, load_examples, split_held_out
 from zods.trajectory.replay import name_in_files
 
@@ -44,20 +41,21 @@ logger = logging.getLogger(__name__)
 def main() -> None:
     arguments = parse_arguments()
     stop_request = StopRequest()
-    rank = int(os.environ.get("RANK", 0))
+    rank = environment_rank()
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.ERROR, format="%(name)s: %(message)s")
     try:
         run = start(arguments)
-    except (ValueError, OSError) as error:  # bad input: the same on all ranks, so one of them says it
-        if rank == 0:
-            print(f"zods.finetune: error: {error}", file=sys.stderr)
-        end_process(2)
+    except Exception as error:
+        end_process(report_failure(error, "zods.finetune"))
     run[0].stop = stop_request
     stop_request.listen()
     try:
         finetune(arguments, *run)
-    except (OSError, RuntimeError) as error:  # a full disk, ranks that disagree, another rank that is gone
-        print(f"zods.finetune: error: rank {rank}: {error}", file=sys.stderr)
+    except Exception as error:  # a full disk, ranks that disagree, another rank that is gone
+        if isinstance(error, ValueError) and _is_our_own(error):  # the same on all ranks, so one of them says it
+            end_process(report_failure(error, "zods.finetune"))
+        kind = "" if isinstance(error, (OSError, RuntimeError)) else f"{type(error).__name__}: "
+        print(f"zods.finetune: error: rank {rank}: {kind}{error}", file=sys.stderr)
         if not isinstance(error, OSError) and not _is_our_own(error):
             traceback.print_exc()
         end_process(1)
@@ -65,8 +63,10 @@ def main() -> None:
     end_process(0)
 
 
-def _is_our_own(error: RuntimeError) -> bool:
+def _is_our_own(error: Exception) -> bool:
     """Whether the message tells all: it was raised here, or another rank is gone and that one has said why."""
+    if isinstance(error, RankFailure):
+        return error.__cause__ is None
     innermost = list(traceback.walk_tb(error.__traceback__))[-1][0]
     return innermost.f_globals.get("__name__", "").startswith("zods.") or "peer" in str(error)
 
@@ -75,16 +75,15 @@ def start(
     arguments: argparse.Namespace,
 ) -> tuple[ZerothOrderEngine | FirstOrderEngine, Task, datasets.Dataset, RunFolder, Any]:
     """Check the input, then load: (engine, task, held-out data, run folder, tokenizer)."""
-    deepspeed.init_distributed(get_accelerator().communication_backend_name(), verbose=False)
-    comm = Communicator(torch.device(get_accelerator().current_device_name()))
+    comm = connect_ranks()
     with comm.same_on_all_ranks():
         merged = merged_config(arguments)
         run: RunConfig | FirstOrderConfig
         if arguments.optimizer is None:
-            run = read_config(merged, comm.world_size)
+            run = read_config(merged, comm.world_size, total_steps=arguments.max_steps)
             check_folders(run)
         else:
-            run = read_first_order_config(merged, comm.world_size)
+            run = read_first_order_config(merged, comm.world_size, total_steps=arguments.max_steps)
         folder = RunFolder(arguments.output_dir, rank=comm.rank, resume=arguments.resume == "auto")
         fork = None if arguments.resume in (None, "auto") else latest_checkpoint(Path(arguments.resume))
         tokenizer = transformers.AutoTokenizer.from_pretrained(
@@ -94,7 +93,9 @@ def start(
         model_config = transformers.AutoConfig.from_pretrained(
             arguments.model, trust_remote_code=arguments.trust_remote_code
         )
-    resolve_model_auto(run.deepspeed, getattr(model_config.get_text_config(), "hidden_size", None))
+        resolve_model_auto(run.deepspeed, getattr(model_config.get_text_config(), "hidden_size", None))
+        if offloads_to_nvme(run.deepspeed):
+            resolve_offload_buffers(run.deepspeed, parameter_sizes(arguments, task), comm.world_size)
     model, new = load_model(arguments, run, task)
     engine: ZerothOrderEngine | FirstOrderEngine
     if isinstance(run, RunConfig):
@@ -111,6 +112,15 @@ def start(
         run.to_dict(), seed=run.seed, world_size=comm.world_size, device=str(comm.device), step=engine.global_steps
     )
     return engine, task, held_out, folder, tokenizer
+
+
+def parameter_sizes(arguments: argparse.Namespace, task: Task) -> list[int]:
+    """The number of elements of each parameter of the model, which is made without its weights."""
+    trust = arguments.trust_remote_code
+    config = transformers.AutoConfig.from_pretrained(arguments.model, trust_remote_code=trust, **task.model_kwargs())
+    with torch.device("meta"):
+        model = task.auto_class().from_config(config, trust_remote_code=trust)
+    return [parameter.numel() for parameter in model.parameters()]
 
 
 def finetune(
@@ -134,7 +144,9 @@ def finetune(
         engine.save_pretrained(folder.path / "model")
         if rank == 0:
             tokenizer.save_pretrained(folder.path / "model")
-    summary = summarise(engine, before, after, trained)
+    summary = summarise(
+        engine, before, after, seconds=trained.seconds, sent=trained.scalar_bytes, gathered=trained.zero3_bytes
+    )
     if rank == 0:
         folder.record("summary", engine.global_steps, **summary)
         print(table(summary))
@@ -319,47 +331,6 @@ def stop(engine: ZerothOrderEngine | FirstOrderEngine, arguments: argparse.Names
         )
 
 
-def summarise(
-    engine: ZerothOrderEngine | FirstOrderEngine, before: dict[str, float], after: dict[str, float], trained: Trained
-) -> dict[str, Any]:
-    """What the run ends with, as a flat dict; all ranks call it."""
-    steps = max(len(trained.seconds), 1)
-    peaks = engine.comm.gather_scalars([float(_peak_memory_bytes(engine.device))])
-    return {
-        **{f"{name}_before": value for name, value in before.items()},
-        **{f"{name}_after": value for name, value in after.items()},
-        "steps": engine.global_steps,
-        "step_seconds_median": statistics.median(trained.seconds) if trained.seconds else None,
-        "train_seconds": sum(trained.seconds),
-        "zods_bytes_per_step": trained.scalar_bytes / steps,
-        "anchor_gather_bytes_per_step": engine.comm.gather_bytes / steps,
-        "zero3_bytes_per_step": trained.zero3_bytes / steps if comms_logger.enabled else None,
-        "peak_memory_bytes": [int(row[0]) for row in peaks],
-        "anchor_device_bytes": engine.anchor.device_bytes if engine.anchor else 0,
-        "anchor_offloaded_bytes": engine.anchor.offloaded_bytes if engine.anchor else 0,
-    }
-
-
-def table(summary: dict[str, Any]) -> str:
-    """The summary as a short table for people."""
-    mib = 1 << 20
-    seconds, zero3 = summary["step_seconds_median"], summary["zero3_bytes_per_step"]
-    rows = [
-        ("held-out accuracy", f"{summary.get('accuracy_before', math.nan):.3f} -> {summary['accuracy_after']:.3f}"),
-        ("held-out loss", f"{summary.get('loss_before', math.nan):.3f} -> {summary['loss_after']:.3f}"),
-        ("steps", f"{summary['steps']} in {summary['train_seconds']:.0f} s (anchor refreshes in them)"),
-        ("time per step (median)", "-" if seconds is None else f"{seconds * 1e3:.0f} ms"),
-        ("sent per step and rank by zods", f"{summary['zods_bytes_per_step']:.0f} bytes"),
-        ("  gathered of the anchor point", f"{summary['anchor_gather_bytes_per_step'] / mib:.1f} MiB"),
-        ("  gathered by ZeRO-3", "not counted (enable comms_logger)" if zero3 is None else f"{zero3 / mib:.1f} MiB"),
-        ("peak memory per rank", ", ".join(f"{b / mib:.0f} MiB" for b in summary["peak_memory_bytes"])),
-        ("anchor per rank, on the device", f"{summary['anchor_device_bytes'] / mib:.1f} MiB"),
-        ("anchor per rank, offloaded", f"{summary['anchor_offloaded_bytes'] / mib:.1f} MiB"),
-    ]
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
-
-
 def _text(metrics: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
 
@@ -368,12 +339,6 @@ def _logged_bytes() -> int:
     """Bytes of all collectives that DeepSpeed's communication logger has seen, 0 where it is off."""
     sizes = comms_logger.get_raw_data().values()
     return sum(size * record[0] for by_size in sizes for size, record in by_size.items())
-
-
-def _peak_memory_bytes(device: torch.device) -> int:
-    if device.type == "cpu":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return get_accelerator().max_memory_allocated()
 
 
 if __name__ == "__main__":

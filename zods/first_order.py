@@ -107,6 +107,7 @@ class FirstOrderEngine:
         """One optimizer step; returns the mean loss of what it was made on, over all ranks."""
         self.deepspeed.train()
         began, sent = time.perf_counter(), self.comm.scalar_bytes
+        lr = self.deepspeed.get_lr()[0]  # of this step; DeepSpeed's step moves the schedule on to the next one
         total = 0.0
         for batch in self._weighted_batches():
             loss = weighted_loss(self.deepspeed, batch, self.config.loss_mean)
@@ -119,7 +120,6 @@ class FirstOrderEngine:
         if not math.isfinite(mean):
             ids = "" if self.selection is None else f" Its examples: {self.selection.selected_ids}."
             raise RuntimeError(f"step {self.global_steps}: the loss is not finite. Lower lr, or look at the data.{ids}")
-        lr = self.deepspeed.get_lr()[0]
         selecting = 0.0 if self.selection is None else self.selection.take_seconds()
         place, sub_batch = self.training_dataloader.place, self.recorder.sub_batch()
         self.recorder.add(Step(self.global_steps, mean, lr, None, place, sub_batch))

@@ -12,15 +12,16 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime import lr_schedules
 
 from zods.anchor import check_nvme
 from zods.comm import Communicator
-from zods.config import RunConfig, read_config, resolve_model_auto
+from zods.config import RunConfig, read_config
+from zods.config_auto import resolve_model_auto, resolve_offload_buffers
 from zods.data import TrainingLoader, check_dataset
 from zods.engine import ZerothOrderEngine
 from zods.kernels import backend, fingerprint
+from zods.launching import connect_ranks
+from zods.schedules import build_scheduler, step_mistake
 from zods.section import SECTION, DirectionConfig, check_selector
 from zods.selection.batches import SubBatches, sources_of
 from zods.selection.features import find_target
@@ -61,31 +62,16 @@ def initialize(
     Returns (engine, optimizer, training_dataloader, lr_scheduler). Raises ValueError or OSError on bad input, the same
     on all ranks.
     """
-    source = config if config is not None else config_params
-    if source is None:
-        source = getattr(args, "deepspeed_config", None)
-    if source is None:
-        raise ValueError("config: missing. Give a path or dict, or args with deepspeed_config.")
-    if model is None:
-        raise ValueError("model: missing. Give a torch.nn.Module.")
-    for name, value in (("optimizer", optimizer), ("mpu", mpu), ("mesh_param", mesh_param)):
-        if value is not None:
-            raise ValueError(
-                f"{name}: must be None; a zeroth-order step has no optimizer states and shards by ZeRO-3 only."
-            )
-
-    deepspeed.init_distributed(
-        get_accelerator().communication_backend_name(),
-        distributed_port=distributed_port,
-        dist_init_required=dist_init_required,
-    )
-    comm = Communicator(torch.device(get_accelerator().current_device_name()))
+    comm = connect_ranks(distributed_port=distributed_port, dist_init_required=dist_init_required)
     with comm.same_on_all_ranks():
-        run = read_config(source, comm.world_size)
+        model = _checked_model(model, optimizer=optimizer, mpu=mpu, mesh_param=mesh_param)
+        run = read_config(_source(args, config, config_params), comm.world_size)
         check_folders(run)
+        if hasattr(lr_scheduler, "step"):
+            _check_step(lr_scheduler)
         loader: TrainingLoader | SelectingLoader | None = _training_loader(run, comm, training_data, collate_fn)
         _check_selector(run, model, training_data)
-    resolve_model_auto(run.deepspeed, getattr(getattr(model, "config", None), "hidden_size", None))
+        resolve_by_model(run, model, comm.world_size)
     comm.check_agreement(json.dumps(run.to_dict(), sort_keys=True).encode(), "the configuration")
     comm.check_agreement(_fingerprint(model), "the model (parameter names, shapes, dtypes, trainable or not)")
     comm.check_agreement(_code_digest(), f"the code (of zods, or a version of {', '.join(PACKAGES)})")
@@ -101,7 +87,8 @@ def initialize(
     if run.zeroth_order.selector is not None:
         loader = _selecting_loader(run, comm, engine, training_data, collate_fn)
     zo_optimizer = ZerothOrderOptimizer([p.param for p in parameters], lr=run.zeroth_order.lr)
-    scheduler = _scheduler(run, zo_optimizer, lr_scheduler)
+    with comm.same_on_all_ranks():
+        scheduler = _scheduler(run, zo_optimizer, lr_scheduler)
     zo_engine = ZerothOrderEngine(
         engine,
         run,
@@ -121,6 +108,28 @@ def initialize(
         )
         _say_reduced_ranks(run.zeroth_order.direction, parameters)
     return zo_engine, zo_optimizer, loader, scheduler
+
+
+def _source(args: Any, config: Any, config_params: Any) -> Any:
+    """The configuration given, of the three ways there are."""
+    source = config if config is not None else config_params
+    if source is None:
+        source = getattr(args, "deepspeed_config", None)
+    if source is None:
+        raise ValueError("config: missing. Give a path or dict, or args with deepspeed_config.")
+    return source
+
+
+def _checked_model(model: torch.nn.Module | None, **others: Any) -> torch.nn.Module:
+    """The model. Raises ValueError where there is none, or what only first-order training takes was given."""
+    if model is None:
+        raise ValueError("model: missing. Give a torch.nn.Module.")
+    for name, value in others.items():
+        if value is not None:
+            raise ValueError(
+                f"{name}: must be None; a zeroth-order step has no optimizer states and shards by ZeRO-3 only."
+            )
+    return model
 
 
 def _say_reduced_ranks(direction: DirectionConfig, parameters: ShardedParameters) -> None:
@@ -247,18 +256,22 @@ def _prepared(run: RunConfig, model: torch.nn.Module) -> dict[str, Any]:
 
 def _scheduler(run: RunConfig, optimizer: ZerothOrderOptimizer, client: Any) -> Any:
     """The client's scheduler, or the one of the configuration, on the zeroth-order step size."""
-    if client is not None:
-        return client(optimizer) if callable(client) else client
-    if run.scheduler is None:
-        return None
-    name, params = run.scheduler["type"], run.scheduler["params"]
-    kind = getattr(lr_schedules, name, None) or getattr(torch.optim.lr_scheduler, name, None)
-    if not isinstance(kind, type):
-        allowed = ", ".join(lr_schedules.VALID_LR_SCHEDULES)
-        raise ValueError(
-            f"scheduler.type: found {name!r}, allowed are {allowed} and those of torch.optim.lr_scheduler."
-        )
-    try:
-        return kind(optimizer, **params)
-    except (TypeError, ValueError, KeyError) as error:
-        raise ValueError(f"scheduler.params: {name} refused {params}: {error}") from error
+    if client is None:
+        return None if run.scheduler is None else build_scheduler(run.scheduler, optimizer)
+    scheduler = client if hasattr(client, "step") else client(optimizer)
+    _check_step(scheduler)
+    return scheduler
+
+
+def _check_step(scheduler: Any) -> None:
+    """Raise ValueError where the engine could not call the client's `scheduler.step()`."""
+    mistake = step_mistake(scheduler, "lr_scheduler")
+    if mistake is not None:
+        raise ValueError(mistake)
+
+
+def resolve_by_model(run: RunConfig, model: torch.nn.Module, world_size: int) -> None:
+    """Resolve what of DeepSpeed's part follows from the model, in place. Raises ValueError where a value does not fit it."""
+    resolve_model_auto(run.deepspeed, getattr(getattr(model, "config", None), "hidden_size", None))
+    numels = [getattr(p, "ds_numel", p.numel()) for p in model.parameters()]
+    resolve_offload_buffers(run.deepspeed, numels, world_size)

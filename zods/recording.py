@@ -91,7 +91,8 @@ class Recorder:
             "scheduler": self._config.scheduler,
         }
         batch = self._config.deepspeed["train_batch_size"]
-        return Run(step, self._config.zeroth_order, batch, self._world_size, about)
+        optimizer = self._config.optimizer if isinstance(self._config, FirstOrderConfig) else None
+        return Run(step, self._config.zeroth_order, batch, self._world_size, about, optimizer)
 
     def sub_batch(self) -> SubBatch | None:
         """What was chosen for this step, where it was not recorded yet."""

@@ -175,6 +175,11 @@ def _check_run(engine: Any, log: Log) -> None:
     if run is None:
         return
     here = engine.recorder.run_record(0)
+    if run.optimizer is not None:
+        raise ValueError(
+            f"{log.path}: made by first-order training with {run.optimizer.get('type')}, which zeroth-order steps cannot go on "
+            "with. Give another --output_dir, or --optimizer."
+        )
     for key in ("method", "direction", "loss_mean"):
         there, now = getattr(run.section, key), getattr(here.section, key)
         if there != now:

@@ -1,11 +1,14 @@
-"""The section "zeroth_order" of the configuration, as frozen dataclasses, and its checks: one error per mistake, with the key,
-what was found and what is allowed."""
+"""The section "zeroth_order" of the configuration, as frozen dataclasses, and its checks.
+
+Every mistake is one line: the key, what was found and what is allowed. All mistakes are raised at once (`Mistakes`).
+"""
 
 from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
@@ -178,6 +181,24 @@ _MINIMUM: dict[str, float | tuple[float]] = {  # smallest allowed value; a tuple
 }
 
 
+class Mistakes(ValueError):
+    """Everything that is wrong with a configuration. messages: one line each."""
+
+    def __init__(self, messages: list[str]) -> None:
+        self.messages = tuple(messages)
+        several = f"{len(messages)} mistakes in the configuration:"
+        super().__init__(messages[0] if len(messages) == 1 else "\n  ".join([several, *messages]))
+
+
+@contextmanager
+def collected(found: list[str]) -> Iterator[None]:
+    """Append the messages of a ValueError that the block raises to `found`, and go on after the block."""
+    try:
+        yield
+    except ValueError as error:
+        found += error.messages if isinstance(error, Mistakes) else [str(error)]
+
+
 def nearest(key: str, allowed: list[str]) -> str:
     """A hint at the allowed key that is most like `key`, or nothing."""
     close = difflib.get_close_matches(key, allowed, n=1)
@@ -214,35 +235,47 @@ def _checked(path: str, key: str, annotation: str, value: Any) -> float | str | 
     return value
 
 
-def _build(cls: type, values: Any, path: str) -> Any:
+def _build(cls: type, values: Any, path: str, found: list[str]) -> Any:
+    """An instance of `cls`, with the defaults where a value is refused; None where it cannot be made.
+
+    Mistakes are appended to `found`.
+    """
     if not isinstance(values, Mapping):
-        raise ValueError(f"{path}: found {values!r}, expected a section {{...}}.")
+        found.append(f"{path}: found {values!r}, expected a section {{...}}.")
+        return None
     known = {f.name: f for f in fields(cls)}
     built = {}
     for key, value in values.items():
         here = f"{path}.{key}"
         if key not in known:
-            raise ValueError(
+            found.append(
                 f"{here}: unknown key.{nearest(key, list(known))} Allowed keys are {', '.join(sorted(known))}."
             )
-        if key in _NESTED:
-            if value is None and "None" in str(known[key].type):
-                continue
-            if key == "direction" and isinstance(value, str):
-                value = {"distribution": _checked(here, "distribution", "str", value)}
-            built[key] = _build(_NESTED[key], value, here)
-        elif key == "quotas" and value is not None:
-            if not isinstance(value, Mapping) or not value:
-                raise ValueError(f"{here}: found {value!r}, expected {{source: number of examples, ...}}.")
-            built[key] = {str(source): _checked(f"{here}.{source}", "quota", "int", of) for source, of in value.items()}
-        else:
-            built[key] = _checked(here, key, str(known[key].type), value)
+            continue
+        with collected(found):
+            inner = _value(key, str(known[key].type), value, here, found)
+            if inner is not None:
+                built[key] = inner
     missing = [
         f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING and f.name not in built
     ]
-    if missing:
-        raise ValueError(f"{path}.{missing[0]}: missing.")
-    return cls(**built)
+    found += [f"{path}.{name}: missing." for name in missing if name not in values]
+    return None if missing else cls(**built)
+
+
+def _value(key: str, annotation: str, value: Any, here: str, found: list[str]) -> Any:
+    """The checked value of one field. Raises ValueError; mistakes inside of a section are appended to `found`."""
+    if key in _NESTED:
+        if value is None and "None" in annotation:
+            return None
+        if key == "direction" and isinstance(value, str):
+            value = {"distribution": _checked(here, "distribution", "str", value)}
+        return _build(_NESTED[key], value, here, found)
+    if key == "quotas" and value is not None:
+        if not isinstance(value, Mapping) or not value:
+            raise ValueError(f"{here}: found {value!r}, expected {{source: number of examples, ...}}.")
+        return {str(source): _checked(f"{here}.{source}", "quota", "int", of) for source, of in value.items()}
+    return _checked(here, key, annotation, value)
 
 
 def check_loss_mean(value: str) -> None:
@@ -251,67 +284,92 @@ def check_loss_mean(value: str) -> None:
 
 
 def parse_selector(values: Any, path: str) -> SelectorConfig:
-    """A section of a selector (a dict), checked by itself. Raises ValueError, naming the key."""
-    return _build(SelectorConfig, values, path)
+    """A section of a selector (a dict), checked by itself. Raises ValueError, naming the keys."""
+    found: list[str] = []
+    config: SelectorConfig = _build(SelectorConfig, values, path, found)
+    if found:
+        raise Mistakes(found)
+    return config
 
 
 def check_selector(config: SelectorConfig, path: str, budget: int, num_examples: int | None = None) -> None:
     """Raise ValueError where `config` does not fit the number to choose, or that of the examples there are."""
+    found = list(_selector_mistakes(config, path, budget, num_examples))
+    if found:
+        raise Mistakes(found)
+
+
+def _selector_mistakes(config: SelectorConfig, path: str, budget: int, num_examples: int | None) -> Iterator[str]:
     if budget < 1 or budget > config.candidates:
-        raise ValueError(
+        yield (
             f"{path}.candidates: found {config.candidates}, of which {budget} (train_batch_size) are to be chosen. Give "
             "as many candidates or more, and choose at least 1."
         )
     if num_examples is not None and num_examples < config.candidates:
-        raise ValueError(
-            f"{path}.candidates: found {config.candidates}, but there are {num_examples} training examples."
-        )
-    if config.quotas is not None:
-        if config.source_column is None:
-            raise ValueError(f"{path}.quotas: given without {path}.source_column. Name the column of the sources.")
-        if config.strategy not in BY_SOURCE:
-            raise ValueError(
-                f"{path}.quotas: {config.strategy} does not choose by source. Allowed are {', '.join(BY_SOURCE)}."
-            )
-        total = sum(config.quotas.values())
-        if total != budget:
-            raise ValueError(f"{path}.quotas: they sum to {total}, must sum to {budget}, the train_batch_size.")
+        yield f"{path}.candidates: found {config.candidates}, but there are {num_examples} training examples."
+    if config.quotas is None:
+        return
+    if config.source_column is None:
+        yield f"{path}.quotas: given without {path}.source_column. Name the column of the sources."
+    if config.strategy not in BY_SOURCE:
+        yield f"{path}.quotas: {config.strategy} does not choose by source. Allowed are {', '.join(BY_SOURCE)}."
+    total = sum(config.quotas.values())
+    if total != budget:
+        yield f"{path}.quotas: they sum to {total}, must sum to {budget}, the train_batch_size."
 
 
-def _check_replicas(config: ZerothOrderConfig, replicas: ReplicasConfig) -> None:
+def _replicas_mistakes(config: ZerothOrderConfig, replicas: ReplicasConfig) -> Iterator[str]:
     host, _, port = replicas.store.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 2**16:
-        raise ValueError(f'{SECTION}.replicas.store: found {replicas.store!r}, expected "host:port".')
+        yield f'{SECTION}.replicas.store: found {replicas.store!r}, expected "host:port".'
     if config.selector is not None:
-        raise ValueError(f"{SECTION}.replicas: goes without a selector, whose features do not travel between replicas.")
+        yield f"{SECTION}.replicas: goes without a selector, whose features do not travel between replicas."
     if config.directions == "per_rank":
-        raise ValueError(
-            f'{SECTION}.replicas: goes with directions "shared": a replica may come and go, its direction not.'
+        yield f'{SECTION}.replicas: goes with directions "shared": a replica may come and go, its direction not.'
+
+
+def _mistakes_between_keys(config: ZerothOrderConfig, given: Mapping[str, Any]) -> Iterator[str]:
+    """What keys that are right by themselves cannot be together. given: the section as it was written."""
+    unused = [key for key in SVRG_ONLY if key in given]
+    if not config.is_svrg and unused:
+        yield (
+            f'{SECTION}: {", ".join(unused)} belong to method "mezo_svrg", but method is "{config.method}". '
+            "Remove them, or change the method."
         )
-
-
-def parse_section(values: Any) -> ZerothOrderConfig:
-    """The section "zeroth_order" (a dict) as a checked `ZerothOrderConfig`. Raises ValueError, naming the key."""
-    config: ZerothOrderConfig = _build(ZerothOrderConfig, values, SECTION)
-    if not config.is_svrg:
-        unused = [key for key in SVRG_ONLY if key in values]
-        if unused:
-            raise ValueError(
-                f'{SECTION}: {", ".join(unused)} belong to method "mezo_svrg", but method is "{config.method}". '
-                "Remove them, or change the method."
-            )
     if config.direction.rank != 1 and config.direction.distribution != "low_rank":
-        raise ValueError(
-            f'{SECTION}.direction.rank: belongs to "low_rank", but distribution is "{config.direction.distribution}".'
-        )
+        yield f'{SECTION}.direction.rank: belongs to "low_rank", but distribution is "{config.direction.distribution}".'
     if config.replicas is not None:
-        _check_replicas(config, config.replicas)
+        yield from _replicas_mistakes(config, config.replicas)
     anchor = config.anchor
     if "nvme" in anchor.places() and not anchor.nvme_path:
-        raise ValueError(f"{SECTION}.anchor.nvme_path: missing; point or gradient is nvme. Give a folder on the drive.")
+        yield f"{SECTION}.anchor.nvme_path: missing; point or gradient is nvme. Give a folder on the drive."
     if anchor.nvme_path is not None and "nvme" not in anchor.places():
-        raise ValueError(
+        yield (
             f"{SECTION}.anchor.nvme_path: given, but neither point ({anchor.point}) nor gradient ({anchor.gradient}) is "
             "nvme. Set one of them to nvme, or remove the path."
         )
+
+
+def read_section(values: Any, found: list[str]) -> ZerothOrderConfig | None:
+    """The section with the defaults in place of what is refused; None where it is no section.
+
+    What is refused is appended to `found`, so that the rest of a configuration can be checked all the same.
+    """
+    config: ZerothOrderConfig | None = _build(ZerothOrderConfig, values, SECTION, found)
+    if config is None:
+        return None
+    for message in _mistakes_between_keys(config, values):
+        section = message.split(":")[0].rpartition(".")[0]
+        follows = section != SECTION and any(other.startswith(f"{section}.") for other in found)
+        if not follows:  # from another mistake in that section, whose key has its default here
+            found.append(message)
+    return config
+
+
+def parse_section(values: Any) -> ZerothOrderConfig:
+    """The section "zeroth_order" (a dict) as a checked `ZerothOrderConfig`. Raises ValueError, naming every wrong key."""
+    found: list[str] = []
+    config = read_section(values, found)
+    if found or config is None:
+        raise Mistakes(found)
     return config

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +12,8 @@ from pathlib import Path
 import pytest
 
 import zods.finetune
-from tests.distributed.ranks import launch
+from tests.distributed.ranks import launch, run_command
+from zods.launching import RANKS, SIZES, TORCH
 from zods.runs import read_metrics
 from zods.trajectory.log import read_log
 from zods.trajectory.records import Step
@@ -75,6 +78,8 @@ def test_a_run_folder_holds_all_that_tells_of_the_run(run):
     assert [r["step"] for r in records if r["kind"] == "train"] == [1, 2, 3, 4]
     assert [r["step"] for r in records if r["kind"] == "eval"] == [0, 2, 4]
     summary = records[-1]
+    assert summary["evaluation"] in ("stacked", "sequential", "lockstep")
+    assert summary["anchor_offloaded_bytes"] > 0
     assert summary["zods_bytes_per_step"] < 1024 < summary["zero3_bytes_per_step"]
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
     kinds = [type(record).__name__ for record in read_log(run / "trajectory.log").records]
@@ -120,7 +125,9 @@ def test_first_order_training_with_selection_resumes_where_it_was(folder, lora, 
         tmp_path, folder / "config.json", "whole", *first_order, "--save_interval", "2", "--save_model"
     )
     assert code == 0, output[-4000:]
-    logged = read_log(tmp_path / "whole" / "trajectory.log").records[1:]
+    configured, *logged = read_log(tmp_path / "whole" / "trajectory.log").records
+    assert configured.optimizer["params"]["lr"] == 1e-3
+    assert "anchor" not in output, "no row of a method that was not used"
     assert all(len(set(record.sub_batch.places)) == 4 and record.coefficients is None for record in logged)
     assert (tmp_path / "whole" / "model").is_dir()
     records = [r for r in read_metrics(tmp_path / "whole") if r["kind"] == "train"]
@@ -130,7 +137,7 @@ def test_first_order_training_with_selection_resumes_where_it_was(folder, lora, 
     resume = ("--resume", str(tmp_path / "whole" / "checkpoints"))
     code, output = finetune(tmp_path, folder / "config.json", "resumed", *first_order, *resume)
     assert code == 0, output[-4000:]
-    assert read_log(tmp_path / "resumed" / "trajectory.log").records[1:] == logged
+    assert list(read_log(tmp_path / "resumed" / "trajectory.log").records[1:]) == logged
 
 
 def test_zeroth_order_steps_log_what_was_selected(folder, tmp_path):
@@ -157,6 +164,24 @@ def test_bad_input_ends_with_one_message_and_leaves_no_folder(folder, options, m
     assert len(told) == 1
     assert message in told[0]
     assert not (folder / "bad").exists()
+
+
+def test_without_a_launcher_a_run_has_one_rank_and_a_summary_of_what_was_used(folder, tmp_path):
+    config = tmp_path / "mezo.json"
+    schedule = {"type": "WarmupDecayLR", "params": {"total_num_steps": "auto", "warmup_num_steps": 1}}
+    section = {"method": "mezo", "lr": 1e-4}
+    config.write_text(json.dumps({"train_batch_size": 4, "scheduler": schedule, "zeroth_order": section}))
+    command = [sys.executable, "-m", "zods.finetune", "--deepspeed", str(config), "--model", str(MODEL)]
+    command += ["--output_dir", str(tmp_path / "run"), "--train_file", str(folder / "train.jsonl"), "--max_steps", "2"]
+    launcher = [name for name in os.environ if name in (*TORCH, *SIZES, *RANKS)]
+    code, output = run_command(["env", *(f"--unset={name}" for name in launcher), *command], tmp_path, 120.0)
+    assert code == 0, output[-4000:]
+    summary = list(read_metrics(tmp_path / "run"))[-1]
+    assert not [key for key in summary if key.startswith("anchor")], "of a method without an anchor"
+    assert "anchor" not in output.partition("held-out")[2]
+    assert re.search(rf"^evaluation +{summary['evaluation']}$", output, re.MULTILINE)
+    written = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert written["scheduler"]["params"] == {"total_num_steps": 2, "warmup_num_steps": 1, "warmup_max_lr": 1e-4}
 
 
 @pytest.mark.parametrize(

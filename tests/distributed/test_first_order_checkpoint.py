@@ -61,6 +61,33 @@ def cut(file: Path) -> None:
     os.truncate(file, file.stat().st_size // 2)
 
 
+def rank_of_schedule() -> dict[str, Any]:
+    engine = build(0, False)
+    used = []
+    step = engine.deepspeed.optimizer.step
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        used.append(engine.deepspeed.optimizer.param_groups[0]["lr"])
+        return step(*args, **kwargs)
+
+    engine.deepspeed.optimizer.step = watched
+    reported = []
+    for _ in range(4):
+        engine.train_batch()
+        assert engine.last_step is not None
+        reported.append(engine.last_step.lr)
+    return {"used": used, "reported": reported, "run": engine.recorder.run_record(0).to_json()}
+
+
+def test_what_is_recorded_of_a_step_is_the_step_size_it_was_made_with():
+    (found,) = run_ranks(1, rank_of_schedule)
+    assert found["reported"] == found["used"]
+    assert len(set(found["used"])) > 2, "a warm-up"
+    assert found["run"]["optimizer"]["params"]["lr"] == 1e-3
+    assert "lr" not in found["run"]["zeroth_order"]
+    assert "method" not in found["run"]["zeroth_order"]
+
+
 def rank_of_savers(folder: Path, stage: int, bf16: bool) -> dict[str, Any]:
     rank = torch.distributed.get_rank()
     engine = build(stage, bf16)

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from zods.config import RunConfig, load_json, read_config, resolve_model_auto
+from zods.config import RunConfig, load_json, read_config
+from zods.config_auto import resolve_model_auto
 from zods.section import (
     DISTRIBUTIONS,
     METHODS,
@@ -339,10 +340,11 @@ UNSUPPORTED = [
     ({"optimizer": {"type": "AdamW"}}, ["optimizer", SECTION, "remove"]),
     ({"optimizer": None}, ["optimizer"]),
     ({"fp16": {"enabled": True}}, ["fp16", "bf16"]),
-    ({"fp16": {"enabled": "auto"}}, ["fp16"]),
+    ({"fp16": {"enabled": "auto"}}, ["fp16", "bf16"]),
+    ({"amp": {"enabled": True}}, ["amp: ", "bf16"]),
     ({"torch_autocast": {"enabled": True}}, ["torch_autocast"]),
     ({"gradient_clipping": 1.0}, ["gradient_clipping", "1.0"]),
-    ({"gradient_clipping": "auto"}, ["gradient_clipping"]),
+    ({"expert_parallel": {"enabled": True}}, ["expert_parallel"]),
     ({"pipeline": {"stages": 2}}, ["pipeline"]),
     ({"tensor_parallel": {"autotp_size": 2}}, ["tensor_parallel"]),
     ({"sequence_parallel_size": 2}, ["sequence_parallel_size"]),
@@ -381,7 +383,8 @@ def test_what_a_zeroth_order_step_cannot_use_is_refused_by_its_key(deepspeed, pa
         {"zero_optimization": {"stage": 3, "offload_param": {"device": "none"}}},
         {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu", "pin_memory": True}}},
         {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/drive"}}},
-        {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 1, "mics_shard_size": -1}},
+        {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 1}},
+        {"activation_checkpointing": {"cpu_checkpointing": True}, "vocabulary_size": 512, "datastates_ckpt": {}},
         {"zero_optimization": {"stage": 3, "zero_quantized_weights": False}},
         {"steps_per_print": 10, "wall_clock_breakdown": False, "tensorboard": {"enabled": False}},
     ],
@@ -473,9 +476,9 @@ def test_an_auto_of_the_scheduler_that_does_not_follow_is_refused():
     refused(config(scheduler={"type": "WarmupDecayLR", "params": params}), "scheduler.params.warmup_num_steps", "auto")
 
 
-def test_a_scheduler_without_params_is_taken():
-    run = read_config(config(scheduler={"type": "WarmupLR"}), 1)
-    assert run.scheduler == {"type": "WarmupLR", "params": {}}
+def test_a_scheduler_without_params_is_taken_and_follows_lr():
+    run = read_config(config({"lr": 3e-5}, scheduler={"type": "WarmupLR"}), 1)
+    assert run.scheduler == {"type": "WarmupLR", "params": {"warmup_max_lr": 3e-5}}
 
 
 @pytest.mark.parametrize(
@@ -500,6 +503,82 @@ def test_a_scheduler_that_is_not_one_is_refused(scheduler):
 )  # fmt: skip
 def test_an_auto_that_nothing_resolves_is_refused_by_its_key(deepspeed, key):
     refused(config(**deepspeed), f"{key}: ", "auto")
+
+
+def test_what_the_rest_of_the_configuration_settles_is_not_asked_for_again():
+    """A configuration as it is written for the Trainer of transformers, but for the precision."""
+    params = {"total_num_steps": "auto", "warmup_num_steps": 5, "warmup_max_lr": "auto", "warmup_min_lr": "auto"}
+    source = config(
+        {"lr": 2e-5},
+        bf16={"enabled": False},
+        fp16={"enabled": "auto", "initial_scale_power": 16},
+        amp={"enabled": "auto", "opt_level": "auto"},
+        gradient_clipping="auto",
+        train_batch_size=8,
+        train_micro_batch_size_per_gpu="auto",
+        gradient_accumulation_steps="auto",
+        scheduler={"type": "WarmupDecayLR", "params": params},
+    )
+    run = read_config(source, 2, total_steps=40)
+    assert run.deepspeed["fp16"]["enabled"] is False
+    assert run.deepspeed["gradient_clipping"] == 0.0
+    assert "amp" not in run.deepspeed, "DeepSpeed refuses the key whatever its value"
+    resolved = {"total_num_steps": 40, "warmup_num_steps": 5, "warmup_max_lr": 2e-5, "warmup_min_lr": 0.0}
+    assert run.scheduler["params"] == resolved
+    assert read_config(run.to_dict(), 2) == run, "zods.initialize reads what zods.finetune resolved"
+    assert "--max_steps" in refused(source, "scheduler.params.total_num_steps", world_size=2)
+
+
+@pytest.mark.parametrize("bf16", [{"enabled": "auto"}, {}, {"enabled": "true"}, {"enabled": 1}], ids=json.dumps)
+def test_the_dtype_of_the_weights_is_never_guessed(bf16):
+    message = refused(config(bf16=bf16, fp16={"enabled": "auto"}), "bf16.enabled: ", "true", "false")
+    assert len(message.splitlines()) == 1, "that of fp16 follows from it"
+
+
+def test_all_mistakes_of_a_configuration_are_told_at_once():
+    source = config(
+        {"method": "mezo", "lrr": 1e-6, "eps": 0, "anchor": {"point": "ram"}, "selector": {"candidate": 16}},
+        bf16={"enabled": "auto"},
+        fp16={"enabled": "auto"},
+        optimizer={"type": "AdamW", "params": {"lr": "auto", "betas": "auto"}},
+        gradient_clipping=1.0,
+        nebula={"enabled": False},
+        steps_per_prin=5,
+        zero_optimization={"stage": 2, "overlap_com": True, "reduce_scatter": "often"},
+        tensorboard={"outputpath": "x"},
+        scheduler={"type": "WarmupLR", "params": {"warmup_num_steps": "auto"}, "param": {}},
+        train_batch_size=8,
+        train_micro_batch_size_per_gpu=3,
+    )
+    first, *told = refused(source, world_size=1).splitlines()
+    keys = [line.strip().split(":")[0] for line in told]
+    assert sorted(keys) == sorted(
+        [
+            *("zeroth_order.lrr", "zeroth_order.eps", "zeroth_order.anchor.point", "zeroth_order"),
+            *("zeroth_order.selector.candidate", "zeroth_order.selector.candidates"),
+            *("bf16.enabled", "optimizer", "gradient_clipping", "nebula", "steps_per_prin"),
+            *("zero_optimization.stage", "zero_optimization.overlap_com", "zero_optimization.reduce_scatter"),
+            *("tensorboard.outputpath", "scheduler.param", "train_batch_size"),
+        ]
+    )
+    assert first == f"{len(keys)} mistakes in the configuration:"
+
+
+def test_an_absurd_batch_is_refused_at_once():
+    refused(
+        config(train_batch_size=10**12 + 1, train_micro_batch_size_per_gpu=2), "train_batch_size: found 1000000000001"
+    )
+
+
+def test_a_selector_that_does_not_fit_is_told_with_the_other_mistakes():
+    message = refused(config({"eps": 0, "selector": {"candidates": 4}}, steps_per_prin=5))
+    assert all(key in message for key in ("zeroth_order.eps", "zeroth_order.selector.candidates", "steps_per_prin"))
+
+
+def test_a_batch_that_does_not_divide_is_told_by_the_keys_that_were_given():
+    message = refused(config(train_batch_size=5, gradient_accumulation_steps=10), "train_batch_size: found 5")
+    assert "gradient_accumulation_steps (10)" in message
+    assert "train_micro_batch_size_per_gpu" not in message, "which was not given, and would be 0"
 
 
 MODEL_AUTOS = {
@@ -590,8 +669,16 @@ def test_a_path_a_string_and_a_dict_give_the_same(tmp_path):
 
 
 def test_the_dict_given_is_not_changed():
-    params = {"warmup_min_lr": "auto", "warmup_max_lr": 1e-3}
-    source = config({"lr": 1e-5}, scheduler={"type": "WarmupLR", "params": params}, zero_optimization={"stage": 3})
+    params = {"warmup_min_lr": "auto", "warmup_max_lr": "auto"}
+    source = config(
+        {"lr": 1e-5},
+        scheduler={"type": "WarmupLR", "params": params},
+        zero_optimization={"stage": 3},
+        amp={"enabled": False},
+        fp16={"enabled": "auto"},
+        bf16={"enabled": True},
+        gradient_clipping="auto",
+    )
     before = copy.deepcopy(source)
     run = read_config(source, 2)
     resolve_model_auto(run.deepspeed, 64)

@@ -64,6 +64,20 @@ def test_records_come_back_as_they_were_to_the_bit(tmp_path):
     assert "/drive" not in (tmp_path / "log").read_text()
 
 
+def test_a_first_order_run_records_its_optimizer_and_no_zeroth_order_step_size(tmp_path):
+    optimizer = {"type": "AdamW", "params": {"lr": 3e-4, "betas": [0.9, 0.99]}}
+    section = parse_section({"method": "mezo", "seed": 7})
+    run = Run(0, section, 8, 2, {"zero_stage": 3}, optimizer)
+    path = write(tmp_path / "log", [run, Step(0, 0.5, 3e-4, None)])
+    assert read_log(path).records[0] == run
+    assert run.to_json()["optimizer"] == optimizer
+    assert run.to_json()["zeroth_order"] == {"seed": 7, "selector": None}
+    assert (
+        run.describes()
+        != Run(0, section, 8, 2, {"zero_stage": 3}, {"type": "AdamW", "params": {"lr": 1e-4}}).describes()
+    )
+
+
 def test_random_numbers_come_back_to_the_bit(tmp_path):
     rng = random.Random(0)
     single = [float.fromhex(f"0x1.{rng.getrandbits(23) << 1:06x}p{rng.randint(-126, 127)}") for _ in range(500)]

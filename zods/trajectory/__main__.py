@@ -96,10 +96,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
         print(f"data        {log.header.data[0]:,} examples, digest {log.header.data[1]}")
     for record in log.records:
         if isinstance(record, Run):
-            section = {
-                "batch": record.batch,
-                **{k: v for k, v in record.to_json()["zeroth_order"].items() if v is not None},
-            }
+            written = {"optimizer": record.optimizer, **record.to_json()["zeroth_order"]}
+            section = {"batch": record.batch, **{k: v for k, v in written.items() if v is not None}}
             print(f"from step {record.step:<6} on {record.world_size} ranks: {json.dumps(section)}")
         if isinstance(record, Evaluation):
             print(f"from step {record.step:<6} evaluated {record.form}, {record.streams} points per forward")

@@ -24,6 +24,7 @@ from zods.section import SVRG_ONLY, ZerothOrderConfig, parse_section
 FORMAT = 1
 # What the numbers of a log mean. It changes when the same log would give other weights.
 DEFINITION = "philox4x32-10, blake2b seeds, float32 fused multiply-add, bfloat16 rounded stochastically; 1"
+FIRST_ORDER = ("seed", "selector", "loss_mean")  # keys of the section "zeroth_order" that count with an optimizer
 NOT_RECORDED = ("nvme_path", "buffer_count", "buffer_size", "pin_memory")  # of the anchor: no bit depends on them
 
 
@@ -67,13 +68,17 @@ class Header:
 
 @dataclass(frozen=True)
 class Run:
-    """section: "zeroth_order". batch: train_batch_size. about: what else tells of it, for people."""
+    """section: "zeroth_order". batch: train_batch_size. about: what else tells of it, for people.
+
+    optimizer: DeepSpeed's section, of first-order training; then of `section` only FIRST_ORDER counts, and is written.
+    """
 
     step: int
     section: ZerothOrderConfig
     batch: int
     world_size: int
     about: dict[str, Any] = field(default_factory=dict)
+    optimizer: dict[str, Any] | None = None
 
     def describes(self) -> dict[str, Any]:
         """What is the same for two records of one configuration."""
@@ -85,11 +90,14 @@ class Run:
         section["anchor"] = {key: value for key, value in section["anchor"].items() if key not in NOT_RECORDED}
         if not self.section.is_svrg:
             section = {key: value for key, value in section.items() if key not in SVRG_ONLY}
+        if self.optimizer is not None:
+            section = {key: section[key] for key in FIRST_ORDER}
         return {
             "run": self.step,
             "batch": self.batch,
             "world_size": self.world_size,
             "about": self.about,
+            **({} if self.optimizer is None else {"optimizer": self.optimizer}),
             "zeroth_order": section,
         }
 
@@ -267,8 +275,10 @@ def _parameter(entry: Any) -> ParameterRecord:
 
 
 def _run(values: dict[str, Any]) -> Run:
-    get = _Reader(values, "run", ("batch", "world_size", "about", "zeroth_order"))
-    section = get("zeroth_order", dict)
+    get = _Reader(values, "run", ("batch", "world_size", "about", "zeroth_order", "optimizer"))
+    section, optimizer = get("zeroth_order", dict), get("optimizer", dict, None)
+    if optimizer is not None:
+        section = {"method": "mezo", **section}
     anchor = section.get("anchor")
     if isinstance(anchor, Mapping) and "nvme" in (anchor.get("point"), anchor.get("gradient")):
         section = {**section, "anchor": {**anchor, "nvme_path": "(not recorded)"}}
@@ -278,6 +288,7 @@ def _run(values: dict[str, Any]) -> Run:
         get.count("batch", 1),
         get.count("world_size", 1),
         get("about", dict),
+        optimizer,
     )
 
 

@@ -1,0 +1,29 @@
+"""Starts that fail on one rank, each in another way. Run by tests/distributed/test_failed_start.py through the launcher."""
+
+import sys
+
+from zods.comm import end_process
+from zods.launching import connect_ranks, report_failure
+
+
+def start(way: str) -> None:
+    comm = connect_ranks()
+    if way == "disagreement":
+        comm.check_agreement(str(comm.rank).encode(), "the model")
+    if way == "one rank, and the other waits for it":
+        if comm.rank == 1:
+            raise AttributeError("no attribute 'rotary'")
+        comm.gather_scalars([1.0])
+    if way == "one rank, in a block that ranks agree on":
+        with comm.same_on_all_ranks():
+            if comm.rank == 1:
+                raise ImportError("no module for this model")
+    if way == "the same on all":
+        with comm.same_on_all_ranks():
+            {}["gate"]
+
+
+try:
+    start(sys.argv[-1])
+except Exception as error:
+    end_process(report_failure(error, "a program"))

@@ -1,0 +1,150 @@
+"""A failure while a run starts, on one rank or on all: all ranks end soon, and one of them says why in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import zods.finetune
+from tests.distributed.ranks import launch, run_ranks
+from zods.comm import Communicator, RankFailure
+from zods.launching import RANKS, SIZES, TORCH, connect_ranks
+
+SCRIPT = Path(__file__).parent / "scripts" / "failed_start.py"
+MODEL = Path(__file__).parents[2] / "launch" / "quickstart" / "model"
+
+
+UNFORESEEN = [RuntimeError, KeyError, ImportError, AttributeError, AssertionError, MemoryError]
+FOR_USERS = [ValueError, OSError, FileNotFoundError, UnicodeError]
+ENDED = [KeyboardInterrupt, SystemExit]
+BLOCKS: list[dict[int, type[BaseException]]] = [  # rank: what it raises
+    *({1: kind} for kind in (*UNFORESEEN, *FOR_USERS, *ENDED)),
+    {0: KeyError, 1: KeyError},
+    {0: KeyError, 1: AttributeError},
+]
+
+
+def rank_of_blocks() -> list[tuple[str, str, str | None]]:
+    """Of each of BLOCKS, what this rank raises: (type, text, type of the cause)."""
+    comm = Communicator(torch.device("cpu"))
+    found = []
+    for raised in BLOCKS:
+        try:
+            with comm.same_on_all_ranks():
+                if comm.rank in raised:
+                    raise raised[comm.rank]("this is why")
+        except BaseException as error:
+            cause = None if error.__cause__ is None else type(error.__cause__).__name__
+            found.append((type(error).__name__, str(error), cause))
+    return found
+
+
+@pytest.fixture(scope="module")
+def raised() -> list[tuple[Any, Any]]:
+    """Per block, what each of the two ranks raised."""
+    first, second = run_ranks(2, rank_of_blocks)
+    return list(zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("kind", UNFORESEEN)
+def test_an_exception_of_any_type_on_one_rank_is_raised_on_all_with_the_name_of_that_rank(raised, kind):
+    text = f"rank 1: {kind.__name__}: {kind('this is why')}"
+    name = RankFailure.__name__
+    # the traceback stays on the rank where it was raised
+    assert raised[BLOCKS.index({1: kind})] == ((name, text, None), (name, text, kind.__name__))
+
+
+@pytest.mark.parametrize("kind", FOR_USERS)
+def test_bad_input_of_one_rank_keeps_its_type_for_those_who_handle_it(raised, kind):
+    expected = "ValueError" if kind is UnicodeError else kind.__name__
+    assert raised[BLOCKS.index({1: kind})] == ((expected, "rank 1: this is why", None),) * 2
+
+
+@pytest.mark.parametrize("kind", ENDED)
+def test_a_rank_that_is_asked_to_end_takes_the_others_along(raised, kind):
+    first, second = raised[BLOCKS.index({1: kind})]
+    assert first[:2] == (RankFailure.__name__, f"rank 1: {kind.__name__}: this is why")
+    assert second[0] == kind.__name__
+
+
+def test_an_exception_that_all_ranks_raise_stays_as_it_is(raised):
+    assert raised[BLOCKS.index({0: KeyError, 1: KeyError})] == (("KeyError", "'this is why'", None),) * 2
+    first, second = raised[BLOCKS.index({0: KeyError, 1: AttributeError})]
+    text = "rank 0: KeyError: 'this is why'"
+    assert (first, second) == (("RankFailure", text, "KeyError"), ("RankFailure", text, None))
+
+
+WAYS = {  # way: (what is said, exit code, exception of the traceback)
+    "disagreement": ("rank 1: the model differs from rank 0's. The run stops here.", 1, None),
+    "one rank, and the other waits for it": ("AttributeError: no attribute 'rotary'", 1, "AttributeError"),
+    "one rank, in a block that ranks agree on": ("rank 1: ImportError: no module for this model", 1, "ImportError"),
+    "the same on all": ("KeyError: 'gate'", 1, "KeyError"),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_failed_start_is_told_in_one_line_by_one_rank(way):
+    said, code, traceback = WAYS[way]
+    returned, output = launch(SCRIPT, way)
+    assert returned == code, output[-4000:]
+    told = [line for line in output.splitlines() if "a program: error:" in line]
+    assert told == [f"a program: error: {said}"]
+    assert output.count("Traceback (most recent call last)") == (traceback is not None), output[-4000:]
+    if traceback is not None:
+        assert re.search(rf"^{traceback}: ", output, re.MULTILINE)
+
+
+def test_code_of_a_model_that_fails_on_one_rank_ends_the_run_with_the_name_of_that_rank(tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    settings = {"model_type": "own", "auto_map": {"AutoConfig": "own_settings.OwnConfig"}}
+    (model / "config.json").write_text(json.dumps(settings))
+    (model / "own_settings.py").write_text(
+        "import os\nfrom transformers import PretrainedConfig\n\n\nclass OwnConfig(PretrainedConfig):\n"
+        "    model_type = 'own'\n    if os.environ['RANK'] == '1':\n        raise TypeError('a driver is missing')\n"
+    )
+    rows = [{"text": f"row {i}", "label": "ab"[i % 2]} for i in range(16)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "config.json").write_text(json.dumps({"train_batch_size": 4, "zeroth_order": {"method": "mezo"}}))
+    code, output = launch(
+        Path(zods.finetune.__file__),
+        *(
+            "--deepspeed_config",
+            tmp_path / "config.json",
+            "--model",
+            model,
+            "--tokenizer",
+            MODEL,
+            "--trust_remote_code",
+        ),
+        *("--train_file", tmp_path / "rows.jsonl", "--output_dir", tmp_path / "run"),
+    )
+    assert code == 1, output[-4000:]
+    told = [line for line in output.splitlines() if "zods.finetune: error:" in line]
+    assert told == ["zods.finetune: error: rank 1: TypeError: a driver is missing"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}, "mpi4py"),
+        ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "0"}, "mpi4py"),
+        ({"RANK": "0", "LOCAL_RANK": "0"}, "but not WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
+    ],
+)
+def test_a_launcher_that_cannot_be_understood_is_told_with_the_way_out(monkeypatch, variables, said):
+    for name in (*TORCH, *SIZES, *RANKS):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    before = dict(os.environ)
+    with pytest.raises(ValueError, match=said) as caught:
+        connect_ranks()
+    assert "deepspeed or torchrun" in str(caught.value)
+    assert dict(os.environ) == before
