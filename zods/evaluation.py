@@ -11,13 +11,13 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from tqdm import tqdm
 
+from zods.batch import Inputs, Signature, call_model, num_examples, to_device
 from zods.comm import Communicator
 from zods.data import WholePass
 from zods.deferral import DeferredUpdate
 from zods.directions import Direction
-from zods.measuring import to_device
 from zods.memory import peak_memory
-from zods.objectives import IGNORE_INDEX, WEIGHTS, batch_loss, logits_of, num_examples, weights_of
+from zods.objectives import IGNORE_INDEX, batch_loss, logits_of, weights_of
 from zods.sharding import ShardedParameters, is_sharded, release_gathered, stop_nvme_prefetch
 from zods.stacking import NotStackable
 from zods.streams import PerturbedForward, Point
@@ -52,6 +52,7 @@ class Evaluator:
         self._micro_batch = micro_batch
         self._forward_at = PerturbedForward(deepspeed_engine.module, parameters.slices, direction, deferred)
         self._sharded = is_sharded(parameters.slices[0].param)
+        self._signature = Signature(deepspeed_engine.module)
         takes = inspect.signature(deepspeed_engine.module.forward).parameters
         self._needs_labels = "labels" in takes and takes["labels"].default is inspect.Parameter.empty
         self._has_cache = "use_cache" in takes  # keys and values for generation, of all layers: a loss needs none
@@ -65,9 +66,13 @@ class Evaluator:
         """Evaluate as (form, points per forward) that were chosen before, under the same conditions; None: choose."""
         self._known, self.evaluation = known, None
 
+    def inputs(self, *args: Any, **kwargs: Any) -> dict[str, Any] | Inputs:
+        """A batch on the device, as the model's forward is given it; see `zods.batch.Signature.bind`."""
+        return to_device(self._signature.bind(*args, **kwargs), self._comm.device)
+
     def outputs(self, batch: Any) -> Any:
-        """The model's outputs: a dict is given as keywords, a tuple or list as positions."""
-        return _call(self._deepspeed, batch)
+        """The model's outputs for what `inputs` gave, or for a batch that it would take."""
+        return call_model(self._deepspeed, self._signature.bind(batch))
 
     def losses(self, points: Sequence[Point | None], batch: Any) -> torch.Tensor:
         """Mean losses of a batch on the device, (number of points,) in float64; None is the parameters as they are.
@@ -100,7 +105,7 @@ class Evaluator:
         def loss(k: int) -> torch.Tensor:
             # DeepSpeed's hooks on the whole model count forwards: they run once, in the first stream
             call = self._deepspeed if k == 0 else self._deepspeed.module.forward
-            return batch_loss(_call(call, batch), batch).double()
+            return batch_loss(call_model(call, batch), batch).double()
 
         return torch.stack(self._forward_at.in_lockstep(points, loss))
 
@@ -266,7 +271,7 @@ class Evaluator:
         rounds = WholePass(dataset, micro_batch, *share, collate_fn)
         sums = torch.zeros(len(points) + 1, dtype=torch.float64, device=self._comm.device)
         for batch, counted in tqdm(rounds, desc=title, leave=False, disable=self._comm.rank != 0):
-            found = self.loss_sums(points, to_device(batch, self._comm.device))
+            found = self.loss_sums(points, self.inputs(batch))
             if counted:
                 sums += found
         *totals, count = total(sums.tolist())
@@ -274,16 +279,9 @@ class Evaluator:
 
     def mean_loss(self, batches: Iterator[Any]) -> float:
         """Mean loss at the parameters over `batches` and all ranks; the same number of batches on every rank."""
-        sums = torch.stack([self.loss_sums([None], to_device(batch, self._comm.device)) for batch in batches]).sum(0)
+        sums = torch.stack([self.loss_sums([None], self.inputs(batch)) for batch in batches]).sum(0)
         total, count = self._comm.sum_over_ranks(sums.tolist())
         return total / count
-
-
-def _call(model: Any, batch: Any) -> Any:
-    """A dict is given as keywords, a tuple or list as positions."""
-    if isinstance(batch, dict):
-        return model(**{key: value for key, value in batch.items() if key != WEIGHTS})
-    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
 
 
 def _stacked(value: Any, num_points: int, size: int) -> Any:

@@ -21,12 +21,12 @@ from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
-from zods import checkpoint
+from zods import export
+from zods.batch import WEIGHTS, num_examples
 from zods.comm import Communicator
 from zods.config import FirstOrderConfig
 from zods.data import TrainingLoader
 from zods.measuring import Measure, check_own_loss, measure_whole
-from zods.objectives import WEIGHTS, num_examples
 from zods.recording import Recorder
 from zods.resuming import CHECKPOINTS, LOG_NAME, open_log
 from zods.selection.batches import SubBatches
@@ -200,7 +200,7 @@ class FirstOrderEngine:
         self._batches = self.training_dataloader.forever()
 
     def save_pretrained(self, save_dir: str | Path) -> None:
-        checkpoint.save_pretrained(self, save_dir)
+        export.save_pretrained(self, save_dir)
 
 
 def _files_of_latest(load_dir: Path) -> list[Path]:

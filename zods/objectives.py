@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from zods.batch import WEIGHTS, describe
+
 IGNORE_INDEX = -100  # transformers' mark for a token that is not scored
-WEIGHTS = "example_weights"  # the entry of a batch with a weight for each example, which no model is given
 
 _CHUNK_ELEMENTS = 1 << 24  # logits turned into float32 at a time: 64 MiB
 _CHUNK_ELEMENTS_ON_CPU = 1 << 20  # what stays in its cache: seven times faster there for bfloat16 logits
@@ -57,7 +58,7 @@ def batch_loss(outputs: Any, batch: Any) -> Tensor:
     if not isinstance(logits, Tensor) or not isinstance(labels, Tensor):
         raise ValueError(
             "the model's forward gives neither a loss nor logits with labels: "
-            f"it returned {_describe(outputs)} for a batch of {_describe(batch)}; "
+            f"it returned {describe(outputs)} for a batch of {describe(batch)}; "
             "pass labels, or wrap the model so that forward returns a scalar loss"
         )
     if _is_classification(logits, labels):
@@ -81,7 +82,7 @@ def weighted_sum(outputs: Any, batch: Any) -> Tensor:
     logits, labels, weights = logits_of(outputs), _entry(batch, "labels"), weights_of(batch)
     if logits is None or not isinstance(labels, Tensor) or weights is None:
         raise ValueError(
-            f"weights of examples need logits and labels; the model returned {_describe(outputs)} for {_describe(batch)}"
+            f"weights of examples need logits and labels; the model returned {describe(outputs)} for {describe(batch)}"
         )
     counted = weights != 0
     return (example_losses(logits, labels)[counted] * weights[counted]).sum()
@@ -122,18 +123,6 @@ def logits_of(outputs: Any) -> Tensor | None:
     return found if isinstance(found, Tensor) else None
 
 
-def num_examples(batch: Any) -> int:
-    """The size of dim 0 of the first tensor in a batch (a tensor, or nested dicts, tuples and lists of tensors).
-
-    Raises:
-        ValueError: the batch holds no tensor with a dim 0.
-    """
-    tensor = _first_tensor(batch)
-    if tensor is None:
-        raise ValueError(f"the batch holds no tensor with a batch dimension; it is {_describe(batch)}")
-    return tensor.shape[0]
-
-
 def sequence_log_likelihood(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Per row, the sum of the labelled tokens' log-probabilities, and their number.
 
@@ -171,20 +160,3 @@ def sequence_log_likelihood(logits: Tensor, labels: Tensor) -> tuple[Tensor, Ten
 
 def _entry(container: Any, name: str) -> Any:
     return container.get(name) if isinstance(container, Mapping) else getattr(container, name, None)
-
-
-def _first_tensor(batch: Any) -> Tensor | None:
-    if isinstance(batch, Tensor):
-        return batch if batch.ndim else None
-    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ()
-    return next((tensor for value in values if (tensor := _first_tensor(value)) is not None), None)
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return f"{type(value).__name__} with keys {', '.join(map(str, value)) or 'none'}"
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}"
-    if isinstance(value, (tuple, list)):
-        return f"{type(value).__name__} of {', '.join(map(_describe, value)) or 'nothing'}"
-    return type(value).__name__

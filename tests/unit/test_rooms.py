@@ -20,6 +20,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "watchdog": ({"comm"}, set()),
     "stopping": (set(), set()),
     "steps": (set(), {"torch"}),
+    "batch": (set(), {"torch"}),
     "data": (set(), {"torch"}),
     "rule": ({"section", "directions", "estimators"}, set()),
     "trajectory": (
@@ -34,39 +35,42 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "scratch": (set(), {"torch"}),
     "streams": ({"directions", "stacking", "factored", "observing", "scratch"}, {"torch", "deepspeed", "greenlet"}),
     "anchor": ({"section", "kernels", "directions", "estimators", "comm", "sharding", "streams"}, {"torch", "deepspeed"}),
-    "objectives": (set(), {"torch"}),
+    "objectives": ({"batch"}, {"torch"}),
     "memory": (set(), {"torch"}),
-    "measuring": ({"comm", "data", "objectives"}, {"torch"}),
+    "measuring": ({"batch", "comm", "data", "objectives"}, {"torch"}),
     "evaluation": (
-        {"comm", "data", "deferral", "directions", "measuring", "memory", "objectives", "sharding", "stacking", "streams"},
+        {"batch", "comm", "data", "deferral", "directions", "memory", "objectives", "sharding", "stacking", "streams"},
         {"torch", "deepspeed", "tqdm"},
     ),
     "selection": (
-        {"section", "measuring", "kernels", "directions", "comm", "data", "objectives", "sharding"},
+        {"batch", "section", "measuring", "kernels", "directions", "comm", "data", "objectives", "sharding"},
         {"torch", "deepspeed"},
     ),
     "checkpoint": ({"kernels", "estimators", "sharding", "trajectory"}, {"torch", "safetensors"}),
+    "export": ({"sharding"}, {"torch", "safetensors"}),
     "recording": ({"config", "data", "estimators", "selection", "trajectory"}, set()),
     "resuming": (
         {"checkpoint", "comm", "kernels", "selection", "sharding", "trajectory"},
         {"torch", "safetensors", "tqdm"},
     ),
     "replicas": ({"comm", "section", "trajectory"}, set()),
+    "engine_face": ({"comm", "config", "export", "sharding", "steps"}, {"torch"}),
     "engine": (
         {
             "config", "estimators", "comm", "data", "deferral", "sharding", "streams", "anchor", "rule", "trajectory",
             "evaluation", "checkpoint", "selection", "measuring", "recording", "replicas", "resuming", "steps", "stopping",
-            "watchdog",
+            "watchdog", "engine_face", "export",
         },
         {"torch"},
     ),
+    "model_setup": ({"sharding"}, {"torch"}),
     "initialization": (
-        {"section", "config", "kernels", "comm", "data", "sharding", "anchor", "engine", "selection", "steps"},
+        {"section", "config", "kernels", "model_setup", "comm", "data", "sharding", "anchor", "engine", "selection", "steps"},
         {"torch", "deepspeed"},
     ),
     "first_order": (
         {
-            "checkpoint", "comm", "config", "data", "measuring", "objectives", "recording", "resuming", "selection", "steps",
+            "batch", "comm", "config", "data", "export", "measuring", "recording", "resuming", "selection", "steps",
             "stopping", "trajectory",
         },
         {"torch", "deepspeed"},

@@ -10,10 +10,10 @@ from deepspeed.runtime.dataloader import DeepSpeedDataLoader
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from zods.batch import WEIGHTS, to_device
 from zods.comm import Communicator
 from zods.data import EpochLoader, check_dataset, epoch_order, sample_digest
-from zods.measuring import to_device
-from zods.objectives import WEIGHTS, weighted_sum
+from zods.objectives import weighted_sum
 from zods.section import parse_selector
 from zods.selection.batches import Batch, SubBatches, is_labelled
 from zods.selection.features import without_cache
