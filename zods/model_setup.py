@@ -42,7 +42,7 @@ def without_compile(model: torch.nn.Module) -> torch.nn.Module:
             found += 1
         forward = getattr(module.forward, "_torchdynamo_orig_callable", None)
         if forward is not None:  # by torch.compile(module.forward), or on the method of the class
-            module.forward = forward if hasattr(forward, "__self__") else types.MethodType(forward, module)
+            module.forward = forward if "forward" in vars(module) else types.MethodType(forward, module)
             found += 1
     if found:
         logger.info(

@@ -30,8 +30,8 @@ class StepLoss(torch.Tensor):
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(_ONLY_LOSS.format(f".{name}"))
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
-        return torch.Tensor.__repr__(self.as_subclass(torch.Tensor), tensor_contents=tensor_contents)
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return repr(self.as_subclass(torch.Tensor))
 
     def __format__(self, spec: str) -> str:
         return format(self.as_subclass(torch.Tensor), spec)

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from zods import objectives
-from zods.objectives import batch_loss, num_examples, sequence_log_likelihood
+from zods.objectives import batch_loss, sequence_log_likelihood
 
 TINY = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 
@@ -100,15 +100,6 @@ def test_a_loss_of_none_leaves_the_choice_to_the_logits():
 def test_outputs_without_a_loss_are_an_error_that_says_what_was_found(outputs, batch, message):
     with pytest.raises(ValueError, match=message):
         batch_loss(outputs, batch)
-
-
-def test_the_number_of_examples_is_dim_0_of_the_first_tensor():
-    tensor = torch.zeros(3, 2)
-    for batch in (tensor, {"a": tensor, "b": torch.zeros(9)}, (tensor, None), [{"a": [tensor]}], {"n": 1, "a": tensor}):
-        assert num_examples(batch) == 3
-    for batch in ({}, (), None, {"a": 1}, torch.tensor(1.0)):
-        with pytest.raises(ValueError, match="no tensor with a batch dimension"):
-            num_examples(batch)
 
 
 def test_log_likelihood_is_the_sum_over_labelled_tokens_whatever_the_chunks(monkeypatch):
