@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +52,7 @@ def save_pretrained(engine: Any, save_dir: str | Path) -> None:
     or peft is written as `model.safetensors`. All ranks call it together; ValueError or OSError on all where it fails.
     """
     state = whole_state(engine)
-    with engine.comm.same_on_all_ranks():
+    with _runs_alone(getattr(engine.module, "prompt_encoder", None)), engine.comm.same_on_all_ranks():
         if engine.comm.rank == 0:
             Path(save_dir).mkdir(parents=True, exist_ok=True)
             if hasattr(engine.module, "save_pretrained"):
@@ -58,3 +60,22 @@ def save_pretrained(engine: Any, save_dir: str | Path) -> None:
             else:
                 tensors = {name: value.clone() for name, value in state.items() if isinstance(value, torch.Tensor)}
                 save_file(tensors, Path(save_dir) / "model.safetensors")
+
+
+@contextmanager
+def _runs_alone(module: torch.nn.Module | None) -> Iterator[None]:
+    """A module that one rank can run without the others: peft saves what its prompt encoders give, and runs them for that.
+
+    Its parameters are gathered, and hooks, of which ZeRO-3's would gather again, are left out.
+    """
+    modules = [] if module is None else list(module.modules())
+    hooks = [hooks for m in modules for hooks in (m._forward_pre_hooks, m._forward_hooks)]
+    with gathered([p for m in modules for p in m.parameters(recurse=False)]):
+        kept = [dict(of_module) for of_module in hooks]
+        for of_module in hooks:
+            of_module.clear()
+        try:
+            yield
+        finally:
+            for of_module, before in zip(hooks, kept, strict=True):
+                of_module.update(before)
