@@ -136,7 +136,7 @@ def load_checkpoint(
     comm, wanted = engine.comm, wanted or Wanted()
     _check_wanted(engine, wanted)
     with comm.same_on_all_ranks(), _as_written(load_dir):
-        name = _latest(Path(load_dir)) if tag is None else _folder_name(tag)
+        name = _latest(Path(load_dir)) if tag is None else str(tag)
     missing = comm.sum_over_ranks([float(name is None)])[0]
     if missing == comm.world_size:
         if comm.rank == 0:
@@ -302,7 +302,7 @@ def _checksum(state: dict[str, Any]) -> str:
 def _latest(load_dir: Path) -> str | None:
     """The tag that the file `latest` names, None where there is no such file."""
     latest = load_dir / "latest"
-    return _folder_name(latest.read_text(errors="replace").strip()) if latest.is_file() else None
+    return latest.read_text(errors="replace").strip() if latest.is_file() else None
 
 
 def _find(load_dir: Path, tag: str | None) -> Path:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from zods import checkpoint, estimators, export, resuming
+from zods import estimators, resuming
 from zods.anchor import Anchor
 from zods.comm import Communicator, Disagreement
 from zods.config import RunConfig
@@ -195,6 +195,10 @@ class ZerothOrderEngine(EngineFace):
         self._in_flight.pending = (loss, sums)
         self._watchdog.rest()
         return loss
+
+    def drop_step_in_flight(self) -> None:
+        """Forget what was evaluated for the step under way: the next forward begins it anew."""
+        self._in_flight = None
 
     def _record_evaluation(self) -> None:
         self.recorder.record_evaluation(self.global_steps, self.evaluation, self._evaluator.streams_per_forward)
@@ -457,7 +461,7 @@ class ZerothOrderEngine(EngineFace):
         assert self.replicas is not None
         return self.replicas.sum(values, f"{self.global_steps}, refresh", self.trajectory.head)[0]
 
-    # --- resume (see `zods.resuming`), save, load, export (see `zods.checkpoint`) --------------------------------------
+    # --- resume (see `zods.resuming`) -----------------------------------------------------------------------------------
 
     def share_with(self, replicas: Replicas) -> None:
         """From the next step on, evaluate this rank's part of each batch, as it is shared by those that take part."""
@@ -473,55 +477,6 @@ class ZerothOrderEngine(EngineFace):
         self._in_flight = None
         resuming.resume(self, folder, checkpoints=checkpoints, new=new)
         self.is_logged = True
-
-    def save_checkpoint(
-        self,
-        save_dir: str | Path,
-        tag: Any = None,
-        client_state: dict[str, Any] | None = None,
-        save_latest: bool = True,
-        exclude_frozen_parameters: bool = False,
-        *,
-        keep: int | None = None,
-    ) -> Path:
-        """Write a checkpoint, with the keywords of DeepSpeed's method; see `zods.checkpoint.save_checkpoint`.
-
-        exclude_frozen_parameters: no checkpoint of zods has frozen parameters, whatever it says.
-        """
-        self.flush()
-        return checkpoint.save_checkpoint(self, save_dir, tag, client_state or {}, keep, save_latest=save_latest)
-
-    def load_checkpoint(
-        self,
-        load_dir: str | Path,
-        tag: Any = None,
-        load_module_strict: bool = True,
-        load_optimizer_states: bool = True,
-        load_lr_scheduler_states: bool = True,
-        load_module_only: bool = False,
-        custom_load_fn: Any = None,
-    ) -> tuple[Path | None, dict[str, Any] | None]:
-        """Load a checkpoint, with the keywords of DeepSpeed's method; see `zods.checkpoint.load_checkpoint`.
-
-        The micro-batches of a step under way are dropped.
-        """
-        if custom_load_fn is not None:
-            raise ValueError("custom_load_fn: must be None; nothing of a checkpoint of zods is loaded by other code.")
-        self.flush()
-        wanted = checkpoint.Wanted(
-            module_only=load_module_only,
-            strict=load_module_strict,
-            optimizer=load_optimizer_states,
-            scheduler=load_lr_scheduler_states,
-        )
-        loaded = checkpoint.load_checkpoint(self, load_dir, tag, wanted)
-        self._in_flight = None
-        return loaded
-
-    def save_pretrained(self, save_dir: str | Path) -> None:
-        """Export the whole model as a folder that `from_pretrained` reads; see `zods.export`."""
-        self.flush()
-        export.save_pretrained(self, save_dir)
 
     # --- whole batches ----------------------------------------------------------------------------------------------
 

@@ -10,13 +10,15 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from zods import checkpoint
 from zods.comm import Communicator
 from zods.config import RunConfig
-from zods.export import save_16bit_model, whole_state
+from zods.export import save_16bit_model, save_pretrained, whole_state
 from zods.sharding import is_sharded
 from zods.steps import StepReport
 
@@ -38,6 +40,10 @@ class EngineFace:
 
     def flush(self) -> None:
         """Bring the stored parameters up to date."""
+        raise NotImplementedError
+
+    def drop_step_in_flight(self) -> None:
+        """Forget what was evaluated for the step under way."""
         raise NotImplementedError
 
     def __getattr__(self, name: str) -> Any:
@@ -189,3 +195,54 @@ class EngineFace:
 
     def cpu(self) -> Any:
         return self.to("cpu")
+
+    # --- save, load, export (see `zods.checkpoint` and `zods.export`) -----------------------------------------------
+
+    def save_checkpoint(
+        self,
+        save_dir: str | Path,
+        tag: Any = None,
+        client_state: dict[str, Any] | None = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+        *,
+        keep: int | None = None,
+    ) -> Path:
+        """Write a checkpoint, with the keywords of DeepSpeed's method; see `zods.checkpoint.save_checkpoint`.
+
+        exclude_frozen_parameters: no checkpoint of zods has frozen parameters, whatever it says.
+        """
+        self.flush()
+        return checkpoint.save_checkpoint(self, save_dir, tag, client_state or {}, keep, save_latest=save_latest)
+
+    def load_checkpoint(
+        self,
+        load_dir: str | Path,
+        tag: Any = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+        custom_load_fn: Any = None,
+    ) -> tuple[Path | None, dict[str, Any] | None]:
+        """Load a checkpoint, with the keywords of DeepSpeed's method; see `zods.checkpoint.load_checkpoint`.
+
+        The micro-batches of a step under way are dropped.
+        """
+        if custom_load_fn is not None:
+            raise ValueError("custom_load_fn: must be None; nothing of a checkpoint of zods is loaded by other code.")
+        self.flush()
+        wanted = checkpoint.Wanted(
+            module_only=load_module_only,
+            strict=load_module_strict,
+            optimizer=load_optimizer_states,
+            scheduler=load_lr_scheduler_states,
+        )
+        loaded = checkpoint.load_checkpoint(self, load_dir, tag, wanted)
+        self.drop_step_in_flight()
+        return loaded
+
+    def save_pretrained(self, save_dir: str | Path) -> None:
+        """Export the whole model as a folder that `from_pretrained` reads; see `zods.export`."""
+        self.flush()
+        save_pretrained(self, save_dir)

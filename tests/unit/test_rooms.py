@@ -54,12 +54,12 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "safetensors", "tqdm"},
     ),
     "replicas": ({"comm", "section", "trajectory"}, set()),
-    "engine_face": ({"comm", "config", "export", "sharding", "steps"}, {"torch"}),
+    "engine_face": ({"checkpoint", "comm", "config", "export", "sharding", "steps"}, {"torch"}),
     "engine": (
         {
             "config", "estimators", "comm", "data", "deferral", "sharding", "streams", "anchor", "rule", "trajectory",
-            "evaluation", "checkpoint", "selection", "measuring", "recording", "replicas", "resuming", "steps", "stopping",
-            "watchdog", "engine_face", "export",
+            "evaluation", "selection", "measuring", "recording", "replicas", "resuming", "steps", "stopping",
+            "watchdog", "engine_face",
         },
         {"torch"},
     ),
