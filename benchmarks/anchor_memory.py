@@ -32,7 +32,7 @@ def run_case(place: str, folder: str) -> None:
     anchor = engine.anchor
     result = {
         "place": place,
-        "parameters": engine.parameters.numel,
+        "parameters": engine.shards.numel,
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "anchor_device_bytes": anchor.device_bytes if anchor else 0,
         "anchor_offloaded_bytes": anchor.offloaded_bytes if anchor else 0,

@@ -319,7 +319,7 @@ def restart(folder: Path, run: Path, distribution: str) -> dict[str, float]:
     engine.train_batch()
     stepped = time.time()
     engine.train_batch()
-    numel = sum(piece.numel for piece in engine.parameters)
+    numel = sum(piece.numel for piece in engine.shards)
     rate = rates(distribution, torch.float32)["replay_"]
     return {
         "imports": imported - STARTED,

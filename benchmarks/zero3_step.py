@@ -60,7 +60,7 @@ def measured(offload: str, evaluation: str, rounds: int, folder: Path) -> dict[s
     engine = zods.initialize(model=opt_125m(LAYERS), config=config, training_data=[0] * BATCH)[0]
     size = BATCH // engine.world_size
     batch = {key: value[engine.global_rank * size :][:size] for key, value in whole.items()}
-    slices = sum(p.padded_numel * p.dtype.itemsize for p in engine.parameters)
+    slices = sum(p.padded_numel * p.dtype.itemsize for p in engine.shards)
 
     def floor() -> None:
         for _ in range(2):

@@ -1,4 +1,4 @@
-"""Save and load a run, on any number of ranks, and export the model.
+"""Save and load a run, on any number of ranks.
 
 A checkpoint is a folder: `state.json` (counters, schedules, the anchor's terms, the loader's place) and per rank one
 safetensors file of its slices of the trainable parameters, and one of the anchor point where that is stored. Slices
@@ -17,7 +17,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from zods.estimators import Annealing
 from zods.kernels import fingerprint
 from zods.section import ZerothOrderConfig
-from zods.sharding import Slice, gathered, is_sharded, release_gathered
+from zods.sharding import Slice, is_sharded, release_gathered
 from zods.trajectory.log import flush_to_disk
 
 FORMAT = 2
@@ -37,19 +37,43 @@ HIDDEN = re.compile(r"\.(.+)\.(partial|replaced|removed)")  # tag; what became o
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What is loaded of a checkpoint: DeepSpeed's keywords of `load_checkpoint`.
+
+    module_only: the parameters alone; the run's steps, schedules, data order and anchor stay as they are, but for the anchor,
+    which is made anew. strict: with `module_only`, all parameters must be in both; else those in both are loaded. optimizer:
+    the anchor and the state of "anneal"; without, they begin anew. scheduler: the scheduler's state and its step size.
+    """
+
+    module_only: bool = False
+    strict: bool = True
+    optimizer: bool = True
+    scheduler: bool = True
+
+
 def save_checkpoint(
-    engine: Any, save_dir: str | Path, tag: str | None, client_state: dict[str, Any], keep: int | None = None
+    engine: Any,
+    save_dir: str | Path,
+    tag: Any,
+    client_state: dict[str, Any],
+    keep: int | None = None,
+    *,
+    save_latest: bool = True,
 ) -> Path:
     """Write `save_dir`/`tag` under a temporary name, rename it when it is whole and on the disk, then point `latest` to it.
 
-    engine: a ZerothOrderEngine. tag: default `global_step<N>`. client_state: JSON. `save_dir` is shared by all ranks.
-    keep: of the checkpoints named `global_step<N>` only the last so many by their step stay, and the one written; None:
-    all stay. Raises ValueError or OSError, the same on all ranks, as for a full disk; what was there before stays good.
+    engine: a ZerothOrderEngine. tag: str(tag), the same on all ranks; default `global_step<N>`. client_state: JSON. `save_dir` is
+    shared by all ranks. keep: of the checkpoints named `global_step<N>` only the last so many by their step stay, and the one
+    written; None: all stay. save_latest: False leaves `latest` as it is. Raises ValueError or OSError, the same on all ranks, as
+    for a full disk; what was there before stays good.
     """
     if keep is not None and keep < 1:
         raise ValueError(f"checkpoint: keep is {keep}; give the number of checkpoints that are to stay, at least 1.")
+    tag = _folder_name(f"global_step{engine.global_steps}" if tag is None else tag)
+    engine.comm.check_agreement(tag.encode(), f"the tag of a checkpoint ({tag!r} on this rank)")
     comm = engine.comm
-    final = Path(save_dir) / (tag or f"global_step{engine.global_steps}")
+    final = Path(save_dir) / tag
     partial = _hidden(final, "partial")
     release_gathered(engine.deepspeed)
     try:
@@ -58,13 +82,13 @@ def save_checkpoint(
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
         with comm.same_on_all_ranks():
-            if comm.rank == 0 or is_sharded(engine.parameters.slices[0].param):
+            if comm.rank == 0 or is_sharded(engine.shards.slices[0].param):
                 _write_slices(engine, partial)
             if comm.rank == 0:
                 _write_text(partial / "state.json", _state_text(engine, client_state))
         with comm.same_on_all_ranks():
             if comm.rank == 0:
-                _put_in_place(partial, final)
+                _put_in_place(partial, final, save_latest)
                 _remove_old(final, keep)
     except (ValueError, OSError):
         with comm.same_on_all_ranks():  # gone when any rank goes on
@@ -72,6 +96,17 @@ def save_checkpoint(
                 shutil.rmtree(partial, ignore_errors=True)
         raise
     return final
+
+
+def _folder_name(tag: Any) -> str:
+    """A tag as the name of a folder. Raises ValueError where it is none, or one that zods uses itself."""
+    name = str(tag)
+    if name in ("", "latest") or name.startswith(".") or "/" in name or "\0" in name:
+        raise ValueError(
+            f"checkpoint: the tag {name!r} cannot be the name of a checkpoint's folder. Give a name without '/' that is not "
+            "'latest' and does not begin with '.'."
+        )
+    return name
 
 
 def newest_checkpoints(save_dir: str | Path) -> list[Path]:
@@ -90,33 +125,61 @@ def newest_checkpoints(save_dir: str | Path) -> list[Path]:
     return sorted(steps, key=lambda folder: (steps[folder], folder.name), reverse=True)
 
 
-def load_checkpoint(engine: Any, load_dir: str | Path, tag: str | None) -> tuple[Path, dict[str, Any]]:
+def load_checkpoint(
+    engine: Any, load_dir: str | Path, tag: Any, wanted: Wanted | None = None
+) -> tuple[Path | None, dict[str, Any] | None]:
     """Bring `engine` to where the checkpoint stands; returns its folder and the client state.
 
-    tag: default what `latest` says. Everything is checked before anything is changed: ValueError or OSError, the same on
-    all ranks, for a missing, damaged or truncated checkpoint, and for one of another model or method.
+    tag: str(tag); default what `latest` says, and where no rank finds that, nothing is loaded: (None, None), and a warning.
+    Everything is checked before anything is changed: ValueError or OSError, the same on all ranks, for a missing, damaged or
+    truncated checkpoint, and for one of another model or method.
     """
-    comm = engine.comm
+    comm, wanted = engine.comm, wanted or Wanted()
+    _check_wanted(engine, wanted)
     with comm.same_on_all_ranks(), _as_written(load_dir):
-        folder = _find(Path(load_dir), tag)
+        name = _latest(Path(load_dir)) if tag is None else str(tag)
+    missing = comm.sum_over_ranks([float(name is None)])[0]
+    if missing == comm.world_size:
+        if comm.rank == 0:
+            logger.warning(
+                "checkpoint %s: no file `latest`; nothing is loaded. Give a tag, or another folder.", load_dir
+            )
+        return None, None
+    with comm.same_on_all_ranks(), _as_written(load_dir):
+        folder = _find(Path(load_dir), name)
         state = read_state(folder)
         client_state = state["client_state"]
-        _check_fits(engine, folder, state)
-        parameters = _SliceFiles(folder, "parameters", engine.parameters.slices)
-        wants_point = engine.anchor is not None and engine.anchor.point is not None and state["anchor_step"] is not None
-        has_point = wants_point and state["anchor_point_stored"]
-        point = _SliceFiles(folder, "anchor_point", engine.parameters.slices) if has_point else None
+        pieces = _check_fits(engine, folder, state, wanted)
+        parameters = _SliceFiles(folder, "parameters", pieces)
+        has_anchor = engine.anchor is not None and state["anchor_step"] is not None and not wanted.module_only
+        has_point = has_anchor and wanted.optimizer and engine.anchor.point is not None and state["anchor_point_stored"]
+        point = _SliceFiles(folder, "anchor_point", engine.shards.slices) if has_point else None
     release_gathered(engine.deepspeed)
     with comm.same_on_all_ranks(), _as_written(folder):
-        if engine.training_dataloader is not None and state["loader"] is not None:
+        if engine.training_dataloader is not None and state["loader"] is not None and not wanted.module_only:
             engine.training_dataloader.load_state_dict(state["loader"])
             engine.restart_loader()
-        for piece, local in engine.parameters.visit(write=True):
+        for piece, local in engine.shards.visit(write=True, pieces=pieces):
             local.copy_(parameters.read(piece))
-        if engine.anchor is not None and state["anchor_step"] is not None:
+        if has_anchor and wanted.optimizer:
             _load_anchor(engine, state, None if point is None else point.read)
-        _load_counters(engine, state)
+        if not wanted.module_only:
+            _load_counters(engine, state, wanted)
+        if wanted.module_only or not wanted.optimizer:
+            engine.anchor_step = None  # it is refreshed before the next step
     return folder, client_state
+
+
+def _check_wanted(engine: Any, wanted: Wanted) -> None:
+    if not wanted.strict and not wanted.module_only:
+        raise ValueError(
+            "load_module_strict=False: a run goes on with all of its parameters only. Give load_module_only=True as well."
+        )
+    if engine.is_logged:
+        raise ValueError(
+            "load_checkpoint: this run writes a log since engine.resume(), which would not replay over a load. Load before "
+            "engine.resume(), or begin another run's folder."
+        )
 
 
 @contextmanager
@@ -128,43 +191,13 @@ def _as_written(folder: str | Path) -> Iterator[None]:
         raise ValueError(f"checkpoint {folder}: its state.json is not as zods writes it ({error!r}).") from error
 
 
-def save_pretrained(engine: Any, save_dir: str | Path) -> None:
-    """Export the whole model as a folder that `from_pretrained` reads, in the dtype of the run.
-
-    Gathers one module at a time to rank 0, whose host memory must hold the model. A module that is not of transformers
-    or peft is written as `model.safetensors`.
-    """
-    state: dict[str, torch.Tensor] = {}
-    first_name: dict[int, str] = {}
-    for prefix, module in engine.module.named_modules():
-        own = dict(module.named_parameters(recurse=False))
-        with gathered(list(own.values())):
-            if engine.comm.rank != 0:
-                continue
-            for name, param in own.items():
-                key = f"{prefix}.{name}" if prefix else name
-                tied = first_name.setdefault(id(param), key)
-                state[key] = state[tied] if tied != key else param.detach().to("cpu", copy=True)
-            for name, buffer in module.named_buffers(recurse=False):
-                if name not in module._non_persistent_buffers_set:
-                    state[f"{prefix}.{name}" if prefix else name] = buffer.detach().cpu().clone()
-    release_gathered(engine.deepspeed)
-    with engine.comm.same_on_all_ranks():
-        if engine.comm.rank == 0:
-            Path(save_dir).mkdir(parents=True, exist_ok=True)
-            if hasattr(engine.module, "save_pretrained"):
-                engine.module.save_pretrained(save_dir, state_dict=state)
-            else:
-                save_file({k: v.clone() for k, v in state.items()}, Path(save_dir) / "model.safetensors")
-
-
 def _write_slices(engine: Any, folder: Path) -> None:
     """This rank's files, on the disk when it returns."""
-    slices = {p.name: local.detach().cpu().clone() for p, local in engine.parameters.visit(write=False)}
+    slices = {p.name: local.detach().cpu().clone() for p, local in engine.shards.visit(write=False)}
     _write_tensors(engine, folder, "parameters", slices)
     if engine.anchor is not None and engine.anchor.point is not None and engine.anchor_step is not None:
         cpu = torch.device("cpu")
-        slices = {p.name: engine.anchor.stored_point(p, cpu)[: p.numel] for p in engine.parameters}
+        slices = {p.name: engine.anchor.stored_point(p, cpu)[: p.numel] for p in engine.shards}
         _write_tensors(engine, folder, "anchor_point", slices)
 
 
@@ -174,7 +207,7 @@ def _write_tensors(engine: Any, folder: Path, role: str, slices: dict[str, torch
         save_file(
             slices,
             path,
-            {p.name: _fingerprint_text(slices[p.name], min(p.offset, p.whole_numel)) for p in engine.parameters},
+            {p.name: _fingerprint_text(slices[p.name], min(p.offset, p.whole_numel)) for p in engine.shards},
         )
     except SafetensorError as error:  # of which a full disk is one
         raise OSError(f"checkpoint {path}: {error}") from error
@@ -202,7 +235,7 @@ def _folder_of(save_dir: Path, tag: str) -> Path:
     return replaced if replaced.is_dir() and not folder.exists() else folder
 
 
-def _put_in_place(partial: Path, final: Path) -> None:
+def _put_in_place(partial: Path, final: Path, save_latest: bool) -> None:
     flush_to_disk(partial)
     if final.exists():
         replaced = _hidden(final, "replaced")
@@ -210,6 +243,8 @@ def _put_in_place(partial: Path, final: Path) -> None:
         final.rename(replaced)
     partial.rename(final)
     flush_to_disk(final.parent)  # before `latest` names it
+    if not save_latest:
+        return
     pointer = final.parent / ".latest.partial"
     _write_text(pointer, final.name)
     pointer.replace(final.parent / "latest")
@@ -239,7 +274,7 @@ def _state_text(engine: Any, client_state: dict[str, Any]) -> str:
     anchor = engine.anchor
     state = {
         "format": FORMAT,
-        "parameters": [[p.name, list(p.shape), str(p.dtype)] for p in engine.parameters],
+        "parameters": [[p.name, list(p.shape), str(p.dtype)] for p in engine.shards],
         "zeroth_order": engine.config.zeroth_order.to_dict(),
         "global_steps": engine.global_steps,
         "global_samples": engine.global_samples,
@@ -265,12 +300,17 @@ def _checksum(state: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
+def _latest(load_dir: Path) -> str | None:
+    """The tag that the file `latest` names, None where there is no such file."""
+    latest = load_dir / "latest"
+    return latest.read_text(errors="replace").strip() if latest.is_file() else None
+
+
 def _find(load_dir: Path, tag: str | None) -> Path:
     if tag is None:
-        latest = load_dir / "latest"
-        if not latest.is_file():
-            raise FileNotFoundError(f"checkpoint {load_dir}: no file `latest`. Give a folder of checkpoints, or a tag.")
-        tag = latest.read_text(errors="replace").strip()
+        raise FileNotFoundError(
+            f"checkpoint {load_dir}: no file `latest`, which other ranks find. All share one folder."
+        )
     folder = _folder_of(load_dir, tag)
     if not (folder / "state.json").is_file():
         raise FileNotFoundError(
@@ -291,15 +331,31 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def _check_fits(engine: Any, folder: Path, state: dict[str, Any]) -> None:
-    ours = [[p.name, list(p.shape), str(p.dtype)] for p in engine.parameters]
-    if state["parameters"] != ours:
-        odd = [pair for pair in zip(state["parameters"], ours, strict=False) if pair[0] != pair[1]]
-        found, expected = odd[0] if odd else (f"{len(state['parameters'])} parameters", f"{len(ours)}")
+def _check_fits(engine: Any, folder: Path, state: dict[str, Any], wanted: Wanted) -> list[Slice]:
+    """The parameters to load. Raises ValueError where the checkpoint does not fit the engine."""
+    ours = {p.name: [p.name, list(p.shape), str(p.dtype)] for p in engine.shards}
+    theirs = {entry[0]: entry for entry in state["parameters"]}
+    pieces = list(engine.shards)
+    if not wanted.strict:
+        pieces = [piece for piece in pieces if piece.name in theirs]
+        left_out = sorted(ours.keys() ^ theirs.keys())
+        if left_out and engine.comm.rank == 0:
+            logger.warning("checkpoint %s: not loaded, as not in both: %s", folder, ", ".join(left_out[:5]))
+        ours = {piece.name: ours[piece.name] for piece in pieces}
+        theirs = {name: theirs[name] for name in ours}
+    if list(theirs.values()) != list(ours.values()):
+        odd = [pair for pair in zip(theirs.values(), ours.values(), strict=False) if pair[0] != pair[1]]
+        found, expected = odd[0] if odd else (f"{len(theirs)} parameters", f"{len(ours)}")
         raise ValueError(
             f"checkpoint {folder}: it is of another model: found {found}, this model has {expected}. Load the model and "
             "the set of trainable parameters that it was made with."
         )
+    if not wanted.module_only:
+        _check_same_course(engine, folder, state, wanted)
+    return pieces
+
+
+def _check_same_course(engine: Any, folder: Path, state: dict[str, Any], wanted: Wanted) -> None:
     saved = {**ZerothOrderConfig().to_dict(), **state["zeroth_order"]}
     here = engine.config.zeroth_order.to_dict()
     for key in ("method", "direction", "loss_mean"):
@@ -308,7 +364,7 @@ def _check_fits(engine: Any, folder: Path, state: dict[str, Any]) -> None:
                 f"checkpoint {folder}: made with zeroth_order.{key} = {saved[key]!r}, this run has {here[key]!r}. "
                 "Resume with the same."
             )
-    if (state["scheduler"] is None) != (engine.lr_scheduler is None):
+    if wanted.scheduler and (state["scheduler"] is None) != (engine.lr_scheduler is None):
         raise ValueError(
             f"checkpoint {folder}: made {'without' if state['scheduler'] is None else 'with'} a scheduler."
         )
@@ -320,11 +376,11 @@ def _load_anchor(engine: Any, state: dict[str, Any], stored: Callable[[Slice], t
     anchor.set_gradient(anchor.gradient_terms)
     if anchor.point is None:
         return
-    for piece, local in engine.parameters.visit(write=False):
+    for piece, local in engine.shards.visit(write=False):
         anchor.point.write(piece, anchor.reconstruct(piece, local) if stored is None else stored(piece))
 
 
-def _load_counters(engine: Any, state: dict[str, Any]) -> None:
+def _load_counters(engine: Any, state: dict[str, Any], wanted: Wanted) -> None:
     engine.global_steps = state["global_steps"]
     engine.global_samples = state["global_samples"]
     engine.skipped_steps = state["skipped_steps"]
@@ -332,9 +388,9 @@ def _load_counters(engine: Any, state: dict[str, Any]) -> None:
     engine.nonfinite_in_a_row = state["nonfinite_in_a_row"]
     engine.recorder.load_state_dict(state["recorder"], () if engine.anchor is None else engine.anchor.gradient_terms)
     engine.adopt_evaluation()
-    engine.annealing = Annealing(**state["annealing"])
+    engine.annealing = Annealing(**state["annealing"]) if wanted.optimizer else Annealing()
     engine.anchor_step = state["anchor_step"]
-    if engine.lr_scheduler is not None:
+    if engine.lr_scheduler is not None and wanted.scheduler:
         engine.lr_scheduler.load_state_dict(state["scheduler"])
         for group, lr in zip(engine.optimizer.param_groups, state["lr"], strict=True):
             group["lr"] = lr

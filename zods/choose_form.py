@@ -16,9 +16,10 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from tqdm import tqdm
 
+from zods.batch import num_examples
 from zods.forwards import Forwards
 from zods.memory import peak_memory
-from zods.objectives import IGNORE_INDEX, logits_of, num_examples
+from zods.objectives import IGNORE_INDEX, logits_of
 from zods.sharding import release_gathered, stop_nvme_prefetch
 from zods.streams import Point
 

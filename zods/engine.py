@@ -10,26 +10,28 @@ import logging
 import math
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from zods import checkpoint, estimators, resuming
+from zods import estimators, resuming
 from zods.anchor import Anchor
 from zods.comm import Communicator, Disagreement
 from zods.config import RunConfig
 from zods.data import TrainingLoader, digest_of
 from zods.deferral import DeferredUpdate
+from zods.engine_face import EngineFace
 from zods.estimators import Annealing, Update
 from zods.evaluation import Evaluator
-from zods.measuring import Measure, measure_whole, to_device
+from zods.measuring import Measure, measure_whole
 from zods.recording import Recorder
 from zods.replicas import Replicas
 from zods.rule import StepRule
 from zods.selection.loaders import SelectingLoader
 from zods.sharding import ShardedParameters, Slice, SliceUpdate, release_gathered
-from zods.steps import StepReport, ZerothOrderOptimizer
+from zods.steps import StepLoss, StepReport, ZerothOrderOptimizer
 from zods.stopping import StopRequest
 from zods.streams import Point, pairs
 from zods.trajectory.history import direction_of
@@ -39,11 +41,29 @@ from zods.watchdog import Watchdog
 logger = logging.getLogger(__name__)
 
 
-class ZerothOrderEngine:
+@dataclass
+class StepInFlight:
+    """What belongs to the step under way, from its first forward until `step()`.
+
+    sums: of each micro-batch that was given to `backward`, a loss sum per point, then what the loss is a mean over. pending: the
+    last forward's loss and sums, which are no part of the step yet. reduced: the losses at the points of each set of
+    directions, over all ranks.
+    """
+
+    points: list[Point]
+    began: float
+    bytes_before: int
+    sums: list[torch.Tensor] = field(default_factory=list)
+    pending: tuple[StepLoss, torch.Tensor] | None = None
+    reduced: list[list[float]] = field(default_factory=list)
+
+
+class ZerothOrderEngine(EngineFace):
     """A model under DeepSpeed with zeroth-order steps. Made by `zods.initialize`.
 
     module: the model. deepspeed: the DeepSpeedEngine that shards it. global_steps, global_samples, micro_steps,
     skipped_steps: counters as DeepSpeed's. comm: what zods sends, with byte counters. anchor: of MeZO-SVRG, else None.
+    shards: this rank's slices of the trainable parameters.
     last_step: report of the last step, or None. trajectory: the chain of what was applied, and its log (`resume`).
     stop: asks for an end after a step; should_stop: whether some rank was asked. replicas: the other worlds that train with
     this one, else None. selection: what chooses the sub-batches, with
@@ -58,7 +78,7 @@ class ZerothOrderEngine:
         config: RunConfig,
         *,
         comm: Communicator,
-        parameters: ShardedParameters,
+        shards: ShardedParameters,
         optimizer: ZerothOrderOptimizer,
         lr_scheduler: Any,
         training_loader: TrainingLoader | SelectingLoader | None,
@@ -67,7 +87,7 @@ class ZerothOrderEngine:
         self.module: torch.nn.Module = deepspeed_engine.module
         self.config = config
         self.comm = comm
-        self.parameters = parameters
+        self.shards = shards
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.training_dataloader = training_loader
@@ -92,15 +112,15 @@ class ZerothOrderEngine:
         self.anchor: Anchor | None = None
         if self._zo.is_svrg:
             aio = config.deepspeed.get("aio", {})
-            self.anchor = Anchor(self._zo.anchor, parameters, comm, direction=self._direction, aio=aio)
+            self.anchor = Anchor(self._zo.anchor, shards, comm, direction=self._direction, aio=aio)
         self.anchor_step: int | None = None  # the step of the last refresh
         self.annealing = Annealing()
         offload = config.deepspeed.get("zero_optimization", {}).get("offload_param", {}).get("device", "none")
-        self._deferred = None if offload == "none" else DeferredUpdate(parameters, self._direction)
+        self._deferred = None if offload == "none" else DeferredUpdate(shards, self._direction)
         self._evaluator = Evaluator(
             deepspeed_engine,
             comm,
-            parameters,
+            shards,
             self._deferred,
             direction=self._direction,
             eps=self._zo.eps,
@@ -112,49 +132,17 @@ class ZerothOrderEngine:
             beat=lambda: self._watchdog.beat(f"step {self.global_steps}, forward"),
         )
         self._own_batches: Iterator[Any] | None = None
-        self._bytes_before = 0
         self.nonfinite_in_a_row = 0
-        self._points: list[Point] = []
-        self._sums: list[torch.Tensor] = []  # per micro-batch: a loss sum per point, then what the loss is a mean over
-        self._last_loss: torch.Tensor | None = None
-        self._reduced: list[list[float]] = []  # losses at the points of each set of directions
-        self._step_began = 0.0
+        self.is_logged = False  # whether `resume` was called
+        self._in_flight: StepInFlight | None = None
         deepspeed_engine.eval()
 
-    # --- the face of DeepSpeed's engine -----------------------------------------------------------------------------
-
-    @property
-    def device(self) -> torch.device:
-        return self.comm.device
-
-    @property
-    def global_rank(self) -> int:
-        return self.comm.rank
-
-    @property
-    def local_rank(self) -> int:
-        return self.deepspeed.local_rank
-
-    @property
-    def world_size(self) -> int:
-        return self.comm.world_size
-
-    def train_batch_size(self) -> int:
-        return self.config.deepspeed["train_batch_size"]
-
-    def train_micro_batch_size_per_gpu(self) -> int:
-        return self.config.deepspeed["train_micro_batch_size_per_gpu"]
-
-    def gradient_accumulation_steps(self) -> int:
-        return self.config.deepspeed["gradient_accumulation_steps"]
+    # --- modes ------------------------------------------------------------------------------------------------------
 
     @property
     def _rows(self) -> int:
         """Examples of a micro-batch, over all ranks."""
         return self.train_batch_size() // self.gradient_accumulation_steps()
-
-    def is_gradient_accumulation_boundary(self) -> bool:
-        return (self.micro_steps + 1) % self.gradient_accumulation_steps() == 0
 
     def get_lr(self) -> list[float]:
         """The step size in force: the scheduler's, divided by what annealing asks."""
@@ -185,9 +173,6 @@ class ZerothOrderEngine:
         if self.trajectory.file is not None:
             self.trajectory.file.close()
 
-    def zero_grad(self) -> None:
-        """Nothing: there are no gradients. Here so that a DeepSpeed loop runs unchanged."""
-
     def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
         return self.forward(*inputs, **kwargs)
 
@@ -195,30 +180,36 @@ class ZerothOrderEngine:
 
     @torch.no_grad()
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
-        """Training: the mean loss of this rank's micro-batch around the parameters (0-d), NaN where it has no label that
-        counts. Else: the model's outputs.
+        """Training: the mean loss of this rank's micro-batch around the parameters, a `StepLoss`; NaN where it has no label
+        that counts. Else: the model's outputs.
 
-        Takes what the model's forward takes, or one dict of it. The micro-batches of one step share the directions; a
+        Takes what the model's forward takes, or one batch of it (`zods.batch`). A loss becomes part of the step when it is
+        given to `backward`; one that is not (a probe) is left out. The micro-batches of one step share the directions; a
         refresh of the anchor that is due comes before the first. Raises ValueError where the model gives no loss.
         """
-        batch = to_device(inputs[0] if len(inputs) == 1 and not kwargs else (inputs or kwargs), self.device)
+        batch = self._evaluator.inputs(*inputs, **kwargs)
         if not self.training:
             self.flush()
             return self._evaluator.outputs(batch)
-        if not self._sums:
-            self._begin_step()
-        sums = self._evaluator.loss_sums(self._points, batch)
+        if self._in_flight is None:
+            self._in_flight = self._begin_step()
+        sums = self._evaluator.loss_sums(self._in_flight.points, batch)
         self._record_evaluation()
-        self._sums.append(sums)
-        self._last_loss = (sums[: 2 * self._zo.num_directions].mean() / sums[-1]).float()
-        return self._last_loss
+        loss = (sums[: 2 * self._zo.num_directions].mean() / sums[-1]).float().as_subclass(StepLoss)
+        self._in_flight.pending = (loss, sums)
+        self._watchdog.rest()
+        return loss
+
+    def drop_step_in_flight(self) -> None:
+        """Forget what was evaluated for the step under way: the next forward begins it anew."""
+        self._in_flight = None
 
     def _record_evaluation(self) -> None:
         self.recorder.record_evaluation(self.global_steps, self.evaluation, self._evaluator.streams_per_forward)
 
-    def _begin_step(self) -> None:
+    def _begin_step(self) -> StepInFlight:
         """Refresh the anchor where it is due, and choose the step's points: pairs at theta, then at the anchor."""
-        self._step_began, self._bytes_before = time.perf_counter(), self.comm.scalar_bytes
+        began, bytes_before = time.perf_counter(), self.comm.scalar_bytes
         zo, step = self._zo, self.global_steps
         if self.replicas is not None and self.recorder.is_new:
             raise RuntimeError(
@@ -229,31 +220,36 @@ class ZerothOrderEngine:
             self.refresh_anchor()
         own = self.global_rank if zo.directions == "per_rank" else 0
         seeds, anchor_seeds = self._rule.step_seeds(step, own)
-        self._points = pairs(seeds, zo.eps)
+        points = pairs(seeds, zo.eps)
         if self.anchor is not None:
-            self._points += pairs(anchor_seeds, zo.eps, source=self.anchor.source)
+            points += pairs(anchor_seeds, zo.eps, source=self.anchor.source)
+        return StepInFlight(points, began, bytes_before)
 
     # --- phase 2: reduce the scalars --------------------------------------------------------------------------------
 
     def backward(self, loss: torch.Tensor) -> torch.Tensor:
-        """At an accumulation boundary: the loss sums and counts of all ranks. Sends 8 bytes per point and rank.
+        """Make the forward that gave `loss` part of the step; at an accumulation boundary, sum losses and counts over all ranks.
 
-        Whether a rank was asked to stop travels with them. Raises ValueError where `loss` is not what `engine(batch)`
-        returned: a scaled or other loss would have no effect, since the losses at the points are already known. Wrap the
-        model so that its forward returns that loss.
+        Sends 8 bytes per point and rank. Whether a rank was asked to stop travels with them. Raises ValueError where `loss` is
+        not what the last `engine(batch)` returned: a scaled or other loss would have no effect, since the losses at the points
+        are already known. Wrap the model so that its forward returns that loss.
         """
-        if loss is not self._last_loss:
+        step = self._in_flight
+        if step is None or step.pending is None or loss is not step.pending[0]:
             raise ValueError(
-                "engine.backward(loss): this is not the loss that engine(batch) returned. A zeroth-order step uses the "
-                "losses of the forward itself; for another loss wrap the model so that its forward returns it."
+                "engine.backward(loss): this is not the loss that the last engine(batch) returned, or it was given before. A "
+                "zeroth-order step uses the losses of the forward itself; for another loss (a scaled one, a sum with other "
+                "terms) wrap the model so that its forward returns it."
             )
+        step.sums.append(step.pending[1])
+        step.pending = None
         if self.is_gradient_accumulation_boundary():
             self._watchdog.beat(f"step {self.global_steps}, backward")
-            of_all = self._reduce(self.comm.numbers(torch.stack(self._sums).sum(0)), asked=self.stop.reason is not None)
+            of_all = self._reduce(self.comm.numbers(torch.stack(step.sums).sum(0)), asked=self.stop.reason is not None)
             # An estimate is linear in its losses. With directions of each rank's own, a rank's losses are weighted by its share
             # of what the loss is a mean over, so that the mean over the ranks is that of the global batch.
             mean_count = sum(count for *_, count in of_all) / len(of_all)
-            self._reduced = [[total / mean_count if mean_count else math.nan for total in row[:-1]] for row in of_all]
+            step.reduced = [[total / mean_count if mean_count else math.nan for total in row[:-1]] for row in of_all]
         return loss
 
     def _reduce(self, sums: list[float], *, asked: bool) -> list[list[float]]:
@@ -275,23 +271,23 @@ class ZerothOrderEngine:
         When it returns the step is on the disk, where there is a log; OSError where that failed. A step with a non-finite
         loss is skipped and counted; RuntimeError after `max_nonfinite_steps` in a row.
         """
-        boundary = self.is_gradient_accumulation_boundary()
-        if boundary and not self._reduced:
+        in_flight = self._in_flight
+        if in_flight is None or len(in_flight.sums) <= self.micro_steps % self.gradient_accumulation_steps():
             raise RuntimeError("engine.step() was called without engine.backward(loss) before it.")
-        if not boundary:
+        if not self.is_gradient_accumulation_boundary():
             self.micro_steps += 1
             return
         self._watchdog.beat(f"step {self.global_steps}, step")
-        losses = [loss for of_set in self._reduced for loss in of_set]
-        record, loss, projected_grad = self._combine(self._reduced)
+        losses = [loss for of_set in in_flight.reduced for loss in of_set]
+        record, loss, projected_grad = self._combine(in_flight.reduced)
         self._commit_everywhere(record)
-        self._points, self._sums, self._reduced, self._last_loss = [], [], [], None
+        self._in_flight = None
         self.advance(record)
         self.trajectory.wait()
         if self.replicas is not None and not self.should_stop:
             self.share_with(self.replicas)
         self._check_agreement()
-        self._report(record, loss, projected_grad)
+        self._report(record, in_flight, loss, projected_grad)
         self._watchdog.rest()
         if record.skipped:
             self._refuse_more_skipped(losses)
@@ -361,7 +357,7 @@ class ZerothOrderEngine:
             if self._deferred is not None:
                 self._deferred.flush()
             coefficient = update.anchor_grad_coefficient
-            self.parameters.apply_(update_of, direction=self._direction, dense=dense, dense_coefficient=coefficient)
+            self.shards.apply_(update_of, direction=self._direction, dense=dense, dense_coefficient=coefficient)
         if self.anchor is not None:
             self.anchor.record(update)
 
@@ -408,10 +404,10 @@ class ZerothOrderEngine:
             raise
         self.trajectory.agree(self.global_steps)
 
-    def _report(self, record: Step, loss: float, projected_grad: float) -> None:
+    def _report(self, record: Step, in_flight: StepInFlight, loss: float, projected_grad: float) -> None:
         selecting = 0.0 if self.selection is None else self.selection.take_seconds()
-        seconds = time.perf_counter() - self._step_began + selecting
-        sent = self.comm.scalar_bytes - self._bytes_before
+        seconds = time.perf_counter() - in_flight.began + selecting
+        sent = self.comm.scalar_bytes - in_flight.bytes_before
         self.last_step = StepReport(
             self.global_steps, loss, projected_grad, record.lr, sent, seconds, record.skipped, selecting
         )
@@ -472,7 +468,7 @@ class ZerothOrderEngine:
         assert self.replicas is not None
         return self.replicas.sum(values, f"{self.global_steps}, refresh", self.trajectory.head)[0]
 
-    # --- resume (see `zods.resuming`), save, load, export (see `zods.checkpoint`) --------------------------------------
+    # --- resume (see `zods.resuming`) -----------------------------------------------------------------------------------
 
     def share_with(self, replicas: Replicas) -> None:
         """From the next step on, evaluate this rank's part of each batch, as it is shared by those that take part."""
@@ -485,26 +481,9 @@ class ZerothOrderEngine:
 
     def resume(self, folder: str | Path, *, checkpoints: str | Path | None = None, new: Collection[str] = ()) -> None:
         """Log every step in `folder`; where steps are logged there, go on after them. To be called before the first step."""
+        self._in_flight = None
         resuming.resume(self, folder, checkpoints=checkpoints, new=new)
-
-    def save_checkpoint(
-        self,
-        save_dir: str | Path,
-        tag: str | None = None,
-        client_state: dict[str, Any] | None = None,
-        keep: int | None = None,
-    ) -> Path:
-        """keep: of the checkpoints in `save_dir` only the last so many stay; None: all."""
-        self.flush()
-        return checkpoint.save_checkpoint(self, save_dir, tag, client_state or {}, keep)
-
-    def load_checkpoint(self, load_dir: str | Path, tag: str | None = None) -> tuple[Path, dict[str, Any]]:
-        self.flush()
-        return checkpoint.load_checkpoint(self, load_dir, tag)
-
-    def save_pretrained(self, save_dir: str | Path) -> None:
-        self.flush()
-        checkpoint.save_pretrained(self, save_dir)
+        self.is_logged = True
 
     # --- whole batches ----------------------------------------------------------------------------------------------
 

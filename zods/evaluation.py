@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from zods.batch import Inputs, num_examples
 from zods.choose_form import CHECK_DISTANCE, ChooseForm
 from zods.comm import Communicator
 from zods.data import WholePass
@@ -17,8 +18,7 @@ from zods.deferral import DeferredUpdate
 from zods.directions import Direction
 from zods.forwards import Forwards
 from zods.lockstep import NotInLockstep
-from zods.measuring import to_device
-from zods.objectives import loss_count, num_examples
+from zods.objectives import loss_count
 from zods.sharding import ShardedParameters, release_gathered, stop_nvme_prefetch
 from zods.stacking import NotStackable
 from zods.streams import Point
@@ -71,8 +71,12 @@ class Evaluator:
         """Give the model its own forwards back."""
         self._forwards.at.remove()
 
+    def inputs(self, *args: Any, **kwargs: Any) -> dict[str, Any] | Inputs:
+        """A batch on the device, as the model's forward is given it; see `zods.batch.Signature.bind`."""
+        return self._forwards.inputs(*args, **kwargs)
+
     def outputs(self, batch: Any) -> Any:
-        """The model's outputs at the parameters: a dict is given as keywords, a tuple or list as positions."""
+        """The model's outputs at the parameters for what `inputs` gave, or for a batch that it would take."""
         return self._forwards.outputs(batch)
 
     def losses(self, points: Sequence[Point | None], batch: Any) -> torch.Tensor:
@@ -190,7 +194,7 @@ class Evaluator:
         rounds = WholePass(dataset, micro_batch, *share, collate_fn)
         sums = torch.zeros(len(points) + 1, dtype=torch.float64, device=self._comm.device)
         for batch, counted in tqdm(rounds, desc=title, leave=False, disable=self._comm.rank != 0):
-            found = self.loss_sums(points, to_device(batch, self._comm.device))
+            found = self.loss_sums(points, self.inputs(batch))
             if counted:
                 sums += found
         *totals, count = total(sums.tolist())
@@ -201,6 +205,6 @@ class Evaluator:
 
         batches: the same number of them on every rank.
         """
-        sums = torch.stack([self.loss_sums([None], to_device(batch, self._comm.device)) for batch in batches]).sum(0)
+        sums = torch.stack([self.loss_sums([None], self.inputs(batch)) for batch in batches]).sum(0)
         total, count = self._comm.sum_over_ranks(sums.tolist())
-        return total / count
+        return total / count if count else math.nan

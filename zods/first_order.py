@@ -21,12 +21,13 @@ from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
-from zods import checkpoint
+from zods import export
+from zods.batch import WEIGHTS
 from zods.comm import Communicator
 from zods.config import FirstOrderConfig
 from zods.data import TrainingLoader
 from zods.measuring import Measure, check_own_loss, measure_whole
-from zods.objectives import WEIGHTS, Objective, loss_count
+from zods.objectives import Objective, loss_count
 from zods.recording import Recorder
 from zods.resuming import CHECKPOINTS, LOG_NAME, open_log
 from zods.selection.batches import SubBatches
@@ -228,7 +229,7 @@ class FirstOrderEngine:
         self._batches = self.training_dataloader.forever()
 
     def save_pretrained(self, save_dir: str | Path) -> None:
-        checkpoint.save_pretrained(self, save_dir)
+        export.save_pretrained(self, save_dir)
 
 
 def _files_of_latest(load_dir: Path) -> list[Path]:

@@ -9,17 +9,16 @@ from typing import Any
 
 import torch
 
+from zods.batch import Inputs, Signature, call_model, num_examples, to_device
 from zods.comm import Communicator
 from zods.deferral import DeferredUpdate
 from zods.directions import Direction
 from zods.objectives import (
-    WEIGHTS,
     Objective,
     batch_loss,
     fits_cross_entropy,
     logits_of,
     needs_rows,
-    num_examples,
     own_loss,
     refusal_of_examples,
     shift_probes,
@@ -52,20 +51,25 @@ class Forwards:
         self.objective = Objective(loss_mean)  # how the model aligns its labels is found on the first batch
         self.on_forward: Callable[[], Any] | None = None
         self._modules = list(self.module.modules())
+        self._signature = Signature(self.module)
         takes = inspect.signature(self.module.forward).parameters
         self._needs_labels = "labels" in takes and takes["labels"].default is inspect.Parameter.empty
         self._has_cache = "use_cache" in takes  # keys and values for generation, of all layers: a loss needs none
+
+    def inputs(self, *args: Any, **kwargs: Any) -> dict[str, Any] | Inputs:
+        """A batch on the device, as the model's forward is given it; see `zods.batch.Signature.bind`."""
+        return to_device(self._signature.bind(*args, **kwargs), self.comm.device)
 
     def without_cache(self, batch: Any) -> Any:
         """The batch, with generation's cache switched off where the model has one."""
         return {"use_cache": False, **batch} if self._has_cache and isinstance(batch, dict) else batch
 
     def outputs(self, batch: Any) -> Any:
-        """The model's outputs: a dict is given as keywords, a tuple or list as positions."""
+        """The model's outputs for what `inputs` gave, or for a batch that it would take."""
         self._into_eval_mode()
         if self.on_forward is not None:
             self.on_forward()
-        return _call(self.deepspeed, batch)
+        return call_model(self.deepspeed, self._signature.bind(batch))
 
     def _into_eval_mode(self) -> None:
         """Both losses of a pair need the same function, so dropout is off, whatever mode the model was put in since."""
@@ -156,7 +160,7 @@ class Forwards:
         def loss(k: int) -> torch.Tensor:
             # DeepSpeed's hooks on the whole model count forwards: they run once, in the first stream
             call = self.deepspeed if k == 0 else self.module.forward
-            return self.mean_of(_call(call, batch), batch)
+            return self.mean_of(call_model(call, batch), batch)
 
         return torch.stack(self.at.in_lockstep(points, loss))
 
@@ -172,13 +176,6 @@ def _logits(outputs: Any) -> torch.Tensor:
     if logits is None:
         raise NotStackable("the model gives no logits without labels")
     return logits
-
-
-def _call(model: Any, batch: Any) -> Any:
-    """A dict is given as keywords, a tuple or list as positions."""
-    if isinstance(batch, dict):
-        return model(**{key: value for key, value in batch.items() if key != WEIGHTS})
-    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
 
 
 def _stacked(value: Any, num_points: int, size: int) -> Any:

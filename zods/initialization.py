@@ -21,6 +21,7 @@ from zods.data import TrainingLoader, check_dataset
 from zods.engine import ZerothOrderEngine
 from zods.kernels import backend, fingerprint
 from zods.launching import connect_ranks
+from zods.model_setup import lay_out_parameters, parameters_to_train, scalars_as_vectors, without_compile
 from zods.schedules import build_scheduler, step_mistake
 from zods.section import SECTION, DirectionConfig, check_selector
 from zods.selection.batches import SubBatches, sources_of
@@ -40,7 +41,7 @@ def initialize(
     args: Any = None,
     model: torch.nn.Module | None = None,
     optimizer: Any = None,
-    model_parameters: Iterable[torch.nn.Parameter] | None = None,
+    model_parameters: Iterable[Any] | None = None,
     training_data: torch.utils.data.Dataset | None = None,
     lr_scheduler: Any = None,
     distributed_port: int = 29500,
@@ -54,23 +55,28 @@ def initialize(
     """Put a model under DeepSpeed with zeroth-order steps; `deepspeed.initialize` with a section "zeroth_order".
 
     model: any module whose forward returns a loss, an output with `loss`, or one with `logits` for a batch with
-    `labels`. It may be made under `deepspeed.zero.Init`. model_parameters: those to train (default: all that require a
-    gradient). training_data: a map-style dataset; needed for "mezo_svrg" (the anchor is its full-batch gradient), "anneal"
-    and "selector". lr_scheduler: a scheduler on the returned optimizer, or a function that makes one from it. config: path or
-    dict (else `args.deepspeed_config`). optimizer, mpu and mesh_param must be None.
+    `labels`. It may be made under `deepspeed.zero.Init`; torch.compile is taken off it. model_parameters: those to train
+    (default: all that require a gradient), also as groups; see `zods.model_setup.parameters_to_train`. training_data: a
+    map-style dataset; needed for "mezo_svrg" (the anchor is its full-batch gradient), "anneal" and "selector".
+    lr_scheduler: a scheduler on the returned optimizer, or a function that makes one from it. config: path or dict (else
+    `args.deepspeed_config`). optimizer, mpu and mesh_param must be None.
 
     Returns (engine, optimizer, training_dataloader, lr_scheduler). Raises ValueError or OSError on bad input, the same
     on all ranks.
     """
     comm = connect_ranks(distributed_port=distributed_port, dist_init_required=dist_init_required)
     with comm.same_on_all_ranks():
-        model = _checked_model(model, optimizer=optimizer, mpu=mpu, mesh_param=mesh_param)
+        model = without_compile(_checked_model(model, optimizer=optimizer, mpu=mpu, mesh_param=mesh_param))
         run = read_config(_source(args, config, config_params), comm.world_size)
         check_folders(run)
         if hasattr(lr_scheduler, "step"):
             _check_step(lr_scheduler)
         loader: TrainingLoader | SelectingLoader | None = _training_loader(run, comm, training_data, collate_fn)
         _check_selector(run, model, training_data)
+        wanted = parameters_to_train(
+            model, model_parameters, lr=run.zeroth_order.lr, weight_decay=run.zeroth_order.weight_decay
+        )
+        lay_out_parameters(model)
         resolve_by_model(run, model, comm.world_size)
     comm.check_agreement(json.dumps(run.to_dict(), sort_keys=True).encode(), "the configuration")
     comm.check_agreement(_fingerprint(model), "the model (parameter names, shapes, dtypes, trainable or not)")
@@ -80,10 +86,11 @@ def initialize(
 
     if not any(is_sharded(p) for p in model.parameters()):
         _check_weights(model, comm)
-    ds_config = _prepared(run, model)
-    engine = deepspeed.initialize(model=model, config=ds_config, dist_init_required=False)[0]
+    with scalars_as_vectors(model):
+        ds_config = _prepared(run, model)
+        engine = deepspeed.initialize(model=model, config=ds_config, dist_init_required=False)[0]
     world = comm.world_size
-    parameters = ShardedParameters(engine.module, rank=comm.rank, world_size=world, model_parameters=model_parameters)
+    parameters = ShardedParameters(engine.module, rank=comm.rank, world_size=world, model_parameters=wanted)
     if run.zeroth_order.selector is not None:
         loader = _selecting_loader(run, comm, engine, training_data, collate_fn)
     zo_optimizer = ZerothOrderOptimizer([p.param for p in parameters], lr=run.zeroth_order.lr)
@@ -93,7 +100,7 @@ def initialize(
         engine,
         run,
         comm=comm,
-        parameters=parameters,
+        shards=parameters,
         optimizer=zo_optimizer,
         lr_scheduler=scheduler,
         training_loader=loader,

@@ -7,22 +7,12 @@ from typing import Any
 
 import torch
 
+from zods.batch import WEIGHTS, to_device
 from zods.comm import Communicator
 from zods.data import WholePass
-from zods.objectives import WEIGHTS, batch_loss, logits_of
+from zods.objectives import batch_loss, logits_of
 
 Measure = Callable[[Any, dict[str, torch.Tensor], Any], dict[str, tuple[float, float]]]
-
-
-def to_device(batch: Any, device: torch.device) -> Any:
-    """A batch with its tensors on the device; tuples, lists and dicts are followed."""
-    if isinstance(batch, torch.Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, (tuple, list)):
-        return type(batch)(to_device(item, device) for item in batch)
-    if hasattr(batch, "items"):
-        return {key: to_device(value, device) for key, value in batch.items()}
-    return batch
 
 
 @torch.no_grad()

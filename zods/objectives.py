@@ -12,8 +12,7 @@ sum_i w_i mean_i / sum_i w_i for examples. For labels of one dimension (classes)
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from zods.batch import WEIGHTS, describe, num_examples
+
 IGNORE_INDEX = -100  # transformers' mark for a token that is not scored
-WEIGHTS = "example_weights"  # the entry of a batch with a weight for each example, which no model is given
 
 _CHUNK_ELEMENTS = 1 << 24  # logits turned into float32 at a time: 64 MiB
 _CHUNK_ELEMENTS_ON_CPU = 1 << 20  # what stays in its cache: seven times faster there for bfloat16 logits
@@ -87,7 +87,7 @@ def batch_loss(outputs: Any, batch: Any, objective: Objective = PLAIN) -> Tensor
     if not isinstance(logits, Tensor) or not isinstance(labels, Tensor):
         raise ValueError(
             "the model's forward gives neither a loss nor logits with labels: "
-            f"it returned {_describe(outputs)} for a batch of {_describe(batch)}; "
+            f"it returned {describe(outputs)} for a batch of {describe(batch)}; "
             "pass labels, or wrap the model so that forward returns a scalar loss"
         )
     sums, counts = row_sums(logits, labels, objective.shifted)
@@ -193,7 +193,7 @@ def weighted_sum(outputs: Any, batch: Any, objective: Objective = PLAIN) -> Tens
     logits, labels, weights = logits_of(outputs), _entry(batch, "labels"), weights_of(batch)
     if logits is None or not isinstance(labels, Tensor) or weights is None:
         raise ValueError(
-            f"weights of examples need logits and labels; the model returned {_describe(outputs)} for {_describe(batch)}"
+            f"weights of examples need logits and labels; the model returned {describe(outputs)} for {describe(batch)}"
         )
     sums, counts = row_sums(logits, labels, objective.shifted)
     counted = (weights != 0) & (counts > 0)
@@ -247,25 +247,6 @@ def logits_of(outputs: Any) -> Tensor | None:
     return found if isinstance(found, Tensor) else None
 
 
-def num_examples(batch: Any) -> int:
-    """The size of the batch dimension of a tensor, or of nested dicts, tuples and lists of tensors.
-
-    It is that of the labels, where there are some, or else the dim 0 that most tensors have: of several such the smallest,
-    since a table beside the inputs is longer than the batch, and above 1, since one row (position ids) may serve all
-    examples. The order of the entries does not matter.
-
-    Raises:
-        ValueError: the batch holds no tensor with a dim 0.
-    """
-    labels = batch.get("labels") if isinstance(batch, Mapping) else None
-    sizes = Counter(tensor.shape[0] for tensor in _tensors(labels if isinstance(labels, Tensor) else batch))
-    if not sizes:
-        sizes = Counter(tensor.shape[0] for tensor in _tensors(batch))
-    if not sizes:
-        raise ValueError(f"the batch holds no tensor with a batch dimension; it is {_describe(batch)}")
-    return min(sizes, key=lambda size: (size == 1, -sizes[size], size))
-
-
 def sequence_log_likelihood(logits: Tensor, labels: Tensor, shifted: bool = True) -> tuple[Tensor, Tensor]:
     """Per row, the sum of the labelled tokens' log-probabilities, and their number.
 
@@ -305,24 +286,3 @@ def sequence_log_likelihood(logits: Tensor, labels: Tensor, shifted: bool = True
 
 def _entry(container: Any, name: str) -> Any:
     return container.get(name) if isinstance(container, Mapping) else getattr(container, name, None)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """Those with a dim 0."""
-    if isinstance(value, Tensor):
-        if value.ndim:
-            yield value
-        return
-    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, (tuple, list)) else ()
-    for item in inner:
-        yield from _tensors(item)
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return f"{type(value).__name__} with keys {', '.join(map(str, value)) or 'none'}"
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}"
-    if isinstance(value, (tuple, list)):
-        return f"{type(value).__name__} of {', '.join(map(_describe, value)) or 'nothing'}"
-    return type(value).__name__

@@ -123,7 +123,7 @@ def describe(engine: Any) -> Header:
     """The model as it stands, and the training data. All ranks call it together."""
     engine.flush()
     release_gathered(engine.deepspeed)
-    parameters, comm = engine.parameters, engine.comm
+    parameters, comm = engine.shards, engine.comm
     pieces = sorted([*parameters.slices, *parameters.frozen], key=lambda piece: piece.ordinal)
     own = [fingerprint(local, piece.offset) for piece, local in parameters.visit(write=False, pieces=pieces)]
     by_rank = comm.gather_integers([value - (value >> 63 << 64) for value in own])
@@ -264,7 +264,7 @@ def _join(engine: Any) -> None:
 
 
 def _pieces(engine: Any, names: Collection[str]) -> list[Slice]:
-    return [piece for piece in [*engine.parameters.slices, *engine.parameters.frozen] if piece.name in names]
+    return [piece for piece in [*engine.shards.slices, *engine.shards.frozen] if piece.name in names]
 
 
 def _save_initial(engine: Any, path: Path, names: Collection[str]) -> None:
@@ -297,7 +297,7 @@ def _load_initial(engine: Any, path: Path, header: Header) -> None:
                 if odd:
                     raise ValueError(f"{path}: {odd[0]} is not as in the log.")
                 pieces = _pieces(engine, names)
-                for piece, local in engine.parameters.visit(write=True, pieces=pieces):
+                for piece, local in engine.shards.visit(write=True, pieces=pieces):
                     values = file.get_tensor(piece.name).to(piece.dtype).view(-1)
                     local.copy_(values[piece.offset : piece.offset + piece.numel])
         except SafetensorError as error:
@@ -395,7 +395,7 @@ def _apply(engine: Any, changes: Sequence[Change], refreshed_at: int | None) -> 
     """Apply changes to this rank's slices in one visit, and keep the anchor of the last refresh among them."""
     if not changes:
         return
-    anchor, parameters = engine.anchor, engine.parameters
+    anchor, parameters = engine.anchor, engine.shards
     direction = direction_of(engine.config.zeroth_order)
     before, after = changes[: refreshed_at or 0], changes[refreshed_at or 0 :]
     engine.flush()

@@ -128,8 +128,6 @@ class ShardedParameters:
     @staticmethod
     def _slice(name: str, ordinal: int, param: torch.nn.Parameter, rank: int, world_size: int) -> Slice:
         if not is_sharded(param):
-            if not param.data.is_contiguous():
-                param.data = param.data.contiguous()
             n = param.numel()
             return Slice(name, ordinal, param, tuple(param.shape), param.dtype, 0, n, n)
         zero: Any = param

@@ -153,7 +153,7 @@ def anchor_point(engine: ZerothOrderEngine) -> dict[str, Tensor]:
     """The anchor point of every trainable parameter, as evaluations see it, whole."""
     copies = {}
     engine.flush()
-    for piece in engine.parameters:
+    for piece in engine.shards:
         with deepspeed.zero.GatheredParameters([piece.param], enabled=hasattr(piece.param, "ds_tensor")):
             live = piece.param.data
             weight, scale, seeds, coefficients = engine.anchor.source(piece, live)
@@ -172,7 +172,7 @@ def anchor_point(engine: ZerothOrderEngine) -> dict[str, Tensor]:
 def local_slices(engine: ZerothOrderEngine) -> dict[str, Tensor]:
     """Copies of this rank's slices, where they are stored."""
     engine.flush()
-    return {piece.name: local.clone() for piece, local in engine.parameters.visit(write=False)}
+    return {piece.name: local.clone() for piece, local in engine.shards.visit(write=False)}
 
 
 def sha256(tensors: dict[str, Tensor]) -> str:

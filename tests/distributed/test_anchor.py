@@ -61,7 +61,7 @@ def rank_of_copies(folder: Path) -> dict[Any, dict[str, Any]]:
         nvme = folder / f"{stage}-{place}-{bf16}"
         nvme.mkdir(parents=True, exist_ok=True)
         engine = build(nvme, stage=stage, bf16=bf16, weight_decay=0.1, anchor={"point": place, "gradient": place})
-        names = [piece.name for piece in engine.parameters]
+        names = [piece.name for piece in engine.shards]
         at_refresh = whole(engine)
         train(engine, tiny_data(), range(3))
         live = whole(engine)
@@ -72,7 +72,7 @@ def rank_of_copies(folder: Path) -> dict[Any, dict[str, Any]]:
             "live": numpy_of({n: live[n] for n in names}),
         }
         if place != "terms":
-            kept = {p.name: slice_of(engine.anchor.gradient, p) for p in engine.parameters}
+            kept = {p.name: slice_of(engine.anchor.gradient, p) for p in engine.shards}
             made = {
                 p.name: combine_(
                     torch.empty(p.numel, dtype=p.dtype),
@@ -81,22 +81,22 @@ def rank_of_copies(folder: Path) -> dict[Any, dict[str, Any]]:
                     parameter=p.ordinal,
                     offset=p.offset,
                 )
-                for p in engine.parameters
+                for p in engine.shards
             }
             result["gradient"] = sha256(kept) == sha256(made)
             # change the live weights: the anchor stays
             release_gathered(engine.deepspeed)
-            engine.parameters.apply_(lambda _: SliceUpdate(0.0, [5], [1.0]), direction=Direction())
+            engine.shards.apply_(lambda _: SliceUpdate(0.0, [5], [1.0]), direction=Direction())
             changed = sha256(whole(engine))
             result["stays"] = [
                 sha256(anchor_point(engine)) == sha256(point),
-                sha256({p.name: slice_of(engine.anchor.gradient, p) for p in engine.parameters}) == sha256(kept),
+                sha256({p.name: slice_of(engine.anchor.gradient, p) for p in engine.shards}) == sha256(kept),
                 changed != sha256(live),
             ]
             # change the anchor: the live weights stay
             release_gathered(engine.deepspeed)
             slices = sha256(local_slices(engine))
-            for piece in engine.parameters:
+            for piece in engine.shards:
                 zeros = torch.zeros(piece.numel, dtype=piece.dtype)
                 engine.anchor.point.write(piece, zeros)
                 engine.anchor.gradient.write(piece, zeros)
@@ -212,7 +212,7 @@ def rank_of_nvme(folder: Path) -> dict[str, Any]:
     # the bytes are in the files
     for role in ("point", "gradient"):
         store = getattr(engine.anchor, role)
-        slices = {p.name: slice_of(store, p) for p in engine.parameters}
+        slices = {p.name: slice_of(store, p) for p in engine.shards}
         files = [f for f in folder.rglob(f"{role}*") if f"rank{rank}" in str(f)]
         content = b"".join(f.read_bytes() for f in files)
         found[role] = (len(files), all(t.numpy().tobytes() in content for t in slices.values()))
@@ -220,7 +220,7 @@ def rank_of_nvme(folder: Path) -> dict[str, Any]:
     store, events = engine.anchor.point, []
     begin_read, begin_write = store._file.begin_read, store._file.begin_write
     store._file.begin_read = lambda *a: (events.append("read"), begin_read(*a))
-    pieces = [p for p in engine.parameters if p.numel]
+    pieces = [p for p in engine.shards if p.numel]
     for _ in range(2):
         for piece in pieces:
             slice_of(store, piece)
@@ -264,7 +264,7 @@ def rank_of_buffers(folder: Path) -> list[str]:
         own.mkdir(exist_ok=True)
         anchor = {"point": "nvme", "gradient": "nvme", "buffer_count": count, "buffer_size": size}
         engine = build(own, model=Tiny(inner=1021), anchor=anchor, anchor_interval=3)
-        blocks = [len(engine.anchor.point.blocks(p)) for p in engine.parameters]
+        blocks = [len(engine.anchor.point.blocks(p)) for p in engine.shards]
         assert (max(blocks) > 3) == (size == 1), blocks
         train(engine, tiny_data(), range(7))
         digests.append(sha256(whole(engine)))
@@ -328,9 +328,9 @@ def rank_of_failing_drives(folder: Path, buffer_count: int, bf16: bool) -> dict[
     store, file, warnings = engine.anchor.gradient, files[0], Warnings()
     for each in engines:
         train(each, tiny_data(), range(2))
-    good = values_of(file, store, engine.parameters)
+    good = values_of(file, store, engine.shards)
     size = file.stat().st_size
-    bits = [[place] for p in engine.parameters for place in last_bytes(store, p)]
+    bits = [[place] for p in engine.shards for place in last_bytes(store, p)]
     damages = {
         "nothing": lambda: None,
         "one bit": lambda: flip(file, bits[len(bits) // 2][0]),
@@ -341,13 +341,13 @@ def rank_of_failing_drives(folder: Path, buffer_count: int, bf16: bool) -> dict[
     }
     found: dict[str, Any] = {"blocks": len(bits), "file": str(file), "damages": {}}
     for k, (name, damage) in enumerate(damages.items()):
-        values_of(file, store, engine.parameters)  # what is read ahead is read before the damage
+        values_of(file, store, engine.shards)  # what is read ahead is read before the damage
         damage()
         warnings.texts.clear()
         for each in engines:
             train(each, tiny_data(), range(2 * k, 2 * k + 2))  # the first step may have read its first block before
         equal = sha256(whole(engine)) == sha256(whole(twin))
-        rebuilt = values_of(file, store, engine.parameters) == good
+        rebuilt = values_of(file, store, engine.shards) == good
         found["damages"][name] = (equal, rebuilt, list(warnings.texts))
     return found
 
@@ -376,7 +376,7 @@ def rank_of_lost_points(folder: Path) -> dict[str, tuple[str, str, bool]]:
         train(engine, tiny_data(), range(2))
         store, file = engine.anchor.point, folder / name / "zods_anchor" / f"rank{engine.global_rank}" / "point.bin"
         store._file.wait()
-        place = last_bytes(store, next(p for p in engine.parameters if p.name == "hidden.weight"))[0]
+        place = last_bytes(store, next(p for p in engine.shards if p.name == "hidden.weight"))[0]
         flip(file, place) if name == "one bit" else os.truncate(file, place)
         try:
             train(engine, tiny_data(), range(2, 4))

@@ -189,7 +189,7 @@ def rank_of_waiting(folder: Path) -> dict[str, bool]:
         engine = build(offload, folder / offload)
 
         def stored(engine: Any = engine) -> dict[str, Tensor]:
-            return {piece.name: local.clone() for piece, local in engine.parameters.visit(write=False)}
+            return {piece.name: local.clone() for piece, local in engine.shards.visit(write=False)}
 
         zods.sharding.release_gathered(engine.deepspeed)
         before = sha256(stored())

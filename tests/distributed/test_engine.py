@@ -106,7 +106,7 @@ def rank_of_cases(folder: Path) -> dict[str, Any]:
             "before": numpy_of(before),
             "after": numpy_of(whole(engine)),
             "losses": losses,
-            "slices": [piece.name for piece in engine.parameters],
+            "slices": [piece.name for piece in engine.shards],
             "refreshed": engine.anchor_step,
             "training": any(module.training for module in engine.module.modules()),
         }

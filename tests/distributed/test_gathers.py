@@ -147,7 +147,7 @@ def rank_of_trajectories(folder: Path) -> dict[tuple[str, str], Any]:
             history = History()
             records = read_log(folder / f"{name}-{form}" / "trajectory.log").records
             changes = [change for record in records if (change := history.change(record))]
-            for piece in engine.parameters:
+            for piece in engine.shards:
                 replay_(replayed[piece.name].view(-1), piece, 0, changes, engine._direction)
             found[name, form] = {
                 "before": before,

@@ -58,7 +58,7 @@ def rank_of_peaks(stage: int) -> dict[str, tuple[int, int, int]]:
             train(engine, data, [2])
         largest = 0
         for module in engine.module.modules():
-            own = [p for p in engine.parameters if any(p.param is q for q in module.parameters(recurse=False))]
+            own = [p for p in engine.shards if any(p.param is q for q in module.parameters(recurse=False))]
             largest = max(largest, sum(p.whole_numel * p.dtype.itemsize for p in own))
         found[name] = (inference.bytes, step.bytes, largest)
     return found

@@ -135,7 +135,7 @@ def rank_of_runs(folder: Path) -> dict[str, Any]:
                     engine.forward(next(engine._own_batches))
                 engine.save_checkpoint(folder / name / CHECKPOINTS)
                 if engine.gradient_accumulation_steps() > 1:
-                    engine._sums, engine.training_dataloader.position = [], engine.training_dataloader.position - 1
+                    engine.training_dataloader.position -= 1
                     engine.restart_loader()
         close(engine)
         ahead = build(name, folder)

@@ -53,19 +53,19 @@ def rank_of_layouts(folder: Path) -> dict[Any, dict[str, Any]]:
             engine = build(stage, offload, dtype, path, **section)
             slices = [
                 (p.name, p.ordinal, p.offset, p.numel, local.float().numpy().copy() if p.whole_numel < 100 else None)
-                for p, local in engine.parameters.visit(write=False)
+                for p, local in engine.shards.visit(write=False)
             ]
             stored = {
                 p.name: getattr(p.param, "ds_tensor", p.param).device.type
                 if getattr(getattr(p.param, "ds_tensor", None), "final_location", None) != "nvme"
                 else "nvme"
-                for p in engine.parameters
+                for p in engine.shards
             }
             num_files = len(list(path.rglob("*.swp")))
             engine.anchor.set_gradient(GRADIENT)
             for step in range(STEPS):
                 seeds, coefficients, decay, rounding_seed = given(step)
-                engine.parameters.apply_(
+                engine.shards.apply_(
                     everywhere(seeds, coefficients, decay, rounding_seed),
                     direction=Direction(),
                     dense=engine.anchor.gradient.read,
@@ -79,7 +79,7 @@ def rank_of_layouts(folder: Path) -> dict[Any, dict[str, Any]]:
             z = {}
             for distribution in ("gaussian", "rademacher"):
                 zods.sharding.release_gathered(engine.deepspeed)
-                engine.parameters.apply_(lambda _: SliceUpdate(0.0, [4321], [1.0]), direction=Direction(distribution))
+                engine.shards.apply_(lambda _: SliceUpdate(0.0, [4321], [1.0]), direction=Direction(distribution))
                 z[distribution] = sha256(whole(engine))
             found[stage, offload, dtype] = {
                 "slices": slices,

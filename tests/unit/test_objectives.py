@@ -1,6 +1,5 @@
 """Losses agree with transformers' own, and what cannot be a loss is an error that says so."""
 
-from itertools import permutations
 from types import SimpleNamespace
 
 import pytest
@@ -22,7 +21,6 @@ from zods.objectives import (
     batch_loss,
     fits_cross_entropy,
     loss_count,
-    num_examples,
     sequence_log_likelihood,
     shift_probes,
 )
@@ -110,29 +108,6 @@ def test_a_loss_of_none_leaves_the_choice_to_the_logits():
 def test_outputs_without_a_loss_are_an_error_that_says_what_was_found(outputs, batch, message):
     with pytest.raises(ValueError, match=message):
         batch_loss(outputs, batch)
-
-
-def test_the_number_of_examples_does_not_depend_on_the_order_of_the_entries():
-    """One row that serves all examples, and a table, may stand before the inputs and after them."""
-    entries = {
-        "position_ids": torch.zeros(1, 7),
-        "mask": torch.zeros(4, 7),
-        "table": torch.zeros(50, 2),
-        "ids": torch.zeros(4, 7),
-    }
-    for order in permutations(entries):
-        assert num_examples({key: entries[key] for key in order}) == 4
-        assert num_examples({"labels": torch.zeros(3), **{key: entries[key] for key in order}}) == 3
-    assert num_examples((torch.zeros(1, 7), torch.zeros(9), torch.zeros(5, 2))) == 5
-
-
-def test_the_number_of_examples_is_dim_0_of_a_tensor():
-    tensor = torch.zeros(3, 2)
-    for batch in (tensor, {"a": tensor, "b": torch.zeros(9)}, (tensor, None), [{"a": [tensor]}], {"n": 1, "a": tensor}):
-        assert num_examples(batch) == 3
-    for batch in ({}, (), None, {"a": 1}, torch.tensor(1.0)):
-        with pytest.raises(ValueError, match="no tensor with a batch dimension"):
-            num_examples(batch)
 
 
 def test_log_likelihood_is_the_sum_over_labelled_tokens_whatever_the_chunks(monkeypatch):

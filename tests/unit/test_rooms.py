@@ -24,6 +24,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "launching": ({"comm"}, {"torch", "deepspeed"}),
     "watchdog": ({"comm"}, set()),
     "stopping": (set(), set()),
+    "batch": (set(), {"torch"}),
     "data": (set(), {"torch"}),
     "rule": ({"section", "directions", "estimators"}, set()),
     "trajectory": (
@@ -44,50 +45,53 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "deepspeed"},
     ),
     "anchor": ({"section", "kernels", "directions", "estimators", "comm", "sharding", "streams"}, {"torch", "deepspeed"}),
-    "objectives": (set(), {"torch"}),
+    "objectives": ({"batch"}, {"torch"}),
     "memory": (set(), {"torch"}),
-    "measuring": ({"comm", "data", "objectives"}, {"torch"}),
+    "measuring": ({"batch", "comm", "data", "objectives"}, {"torch"}),
     "forwards": (
-        {"comm", "deferral", "directions", "objectives", "sharding", "stacking", "streams"},
+        {"batch", "comm", "deferral", "directions", "objectives", "sharding", "stacking", "streams"},
         {"torch"},
     ),
-    "choose_form": ({"forwards", "memory", "objectives", "sharding", "streams"}, {"torch", "deepspeed", "tqdm"}),
+    "choose_form": ({"batch", "forwards", "memory", "objectives", "sharding", "streams"}, {"torch", "deepspeed", "tqdm"}),
     "evaluation": (
         {
-            "choose_form", "comm", "data", "deferral", "directions", "forwards", "lockstep", "measuring", "objectives",
+            "batch", "choose_form", "comm", "data", "deferral", "directions", "forwards", "lockstep", "objectives",
             "sharding", "stacking", "streams",
         },
         {"torch", "tqdm"},
     ),
     "selection": (
-        {"section", "measuring", "kernels", "directions", "comm", "data", "objectives", "sharding"},
+        {"batch", "section", "measuring", "kernels", "directions", "comm", "data", "objectives", "sharding"},
         {"torch", "deepspeed"},
     ),
     "checkpoint": ({"section", "kernels", "estimators", "sharding", "trajectory"}, {"torch", "safetensors"}),
+    "export": ({"sharding"}, {"torch", "safetensors"}),
     "recording": ({"config", "data", "estimators", "selection", "trajectory"}, set()),
     "resuming": (
         {"checkpoint", "comm", "kernels", "selection", "sharding", "trajectory"},
         {"torch", "safetensors", "tqdm"},
     ),
     "replicas": ({"comm", "section", "trajectory"}, set()),
+    "engine_face": ({"checkpoint", "comm", "config", "export", "sharding", "steps"}, {"torch"}),
     "engine": (
         {
             "config", "estimators", "comm", "data", "deferral", "sharding", "streams", "anchor", "rule", "trajectory",
-            "evaluation", "checkpoint", "selection", "measuring", "recording", "replicas", "resuming", "steps", "stopping",
-            "watchdog",
+            "evaluation", "selection", "measuring", "recording", "replicas", "resuming", "steps", "stopping",
+            "watchdog", "engine_face",
         },
         {"torch"},
     ),
+    "model_setup": ({"sharding"}, {"torch"}),
     "initialization": (
         {
             "section", "config", "config_auto", "schedules", "kernels", "comm", "data", "sharding", "anchor", "engine",
-            "selection", "steps", "launching",
+            "selection", "steps", "launching", "model_setup",
         },
         {"torch", "deepspeed"},
     ),
     "first_order": (
         {
-            "checkpoint", "comm", "config", "data", "measuring", "objectives", "recording", "resuming", "selection", "steps",
+            "batch", "comm", "config", "data", "export", "measuring", "recording", "resuming", "selection", "steps",
             "stopping", "trajectory",
         },
         {"torch", "deepspeed"},

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
+from zods.batch import WEIGHTS, to_device
 from zods.comm import Communicator
 from zods.data import check_dataset
-from zods.measuring import check_own_loss, to_device
-from zods.objectives import WEIGHTS, label_counts
+from zods.measuring import check_own_loss
+from zods.objectives import label_counts
 from zods.section import SelectorConfig, check_selector
 from zods.selection.facility_location import quantised
 from zods.selection.features import FeatureExtractor, without_cache

@@ -10,10 +10,10 @@ from deepspeed.runtime.dataloader import DeepSpeedDataLoader
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from zods.batch import WEIGHTS, to_device
 from zods.comm import Communicator
 from zods.data import EpochLoader, check_dataset, epoch_order, sample_digest
-from zods.measuring import to_device
-from zods.objectives import WEIGHTS, Objective, weighted_sum
+from zods.objectives import Objective, weighted_sum
 from zods.section import check_loss_mean, parse_selector
 from zods.selection.batches import Batch, SubBatches
 from zods.selection.features import without_cache

@@ -115,7 +115,7 @@ def main(output):
                 before = now
         found[name] = {"steps": steps, "global_steps": engine.global_steps, "loss": engine.last_step.loss}
     found["sent"] = SENT
-    held = {id(p.param): p.padded_numel for p in engine.parameters}  # a tied parameter is gathered where it is used
+    held = {id(p.param): p.padded_numel for p in engine.shards}  # a tied parameter is gathered where it is used
     uses = [held[id(p)] for module in engine.module.modules() for p in module.parameters(recurse=False)]
     found["anchor_numel"] = sum(uses)
     (output / f"rank{engine.global_rank}.json").write_text(json.dumps(found))
