@@ -133,6 +133,7 @@ class ZerothOrderEngine(EngineFace):
         )
         self._own_batches: Iterator[Any] | None = None
         self.nonfinite_in_a_row = 0
+        self._has_said_zero = False
         self.is_logged = False  # whether `resume` was called
         self._in_flight: StepInFlight | None = None
         deepspeed_engine.eval()
@@ -291,6 +292,8 @@ class ZerothOrderEngine(EngineFace):
         self._watchdog.rest()
         if record.skipped:
             self._refuse_more_skipped(losses)
+        elif projected_grad == 0.0:
+            self._say_zero_gradient()
 
     def _combine(self, losses: Sequence[Sequence[float]]) -> tuple[Step, float, float]:
         """The record of this step; the mean loss and the mean projected gradient at the parameters."""
@@ -414,6 +417,16 @@ class ZerothOrderEngine(EngineFace):
         if self.monitor.enabled:
             events = {"loss": loss, "lr": record.lr, "projected_grad": projected_grad}
             self.monitor.write_events([(f"Train/Samples/{k}", v, self.global_samples) for k, v in events.items()])
+
+    def _say_zero_gradient(self) -> None:
+        if not self._has_said_zero and self.global_rank == 0:
+            logger.warning(
+                "step %d: the projected gradient is exactly 0, for the losses of a pair of points are the same number. Either "
+                "no parameter that is trained reaches the loss, or eps (%g) is lost in rounding. This is said once.",
+                self.global_steps,
+                self._zo.eps,
+            )
+        self._has_said_zero = True
 
     def _refuse_more_skipped(self, losses: Sequence[float]) -> None:
         logger.warning("step %d skipped: losses %s are not all finite", self.global_steps, losses)

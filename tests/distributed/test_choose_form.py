@@ -229,3 +229,27 @@ def test_the_first_examples_are_taken_of_a_dict_of_tensors_with_a_row_for_each()
     assert cut["use_cache"] is False
     for whole in ({**rows, "edges": torch.zeros(2, 9)}, {**rows, "texts": ["a"] * 6}, (rows["ids"], rows["labels"])):
         assert first_examples(whole, 4) is whole
+
+
+def rank_of_zero_gradients() -> list[str]:
+    """Steps on a parameter that the loss does not depend on."""
+    messages: list[str] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            messages.append(record.getMessage())
+
+    logging.getLogger("zods").addHandler(Keep())
+    model = Experts()
+    model.unused = nn.Linear(3, 3)
+    for name, param in model.named_parameters():
+        param.requires_grad_(name.startswith("unused"))
+    engine = engine_of(model)
+    for _ in range(3):
+        engine.backward(engine(awkward.words(4, 6)))
+        engine.step()
+    return [text for text in messages if "exactly 0" in text]
+
+
+def test_a_projected_gradient_of_exactly_0_is_said_once():
+    assert [len(said) for said in run_ranks(2, rank_of_zero_gradients)] == [1, 0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import namedtuple
+from itertools import permutations
 from typing import Any
 
 import pytest
@@ -150,7 +151,21 @@ def test_moving_a_batch_keeps_its_form_and_what_is_no_tensor():
     assert to_device({"graph": Graph()}, meta)["graph"].device == meta
 
 
-def test_the_number_of_examples_is_dim_0_of_the_first_tensor():
+def test_the_number_of_examples_does_not_depend_on_the_order_of_the_entries():
+    """One row that serves all examples, and a table, may stand before the inputs and after them."""
+    entries = {
+        "position_ids": torch.zeros(1, 7),
+        "mask": torch.zeros(4, 7),
+        "table": torch.zeros(50, 2),
+        "ids": torch.zeros(4, 7),
+    }
+    for order in permutations(entries):
+        assert num_examples({key: entries[key] for key in order}) == 4
+        assert num_examples({"labels": torch.zeros(3), **{key: entries[key] for key in order}}) == 3
+    assert num_examples((torch.zeros(1, 7), torch.zeros(9), torch.zeros(5, 2))) == 5
+
+
+def test_the_number_of_examples_is_dim_0_of_a_tensor():
     for batch in (torch.zeros(3), {"n": torch.tensor(5), "x": X}, ("a", X), Batch(X, Y, MASK), Example(X, Y, MASK)):
         assert num_examples(batch) == 3
     for batch in ({}, {"n": torch.tensor(1)}, "text"):

@@ -91,8 +91,8 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     ),
     "first_order": (
         {
-            "batch", "comm", "config", "data", "export", "measuring", "recording", "resuming", "selection", "steps",
-            "stopping", "trajectory",
+            "batch", "comm", "config", "data", "export", "measuring", "objectives", "recording", "resuming", "selection",
+            "steps", "stopping", "trajectory",
         },
         {"torch", "deepspeed"},
     ),
