@@ -71,16 +71,20 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
         },
         {"torch", "deepspeed"},
     ),
-    "tasks": ({"objectives"}, {"torch", "transformers", "datasets"}),
+    "tasks": ({"objectives"}, {"torch", "transformers", "datasets", "pyarrow"}),
+    "pretrained": (
+        {"config", "tasks", "trajectory"},
+        {"torch", "deepspeed", "transformers", "safetensors", "peft"},
+    ),
     "arguments": ({"config", "section"}, set()),
     "runs": (set(), set()),
     "report": ({"runs"}, {"matplotlib"}),
     "finetune": (
         {
             FACE, "config", "comm", "engine", "first_order", "selection",
-            "initialization", "resuming", "stopping", "tasks", "trajectory", "arguments", "runs", "report",
+            "initialization", "pretrained", "resuming", "stopping", "tasks", "arguments", "runs", "report",
         },
-        {"torch", "deepspeed", "transformers", "datasets", "tqdm", "peft"},
+        {"torch", "deepspeed", "datasets", "tqdm"},
     ),
 }  # fmt: skip
 PURE = ("section", "config", "directions", "estimators", "rule", "data")
