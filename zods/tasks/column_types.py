@@ -11,7 +11,7 @@ import pyarrow as pa
 TEXT, INTEGER, FLOAT, BOOLEAN, NULL = pa.string(), pa.int64(), pa.float64(), pa.bool_(), pa.null()
 
 _INTEGER = re.compile(r"-?(0|[1-9][0-9]*)")  # "007" and "+1" are not: they could not be written back
-_FLOAT = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+_FLOAT = re.compile(r"-?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _BOOLEANS = {"True": True, "TRUE": True, "true": True, "False": False, "FALSE": False, "false": False}
 
 
@@ -21,8 +21,8 @@ def type_of_cell(text: str, so_far: pa.DataType) -> pa.DataType:
         return so_far
     if text in _BOOLEANS:
         found = BOOLEAN
-    elif _INTEGER.fullmatch(text) and -(2**63) <= int(text) < 2**63:
-        found = INTEGER
+    elif _INTEGER.fullmatch(text):
+        found = INTEGER if -(2**63) <= int(text) < 2**63 else TEXT
     elif _FLOAT.fullmatch(text):
         found = FLOAT
     else:

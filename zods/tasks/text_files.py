@@ -284,7 +284,7 @@ def _check_fields(path: Path, reading: _Reading, names: Sequence[str], width: in
     of = "in the header" if reading.header is not None else "in column_names"
     shown = {",": "a comma", "\t": "a tab"}[delimiter]
     mistakes.check(
-        f"There are {len(names)} names {of} ({', '.join(names)}), and each row needs as many fields. "
+        f"Each row needs {len(names)} fields, one for each name {of} ({', '.join(names)}). "
         f"Quote fields that hold {shown}, and remove {shown} at the end of a line"
     )
     if not reading.sizes:
