@@ -170,10 +170,8 @@ def prepare_data(
 ) -> tuple[Task, datasets.Dataset, datasets.Dataset]:
     """The task, its training data (with the column of the sources, where one is named) and its held-out data, tokenised and
     checked."""
-    train, place = load_part(arguments, "train", run.seed)
-    held_out, held_out_place = None, place
-    if arguments.validation_file is not None or arguments.validation_split is not None:
-        held_out, held_out_place = load_part(arguments, "validation", run.seed)
+    parts = load_parts(arguments, run.seed)
+    (train, place), *given = parts
     task = build_task(
         arguments.task,
         tokenizer,
@@ -191,9 +189,12 @@ def prepare_data(
         class_names=pretrained.class_names,
     )
     check_kind(pretrained, task)
-    check_rows(task, [(train, place), *([(held_out, held_out_place)] if held_out is not None else [])])
-    if held_out is None:
+    check_rows(task, parts)
+    if given:
+        held_out, held_out_place = given[0]
+    else:
         train, held_out = split_held_out(train, arguments.held_out, run.seed)
+        held_out_place = place
     column = None if run.selector is None else run.selector.source_column
     sources = None if column is None else sources_of(train, column, "selector")
     train, held_out = task.prepare(train, place), task.prepare(held_out, held_out_place)
@@ -205,18 +206,27 @@ def prepare_data(
     return task, train, held_out
 
 
-def load_part(arguments: argparse.Namespace, part: str, seed: int) -> tuple[datasets.Dataset, str]:
-    """The "train" or "validation" examples, and how messages name their rows."""
-    most = arguments.max_train_examples if part == "train" else arguments.max_eval_examples
-    file = getattr(arguments, f"{part}_file")
-    source = {"file": file} if file is not None else {
-        "dataset_name": arguments.dataset_name,
-        "dataset_config": arguments.dataset_config,
-        "split": getattr(arguments, f"{part}_split"),
-    }  # fmt: skip
-    columns = None if file is None else arguments.column_names
-    examples = load_examples(**source, column_names=columns, max_examples=most, seed=seed, keep_rows=True)
-    return examples, name_of_rows(**source)
+def load_parts(arguments: argparse.Namespace, seed: int) -> list[tuple[datasets.Dataset, str]]:
+    """The training data and, where they are given, the held-out data, each with what messages say before a row's number.
+
+    Raises ValueError with what is wrong with both.
+    """
+    parts, wrong = [], []
+    for part, most in (("train", arguments.max_train_examples), ("validation", arguments.max_eval_examples)):
+        file, split = getattr(arguments, f"{part}_file"), getattr(arguments, f"{part}_split")
+        if part == "validation" and file is None and split is None:
+            continue
+        hub = {"dataset_name": arguments.dataset_name, "dataset_config": arguments.dataset_config, "split": split}
+        source: dict[str, Any] = hub if file is None else {"file": file}
+        names = None if file is None else arguments.column_names
+        try:
+            examples = load_examples(**source, column_names=names, max_examples=most, seed=seed, keep_rows=True)
+            parts.append((examples, name_of_rows(**source)))
+        except (ValueError, OSError) as error:
+            wrong.append(str(error))
+    if wrong:
+        raise ValueError("; ".join(wrong))
+    return parts
 
 
 def evaluate(

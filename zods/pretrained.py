@@ -255,7 +255,8 @@ def _with_new_adapter(arguments: argparse.Namespace, model: Any, task: Task, new
         whole = [
             name for name, child in model.named_children() if name != base and any(True for _ in child.parameters())
         ]
-    whole += sorted({name.rpartition(".")[0] for name in new if not name.startswith(tuple(f"{w}." for w in whole))})
+    without_weights = {name.rpartition(".")[0] for name in new}
+    whole += sorted(name for name in without_weights if name and name.partition(".")[0] not in whole)
     targets: Any = arguments.lora_target_modules
     if targets is None and model.config.model_type not in DEFAULT_TARGETS:
         targets = "all-linear"

@@ -13,8 +13,8 @@ from zods.pretrained import Pretrained, check_causal, check_kind, find_model
 
 SMALL = {
     "vocab_size": 450, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16,
-    "d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 16, "n_embd": 16, "dim": 16, "hidden_dim": 16, "n_layers": 1, "n_heads": 2,
-    "emb_dim": 16, "embedding_size": 16, "num_key_value_heads": 2, "d_kv": 8, "d_ff": 16, "num_layers": 1,
+    "d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 16, "n_embd": 16, "dim": 16, "hidden_dim": 16, "n_layers": 1,
+    "n_heads": 2, "emb_dim": 16, "embedding_size": 16, "num_key_value_heads": 2, "d_kv": 8, "d_ff": 16, "num_layers": 1,
 }  # fmt: skip
 
 
@@ -145,7 +145,7 @@ def test_a_model_is_causal_where_later_tokens_do_not_change_earlier_predictions(
 
 
 def test_an_encoder_decoder_is_refused_in_one_line():
-    with pytest.raises(ValueError, match="encoder-decoder model of type t5, .*no AutoModelForCausalLM") as told:
+    with pytest.raises(ValueError, match=r"encoder-decoder model of type t5, .*no AutoModelForCausalLM") as told:
         check_kind(Pretrained("m", small(hf.T5Config), None), make_task("instruction"))
     assert "\n" not in str(told.value)
 
@@ -217,5 +217,5 @@ def test_adapters_go_into_the_modules_that_are_named_and_an_unknown_one_is_an_er
         return {name.split(".")[-4] for name, p in model.named_parameters() if p.requires_grad}
 
     assert trained("o_proj", "up_proj") == {"o_proj", "up_proj"}
-    with pytest.raises(ValueError, match="no module 'o_prj'; its linear modules are .*o_proj"):
+    with pytest.raises(ValueError, match=r"no module 'o_prj'; its linear modules are .*o_proj"):
         trained("up_proj", "o_prj")

@@ -47,7 +47,7 @@ class Labels:
         is_integer = dtype.startswith(("int", "uint"))
         if not is_integer and dtype not in (*TEXT_DTYPES, "bool"):
             raise ValueError(f"label column {column!r} must hold integers, booleans or text; it holds {feature}")
-        counts = Counter(dataset[column])
+        counts = Counter(dataset[column][:])
         num_missing = sum(counts.pop(value) for value in list(counts) if _is_missing(value))
         if words is not None:
             if not is_integer:
@@ -79,10 +79,11 @@ class Labels:
 
     def mistakes(self, dataset: datasets.Dataset) -> Iterator[tuple[int, str]]:
         """(position, mistake) of each row without a label, or with one that is not among these."""
-        for position, value in enumerate(dataset[self.column]):
+        ids = self._ids()
+        for position, value in enumerate(dataset[self.column][:]):
             if _is_missing(value):
                 yield position, f"no label in column {self.column!r}"
-            elif value not in self.values:
+            elif value not in ids and str(value) not in ids:
                 known = ", ".join(f"{value!r} ({name})" for value, name in zip(self.values, self.names, strict=True))
                 yield (
                     position,
@@ -91,9 +92,14 @@ class Labels:
                 )
 
     def ids(self, values: Sequence[Any]) -> list[int]:
-        """The ids of rows' labels."""
-        ids = dict(zip(self.values, range(len(self.values)), strict=True))
-        return [ids[value] for value in values]
+        """The ids of rows' labels, all of which are among these."""
+        ids = self._ids()
+        return [ids[value if value in ids else str(value)] for value in values]
+
+    def _ids(self) -> dict[Any, int]:
+        """Ids by value and by the value's text: in a file with one text among its labels, integers are text, too."""
+        texts = {str(value): label_id for label_id, value in enumerate(self.values)}
+        return texts | dict(zip(self.values, range(len(self.values)), strict=True))
 
 
 def _is_missing(value: Any) -> bool:

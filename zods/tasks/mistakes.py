@@ -17,19 +17,21 @@ class Mistakes:
         """place: what the number counts, with the source, e.g. "dev.csv, line"."""
         self._rows.setdefault((place, what), []).append(number)
 
-    @property
-    def count(self) -> int:
-        return sum(map(len, self._rows.values()))
+    def check(self, remedy: str, problems: Sequence[str] = ()) -> None:
+        """Raise ValueError with all mistakes and the remedy; return where there are none.
 
-    def check(self, remedy: str) -> None:
-        """Raise ValueError with all mistakes and the remedy; return where there are none."""
+        Args:
+            problems: what is wrong with whole sources, told before the rows.
+        """
         if not self._rows:
+            if problems:
+                raise ValueError("; ".join(problems))
             return
         told = [f"{place} {listed(numbers)}: {what}" for (place, what), numbers in self._rows.items()]
         more = sum(map(len, list(self._rows.values())[SHOWN:]))
         if more:
             told = [*told[:SHOWN], f"and {more} more rows with mistakes"]
-        raise ValueError(f"{'; '.join(told)}. {remedy}")
+        raise ValueError(f"{'; '.join([*problems, *told])}. {remedy}")
 
 
 def listed(numbers: Sequence[int]) -> str:

@@ -96,12 +96,16 @@ def check_rows(task: Task, sources: Sequence[tuple[datasets.Dataset, str]]) -> N
     Args:
         sources: datasets, each with what its rows' numbers count, e.g. "dev.csv, line".
     """
-    mistakes = Mistakes()
+    mistakes, problems = Mistakes(), []
     for dataset, place in sources:
         numbers = row_numbers(dataset)
-        for position, what in task.mistakes(dataset):
-            mistakes.add(place, numbers[position], what)
-    mistakes.check("Mend these rows or remove them")
+        try:
+            for position, what in task.mistakes(dataset):
+                mistakes.add(place, numbers[position], what)
+        except ValueError as error:  # its columns
+            source = place.rpartition(",")[0]
+            problems.append(f"{source}: {error}" if source else str(error))
+    mistakes.check("Mend these rows or remove them", problems)
 
 
 def row_numbers(dataset: datasets.Dataset) -> Sequence[int]:
@@ -145,7 +149,7 @@ def map_rows(
     )
     if "unusable" in prepared.column_names:
         mistakes = Mistakes()
-        for number, reason in zip(row_numbers(dataset), prepared["unusable"], strict=True):
+        for number, reason in zip(row_numbers(dataset), prepared["unusable"][:], strict=True):
             if reason:
                 mistakes.add(place, number, reason)
         mistakes.check("Mend these rows or remove them")
