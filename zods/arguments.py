@@ -55,7 +55,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     main.add_argument("--optimizer", choices=("adamw",), help="first-order training by DeepSpeed, for comparison")
     main.add_argument("--lora_rank", type=int, help="train LoRA adapters of this rank only (needs peft)")
     main.add_argument("--lora_target_modules", type=_names, metavar="NAMES", help="modules that get an adapter, "
-                      "comma-separated (default: peft's for the model type, or all linear ones)")  # fmt: skip
+                      "comma-separated, or all-linear (default: peft's for the model type, or else all-linear)")  # fmt: skip
 
     select = parser.add_argument_group("selection of sub-batches")
     select.add_argument("--select", type=_select, metavar="K/N", help="choose K (the train_batch_size) of N candidates")

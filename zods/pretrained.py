@@ -28,6 +28,7 @@ from zods.trajectory.replay import name_in_files
 
 logger = logging.getLogger(__name__)
 
+ALL_LINEAR = "all-linear"  # peft's word for all linear modules but the output layer
 RELATIVE_SEGMENTS = ("xlnet", "funnel")  # token types in attention, without a type vocabulary in the configuration
 
 
@@ -258,8 +259,8 @@ def _with_new_adapter(arguments: argparse.Namespace, model: Any, task: Task, new
     without_weights = {name.rpartition(".")[0] for name in new}
     whole += sorted(name for name in without_weights if name and name.partition(".")[0] not in whole)
     targets: Any = arguments.lora_target_modules
-    if targets is None and model.config.model_type not in DEFAULT_TARGETS:
-        targets = "all-linear"
+    if targets == [ALL_LINEAR] or (targets is None and model.config.model_type not in DEFAULT_TARGETS):
+        targets = ALL_LINEAR
     excluded = whole if targets is not None else None
     if isinstance(targets, list):
         found = [name for name, _ in model.named_modules()]

@@ -217,5 +217,7 @@ def test_adapters_go_into_the_modules_that_are_named_and_an_unknown_one_is_an_er
         return {name.split(".")[-4] for name, p in model.named_parameters() if p.requires_grad}
 
     assert trained("o_proj", "up_proj") == {"o_proj", "up_proj"}
+    linear = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert trained("all-linear") == linear
     with pytest.raises(ValueError, match=r"no module 'o_prj'; its linear modules are .*o_proj"):
         trained("up_proj", "o_prj")
