@@ -91,6 +91,8 @@ def find_model(arguments: argparse.Namespace) -> Pretrained:
         ValueError: in one line, whatever transformers or peft raise.
     """
     name = arguments.model
+    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
+        raise ValueError(f"--model {name}: there is no such folder")
     with _one_line(f"--model {name}"):
         is_adapter = find_adapter_config_file(name) is not None
     if not is_adapter:
