@@ -42,7 +42,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     main.add_argument("--deepspeed", nargs="?", const="", metavar="FILE",
                       help="as other scripts for DeepSpeed have it: without a FILE it changes nothing, with one it is "
                       "--deepspeed_config")  # fmt: skip
-    main.add_argument("--model", required=True, metavar="NAME", help="name on the hub, or folder")
+    main.add_argument(
+        "--model", required=True, metavar="NAME", help="name on the hub, or folder; also of a PEFT adapter"
+    )
     main.add_argument("--tokenizer", help="name or folder (default: the model's)")
     main.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
     main.add_argument("--output_dir", required=True, help="the run's folder: config, metrics, log, checkpoints, model")
@@ -54,6 +56,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     main.add_argument("--replica_store", metavar="HOST:PORT", help="where replica 0 keeps what they share")
     main.add_argument("--optimizer", choices=("adamw",), help="first-order training by DeepSpeed, for comparison")
     main.add_argument("--lora_rank", type=int, help="train LoRA adapters of this rank only (needs peft)")
+    main.add_argument("--lora_target_modules", type=_names, metavar="NAMES", help="modules that get an adapter, "
+                      "comma-separated, or all-linear (default: peft's for the model type, or else all-linear)")  # fmt: skip
 
     select = parser.add_argument_group("selection of sub-batches")
     select.add_argument("--select", type=_select, metavar="K/N", help="choose K (the train_batch_size) of N candidates")
@@ -79,7 +83,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     task.add_argument("--text_column", help="classification (default: text)")
     task.add_argument("--text_pair_column", help="classification of pairs")
     task.add_argument("--label_column", help="classification, prompted (default: label)")
-    task.add_argument("--template", help=r"prompted: '{text}\nTopic: {label}'; instruction: '{question}\n{answer}'")
+    task.add_argument(
+        "--template",
+        help=r"prompted: '{text}\nTopic: {label}'; instruction: '{question}\n{answer}'; \n, \t, \r, \\ are read",
+    )
     task.add_argument("--label_words", type=_names, help="prompted: words of the labels 0, 1, ..., comma-separated")
     task.add_argument("--prompt_column", help="instruction (default: instruction)")
     task.add_argument("--response_column", help="instruction (default: output)")
@@ -136,6 +143,8 @@ def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> No
         zeroth = [key for key in OVERRIDES if getattr(arguments, key) is not None and key not in FIRST_ORDER]
         if zeroth:
             parser.error(f"--{zeroth[0]} belongs to zeroth-order steps, not to --optimizer")
+    if arguments.lora_target_modules is not None and arguments.lora_rank is None:
+        parser.error("--lora_target_modules belongs to --lora_rank")
     if arguments.select is not None and arguments.train_batch_size is not None:
         parser.error("--select K/N sets train_batch_size to K; leave --train_batch_size out")
     for option in (

@@ -11,11 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import torch
-import transformers
 from deepspeed.comm.comm import comms_logger
 from tqdm import tqdm
-from transformers.integrations import HfDeepSpeedConfig
 
 import zods
 from zods.arguments import merged_config, parse_arguments
@@ -26,14 +23,32 @@ from zods.engine import ZerothOrderEngine
 from zods.first_order import FirstOrderEngine
 from zods.initialization import check_folders
 from zods.launching import connect_ranks, environment_rank, report_failure
+from zods.pretrained import (
+    Pretrained,
+    check_causal,
+    check_kind,
+    find_model,
+    load_model,
+    parameter_sizes,
+    read_tokenizer,
+    save_configuration,
+)
 from zods.report import plot_curves
 from zods.resuming import CHECKPOINTS, INITIAL, copy_log
 from zods.runs import RunFolder
 from zods.selection.batches import sources_of
 from zods.stopping import StopRequest
 from zods.summary import summarise, table
-from zods.tasks import Task, build_task, load_examples, split_held_out
-from zods.trajectory.replay import name_in_files
+from zods.tasks import (
+    Task,
+    build_task,
+    check_rows,
+    check_token_ids,
+    load_examples,
+    name_of_rows,
+    read_escapes,
+    split_held_out,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -86,22 +101,20 @@ def start(
             run = read_first_order_config(merged, comm.world_size, total_steps=arguments.max_steps)
         folder = RunFolder(arguments.output_dir, rank=comm.rank, resume=arguments.resume == "auto")
         fork = None if arguments.resume in (None, "auto") else latest_checkpoint(Path(arguments.resume))
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            arguments.tokenizer or arguments.model, trust_remote_code=arguments.trust_remote_code
-        )
-        task, train, held_out = prepare_data(arguments, tokenizer, run)
-        model_config = transformers.AutoConfig.from_pretrained(
-            arguments.model, trust_remote_code=arguments.trust_remote_code
-        )
-        resolve_model_auto(run.deepspeed, getattr(model_config.get_text_config(), "hidden_size", None))
+        pretrained = find_model(arguments)
+        tokenizer = read_tokenizer(arguments, pretrained)
+        task, train, held_out = prepare_data(arguments, tokenizer, run, pretrained)
+        resolve_model_auto(run.deepspeed, getattr(pretrained.config.get_text_config(), "hidden_size", None))
         if offloads_to_nvme(run.deepspeed):
-            resolve_offload_buffers(run.deepspeed, parameter_sizes(arguments, task), comm.world_size)
-    model, new = load_model(arguments, run, task)
+            sizes = parameter_sizes(pretrained, task, arguments.trust_remote_code)
+            resolve_offload_buffers(run.deepspeed, sizes, comm.world_size)
+    model, new = load_model(arguments, run, task, pretrained)
     engine: ZerothOrderEngine | FirstOrderEngine
     if isinstance(run, RunConfig):
         engine = zods.initialize(model=model, config=run.to_dict(), training_data=train, collate_fn=task.collate)[0]
     else:
         engine = FirstOrderEngine(model, run, train, task.collate)
+    check_causal(engine, pretrained, task, train)
     with comm.same_on_all_ranks():
         if fork is not None and comm.rank == 0:
             copy_log(fork.parent.parent, fork if isinstance(run, RunConfig) else None, folder.path)
@@ -112,15 +125,6 @@ def start(
         run.to_dict(), seed=run.seed, world_size=comm.world_size, device=str(comm.device), step=engine.global_steps
     )
     return engine, task, held_out, folder, tokenizer
-
-
-def parameter_sizes(arguments: argparse.Namespace, task: Task) -> list[int]:
-    """The number of elements of each parameter of the model, which is made without its weights."""
-    trust = arguments.trust_remote_code
-    config = transformers.AutoConfig.from_pretrained(arguments.model, trust_remote_code=trust, **task.model_kwargs())
-    with torch.device("meta"):
-        model = task.auto_class().from_config(config, trust_remote_code=trust)
-    return [parameter.numel() for parameter in model.parameters()]
 
 
 def finetune(
@@ -166,24 +170,12 @@ def latest_checkpoint(run: Path) -> Path:
 
 
 def prepare_data(
-    arguments: argparse.Namespace, tokenizer: Any, run: RunConfig | FirstOrderConfig
+    arguments: argparse.Namespace, tokenizer: Any, run: RunConfig | FirstOrderConfig, pretrained: Pretrained
 ) -> tuple[Task, datasets.Dataset, datasets.Dataset]:
     """The task, its training data (with the column of the sources, where one is named) and its held-out data, tokenised and
     checked."""
-    seed = run.seed
-    hub = {"dataset_name": arguments.dataset_name, "dataset_config": arguments.dataset_config}
-    local = {"column_names": arguments.column_names}
-    most, most_held_out = arguments.max_train_examples, arguments.max_eval_examples
-    if arguments.train_file is not None:
-        train = load_examples(file=arguments.train_file, **local, max_examples=most, seed=seed)
-    else:
-        train = load_examples(**hub, split=arguments.train_split, max_examples=most, seed=seed)
-    if arguments.validation_file is not None:
-        held_out = load_examples(file=arguments.validation_file, **local, max_examples=most_held_out, seed=seed)
-    elif arguments.validation_split is not None:
-        held_out = load_examples(**hub, split=arguments.validation_split, max_examples=most_held_out, seed=seed)
-    else:
-        train, held_out = split_held_out(train, arguments.held_out, seed)
+    parts = load_parts(arguments, run.seed)
+    (train, place), *given = parts
     task = build_task(
         arguments.task,
         tokenizer,
@@ -191,57 +183,54 @@ def prepare_data(
         text_column=arguments.text_column,
         text_pair_column=arguments.text_pair_column,
         label_column=arguments.label_column,
-        template=None if arguments.template is None else arguments.template.replace(r"\n", "\n"),
+        template=None if arguments.template is None else read_escapes(arguments.template, "--template"),
         label_words=arguments.label_words,
         prompt_column=arguments.prompt_column,
         response_column=arguments.response_column,
         max_length=arguments.max_length,
+        num_embeddings=pretrained.num_embeddings,
+        has_token_types=pretrained.has_token_types,
+        class_names=pretrained.class_names,
     )
+    check_kind(pretrained, task)
+    check_rows(task, parts)
+    if given:
+        held_out, held_out_place = given[0]
+    else:
+        train, held_out = split_held_out(train, arguments.held_out, run.seed)
+        held_out_place = place
     column = None if run.selector is None else run.selector.source_column
     sources = None if column is None else sources_of(train, column, "selector")
-    train, held_out = task.prepare(train), task.prepare(held_out)
+    train, held_out = task.prepare(train, place), task.prepare(held_out, held_out_place)
+    if pretrained.num_embeddings is not None:
+        for prepared in (train, held_out):
+            check_token_ids(prepared, pretrained.num_embeddings, tokenizer)
     if column is not None:
         train = train.add_column(column, sources)
     return task, train, held_out
 
 
-def load_model(
-    arguments: argparse.Namespace, run: RunConfig | FirstOrderConfig, task: Task
-) -> tuple[torch.nn.Module, list[str]]:
-    """The pretrained model, sharded while it is loaded where the run is stage 3; a new head follows from the seed.
+def load_parts(arguments: argparse.Namespace, seed: int) -> list[tuple[datasets.Dataset, str]]:
+    """The training data and, where they are given, the held-out data, each with what messages say before a row's number.
 
-    Also the names of the parameters that are not in its files: a new head, adapters.
+    Raises ValueError with what is wrong with both.
     """
-    transformers.set_seed(run.seed)
-    # transformers looks for a living HfDeepSpeedConfig while from_pretrained runs
-    sharded = HfDeepSpeedConfig(run.deepspeed) if run.zero_stage == 3 else None
-    model, info = task.auto_class().from_pretrained(
-        arguments.model,
-        output_loading_info=True,
-        dtype=torch.bfloat16 if run.deepspeed.get("bf16", {}).get("enabled", False) else torch.float32,
-        trust_remote_code=arguments.trust_remote_code,
-        **task.model_kwargs(),
-    )
-    del sharded
-    new = set(info["missing_keys"])
-    if arguments.lora_rank is not None:
-        import peft  # an extra
-
-        head = ["classifier", "score"] if task.name == "classification" else None
-        lora = peft.LoraConfig(r=arguments.lora_rank, lora_alpha=2 * arguments.lora_rank, modules_to_save=head)
-        model = peft.get_peft_model(model, lora)
-        new = {name for name, p in model.named_parameters() if p.requires_grad or name_in_files(name) in new}
-    return model, [name for name, _ in model.named_parameters() if name in new]
-
-
-def save_configuration(model: Any, folder: Path) -> None:
-    """What a replay needs to write a model or adapter that the base's own configuration does not describe."""
-    if hasattr(model, "peft_config"):
-        base = type(model.get_base_model())  # by which peft's AutoPeftModel finds it
-        mapping = {"base_model_class": base.__name__, "parent_library": base.__module__}
-        model.peft_config["default"].save_pretrained(folder, auto_mapping_dict=mapping)
-    elif getattr(model, "config", None) is not None:
-        model.config.save_pretrained(folder)
+    parts, wrong = [], []
+    for part, most in (("train", arguments.max_train_examples), ("validation", arguments.max_eval_examples)):
+        file, split = getattr(arguments, f"{part}_file"), getattr(arguments, f"{part}_split")
+        if part == "validation" and file is None and split is None:
+            continue
+        hub = {"dataset_name": arguments.dataset_name, "dataset_config": arguments.dataset_config, "split": split}
+        source: dict[str, Any] = hub if file is None else {"file": file}
+        names = None if file is None else arguments.column_names
+        try:
+            examples = load_examples(**source, column_names=names, max_examples=most, seed=seed, keep_rows=True)
+            parts.append((examples, name_of_rows(**source)))
+        except (ValueError, OSError) as error:
+            wrong.append(str(error))
+    if wrong:
+        raise ValueError("; ".join(wrong))
+    return parts
 
 
 def evaluate(

@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import zods.finetune
 from tests.distributed.ranks import launch, run_command
@@ -17,6 +19,7 @@ from zods.launching import RANKS, SIZES, TORCH
 from zods.runs import read_metrics
 from zods.trajectory.log import read_log
 from zods.trajectory.records import Step
+from zods.trajectory.replay import replay
 
 MODEL = Path(__file__).parents[2] / "launch" / "quickstart" / "model"
 CONFIG = {
@@ -184,6 +187,77 @@ def test_without_a_launcher_a_run_has_one_rank_and_a_summary_of_what_was_used(fo
     assert written["scheduler"]["params"] == {"total_num_steps": 2, "warmup_num_steps": 1, "warmup_max_lr": 1e-4}
 
 
+def test_a_head_for_another_number_of_classes_gives_way_to_a_new_one_that_is_replayed(folder, tmp_path):
+    import transformers
+
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(MODEL, num_labels=3)
+    model.save_pretrained(tmp_path / "three")
+    transformers.AutoTokenizer.from_pretrained(MODEL).save_pretrained(tmp_path / "three")
+    code, output = classify(folder, tmp_path, "--model", tmp_path / "three", "--train_file", folder / "train.jsonl")
+    assert code == 0, output[-4000:]
+    assert "is for 3 classes, the data have 2: a new head is drawn" in output
+    exported = safe_tensors(tmp_path / "run" / "model")
+    assert exported["score.weight"].shape == (2, 160)
+    log = str(tmp_path / "run" / "trajectory.log")
+    replay(str(tmp_path / "three"), log, tmp_path / "replayed")
+    assert all(exported[name].equal(tensor) for name, tensor in safe_tensors(tmp_path / "replayed").items())
+
+
+def test_an_exported_adapter_is_trained_on_and_replayed_from_its_base(folder, tmp_path):
+    import peft
+    import transformers
+
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(MODEL, num_labels=2)
+    base.save_pretrained(tmp_path / "base")
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["score"], init_lora_weights=False)
+    peft.get_peft_model(base, lora).save_pretrained(tmp_path / "adapter")
+    described = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    described["base_model_name_or_path"] = str(tmp_path / "base")
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(described))
+    transformers.AutoTokenizer.from_pretrained(MODEL).save_pretrained(
+        tmp_path / "base"
+    )  # the adapter's comes from there
+    code, output = classify(folder, tmp_path, "--model", tmp_path / "adapter", "--train_file", folder / "train.jsonl")
+    assert code == 0, output[-4000:]
+    before, after = (safe_tensors(path) for path in (tmp_path / "adapter", tmp_path / "run" / "model"))
+    assert before.keys() == after.keys()
+    for name in before:  # two small steps away, not drawn anew
+        assert 0 < (before[name] - after[name]).abs().max() < 0.01
+    replay(str(tmp_path / "base"), str(tmp_path / "run" / "trajectory.log"), tmp_path / "replayed")
+    assert all(after[name].equal(tensor) for name, tensor in safe_tensors(tmp_path / "replayed").items())
+    with pytest.raises(ValueError, match=r"an adapter; give its base model"):
+        replay(str(tmp_path / "adapter"), str(tmp_path / "run" / "trajectory.log"), tmp_path / "again")
+
+
+def test_a_model_that_sees_later_tokens_is_refused_by_all_ranks_in_one_line(folder, tmp_path):
+    import transformers
+
+    config = transformers.XLNetConfig(vocab_size=2048, d_model=32, n_layer=1, n_head=2, d_inner=32)
+    transformers.XLNetLMHeadModel(config).save_pretrained(tmp_path / "model")
+    transformers.AutoTokenizer.from_pretrained(MODEL).save_pretrained(tmp_path / "model")
+    code, output = finetune(folder, folder / "config.json", "leaks", "--model", str(tmp_path / "model"))
+    told = [line for line in output.splitlines() if "zods.finetune: error:" in line]
+    assert code == 2, output[-4000:]
+    assert len(told) == 1
+    assert "not a causal language model" in told[0]
+    assert not (folder / "leaks" / "trajectory.log").exists()
+
+
+def classify(folder: Path, runs: Path, *options: object) -> tuple[int, str]:
+    """Two steps of a classifier, exported to `runs`/run/model."""
+    return launch(
+        Path(zods.finetune.__file__),
+        *("--deepspeed_config", folder / "config.json", "--output_dir", runs / "run", "--max_steps", "2"),
+        *("--max_length", "48", "--method", "mezo", "--save_model", *options),
+    )
+
+
+def safe_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a folder's one file of weights."""
+    (path,) = folder.glob("*.safetensors")
+    return load_file(path)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -192,6 +266,7 @@ def test_without_a_launcher_a_run_has_one_rank_and_a_summary_of_what_was_used(fo
         (("--select", "4/8", "--train_batch_size", "4"), "sets train_batch_size to K"),
         (("--optimizer", "adamw", "--eps", "1e-3"), "--eps belongs to zeroth-order steps"),
         (("--lora_rank", "0"), "--lora_rank: found 0"),
+        (("--lora_target_modules", "q_proj"), "--lora_target_modules belongs to --lora_rank"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(options, message):

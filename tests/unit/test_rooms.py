@@ -97,16 +97,20 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "deepspeed"},
     ),
     "summary": ({"engine", "first_order"}, {"torch", "deepspeed"}),
-    "tasks": ({"objectives"}, {"torch", "transformers", "datasets"}),
+    "tasks": ({"objectives"}, {"torch", "transformers", "datasets", "pyarrow"}),
+    "pretrained": (
+        {"config", "tasks", "trajectory"},
+        {"torch", "deepspeed", "transformers", "safetensors", "peft"},
+    ),
     "arguments": ({"config", "section"}, set()),
     "runs": (set(), set()),
     "report": ({"runs"}, {"matplotlib"}),
     "finetune": (
         {
-            FACE, "config", "config_auto", "comm", "engine", "first_order", "launching", "selection",
-            "initialization", "resuming", "stopping", "summary", "tasks", "trajectory", "arguments", "runs", "report",
+            FACE, "config", "config_auto", "comm", "engine", "first_order", "launching", "pretrained", "selection",
+            "initialization", "resuming", "stopping", "summary", "tasks", "arguments", "runs", "report",
         },
-        {"torch", "deepspeed", "transformers", "datasets", "tqdm", "peft"},
+        {"torch", "deepspeed", "datasets", "tqdm"},
     ),
 }  # fmt: skip
 PURE = ("section", "config_auto", "directions", "estimators", "rule", "data")

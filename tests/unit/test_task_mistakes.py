@@ -1,9 +1,15 @@
 """A wrong setting, column, row or label is an error that names it, what was found and what is allowed."""
 
+import json
+import re
+from argparse import Namespace
+
+import datasets
 import pytest
 from tiny_tasks import CLASSES, ORDERS, REVIEWS, WORDS, make_task, make_tokenizer, reviews
 
-from zods.tasks import build_task
+from zods.finetune import load_parts
+from zods.tasks import build_task, check_rows, check_token_ids, load_examples, read_escapes
 
 
 @pytest.mark.parametrize(
@@ -18,7 +24,7 @@ from zods.tasks import build_task
         ("classification", {"label_column": "stars"}, "no column 'stars'; its columns are text, label"),
         ("classification", {"text_column": "label"}, "column 'label' must hold text; it holds .*int64"),
         ("classification", {"dataset": reviews(label=[0.5, 1.0])}, "'label' must hold integers, booleans or text"),
-        ("classification", {"dataset": reviews(label=["x", ""])}, "row 1: column 'label' has no label"),
+        ("classification", {"dataset": reviews(label=["x", ""])}, r"only \('x',\), and 1 rows without a label"),
         ("classification", {"dataset": reviews(label=[3, 3])}, r"at least two labels; .* only \(3,\)"),
         ("classification", {"max_length": 1}, "max_length 1 is too short"),
         ("prompted", {"template": None}, "needs a template"),
@@ -33,7 +39,7 @@ from zods.tasks import build_task
         ("prompted", {"template": "{text!r} {label}"}, "a column's name in braces"),
         ("prompted", {"template": "{text {label}"}, "braces"),
         ("prompted", {"template": "{body} {label}"}, "no column 'body'"),
-        ("prompted", {"label_words": ["bad"]}, r"row 1: .*label 1; the 1 labels of the training data are 0 \(bad\)"),
+        ("prompted", {"label_words": ["bad"]}, "label_words gives 1 word; give one for each of the labels"),
         ("prompted", {"label_words": ["great", "great"]}, "'great' and 'great' have the same tokens"),
         ("prompted", {"label_words": ["great", " "]}, "label word ' ' has no tokens"),
         ("prompted", {"dataset": reviews(label=["x", "y"])}, "rename integer labels"),
@@ -51,10 +57,10 @@ def test_a_wrong_setting_is_an_error_that_names_it_before_any_model_is_loaded(na
     [
         ("classification", reviews(label=[1, 2]), r"row 1: .*label 2; the 2 labels .* are 0 \(0\), 1 \(1\)"),
         ("classification", reviews(text=["a", " "]), "row 1: blank text in 'text'"),
-        ("classification", reviews(text=["a", None]), "row 1: column 'text' has no text"),
+        ("classification", reviews(text=["a", None]), "row 1: no text in column 'text'"),
         ("prompted", reviews(label=[5, 0]), r"row 0: .*label 5; .* 0 \(terrible\), 1 \(great\)"),
         ("prompted", reviews(text=["", "b"]), "row 0: blank text"),
-        ("prompted", reviews(label=[None, 1]), "row 0: column 'label' has the label None"),
+        ("prompted", reviews(label=[None, 1]), "row 0: no label in column 'label'"),
         ("instruction", ORDERS.select([0]).map(lambda row: {"output": " "}), "row 0: blank text in 'output'"),
         ("instruction", reviews(), "no column 'instruction'"),
     ],
@@ -78,3 +84,116 @@ def test_a_tokenizer_without_the_tokens_a_task_needs_is_an_error():
     tokenizer.pad_token = None
     with pytest.raises(ValueError, match="neither a pad token nor an eos token"):
         build_task("classification", tokenizer, REVIEWS, max_length=8)
+
+
+def test_mistakes_of_all_sources_are_told_at_once_by_the_lines_of_their_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = [{"text": f"t{i}", "label": "ab"[i % 2]} for i in range(20)]
+    bad = {3: {"text": " "}, 7: {"text": None}, 11: {"label": ""}, 12: {"label": None}, 16: {"text": ""}}
+    rows = [{**row, **bad.get(i, {})} for i, row in enumerate(rows)]
+    (tmp_path / "train.jsonl").write_text("\n\n" + "\n".join(map(json.dumps, rows)))
+    train = load_examples(file=tmp_path / "train.jsonl", seed=0, keep_rows=True).shuffle(seed=1)
+    (tmp_path / "dev.csv").write_text('text,label\n"two\nlines",a\nfine,c\n,b\nfine,c\n')
+    held_out = load_examples(file=tmp_path / "dev.csv", seed=0, keep_rows=True)
+    task = make_task("classification", "bert", train)
+    with pytest.raises(ValueError, match="blank text") as told:
+        check_rows(task, [(train, "train.jsonl, line"), (held_out, "dev.csv, line")])
+    parts = set(str(told.value).removesuffix(". Mend these rows or remove them").split("; "))
+    assert "train.jsonl, line 6, 19: blank text in 'text'" in parts
+    assert "train.jsonl, line 10: no text in column 'text'" in parts
+    assert "train.jsonl, line 14, 15: no label in column 'label'" in parts
+    assert "dev.csv, line 5: blank text in 'text'" in parts
+    assert "dev.csv, line 4, 6: column 'label' has the label 'c'" in parts
+
+
+def test_a_missing_column_is_named_with_its_source_beside_the_mistakes_of_the_others():
+    task = make_task("classification", "bert", reviews())
+    with pytest.raises(ValueError, match=r"dev.csv: the data has no column 'text'.*; train.csv, line 1: blank text"):
+        check_rows(task, [(reviews(text=["a", ""]), "train.csv, line"), (ORDERS, "dev.csv, line")])
+
+
+def test_what_makes_training_and_validation_files_unreadable_is_told_together(tmp_path):
+    (tmp_path / "train.csv").write_text("text,label\na,b,c\n")
+    (tmp_path / "dev.json").write_text('{"rows": []}')
+    files = {"train_file": tmp_path / "train.csv", "validation_file": tmp_path / "dev.json"}
+    others = ("dataset_name", "dataset_config", "train_split", "validation_split", "column_names")
+    limits = {"max_train_examples": None, "max_eval_examples": None}
+    arguments = Namespace(**files, **limits, **dict.fromkeys(others))
+    with pytest.raises(ValueError, match=r"train\.csv, line 2: 3 fields.*; .*dev\.json: one JSON object"):
+        load_parts(arguments, seed=0)
+
+
+def test_one_text_among_the_labels_of_a_file_leaves_its_integers_labels():
+    task = make_task("classification", "bert", reviews(label=[0, 1]))
+    data = datasets.Dataset.from_dict({"text": ["a", "b", "c"], "label": ["0", "1", "one"]})
+    with pytest.raises(ValueError, match=r"^row 2: column 'label' has the label 'one'"):
+        task.prepare(data)
+    assert task.prepare(data.select([1, 0]))["answer"][:] == [1, 0]
+
+
+def test_a_value_that_is_no_text_is_named_where_the_rest_of_the_column_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = [{"instruction": "say one", "output": "one"}] * 4
+    rows[2] = {"instruction": ["say", "two"], "output": "two"}
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = load_examples(file=tmp_path / "a.jsonl", seed=0, keep_rows=True)
+    with pytest.raises(
+        ValueError, match=r"a, line 3: column 'instruction' holds \[\"say\", \"two\"\], which is no text"
+    ):
+        make_task("instruction", dataset=data).prepare(data, "a, line")
+
+
+def test_a_row_without_a_token_before_its_answer_is_named():
+    data = datasets.Dataset.from_dict({"a": ["one", "say", "two"], "b": ["one", "two", "three"]})
+    task = make_task("instruction", "gpt2", data, template="{a}{b}", max_length=8)
+    merged = data.map(lambda row, i: {"a": "" if i == 1 else row["a"]}, with_indices=True)
+    with pytest.raises(ValueError, match="row 1: blank text"):
+        task.prepare(merged)
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [(r"{a}\n{b}", "{a}\n{b}"), (r"{a}\t{b}", "{a}\t{b}"), (r"\r\\n{a}", "\r\\n{a}"), (r"\\\n", "\\\n"), ("a", "a")],
+)
+def test_escapes_of_a_template_are_read_as_in_python(written, read):
+    assert read_escapes(written, "--template") == read
+
+
+@pytest.mark.parametrize(("text", "found"), [(r"{a}\d{b}", r"\d"), ("{a}\\", "\\"), (r"\x41", r"\x"), (r"\\\{", r"\{")])
+def test_another_escape_is_an_error_that_names_it(text, found):
+    with pytest.raises(ValueError, match=re.escape(f"--template: found {found!r}, allowed are")):
+        read_escapes(text, "--template")
+
+
+@pytest.mark.parametrize("name", ["classification", "prompted", "instruction"])
+def test_a_pad_token_that_the_model_does_not_embed_gives_way_to_one_that_it_does(name):
+    kind = "bert" if name == "classification" else "gpt2"
+    task = make_task(name, kind)
+    size = len(task.tokenizer)
+    task.tokenizer.add_special_tokens({"pad_token": "[NEW]"})
+    assert task.tokenizer.pad_token_id == size
+    settings = {"template": "{text} {label}"} if name == "prompted" else {}
+    data = ORDERS if name == "instruction" else REVIEWS
+    task = build_task(name, task.tokenizer, data, max_length=64, num_embeddings=size, **settings)
+    rows = list(task.prepare(data))
+    batch = task.collate(rows)
+    assert not batch["attention_mask"].all()
+    assert batch["input_ids"].max() < size
+    assert task.collate_eval(rows)[0]["input_ids"].max() < size
+
+
+@pytest.mark.parametrize("name", ["classification", "prompted", "instruction"])
+def test_a_token_of_the_data_beyond_the_embedding_is_named_with_both_sizes(name):
+    data = ORDERS if name == "instruction" else REVIEWS
+    task = make_task(name)
+    prepared, size = task.prepare(data), len(task.tokenizer)
+    check_token_ids(prepared, size, task.tokenizer)
+    task.tokenizer.add_tokens(["fun", "six"])
+    with pytest.raises(ValueError, match=rf"token \d+ \('(fun|six)'\), but the model embeds {size} .* has {size + 2}"):
+        check_token_ids(task.prepare(data), size, task.tokenizer)
+
+
+def test_the_classes_found_are_told_with_their_numbers(caplog):
+    with caplog.at_level("INFO"):
+        make_task("classification", dataset=reviews(label=["x", "y"]))
+    assert "2 classes in column 'label': x (1), y (1)" in caplog.text

@@ -1,5 +1,6 @@
 """Every format gives the same rows, and what cannot be read is an error that names the file and the line."""
 
+import csv
 import gzip
 import json
 import os
@@ -55,7 +56,9 @@ def test_column_names_make_the_first_line_of_a_headerless_file_a_row(tmp_path):
     path = write(tmp_path / "data.tsv", '"good\t1\nbad"\t0\n')
     rows = load_examples(file=path, column_names=["text", "label"], seed=0).to_list()
     assert rows == [{"text": '"good', "label": 1}, {"text": 'bad"', "label": 0}]
-    with pytest.raises(ValueError, match=r"data.tsv, line 1 has 2 columns; column_names names 1: text"):
+    with pytest.raises(
+        ValueError, match=r"data.tsv, line 1: 2 fields. Each row needs 1 fields, .* in column_names \(text\)"
+    ):
         load_examples(file=path, column_names=["text"], seed=0)
 
 
@@ -64,9 +67,13 @@ def test_column_names_make_the_first_line_of_a_headerless_file_a_row(tmp_path):
     [
         ("a.jsonl", '{"a": 1}\n\n{"a": 2\n{"a": 3}\n', r"a\.jsonl, line 3: malformed JSON"),
         ("a.jsonl.gz", '{"a": 1}\n{"a": \n', r"a\.jsonl\.gz, line 2: malformed JSON"),
-        ("a.jsonl", '{"a": 1}\n[1, 2]\n', r"a\.jsonl, line 2: must be a JSON object.*list"),
+        ("a.jsonl", '{"a": 1}\n[1, 2]\n', r"a\.jsonl, line 2: a JSON list, not an object"),
         ("a.json", '[{"a": 1},\n{"a": 2]', r"a\.json, line 2: malformed JSON"),
-        ("a.csv", "a,b\nx,1\ny,2,3\n", r"a\.csv.*Expected 2 fields in line 3, saw 3"),
+        (
+            "a.csv",
+            "a,b\nx,1\ny,2,3\n",
+            r"a\.csv, line 3: 3 fields\. Each row needs 2 fields, one for each name in the header \(a, b\)",
+        ),
         ("a.csv", "a,b\n", r"a\.csv holds no examples"),
         ("a.jsonl", "", r"a\.jsonl holds no examples"),
         ("a.tsv", "", r"a\.tsv holds no examples"),
@@ -77,6 +84,139 @@ def test_column_names_make_the_first_line_of_a_headerless_file_a_row(tmp_path):
 def test_a_file_that_cannot_be_read_is_named_with_the_reason(tmp_path, name, text, message):
     with pytest.raises(ValueError, match=message):
         load_examples(file=write(tmp_path / name, text), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.csv", "a,b\n1\n2,3\n4\n5,6,7\n", r"a\.csv, line 2, 4: 1 field; .*line 5: 3 fields"),
+        ("a.csv", "text,label\nfine,0,\npoor,1,\n", r"line 2, 3: 3 fields.*remove a comma at the end of a line"),
+        ("a.csv", "id,text\n1,Poor, first\n2,Good, second\n", r"line 2, 3: 3 fields"),
+        ("a.csv", 'a,b\n"x" y,1\nz,2\n"x" z,3\n', r"line 2, 4: a quoted field goes on after its closing quote"),
+        ("a.csv", 'a,b\nx,1\n"y,2\nz,3\n', r"line 3: a field begins with a quote that is never closed"),
+        ("a.csv", "a,b,a\n1,2,3\n", r"a\.csv, line 1: the header names 'a' twice"),
+        ("a.tsv", 'a\tb\n"x\n"y\t1\nz\n', r"line 2, 4: 1 field"),
+        ("a.jsonl", '{"a": 1}\n{"a"\n[1]\n{"a": 2}\n{"a"\n', r"line 2, 5: malformed JSON: .*line 3: a JSON list"),
+        ("a.json", '[{"a": 1},\n\n3,\n{"a": 2},\n"x"]', r"line 3: a JSON int, not an object; .*line 5: a JSON str"),
+        ("a.json", '[{"a": 1}]\n[{"a": 2}]', r"line 2: malformed JSON: Extra data after the list"),
+        ("a.csv", "a\n" + "x,1\n" * 30, r"line 2, 3, 4, 5, 6, 7, 8, 9 and 22 more \(30 in all\): 2 fields"),
+    ],
+)
+def test_all_rows_that_cannot_be_read_are_named_by_line_at_once(tmp_path, name, text, message):
+    with pytest.raises(ValueError, match=message):
+        load_examples(file=write(tmp_path / name, text), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("text", "keys", "way"),
+    [
+        ('{"rows": [{"a": 1}, {"a": 2}], "version": 1}', "'rows', 'version'", r"Write the list under 'rows'"),
+        ('{\n  "a": [1, 2],\n  "b": [3, 4]\n}', "'a', 'b'", ""),
+        ('{"0": {"a": 1},\n "1": {"a": 2}}', "'0', '1'", ""),
+    ],
+)
+def test_a_json_file_that_is_one_object_is_refused_whatever_its_lines(tmp_path, text, keys, way):
+    with pytest.raises(ValueError, match=rf"one JSON object with the keys {keys}; a list of rows is needed.*{way}"):
+        load_examples(file=write(tmp_path / "a.json", text), seed=0)
+
+
+def test_one_object_in_a_line_is_a_row_of_json_lines(tmp_path):
+    assert load_examples(file=write(tmp_path / "a.jsonl", '{"a": [1, 2]}\n'), seed=0).to_list() == [{"a": [1, 2]}]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "a.csv",
+            "text,label\nx,1\nna\u00efve,0\n\u00fc,1\n".encode("latin1"),
+            r"line 3, 4: .*0xef, in line 3.*latin1",
+        ),
+        ("a.jsonl", '{"a": 1}\n{"b": "\u00e9"}\n'.encode("cp1252"), r"line 2: .*0xe9.*iconv -f latin1 -t utf-8"),
+        ("a.tsv", "a\tb\n1\t2\n".encode("utf-16"), r"the byte order mark of UTF-16.*iconv -f utf-16 -t utf-8"),
+        ("a.json", '[{"a": 1}]'.encode("utf-16-be"), r"line 1 has a zero byte"),
+        ("a.csv.gz", gzip.compress("a,b\n\u00e9,1\n".encode("latin1")), r"zcat .*a\.csv\.gz \| iconv -f latin1"),
+        ("a.csv.gz", gzip.compress(b"a,b\nx,1\n")[:-9], r"a\.csv\.gz: damaged or truncated"),
+    ],
+)
+@pytest.mark.parametrize("named", [False, True])
+def test_a_file_of_another_encoding_is_named_with_line_byte_and_conversion(tmp_path, name, content, message, named):
+    (tmp_path / name).write_bytes(content)
+    columns = ["x", "y"] if named and "json" not in name else None
+    with pytest.raises(ValueError, match=rf"{name}.*{message}" if "gz" not in name else message):
+        load_examples(file=tmp_path / name, column_names=columns, seed=0)
+
+
+def test_quotes_of_a_tsv_are_undone_where_they_enclose_a_field_and_are_characters_elsewhere(tmp_path, caplog):
+    lines = ['say "hi"\t0', '"all ""of"" it"\t1', '"so" he said\t0', "it's\t1", '"\t0', '""\t1']
+    rows = load_examples(file=write(tmp_path / "a.tsv", "text\tlabel\n" + "\n".join(lines)), seed=0)["text"]
+    assert list(rows) == ['say "hi"', 'all "of" it', '"so" he said', "it's", '"', ""]
+    assert "line 4, 6: a quote that does not belong to a pair around a whole field" in caplog.text
+
+
+def test_a_tsv_with_quoted_tabs_and_line_ends_is_read_back_as_csv_wrote_it(tmp_path, caplog):
+    rows = [["a\tb", "0"], ["two\nlines", "1"], ['"quoted"', "0"]]
+    with (tmp_path / "a.tsv").open("w", newline="") as file:
+        csv.writer(file, delimiter="\t").writerows([["text", "label"], *rows])
+    examples = load_examples(file=tmp_path / "a.tsv", seed=0, keep_rows=True)
+    assert list(examples["text"]) == ["a\tb", "two\nlines", '"quoted"']
+    assert list(examples["__row__"]) == [2, 3, 5]
+    assert not caplog.text
+
+
+def test_row_names_of_r_are_left_out_and_said(tmp_path, caplog):
+    written = '"text","label"\n"1","Poor, but short",0\n"2","Good",1\n'
+    rows = load_examples(file=write(tmp_path / "a.csv", written), seed=0).to_list()
+    assert rows == [{"text": "Poor, but short", "label": 0}, {"text": "Good", "label": 1}]
+    assert "is a row name and is left out" in caplog.text
+    with pytest.raises(ValueError, match=r"line 2, 3: 3 fields"):  # not unique: no names
+        load_examples(file=write(tmp_path / "b.csv", written.replace('"2"', '"1"')), seed=0)
+
+
+@pytest.mark.parametrize("extension", [".csv", ".jsonl", ".json"])
+def test_a_type_that_changes_in_the_last_row_holds_for_the_whole_column(tmp_path, extension):
+    rows = [{"id": i, "share": i, "flag": True, "label": i % 2} for i in range(12000)]
+    rows.append({"id": "last", "share": 0.5, "flag": "maybe", "label": None})
+    if extension == ".csv":
+        lines = [",".join("" if value is None else str(value) for value in row.values()) for row in rows]
+        text = "id,share,flag,label\n" + "\n".join(lines)
+    else:
+        text = "\n".join(map(json.dumps, rows)) if extension == ".jsonl" else json.dumps(rows)
+    examples = load_examples(file=write(tmp_path / f"a{extension}", text), seed=0)
+    assert {name: feature.dtype for name, feature in examples.features.items()} == {
+        "id": "string", "share": "float64", "flag": "string", "label": "int64",
+    }  # fmt: skip
+    assert examples[0] == {"id": "0", "share": 0.0, "flag": "True" if extension == ".csv" else "true", "label": 0}
+    assert examples[12000] == {"id": "last", "share": 0.5, "flag": "maybe", "label": None}
+
+
+def test_nested_json_gets_one_type_over_all_rows(tmp_path):
+    rows = [{"m": [{"role": "user"}]}, {"m": [{"role": "tool", "calls": [1]}]}, {"m": None}, {"m": [{"calls": [2.5]}]}]
+    examples = load_examples(file=write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows))), seed=0)
+    assert examples[1]["m"] == [{"role": "tool", "calls": [1.0]}]
+    assert examples[3]["m"] == [{"role": None, "calls": [2.5]}]
+    assert examples[2]["m"] is None
+
+
+def test_numbers_that_could_not_be_written_back_stay_text(tmp_path):
+    text = f"zip,big,word,date\n01234,{2**63},nan,2020-01-01\n99999,1,1_000,2020-01-02\n"
+    examples = load_examples(file=write(tmp_path / "a.csv", text), seed=0)
+    assert examples[0] == {"zip": "01234", "big": str(2**63), "word": "nan", "date": "2020-01-01"}
+
+
+@pytest.mark.parametrize("name", ["a[1].csv", "a*.jsonl", "what?.tsv", "[x]*.parquet"])
+def test_a_path_is_a_path_and_no_pattern(tmp_path, name):
+    if name.endswith("parquet"):
+        datasets.Dataset.from_list([{"a": 7}]).to_parquet(tmp_path / name)
+    else:
+        write(tmp_path / name, '{"a": 7}' if name.endswith("jsonl") else "a\n7\n")
+    write(tmp_path / "a1.csv", "a\n8\n")
+    assert load_examples(file=tmp_path / name, seed=0).to_list() == [{"a": 7}]
+
+
+def test_a_changed_file_is_read_anew(tmp_path):
+    for value in ("1", "2"):
+        assert load_examples(file=write(tmp_path / "a.csv", f"a\n{value}\n"), seed=0)["a"][0] == int(value)
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):

@@ -35,7 +35,7 @@ from transformers import (
 
 import zods.tasks.task
 from zods.objectives import batch_loss
-from zods.tasks import load_examples
+from zods.tasks import build_task, load_examples
 from zods.tasks.prompts import Template, tokenize_continuations
 
 
@@ -225,6 +225,42 @@ def test_labels_are_the_sorted_values_or_the_names_of_the_classes():
     assert [text.strip() for text in labelled_text(task, task.collate(list(task.prepare(REVIEWS))))] == list("baba")
 
 
+@pytest.mark.parametrize(
+    ("data", "settings"),
+    [
+        (reviews(label=["good", "bad"]), {}),
+        (reviews(label=[0, 1]).cast(CLASSES), {}),
+    ],
+)
+def test_label_ids_follow_a_pretrained_head_of_the_same_classes(data, settings):
+    head = ["good", "bad"]
+    tokenizer = make_tokenizer("bert")
+    task = build_task("classification", tokenizer, data, max_length=16, class_names=head, **settings)
+    assert task.model_kwargs()["id2label"] == {0: "good", 1: "bad"}
+    prepared = task.prepare(data)
+    named = (
+        data["label"]
+        if data.features["label"].dtype == "string"
+        else [CLASSES["label"].names[i] for i in data["label"]]
+    )
+    assert [head[row["answer"]] for row in prepared] == list(named)
+
+
+@pytest.mark.parametrize("head", [["Good", "Bad"], ["good", "bad", "other"], ["0", "1"]])
+def test_label_ids_are_sorted_where_the_head_has_other_classes(head):
+    data = reviews(label=["good", "bad"])
+    task = build_task("classification", make_tokenizer("bert"), data, max_length=16, class_names=head)
+    assert task.model_kwargs()["id2label"] == {0: "bad", 1: "good"}
+
+
+def test_token_types_are_for_models_that_have_them():
+    pairs = REVIEWS.add_column("second", ["why", "", "so what", "it was terrible"])
+    with_types = make_task("classification", "bert", pairs, text_pair_column="second")
+    without = make_task("classification", "bert", pairs, text_pair_column="second", has_token_types=False, max_length=8)
+    assert with_types.collate(list(with_types.prepare(pairs)))["token_type_ids"].max() == 1
+    assert set(without.collate(list(without.prepare(pairs)))) == {"input_ids", "attention_mask", "labels"}
+
+
 def test_braces_and_blank_optional_fields_of_a_template_are_text():
     data = datasets.Dataset.from_dict({"q": ["two", "six"], "hint": ["", "say"], "a": ["one", "two"]})
     template = Template.parse("{{q}} {hint}{q}:\n{a}")
@@ -237,7 +273,7 @@ PREPARE = """
 import json, sys
 sys.path[:0] = sys.argv[1:3]
 from tiny_tasks import make_task
-from zods.tasks import load_examples
+from zods.tasks import build_task, load_examples
 reviews, orders, output = sys.argv[3:]
 found = []
 for name, file in (("classification", reviews), ("prompted", reviews), ("instruction", orders)):

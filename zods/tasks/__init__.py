@@ -1,7 +1,17 @@
 """Tasks: examples from files and the hub, as batches for a model, and its outputs as metrics."""
 
 from zods.tasks.build import build_task
-from zods.tasks.sources import load_examples, split_held_out
-from zods.tasks.task import Task
+from zods.tasks.prompts import read_escapes
+from zods.tasks.sources import load_examples, name_of_rows, split_held_out
+from zods.tasks.task import Task, check_rows, check_token_ids
 
-__all__ = ["Task", "build_task", "load_examples", "split_held_out"]
+__all__ = [
+    "Task",
+    "build_task",
+    "check_rows",
+    "check_token_ids",
+    "load_examples",
+    "name_of_rows",
+    "read_escapes",
+    "split_held_out",
+]

@@ -34,6 +34,9 @@ def build_task(
     prompt_column: str | None = None,
     response_column: str | None = None,
     max_length: int,
+    num_embeddings: int | None = None,
+    has_token_types: bool = True,
+    class_names: Sequence[str] | None = None,
 ) -> Task:
     """Build a task for the training data, and check both before a model is loaded.
 
@@ -47,6 +50,10 @@ def build_task(
         prompt_column, response_column: of instruction, instead of a template: "{prompt}\\n{response}";
             "instruction" and "output" by default.
         max_length: of an example, in tokens.
+        num_embeddings: tokens that the model embeds, where that is known.
+        has_token_types: whether the model embeds token types; for classification.
+        class_names: of the head that comes with the model, for classification. Where they are those of the data, ids
+            follow the head.
 
     Raises:
         ValueError: an unknown name, a setting that the task does not use or cannot use, a column that is not there.
@@ -67,7 +74,7 @@ def build_task(
             raise ValueError(
                 f"the task {name} does not use {setting} ({value!r}); it uses {', '.join(_SETTINGS[name])}"
             )
-    pad_token_id(tokenizer)
+    pad_id = pad_token_id(tokenizer, num_embeddings)
 
     if name == Classification.name:
         text_columns = (
@@ -79,7 +86,8 @@ def build_task(
             raise ValueError(
                 f"max_length {max_length} is too short: a text of one token has {num_special} special tokens"
             )
-        return Classification(tokenizer, text_columns, Labels.of(train_dataset, label_column or "label"), max_length)
+        labels = Labels.of(train_dataset, label_column or "label").in_order_of(class_names or ())
+        return Classification(tokenizer, text_columns, labels, max_length, pad_id, has_token_types)
 
     if name == Prompted.name:
         if template is None:
@@ -88,7 +96,8 @@ def build_task(
         if parsed.answer != "label":
             raise ValueError(f"template {template!r} must end with {{label}}; it ends with {{{parsed.answer}}}")
         check_text_columns(train_dataset, parsed.columns)
-        return Prompted(tokenizer, parsed, Labels.of(train_dataset, label_column or "label", label_words), max_length)
+        labels = Labels.of(train_dataset, label_column or "label", label_words)
+        return Prompted(tokenizer, parsed, labels, max_length, pad_id)
 
     if template is None:
         template = f"{{{prompt_column or 'instruction'}}}\n{{{response_column or 'output'}}}"
@@ -96,4 +105,4 @@ def build_task(
         raise ValueError("pass either a template, which names its columns, or prompt_column and response_column")
     parsed = Template.parse(template)
     check_text_columns(train_dataset, [*parsed.columns, parsed.answer])
-    return Instruction(tokenizer, parsed, max_length)
+    return Instruction(tokenizer, parsed, max_length, pad_id)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import compress
 from typing import Any, ClassVar
@@ -18,12 +18,12 @@ from zods.tasks.task import (
     Columns,
     Row,
     check_columns,
+    check_rows,
     check_text_columns,
-    check_texts,
     map_rows,
     pad_inputs,
     pad_right,
-    pad_token_id,
+    text_mistakes,
 )
 
 
@@ -33,13 +33,19 @@ class Classification:
 
     Attributes:
         text_columns: one column, or two for text pairs.
+        pad_id: see `pad_token_id`.
+        has_token_types: whether the model has embeddings of token types. Some others (GPT-2) take `token_type_ids` and
+            embed them as words, so that what the tokenizer gives may not decide.
     """
 
     name: ClassVar[str] = "classification"
+    predicts_next_token: ClassVar[bool] = False
     tokenizer: PreTrainedTokenizerBase
     text_columns: tuple[str, ...]
     labels: Labels
     max_length: int
+    pad_id: int
+    has_token_types: bool
 
     def auto_class(self) -> type[Any]:
         return AutoModelForSequenceClassification
@@ -50,19 +56,28 @@ class Classification:
             "num_labels": len(self.labels.names),
             "id2label": dict(enumerate(self.labels.names)),
             "label2id": {name: i for i, name in enumerate(self.labels.names)},
-            "pad_token_id": pad_token_id(self.tokenizer),
+            "pad_token_id": self.pad_id,
         }
 
-    def prepare(self, dataset: datasets.Dataset) -> datasets.Dataset:
-        """Rows of `input_ids` (and `token_type_ids` where the tokenizer has them) and `answer`, the label's id."""
+    def mistakes(self, dataset: datasets.Dataset) -> Iterator[tuple[int, str]]:
         check_text_columns(dataset, self.text_columns)
         check_columns(dataset, [self.labels.column])
-        return map_rows(dataset, self._make_rows, self.max_length)
+        yield from text_mistakes(dataset, self.text_columns)
+        yield from self.labels.mistakes(dataset)
 
-    def _make_rows(self, batch: Columns, indices: list[int]) -> Columns:
-        check_texts(batch, self.text_columns, indices)
+    def prepare(self, dataset: datasets.Dataset, place: str = "row") -> datasets.Dataset:
+        """Rows of `input_ids` (and `token_type_ids` where tokenizer and model have them) and `answer`, the label's id."""
+        check_rows(self, [(dataset, place)])
+        return map_rows(dataset, self._make_rows, self.max_length, place)
+
+    def _make_rows(self, batch: Columns) -> Columns:
         texts = [batch[column] for column in self.text_columns]
-        encoded = self.tokenizer(*texts, return_attention_mask=False, verbose=False)
+        options = {
+            "return_attention_mask": False,
+            "return_token_type_ids": None if self.has_token_types else False,  # None: as the tokenizer does
+            "verbose": False,
+        }
+        encoded = self.tokenizer(*texts, **options)
         columns = {key: list(values) for key, values in encoded.items()}
         too_long = [len(ids) > self.max_length for ids in columns["input_ids"]]
         if any(too_long):
@@ -70,13 +85,12 @@ class Classification:
                 *(list(compress(column, too_long)) for column in texts),
                 truncation=True,
                 max_length=self.max_length,
-                return_attention_mask=False,
+                **options,
             )
             for key, values in cut.items():
                 for row, value in zip(compress(range(len(too_long)), too_long), values, strict=True):
                     columns[key][row] = value
-        answers = self.labels.ids(batch[self.labels.column], indices)
-        return {**columns, "answer": answers, "truncated": too_long}
+        return {**columns, "answer": self.labels.ids(batch[self.labels.column]), "truncated": too_long}
 
     def collate(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """`input_ids`, `attention_mask` (and `token_type_ids`) (B, L), `labels` (B,)."""
@@ -85,7 +99,7 @@ class Classification:
 
     def collate_eval(self, rows: Sequence[Row]) -> tuple[dict[str, Tensor], Tensor]:
         """(inputs (B, L), labels (B,))."""
-        inputs = pad_inputs([row["input_ids"] for row in rows], self.tokenizer)
+        inputs = pad_inputs([row["input_ids"] for row in rows], self.pad_id)
         if "token_type_ids" in rows[0]:
             inputs["token_type_ids"] = pad_right([row["token_type_ids"] for row in rows], 0)
         return inputs, torch.tensor([row["answer"] for row in rows])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -20,8 +20,9 @@ from zods.tasks.prompts import (
     leading_special_tokens,
     num_tokens,
     tokenize_continuations,
+    unusable,
 )
-from zods.tasks.task import Columns, Row, check_text_columns, check_texts, map_rows, pad_inputs
+from zods.tasks.task import Columns, Row, check_rows, check_text_columns, map_rows, pad_inputs, text_mistakes
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,11 @@ class Instruction:
     """
 
     name: ClassVar[str] = "instruction"
+    predicts_next_token: ClassVar[bool] = True
     tokenizer: PreTrainedTokenizerBase
     template: Template
     max_length: int
+    pad_id: int
 
     def __post_init__(self) -> None:
         """Raise ValueError for a tokenizer without an end-of-sequence token, or a max_length that the cue fills."""
@@ -54,28 +57,33 @@ class Instruction:
     def model_kwargs(self) -> dict[str, Any]:
         return {}
 
-    def prepare(self, dataset: datasets.Dataset) -> datasets.Dataset:
-        """Rows of `input_ids` (prompt, response, end of sequence) and `num_answer_tokens` (the last two's)."""
+    def mistakes(self, dataset: datasets.Dataset) -> Iterator[tuple[int, str]]:
         check_text_columns(dataset, [*self.template.columns, self.template.answer])
-        return map_rows(dataset, self._make_rows, self.max_length)
+        yield from text_mistakes(dataset, self.template.columns)
+        yield from text_mistakes(dataset, [self.template.answer])
 
-    def _make_rows(self, batch: Columns, indices: list[int]) -> Columns:
-        check_texts(batch, self.template.columns, indices)
-        check_texts(batch, [self.template.answer], indices)
+    def prepare(self, dataset: datasets.Dataset, place: str = "row") -> datasets.Dataset:
+        """Rows of `input_ids` (prompt, response, end of sequence) and `num_answer_tokens` (the last two's)."""
+        check_rows(self, [(dataset, place)])
+        return map_rows(dataset, self._make_rows, self.max_length, place)
+
+    def _make_rows(self, batch: Columns) -> Columns:
         start = leading_special_tokens(self.tokenizer)
         room = self.max_length - len(start)
         num_cue_tokens = self._num_cue_tokens()
         responses = [[response] for response in batch[self.template.answer]]
         columns: Columns = {"input_ids": [], "num_answer_tokens": [], "truncated": []}
+        fitted = []
         tokenized = tokenize_continuations(self.tokenizer, self.template.prompts(batch), responses)
-        for row, (prompt, (response,)) in zip(indices, tokenized, strict=True):
+        for prompt, (response,) in tokenized:
             answer = [*response, self.tokenizer.eos_token_id]
             columns["truncated"].append(len(prompt) + len(answer) > room)
             if len(answer) > room - min(num_cue_tokens, len(prompt)):
                 answer = answer[: room - min(max(num_cue_tokens, room // 2), len(prompt))]
-            columns["input_ids"].append(fit_prompt(start, prompt, room - len(answer), row) + answer)
+            fitted.append(fit_prompt(start, prompt, room - len(answer)))
+            columns["input_ids"].append(fitted[-1] + answer)
             columns["num_answer_tokens"].append(len(answer))
-        return columns
+        return {**columns, "unusable": unusable(fitted)}
 
     def _num_cue_tokens(self) -> int:
         """The tokens that end every prompt, with one before them that the cue may have merged with."""
@@ -83,11 +91,11 @@ class Instruction:
 
     def collate(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """`input_ids`, `attention_mask` and `labels`, all (B, L)."""
-        return collate_answers(rows, self.tokenizer)
+        return collate_answers(rows, self.pad_id)
 
     def collate_eval(self, rows: Sequence[Row]) -> tuple[dict[str, Tensor], Tensor]:
         """(inputs (B, L), the number of answer tokens (B,))."""
-        inputs = pad_inputs([row["input_ids"] for row in rows], self.tokenizer)
+        inputs = pad_inputs([row["input_ids"] for row in rows], self.pad_id)
         return inputs, torch.tensor([row["num_answer_tokens"] for row in rows])
 
     def measure(self, outputs: Any, inputs: dict[str, Tensor], targets: Tensor) -> dict[str, tuple[float, float]]:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import datasets
 
 from zods.tasks.task import TEXT_DTYPES, check_columns
+
+logger = logging.getLogger(__name__)
+
+SHOWN = 20  # classes that are listed by name
 
 
 @dataclass(frozen=True)
@@ -33,8 +39,7 @@ class Labels:
         `words` rename integer labels: label i is words[i], and the labels are 0 to len(words) - 1.
 
         Raises:
-            ValueError: no such column, a column of another type, a row without label, fewer than two labels, words for
-                text labels, or a label that has no word.
+            ValueError: no such column, a column of another type, fewer than two labels, or words for text labels.
         """
         check_columns(dataset, [column])
         feature = dataset.features[column]
@@ -42,36 +47,60 @@ class Labels:
         is_integer = dtype.startswith(("int", "uint"))
         if not is_integer and dtype not in (*TEXT_DTYPES, "bool"):
             raise ValueError(f"label column {column!r} must hold integers, booleans or text; it holds {feature}")
-        distinct = dataset.unique(column)
-        if None in distinct or "" in distinct:
-            missing = next(row for row, value in enumerate(dataset[column]) if value in (None, ""))
-            raise ValueError(f"row {missing}: column {column!r} has no label; remove the row or fill it")
+        counts = Counter(dataset[column][:])
+        num_missing = sum(counts.pop(value) for value in list(counts) if _is_missing(value))
         if words is not None:
             if not is_integer:
                 raise ValueError(f"label words rename integer labels; column {column!r} holds {dtype}: leave them out")
             labels = cls(column, tuple(range(len(words))), tuple(words))
-            labels.ids(dataset[column], range(len(dataset)))
         elif isinstance(feature, datasets.ClassLabel):
             labels = cls(column, tuple(range(feature.num_classes)), tuple(feature.names))
         else:
-            values = tuple(sorted(distinct))
+            values = tuple(sorted(counts))
             labels = cls(column, values, tuple(map(str, values)))
+        if len(labels.values) < 2 and words is not None:
+            raise ValueError(f"label_words gives {len(words)} word; give one for each of the labels 0, 1, ...")
         if len(labels.values) < 2:
-            raise ValueError(f"column {column!r} needs at least two labels; the training data has only {labels.values}")
+            without = f", and {num_missing} rows without a label" if num_missing else ""
+            raise ValueError(
+                f"column {column!r} needs at least two labels; the training data has only {labels.values}{without}"
+            )
+        shown = [f"{name} ({counts[value]})" for value, name in zip(labels.values, labels.names, strict=True)]
+        more = f" and {len(shown) - SHOWN} more" if len(shown) > SHOWN else ""
+        logger.info("%d classes in column %r: %s%s", len(shown), column, ", ".join(shown[:SHOWN]), more)
         return labels
 
-    def ids(self, values: Sequence[Any], rows: Sequence[int]) -> list[int]:
-        """The ids of these rows' labels.
+    def in_order_of(self, names: Sequence[str]) -> Labels:
+        """The same labels, with ids in the order of `names`; as they are, where these are other names."""
+        if sorted(names) != sorted(self.names):
+            return self
+        values = dict(zip(self.names, self.values, strict=True))
+        return Labels(self.column, tuple(values[name] for name in names), tuple(names))
 
-        Raises:
-            ValueError: a label that is not among them; names the row and the value.
-        """
-        ids = dict(zip(self.values, range(len(self.values)), strict=True))
-        for row, value in zip(rows, values, strict=True):
-            if value not in ids:
+    def mistakes(self, dataset: datasets.Dataset) -> Iterator[tuple[int, str]]:
+        """(position, mistake) of each row without a label, or with one that is not among these."""
+        ids = self._ids()
+        for position, value in enumerate(dataset[self.column][:]):
+            if _is_missing(value):
+                yield position, f"no label in column {self.column!r}"
+            elif value not in ids and str(value) not in ids:
                 known = ", ".join(f"{value!r} ({name})" for value, name in zip(self.values, self.names, strict=True))
-                raise ValueError(
-                    f"row {row}: column {self.column!r} has the label {value!r}; "
-                    f"the {len(ids)} labels of the training data are {known[:500]}"
+                yield (
+                    position,
+                    f"column {self.column!r} has the label {value!r}; "
+                    f"the {len(self.values)} labels of the training data are {known[:500]}",
                 )
-        return [ids[value] for value in values]
+
+    def ids(self, values: Sequence[Any]) -> list[int]:
+        """The ids of rows' labels, all of which are among these."""
+        ids = self._ids()
+        return [ids[value if value in ids else str(value)] for value in values]
+
+    def _ids(self) -> dict[Any, int]:
+        """Ids by value and by the value's text: in a file with one text among its labels, integers are text, too."""
+        texts = {str(value): label_id for label_id, value in enumerate(self.values)}
+        return texts | dict(zip(self.values, range(len(self.values)), strict=True))
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip())

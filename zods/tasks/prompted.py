@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -21,8 +21,18 @@ from zods.tasks.prompts import (
     leading_special_tokens,
     num_tokens,
     tokenize_continuations,
+    unusable,
 )
-from zods.tasks.task import Columns, Row, check_columns, check_text_columns, check_texts, map_rows, pad_inputs
+from zods.tasks.task import (
+    Columns,
+    Row,
+    check_columns,
+    check_rows,
+    check_text_columns,
+    map_rows,
+    pad_inputs,
+    text_mistakes,
+)
 
 
 @dataclass(frozen=True)
@@ -34,10 +44,12 @@ class Prompted:
     """
 
     name: ClassVar[str] = "prompted"
+    predicts_next_token: ClassVar[bool] = True
     tokenizer: PreTrainedTokenizerBase
     template: Template
     labels: Labels
     max_length: int
+    pad_id: int
 
     def __post_init__(self) -> None:
         """Raise ValueError for words without tokens or with the same tokens, or a max_length below cue and word."""
@@ -63,24 +75,29 @@ class Prompted:
     def model_kwargs(self) -> dict[str, Any]:
         return {}
 
-    def prepare(self, dataset: datasets.Dataset) -> datasets.Dataset:
-        """Rows of `prompt` (token ids), `words` (the token ids of each label's word) and `answer` (the label's id)."""
+    def mistakes(self, dataset: datasets.Dataset) -> Iterator[tuple[int, str]]:
         check_text_columns(dataset, self.template.columns)
         check_columns(dataset, [self.labels.column])
-        return map_rows(dataset, self._make_rows, self.max_length)
+        yield from text_mistakes(dataset, self.template.columns)
+        yield from self.labels.mistakes(dataset)
 
-    def _make_rows(self, batch: Columns, indices: list[int]) -> Columns:
-        check_texts(batch, self.template.columns, indices)
+    def prepare(self, dataset: datasets.Dataset, place: str = "row") -> datasets.Dataset:
+        """Rows of `prompt` (token ids), `words` (the token ids of each label's word) and `answer` (the label's id)."""
+        check_rows(self, [(dataset, place)])
+        return map_rows(dataset, self._make_rows, self.max_length, place)
+
+    def _make_rows(self, batch: Columns) -> Columns:
         start = leading_special_tokens(self.tokenizer)
         texts = self.template.prompts(batch)
         columns: Columns = {"prompt": [], "words": [], "truncated": []}
         tokenized = tokenize_continuations(self.tokenizer, texts, [self.labels.names] * len(texts))
-        for row, (prompt, words) in zip(indices, tokenized, strict=True):
+        for prompt, words in tokenized:
             room = self.max_length - len(start) - max(map(len, words))
-            columns["prompt"].append(fit_prompt(start, prompt, room, row))
+            columns["prompt"].append(fit_prompt(start, prompt, room))
             columns["words"].append(words)
             columns["truncated"].append(len(prompt) > room)
-        return {**columns, "answer": self.labels.ids(batch[self.labels.column], indices)}
+        answers = self.labels.ids(batch[self.labels.column])
+        return {**columns, "answer": answers, "unusable": unusable(columns["prompt"])}
 
     def collate(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """`input_ids`, `attention_mask` and `labels`, all (B, L): prompt and right word, which alone is labelled."""
@@ -89,14 +106,14 @@ class Prompted:
             {"input_ids": row["prompt"] + word, "num_answer_tokens": len(word)}
             for row, word in zip(rows, words, strict=True)
         ]
-        return collate_answers(answers, self.tokenizer)
+        return collate_answers(answers, self.pad_id)
 
     def collate_eval(self, rows: Sequence[Row]) -> tuple[dict[str, Tensor], Tensor]:
         """(inputs (B W, L): each row with each of the W words, row by row; targets (B, 1 + W)).
 
         The targets are the right word's number, and the number of tokens of each word.
         """
-        inputs = pad_inputs([row["prompt"] + word for row in rows for word in row["words"]], self.tokenizer)
+        inputs = pad_inputs([row["prompt"] + word for row in rows for word in row["words"]], self.pad_id)
         return inputs, torch.tensor([[row["answer"], *map(len, row["words"])] for row in rows])
 
     def measure(self, outputs: Any, inputs: dict[str, Tensor], targets: Tensor) -> dict[str, tuple[float, float]]:

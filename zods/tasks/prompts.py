@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from string import Formatter
@@ -73,6 +74,20 @@ class Template:
         ]
 
 
+ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
+
+
+def read_escapes(text: str, where: str) -> str:
+    r"""Text of the command line with \n, \t, \r and \\ read as in Python. Raises ValueError for another backslash."""
+
+    def character(match: re.Match[str]) -> str:
+        if match[1] not in ESCAPES:
+            raise ValueError(rf"{where}: found {match[0]!r}, allowed are \n, \t, \r and \\; write \\ for a backslash")
+        return ESCAPES[match[1]]
+
+    return re.sub(r"\\(.?)", character, text, flags=re.DOTALL)
+
+
 def tokenize_continuations(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], continuations: Sequence[Sequence[str]]
 ) -> list[tuple[list[int], list[list[int]]]]:
@@ -103,15 +118,15 @@ def leading_special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return encoded["input_ids"][:num_leading]
 
 
-def fit_prompt(start: list[int], prompt: list[int], room: int, row: int) -> list[int]:
-    """`start` and the last `room` tokens of a prompt.
+def fit_prompt(start: list[int], prompt: list[int], room: int) -> list[int]:
+    """`start` and the last `room` tokens of a prompt; [] where nothing is left to predict the answer's first token from."""
+    return start + prompt[-room:] if room > 0 else []
 
-    Raises:
-        ValueError: there is no room, or nothing to predict the answer's first token from.
-    """
-    if room < 1 or not start + prompt:
-        raise ValueError(f"row {row}: no token is left before the answer; lengthen the prompt or raise max_length")
-    return start + prompt[-room:]
+
+def unusable(prompts: Sequence[list[int]]) -> list[str]:
+    """Of each row, why it cannot be used, or ""."""
+    reason = "no token is left before the answer (lengthen the prompt or raise max_length)"
+    return ["" if prompt else reason for prompt in prompts]
 
 
 def num_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
@@ -119,9 +134,9 @@ def num_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
     return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def collate_answers(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
+def collate_answers(rows: Sequence[Row], pad_id: int) -> dict[str, Tensor]:
     """A causal LM's training batch of rows with `input_ids` and `num_answer_tokens`: only the answers are labelled."""
-    inputs = pad_inputs([row["input_ids"] for row in rows], tokenizer)
+    inputs = pad_inputs([row["input_ids"] for row in rows], pad_id)
     return {**inputs, "labels": answer_labels(inputs, torch.tensor([row["num_answer_tokens"] for row in rows]))}
 
 

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import csv
-import gzip
-import json
-from collections.abc import Sequence
+import glob
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import datasets
+import pyarrow as pa
+from datasets.exceptions import DatasetGenerationError
 
-# A TSV has no quoting: a quote is a character like any other. "NA" and "null" are words, not missing values.
-_BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".json": ("json", {}),
-    ".jsonl": ("json", {}),
-    ".csv": ("csv", {"keep_default_na": False}),
-    ".tsv": ("csv", {"keep_default_na": False, "delimiter": "\t", "quoting": csv.QUOTE_NONE}),
-    ".parquet": ("parquet", {}),
-}
+from zods.tasks.task import NOT_TEXT, ROW, code_digest
+from zods.tasks.text_files import read_table
+
+logger = logging.getLogger(__name__)
+
+TEXT_FORMATS = (".json", ".jsonl", ".csv", ".tsv")
+FORMATS = (*TEXT_FORMATS, ".parquet")
+ROWS_PER_TABLE = 1000
 
 
 def load_examples(
@@ -30,18 +33,27 @@ def load_examples(
     column_names: Sequence[str] | None = None,
     max_examples: int | None = None,
     seed: int,
+    keep_rows: bool = False,
 ) -> datasets.Dataset:
     """Read examples from a local file or from a dataset of the hub.
 
     Ranks may call it at the same time: `datasets` builds its cache under a file lock.
 
+    A .json file holds a list of objects, or one object per line; a file that is one object is refused. In a CSV file
+    fields are quoted as in RFC 4180. In a TSV file a field that is quoted as a whole is unquoted, and any other quote
+    is a character. Every row has as many fields as the header has names, except in files of R's write.table, whose
+    quoted row names have no name in the header and are left out. A column's type holds for all its rows: integers,
+    floats or booleans where each row has one or is blank, else text.
+
     Args:
-        file: a .jsonl, .json, .csv, .tsv or .parquet file; the text formats also as .gz.
+        file: a .jsonl, .json, .csv, .tsv or .parquet file; the text formats also as .gz. In UTF-8.
         dataset_name: a dataset's name on the hub, or a folder that `datasets` can load.
         dataset_config: the hub dataset's configuration.
         split: the hub dataset's split, "train" by default.
         column_names: the columns of a .csv or .tsv file that has no header.
         max_examples: keep this many, drawn at random by `seed`; all where there are no more.
+        keep_rows: keep the columns by which `Task.prepare` names rows: ROW, an example's first line in a text file, or
+            else its row from 0, and, where a row's value is no text but its column is, NOT_TEXT.
 
     Returns:
         The examples, in the order of the source, or in the drawn order where `max_examples` drew some.
@@ -63,9 +75,26 @@ def load_examples(
         if column_names is not None:
             raise ValueError(f"column_names is for .csv and .tsv files without a header, not for {dataset_name}")
         dataset = _load_hub(dataset_name, dataset_config, split or "train")
+    if keep_rows and ROW not in dataset.column_names:
+        dataset = dataset.add_column(ROW, range(len(dataset)))
+    if not keep_rows:
+        dataset = dataset.remove_columns([name for name in (ROW, NOT_TEXT) if name in dataset.column_names])
     if max_examples is not None and max_examples < len(dataset):
         dataset = dataset.shuffle(seed=seed).select(range(max_examples))
     return dataset
+
+
+def name_of_rows(
+    *,
+    file: str | Path | None = None,
+    dataset_name: str | None = None,
+    dataset_config: str | None = None,
+    split: str | None = None,
+) -> str:
+    """What messages say before the number of a row: "train.csv, line", or "glue (sst2, train), row"."""
+    if file is not None:
+        return f"{file}, {'line' if _extension(Path(file)) in TEXT_FORMATS else 'row'}"
+    return f"{dataset_name} ({', '.join(filter(None, (dataset_config, split or 'train')))}), row"
 
 
 def split_held_out(
@@ -105,69 +134,86 @@ def _load_hub(name: str | None, config: str | None, split: str) -> datasets.Data
     return dataset
 
 
+def _extension(path: Path) -> str:
+    return Path(path.name.removesuffix(".gz")).suffix.lower()
+
+
 def _load_file(path: Path, column_names: Sequence[str] | None) -> datasets.Dataset:
-    extension = Path(path.name.removesuffix(".gz")).suffix.lower()
-    if extension not in _BUILDERS:
-        raise ValueError(f"{path}: unknown extension {extension!r}; allowed are {', '.join(_BUILDERS)}, also with .gz")
+    extension = _extension(path)
+    if extension not in FORMATS:
+        raise ValueError(f"{path}: unknown extension {extension!r}; allowed are {', '.join(FORMATS)}, also with .gz")
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
-    builder, options = _BUILDERS[extension]
-    if column_names is not None:
-        if builder != "csv":
-            raise ValueError(f"column_names is for .csv and .tsv files without a header, not for {path}")
-        _check_column_names(path, column_names, options)
-        options = {**options, "column_names": list(column_names)}
-    try:
-        dataset = datasets.load_dataset(builder, data_files=str(path), split="train", **options)
-    except Exception as error:  # pyarrow's, pandas' and datasets' own, some without a message
-        if builder == "json":
-            _check_json(path)
-        reason = str(error.__cause__ or error).strip()
-        raise ValueError(f"{path} holds no examples that can be read as {extension}. {reason}".strip()) from error
+    if column_names is not None and extension not in (".csv", ".tsv"):
+        raise ValueError(f"column_names is for .csv and .tsv files without a header, not for {path}")
+    if extension == ".parquet":
+        try:
+            dataset = datasets.load_dataset("parquet", data_files=glob.escape(str(path)), split="train")
+        except Exception as error:  # pyarrow's and datasets' own, some without a message
+            reason = str(error.__cause__ or error).strip()
+            raise ValueError(f"{path} holds no examples that can be read as .parquet. {reason}".strip()) from error
+    else:
+        dataset = _build_from_text(path, extension, column_names)
     if len(dataset) == 0:
         raise ValueError(f"{path} holds no examples")
     return dataset
 
 
-def _open(path: Path) -> TextIO:
-    opener: Any = gzip.open if path.suffix == ".gz" else open
-    return opener(path, "rt", encoding="utf-8-sig", newline="")
+@dataclass
+class _TextFileConfig(datasets.BuilderConfig):
+    """content: a digest of the file, by which `datasets` knows whether it has built it before."""
+
+    path: str = ""
+    extension: str = ""
+    names: tuple[str, ...] | None = None
+    content: str = ""
 
 
-def _check_column_names(path: Path, column_names: Sequence[str], options: dict[str, Any]) -> None:
-    """Raise unless the first line has a field per name: pandas would take spare fields for an index, and not say so."""
-    with _open(path) as file:
-        fields = next(
-            csv.reader(
-                file, delimiter=options.get("delimiter", ","), quoting=options.get("quoting", csv.QUOTE_MINIMAL)
-            ),
-            [],
-        )
-    if len(fields) != len(column_names):
-        raise ValueError(
-            f"{path}, line 1 has {len(fields)} columns; "
-            f"column_names names {len(column_names)}: {', '.join(column_names)}"
-        )
+class _TextFile(datasets.ArrowBasedBuilder):
+    """Writes a CSV, TSV or JSON file, with ROW, as a memory-mapped table into the cache of `datasets`."""
+
+    BUILDER_CONFIG_CLASS = _TextFileConfig
+
+    def _info(self) -> datasets.DatasetInfo:
+        return datasets.DatasetInfo()
+
+    def _split_generators(self, dl_manager: Any) -> list[datasets.SplitGenerator]:
+        return [datasets.SplitGenerator(name="train")]
+
+    def _generate_tables(self) -> Iterator[tuple[int, pa.Table]]:
+        config = self.config
+        table = read_table(Path(config.path), config.extension, config.names)
+        self.info.description = table.note
+        schema = pa.schema([*table.types.items(), (ROW, pa.int64()), (NOT_TEXT, pa.string())])
+        rows: list[tuple[Any, ...]] = []
+        for number, (line, values, not_text) in enumerate(table.rows()):
+            rows.append((*values, line, ", ".join(not_text)))
+            if len(rows) == ROWS_PER_TABLE:
+                yield number, _arrow_table(rows, schema)
+                rows = []
+        if rows:
+            yield -1, _arrow_table(rows, schema)
 
 
-def _check_json(path: Path) -> None:
-    """Raise for the first line of a JSON lines file that is no object, or the first mistake in a JSON array."""
-    with _open(path) as file:
-        text = file.read()
-    if text.lstrip().startswith("["):
-        try:
-            json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {error.lineno}: malformed JSON: {error.msg}") from None
-        return
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: malformed JSON: {error.msg} at column {error.colno}") from None
-        if not isinstance(row, dict):
-            raise ValueError(
-                f"{path}, line {number}: must be a JSON object of column: value; it is {type(row).__name__}"
-            )
+def _arrow_table(rows: Sequence[tuple[Any, ...]], schema: pa.Schema) -> pa.Table:
+    columns = zip(*rows, strict=True)
+    return pa.table([pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)], schema)
+
+
+def _build_from_text(path: Path, extension: str, column_names: Sequence[str] | None) -> datasets.Dataset:
+    with path.open("rb") as file:
+        content = hashlib.file_digest(file, "blake2b").hexdigest()
+    names = None if column_names is None else tuple(column_names)
+    builder = _TextFile(
+        dataset_name="text_file", hash=code_digest(), path=str(path), extension=extension, names=names, content=content
+    )
+    try:
+        builder.download_and_prepare()
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, ValueError):
+            raise error.__cause__ from None
+        raise
+    dataset = builder.as_dataset("train")
+    if dataset.info.description:
+        logger.warning("%s, %s.", path, dataset.info.description)
+    return dataset

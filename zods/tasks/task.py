@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import datasets
+import pyarrow.compute
 import torch
 from datasets.fingerprint import Hasher
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+
+from zods.tasks.mistakes import Mistakes
 
 logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 Columns = dict[str, list[Any]]
 TEXT_DTYPES = ("string", "large_string")
+ROW = "__row__"  # column of a row's number in its source
+NOT_TEXT = "__not_text__"  # column of the names of a row's columns that are text, but not in this row
+TOKEN_COLUMNS = ("input_ids", "prompt", "words")  # of prepared rows
 
 
 class Task(Protocol):
     """How examples become batches for one kind of model, and its outputs become metrics."""
 
     name: ClassVar[str]
+    predicts_next_token: ClassVar[bool]  # so that the model must be causal
 
     def auto_class(self) -> type[Any]:
         """The transformers Auto class of the model."""
@@ -31,15 +38,25 @@ class Task(Protocol):
     def model_kwargs(self) -> dict[str, Any]:
         """What `from_pretrained` is given beside the model's name."""
 
-    def prepare(self, dataset: datasets.Dataset) -> datasets.Dataset:
+    def mistakes(self, dataset: datasets.Dataset) -> Iterator[tuple[int, str]]:
+        """(position of a row, what is wrong with it) of every row whose text or label the task cannot use.
+
+        Raises:
+            ValueError: a column is missing or of another type.
+        """
+
+    def prepare(self, dataset: datasets.Dataset, place: str = "row") -> datasets.Dataset:
         """Validate and tokenise: one row of lists of ints for each row of `dataset`, in the same order.
 
         Ranks may prepare the same data at the same time: each writes its own temporary file and renames it to a name
         that follows from data, task, tokenizer and code, so at worst the work is done twice. A caller that lets one
         rank go first has the others read its result.
 
+        Args:
+            place: what the rows' numbers count, e.g. "dev.csv, line". They are in the column ROW, or else from 0.
+
         Raises:
-            ValueError: a column, a row's text or a row's label is not as the task needs it; names the row, from 0.
+            ValueError: a column, or the text or label of some rows is not as the task needs it; names all these rows.
         """
 
     def collate(self, rows: Sequence[Row]) -> dict[str, Tensor]:
@@ -73,53 +90,115 @@ def check_columns(dataset: datasets.Dataset, columns: Sequence[str]) -> None:
             raise ValueError(f"the data has no column {column!r}; its columns are {', '.join(dataset.column_names)}")
 
 
-def check_texts(batch: Columns, columns: Sequence[str], indices: Sequence[int]) -> None:
-    """Raise ValueError for a row where one of the texts is missing, or all are blank (one of several may be)."""
-    for row, texts in zip(indices, zip(*(batch[column] for column in columns), strict=True), strict=True):
-        if None in texts:
-            raise ValueError(f"row {row}: column {columns[texts.index(None)]!r} has no text; remove the row or fill it")
-        if not any(text.strip() for text in texts):
-            raise ValueError(f"row {row}: blank text in {', '.join(map(repr, columns))}; remove the row or fill it")
+def check_rows(task: Task, sources: Sequence[tuple[datasets.Dataset, str]]) -> None:
+    """Raise ValueError with the mistakes of all rows of all sources.
+
+    Args:
+        sources: datasets, each with what its rows' numbers count, e.g. "dev.csv, line".
+    """
+    mistakes, problems = Mistakes(), []
+    for dataset, place in sources:
+        numbers = row_numbers(dataset)
+        try:
+            for position, what in task.mistakes(dataset):
+                mistakes.add(place, numbers[position], what)
+        except ValueError as error:  # its columns
+            source = place.rpartition(",")[0]
+            problems.append(f"{source}: {error}" if source else str(error))
+    mistakes.check("Mend these rows or remove them", problems)
+
+
+def row_numbers(dataset: datasets.Dataset) -> Sequence[int]:
+    """The rows' numbers in their source, or from 0 where these are not known."""
+    return dataset.with_format("numpy")[ROW][:].tolist() if ROW in dataset.column_names else range(len(dataset))
+
+
+def text_mistakes(dataset: datasets.Dataset, columns: Sequence[str]) -> Iterator[tuple[int, str]]:
+    """(position, mistake) of each row where one of the texts is missing, or all are blank (one of several may be)."""
+    read = dataset.select_columns([*columns, *({NOT_TEXT} & set(dataset.column_names))])
+    position = 0
+    for batch in read.iter(batch_size=1000):
+        odd = batch.get(NOT_TEXT, [""] * len(batch[columns[0]]))
+        for texts, names in zip(zip(*(batch[column] for column in columns), strict=True), odd, strict=True):
+            not_text = [column for column in columns if names and column in names.split(", ")]
+            if not_text:
+                yield (
+                    position,
+                    f"column {not_text[0]!r} holds {texts[columns.index(not_text[0])][:40]}, which is no text",
+                )
+            elif None in texts:
+                yield position, f"no text in column {columns[texts.index(None)]!r}"
+            elif not any(text.strip() for text in texts):
+                yield position, f"blank text in {', '.join(map(repr, columns))}"
+            position += 1
 
 
 def map_rows(
-    dataset: datasets.Dataset, make_rows: Callable[[Columns, list[int]], Columns], max_length: int
+    dataset: datasets.Dataset, make_rows: Callable[[Columns], Columns], max_length: int, place: str
 ) -> datasets.Dataset:
-    """Tokenise in batches of rows; `make_rows` also gives a column "truncated", which is counted and dropped."""
+    """Tokenise in batches of rows.
+
+    `make_rows` also gives the columns "truncated", which is counted and dropped, and, where a row may turn out to be
+    unusable, "unusable": the reason, or "".
+    """
     prepared = dataset.map(
         _apply,
         batched=True,
-        with_indices=True,
         remove_columns=dataset.column_names,
-        fn_kwargs={"make_rows": make_rows, "code": _code_digest()},
+        fn_kwargs={"make_rows": make_rows, "code": code_digest()},
     )
+    if "unusable" in prepared.column_names:
+        mistakes = Mistakes()
+        for number, reason in zip(row_numbers(dataset), prepared["unusable"][:], strict=True):
+            if reason:
+                mistakes.add(place, number, reason)
+        mistakes.check("Mend these rows or remove them")
+        prepared = prepared.remove_columns("unusable")
     num_truncated = sum(prepared["truncated"])
     if num_truncated:
         logger.warning("%d of %d examples were cut to %d tokens", num_truncated, len(prepared), max_length)
     return prepared.remove_columns("truncated")
 
 
-def _apply(
-    batch: Columns, indices: list[int], make_rows: Callable[[Columns, list[int]], Columns], code: str
-) -> Columns:
-    return make_rows(batch, indices)
+def _apply(batch: Columns, make_rows: Callable[[Columns], Columns], code: str) -> Columns:
+    return make_rows(batch)
 
 
-def _code_digest() -> str:
+def code_digest() -> str:
     """Of this package: `datasets` knows our functions by name only, and would reuse what an older version made."""
     return Hasher.hash([path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))])
 
 
-def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The tokenizer's pad token, or else its end-of-sequence token (padding is masked, whatever it is).
+def pad_token_id(tokenizer: PreTrainedTokenizerBase, num_embeddings: int | None = None) -> int:
+    """An id to pad with: the tokenizer's pad token, else its end-of-sequence token, else 0 (padding is masked).
+
+    Args:
+        num_embeddings: of the model, where it is known; ids from there on, of tokens added later, are passed over.
 
     Raises:
-        ValueError: it has neither.
+        ValueError: the tokenizer has neither token.
     """
-    for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token_id is not None:
-            return token_id
-    raise ValueError("the tokenizer has neither a pad token nor an eos token; set tokenizer.pad_token")
+    given = [token_id for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token_id is not None]
+    if not given:
+        raise ValueError("the tokenizer has neither a pad token nor an eos token; set tokenizer.pad_token")
+    return next((token_id for token_id in given if num_embeddings is None or token_id < num_embeddings), 0)
+
+
+def check_token_ids(prepared: datasets.Dataset, num_embeddings: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ValueError where prepared rows hold a token that the model has no embedding of."""
+    largest = -1
+    for batch in prepared.with_format("arrow").iter(batch_size=1000):
+        for name in set(TOKEN_COLUMNS) & set(batch.column_names):
+            column = batch.column(name)
+            while hasattr(column.type, "value_type"):
+                column = pyarrow.compute.list_flatten(column)
+            largest = max(largest, pyarrow.compute.max(column).as_py() or 0)
+    if largest >= num_embeddings:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        raise ValueError(
+            f"the data hold the token {largest} ({token!r}), but the model embeds {num_embeddings} tokens, and the "
+            f"tokenizer has {len(tokenizer)}. Give the model's own --tokenizer, or a model with resized embeddings."
+        )
 
 
 def pad_right(sequences: Sequence[Sequence[int]], value: int) -> Tensor:
@@ -128,9 +207,9 @@ def pad_right(sequences: Sequence[Sequence[int]], value: int) -> Tensor:
     return torch.tensor([[*sequence, *[value] * (longest - len(sequence))] for sequence in sequences])
 
 
-def pad_inputs(sequences: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
+def pad_inputs(sequences: Sequence[Sequence[int]], pad_id: int) -> dict[str, Tensor]:
     """`input_ids` and `attention_mask`, both (B, L) int64, of right-padded token sequences."""
     return {
-        "input_ids": pad_right(sequences, pad_token_id(tokenizer)),
+        "input_ids": pad_right(sequences, pad_id),
         "attention_mask": pad_right([[1] * len(sequence) for sequence in sequences], 0),
     }

@@ -126,6 +126,10 @@ def replay(
 
 def _folder_of(base: str | Path) -> Path:
     if Path(base).is_dir():
+        if (Path(base) / ADAPTER_CONFIG).is_file() and not (Path(base) / "config.json").is_file():
+            raise ValueError(
+                f"--base {base}: holds an adapter; give its base model, which the file {ADAPTER_CONFIG} names."
+            )
         return Path(base)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

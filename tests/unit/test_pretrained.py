@@ -1,0 +1,223 @@
+"""What a model's configuration tells before it is loaded: classes, token types, an adapter's base, and whether it is causal."""
+
+import json
+from argparse import Namespace
+
+import pytest
+import torch
+import transformers as hf
+from tiny_tasks import REVIEWS, make_task
+
+from zods import pretrained
+from zods.pretrained import Pretrained, check_causal, check_kind, find_model
+
+SMALL = {
+    "vocab_size": 450, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16,
+    "d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 16, "n_embd": 16, "dim": 16, "hidden_dim": 16, "n_layers": 1,
+    "n_heads": 2, "emb_dim": 16, "embedding_size": 16, "num_key_value_heads": 2, "d_kv": 8, "d_ff": 16, "num_layers": 1,
+}  # fmt: skip
+
+
+def small(config_class, **settings):
+    """A configuration of a tiny model; sizes go by several names."""
+    known = config_class().to_dict().keys() | set(config_class.attribute_map)
+    return config_class(**{key: value for key, value in SMALL.items() if key in known} | settings)
+
+
+def options(model, **given):
+    return Namespace(model=str(model), tokenizer=None, trust_remote_code=False, lora_rank=None, **given)
+
+
+class OneProcess:
+    """The part of an engine that `check_causal` uses."""
+
+    def __init__(self, model):
+        self.model = model.eval()
+
+    @torch.no_grad()
+    def evaluate(self, dataset, collate, measure):
+        inputs, targets = collate(dataset)
+        return {name: total / n for name, (total, n) in measure(self.model(**inputs), inputs, targets).items()}
+
+
+@pytest.mark.parametrize(
+    ("config_class", "has_types"),
+    [
+        (hf.BertConfig, True),
+        (hf.ElectraConfig, True),
+        (hf.XLNetConfig, True),
+        (hf.RobertaConfig, True),
+        (hf.DebertaV2Config, False),
+        (hf.DistilBertConfig, False),
+        (hf.GPT2Config, False),
+        (hf.LlamaConfig, False),
+        (hf.CTRLConfig, False),
+        (hf.XLMConfig, False),
+    ],
+)
+def test_token_types_go_to_models_in_which_they_are_no_words(config_class, has_types):
+    config = small(config_class)
+    assert Pretrained("x", config, None).has_token_types == (has_types and getattr(config, "type_vocab_size", 2) > 1)
+    model = hf.AutoModel.from_config(config).eval()
+    ids = torch.arange(5, 13)[None]
+    if not Pretrained("x", config, None).has_token_types:
+        return
+    with torch.no_grad():  # what is given is used, and no word of the vocabulary
+        zero, one = (model(input_ids=ids, token_type_ids=torch.full_like(ids, kind))[0] for kind in (0, 1))
+        plain = model(input_ids=ids)[0]
+    assert torch.allclose(zero, plain, atol=1e-6)
+    assert config_class is hf.XLNetConfig or not torch.allclose(one, zero, atol=1e-6)  # XLNet's are relative
+
+
+def test_token_types_go_to_funnel_which_has_no_size_of_a_type_vocabulary():
+    assert Pretrained("x", hf.FunnelConfig(), None).has_token_types
+
+
+def test_class_names_are_those_of_a_head_and_not_the_ones_that_transformers_makes_up():
+    names = {0: "c", 1: "b", 2: "a"}
+    head = {"architectures": ["BertForSequenceClassification"]}
+
+    def found(**settings):
+        return Pretrained("x", small(hf.BertConfig, **settings), None).class_names
+
+    assert found(**head, id2label=names) == ["c", "b", "a"]
+    assert found(**head, num_labels=3) is None
+    assert found(architectures=["BertForMaskedLM"], id2label=names) is None
+    assert found() is None
+
+
+@pytest.mark.parametrize(
+    ("config_class", "head"),
+    [
+        (hf.LlamaConfig, {"score.weight"}),
+        (hf.BertConfig, {"classifier.weight", "classifier.bias"}),
+        (hf.RobertaConfig, {"classifier.out_proj.weight", "classifier.out_proj.bias"}),
+        (hf.DistilBertConfig, {"classifier.weight", "classifier.bias"}),
+    ],
+)
+def test_the_parameters_of_a_head_for_another_number_of_classes_are_found_without_loading(config_class, head):
+    task = make_task("classification", "bert")
+    for count in (2, 5):
+        config = small(config_class, num_labels=count, architectures=["XForSequenceClassification"])
+        assert set(Pretrained("x", config, None).mismatched_head(task, False)) == (head if count == 5 else set())
+    config.architectures = ["XForMaskedLM"]
+    assert Pretrained("x", config, None).mismatched_head(task, False) == []
+
+
+@pytest.mark.parametrize("config_class", [hf.BertConfig, hf.ElectraConfig, hf.XLMRobertaConfig, hf.RoFormerConfig])
+@pytest.mark.parametrize("name", ["prompted", "instruction"])
+def test_a_masked_model_is_refused_for_a_causal_task_before_it_is_loaded(config_class, name):
+    with pytest.raises(
+        ValueError, match=rf"--model m: not a causal .*{config_class.model_type}.*--task {name}.*is_decoder"
+    ):
+        check_kind(Pretrained("m", small(config_class), None), make_task(name))
+    check_kind(Pretrained("m", small(config_class, is_decoder=True), None), make_task(name))
+    check_kind(Pretrained("m", small(config_class), None), make_task("classification", "bert"))
+
+
+@pytest.mark.parametrize(
+    ("config_class", "settings", "causal"),
+    [
+        (hf.LlamaConfig, {}, True),
+        (hf.GPT2Config, {}, True),
+        (hf.BertConfig, {"is_decoder": True}, True),
+        (hf.MambaConfig, {}, True),
+        (hf.BertConfig, {}, False),
+        (hf.XLNetConfig, {}, False),
+        (hf.XLMConfig, {}, False),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_is_causal_where_later_tokens_do_not_change_earlier_predictions(config_class, settings, causal, dtype):
+    torch.manual_seed(0)
+    config = small(config_class, **settings)
+    config.initializer_range = config.init_std = 0.1
+    task = make_task("prompted")
+    engine = OneProcess(hf.AutoModelForCausalLM.from_config(config).to(dtype))
+    arguments = (engine, Pretrained("m", config, None), task, task.prepare(REVIEWS))
+    if causal:
+        check_causal(*arguments)
+    else:
+        with pytest.raises(
+            ValueError, match=r"--model m: not a causal language model \(its predictions depend on later"
+        ):
+            check_causal(*arguments)
+
+
+def test_an_encoder_decoder_is_refused_in_one_line():
+    with pytest.raises(ValueError, match=r"encoder-decoder model of type t5, .*no AutoModelForCausalLM") as told:
+        check_kind(Pretrained("m", small(hf.T5Config), None), make_task("instruction"))
+    assert "\n" not in str(told.value)
+
+
+def test_an_adapter_leads_to_its_base_and_takes_no_new_adapters(tmp_path):
+    peft = pytest.importorskip("peft")
+    small(hf.LlamaConfig).save_pretrained(tmp_path / "base")
+    peft.LoraConfig(base_model_name_or_path=str(tmp_path / "base")).save_pretrained(tmp_path / "adapter")
+    found = find_model(options(tmp_path / "adapter"))
+    assert (found.base, found.adapter) == (str(tmp_path / "base"), str(tmp_path / "adapter"))
+    assert found.config.model_type == "llama"
+    with pytest.raises(ValueError, match=r"--lora_rank: .*adapter is an adapter"):
+        find_model(Namespace(**{**vars(options(tmp_path / "adapter")), "lora_rank": 2}))
+
+
+@pytest.mark.parametrize("base", ["/gone/away", None])
+def test_an_adapter_whose_base_cannot_be_read_is_an_error_of_one_line_that_names_both(tmp_path, base):
+    peft = pytest.importorskip("peft")
+    peft.LoraConfig(base_model_name_or_path=base).save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=rf"{tmp_path}: its adapter_config.json names .*{base or 'no base model'}"
+    ) as told:
+        find_model(options(tmp_path))
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("content", ["{", json.dumps({"model_type": "no such type"}), json.dumps({"hidden_size": 3})])
+def test_a_configuration_that_cannot_be_read_is_an_error_of_one_line(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=f"--model {tmp_path}: ") as told:
+        find_model(options(tmp_path))
+    assert "\n" not in str(told.value)
+
+
+def test_a_truncated_file_of_weights_is_named_before_the_model_is_loaded(tmp_path):
+    hf.LlamaForCausalLM(small(hf.LlamaConfig)).save_pretrained(tmp_path)
+    find_model(options(tmp_path))
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"model.safetensors: damaged or truncated"):
+        find_model(options(tmp_path))
+
+
+@pytest.mark.parametrize("config_class", [hf.LlamaConfig, hf.Olmo2Config, hf.Phi3Config, hf.DistilBertConfig])
+def test_adapters_are_put_into_every_type_of_model_and_the_head_is_trained_whole(config_class):
+    pytest.importorskip("peft")
+    task = make_task("classification", "bert")
+    arguments = Namespace(lora_rank=2, lora_target_modules=None)
+    if config_class is hf.Phi3Config or config_class is hf.Olmo2Config:
+        task = make_task("instruction")
+    model = task.auto_class().from_config(small(config_class, pad_token_id=0))
+    model = pretrained._with_new_adapter(arguments, model, task, set())
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert any("lora_A" in name for name in trained)
+    assert not any("lora_" in name and ("classifier" in name or "score" in name) for name in trained)
+    if task.name == "classification":
+        assert any(("classifier" in name or "score" in name) and "modules_to_save" in name for name in trained)
+
+
+def test_adapters_go_into_the_modules_that_are_named_and_an_unknown_one_is_an_error():
+    pytest.importorskip("peft")
+    task = make_task("instruction")
+
+    def trained(*names):
+        model = task.auto_class().from_config(small(hf.LlamaConfig))
+        model = pretrained._with_new_adapter(
+            Namespace(lora_rank=2, lora_target_modules=list(names)), model, task, set()
+        )
+        return {name.split(".")[-4] for name, p in model.named_parameters() if p.requires_grad}
+
+    assert trained("o_proj", "up_proj") == {"o_proj", "up_proj"}
+    linear = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert trained("all-linear") == linear
+    with pytest.raises(ValueError, match=r"no module 'o_prj'; its linear modules are .*o_proj"):
+        trained("up_proj", "o_prj")
