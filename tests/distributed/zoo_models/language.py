@@ -136,7 +136,6 @@ DECODERS: dict[str, Subject] = {
     "Mistral": Subject(build("Mistral", **GROUPED, sliding_window=4), tokens),
     "GPT-2": Subject(build("GPT2", "LMHeadModel", **_GPT2), tokens, svrg=True),
     "Phi": Subject(build("Phi", **SHAPE), tokens),
-    "Phi-3": Subject(build("Phi3", **GROUPED, pad_token_id=0), tokens),
     "Qwen3": Subject(build("Qwen3", **GROUPED, head_dim=8), tokens, bf16=True),
     "Gemma 2": Subject(build("Gemma2", **GROUPED, head_dim=8, sliding_window=4), tokens),
     "Gemma 3": Subject(build("Gemma3", config="Gemma3Text", **GROUPED, head_dim=8, sliding_window=4), tokens),
@@ -146,20 +145,13 @@ DECODERS: dict[str, Subject] = {
     ),
     "BLOOM": Subject(build("Bloom", vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4), tokens),
     "GPT-J": Subject(build("GPTJ", **_GPT2, rotary_dim=4), tokens),
-    "GPT-BigCode": Subject(build("GPTBigCode", **_GPT2), tokens),
     "MPT": Subject(build("Mpt", vocab_size=VOCABULARY, d_model=32, n_layers=2, n_heads=4, max_seq_len=64), tokens),
     "Cohere": Subject(build("Cohere", **GROUPED), tokens),
-    "OLMo 2": Subject(build("Olmo2", **GROUPED, pad_token_id=0), tokens),
-    "GLM": Subject(build("Glm", **GROUPED, head_dim=8, pad_token_id=0), tokens),
-    "Llama, classifier": Subject(
-        build("Llama", "ForSequenceClassification", **GROUPED, num_labels=LABELS, pad_token_id=0), classes
-    ),
 }
 EXPERTS: dict[str, Subject] = {
     "Mixtral": Subject(
         build("Mixtral", **GROUPED, num_local_experts=4, num_experts_per_tok=2, output_router_logits=True),
         tokens,
-        sample=True,
     ),
     "Qwen3-MoE": Subject(build("Qwen3Moe", **GROUPED, head_dim=8, **_EXPERTS), tokens),
     "OLMoE": Subject(build("Olmoe", **GROUPED, num_experts=4, num_experts_per_tok=2, pad_token_id=0), tokens),
@@ -193,7 +185,6 @@ EXPERTS: dict[str, Subject] = {
 STATES: dict[str, Subject] = {
     "Mamba": Subject(build("Mamba", **MAMBA), tokens, sample=True),
     "Mamba 2": Subject(build("Mamba2", **MAMBA, num_heads=4, head_dim=16, n_groups=2, chunk_size=4), tokens),
-    "Falcon Mamba": Subject(build("FalconMamba", **MAMBA), tokens),
     "RWKV": Subject(
         build("Rwkv", vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, attention_hidden_size=32), tokens
     ),
@@ -226,7 +217,7 @@ ENCODERS: dict[str, Subject] = {
     "BERT": Subject(
         build("Bert", "ForSequenceClassification", **SHAPE, num_labels=LABELS), classes, svrg=True, bf16=True
     ),
-    "BERT, masked": Subject(build("Bert", "ForMaskedLM", **SHAPE), masked, sample=True),
+    "BERT, masked": Subject(build("Bert", "ForMaskedLM", **SHAPE), masked),
     "RoBERTa": Subject(build("Roberta", "ForMaskedLM", **SHAPE), masked),
     "DistilBERT": Subject(
         build(
@@ -236,9 +227,6 @@ ENCODERS: dict[str, Subject] = {
     ),
     "ALBERT": Subject(
         build("Albert", "ForSequenceClassification", **SHAPE, embedding_size=16, num_labels=LABELS), classes
-    ),
-    "ELECTRA": Subject(
-        build("Electra", "ForSequenceClassification", **SHAPE, embedding_size=16, num_labels=LABELS), classes
     ),
     "DeBERTa": Subject(build("Deberta", "ForSequenceClassification", **DEBERTA), classes),
     "DeBERTa-v2": Subject(build("DebertaV2", "ForSequenceClassification", **DEBERTA, conv_kernel_size=3), classes),
@@ -297,7 +285,6 @@ ENCODERS: dict[str, Subject] = {
     "Longformer": Subject(
         build("Longformer", "ForSequenceClassification", **SHAPE, attention_window=4, num_labels=LABELS), classes
     ),
-    "RoFormer": Subject(build("RoFormer", "ForMaskedLM", **SHAPE), masked),
     "SqueezeBERT": Subject(
         build("SqueezeBert", "ForSequenceClassification", **SHAPE, embedding_size=32, num_labels=LABELS), classes
     ),
@@ -328,8 +315,6 @@ ENCODER_DECODERS: dict[str, Subject] = {
         build("Bart", "ForSequenceClassification", **TRANSLATOR, num_labels=LABELS),
         lambda seed: with_end(classes(seed)),
     ),
-    "Pegasus": Subject(build("Pegasus", "ForConditionalGeneration", **TRANSLATOR), pairs),
-    "M2M-100": Subject(build("M2M100", "ForConditionalGeneration", **TRANSLATOR), pairs),
     "Marian": Subject(build("Marian", "MTModel", **TRANSLATOR), pairs),
     "ProphetNet": Subject(
         build(

@@ -141,7 +141,6 @@ def _image_to_text() -> nn.Module:
 
 IMAGES: dict[str, Subject] = {
     "ViT": Subject(build("ViT", "ForImageClassification", **_PATCHES, num_labels=LABELS), images, svrg=True, bf16=True),
-    "DeiT": Subject(build("DeiT", "ForImageClassification", **_PATCHES, num_labels=LABELS), images),
     "BEiT": Subject(
         build("Beit", "ForImageClassification", **_PATCHES, num_labels=LABELS, use_relative_position_bias=True), images
     ),
@@ -159,7 +158,6 @@ IMAGES: dict[str, Subject] = {
             num_labels=LABELS,
         ),
         large_images,
-        sample=True,
     ),
     "ConvNeXt": Subject(
         build(
@@ -194,26 +192,11 @@ IMAGES: dict[str, Subject] = {
         ),
         segments,
     ),
-    "PoolFormer": Subject(
-        build(
-            "PoolFormer",
-            "ForImageClassification",
-            hidden_sizes=[8, 16],
-            depths=[1, 1],
-            num_encoder_blocks=2,
-            patch_sizes=[7, 3],
-            strides=[4, 2],
-            padding=[2, 1],
-            num_labels=LABELS,
-        ),
-        large_images,
-    ),
 }
 SOUNDS: dict[str, Subject] = {
     "wav2vec 2.0": Subject(build("Wav2Vec2", "ForCTC", **_SOUND), speech, sample=True),
     "HuBERT": Subject(build("Hubert", "ForSequenceClassification", **_SOUND, num_labels=LABELS), sounds),
     "WavLM": Subject(build("WavLM", "ForCTC", **_SOUND), speech),
-    "SEW": Subject(build("SEW", "ForCTC", **_SOUND, squeeze_factor=1), speech),
     "Whisper": Subject(
         build(
             "Whisper",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -13,28 +14,39 @@ from tests.distributed.zoo_models.readers import CLASSES, WIDTH, Classifier, wor
 from tests.distributed.zoo_models.subject import EXAMPLES, Subject
 
 
-class Experts(Classifier):
+class Experts(nn.Module):
     """Experts in a ModuleList. One that is given no words is not called, which depends on the batch and on the weights."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.router = nn.Linear(WIDTH, number)
+        self.experts = nn.ModuleList([nn.Linear(WIDTH, WIDTH) for _ in range(number)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, chosen = self.router(x).softmax(-1).max(-1)
+        out = torch.zeros_like(x)
+        for k, expert in enumerate(self.experts):
+            (rows,) = (chosen == k).nonzero(as_tuple=True)
+            if len(rows):
+                out.index_add_(0, rows, torch.tanh(expert(x[rows])) * weight[rows, None])
+        return out
+
+
+class Routed(Classifier):
+    """A mixture of experts, gathered as one module: ZeRO-3 needs all ranks to call the same modules."""
 
     number = 12
 
     def build(self) -> None:
-        self.router = nn.Linear(WIDTH, self.number)
-        self.experts = nn.ModuleList([nn.Linear(WIDTH, WIDTH) for _ in range(self.number)])
+        self.mixture = Experts(self.number)
+        set_z3_leaf_modules(self, [Experts])
 
     def body(self, x: Tensor) -> Tensor:
-        flat = super().body(x).flatten(0, 1)
-        weight, chosen = self.router(flat).softmax(-1).max(-1)
-        out = torch.zeros_like(flat)
-        for k, expert in enumerate(self.experts):
-            (rows,) = (chosen == k).nonzero(as_tuple=True)
-            if len(rows):
-                out.index_add_(0, rows, torch.tanh(expert(flat[rows])) * weight[rows, None])
-        return out.view_as(x)
+        return self.mixture(super().body(x).flatten(0, 1)).view_as(x)
 
 
-class FewerExperts(Experts):
-    """All are called on the first batch, so that other forms of evaluation are chosen there."""
+class RoutedToFewer(Routed):
+    """All experts are called on the first batch, so that another form of evaluation may be chosen there."""
 
     number = 8
 
@@ -134,11 +146,17 @@ class OverList(nn.Module):
 
 
 class Vectorized(Classifier):
-    """Calls a child by vmap, and takes a derivative of it in forward mode."""
+    """Calls a child by vmap."""
 
     def body(self, x: Tensor) -> Tensor:
-        value = torch.vmap(super().body)(x)
-        _, slope = torch.func.jvp(super().body, (x,), (torch.ones_like(x),))
+        return torch.vmap(super().body)(x)
+
+
+class ForwardMode(Classifier):
+    """Takes a derivative of a child in forward mode."""
+
+    def body(self, x: Tensor) -> Tensor:
+        value, slope = torch.func.jvp(super().body, (x,), (torch.ones_like(x),))
         return value + slope
 
 
@@ -339,16 +357,17 @@ def in_a_dict(seed: int) -> tuple[dict[str, Tensor]]:
 
 
 PLAIN: dict[str, Subject] = {
-    "experts in a list": Subject(Experts, words, sample=True),
-    "fewer experts in a list": Subject(FewerExperts, words),
+    "experts in a list": Subject(Routed, words, sample=True),
+    "fewer experts in a list": Subject(RoutedToFewer, words),
     "experts in one parameter": Subject(StackedExperts, words),
     "one block several times": Subject(SharedBlock, words),
     "checkpointed": Subject(Checkpointed, words),
     "buffers that are written": Subject(Counts, words),
     "two forwards and a teacher": Subject(Twice, words),
-    "as often as the weights say": Subject(StopsEarly, words),
+    "as often as the weights say": Subject(StopsEarly, words, sample=True),
     "a list of tensors": Subject(Ragged, words),
-    "vmap and forward-mode": Subject(Vectorized, words),
+    "vmap": Subject(Vectorized, words),
+    "derivative in forward mode": Subject(ForwardMode, words),
     "one example at a time": Subject(OneByOne, words),
     "bags and a bilinear form": Subject(TwoEmbeddings, words),
     "logits alone": Subject(LogitsOnly, words, bf16=True),

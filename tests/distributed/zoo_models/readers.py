@@ -287,7 +287,7 @@ class IndexedTable(Classifier):
 
 READERS: dict[str, Subject] = {
     "pruned": Subject(Pruned, words, sample=True),
-    "weight norm by hook": Subject(WeightNormHook, words, sample=True, svrg=True),
+    "weight norm by hook": Subject(WeightNormHook, words, svrg=True),
     "spectral norm by hook": Subject(SpectralNormHook, words),
     "weight norm": Subject(WeightNorm, words),
     "spectral norm": Subject(SpectralNorm, words),
