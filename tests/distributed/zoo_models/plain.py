@@ -115,15 +115,33 @@ class Twice(Classifier):
         return {"loss": loss + functional.mse_loss(second, self.teacher(x)) + functional.mse_loss(first, second)}
 
 
-class StopsEarly(Classifier):
-    """How often the block runs depends on the weights."""
+class Repeated(nn.Module):
+    """A layer that is applied until a second one says that it is enough for the batch: adaptive computation."""
 
-    def body(self, x: Tensor) -> Tensor:
+    limit = 0.86
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, WIDTH)
+        self.halt = nn.Linear(WIDTH, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
         for _ in range(6):
-            x = x + super().body(x)
-            if float(self.head(x).softmax(-1).max(-1).values.mean()) > 0.607:
+            x = x + torch.tanh(self.layer(x))
+            if float(self.halt(x).square().mean()) > self.limit:
                 break
         return x
+
+
+class StopsEarly(Classifier):
+    """How often a layer runs depends on the weights. It is gathered once for all its runs."""
+
+    def build(self) -> None:
+        self.repeated = Repeated()
+        set_z3_leaf_modules(self, [Repeated])
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.repeated(super().body(x))
 
 
 class Ragged(Classifier):
@@ -366,8 +384,8 @@ PLAIN: dict[str, Subject] = {
     "two forwards and a teacher": Subject(Twice, words),
     "as often as the weights say": Subject(StopsEarly, words, sample=True),
     "a list of tensors": Subject(Ragged, words),
-    "vmap": Subject(Vectorized, words),
-    "derivative in forward mode": Subject(ForwardMode, words),
+    "vmap": Subject(Vectorized, words, sharded=False),
+    "derivative in forward mode": Subject(ForwardMode, words, sharded=False),
     "one example at a time": Subject(OneByOne, words),
     "bags and a bilinear form": Subject(TwoEmbeddings, words),
     "logits alone": Subject(LogitsOnly, words, bf16=True),

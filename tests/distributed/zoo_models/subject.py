@@ -21,7 +21,7 @@ class Subject:
     make: the model; it is given seeded random numbers. batch: seed -> a global batch of `EXAMPLES` examples, a dict or a tuple
     of tensors with the examples on dim 0 (anything else in it belongs to all examples), where every example holds as much as
     every other. trained: a regular expression for the names of the parameters to train. eps, lr: of the steps. sample: in the
-    sample that the tests run by default. svrg, bf16: run in these ways too.
+    sample that the tests run by default. svrg, bf16: run in these ways too. sharded: DeepSpeed can run it under ZeRO-3.
     """
 
     make: Callable[[], nn.Module]
@@ -32,6 +32,7 @@ class Subject:
     sample: bool = False
     svrg: bool = False
     bf16: bool = False
+    sharded: bool = True
 
 
 def fresh(subject: Subject) -> nn.Module:
