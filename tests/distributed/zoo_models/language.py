@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import transformers as hf
+from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 
 from tests.distributed.zoo_models.subject import EXAMPLES, Subject
@@ -54,6 +55,7 @@ DEBERTA = {
     "max_relative_positions": 16,
     "position_biased_input": False,
 }
+DEBERTA_V3 = {**DEBERTA, "position_buckets": 8, "norm_rel_ebd": "layer_norm", "share_att_key": True}
 MAMBA = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": VOCABULARY, "state_size": 8}
 
 
@@ -79,7 +81,7 @@ def classes(seed: int) -> dict[str, Tensor]:
 
 
 def masked(seed: int) -> dict[str, Tensor]:
-    """Three words of every row are masked, and they are the labels."""
+    """Every fourth word is masked, and these are the labels."""
     ids, _ = _tokens(seed)
     hidden = torch.zeros_like(ids, dtype=torch.bool)
     hidden[:, 2::4] = True
@@ -103,6 +105,18 @@ def pairs(seed: int) -> dict[str, Tensor]:
 def build(family: str, head: str = "ForCausalLM", config: str = "", **arguments: Any) -> Callable[[], nn.Module]:
     """The class `family` + `head` of transformers with its configuration, which is of that family or of `config`."""
     return lambda: getattr(hf, family + head)(getattr(hf, f"{config or family}Config")(**arguments))
+
+
+def _gathered_as_one(make: Callable[[], nn.Module], kind: str) -> Callable[[], nn.Module]:
+    """Modules of this class are gathered with all below them: ZeRO-3 needs all ranks to gather the same modules, and which
+    experts are called depends on the batch."""
+
+    def made() -> nn.Module:
+        model = make()
+        set_z3_leaf_modules(model, [kind])
+        return model
+
+    return made
 
 
 def _checkpointing() -> nn.Module:
@@ -131,19 +145,19 @@ _LATENT = {
 
 DECODERS: dict[str, Subject] = {
     "OPT": Subject(build("OPT", vocab_size=VOCABULARY, max_position_embeddings=64, **_OPT), tokens),
-    "Llama": Subject(build("Llama", **GROUPED), tokens, sample=True, svrg=True, bf16=True),
+    "Llama": Subject(build("Llama", **GROUPED), tokens, sample=True, svrg=True),
     "Llama, gradient checkpointing": Subject(_checkpointing, tokens),
     "Mistral": Subject(build("Mistral", **GROUPED, sliding_window=4), tokens),
     "GPT-2": Subject(build("GPT2", "LMHeadModel", **_GPT2), tokens, svrg=True),
     "Phi": Subject(build("Phi", **SHAPE), tokens),
-    "Qwen3": Subject(build("Qwen3", **GROUPED, head_dim=8), tokens, bf16=True),
+    "Qwen3": Subject(build("Qwen3", **GROUPED, head_dim=8), tokens),
     "Gemma 2": Subject(build("Gemma2", **GROUPED, head_dim=8, sliding_window=4), tokens),
     "Gemma 3": Subject(build("Gemma3", config="Gemma3Text", **GROUPED, head_dim=8, sliding_window=4), tokens),
     "GPT-NeoX": Subject(build("GPTNeoX", **SHAPE), tokens),
     "Falcon": Subject(
         build("Falcon", vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4), tokens
     ),
-    "BLOOM": Subject(build("Bloom", vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4), tokens),
+    "BLOOM": Subject(build("Bloom", vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4), tokens, bf16=True),
     "GPT-J": Subject(build("GPTJ", **_GPT2, rotary_dim=4), tokens),
     "MPT": Subject(build("Mpt", vocab_size=VOCABULARY, d_model=32, n_layers=2, n_heads=4, max_seq_len=64), tokens),
     "Cohere": Subject(build("Cohere", **GROUPED), tokens),
@@ -160,24 +174,30 @@ EXPERTS: dict[str, Subject] = {
         build("GptOss", **GROUPED, head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=4), tokens
     ),
     "Switch Transformers": Subject(
-        build(
-            "SwitchTransformers",
-            "ForConditionalGeneration",
-            **T5,
-            num_experts=3,
-            num_sparse_encoder_layers=1,
-            num_sparse_decoder_layers=1,
+        _gathered_as_one(
+            build(
+                "SwitchTransformers",
+                "ForConditionalGeneration",
+                **T5,
+                num_experts=3,
+                num_sparse_encoder_layers=1,
+                num_sparse_decoder_layers=1,
+            ),
+            "SwitchTransformersSparseMLP",
         ),
         pairs,
     ),
     "NLLB-MoE": Subject(
-        build(
-            "NllbMoe",
-            "ForConditionalGeneration",
-            **TRANSLATOR,
-            num_experts=3,
-            encoder_sparse_step=1,
-            decoder_sparse_step=1,
+        _gathered_as_one(
+            build(
+                "NllbMoe",
+                "ForConditionalGeneration",
+                **TRANSLATOR,
+                num_experts=3,
+                encoder_sparse_step=1,
+                decoder_sparse_step=1,
+            ),
+            "NllbMoeSparseMLP",
         ),
         pairs,
     ),
@@ -208,7 +228,6 @@ STATES: dict[str, Subject] = {
             expert_layer_period=2,
             expert_layer_offset=1,
             mamba_d_state=4,
-            use_mamba_kernels=False,
         ),
         tokens,
     ),
@@ -230,27 +249,9 @@ ENCODERS: dict[str, Subject] = {
     ),
     "DeBERTa": Subject(build("Deberta", "ForSequenceClassification", **DEBERTA), classes),
     "DeBERTa-v2": Subject(build("DebertaV2", "ForSequenceClassification", **DEBERTA, conv_kernel_size=3), classes),
-    "DeBERTa-v3": Subject(
-        build(
-            "DebertaV2",
-            "ForSequenceClassification",
-            **DEBERTA,
-            position_buckets=8,
-            norm_rel_ebd="layer_norm",
-            share_att_key=True,
-        ),
-        classes,
-        sample=True,
-    ),
+    "DeBERTa-v3": Subject(build("DebertaV2", "ForSequenceClassification", **DEBERTA_V3), classes, sample=True),
     "DeBERTa-v3, relative embeddings alone": Subject(
-        build(
-            "DebertaV2",
-            "ForSequenceClassification",
-            **DEBERTA,
-            position_buckets=8,
-            norm_rel_ebd="layer_norm",
-            share_att_key=True,
-        ),
+        build("DebertaV2", "ForSequenceClassification", **DEBERTA_V3),
         classes,
         trained="rel_embeddings",
     ),

@@ -388,7 +388,7 @@ PLAIN: dict[str, Subject] = {
     "derivative in forward mode": Subject(ForwardMode, words, sharded=False),
     "one example at a time": Subject(OneByOne, words),
     "bags and a bilinear form": Subject(TwoEmbeddings, words),
-    "logits alone": Subject(LogitsOnly, words, bf16=True),
+    "logits alone": Subject(LogitsOnly, words),
     "LSTM, positional inputs": Subject(TupleOut, positional, sample=True),
     "one dict as input": Subject(OneDict, in_a_dict),
     "class weights": Subject(ClassWeights, one_class_first, sample=True),
