@@ -39,7 +39,12 @@ ADAPTERS: dict[str, Subject] = {
     "LoRA with whole modules": _causal("LoraConfig", r=2, modules_to_save=["lm_head"], bias="all", **_TARGETS),
     "LoRA on a parameter": _causal("LoraConfig", r=2, target_modules=[], target_parameters=["mlp.gate_proj.weight"]),
     "DoRA": _causal("LoraConfig", r=2, use_dora=True, **_TARGETS),
-    "AdaLoRA": _causal("AdaLoraConfig", init_r=3, target_r=2, total_step=9, **_TARGETS),
+    # peft gathers its matrices for a term of the loss, but only where transformers knows that ZeRO-3 is on
+    "AdaLoRA": Subject(
+        _with(_LLAMA, "AdaLoraConfig", task_type="CAUSAL_LM", init_r=3, target_r=2, total_step=9, **_TARGETS),
+        tokens,
+        sharded=False,
+    ),
     "LoHa": _causal("LoHaConfig", r=2, **_TARGETS),
     "LoKr": _causal("LoKrConfig", r=2, **_TARGETS),
     "OFT": _causal("OFTConfig", oft_block_size=8, r=0, **_TARGETS),
