@@ -103,7 +103,10 @@ class Evaluator:
         return losses
 
     def _losses_together(self, points: Sequence[Point], batch: Any) -> torch.Tensor:
-        losses = Forwards.LOSSES_BY[str(self.evaluation)]
+        form = str(self.evaluation)
+        if form == "stacked" and not (isinstance(batch, dict) and isinstance(batch.get("labels"), torch.Tensor)):
+            form = "sequential"  # it says what such a batch lacks, or the model gives a loss without labels
+        losses = Forwards.LOSSES_BY[form]
         size = self.streams_per_forward
         return torch.cat([losses(self._forwards, points[k : k + size], batch) for k in range(0, len(points), size)])
 

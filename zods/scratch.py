@@ -43,9 +43,10 @@ class Scratch:
         return torch.autograd.graph.saved_tensors_hooks(self._kept, lambda saved: saved)
 
     def _kept(self, leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor) or torch._C._functorch.is_functorch_wrapped_tensor(leaf):
+            return leaf  # a tensor inside of vmap has no storage of its own
         start = self._memory.untyped_storage().data_ptr()
-        mine = isinstance(leaf, torch.Tensor) and leaf.untyped_storage().data_ptr() == start != 0
-        return leaf.detach().clone() if mine else leaf
+        return leaf.detach().clone() if leaf.untyped_storage().data_ptr() == start != 0 else leaf
 
     def reserve(self, tensors: Sequence[torch.Tensor], times: int) -> None:
         """Make room for so many of each, where nothing is taken yet: one module's copies then never need a second block."""

@@ -104,14 +104,15 @@ class PerturbedForward:
         self.stacking = Stacking(module)
         self._lockstep = Lockstep(self.stacking.names)
         by_id = {id(p.param): p for p in parameters}
-        # DeepSpeed gathers all that is inside a leaf module with it, whatever runs there: streams wait at the leaf alone
-        leaves = [m for m in module.modules() if z3_leaf_module(m)]
-        self._inside_leaves = {inner for leaf in leaves for inner in leaf.modules() if inner is not leaf}
+        # DeepSpeed gathers all that is inside a leaf module with it, and what runs there may differ by stream (experts): a
+        # stack is cut at the leaf, and streams in lockstep wait there alone
+        self._leaves = {m for m in module.modules() if z3_leaf_module(m)}
+        self._inside_leaves = {inner for leaf in self._leaves for inner in leaf.modules() if inner is not leaf}
         for submodule in module.modules():
             own = list(submodule.parameters(recurse=False))
             self._held[submodule] = [by_id[id(p)] for p in own if id(p) in by_id]
             if (
-                own or submodule in leaves
+                own or submodule in self._leaves
             ):  # where they are frozen, streams in lockstep wait for each other none the less
                 self._wrap(submodule)
 
@@ -207,7 +208,7 @@ class PerturbedForward:
     # --- a module's forward -------------------------------------------------------------------------------------------
 
     def _run(self, module: torch.nn.Module, original: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
-        if not self._held[module] and not self._lockstep.is_running:
+        if not self._held[module] and module not in self._leaves and not self._lockstep.is_running:
             return original(*args, **kwargs)
         waits = self._lockstep.is_running and module not in self._inside_leaves
         if waits:
@@ -259,7 +260,7 @@ class PerturbedForward:
         """One stream's forward of a module. A tied parameter may be in place already; one that another module holds may
         not be gathered yet."""
         assert self._stream is not None
-        if self._live and self._held[module]:
+        if self._live and self._held[module] and module not in self._inside_leaves:
             self.nested.add(module)
         sources, pair = self._sources_at(module), (self._stream,)
         if self._large(module) is not None and self._form(module, args, kwargs) == "linear":
