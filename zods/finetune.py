@@ -28,6 +28,7 @@ from zods.arguments import merged_config, parse_arguments
 from zods.comm import Communicator, end_process
 from zods.config import FirstOrderConfig, RunConfig, read_config, read_first_order_config, resolve_model_auto
 from zods.engine import ZerothOrderEngine
+from zods.extras import check_packages
 from zods.first_order import FirstOrderEngine
 from zods.initialization import check_folders
 from zods.report import plot_curves
@@ -79,6 +80,7 @@ def start(
     comm = Communicator(torch.device(get_accelerator().current_device_name()))
     with comm.same_on_all_ranks():
         merged = merged_config(arguments)
+        check_packages(merged, plot=arguments.plot, lora=arguments.lora_rank is not None)
         run: RunConfig | FirstOrderConfig
         if arguments.optimizer is None:
             run = read_config(merged, comm.world_size)

@@ -73,12 +73,13 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     ),
     "tasks": ({"objectives"}, {"torch", "transformers", "datasets"}),
     "arguments": ({"config", "section"}, set()),
+    "extras": (set(), set()),
     "runs": (set(), set()),
     "report": ({"runs"}, {"matplotlib"}),
     "finetune": (
         {
             FACE, "config", "comm", "engine", "first_order", "selection",
-            "initialization", "resuming", "stopping", "tasks", "trajectory", "arguments", "runs", "report",
+            "initialization", "resuming", "stopping", "tasks", "trajectory", "arguments", "extras", "runs", "report",
         },
         {"torch", "deepspeed", "transformers", "datasets", "tqdm", "peft"},
     ),
