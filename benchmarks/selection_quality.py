@@ -31,13 +31,13 @@ FEATURES: list[Row] = [
 BASELINES = ("random", "structured_random", "longest", "highest_loss", "greedi")
 
 
-def quality(data: Path | None, batches: int) -> list[Row]:
-    """Means over several candidate batches."""
+def quality(data: Path | None, batches: int, smoke: bool) -> list[Row]:
+    """Means over several candidate batches. smoke: 2 blocks instead of 12, short examples, no steps before."""
     single_process()
-    task, rows, _ = prepared(data, 192)
-    model = decoder(192, 12, seed=0)
+    task, rows, _ = prepared(data, 64 if smoke else 192)
+    model = decoder(32, 2, seed=0) if smoke else decoder(192, 12, seed=0)
     engine = first_order(model, task, rows, batch=32, micro=32, lr=1e-3, seed=0, selector=None)
-    for _ in range(60):
+    for _ in range(0 if smoke else 60):
         engine.train_batch()
     model.eval()
     found: dict[tuple[str, int], list[Row]] = {}
