@@ -112,7 +112,9 @@ def test_features_whose_package_is_missing_are_told_at_once(monkeypatch):
     monkeypatch.setattr(extras, "LORA", ("no_such_adapters", "zods[lora]"))
     monkeypatch.setitem(extras.MONITORS, "comet", ("no_such_monitor", "no_such_monitor"))
     config = {"comet": {"enabled": True}, "wandb": {"enabled": False}}
-    with pytest.raises(ValueError, match="comet.enabled: needs the package no_such_monitor.*--lora_rank: .*zods\\[lora\\]"):
+    with pytest.raises(
+        ValueError, match=r"comet\.enabled: needs the package no_such_monitor.*--lora_rank: .*zods\[lora\]"
+    ):
         extras.check_packages(config, plot=True, lora=True)
     extras.check_packages({"comet": {"enabled": False}, "tensorboard": "wrong"}, plot=True, lora=False)
 
@@ -133,8 +135,14 @@ def test_every_package_that_is_installed_with_the_tests_is_pinned():
 
 def test_pins_satisfy_the_declared_bounds():
     lines = (REPOSITORY / "constraints.txt").read_text().splitlines()
-    pins = {canonicalize_name(name): version for name, _, version in (line.partition("==") for line in lines if "==" in line)}
-    requirements = [*PROJECT["dependencies"], *(text for texts in PROJECT["optional-dependencies"].values() for text in texts)]
+    pins = {
+        canonicalize_name(name): version
+        for name, _, version in (line.partition("==") for line in lines if "==" in line)
+    }
+    requirements = [
+        *PROJECT["dependencies"],
+        *(text for texts in PROJECT["optional-dependencies"].values() for text in texts),
+    ]
     for requirement in map(Requirement, requirements):
         if requirement.name != "zods":
             assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), requirement
