@@ -53,15 +53,18 @@ def token_batch(batch_size: int, length: int, vocab_size: int = 50272) -> dict[s
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def single_rank_engine(
     model: torch.nn.Module, section: dict[str, Any], data: Any = None, **ds: Any
 ) -> ZerothOrderEngine:
     """`model` under zods in this process alone; data: default two batches of tokens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", str(port))
+    os.environ.setdefault("MASTER_PORT", str(free_port()))
     config = {"train_batch_size": 8, "zero_optimization": {"stage": 0}, "steps_per_print": 10**9, **ds}
     if data is None:
         num_rows = 2 * config["train_batch_size"]

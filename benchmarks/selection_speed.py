@@ -17,6 +17,7 @@ from pathlib import Path
 
 import deepspeed
 import torch
+from common import free_port
 from selection_models import Row
 from torch import Tensor
 
@@ -140,7 +141,8 @@ def scaling(sizes: Sequence[int], world_sizes: Sequence[int]) -> list[Row]:
         for ranks in world_sizes:
             with tempfile.TemporaryDirectory() as folder:
                 file = Path(folder) / "row.json"
-                command = ["deepspeed", "--num_gpus", str(ranks), __file__, "--candidates", str(n), "--row", str(file)]
+                command = ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(free_port()), __file__]
+                command += ["--candidates", str(n), "--row", str(file)]
                 threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks))}
                 subprocess.run(command, check=True, stdout=sys.stderr, env=os.environ | threads)
                 rows.append(json.loads(file.read_text()))

@@ -22,7 +22,6 @@ import json
 import math
 import os
 import random
-import socket
 import statistics
 import subprocess
 import sys
@@ -36,7 +35,7 @@ from typing import Any
 STARTED = time.time()
 
 import torch  # noqa: E402
-from common import add_smoke_option, machine, opt_125m, single_rank_engine, tiny_opt, token_batch  # noqa: E402
+from common import add_smoke_option, free_port, machine, opt_125m, single_rank_engine, tiny_opt, token_batch  # noqa: E402
 from transformers import OPTForCausalLM  # noqa: E402
 
 import zods  # noqa: E402
@@ -352,11 +351,13 @@ def rank_main(arguments: argparse.Namespace) -> None:
 
 
 def on_ranks(world_size: int, what: str, folder: Path, run: Path, distribution: str) -> list[dict[str, float]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     threads = str(max(1, (os.cpu_count() or 1) // world_size))
-    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world_size)}
+    environment = {
+        **os.environ,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": str(world_size),
+    }
     environment |= {"OMP_NUM_THREADS": threads, "LOCAL_SIZE": str(world_size)}
     command = [
         sys.executable,
