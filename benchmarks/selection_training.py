@@ -27,21 +27,22 @@ from zods.memory import peak_memory
 
 
 def training(data: Path | None, steps: int, seeds: int, rounds: int, smoke: bool) -> list[Row]:
-    """smoke: a model of 2 blocks instead of 12 for the costs, short examples, and one method's curve."""
+    """smoke: a model of 2 blocks instead of 12 for the costs, with LoRA only, short examples, and one method's curve."""
     single_process()
     length, shape = (64, (32, 2)) if smoke else (192, (256, 12))
     methods = ("64 of 128, greedy",) if smoke else tuple(METHODS)
-    return [*costs(data, length, shape, rounds), *curves(data, min(length, 128), methods, steps, seeds)]
+    adapters = (True,) if smoke else (False, True)
+    return [*costs(data, length, shape, adapters, rounds), *curves(data, min(length, 128), methods, steps, seeds)]
 
 
-def costs(data: Path | None, length: int, shape: tuple[int, int], rounds: int) -> list[Row]:
+def costs(data: Path | None, length: int, shape: tuple[int, int], adapters: Sequence[bool], rounds: int) -> list[Row]:
     """Medians of a step's seconds, in turns, micro-batches of 16; the peak of what is allocated with the batch in one piece.
 
-    shape: (width, blocks) of the model.
+    shape: (width, blocks) of the model. adapters: without LoRA, with it.
     """
     task, rows, _ = prepared(data, length)
     found = []
-    for lora in (False, True):
+    for lora in adapters:
         engines = {}
         for name, batch, selector in (
             ("batch 128", CANDIDATES, None),
