@@ -17,14 +17,14 @@ import tempfile
 PLACES = ("device", "cpu", "nvme", "terms")
 
 
-def run_case(place: str, folder: str) -> None:
-    from common import opt_125m, single_rank_engine, token_batch
+def run_case(place: str, folder: str, smoke: bool) -> None:
+    from common import opt_125m, single_rank_engine, tiny_opt, token_batch
 
     section: dict = {"method": "mezo", "lr": 1e-9}
     if place != "mezo":
         path = {"nvme_path": folder} if place == "nvme" else {}
         section |= {"method": "mezo_svrg", "anchor": {"point": place, "gradient": place, **path}}
-    engine = single_rank_engine(opt_125m(), section)
+    engine = single_rank_engine(tiny_opt() if smoke else opt_125m(), section)
     batch = token_batch(8, 64)
     for _ in range(2):
         engine.backward(engine(batch))
@@ -42,16 +42,19 @@ def run_case(place: str, folder: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="a tiny model, without and with one place")
     parser.add_argument("--case", choices=("mezo", *PLACES), help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.case:
-        run_case(arguments.case, arguments.folder)
+        run_case(arguments.case, arguments.folder, arguments.smoke)
         return
+    places = ("nvme",) if arguments.smoke else PLACES
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for place in ("mezo", *PLACES):
+        for place in ("mezo", *places):
             command = [sys.executable, __file__, "--case", place, "--folder", folder]
+            command += ["--smoke"] if arguments.smoke else []
             output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             rows.append(json.loads(output.strip().splitlines()[-1]))
     for row in rows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import socket
@@ -18,10 +19,31 @@ from zods.engine import ZerothOrderEngine
 from zods.runs import versions
 
 
+def add_smoke_option(parser: argparse.ArgumentParser) -> None:
+    """`--smoke`, which every benchmark has: the tests run each of them so."""
+    parser.add_argument("--smoke", action="store_true", help="the smallest size, to see that it runs: no figures")
+
+
 def opt_125m(num_layers: int = 12) -> OPTForCausalLM:
     """OPT-125M's shape (12 blocks, width 768, vocabulary 50,272), random weights, float32."""
     torch.manual_seed(0)
     config = OPTConfig(num_hidden_layers=num_layers, use_cache=False)
+    return OPTForCausalLM(config).eval()
+
+
+def tiny_opt(vocab_size: int = 50272) -> OPTForCausalLM:
+    """One block of width 16, random weights, float32."""
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=vocab_size,
+        max_position_embeddings=64,
+        hidden_size=16,
+        word_embed_proj_dim=16,
+        num_hidden_layers=1,
+        ffn_dim=16,
+        num_attention_heads=1,
+        use_cache=False,
+    )
     return OPTForCausalLM(config).eval()
 
 
@@ -31,15 +53,18 @@ def token_batch(batch_size: int, length: int, vocab_size: int = 50272) -> dict[s
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def single_rank_engine(
     model: torch.nn.Module, section: dict[str, Any], data: Any = None, **ds: Any
 ) -> ZerothOrderEngine:
     """`model` under zods in this process alone; data: default two batches of tokens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", str(port))
+    os.environ.setdefault("MASTER_PORT", str(free_port()))
     config = {"train_batch_size": 8, "zero_optimization": {"stage": 0}, "steps_per_print": 10**9, **ds}
     if data is None:
         num_rows = 2 * config["train_batch_size"]

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from common import machine
+from common import add_smoke_option, machine
 
 from tests.distributed.matrix import CELLS, run_cell
 
@@ -31,10 +31,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--markdown", type=Path, help="write the table there, too")
     parser.add_argument("--only", default="", help="cells whose name holds this text")
+    add_smoke_option(parser)
     arguments = parser.parse_args()
     rows = []
+    cells = [cell for cell in CELLS if arguments.only in cell.name]
+    if arguments.smoke:  # one that starts the command line once beside the undisturbed run
+        cells = [cell for cell in cells if cell.restarts == 0 and cell.disk_kib is None][:1]
     with tempfile.TemporaryDirectory() as folder:
-        for cell in (cell for cell in CELLS if arguments.only in cell.name):
+        for cell in cells:
             try:
                 found = run_cell(cell, Path(folder))
                 row = {"outcome": found.outcome, "identical": found.identical, "seconds": round(found.seconds, 1)}
@@ -46,7 +50,11 @@ def main() -> None:
     if arguments.markdown is not None:
         head = f"# Faults\n\n`python benchmarks/faults.py --markdown FILE`, {datetime.date.today().isoformat()}\n\n"
         arguments.markdown.write_text(head + table(rows))
-    print(json.dumps({"date": datetime.date.today().isoformat(), "machine": machine(), "rows": rows}))
+    print(
+        json.dumps(
+            {"benchmark": "faults", "date": datetime.date.today().isoformat(), "machine": machine(), "rows": rows}
+        )
+    )
 
 
 if __name__ == "__main__":

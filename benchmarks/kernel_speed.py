@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from common import machine
+from common import add_smoke_option, machine
 
 from zods.kernels import DISTRIBUTIONS, Sweep, backend, combine_, fingerprint, replay_
 
@@ -101,8 +101,12 @@ def main() -> None:
     parser.add_argument("--numel", type=int, default=2**26)
     parser.add_argument("--replay-numel", type=int, default=2**22)
     parser.add_argument("--rounds", type=int, default=9)
+    add_smoke_option(parser)
     arguments = parser.parse_args()
+    if arguments.smoke:
+        arguments.numel, arguments.replay_numel, arguments.rounds = 2**14, 2**12, 1
     report = {
+        "benchmark": "kernel_speed",
         "date": datetime.date.today().isoformat(),
         "machine": {**machine(), "instructions": torch.backends.cpu.get_cpu_capability(), "load": os.getloadavg()[0]},
         "backend": backend(),
@@ -112,7 +116,7 @@ def main() -> None:
         "float32": measure(arguments.numel, arguments.replay_numel, arguments.rounds, torch.float32),
         "bfloat16": measure(arguments.numel, arguments.replay_numel, arguments.rounds, torch.bfloat16),
     }
-    print(json.dumps(report, indent=2))
+    print(json.dumps(report))
 
 
 if __name__ == "__main__":

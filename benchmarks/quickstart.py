@@ -10,7 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from common import machine
+from common import add_smoke_option, machine
 
 from zods.runs import read_metrics
 
@@ -21,13 +21,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--methods", nargs="+", default=["mezo_svrg"])
+    add_smoke_option(parser)
     arguments = parser.parse_args()
+    short = ("--max_steps", "2", "--eval_interval", "0", "--max_eval_examples", "8") if arguments.smoke else ()
+    if arguments.smoke:
+        arguments.seeds = arguments.seeds[:1]
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for method in arguments.methods:
             for seed in arguments.seeds:
                 run = Path(folder) / f"{method}-{seed}"
-                command = ["bash", str(TRAIN), str(run), "--seed", str(seed), "--method", method]
+                command = ["bash", str(TRAIN), str(run), "--seed", str(seed), "--method", method, *short]
                 subprocess.run(command, check=True, stdout=sys.stderr)
                 summary = next(record for record in read_metrics(run) if record["kind"] == "summary")
                 rows.append({"method": method, "seed": seed, **{k: v for k, v in summary.items() if k != "kind"}})

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import machine
+from common import add_smoke_option, machine
 from selection_models import Row
 from selection_quality import quality
 from selection_speed import scaling, speed
@@ -97,13 +97,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40, help="of a training curve")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path, metavar="BASE", help="write BASE.json and pictures")
+    add_smoke_option(parser)
     arguments = parser.parse_args()
+    smoke = arguments.smoke
+    if smoke:
+        arguments.rounds = arguments.batches = arguments.steps = arguments.seeds = 1
     wanted = (arguments.part,) if arguments.part else ("speed", "scaling", "quality", "training")
     parts: dict[str, Callable[[], list[Row]]] = {
-        "speed": lambda: speed(arguments.rounds),
-        "scaling": scaling,
-        "quality": lambda: quality(arguments.data, arguments.batches),
-        "training": lambda: training(arguments.data, arguments.steps, arguments.seeds, arguments.rounds),
+        "speed": lambda: speed(arguments.rounds, (128,) if smoke else (128, 1000, 8000)),
+        "scaling": lambda: scaling((128,), (2,)) if smoke else scaling((1000, 8000, 100_000), (1, 2)),
+        "quality": lambda: quality(arguments.data, arguments.batches, smoke),
+        "training": lambda: training(arguments.data, arguments.steps, arguments.seeds, arguments.rounds, smoke),
     }
     rows = [row for part in wanted for row in parts[part]()]
     report = {"benchmark": "selection", "date": datetime.date.today().isoformat(), "machine": machine(), "rows": rows}

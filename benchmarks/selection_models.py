@@ -11,6 +11,7 @@ import datasets
 import deepspeed
 import torch
 import transformers
+from common import free_port
 
 from zods.config import read_first_order_config
 from zods.first_order import FirstOrderEngine
@@ -61,7 +62,7 @@ def decoder(hidden: int, layers: int, seed: int) -> torch.nn.Module:
 
 def single_process() -> None:
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "29731")
+    os.environ.setdefault("MASTER_PORT", str(free_port()))
     deepspeed.init_distributed("gloo", verbose=False)
 
 

@@ -28,21 +28,30 @@ FEATURES: list[Row] = [
     *({"kind": "exact", "num_directions": m} for m in (16, 64, 256, 1024)),
     {"kind": "exact", "num_directions": 64, "rank": 1},
 ]
+SMOKE: list[Row] = [
+    {"kind": "zo", "num_directions": 1},
+    {"kind": "paper", "num_directions": 1},
+    {"kind": "exact", "num_directions": 64},
+]
 BASELINES = ("random", "structured_random", "longest", "highest_loss", "greedi")
 
 
-def quality(data: Path | None, batches: int) -> list[Row]:
-    """Means over several candidate batches."""
+def quality(data: Path | None, batches: int, smoke: bool) -> list[Row]:
+    """Means over several candidate batches.
+
+    smoke: 2 blocks instead of 12, short examples, no steps before, three kinds of features.
+    """
     single_process()
-    task, rows, _ = prepared(data, 192)
-    model = decoder(192, 12, seed=0)
+    kinds = SMOKE if smoke else FEATURES
+    task, rows, _ = prepared(data, 64 if smoke else 192)
+    model = decoder(32, 2, seed=0) if smoke else decoder(192, 12, seed=0)
     engine = first_order(model, task, rows, batch=32, micro=32, lr=1e-3, seed=0, selector=None)
-    for _ in range(60):
+    for _ in range(0 if smoke else 60):
         engine.train_batch()
     model.eval()
     found: dict[tuple[str, int], list[Row]] = {}
     for number, ids in enumerate(epoch_order(len(rows), CANDIDATES, seed=5, epoch=0)[:batches].tolist()):
-        for name, m, row in judged_batch(model, task, sorted(ids), rows, number):
+        for name, m, row in judged_batch(model, task, sorted(ids), rows, number, kinds):
             found.setdefault((name, m), []).append(row)
         print(f"batch {number + 1} of {batches}", file=sys.stderr)
     table = []
@@ -53,7 +62,9 @@ def quality(data: Path | None, batches: int) -> list[Row]:
     return table
 
 
-def judged_batch(model: Any, task: Any, ids: list[int], rows: Any, number: int) -> list[tuple[str, int, Row]]:
+def judged_batch(
+    model: Any, task: Any, ids: list[int], rows: Any, number: int, kinds: Sequence[Row]
+) -> list[tuple[str, int, Row]]:
     """(features or baseline, m, what it is worth) on one candidate batch.
 
     First facility location on features alone, without sources, so that nothing but the features decides; then the policy,
@@ -78,7 +89,7 @@ def judged_batch(model: Any, task: Any, ids: list[int], rows: Any, number: int) 
         }
         judged.append((name, m, row))
 
-    for options in FEATURES:
+    for options in kinds:
         kind, m = options["kind"], options["num_directions"]
         extract = FeatureExtractor(
             model, **{"rank": 4, **{key: value for key, value in options.items() if key != "num_directions"}}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import resource
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import deepspeed
 import torch
+from common import free_port
 from selection_models import Row
 from torch import Tensor
 
@@ -67,15 +69,18 @@ def submodlib(features: Tensor, k: int) -> list[int]:
     return [i for i, _ in function.maximize(budget=k, optimizer="LazyGreedy", **quiet)]
 
 
-def speed(rounds: int) -> list[Row]:
+def speed(rounds: int, sizes: Sequence[int]) -> list[Row]:
     libraries = {
         "zods": ours,
         "apricot-select, lazy": apricot("lazy"),
         "apricot-select, two-stage": apricot("two-stage"),
-        "submodlib-py, lazy": submodlib,
     }
+    if importlib.util.find_spec("submodlib") is not None:
+        libraries["submodlib-py, lazy"] = submodlib
+    else:
+        print("without submodlib-py, which has no wheel for this Python or machine", file=sys.stderr)
     rows = []
-    for n in (128, 1000, 8000):
+    for n in sizes:
         features, k = clustered(n), n // 10
         seconds: dict[str, list[float]] = {name: [] for name in libraries}
         ids = {
@@ -130,13 +135,14 @@ def scaling_on_this_rank(n: int, k: int) -> Row:
     }
 
 
-def scaling() -> list[Row]:
+def scaling(sizes: Sequence[int], world_sizes: Sequence[int]) -> list[Row]:
     rows = []
-    for n in (1000, 8000, 100_000):
-        for ranks in (1, 2):
+    for n in sizes:
+        for ranks in world_sizes:
             with tempfile.TemporaryDirectory() as folder:
                 file = Path(folder) / "row.json"
-                command = ["deepspeed", "--num_gpus", str(ranks), __file__, "--candidates", str(n), "--row", str(file)]
+                command = ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(free_port()), __file__]
+                command += ["--candidates", str(n), "--row", str(file)]
                 threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks))}
                 subprocess.run(command, check=True, stdout=sys.stderr, env=os.environ | threads)
                 rows.append(json.loads(file.read_text()))

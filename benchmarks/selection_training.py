@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -25,16 +26,23 @@ from zods.first_order import FirstOrderEngine
 from zods.memory import peak_memory
 
 
-def training(data: Path | None, steps: int, seeds: int, rounds: int) -> list[Row]:
+def training(data: Path | None, steps: int, seeds: int, rounds: int, smoke: bool) -> list[Row]:
+    """smoke: a model of 2 blocks instead of 12 for the costs, with LoRA only, short examples, and one method's curve."""
     single_process()
-    return [*costs(data, rounds), *curves(data, steps, seeds)]
+    length, shape = (64, (32, 2)) if smoke else (192, (256, 12))
+    methods = ("64 of 128, greedy",) if smoke else tuple(METHODS)
+    adapters = (True,) if smoke else (False, True)
+    return [*costs(data, length, shape, adapters, rounds), *curves(data, min(length, 128), methods, steps, seeds)]
 
 
-def costs(data: Path | None, rounds: int) -> list[Row]:
-    """Medians of a step's seconds, in turns, micro-batches of 16; the peak of what is allocated with the batch in one piece."""
-    task, rows, _ = prepared(data, 192)
+def costs(data: Path | None, length: int, shape: tuple[int, int], adapters: Sequence[bool], rounds: int) -> list[Row]:
+    """Medians of a step's seconds, in turns, micro-batches of 16; the peak of what is allocated with the batch in one piece.
+
+    shape: (width, blocks) of the model. adapters: without LoRA, with it.
+    """
+    task, rows, _ = prepared(data, length)
     found = []
-    for lora in (False, True):
+    for lora in adapters:
         engines = {}
         for name, batch, selector in (
             ("batch 128", CANDIDATES, None),
@@ -42,7 +50,7 @@ def costs(data: Path | None, rounds: int) -> list[Row]:
             ("batch 64", BUDGET, None),
         ):
             for micro in (16, batch):
-                model = decoder(256, 12, seed=0)
+                model = decoder(*shape, seed=0)
                 if lora:
                     import peft
 
@@ -73,7 +81,7 @@ def costs(data: Path | None, rounds: int) -> list[Row]:
                 {
                     "part": "training",
                     "what": "step",
-                    "model": "12 blocks, width 256" + (", LoRA rank 8" if lora else ""),
+                    "model": f"{shape[1]} blocks, width {shape[0]}" + (", LoRA rank 8" if lora else ""),
                     "batch": name,
                     "step_seconds": statistics.median(seconds[name][1:]),
                     "ratio_to_batch_128": statistics.median(ratios[name]),
@@ -95,12 +103,13 @@ METHODS: dict[str, tuple[int, Row | None]] = {
 }
 
 
-def curves(data: Path | None, steps: int, seeds: int) -> list[Row]:
+def curves(data: Path | None, length: int, methods: Sequence[str], steps: int, seeds: int) -> list[Row]:
     """Held-out loss on the way, from the quickstart's pretrained decoder (4 blocks)."""
-    task, rows, held_out = prepared(data, 128)
+    task, rows, held_out = prepared(data, length)
     found = []
     for seed in range(seeds):
-        for name, (batch, selector) in METHODS.items():
+        for name in methods:
+            batch, selector = METHODS[name]
             model = transformers.AutoModelForCausalLM.from_pretrained(TOKENIZER, dtype=torch.float32)
             engine = first_order(model, task, rows, batch=batch, micro=16, lr=1e-3, seed=seed, selector=selector)
             seconds, passes, curve = 0.0, 0.0, []

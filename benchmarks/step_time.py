@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from common import machine, opt_125m, single_rank_engine, token_batch
+from common import add_smoke_option, machine, opt_125m, single_rank_engine, tiny_opt, token_batch
 from kernel_speed import measure as measure_kernels
 
 from zods.estimators import Term, Update
@@ -34,12 +34,20 @@ class Case(NamedTuple):
     evaluation: str = "auto"
     num_directions: int = 1
     batch_size: int = 8
-    num_layers: int = 12
+    num_layers: int = 12  # of OPT-125M's shape; 0: the tiny model
     anchor_age: int = 0  # of mezo_svrg: updates since the refresh, which a point kept as terms takes back
 
     @property
     def num_forwards(self) -> int:
         return (4 if self.method == "mezo_svrg" else 2) * self.num_directions
+
+
+def smoke_cases() -> Iterator[Case]:
+    """Each method once, and each direction."""
+    yield Case(method="stack", direction="", num_layers=0)
+    yield Case(method="published", num_layers=0)
+    yield Case(direction="rademacher", dtype="bfloat16", num_layers=0)
+    yield Case(method="mezo_svrg", direction="low_rank", num_layers=0, anchor_age=2)
 
 
 def quick_cases() -> Iterator[Case]:
@@ -64,6 +72,10 @@ def all_cases() -> Iterator[Case]:
         for batch_size in (1, 16):
             yield Case(direction=direction, dtype="bfloat16", batch_size=batch_size)
         yield Case(direction=direction, dtype="bfloat16", num_layers=3)
+
+
+def model_of(case: Case) -> torch.nn.Module:
+    return opt_125m(case.num_layers) if case.num_layers else tiny_opt()
 
 
 def published_mezo_step(
@@ -91,7 +103,7 @@ def zods_step(case: Case, batch: dict[str, torch.Tensor]) -> tuple[Callable[[], 
     if case.method == "mezo_svrg":
         section |= {"anchor_interval": 10**6, "anchor": {"point": "terms", "gradient": "terms"}}
     engine = single_rank_engine(
-        opt_125m(case.num_layers),
+        model_of(case),
         section,
         train_batch_size=case.batch_size,
         bf16={"enabled": case.dtype == "bfloat16"},
@@ -113,7 +125,7 @@ def seconds(call: Callable[[], object]) -> float:
 @torch.no_grad()
 def measured(case: Case, rounds: int, length: int) -> dict[str, Any]:
     batch = token_batch(case.batch_size, length)
-    bare = opt_125m(case.num_layers).to(getattr(torch, case.dtype))
+    bare = model_of(case).to(getattr(torch, case.dtype))
     engine = None
     if case.method == "published":
 
@@ -150,16 +162,25 @@ def measured(case: Case, rounds: int, length: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the README's table alone, in under 5 minutes")
+    add_smoke_option(parser)
     parser.add_argument("--rounds", type=int, help="default: 3 with --quick, else 7")
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--output", type=Path, help="a .json file")
     arguments = parser.parse_args()
-    arguments.rounds = arguments.rounds or (3 if arguments.quick else 7)
+    cases, rounds, numel = all_cases(), 7, 1 << 26
+    if arguments.smoke:
+        cases, rounds, numel, arguments.length = smoke_cases(), 1, 1 << 14, 8
+    elif arguments.quick:
+        cases, rounds = quick_cases(), 3
+    arguments.rounds = arguments.rounds or rounds
     rows = []
-    for case in quick_cases() if arguments.quick else all_cases():
+    for case in cases:
         rows.append(measured(case, arguments.rounds, arguments.length))
         print(json.dumps(rows[-1]), file=sys.stderr)
-    kernels = {dtype: measure_kernels(1 << 26, 3, getattr(torch, dtype)) for dtype in ("float32", "bfloat16")}
+    kernels = {
+        dtype: measure_kernels(numel, numel // 16, min(3, arguments.rounds), getattr(torch, dtype))
+        for dtype in ("float32", "bfloat16")
+    }
     asked = {"quick": arguments.quick, "rounds": arguments.rounds, "length": arguments.length}
     report = {"benchmark": "step_time", "date": datetime.date.today().isoformat(), "arguments": asked}
     report |= {"machine": machine(), "rows": rows, "kernels": kernels}

@@ -1,6 +1,6 @@
 """The trajectory log: its size and cost, the speed of a replay, and the time of a restart.
 
-    python benchmarks/trajectory.py [--part log replay restart whole] [--rounds 3] [--output FILE.json]
+    python benchmarks/trajectory.py [--part log replay restart whole] [--rounds 3] [--output FILE.json] [--smoke]
 
 log: bytes per step of real runs of a tiny model, on to 20,000 steps; the time of `add` and `wait` beside a step of 100 ms,
 with as much work between the two as applying a step may be; the time to read a log of 20,000 steps.
@@ -22,21 +22,21 @@ import json
 import math
 import os
 import random
-import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 STARTED = time.time()
 
 import torch  # noqa: E402
-from common import machine, opt_125m, single_rank_engine, token_batch  # noqa: E402
-from transformers import OPTConfig, OPTForCausalLM  # noqa: E402
+from common import add_smoke_option, free_port, machine, opt_125m, single_rank_engine, tiny_opt, token_batch  # noqa: E402
+from transformers import OPTForCausalLM  # noqa: E402
 
 import zods  # noqa: E402
 from zods.comm import end_process  # noqa: E402
@@ -48,8 +48,25 @@ from zods.trajectory.records import Evaluation, Header, ParameterRecord, Record,
 
 WEEK = 20_000  # steps of a log
 STEP_SECONDS = 0.1
-DIRECTIONS = {"gaussian": 200, "rademacher": 600, "low_rank": 600}  # steps that are replayed of each
 BASE_SECTION = {"method": "mezo", "lr": 1e-6}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """model: that is replayed and restarted. week: steps of a whole log. timed: records whose writing is timed. replayed: steps
+    by direction, in each of `dtypes`. restarts: (direction, ranks). starts: from where.
+    """
+
+    model: Callable[[], OPTForCausalLM] = opt_125m
+    week: int = WEEK
+    timed: int = 500
+    replayed: dict[str, int] = field(default_factory=lambda: {"gaussian": 200, "rademacher": 600, "low_rank": 600})
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+    restarts: tuple[tuple[str, int], ...] = (("gaussian", 2), ("gaussian", 1), ("rademacher", 2), ("low_rank", 2))
+    starts: tuple[str, ...] = ("checkpoint and tail", "log alone")
+
+
+SMOKE = Sizes(tiny_opt, 50, 5, {"rademacher": 3}, (torch.bfloat16,), (("gaussian", 1),), ("checkpoint and tail",))
 
 
 # --- the log ----------------------------------------------------------------------------------------------------------
@@ -66,24 +83,13 @@ LOGGED: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny_model() -> OPTForCausalLM:
-    shape = {
-        "hidden_size": 16,
-        "word_embed_proj_dim": 16,
-        "num_hidden_layers": 1,
-        "ffn_dim": 16,
-        "num_attention_heads": 1,
-    }
-    return OPTForCausalLM(OPTConfig(vocab_size=64, max_position_embeddings=16, use_cache=False, **shape)).eval()
-
-
 def bytes_per_step(folder: Path, name: str, steps: int) -> dict[str, Any]:
     selected = "selector" in LOGGED[name]
     batch = 64 if selected else 8
     rows = token_batch(20 * batch, 8, vocab_size=64)
     data = [dict(zip(rows, row, strict=True)) for row in zip(*rows.values(), strict=True)]
     section = {**BASE_SECTION, "method": "mezo_svrg", **LOGGED[name]}
-    engine = single_rank_engine(tiny_model(), section, data, train_batch_size=batch)
+    engine = single_rank_engine(tiny_opt(64), section, data, train_batch_size=batch)
     engine.resume(folder / name)
     for _ in range(steps):
         engine.train_batch()
@@ -126,8 +132,8 @@ def write(path: Path, header: Header, records: list[Record], sync: bool = False)
     trajectory.file.close()
 
 
-def cost_of_steps(folder: Path, where: str, work_seconds: float, number: int = 500) -> dict[str, Any]:
-    """work_seconds: between a record's `add` and its `wait`, as for applying the step."""
+def cost_of_steps(folder: Path, where: str, work_seconds: float, number: int) -> dict[str, Any]:
+    """Of `number` records. work_seconds: between a record's `add` and its `wait`, as for applying the step."""
     trajectory, spent, x = Trajectory(), [], torch.zeros(2**16)
     trajectory.file = LogFile(folder / f"cost-{work_seconds}.log")
     for record in steps_of(number):
@@ -153,16 +159,16 @@ def cost_of_steps(folder: Path, where: str, work_seconds: float, number: int = 5
     }
 
 
-def part_log(folder: Path, rounds: int, steps: int) -> dict[str, Any]:
+def part_log(folder: Path, sizes: Sizes, rounds: int, steps: int) -> dict[str, Any]:
     rows = [said(bytes_per_step(folder, name, steps // 4 if "selected" in name else steps)) for name in LOGGED]
-    costs = [cost_of_steps(folder, "disk", work) for work in (0.0, 0.005, 0.02)]
+    costs = [cost_of_steps(folder, "disk", work, sizes.timed) for work in (0.0, 0.005, 0.02)]
     with tempfile.TemporaryDirectory(dir="/dev/shm") as memory:
-        costs.append(cost_of_steps(Path(memory), "memory", 0.0))
+        costs.append(cost_of_steps(Path(memory), "memory", 0.0, sizes.timed))
     parse = {}
     for coefficients in (1, 16):
         path = folder / f"week-{coefficients}.log"
         section = parse_section({**BASE_SECTION, "num_directions": coefficients})
-        write(path, Header("Tiny", ()), [Run(0, section, 8, 2), *steps_of(WEEK, coefficients)])
+        write(path, Header("Tiny", ()), [Run(0, section, 8, 2), *steps_of(sizes.week, coefficients)])
         parse[f"{coefficients} coefficients"] = {
             "megabytes": round(path.stat().st_size / 1e6, 3),
             "seconds": round(statistics.median(seconds(lambda path=path: read_log(path)) for _ in range(rounds)), 3),
@@ -203,10 +209,12 @@ def rates(distribution: str, dtype: torch.dtype) -> dict[str, float]:
     return {"combine_": x.numel() / one, "replay_": 64 * x.numel() / many}
 
 
-def base_and_log(folder: Path, distribution: str, dtype: torch.dtype, steps: int) -> tuple[Path, Path]:
-    """OPT-125M's shape with random weights, and a log of `steps` steps of MeZO from there."""
+def base_and_log(
+    folder: Path, model: torch.nn.Module, distribution: str, dtype: torch.dtype, steps: int
+) -> tuple[Path, Path]:
+    """The model as `dtype`, and a log of `steps` steps of MeZO from there."""
     base, log = folder / f"base-{dtype}", folder / f"{distribution}-{dtype}-{steps}.log"
-    model = opt_125m().to(dtype)
+    model = model.to(dtype)
     if not base.exists():
         model.save_pretrained(base)
     entries = [
@@ -234,8 +242,10 @@ def replayed(base: Path, log: Path, out: Path) -> dict[str, float]:
     }
 
 
-def row_of_replay(folder: Path, distribution: str, dtype: torch.dtype, steps: int, rounds: int) -> dict[str, Any]:
-    base, log = base_and_log(folder, distribution, dtype, steps)
+def row_of_replay(
+    folder: Path, model: torch.nn.Module, distribution: str, dtype: torch.dtype, steps: int, rounds: int
+) -> dict[str, Any]:
+    base, log = base_and_log(folder, model, distribution, dtype, steps)
     numel = sum(parameter.numel for parameter in read_log(log).header.parameters)
     found = []
     for _ in range(rounds):
@@ -264,11 +274,11 @@ def row_of_replay(folder: Path, distribution: str, dtype: torch.dtype, steps: in
     }
 
 
-def part_replay(folder: Path, rounds: int) -> list[dict[str, Any]]:
+def part_replay(folder: Path, sizes: Sizes, rounds: int) -> list[dict[str, Any]]:
     rows = []
-    for dtype in (torch.float32, torch.bfloat16):
-        for distribution, steps in DIRECTIONS.items():
-            rows.append(said(row_of_replay(folder, distribution, dtype, steps, rounds)))
+    for dtype in sizes.dtypes:
+        for distribution, steps in sizes.replayed.items():
+            rows.append(said(row_of_replay(folder, sizes.model(), distribution, dtype, steps, rounds)))
     return rows
 
 
@@ -280,7 +290,6 @@ def said(row: dict[str, Any]) -> dict[str, Any]:
 # --- restart ----------------------------------------------------------------------------------------------------------
 
 TAIL = 100
-RESTARTS = (("gaussian", 2), ("gaussian", 1), ("rademacher", 2), ("low_rank", 2))  # direction, ranks
 
 
 def restart_engine(folder: Path, distribution: str) -> Any:
@@ -342,11 +351,13 @@ def rank_main(arguments: argparse.Namespace) -> None:
 
 
 def on_ranks(world_size: int, what: str, folder: Path, run: Path, distribution: str) -> list[dict[str, float]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     threads = str(max(1, (os.cpu_count() or 1) // world_size))
-    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world_size)}
+    environment = {
+        **os.environ,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": str(world_size),
+    }
     environment |= {"OMP_NUM_THREADS": threads, "LOCAL_SIZE": str(world_size)}
     command = [
         sys.executable,
@@ -376,14 +387,14 @@ def on_ranks(world_size: int, what: str, folder: Path, run: Path, distribution: 
     return [json.loads(out.strip().splitlines()[-1]) for out, _ in outputs if what == "restart"]
 
 
-def part_restart(folder: Path, rounds: int) -> list[dict[str, Any]]:
-    opt_125m().save_pretrained(folder / f"base-{torch.float32}")
+def part_restart(folder: Path, sizes: Sizes, rounds: int) -> list[dict[str, Any]]:
+    sizes.model().save_pretrained(folder / f"base-{torch.float32}")
     rows = []
-    for distribution, world_size in RESTARTS:
+    for distribution, world_size in sizes.restarts:
         run = folder / f"{distribution}-{world_size}"
         on_ranks(world_size, "make", folder, run, distribution)
         log = (run / "trajectory.log").read_bytes()
-        for start in ("checkpoint and tail", "log alone"):
+        for start in sizes.starts:
             if start == "log alone":
                 (run / "checkpoints").rename(run / "put away")
             found = []
@@ -406,8 +417,8 @@ def part_restart(folder: Path, rounds: int) -> list[dict[str, Any]]:
 # --- a whole log ------------------------------------------------------------------------------------------------------
 
 
-def part_whole(folder: Path) -> dict[str, Any]:
-    return said(row_of_replay(folder, "rademacher", torch.float32, WEEK, 1))
+def part_whole(folder: Path, sizes: Sizes) -> dict[str, Any]:
+    return said(row_of_replay(folder, sizes.model(), "rademacher", torch.float32, sizes.week, 1))
 
 
 def main() -> None:
@@ -417,11 +428,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=2000, help="of the real runs of part log")
     parser.add_argument("--output", type=Path, help="a .json file; what it holds of other parts stays")
+    add_smoke_option(parser)
     for name in ("rank_of", "folder", "run", "direction"):
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.rank_of is not None:
         rank_main(arguments)
+    sizes = SMOKE if arguments.smoke else Sizes()
+    if arguments.smoke:
+        arguments.rounds, arguments.steps = 1, 16
     report: dict[str, Any] = {"benchmark": "trajectory"}
     if arguments.output is not None and arguments.output.exists():
         report = json.loads(arguments.output.read_text())
@@ -432,13 +447,13 @@ def main() -> None:
             folder = Path(made) / part
             folder.mkdir()
             if part == "log":
-                found: Any = part_log(folder, arguments.rounds, arguments.steps)
+                found: Any = part_log(folder, sizes, arguments.rounds, arguments.steps)
             elif part == "replay":
-                found = part_replay(folder, arguments.rounds)
+                found = part_replay(folder, sizes, arguments.rounds)
             elif part == "restart":
-                found = part_restart(folder, arguments.rounds)
+                found = part_restart(folder, sizes, arguments.rounds)
             else:
-                found = part_whole(folder)
+                found = part_whole(folder, sizes)
             report[part] = {**asked, "load_after": round(os.getloadavg()[0], 2), "found": found}
             if arguments.output is not None:
                 arguments.output.write_text(json.dumps(report, indent=1) + "\n")

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import machine, opt_125m, token_batch
+from common import add_smoke_option, free_port, machine, opt_125m, tiny_opt, token_batch
 from deepspeed.comm.comm import comms_logger
 
 import zods
@@ -43,7 +43,7 @@ def moved() -> dict[str, int]:
 
 
 @torch.no_grad()
-def measured(offload: str, evaluation: str, rounds: int, folder: Path) -> dict[str, Any]:
+def measured(offload: str, evaluation: str, model: torch.nn.Module, rounds: int, folder: Path) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": 3, "stage3_param_persistence_threshold": 0}
     if offload == "nvme":
         zero["offload_param"] = {"device": "nvme", "nvme_path": str(folder), "buffer_size": 40_000_000}
@@ -57,7 +57,7 @@ def measured(offload: str, evaluation: str, rounds: int, folder: Path) -> dict[s
         "steps_per_print": 10**9,
         "zeroth_order": {"method": "mezo", "lr": 1e-9, "evaluation": evaluation},
     }
-    engine = zods.initialize(model=opt_125m(LAYERS), config=config, training_data=[0] * BATCH)[0]
+    engine = zods.initialize(model=model, config=config, training_data=[0] * BATCH)[0]
     size = BATCH // engine.world_size
     batch = {key: value[engine.global_rank * size :][:size] for key, value in whole.items()}
     slices = sum(p.padded_numel * p.dtype.itemsize for p in engine.shards)
@@ -100,6 +100,7 @@ def measured(offload: str, evaluation: str, rounds: int, folder: Path) -> dict[s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
+    add_smoke_option(parser)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)  # of a rank: where it writes what it measured
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
@@ -108,15 +109,24 @@ def main() -> None:
         cases = [
             (offload, evaluation) for offload in ("none", "cpu", "nvme") for evaluation in ("stacked", "sequential")
         ]
-        rows = [measured(*case, arguments.rounds, arguments.rows.parent) for case in cases]
+        if arguments.smoke:
+            cases = cases[-2:]
+        rows = []
+        for case in cases:
+            model = tiny_opt() if arguments.smoke else opt_125m(LAYERS)
+            rows.append(measured(*case, model, arguments.rounds, arguments.rows.parent))
         if torch.distributed.get_rank() == 0:
             arguments.rows.write_text(json.dumps(rows))
         end_process(0)
+    if arguments.smoke:
+        arguments.rounds = 1
     rows = []
-    for ranks in (1, 2):
+    for ranks in (2,) if arguments.smoke else (1, 2):
         with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
             file = Path(folder) / "rows.json"
-            launcher = ["deepspeed", "--num_gpus", str(ranks), __file__, "--rounds", str(arguments.rounds)]
+            launcher = ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(free_port()), __file__]
+            launcher += ["--rounds", str(arguments.rounds)]
+            launcher += ["--smoke"] if arguments.smoke else []
             threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks))}
             subprocess.run([*launcher, "--rows", str(file)], check=True, stdout=sys.stderr, env=os.environ | threads)
             rows += json.loads(file.read_text())

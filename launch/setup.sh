@@ -7,36 +7,74 @@ extras="${1:?extras of the package to install, such as report}"
 say() { echo "zods: $*" >&2; }
 
 python="${PYTHON:-python3}"
-"$python" - <<'CHECK' || { say "Python 3.11 or newer is needed; set PYTHON to its command."; exit 1; }
-import sys
-sys.exit(sys.version_info < (3, 11))
-CHECK
+command -v "$python" >/dev/null || { say "there is no $python. Install Python 3.11 or newer, or set PYTHON to its command."; exit 1; }
+version="$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')"
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+  { say "$python is Python $version; 3.11 or newer is needed. Set PYTHON to its command."; exit 1; }
 
 # A compiler and Python's headers for the kernels and DeepSpeed's operators, libaio for NVMe offload.
-packages=""
-command -v g++ >/dev/null || packages+=" g++"
-[ -e /usr/include/libaio.h ] || packages+=" libaio-dev"
-"$python" -c 'import os, sysconfig, sys; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || packages+=" python3-dev"
-"$python" -c 'import ensurepip, venv' 2>/dev/null || packages+=" python3-venv"
-if [ -n "$packages" ]; then
+has_libaio() { g++ -x c++ - -laio -o /dev/null 2>/dev/null <<<$'#include <libaio.h>\nint main() { return io_setup(0, nullptr); }'; }
+has_headers() { "$python" -c 'import os, sysconfig, sys; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))'; }
+has_venv() { "$python" -c 'import ensurepip, venv' 2>/dev/null; }
+find_missing() {
+  missing=()
+  command -v g++ >/dev/null || missing+=(g++)
+  has_libaio || missing+=(libaio-dev)
+  has_headers || missing+=("python$version-dev")
+  has_venv || missing+=("python$version-venv")
+}
+find_missing
+if [ ${#missing[@]} -gt 0 ]; then
   if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-    say "installing$packages"
-    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $packages; } >/dev/null
+    say "installing ${missing[*]}"
+    # one after the other where two clones are set up at once: apt-get does not wait for another one's lists
+    DEBIAN_FRONTEND=noninteractive flock /var/lib/apt sh -c 'apt-get update -qq && apt-get install -y -qq "$@"' - "${missing[@]}" >/dev/null ||
+      { say "apt-get could not install ${missing[*]}. Install them, then run this again."; exit 1; }
+    find_missing
+    if [ ${#missing[@]} -gt 0 ]; then
+      say "$python still lacks what ${missing[*]} should bring. Set PYTHON to a Python with headers and ensurepip, such as /usr/bin/python3."
+      exit 1
+    fi
   else
-    say "system packages are missing. Debian, Ubuntu: sudo apt-get install -y$packages   (then run this again)"
+    say "system packages are missing. Debian, Ubuntu: sudo apt-get install -y ${missing[*]}   (elsewhere: what corresponds to them; then run this again)"
     exit 1
   fi
 fi
 
-[ -x .venv/bin/python ] || "$python" -m venv .venv
-wanted="$(cat constraints.txt pyproject.toml | sha256sum | cut -d' ' -f1) $extras"
-if [ "$(cat .venv/zods-installed 2>/dev/null)" != "$wanted" ]; then
-  say "installing the pinned packages into .venv (a few minutes)"
-  # torch first: what is then asked of it by the others is already there
-  .venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
-  .venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[$extras]"
-  echo "$wanted" >.venv/zods-installed
+# .venv/zods-installing is there while packages are installed: what an interrupted installation left is not to be trusted.
+unfinished=.venv/zods-installing
+if [ -e "$unfinished" ]; then
+  say "making .venv anew: its installation was interrupted"
+  rm -rf .venv
+elif [ -e .venv ] && ! .venv/bin/python -c 'import pip, sys; sys.exit(sys.prefix == sys.base_prefix or sys.version_info < (3, 11))' 2>/dev/null; then
+  say "making .venv anew: its Python does not run, has no pip, or is older than 3.11"
+  rm -rf .venv
 fi
+if [ ! -e .venv ]; then
+  mkdir .venv
+  touch "$unfinished"
+  "$python" -m venv .venv
+fi
+
+# .venv/zods-installed: what was installed by which pins, and then the extras, one a line.
+install() {
+  # Bytecode is compiled when a module is first imported: compiling all of torch takes longer than installing it.
+  .venv/bin/python -m pip install -q --disable-pip-version-check --no-compile -c constraints.txt "$@" || {
+    say "installing failed, see above. Run this again when its cause is gone."
+    exit 1
+  }
+}
+pins="$(cat constraints.txt pyproject.toml | sha256sum | cut -d' ' -f1)"
+installed="$(cat .venv/zods-installed 2>/dev/null || true)"
+if [ "$(head -n1 <<<"$installed")" != "$pins" ]; then installed="$pins"; fi
+if ! grep -qx "$extras" <<<"$installed"; then
+  say "installing the pinned packages into .venv (a few minutes)"
+  touch "$unfinished"
+  install torch # first: what the others then ask of it is already there
+  install -e ".[$extras]"
+  printf '%s\n%s\n' "$installed" "$extras" >.venv/zods-installed
+fi
+rm -f "$unfinished"
 . .venv/bin/activate
 
 export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}"

@@ -20,6 +20,7 @@ from zods.comm import RankFailure, end_process
 from zods.config import FirstOrderConfig, RunConfig, read_config, read_first_order_config
 from zods.config_auto import offloads_to_nvme, resolve_model_auto, resolve_offload_buffers
 from zods.engine import ZerothOrderEngine
+from zods.extras import check_packages
 from zods.first_order import FirstOrderEngine
 from zods.initialization import check_folders
 from zods.launching import connect_ranks, environment_rank, report_failure
@@ -93,6 +94,7 @@ def start(
     comm = connect_ranks()
     with comm.same_on_all_ranks():
         merged = merged_config(arguments)
+        check_packages(merged, plot=arguments.plot, lora=arguments.lora_rank is not None)
         run: RunConfig | FirstOrderConfig
         if arguments.optimizer is None:
             run = read_config(merged, comm.world_size, total_steps=arguments.max_steps)

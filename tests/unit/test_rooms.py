@@ -103,11 +103,12 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "deepspeed", "transformers", "safetensors", "peft"},
     ),
     "arguments": ({"config", "section"}, set()),
+    "extras": (set(), set()),
     "runs": (set(), set()),
     "report": ({"runs"}, {"matplotlib"}),
     "finetune": (
         {
-            FACE, "config", "config_auto", "comm", "engine", "first_order", "launching", "pretrained", "selection",
+            FACE, "config", "config_auto", "comm", "engine", "extras", "first_order", "launching", "pretrained", "selection",
             "initialization", "resuming", "stopping", "summary", "tasks", "arguments", "runs", "report",
         },
         {"torch", "deepspeed", "datasets", "tqdm"},

@@ -1,0 +1,89 @@
+"""Every benchmark of the README's table runs, at its smallest size, and prints one JSON object with what it promises."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.ranks import ENVIRONMENT
+
+REPOSITORY = Path(__file__).parents[2]
+FOLDER = REPOSITORY / "benchmarks"
+
+# command of the README, without `python benchmarks/`: keys of the object, and of each row of it
+SMOKE: dict[str, tuple[set[str], set[str]]] = {
+    "step_time.py": ({"arguments", "kernels"}, {"method", "dtype", "evaluation", "ratio_to_floor", "step_s", "floor_s"}),
+    "zero3_step.py": (set(), {"ranks", "offload", "evaluation", "ratio_to_floor", "step_s", "gathered", "read", "written"}),
+    "kernel_speed.py": ({"backend", "float32", "bfloat16"}, set()),
+    "selection.py --part speed": (set(), {"part", "n", "k", "library", "seconds", "objective"}),
+    "selection.py --part scaling": (set(), {"part", "n", "ranks", "seconds", "peak_memory_gib", "selection_bytes_per_rank"}),
+    "selection.py --part quality": (set(), {"part", "features", "m", "agreement", "cost_forwards", "total_forwards"}),
+    "selection.py --part training": (set(), {"part", "what"}),
+    "quickstart.py": ({"mean_accuracy_gain"}, {"method", "seed", "accuracy_before", "accuracy_after", "zods_bytes_per_step"}),
+    "anchor_memory.py": (set(), {"place", "parameters", "peak_rss_bytes", "added_bytes_per_parameter"}),
+    "trajectory.py --part log": ({"log"}, set()),
+    "trajectory.py --part whole replay": ({"whole", "replay"}, set()),
+    "trajectory.py --part restart": ({"restart"}, set()),
+    "faults.py": (set(), {"fault", "phase", "rank", "outcome", "identical", "seconds"}),
+}  # fmt: skip
+NOT_IN_THE_README = {"selection.py --part scaling"}  # its figures stand in benchmarks/results only
+
+
+def shown() -> set[str]:
+    """Commands in the last column of the README's table of figures."""
+    text = (REPOSITORY / "README.md").read_text()
+    rows = re.findall(r"^\|.*\|([^|]*)\|$", text[text.index("## Figures") :], re.MULTILINE)
+    quoted = {command for row in rows for command in re.findall(r"`([^`]+)`", row)}
+    assert all(command.startswith("python benchmarks/") for command in quoted), (
+        "one whole command to a pair of backticks"
+    )
+    return {command.removeprefix("python benchmarks/") for command in quoted}
+
+
+def test_every_command_of_the_readme_has_a_smoke_run():
+    assert shown() | NOT_IN_THE_README == set(SMOKE)
+
+
+def test_every_benchmark_is_in_the_readme():
+    scripts = {path.name for path in FOLDER.glob("*.py") if "add_smoke_option(parser)" in path.read_text()} | {
+        "anchor_memory.py"
+    }
+    assert scripts == {command.split()[0] for command in shown()}
+
+
+@pytest.mark.parametrize("command", SMOKE)
+def test_a_benchmark_runs_at_its_smallest_size_and_prints_what_it_promises(command: str, tmp_path: Path):
+    script, *options = shlex.split(command)
+    told = subprocess.run(
+        [sys.executable, FOLDER / script, *options, "--smoke"],
+        cwd=tmp_path,
+        # as a shell in which the environment is active: `deepspeed` is found beside this Python
+        env={
+            **os.environ,
+            **ENVIRONMENT,
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": str(REPOSITORY),
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert told.returncode == 0, told.stderr[-4000:]
+    report: dict[str, Any] = json.loads(told.stdout.splitlines()[-1])
+    keys, row_keys = SMOKE[command]
+    assert set(report) >= keys | {"benchmark", "machine"}
+    assert report["benchmark"] == script.removesuffix(".py")
+    assert {"cpu", "threads", "torch", "deepspeed"} <= set(report["machine"])
+    if row_keys:
+        assert report["rows"]
+        assert all(set(row) >= row_keys for row in report["rows"])
+    if script == "faults.py":
+        assert all(row["identical"] for row in report["rows"])

@@ -1,0 +1,91 @@
+"""Commands that the documents show can be given: their files exist, and their options are ones that are read."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from zods.arguments import parse_arguments
+from zods.config import load_json
+from zods.trajectory.__main__ import main as trajectory
+
+REPOSITORY = Path(__file__).parents[2]
+DOCUMENTS = ("README.md", "launch/quickstart/README.md")
+REQUIRED = ("--deepspeed_config", "c", "--model", "m", "--output_dir", "o", "--train_file", "t")
+
+
+def commands(document: str) -> list[str]:
+    """Indented and quoted lines of commands, each with its continuation lines, without comments."""
+    text = (REPOSITORY / document).read_text().replace("\\\n", " ")
+    indented = re.findall(r"^ {4,}((?:deepspeed|bash|python|torchrun) .*)$", text, re.MULTILINE)
+    quoted = re.findall(r"`([A-Z_]+=\S+ )?((?:deepspeed|bash|python|torchrun) [^`]+)`", text)
+    found = [*indented, *(command for _, command in quoted)]
+    return [re.sub(r"\s+#.*", "", command) for command in found]
+
+
+SHOWN = [
+    pytest.param(command, id=f"{document}: {command[:60]}") for document in DOCUMENTS for command in commands(document)
+]
+
+
+def arguments_after(words: list[str], name: str) -> list[str]:
+    """The options behind `name`, without what stands for anything ("...") or for optional parts ("[--until STEP]")."""
+    return [word.strip("[]") for word in words[words.index(name) + 1 :] if word != "..."]
+
+
+def test_the_documents_show_commands():
+    assert [len(commands(document)) >= least for document, least in zip(DOCUMENTS, (15, 1), strict=True)] == [
+        True,
+        True,
+    ]
+
+
+@pytest.mark.parametrize("command", SHOWN)
+def test_files_of_shown_commands_exist(command: str):
+    words = shlex.split(command)
+    shown_in_its_folder = {path.name for path in (REPOSITORY / "launch" / "quickstart").iterdir()}
+    for word in words:
+        if re.fullmatch(r"[\w/]+\.(py|sh|json)", word) and not word.startswith("runs/"):
+            assert (REPOSITORY / word).exists() or word in shown_in_its_folder, word
+
+
+@pytest.mark.parametrize("command", [shown for shown in SHOWN if "zods.finetune" in shown.values[0]])
+def test_options_of_shown_finetune_commands_are_read(command: str):
+    given = arguments_after(shlex.split(command), "zods.finetune")
+    if given in ([], ["--help"]):
+        return
+    shortened = "..." in command
+    arguments = parse_arguments([*(REQUIRED if shortened else ()), *given])
+    assert shortened or load_json(REPOSITORY / arguments.deepspeed_config)
+
+
+@pytest.mark.parametrize("command", [shown for shown in SHOWN if "zods.trajectory" in shown.values[0]])
+def test_options_of_shown_trajectory_commands_are_read(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)  # where the files it names are not: an error, but not one of the options
+    given = arguments_after(shlex.split(command), "zods.trajectory")
+    assert trajectory(["1" if word == "STEP" else word for word in given]) == 2
+
+
+def test_the_quickstarts_command_is_read():
+    text = (REPOSITORY / "launch" / "quickstart" / "train.sh").read_text().replace("\\\n", " ")
+    command = re.search(r'zods\.finetune (.*) "\$@"', text)
+    assert command is not None
+    assert parse_arguments(shlex.split(command[1])).task == "prompted"
+
+
+def test_the_helps_example_is_read(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setenv("COLUMNS", "10000")  # no line is broken
+    with pytest.raises(SystemExit):
+        parse_arguments(["--help"])
+    words = shlex.split(capsys.readouterr().out.partition("Example: ")[2])
+    assert load_json(REPOSITORY / parse_arguments(words[words.index("zods.finetune") + 1 :]).deepspeed_config)
+
+
+def test_the_readme_names_the_commands_that_ci_runs():
+    ci = (REPOSITORY / ".ci" / "run").read_text()
+    for command in ("launch/quickstart.sh", "launch/test.sh"):
+        assert f"bash {command}" in (REPOSITORY / "README.md").read_text()
+        assert f"bash {command}" in ci
