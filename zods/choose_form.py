@@ -147,6 +147,9 @@ class ChooseForm:
     def _stacked_misfit(self, batch: Any) -> tuple[str | None, float]:
         """Why not, and the bytes that a further point takes."""
         f = self._forwards
+        if f.at.branches:
+            named = ", ".join(sorted(f.at.branches))
+            return f"what it computes next depends on values that its weights make ({named} of a tensor)", 0.0
         alone = f.without_loss(batch)
         points = _points(CHECK_DISTANCE)
         f.at.stacking.forget()

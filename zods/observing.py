@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from typing import Any, Protocol
 
 import torch
@@ -10,6 +11,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 VIEWS = ("T", "mT", "H", "mH", "data")  # attributes of a parameter that are views of its values
+CONVERSIONS = (
+    "__bool__",
+    "__int__",
+    "__float__",
+    "__index__",
+    "item",
+    "tolist",
+    "numpy",
+)  # of a tensor to Python's values
 
 
 class Perturbable(Protocol):
@@ -32,7 +42,8 @@ class Observer(TorchFunctionMode):
 
     Its hooks come before and after all others, so that what DeepSpeed does with a module's own parameters does not count.
 
-    found: the parameters that each module uses and does not hold.
+    found: the parameters that each module uses and does not hold. branches: functions by which Python code outside of all
+    modules that hold parameters reads values that parameters have made: its course may then differ from point to point.
     """
 
     def __init__(self, holders: dict[torch.nn.Module, list[Perturbable]], *, sharded: bool) -> None:
@@ -40,6 +51,8 @@ class Observer(TorchFunctionMode):
         parameter that it is handed cannot be seen then, so the module that hands it over counts as its user."""
         super().__init__()
         self.found: dict[torch.nn.Module, list[Perturbable]] = {}
+        self.branches: set[str] = set()
+        self._made_by_parameters: dict[int, weakref.ref[torch.Tensor]] = {}
         self._holders = holders
         self._sharded = sharded
         self._by_id = {id(p.param): p for held in holders.values() for p in held}
@@ -79,7 +92,23 @@ class Observer(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if reads_values(func) and not (func.__name__ == "__get__" and _called_by_us(sys._getframe(1))):
             self._note((args, kwargs))
-        return func(*args, **(kwargs or {}))
+        made = func(*args, **(kwargs or {}))
+        self._follow(func, (args, kwargs), made)
+        return made
+
+    def _follow(self, func: Any, given: Any, made: Any) -> None:
+        """Keep track of the tensors that parameters have made, and of what becomes of them."""
+        if not any(self._depends(leaf) for leaf in tree_leaves(given) if isinstance(leaf, torch.Tensor)):
+            return
+        if func.__name__ in CONVERSIONS and not any(self._holders[m] for m in self._running):
+            self.branches.add(func.__name__)
+        for leaf in tree_leaves(made):
+            if isinstance(leaf, torch.Tensor):
+                self._made_by_parameters[id(leaf)] = weakref.ref(leaf)
+
+    def _depends(self, tensor: torch.Tensor) -> bool:
+        known = self._made_by_parameters.get(id(tensor))
+        return id(tensor) in self._by_id or (known is not None and known() is tensor)
 
 
 def reads_values(func: Any) -> bool:

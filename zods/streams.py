@@ -95,6 +95,7 @@ class PerturbedForward:
         self._live: dict[int, _Placed] = {}  # by ordinal
         self._held: dict[torch.nn.Module, list[Perturbable]] = {}  # what each module puts in place
         self._wrapped: dict[torch.nn.Module, WrappedForward] = {}
+        self.branches: set[str] = set()  # see `zods.observing.Observer`
         self._recording = False
         self._scratch = Scratch()
         self._shared_sources: dict[Any, Source] = {}  # of the module at which streams in lockstep are
@@ -184,6 +185,7 @@ class PerturbedForward:
         observer = Observer(self._held, sharded=self._sharded)
         with observer:
             yield
+        self.branches = observer.branches
         for module, parameters in observer.found.items():
             self._wrap(module)
             self._held[module] += parameters

@@ -59,6 +59,17 @@ class Experts(awkward.Classifier):
         return torch.tanh(routed)
 
 
+class AsOftenAsNeeded(awkward.Classifier):
+    """Goes on until its state is large enough, which is decided for the whole batch."""
+
+    def body(self, x: Tensor) -> Tensor:
+        for _ in range(8):
+            x = torch.tanh(self.block(x)) + x
+            if x.abs().mean() > 1.5:
+                break
+        return x
+
+
 class Noisy(awkward.Classifier):
     """Draws random numbers in eval mode."""
 
@@ -126,6 +137,7 @@ def rank_of_later_batches() -> dict[str, Any]:
         "penalty": said_by(engine_of(PenaltyForAWord()), [without_word(awkward.words(4, 6)), one_word, *later]),
         "weights": said_by(engine_of(ClassWeights()), [batch_of_class(0), *later]),
         "experts": said_by(engine_of(Experts()), later),
+        "adaptive": said_by(engine_of(AsOftenAsNeeded()), later),
         "noisy": said_by(engine_of(Noisy()), later[:1]),
     }
 
@@ -154,6 +166,12 @@ def test_experts_that_are_called_as_the_router_says_have_each_point_s_own_loss(l
     assert found["forms"][-1] == "sequential"
     assert max(found["errors"]) < 1e-5
     assert sum("sequential" in text for text in found["said"]) == 1
+
+
+def test_a_model_that_branches_on_what_its_weights_make_is_not_stacked(later):
+    """In a stack its decision would be about all points together."""
+    assert "stacked" not in later["adaptive"]["forms"]
+    assert max(later["adaptive"]["errors"]) < 1e-5
 
 
 def test_a_model_that_is_random_in_eval_mode_is_called_so(later):
