@@ -109,12 +109,17 @@ def unresolved(values: Mapping[str, Any], path: str = "") -> Iterator[str]:
             yield f'{here}: "auto" cannot be resolved here; give a value, or leave the key out.'
 
 
-def resolve_model_auto(ds: dict[str, Any], hidden_size: int | None) -> None:
+def resolve_model_auto(ds: dict[str, Any], hidden_size: int | None, *, overlaps: bool = True) -> None:
     """Resolve the ZeRO-3 buckets given as "auto" by transformers' rule, from the model's hidden size, in place.
 
-    Without a hidden size the keys are removed, so that DeepSpeed's defaults hold.
+    Without a hidden size the keys are removed, so that DeepSpeed's defaults hold. overlaps: whether gathers run beside the
+    computation. Where they do not (on CPUs), gathering ahead takes memory and gains nothing, and is off unless the JSON
+    gives a number; reading ahead from NVMe goes with it, and stays.
     """
     zero = ds.get("zero_optimization", {})
+    key = "stage3_prefetch_bucket_size"
+    if not overlaps and zero.get("stage") == 3 and not offloads_to_nvme(ds) and zero.get(key, "auto") == "auto":
+        zero[key] = 0
     for key, rule in _BUCKETS.items():
         if zero.get(key) == "auto":
             if hidden_size is None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from deepspeed.accelerator import get_accelerator
 from deepspeed.comm.comm import comms_logger
 from tqdm import tqdm
 
@@ -24,6 +25,7 @@ from zods.extras import check_packages
 from zods.first_order import FirstOrderEngine
 from zods.initialization import check_folders
 from zods.launching import connect_ranks, environment_rank, report_failure
+from zods.memory import return_freed_memory
 from zods.pretrained import (
     Pretrained,
     check_causal,
@@ -106,10 +108,13 @@ def start(
         pretrained = find_model(arguments)
         tokenizer = read_tokenizer(arguments, pretrained)
         task, train, held_out = prepare_data(arguments, tokenizer, run, pretrained)
-        resolve_model_auto(run.deepspeed, getattr(pretrained.config.get_text_config(), "hidden_size", None))
+        hidden_size = getattr(pretrained.config.get_text_config(), "hidden_size", None)
+        resolve_model_auto(run.deepspeed, hidden_size, overlaps=not get_accelerator().is_synchronized_device())
         if offloads_to_nvme(run.deepspeed):
             sizes = parameter_sizes(pretrained, task, arguments.trust_remote_code)
             resolve_offload_buffers(run.deepspeed, sizes, comm.world_size)
+    if run.zero_stage == 3:
+        return_freed_memory(comm.device)
     model, new = load_model(arguments, run, task, pretrained)
     engine: ZerothOrderEngine | FirstOrderEngine
     if isinstance(run, RunConfig):

@@ -12,6 +12,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 
 from zods.anchor import check_nvme
 from zods.comm import Communicator
@@ -21,6 +22,7 @@ from zods.data import TrainingLoader, check_dataset
 from zods.engine import ZerothOrderEngine
 from zods.kernels import backend, fingerprint
 from zods.launching import connect_ranks
+from zods.memory import return_freed_memory
 from zods.model_setup import lay_out_parameters, parameters_to_train, scalars_as_vectors, without_compile
 from zods.schedules import build_scheduler, step_mistake
 from zods.section import SECTION, DirectionConfig, check_selector
@@ -87,6 +89,8 @@ def initialize(
     if not any(is_sharded(p) for p in model.parameters()):
         _check_weights(model, comm)
     with scalars_as_vectors(model):
+        if run.zero_stage == 3:
+            return_freed_memory(comm.device)
         ds_config = _prepared(run, model)
         engine = deepspeed.initialize(model=model, config=ds_config, dist_init_required=False)[0]
     world = comm.world_size
@@ -279,6 +283,7 @@ def _check_step(scheduler: Any) -> None:
 
 def resolve_by_model(run: RunConfig, model: torch.nn.Module, world_size: int) -> None:
     """Resolve what of DeepSpeed's part follows from the model, in place. Raises ValueError where a value does not fit it."""
-    resolve_model_auto(run.deepspeed, getattr(getattr(model, "config", None), "hidden_size", None))
+    overlaps = not get_accelerator().is_synchronized_device()
+    resolve_model_auto(run.deepspeed, getattr(getattr(model, "config", None), "hidden_size", None), overlaps=overlaps)
     numels = [getattr(p, "ds_numel", p.numel()) for p in model.parameters()]
     resolve_offload_buffers(run.deepspeed, numels, world_size)

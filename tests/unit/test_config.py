@@ -598,6 +598,20 @@ def test_autos_of_the_buckets_follow_from_the_hidden_size_or_are_left_out():
     assert run.deepspeed["zero_optimization"] == {"stage": 3}
 
 
+def test_nothing_is_gathered_ahead_where_gathers_do_not_overlap_unless_the_json_says_so():
+    nvme = {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/drive"}}
+    for zero, expected in (
+        ({"stage": 3}, 0),
+        ({"stage": 3, "stage3_prefetch_bucket_size": "auto"}, 0),
+        ({"stage": 3, "stage3_prefetch_bucket_size": 7}, 7),
+        ({"stage": 0}, None),
+        (nvme, None),
+    ):
+        ds = {"zero_optimization": dict(zero)}
+        resolve_model_auto(ds, 64, overlaps=False)
+        assert ds["zero_optimization"].get("stage3_prefetch_bucket_size") == expected
+
+
 def test_buckets_that_are_given_stay():
     ds = {"zero_optimization": {"stage": 3, "reduce_bucket_size": 5}}
     resolve_model_auto(ds, 64)

@@ -85,7 +85,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "initialization": (
         {
             "section", "config", "config_auto", "schedules", "kernels", "comm", "data", "sharding", "anchor", "engine",
-            "selection", "steps", "launching", "model_setup",
+            "selection", "steps", "launching", "memory", "model_setup",
         },
         {"torch", "deepspeed"},
     ),
@@ -108,7 +108,8 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "report": ({"runs"}, {"matplotlib"}),
     "finetune": (
         {
-            FACE, "config", "config_auto", "comm", "engine", "extras", "first_order", "launching", "pretrained", "selection",
+            FACE, "config", "config_auto", "comm", "engine", "extras", "first_order", "launching", "memory", "pretrained",
+            "selection",
             "initialization", "resuming", "stopping", "summary", "tasks", "arguments", "runs", "report",
         },
         {"torch", "deepspeed", "datasets", "tqdm"},
