@@ -28,6 +28,10 @@ SMOKE: dict[str, tuple[set[str], set[str]]] = {
     "selection.py --part quality": (set(), {"part", "features", "m", "agreement", "cost_forwards", "total_forwards"}),
     "selection.py --part training": (set(), {"part", "what"}),
     "quickstart.py": ({"mean_accuracy_gain"}, {"method", "seed", "accuracy_before", "accuracy_after", "zods_bytes_per_step"}),
+    "sst2.py --model SMOLLM2 --data DATA/sst2": (
+        {"model"},
+        {"stage", "ranks", "dtype", "evaluation", "first_step_s", "step_s", "peak_memory_mib"},
+    ),
     "anchor_memory.py": (set(), {"place", "parameters", "peak_rss_bytes", "added_bytes_per_parameter"}),
     "trajectory.py --part log": ({"log"}, set()),
     "trajectory.py --part whole replay": ({"whole", "replay"}, set()),
