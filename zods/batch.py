@@ -131,14 +131,17 @@ def _entries(batch: Any) -> dict[str, Any] | None:
 def call_model(model: Any, batch: Any) -> Any:
     """model(...) on a batch: a dict is given as keywords without the weights of examples, a tuple or list as positions."""
     if isinstance(batch, Inputs):
-        return model(*batch.args, **_without_weights(batch.kwargs))
+        return model(*batch.args, **without_weights(batch.kwargs))
     if isinstance(batch, Mapping):
-        return model(**_without_weights(batch))
+        return model(**without_weights(batch))
     return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
 
 
-def _without_weights(entries: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in entries.items() if key != WEIGHTS}
+def without_weights(batch: Any) -> Any:
+    """A batch without the weights of its examples."""
+    if not isinstance(batch, Mapping):
+        return batch
+    return {key: value for key, value in batch.items() if key != WEIGHTS}
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from zods.batch import num_examples
 from zods.forwards import Forwards
 from zods.memory import peak_memory
-from zods.objectives import IGNORE_INDEX, logits_of
+from zods.objectives import logits_of, other_labels
 from zods.sharding import release_gathered, stop_nvme_prefetch
 from zods.streams import Point
 
@@ -113,12 +113,23 @@ class ChooseForm:
     def misfit(self, form: str, batch: Any) -> str | None:
         """Why `form` does not give what separate forwards give, or None. The same on all ranks."""
         f = self._forwards
-        needed, reason = 0.0, None
+        needed, reason, far = 0.0, None, None
         try:
-            reason, needed = self._stacked_misfit(batch) if form == "stacked" else self._lockstep_misfit(batch)
+            if form == "stacked":
+                reason, needed, far = self._stacked_misfit(batch)
+            else:
+                reason, needed = self._lockstep_misfit(batch)
         except Exception as error:  # whatever a model does in a form that it was not written for
             reason = f"{type(error).__name__}: {str(error)[:300]}"
             release_gathered(f.deepspeed)
+        (any_far,) = self._comm.sum_over_ranks([float(far is not None)]) if form == "stacked" else (0.0,)
+        if any_far and not self._comm.sum_over_ranks([float(reason is not None)])[0]:
+            near, rounding = self._error_and_rounding(batch, f.without_loss(batch))
+            if far is not None and near > MOST_ROUNDINGS * rounding:
+                reason = (
+                    f"its logits are {far:.1e} off those of separate forwards (relative); at a step's points {near:.1e}, "
+                    f"and rounding makes {rounding:.1e}"
+                )
         (failures,) = self._comm.sum_over_ranks([float(reason is not None)])
         if reason is None and not failures:
             self.streams_per_forward = self._fitting(needed * self._micro_batch / num_examples(batch))
@@ -144,12 +155,12 @@ class ChooseForm:
 
     # --- stacked ------------------------------------------------------------------------------------------------------
 
-    def _stacked_misfit(self, batch: Any) -> tuple[str | None, float]:
-        """Why not, and the bytes that a further point takes."""
+    def _stacked_misfit(self, batch: Any) -> tuple[str | None, float, float | None]:
+        """Why not, the bytes that a further point takes, and how far the logits are off where that needs a closer look."""
         f = self._forwards
         if f.at.branches:
             named = ", ".join(sorted(f.at.branches))
-            return f"what it computes next depends on values that its weights make ({named} of a tensor)", 0.0
+            return f"what it computes next depends on values that its weights make ({named} of a tensor)", 0.0, None
         alone = f.without_loss(batch)
         points = _points(CHECK_DISTANCE)
         f.at.stacking.forget()
@@ -164,18 +175,8 @@ class ChooseForm:
         nested = sorted({type(module).__name__ for module in f.at.nested})
         if nested and f.is_sharded and self._asked == "auto":
             named = ", ".join(nested)
-            return f"{named} would be gathered once per point, as a part of a module with its own parameters", 0.0
-        far = _error(stacked, separate)
-        if far is None:
-            return None, needed
-        near, rounding = self._error_and_rounding(batch, alone)
-        if near <= MOST_ROUNDINGS * rounding:
-            return None, needed
-        return (
-            f"its logits are {far:.1e} off those of separate forwards (relative); at a step's points {near:.1e}, and "
-            f"rounding makes {rounding:.1e}",
-            0.0,
-        )
+            return f"{named} would be gathered once per point, as a part of a module with its own parameters", 0.0, None
+        return None, needed, _error(stacked, separate)
 
     def _error_and_rounding(self, batch: Any, alone: Any) -> tuple[float, float]:
         """At a step's distance, relative: how far a stack's logits are off those of separate forwards, and how far these
@@ -198,10 +199,11 @@ class ChooseForm:
         f = self._forwards
         if not isinstance(batch, dict) or "labels" not in batch:
             return "the batch is not a dict with labels"
-        if logits_of(outputs) is None:
+        logits = logits_of(outputs)
+        if logits is None:
             return "the model gives no logits"
-        other = with_other_labels(batch, logits_of(outputs))
-        for given, of_given in ((batch, outputs), (other, f.outputs(other))):
+        others = other_labels(batch, logits)
+        for given, of_given in ((batch, outputs), *((other, f.outputs(other)) for other in others)):
             try:
                 own, from_logits = f.own_and_logits_loss(of_given, given)
             except ValueError:
@@ -258,21 +260,3 @@ def first_examples(batch: Any, number: int) -> Any:
     if any(value.ndim == 0 or value.shape[0] != size for value in tensors):
         return batch
     return {key: value[:number] if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
-
-
-def with_other_labels(batch: dict[str, Any], logits: torch.Tensor | None) -> dict[str, Any]:
-    """The batch with classes spread over its examples where labels are classes; where they are tokens, with the third
-    quarter of its first example unlabelled and the last one masked."""
-    changed = dict(batch)
-    labels = batch.get("labels")
-    if isinstance(labels, torch.Tensor) and labels.ndim == 1 and logits is not None and logits.ndim == 2:
-        number = logits.shape[1]
-        spread = torch.arange(len(labels), device=labels.device) * max(1, number // len(labels)) + 1
-        changed["labels"] = (spread % number).to(labels.dtype)
-    for key, value, quarters in (("labels", IGNORE_INDEX, (2, 3)), ("attention_mask", 0, (3, 4))):
-        entry = batch.get(key)
-        if isinstance(entry, torch.Tensor) and entry.ndim == 2 and not entry.is_floating_point():
-            start, stop = (entry.shape[1] * quarter // 4 for quarter in quarters)
-            changed[key] = entry.clone()
-            changed[key][0, start:stop] = value
-    return changed

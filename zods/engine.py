@@ -47,7 +47,7 @@ class StepInFlight:
 
     sums: of each micro-batch that was given to `backward`, a loss sum per point, then what the loss is a mean over. pending: the
     last forward's loss and sums, which are no part of the step yet. reduced: the losses at the points of each set of
-    directions, over all ranks.
+    directions, over all ranks. rechecks: whether its first forward compares the form of evaluation with a separate one.
     """
 
     points: list[Point]
@@ -56,6 +56,7 @@ class StepInFlight:
     sums: list[torch.Tensor] = field(default_factory=list)
     pending: tuple[StepLoss, torch.Tensor] | None = None
     reduced: list[list[float]] = field(default_factory=list)
+    rechecks: bool = False
 
 
 class ZerothOrderEngine(EngineFace):
@@ -133,7 +134,7 @@ class ZerothOrderEngine(EngineFace):
         )
         self._own_batches: Iterator[Any] | None = None
         self.nonfinite_in_a_row = 0
-        self._has_said_zero = False
+        self._has_said_zero = self._is_closed = False
         self.is_logged = False  # whether `resume` was called
         self._in_flight: StepInFlight | None = None
         deepspeed_engine.eval()
@@ -153,6 +154,7 @@ class ZerothOrderEngine(EngineFace):
         """In training mode `engine(batch)` evaluates a step's losses; else it gives the model's outputs."""
         if not mode:
             self.flush()
+        self.module.eval()  # in training too: both losses of a pair need the same function
         self.training = mode
         return self
 
@@ -169,6 +171,7 @@ class ZerothOrderEngine(EngineFace):
         ends."""
         self._watchdog.close()
         self._evaluator.close()
+        self._is_closed = True
         if self.replicas is not None:
             self.replicas.close()
         if self.trajectory.file is not None:
@@ -188,13 +191,16 @@ class ZerothOrderEngine(EngineFace):
         given to `backward`; one that is not (a probe) is left out. The micro-batches of one step share the directions; a
         refresh of the anchor that is due comes before the first. Raises ValueError where the model gives no loss.
         """
+        if self._is_closed:
+            raise RuntimeError("the engine is closed: its model is no longer evaluated at a step's points.")
         batch = self._evaluator.inputs(*inputs, **kwargs)
         if not self.training:
             self.flush()
             return self._evaluator.outputs(batch)
         if self._in_flight is None:
             self._in_flight = self._begin_step()
-        sums = self._evaluator.loss_sums(self._in_flight.points, batch)
+        rechecks, self._in_flight.rechecks = self._in_flight.rechecks, False
+        sums = self._evaluator.loss_sums(self._in_flight.points, batch, rechecks=rechecks)
         self._record_evaluation()
         loss = (sums[: 2 * self._zo.num_directions].mean() / sums[-1]).float().as_subclass(StepLoss)
         self._in_flight.pending = (loss, sums)
@@ -224,7 +230,7 @@ class ZerothOrderEngine(EngineFace):
         points = pairs(seeds, zo.eps)
         if self.anchor is not None:
             points += pairs(anchor_seeds, zo.eps, source=self.anchor.source)
-        return StepInFlight(points, began, bytes_before)
+        return StepInFlight(points, began, bytes_before, rechecks=step > 0 and step.bit_count() == 1)
 
     # --- phase 2: reduce the scalars --------------------------------------------------------------------------------
 
@@ -254,14 +260,20 @@ class ZerothOrderEngine(EngineFace):
         return loss
 
     def _reduce(self, sums: list[float], *, asked: bool) -> list[list[float]]:
-        """The sums of each set of directions; and whether some rank was asked to stop."""
+        """The sums of each set of directions; whether some rank was asked to stop, or could not evaluate in the form chosen."""
+        left = self._evaluator.left_form
         if self.replicas is not None:
+            if self.comm.sum_over_ranks([float(left)])[0]:
+                self._evaluator.leave_form()
             tag, head = str(self.global_steps), self.trajectory.head
             totals, self.should_stop = self.replicas.sum(sums, tag, head, asked=asked, rows=self._rows)
             return [totals]
-        own, per_rank = [*sums, float(asked)], self._zo.directions == "per_rank"
+        own, per_rank = [*sums, float(left), float(asked)], self._zo.directions == "per_rank"
         of_all = self.comm.gather_scalars(own) if per_rank else [self.comm.sum_over_ranks(own)]
-        self.should_stop = any(row.pop() for row in of_all)
+        flags = [(row.pop(), row.pop()) for row in of_all]
+        self.should_stop = any(asked for asked, _ in flags)
+        if any(left for _, left in flags):
+            self._evaluator.leave_form()
         return of_all
 
     # --- phases 3 to 5: combine, log, apply -------------------------------------------------------------------------

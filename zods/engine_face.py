@@ -157,6 +157,7 @@ class EngineFace:
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The module's `generate`, at the parameters as they are. At stage 3 all ranks go on until the last one is done."""
         self.flush()
+        self.module.eval()
         if self.comm.world_size > 1 and any(map(is_sharded, self.module.parameters())):
             kwargs = {"synced_gpus": True, **kwargs}
         with torch.no_grad():

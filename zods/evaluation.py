@@ -60,8 +60,7 @@ class Evaluator:
             stream_memory_gb=stream_memory_gb,
         )
         self._known: tuple[str, int] | None = None
-        self._rechecks = False  # whether the form is compared with a separate forward on later batches
-        self._num_batches = 0
+        self.left_form = False  # whether a batch did not fit the form chosen, which the other ranks do not know yet
 
     def adopt(self, known: tuple[str, int] | None) -> None:
         """Evaluate as (form, points per forward) that were chosen before, under the same conditions; None: choose."""
@@ -79,31 +78,29 @@ class Evaluator:
         """The model's outputs at the parameters for what `inputs` gave, or for a batch that it would take."""
         return self._forwards.outputs(batch)
 
-    def losses(self, points: Sequence[Point | None], batch: Any) -> torch.Tensor:
+    def losses(self, points: Sequence[Point | None], batch: Any, *, rechecks: bool = False) -> torch.Tensor:
         """Mean losses of a batch on the device, (number of points,) in float64; None is the parameters as they are.
 
         Before the first: does the model give a loss, which modules use which parameters, and does one forward give what
         separate ones do? Raises ValueError where the model gives no loss, or cannot be evaluated as was asked.
+
+        rechecks: compare a stack with a separate forward, on all ranks together; see `_rechecked`.
         """
         batch = self._forwards.without_cache(batch)
-        if self.evaluation is None:
+        if self.evaluation is None or self._forwards.at.has_new_hooks():
             self.evaluation = self._choose(batch)
-            self._rechecks, self._num_batches = self.evaluation == "stacked", 0
         at = [point for point in points if point is not None]
         if len(at) < max(len(points), 2):
             return torch.stack([self._forwards.loss_at(point, batch) for point in points])
         try:
             losses = self._losses_together(at, batch)
         except (NotStackable, NotInLockstep) as error:
-            self._fall_back(error)
-            losses = self._losses_together(at, batch)
-        self._num_batches += 1
-        if self._rechecks and self._num_batches > 1 and self._num_batches.bit_count() == 1:
-            losses = self._rechecked(losses, at, batch)
-        return losses
+            self._refuse_alone(error)
+            losses = self._losses_together(at, batch, "sequential")
+        return self._rechecked(losses, at, batch) if rechecks and self.evaluation == "stacked" else losses
 
-    def _losses_together(self, points: Sequence[Point], batch: Any) -> torch.Tensor:
-        form = str(self.evaluation)
+    def _losses_together(self, points: Sequence[Point], batch: Any, form: str | None = None) -> torch.Tensor:
+        form = str(self.evaluation) if form is None else form
         if form == "stacked" and not (isinstance(batch, dict) and isinstance(batch.get("labels"), torch.Tensor)):
             form = "sequential"  # it says what such a batch lacks, or the model gives a loss without labels
         losses = Forwards.LOSSES_BY[form]
@@ -129,10 +126,11 @@ class Evaluator:
             f.outputs_at(Point(1, CHECK_DISTANCE), f.without_loss(batch), record=num_examples(batch))
         return form
 
-    def _fall_back(self, error: Exception) -> None:
-        """A later batch does not fit the form that was chosen: evaluate separately from now on.
+    def _refuse_alone(self, error: Exception) -> None:
+        """A later batch does not fit the form that was chosen: it is evaluated separately.
 
-        Raises RuntimeError where another rank may be in the middle of the same forward, and wait for this one.
+        The other ranks learn it with the sums of the step (`left_form`), and all leave the form then (`leave_form`). Raises
+        RuntimeError where another rank may be in the middle of the same forward, and wait for this one.
         """
         if self._forwards.is_sharded and self._comm.world_size > 1:
             raise RuntimeError(
@@ -140,42 +138,49 @@ class Evaluator:
                 '"sequential".'
             ) from error
         release_gathered(self._forwards.deepspeed)
-        logger.warning("evaluation: sequential from now on, no longer %s: %s", self.evaluation, error)
-        self.evaluation = "sequential"
+        if not self.left_form:
+            logger.warning("evaluation: sequential from now on, no longer %s: %s", self.evaluation, error)
+        self.left_form = True
+
+    def leave_form(self) -> None:
+        """Evaluate separately from now on, on all ranks."""
+        self.evaluation, self.left_form = "sequential", False
 
     def _rechecked(self, losses: torch.Tensor, points: Sequence[Point], batch: Any) -> torch.Tensor:
         """`losses`, or those of another form where a stack does not give the model's own loss on this batch.
 
-        What is special about a loss or a router may show on later batches only. All ranks call it together; the cost is one
-        forward on the second batch, the fourth, the eighth and so on.
+        What is special about a loss or a router may show on later batches only. All ranks call it together.
         """
         f = self._forwards
-        tolerance = 1e-3 if f.dtype == torch.float32 else 3e-2
-        outputs = f.outputs_at(points[0], batch)
-        own, of_logits = f.own_and_logits_loss(outputs, batch)
-        pairs = ((own, of_logits), (losses[0], f.mean_of(outputs, batch)))
-        differ = [not torch.allclose(a, b, rtol=tolerance, atol=1e-2 * tolerance, equal_nan=True) for a, b in pairs]
-        misfits = self._comm.sum_over_ranks([float(differ[0]), float(differ[1] or self.evaluation != "stacked")])
+        outputs, differ = None, [False, False]
+        if float(loss_count(batch, f.objective)):  # else there is nothing to compare, on this rank
+            tolerance = 1e-3 if f.dtype == torch.float32 else 3e-2
+            outputs = f.outputs_at(points[0], batch)
+            pairs = (f.own_and_logits_loss(outputs, batch), (losses[0], f.mean_of(outputs, batch)))
+            differ = [not torch.allclose(a, b, rtol=tolerance, atol=1e-2 * tolerance, equal_nan=True) for a, b in pairs]
+        elif f.is_sharded:
+            f.outputs_at(points[0], batch)  # the other ranks gather
+        misfits = self._comm.sum_over_ranks(list(map(float, differ)))
         if not any(misfits):
             return losses
-        self._rechecks = False
         if misfits[0]:
             f.take_own_loss(batch)
-        self.evaluation = "lockstep" if self._chooser.misfit("lockstep", batch) is None else "sequential"
+        fits = self._chooser.misfit("lockstep", batch) is None
+        self.evaluation = "lockstep" if fits else "sequential"
         logger.warning(
-            "evaluation: %s from now on, no longer stacked: on this batch the model's loss is %.6g, from its logits %.6g, "
-            "from a stack's %.6g",
+            "evaluation: %s from now on, no longer stacked: %s",
             self.evaluation,
-            float(own),
-            float(of_logits),
-            float(losses[0]),
+            "it does not give the model's own loss on a later batch"
+            if outputs is None
+            else f"on this batch the model's loss is {float(f.own_and_logits_loss(outputs, batch)[0]):.6g}, from a stack "
+            f"{float(losses[0]):.6g}",
         )
         return self._losses_together(points, batch)
 
-    def loss_sums(self, points: Sequence[Point | None], batch: Any) -> torch.Tensor:
+    def loss_sums(self, points: Sequence[Point | None], batch: Any, *, rechecks: bool = False) -> torch.Tensor:
         """Losses times what they are means over, then that: (number of points + 1,) in float64; all 0 where no label counts."""
         self._beat()
-        losses = self.losses(points, batch)
+        losses = self.losses(points, batch, rechecks=rechecks)
         count = loss_count(batch, self._forwards.objective).to(losses.device)
         return torch.cat([torch.where(count > 0, losses * count, 0.0), count[None]])
 

@@ -31,7 +31,9 @@ def whole_state(engine: Any) -> dict[str, Any]:
     state = {}
     for name, value in engine.module.state_dict(keep_vars=True).items():
         if isinstance(value, torch.Tensor):
-            value = values.setdefault(id(value), value.detach().to("cpu", copy=True))
+            if id(value) not in values:
+                values[id(value)] = value.detach().to("cpu", copy=True)
+            value = values[id(value)]
         state[name] = value
     return state
 
@@ -58,7 +60,11 @@ def save_pretrained(engine: Any, save_dir: str | Path) -> None:
             if hasattr(engine.module, "save_pretrained"):
                 engine.module.save_pretrained(save_dir, state_dict=state)
             else:
-                tensors = {name: value.clone() for name, value in state.items() if isinstance(value, torch.Tensor)}
+                tensors = {
+                    name: value.clone(memory_format=torch.contiguous_format)
+                    for name, value in state.items()
+                    if isinstance(value, torch.Tensor)
+                }
                 save_file(tensors, Path(save_dir) / "model.safetensors")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from zods.batch import Inputs, Signature, call_model, num_examples, to_device
+from zods.batch import WEIGHTS, Inputs, Signature, call_model, num_examples, to_device, without_weights
 from zods.comm import Communicator
 from zods.deferral import DeferredUpdate
 from zods.directions import Direction
@@ -108,6 +108,11 @@ class Forwards:
         Raises ValueError on all ranks where the mean over examples is wanted of a loss that does not tell them apart.
         """
         self.objective = replace(self.objective, own=True)
+        if isinstance(batch, dict) and WEIGHTS in batch:
+            raise ValueError(
+                "the model's own loss is not the cross entropy of its logits, of which the losses of single examples are "
+                "made. Losses of another kind can be neither selected by nor weighted."
+            )
         size = num_examples(batch) if needs_rows(batch, self.objective) else 0
         largest = max(of_rank[0] for of_rank in self.comm.gather_scalars([float(size)]))
         if largest:
@@ -116,6 +121,7 @@ class Forwards:
     def own_and_logits_loss(self, outputs: Any, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """The model's own loss, and the one that is taken of its logits alone. Raises ValueError where logits and labels
         have shapes that no cross entropy has."""
+        batch = without_weights(batch)  # with weights a loss is always taken from the logits
         over_tokens = replace(self.objective, mean="tokens", own=False)
         return batch_loss(outputs, batch, over_tokens), batch_loss({"logits": logits_of(outputs)}, batch, over_tokens)
 

@@ -18,7 +18,8 @@ from zods.observing import reads_values
 
 LARGE_BYTES = 1 << 26  # a matrix from this size on is copied in parts
 BLOCK_BYTES = 1 << 24  # of a linear layer's weight, at a time
-MOST_ROWS = 1 / 8  # of a matrix that are copied one by one; of more, the whole is
+MOST_ROWS = 1 / 8  # of a matrix that are copied for themselves; of more, the whole is copied
+MOST_RUNS = 1 << 11  # of rows beside each other, each of which takes a call of a kernel
 
 CopyRows = Callable[[torch.Tensor, range], None]  # (out, rows): write the perturbed rows into `out`
 
@@ -67,8 +68,11 @@ class LookedUpRows(TorchFunctionMode):
         rows, places = torch.unique(indices, return_inverse=True)
         if max_norm is not None or len(rows) > MOST_ROWS * weight.shape[0]:
             return None
+        runs = list(_runs(rows.tolist()))
+        if len(runs) > MOST_RUNS:
+            return None
         copies = torch.empty(len(rows), weight.shape[1], dtype=weight.dtype, device=weight.device)
-        for begin, run in _runs(rows.tolist()):
+        for begin, run in runs:
             self._copy_rows(copies[begin : begin + len(run)], run)
         return functional.embedding(places, copies)
 

@@ -130,6 +130,38 @@ def own_loss(outputs: Any) -> Tensor | None:
     return loss
 
 
+def other_labels(batch: dict[str, Any], logits: Tensor) -> list[dict[str, Any]]:
+    """Batches with the inputs of this one and labels that show more of a loss: spread over the classes, some left out.
+
+    logits: of the batch. Labels (B,) are spread over up to 16 classes, B of them to a batch. Of labels (B, L) those that
+    count are spread over the classes, and where the first example has more than one, some of them no longer count. The end
+    of its attention mask is cleared, for a loss that counts by the mask.
+    """
+    labels, number = batch.get("labels"), logits.shape[-1]
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.ndim not in (1, 2) or not number:
+        return [dict(batch)]
+    changed = dict(batch)
+    mask = batch.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        changed["attention_mask"] = mask.clone()
+        changed["attention_mask"][0, mask.shape[1] * 3 // 4 :] = 0
+    if labels.ndim == 1 and labels.shape != logits.shape[:1]:
+        return [changed]
+    if labels.ndim == 1:
+        classes = torch.linspace(0, number - 1, min(number, 16), device=labels.device).long()
+        sets = classes.split(max(1, len(labels)))
+        return [
+            {**changed, "labels": of_set[torch.arange(len(labels)) % len(of_set)].to(labels.dtype)} for of_set in sets
+        ]
+    counted = labels != IGNORE_INDEX
+    spread = torch.arange(int(counted.sum()), device=labels.device) * max(1, number // max(1, int(counted.sum()))) + 1
+    changed["labels"] = labels.clone()
+    changed["labels"][counted] = (spread % number).to(labels.dtype)
+    if int(counted[0].sum()) > 2:
+        changed["labels"][0, labels.shape[1] * 2 // 4 : labels.shape[1] * 3 // 4] = IGNORE_INDEX
+    return [changed]
+
+
 def needs_rows(batch: Any, objective: Objective) -> bool:
     """Whether a model's own loss, the mean over a batch's label tokens, is not the mean that is wanted."""
     labels = _entry(batch, "labels")

@@ -52,10 +52,13 @@ class Stacking:
             self._learn(module, call, leaves)
         carry = self._carry[module][call]
         streams: list[list[Any]] = [[] for _ in range(self._num_streams)]
+        if len(leaves) != len(carry):
+            raise NotStackable(f"{self.names[module]} is not called as it was on the first batch")
         for leaf, carries in zip(leaves, carry, strict=True):
             rows = self._num_streams * self._num_examples
             if isinstance(leaf, torch.Tensor) and carries is None:
                 carries = leaf.ndim > 0 and leaf.shape[0] == rows
+            carries = carries and _size(leaf) is not None  # an optional input may be None this time
             if carries and (_size(leaf) or 0) % rows:
                 raise NotStackable(
                     f"{self.names[module]} is given {_size(leaf)} rows of {rows} examples: which of them belong to which point "

@@ -96,6 +96,7 @@ class PerturbedForward:
         self._held: dict[torch.nn.Module, list[Perturbable]] = {}  # what each module puts in place
         self._wrapped: dict[torch.nn.Module, WrappedForward] = {}
         self.branches: set[str] = set()  # see `zods.observing.Observer`
+        self._num_hooks = 0  # of all modules, when that was last looked at
         self._recording = False
         self._scratch = Scratch()
         self._shared_sources: dict[Any, Source] = {}  # of the module at which streams in lockstep are
@@ -171,6 +172,15 @@ class PerturbedForward:
         """None of a stream's copies is in place while it waits."""
         self._stream, self._live = stream, {}
 
+    def has_new_hooks(self) -> bool:
+        """Whether the model's user has registered hooks since it was observed."""
+        number, before = self._count_hooks(), self._num_hooks
+        self._num_hooks = number
+        return number > before and any(map(_users_hooks, self._held))
+
+    def _count_hooks(self) -> int:
+        return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in self._held)
+
     @contextmanager
     def observing(self) -> Iterator[None]:
         """Watch one forward at the parameters as they are, to see which modules use which parameters.
@@ -179,9 +189,10 @@ class PerturbedForward:
         projection) puts that in place too from then on. Hooks of the model's user run inside their module's forward.
         """
         for module in self._held:
-            if any(is_users(hook) for of in (module._forward_pre_hooks, module._forward_hooks) for hook in of.values()):
+            if _users_hooks(module):
                 self._wrap(module)
                 self._wrapped[module].move_hooks()
+        self._num_hooks = self._count_hooks()
         observer = Observer(self._held, sharded=self._sharded)
         with observer:
             yield
@@ -515,3 +526,8 @@ class PerturbedForward:
 
     def _parameter(self, module: torch.nn.Module, param: Any) -> Perturbable | None:
         return next((p for p in self._whole(module) if p.param is param), None)
+
+
+def _users_hooks(module: torch.nn.Module) -> bool:
+    """Whether a module has hooks of its user that do not run inside its wrapped forward yet."""
+    return any(is_users(hook) for of in (module._forward_pre_hooks, module._forward_hooks) for hook in of.values())

@@ -193,8 +193,7 @@ def test_a_refresh_weights_every_example_equally(tmp_path, world_size, accumulat
         assert largest == points * micro, "never more than one micro-batch is on the device"
         rounds = math.ceil(math.ceil(31 / micro) / world_size)
         extra = forwards - 6 // points * rounds
-        later = rounds.bit_length() - 1  # the second batch, the fourth, ... are compared once more
-        assert extra == {"sequential": 3, "stacked": 6 + later}[evaluation], "looks at the model, and the checks"
+        assert extra == {"sequential": 5, "stacked": 8}[evaluation], "looks at the model, and the checks"
     assert all(rank[0] == ranks[0][0] for rank in ranks), "the same bits on all ranks"
 
 

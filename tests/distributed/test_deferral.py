@@ -93,12 +93,12 @@ def rank_of_counts(folder: Path) -> dict[str, list[tuple[list[int], list[int]]]]
     for name in ("mezo", "rademacher, decay, bfloat16", "low rank", "in lockstep", "svrg, terms"):
         arguments = {**RUNS[name], "anchor_interval": 100} if "svrg" in name else RUNS[name]
         engine = build("nvme", folder / name, **arguments)
-        train(engine, wide_data(), range(4))  # the second batch and the fourth are evaluated once more
+        train(engine, wide_data(), range(5))  # in steps 1, 2 and 4 the form is checked once more
         weights = [layer.weight for layer in engine.module.layers]
         swapper = weights[0].nvme_swapper
         paths = [swapper.get_path(weight) for weight in weights]
         found[name] = []
-        for step in range(4, 7):
+        for step in range(5, 8):
             reads, writes = Counting(swapper.aio_read_handle), Counting(swapper.aio_write_handle)
             swapper.aio_read_handle, swapper.aio_write_handle = reads, writes
             train(engine, wide_data(), [step])

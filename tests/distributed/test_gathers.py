@@ -92,10 +92,10 @@ def rank_of_counts() -> dict[str, tuple[str, list[float]]]:
         data = [dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)] * 2
         model = (with_adapters if "adapters" in name else zoo_model)(kind)
         engine = zods.initialize(model=model, config=gathering(4, **arguments), training_data=data)[0]
-        # the first batch chooses the form, the second and the fourth check it, and DeepSpeed's prefetching learns the order
-        train(engine, data, range(4))
+        # step 0 chooses the form, steps 1, 2 and 4 check it, and DeepSpeed's prefetching learns the order
+        train(engine, data, range(5))
         ratios = []
-        for step in range(4, 7):
+        for step in range(5, 8):
             before = counter.total
             train(engine, data, [step])
             ratios.append((counter.total - before) / padded_bytes(engine))
