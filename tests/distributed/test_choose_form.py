@@ -271,3 +271,58 @@ def rank_of_zero_gradients() -> list[str]:
 
 def test_a_projected_gradient_of_exactly_0_is_said_once():
     assert [len(said) for said in run_ranks(2, rank_of_zero_gradients)] == [1, 0]
+
+
+def rank_of_a_rank_that_leaves_the_form() -> dict[str, Any]:
+    """Experts whose router may send a rank's examples elsewhere at different points, while the other rank's stay together."""
+    engine = engine_of(Experts(), stage=0, agreement_interval=1, eps=0.1)
+    rank, forms = torch.distributed.get_rank(), []
+    for step in range(12):
+        batch = awkward.words(4, 6, seed=100 * rank + step) if rank else awkward.words(4, 6)
+        loss = engine(batch)
+        forms.append(engine.evaluation)
+        engine.backward(loss)
+        engine.step()
+    return {"forms": forms, "head": engine.trajectory.head}
+
+
+def test_a_form_that_a_later_batch_of_one_rank_does_not_fit_is_left_by_all_ranks_together():
+    first, second = run_ranks(2, rank_of_a_rank_that_leaves_the_form)
+    assert first == second
+    assert first["forms"][0] != first["forms"][-1] == "sequential"
+
+
+def rank_of_hooks_of_a_later_day() -> list[float]:
+    """Steps before and after a hook that uses a parameter of its module was registered."""
+    model = awkward.Classifier()
+    model.block.extra = nn.Parameter(torch.randn(awkward.WIDTH))
+    for name, param in model.named_parameters():
+        param.requires_grad_(name == "block.extra")
+    engine, slopes = engine_of(model), []
+    for step in range(3):
+        if step == 1:
+            model.block.register_forward_hook(lambda m, args, output: output * m.extra)
+        engine.backward(engine(awkward.words(4, 6)))
+        engine.step()
+        slopes.append(engine.last_step.projected_grad)
+    return slopes
+
+
+def test_a_hook_that_is_registered_between_steps_sees_perturbed_parameters():
+    (slopes,) = run_ranks(1, rank_of_hooks_of_a_later_day)
+    assert slopes[0] == 0.0
+    assert all(slopes[1:])
+
+
+def rank_of_a_closed_engine() -> str:
+    engine = engine_of(awkward.Classifier())
+    engine.close()
+    try:
+        engine(awkward.words(4, 6))
+    except RuntimeError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_a_closed_engine_makes_no_steps():
+    assert "the engine is closed" in run_ranks(1, rank_of_a_closed_engine)[0]
