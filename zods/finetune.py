@@ -28,6 +28,7 @@ from zods.launching import connect_ranks, environment_rank, report_failure
 from zods.memory import return_freed_memory
 from zods.pretrained import (
     Pretrained,
+    check_adapter,
     check_causal,
     check_kind,
     find_model,
@@ -200,6 +201,7 @@ def prepare_data(
         class_names=pretrained.class_names,
     )
     check_kind(pretrained, task)
+    check_adapter(pretrained, task, arguments.trust_remote_code)
     check_rows(task, parts)
     if given:
         held_out, held_out_place = given[0]

@@ -20,6 +20,7 @@ from zods.config import RunConfig, read_config
 from zods.config_auto import resolve_model_auto, resolve_offload_buffers
 from zods.data import TrainingLoader, check_dataset
 from zods.engine import ZerothOrderEngine
+from zods.extras import check_packages
 from zods.kernels import backend, fingerprint
 from zods.launching import connect_ranks
 from zods.memory import return_freed_memory
@@ -70,6 +71,7 @@ def initialize(
     with comm.same_on_all_ranks():
         model = without_compile(_checked_model(model, optimizer=optimizer, mpu=mpu, mesh_param=mesh_param))
         run = read_config(_source(args, config, config_params), comm.world_size)
+        check_packages(run.deepspeed)
         check_folders(run)
         if hasattr(lr_scheduler, "step"):
             _check_step(lr_scheduler)
