@@ -6,9 +6,10 @@ from argparse import Namespace
 import pytest
 import torch
 import transformers as hf
-from tiny_tasks import REVIEWS, make_task
+from tiny_tasks import REVIEWS, TEXTS, make_task, make_tokenizer
 
 from zods import pretrained
+from zods.finetune import prepare_data
 from zods.pretrained import Pretrained, check_causal, check_kind, find_model
 
 SMALL = {
@@ -289,3 +290,44 @@ def test_an_adapter_of_a_base_of_another_width_is_refused_in_one_line(tmp_path):
     with pytest.raises(ValueError, match=r"adapter's weights do not fit its base model: RuntimeError") as told:
         pretrained._with_adapter(wider, found.adapter, set())
     assert "\n" not in str(told.value)
+
+
+def prepared_for(config, tokenizer, folder):
+    """(task, training rows) that the command line prepares for a model of this configuration."""
+    labels = ["dull", "fine"]
+    rows = [{"text": text, "label": labels[i % 2]} for i, text in enumerate(TEXTS)]
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    columns = ("text_column", "text_pair_column", "label_column", "template", "label_words", "prompt_column")
+    unset = dict.fromkeys((*columns, "response_column", "validation_split", "column_names", "max_train_examples"))
+    hub = dict.fromkeys(("dataset_name", "dataset_config", "train_split", "max_eval_examples"))
+    file = folder / "data.jsonl"
+    arguments = options(
+        "m", task="classification", train_file=file, validation_file=file, max_length=32, **unset, **hub
+    )
+    run = Namespace(seed=0, selector=None)
+    task, train, _ = prepare_data(arguments, tokenizer, run, Pretrained("m", config, None))
+    return task, list(train)
+
+
+def test_data_prepared_for_a_head_have_ids_in_its_order(tmp_path):
+    names = {0: "fine", 1: "dull"}
+    config = small(hf.BertConfig, id2label=names, architectures=["BertForSequenceClassification"])
+    task, rows = prepared_for(config, make_tokenizer("bert"), tmp_path)
+    assert task.model_kwargs()["id2label"] == names
+    assert [row["answer"] for row in rows] == [1, 0, 1, 0]
+
+
+def test_data_prepared_for_a_model_have_token_types_only_where_it_tells_segments_apart(tmp_path):
+    tokenizer = make_tokenizer("bert")  # which gives them
+    assert "token_type_ids" in prepared_for(small(hf.BertConfig), tokenizer, tmp_path)[1][0]
+    assert "token_type_ids" not in prepared_for(small(hf.GPT2Config), tokenizer, tmp_path)[1][0]
+
+
+def test_data_prepared_for_a_model_are_padded_with_a_token_that_it_embeds(tmp_path):
+    tokenizer = make_tokenizer("llama")
+    size = len(tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "[NEW]"})
+    task, rows = prepared_for(small(hf.LlamaConfig, vocab_size=size), tokenizer, tmp_path)
+    batch = task.collate(rows)
+    assert not batch["attention_mask"].all()
+    assert batch["input_ids"].max() < size

@@ -6,7 +6,7 @@ from argparse import Namespace
 
 import datasets
 import pytest
-from tiny_tasks import CLASSES, ORDERS, REVIEWS, WORDS, make_task, make_tokenizer, reviews
+from tiny_tasks import CLASSES, OF_MODEL, ORDERS, REVIEWS, WORDS, make_task, make_tokenizer, reviews
 
 from zods.finetune import load_parts
 from zods.tasks import build_task, check_rows, check_token_ids, load_examples, read_escapes
@@ -72,7 +72,7 @@ def test_a_wrong_row_in_held_out_data_is_an_error_that_names_row_and_value(name,
 
 def test_an_unlabelled_row_of_a_hub_dataset_is_an_error():
     data = reviews(label=[0, -1]).cast(CLASSES)
-    task = build_task("classification", make_tokenizer("bert"), reviews().cast(CLASSES), max_length=8)
+    task = make_task("classification", "bert", reviews().cast(CLASSES), max_length=8)
     with pytest.raises(ValueError, match=r"row 1: .*label -1; the 2 labels .* are 0 \(bad\), 1 \(good\)"):
         task.prepare(data)
 
@@ -80,10 +80,10 @@ def test_an_unlabelled_row_of_a_hub_dataset_is_an_error():
 def test_a_tokenizer_without_the_tokens_a_task_needs_is_an_error():
     tokenizer = make_tokenizer("bert")
     with pytest.raises(ValueError, match="no eos token"):
-        build_task("instruction", tokenizer, ORDERS, max_length=8)
+        build_task("instruction", tokenizer, ORDERS, max_length=8, **OF_MODEL)
     tokenizer.pad_token = None
     with pytest.raises(ValueError, match="neither a pad token nor an eos token"):
-        build_task("classification", tokenizer, REVIEWS, max_length=8)
+        build_task("classification", tokenizer, REVIEWS, max_length=8, **OF_MODEL)
 
 
 def test_mistakes_of_all_sources_are_told_at_once_by_the_lines_of_their_files(tmp_path, monkeypatch):
@@ -174,7 +174,7 @@ def test_a_pad_token_that_the_model_does_not_embed_gives_way_to_one_that_it_does
     assert task.tokenizer.pad_token_id == size
     settings = {"template": "{text} {label}"} if name == "prompted" else {}
     data = ORDERS if name == "instruction" else REVIEWS
-    task = build_task(name, task.tokenizer, data, max_length=64, num_embeddings=size, **settings)
+    task = build_task(name, task.tokenizer, data, max_length=64, **{**OF_MODEL, **settings, "num_embeddings": size})
     rows = list(task.prepare(data))
     batch = task.collate(rows)
     assert not batch["attention_mask"].all()

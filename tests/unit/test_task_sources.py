@@ -173,6 +173,14 @@ def test_row_names_of_r_are_left_out_and_said(tmp_path, caplog):
         load_examples(file=write(tmp_path / "b.csv", written.replace('"2"', '"1"')), seed=0)
 
 
+@pytest.mark.parametrize(("extension", "delimiter"), [(".csv", ","), (".tsv", "\t")])
+def test_a_delimiter_at_the_end_of_each_row_does_not_make_its_first_field_a_row_name(tmp_path, extension, delimiter):
+    rows = [("text", "label"), ("Poor", "no", ""), ("Good", "yes", "")]
+    text = "\n".join(delimiter.join(f'"{field}"' if field else "" for field in row) for row in rows)
+    with pytest.raises(ValueError, match=r"line 2, 3: 3 fields\. .*remove a \w+ at the end of a line"):
+        load_examples(file=write(tmp_path / f"a{extension}", text), seed=0)
+
+
 @pytest.mark.parametrize("extension", [".csv", ".jsonl", ".json"])
 def test_a_type_that_changes_in_the_last_row_holds_for_the_whole_column(tmp_path, extension):
     rows = [{"id": i, "share": i, "flag": True, "label": i % 2} for i in range(12000)]

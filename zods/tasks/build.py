@@ -34,9 +34,9 @@ def build_task(
     prompt_column: str | None = None,
     response_column: str | None = None,
     max_length: int,
-    num_embeddings: int | None = None,
-    has_token_types: bool = True,
-    class_names: Sequence[str] | None = None,
+    num_embeddings: int | None,
+    has_token_types: bool,
+    class_names: Sequence[str] | None,
 ) -> Task:
     """Build a task for the training data, and check both before a model is loaded.
 
@@ -50,10 +50,10 @@ def build_task(
         prompt_column, response_column: of instruction, instead of a template: "{prompt}\\n{response}";
             "instruction" and "output" by default.
         max_length: of an example, in tokens.
-        num_embeddings: tokens that the model embeds, where that is known.
+        num_embeddings: tokens that the model embeds; None where that is not known.
         has_token_types: whether the model embeds token types; for classification.
-        class_names: of the head that comes with the model, for classification. Where they are those of the data, ids
-            follow the head.
+        class_names: of the head that comes with the model, for classification, or None. Where they are those of the
+            data, ids follow the head.
 
     Raises:
         ValueError: an unknown name, a setting that the task does not use or cannot use, a column that is not there.

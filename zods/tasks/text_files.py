@@ -261,16 +261,19 @@ def _has_row_names(reading: _Reading) -> bool:
     """Whether the file is as R's write.table writes it: the first column, of row names, has no name in the header.
 
     Strings and row names are quoted there, so that a file whose texts hold unquoted delimiters is not mistaken for one.
+    A last field that is blank in every row is no column: each row ends with a delimiter.
     """
     assert reading.header is not None
     if not reading.header.quoted or list(reading.sizes) != [len(reading.header.fields) + 1]:
         return False
     names = set()
+    last_is_blank = True
     for record in _rows_of(reading):
         if not record.quoted or record.fields[0] in names:
             return False
         names.add(record.fields[0])
-    return True
+        last_is_blank = last_is_blank and not record.fields[-1].strip()
+    return not last_is_blank
 
 
 def _check_fields(path: Path, reading: _Reading, names: Sequence[str], width: int, delimiter: str) -> None:
