@@ -109,7 +109,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "finetune": (
         {
             FACE, "config", "config_auto", "comm", "engine", "extras", "first_order", "launching", "memory", "pretrained",
-            "selection",
+            "schedules", "selection",
             "initialization", "resuming", "stopping", "summary", "tasks", "arguments", "runs", "report",
         },
         {"torch", "deepspeed", "datasets", "tqdm"},
