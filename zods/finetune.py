@@ -201,6 +201,7 @@ def prepare_data(
         num_embeddings=pretrained.num_embeddings,
         has_token_types=pretrained.has_token_types,
         class_names=pretrained.class_names,
+        source=place.rpartition(",")[0],
     )
     check_kind(pretrained, task)
     check_adapter(pretrained, task, arguments.trust_remote_code)

@@ -62,7 +62,7 @@ def test_a_wrong_setting_is_an_error_that_names_it_before_any_model_is_loaded(na
         ("prompted", reviews(text=["", "b"]), "row 0: blank text"),
         ("prompted", reviews(label=[None, 1]), "row 0: no label in column 'label'"),
         ("instruction", ORDERS.select([0]).map(lambda row: {"output": " "}), "row 0: blank text in 'output'"),
-        ("instruction", reviews(), "no column 'instruction'"),
+        ("instruction", reviews(), "no columns 'instruction', 'output'"),
     ],
 )
 def test_a_wrong_row_in_held_out_data_is_an_error_that_names_row_and_value(name, data, message):
@@ -108,7 +108,9 @@ def test_mistakes_of_all_sources_are_told_at_once_by_the_lines_of_their_files(tm
 
 def test_a_missing_column_is_named_with_its_source_beside_the_mistakes_of_the_others():
     task = make_task("classification", "bert", reviews())
-    with pytest.raises(ValueError, match=r"dev.csv: the data has no column 'text'.*; train.csv, line 1: blank text"):
+    with pytest.raises(
+        ValueError, match=r"dev.csv: the data has no columns 'text', 'label'.*; train.csv, line 1: blank text"
+    ):
         check_rows(task, [(reviews(text=["a", ""]), "train.csv, line"), (ORDERS, "dev.csv, line")])
 
 
@@ -197,3 +199,31 @@ def test_the_classes_found_are_told_with_their_numbers(caplog):
     with caplog.at_level("INFO"):
         make_task("classification", dataset=reviews(label=["x", "y"]))
     assert "2 classes in column 'label': x (1), y (1)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "said"),
+    [
+        (
+            "classification",
+            {"text_column": "body"},
+            "train.jsonl: the data has no columns 'body', 'label'; .* are text, n$",
+        ),
+        (
+            "classification",
+            {"text_column": "n"},
+            "train.jsonl: the data has no column 'label'; .*; column 'n' must hold text",
+        ),
+        ("prompted", {"template": "{a} {b} {label}"}, "train.jsonl: the data has no columns 'a', 'b', 'label'"),
+        ("instruction", {}, "train.jsonl: the data has no columns 'instruction', 'output'; its columns are text, n$"),
+    ],
+)
+def test_all_wrong_columns_are_told_at_once_with_the_file_and_its_own_columns(
+    tmp_path, monkeypatch, name, settings, said
+):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "train.jsonl").write_text('{"text": "a", "n": 1}')
+    data = load_examples(file=tmp_path / "train.jsonl", seed=0, keep_rows=True)
+    tokenizer = make_tokenizer("llama")
+    with pytest.raises(ValueError, match=said):
+        build_task(name, tokenizer, data, max_length=8, **OF_MODEL, **settings, source="train.jsonl")
