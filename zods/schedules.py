@@ -106,8 +106,8 @@ def _resolved(
 
 def _autos_left(params: Mapping[str, Any]) -> Iterator[str]:
     ways = {
-        "total_num_steps": "give a number, or --max_steps to zods.finetune, from which it follows.",
-        "total_steps": "give a number, or --max_steps to zods.finetune, from which it follows.",
+        "total_num_steps": "give a number, or use zods.finetune, whose --max_steps or --num_epochs settle it.",
+        "total_steps": "give a number, or use zods.finetune, whose --max_steps or --num_epochs settle it.",
         "warmup_num_steps": "give a number, 1 for no warm-up.",
     }
     for key in [key for key, value in params.items() if value == "auto"]:
