@@ -105,7 +105,10 @@ def test_a_failed_start_is_told_in_one_line_by_one_rank(way):
 def test_code_of_a_model_that_fails_on_one_rank_ends_the_run_with_the_name_of_that_rank(tmp_path):
     model = tmp_path / "model"
     model.mkdir()
-    settings = {"model_type": "own", "auto_map": {"AutoConfig": "own_settings.OwnConfig"}}
+    settings = {
+        "model_type": "own",
+        "auto_map": {"AutoConfig": "own_settings.OwnConfig", "AutoModelForSequenceClassification": "own.Own"},
+    }
     (model / "config.json").write_text(json.dumps(settings))
     (model / "own_settings.py").write_text(
         "import os\nfrom transformers import PretrainedConfig\n\n\nclass OwnConfig(PretrainedConfig):\n"
@@ -127,9 +130,9 @@ def test_code_of_a_model_that_fails_on_one_rank_ends_the_run_with_the_name_of_th
         ),
         *("--train_file", tmp_path / "rows.jsonl", "--output_dir", tmp_path / "run"),
     )
-    assert code == 1, output[-4000:]
+    assert code == 2, output[-4000:]
     told = [line for line in output.splitlines() if "zods.finetune: error:" in line]
-    assert told == ["zods.finetune: error: rank 1: TypeError: a driver is missing"]
+    assert told == [f"zods.finetune: error: rank 1: --model {model}: TypeError: a driver is missing"]
 
 
 @pytest.mark.parametrize(
