@@ -42,7 +42,8 @@ def prepared(data: Path | None, max_length: int) -> tuple[Any, Any, Any]:
     examples = datasets.Dataset.from_list(manual()) if data is None else load_examples(file=data, seed=0)
     raw, held_out = split_held_out(examples, 200, seed=0)
     columns = {"prompt_column": "instruction", "response_column": "output"}
-    task = build_task("instruction", tokenizer, raw, max_length=max_length, **columns)
+    of_model = {"num_embeddings": 2048, "has_token_types": False, "class_names": None}
+    task = build_task("instruction", tokenizer, raw, max_length=max_length, **of_model, **columns)
     return task, task.prepare(raw).add_column("source", raw["source"]), task.prepare(held_out)
 
 

@@ -17,7 +17,7 @@ import hjson
 import torch
 
 from zods.config_auto import resolve_batch, resolve_precision, unresolved
-from zods.config_deepspeed import key_mistakes, refusal, section_mistakes, unsupported
+from zods.config_deepspeed import key_mistakes, offload_mistakes, refusal, section_mistakes, unsupported
 from zods.schedules import resolve_scheduler
 from zods.section import (
     SECTION,
@@ -165,7 +165,7 @@ def read_config(source: str | Path | Mapping[str, Any], world_size: int, total_s
 
 def _check_deepspeed(whole: dict[str, Any], world_size: int, found: list[str]) -> None:
     """Resolve DeepSpeed's part in place, and append what is wrong with it to `found`: each key once."""
-    messages = [*key_mistakes(whole), *section_mistakes(whole)]
+    messages = [*key_mistakes(whole), *section_mistakes(whole), *offload_mistakes(whole)]
     with collected(messages):
         resolve_batch(whole, world_size)
     messages += unresolved(whole)

@@ -109,6 +109,12 @@ def unresolved(values: Mapping[str, Any], path: str = "") -> Iterator[str]:
             yield f'{here}: "auto" cannot be resolved here; give a value, or leave the key out.'
 
 
+def hidden_size_of(config: Any) -> int | None:
+    """The hidden size in a model's configuration of transformers, of its text part where it has several parts."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(text, "hidden_size", None)
+
+
 def resolve_model_auto(ds: dict[str, Any], hidden_size: int | None, *, overlaps: bool = True) -> None:
     """Resolve the ZeRO-3 buckets given as "auto" by transformers' rule, from the model's hidden size, in place.
 

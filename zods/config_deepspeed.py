@@ -21,6 +21,7 @@ from deepspeed.monitor.config import CometConfig, CSVConfig, TensorBoardConfig, 
 from deepspeed.profiling.config import DeepSpeedFlopsProfilerConfig
 from deepspeed.runtime.activation_checkpointing.config import DeepSpeedActivationCheckpointingConfig
 from deepspeed.runtime.config import DeepSpeedConfig, HybridEngineConfig
+from deepspeed.runtime.model_checkpointing.config import CHECKPOINT_DEFAULT_DICT
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
 from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
@@ -63,6 +64,8 @@ OTHER_SECTIONS: dict[str, list[str]] = {  # section: the keys that DeepSpeed rea
     "aio": list(AIO_DEFAULT_DICT),
     "flops_profiler": list(vars(DeepSpeedFlopsProfilerConfig({}))),
     "activation_checkpointing": list(vars(DeepSpeedActivationCheckpointingConfig({}))),
+    "checkpoint": [*CHECKPOINT_DEFAULT_DICT, "load_universal", "parallel_write", "use_node_local_storage"],
+    "data_types": ["grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_modules"],
 }
 
 
@@ -148,6 +151,15 @@ def refusal(ds: Mapping[str, Any]) -> str | None:
     return None
 
 
+def offload_mistakes(ds: Mapping[str, Any]) -> Iterator[str]:
+    """Offloading to NVMe without a folder for it."""
+    zero = ds.get("zero_optimization", {})
+    for key in ("offload_param", "offload_optimizer"):
+        offload = zero.get(key) if isinstance(zero, Mapping) else None
+        if isinstance(offload, Mapping) and offload.get("device") == "nvme" and not offload.get("nvme_path"):
+            yield f"zero_optimization.{key}.nvme_path: missing; device is nvme."
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep DeepSpeed's warnings back, which come again when it reads the configuration for its engine."""
@@ -214,8 +226,6 @@ def _unsupported_zero(zero: Mapping[str, Any]) -> Iterator[str]:
         )
     if offload.get("device", "none") != "none" and stage != 3:
         yield f"zero_optimization.offload_param: needs stage 3, found stage {stage}."
-    if offload.get("device") == "nvme" and not offload.get("nvme_path"):
-        yield "zero_optimization.offload_param.nvme_path: missing; device is nvme."
     if zero.get("zero_hpz_partition_size", 1) != 1:
         yield (
             "zero_optimization.zero_hpz_partition_size: not supported: forwards would read a second copy of the shards "

@@ -15,7 +15,7 @@ MONITORS = {  # section of the DeepSpeed JSON
 }
 
 
-def check_packages(config: Mapping[str, Any], *, plot: bool, lora: bool) -> None:
+def check_packages(config: Mapping[str, Any], *, plot: bool = False, lora: bool = False) -> None:
     """Raise ValueError with all features asked for whose package is not installed.
 
     config: the DeepSpeed JSON. DeepSpeed imports a monitor's package on rank 0 only, where a missing one would leave the

@@ -19,7 +19,7 @@ import zods
 from zods.arguments import merged_config, parse_arguments
 from zods.comm import RankFailure, end_process
 from zods.config import FirstOrderConfig, RunConfig, read_config, read_first_order_config
-from zods.config_auto import offloads_to_nvme, resolve_model_auto, resolve_offload_buffers
+from zods.config_auto import hidden_size_of, offloads_to_nvme, resolve_model_auto, resolve_offload_buffers
 from zods.engine import ZerothOrderEngine
 from zods.extras import check_packages
 from zods.first_order import FirstOrderEngine
@@ -28,6 +28,7 @@ from zods.launching import connect_ranks, environment_rank, report_failure
 from zods.memory import return_freed_memory
 from zods.pretrained import (
     Pretrained,
+    check_adapter,
     check_causal,
     check_kind,
     find_model,
@@ -39,6 +40,7 @@ from zods.pretrained import (
 from zods.report import plot_curves
 from zods.resuming import CHECKPOINTS, INITIAL, copy_log
 from zods.runs import RunFolder
+from zods.schedules import with_provisional_length
 from zods.selection.batches import sources_of
 from zods.stopping import StopRequest
 from zods.summary import summarise, table
@@ -97,18 +99,19 @@ def start(
     with comm.same_on_all_ranks():
         merged = merged_config(arguments)
         check_packages(merged, plot=arguments.plot, lora=arguments.lora_rank is not None)
-        run: RunConfig | FirstOrderConfig
-        if arguments.optimizer is None:
-            run = read_config(merged, comm.world_size, total_steps=arguments.max_steps)
-            check_folders(run)
-        else:
-            run = read_first_order_config(merged, comm.world_size, total_steps=arguments.max_steps)
+        read = read_config if arguments.optimizer is None else read_first_order_config
+        known = merged if arguments.max_steps is not None else with_provisional_length(merged)
+        run: RunConfig | FirstOrderConfig = read(known, comm.world_size, total_steps=arguments.max_steps)
+        check_folders(run)
         folder = RunFolder(arguments.output_dir, rank=comm.rank, resume=arguments.resume == "auto")
         fork = None if arguments.resume in (None, "auto") else latest_checkpoint(Path(arguments.resume))
         pretrained = find_model(arguments)
         tokenizer = read_tokenizer(arguments, pretrained)
         task, train, held_out = prepare_data(arguments, tokenizer, run, pretrained)
-        hidden_size = getattr(pretrained.config.get_text_config(), "hidden_size", None)
+        if arguments.max_steps is None:
+            steps = arguments.num_epochs * steps_per_epoch(run, len(train))
+            run = read(merged, comm.world_size, total_steps=max(1, steps))
+        hidden_size = hidden_size_of(pretrained.config)
         resolve_model_auto(run.deepspeed, hidden_size, overlaps=not get_accelerator().is_synchronized_device())
         if offloads_to_nvme(run.deepspeed):
             sizes = parameter_sizes(pretrained, task, arguments.trust_remote_code)
@@ -198,8 +201,10 @@ def prepare_data(
         num_embeddings=pretrained.num_embeddings,
         has_token_types=pretrained.has_token_types,
         class_names=pretrained.class_names,
+        source=place.rpartition(",")[0],
     )
     check_kind(pretrained, task)
+    check_adapter(pretrained, task, arguments.trust_remote_code)
     check_rows(task, parts)
     if given:
         held_out, held_out_place = given[0]
@@ -215,6 +220,13 @@ def prepare_data(
     if column is not None:
         train = train.add_column(column, sources)
     return task, train, held_out
+
+
+def steps_per_epoch(run: RunConfig | FirstOrderConfig, num_examples: int) -> int:
+    """Steps of a pass over the training data, as the loaders count them."""
+    if run.selector is not None:
+        return num_examples // run.selector.candidates * run.selector.interval
+    return num_examples // run.deepspeed["train_batch_size"]
 
 
 def load_parts(arguments: argparse.Namespace, seed: int) -> list[tuple[datasets.Dataset, str]]:

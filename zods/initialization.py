@@ -16,10 +16,11 @@ from deepspeed.accelerator import get_accelerator
 
 from zods.anchor import check_nvme
 from zods.comm import Communicator
-from zods.config import RunConfig, read_config
-from zods.config_auto import resolve_model_auto, resolve_offload_buffers
+from zods.config import FirstOrderConfig, RunConfig, read_config
+from zods.config_auto import hidden_size_of, resolve_model_auto, resolve_offload_buffers
 from zods.data import TrainingLoader, check_dataset
 from zods.engine import ZerothOrderEngine
+from zods.extras import check_packages
 from zods.kernels import backend, fingerprint
 from zods.launching import connect_ranks
 from zods.memory import return_freed_memory
@@ -70,6 +71,7 @@ def initialize(
     with comm.same_on_all_ranks():
         model = without_compile(_checked_model(model, optimizer=optimizer, mpu=mpu, mesh_param=mesh_param))
         run = read_config(_source(args, config, config_params), comm.world_size)
+        check_packages(run.deepspeed)
         check_folders(run)
         if hasattr(lr_scheduler, "step"):
             _check_step(lr_scheduler)
@@ -152,11 +154,12 @@ def _say_reduced_ranks(direction: DirectionConfig, parameters: ShardedParameters
         logger.warning("direction.rank %d is reduced to the smaller side of %s%s", direction.rank, named, more)
 
 
-def check_folders(run: RunConfig) -> None:
+def check_folders(run: RunConfig | FirstOrderConfig) -> None:
     """Raise ValueError where a folder for NVMe offload cannot be used on this rank, before anything is loaded."""
-    offload = run.deepspeed.get("zero_optimization", {}).get("offload_param", {})
-    if offload.get("device") == "nvme":
-        check_nvme(offload["nvme_path"], "zero_optimization.offload_param.nvme_path")
+    for key in ("offload_param", "offload_optimizer"):
+        offload = run.deepspeed.get("zero_optimization", {}).get(key) or {}
+        if offload.get("device") == "nvme":
+            check_nvme(offload["nvme_path"], f"zero_optimization.{key}.nvme_path")
     if run.zeroth_order.anchor.nvme_path is not None:
         check_nvme(run.zeroth_order.anchor.nvme_path, "zeroth_order.anchor.nvme_path")
 
@@ -284,6 +287,6 @@ def _check_step(scheduler: Any) -> None:
 def resolve_by_model(run: RunConfig, model: torch.nn.Module, world_size: int) -> None:
     """Resolve what of DeepSpeed's part follows from the model, in place. Raises ValueError where a value does not fit it."""
     overlaps = not get_accelerator().is_synchronized_device()
-    resolve_model_auto(run.deepspeed, getattr(getattr(model, "config", None), "hidden_size", None), overlaps=overlaps)
+    resolve_model_auto(run.deepspeed, hidden_size_of(getattr(model, "config", None)), overlaps=overlaps)
     numels = [getattr(p, "ds_numel", p.numel()) for p in model.parameters()]
     resolve_offload_buffers(run.deepspeed, numels, world_size)

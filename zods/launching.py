@@ -66,13 +66,18 @@ def _prepare_environment() -> None:
             f"{', '.join(given)} set in the environment, but not {', '.join(missing)}. Set all of them, or none for a run "
             "of one rank, or start the ranks with deepspeed or torchrun."
         )
+    # Assigned even where they are set: an address and port that an earlier run left belong to nobody.
     one_rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    for name, value in {**one_rank, "MASTER_PORT": str(_free_port())}.items():
-        os.environ.setdefault(name, value)
+    os.environ.update({**one_rank, "MASTER_PORT": str(_free_port())})
 
 
 def _number(text: str | None) -> int:
     return int(text) if text is not None and text.isdigit() else 1
+
+
+def _world_size() -> int:
+    """The number of ranks by the launcher's variables."""
+    return max(_number(os.environ.get(name)) for name in ("WORLD_SIZE", *SIZES))
 
 
 def _free_port() -> int:
@@ -84,27 +89,29 @@ def _free_port() -> int:
 def report_failure(error: Exception, program: str) -> int:
     """Say once, on one of the ranks, why the run does not start; returns the process's exit code. All failing ranks call it.
 
-    The first rank to fail says it: what the others raise after that is a consequence, such as a lost connection. Bad input
-    is one line and code 2; an exception that nobody foresaw is one line with its type, a traceback, and code 1.
+    Before the ranks are connected every failing rank says it, with its number. After that the first rank to fail says it:
+    what the others raise then is a consequence, such as a lost connection. Bad input is one line and code 2; an exception
+    that nobody foresaw is one line with its type, a traceback, and code 1.
     """
     rank = environment_rank()
     bad_input = isinstance(error, (ValueError, OSError))
     speaker = error.rank if isinstance(error, RankFailure) else None
-    if _is_first(rank, speaker):
+    connected = is_connected()
+    if not connected or _is_first(rank, speaker):
         foreseen = bad_input or isinstance(error, (Disagreement, RankFailure))
         kind = "" if foreseen else f"{type(error).__name__}: "
         cause = error.__cause__ if isinstance(error, RankFailure) else error
         if not foreseen or (isinstance(error, RankFailure) and cause is not None):
             traceback.print_exception(cause)
-        print(f"{program}: error: {kind}{error}", file=sys.stderr, flush=True)
+        # Before the ranks are connected each one speaks for itself: the others may not have failed.
+        who = "" if connected or _world_size() == 1 else f"rank {rank}: "
+        print(f"{program}: error: {who}{kind}{error}", file=sys.stderr, flush=True)
     _mark_said()
     return 2 if bad_input else 1
 
 
 def _is_first(rank: int, speaker: int | None) -> bool:
     """Whether this rank reports. speaker: the rank that has the traceback, where one is known to have failed."""
-    if not is_connected():
-        return rank == 0
     try:
         board = Board()
         if speaker is None or speaker == rank:

@@ -59,11 +59,10 @@ class Pretrained:
 
     @property
     def class_names(self) -> list[str] | None:
-        """Names of the classes of a pretrained classification head; None without a head, or with transformers' own names."""
+        """Names of the classes of a pretrained classification head, in its order; None without a head."""
         if not self._has_head:
             return None
-        names = [str(self.config.id2label[i]) for i in sorted(self.config.id2label)]
-        return None if all(re.fullmatch(r"LABEL_\d+", name) for name in names) else names
+        return [str(self.config.id2label[i]) for i in sorted(self.config.id2label)]
 
     @property
     def _has_head(self) -> bool:
@@ -139,6 +138,38 @@ def check_kind(pretrained: Pretrained, task: Task) -> None:
         raise ValueError(_not_causal(pretrained.base, f"a {config.model_type} model with is_decoder false", task.name))
 
 
+def check_adapter(pretrained: Pretrained, task: Task, trust_remote_code: bool) -> None:
+    """Raise ValueError where an adapter's files already show that it was not trained for the task, or for other shapes."""
+    if pretrained.adapter is None:
+        return
+    with _one_line(f"--model {pretrained.adapter}, a PEFT adapter"):
+        import peft
+
+        kind = peft.PeftConfig.from_pretrained(pretrained.adapter).task_type
+    needed = "CAUSAL_LM" if task.predicts_next_token else "SEQ_CLS"
+    if kind is not None and kind != needed:
+        raise ValueError(
+            f"--model {pretrained.adapter}: the task_type in its adapter_config.json is {getattr(kind, 'value', kind)}, but "
+            f"--task {task.name} needs an adapter of task_type {needed}. Give another adapter or another --task."
+        )
+    path = Path(pretrained.adapter) / "adapter_model.safetensors"
+    if not path.is_file():  # from the hub, or in another format: seen when it is loaded
+        return
+    _check_files(path.parent)
+    expected = _shapes(pretrained, task, trust_remote_code)
+    with safe_open(path, framework="pt") as file:
+        found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    for name, shape in found.items():
+        name = name.removeprefix("base_model.model.")
+        if expected.get(name, shape) != shape:
+            classes = f" of {task.model_kwargs()['num_labels']} classes" if not task.predicts_next_token else ""
+            raise ValueError(
+                f"--model {pretrained.adapter}: its {name} has the shape {shape}, but the model for --task {task.name}"
+                f"{classes} has {expected[name]}. Give the base model that the adapter was trained on, and data with as "
+                "many classes as it was trained for, or train new adapters with --lora_rank."
+            )
+
+
 def check_causal(engine: Any, pretrained: Pretrained, task: Task, rows: Any) -> None:
     """Raise ValueError, on all ranks, where tokens change what the model predicts for the tokens before them.
 
@@ -206,12 +237,21 @@ def _one_line(where: str) -> Iterator[None]:
 
 def parameter_sizes(pretrained: Pretrained, task: Task, trust_remote_code: bool) -> list[int]:
     """The number of elements of each parameter of the model, which is made without its weights."""
+    return [parameter.numel() for parameter in _unloaded(pretrained, task, trust_remote_code).parameters()]
+
+
+def _shapes(pretrained: Pretrained, task: Task, trust_remote_code: bool) -> dict[str, tuple[int, ...]]:
+    tensors = _unloaded(pretrained, task, trust_remote_code).state_dict()
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _unloaded(pretrained: Pretrained, task: Task, trust_remote_code: bool) -> torch.nn.Module:
+    """The model for the task, without its weights."""
     config = copy.deepcopy(pretrained.config)
     for name, value in task.model_kwargs().items():
         setattr(config, name, value)
     with torch.device("meta"):
-        model = task.auto_class().from_config(config, trust_remote_code=trust_remote_code)
-    return [parameter.numel() for parameter in model.parameters()]
+        return task.auto_class().from_config(config, trust_remote_code=trust_remote_code)
 
 
 def load_model(
@@ -234,7 +274,8 @@ def load_model(
         options["key_mapping"] = {f"^{re.escape(name)}$": f"replaced_{name}" for name in mismatched}
     elif pretrained.class_names is not None and task.name == "classification":
         own, data = pretrained.class_names, list(options["id2label"].values())
-        if own != data:
+        made_up = all(re.fullmatch(r"LABEL_\d+", name) for name in own)  # by transformers: nobody named the classes
+        if own != data and not made_up:
             logger.warning("the head's classes %s become %s, in this order", ", ".join(own), ", ".join(data))
     # transformers looks for a living HfDeepSpeedConfig while from_pretrained runs
     sharded = HfDeepSpeedConfig(run.deepspeed) if run.zero_stage == 3 else None
@@ -250,7 +291,7 @@ def load_model(
     if arguments.lora_rank is not None:
         model = _with_new_adapter(arguments, model, task, new)
     elif pretrained.adapter is not None:
-        model = _with_adapter(model, pretrained.adapter)
+        model = _with_adapter(model, pretrained.adapter, new)
     if hasattr(model, "peft_config"):
         new = {name for name, p in model.named_parameters() if p.requires_grad or name_in_files(name) in new}
     return model, [name for name, _ in model.named_parameters() if name in new]
@@ -292,16 +333,26 @@ def _with_new_adapter(arguments: argparse.Namespace, model: Any, task: Task, new
     return peft.get_peft_model(model, lora)
 
 
-def _with_adapter(model: Any, adapter: str) -> Any:
-    """The model with an adapter that was trained before, to be trained on. Raises ValueError where they do not fit."""
+def _with_adapter(model: Any, adapter: str, new: set[str]) -> Any:
+    """The model with an adapter that was trained before, to be trained on. Raises ValueError where they do not fit, and
+    where weights that the base lacks (`new`) are not in the adapter either: they would stay as they were drawn."""
     import peft
 
-    config = peft.PeftConfig.from_pretrained(adapter)
-    config.inference_mode = False
-    model = peft.get_peft_model(model, config)
-    weights = peft.load_peft_weights(adapter, device="cpu")
+    with _one_line(f"--model {adapter}: the adapter cannot be put into its base model"):
+        config = peft.PeftConfig.from_pretrained(adapter)
+        config.inference_mode = False
+        model = peft.get_peft_model(model, config)
+        weights = peft.load_peft_weights(adapter, device="cpu")
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    with deepspeed.zero.GatheredParameters(list(trained.values()), modifier_rank=0):
+    untrained = sorted(new - {name_in_files(name.replace(".modules_to_save.default.", ".")) for name in trained})
+    if untrained:
+        raise ValueError(
+            f"--model {adapter}: neither the adapter nor its base model has weights of {', '.join(untrained)}, which would "
+            "be drawn at random, stay frozen and not be exported. Give an adapter with these modules in its "
+            "modules_to_save, or its base model with --lora_rank."
+        )
+    fits = _one_line(f"--model {adapter}: the adapter's weights do not fit its base model")
+    with fits, deepspeed.zero.GatheredParameters(list(trained.values()), modifier_rank=0):
         result: Any = peft.set_peft_model_state_dict(model, weights)
     missing = sorted(set(result.missing_keys) & set(trained))
     odd = [*result.unexpected_keys, *missing]

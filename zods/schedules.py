@@ -20,6 +20,8 @@ from zods.config_deepspeed import quiet
 
 PEAKS = ("warmup_max_lr", "cycle_max_lr", "max_lr", "lr_range_test_min_lr")  # must be lr; a range test starts from it
 FLOORS = ("warmup_min_lr", "cycle_min_lr", "base_lr", "eta_min")  # must not be above lr
+LENGTHS = ("total_num_steps", "total_steps")  # "auto": those of the run
+PROVISIONAL = 10**9  # steps, more than any warm-up
 _BASES = ("LRScheduler", "_LRScheduler")  # that make no schedule
 
 
@@ -98,14 +100,14 @@ def _resolved(
     if "cycle_momentum" in taken and not {"momentum", "betas"} & set(optimizer.defaults):
         resolved.setdefault("cycle_momentum", False)  # whose default is an error without a momentum
     if total_steps is not None:
-        resolved |= {key: total_steps for key in ("total_num_steps", "total_steps") if params.get(key) == "auto"}
+        resolved |= {key: total_steps for key in LENGTHS if params.get(key) == "auto"}
     return resolved
 
 
 def _autos_left(params: Mapping[str, Any]) -> Iterator[str]:
     ways = {
-        "total_num_steps": "give a number, or --max_steps to zods.finetune, from which it follows.",
-        "total_steps": "give a number, or --max_steps to zods.finetune, from which it follows.",
+        "total_num_steps": "give a number, or use zods.finetune, whose --max_steps or --num_epochs settle it.",
+        "total_steps": "give a number, or use zods.finetune, whose --max_steps or --num_epochs settle it.",
         "warmup_num_steps": "give a number, 1 for no warm-up.",
     }
     for key in [key for key, value in params.items() if value == "auto"]:
@@ -141,9 +143,40 @@ def _tried(kind: type, params: Mapping[str, Any], optimizer: Any, total_steps: i
     except Exception as error:  # TypeError, ZeroDivisionError, ... of values that no check of the class foresees
         yield f"{named}: {str(error) or type(error).__name__}"
         return
-    lasts = getattr(scheduler, "total_steps", None)  # of OneCycleLR, which raises after its last one
-    if total_steps is not None and isinstance(lasts, int) and lasts < total_steps:
-        yield f"scheduler.params.total_steps: {kind.__name__} ends after {lasts} steps, but --max_steps is {total_steps}."
+    key, lasts = _length(scheduler)
+    if total_steps is not None and lasts is not None and lasts < total_steps:
+        longer = f'set {key} to {total_steps} or "auto"' if key != "cycle_first_step_size" else "make the cycle longer"
+        yield (
+            f"scheduler.params.{key}: {kind.__name__} ends after {lasts:g} steps, but the run has {total_steps}. "
+            f"{longer[0].upper()}{longer[1:]}, or train fewer steps."
+        )
+
+
+def _length(scheduler: Any) -> tuple[str, float | None]:
+    """(parameter that gives it, steps after which no schedule is left); None where a scheduler has no end.
+
+    After its end OneCycleLR raises, the step size of WarmupDecayLR is 0, WarmupCosineLR goes up again, and OneCycle, which
+    may decay on, stays at 0 where its lowest step size is 0.
+    """
+    for key in ("total_steps", "total_num_steps"):
+        if type(getattr(scheduler, key, None)) in (int, float):
+            return key, getattr(scheduler, key)
+    if isinstance(scheduler, lr_schedules.OneCycle) and not any(scheduler.min_lrs):
+        return "cycle_first_step_size", scheduler.total_size
+    return "", None
+
+
+def with_provisional_length(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration in which a schedule that is to last as long as the run ("auto") has a provisional length.
+
+    With it the rest can be checked before the data, and so the number of steps, are known.
+    """
+    scheduler = config.get("scheduler")
+    params = scheduler.get("params") if isinstance(scheduler, Mapping) else None
+    if not isinstance(scheduler, Mapping) or not isinstance(params, Mapping):
+        return dict(config)
+    known = {key: PROVISIONAL if key in LENGTHS and value == "auto" else value for key, value in params.items()}
+    return {**config, "scheduler": {**scheduler, "params": known}}
 
 
 def build_scheduler(section: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 import zods.finetune
-from tests.distributed.ranks import launch, run_ranks
+from tests.distributed.ranks import launch, run_command, run_ranks
 from zods.comm import Communicator, RankFailure
 from zods.launching import RANKS, SIZES, TORCH, connect_ranks
 
@@ -83,6 +84,7 @@ def test_an_exception_that_all_ranks_raise_stays_as_it_is(raised):
 WAYS = {  # way: (what is said, exit code, exception of the traceback)
     "disagreement": ("rank 1: the model differs from rank 0's. The run stops here.", 1, None),
     "one rank, and the other waits for it": ("AttributeError: no attribute 'rotary'", 1, "AttributeError"),
+    "one rank, before they are connected": ("rank 1: no such device", 2, None),
     "one rank, in a block that ranks agree on": ("rank 1: ImportError: no module for this model", 1, "ImportError"),
     "the same on all": ("KeyError: 'gate'", 1, "KeyError"),
 }
@@ -103,7 +105,10 @@ def test_a_failed_start_is_told_in_one_line_by_one_rank(way):
 def test_code_of_a_model_that_fails_on_one_rank_ends_the_run_with_the_name_of_that_rank(tmp_path):
     model = tmp_path / "model"
     model.mkdir()
-    settings = {"model_type": "own", "auto_map": {"AutoConfig": "own_settings.OwnConfig"}}
+    settings = {
+        "model_type": "own",
+        "auto_map": {"AutoConfig": "own_settings.OwnConfig", "AutoModelForSequenceClassification": "own.Own"},
+    }
     (model / "config.json").write_text(json.dumps(settings))
     (model / "own_settings.py").write_text(
         "import os\nfrom transformers import PretrainedConfig\n\n\nclass OwnConfig(PretrainedConfig):\n"
@@ -125,9 +130,9 @@ def test_code_of_a_model_that_fails_on_one_rank_ends_the_run_with_the_name_of_th
         ),
         *("--train_file", tmp_path / "rows.jsonl", "--output_dir", tmp_path / "run"),
     )
-    assert code == 1, output[-4000:]
+    assert code == 2, output[-4000:]
     told = [line for line in output.splitlines() if "zods.finetune: error:" in line]
-    assert told == ["zods.finetune: error: rank 1: TypeError: a driver is missing"]
+    assert told == [f"zods.finetune: error: rank 1: --model {model}: TypeError: a driver is missing"]
 
 
 @pytest.mark.parametrize(
@@ -148,3 +153,12 @@ def test_a_launcher_that_cannot_be_understood_is_told_with_the_way_out(monkeypat
         connect_ranks()
     assert "deepspeed or torchrun" in str(caught.value)
     assert dict(os.environ) == before
+
+
+def test_one_rank_without_a_launcher_does_not_look_for_the_address_that_an_earlier_run_left(tmp_path):
+    left = {"MASTER_ADDR": "no-such-host.invalid", "MASTER_PORT": "1"}
+    unset = [f"--unset={name}" for name in (*TORCH, *SIZES, *RANKS) if name not in left]
+    code = "from zods.launching import connect_ranks; print('ranks:', connect_ranks().world_size)"
+    returned, output = run_command(["env", *unset, sys.executable, "-c", code], tmp_path, 60.0, **left)
+    assert returned == 0, output[-4000:]
+    assert "ranks: 1" in output

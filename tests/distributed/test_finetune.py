@@ -175,7 +175,8 @@ def test_without_a_launcher_a_run_has_one_rank_and_a_summary_of_what_was_used(fo
     section = {"method": "mezo", "lr": 1e-4}
     config.write_text(json.dumps({"train_batch_size": 4, "scheduler": schedule, "zeroth_order": section}))
     command = [sys.executable, "-m", "zods.finetune", "--deepspeed", str(config), "--model", str(MODEL)]
-    command += ["--output_dir", str(tmp_path / "run"), "--train_file", str(folder / "train.jsonl"), "--max_steps", "2"]
+    command += ["--output_dir", str(tmp_path / "run"), "--train_file", str(folder / "train.jsonl")]
+    command += ["--held_out", "16", "--num_epochs", "2"]  # of 24 examples, so that an epoch has two steps
     launcher = [name for name in os.environ if name in (*TORCH, *SIZES, *RANKS)]
     code, output = run_command(["env", *(f"--unset={name}" for name in launcher), *command], tmp_path, 120.0)
     assert code == 0, output[-4000:]
@@ -184,7 +185,7 @@ def test_without_a_launcher_a_run_has_one_rank_and_a_summary_of_what_was_used(fo
     assert "anchor" not in output.partition("held-out")[2]
     assert re.search(rf"^evaluation +{summary['evaluation']}$", output, re.MULTILINE)
     written = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert written["scheduler"]["params"] == {"total_num_steps": 2, "warmup_num_steps": 1, "warmup_max_lr": 1e-4}
+    assert written["scheduler"]["params"] == {"total_num_steps": 4, "warmup_num_steps": 1, "warmup_max_lr": 1e-4}
 
 
 def test_a_head_for_another_number_of_classes_gives_way_to_a_new_one_that_is_replayed(folder, tmp_path):

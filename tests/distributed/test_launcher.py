@@ -73,6 +73,7 @@ EXPECTED = {
     "empty dataset": ("ValueError", ["training_data", "empty"]),
     "too few examples": ("ValueError", ["training_data", "5 examples", "8"]),
     "no dataset": ("ValueError", ["training_data", "missing"]),
+    "no package": ("ValueError", ["comet.enabled", "needs the package no_such_monitor"]),
     "no such file": ("FileNotFoundError", ["no.json", "not found"]),
     "another model": ("ValueError", ["checkpoint", "another model"]),
     "truncated checkpoint": ("ValueError", ["checkpoint", "damaged or truncated"]),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -101,3 +103,29 @@ def test_the_data_beside_the_project_are_named_to_the_tests(project: Path):
     data = project.parent / "shared" / "data"
     data.mkdir(parents=True)
     assert f"ZODS_DATA={data}\n" in run(project).stdout
+
+
+def test_nothing_that_prepares_the_tests_goes_on_after_an_interruption(project: Path, tmp_path: Path):
+    started, go_on = tmp_path / "started", tmp_path / "go on"
+    (project / "launch" / "setup.sh").write_text(f'sleep 300 &\necho $! >"{started}"\nwait\n')
+    (project / "launch" / "quickstart.sh").write_text(f'until [ -e "{go_on}" ]; do sleep 0.1; done\n')
+    commit(project)
+    (tmp_path / "tmp").mkdir()
+    environment = {**os.environ, "TMPDIR": str(tmp_path / "tmp")}
+    process = subprocess.Popen(["bash", project / ".ci" / "run"], env=environment, stderr=subprocess.DEVNULL)
+    try:
+        wait_until(lambda: started.exists() and started.read_text().endswith("\n"))
+        process.terminate()
+    finally:
+        go_on.touch()  # bash looks at a signal when its command has ended
+        assert process.wait(30) == 130
+    status = Path("/proc", started.read_text().strip(), "stat")
+    wait_until(lambda: not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z")
+    assert not list((tmp_path / "tmp").iterdir())
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to pass"
+        time.sleep(0.05)

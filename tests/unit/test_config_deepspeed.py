@@ -3,12 +3,14 @@
 import json
 
 import pytest
+import transformers
 from deepspeed.runtime import config as deepspeed_config
 from deepspeed.runtime.config import DeepSpeedConfig
 
 from zods.config import read_config, read_first_order_config
-from zods.config_auto import resolve_offload_buffers
+from zods.config_auto import hidden_size_of, resolve_offload_buffers
 from zods.config_deepspeed import DEEPSPEED_KEYS, MODELS, OTHER_SECTIONS, REMOVED_KEYS, refusal
+from zods.initialization import check_folders
 
 MINIMAL = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
 
@@ -77,6 +79,8 @@ def test_a_key_that_deepspeed_removed_is_refused_in_one_line_whatever_its_value(
         ("aio", {"queue_dept": 8}, "queue_depth"),
         ("flops_profiler", {"profile_steps": 1}, "profile_step"),
         ("activation_checkpointing", {"cpu_checkpoint": True}, "cpu_checkpointing"),
+        ("checkpoint", {"tag_validaton": "fail"}, "tag_validation"),
+        ("data_types", {"grad_acum_dtype": "fp32"}, "grad_accum_dtype"),
     ],
 )
 @pytest.mark.parametrize("first_order", [False, True])
@@ -137,3 +141,21 @@ def test_buffers_are_left_alone_without_nvme():
     ds = {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu", "buffer_size": 1}}}
     resolve_offload_buffers(ds, [1001], world_size=2)
     assert ds["zero_optimization"]["offload_param"]["buffer_size"] == 1
+
+
+@pytest.mark.parametrize("key", ["offload_param", "offload_optimizer"])
+def test_offloading_to_nvme_needs_a_folder_with_an_optimizer_too(key, tmp_path):
+    zero = {"stage": 3, key: {"device": "nvme"}}
+    source = {**MINIMAL, "optimizer": {"type": "AdamW"}, "zero_optimization": zero}
+    with pytest.raises(ValueError, match=rf"^zero_optimization\.{key}\.nvme_path: missing"):
+        read_first_order_config(source, 1)
+    zero[key]["nvme_path"] = str(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=rf"^zero_optimization\.{key}\.nvme_path: .*nowhere"):
+        check_folders(read_first_order_config(source, 1))
+
+
+def test_the_hidden_size_is_that_of_the_text_part_of_a_model_of_several_parts():
+    parts = transformers.LlavaConfig(text_config={"model_type": "llama", "hidden_size": 64})
+    assert hidden_size_of(parts) == 64
+    assert hidden_size_of(transformers.LlamaConfig(hidden_size=32)) == 32
+    assert hidden_size_of(None) is None

@@ -6,9 +6,10 @@ from argparse import Namespace
 import pytest
 import torch
 import transformers as hf
-from tiny_tasks import REVIEWS, make_task
+from tiny_tasks import REVIEWS, TEXTS, make_task, make_tokenizer
 
 from zods import pretrained
+from zods.finetune import prepare_data
 from zods.pretrained import Pretrained, check_causal, check_kind, find_model
 
 SMALL = {
@@ -73,7 +74,7 @@ def test_token_types_go_to_funnel_which_has_no_size_of_a_type_vocabulary():
     assert Pretrained("x", hf.FunnelConfig(), None).has_token_types
 
 
-def test_class_names_are_those_of_a_head_and_not_the_ones_that_transformers_makes_up():
+def test_class_names_are_those_of_a_head_in_its_order():
     names = {0: "c", 1: "b", 2: "a"}
     head = {"architectures": ["BertForSequenceClassification"]}
 
@@ -81,7 +82,7 @@ def test_class_names_are_those_of_a_head_and_not_the_ones_that_transformers_make
         return Pretrained("x", small(hf.BertConfig, **settings), None).class_names
 
     assert found(**head, id2label=names) == ["c", "b", "a"]
-    assert found(**head, num_labels=3) is None
+    assert found(**head, num_labels=12) == [f"LABEL_{i}" for i in range(12)]
     assert found(architectures=["BertForMaskedLM"], id2label=names) is None
     assert found() is None
 
@@ -221,3 +222,112 @@ def test_adapters_go_into_the_modules_that_are_named_and_an_unknown_one_is_an_er
     assert trained("all-linear") == linear
     with pytest.raises(ValueError, match=r"no module 'o_prj'; its linear modules are .*o_proj"):
         trained("up_proj", "o_prj")
+
+
+def save_adapter(folder, task, *, classes=2, task_type=None, whole=None):
+    """A base without a head and an adapter on it, in `folder`; returns what `find_model` finds."""
+    peft = pytest.importorskip("peft")
+    config = small(hf.LlamaConfig, pad_token_id=0)
+    hf.AutoModel.from_config(config).save_pretrained(folder / "base")
+    config.num_labels = classes
+    model = task.auto_class().from_config(config)
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=whole, task_type=task_type)
+    peft.get_peft_model(model, lora).save_pretrained(folder / "adapter")
+    path = folder / "adapter" / "adapter_config.json"
+    described = {**json.loads(path.read_text()), "base_model_name_or_path": str(folder / "base")}
+    path.write_text(json.dumps(described))
+    return find_model(options(folder / "adapter"))
+
+
+@pytest.mark.parametrize("task_type", [None, "SEQ_CLS"])
+def test_an_adapter_with_a_head_for_another_number_of_classes_is_refused_before_the_model_is_loaded(
+    tmp_path, task_type
+):
+    task = make_task("classification", "bert")
+    found = save_adapter(tmp_path, task, classes=5, task_type=task_type, whole=["score"])
+    with pytest.raises(
+        ValueError, match=r"adapter: its score.weight has the shape \(5, 16\), .*2 classes has \(2, 16\)"
+    ):
+        pretrained.check_adapter(found, task, False)
+    (tmp_path / "fits").mkdir()
+    pretrained.check_adapter(save_adapter(tmp_path / "fits", task, task_type=task_type, whole=["score"]), task, False)
+
+
+@pytest.mark.parametrize(
+    ("trained", "task_type", "wanted"),
+    [("instruction", "CAUSAL_LM", "classification"), ("classification", "SEQ_CLS", "instruction")],
+)
+def test_an_adapter_for_another_kind_of_task_is_refused_before_the_model_is_loaded(
+    tmp_path, trained, task_type, wanted
+):
+    tasks = {name: make_task(name, "bert" if name == "classification" else "llama") for name in (trained, wanted)}
+    found = save_adapter(tmp_path, tasks[trained], task_type=task_type)
+    with pytest.raises(ValueError, match=rf"is {task_type}, but --task {wanted} needs") as told:
+        pretrained.check_adapter(found, tasks[wanted], False)
+    assert "\n" not in str(told.value)
+    pretrained.check_adapter(found, tasks[trained], False)
+
+
+def test_an_adapter_without_the_head_that_its_base_lacks_is_refused(tmp_path):
+    task = make_task("classification", "bert")
+    for whole in (None, ["score"]):
+        folder = tmp_path / str(whole)
+        folder.mkdir()
+        found = save_adapter(folder, task, whole=whole)
+        pretrained.check_adapter(found, task, False)
+        model, info = task.auto_class().from_pretrained(found.base, output_loading_info=True, **task.model_kwargs())
+        if whole is not None:
+            pretrained._with_adapter(model, found.adapter, set(info["missing_keys"]))
+            continue
+        with pytest.raises(ValueError, match=r"neither the adapter nor its base .* score.weight.*--lora_rank"):
+            pretrained._with_adapter(model, found.adapter, set(info["missing_keys"]))
+
+
+def test_an_adapter_of_a_base_of_another_width_is_refused_in_one_line(tmp_path):
+    task = make_task("classification", "bert")
+    found = save_adapter(tmp_path, task)
+    wider = task.auto_class().from_config(small(hf.LlamaConfig, hidden_size=32, pad_token_id=0))
+    with pytest.raises(ValueError, match=r"adapter's weights do not fit its base model: RuntimeError") as told:
+        pretrained._with_adapter(wider, found.adapter, set())
+    assert "\n" not in str(told.value)
+
+
+def prepared_for(config, tokenizer, folder):
+    """(task, training rows) that the command line prepares for a model of this configuration."""
+    labels = ["dull", "fine"]
+    rows = [{"text": text, "label": labels[i % 2]} for i, text in enumerate(TEXTS)]
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    columns = ("text_column", "text_pair_column", "label_column", "template", "label_words", "prompt_column")
+    unset = dict.fromkeys((*columns, "response_column", "validation_split", "column_names", "max_train_examples"))
+    hub = dict.fromkeys(("dataset_name", "dataset_config", "train_split", "max_eval_examples"))
+    file = folder / "data.jsonl"
+    arguments = options(
+        "m", task="classification", train_file=file, validation_file=file, max_length=32, **unset, **hub
+    )
+    run = Namespace(seed=0, selector=None)
+    task, train, _ = prepare_data(arguments, tokenizer, run, Pretrained("m", config, None))
+    return task, list(train)
+
+
+def test_data_prepared_for_a_head_have_ids_in_its_order(tmp_path):
+    names = {0: "fine", 1: "dull"}
+    config = small(hf.BertConfig, id2label=names, architectures=["BertForSequenceClassification"])
+    task, rows = prepared_for(config, make_tokenizer("bert"), tmp_path)
+    assert task.model_kwargs()["id2label"] == names
+    assert [row["answer"] for row in rows] == [1, 0, 1, 0]
+
+
+def test_data_prepared_for_a_model_have_token_types_only_where_it_tells_segments_apart(tmp_path):
+    tokenizer = make_tokenizer("bert")  # which gives them
+    assert "token_type_ids" in prepared_for(small(hf.BertConfig), tokenizer, tmp_path)[1][0]
+    assert "token_type_ids" not in prepared_for(small(hf.GPT2Config), tokenizer, tmp_path)[1][0]
+
+
+def test_data_prepared_for_a_model_are_padded_with_a_token_that_it_embeds(tmp_path):
+    tokenizer = make_tokenizer("llama")
+    size = len(tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "[NEW]"})
+    task, rows = prepared_for(small(hf.LlamaConfig, vocab_size=size), tokenizer, tmp_path)
+    batch = task.collate(rows)
+    assert not batch["attention_mask"].all()
+    assert batch["input_ids"].max() < size

@@ -81,11 +81,12 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
         },
         {"torch"},
     ),
+    "extras": (set(), set()),
     "model_setup": ({"sharding"}, {"torch"}),
     "initialization": (
         {
             "section", "config", "config_auto", "schedules", "kernels", "comm", "data", "sharding", "anchor", "engine",
-            "selection", "steps", "launching", "memory", "model_setup",
+            "extras", "selection", "steps", "launching", "memory", "model_setup",
         },
         {"torch", "deepspeed"},
     ),
@@ -103,13 +104,12 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "deepspeed", "transformers", "safetensors", "peft"},
     ),
     "arguments": ({"config", "section"}, set()),
-    "extras": (set(), set()),
     "runs": (set(), set()),
     "report": ({"runs"}, {"matplotlib"}),
     "finetune": (
         {
             FACE, "config", "config_auto", "comm", "engine", "extras", "first_order", "launching", "memory", "pretrained",
-            "selection",
+            "schedules", "selection",
             "initialization", "resuming", "stopping", "summary", "tasks", "arguments", "runs", "report",
         },
         {"torch", "deepspeed", "datasets", "tqdm"},

@@ -7,7 +7,7 @@ import torch
 from deepspeed.runtime import lr_schedules
 
 from zods.config import read_config, read_first_order_config
-from zods.schedules import build_scheduler, scheduler_class
+from zods.schedules import build_scheduler, scheduler_class, with_provisional_length
 from zods.steps import ZerothOrderOptimizer
 
 NEEDED = {  # parameters without a default, and those that keep the schedules of this test short
@@ -132,7 +132,31 @@ def test_a_scheduler_that_cannot_be_made_is_refused_with_the_configuration(name,
     assert said in str(caught.value)
 
 
-def test_a_schedule_that_ends_before_the_run_is_refused():
-    read_config(config("OneCycleLR", 1e-4), 1, total_steps=20)
-    with pytest.raises(ValueError, match=r"total_steps: OneCycleLR ends after 20 steps, but --max_steps is 21"):
-        read_config(config("OneCycleLR", 1e-4), 1, total_steps=21)
+@pytest.mark.parametrize(
+    ("name", "params", "key"),
+    [
+        ("OneCycleLR", {"total_steps": 20}, "total_steps"),
+        ("WarmupDecayLR", {"total_num_steps": 20}, "total_num_steps"),
+        ("WarmupCosineLR", {"total_num_steps": 20}, "total_num_steps"),
+        ("OneCycle", {"cycle_first_step_size": 5, "cycle_second_step_size": 15}, "cycle_first_step_size"),
+    ],
+)
+def test_a_schedule_that_ends_before_the_run_is_refused(name, params, key):
+    read_config(config(name, 1e-4, **params), 1, total_steps=20)
+    read_config(config(name, 1e-4, **params), 1)
+    with pytest.raises(ValueError, match=rf"{key}: {name} ends after 20 steps, but the run has 21"):
+        read_config(config(name, 1e-4, **params), 1, total_steps=21)
+
+
+def test_a_cycle_that_ends_above_zero_may_be_shorter_than_the_run():
+    read_config(config("OneCycle", 1e-4, cycle_min_lr=1e-5), 1, total_steps=100)
+
+
+def test_with_a_provisional_length_the_rest_of_a_configuration_is_checked_before_the_steps_are_known():
+    source = config("WarmupDecayLR", 1e-4, total_num_steps="auto")
+    read_config(with_provisional_length(source), 1)
+    assert source["scheduler"]["params"]["total_num_steps"] == "auto"
+    source["zeroth_order"]["epss"] = 1
+    with pytest.raises(ValueError, match="epss") as told:
+        read_config(with_provisional_length(source), 1)
+    assert "auto" not in str(told.value)

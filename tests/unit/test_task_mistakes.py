@@ -6,7 +6,7 @@ from argparse import Namespace
 
 import datasets
 import pytest
-from tiny_tasks import CLASSES, ORDERS, REVIEWS, WORDS, make_task, make_tokenizer, reviews
+from tiny_tasks import CLASSES, OF_MODEL, ORDERS, REVIEWS, WORDS, make_task, make_tokenizer, reviews
 
 from zods.finetune import load_parts
 from zods.tasks import build_task, check_rows, check_token_ids, load_examples, read_escapes
@@ -62,7 +62,7 @@ def test_a_wrong_setting_is_an_error_that_names_it_before_any_model_is_loaded(na
         ("prompted", reviews(text=["", "b"]), "row 0: blank text"),
         ("prompted", reviews(label=[None, 1]), "row 0: no label in column 'label'"),
         ("instruction", ORDERS.select([0]).map(lambda row: {"output": " "}), "row 0: blank text in 'output'"),
-        ("instruction", reviews(), "no column 'instruction'"),
+        ("instruction", reviews(), "no columns 'instruction', 'output'"),
     ],
 )
 def test_a_wrong_row_in_held_out_data_is_an_error_that_names_row_and_value(name, data, message):
@@ -72,7 +72,7 @@ def test_a_wrong_row_in_held_out_data_is_an_error_that_names_row_and_value(name,
 
 def test_an_unlabelled_row_of_a_hub_dataset_is_an_error():
     data = reviews(label=[0, -1]).cast(CLASSES)
-    task = build_task("classification", make_tokenizer("bert"), reviews().cast(CLASSES), max_length=8)
+    task = make_task("classification", "bert", reviews().cast(CLASSES), max_length=8)
     with pytest.raises(ValueError, match=r"row 1: .*label -1; the 2 labels .* are 0 \(bad\), 1 \(good\)"):
         task.prepare(data)
 
@@ -80,10 +80,10 @@ def test_an_unlabelled_row_of_a_hub_dataset_is_an_error():
 def test_a_tokenizer_without_the_tokens_a_task_needs_is_an_error():
     tokenizer = make_tokenizer("bert")
     with pytest.raises(ValueError, match="no eos token"):
-        build_task("instruction", tokenizer, ORDERS, max_length=8)
+        build_task("instruction", tokenizer, ORDERS, max_length=8, **OF_MODEL)
     tokenizer.pad_token = None
     with pytest.raises(ValueError, match="neither a pad token nor an eos token"):
-        build_task("classification", tokenizer, REVIEWS, max_length=8)
+        build_task("classification", tokenizer, REVIEWS, max_length=8, **OF_MODEL)
 
 
 def test_mistakes_of_all_sources_are_told_at_once_by_the_lines_of_their_files(tmp_path, monkeypatch):
@@ -108,7 +108,9 @@ def test_mistakes_of_all_sources_are_told_at_once_by_the_lines_of_their_files(tm
 
 def test_a_missing_column_is_named_with_its_source_beside_the_mistakes_of_the_others():
     task = make_task("classification", "bert", reviews())
-    with pytest.raises(ValueError, match=r"dev.csv: the data has no column 'text'.*; train.csv, line 1: blank text"):
+    with pytest.raises(
+        ValueError, match=r"dev.csv: the data has no columns 'text', 'label'.*; train.csv, line 1: blank text"
+    ):
         check_rows(task, [(reviews(text=["a", ""]), "train.csv, line"), (ORDERS, "dev.csv, line")])
 
 
@@ -174,7 +176,7 @@ def test_a_pad_token_that_the_model_does_not_embed_gives_way_to_one_that_it_does
     assert task.tokenizer.pad_token_id == size
     settings = {"template": "{text} {label}"} if name == "prompted" else {}
     data = ORDERS if name == "instruction" else REVIEWS
-    task = build_task(name, task.tokenizer, data, max_length=64, num_embeddings=size, **settings)
+    task = build_task(name, task.tokenizer, data, max_length=64, **{**OF_MODEL, **settings, "num_embeddings": size})
     rows = list(task.prepare(data))
     batch = task.collate(rows)
     assert not batch["attention_mask"].all()
@@ -197,3 +199,31 @@ def test_the_classes_found_are_told_with_their_numbers(caplog):
     with caplog.at_level("INFO"):
         make_task("classification", dataset=reviews(label=["x", "y"]))
     assert "2 classes in column 'label': x (1), y (1)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "said"),
+    [
+        (
+            "classification",
+            {"text_column": "body"},
+            "train.jsonl: the data has no columns 'body', 'label'; .* are text, n$",
+        ),
+        (
+            "classification",
+            {"text_column": "n"},
+            "train.jsonl: the data has no column 'label'; .*; column 'n' must hold text",
+        ),
+        ("prompted", {"template": "{a} {b} {label}"}, "train.jsonl: the data has no columns 'a', 'b', 'label'"),
+        ("instruction", {}, "train.jsonl: the data has no columns 'instruction', 'output'; its columns are text, n$"),
+    ],
+)
+def test_all_wrong_columns_are_told_at_once_with_the_file_and_its_own_columns(
+    tmp_path, monkeypatch, name, settings, said
+):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "train.jsonl").write_text('{"text": "a", "n": 1}')
+    data = load_examples(file=tmp_path / "train.jsonl", seed=0, keep_rows=True)
+    tokenizer = make_tokenizer("llama")
+    with pytest.raises(ValueError, match=said):
+        build_task(name, tokenizer, data, max_length=8, **OF_MODEL, **settings, source="train.jsonl")

@@ -173,6 +173,52 @@ def test_row_names_of_r_are_left_out_and_said(tmp_path, caplog):
         load_examples(file=write(tmp_path / "b.csv", written.replace('"2"', '"1"')), seed=0)
 
 
+DEEP = "[" * 200_000 + "]" * 200_000
+
+
+@pytest.mark.parametrize("extension", [".jsonl", ".json"])
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ('{"text": "smile \\ud83d", "label": 0}', r"column 'text' holds half of a character, \\ud83d"),
+        ('{"text": "a", "label": {"\\udc00": 1}}', r"column 'label' holds half of a character, \\udc00"),
+        ('{"te\\ud83dxt": "a"}', r"column 'te\\ud83dxt' holds half of a character"),
+        ('{"text": ' + DEEP + "}", "inside each other, more than 100 deep"),
+        ('{"text": ' + '{"a": ' * 400 + "1" + "}" * 401, "column 'text' holds JSON .* more than 100 deep"),
+        ('{"text": "a", "__row__": 4}', "column name __row__ is reserved"),
+        ('{"__not_text__": "a"}', "column name __not_text__ is reserved"),
+    ],
+    ids=["text", "inner key", "column", "deep", "less deep", "row", "not text"],
+)
+def test_json_that_no_table_can_hold_is_named_with_its_line(tmp_path, extension, row, said):
+    rows = ['{"text": "a", "label": 0}', row]
+    text = "\n".join(rows) if extension == ".jsonl" else "[" + ",\n".join(rows) + "]"
+    with pytest.raises(ValueError, match=rf"a{extension}, line 2: .*{said}"):
+        load_examples(file=write(tmp_path / f"a{extension}", text), seed=0)
+
+
+def test_a_pair_of_surrogates_is_one_character(tmp_path):
+    path = write(tmp_path / "a.jsonl", '{"text": "\\ud83d\\ude00"}')
+    assert load_examples(file=path, seed=0)["text"][:] == ["\N{GRINNING FACE}"]
+
+
+def test_reserved_column_names_are_refused_in_a_header_too(tmp_path):
+    path = write(tmp_path / "a.csv", "text,__row__\na,1\n")
+    with pytest.raises(ValueError, match=r"a.csv, line 1: the column name __row__ is reserved"):
+        load_examples(file=path, seed=0)
+    path = write(tmp_path / "b.tsv", "a\t1\n")
+    with pytest.raises(ValueError, match=r"column_names: .* reserved"):
+        load_examples(file=path, column_names=["text", "__not_text__"], seed=0)
+
+
+@pytest.mark.parametrize(("extension", "delimiter"), [(".csv", ","), (".tsv", "\t")])
+def test_a_delimiter_at_the_end_of_each_row_does_not_make_its_first_field_a_row_name(tmp_path, extension, delimiter):
+    rows = [("text", "label"), ("Poor", "no", ""), ("Good", "yes", "")]
+    text = "\n".join(delimiter.join(f'"{field}"' if field else "" for field in row) for row in rows)
+    with pytest.raises(ValueError, match=r"line 2, 3: 3 fields\. .*remove a \w+ at the end of a line"):
+        load_examples(file=write(tmp_path / f"a{extension}", text), seed=0)
+
+
 @pytest.mark.parametrize("extension", [".csv", ".jsonl", ".json"])
 def test_a_type_that_changes_in_the_last_row_holds_for_the_whole_column(tmp_path, extension):
     rows = [{"id": i, "share": i, "flag": True, "label": i % 2} for i in range(12000)]

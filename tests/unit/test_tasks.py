@@ -35,7 +35,7 @@ from transformers import (
 
 import zods.tasks.task
 from zods.objectives import batch_loss
-from zods.tasks import build_task, load_examples
+from zods.tasks import load_examples
 from zods.tasks.prompts import Template, tokenize_continuations
 
 
@@ -234,8 +234,7 @@ def test_labels_are_the_sorted_values_or_the_names_of_the_classes():
 )
 def test_label_ids_follow_a_pretrained_head_of_the_same_classes(data, settings):
     head = ["good", "bad"]
-    tokenizer = make_tokenizer("bert")
-    task = build_task("classification", tokenizer, data, max_length=16, class_names=head, **settings)
+    task = make_task("classification", "bert", data, max_length=16, class_names=head, **settings)
     assert task.model_kwargs()["id2label"] == {0: "good", 1: "bad"}
     prepared = task.prepare(data)
     named = (
@@ -249,8 +248,15 @@ def test_label_ids_follow_a_pretrained_head_of_the_same_classes(data, settings):
 @pytest.mark.parametrize("head", [["Good", "Bad"], ["good", "bad", "other"], ["0", "1"]])
 def test_label_ids_are_sorted_where_the_head_has_other_classes(head):
     data = reviews(label=["good", "bad"])
-    task = build_task("classification", make_tokenizer("bert"), data, max_length=16, class_names=head)
+    task = make_task("classification", "bert", data, max_length=16, class_names=head)
     assert task.model_kwargs()["id2label"] == {0: "bad", 1: "good"}
+
+
+def test_made_up_class_names_of_a_head_order_data_that_are_labelled_with_them():
+    names = [f"LABEL_{i}" for i in range(12)]  # which are in another order as text
+    data = datasets.Dataset.from_dict({"text": names, "label": names[::-1]})
+    task = make_task("classification", "bert", data, class_names=names)
+    assert [row["answer"] for row in task.prepare(data)] == list(range(12))[::-1]
 
 
 def test_token_types_are_for_models_that_have_them():

@@ -48,12 +48,19 @@ def make_tokenizer(kind):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", bos_token="<s>")
 
 
+OF_MODEL = {
+    "num_embeddings": None,
+    "has_token_types": True,
+    "class_names": None,
+}  # what `build_task` is told of a model
+
+
 def make_task(name, kind="llama", dataset=None, max_length=64, **settings):
     if name == "prompted":
         settings = {"template": TEMPLATE, "label_words": WORDS, **settings}
     if dataset is None:
         dataset = ORDERS if name == "instruction" else REVIEWS
-    return build_task(name, make_tokenizer(kind), dataset, max_length=max_length, **settings)
+    return build_task(name, make_tokenizer(kind), dataset, max_length=max_length, **{**OF_MODEL, **settings})
 
 
 def labelled_text(task, batch):

@@ -34,9 +34,10 @@ def build_task(
     prompt_column: str | None = None,
     response_column: str | None = None,
     max_length: int,
-    num_embeddings: int | None = None,
-    has_token_types: bool = True,
-    class_names: Sequence[str] | None = None,
+    num_embeddings: int | None,
+    has_token_types: bool,
+    class_names: Sequence[str] | None,
+    source: str = "",
 ) -> Task:
     """Build a task for the training data, and check both before a model is loaded.
 
@@ -50,10 +51,11 @@ def build_task(
         prompt_column, response_column: of instruction, instead of a template: "{prompt}\\n{response}";
             "instruction" and "output" by default.
         max_length: of an example, in tokens.
-        num_embeddings: tokens that the model embeds, where that is known.
+        num_embeddings: tokens that the model embeds; None where that is not known.
         has_token_types: whether the model embeds token types; for classification.
-        class_names: of the head that comes with the model, for classification. Where they are those of the data, ids
-            follow the head.
+        class_names: of the head that comes with the model, for classification, or None. Where they are those of the
+            data, ids follow the head.
+        source: of the training data, as messages name it, e.g. "train.csv".
 
     Raises:
         ValueError: an unknown name, a setting that the task does not use or cannot use, a column that is not there.
@@ -80,7 +82,7 @@ def build_task(
         text_columns = (
             (text_column or "text",) if text_pair_column is None else (text_column or "text", text_pair_column)
         )
-        check_text_columns(train_dataset, text_columns)
+        _check_columns(train_dataset, source, text_columns, [label_column or "label"])
         num_special = tokenizer.num_special_tokens_to_add(pair=text_pair_column is not None)
         if max_length < num_special + len(text_columns):
             raise ValueError(
@@ -95,7 +97,7 @@ def build_task(
         parsed = Template.parse(template)
         if parsed.answer != "label":
             raise ValueError(f"template {template!r} must end with {{label}}; it ends with {{{parsed.answer}}}")
-        check_text_columns(train_dataset, parsed.columns)
+        _check_columns(train_dataset, source, parsed.columns, [label_column or "label"])
         labels = Labels.of(train_dataset, label_column or "label", label_words)
         return Prompted(tokenizer, parsed, labels, max_length, pad_id)
 
@@ -104,5 +106,12 @@ def build_task(
     elif prompt_column is not None or response_column is not None:
         raise ValueError("pass either a template, which names its columns, or prompt_column and response_column")
     parsed = Template.parse(template)
-    check_text_columns(train_dataset, [*parsed.columns, parsed.answer])
+    _check_columns(train_dataset, source, [*parsed.columns, parsed.answer])
     return Instruction(tokenizer, parsed, max_length, pad_id)
+
+
+def _check_columns(dataset: datasets.Dataset, source: str, texts: Sequence[str], others: Sequence[str] = ()) -> None:
+    try:
+        check_text_columns(dataset, texts, others)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}" if source else str(error)) from None

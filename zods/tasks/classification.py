@@ -17,7 +17,6 @@ from zods.tasks.labels import Labels
 from zods.tasks.task import (
     Columns,
     Row,
-    check_columns,
     check_rows,
     check_text_columns,
     map_rows,
@@ -60,8 +59,7 @@ class Classification:
         }
 
     def mistakes(self, dataset: datasets.Dataset) -> Iterator[tuple[int, str]]:
-        check_text_columns(dataset, self.text_columns)
-        check_columns(dataset, [self.labels.column])
+        check_text_columns(dataset, self.text_columns, [self.labels.column])
         yield from text_mistakes(dataset, self.text_columns)
         yield from self.labels.mistakes(dataset)
 

@@ -26,7 +26,6 @@ from zods.tasks.prompts import (
 from zods.tasks.task import (
     Columns,
     Row,
-    check_columns,
     check_rows,
     check_text_columns,
     map_rows,
@@ -76,8 +75,7 @@ class Prompted:
         return {}
 
     def mistakes(self, dataset: datasets.Dataset) -> Iterator[tuple[int, str]]:
-        check_text_columns(dataset, self.template.columns)
-        check_columns(dataset, [self.labels.column])
+        check_text_columns(dataset, self.template.columns, [self.labels.column])
         yield from text_mistakes(dataset, self.template.columns)
         yield from self.labels.mistakes(dataset)
 

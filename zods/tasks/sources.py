@@ -14,8 +14,8 @@ import datasets
 import pyarrow as pa
 from datasets.exceptions import DatasetGenerationError
 
-from zods.tasks.task import NOT_TEXT, ROW, code_digest
-from zods.tasks.text_files import read_table
+from zods.tasks.task import code_digest
+from zods.tasks.text_files import NOT_TEXT, ROW, read_table
 
 logger = logging.getLogger(__name__)
 
@@ -144,6 +144,8 @@ def _load_file(path: Path, column_names: Sequence[str] | None) -> datasets.Datas
         raise ValueError(f"{path}: unknown extension {extension!r}; allowed are {', '.join(FORMATS)}, also with .gz")
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
+    if column_names is not None and set(column_names) & {ROW, NOT_TEXT}:
+        raise ValueError(f"column_names: {ROW} and {NOT_TEXT} are reserved. Give other names")
     if column_names is not None and extension not in (".csv", ".tsv"):
         raise ValueError(f"column_names is for .csv and .tsv files without a header, not for {path}")
     if extension == ".parquet":

@@ -15,14 +15,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from zods.tasks.mistakes import Mistakes
+from zods.tasks.text_files import NOT_TEXT, ROW
 
 logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 Columns = dict[str, list[Any]]
 TEXT_DTYPES = ("string", "large_string")
-ROW = "__row__"  # column of a row's number in its source
-NOT_TEXT = "__not_text__"  # column of the names of a row's columns that are text, but not in this row
 TOKEN_COLUMNS = ("input_ids", "prompt", "words")  # of prepared rows
 
 
@@ -74,20 +73,25 @@ class Task(Protocol):
         """
 
 
-def check_text_columns(dataset: datasets.Dataset, columns: Sequence[str]) -> None:
-    """Raise ValueError unless all these columns are there and hold text."""
-    check_columns(dataset, columns)
-    for column in columns:
-        dtype = getattr(dataset.features[column], "dtype", None)
-        if dtype not in TEXT_DTYPES:
-            raise ValueError(f"column {column!r} must hold text; it holds {dataset.features[column]}")
+def check_text_columns(dataset: datasets.Dataset, columns: Sequence[str], others: Sequence[str] = ()) -> None:
+    """Raise ValueError, with all that is wrong, unless all these columns are there and `columns` hold text."""
+    wrong = [
+        f"column {column!r} must hold text; it holds {dataset.features[column]}"
+        for column in dict.fromkeys(columns)
+        if column in dataset.column_names and getattr(dataset.features[column], "dtype", None) not in TEXT_DTYPES
+    ]
+    missing = [column for column in dict.fromkeys([*columns, *others]) if column not in dataset.column_names]
+    if missing:
+        named = f"column{'s' * (len(missing) > 1)} {', '.join(map(repr, missing))}"
+        given = ", ".join(name for name in dataset.column_names if name not in (ROW, NOT_TEXT))
+        wrong.insert(0, f"the data has no {named}; its columns are {given}")
+    if wrong:
+        raise ValueError("; ".join(wrong))
 
 
 def check_columns(dataset: datasets.Dataset, columns: Sequence[str]) -> None:
     """Raise ValueError unless all these columns are there."""
-    for column in columns:
-        if column not in dataset.column_names:
-            raise ValueError(f"the data has no column {column!r}; its columns are {', '.join(dataset.column_names)}")
+    check_text_columns(dataset, (), columns)
 
 
 def check_rows(task: Task, sources: Sequence[tuple[datasets.Dataset, str]]) -> None:

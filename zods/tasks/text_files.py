@@ -32,6 +32,12 @@ from zods.tasks.mistakes import Mistakes, listed
 
 csv.field_size_limit(sys.maxsize)
 
+ROW = "__row__"  # column of a row's number in its source
+NOT_TEXT = "__not_text__"  # column of the names of a row's columns that are text, but not in this row
+RESERVED = (ROW, NOT_TEXT)
+DEEPEST = 100
+TOO_DEEP = f"JSON lists or objects inside each other, more than {DEEPEST} deep"
+
 
 @dataclass(frozen=True)
 class Table:
@@ -261,16 +267,19 @@ def _has_row_names(reading: _Reading) -> bool:
     """Whether the file is as R's write.table writes it: the first column, of row names, has no name in the header.
 
     Strings and row names are quoted there, so that a file whose texts hold unquoted delimiters is not mistaken for one.
+    A last field that is blank in every row is no column: each row ends with a delimiter.
     """
     assert reading.header is not None
     if not reading.header.quoted or list(reading.sizes) != [len(reading.header.fields) + 1]:
         return False
     names = set()
+    last_is_blank = True
     for record in _rows_of(reading):
         if not record.quoted or record.fields[0] in names:
             return False
         names.add(record.fields[0])
-    return True
+        last_is_blank = last_is_blank and not record.fields[-1].strip()
+    return not last_is_blank
 
 
 def _check_fields(path: Path, reading: _Reading, names: Sequence[str], width: int, delimiter: str) -> None:
@@ -293,6 +302,9 @@ def _check_fields(path: Path, reading: _Reading, names: Sequence[str], width: in
 
 def _header_names(path: Path, header: _Record) -> list[str]:
     names = [name if name.strip() else f"Unnamed: {place}" for place, name in enumerate(header.fields)]
+    reserved = [name for name in RESERVED if name in names]
+    if reserved:
+        raise ValueError(f"{path}, line {header.line}: the column name {reserved[0]} is reserved. Rename the column")
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(
@@ -347,10 +359,39 @@ def _json_lines(path: Path, mistakes: Mistakes) -> Iterator[tuple[int, dict[str,
         except json.JSONDecodeError as error:
             mistakes.add(f"{path}, line", number, f"malformed JSON: {error.msg} at column {error.colno}")
             continue
-        if isinstance(row, dict):
-            yield number, row
+        except RecursionError:
+            mistakes.add(f"{path}, line", number, TOO_DEEP)
+            continue
+        if wrong := _unusable_row(row):
+            mistakes.add(f"{path}, line", number, wrong)
         else:
-            mistakes.add(f"{path}, line", number, f"a JSON {type(row).__name__}, not an object")
+            yield number, row
+
+
+def _unusable_row(row: Any) -> str:
+    """What keeps a JSON value from being a row; empty where it is one."""
+    if not isinstance(row, dict):
+        return f"a JSON {type(row).__name__}, not an object"
+    for name, value in row.items():
+        if name in RESERVED:
+            return f"the column name {name} is reserved"
+        if flaw := _flaw([name, value]):
+            return f"column {name!a} holds {flaw}"
+    return ""
+
+
+def _flaw(value: Any, depth: int = 0) -> str:
+    """What no table can hold of a JSON value: a lone surrogate, or too deep a nesting; empty where there is nothing."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            return f"half of a character, \\u{ord(value[error.start]):04x}, which is no text"
+        return ""
+    if depth > DEEPEST:
+        return TOO_DEEP
+    inner = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return next(filter(None, (_flaw(item, depth + 1) for item in inner)), "")
 
 
 def _list_items(path: Path, mistakes: Mistakes) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -363,10 +404,10 @@ def _list_items(path: Path, mistakes: Mistakes) -> Iterator[tuple[int, dict[str,
         while more:
             row, end = decoder.raw_decode(text, place)
             line, counted = line + text.count("\n", counted, place), place
-            if isinstance(row, dict):
-                yield line, row
+            if wrong := _unusable_row(row):
+                mistakes.add(f"{path}, line", line, wrong)
             else:
-                mistakes.add(f"{path}, line", line, f"a JSON {type(row).__name__}, not an object")
+                yield line, row
             place = _after_space(text, end)
             more = text[place : place + 1] == ","
             if more:
@@ -377,6 +418,8 @@ def _list_items(path: Path, mistakes: Mistakes) -> Iterator[tuple[int, dict[str,
             raise json.JSONDecodeError("Extra data after the list", text, _after_space(text, place + 1))
     except json.JSONDecodeError as error:
         mistakes.add(f"{path}, line", error.lineno, f"malformed JSON: {error.msg} at column {error.colno}")
+    except RecursionError:
+        mistakes.add(f"{path}, line", text.count("\n", 0, place) + 1, TOO_DEEP)
 
 
 def _after_space(text: str, place: int) -> int:
@@ -393,11 +436,13 @@ def _refuse_one_object(path: Path, extension: str, first: str) -> None:
         is_lines = extension == ".jsonl" or sum(1 for line in _lines(path) if line.strip()) > 1
     except json.JSONDecodeError:
         is_lines = False
+    except RecursionError:
+        return  # told when the rows are read
     if is_lines:
         return
     try:
         value = json.loads("".join(_lines(path)))
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, RecursionError):
         return  # lines, some of which are malformed
     if isinstance(value, dict):
         keys = ", ".join(map(repr, list(value)[:5])) + (", ..." if len(value) > 5 else "")

@@ -3,10 +3,12 @@
 import sys
 
 from zods.comm import end_process
-from zods.launching import connect_ranks, report_failure
+from zods.launching import connect_ranks, environment_rank, report_failure
 
 
 def start(way: str) -> None:
+    if way == "one rank, before they are connected" and environment_rank() == 1:
+        raise ValueError("no such device")
     comm = connect_ranks()
     if way == "disagreement":
         comm.check_agreement(str(comm.rank).encode(), "the model")

@@ -13,6 +13,7 @@ from torch import nn
 
 import zods
 from tests.distributed.models import Tiny, collate, configuration, tiny_data
+from zods import extras
 from zods.comm import end_process
 
 MEZO = {"method": "mezo"}
@@ -70,6 +71,7 @@ def mistakes(output):
         "empty dataset": lambda: start(configuration(8, **MEZO), data=[]),
         "too few examples": lambda: start(configuration(8, **MEZO), data=tiny_data()[:5]),
         "no dataset": lambda: zods.initialize(model=Tiny(), config=configuration(8, method="mezo_svrg")),
+        "no package": lambda: start(configuration(8, top={"comet": {"enabled": True}}, **MEZO)),
         "no such file": lambda: start(str(output / "no.json")),
         "another model": lambda: start(configuration(8, **MEZO), model=Wider()).load_checkpoint(checkpoint),
         "truncated checkpoint": lambda: start(configuration(8, **MEZO)).load_checkpoint(truncated),
@@ -90,6 +92,7 @@ def prepare(output):
 
 
 def main(output, name=None):
+    extras.MONITORS["comet"] = ("no_such_monitor", "no_such_monitor")
     if name is not None:
         mistakes(output)[name]()
         return
