@@ -87,7 +87,8 @@ class Evaluator:
         rechecks: compare a stack with a separate forward, on all ranks together; see `_rechecked`.
         """
         batch = self._forwards.without_cache(batch)
-        if self.evaluation is None or self._forwards.at.has_new_hooks():
+        self._forwards.at.move_new_hooks()
+        if self.evaluation is None:
             self.evaluation = self._choose(batch)
         at = [point for point in points if point is not None]
         if len(at) < max(len(points), 2):

@@ -172,14 +172,15 @@ class PerturbedForward:
         """None of a stream's copies is in place while it waits."""
         self._stream, self._live = stream, {}
 
-    def has_new_hooks(self) -> bool:
-        """Whether the model's user has registered hooks since it was observed."""
-        number, before = self._count_hooks(), self._num_hooks
-        self._num_hooks = number
-        return number > before and any(map(_users_hooks, self._held))
-
-    def _count_hooks(self) -> int:
-        return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in self._held)
+    def move_new_hooks(self) -> None:
+        """Have hooks that the model's user has registered since run inside their module's forward too. This rank alone."""
+        number = sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in self._held)
+        if number != self._num_hooks:
+            self._num_hooks = number
+            for module in self._held:
+                if _users_hooks(module):
+                    self._wrap(module)
+                    self._wrapped[module].move_hooks()
 
     @contextmanager
     def observing(self) -> Iterator[None]:
@@ -188,11 +189,7 @@ class PerturbedForward:
         A module that reads another's parameter itself (a head tied by hand, torch's MultiheadAttention with its output
         projection) puts that in place too from then on. Hooks of the model's user run inside their module's forward.
         """
-        for module in self._held:
-            if _users_hooks(module):
-                self._wrap(module)
-                self._wrapped[module].move_hooks()
-        self._num_hooks = self._count_hooks()
+        self.move_new_hooks()
         observer = Observer(self._held, sharded=self._sharded)
         with observer:
             yield
