@@ -40,7 +40,7 @@ ASKED = {  # by ranks; a forward under ZeRO-3 takes long
     ],
     2: [("first", "two pairs"), ("longer", "drifted"), ("last, of one", "stored elsewhere")],
 }
-LOCKSTEP = {1: {"t5"}, 2: {"t5", "mamba"}}  # by ranks; on 2 they are sharded
+LOCKSTEP = {1: {"t5"}, 2: {"t5", "bert, masked", "mamba"}}  # by ranks; on 2 they are sharded
 
 
 class Found(NamedTuple):

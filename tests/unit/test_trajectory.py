@@ -71,7 +71,7 @@ def test_a_first_order_run_records_its_optimizer_and_no_zeroth_order_step_size(t
     path = write(tmp_path / "log", [run, Step(0, 0.5, 3e-4, None)])
     assert read_log(path).records[0] == run
     assert run.to_json()["optimizer"] == optimizer
-    assert run.to_json()["zeroth_order"] == {"seed": 7, "selector": None}
+    assert run.to_json()["zeroth_order"] == {"seed": 7, "selector": None, "loss_mean": "tokens"}
     assert (
         run.describes()
         != Run(0, section, 8, 2, {"zero_stage": 3}, {"type": "AdamW", "params": {"lr": 1e-4}}).describes()
