@@ -21,11 +21,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-import zods.finetune
+import zods
 from tests.distributed.models import Tiny, configuration, opt_data, tiny_data, tiny_opt, whole
 from tests.distributed.ranks import ENVIRONMENT, REPOSITORY, run_ranks
 from tests.distributed.zoo import ZOO, zoo_batch
 from tests.reference.replay import replayed
+from zods import pretrained
 from zods.config import read_config
 from zods.kernels import fingerprint
 from zods.resuming import INITIAL, LOG_NAME
@@ -141,8 +142,12 @@ def loaded(kind: str, bases: Path, config: dict[str, Any]) -> tuple[nn.Module, l
         auto_class=lambda: cls,
         model_kwargs=lambda: {"num_labels": 3} if base == "bert" else {},
     )
-    arguments = Namespace(model=bases / base, trust_remote_code=False, lora_rank=2 if adapters else None)
-    return zods.finetune.load_model(arguments, read_config(config, torch.distributed.get_world_size()), task)
+    rank = 2 if adapters else None
+    arguments = Namespace(
+        model=str(bases / base), trust_remote_code=False, lora_rank=rank, lora_target_modules=None, num_epochs=1
+    )
+    run = read_config(config, torch.distributed.get_world_size())
+    return pretrained.load_model(arguments, run, task, pretrained.find_model(arguments))
 
 
 def data_of(kind: str) -> list[dict[str, Tensor]]:
@@ -184,7 +189,7 @@ def rank_of_runs(folder: Path, names: list[str]) -> None:
         save(engine, run / "start.safetensors")
         engine.resume(run, new=new)
         if new and engine.global_rank == 0:
-            zods.finetune.save_configuration(model, run / INITIAL.parent)
+            pretrained.save_configuration(model, run / INITIAL.parent)
         for step in range(engine.global_steps, engine.global_steps + STEPS):
             if kind == "fragile":
                 break_some(engine)
