@@ -32,7 +32,7 @@ ENVIRONMENT = {  # of every rank
 PRELOADED = ["pytest", "torch", "torch._dynamo", "deepspeed", "zods", "tests.distributed.models"]
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
+def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 300.0) -> list[Any]:
     """`function(*args)` on `world_size` ranks, processes of one torch thread with an initialised gloo group.
 
     function: of a module's top level; what it takes and returns is pickled. Returns each rank's return value, in rank
@@ -128,7 +128,7 @@ def _rank(rank: int, world_size: int, folder: str, port: int, pipe: Any, functio
         os._exit(1)  # the other ranks may be gone, or wait in a collective
 
 
-def launch(script: Path, *args: Any, num_gpus: int = 2, timeout: float = 120.0) -> tuple[int, str]:
+def launch(script: Path, *args: Any, num_gpus: int = 2, timeout: float = 300.0) -> tuple[int, str]:
     """Run `script` through the `deepspeed` launcher on this host: (exit code, what all ranks wrote).
 
     The test fails where it takes longer than `timeout` seconds; the launcher and its ranks are killed then.
