@@ -203,7 +203,8 @@ class ChooseForm:
         if logits is None:
             return "the model gives no logits"
         others = other_labels(batch, logits)
-        for given, of_given in ((batch, outputs), *((other, f.outputs(other)) for other in others)):
+        # all forwards first, whatever one of them shows: other ranks make them too, and gather with this one
+        for given, of_given in ((batch, outputs), *[(other, f.outputs(other)) for other in others]):
             try:
                 own, from_logits = f.own_and_logits_loss(of_given, given)
             except ValueError:
