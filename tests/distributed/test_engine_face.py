@@ -317,7 +317,7 @@ def rank_of_checkpoints(folder: Path, stage: int) -> dict[str, Any]:
     top = {
         "scheduler": {"type": "WarmupLR", "params": {"warmup_min_lr": 0.0, "warmup_max_lr": 0.1, "warmup_num_steps": 9}}
     }
-    section = {**SVRG, "stage": stage, "top": top}
+    section = {**SVRG, "lr": 0.1, "stage": stage, "top": top}
     engine = build(Tiny(), tiny_data(), **section)
     found: dict[str, Any] = {"nothing": engine.load_checkpoint(folder / "empty"), "warned": list(said)}
     train(engine, tiny_data(), range(1))
