@@ -7,6 +7,7 @@ them started is a run of one rank. Used by `zods.initialize` and `zods.finetune`
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import socket
 import sys
@@ -17,7 +18,10 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 
+from zods import build_locks
 from zods.comm import Board, Communicator, Disagreement, RankFailure, is_connected
+
+logger = logging.getLogger(__name__)
 
 TORCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # Processes that mpirun (Open MPI, MPICH and Intel MPI, MVAPICH) or srun started; not set in a batch script itself.
@@ -39,6 +43,8 @@ def connect_ranks(distributed_port: int = 29500, dist_init_required: bool | None
     """
     if not is_connected() and dist_init_required is not False:
         _prepare_environment()
+    if environment_rank() == 0 or os.environ.get("LOCAL_RANK") == "0":  # one rank of each machine
+        report_stale_locks()
     deepspeed.init_distributed(
         get_accelerator().communication_backend_name(),
         distributed_port=distributed_port,
@@ -46,6 +52,18 @@ def connect_ranks(distributed_port: int = 29500, dist_init_required: bool | None
         verbose=False,
     )
     return Communicator(torch.device(get_accelerator().current_device_name()))
+
+
+def report_stale_locks() -> None:
+    """Name the locks that killed builds left: the ranks would wait for them in silence."""
+    for lock, process in build_locks.holders().items():
+        if process is None:
+            logger.error(
+                "%s: no process of this machine holds it. A build of %s was killed and left it, and the ranks wait for it when "
+                "they need that operator. Remove the file, unless another machine builds there.",
+                lock,
+                lock.parent.name,
+            )
 
 
 def _prepare_environment() -> None:

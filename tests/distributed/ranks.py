@@ -20,6 +20,8 @@ from typing import Any
 
 import pytest
 
+from zods import build_locks
+
 REPOSITORY = Path(__file__).parents[2]
 ENVIRONMENT = {  # of every rank
     "DS_ACCELERATOR": "cpu",
@@ -166,7 +168,13 @@ def run_command(command: list[str], cwd: Path, timeout: float, **variables: str)
 
 @contextmanager
 def master_port() -> Iterator[int]:
-    """A free port; DeepSpeed's CPU operator leaves 69 MB of shared memory per rank that bear its number."""
+    """A free port; DeepSpeed's CPU operator leaves 69 MB of shared memory per rank that bear its number.
+
+    Removes locks that a killed test left of a build, for the ranks would wait for them.
+    """
+    for lock, process in build_locks.holders().items():
+        if process is None:
+            lock.unlink(missing_ok=True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

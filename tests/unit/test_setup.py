@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from zods.launching import report_stale_locks
+
 REPOSITORY = Path(__file__).parents[2]
 NEEDED = ("bash", "cat", "cut", "dirname", "env", "grep", "head", "id", "mkdir", "rm", "sha256sum", "touch")
 
@@ -110,8 +112,10 @@ remove_stale_locks(Path({str(folder)!r}))
     return subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stderr
 
 
-def test_a_lock_that_a_killed_build_left_is_removed_and_that_of_a_living_one_stays(tmp_path: Path):
-    """The locks are taken as torch takes them."""
+def test_a_lock_that_a_killed_build_left_is_reported_and_removed_and_that_of_a_living_one_stays(
+    tmp_path: Path, monkeypatch, caplog
+):
+    """A run reports it, the setup removes it. The locks are taken as torch takes them."""
     from torch.utils.file_baton import FileBaton
 
     (tmp_path / "living_op").mkdir()
@@ -123,6 +127,10 @@ def test_a_lock_that_a_killed_build_left_is_removed_and_that_of_a_living_one_sta
     )
     subprocess.run([sys.executable, "-c", script, tmp_path / "killed_op" / "lock"], check=False)
     assert (tmp_path / "killed_op" / "lock").exists()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    report_stale_locks()
+    (told,) = caplog.messages  # of the killed build only
+    assert told.startswith(f"{tmp_path / 'killed_op' / 'lock'}: no process of this machine holds it.")
     said = locks(tmp_path)
     assert f"removing {tmp_path / 'killed_op' / 'lock'}" in said
     assert f"waiting for process {os.getpid()}, which builds living_op" in said
