@@ -68,6 +68,12 @@ class WrappedForward:
             del self._module.forward
 
 
+def is_wrapped(model: torch.nn.Module) -> bool:
+    """Whether the forward of some module of `model` is wrapped."""
+    forwards = (vars(module).get("forward") for module in model.modules())
+    return any(isinstance(forward, WrappedForward) and forward._run is not None for forward in forwards)
+
+
 class MovedHook:
     """A hook that runs inside the wrapped forward. Where torch calls it, around the forward, it does nothing.
 

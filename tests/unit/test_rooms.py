@@ -87,7 +87,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "initialization": (
         {
             "section", "config", "config_auto", "schedules", "kernels", "comm", "data", "sharding", "anchor", "engine",
-            "extras", "selection", "steps", "launching", "memory", "model_setup",
+            "extras", "selection", "steps", "launching", "memory", "model_setup", "wrapping",
         },
         {"torch", "deepspeed"},
     ),
