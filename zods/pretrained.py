@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import copy
 import logging
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -341,7 +342,8 @@ def _with_adapter(model: Any, adapter: str, new: set[str]) -> Any:
     with _one_line(f"--model {adapter}: the adapter cannot be put into its base model"):
         config = peft.PeftConfig.from_pretrained(adapter)
         config.inference_mode = False
-        model = peft.get_peft_model(model, config)
+        with _same_compilers():
+            model = peft.get_peft_model(model, config)
         weights = peft.load_peft_weights(adapter, device="cpu")
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     untrained = sorted(new - {name_in_files(name.replace(".modules_to_save.default.", ".")) for name in trained})
@@ -362,6 +364,22 @@ def _with_adapter(model: Any, adapter: str, new: set[str]) -> Any:
             f"{'in the adapter only' if result.unexpected_keys else 'not in the adapter'}."
         )
     return model
+
+
+@contextmanager
+def _same_compilers() -> Iterator[None]:
+    """Restore CC and CXX: torch would build DeepSpeed's operators anew, for minutes, with another compiler.
+
+    PEFT 0.21 leaves both at gcc where its CUDA extension for BOFT cannot be built.
+    """
+    before = {name: os.environ.get(name) for name in ("CC", "CXX")}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 def save_configuration(model: Any, folder: Path) -> None:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.distributed.ranks import ENVIRONMENT, REPOSITORY, master_port
+from tests.distributed.ranks import REPOSITORY, environment_of_ranks, master_port
 
 SCRIPT = Path(__file__).parent / "scripts" / "faulty.py"
 MODEL = REPOSITORY / "launch" / "quickstart" / "model"
@@ -124,13 +124,12 @@ def command(folder: Path, cell: Cell) -> list[str]:
 
 def start(folder: Path, cell: Cell, *, strike: bool, timeout: float = 150.0) -> Started:
     """One start of the command line through the launcher, to its end, and to that of every process it has made."""
-    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(REPOSITORY)}
     began = time.monotonic()
     deepspeed = str(Path(sys.executable).parent / "deepspeed")
     with master_port() as port, open(folder / "output", "w+") as output:
         process = subprocess.Popen(
             [deepspeed, "--num_gpus", "2", "--master_port", str(port), *command(folder, cell)],
-            env=environment,
+            env=environment_of_ranks(),
             cwd=folder,
             stdout=output,
             stderr=subprocess.STDOUT,

@@ -30,6 +30,7 @@ ENVIRONMENT = {  # of every rank
     "HF_HUB_OFFLINE": "1",
     "PYTHONWARNINGS": "ignore",
 }
+COMPILERS = {name: os.environ.get(name) for name in ("CC", "CXX")}
 # Ranks are forked from a server that has imported these, and done nothing else: importing them takes seconds.
 PRELOADED = ["pytest", "torch", "torch._dynamo", "deepspeed", "zods", "tests.distributed.models"]
 
@@ -42,6 +43,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
     seconds. No process is left behind.
     """
     os.environ.update(ENVIRONMENT)
+    restore_compilers()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory() as folder, master_port() as port:
@@ -146,12 +148,10 @@ def run_command(command: list[str], cwd: Path, timeout: float, **variables: str)
 
     The test fails where it takes longer than `timeout` seconds; all processes of its session are killed then.
     """
-    environment = {**os.environ, **ENVIRONMENT, **variables}
-    environment["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
     process = subprocess.Popen(
         command,
         cwd=cwd,
-        env=environment,
+        env=environment_of_ranks(**variables),
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -164,6 +164,26 @@ def run_command(command: list[str], cwd: Path, timeout: float, **variables: str)
         output, _ = process.communicate()
         pytest.fail(f"{' '.join(command)} still ran after {timeout} s. It said:\n{output[-4000:]}", pytrace=False)
     return process.returncode, output
+
+
+def environment_of_ranks(**variables: str) -> dict[str, str]:
+    """The environment of a launcher's command: this process's, that of ranks, and `variables`."""
+    restore_compilers()
+    environment = {**os.environ, **ENVIRONMENT, **variables}
+    environment["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return environment
+
+
+def restore_compilers() -> None:
+    """Have ranks build with the compiler of before: with another one they would build DeepSpeed's operators anew.
+
+    PEFT 0.21 leaves CC and CXX at gcc where its CUDA extension for BOFT cannot be built.
+    """
+    for name, value in COMPILERS.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 @contextmanager

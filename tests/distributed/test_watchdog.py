@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from tests.distributed.ranks import ENVIRONMENT, PRELOADED, launch, master_port, run_ranks
+from tests.distributed.ranks import ENVIRONMENT, PRELOADED, launch, master_port, restore_compilers, run_ranks
 from zods.comm import Communicator
 from zods.watchdog import AGAIN, EXIT_CODE, Answer, Watchdog, verdict
 
@@ -45,6 +45,7 @@ def end_of(
     store: "file" or "tcp", which rank 0's process keeps. between: called with the processes' ids once all have started.
     """
     os.environ.update(ENVIRONMENT)
+    restore_compilers()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     with master_port() as port:

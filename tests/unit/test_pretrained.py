@@ -1,6 +1,7 @@
 """What a model's configuration tells before it is loaded: classes, token types, an adapter's base, and whether it is causal."""
 
 import json
+import os
 from argparse import Namespace
 
 import pytest
@@ -224,15 +225,16 @@ def test_adapters_go_into_the_modules_that_are_named_and_an_unknown_one_is_an_er
         trained("up_proj", "o_prj")
 
 
-def save_adapter(folder, task, *, classes=2, task_type=None, whole=None):
-    """A base without a head and an adapter on it, in `folder`; returns what `find_model` finds."""
+def save_adapter(folder, task, *, classes=2, task_type=None, whole=None, settings=None):
+    """A base without a head and an adapter on it (settings: default LoRA), in `folder`; returns what `find_model` finds."""
     peft = pytest.importorskip("peft")
     config = small(hf.LlamaConfig, pad_token_id=0)
     hf.AutoModel.from_config(config).save_pretrained(folder / "base")
     config.num_labels = classes
     model = task.auto_class().from_config(config)
-    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=whole, task_type=task_type)
-    peft.get_peft_model(model, lora).save_pretrained(folder / "adapter")
+    if settings is None:
+        settings = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=whole, task_type=task_type)
+    peft.get_peft_model(model, settings).save_pretrained(folder / "adapter")
     path = folder / "adapter" / "adapter_config.json"
     described = {**json.loads(path.read_text()), "base_model_name_or_path": str(folder / "base")}
     path.write_text(json.dumps(described))
@@ -331,3 +333,18 @@ def test_data_prepared_for_a_model_are_padded_with_a_token_that_it_embeds(tmp_pa
     batch = task.collate(rows)
     assert not batch["attention_mask"].all()
     assert batch["input_ids"].max() < size
+
+
+def test_an_adapter_leaves_the_compilers_as_they_are(tmp_path, monkeypatch):
+    """BOFT's too, for which peft builds an extension with gcc: DeepSpeed's operators would be built anew with it."""
+    peft = pytest.importorskip("peft")
+    task = make_task("classification", "bert")
+    settings = peft.BOFTConfig(boft_block_size=4, target_modules=["q_proj"], modules_to_save=["score"])
+    monkeypatch.setenv("CC", "cc")
+    monkeypatch.setenv("CXX", "c++")
+    found = save_adapter(tmp_path, task, settings=settings)
+    monkeypatch.setenv("CC", "cc")  # saving the adapter has changed them
+    monkeypatch.delenv("CXX")
+    model, info = task.auto_class().from_pretrained(found.base, output_loading_info=True, **task.model_kwargs())
+    pretrained._with_adapter(model, found.adapter, set(info["missing_keys"]))
+    assert (os.environ.get("CC"), os.environ.get("CXX")) == ("cc", None)

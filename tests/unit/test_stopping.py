@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tests.distributed.ranks import ENVIRONMENT, REPOSITORY, master_port
+from tests.distributed.ranks import REPOSITORY, environment_of_ranks, master_port
 from zods.stopping import StopRequest
 
 SCRIPT = REPOSITORY / "tests" / "distributed" / "scripts" / "stopping.py"
@@ -22,8 +22,7 @@ RUN = "import subprocess, sys; subprocess.run([sys.executable, *sys.argv[1:]])"
 @contextmanager
 def started(*command: str) -> Iterator[subprocess.Popen]:
     """The process, in a session of its own that is killed at the end."""
-    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(REPOSITORY)}
-    process = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, env=environment_of_ranks(), start_new_session=True, stdout=subprocess.DEVNULL)
     try:
         yield process
     finally:
