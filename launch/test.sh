@@ -1,7 +1,15 @@
 #!/usr/bin/env bash
-# Set everything up and pass the tests: lint, formatting, types, then pytest. Further arguments go to pytest.
+# Set everything up and pass the tests: lint, formatting, types, then pytest.
+#   --fast  the unit tests only
+#   --all   every test: also those marked slow or zoo
+# Further arguments go to pytest.
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh" test
+tier=()
+case "${1:-}" in
+  --fast) shift && tier=(tests/unit) ;;
+  --all) shift && tier=(-m "") ;;
+esac
 ruff check . >&2
 ruff format --check . >&2
 mypy >&2
-python -m pytest "$@"
+python -m pytest "${tier[@]}" "$@"

@@ -143,7 +143,10 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
     return folder, first
 
 
-@pytest.fixture(scope="module", params=[1, 2, 3], ids=lambda n: f"on-{n}-ranks")
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(n, id=f"on-{n}-ranks", marks=pytest.mark.slow if n == 2 else []) for n in (1, 2, 3)],
+)
 def resumed(request: pytest.FixtureRequest, saved: Any) -> tuple[int, dict[str, Any]]:
     ranks = run_ranks(request.param, rank_of_resumers, saved[0])
     assert all(rank == ranks[0] for rank in ranks)
@@ -453,7 +456,9 @@ def rank_of_flips(folder: Path, at: Path) -> dict[str, Any]:
     return {"said": said, "unchanged": unchanged, "loads": engine.global_steps}
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize(
+    "world_size", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)]
+)
 def test_one_flipped_bit_anywhere_in_the_files_is_an_error_on_all_ranks_that_names_file_and_tensor(
     saved, tmp_path, world_size
 ):

@@ -90,7 +90,10 @@ WAYS = {  # way: (what is said, exit code, exception of the traceback)
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+DEFAULT = {"disagreement", "one rank, and the other waits for it"}
+
+
+@pytest.mark.parametrize("way", [pytest.param(way, marks=[] if way in DEFAULT else pytest.mark.slow) for way in WAYS])
 def test_a_failed_start_is_told_in_one_line_by_one_rank(way):
     said, code, traceback = WAYS[way]
     returned, output = launch(SCRIPT, way)

@@ -121,7 +121,9 @@ def test_a_resumed_run_ends_where_the_undisturbed_one_did(folder, run):
 SELECT = ("--select", "4/8", "--source_column", "label", "--max_steps", "4", "--lr", "1e-3")
 
 
-@pytest.mark.parametrize("lora", [(), ("--lora_rank", "2")], ids=["whole", "lora"])
+@pytest.mark.parametrize(
+    "lora", [pytest.param((), marks=pytest.mark.slow), ("--lora_rank", "2")], ids=["whole", "lora"]
+)
 def test_first_order_training_with_selection_resumes_where_it_was(folder, lora, tmp_path):
     first_order = ("--optimizer", "adamw", *SELECT, *lora)
     code, output = finetune(

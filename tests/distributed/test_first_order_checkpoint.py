@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 from collections.abc import Callable
@@ -125,9 +126,16 @@ def rank_of_savers(folder: Path, stage: int, bf16: bool) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("stage", [0, 1, 3])
-@pytest.mark.parametrize("world_size", [1, 2])
+DEFAULT = {(1, 0, False), (2, 1, False), (2, 3, True)}
+
+
+@pytest.mark.parametrize(
+    ("world_size", "stage", "bf16"),
+    [
+        pytest.param(*case, marks=[] if case in DEFAULT else pytest.mark.slow)
+        for case in itertools.product([1, 2], [0, 1, 3], [False, True])
+    ],
+)
 def test_checkpoints_resume_to_the_bit_and_a_file_with_code_in_it_is_refused_and_not_run(
     tmp_path, world_size, stage, bf16
 ):

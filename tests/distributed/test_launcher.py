@@ -102,7 +102,7 @@ def test_every_mistake_of_the_script_is_expected(told):
     assert set(told[0]) == set(EXPECTED)
 
 
-@pytest.mark.parametrize("mistake", ["unknown key", "no loss"])
+@pytest.mark.parametrize("mistake", ["unknown key", pytest.param("no loss", marks=pytest.mark.slow)])
 def test_a_run_with_a_mistake_ends_soon_with_its_text_and_an_exit_code(tmp_path, mistake):
     code, output = launch(SCRIPTS / "mistakes.py", tmp_path, mistake, timeout=90)
     assert code != 0

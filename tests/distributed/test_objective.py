@@ -190,7 +190,10 @@ def dense_steps(kind: str, mean: str, svrg: bool) -> list[tuple[float, float]]:
     return found
 
 
-@pytest.fixture(scope="module", params=[1, 2, 4], ids=lambda n: f"{n}-ranks")
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(n, id=f"{n}-ranks", marks=pytest.mark.slow if n == 4 else []) for n in (1, 2, 4)],
+)
 def ranks(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     return run_ranks(request.param, rank_of_cases, timeout=400)
 

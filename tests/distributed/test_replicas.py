@@ -132,7 +132,7 @@ def rank_of_one(name: str, folder: Path) -> dict[str, Any]:
     return seen(engine)
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [pytest.param("mezo", marks=pytest.mark.slow), *list(RUNS)[1:]])
 def test_a_replica_that_starts_late_joins_and_all_end_with_the_same_bits(name, tmp_path):
     store = store_address()
     leader, joiner = at_once(

@@ -292,7 +292,10 @@ def rank_of_others(folder: Path, at: dict[str, dict[str, Path]]) -> dict[str, di
     return found
 
 
-@pytest.fixture(scope="module", params=[1, 3, 4], ids=lambda n: f"on-{n}-ranks")
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(n, id=f"on-{n}-ranks", marks=pytest.mark.slow if n == 4 else []) for n in (1, 3, 4)],
+)
 def others(request: pytest.FixtureRequest, runs: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder, at = tmp_path_factory.mktemp("others"), {}
     for name in RUNS:

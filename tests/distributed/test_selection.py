@@ -31,6 +31,7 @@ from zods.trajectory.log import read_log
 from zods.trajectory.records import Step
 
 WORLDS = (1, 2, 3, 4)
+SLOW = pytest.mark.slow
 
 
 # --- the distributed greedy on given features ---
@@ -90,7 +91,7 @@ def choose_on_ranks() -> list[tuple[Any, Any, int]]:
     return results
 
 
-@pytest.mark.parametrize("world_size", WORLDS)
+@pytest.mark.parametrize("world_size", [pytest.param(n, marks=SLOW if n in (2, 4) else []) for n in WORLDS])
 def test_the_same_ids_on_any_number_of_ranks(world_size: int):
     """Uneven and empty shards, ties, duplicates, permuted owners: gains and weights, too, to the bit."""
     of_ranks = run_ranks(world_size, choose_on_ranks)
@@ -165,29 +166,35 @@ def zeroth_order_steps(steps: int, options: dict[str, Any]) -> tuple[list[list[i
 
 VARIANTS: list[dict[str, Any]] = [
     {},
-    {"stage": 0},
     {"offload": "cpu"},
     {"lora": True},
-    {"selector": {"features": "zo"}},
     {"selector": {"features": "zo", "two_sided": False, "source_column": None, "num_clusters": 3}},
     {"selector": {"features": "paper", "metric": "l1"}},
     {"selector": {"metric": "cosine", "weights": "cluster"}},
+    {"selector": {"warmup_steps": 2, "interval": 2}},
+    {"method": "mezo_svrg", "anchor_interval": 2, "anchor": {"point": "terms", "gradient": "terms"}},
+    {"method": "mezo_svrg", "anchor_interval": 2, "spoilt": True},
+]
+FURTHER: list[dict[str, Any]] = [
+    {"stage": 0},
+    {"selector": {"features": "zo"}},
     {"selector": {"strategy": "stochastic_greedy"}},
     {"selector": {"strategy": "highest_loss"}},
     {"selector": {"strategy": "longest"}},
     {"selector": {"strategy": "structured_random", "interval": 2}},
-    {"selector": {"warmup_steps": 2, "interval": 2}},
     {"spoilt": True},
     {"spoilt": True, "selector": {"strategy": "random"}},
     {"method": "mezo_svrg", "anchor_interval": 2, "evaluation": "sequential"},
-    {"method": "mezo_svrg", "anchor_interval": 2, "anchor": {"point": "terms", "gradient": "terms"}},
-    {"method": "mezo_svrg", "anchor_interval": 2, "spoilt": True},
     {"directions": "per_rank", "evaluation": "lockstep"},
     {"top": {"bf16": {"enabled": True}}},
 ]
 
 
-@pytest.mark.parametrize("options", VARIANTS, ids=lambda o: re.sub(r"[{}':\" ]+", " ", str(o)).strip() or "default")
+def named(options: dict[str, Any]) -> str:
+    return re.sub(r"[{}':\" ]+", " ", str(options)).strip() or "default"
+
+
+@pytest.mark.parametrize("options", [*VARIANTS, *(pytest.param(options, marks=SLOW) for options in FURTHER)], ids=named)
 def test_zeroth_order_steps_choose_the_same_on_1_and_2_ranks(options: dict[str, Any]):
     """On 4 steps; the first choice of per-rank directions only, since the later ones are at other parameters."""
     alone, both = (run_ranks(n, zeroth_order_steps, 4, dict(options)) for n in (1, 2))
@@ -323,8 +330,8 @@ def resume(steps: int, folder: Path, options: dict[str, Any], log: Path | None) 
     ("options", "save_at"),
     [
         ({}, 3),
-        ({"selector": {"features": "paper"}}, 3),
-        ({"selector": {"interval": 3}}, 4),
+        pytest.param({"selector": {"features": "paper"}}, 3, marks=SLOW),
+        pytest.param({"selector": {"interval": 3}}, 4, marks=SLOW),
         ({"selector": {"warmup_steps": 4}}, 3),
     ],
     ids=["exact", "paper", "interval", "warm-up"],
@@ -388,10 +395,17 @@ def first_order_steps(stage: int, lora: bool, accumulation: int, loss_mean: str,
     return ids, losses, ends
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
+FIRST_ORDER = [(0, 1, "tokens"), (1, 2, "examples"), (3, 1, "examples"), (3, 2, "tokens")]
+DEFAULT = {(0, 1, "tokens", True), (3, 1, "examples", False), (3, 2, "tokens", True)}
+
+
 @pytest.mark.parametrize(
-    ("stage", "accumulation", "loss_mean"),
-    [(0, 1, "tokens"), (1, 2, "examples"), (3, 1, "examples"), (3, 2, "tokens")],
+    ("stage", "accumulation", "loss_mean", "lora"),
+    [
+        pytest.param(*case, lora, marks=[] if (*case, lora) in DEFAULT else SLOW)
+        for case in FIRST_ORDER
+        for lora in (False, True)
+    ],
 )
 def test_first_order_training_on_chosen_examples(stage: int, accumulation: int, loss_mean: str, lora: bool):
     """As plain AdamW on one process over the same weighted examples, whatever the ranks and micro-batches."""
@@ -491,7 +505,9 @@ def passes_with_a_stop(stop: int) -> tuple[list[list[int]], list[list[int]]]:
     return expected, found
 
 
-@pytest.mark.parametrize("stop", [0, 1, 2, 5, 8])
+@pytest.mark.parametrize(
+    "stop", [pytest.param(0, marks=SLOW), 1, pytest.param(2, marks=SLOW), 5, pytest.param(8, marks=SLOW)]
+)
 def test_a_pass_over_a_loader_goes_on_where_it_was_stopped(stop: int):
     for expected, found in run_ranks(2, passes_with_a_stop, stop):
         assert len(expected) == 16

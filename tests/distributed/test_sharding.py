@@ -91,7 +91,10 @@ def rank_of_layouts(folder: Path) -> dict[Any, dict[str, Any]]:
     return found
 
 
-@pytest.fixture(scope="module", params=WORLD_SIZES, ids=lambda n: f"{n}-ranks")
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(n, id=f"{n}-ranks", marks=pytest.mark.slow if n in (2, 4) else []) for n in WORLD_SIZES],
+)
 def layouts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
     return run_ranks(request.param, rank_of_layouts, tmp_path_factory.mktemp("offload"), timeout=150)
 

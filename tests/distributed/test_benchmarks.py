@@ -38,6 +38,7 @@ SMOKE: dict[str, tuple[set[str], set[str]]] = {
     "trajectory.py --part restart": ({"restart"}, set()),
     "faults.py": (set(), {"fault", "phase", "rank", "outcome", "identical", "seconds"}),
 }  # fmt: skip
+DEFAULT = {"step_time.py", "zero3_step.py", "kernel_speed.py", "trajectory.py --part log"}  # the others take minutes
 NOT_IN_THE_README = {"selection.py --part scaling"}  # its figures stand in benchmarks/results only
 
 
@@ -63,7 +64,9 @@ def test_every_benchmark_is_in_the_readme():
     assert scripts == {command.split()[0] for command in shown()}
 
 
-@pytest.mark.parametrize("command", SMOKE)
+@pytest.mark.parametrize(
+    "command", [pytest.param(command, marks=[] if command in DEFAULT else pytest.mark.slow) for command in SMOKE]
+)
 def test_a_benchmark_runs_at_its_smallest_size_and_prints_what_it_promises(command: str, tmp_path: Path):
     script, *options = shlex.split(command)
     told = subprocess.run(
