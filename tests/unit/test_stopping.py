@@ -32,7 +32,7 @@ def started(*command: str) -> Iterator[subprocess.Popen]:
 
 
 def wait_for(file: Path) -> str:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not file.exists():
         assert time.monotonic() < deadline, f"{file.name} did not appear"
         time.sleep(0.05)
