@@ -104,7 +104,7 @@ class _Mistake:
 
     def line(self, path: str) -> str:
         kind, value = self._entry["type"], self._entry["input"]
-        here = ".".join([path, *map(str, self._keys)] if path else map(str, self._keys))
+        here = ".".join([*([path] if path else []), *map(str, self._keys)])
         if kind == "missing":
             return f"{here}: missing."
         if kind == "extra_forbidden":

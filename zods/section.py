@@ -46,14 +46,15 @@ BY_SOURCE = (*STRATEGIES[:3], "structured_random")
 METRICS: tuple[str, ...] = get_args(Metric)
 
 
-def _resolved(value: str) -> str:
+def _not_auto(value: str) -> str:
+    """Refuse "auto", which the other types refuse by themselves."""
     if value == "auto":
         raise ValueError(AUTO)
     return value
 
 
 Count = Annotated[int, Field(ge=1)]
-Text = Annotated[str, AfterValidator(_resolved)]
+Text = Annotated[str, AfterValidator(_not_auto)]
 
 
 class Section(BaseModel):

@@ -277,6 +277,11 @@ def test_mistakes_of_keys_are_told_in_the_order_of_the_file_and_those_between_ke
     ]
 
 
+def test_a_text_that_is_no_unicode_is_refused_by_its_key():
+    refused(config({"loss_mean": "\ud800"}), f"{SECTION}.loss_mean: found '\\ud800'")
+    refused(config({"\ud800": 1}), f"{SECTION}: found '\\ud800'")
+
+
 def test_every_key_is_in_these_tests():
     for cls, prefix in (
         (ZerothOrderConfig, ""),
