@@ -103,7 +103,8 @@ def judged_batch(
         largest = float(features.abs().max())
         batch = CandidateBatch(ids, [row_tokens(r) for r in of_batch], losses=losses, largest=largest,
                                features=fl.quantised(features, largest))  # fmt: skip
-        config = SelectorConfig(CANDIDATES, num_clusters=1, features=kind, metric="l1" if kind == "paper" else "l2")
+        metric = "l1" if kind == "paper" else "l2"
+        config = SelectorConfig(candidates=CANDIDATES, num_clusters=1, features=kind, metric=metric)
         chosen, _, _ = Selector(config, BUDGET, seed=number, target=extract.target).select(batch)
         variant = ", one-sided" if not options.get("two_sided", True) else ", rank 1" if "rank" in options else ""
         judge(kind + variant, m, chosen, [1.0] * BUDGET, statistics.median(timed))
@@ -113,7 +114,7 @@ def judged_batch(
             with_sources = replace(batch, sources=[r["source"] for r in of_batch])
     for strategy in ("greedy", *BASELINES):
         for weighting in ("uniform", "cluster") if strategy == "greedy" else ("uniform",):
-            config = SelectorConfig(CANDIDATES, strategy=strategy, weights=weighting)
+            config = SelectorConfig(candidates=CANDIDATES, strategy=strategy, weights=weighting)
             chosen, weights, _ = Selector(config, BUDGET, seed=number, num_parts=4).select(with_sources)
             label = f"exact, by source, {weighting} weights" if strategy == "greedy" else strategy
             judge(label, 64 if strategy in ("greedy", "greedi") else 0, chosen, weights)

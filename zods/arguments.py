@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import fields
-from typing import Any
+from typing import Any, get_args
 
 from zods.config import load_json
 from zods.section import METHODS, SECTION, STRATEGIES, SVRG_ONLY, ZerothOrderConfig
@@ -103,12 +102,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     run.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # set by the launcher
 
     override = parser.add_argument_group("overrides of the JSON")
-    types = {"float": float, "int": int}
-    kinds = {
-        f.name: types.get(str(f.type).split(" ")[0], str) for f in fields(ZerothOrderConfig) if f.name in OVERRIDES
-    }
     for key, text in OVERRIDES.items():
-        override.add_argument(f"--{key}", type=kinds[key], help=text)
+        override.add_argument(f"--{key}", type=_type_of(key), help=text)
     for key in BATCH_OVERRIDES:
         override.add_argument(f"--{key}", type=int, help="as in the JSON")
     metavars: dict[Any, str] = {int: "N", float: "X"}
@@ -119,6 +114,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     _check(parser, arguments)
     return arguments
+
+
+def _type_of(key: str) -> type:
+    """The type of an option that sets `key` of the section "zeroth_order"."""
+    annotation = ZerothOrderConfig.model_fields[key].annotation
+    kinds = (annotation, *get_args(annotation))
+    return next((kind for kind in (float, int) if kind in kinds), str)
 
 
 def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,15 @@ import torch
 
 from zods.config_auto import resolve_batch, resolve_precision, unresolved
 from zods.config_deepspeed import key_mistakes, offload_mistakes, refusal, section_mistakes, unsupported
+from zods.mistakes import Mistakes, collected
 from zods.schedules import resolve_scheduler
 from zods.section import (
     SECTION,
     SVRG_ONLY,
-    Mistakes,
+    LossMean,
     SelectorConfig,
     ZerothOrderConfig,
     check_selector,
-    collected,
     parse_section,
     read_section,
 )
@@ -78,7 +78,7 @@ class FirstOrderConfig:
     deepspeed: dict[str, Any]
     selector: SelectorConfig | None
     seed: int
-    loss_mean: str = "tokens"
+    loss_mean: LossMean = "tokens"
 
     @property
     def zero_stage(self) -> int:
@@ -98,7 +98,7 @@ class FirstOrderConfig:
         return ZerothOrderConfig(method="mezo", seed=self.seed, selector=self.selector, loss_mean=self.loss_mean)
 
     def to_dict(self) -> dict[str, Any]:
-        section = None if self.selector is None else asdict(self.selector)
+        section = None if self.selector is None else self.selector.model_dump()
         return {**self.deepspeed, SECTION: {"seed": self.seed, "selector": section, "loss_mean": self.loss_mean}}
 
 

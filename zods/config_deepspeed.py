@@ -28,7 +28,8 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils import logger as deepspeed_logger
 from pydantic import BaseModel, ValidationError
 
-from zods.section import SECTION, nearest
+from zods.mistakes import nearest
+from zods.section import SECTION
 
 VERSION = importlib.metadata.version("deepspeed")
 # Top-level keys that DeepSpeed 0.19.8 reads. It ignores any other silently. A test compares them with the installed one.

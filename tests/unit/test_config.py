@@ -1,7 +1,6 @@
 """The configuration: every key's default, type and range; what is refused, and that the refusal says what to do."""
 
 import copy
-import dataclasses
 import json
 import math
 import re
@@ -27,6 +26,7 @@ from zods.section import (
     SelectorConfig,
     ZerothOrderConfig,
     parse_section,
+    read_section,
 )
 
 FOLDER = Path(__file__).parents[2] / "ds_configs"
@@ -203,9 +203,10 @@ def test_defaults_are_those_documented():
     assert parse_section({"selector": {"candidates": 16}}).to_dict() == {**DEFAULTS, "selector": SELECTOR_DEFAULTS}
     assert parse_section({"selector": None}).selector is None
     assert parse_section({"anchor": {}}) == ZerothOrderConfig()
-    assert parse_section({"direction": "low_rank"}).direction == DirectionConfig("low_rank", 1)
+    low_rank = DirectionConfig(distribution="low_rank", rank=1)
+    assert parse_section({"direction": "low_rank"}).direction == low_rank
     assert parse_section({"direction": {"distribution": "low_rank", "rank": 4}}).direction == DirectionConfig(
-        "low_rank", 4
+        distribution="low_rank", rank=4
     )
 
 
@@ -227,6 +228,60 @@ def test_a_rank_belongs_to_low_rank_directions():
     refused(config({"direction": {"distribution": "gaussian", "rank": 4}}), f"{SECTION}.direction.rank: ", "low_rank")
 
 
+def test_keys_that_do_not_fit_are_refused_however_a_section_is_made():
+    with pytest.raises(ValueError, match="rank: belongs to"):
+        DirectionConfig(distribution="gaussian", rank=4)
+    with pytest.raises(ValueError, match="nvme_path: missing"):
+        AnchorConfig(point="nvme")
+
+
+def test_a_section_cannot_be_changed():
+    with pytest.raises(ValueError, match="frozen"):
+        ZerothOrderConfig().lr = 1.0
+
+
+def test_every_quota_that_is_wrong_is_told_and_the_sum_of_the_others_is_not():
+    quotas = {"b": -1, "a": "auto", "rank": 1.0, "c": 2}
+    selector = {"candidates": 9, "source_column": "source", "quotas": quotas}
+    _, *told = refused(config({"selector": selector})).splitlines()
+    key = f"{SECTION}.selector.quotas"
+    assert told == [
+        f"  {key}.b: found -1, must be 0 or more.",
+        f'  {key}.a: "auto" is not resolved for this key; give a value or leave it out for the default.',
+        f"  {key}.rank: found 1.0 (float), expected int.",
+    ]
+
+
+def test_mistakes_of_keys_are_told_in_the_order_of_the_file_and_those_between_keys_last():
+    section = {
+        "seed": -1,
+        "direction": {"rank": 2},
+        "selector": {"rank": 0, "candidate": 1},
+        "eps": 1,
+        "lr": None,
+        "replicas": {"store": "host:1"},
+        "directions": "per_rank",
+        "anneal": {"alpha": 1},
+    }
+    found: list[str] = []
+    assert read_section(section, found).seed == ZerothOrderConfig().seed
+    assert [message.split(":")[0].removeprefix(f"{SECTION}.") for message in found] == [
+        "seed",
+        "selector.rank",
+        "selector.candidate",
+        "selector.candidates",
+        "lr",
+        "anneal.alpha",
+        "direction.rank",
+        "replicas",
+    ]
+
+
+def test_a_text_that_is_no_unicode_is_refused_by_its_key():
+    refused(config({"loss_mean": "\ud800"}), f"{SECTION}.loss_mean: found '\\ud800'")
+    refused(config({"\ud800": 1}), f"{SECTION}: found '\\ud800'")
+
+
 def test_every_key_is_in_these_tests():
     for cls, prefix in (
         (ZerothOrderConfig, ""),
@@ -236,7 +291,7 @@ def test_every_key_is_in_these_tests():
         (SelectorConfig, "selector."),
         (ReplicasConfig, "replicas."),
     ):
-        assert {prefix + field.name for field in dataclasses.fields(cls)} <= set(KEYS)
+        assert {prefix + name for name in cls.model_fields} <= set(KEYS)
 
 
 @pytest.mark.parametrize(("key", "value"), ACCEPTED)
@@ -283,7 +338,7 @@ def test_an_unknown_key_is_named_with_the_nearest_and_the_allowed(path, nearest)
     if nearest is not None:
         assert f"Did you mean {nearest!r}?" in message
     cls = {"anchor": AnchorConfig, "anneal": AnnealConfig}.get(path.partition(".")[0], ZerothOrderConfig)
-    assert all(field.name in message.partition("Allowed keys are")[2] for field in dataclasses.fields(cls))
+    assert all(name in message.partition("Allowed keys are")[2] for name in cls.model_fields)
 
 
 @pytest.mark.parametrize("section", [None, [], "mezo", 1, True])

@@ -11,12 +11,16 @@ FACE = ""  # `import zods`: what users import
 
 # room: (rooms it may import, packages outside the standard library it may import). A room imports only rooms above it.
 TABLE: dict[str, tuple[set[str], set[str]]] = {
-    "section": (set(), set()),
+    "mistakes": (set(), {"pydantic"}),
+    "section": ({"mistakes"}, {"pydantic"}),
     "steps": (set(), {"torch"}),
     "config_auto": (set(), set()),
-    "config_deepspeed": ({"section"}, {"deepspeed", "pydantic"}),
+    "config_deepspeed": ({"mistakes", "section"}, {"deepspeed", "pydantic"}),
     "schedules": ({"config_deepspeed"}, {"torch", "deepspeed"}),
-    "config": ({"section", "steps", "config_auto", "config_deepspeed", "schedules"}, {"hjson", "torch"}),
+    "config": (
+        {"mistakes", "section", "steps", "config_auto", "config_deepspeed", "schedules"},
+        {"hjson", "torch"},
+    ),
     "kernels": (set(), {"torch", "triton"}),
     "directions": ({"kernels"}, {"torch"}),
     "estimators": ({"directions"}, set()),
@@ -116,7 +120,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "deepspeed", "datasets", "tqdm"},
     ),
 }  # fmt: skip
-PURE = ("section", "config_auto", "directions", "estimators", "rule", "data")
+PURE = ("mistakes", "section", "config_auto", "directions", "estimators", "rule", "data")
 # of DeepSpeed's communication, what sends nothing itself: its count of what ZeRO-3 sends, and its section of the configuration
 SILENT = ("deepspeed.comm.comm.comms_logger", "deepspeed.comm.config.CommsLoggerConfig")
 
