@@ -1,210 +1,281 @@
-"""The options of `zods.finetune`."""
+"""Read the options of `zods.finetune` from a command line, and from a YAML or JSON file before it.
+
+An option of the command line overrides the file's. `zods.options` defines the options; here they
+are read, checked together, and merged with the DeepSpeed JSON.
+"""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any, get_args
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
 
 from zods.config import load_json
-from zods.section import METHODS, SECTION, STRATEGIES, SVRG_ONLY, ZerothOrderConfig
+from zods.mistakes import nearest
+from zods.options import (
+    BATCH_OVERRIDES,
+    GROUPS,
+    MINIMUM,
+    Arguments,
+    FractionOrCount,
+    ModelArguments,
+    Names,
+)
+from zods.section import SECTION, SVRG_ONLY
 
-OVERRIDES = {  # option: help; each sets the key of the same name in the section "zeroth_order"
-    "method": f"{' or '.join(METHODS)}; mezo drops the keys that only mezo_svrg has",
-    "lr": "step size",
-    "eps": "perturbation scale",
-    "direction": "gaussian, rademacher or low_rank (rank 1; other ranks in the JSON)",
-    "num_directions": "directions per step",
-    "loss_mean": "of the global batch: tokens (over its label tokens) or examples (of each one's own mean)",
-    "anchor_lr": "step size of the full-batch step at a refresh",
-    "anchor_interval": "steps between two refreshes of the anchor",
-    "anchor_directions": "directions per refresh",
-    "weight_decay": "decoupled weight decay",
-    "seed": "of directions and data order",
-}
-FIRST_ORDER = ("lr", "weight_decay", "seed", "loss_mean")  # those that mean something with an optimizer, too
-BATCH_OVERRIDES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+FIRST_ORDER = ("lr", "weight_decay", "seed", "loss_mean")  # overrides that an optimizer uses, too
+USAGE = (
+    "%(prog)s --deepspeed_config FILE --model NAME (--train_file FILE | --dataset_name NAME) "
+    "--output_dir FOLDER [options]"
+)
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="deepspeed --module zods.finetune",
-        usage="%(prog)s --deepspeed_config FILE --model NAME (--train_file FILE | --dataset_name NAME) "
-        "--output_dir FOLDER [options]",
-        description="Fine-tune a transformer with zeroth-order steps (MeZO, MeZO-SVRG) on DeepSpeed ZeRO-3.",
-        epilog="Example: deepspeed --num_gpus 2 --module zods.finetune --deepspeed_config ds_configs/svrg_zero3.json "
-        "--model facebook/opt-1.3b --task prompted --template '{sentence} It was {label}' --label_words terrible,great "
-        "--dataset_name glue --dataset_config sst2 --validation_split validation --max_steps 5000 --output_dir runs/sst2",
-        allow_abbrev=False,
+def parse_arguments(argv: list[str] | None = None) -> Arguments:
+    """Read the options of a command line, and of the YAML or JSON file that it may begin with.
+
+    argv: the words of the command line; by default those of this process. Where an option is wrong,
+    the process ends with code 2, as argparse has it.
+    """
+    parser = _parser()
+    words = _without_local_rank(sys.argv[1:] if argv is None else argv)
+    file: dict[str, str] = {}
+    if words and words[0].endswith((".yaml", ".yml", ".json")):
+        file = _read_file(parser, words.pop(0))
+    of_file = [file.pop(key, None) for key in ("deepspeed", "deepspeed_config")]
+    words = [*(f"--{key}={text}" for key, text in file.items()), *words]
+    *groups, unknown = parser.parse_args_into_dataclasses(
+        words, return_remaining_strings=True, look_for_args_file=False
     )
-    main = parser.add_argument_group("model and method")
-    main.add_argument("--deepspeed_config", metavar="FILE", help="DeepSpeed JSON with a section zeroth_order")
-    main.add_argument("--deepspeed", nargs="?", const="", metavar="FILE",
-                      help="as other scripts for DeepSpeed have it: without a FILE it changes nothing, with one it is "
-                      "--deepspeed_config")  # fmt: skip
-    main.add_argument(
-        "--model", required=True, metavar="NAME", help="name on the hub, or folder; also of a PEFT adapter"
-    )
-    main.add_argument("--tokenizer", help="name or folder (default: the model's)")
-    main.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
-    main.add_argument("--output_dir", required=True, help="the run's folder: config, metrics, log, checkpoints, model")
-    main.add_argument("--resume", metavar="auto|FOLDER", help="auto: go on where the run in output_dir stopped, or begin it; "
-                      "FOLDER: begin from the latest checkpoint of that run")  # fmt: skip
-
-    main.add_argument("--replica", type=int, metavar="INDEX", help="one of several launches that train one model together: "
-                      "0 leads and keeps the log, others come and go")  # fmt: skip
-    main.add_argument("--replica_store", metavar="HOST:PORT", help="where replica 0 keeps what they share")
-    main.add_argument("--optimizer", choices=("adamw",), help="first-order training by DeepSpeed, for comparison")
-    main.add_argument("--lora_rank", type=int, help="train LoRA adapters of this rank only (needs peft)")
-    main.add_argument("--lora_target_modules", type=_names, metavar="NAMES", help="modules that get an adapter, "
-                      "comma-separated, or all-linear (default: peft's for the model type, or else all-linear)")  # fmt: skip
-
-    select = parser.add_argument_group("selection of sub-batches")
-    select.add_argument("--select", type=_select, metavar="K/N", help="choose K (the train_batch_size) of N candidates")
-    select.add_argument("--source_column", help="the column of an example's source (default: clusters of features)")
-    select.add_argument("--strategy", choices=STRATEGIES, help="default: greedy")
-
-    data = parser.add_argument_group("data: local files or a dataset of the hub")
-    data.add_argument("--train_file", help=".jsonl, .json, .csv, .tsv or .parquet (.gz too)")
-    data.add_argument("--validation_file", help="held-out examples")
-    data.add_argument("--dataset_name", help="name on the hub, or a folder that datasets loads")
-    data.add_argument("--dataset_config", help="the hub dataset's configuration")
-    data.add_argument("--train_split", help="default: train")
-    data.add_argument("--validation_split", help="held-out split of the hub dataset")
-    data.add_argument("--held_out", type=_fraction_or_count, default=0.1, metavar="FRACTION_OR_COUNT",
-                      help="taken from the training data where no validation data is given (default: %(default)s)")  # fmt: skip
-    data.add_argument("--column_names", type=_names, help="columns of a CSV or TSV without a header, comma-separated")
-    data.add_argument("--max_train_examples", type=int, help="keep this many")
-    data.add_argument("--max_eval_examples", type=int, help="keep this many")
-
-    task = parser.add_argument_group("task")
-    task.add_argument("--task", default="classification", choices=("classification", "prompted", "instruction"),
-                      help="a classification head; label words after a prompt; or responses (default: %(default)s)")  # fmt: skip
-    task.add_argument("--text_column", help="classification (default: text)")
-    task.add_argument("--text_pair_column", help="classification of pairs")
-    task.add_argument("--label_column", help="classification, prompted (default: label)")
-    task.add_argument(
-        "--template",
-        help=r"prompted: '{text}\nTopic: {label}'; instruction: '{question}\n{answer}'; \n, \t, \r, \\ are read",
-    )
-    task.add_argument("--label_words", type=_names, help="prompted: words of the labels 0, 1, ..., comma-separated")
-    task.add_argument("--prompt_column", help="instruction (default: instruction)")
-    task.add_argument("--response_column", help="instruction (default: output)")
-    task.add_argument("--max_length", type=int, default=256, help="tokens per example (default: %(default)s)")
-
-    run = parser.add_argument_group("run")
-    run.add_argument("--max_steps", type=int, help="steps (default: num_epochs passes over the data)")
-    run.add_argument("--num_epochs", type=int, default=1, help="passes, where max_steps is not given (default: 1)")
-    run.add_argument("--eval_interval", type=int, default=0, help="steps between evaluations; 0: before and after only")
-    run.add_argument("--save_interval", type=int, default=0, help="steps between checkpoints; 0: none")
-    run.add_argument("--save_total_limit", type=int, help="checkpoints that are kept, the last ones (default: all)")
-    run.add_argument("--save_model", action="store_true", help="export the model for from_pretrained at the end")
-    run.add_argument("--plot", action="store_true", help="draw curves.png at the end (needs matplotlib)")
-    run.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # set by the launcher
-
-    override = parser.add_argument_group("overrides of the JSON")
-    for key, text in OVERRIDES.items():
-        override.add_argument(f"--{key}", type=_type_of(key), help=text)
-    for key in BATCH_OVERRIDES:
-        override.add_argument(f"--{key}", type=int, help="as in the JSON")
-    metavars: dict[Any, str] = {int: "N", float: "X"}
-    endings = {"file": "FILE", "dir": "FOLDER", "column": "NAME", "split": "NAME", "name": "NAME"}
-    for action in parser._actions:
-        if action.metavar is None and action.nargs is None and action.choices is None:
-            action.metavar = metavars.get(action.type) or endings.get(action.dest.rpartition("_")[2], "TEXT")
-    arguments = parser.parse_args(argv)
-    _check(parser, arguments)
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    model: ModelArguments = groups[0]
+    config = _one_of(parser, model.deepspeed, model.deepspeed_config) or _one_of(parser, *of_file)
+    if not config:
+        parser.error("the following arguments are required: --deepspeed_config")
+    arguments = Arguments(replace(model, deepspeed=None, deepspeed_config=config), *groups[1:])
+    mistakes = list(_mistakes(arguments))
+    if mistakes:
+        parser.error("\n  ".join(mistakes))
     return arguments
 
 
-def _type_of(key: str) -> type:
-    """The type of an option that sets `key` of the section "zeroth_order"."""
-    annotation = ZerothOrderConfig.model_fields[key].annotation
-    kinds = (annotation, *get_args(annotation))
-    return next((kind for kind in (float, int) if kind in kinds), str)
+class _HelpFormatter(argparse.HelpFormatter):
+    """Help that shows a switch such as --plot without a value.
+
+    `--plot false` is read all the same: it overrides a file.
+    """
+
+    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+        return "" if action.const is True else super()._format_args(action, default_metavar)
 
 
-def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    given = arguments.deepspeed or arguments.deepspeed_config
-    if not given:
-        parser.error("the following arguments are required: --deepspeed_config")
-    if arguments.deepspeed_config not in (None, given):
-        parser.error(f"--deepspeed {given} and --deepspeed_config {arguments.deepspeed_config}: give one of the two")
-    arguments.deepspeed_config = given
-    if (arguments.train_file is None) == (arguments.dataset_name is None):
-        parser.error("give either --train_file or --dataset_name")
+def _parser() -> HfArgumentParser:
+    parser = HfArgumentParser(
+        GROUPS,
+        prog="deepspeed --module zods.finetune",
+        usage=USAGE,
+        description="Fine-tune a transformer with zeroth-order steps (MeZO, MeZO-SVRG) on DeepSpeed "
+        "ZeRO-3. A YAML or JSON file with options as keys may stand before the options, which "
+        "override it.",
+        epilog="Example: deepspeed --num_gpus 2 --module zods.finetune "
+        "--deepspeed_config ds_configs/svrg_zero3.json --model facebook/opt-1.3b --task prompted "
+        "--template '{sentence} It was {label}' --label_words terrible,great --dataset_name glue "
+        "--dataset_config sst2 --validation_split validation --max_steps 5000 "
+        "--output_dir runs/sst2",
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
+    )
+    metavars: dict[Any, str] = {int: "N", float: "X"}
+    endings = {"file": "FILE", "dir": "FOLDER", "column": "NAME", "split": "NAME", "name": "NAME"}
+    for action in parser._actions:
+        # HfArgumentParser adds --max-steps to --max_steps: it is read, but not shown
+        action.option_strings = [name for name in action.option_strings if "-" not in name[2:]]
+        if action.metavar is None and action.nargs is None and action.choices is None:
+            action.metavar = metavars.get(action.type) or endings.get(action.dest.rpartition("_")[2], "TEXT")
+    return parser
+
+
+def _without_local_rank(argv: list[str]) -> list[str]:
+    """The command line without --local_rank, which a launcher puts before all other words."""
+    launcher = argparse.ArgumentParser(
+        prog="deepspeed --module zods.finetune", usage=USAGE, add_help=False, allow_abbrev=False
+    )
+    launcher.add_argument("--local_rank", type=int)
+    return launcher.parse_known_args(argv)[1]
+
+
+def _one_of(
+    parser: argparse.ArgumentParser,
+    deepspeed: str | None,
+    config: str | None,
+) -> str | None:
+    """The file that --deepspeed or --deepspeed_config names."""
+    if deepspeed and config and deepspeed != config:
+        parser.error(f"--deepspeed {deepspeed} and --deepspeed_config {config}: give one of the two")
+    return deepspeed or config
+
+
+def _mistakes(arguments: Arguments) -> Iterator[str]:
+    """Options that do not go together, and numbers that are too small: one message each."""
+    model, data, selection = arguments.model, arguments.data, arguments.selection
+    if (data.train_file is None) == (data.dataset_name is None):
+        yield "give either --train_file or --dataset_name"
     for option in ("dataset_config", "train_split", "validation_split"):
-        if getattr(arguments, option) is not None and arguments.dataset_name is None:
-            parser.error(f"--{option} belongs to --dataset_name")
-    if arguments.validation_file is not None and arguments.validation_split is not None:
-        parser.error("give either --validation_file or --validation_split")
-    if (arguments.replica is None) != (arguments.replica_store is None):
-        parser.error("--replica and --replica_store go together")
-    if arguments.optimizer is not None and arguments.replica is not None:
-        parser.error("--replica belongs to zeroth-order steps, not to --optimizer")
-    if arguments.optimizer is not None:
-        zeroth = [key for key in OVERRIDES if getattr(arguments, key) is not None and key not in FIRST_ORDER]
+        if getattr(data, option) is not None and data.dataset_name is None:
+            yield f"--{option} belongs to --dataset_name"
+    if data.validation_file is not None and data.validation_split is not None:
+        yield "give either --validation_file or --validation_split"
+    if (model.replica is None) != (model.replica_store is None):
+        yield "--replica and --replica_store go together"
+    if model.optimizer is not None and model.replica is not None:
+        yield "--replica belongs to zeroth-order steps, not to --optimizer"
+    if model.optimizer is not None:
+        zeroth = [key for key in arguments.overrides.section() if key not in FIRST_ORDER]
         if zeroth:
-            parser.error(f"--{zeroth[0]} belongs to zeroth-order steps, not to --optimizer")
-    if arguments.lora_target_modules is not None and arguments.lora_rank is None:
-        parser.error("--lora_target_modules belongs to --lora_rank")
-    if arguments.select is not None and arguments.train_batch_size is not None:
-        parser.error("--select K/N sets train_batch_size to K; leave --train_batch_size out")
-    for option in (
-        "lora_rank",
-        "max_length",
-        "num_epochs",
-        "max_steps",
-        "max_train_examples",
-        "max_eval_examples",
-        "save_total_limit",
-    ):
-        value = getattr(arguments, option)
-        if value is not None and value < 1:
-            parser.error(f"--{option}: found {value}, must be 1 or more")
-    for option in ("eval_interval", "save_interval"):
-        if getattr(arguments, option) < 0:
-            parser.error(f"--{option}: found {getattr(arguments, option)}, must be 0 or more")
+            yield f"--{zeroth[0]} belongs to zeroth-order steps, not to --optimizer"
+    if model.lora_target_modules is not None and model.lora_rank is None:
+        yield "--lora_target_modules belongs to --lora_rank"
+    if selection.select is not None and arguments.overrides.train_batch_size is not None:
+        yield "--select K/N sets train_batch_size to K; leave --train_batch_size out"
+    values = {**vars(model), **vars(data), **vars(arguments.task), **vars(arguments.run)}
+    for option in MINIMUM:
+        wrong = _too_small(option, values[option])
+        if wrong:
+            yield f"--{option}: {wrong}"
 
 
-def merged_config(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The JSON with the overrides of the command line."""
-    config = load_json(arguments.deepspeed_config)
+def _too_small(option: str, value: Any) -> str | None:
+    if option not in MINIMUM or value is None or value >= MINIMUM[option]:
+        return None
+    return f"found {value}, must be {MINIMUM[option]} or more"
+
+
+# --- a file of options ----------------------------------------------------------------------------
+
+
+def _read_file(parser: argparse.ArgumentParser, name: str) -> dict[str, str]:
+    """Read the options of a YAML or JSON file: {option: its text on a command line}.
+
+    A value is checked as that of the command line. All mistakes are reported at once, and end the
+    process.
+    """
+    path = Path(name)
+    if not path.is_file():
+        parser.error(f"{name}: not found. Give a YAML or JSON file with options as keys, or leave it out")
+    try:
+        content = _load(path)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    options = {action.dest: action for action in parser._actions if action.dest != "help"}
+    texts, wrong = {}, []
+    for key, value in content.items():
+        if key not in options:
+            wrong.append(f"{key}: unknown key.{nearest(str(key), list(options))}")
+        elif value is not None:
+            try:
+                texts[key] = _text(options[key], value)
+                parsed = parser._get_values(options[key], [texts[key]])
+            except argparse.ArgumentError as error:
+                wrong.append(f"{key}: {error.message}")
+            except ValueError as error:
+                wrong.append(f"{key}: {error}")
+            else:
+                too_small = _too_small(key, parsed)
+                wrong += [f"{key}: {too_small}"] if too_small else []
+    if len(wrong) == 1:
+        parser.error(f"{name}: {wrong[0]}")
+    if wrong:
+        parser.error("\n  ".join([f"{name}: {len(wrong)} mistakes:", *wrong]))
+    return texts
+
+
+def _load(path: Path) -> dict[Any, Any]:
+    """The content of a YAML or JSON file. Raises ValueError."""
+    if path.suffix == ".json":
+        return load_json(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        loaded = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{path}: expected options as keys (lr: 1e-6), found {type(loaded).__name__}.")
+    keys = [key.value for key, _ in node.value]
+    twice = sorted({key for key in keys if keys.count(key) > 1})
+    if twice:  # yaml takes the last
+        raise ValueError(f"{path}: {', '.join(twice)} given twice.")
+    return loaded
+
+
+def _text(action: argparse.Action, value: Any) -> str:
+    """Turn a value of a file into the text that the command line would have, for argparse to check.
+
+    Raises ValueError for a value of another kind. A text has to be one in the file: YAML reads
+    `no`, `010` and `2024-01-01` as a boolean, a number and a date, whose texts are others.
+    """
+    if isinstance(value, str):
+        return value
+    if action.type is Names:
+        names = value if isinstance(value, list) else [value]
+        odd = [name for name in names if not isinstance(name, str) or "," in name]
+        if odd:
+            raise ValueError(f"found {odd[0]!r}, expected names without commas, as texts (in quotes)")
+        return ",".join(names)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if action.const is True:
+        expected, fits = "true or false", isinstance(value, bool)
+    elif action.type in (int, float, FractionOrCount):
+        expected, fits = "a number", is_number
+    else:
+        expected, fits = "a text (in quotes)", False
+    if not fits:
+        raise ValueError(f"found {value!r} ({type(value).__name__}), expected {expected}")
+    return str(value)
+
+
+# --- the configuration that follows from the options ----------------------------------------------
+
+
+def merged_config(arguments: Arguments) -> dict[str, Any]:
+    """The DeepSpeed JSON with the overrides of the options."""
+    model, selection = arguments.model, arguments.selection
+    config = load_json(model.deepspeed_config)
     section = config.get(SECTION, {})
     if not isinstance(section, dict) or not isinstance(section.get("selector") or {}, dict):
         return config  # which is refused for that
-    given = {key: getattr(arguments, key) for key in OVERRIDES if getattr(arguments, key) is not None}
-    if arguments.optimizer is not None:
+    given = arguments.overrides.section()
+    if model.optimizer is not None:
         rates: dict[str, float] = {key: given.pop(key) for key in ("lr", "weight_decay") if key in given}
         config["optimizer"] = _optimizer(config, rates)
         section = {key: value for key, value in section.items() if key in ("seed", "selector", "loss_mean")}
     elif given.get("method") == "mezo":
         section = {key: value for key, value in section.items() if key not in SVRG_ONLY}
-    if arguments.replica is not None:
+    if model.replica is not None:
         given["replicas"] = {
             **(section.get("replicas") or {}),
-            "store": arguments.replica_store,
-            "index": arguments.replica,
+            "store": model.replica_store,
+            "index": model.replica,
         }
-    config[SECTION] = {**section, **given, **_selector(section, arguments)}
-    batch = {key: getattr(arguments, key) for key in BATCH_OVERRIDES if getattr(arguments, key) is not None}
-    if arguments.select is not None:
+    selector = selection.selector()
+    if selector:
+        given["selector"] = {**(section.get("selector") or {}), **selector}
+    config[SECTION] = {**section, **given}
+    batch = arguments.overrides.batch()
+    if selection.select is not None:
         micro = config.get("train_micro_batch_size_per_gpu")
-        batch = {"train_batch_size": arguments.select[0], **batch}
+        batch = {"train_batch_size": selection.select.chosen, **batch}
         if micro is not None and len(batch) == 1:
             batch["train_micro_batch_size_per_gpu"] = micro
     if batch:  # those not given follow from those that are
         config = {key: value for key, value in config.items() if key not in BATCH_OVERRIDES} | batch
     return config
-
-
-def _selector(section: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
-    """{"selector": ...} with the overrides of the command line, or nothing where there is no selector."""
-    given = {
-        key: getattr(arguments, key) for key in ("source_column", "strategy") if getattr(arguments, key) is not None
-    }
-    if arguments.select is not None:
-        given["candidates"] = arguments.select[1]
-    return {"selector": {**(section.get("selector") or {}), **given}} if given else {}
 
 
 def _optimizer(config: dict[str, Any], rates: dict[str, float]) -> dict[str, Any]:
@@ -216,18 +287,3 @@ def _optimizer(config: dict[str, Any], rates: dict[str, float]) -> dict[str, Any
     if "lr" not in params:
         raise ValueError("--lr: missing; the step size of zeroth-order steps does not serve an optimizer. Give one.")
     return {**optimizer, "params": params}
-
-
-def _select(text: str) -> tuple[int, int]:
-    chosen, _, candidates = text.partition("/")
-    if not (chosen.isdigit() and candidates.isdigit() and 0 < int(chosen) <= int(candidates)):
-        raise argparse.ArgumentTypeError(f"found {text!r}, expected K/N with 0 < K <= N, as in 64/128")
-    return int(chosen), int(candidates)
-
-
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",")]
-
-
-def _fraction_or_count(text: str) -> float | int:
-    return int(text) if text.isdigit() else float(text)

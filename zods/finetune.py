@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
 import traceback
@@ -26,6 +25,7 @@ from zods.first_order import FirstOrderEngine
 from zods.initialization import check_folders
 from zods.launching import connect_ranks, environment_rank, report_failure
 from zods.memory import return_freed_memory
+from zods.options import Arguments, DataArguments, RunArguments
 from zods.pretrained import (
     Pretrained,
     check_adapter,
@@ -92,33 +92,33 @@ def _is_our_own(error: Exception) -> bool:
 
 
 def start(
-    arguments: argparse.Namespace,
+    arguments: Arguments,
 ) -> tuple[ZerothOrderEngine | FirstOrderEngine, Task, datasets.Dataset, RunFolder, Any]:
     """Check the input, then load: (engine, task, held-out data, run folder, tokenizer)."""
     comm = connect_ranks()
     with comm.same_on_all_ranks():
         merged = merged_config(arguments)
-        check_packages(merged, plot=arguments.plot, lora=arguments.lora_rank is not None)
-        read = read_config if arguments.optimizer is None else read_first_order_config
-        known = merged if arguments.max_steps is not None else with_provisional_length(merged)
-        run: RunConfig | FirstOrderConfig = read(known, comm.world_size, total_steps=arguments.max_steps)
+        check_packages(merged, plot=arguments.run.plot, lora=arguments.model.lora_rank is not None)
+        read = read_config if arguments.model.optimizer is None else read_first_order_config
+        known = merged if arguments.run.max_steps is not None else with_provisional_length(merged)
+        run: RunConfig | FirstOrderConfig = read(known, comm.world_size, total_steps=arguments.run.max_steps)
         check_folders(run)
-        folder = RunFolder(arguments.output_dir, rank=comm.rank, resume=arguments.resume == "auto")
-        fork = None if arguments.resume in (None, "auto") else latest_checkpoint(Path(arguments.resume))
-        pretrained = find_model(arguments)
-        tokenizer = read_tokenizer(arguments, pretrained)
+        folder = RunFolder(arguments.model.output_dir, rank=comm.rank, resume=arguments.model.resume == "auto")
+        fork = None if arguments.model.resume in (None, "auto") else latest_checkpoint(Path(arguments.model.resume))
+        pretrained = find_model(arguments.model)
+        tokenizer = read_tokenizer(arguments.model, pretrained)
         task, train, held_out = prepare_data(arguments, tokenizer, run, pretrained)
-        if arguments.max_steps is None:
-            steps = arguments.num_epochs * steps_per_epoch(run, len(train))
+        if arguments.run.max_steps is None:
+            steps = arguments.run.num_epochs * steps_per_epoch(run, len(train))
             run = read(merged, comm.world_size, total_steps=max(1, steps))
         hidden_size = hidden_size_of(pretrained.config)
         resolve_model_auto(run.deepspeed, hidden_size, overlaps=not get_accelerator().is_synchronized_device())
         if offloads_to_nvme(run.deepspeed):
-            sizes = parameter_sizes(pretrained, task, arguments.trust_remote_code)
+            sizes = parameter_sizes(pretrained, task, arguments.model.trust_remote_code)
             resolve_offload_buffers(run.deepspeed, sizes, comm.world_size)
     if run.zero_stage == 3:
         return_freed_memory(comm.device)
-    model, new = load_model(arguments, run, task, pretrained)
+    model, new = load_model(arguments.model, run, task, pretrained)
     engine: ZerothOrderEngine | FirstOrderEngine
     if isinstance(run, RunConfig):
         engine = zods.initialize(model=model, config=run.to_dict(), training_data=train, collate_fn=task.collate)[0]
@@ -132,13 +132,18 @@ def start(
     if comm.rank == 0 and new:
         save_configuration(model, folder.path / INITIAL.parent)
     folder.describe(
-        run.to_dict(), seed=run.seed, world_size=comm.world_size, device=str(comm.device), step=engine.global_steps
+        run.to_dict(),
+        arguments=arguments.to_dict(),
+        seed=run.seed,
+        world_size=comm.world_size,
+        device=str(comm.device),
+        step=engine.global_steps,
     )
     return engine, task, held_out, folder, tokenizer
 
 
 def finetune(
-    arguments: argparse.Namespace,
+    arguments: Arguments,
     engine: ZerothOrderEngine | FirstOrderEngine,
     task: Task,
     held_out: datasets.Dataset,
@@ -148,13 +153,13 @@ def finetune(
     """One run: evaluate, train with evaluations and checkpoints, evaluate, report."""
     rank = engine.global_rank
     before = folder.first_evaluation() if engine.global_steps else evaluate(engine, task, held_out, folder)
-    trained = train_steps(engine, arguments, task, held_out, folder)
+    trained = train_steps(engine, arguments.run, task, held_out, folder)
     if engine.should_stop:
-        stop(engine, arguments, folder)
+        stop(engine, arguments.run, folder)
         return
     after = evaluate(engine, task, held_out, folder)
 
-    if arguments.save_model:
+    if arguments.run.save_model:
         engine.save_pretrained(folder.path / "model")
         if rank == 0:
             tokenizer.save_pretrained(folder.path / "model")
@@ -164,7 +169,7 @@ def finetune(
     if rank == 0:
         folder.record("summary", engine.global_steps, **summary)
         print(table(summary))
-        if arguments.plot:
+        if arguments.run.plot:
             print(f"curves: {plot_curves(folder.path)}")
 
 
@@ -180,36 +185,37 @@ def latest_checkpoint(run: Path) -> Path:
 
 
 def prepare_data(
-    arguments: argparse.Namespace, tokenizer: Any, run: RunConfig | FirstOrderConfig, pretrained: Pretrained
+    arguments: Arguments, tokenizer: Any, run: RunConfig | FirstOrderConfig, pretrained: Pretrained
 ) -> tuple[Task, datasets.Dataset, datasets.Dataset]:
     """The task, its training data (with the column of the sources, where one is named) and its held-out data, tokenised and
     checked."""
-    parts = load_parts(arguments, run.seed)
+    parts = load_parts(arguments.data, run.seed)
     (train, place), *given = parts
+    settings = arguments.task
     task = build_task(
-        arguments.task,
+        settings.task,
         tokenizer,
         train,
-        text_column=arguments.text_column,
-        text_pair_column=arguments.text_pair_column,
-        label_column=arguments.label_column,
-        template=None if arguments.template is None else read_escapes(arguments.template, "--template"),
-        label_words=arguments.label_words,
-        prompt_column=arguments.prompt_column,
-        response_column=arguments.response_column,
-        max_length=arguments.max_length,
+        text_column=settings.text_column,
+        text_pair_column=settings.text_pair_column,
+        label_column=settings.label_column,
+        template=None if settings.template is None else read_escapes(settings.template, "--template"),
+        label_words=settings.label_words,
+        prompt_column=settings.prompt_column,
+        response_column=settings.response_column,
+        max_length=settings.max_length,
         num_embeddings=pretrained.num_embeddings,
         has_token_types=pretrained.has_token_types,
         class_names=pretrained.class_names,
         source=place.rpartition(",")[0],
     )
     check_kind(pretrained, task)
-    check_adapter(pretrained, task, arguments.trust_remote_code)
+    check_adapter(pretrained, task, arguments.model.trust_remote_code)
     check_rows(task, parts)
     if given:
         held_out, held_out_place = given[0]
     else:
-        train, held_out = split_held_out(train, arguments.held_out, run.seed)
+        train, held_out = split_held_out(train, arguments.data.held_out.value, run.seed)
         held_out_place = place
     column = None if run.selector is None else run.selector.source_column
     sources = None if column is None else sources_of(train, column, "selector")
@@ -229,19 +235,19 @@ def steps_per_epoch(run: RunConfig | FirstOrderConfig, num_examples: int) -> int
     return num_examples // run.deepspeed["train_batch_size"]
 
 
-def load_parts(arguments: argparse.Namespace, seed: int) -> list[tuple[datasets.Dataset, str]]:
+def load_parts(data: DataArguments, seed: int) -> list[tuple[datasets.Dataset, str]]:
     """The training data and, where they are given, the held-out data, each with what messages say before a row's number.
 
     Raises ValueError with what is wrong with both.
     """
     parts, wrong = [], []
-    for part, most in (("train", arguments.max_train_examples), ("validation", arguments.max_eval_examples)):
-        file, split = getattr(arguments, f"{part}_file"), getattr(arguments, f"{part}_split")
+    for part, most in (("train", data.max_train_examples), ("validation", data.max_eval_examples)):
+        file, split = getattr(data, f"{part}_file"), getattr(data, f"{part}_split")
         if part == "validation" and file is None and split is None:
             continue
-        hub = {"dataset_name": arguments.dataset_name, "dataset_config": arguments.dataset_config, "split": split}
+        hub = {"dataset_name": data.dataset_name, "dataset_config": data.dataset_config, "split": split}
         source: dict[str, Any] = hub if file is None else {"file": file}
-        names = None if file is None else arguments.column_names
+        names = None if file is None else data.column_names
         try:
             examples = load_examples(**source, column_names=names, max_examples=most, seed=seed, keep_rows=True)
             parts.append((examples, name_of_rows(**source)))
@@ -271,14 +277,14 @@ class Trained:
 
 def train_steps(
     engine: ZerothOrderEngine | FirstOrderEngine,
-    arguments: argparse.Namespace,
+    run: RunArguments,
     task: Task,
     held_out: datasets.Dataset,
     folder: RunFolder,
 ) -> Trained:
     """Train to the last step, evaluating and saving on the way."""
     assert engine.training_dataloader is not None
-    last = arguments.max_steps or arguments.num_epochs * engine.training_dataloader.steps_per_epoch
+    last = run.max_steps or run.num_epochs * engine.training_dataloader.steps_per_epoch
     trained = Trained()
     progress = tqdm(total=last, initial=engine.global_steps, desc="steps", disable=engine.global_rank != 0)
     while engine.global_steps < last:
@@ -303,23 +309,23 @@ def train_steps(
         slope = "" if report.projected_grad is None else f"projected_grad {report.projected_grad:+.2e}, "
         progress.set_postfix_str(f"loss {report.loss:.4f}, {slope}{report.seconds:.3f} s/step")
         progress.update()
-        if arguments.eval_interval and engine.global_steps % arguments.eval_interval == 0 and report.step < last:
+        if run.eval_interval and engine.global_steps % run.eval_interval == 0 and report.step < last:
             metrics = evaluate(engine, task, held_out, folder)
             if engine.global_rank == 0:
                 progress.write(f"step {engine.global_steps}: held out: {_text(metrics)}", file=sys.stderr)
-        if arguments.save_interval and engine.global_steps % arguments.save_interval == 0:
-            save(engine, arguments, folder)
+        if run.save_interval and engine.global_steps % run.save_interval == 0:
+            save(engine, run, folder)
         if engine.should_stop:
             break
     progress.close()
     return trained
 
 
-def save(engine: ZerothOrderEngine | FirstOrderEngine, arguments: argparse.Namespace, folder: RunFolder) -> None:
+def save(engine: ZerothOrderEngine | FirstOrderEngine, run: RunArguments, folder: RunFolder) -> None:
     """A full checkpoint; where it cannot be written, the log of zeroth-order steps has all that is needed, and the run goes
     on."""
     try:
-        engine.save_checkpoint(folder.path / CHECKPOINTS, keep=arguments.save_total_limit)
+        engine.save_checkpoint(folder.path / CHECKPOINTS, keep=run.save_total_limit)
     except OSError as error:
         if isinstance(engine, FirstOrderEngine):
             raise
@@ -329,9 +335,9 @@ def save(engine: ZerothOrderEngine | FirstOrderEngine, arguments: argparse.Names
             )
 
 
-def stop(engine: ZerothOrderEngine | FirstOrderEngine, arguments: argparse.Namespace, folder: RunFolder) -> None:
+def stop(engine: ZerothOrderEngine | FirstOrderEngine, run: RunArguments, folder: RunFolder) -> None:
     """The run was asked to end before its last step: save, and say how it goes on."""
-    save(engine, arguments, folder)
+    save(engine, run, folder)
     if engine.global_rank == 0:
         print(
             f"stopped after step {engine.global_steps} ({engine.stop.reason or 'another rank was asked to'}). To go on: the "

@@ -3,7 +3,6 @@ head or adapters. Called by the command line."""
 
 from __future__ import annotations
 
-import argparse
 import copy
 import logging
 import os
@@ -24,6 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from zods.config import FirstOrderConfig, RunConfig
+from zods.options import ModelArguments
 from zods.tasks import Task
 from zods.trajectory.replay import name_in_files
 
@@ -84,7 +84,7 @@ class Pretrained:
         return [name for name, shape in shapes[0].items() if shapes[1].get(name) != shape]
 
 
-def find_model(arguments: argparse.Namespace) -> Pretrained:
+def find_model(arguments: ModelArguments) -> Pretrained:
     """Read the configuration of --model, or of the base model where --model is a PEFT adapter.
 
     Raises:
@@ -114,7 +114,7 @@ def find_model(arguments: argparse.Namespace) -> Pretrained:
     return Pretrained(base, config, name)
 
 
-def read_tokenizer(arguments: argparse.Namespace, pretrained: Pretrained) -> Any:
+def read_tokenizer(arguments: ModelArguments, pretrained: Pretrained) -> Any:
     """The tokenizer: --tokenizer, or the model's, or its base model's. Raises ValueError in one line."""
     name = arguments.tokenizer or arguments.model
     folder = Path(name)
@@ -256,7 +256,7 @@ def _unloaded(pretrained: Pretrained, task: Task, trust_remote_code: bool) -> to
 
 
 def load_model(
-    arguments: argparse.Namespace, run: RunConfig | FirstOrderConfig, task: Task, pretrained: Pretrained
+    arguments: ModelArguments, run: RunConfig | FirstOrderConfig, task: Task, pretrained: Pretrained
 ) -> tuple[torch.nn.Module, list[str]]:
     """The pretrained model, sharded while it is loaded where the run is stage 3; a new head follows from the seed.
 
@@ -298,7 +298,7 @@ def load_model(
     return model, [name for name, _ in model.named_parameters() if name in new]
 
 
-def _with_new_adapter(arguments: argparse.Namespace, model: Any, task: Task, new: set[str]) -> Any:
+def _with_new_adapter(arguments: ModelArguments, model: Any, task: Task, new: set[str]) -> Any:
     """The model with LoRA adapters. Modules with weights that the base lacks (`new`) and a classification head are trained
     whole, and are saved with the adapter."""
     import peft  # an extra
@@ -312,7 +312,8 @@ def _with_new_adapter(arguments: argparse.Namespace, model: Any, task: Task, new
         ]
     without_weights = {name.rpartition(".")[0] for name in new}
     whole += sorted(name for name in without_weights if name and name.partition(".")[0] not in whole)
-    targets: Any = arguments.lora_target_modules
+    names = arguments.lora_target_modules
+    targets: Any = None if names is None else list(names)
     if targets == [ALL_LINEAR] or (targets is None and model.config.model_type not in DEFAULT_TARGETS):
         targets = ALL_LINEAR
     excluded = whole if targets is not None else None
@@ -324,9 +325,11 @@ def _with_new_adapter(arguments: argparse.Namespace, model: Any, task: Task, new
             raise ValueError(
                 f"--lora_target_modules: the model has no module {missing[0]!r}; its linear modules are {', '.join(linear)}"
             )
+    rank = arguments.lora_rank
+    assert rank is not None
     lora = peft.LoraConfig(
-        r=arguments.lora_rank,
-        lora_alpha=2 * arguments.lora_rank,
+        r=rank,
+        lora_alpha=2 * rank,
         target_modules=targets,
         exclude_modules=excluded or None,
         modules_to_save=whole or None,

@@ -1,7 +1,7 @@
 """The folder of a run: resolved config, versions, git commit and seed, metrics.jsonl, the trajectory log.
 
 config.json          the DeepSpeed JSON with "zeroth_order", every value resolved
-run.json             command, versions, git commit, seed, ranks, device
+run.json             command, options with their values, versions, git commit, seed, ranks, device
 metrics.jsonl        one object per step ("train") and per evaluation ("eval")
 trajectory.log       what was applied, step by step (see zods.trajectory)
 initial/             what the base weights lack: a new head or adapters, as they were drawn, and their configuration
@@ -39,9 +39,19 @@ class RunFolder:
                 f"--output_dir {self.path}: holds another run. Give another folder, or --resume auto to go on with it."
             )
 
-    def describe(self, config: dict[str, Any], *, seed: int, world_size: int, device: str, step: int) -> None:
+    def describe(
+        self,
+        config: dict[str, Any],
+        *,
+        arguments: dict[str, Any],
+        seed: int,
+        world_size: int,
+        device: str,
+        step: int,
+    ) -> None:
         """Make the folder, write config.json and run.json, and open metrics.jsonl: when all input has been checked.
 
+        arguments: options and their values; the command may name a file of them that is changed later.
         step: steps that were made; what metrics.jsonl tells of later ones is cut off, for they will be made again.
         """
         if self.rank != 0:
@@ -52,6 +62,7 @@ class RunFolder:
         (self.path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         about = {
             "command": sys.argv,
+            "arguments": arguments,
             "seed": seed,
             "world_size": world_size,
             "device": device,

@@ -171,13 +171,14 @@ def test_bad_input_ends_with_one_message_and_leaves_no_folder(folder, options, m
     assert not (folder / "bad").exists()
 
 
-def test_without_a_launcher_a_run_has_one_rank_and_a_summary_of_what_was_used(folder, tmp_path):
+def test_a_run_in_a_file_without_a_launcher_has_one_rank_and_a_summary_of_what_was_used(folder, tmp_path):
     config = tmp_path / "mezo.json"
     schedule = {"type": "WarmupDecayLR", "params": {"total_num_steps": "auto", "warmup_num_steps": 1}}
     section = {"method": "mezo", "lr": 1e-4}
     config.write_text(json.dumps({"train_batch_size": 4, "scheduler": schedule, "zeroth_order": section}))
-    command = [sys.executable, "-m", "zods.finetune", "--deepspeed", str(config), "--model", str(MODEL)]
-    command += ["--output_dir", str(tmp_path / "run"), "--train_file", str(folder / "train.jsonl")]
+    run = {"deepspeed": str(config), "model": str(MODEL), "train_file": str(folder / "train.jsonl"), "num_epochs": 1}
+    (tmp_path / "run.yaml").write_text(json.dumps(run))  # JSON is YAML, too
+    command = [sys.executable, "-m", "zods.finetune", str(tmp_path / "run.yaml"), "--output_dir", str(tmp_path / "run")]
     command += ["--held_out", "16", "--num_epochs", "2"]  # of 24 examples, so that an epoch has two steps
     launcher = [name for name in os.environ if name in (*TORCH, *SIZES, *RANKS)]
     code, output = run_command(["env", *(f"--unset={name}" for name in launcher), *command], tmp_path, 120.0)
@@ -188,6 +189,8 @@ def test_without_a_launcher_a_run_has_one_rank_and_a_summary_of_what_was_used(fo
     assert re.search(rf"^evaluation +{summary['evaluation']}$", output, re.MULTILINE)
     written = json.loads((tmp_path / "run" / "config.json").read_text())
     assert written["scheduler"]["params"] == {"total_num_steps": 4, "warmup_num_steps": 1, "warmup_max_lr": 1e-4}
+    recorded = json.loads((tmp_path / "run" / "run.json").read_text())["arguments"]
+    assert (recorded["model"], recorded["held_out"], recorded["num_epochs"]) == (str(MODEL), "16", 2)
 
 
 def test_a_head_for_another_number_of_classes_gives_way_to_a_new_one_that_is_replayed(folder, tmp_path):

@@ -1,8 +1,13 @@
-"""The command line of zods.finetune: where the configuration is named."""
+"""The command line of zods.finetune: where the configuration is named, and files that hold a run."""
+
+import json
+from typing import get_type_hints
 
 import pytest
 
-from zods.arguments import parse_arguments
+from zods.arguments import merged_config, parse_arguments
+from zods.options import BATCH_OVERRIDES, OverrideArguments
+from zods.section import ZerothOrderConfig
 
 NEEDED = ["--model", "m", "--output_dir", "o", "--train_file", "t"]
 
@@ -20,7 +25,7 @@ NEEDED = ["--model", "m", "--output_dir", "o", "--train_file", "t"]
     ],
 )
 def test_the_configuration_is_named_as_scripts_for_deepspeed_name_it(options):
-    assert parse_arguments([*options, *NEEDED]).deepspeed_config == "c.json"
+    assert parse_arguments([*options, *NEEDED]).model.deepspeed_config == "c.json"
 
 
 @pytest.mark.parametrize(
@@ -36,3 +41,209 @@ def test_a_command_without_a_configuration_or_with_two_is_refused(options, said,
         parse_arguments([*options, *NEEDED])
     assert caught.value.code == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["run.yam"], "unrecognized arguments: run.yam"),
+        (["--max_len", "5"], "unrecognized arguments: --max_len 5"),
+        (["--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
+        (["--lora_rank", "0"], "error: --lora_rank: found 0, must be 1 or more"),
+        (["--task", "none"], "argument --task: invalid choice: 'none' (choose from"),
+        (["--select", "8/4"], "argument --select: found '8/4', expected K/N"),
+        (["--held_out", "few"], "argument --held_out: invalid"),
+        (["--optimizer", "adamw", "--eps", "1"], "--eps belongs to zeroth-order steps"),
+    ],
+)
+def test_a_wrong_option_is_named(options, said, capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse_arguments([*options, *NEEDED, "--deepspeed_config", "c.json"])
+    assert caught.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_options_have_the_types_of_the_keys_that_they_override():
+    keys, options = get_type_hints(ZerothOrderConfig), get_type_hints(OverrideArguments)
+    for name in options.keys() - {"direction", *BATCH_OVERRIDES}:
+        assert options[name] == keys[name] | None, name
+
+
+def test_values_of_the_command_line_become_those_that_are_used():
+    words = ["--select", "8/32", "--held_out", "5", "--column_names", "a, b", "--plot", "--deepspeed", "c.json"]
+    arguments = parse_arguments([*words, *NEEDED])
+    assert (arguments.selection.select.chosen, arguments.selection.select.candidates) == (8, 32)
+    assert type(arguments.data.held_out.value) is int
+    assert arguments.data.column_names == ("a", "b")
+    assert (arguments.run.plot, arguments.run.save_model) == (True, False)
+    default = parse_arguments(["--deepspeed", "c.json", *NEEDED]).data.held_out.value
+    assert default == 0.1
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+RUN = {
+    "deepspeed_config": "c.json",
+    "model": "m",
+    "output_dir": "-o",
+    "dataset_name": "d",
+    "dataset_config": "2024",
+    "held_out": 20,
+    "task": "prompted",
+    "template": "{text}\\nIs {label}",
+    "label_words": ["no", "yes"],
+    "select": "8/32",
+    "save_model": True,
+    "plot": False,
+    "max_steps": None,
+    "max_train_examples": 7,
+    "lr": 1e-5,
+    "seed": 3,
+}
+YAML = r"""
+deepspeed_config: c.json
+model: m
+output_dir: -o
+dataset_name: d
+dataset_config: "2024"
+held_out: 20
+task: prompted
+template: '{text}\nIs {label}'  # read as on the command line
+label_words: ["no", "yes"]
+select: 8/32
+save_model: true
+plot: false
+max_steps:
+max_train_examples: 7
+lr: 1e-5  # which YAML reads as a text
+seed: 3
+"""
+WORDS = [
+    "--deepspeed_config", "c.json", "--model", "m", "--output_dir=-o", "--dataset_name", "d", "--dataset_config", "2024",
+    "--held_out", "20", "--task", "prompted", "--template", r"{text}\nIs {label}", "--label_words", "no,yes",
+    "--select", "8/32", "--save_model", "--max_train_examples", "7", "--lr", "1e-5", "--seed", "3",
+]  # fmt: skip
+
+
+def write(folder, name, content):
+    path = folder / name
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return str(path)
+
+
+def error_of(capsys, *words):
+    with pytest.raises(SystemExit) as caught:
+        parse_arguments(list(words))
+    assert caught.value.code == 2
+    return capsys.readouterr().err.partition("zods.finetune: error: ")[2].rstrip("\n")
+
+
+@pytest.mark.parametrize(("name", "content"), [("run.yaml", YAML), ("run.yml", YAML), ("run.json", RUN)])
+def test_a_file_says_what_a_command_line_says(name, content, tmp_path):
+    assert parse_arguments([write(tmp_path, name, content)]) == parse_arguments(WORDS)
+
+
+def test_the_record_of_a_run_is_a_file_that_holds_it(tmp_path):
+    arguments = parse_arguments([write(tmp_path, "run.yaml", YAML)])
+    assert parse_arguments([write(tmp_path, "recorded.json", arguments.to_dict())]) == arguments
+
+
+@pytest.mark.parametrize("launcher", [["--local_rank=1"], ["--local_rank", "1"]])
+def test_a_file_may_follow_what_the_launcher_adds(launcher, tmp_path):
+    assert parse_arguments([*launcher, write(tmp_path, "run.yaml", YAML)]) == parse_arguments(WORDS)
+
+
+def test_options_override_the_file(tmp_path):
+    path = write(tmp_path, "run.yaml", YAML)
+    changes = ["--lr", "0.5", "--save_model", "false", "--plot", "--label_words", "a,b", "--seed", "-1"]
+    assert parse_arguments([path, *changes]) == parse_arguments([*WORDS, *changes])
+
+
+@pytest.mark.parametrize("of_file", ["deepspeed", "deepspeed_config"])
+@pytest.mark.parametrize("of_command", ["--deepspeed", "--deepspeed_config"])
+def test_either_name_of_the_configuration_serves_in_the_file_and_overrides_it(of_file, of_command, tmp_path):
+    path = write(tmp_path, "run.yaml", f"{of_file}: a.json\nmodel: m\noutput_dir: o\ntrain_file: t\n")
+    assert parse_arguments([path]).model.deepspeed_config == "a.json"
+    assert parse_arguments([path, "--deepspeed"]).model.deepspeed_config == "a.json"
+    assert parse_arguments([path, of_command, "b.json"]).model.deepspeed_config == "b.json"
+
+
+def test_overrides_in_a_file_reach_the_configuration(tmp_path):
+    config = {"train_batch_size": 4, "zeroth_order": {"lr": 1.0, "anchor_interval": 2}}
+    run = {"model": "m", "output_dir": "o", "train_file": "t", "lr": 0.25, "method": "mezo", "strategy": "longest"}
+    run |= {"deepspeed": write(tmp_path, "c.json", config), "select": "2/6"}
+    assert merged_config(parse_arguments([write(tmp_path, "run.json", run)])) == {
+        "train_batch_size": 2,
+        "zeroth_order": {
+            "lr": 0.25,
+            "method": "mezo",
+            "selector": {"candidates": 6, "strategy": "longest"},
+        },
+    }
+
+
+@pytest.mark.parametrize("name", ["run.yaml", "run.json"])
+def test_all_mistakes_of_a_file_are_told_at_once(name, tmp_path, capsys):
+    wrong = {
+        "max_step": 5,
+        "lr": "fast",
+        "eps": True,
+        "max_length": 0,
+        "task": "prompting",
+        "select": "9/3",
+        "dataset_config": 2024,
+        "label_words": [False, "yes"],
+        "column_names": ["a,b"],
+        "template": ["{text}", "{label}"],
+        "plot": "perhaps",
+        "save_model": 2,
+        "num_epochs": 1.5,
+        "local_rank": 0,
+    }
+    path = write(tmp_path, name, wrong)  # JSON is YAML, too
+    first, *lines = error_of(capsys, path, "--model", "m").split("\n  ")
+    assert first == f"{path}: 14 mistakes:"
+    said = dict(line.split(": ", 1) for line in lines)
+    assert said.keys() == wrong.keys()
+    assert said["max_step"] == "unknown key. Did you mean 'max_steps'?"
+    assert said["lr"] == "invalid float value: 'fast'"
+    assert said["eps"] == "found True (bool), expected a number"
+    assert said["max_length"] == "found 0, must be 1 or more"
+    assert said["task"].startswith("invalid choice: 'prompting' (choose from")
+    assert said["select"] == "found '9/3', expected K/N with 0 < K <= N, as in 64/128"
+    assert said["dataset_config"] == "found 2024 (int), expected a text (in quotes)"
+    assert said["label_words"].startswith("found False, expected names")
+    assert said["column_names"].startswith("found 'a,b', expected names without commas")
+    assert said["template"].startswith("found ['{text}', '{label}'] (list), expected a text")
+    assert said["plot"].startswith("Truthy value expected: got perhaps")
+    assert said["save_model"] == "found 2 (int), expected true or false"
+    assert said["num_epochs"] == "invalid int value: '1.5'"
+
+
+def test_one_mistake_of_a_file_is_told_in_one_line(tmp_path, capsys):
+    path = write(tmp_path, "run.yaml", "modle: m\n")
+    assert error_of(capsys, path) == f"{path}: modle: unknown key. Did you mean 'model'?"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("run.yaml", "lr: 1\nmodel: m\nlr: 2\n", "run.yaml: lr given twice"),
+        ("run.json", '{"lr": 1, "model": "m", "lr": 2}', "run.json: lr given twice"),
+        ("run.yaml", "lr: [1", "run.yaml: not valid YAML"),
+        ("run.json", '{"lr": ', "run.json: not valid JSON"),
+        ("run.yaml", "- lr", "run.yaml: expected options as keys (lr: 1e-6), found list"),
+        ("run.yaml", "", "run.yaml: expected options as keys (lr: 1e-6), found NoneType"),
+        ("run.json", "[1]", "run.json: expected {...}, found list"),
+        ("run.yaml", "lr: 1", "the following arguments are required: --model, --output_dir"),
+        ("run.yaml", "model: m\noutput_dir: o\ntrain_file: t\n", "required: --deepspeed_config"),
+        ("run.yaml", YAML + "train_file: t", "give either --train_file or --dataset_name"),
+        ("run.yaml", YAML + "deepspeed: b.json", "give one of the two"),
+    ],
+)
+def test_a_file_that_cannot_be_a_run_is_refused(name, content, said, tmp_path, capsys):
+    assert said in error_of(capsys, write(tmp_path, name, content))
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path, capsys):
+    assert error_of(capsys, str(tmp_path / "run.yaml")).startswith(f"{tmp_path / 'run.yaml'}: not found")

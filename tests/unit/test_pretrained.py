@@ -2,7 +2,7 @@
 
 import json
 import os
-from argparse import Namespace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +11,16 @@ from tiny_tasks import REVIEWS, TEXTS, make_task, make_tokenizer
 
 from zods import pretrained
 from zods.finetune import prepare_data
+from zods.options import (
+    Arguments,
+    DataArguments,
+    ModelArguments,
+    Names,
+    OverrideArguments,
+    RunArguments,
+    SelectionArguments,
+    TaskArguments,
+)
 from zods.pretrained import Pretrained, check_causal, check_kind, find_model
 
 SMALL = {
@@ -27,7 +37,7 @@ def small(config_class, **settings):
 
 
 def options(model, **given):
-    return Namespace(model=str(model), tokenizer=None, trust_remote_code=False, lora_rank=None, **given)
+    return ModelArguments(model=str(model), output_dir="unused", **given)
 
 
 class OneProcess:
@@ -160,7 +170,7 @@ def test_an_adapter_leads_to_its_base_and_takes_no_new_adapters(tmp_path):
     assert (found.base, found.adapter) == (str(tmp_path / "base"), str(tmp_path / "adapter"))
     assert found.config.model_type == "llama"
     with pytest.raises(ValueError, match=r"--lora_rank: .*adapter is an adapter"):
-        find_model(Namespace(**{**vars(options(tmp_path / "adapter")), "lora_rank": 2}))
+        find_model(options(tmp_path / "adapter", lora_rank=2))
 
 
 @pytest.mark.parametrize("base", ["/gone/away", None])
@@ -195,7 +205,7 @@ def test_a_truncated_file_of_weights_is_named_before_the_model_is_loaded(tmp_pat
 def test_adapters_are_put_into_every_type_of_model_and_the_head_is_trained_whole(config_class):
     pytest.importorskip("peft")
     task = make_task("classification", "bert")
-    arguments = Namespace(lora_rank=2, lora_target_modules=None)
+    arguments = options("m", lora_rank=2)
     if config_class is hf.Phi3Config or config_class is hf.Olmo2Config:
         task = make_task("instruction")
     model = task.auto_class().from_config(small(config_class, pad_token_id=0))
@@ -214,7 +224,7 @@ def test_adapters_go_into_the_modules_that_are_named_and_an_unknown_one_is_an_er
     def trained(*names):
         model = task.auto_class().from_config(small(hf.LlamaConfig))
         model = pretrained._with_new_adapter(
-            Namespace(lora_rank=2, lora_target_modules=list(names)), model, task, set()
+            options("m", lora_rank=2, lora_target_modules=Names(",".join(names))), model, task, set()
         )
         return {name.split(".")[-4] for name, p in model.named_parameters() if p.requires_grad}
 
@@ -299,14 +309,12 @@ def prepared_for(config, tokenizer, folder):
     labels = ["dull", "fine"]
     rows = [{"text": text, "label": labels[i % 2]} for i, text in enumerate(TEXTS)]
     (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    columns = ("text_column", "text_pair_column", "label_column", "template", "label_words", "prompt_column")
-    unset = dict.fromkeys((*columns, "response_column", "validation_split", "column_names", "max_train_examples"))
-    hub = dict.fromkeys(("dataset_name", "dataset_config", "train_split", "max_eval_examples"))
-    file = folder / "data.jsonl"
-    arguments = options(
-        "m", task="classification", train_file=file, validation_file=file, max_length=32, **unset, **hub
-    )
-    run = Namespace(seed=0, selector=None)
+    file = str(folder / "data.jsonl")
+    data = DataArguments(train_file=file, validation_file=file)
+    task = TaskArguments(max_length=32)
+    groups = (SelectionArguments(), data, task, RunArguments(), OverrideArguments())
+    arguments = Arguments(options("m"), *groups)
+    run = SimpleNamespace(seed=0, selector=None)
     task, train, _ = prepare_data(arguments, tokenizer, run, Pretrained("m", config, None))
     return task, list(train)
 

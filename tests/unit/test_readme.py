@@ -36,6 +36,18 @@ def arguments_after(words: list[str], name: str) -> list[str]:
     return [word.strip("[]") for word in words[words.index(name) + 1 :] if word != "..."]
 
 
+def shown_run_file() -> str:
+    """The README's YAML file, which its command calls run.yaml."""
+    return (REPOSITORY / "README.md").read_text().partition("```yaml\n")[2].partition("```")[0]
+
+
+def test_the_shown_run_file_says_what_the_first_shown_command_says(tmp_path: Path):
+    (tmp_path / "run.yaml").write_text(shown_run_file())
+    command = next(shown for shown in commands("README.md") if "zods.finetune" in shown)
+    given = arguments_after(shlex.split(command), "zods.finetune")
+    assert parse_arguments([str(tmp_path / "run.yaml")]) == parse_arguments(given)
+
+
 def test_the_documents_show_commands():
     assert [len(commands(document)) >= least for document, least in zip(DOCUMENTS, (15, 1), strict=True)] == [
         True,
@@ -53,13 +65,15 @@ def test_files_of_shown_commands_exist(command: str):
 
 
 @pytest.mark.parametrize("command", [shown for shown in SHOWN if "zods.finetune" in shown.values[0]])
-def test_options_of_shown_finetune_commands_are_read(command: str):
+def test_options_of_shown_finetune_commands_are_read(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "run.yaml").write_text(shown_run_file())
+    monkeypatch.chdir(tmp_path)
     given = arguments_after(shlex.split(command), "zods.finetune")
     if given in ([], ["--help"]):
         return
     shortened = "..." in command
     arguments = parse_arguments([*(REQUIRED if shortened else ()), *given])
-    assert shortened or load_json(REPOSITORY / arguments.deepspeed_config)
+    assert shortened or load_json(REPOSITORY / arguments.model.deepspeed_config)
 
 
 @pytest.mark.parametrize("command", [shown for shown in SHOWN if "zods.trajectory" in shown.values[0]])
@@ -73,7 +87,7 @@ def test_the_quickstarts_command_is_read():
     text = (REPOSITORY / "launch" / "quickstart" / "train.sh").read_text().replace("\\\n", " ")
     command = re.search(r'zods\.finetune (.*) "\$@"', text)
     assert command is not None
-    assert parse_arguments(shlex.split(command[1])).task == "prompted"
+    assert parse_arguments(shlex.split(command[1])).task.task == "prompted"
 
 
 def test_the_helps_example_is_read(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
@@ -81,7 +95,7 @@ def test_the_helps_example_is_read(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     with pytest.raises(SystemExit):
         parse_arguments(["--help"])
     words = shlex.split(capsys.readouterr().out.partition("Example: ")[2])
-    assert load_json(REPOSITORY / parse_arguments(words[words.index("zods.finetune") + 1 :]).deepspeed_config)
+    assert load_json(REPOSITORY / parse_arguments(words[words.index("zods.finetune") + 1 :]).model.deepspeed_config)
 
 
 def test_the_readme_names_the_commands_that_ci_runs():

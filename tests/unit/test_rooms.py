@@ -104,23 +104,24 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     ),
     "summary": ({"engine", "first_order"}, {"torch", "deepspeed"}),
     "tasks": ({"objectives"}, {"torch", "transformers", "datasets", "pyarrow"}),
+    "options": ({"section"}, set()),
+    "arguments": ({"config", "mistakes", "options", "section"}, {"transformers", "yaml"}),
     "pretrained": (
-        {"config", "tasks", "trajectory"},
+        {"config", "options", "tasks", "trajectory"},
         {"torch", "deepspeed", "transformers", "safetensors", "peft"},
     ),
-    "arguments": ({"config", "section"}, set()),
     "runs": (set(), set()),
     "report": ({"runs"}, {"matplotlib"}),
     "finetune": (
         {
             FACE, "config", "config_auto", "comm", "engine", "extras", "first_order", "launching", "memory", "pretrained",
             "schedules", "selection",
-            "initialization", "resuming", "stopping", "summary", "tasks", "arguments", "runs", "report",
+            "initialization", "resuming", "stopping", "summary", "tasks", "options", "arguments", "runs", "report",
         },
         {"torch", "deepspeed", "datasets", "tqdm"},
     ),
 }  # fmt: skip
-PURE = ("mistakes", "section", "config_auto", "directions", "estimators", "rule", "data")
+PURE = ("mistakes", "section", "options", "config_auto", "directions", "estimators", "rule", "data")
 # of DeepSpeed's communication, what sends nothing itself: its count of what ZeRO-3 sends, and its section of the configuration
 SILENT = ("deepspeed.comm.comm.comms_logger", "deepspeed.comm.config.CommsLoggerConfig")
 

@@ -2,13 +2,13 @@
 
 import json
 import re
-from argparse import Namespace
 
 import datasets
 import pytest
 from tiny_tasks import CLASSES, OF_MODEL, ORDERS, REVIEWS, WORDS, make_task, make_tokenizer, reviews
 
 from zods.finetune import load_parts
+from zods.options import DataArguments
 from zods.tasks import build_task, check_rows, check_token_ids, load_examples, read_escapes
 
 
@@ -117,12 +117,9 @@ def test_a_missing_column_is_named_with_its_source_beside_the_mistakes_of_the_ot
 def test_what_makes_training_and_validation_files_unreadable_is_told_together(tmp_path):
     (tmp_path / "train.csv").write_text("text,label\na,b,c\n")
     (tmp_path / "dev.json").write_text('{"rows": []}')
-    files = {"train_file": tmp_path / "train.csv", "validation_file": tmp_path / "dev.json"}
-    others = ("dataset_name", "dataset_config", "train_split", "validation_split", "column_names")
-    limits = {"max_train_examples": None, "max_eval_examples": None}
-    arguments = Namespace(**files, **limits, **dict.fromkeys(others))
+    files = DataArguments(train_file=str(tmp_path / "train.csv"), validation_file=str(tmp_path / "dev.json"))
     with pytest.raises(ValueError, match=r"train\.csv, line 2: 3 fields.*; .*dev\.json: one JSON object"):
-        load_parts(arguments, seed=0)
+        load_parts(files, seed=0)
 
 
 def test_one_text_among_the_labels_of_a_file_leaves_its_integers_labels():

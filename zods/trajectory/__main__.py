@@ -16,10 +16,12 @@ from zods.trajectory.records import Evaluation, Refresh, Run, Step
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = _parser().parse_args(argv)
+    options = vars(_parser().parse_args(argv))
+    command = options.pop("command")
+    options.pop("local_rank", None)  # the rank comes from the environment
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
-        return arguments.run(arguments)
+        return command(**options)
     except (ValueError, OSError) as error:
         print(f"zods.trajectory: error: {error}", file=sys.stderr)
         return 2
@@ -37,25 +39,25 @@ def _parser() -> argparse.ArgumentParser:
     replay.add_argument("--out", required=True, metavar="FOLDER", help="made for from_pretrained")
     replay.add_argument("--until", type=int, metavar="STEP", help="weights after so many steps (default: all)")
     replay.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # set by a launcher
-    replay.set_defaults(run=_replay)
+    replay.set_defaults(command=_replay)
 
     inspect = commands.add_parser("inspect", help="what a log tells of its run")
-    inspect.add_argument("log", metavar="FILE")
+    inspect.add_argument("path", metavar="FILE")
     inspect.add_argument(
         "--step", type=int, metavar="STEP", help="only the records that come when so many steps are made"
     )
-    inspect.set_defaults(run=_inspect)
+    inspect.set_defaults(command=_inspect)
 
     verify = commands.add_parser(
         "verify", help="is it whole? Exit code 1 where its last record is torn, 2 where it is damaged"
     )
-    verify.add_argument("log", metavar="FILE")
-    verify.set_defaults(run=_verify)
+    verify.add_argument("path", metavar="FILE")
+    verify.set_defaults(command=_verify)
 
     diff = commands.add_parser("diff", help="where two logs part; exit code 1 where they do")
     diff.add_argument("left", metavar="FILE")
     diff.add_argument("right", metavar="FILE")
-    diff.set_defaults(run=_diff)
+    diff.set_defaults(command=_diff)
 
     merge = commands.add_parser(
         "merge", help="one log for two, where one goes on from the other; else why there is none"
@@ -63,25 +65,25 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("left", metavar="FILE")
     merge.add_argument("right", metavar="FILE")
     merge.add_argument("--out", required=True, metavar="FILE")
-    merge.set_defaults(run=_merge)
+    merge.set_defaults(command=_merge)
     return parser
 
 
-def _replay(arguments: argparse.Namespace) -> int:
+def _replay(base: str, log: str, out: str, until: int | None) -> int:
     from zods.trajectory.replay import replay  # torch is slow to import, and the others do not compute
 
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    done = replay(arguments.base, arguments.log, arguments.out, until=arguments.until, rank=rank, world_size=world_size)
+    done = replay(base, log, out, until=until, rank=rank, world_size=world_size)
     speed = done.element_terms / max(done.seconds, 1e-9)
-    print(f"{done.steps} steps in {done.seconds:.1f} s, {speed:.3g} element-terms/s: {arguments.out}")
+    print(f"{done.steps} steps in {done.seconds:.1f} s, {speed:.3g} element-terms/s: {out}")
     return 0
 
 
-def _inspect(arguments: argparse.Namespace) -> int:
-    log = _read(arguments.log)
-    if arguments.step is not None:
+def _inspect(path: str, step: int | None) -> int:
+    log = _read(path)
+    if step is not None:
         for record in log.records:
-            if record.step == arguments.step:
+            if record.step == step:
                 print(json.dumps(record.to_json()))
         return 0
     parameters = log.header.parameters
@@ -116,10 +118,10 @@ def _inspect(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _verify(arguments: argparse.Namespace) -> int:
-    log = _read(arguments.log)
+def _verify(path: str) -> int:
+    log = _read(path)
     _changes(log)
-    print(f"{arguments.log}: {log.num_steps} steps, {len(log.records)} records, head {log.heads[-1]}: whole")
+    print(f"{path}: {log.num_steps} steps, {len(log.records)} records, head {log.heads[-1]}: whole")
     return int(log.torn > 0)
 
 
@@ -133,19 +135,19 @@ def _changes(log: Log) -> None:
             history.change(record)
 
 
-def _diff(arguments: argparse.Namespace) -> int:
-    found = list(differences(_read(arguments.left), _read(arguments.right)))
+def _diff(left: str, right: str) -> int:
+    found = list(differences(_read(left), _read(right)))
     print("\n".join(found) or "the same")
     return int(bool(found))
 
 
-def _merge(arguments: argparse.Namespace) -> int:
-    out = Path(arguments.out)
-    if out.exists():
+def _merge(left: str, right: str, out: str) -> int:
+    made = Path(out)
+    if made.exists():
         raise ValueError(f"--out {out}: exists. Give another name.")
-    log = longer(_read(arguments.left), _read(arguments.right))
-    out.write_bytes(Path(log.path).read_bytes()[: log.ends[-1]])
-    print(f"{out}: {log.num_steps} steps, those of {log.path}, which the other is the beginning of")
+    log = longer(_read(left), _read(right))
+    made.write_bytes(Path(log.path).read_bytes()[: log.ends[-1]])
+    print(f"{made}: {log.num_steps} steps, those of {log.path}, which the other is the beginning of")
     return 0
 
 
