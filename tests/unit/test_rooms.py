@@ -213,7 +213,7 @@ def test_only_comm_reaches_torch_distributed(file: Path):
 
 
 def renames_and_syncs(tree: ast.AST) -> set[str]:
-    """The calls that rename or sync a file: of `os` and `shutil`, and of a path, which take one argument."""
+    """The calls that rename or sync a file: of `os`, of `shutil`, and of a path with one argument."""
     reached = {f"{module}.{name}" for module, name in imported(tree)} | dotted_names(tree)
     methods = {
         f"path.{node.func.attr}"
@@ -225,7 +225,8 @@ def renames_and_syncs(tree: ast.AST) -> set[str]:
 
 
 # renames outside of zods.files, and why
-RENAMES = {"kernels/build.py": {"os.replace"}}  # kernels import only torch; a library that is lost is built again
+# kernels import only torch; a library that is lost is built again
+RENAMES = {"kernels/build.py": {"os.replace"}}
 
 
 @pytest.mark.parametrize("file", files(), ids=name_of)
