@@ -26,10 +26,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from zods.estimators import Annealing
+from zods.files import atomic_write, rename, sync
 from zods.kernels import fingerprint
 from zods.section import ZerothOrderConfig
 from zods.sharding import Slice, is_sharded, release_gathered
-from zods.trajectory.log import flush_to_disk
 
 FORMAT = 2
 HIDDEN = re.compile(r"\.(.+)\.(partial|replaced|removed)")  # tag; what became of the folder, see `save_checkpoint`
@@ -85,7 +85,8 @@ def save_checkpoint(
             if comm.rank == 0 or is_sharded(engine.shards.slices[0].param):
                 _write_slices(engine, partial)
             if comm.rank == 0:
-                _write_text(partial / "state.json", _state_text(engine, client_state))
+                (partial / "state.json").write_text(_state_text(engine, client_state))
+                sync(partial / "state.json")
         with comm.same_on_all_ranks():
             if comm.rank == 0:
                 _put_in_place(partial, final, save_latest)
@@ -211,17 +212,12 @@ def _write_tensors(engine: Any, folder: Path, role: str, slices: dict[str, torch
         )
     except SafetensorError as error:  # of which a full disk is one
         raise OSError(f"checkpoint {path}: {error}") from error
-    flush_to_disk(path)
+    sync(path)
 
 
 def _fingerprint_text(slice_: torch.Tensor, offset: int) -> str:
     """offset: in the whole parameter, so that a slice in another's place is found out."""
     return f"{fingerprint(slice_, offset):016x}"
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text)
-    flush_to_disk(path)
 
 
 def _hidden(folder: Path, fate: str) -> Path:
@@ -236,19 +232,16 @@ def _folder_of(save_dir: Path, tag: str) -> Path:
 
 
 def _put_in_place(partial: Path, final: Path, save_latest: bool) -> None:
-    flush_to_disk(partial)
+    sync(partial)
     if final.exists():
         replaced = _hidden(final, "replaced")
         shutil.rmtree(replaced, ignore_errors=True)
-        final.rename(replaced)
-    partial.rename(final)
-    flush_to_disk(final.parent)  # before `latest` names it
-    if not save_latest:
-        return
-    pointer = final.parent / ".latest.partial"
-    _write_text(pointer, final.name)
-    pointer.replace(final.parent / "latest")
-    flush_to_disk(final.parent)
+        rename(final, replaced)
+    rename(partial, final)
+    sync(final.parent)  # before `latest` names it
+    if save_latest:
+        with atomic_write(final.parent / "latest") as temporary:
+            temporary.write_text(final.name)
 
 
 def _remove_old(written: Path, keep: int | None) -> None:
@@ -261,8 +254,8 @@ def _remove_old(written: Path, keep: int | None) -> None:
             if folder != written:
                 # from here on it is no checkpoint any more, however far its removal gets
                 shutil.rmtree(_hidden(folder, "removed"), ignore_errors=True)
-                folder.rename(_hidden(folder, "removed"))
-        flush_to_disk(save_dir)
+                rename(folder, _hidden(folder, "removed"))
+        sync(save_dir)
         for entry in save_dir.iterdir():
             if HIDDEN.fullmatch(entry.name) and entry.is_dir():
                 shutil.rmtree(entry)

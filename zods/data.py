@@ -55,12 +55,13 @@ def _add(hasher: Any, value: Any) -> None:
         hasher.update(type(value).__name__.encode())
 
 
-def sample_digest(dataset: Any, most: int = 64) -> str | None:
-    """Of up to `most` examples, evenly spread. None where an example is another one when it is looked up again."""
+def sample_digest(dataset: Any) -> str | None:
+    """Of up to 64 examples, evenly spread. None where an example is another one when it is looked up again."""
     if digest_of([dataset[0]]) != digest_of([dataset[0]]):
         return None
     size = len(dataset)
-    return digest_of(dataset[place * size // min(most, size)] for place in range(min(most, size)))
+    count = min(64, size)
+    return digest_of(dataset[place * size // count] for place in range(count))
 
 
 def epoch_order(size: int, batch_size: int, seed: int, epoch: int) -> torch.Tensor:

@@ -26,6 +26,7 @@ from zods.batch import WEIGHTS
 from zods.comm import Communicator
 from zods.config import FirstOrderConfig
 from zods.data import TrainingLoader
+from zods.files import rename, sync
 from zods.measuring import Measure, check_own_loss, measure_whole
 from zods.objectives import Objective, loss_count
 from zods.recording import Recorder
@@ -205,7 +206,9 @@ class FirstOrderEngine:
                 if old.name != tag:
                     removed = old.with_name(f".{old.name}.removed")  # no checkpoint any more, however far this gets
                     shutil.rmtree(removed, ignore_errors=True)
-                    shutil.rmtree(old.rename(removed), ignore_errors=True)
+                    rename(old, removed)
+                    sync(old.parent)
+                    shutil.rmtree(removed, ignore_errors=True)
 
     def load_checkpoint(self, load_dir: str | Path) -> None:
         """The checkpoint that `latest` names. No code that a file of it names is run.

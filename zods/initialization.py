@@ -96,8 +96,7 @@ def initialize(
             return_freed_memory(comm.device)
         ds_config = _prepared(run, model)
         engine = deepspeed.initialize(model=model, config=ds_config, dist_init_required=False)[0]
-    world = comm.world_size
-    parameters = ShardedParameters(engine.module, rank=comm.rank, world_size=world, model_parameters=wanted)
+    parameters = ShardedParameters(engine.module, rank=comm.rank, model_parameters=wanted)
     if run.zeroth_order.selector is not None:
         loader = _selecting_loader(run, comm, engine, training_data, collate_fn)
     zo_optimizer = ZerothOrderOptimizer([p.param for p in parameters], lr=run.zeroth_order.lr)
@@ -116,7 +115,7 @@ def initialize(
         logger.info(
             "zods: %s on %d ranks, %d trainable elements, kernels: %s",
             run.zeroth_order.method,
-            world,
+            comm.world_size,
             parameters.numel,
             backend(),
         )

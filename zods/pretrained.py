@@ -181,7 +181,8 @@ def check_causal(engine: Any, pretrained: Pretrained, task: Task, rows: Any) -> 
     """
     if not task.predicts_next_token:
         return
-    tokens = sorted({int(token) for row in rows.select(range(min(8, len(rows)))) for token in _tokens_of(task, row)})
+    inputs_of = (task.collate([row])["input_ids"] for row in rows.select(range(min(8, len(rows)))))
+    tokens = sorted({token for input_ids in inputs_of for token in input_ids[0].tolist()})
     if len(tokens) < 2:
         return
     first = [tokens[i % len(tokens)] for i in range(8)]
@@ -198,10 +199,6 @@ def check_causal(engine: Any, pretrained: Pretrained, task: Task, rows: Any) -> 
 
     if engine.evaluate([0], collate, measure)["leaks"]:
         raise ValueError(_not_causal(pretrained.base, "its predictions depend on later tokens", task.name))
-
-
-def _tokens_of(task: Task, row: dict[str, Any]) -> list[int]:
-    return task.collate([row])["input_ids"][0].tolist()
 
 
 def _not_causal(name: str, found: str, task: str) -> str:

@@ -42,9 +42,10 @@ def _series(records: list[dict[str, Any]], key: str) -> tuple[list[int], list[fl
     return [r["step"] for r in records], [r[key] for r in records]
 
 
-def _smoothed(records: list[dict[str, Any]], key: str, window: int = 20) -> tuple[list[int], list[float]]:
+def _smoothed(records: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    """The mean of every 20 values in a row, of fewer at the start."""
     steps, values = _series(records, key)
-    spans = [values[max(0, i + 1 - window) : i + 1] for i in range(len(values))]
+    spans = [values[max(0, i - 19) : i + 1] for i in range(len(values))]
     return steps, [sum(span) / len(span) for span in spans]
 
 

@@ -19,11 +19,12 @@ from tqdm import tqdm
 
 from zods import checkpoint
 from zods.comm import Communicator
+from zods.files import atomic_write
 from zods.kernels import fingerprint
 from zods.selection.loaders import SelectingLoader
 from zods.sharding import Slice, gathered, is_sharded, release_gathered
 from zods.trajectory.history import Change, direction_of, num_terms, replay_, stores_gradient
-from zods.trajectory.log import Log, LogFile, flush_to_disk, parse_log
+from zods.trajectory.log import Log, LogFile, parse_log
 from zods.trajectory.records import Header, ParameterRecord, Record, Refresh, Step
 
 logger = logging.getLogger(__name__)
@@ -277,11 +278,8 @@ def _save_initial(engine: Any, path: Path, names: Collection[str]) -> None:
     with engine.comm.same_on_all_ranks():
         if engine.comm.rank == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(f".{path.name}.partial")
-            save_file(state, partial)
-            flush_to_disk(partial)
-            partial.replace(path)
-            flush_to_disk(path.parent)
+            with atomic_write(path) as temporary:
+                save_file(state, temporary)
 
 
 def _load_initial(engine: Any, path: Path, header: Header) -> None:
@@ -432,10 +430,8 @@ def copy_log(run: Path, checkpoint_folder: Path | None, to: Path) -> None:
     to.mkdir(parents=True, exist_ok=True)
     if (run / INITIAL).is_file():
         (to / INITIAL).parent.mkdir(exist_ok=True)
-        (to / INITIAL).write_bytes((run / INITIAL).read_bytes())
-        flush_to_disk(to / INITIAL)
-    partial = to / f".{LOG_NAME}.partial"
-    partial.write_bytes(data)
-    flush_to_disk(partial)
-    partial.replace(to / LOG_NAME)  # last: where there is a log, all that belongs to it is there
-    flush_to_disk(to)
+        with atomic_write(to / INITIAL) as temporary:
+            temporary.write_bytes((run / INITIAL).read_bytes())
+    # last: where there is a log, all that belongs to it is there
+    with atomic_write(to / LOG_NAME) as temporary:
+        temporary.write_bytes(data)

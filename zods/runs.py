@@ -19,6 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from zods.files import atomic_write
+
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "numpy")
 
 
@@ -84,9 +86,8 @@ class RunFolder:
                 continue
             if not later and line.endswith("\n"):
                 kept.append(line)
-        partial = path.with_name(".metrics.jsonl.partial")
-        partial.write_text("".join(kept), encoding="utf-8")
-        partial.replace(path)
+        with atomic_write(path) as temporary:
+            temporary.write_text("".join(kept), encoding="utf-8")
 
     def first_evaluation(self) -> dict[str, float]:
         """What was measured before the first step; nothing on other ranks than 0, or where that is not there."""

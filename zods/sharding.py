@@ -98,7 +98,6 @@ class ShardedParameters:
         module: torch.nn.Module,
         *,
         rank: int,
-        world_size: int,
         model_parameters: Iterable[torch.nn.Parameter] | None = None,
     ) -> None:
         """model_parameters: those to train among the ones that require a gradient; None trains all of these.
@@ -108,13 +107,13 @@ class ShardedParameters:
         wanted = None if model_parameters is None else {id(p) for p in model_parameters}
         named = list(module.named_parameters())
         self.slices: list[Slice] = [
-            self._slice(name, ordinal, param, rank, world_size)
+            self._slice(name, ordinal, param, rank)
             for ordinal, (name, param) in enumerate(named)
             if param.requires_grad and (wanted is None or id(param) in wanted)
         ]
         trained = {id(piece.param) for piece in self.slices}
         self.frozen: list[Slice] = [  # all other parameters
-            self._slice(name, ordinal, param, rank, world_size)
+            self._slice(name, ordinal, param, rank)
             for ordinal, (name, param) in enumerate(named)
             if id(param) not in trained
         ]
@@ -126,7 +125,7 @@ class ShardedParameters:
         self.numel = sum(s.whole_numel for s in self.slices)
 
     @staticmethod
-    def _slice(name: str, ordinal: int, param: torch.nn.Parameter, rank: int, world_size: int) -> Slice:
+    def _slice(name: str, ordinal: int, param: torch.nn.Parameter, rank: int) -> Slice:
         if not is_sharded(param):
             n = param.numel()
             return Slice(name, ordinal, param, tuple(param.shape), param.dtype, 0, n, n)

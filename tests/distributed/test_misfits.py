@@ -32,7 +32,7 @@ BATCHES = {
 @torch.no_grad()
 def dense_losses(model: nn.Module, points: Sequence[Point], batch: Any, direction: Direction) -> torch.Tensor:
     """Of whole perturbed copies, without any of what is tested but the definition of a direction."""
-    parameters = ShardedParameters(model, rank=0, world_size=1)
+    parameters = ShardedParameters(model, rank=0)
     losses = []
     for point in points:
         at = {}

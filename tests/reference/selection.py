@@ -1,9 +1,13 @@
-"""Facility location by the book, in plain Python: what `zods.selection` is compared with."""
+"""Facility location by the book: what `zods.selection` is compared with."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import combinations
+
+import torch
+
+from zods.selection.facility_location import Chosen, Problem, choice
 
 
 def objective(similarities: Sequence[Sequence[int]], chosen: Sequence[int]) -> int:
@@ -19,6 +23,19 @@ def greedy(similarities: Sequence[Sequence[int]], k: int) -> list[int]:
         left = [j for j in candidates if j not in chosen]
         chosen.append(max(left, key=lambda j: (objective(similarities, [*chosen, j]), -j)))
     return chosen
+
+
+def eager_greedy(problem: Problem, k: int) -> Chosen:
+    """`greedy` of a problem, with every gain made anew for every pick."""
+    problem.keep_distances()
+    left, nearest = torch.arange(problem.num_candidates), problem.start()
+    ids: list[int] = []
+    while len(ids) < k and len(left):
+        gains = problem.gains(left, nearest)
+        ids.append(int(left[gains == gains.max()][0]))
+        left = left[left != ids[-1]]
+        nearest = torch.minimum(nearest, problem.distances(torch.tensor(ids[-1:]))[0])
+    return choice(problem, ids)
 
 
 def optimum(similarities: Sequence[Sequence[int]], k: int) -> int:

@@ -83,7 +83,7 @@ def perturbed(name: str, dtype: torch.dtype, distribution: str, point: Point, x:
     """What a model whose parameters are changed for good gives."""
     changed = model(name, dtype)
     direction = Direction(distribution)
-    for piece in ShardedParameters(changed, rank=0, world_size=1):
+    for piece in ShardedParameters(changed, rank=0):
         data = piece.param.data
         direction.combine_(data, piece, weight=data, seeds=[point.seed], coefficients=[point.coefficient])
     return changed(x)

@@ -11,6 +11,7 @@ FACE = ""  # `import zods`: what users import
 
 # room: (rooms it may import, packages outside the standard library it may import). A room imports only rooms above it.
 TABLE: dict[str, tuple[set[str], set[str]]] = {
+    "files": (set(), set()),
     "mistakes": (set(), {"pydantic"}),
     "section": ({"mistakes"}, {"pydantic"}),
     "steps": (set(), {"torch"}),
@@ -33,7 +34,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "data": (set(), {"torch"}),
     "rule": ({"section", "directions", "estimators"}, set()),
     "trajectory": (
-        {"section", "kernels", "directions", "estimators", "rule"},
+        {"files", "section", "kernels", "directions", "estimators", "rule"},
         {"torch", "safetensors", "tqdm", "huggingface_hub", "transformers"},
     ),
     "sharding": ({"directions", "comm"}, {"torch", "deepspeed"}),
@@ -69,11 +70,11 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
         {"batch", "section", "measuring", "kernels", "directions", "comm", "data", "objectives", "sharding"},
         {"torch", "deepspeed"},
     ),
-    "checkpoint": ({"section", "kernels", "estimators", "sharding", "trajectory"}, {"torch", "safetensors"}),
+    "checkpoint": ({"files", "section", "kernels", "estimators", "sharding", "trajectory"}, {"torch", "safetensors"}),
     "export": ({"sharding"}, {"torch", "safetensors"}),
     "recording": ({"config", "data", "estimators", "selection", "trajectory"}, set()),
     "resuming": (
-        {"checkpoint", "comm", "kernels", "selection", "sharding", "trajectory"},
+        {"checkpoint", "comm", "files", "kernels", "selection", "sharding", "trajectory"},
         {"torch", "safetensors", "tqdm"},
     ),
     "replicas": ({"comm", "section", "trajectory"}, set()),
@@ -97,8 +98,8 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     ),
     "first_order": (
         {
-            "batch", "comm", "config", "data", "export", "measuring", "objectives", "recording", "resuming", "selection",
-            "steps", "stopping", "trajectory",
+            "batch", "comm", "config", "data", "export", "files", "measuring", "objectives", "recording", "resuming",
+            "selection", "steps", "stopping", "trajectory",
         },
         {"torch", "deepspeed"},
     ),
@@ -110,7 +111,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
         {"config", "options", "tasks", "trajectory"},
         {"torch", "deepspeed", "transformers", "safetensors", "peft"},
     ),
-    "runs": (set(), set()),
+    "runs": ({"files"}, set()),
     "report": ({"runs"}, {"matplotlib"}),
     "finetune": (
         {
@@ -214,6 +215,38 @@ def test_only_comm_reaches_torch_distributed(file: Path):
         n for n in reached if (n + ".").startswith(("torch.distributed.", "deepspeed.comm.")) and n not in SILENT
     ]
     assert not sending, f"{name_of(file)} reaches {sending}; what zods sends goes through zods.comm"
+
+
+def renames_and_syncs(tree: ast.AST) -> set[str]:
+    """The calls that rename or sync a file: of `os`, of `shutil`, and of a path with one argument."""
+    reached = {f"{module}.{name}" for module, name in imported(tree)} | dotted_names(tree)
+    methods = {
+        f"path.{node.func.attr}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and len(node.args) == 1
+        if node.func.attr in ("rename", "replace") and not node.keywords
+    }
+    return (reached & {"os.rename", "os.renames", "os.replace", "os.fsync", "shutil.move"}) | methods
+
+
+# renames outside of zods.files, and why
+# kernels import only torch; a library that is lost is built again
+RENAMES = {"kernels/build.py": {"os.replace"}}
+
+
+@pytest.mark.parametrize("file", files(), ids=name_of)
+def test_only_files_renames_and_syncs(file: Path):
+    if room_of(file) == "files":
+        return
+    found = renames_and_syncs(parse(file)) - RENAMES.get(name_of(file), set())
+    assert not found, f"{name_of(file)} uses {sorted(found)}; zods.files renames and syncs"
+
+
+@pytest.mark.parametrize(
+    "code", ["path.replace(to)", "path.rename(to)", "os.replace(a, b)", "from os import fsync", "shutil.move(a, b)"]
+)
+def test_renames_and_syncs_are_found(code: str):
+    assert renames_and_syncs(ast.parse(code))
 
 
 def test_pure_rooms_know_neither_deepspeed_nor_transformers():

@@ -10,8 +10,8 @@ import torch
 
 from zods.directions import Direction
 from zods.section import STRATEGIES, SelectorConfig, parse_selector
+from zods.selection.baselines import BETAS, EPSILON, PaperFeatures
 from zods.selection.facility_location import from_features, lazy_greedy, quantised
-from zods.selection.paper import BETAS, EPSILON, PaperFeatures
 from zods.selection.selector import NEEDS, CandidateBatch, Selector
 
 

@@ -204,7 +204,7 @@ def example(dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def perturbed_forward(module: nn.Module, distribution: str = "gaussian", observe: bool = True) -> PerturbedForward:
-    slices = ShardedParameters(module, rank=0, world_size=1).slices
+    slices = ShardedParameters(module, rank=0).slices
     forward_at = PerturbedForward(module, slices, Direction(distribution))
     if observe:
         with torch.no_grad(), forward_at.observing():

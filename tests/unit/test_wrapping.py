@@ -35,7 +35,7 @@ X = torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
 
 def at_changed_weights(module: nn.Module, point: Point, x: Tensor = X) -> Tensor:
     """What the module gives when its parameters are changed for good."""
-    for piece in ShardedParameters(module, rank=0, world_size=1):
+    for piece in ShardedParameters(module, rank=0):
         data = piece.param.data
         Direction().combine_(data, piece, weight=data, seeds=[point.seed], coefficients=[point.coefficient])
     with torch.no_grad():
@@ -162,7 +162,7 @@ def test_a_gradient_taken_inside_a_forward_is_that_of_the_point(distribution):
     expected = []
     for point in points:
         changed = copy.deepcopy(module)
-        for piece in ShardedParameters(changed, rank=0, world_size=1):
+        for piece in ShardedParameters(changed, rank=0):
             data = piece.param.data
             direction = Direction(distribution)
             direction.combine_(data, piece, weight=data, seeds=[point.seed], coefficients=[point.coefficient])

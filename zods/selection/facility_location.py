@@ -2,12 +2,12 @@
 
     F(S) = sum_i (D - min_{j in S} d(i, j)),   F(empty set) = 0,   D at least the largest distance
 
-is monotone and submodular, so greedy choice reaches (1 - 1/e) of the optimum (Nemhauser et al. 1978); for similarities
-s >= 0 it is F(S) = sum_i max_{j in S} s(i, j). Distances are integers here, of features taken to 16-bit integers, and sums
-of them are exact: a choice depends neither on the order of a sum nor on who computes it. Equal gains go to the lowest id.
+is monotone and submodular, so greedy choice reaches (1 - 1/e) of the optimum (Nemhauser et al. 1978);
+with similarities s = D - d it is F(S) = sum_i max_{j in S} s(i, j). Distances are integers here, of
+features taken to 16-bit integers, and sums of them are exact: a choice depends neither on the order of
+a sum nor on who computes it. Equal gains go to the lowest id.
 
-Lazy evaluation: Minoux 1978. Stochastic greedy: Mirzasoleiman et al. 2015, arXiv:1409.7938. GreeDi: Mirzasoleiman et al.
-2013.
+Lazy evaluation: Minoux 1978. Approximations for comparison are in `zods.selection.baselines`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Share = Callable[[list[int]], list[list[int]]]
 class Chosen:
     """Candidates in the order of choice.
 
-    ids: never one twice. gains: what each added to F, in the unit of the distances or similarities. objective: F.
+    ids: never one twice. gains: what each added to F, in the unit of the distances. objective: F.
     weights: how many items each stands for, which are those that are not nearer to another (nor as near to an earlier one).
     """
 
@@ -51,80 +51,68 @@ class Chosen:
 
 
 class Problem:
-    """Distances of items to candidates, as integers. Made by `from_features`, `from_distances` or `from_similarities`."""
+    """Candidates, which are the items too, and their distances as integers. See `from_features`."""
 
     def __init__(
         self,
-        num_items: int,
         num_candidates: int,
         between: Callable[[Index, Index], Tensor],
         *,
         largest: int,
         unit: float,
-        symmetric: bool,
-        device: torch.device | str = "cpu",
+        device: torch.device,
     ) -> None:
-        """between: (candidates, items) -> their distances, integers in float32. largest: D. unit: what an integer 1 is
-        worth. symmetric: the items are the candidates, and d(i, j) = d(j, i)."""
-        if max(num_items, num_candidates) > MAX_CANDIDATES:
+        """between: (candidates, items) -> their distances, integers in float32, d(i, j) = d(j, i).
+        largest: D. unit: what an integer 1 is worth."""
+        if num_candidates > MAX_CANDIDATES:
             raise ValueError(
                 f"a choice is among at most {MAX_CANDIDATES:,} candidates and items, got {num_candidates:,}"
             )
-        self.num_items, self.num_candidates = num_items, num_candidates
-        self.largest, self.unit, self.device = largest, unit, torch.device(device)
-        self._between, self._symmetric = between, symmetric
+        self.num_candidates = num_candidates
+        self.largest, self.unit, self.device = largest, unit, device
+        self._between = between
         self._kept: Tensor | None = None
 
     def distances(self, candidates: Tensor) -> Tensor:
-        """(number of `candidates`, num_items), integers in float32; `candidates` are int64 ids."""
+        """(len(candidates), num_candidates), integers in float32; `candidates` are int64 ids."""
         return self._between(candidates, slice(None)) if self._kept is None else self._kept[candidates]
 
     def gains(self, candidates: Tensor, nearest: Tensor) -> Tensor:
-        """What each candidate would add to F, int64; `nearest` (num_items,): each item's distance to those chosen."""
+        """What each candidate would add to F, int64.
+
+        nearest: (num_candidates,), each item's distance to those chosen."""
         if self._kept is not None:
             return summed_excess(nearest, self._kept, candidates)
         # made beforehand: small tensors between large ones keep the allocator from using these again
         found = torch.empty_like(candidates)
-        size = max(1, _BLOCK // max(1, self.num_items))
+        size = max(1, _BLOCK // max(1, self.num_candidates))
         for start in range(0, len(candidates), size):
             found[start : start + size] = _gains(self.distances(candidates[start : start + size]), nearest)
         return found
 
     def keep_distances(self) -> None:
         """Make all distances once, where they are few enough to keep."""
-        if self._kept is not None or not distances_fit(max(self.num_items, self.num_candidates)):
+        if self._kept is not None or not distances_fit(self.num_candidates):
             return
-        kept = torch.empty(self.num_candidates, self.num_items, device=self.device)
-        size = max(1, _BLOCK // max(1, self.num_items))
+        kept = torch.empty(self.num_candidates, self.num_candidates, device=self.device)
+        size = max(1, _BLOCK // max(1, self.num_candidates))
         for start in range(0, self.num_candidates, size):
             block = slice(start, start + size)
-            items = slice(start if self._symmetric else 0, None)
-            kept[block, items] = self._between(block, items)
-            if self._symmetric:
-                kept[start + size :, block] = kept[block, start + size :].T
+            kept[block, start:] = self._between(block, slice(start, None))
+            kept[start + size :, block] = kept[block, start + size :].T
         self._kept = kept
 
     def among(self, ids: Tensor) -> Problem:
-        """The problem whose items and candidates are these. Its ids are places in `ids`.
-
-        Raises ValueError where the items are not the candidates, at distances that are symmetric.
-        """
-        if not self._symmetric:
-            raise ValueError(
-                "a part of a problem is taken by candidates: these must be the items, at symmetric distances"
-            )
+        """The problem among these candidates alone. Its ids are places in `ids`."""
 
         def between(candidates: Index, items: Index) -> Tensor:
             return self._between(ids[candidates], ids[items])
 
-        size, device = len(ids), self.device
-        return Problem(
-            size, size, between, largest=self.largest, unit=self.unit, symmetric=self._symmetric, device=device
-        )
+        return Problem(len(ids), between, largest=self.largest, unit=self.unit, device=self.device)
 
     def start(self) -> Tensor:
         """Every item's distance when nothing is chosen."""
-        return torch.full((self.num_items,), float(self.largest), device=self.device)
+        return torch.full((self.num_candidates,), float(self.largest), device=self.device)
 
 
 def _gains(distances: Tensor, nearest: Tensor) -> Tensor:
@@ -196,20 +184,8 @@ def from_quantised(features: Tensor, largest: float, metric: str) -> Problem:
             found = torch.addmm(one, rows, columns.T, alpha=-1.0).clamp_(min=0.0)
         return found.mul_(scale).floor_().float()
 
-    return Problem(n, n, between, largest=int(bound * scale), unit=unit / scale, symmetric=True, device=features.device)
-
-
-def from_distances(distances: Tensor) -> Problem:
-    """Rows are items, columns candidates; D is the largest entry. Raises ValueError for negative or non-finite entries."""
-    integers, scale = _integers(distances, "distances")
-    return _from_integers(integers, int(integers.max()) if integers.numel() else 0, 1.0 / scale)
-
-
-def from_similarities(similarities: Tensor) -> Problem:
-    """Rows are items, columns candidates. Raises ValueError for negative or non-finite entries."""
-    integers, scale = _integers(similarities, "similarities")
-    largest = int(integers.max()) if integers.numel() else 0
-    return _from_integers(largest - integers, largest, 1.0 / scale)
+    largest_distance, device = int(bound * scale), features.device
+    return Problem(n, between, largest=largest_distance, unit=unit / scale, device=device)
 
 
 def _scale(largest: float) -> float:
@@ -217,67 +193,18 @@ def _scale(largest: float) -> float:
     return 2.0 ** (24 - math.frexp(largest)[1]) if largest else 1.0
 
 
-def _integers(matrix: Tensor, name: str) -> tuple[Tensor, float]:
-    if matrix.ndim != 2:
-        raise ValueError(f"{name} must be a matrix (items, candidates), got shape {tuple(matrix.shape)}")
-    if not bool((matrix.isfinite() & (matrix >= 0)).all()):
-        raise ValueError(f"{name} must be finite and not negative")
-    scale = _scale(float(matrix.max()) if matrix.numel() else 0.0)
-    return (matrix.double() * scale).floor_().float(), scale
-
-
-def _from_integers(distances: Tensor, largest: int, unit: float) -> Problem:
-    by_candidate = distances.T.contiguous()
-
-    def between(candidates: Index, items: Index) -> Tensor:
-        return by_candidate[candidates][:, items]
-
-    square = distances.shape[0] == distances.shape[1]
-    symmetric = square and torch.equal(by_candidate, distances)
-    items, candidates = distances.shape
-    return Problem(items, candidates, between, largest=largest, unit=unit, symmetric=symmetric, device=distances.device)
-
-
 # --- choices ----------------------------------------------------------------------------------------------------------
 
 
-def greedy(problem: Problem, k: int) -> Chosen:
-    """min(k, n) candidates, each the one that adds most to F at its turn; every gain is made anew for every pick."""
-    _check_budget(k)
-    problem.keep_distances()
-    left, nearest = torch.arange(problem.num_candidates, device=problem.device), problem.start()
-    ids: list[int] = []
-    while len(ids) < k and len(left):
-        packed = _packed(problem.gains(left, nearest), left)
-        ids.append(_id(int(packed.max())))
-        left = left[left != ids[-1]]
-        nearest = torch.minimum(nearest, problem.distances(left.new_tensor(ids[-1:]))[0])
-    return choice(problem, ids)
-
-
-def stochastic_greedy(problem: Problem, k: int, *, seed: int, epsilon: float = 0.01) -> Chosen:
-    """min(k, n) candidates, each the best of n / k ln(1 / epsilon) drawn at random: (1 - 1/e - epsilon) of the optimum in
-    expectation, at a cost that does not grow with k."""
-    _check_budget(k)
-    generator = torch.Generator().manual_seed(seed)
-    size = math.ceil(problem.num_candidates / max(1, k) * math.log(1.0 / epsilon))
-    left, nearest = torch.arange(problem.num_candidates, device=problem.device), problem.start()
-    ids: list[int] = []
-    while len(ids) < k and len(left):
-        drawn = left[torch.randperm(len(left), generator=generator)[:size].to(left.device)]
-        ids.append(_id(int(_packed(problem.gains(drawn, nearest), drawn).max())))
-        left = left[left != ids[-1]]
-        nearest = torch.minimum(nearest, problem.distances(left.new_tensor(ids[-1:]))[0])
-    return choice(problem, ids)
-
-
 def lazy_greedy(problem: Problem, k: int, *, own: Tensor | None = None, share: Share | None = None) -> Chosen:
-    """What `greedy` chooses, with few of the gains made: a gain only falls, so an old one bounds a new one.
+    """Choose min(k, n) candidates, each the one that adds most to F at its turn.
+
+    Few of the gains are made: a gain only falls, so an old one bounds a new one.
 
     own: the candidates that this rank evaluates (default all); share: gives every rank's list of 17 integers, in rank
     order, for this rank's. All ranks know all distances, together own all candidates, and choose the same.
     """
-    _check_budget(k)
+    check_budget(k)
     if share is None:
         problem.keep_distances()
     own = torch.arange(problem.num_candidates, device=problem.device) if own is None else own
@@ -302,10 +229,10 @@ def lazy_greedy(problem: Problem, k: int, *, own: Tensor | None = None, share: S
         distances = problem.distances(pool)
         now, picked = dict(zip(pool.tolist(), offered, strict=False)), set[int]()
         while len(ids) < k and now and max(now.values()) > bound:
-            best = max(now, key=lambda i: now[i])
-            picked.add(best)
-            ids.append(best)
-            nearest = torch.minimum(nearest, distances[pool.tolist().index(best)])
+            pick = max(now, key=lambda i: now[i])
+            picked.add(pick)
+            ids.append(pick)
+            nearest = torch.minimum(nearest, distances[pool.tolist().index(pick)])
             gains = _packed(_gains(distances, nearest), pool).tolist()
             now = {i: gain for i, gain in zip(pool.tolist(), gains, strict=True) if i not in picked}
         for packed in mine:
@@ -315,25 +242,16 @@ def lazy_greedy(problem: Problem, k: int, *, own: Tensor | None = None, share: S
     return choice(problem, ids)
 
 
-def greedi(
-    problem: Problem, k: int, parts: Sequence[Sequence[int]], local_quotas: Sequence[int] | None = None
-) -> Chosen:
-    """Two rounds: k of each part (or its local quota), by the part alone; then k of what these have chosen. The better of
-    that and the best part's own choice."""
-    _check_budget(k)
-    firsts = []
-    for part, quota in zip(parts, local_quotas or [k] * len(parts), strict=True):
-        ids = torch.tensor(part, dtype=torch.int64, device=problem.device)
-        firsts.append(ids[lazy_greedy(problem.among(ids), quota).ids].tolist() if len(part) else [])
-    union = torch.tensor(sorted(i for first in firsts for i in first), dtype=torch.int64, device=problem.device)
-    tried = [lazy_greedy(problem, k, own=union), *(choice(problem, first) for first in firsts if len(first) == k)]
-    return max(tried, key=lambda chosen: chosen.objective)
+def best(problem: Problem, candidates: Tensor, nearest: Tensor) -> int:
+    """The candidate that adds most to F, the lowest id of equals. nearest: as in `Problem.gains`."""
+    gains = problem.gains(candidates, nearest)
+    return _id(int(_packed(gains, candidates).max()))
 
 
 def choice(problem: Problem, ids: Sequence[int]) -> Chosen:
     """Any candidates, in this order, as a choice: their gains, objective and weights."""
     nearest = problem.start()
-    owner = torch.zeros(problem.num_items, dtype=torch.int64, device=problem.device)
+    owner = torch.zeros(problem.num_candidates, dtype=torch.int64, device=problem.device)
     candidates = torch.tensor(ids, dtype=torch.int64, device=problem.device)
     gains = []
     for start, block in enumerate(candidates.split(_POOL)) if len(ids) else ():
@@ -359,6 +277,7 @@ def _id(packed: int) -> int:
     return MAX_CANDIDATES - packed % (MAX_CANDIDATES + 1)
 
 
-def _check_budget(k: int) -> None:
+def check_budget(k: int) -> None:
+    """Raise ValueError where fewer than 0 candidates are to be chosen."""
     if k < 0:
         raise ValueError(f"a budget must be 0 or more, got {k}")

@@ -6,7 +6,8 @@ the value projection of the last block. So the features are a random projection 
 zo     by differences of losses at points along the directions: one forward, in which all but the last block and the head run
        once, and the last block and the head on stacks of the points
 exact  the same derivatives by automatic differentiation from the losses back to the output of that matrix, in one forward
-paper  by differences along one direction alone (Nguyen et al. 2024, arXiv:2407.19580v1); see `zods.selection.paper`
+paper  by differences along one direction alone (Nguyen et al. 2024, arXiv:2407.19580v1); see
+       `zods.selection.baselines`
 
 Only labelled tokens reach the head. Directions are low-rank, U V^T / sqrt(r), from seeds: the matrix's gradients, which would
 be large, are never made.

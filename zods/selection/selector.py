@@ -17,6 +17,14 @@ from torch import Tensor
 
 from zods.directions import Parameter, derive_seed
 from zods.section import BY_SOURCE, SelectorConfig
+from zods.selection.baselines import (
+    PaperFeatures,
+    greedi,
+    highest_loss_first,
+    longest_first,
+    shuffled,
+    stochastic_greedy,
+)
 from zods.selection.facility_location import (
     Chosen,
     Problem,
@@ -25,11 +33,8 @@ from zods.selection.facility_location import (
     distances_fit,
     from_features,
     from_quantised,
-    greedi,
     lazy_greedy,
-    stochastic_greedy,
 )
-from zods.selection.paper import PaperFeatures
 from zods.selection.policy import capped_quotas, largest_remainder, quotas_of
 
 logger = logging.getLogger(__name__)
@@ -264,13 +269,11 @@ class Selector:
     def _ranked(self, batch: CandidateBatch, places: list[int], name: str) -> list[int]:
         """Places in the order in which a baseline takes them."""
         if self.strategy == "longest":
-            return sorted(places, key=lambda i: (-batch.num_tokens[i], i))
+            return longest_first(places, batch.num_tokens)
         if self.strategy == "highest_loss":
             assert batch.losses is not None
-            losses = batch.losses.tolist()
-            return sorted(places, key=lambda i: (-losses[i], i))
-        order = torch.randperm(len(places), generator=torch.Generator().manual_seed(self._random_seed(name)))
-        return [places[i] for i in order.tolist()]
+            return highest_loss_first(places, batch.losses.tolist())
+        return shuffled(places, self._random_seed(name))
 
     def _random_seed(self, name: str) -> int:
         """Of a source in this selection."""

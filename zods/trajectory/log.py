@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from zods.files import sync
 from zods.trajectory.records import Header, Record, Run, Step, header_of, record_of
 
 logger = logging.getLogger(__name__)
@@ -200,7 +201,7 @@ class LogFile:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         self._lock()
-        flush_to_disk(self.path.parent)  # a new file's name must outlive a power cut, too
+        sync(self.path.parent)  # a new file's name must outlive a power cut, too
         self._worker = ThreadPoolExecutor(1, "zods-log")
         self._pending: list[Future[None]] = []
         self._failed: OSError | None = None
@@ -232,7 +233,7 @@ class LogFile:
     def cut(self, length: int) -> None:
         """Leave the first `length` bytes."""
         os.ftruncate(self._descriptor, length)
-        os.fsync(self._descriptor)
+        sync(self._descriptor)
 
     def begin_append(self, line: bytes) -> None:
         self._pending.append(self._worker.submit(self._append, line))
@@ -266,12 +267,3 @@ class LogFile:
     def close(self) -> None:
         self._worker.shutdown(wait=True)
         os.close(self._descriptor)
-
-
-def flush_to_disk(path: Path) -> None:
-    """Have a file, or the names in a folder, on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

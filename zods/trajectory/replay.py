@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from zods.directions import Direction
+from zods.files import atomic_write
 from zods.kernels import fingerprint
 from zods.trajectory.history import Change, History, direction_of, num_terms, replay_
 from zods.trajectory.log import Log, read_log
@@ -116,9 +117,8 @@ def replay(
             _base_weights(source)
         for name, shard in mine:
             tensors = {_written_key(s, adapters): _replayed(s, changes, direction, progress.update) for s in shard}
-            partial = Path(out) / f".{name}.partial"
-            save_file(tensors, partial, {"format": "pt"})
-            partial.replace(Path(out) / name)
+            with atomic_write(Path(out) / name) as temporary:
+                save_file(tensors, temporary, {"format": "pt"})
     if rank == 0:
         _write_rest(log.header, folder, initial, Path(out), names, shards, adapters)
     return Done(steps, total, time.perf_counter() - began)
