@@ -166,6 +166,13 @@ def run_command(command: list[str], cwd: Path, timeout: float, **variables: str)
     return process.returncode, output
 
 
+def free_port() -> int:
+    """A port of this host that nothing listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 @contextmanager
 def master_port() -> Iterator[int]:
     """A free port; DeepSpeed's CPU operator leaves 69 MB of shared memory per rank that bear its number.
@@ -175,9 +182,7 @@ def master_port() -> Iterator[int]:
     for lock, process in build_locks.holders().items():
         if process is None:
             lock.unlink(missing_ok=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     try:
         yield port
     finally:
