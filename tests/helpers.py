@@ -1,4 +1,4 @@
-"""What tests of every folder use: random tensors, their bits, damage to files, the texts of loggers."""
+"""Helpers of all tests: random tensors, their bits, damage to files, the texts of loggers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def normal(shape: int | tuple[int, ...], seed: int, dtype: torch.dtype = torch.f
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """A copy of a tensor as integers, for comparisons in which -0 is not 0 and NaN is equal to itself."""
+    """A copy of a tensor as integers, so that -0 differs from 0 and NaN is equal to itself."""
     return tensor.detach().view({4: torch.int32, 2: torch.int16}[tensor.element_size()]).clone()
 
 

@@ -18,7 +18,7 @@ from zods.kernels import combine_
 from zods.sharding import Slice, SliceUpdate
 
 VOCABULARY = 11
-WIDE = 1030  # a rank of two holds more of each weight, also in bfloat16, than the MiB that DeepSpeed asks for on NVMe
+WIDE = 1030  # of two ranks each holds more than the MiB per weight that DeepSpeed asks for on NVMe
 
 
 class Awkward(nn.Module):
@@ -74,7 +74,10 @@ def tiny_data(size: int = 24) -> list[dict[str, Tensor]]:
 
 
 class Wide(nn.Module):
-    """Weights that go to NVMe, biases that do not, and where it is asked for a weight that no forward uses."""
+    """Weights that go to NVMe, biases that do not.
+
+    has_unused: whether there is a weight that no forward uses.
+    """
 
     def __init__(self, num_layers: int = 3, has_unused: bool = True) -> None:
         super().__init__()

@@ -1,7 +1,8 @@
 """Logs and checkpoints of the first format, in tests/golden, are taken up on one and on two ranks.
 
-Weights that a log or a checkpoint leads to are the same bits on every machine. Losses that are computed after it are not:
-another CPU sums in another order.
+The expected results lie in tests/golden. `python -m tests.golden.make` writes them again, which
+means to break the format. The weights that a log or a checkpoint leads to are the same bits on every
+machine. Losses that are computed after it are not: another CPU adds in another order.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from zods.trajectory.records import Refresh, Step
 from zods.trajectory.replay import replay
 
 SAVED = [name for name, run in RUNS.items() if run.is_saved]
-# Of weights: a rounding of a loss (3e-7) over 2 eps = 0.02, times lr 0.2, times z below 5, is 2e-5 in a step. The steps that
-# follow start from there.
+# Of weights: a rounding of a loss (3e-7) over 2 eps = 0.02, times lr 0.2, times z below 5, is 2e-5
+# in a step, and the next step starts from there.
 LOSS_TOLERANCE, WEIGHT_TOLERANCE = 1e-4, 1e-3
 
 

@@ -1,8 +1,9 @@
-"""The cases whose results this folder keeps: directions, and short runs of a model of a few hundred parameters.
+"""The cases whose results this folder keeps: directions, and short runs of a tiny model.
 
-`make.py` writes the results; tests/unit/test_golden.py and tests/distributed/test_golden.py read them. The model and the
-data are made by arithmetic, not by a random number generator, so that every version of torch makes the same ones. A case does
-not change: its files would have to be written again. Add a case instead.
+`make.py` writes the results; tests/unit/test_golden.py and tests/distributed/test_golden.py read
+them. The model and the data are made by arithmetic, not by a random number generator, so that every
+version of torch makes the same ones. A case does not change: its files would have to be written
+again. Add a case instead.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ KINDS = {
     "low_rank of rank 1": Direction("low_rank", 1),
     "low_rank of rank 4": Direction("low_rank", 4),
 }
-OUTPUTS = {  # coefficient, dtype, rounding seed; 0.3, so that the elements +1 and -1 are rounded as well
+OUTPUTS = {  # coefficient, dtype, rounding seed; 0.3, so that elements of +1 and -1 are rounded too
     "float32": (1.0, torch.float32, None),
     "bfloat16, nearest": (0.3, torch.bfloat16, None),
     "bfloat16, stochastic": (0.3, torch.bfloat16, 99),
@@ -52,7 +53,8 @@ class Matrix:
     shape: tuple[int, ...] = (2**30, 37)
 
 
-PLACES = ((Matrix(0), 0), (Matrix(7), 13), (Matrix(2**31 - 1), 2**34 - 500))  # Gaussian block 2^32 begins at 2^34
+# Element 2^34 is where the number of a Gaussian block passes 2^32.
+PLACES = ((Matrix(0), 0), (Matrix(7), 13), (Matrix(2**31 - 1), 2**34 - 500))
 
 
 def digest(tensor: Tensor) -> str:
@@ -93,7 +95,11 @@ SVRG = {"method": "mezo_svrg", "eps": 1e-2, "lr": 0.1, "seed": 7, "anchor_interv
 
 @dataclass(frozen=True)
 class GoldenRun:
-    """num_ranks: that made it. arguments: of `configuration`. is_saved: whether a checkpoint of step SAVED_AT is kept."""
+    """One run whose log and last weights are kept.
+
+    num_ranks: the number of ranks that made it. arguments: of `configuration`. is_saved: whether
+    its checkpoint after SAVED_AT steps is kept, too.
+    """
 
     num_ranks: int
     arguments: dict[str, Any]

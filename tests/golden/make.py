@@ -1,8 +1,9 @@
-"""Write the files of this folder again: `python -m tests.golden.make` in the root of the repository.
+"""Write the files of this folder again: `python -m tests.golden.make`, in the repository's root.
 
-Every later version must read the files of today. To write them again means to break the format or the definition of a
-direction: the logs and checkpoints that users have are then no longer read, or give other weights. Do it only together with a
-new `FORMAT` or `DEFINITION` in the package and an entry in CHANGELOG.md. To cover a new format, add files beside the old ones.
+Every later version must read the files of today. To write them again means to break the format or
+the definition of a direction: the logs and checkpoints that users have are then no longer read, or
+give other weights. Do it only together with a new `FORMAT` or `DEFINITION` in the package and an
+entry in CHANGELOG.md. To cover a new format, add files beside the old ones.
 """
 
 from __future__ import annotations

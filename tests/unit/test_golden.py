@@ -1,7 +1,7 @@
-"""Directions keep their bits, and logs of the first format replay to the weights they were made with, in every backend.
+"""Directions keep their bits, and logs of the first format replay to the weights of their runs.
 
-The expected results lie in tests/golden. `python -m tests.golden.make` writes them again, which means to break the format or
-the definition of a direction.
+The expected results lie in tests/golden. `python -m tests.golden.make` writes them again, which
+means to break the format or the definition of a direction.
 """
 
 from __future__ import annotations

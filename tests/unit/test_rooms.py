@@ -246,7 +246,7 @@ def test_the_package_itself_imports_only_what_users_import():
 
 
 def test_no_file_imports_a_module_of_tests():
-    """What several tests use lies in a module of helpers, so that a file of tests can be moved or run alone."""
+    """Shared helpers have modules of their own, so that a file of tests can be moved or run alone."""
     found = []
     for path in sorted(PACKAGE.parent.glob("tests/**/*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
