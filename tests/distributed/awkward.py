@@ -9,34 +9,19 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tests.distributed.zoo import zoo_model
+from tests.distributed.zoo_models import readers
 
 WIDTH, CLASSES, WORDS = 8, 5, 40
 
 
-class Classifier(nn.Module):
+class Classifier(readers.Classifier):
     """Embeds words, does what its subclass does to (B, L, WIDTH), and classifies the mean over words."""
 
-    smoothing = 0.0
+    num_words, width, num_classes = WORDS, WIDTH, CLASSES
 
     def __init__(self) -> None:
-        super().__init__()
         torch.manual_seed(3)
-        self.embed = nn.Embedding(WORDS, WIDTH)
-        self.block = nn.Linear(WIDTH, WIDTH)
-        self.head = nn.Linear(WIDTH, CLASSES)
-        self.build()
-
-    def build(self) -> None:
-        """Further modules."""
-
-    def body(self, x: Tensor) -> Tensor:
-        return torch.tanh(self.block(x))
-
-    def forward(self, ids: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-        logits = self.head(self.body(self.embed(ids)).mean(1))
-        if labels is None:
-            return {"logits": logits}
-        return {"loss": functional.cross_entropy(logits, labels, label_smoothing=self.smoothing), "logits": logits}
+        super().__init__()
 
 
 class TwoPlaces(Classifier):

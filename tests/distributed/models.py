@@ -18,6 +18,7 @@ from zods.kernels import combine_
 from zods.sharding import Slice, SliceUpdate
 
 VOCABULARY = 11
+WIDE = 1030  # of two ranks each holds more than the MiB per weight that DeepSpeed asks for on NVMe
 
 
 class Awkward(nn.Module):
@@ -70,6 +71,33 @@ def tiny_data(size: int = 24) -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, VOCABULARY, (size, 5), generator=generator)
     return [{"ids": row, "labels": row[0]} for row in ids]
+
+
+class Wide(nn.Module):
+    """Weights that go to NVMe, biases that do not.
+
+    has_unused: whether there is a weight that no forward uses.
+    """
+
+    def __init__(self, num_layers: int = 3, has_unused: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.layers = nn.ModuleList(nn.Linear(WIDE, WIDE) for _ in range(num_layers))
+        if has_unused:
+            self.unused = nn.Linear(WIDE, WIDE, bias=False)
+        self.head = nn.Linear(WIDE, 5)
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        x = x.to(self.head.bias.dtype)
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        logits = self.head(x).float()
+        return {"loss": functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def wide_data(size: int = 8) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [{"x": torch.randn(WIDE, generator=generator), "labels": torch.tensor(i % 5)} for i in range(size)]
 
 
 def tiny_opt() -> OPTForCausalLM:
@@ -175,6 +203,11 @@ def local_slices(engine: ZerothOrderEngine) -> dict[str, Tensor]:
     return {piece.name: local.clone() for piece, local in engine.shards.visit(write=False)}
 
 
+def stored_digest(engine: Any) -> str:
+    """A digest of all that this rank stores of the parameters, padding included."""
+    return sha256({name: getattr(p, "ds_tensor", p).detach() for name, p in engine.module.named_parameters()})
+
+
 def sha256(tensors: dict[str, Tensor]) -> str:
     """Of names, dtypes and every bit."""
     digest = hashlib.sha256()
@@ -182,6 +215,39 @@ def sha256(tensors: dict[str, Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def state(engine: Any) -> dict[str, Any]:
+    """All that a run goes on from, to the bit; all ranks call it together."""
+    anchor, loader = engine.anchor, engine.training_dataloader
+    selected = {} if engine.selection is None else {"selection": engine.selection.state_dict()}
+    return {
+        "weights": sha256(whole(engine)),
+        "step": engine.global_steps,
+        "counters": (engine.global_samples, engine.skipped_steps, engine.nonfinite_in_a_row),
+        "digest": engine.trajectory.head,
+        "point": None if engine.anchor_step is None else sha256(anchor_point(engine)),
+        "gradient": anchor and anchor.gradient_terms,
+        "drift": anchor and anchor.state_dict(),
+        "anchor step": engine.anchor_step,
+        "loader": loader.state_dict(),
+        "lr": engine.get_lr(),
+        "scheduler": engine.lr_scheduler and engine.lr_scheduler.state_dict(),
+        "annealing": engine.annealing,
+        **selected,
+    }
+
+
+def batches_ahead(engine: Any) -> list[Any]:
+    """The examples that the loader will give in the next five steps, over all ranks."""
+    seen = []
+    for _, batch in zip(
+        range(5 * engine.gradient_accumulation_steps()), engine.training_dataloader.forever(), strict=False
+    ):
+        gathered: list[Any] = [None] * engine.world_size
+        torch.distributed.all_gather_object(gathered, next(iter(batch.values())).tolist())
+        seen.append(sorted(row for rank in gathered for row in rank))
+    return seen
 
 
 def numpy_of(tensors: dict[str, Tensor]) -> dict[str, Any]:

@@ -186,6 +186,13 @@ def restore_compilers() -> None:
             os.environ[name] = value
 
 
+def free_port() -> int:
+    """A port of this host that nothing listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 @contextmanager
 def master_port() -> Iterator[int]:
     """A free port; DeepSpeed's CPU operator leaves 69 MB of shared memory per rank that bear its number.
@@ -195,9 +202,7 @@ def master_port() -> Iterator[int]:
     for lock, process in build_locks.holders().items():
         if process is None:
             lock.unlink(missing_ok=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     try:
         yield port
     finally:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import math
 import os
 import re
@@ -30,6 +29,7 @@ from tests.distributed.models import (
     whole,
 )
 from tests.distributed.ranks import run_ranks
+from tests.helpers import LogTexts, flip
 from tests.reference.dense import DenseReference, loss_of_module, named_parameters_of
 from zods.directions import Direction
 from zods.kernels import combine_
@@ -284,14 +284,6 @@ def test_the_number_of_buffers_their_size_and_the_tier_change_no_bit(tmp_path):
 # --- damage to the files ----------------------------------------------------------------------------------------------------
 
 
-def flip(file: Path, position: int) -> None:
-    with open(file, "r+b") as opened:
-        opened.seek(position)
-        byte = opened.read(1)[0]
-        opened.seek(position)
-        opened.write(bytes([byte ^ 16]))
-
-
 def last_bytes(store: Any, piece: Any) -> list[int]:
     """Where the last byte of each block of `piece` lies in the file."""
     size = piece.dtype.itemsize
@@ -306,18 +298,6 @@ def values_of(file: Path, store: Any, parameters: Any) -> bytes:
     return b"".join(content[place : place + length] for place, length in places)
 
 
-class Warnings(logging.Handler):
-    """The texts of what zods.anchor warns of."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.texts: list[str] = []
-        logging.getLogger("zods.anchor").addHandler(self)
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.texts.append(record.getMessage())
-
-
 def rank_of_failing_drives(folder: Path, buffer_count: int, bf16: bool) -> dict[str, Any]:
     rank = torch.distributed.get_rank()
     engines, files = [], []
@@ -327,7 +307,7 @@ def rank_of_failing_drives(folder: Path, buffer_count: int, bf16: bool) -> dict[
         engines.append(build(folder / name, model=Tiny(inner=1021), anchor=anchor, bf16=bf16))
         files.append(folder / name / "zods_anchor" / f"rank{rank}" / "gradient.bin")
     engine, twin = engines
-    store, file, warnings = engine.anchor.gradient, files[0], Warnings()
+    store, file, warnings = engine.anchor.gradient, files[0], LogTexts("zods.anchor")
     for each in engines:
         train(each, tiny_data(), range(2))
     good = values_of(file, store, engine.shards)

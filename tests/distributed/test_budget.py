@@ -10,6 +10,7 @@ import pytest
 import zods
 from tests.distributed.models import configuration, opt_data, tiny_opt, train
 from tests.distributed.ranks import run_ranks
+from tests.helpers import LogTexts
 
 DIRECTIONS = 4
 ROWS = 4  # of a micro-batch on each of two ranks
@@ -68,16 +69,10 @@ def test_a_budget_too_small_for_a_pair_says_what_a_pair_needs(budgets):
 
 def rank_of_ranks() -> list[str]:
     """The warnings of a run with a rank that is above the smaller side of one of its matrices."""
-    said: list[str] = []
-
-    class Keep(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            said.append(record.getMessage())
-
-    logging.getLogger("zods").addHandler(Keep(level=logging.WARNING))
+    said = LogTexts(level=logging.WARNING)
     engine = build(direction={"distribution": "low_rank", "rank": 19})
     train(engine, opt_data(), range(2))
-    return said
+    return said.texts
 
 
 def test_a_rank_above_a_matrix_smaller_side_is_reduced_there_and_said_once():

@@ -21,16 +21,19 @@ import zods
 from tests.distributed.models import (
     Tiny,
     anchor_point,
+    batches_ahead,
     configuration,
     numpy_of,
     opt_data,
     sha256,
+    state,
     tiny_data,
     tiny_opt,
     train,
     whole,
 )
 from tests.distributed.ranks import run_ranks
+from tests.helpers import flip
 from zods import checkpoint
 from zods.checkpoint import newest_checkpoints
 from zods.estimators import Term, Update
@@ -65,22 +68,6 @@ def build(name: str, folder: Path, **changed: Any) -> Any:
     return zods.initialize(model=Tiny(), config=config, training_data=tiny_data(40))[0]
 
 
-def state(engine: Any) -> dict[str, Any]:
-    return {
-        "weights": sha256(whole(engine)),
-        "step": engine.global_steps,
-        "samples": engine.global_samples,
-        "digest": engine.trajectory.head,
-        "point": sha256(anchor_point(engine)) if engine.anchor_step is not None else None,
-        "gradient": engine.anchor.gradient_terms,
-        "anchor step": engine.anchor_step,
-        "loader": engine.training_dataloader.state_dict(),
-        "lr": engine.get_lr(),
-        "scheduler": engine.lr_scheduler.state_dict(),
-        "annealing": engine.annealing,
-    }
-
-
 def apply_given(engine: Any) -> str:
     """Three updates with given scalars, the stored anchor gradient among them; the digest of the weights."""
     for step in range(3):
@@ -88,16 +75,6 @@ def apply_given(engine: Any) -> str:
         dense = 0.0 if engine.anchor.gradient is None else -1e-2
         engine._apply(Update(terms=terms, decay=0.999, anchor_grad_coefficient=dense, rounding_seed=step))
     return sha256(whole(engine))
-
-
-def batches_ahead(engine: Any) -> list[list[int]]:
-    """First words of all examples of the next steps, over all ranks: what the loader will give."""
-    seen = []
-    for _, batch in zip(range(5), engine.training_dataloader.forever(), strict=False):
-        gathered: list[Any] = [None] * engine.world_size
-        torch.distributed.all_gather_object(gathered, batch["ids"].tolist())
-        seen.append(sorted(ids for rank in gathered for ids in rank))
-    return seen
 
 
 def rank_of_savers(folder: Path) -> dict[str, Any]:
@@ -184,7 +161,7 @@ def test_a_resumed_run_goes_on_as_the_undisturbed_one(saved, resumed, name):
         return
     tolerance = 0.05 if name == "bf16" else 1e-3  # 8 bits of mantissa in activations and losses; 24 bits
     np.testing.assert_allclose(again["losses"], undisturbed["losses"], rtol=tolerance)
-    for key in ("step", "samples", "anchor step", "loader", "lr", "scheduler"):
+    for key in ("step", "counters", "anchor step", "loader", "lr", "scheduler"):
         assert again["end"][key] == undisturbed["end"][key], key
     assert undisturbed["end"]["annealing"].divisor >= 3.0, "else annealing was not at work"
 
@@ -419,14 +396,6 @@ def test_an_interrupted_save_is_an_error_on_all_ranks_and_leaves_latest_on_the_o
 
 
 # --- flipped bits -----------------------------------------------------------------------------------------------------
-
-
-def flip(file: Path, position: int) -> None:
-    with open(file, "r+b") as opened:
-        opened.seek(position)
-        byte = opened.read(1)[0]
-        opened.seek(position)
-        opened.write(bytes([byte ^ 1 << position % 8]))
 
 
 def rank_of_flips(folder: Path, at: Path) -> dict[str, Any]:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tests.distributed import awkward
+from tests.distributed.forms import dense_losses, engine_of
 from tests.distributed.ranks import run_ranks
-from tests.distributed.test_evaluation_forms import engine_of
-from tests.distributed.test_misfits import dense_losses
+from tests.helpers import LogTexts
 from zods import choose_form
 from zods.choose_form import first_examples
 from zods.directions import Direction
@@ -109,14 +109,7 @@ def without_word(batch: dict[str, Tensor], word: int = 39) -> dict[str, Tensor]:
 
 def said_by(engine: Any, batches: list[Any]) -> dict[str, Any]:
     """The largest relative error of a batch's losses, the forms that they were evaluated in, and what was said."""
-    messages: list[str] = []
-
-    class Keep(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            messages.append(record.getMessage())
-
-    handler, logger = Keep(), logging.getLogger("zods")
-    logger.addHandler(handler)
+    said, logger = LogTexts(), logging.getLogger("zods")
     logger.setLevel(logging.INFO)
     plain = copy.deepcopy(engine.module)
     errors, forms = [], []
@@ -126,8 +119,8 @@ def said_by(engine: Any, batches: list[Any]) -> dict[str, Any]:
             forms.append(engine.evaluation)
             truth = dense_losses(plain, POINTS, batch, Direction())
             errors.append(((found - truth) / truth).abs().max().item())
-    logger.removeHandler(handler)
-    return {"errors": errors, "forms": forms, "said": messages}
+    logger.removeHandler(said)
+    return {"errors": errors, "forms": forms, "said": said.texts}
 
 
 def rank_of_later_batches() -> dict[str, Any]:
@@ -251,13 +244,7 @@ def test_the_first_examples_are_taken_of_a_dict_of_tensors_with_a_row_for_each()
 
 def rank_of_zero_gradients() -> list[str]:
     """Steps on a parameter that the loss does not depend on."""
-    messages: list[str] = []
-
-    class Keep(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            messages.append(record.getMessage())
-
-    logging.getLogger("zods").addHandler(Keep())
+    said = LogTexts()
     model = Experts()
     model.unused = nn.Linear(3, 3)
     for name, param in model.named_parameters():
@@ -266,7 +253,7 @@ def rank_of_zero_gradients() -> list[str]:
     for _ in range(3):
         engine.backward(engine(awkward.words(4, 6)))
         engine.step()
-    return [text for text in messages if "exactly 0" in text]
+    return [text for text in said.texts if "exactly 0" in text]
 
 
 def test_a_projected_gradient_of_exactly_0_is_said_once():

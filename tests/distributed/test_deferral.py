@@ -8,14 +8,12 @@ from typing import Any
 import deepspeed
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
 import zods
-from tests.distributed.models import collate, configuration, sha256, train, whole
+from tests.distributed.models import Wide, collate, configuration, sha256, train, whole, wide_data
 from tests.distributed.ranks import run_ranks
 
-WIDTH = 1030  # a rank of two holds more of each weight, also in bfloat16, than the MiB that DeepSpeed asks for on NVMe
 OFFLOADS = ("cpu", "nvme")
 KEPT = "kept gathered"  # not on NVMe: DeepSpeed 0.19.8 fails in the forward, with parameters of another dtype
 RUNS: dict[str, dict[str, Any]] = {
@@ -34,29 +32,6 @@ RUNS: dict[str, dict[str, Any]] = {
         "anchor": {"point": "terms", "gradient": "cpu"},
     },
 }
-
-
-class Wide(nn.Module):
-    """Weights that go to NVMe, biases that do not, and a weight that no forward uses."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(3)
-        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
-        self.unused = nn.Linear(WIDTH, WIDTH, bias=False)
-        self.head = nn.Linear(WIDTH, 5)
-
-    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        x = x.to(self.head.bias.dtype)
-        for layer in self.layers:
-            x = torch.tanh(layer(x))
-        logits = self.head(x).float()
-        return {"loss": functional.cross_entropy(logits, labels), "logits": logits}
-
-
-def wide_data() -> list[dict[str, Tensor]]:
-    generator = torch.Generator().manual_seed(1)
-    return [{"x": torch.randn(WIDTH, generator=generator), "labels": torch.tensor(i % 5)} for i in range(8)]
 
 
 def build(offload: str, folder: Path, zero: dict[str, Any] | None = None, **arguments: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from tests.distributed.models import (
     whole,
 )
 from tests.distributed.ranks import run_ranks
+from tests.helpers import LogTexts
 from tests.reference.dense import DenseReference, loss_of_module, named_parameters_of
 
 BATCH = 8
@@ -181,6 +181,26 @@ def test_a_forward_that_no_backward_follows_is_no_part_of_a_step(ranks: int, sta
             assert found[name, True, "errors"] == ["RuntimeError: engine.step", "ValueError: engine.backward"]
 
 
+def rank_of_two_forwards(stage: int) -> dict[str, Any]:
+    """Steps with two forwards before each backward; the second one's batch is the next step's of the plain loop."""
+    engine, plain = (build(Tiny(), stage=stage, agreement_interval=1) for _ in range(2))
+    errors = []
+    for step in range(3):
+        first, second = engine(**mine(engine, step)), engine(**mine(engine, step + 1))
+        errors += [error_of(partial(engine.backward, loss)) for loss in (first, first + second, second, second)]
+        engine.step()
+    train(plain, tiny_data(), range(1, 4))
+    return {"errors": errors, "weights": sha256(whole(engine)), "expected": sha256(whole(plain))}
+
+
+@pytest.mark.parametrize(("ranks", "stage"), RANKS)
+def test_of_two_forwards_before_one_backward_only_the_second_can_become_the_step(ranks: int, stage: int):
+    refused = "ValueError: engine.backward(loss): this is not the loss that the last engine(batch) returned"
+    for found in run_ranks(ranks, rank_of_two_forwards, stage):
+        assert [text.partition(", or")[0] for text in found["errors"]] == [refused, refused, "nothing", refused] * 3
+        assert found["weights"] == found["expected"]
+
+
 # --- all of a batch -----------------------------------------------------------------------------------------------------
 
 
@@ -195,8 +215,10 @@ class Masked(nn.Module):
         return self.inner(input_ids=ids, labels=labels, attention_mask=attention_mask)
 
 
-def rank_of_mixed_arguments() -> dict[str, Any]:
+def rank_of_mixed_arguments(stage: int) -> dict[str, Any]:
+    rows = BATCH // torch.distributed.get_world_size()
     ids = torch.randint(3, 37, (BATCH, 9), generator=torch.Generator().manual_seed(3))
+    ids = ids[torch.distributed.get_rank() * rows :][:rows]
     mask = torch.ones_like(ids)
     mask[::2, :4] = 0
     labels = ids.masked_fill(mask == 0, -100)
@@ -207,7 +229,7 @@ def rank_of_mixed_arguments() -> dict[str, Any]:
     }
     found = {}
     for name, (args, kwargs) in calls.items():
-        engine = build(Masked())
+        engine = build(Masked(), stage=stage)
         engine.backward(engine(*args, **kwargs))
         engine.step()
         engine.eval()
@@ -216,10 +238,11 @@ def rank_of_mixed_arguments() -> dict[str, Any]:
     return found
 
 
-def test_positions_and_keywords_together_reach_the_model_in_training_and_evaluation():
-    (found,) = run_ranks(1, rank_of_mixed_arguments)
-    assert found["mixed"] == found["positions"] == found["dict"]
-    assert found["mixed"][2:] == ("stacked", True)
+@pytest.mark.parametrize(("ranks", "stage"), RANKS)
+def test_positions_and_keywords_together_reach_the_model_in_training_and_evaluation(ranks: int, stage: int):
+    for found in run_ranks(ranks, rank_of_mixed_arguments, stage):
+        assert found["mixed"] == found["positions"] == found["dict"]
+        assert found["mixed"][2:] == ("stacked", True)
 
 
 # --- parameters of odd shapes and layouts, and compiled models ------------------------------------------------------------
@@ -310,10 +333,7 @@ def trained(engine: Any) -> str:
 
 
 def rank_of_checkpoints(folder: Path, stage: int) -> dict[str, Any]:
-    said: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("zods.checkpoint").addHandler(handler)
+    said = LogTexts("zods.checkpoint").texts
     top = {
         "scheduler": {"type": "WarmupLR", "params": {"warmup_min_lr": 0.0, "warmup_max_lr": 0.1, "warmup_num_steps": 9}}
     }

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-import zods
-from tests.distributed.models import configuration, sha256
+from tests.distributed.forms import POINTS, compare, engine_of
+from tests.distributed.models import stored_digest
 from tests.distributed.ranks import run_ranks
 from tests.distributed.zoo import ZOO, with_adapters, zoo_batch, zoo_model
-from zods.streams import Point, Source
 
-EPS = 1e-2
 DIRECTIONS: dict[str, Any] = {
     "gaussian": "gaussian",
     "rademacher": "rademacher",
@@ -43,70 +41,13 @@ ASKED = {  # by ranks; a forward under ZeRO-3 takes long
 LOCKSTEP = {1: {"t5"}, 2: {"t5", "bert, masked", "mamba"}}  # by ranks; on 2 they are sharded
 
 
-class Found(NamedTuple):
-    """error: the largest of any loss against its separate forward's, relative. apart: of the losses, relative."""
-
-    form: str
-    error: float
-    apart: float
-
-
-def drifted(parameter: Any, live: torch.Tensor) -> Source:
-    """As SVRG's anchor kept as terms: the parameters with a decay and two updates taken back."""
-    return Source(live, 0.97, (11, 12), (0.01, -0.02))
-
-
-@functools.cache
-def _another(ordinal: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    return (0.05 * torch.randn(shape, generator=torch.Generator().manual_seed(ordinal))).to(dtype)
-
-
-def stored_elsewhere(parameter: Any, live: torch.Tensor) -> Source:
-    """As SVRG's anchor kept as a copy."""
-    return Source(_another(parameter.ordinal, tuple(live.shape), live.dtype))
-
-
-def pairs(*starts: Any) -> list[Point]:
-    """A mirrored pair at each start; None is the parameters."""
-    made = []
-    for seed, start in enumerate(starts, 5):
-        source = {} if start is None else {"source": start}
-        made += [Point(seed, sign * EPS, **source) for sign in (1, -1)]
-    return made
-
-
-POINTS = {
-    "two pairs": pairs(None, None),
-    "drifted": pairs(None, drifted),
-    "stored elsewhere": pairs(None, stored_elsewhere),
-}
-
-
-def compare(evaluator: Any, points: Sequence[Point], batch: Any) -> Found:
-    together = evaluator.losses(points, batch)
-    separate = torch.cat([evaluator.losses([point], batch) for point in points])
-    error = ((together - separate).abs() / separate.abs()).max()
-    return Found(evaluator.evaluation, error.item(), ((separate.max() - separate.min()) / separate.abs().max()).item())
-
-
-def bits(engine: Any) -> str:
-    """A digest of all that this rank stores of the parameters."""
-    return sha256({name: getattr(p, "ds_tensor", p).detach() for name, p in engine.module.named_parameters()})
-
-
-def engine_of(model: nn.Module, **arguments: Any) -> Any:
-    world_size = torch.distributed.get_world_size()
-    arguments = {"method": "mezo", "stage": 3 if world_size > 1 else 0, **arguments}
-    return zods.initialize(model=model, config=configuration(4 * world_size, **arguments))[0]
-
-
 @torch.no_grad()
 def evaluations(make: Callable[[], nn.Module], asked: Sequence[tuple[Any, str]], **arguments: Any) -> dict[str, Any]:
     """asked: (batch, which of POINTS), in turn. And whether all stored weights kept their bits."""
     engine = engine_of(make(), **arguments)
-    before = bits(engine)
+    before = stored_digest(engine)
     found = [compare(engine._evaluator, POINTS[what], batch) for batch, what in asked]
-    return {"found": found, "kept": bits(engine) == before}
+    return {"found": found, "kept": stored_digest(engine) == before}
 
 
 # (name, direction, LoRA, bf16), by ranks; the many cases are on one, where a forward is cheap

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -11,13 +10,11 @@ import torch
 from torch import nn
 
 from tests.distributed import awkward
+from tests.distributed.forms import POINTS, compare, dense_losses, engine_of
+from tests.distributed.models import stored_digest
 from tests.distributed.ranks import run_ranks
-from tests.distributed.test_evaluation_forms import POINTS, bits, compare, engine_of
 from tests.distributed.zoo import zoo_batch, zoo_model
 from zods.directions import Direction
-from zods.objectives import batch_loss
-from zods.sharding import ShardedParameters
-from zods.streams import Point
 
 BATCHES = {
     "first": awkward.words(2, 4),  # 4 words: the rows of the two streams that the check runs
@@ -30,31 +27,10 @@ BATCHES = {
 
 
 @torch.no_grad()
-def dense_losses(model: nn.Module, points: Sequence[Point], batch: Any, direction: Direction) -> torch.Tensor:
-    """Of whole perturbed copies, without any of what is tested but the definition of a direction."""
-    parameters = ShardedParameters(model, rank=0)
-    losses = []
-    for point in points:
-        at = {}
-        for piece in parameters:
-            weight, scale, seeds, coefficients = point.source(piece, piece.param.data)
-            arguments = {"scale": scale, "seeds": (*seeds, point.seed)}
-            at[piece.name] = direction.combine_(
-                torch.empty_like(weight),
-                piece,
-                weight=weight,
-                coefficients=(*coefficients, point.coefficient),
-                **arguments,
-            )
-        losses.append(batch_loss(torch.func.functional_call(model, at, (), batch), batch).double())
-    return torch.stack(losses)
-
-
-@torch.no_grad()
 def judged(make: type[nn.Module], batches: dict[str, Any], distribution: str) -> dict[str, Any]:
     """By batch: the largest relative error of a loss, in the form chosen and in separate forwards."""
     engine = engine_of(make(), direction=distribution)
-    evaluator, direction, before = engine._evaluator, Direction(distribution), bits(engine)
+    evaluator, direction, before = engine._evaluator, Direction(distribution), stored_digest(engine)
     errors: dict[str, float] = {}
     for what, batch in batches.items():
         for points in (POINTS["two pairs"], POINTS["drifted"]):
@@ -63,7 +39,7 @@ def judged(make: type[nn.Module], batches: dict[str, Any], distribution: str) ->
             separate = torch.cat([evaluator.losses([point], batch) for point in points])
             error = max(((found - truth) / truth).abs().max().item() for found in (together, separate))
             errors[what] = max(error, errors.get(what, 0.0))
-    return {"form": evaluator.evaluation, "errors": errors, "kept": bits(engine) == before}
+    return {"form": evaluator.evaluation, "errors": errors, "kept": stored_digest(engine) == before}
 
 
 # The form that "auto" chooses: where parameters are stored whole, and where they are sharded
@@ -147,12 +123,12 @@ def rank_of_refusals() -> dict[tuple[str, str], Any]:
     for name, form in REFUSED:
         make, batch = getattr(awkward, name), BATCHES["first"]
         engine = engine_of(make(), evaluation=form)
-        before = bits(engine)
+        before = stored_digest(engine)
         with pytest.raises(ValueError, match=r"zeroth_order\.evaluation") as error:
             engine(batch)
         engine.eval()
         right = torch.equal(engine(batch)["logits"], make()(**batch)["logits"])
-        found[name, form] = (str(error.value), right, bits(engine) == before)
+        found[name, form] = (str(error.value), right, stored_digest(engine) == before)
     return found
 
 

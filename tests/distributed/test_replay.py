@@ -9,6 +9,8 @@ import shutil
 import subprocess
 import sys
 from argparse import Namespace
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,10 +21,9 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn import functional
 
 import zods
-from tests.distributed.models import Tiny, configuration, opt_data, tiny_data, tiny_opt, whole
+from tests.distributed.models import Tiny, Wide, configuration, opt_data, tiny_data, tiny_opt, whole, wide_data
 from tests.distributed.ranks import ENVIRONMENT, REPOSITORY, run_ranks
 from tests.distributed.zoo import ZOO, zoo_batch
 from tests.reference.replay import replayed
@@ -104,27 +105,17 @@ class Fragile(Tiny):
         return {key: factor * value for key, value in super().forward(ids, labels).items()}
 
 
-class Wide(nn.Module):
-    """One weight that DeepSpeed keeps on NVMe, and what it does not."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(3)
-        self.layer = nn.Linear(1030, 1030)
-        self.head = nn.Linear(1030, 5)
-
-    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        logits = self.head(torch.tanh(self.layer(x.to(self.head.bias.dtype)))).float()
-        return {"loss": functional.cross_entropy(logits, labels), "logits": logits}
-
-
-OWN: dict[str, type[nn.Module]] = {"tiny": Tiny, "fragile": Fragile, "wide": Wide}
+OWN: dict[str, Callable[[], nn.Module]] = {
+    "tiny": Tiny,
+    "fragile": Fragile,
+    "wide": partial(Wide, num_layers=1, has_unused=False),
+}
 
 
 def write_bases(folder: Path) -> None:
-    for kind, cls in OWN.items():
+    for kind, make in OWN.items():
         (folder / kind).mkdir(parents=True)
-        save_file(dict(cls().named_parameters()), folder / kind / "model.safetensors")
+        save_file(dict(make().named_parameters()), folder / kind / "model.safetensors")
     tiny_opt().save_pretrained(folder / "opt")
     tiny_opt().save_pretrained(folder / "opt in shards", max_shard_size="8KB")
     torch.manual_seed(0)
@@ -152,8 +143,7 @@ def loaded(kind: str, bases: Path, config: dict[str, Any]) -> tuple[nn.Module, l
 
 def data_of(kind: str) -> list[dict[str, Tensor]]:
     if kind == "wide":
-        generator = torch.Generator().manual_seed(1)
-        return [{"x": torch.randn(1030, generator=generator), "labels": torch.tensor(i % 5)} for i in range(24)]
+        return wide_data(24)
     if kind.startswith("bert"):
         batch = zoo_batch("bert", 24)
         return [dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ import torch
 
 import zods.finetune
 from tests.distributed.models import Tiny, configuration, numpy_of, sha256, tiny_data, whole
-from tests.distributed.ranks import REPOSITORY, launch, run_ranks
+from tests.distributed.ranks import REPOSITORY, free_port, launch, run_ranks
 from zods.section import parse_section
 from zods.trajectory.log import read_log
 from zods.trajectory.records import Step
@@ -39,9 +38,7 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 def store_address() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{probe.getsockname()[1]}"
+    return f"127.0.0.1:{free_port()}"
 
 
 def at_once(runs: Sequence[tuple[int, Callable[..., Any], Any]]) -> list[list[Any]]:

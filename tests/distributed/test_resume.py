@@ -16,9 +16,21 @@ import torch
 
 import zods
 import zods.kernels
-from tests.distributed.models import Tiny, anchor_point, configuration, opt_data, sha256, tiny_data, tiny_opt, whole
+from tests.distributed.models import (
+    Tiny,
+    Wide,
+    batches_ahead,
+    configuration,
+    opt_data,
+    sha256,
+    state,
+    tiny_data,
+    tiny_opt,
+    whole,
+    wide_data,
+)
 from tests.distributed.ranks import run_ranks
-from tests.distributed.test_deferral import Wide, wide_data
+from tests.helpers import LogTexts
 from zods.resuming import CHECKPOINTS, INITIAL, LOG_NAME
 from zods.trajectory.log import Log, read_log
 from zods.trajectory.records import Evaluation, Refresh, Run
@@ -83,38 +95,6 @@ def close(engine: Any) -> None:
     """So that the next engine may log in its folder."""
     engine.close()
     torch.distributed.barrier()
-
-
-def state(engine: Any) -> dict[str, Any]:
-    anchor, loader = engine.anchor, engine.training_dataloader
-    selected = {} if engine.selection is None else {"selection": engine.selection.state_dict()}
-    return {
-        "weights": sha256(whole(engine)),
-        "step": engine.global_steps,
-        "counters": (engine.global_samples, engine.skipped_steps, engine.nonfinite_in_a_row),
-        "digest": engine.trajectory.head,
-        "point": None if engine.anchor_step is None else sha256(anchor_point(engine)),
-        "gradient": anchor and anchor.gradient_terms,
-        "drift": anchor and anchor.state_dict(),
-        "anchor step": engine.anchor_step,
-        "loader": loader.state_dict(),
-        "lr": engine.get_lr(),
-        "scheduler": engine.lr_scheduler.state_dict(),
-        "annealing": engine.annealing,
-        **selected,
-    }
-
-
-def batches_ahead(engine: Any) -> list[Any]:
-    """All examples of the next steps, over all ranks: what the loader will give."""
-    seen = []
-    for _, batch in zip(
-        range(5 * engine.gradient_accumulation_steps()), engine.training_dataloader.forever(), strict=False
-    ):
-        gathered: list[Any] = [None] * engine.world_size
-        torch.distributed.all_gather_object(gathered, next(iter(batch.values())).tolist())
-        seen.append(sorted(row for rank in gathered for row in rank))
-    return seen
 
 
 # --- stopped, and started again ---------------------------------------------------------------------------------------
@@ -204,20 +184,8 @@ def damage(checkpoint: Path) -> None:
     file.write_bytes(content)
 
 
-class Warnings(logging.Handler):
-    """The texts of what zods.resuming warns of."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.texts: list[str] = []
-        logging.getLogger("zods.resuming").addHandler(self)
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.texts.append(record.getMessage())
-
-
 def rank_of_restarts(folder: Path, at: dict[str, dict[str, Path]]) -> dict[str, dict[str, Any]]:
-    warnings, found = Warnings(), {}
+    warnings, found = LogTexts("zods.resuming", logging.WARNING), {}
     for name, stops in at.items():
         found[name] = {}
         for where, stop in stops.items():

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.helpers import bits, normal
 from zods import kernels
 from zods.kernels import DISTRIBUTIONS, reference
 
@@ -31,14 +32,6 @@ def gpu():
     from zods.kernels import gpu
 
     return gpu
-
-
-def bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.view({4: torch.int32, 2: torch.int16}[tensor.element_size()])
-
-
-def normal(numel: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(numel, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def check(gpu, numel, dtype, *, weight=None, scale=1.0, seeds=(), coefficients=(), distribution="gaussian", parameter=3,

@@ -15,23 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from zods.kernels import DISTRIBUTIONS, backend, combine_, direction, reference
+from tests.helpers import bits, normal
+from zods.kernels import DISTRIBUTIONS, combine_, direction, reference
 
 SEEDS, COEFFICIENTS = [1, 2**64 - 1, 0xDEADBEEF12345678], [1e-3, -0.7, 2.0]
-
-
-@pytest.fixture(scope="module")
-def cpp():
-    if backend() != "cpp":
-        pytest.skip("no C++ compiler: the reference serves")
-
-
-def bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.view({4: torch.int32, 2: torch.int16}[tensor.element_size()])
-
-
-def normal(numel: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(numel, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def by_reference(numel, dtype, *, weight=None, scale=1.0, seeds=(), coefficients=(), distribution="gaussian", parameter,

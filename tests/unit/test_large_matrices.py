@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tests.unit.test_streams import output_at, perturbed_forward
+from tests.unit.perturbed import output_at, perturbed_forward
 from zods import large_matrices
 from zods.directions import Direction
 from zods.memory import peak_memory

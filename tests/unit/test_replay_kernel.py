@@ -7,7 +7,8 @@ import random
 import pytest
 import torch
 
-from zods.kernels import DISTRIBUTIONS, Sweep, backend, combine_, fingerprint, replay_
+from tests.helpers import bits, normal
+from zods.kernels import DISTRIBUTIONS, Sweep, combine_, fingerprint, replay_
 from zods.kernels import reference as plain
 
 GOLDEN = 0x9E3779B97F4A7C15
@@ -20,26 +21,12 @@ def reference(monkeypatch):
     return lambda: monkeypatch.setattr("zods.kernels.cpu_module", lambda: None)
 
 
-@pytest.fixture
-def cpp():
-    if backend() != "cpp":
-        pytest.skip("no C++ compiler: the reference serves")
-
-
 @pytest.fixture(params=[1, 2])
 def threads(request):
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield
     torch.set_num_threads(before)
-
-
-def bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.view({4: torch.int32, 2: torch.int16}[tensor.element_size()])
-
-
-def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def some_sweeps(count: int, *, rounding: bool, directions: bool = True) -> list[Sweep]:
@@ -103,7 +90,7 @@ def test_replay_of_low_rank_factors_gives_the_bits_of_its_sweeps_one_by_one(
     rows = (offset + numel - 1) // columns - offset // columns + 1
     start, dense = normal(numel, seed=1, dtype=dtype), normal(numel, seed=2, dtype=dtype)
     for spare in (0, 2):  # rows of `left` that no element needs
-        factors = normal(7, rows + spare, 3, seed=3), normal(7, 3, columns, seed=4)
+        factors = normal((7, rows + spare, 3), seed=3), normal((7, 3, columns), seed=4)
         common = {"distribution": "gaussian", "parameter": 7, "offset": offset, "dense": dense, "factors": factors}
         expected = one_by_one(start.clone(), sweeps, **common)
         assert torch.equal(bits(replay_(start.clone(), sweeps, **common)), bits(expected))
@@ -116,7 +103,7 @@ def test_replay_of_low_rank_factors_gives_the_bits_of_its_sweeps_one_by_one(
 def test_cpp_and_reference_replay_the_same_bits(cpp, reference, distribution, dtype, rounding):
     sweeps, start = some_sweeps(7, rounding=rounding), normal(3001, seed=1, dtype=dtype)
     common = {"distribution": distribution, "parameter": 7, "offset": 2**34 - 500,
-              "factors": (normal(7, 302, 2, seed=3), normal(7, 2, 10, seed=4)),
+              "factors": (normal((7, 302, 2), seed=3), normal((7, 2, 10), seed=4)),
               "dense": normal(3001, seed=2, dtype=dtype)}  # fmt: skip
     out = replay_(start.clone(), sweeps, **common)
     reference()

@@ -281,3 +281,14 @@ def test_no_private_name_of_another_room_is_used(file: Path):
 def test_the_package_itself_imports_only_what_users_import():
     found = {room for room, _ in room_imports(parse(PACKAGE / "__init__.py"))}
     assert found <= {"initialization", "selection"}
+
+
+def test_no_file_imports_a_module_of_tests():
+    """Shared helpers have modules of their own, so that a file of tests can be moved or run alone."""
+    found = []
+    for path in sorted(PACKAGE.parent.glob("tests/**/*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            found += [f"{path}: {name}" for name in names if name.rpartition(".")[2].startswith("test_")]
+    assert not found

@@ -9,13 +9,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
 from torch.nn.utils.parametrizations import weight_norm
 
+from tests.helpers import bits
+from tests.unit.perturbed import EPS, example, output_at, perturbed_forward
 from zods import kernels
-from zods.directions import Direction
 from zods.kernels import combine_
-from zods.sharding import ShardedParameters
 from zods.streams import PerturbedForward, Point, Source
 
-EPS = 1e-2
 DTYPES = [torch.float32, torch.bfloat16]
 
 
@@ -199,19 +198,6 @@ def made(make, dtype: torch.dtype = torch.float32) -> nn.Module:
     return module.to(dtype)
 
 
-def example(dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(4, 3, 8, generator=torch.Generator().manual_seed(1)).to(dtype)
-
-
-def perturbed_forward(module: nn.Module, distribution: str = "gaussian", observe: bool = True) -> PerturbedForward:
-    slices = ShardedParameters(module, rank=0).slices
-    forward_at = PerturbedForward(module, slices, Direction(distribution))
-    if observe:
-        with torch.no_grad(), forward_at.observing():
-            module(example(next(module.parameters()).dtype))
-    return forward_at
-
-
 @torch.no_grad()
 def expected(module: nn.Module, x: Tensor, seed: int, coefficient: float, distribution: str = "gaussian") -> Tensor:
     """The module's output with copies of its parameters at the point, tied ones once, frozen ones as they are."""
@@ -222,16 +208,6 @@ def expected(module: nn.Module, x: Tensor, seed: int, coefficient: float, distri
             combine_(at[name], weight=param.detach(), seeds=[seed], coefficients=[coefficient],
                      distribution=distribution, parameter=ordinal, offset=0)  # fmt: skip
     return torch.func.functional_call(module, at, (x,))
-
-
-@torch.no_grad()
-def output_at(forward_at: PerturbedForward, module: nn.Module, x: Tensor, point: Point | None) -> Tensor:
-    with forward_at.at(point):
-        return module(x)
-
-
-def bits(tensor: Tensor) -> Tensor:
-    return tensor.detach().view({4: torch.int32, 2: torch.int16}[tensor.element_size()]).clone()
 
 
 def before_forward(module: nn.Module, look) -> None:

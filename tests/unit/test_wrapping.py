@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from tests.unit.test_streams import EPS, output_at, perturbed_forward
+from tests.unit.perturbed import EPS, output_at, perturbed_forward
 from zods.directions import Direction
 from zods.sharding import ShardedParameters
 from zods.streams import Point

@@ -24,11 +24,14 @@ def words(seed: int) -> dict[str, Tensor]:
 class Classifier(nn.Module):
     """Embeds words, applies `block` in the way of its subclass, and classifies the mean over the words."""
 
+    num_words, width, num_classes = WORDS, WIDTH, CLASSES
+    smoothing = 0.0  # of the labels
+
     def __init__(self) -> None:
         super().__init__()
-        self.embed = nn.Embedding(WORDS, WIDTH)
-        self.block = nn.Linear(WIDTH, WIDTH)
-        self.head = nn.Linear(WIDTH, CLASSES)
+        self.embed = nn.Embedding(self.num_words, self.width)
+        self.block = nn.Linear(self.width, self.width)
+        self.head = nn.Linear(self.width, self.num_classes)
         self.build()
 
     def build(self) -> None:
@@ -44,7 +47,7 @@ class Classifier(nn.Module):
         logits = self.score(self.body(self.embed(ids)).mean(1))
         if labels is None:
             return {"logits": logits}
-        return {"loss": functional.cross_entropy(logits, labels), "logits": logits}
+        return {"loss": functional.cross_entropy(logits, labels, label_smoothing=self.smoothing), "logits": logits}
 
 
 class Pruned(Classifier):

@@ -1,0 +1,94 @@
+"""Points, and their losses by a form of evaluation, in separate forwards, and by a plain model."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+import zods
+from tests.distributed.models import configuration
+from zods.directions import Direction
+from zods.objectives import batch_loss
+from zods.sharding import ShardedParameters
+from zods.streams import Point, Source
+
+EPS = 1e-2
+
+
+def engine_of(model: nn.Module, **arguments: Any) -> Any:
+    """An engine of four examples per rank, with ZeRO-3 where there are several ranks."""
+    world_size = torch.distributed.get_world_size()
+    arguments = {"method": "mezo", "stage": 3 if world_size > 1 else 0, **arguments}
+    return zods.initialize(model=model, config=configuration(4 * world_size, **arguments))[0]
+
+
+class Found(NamedTuple):
+    """error: the largest of any loss against its separate forward's, relative. apart: of the losses, relative."""
+
+    form: str
+    error: float
+    apart: float
+
+
+def drifted(parameter: Any, live: torch.Tensor) -> Source:
+    """As SVRG's anchor kept as terms: the parameters with a decay and two updates taken back."""
+    return Source(live, 0.97, (11, 12), (0.01, -0.02))
+
+
+@functools.cache
+def _another(ordinal: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    return (0.05 * torch.randn(shape, generator=torch.Generator().manual_seed(ordinal))).to(dtype)
+
+
+def stored_elsewhere(parameter: Any, live: torch.Tensor) -> Source:
+    """As SVRG's anchor kept as a copy."""
+    return Source(_another(parameter.ordinal, tuple(live.shape), live.dtype))
+
+
+def pairs(*starts: Any) -> list[Point]:
+    """A mirrored pair at each start; None is the parameters."""
+    made = []
+    for seed, start in enumerate(starts, 5):
+        source = {} if start is None else {"source": start}
+        made += [Point(seed, sign * EPS, **source) for sign in (1, -1)]
+    return made
+
+
+POINTS = {
+    "two pairs": pairs(None, None),
+    "drifted": pairs(None, drifted),
+    "stored elsewhere": pairs(None, stored_elsewhere),
+}
+
+
+def compare(evaluator: Any, points: Sequence[Point], batch: Any) -> Found:
+    """The losses of all points together against those of separate forwards."""
+    together = evaluator.losses(points, batch)
+    separate = torch.cat([evaluator.losses([point], batch) for point in points])
+    error = ((together - separate).abs() / separate.abs()).max()
+    return Found(evaluator.evaluation, error.item(), ((separate.max() - separate.min()) / separate.abs().max()).item())
+
+
+@torch.no_grad()
+def dense_losses(model: nn.Module, points: Sequence[Point], batch: Any, direction: Direction) -> torch.Tensor:
+    """The losses of whole perturbed copies; of zods it takes the definition of a direction alone."""
+    parameters = ShardedParameters(model, rank=0)
+    losses = []
+    for point in points:
+        at = {}
+        for piece in parameters:
+            weight, scale, seeds, coefficients = point.source(piece, piece.param.data)
+            arguments = {"scale": scale, "seeds": (*seeds, point.seed)}
+            at[piece.name] = direction.combine_(
+                torch.empty_like(weight),
+                piece,
+                weight=weight,
+                coefficients=(*coefficients, point.coefficient),
+                **arguments,
+            )
+        losses.append(batch_loss(torch.func.functional_call(model, at, (), batch), batch).double())
+    return torch.stack(losses)

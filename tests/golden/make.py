@@ -1,0 +1,63 @@
+"""Write the files of this folder again: `python -m tests.golden.make`, in the repository's root.
+
+Every later version must read the files of today. To write them again means to break the format or
+the definition of a direction: the logs and checkpoints that users have are then no longer read, or
+give other weights. Do it only together with a new `FORMAT` or `DEFINITION` in the package and an
+entry in CHANGELOG.md. To cover a new format, add files beside the old ones.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from tests.distributed.models import whole
+from tests.distributed.ranks import run_ranks
+from tests.golden.cases import (
+    AFTER,
+    BASE,
+    DIRECTIONS,
+    RUNS,
+    RUNS_FOLDER,
+    SAVED_AT,
+    STEPS,
+    Small,
+    build,
+    digest_of_words,
+    digests_of_directions,
+)
+from zods.resuming import CHECKPOINTS
+
+
+def rank_of_run(name: str, folder: Path) -> None:
+    """Make the run `name`, and write its log, a checkpoint where one is kept, and its last weights."""
+    engine = build(name)
+    engine.resume(folder)
+    while engine.global_steps < STEPS:
+        engine.train_batch()
+        if RUNS[name].is_saved and engine.global_steps == SAVED_AT:
+            engine.save_checkpoint(folder / CHECKPOINTS, client_state={"note": name})
+    weights = whole(engine)
+    if engine.global_rank == 0:
+        save_file({key: value.contiguous() for key, value in weights.items()}, folder / AFTER)
+    engine.close()
+
+
+def main() -> None:
+    DIRECTIONS.write_text(
+        json.dumps({"words": digest_of_words(), "directions": digests_of_directions()}, indent=1) + "\n"
+    )
+    for folder in (BASE, RUNS_FOLDER):
+        shutil.rmtree(folder, ignore_errors=True)
+    BASE.mkdir()
+    save_file(dict(Small().named_parameters()), BASE / "model.safetensors")
+    for name, run in RUNS.items():
+        (RUNS_FOLDER / name).mkdir(parents=True)
+        run_ranks(run.num_ranks, rank_of_run, name, RUNS_FOLDER / name)
+
+
+if __name__ == "__main__":
+    main()
