@@ -91,7 +91,7 @@ def state(engine: Any) -> dict[str, Any]:
     return {
         "weights": sha256(whole(engine)),
         "step": engine.global_steps,
-        "counters": (engine.global_samples, engine.skipped_steps, engine.nonfinite_in_a_row),
+        "counters": (engine.global_samples, engine.skipped_steps, engine.run.state.nonfinite_in_a_row),
         "digest": engine.trajectory.head,
         "point": None if engine.anchor_step is None else sha256(anchor_point(engine)),
         "gradient": anchor and anchor.gradient_terms,
