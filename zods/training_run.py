@@ -21,7 +21,7 @@ from zods.directions import Direction
 from zods.estimators import Update
 from zods.recording import Recorder
 from zods.selection.loaders import SelectingLoader
-from zods.sharding import ShardedParameters, Slice, SliceUpdate, release_gathered
+from zods.sharding import ShardedParameters, release_gathered
 from zods.state import TrainState
 from zods.trajectory.records import Record, Refresh, Step
 
@@ -78,19 +78,12 @@ class TrainingRun:
             assert self.anchor is not None
             assert self.anchor.gradient is not None
             dense = self.anchor.gradient.read
-        seeds = [t.seed for t in update.terms]
-        coefficients = [t.coefficient for t in update.terms]
-
-        def update_of(piece: Slice) -> SliceUpdate:
-            return SliceUpdate(update.decay if piece.decays else 1.0, seeds, coefficients, update.rounding_seed)
-
         if self.deferred is not None and dense is None:
-            self.deferred.defer(update_of)
+            self.deferred.defer(update)
         else:
             if self.deferred is not None:
                 self.deferred.flush()
-            coefficient = update.anchor_grad_coefficient
-            self.shards.apply_(update_of, direction=self.direction, dense=dense, dense_coefficient=coefficient)
+            self.shards.apply_(update, direction=self.direction, dense=dense)
         if self.anchor is not None:
             self.anchor.record(update)
 

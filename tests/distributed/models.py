@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from zods.engine import ZerothOrderEngine
 from zods.kernels import combine_
-from zods.sharding import Slice, SliceUpdate
 
 VOCABULARY = 11
 
@@ -187,10 +186,3 @@ def sha256(tensors: dict[str, Tensor]) -> str:
 def numpy_of(tensors: dict[str, Tensor]) -> dict[str, Any]:
     """What can be sent to another process."""
     return {name: tensor.detach().double().numpy() for name, tensor in tensors.items()}
-
-
-def everywhere(
-    seeds: Sequence[int], coefficients: Sequence[float], scale: float = 1.0, rounding_seed: int | None = None
-) -> Callable[[Slice], SliceUpdate]:
-    """For `ShardedParameters.apply_`: the same terms for every slice; `scale` for those that decay."""
-    return lambda piece: SliceUpdate(scale if piece.decays else 1.0, list(seeds), list(coefficients), rounding_seed)
