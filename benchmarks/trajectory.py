@@ -312,8 +312,8 @@ def make_run(folder: Path, run: Path, distribution: str) -> None:
     engine.train_batch()
     engine.save_checkpoint(run / "checkpoints")
     for record in steps_of(TAIL, first=1):
-        engine.commit(record)
-        engine.advance(record)
+        engine.run.commit(record)
+        engine.run.advance(record)
     engine.trajectory.wait()
 
 

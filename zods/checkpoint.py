@@ -25,13 +25,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from zods.anchor import Anchor
 from zods.estimators import Annealing
 from zods.files import atomic_write, rename, sync
 from zods.kernels import fingerprint
 from zods.section import ZerothOrderConfig
-from zods.sharding import Slice, is_sharded, release_gathered
+from zods.sharding import ShardedParameters, Slice, is_sharded, release_gathered
+from zods.training_run import TrainingRun
 
 FORMAT = 2
+COUNTERS = ("global_steps", "global_samples", "skipped_steps", "nonfinite_in_a_row")  # of `TrainState`
 HIDDEN = re.compile(r"\.(.+)\.(partial|replaced|removed)")  # tag; what became of the folder, see `save_checkpoint`
 
 logger = logging.getLogger(__name__)
@@ -51,9 +54,15 @@ class Wanted:
     optimizer: bool = True
     scheduler: bool = True
 
+    def __post_init__(self) -> None:
+        if not self.strict and not self.module_only:
+            raise ValueError(
+                "load_module_strict=False: a run goes on with all of its parameters only. Give load_module_only=True as well."
+            )
+
 
 def save_checkpoint(
-    engine: Any,
+    run: TrainingRun,
     save_dir: str | Path,
     tag: Any,
     client_state: dict[str, Any],
@@ -63,29 +72,29 @@ def save_checkpoint(
 ) -> Path:
     """Write `save_dir`/`tag` under a temporary name, rename it when it is whole and on the disk, then point `latest` to it.
 
-    engine: a ZerothOrderEngine. tag: str(tag), the same on all ranks; default `global_step<N>`. client_state: JSON. `save_dir` is
-    shared by all ranks. keep: of the checkpoints named `global_step<N>` only the last so many by their step stay, and the one
-    written; None: all stay. save_latest: False leaves `latest` as it is. Raises ValueError or OSError, the same on all ranks, as
-    for a full disk; what was there before stays good.
+    Nothing is deferred (`TrainingRun.flush`). tag: str(tag), the same on all ranks; default `global_step<N>`.
+    client_state: JSON. `save_dir` is shared by all ranks. keep: of the checkpoints named `global_step<N>` only the last so
+    many by their step stay, and the one written; None: all stay. save_latest: False leaves `latest` as it is. Raises
+    ValueError or OSError, the same on all ranks, as for a full disk; what was there before stays good.
     """
     if keep is not None and keep < 1:
         raise ValueError(f"checkpoint: keep is {keep}; give the number of checkpoints that are to stay, at least 1.")
-    tag = _folder_name(f"global_step{engine.global_steps}" if tag is None else tag)
-    engine.comm.check_agreement(tag.encode(), f"the tag of a checkpoint ({tag!r} on this rank)")
-    comm = engine.comm
+    tag = _folder_name(f"global_step{run.state.global_steps}" if tag is None else tag)
+    comm = run.comm
+    comm.check_agreement(tag.encode(), f"the tag of a checkpoint ({tag!r} on this rank)")
     final = Path(save_dir) / tag
     partial = _hidden(final, "partial")
-    release_gathered(engine.deepspeed)
+    release_gathered(run.deepspeed)
     try:
         with comm.same_on_all_ranks():
             if comm.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
         with comm.same_on_all_ranks():
-            if comm.rank == 0 or is_sharded(engine.shards.slices[0].param):
-                _write_slices(engine, partial)
+            if comm.rank == 0 or is_sharded(run.shards.slices[0].param):
+                _write_slices(run, partial)
             if comm.rank == 0:
-                (partial / "state.json").write_text(_state_text(engine, client_state))
+                (partial / "state.json").write_text(_state_text(run, client_state))
                 sync(partial / "state.json")
         with comm.same_on_all_ranks():
             if comm.rank == 0:
@@ -113,7 +122,7 @@ def _folder_name(tag: Any) -> str:
 def newest_checkpoints(save_dir: str | Path) -> list[Path]:
     """The whole checkpoints of a folder, that of the last step first; for who falls back from a damaged one to the next.
 
-    `load_checkpoint(engine, found.parent, found.name)` loads one, and only there its tensors are verified.
+    `load_checkpoint(run, found.parent, found.name)` loads one, and only there its tensors are verified.
     """
     entries = [entry.name for entry in Path(save_dir).iterdir()] if Path(save_dir).is_dir() else []
     tags = {found[1] if (found := HIDDEN.fullmatch(name)) else name for name in entries}
@@ -127,16 +136,15 @@ def newest_checkpoints(save_dir: str | Path) -> list[Path]:
 
 
 def load_checkpoint(
-    engine: Any, load_dir: str | Path, tag: Any, wanted: Wanted | None = None
+    run: TrainingRun, load_dir: str | Path, tag: Any, wanted: Wanted | None = None
 ) -> tuple[Path | None, dict[str, Any] | None]:
-    """Bring `engine` to where the checkpoint stands; returns its folder and the client state.
+    """Bring `run` to where the checkpoint stands; returns its folder and the client state.
 
     tag: str(tag); default what `latest` says, and where no rank finds that, nothing is loaded: (None, None), and a warning.
     Everything is checked before anything is changed: ValueError or OSError, the same on all ranks, for a missing, damaged or
     truncated checkpoint, and for one of another model or method.
     """
-    comm, wanted = engine.comm, wanted or Wanted()
-    _check_wanted(engine, wanted)
+    comm, wanted = run.comm, wanted or Wanted()
     with comm.same_on_all_ranks(), _as_written(load_dir):
         name = _latest(Path(load_dir)) if tag is None else str(tag)
     missing = comm.sum_over_ranks([float(name is None)])[0]
@@ -148,39 +156,27 @@ def load_checkpoint(
         return None, None
     with comm.same_on_all_ranks(), _as_written(load_dir):
         folder = _find(Path(load_dir), name)
-        state = read_state(folder)
-        client_state = state["client_state"]
-        pieces = _check_fits(engine, folder, state, wanted)
+        saved = read_state(folder)
+        client_state = saved["client_state"]
+        pieces = _check_fits(run, folder, saved, wanted)
         parameters = _SliceFiles(folder, "parameters", pieces)
-        has_anchor = engine.anchor is not None and state["anchor_step"] is not None and not wanted.module_only
-        has_point = has_anchor and wanted.optimizer and engine.anchor.point is not None and state["anchor_point_stored"]
-        point = _SliceFiles(folder, "anchor_point", engine.shards.slices) if has_point else None
-    release_gathered(engine.deepspeed)
+        loads_anchor = wanted.optimizer and not wanted.module_only and saved["anchor_step"] is not None
+        anchor = run.anchor if loads_anchor else None
+        has_point = anchor is not None and anchor.point is not None and saved["anchor_point_stored"]
+        point = _SliceFiles(folder, "anchor_point", run.shards.slices) if has_point else None
+    release_gathered(run.deepspeed)
     with comm.same_on_all_ranks(), _as_written(folder):
-        if engine.training_dataloader is not None and state["loader"] is not None and not wanted.module_only:
-            engine.training_dataloader.load_state_dict(state["loader"])
-            engine.restart_loader()
-        for piece, local in engine.shards.visit(write=True, pieces=pieces):
+        if run.loader is not None and saved["loader"] is not None and not wanted.module_only:
+            run.loader.load_state_dict(saved["loader"])
+        for piece, local in run.shards.visit(write=True, pieces=pieces):
             local.copy_(parameters.read(piece))
-        if has_anchor and wanted.optimizer:
-            _load_anchor(engine, state, None if point is None else point.read)
+        if anchor is not None:
+            _load_anchor(anchor, run.shards, saved, None if point is None else point.read)
         if not wanted.module_only:
-            _load_counters(engine, state, wanted)
+            _load_state(run, saved, wanted)
         if wanted.module_only or not wanted.optimizer:
-            engine.anchor_step = None  # it is refreshed before the next step
+            run.state.anchor_step = None  # it is refreshed before the next step
     return folder, client_state
-
-
-def _check_wanted(engine: Any, wanted: Wanted) -> None:
-    if not wanted.strict and not wanted.module_only:
-        raise ValueError(
-            "load_module_strict=False: a run goes on with all of its parameters only. Give load_module_only=True as well."
-        )
-    if engine.is_logged:
-        raise ValueError(
-            "load_checkpoint: this run writes a log since engine.resume(), which would not replay over a load. Load before "
-            "engine.resume(), or begin another run's folder."
-        )
 
 
 @contextmanager
@@ -192,23 +188,23 @@ def _as_written(folder: str | Path) -> Iterator[None]:
         raise ValueError(f"checkpoint {folder}: its state.json is not as zods writes it ({error!r}).") from error
 
 
-def _write_slices(engine: Any, folder: Path) -> None:
+def _write_slices(run: TrainingRun, folder: Path) -> None:
     """This rank's files, on the disk when it returns."""
-    slices = {p.name: local.detach().cpu().clone() for p, local in engine.shards.visit(write=False)}
-    _write_tensors(engine, folder, "parameters", slices)
-    if engine.anchor is not None and engine.anchor.point is not None and engine.anchor_step is not None:
+    slices = {p.name: local.detach().cpu().clone() for p, local in run.shards.visit(write=False)}
+    _write_tensors(run, folder, "parameters", slices)
+    if run.anchor is not None and run.anchor.point is not None and run.state.anchor_step is not None:
         cpu = torch.device("cpu")
-        slices = {p.name: engine.anchor.stored_point(p, cpu)[: p.numel] for p in engine.shards}
-        _write_tensors(engine, folder, "anchor_point", slices)
+        slices = {p.name: run.anchor.stored_point(p, cpu)[: p.numel] for p in run.shards}
+        _write_tensors(run, folder, "anchor_point", slices)
 
 
-def _write_tensors(engine: Any, folder: Path, role: str, slices: dict[str, torch.Tensor]) -> None:
-    path = folder / f"{role}-rank{engine.comm.rank:05d}-of-{engine.comm.world_size:05d}.safetensors"
+def _write_tensors(run: TrainingRun, folder: Path, role: str, slices: dict[str, torch.Tensor]) -> None:
+    path = folder / f"{role}-rank{run.comm.rank:05d}-of-{run.comm.world_size:05d}.safetensors"
     try:
         save_file(
             slices,
             path,
-            {p.name: _fingerprint_text(slices[p.name], min(p.offset, p.whole_numel)) for p in engine.shards},
+            {p.name: _fingerprint_text(slices[p.name], min(p.offset, p.whole_numel)) for p in run.shards},
         )
     except SafetensorError as error:  # of which a full disk is one
         raise OSError(f"checkpoint {path}: {error}") from error
@@ -263,22 +259,19 @@ def _remove_old(written: Path, keep: int | None) -> None:
         logger.warning("checkpoint %s: an old one is not removed: %s", written, error)
 
 
-def _state_text(engine: Any, client_state: dict[str, Any]) -> str:
-    anchor = engine.anchor
+def _state_text(run: TrainingRun, client_state: dict[str, Any]) -> str:
+    anchor, progress = run.anchor, run.state
     state = {
         "format": FORMAT,
-        "parameters": [[p.name, list(p.shape), str(p.dtype)] for p in engine.shards],
-        "zeroth_order": engine.config.zeroth_order.to_dict(),
-        "global_steps": engine.global_steps,
-        "global_samples": engine.global_samples,
-        "skipped_steps": engine.skipped_steps,
-        "nonfinite_in_a_row": engine.nonfinite_in_a_row,
-        "recorder": engine.recorder.state_dict(),
-        "annealing": asdict(engine.annealing),
-        "lr": [group["lr"] for group in engine.optimizer.param_groups],
-        "scheduler": None if engine.lr_scheduler is None else engine.lr_scheduler.state_dict(),
-        "loader": None if engine.training_dataloader is None else engine.training_dataloader.state_dict(),
-        "anchor_step": engine.anchor_step,
+        "parameters": [[p.name, list(p.shape), str(p.dtype)] for p in run.shards],
+        "zeroth_order": run.config.zeroth_order.to_dict(),
+        **{key: getattr(progress, key) for key in COUNTERS},
+        "recorder": run.recorder.state_dict(),
+        "annealing": asdict(progress.annealing),
+        "lr": [group["lr"] for group in run.optimizer.param_groups],
+        "scheduler": None if run.lr_scheduler is None else run.lr_scheduler.state_dict(),
+        "loader": None if run.loader is None else run.loader.state_dict(),
+        "anchor_step": progress.anchor_step,
         "anchor_point_stored": anchor is not None and anchor.point is not None,
         "anchor": None if anchor is None else anchor.state_dict(),
         "client_state": client_state,
@@ -324,15 +317,15 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def _check_fits(engine: Any, folder: Path, state: dict[str, Any], wanted: Wanted) -> list[Slice]:
-    """The parameters to load. Raises ValueError where the checkpoint does not fit the engine."""
-    ours = {p.name: [p.name, list(p.shape), str(p.dtype)] for p in engine.shards}
-    theirs = {entry[0]: entry for entry in state["parameters"]}
-    pieces = list(engine.shards)
+def _check_fits(run: TrainingRun, folder: Path, saved: dict[str, Any], wanted: Wanted) -> list[Slice]:
+    """The parameters to load. Raises ValueError where the checkpoint does not fit the run."""
+    ours = {p.name: [p.name, list(p.shape), str(p.dtype)] for p in run.shards}
+    theirs = {entry[0]: entry for entry in saved["parameters"]}
+    pieces = list(run.shards)
     if not wanted.strict:
         pieces = [piece for piece in pieces if piece.name in theirs]
         left_out = sorted(ours.keys() ^ theirs.keys())
-        if left_out and engine.comm.rank == 0:
+        if left_out and run.comm.rank == 0:
             logger.warning("checkpoint %s: not loaded, as not in both: %s", folder, ", ".join(left_out[:5]))
         ours = {piece.name: ours[piece.name] for piece in pieces}
         theirs = {name: theirs[name] for name in ours}
@@ -344,48 +337,54 @@ def _check_fits(engine: Any, folder: Path, state: dict[str, Any], wanted: Wanted
             "the set of trainable parameters that it was made with."
         )
     if not wanted.module_only:
-        _check_same_course(engine, folder, state, wanted)
+        _check_same_course(run, folder, saved, wanted)
     return pieces
 
 
-def _check_same_course(engine: Any, folder: Path, state: dict[str, Any], wanted: Wanted) -> None:
-    saved = {**ZerothOrderConfig().to_dict(), **state["zeroth_order"]}
-    here = engine.config.zeroth_order.to_dict()
+def _check_same_course(run: TrainingRun, folder: Path, saved: dict[str, Any], wanted: Wanted) -> None:
+    for key in COUNTERS:
+        if type(saved[key]) is not int:
+            raise TypeError(f"{key} is {saved[key]!r}")
+    there = {**ZerothOrderConfig().to_dict(), **saved["zeroth_order"]}
+    here = run.config.zeroth_order.to_dict()
     for key in ("method", "direction", "loss_mean"):
-        if saved[key] != here[key]:
+        if there[key] != here[key]:
             raise ValueError(
-                f"checkpoint {folder}: made with zeroth_order.{key} = {saved[key]!r}, this run has {here[key]!r}. "
+                f"checkpoint {folder}: made with zeroth_order.{key} = {there[key]!r}, this run has {here[key]!r}. "
                 "Resume with the same."
             )
-    if wanted.scheduler and (state["scheduler"] is None) != (engine.lr_scheduler is None):
+    if wanted.scheduler and (saved["scheduler"] is None) != (run.lr_scheduler is None):
         raise ValueError(
-            f"checkpoint {folder}: made {'without' if state['scheduler'] is None else 'with'} a scheduler."
+            f"checkpoint {folder}: made {'without' if saved['scheduler'] is None else 'with'} a scheduler."
         )
 
 
-def _load_anchor(engine: Any, state: dict[str, Any], stored: Callable[[Slice], torch.Tensor] | None) -> None:
-    anchor = engine.anchor
-    anchor.load_state_dict(state["anchor"])
+def _load_anchor(
+    anchor: Anchor,
+    shards: ShardedParameters,
+    saved: dict[str, Any],
+    stored: Callable[[Slice], torch.Tensor] | None,
+) -> None:
+    """stored: reads a slice of the anchor point; None where the point follows from the parameters."""
+    anchor.load_state_dict(saved["anchor"])
     anchor.set_gradient(anchor.gradient_terms)
     if anchor.point is None:
         return
-    for piece, local in engine.shards.visit(write=False):
+    for piece, local in shards.visit(write=False):
         anchor.point.write(piece, anchor.reconstruct(piece, local) if stored is None else stored(piece))
 
 
-def _load_counters(engine: Any, state: dict[str, Any], wanted: Wanted) -> None:
-    engine.global_steps = state["global_steps"]
-    engine.global_samples = state["global_samples"]
-    engine.skipped_steps = state["skipped_steps"]
-    engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
-    engine.nonfinite_in_a_row = state["nonfinite_in_a_row"]
-    engine.recorder.load_state_dict(state["recorder"], () if engine.anchor is None else engine.anchor.gradient_terms)
-    engine.adopt_evaluation()
-    engine.annealing = Annealing(**state["annealing"]) if wanted.optimizer else Annealing()
-    engine.anchor_step = state["anchor_step"]
-    if engine.lr_scheduler is not None and wanted.scheduler:
-        engine.lr_scheduler.load_state_dict(state["scheduler"])
-        for group, lr in zip(engine.optimizer.param_groups, state["lr"], strict=True):
+def _load_state(run: TrainingRun, saved: dict[str, Any], wanted: Wanted) -> None:
+    """Restore the counters, the recorder and the schedules."""
+    state = run.state
+    for key in COUNTERS:
+        setattr(state, key, saved[key])
+    run.recorder.load_state_dict(saved["recorder"], () if run.anchor is None else run.anchor.gradient_terms)
+    state.annealing = Annealing(**saved["annealing"]) if wanted.optimizer else Annealing()
+    state.anchor_step = saved["anchor_step"]
+    if run.lr_scheduler is not None and wanted.scheduler:
+        run.lr_scheduler.load_state_dict(saved["scheduler"])
+        for group, lr in zip(run.optimizer.param_groups, saved["lr"], strict=True):
             group["lr"] = lr
 
 

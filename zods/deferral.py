@@ -7,12 +7,13 @@ NVMe while the module runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from deepspeed.utils.z3_leaf_module import z3_leaf_parameter
 
 from zods.directions import Direction
-from zods.sharding import ShardedParameters, Slice, SliceUpdate, finish_stores, store_from_gathered
+from zods.estimators import Update
+from zods.sharding import ShardedParameters, Slice, finish_stores, store_from_gathered
 
 
 class DeferredUpdate:
@@ -21,28 +22,30 @@ class DeferredUpdate:
     def __init__(self, parameters: ShardedParameters, direction: Direction) -> None:
         self._parameters = parameters
         self._direction = direction
-        self._update_of: Callable[[Slice], SliceUpdate] | None = None
+        self._update: Update | None = None
         self._waiting: dict[int, Slice] = {}  # by ordinal
         self._storing: list[Slice] = []
 
-    def defer(self, update_of: Callable[[Slice], SliceUpdate]) -> None:
-        """Take an update over; what the one before still has to do is done first. No gathered copies may be held.
+    def defer(self, update: Update) -> None:
+        """Take over an update that has no part of a stored anchor gradient, after what the one before still has to do.
+
+        No gathered copies may be held.
 
         Parameters of DeepSpeed's leaf modules are updated at once: which of them a forward uses may differ by rank.
         """
         self.flush()
-        self._update_of = update_of
+        self._update = update
         at_once = [piece for piece in self._parameters if z3_leaf_parameter(piece.param)]
         self._waiting = {piece.ordinal: piece for piece in self._parameters if piece not in at_once}
         if at_once:
-            self._parameters.apply_(update_of, direction=self._direction, pieces=at_once)
+            self._parameters.apply_(update, direction=self._direction, pieces=at_once)
 
     def flush(self) -> None:
         """Apply what waits to the stored slices. No gathered copies may be held."""
         waiting, self._waiting = list(self._waiting.values()), {}
         if waiting:
-            assert self._update_of is not None
-            self._parameters.apply_(self._update_of, direction=self._direction, pieces=waiting)
+            assert self._update is not None
+            self._parameters.apply_(self._update, direction=self._direction, pieces=waiting)
 
     def loaded(self, ordinals: Sequence[int]) -> None:
         """These parameters are gathered: bring them, and what is stored of them, up to date."""
@@ -50,9 +53,9 @@ class DeferredUpdate:
             piece = self._waiting.get(ordinal)
             if piece is None:
                 continue
-            assert self._update_of is not None
+            assert self._update is not None
             gathered = piece.param.data.view(-1)
-            self._update_of(piece).apply_(gathered, piece, 0, self._direction)
+            self._direction.replay_(gathered, piece, 0, [self._update.sweep(piece.decays)])
             store_from_gathered(piece)
             self._storing.append(piece)
             del self._waiting[ordinal]

@@ -10,30 +10,30 @@ import logging
 import math
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from zods import estimators, resuming
+from zods import checkpoint, estimators, resuming
 from zods.anchor import Anchor
 from zods.comm import Communicator, Disagreement
 from zods.config import RunConfig
 from zods.data import TrainingLoader, digest_of
 from zods.deferral import DeferredUpdate
 from zods.engine_face import EngineFace
-from zods.estimators import Annealing, Update
 from zods.evaluation import Evaluator
 from zods.measuring import Measure, measure_whole
 from zods.recording import Recorder
 from zods.replicas import Replicas
 from zods.rule import StepRule
 from zods.selection.loaders import SelectingLoader
-from zods.sharding import ShardedParameters, Slice, SliceUpdate, release_gathered
+from zods.sharding import ShardedParameters
+from zods.state import StepInFlight, TrainState
 from zods.steps import StepLoss, StepReport, ZerothOrderOptimizer
 from zods.stopping import StopRequest
-from zods.streams import Point, pairs
+from zods.streams import pairs
+from zods.training_run import TrainingRun
 from zods.trajectory.history import direction_of
 from zods.trajectory.records import Record, Refresh, Step
 from zods.watchdog import Watchdog
@@ -41,30 +41,12 @@ from zods.watchdog import Watchdog
 logger = logging.getLogger(__name__)
 
 
-@dataclass
-class StepInFlight:
-    """What belongs to the step under way, from its first forward until `step()`.
-
-    sums: of each micro-batch that was given to `backward`, a loss sum per point, then what the loss is a mean over. pending: the
-    last forward's loss and sums, which are no part of the step yet. reduced: the losses at the points of each set of
-    directions, over all ranks. rechecks: whether its first forward compares the form of evaluation with a separate one.
-    """
-
-    points: list[Point]
-    began: float
-    bytes_before: int
-    sums: list[torch.Tensor] = field(default_factory=list)
-    pending: tuple[StepLoss, torch.Tensor] | None = None
-    reduced: list[list[float]] = field(default_factory=list)
-    rechecks: bool = False
-
-
 class ZerothOrderEngine(EngineFace):
     """A model under DeepSpeed with zeroth-order steps. Made by `zods.initialize`.
 
-    module: the model. deepspeed: the DeepSpeedEngine that shards it. global_steps, global_samples, micro_steps,
-    skipped_steps: counters as DeepSpeed's. comm: what zods sends, with byte counters. anchor: of MeZO-SVRG, else None.
-    shards: this rank's slices of the trainable parameters.
+    module: the model. deepspeed: the DeepSpeedEngine that shards it. comm: what zods sends, with byte counters. anchor: of
+    MeZO-SVRG, else None. shards: this rank's slices of the trainable parameters. run: the parts of all this that steps
+    change, and that a checkpoint stores; its counters (`global_steps`, ...) are read-only attributes of the engine, too.
     last_step: report of the last step, or None. trajectory: the chain of what was applied, and its log (`resume`).
     stop: asks for an end after a step; should_stop: whether some rank was asked. replicas: the other worlds that train with
     this one, else None. selection: what chooses the sub-batches, with
@@ -95,10 +77,6 @@ class ZerothOrderEngine(EngineFace):
         self.selection = training_loader.selection if isinstance(training_loader, SelectingLoader) else None
         self.monitor = deepspeed_engine.monitor
         self.training = True
-        self.global_steps = 0
-        self.global_samples = 0
-        self.micro_steps = 0
-        self.skipped_steps = 0
         self.last_step: StepReport | None = None
         micro_batch = self.train_micro_batch_size_per_gpu()
         self.recorder = Recorder(config, comm.world_size, training_loader, micro_batch)
@@ -114,15 +92,27 @@ class ZerothOrderEngine(EngineFace):
         if self._zo.is_svrg:
             aio = config.deepspeed.get("aio", {})
             self.anchor = Anchor(self._zo.anchor, shards, comm, direction=self._direction, aio=aio)
-        self.anchor_step: int | None = None  # the step of the last refresh
-        self.annealing = Annealing()
         offload = config.deepspeed.get("zero_optimization", {}).get("offload_param", {}).get("device", "none")
-        self._deferred = None if offload == "none" else DeferredUpdate(shards, self._direction)
+        deferred = None if offload == "none" else DeferredUpdate(shards, self._direction)
+        self.run = TrainingRun(
+            config=config,
+            comm=comm,
+            deepspeed=deepspeed_engine,
+            shards=shards,
+            direction=self._direction,
+            anchor=self.anchor,
+            deferred=deferred,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            loader=training_loader,
+            recorder=self.recorder,
+            state=TrainState(),
+        )
         self._evaluator = Evaluator(
             deepspeed_engine,
             comm,
             shards,
-            self._deferred,
+            deferred,
             direction=self._direction,
             eps=self._zo.eps,
             loss_mean=self._zo.loss_mean,
@@ -133,9 +123,8 @@ class ZerothOrderEngine(EngineFace):
             beat=lambda: self._watchdog.beat(f"step {self.global_steps}, forward"),
         )
         self._own_batches: Iterator[Any] | None = None
-        self.nonfinite_in_a_row = 0
         self._has_said_zero = self._is_closed = False
-        self.is_logged = False  # whether `resume` was called
+        self._is_logged = False  # whether `resume` was called
         self._in_flight: StepInFlight | None = None
         deepspeed_engine.eval()
 
@@ -165,6 +154,10 @@ class ZerothOrderEngine(EngineFace):
     def evaluation(self) -> str | None:
         """How a step's points are evaluated: stacked, lockstep or sequential; None before the first batch, which decides."""
         return self._evaluator.evaluation
+
+    def stop_on(self, request: StopRequest) -> None:
+        """End where `request` asks for it, in place of the engine's own request."""
+        self.stop = request
 
     def close(self) -> None:
         """The watch over the ranks ends, replicas part, and the log is free for another engine; to be called before any rank
@@ -206,10 +199,6 @@ class ZerothOrderEngine(EngineFace):
         self._in_flight.pending = (loss, sums)
         self._watchdog.rest()
         return loss
-
-    def drop_step_in_flight(self) -> None:
-        """Forget what was evaluated for the step under way: the next forward begins it anew."""
-        self._in_flight = None
 
     def _record_evaluation(self) -> None:
         self.recorder.record_evaluation(self.global_steps, self.evaluation, self._evaluator.streams_per_forward)
@@ -285,25 +274,24 @@ class ZerothOrderEngine(EngineFace):
         loss is skipped and counted; RuntimeError after `max_nonfinite_steps` in a row.
         """
         in_flight = self._in_flight
-        if in_flight is None or len(in_flight.sums) <= self.micro_steps % self.gradient_accumulation_steps():
+        if in_flight is None or len(in_flight.sums) <= in_flight.micro_steps:
             raise RuntimeError("engine.step() was called without engine.backward(loss) before it.")
         if not self.is_gradient_accumulation_boundary():
-            self.micro_steps += 1
+            in_flight.micro_steps += 1
             return
         self._watchdog.beat(f"step {self.global_steps}, step")
-        losses = [loss for of_set in in_flight.reduced for loss in of_set]
         record, loss, projected_grad = self._combine(in_flight.reduced)
         self._commit_everywhere(record)
         self._in_flight = None
-        self.advance(record)
+        self.run.advance(record)
         self.trajectory.wait()
         if self.replicas is not None and not self.should_stop:
-            self.share_with(self.replicas)
+            self._share_batches()
         self._check_agreement()
         self._report(record, in_flight, loss, projected_grad)
         self._watchdog.rest()
         if record.skipped:
-            self._refuse_more_skipped(losses)
+            self._refuse_more_skipped(in_flight.reduced)
         elif projected_grad == 0.0:
             self._say_zero_gradient()
 
@@ -325,80 +313,11 @@ class ZerothOrderEngine(EngineFace):
     def _commit_everywhere(self, record: Record) -> None:
         """Commit a record, and where another replica leads, that one's in its place, with what it recorded before it."""
         if self.replicas is None or not self.recorder.follows:
-            self.commit(record)
+            self.run.commit(record)
             return
         while type(taken := self.replicas.next_record()) is not type(record):
-            self.commit(taken)
-        self.commit(taken)
-
-    def commit(self, record: Record) -> None:
-        """Log a record and do to the parameters what it says: what a run, and what goes on from a log, have in common.
-
-        The record is on its way to the disk while it is applied: parameters live in memory, and a run that ends in between
-        is taken up from the log.
-        """
-        change = self.recorder.add(record)
-        if isinstance(record, Refresh):
-            self.anchor_step = record.step
-        if change is None:
-            return
-        if isinstance(record, Refresh):
-            assert self.anchor is not None
-            release_gathered(self.deepspeed)
-            self.anchor.set_point()
-            self.anchor.set_gradient(self.recorder.gradient)
-        self._apply(change.update)
-
-    def _apply(self, update: Update) -> None:
-        """Apply an update to this rank's slices, or let it wait where they are offloaded.
-
-        Gathered copies are dropped first, so that none goes stale.
-        """
-        release_gathered(self.deepspeed)
-        dense = None
-        if update.anchor_grad_coefficient != 0.0:
-            assert self.anchor is not None
-            assert self.anchor.gradient is not None
-            dense = self.anchor.gradient.read
-        seeds = [t.seed for t in update.terms]
-        coefficients = [t.coefficient for t in update.terms]
-
-        def update_of(piece: Slice) -> SliceUpdate:
-            return SliceUpdate(update.decay if piece.decays else 1.0, seeds, coefficients, update.rounding_seed)
-
-        if self._deferred is not None and dense is None:
-            self._deferred.defer(update_of)
-        else:
-            if self._deferred is not None:
-                self._deferred.flush()
-            coefficient = update.anchor_grad_coefficient
-            self.shards.apply_(update_of, direction=self._direction, dense=dense, dense_coefficient=coefficient)
-        if self.anchor is not None:
-            self.anchor.record(update)
-
-    def flush(self) -> None:
-        """Apply what waits until its parameter is next loaded (`zods.deferral`): before parameters are read other than by
-        a step. The engine's own methods do it where they need it."""
-        if self._deferred is not None:
-            release_gathered(self.deepspeed)
-            self._deferred.flush()
-
-    def advance(self, record: Step) -> None:
-        """Count a step that was made, and move the schedules on."""
-        self.global_steps = record.step + 1
-        self.global_samples += self.train_batch_size()
-        self.micro_steps = self.global_steps * self.gradient_accumulation_steps()
-        self.nonfinite_in_a_row = self.nonfinite_in_a_row + 1 if record.skipped else 0
-        self.skipped_steps += record.skipped
-        if not record.skipped:
-            assert record.loss is not None
-            self.annealing = estimators.record_loss(self.annealing, record.loss)
-            if self.lr_scheduler is not None:
-                self.lr_scheduler.step()
-        loader, anneal = self.training_dataloader, self._zo.anneal
-        ended = loader is not None and record.at is not None and record.at[1] == loader.steps_per_epoch
-        if anneal is not None and ended:
-            self.annealing = estimators.end_epoch(self.annealing, alpha=anneal.alpha, threshold=anneal.threshold)
+            self.run.commit(taken)
+        self.run.commit(taken)
 
     def _check_agreement(self) -> None:
         """Where it is due: have all ranks applied the same, and been given the same examples?
@@ -440,12 +359,14 @@ class ZerothOrderEngine(EngineFace):
             )
         self._has_said_zero = True
 
-    def _refuse_more_skipped(self, losses: Sequence[float]) -> None:
+    def _refuse_more_skipped(self, reduced: Sequence[Sequence[float]]) -> None:
+        losses = [loss for of_set in reduced for loss in of_set]
         logger.warning("step %d skipped: losses %s are not all finite", self.global_steps, losses)
-        if self.nonfinite_in_a_row > self._zo.max_nonfinite_steps:
+        in_a_row = self.run.state.nonfinite_in_a_row
+        if in_a_row > self._zo.max_nonfinite_steps:
             raise RuntimeError(
-                f"{self.nonfinite_in_a_row} steps in a row had non-finite losses (max_nonfinite_steps = "
-                f"{self._zo.max_nonfinite_steps}). Lower lr or eps, or look at the data. Last losses: {list(losses)}."
+                f"{in_a_row} steps in a row had non-finite losses (max_nonfinite_steps = "
+                f"{self._zo.max_nonfinite_steps}). Lower lr or eps, or look at the data. Last losses: {losses}."
             )
 
     # --- the anchor -------------------------------------------------------------------------------------------------
@@ -493,22 +414,63 @@ class ZerothOrderEngine(EngineFace):
         assert self.replicas is not None
         return self.replicas.sum(values, f"{self.global_steps}, refresh", self.trajectory.head)[0]
 
-    # --- resume (see `zods.resuming`) -----------------------------------------------------------------------------------
+    # --- resume, load (see `zods.resuming` and `zods.checkpoint`) ------------------------------------------------------
 
-    def share_with(self, replicas: Replicas) -> None:
+    def _share_batches(self) -> None:
         """From the next step on, evaluate this rank's part of each batch, as it is shared by those that take part."""
+        assert self.replicas is not None
         assert isinstance(self.training_dataloader, TrainingLoader)
-        self.training_dataloader.share = replicas.share
+        self.training_dataloader.share = self.replicas.share
 
-    def adopt_evaluation(self) -> None:
+    def _adopt_evaluation(self) -> None:
         """Evaluate as the log says, where that was chosen under the same conditions: the same bits."""
         self._evaluator.adopt(self.recorder.chosen_evaluation())
 
     def resume(self, folder: str | Path, *, checkpoints: str | Path | None = None, new: Collection[str] = ()) -> None:
         """Log every step in `folder`; where steps are logged there, go on after them. To be called before the first step."""
         self._in_flight = None
-        resuming.resume(self, folder, checkpoints=checkpoints, new=new)
-        self.is_logged = True
+        if resuming.resume(self.run, folder, self.replicas, checkpoints=checkpoints, new=new):
+            self._adopt_evaluation()
+        if self.replicas is not None and self.recorder.follows:
+            resuming.join(self.run, self.replicas)
+            self._share_batches()
+        self.restart_loader()
+        self._is_logged = True
+
+    def load_checkpoint(
+        self,
+        load_dir: str | Path,
+        tag: Any = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+        custom_load_fn: Any = None,
+    ) -> tuple[Path | None, dict[str, Any] | None]:
+        """Load a checkpoint, with the keywords of DeepSpeed's method; see `zods.checkpoint.load_checkpoint`.
+
+        The micro-batches of a step under way are dropped.
+        """
+        if custom_load_fn is not None:
+            raise ValueError("custom_load_fn: must be None; nothing of a checkpoint of zods is loaded by other code.")
+        self.flush()
+        wanted = checkpoint.Wanted(
+            module_only=load_module_only,
+            strict=load_module_strict,
+            optimizer=load_optimizer_states,
+            scheduler=load_lr_scheduler_states,
+        )
+        if self._is_logged:
+            raise ValueError(
+                "load_checkpoint: this run writes a log since engine.resume(), which would not replay over a load. Load "
+                "before engine.resume(), or begin another run's folder."
+            )
+        self.restart_loader()
+        loaded = checkpoint.load_checkpoint(self.run, load_dir, tag, wanted)
+        if loaded[0] is not None and not load_module_only:
+            self._adopt_evaluation()
+        self._in_flight = None
+        return loaded
 
     # --- whole batches ----------------------------------------------------------------------------------------------
 

@@ -18,9 +18,12 @@ import torch
 from zods import checkpoint
 from zods.comm import Communicator
 from zods.config import RunConfig
+from zods.estimators import Annealing
 from zods.export import save_16bit_model, save_pretrained, whole_state
 from zods.sharding import is_sharded
+from zods.state import StepInFlight
 from zods.steps import StepReport
+from zods.training_run import TrainingRun
 
 logger = logging.getLogger(__name__)
 
@@ -35,16 +38,14 @@ class EngineFace:
     config: RunConfig
     comm: Communicator
     optimizer: torch.optim.Optimizer
-    micro_steps: int
+    run: TrainingRun
     last_step: StepReport | None
+    _in_flight: StepInFlight | None
 
     def flush(self) -> None:
-        """Bring the stored parameters up to date."""
-        raise NotImplementedError
-
-    def drop_step_in_flight(self) -> None:
-        """Forget what was evaluated for the step under way."""
-        raise NotImplementedError
+        """Apply what waits until its parameter is next loaded (`zods.deferral`): before parameters are read other than by
+        a step. The engine's own methods do it where they need it."""
+        self.run.flush()
 
     def __getattr__(self, name: str) -> Any:
         """An attribute of the module, where the engine has none of that name."""
@@ -53,6 +54,35 @@ class EngineFace:
             with contextlib.suppress(AttributeError):
                 return getattr(module, name)
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}, nor has its module")
+
+    # --- counters ---------------------------------------------------------------------------------------------------
+
+    @property
+    def global_steps(self) -> int:
+        return self.run.state.global_steps
+
+    @property
+    def global_samples(self) -> int:
+        return self.run.state.global_samples
+
+    @property
+    def micro_steps(self) -> int:
+        """Micro-batches so far, those of the step under way included for which `step()` was called."""
+        of_step = 0 if self._in_flight is None else self._in_flight.micro_steps
+        return self.global_steps * self.gradient_accumulation_steps() + of_step
+
+    @property
+    def skipped_steps(self) -> int:
+        return self.run.state.skipped_steps
+
+    @property
+    def anchor_step(self) -> int | None:
+        """The step of the anchor's last refresh; None where one is due before the next step."""
+        return self.run.state.anchor_step
+
+    @property
+    def annealing(self) -> Annealing:
+        return self.run.state.annealing
 
     # --- ranks, sizes, settings -------------------------------------------------------------------------------------
 
@@ -140,7 +170,7 @@ class EngineFace:
         The same at stage 0 and stage 3. All ranks call it together; rank 0's memory must hold the model.
         """
         self.flush()
-        return whole_state(self)
+        return whole_state(self.deepspeed, self.comm)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         raise ValueError(
@@ -151,7 +181,7 @@ class EngineFace:
     def save_16bit_model(self, save_dir: Any, save_filename: str = "pytorch_model.bin") -> bool:
         """Write `state_dict()` by torch.save, in the dtype of the run, as DeepSpeed's method of this name does."""
         self.flush()
-        save_16bit_model(self, save_dir, save_filename)
+        save_16bit_model(self.deepspeed, self.comm, Path(save_dir) / save_filename)
         return True
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -214,36 +244,9 @@ class EngineFace:
         exclude_frozen_parameters: no checkpoint of zods has frozen parameters, whatever it says.
         """
         self.flush()
-        return checkpoint.save_checkpoint(self, save_dir, tag, client_state or {}, keep, save_latest=save_latest)
-
-    def load_checkpoint(
-        self,
-        load_dir: str | Path,
-        tag: Any = None,
-        load_module_strict: bool = True,
-        load_optimizer_states: bool = True,
-        load_lr_scheduler_states: bool = True,
-        load_module_only: bool = False,
-        custom_load_fn: Any = None,
-    ) -> tuple[Path | None, dict[str, Any] | None]:
-        """Load a checkpoint, with the keywords of DeepSpeed's method; see `zods.checkpoint.load_checkpoint`.
-
-        The micro-batches of a step under way are dropped.
-        """
-        if custom_load_fn is not None:
-            raise ValueError("custom_load_fn: must be None; nothing of a checkpoint of zods is loaded by other code.")
-        self.flush()
-        wanted = checkpoint.Wanted(
-            module_only=load_module_only,
-            strict=load_module_strict,
-            optimizer=load_optimizer_states,
-            scheduler=load_lr_scheduler_states,
-        )
-        loaded = checkpoint.load_checkpoint(self, load_dir, tag, wanted)
-        self.drop_step_in_flight()
-        return loaded
+        return checkpoint.save_checkpoint(self.run, save_dir, tag, client_state or {}, keep, save_latest=save_latest)
 
     def save_pretrained(self, save_dir: str | Path) -> None:
         """Export the whole model as a folder that `from_pretrained` reads; see `zods.export`."""
         self.flush()
-        save_pretrained(self, save_dir)
+        save_pretrained(self.deepspeed, self.comm, save_dir)

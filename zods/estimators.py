@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from zods.kernels import Sweep
+
 
 class Term(NamedTuple):
     """`coefficient * z(seed)`, over all trainable parameters."""
@@ -32,6 +34,16 @@ class Update:
     decay: float = 1.0
     anchor_grad_coefficient: float = 0.0
     rounding_seed: int | None = None
+
+    def sweep(self, decays: bool) -> Sweep:
+        """The part of the update for one parameter. decays: whether decay applies to it."""
+        return Sweep(
+            self.decay if decays else 1.0,
+            [term.seed for term in self.terms],
+            [term.coefficient for term in self.terms],
+            self.anchor_grad_coefficient,
+            self.rounding_seed,
+        )
 
 
 def projected_grads(losses_plus: Sequence[float], losses_minus: Sequence[float], eps: float) -> list[float]:

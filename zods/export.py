@@ -10,26 +10,28 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from zods.comm import Communicator
 from zods.sharding import gathered, release_gathered
 
 
-def whole_state(engine: Any) -> dict[str, Any]:
-    """The module's state dict with whole tensors in host memory, on rank 0; an empty dict on the other ranks.
+def whole_state(deepspeed_engine: Any, comm: Communicator) -> dict[str, Any]:
+    """The state dict of the engine's module with whole tensors in host memory, on rank 0; an empty dict on the other ranks.
 
     It has the names that the module's own `state_dict()` has, so that a parameter under two names is there under both, as one
     tensor. Gathers one module at a time; rank 0's memory must hold the model. All ranks call it together.
     """
+    module = deepspeed_engine.module
     values: dict[int, torch.Tensor] = {}
-    for module in engine.module.modules():
-        own = list(module.parameters(recurse=False))
+    for submodule in module.modules():
+        own = list(submodule.parameters(recurse=False))
         with gathered(own):
-            if engine.comm.rank == 0:
+            if comm.rank == 0:
                 values |= {id(p): p.detach().to("cpu", copy=True) for p in own if id(p) not in values}
-    release_gathered(engine.deepspeed)
-    if engine.comm.rank != 0:
+    release_gathered(deepspeed_engine)
+    if comm.rank != 0:
         return {}
     state = {}
-    for name, value in engine.module.state_dict(keep_vars=True).items():
+    for name, value in module.state_dict(keep_vars=True).items():
         if isinstance(value, torch.Tensor):
             if id(value) not in values:
                 values[id(value)] = value.detach().to("cpu", copy=True)
@@ -38,27 +40,27 @@ def whole_state(engine: Any) -> dict[str, Any]:
     return state
 
 
-def save_16bit_model(engine: Any, save_dir: str | Path, name: str) -> None:
+def save_16bit_model(deepspeed_engine: Any, comm: Communicator, path: Path) -> None:
     """Write `whole_state` by torch.save. All ranks call it together; OSError on all where it fails."""
-    state = whole_state(engine)
-    with engine.comm.same_on_all_ranks():
-        if engine.comm.rank == 0:
-            Path(save_dir).mkdir(parents=True, exist_ok=True)
-            torch.save(state, Path(save_dir) / name)
+    state = whole_state(deepspeed_engine, comm)
+    with comm.same_on_all_ranks():
+        if comm.rank == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(state, path)
 
 
-def save_pretrained(engine: Any, save_dir: str | Path) -> None:
+def save_pretrained(deepspeed_engine: Any, comm: Communicator, save_dir: str | Path) -> None:
     """Export the whole model as a folder that `from_pretrained` reads, in the dtype of the run.
 
     Gathers one module at a time to rank 0, whose host memory must hold the model. A module that is not of transformers
     or peft is written as `model.safetensors`. All ranks call it together; ValueError or OSError on all where it fails.
     """
-    state = whole_state(engine)
-    with _runs_alone(getattr(engine.module, "prompt_encoder", None)), engine.comm.same_on_all_ranks():
-        if engine.comm.rank == 0:
+    state, module = whole_state(deepspeed_engine, comm), deepspeed_engine.module
+    with _runs_alone(getattr(module, "prompt_encoder", None)), comm.same_on_all_ranks():
+        if comm.rank == 0:
             Path(save_dir).mkdir(parents=True, exist_ok=True)
-            if hasattr(engine.module, "save_pretrained"):
-                engine.module.save_pretrained(save_dir, state_dict=state)
+            if hasattr(module, "save_pretrained"):
+                module.save_pretrained(save_dir, state_dict=state)
             else:
                 tensors = {
                     name: value.clone(memory_format=torch.contiguous_format)

@@ -67,7 +67,7 @@ def main() -> None:
         run = start(arguments)
     except Exception as error:
         end_process(report_failure(error, "zods.finetune"))
-    run[0].stop = stop_request
+    run[0].stop_on(stop_request)
     stop_request.listen()
     try:
         finetune(arguments, *run)
@@ -124,7 +124,7 @@ def start(
         engine = zods.initialize(model=model, config=run.to_dict(), training_data=train, collate_fn=task.collate)[0]
     else:
         engine = FirstOrderEngine(model, run, train, task.collate)
-    check_causal(engine, pretrained, task, train)
+    check_causal(engine.evaluate, pretrained, task, train)
     with comm.same_on_all_ranks():
         if fork is not None and comm.rank == 0:
             copy_log(fork.parent.parent, fork if isinstance(run, RunConfig) else None, folder.path)

@@ -91,6 +91,10 @@ class FirstOrderEngine:
         self._batches: Iterator[Any] = self.training_dataloader.forever()
         self.recorder = Recorder(config, self.comm.world_size, self.training_dataloader, micro_batch)
 
+    def stop_on(self, request: StopRequest) -> None:
+        """See `ZerothOrderEngine.stop_on`."""
+        self.stop = request
+
     def close(self) -> None:
         """Nothing: DeepSpeed's engine has no watch over the ranks."""
 
@@ -232,7 +236,7 @@ class FirstOrderEngine:
         self._batches = self.training_dataloader.forever()
 
     def save_pretrained(self, save_dir: str | Path) -> None:
-        export.save_pretrained(self, save_dir)
+        export.save_pretrained(self.deepspeed, self.comm, save_dir)
 
 
 def _files_of_latest(load_dir: Path) -> list[Path]:

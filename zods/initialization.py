@@ -209,7 +209,7 @@ def _check_selector(run: RunConfig, model: torch.nn.Module, training_data: Any) 
 
 
 def _selecting_loader(
-    run: RunConfig, comm: Communicator, engine: Any, training_data: Any, collate_fn: Callable | None
+    run: RunConfig, comm: Communicator, deepspeed_engine: Any, training_data: Any, collate_fn: Callable | None
 ) -> SelectingLoader:
     assert run.zeroth_order.selector is not None
     with comm.same_on_all_ranks():
@@ -217,7 +217,7 @@ def _selecting_loader(
             training_data,
             collate_fn,
             run.zeroth_order.selector,
-            deepspeed_engine=engine,
+            deepspeed_engine=deepspeed_engine,
             comm=comm,
             seed=run.zeroth_order.seed,
             path=SELECTOR,

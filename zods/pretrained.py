@@ -7,7 +7,7 @@ import copy
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,12 +171,13 @@ def check_adapter(pretrained: Pretrained, task: Task, trust_remote_code: bool) -
             )
 
 
-def check_causal(engine: Any, pretrained: Pretrained, task: Task, rows: Any) -> None:
+def check_causal(evaluate: Callable[..., dict[str, float]], pretrained: Pretrained, task: Task, rows: Any) -> None:
     """Raise ValueError, on all ranks, where tokens change what the model predicts for the tokens before them.
 
     What the configuration does not tell is seen in one forward of two rows whose first halves are the same.
 
     Args:
+        evaluate: the engine's method of this name.
         rows: prepared training data, of which tokens are taken.
     """
     if not task.predicts_next_token:
@@ -197,7 +198,7 @@ def check_causal(engine: Any, pretrained: Pretrained, task: Task, rows: Any) -> 
     def collate(rows: Sequence[Any]) -> tuple[dict[str, Tensor], Tensor]:
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, torch.zeros(1)
 
-    if engine.evaluate([0], collate, measure)["leaks"]:
+    if evaluate([0], collate, measure)["leaks"]:
         raise ValueError(_not_causal(pretrained.base, "its predictions depend on later tokens", task.name))
 
 

@@ -19,11 +19,14 @@ from tqdm import tqdm
 
 from zods import checkpoint
 from zods.comm import Communicator
+from zods.config import RunConfig
 from zods.files import atomic_write
 from zods.kernels import fingerprint
+from zods.replicas import Replicas
 from zods.selection.loaders import SelectingLoader
 from zods.sharding import Slice, gathered, is_sharded, release_gathered
-from zods.trajectory.history import Change, direction_of, num_terms, replay_, stores_gradient
+from zods.training_run import TrainingRun
+from zods.trajectory.history import Change, num_terms, replay_, stores_gradient
 from zods.trajectory.log import Log, LogFile, parse_log
 from zods.trajectory.records import Header, ParameterRecord, Record, Refresh, Step
 
@@ -35,50 +38,64 @@ CHECKPOINTS = "checkpoints"
 
 
 def resume(
-    engine: Any, folder: str | Path, *, checkpoints: str | Path | None = None, new: Collection[str] = ()
-) -> None:
-    """Log `engine`'s steps in `folder`/trajectory.log; where that holds steps already, bring the engine to their end first.
+    run: TrainingRun,
+    folder: str | Path,
+    replicas: Replicas | None = None,
+    *,
+    checkpoints: str | Path | None = None,
+    new: Collection[str] = (),
+) -> bool:
+    """Log the run's steps in `folder`/trajectory.log; where that holds steps already, bring the run to their end first.
 
-    engine: a ZerothOrderEngine that has made no step. checkpoints: where full ones may be; default `folder`/checkpoints.
+    run: one that has made no step. replicas: the worlds that it trains with; one that follows reads the
+    leader's log, and is to `join` next. checkpoints: where full ones may be; default `folder`/checkpoints.
     new: names of parameters that the base weights lack (a new head, LoRA); their first values are kept beside the
     log. Only rank 0 needs to see the log; checkpoints and `initial` must be seen by all.
 
-    Raises ValueError or OSError, the same on all ranks, where the log is damaged, another run writes to it, or it is of
-    another model, data, or batch size.
+    Returns whether there was a log. Raises ValueError or OSError, the same on all ranks, where the log is
+    damaged, another run writes to it, or it is of another model, data, or batch size.
     """
     folder = Path(folder)
-    if engine.global_steps or not engine.recorder.is_new:
+    if run.state.global_steps or not run.recorder.is_new:
         raise ValueError(
             f"engine.resume({str(folder)!r}): the engine has made steps already. Call it before the first."
         )
-    follows = engine.recorder.follows
-    file, data = (None, engine.replicas.read_log()) if follows else open_log(engine.comm, folder)
+    file, data = None, b""
+    if replicas is not None and run.recorder.follows:
+        data = replicas.read_log()
+    else:
+        file, data = open_log(run.comm, folder)
     try:
-        _take_up(engine, folder, file, data, folder / CHECKPOINTS if checkpoints is None else Path(checkpoints), new)
+        checkpoints = folder / CHECKPOINTS if checkpoints is None else Path(checkpoints)
+        return _take_up(run, replicas, folder, file, data, checkpoints, new)
     except Exception:
         if file is not None:
             file.close()  # for who mends what was wrong, and tries again
         raise
-    if follows:
-        _join(engine)
 
 
 def _take_up(
-    engine: Any, folder: Path, file: LogFile | None, data: bytes, checkpoints: Path, new: Collection[str]
-) -> None:
+    run: TrainingRun,
+    replicas: Replicas | None,
+    folder: Path,
+    file: LogFile | None,
+    data: bytes,
+    checkpoints: Path,
+    new: Collection[str],
+) -> bool:
     """Begin a log in `file`, or do what `data`, its content, says, and go on there. file: None on other ranks than 0."""
-    comm = engine.comm
-    header = describe(engine)
+    comm, trajectory = run.comm, run.recorder.trajectory
+    header = describe(run)
     log = None
     with comm.same_on_all_ranks():
         if b"\n" in data:
-            log = _less_refresh(engine, parse_log(data, folder / LOG_NAME))
-            _check_run(engine, log)
-            if engine.recorder.follows:
-                _check_replica(engine, log)
+            log = _less_refresh(run.loader, parse_log(data, folder / LOG_NAME))
+            _check_run(run, log)
+            if run.recorder.follows:
+                _check_replica(run.config, log)
     if log is not None and log.header != header:
-        _load_initial(engine, folder / INITIAL, log.header)
-        header = describe(engine)
+        _load_initial(run, folder / INITIAL, log.header)
+        header = describe(run)
     with comm.same_on_all_ranks():
         if log is not None:
             check_same_model(log.header, header, str(folder / LOG_NAME))
@@ -86,26 +103,27 @@ def _take_up(
             file.cut(0 if log is None else log.ends[-1])
     if log is None:
         if new:
-            _save_initial(engine, folder / INITIAL, new)
-        engine.trajectory.file = file
-        _publish(engine, b"")
-        engine.trajectory.add(header)
-        engine.recorder.record_run(0)
+            _save_initial(run, folder / INITIAL, new)
+        trajectory.file = file
+        _publish(run, replicas, b"")
+        trajectory.add(header)
+        run.recorder.record_run(0)
     else:
         if comm.rank == 0:
             log.say_torn()
-        _catch_up(engine, log, checkpoints)
-        engine.trajectory.file = file
-        _publish(engine, data[: log.ends[-1]])
+        _catch_up(run, log, checkpoints)
+        trajectory.file = file
+        _publish(run, replicas, data[: log.ends[-1]])
     with comm.same_on_all_ranks():
-        engine.trajectory.wait()
-    engine.trajectory.agree(engine.global_steps)
+        trajectory.wait()
+    trajectory.agree(run.state.global_steps)
+    return log is not None
 
 
-def _less_refresh(engine: Any, log: Log) -> Log:
+def _less_refresh(loader: Any, log: Log) -> Log:
     """The log without a refresh at its end, which is then made again, where a selector chooses the batch of the step that
     follows: it does so by the parameters as they were before the refresh."""
-    if engine.selection is None or not log.records or not isinstance(log.records[-1], Refresh):
+    if not isinstance(loader, SelectingLoader) or not log.records or not isinstance(log.records[-1], Refresh):
         return log
     return replace(log, records=log.records[:-1], heads=log.heads[:-1], ends=log.ends[:-1])
 
@@ -120,11 +138,11 @@ def open_log(comm: Communicator, folder: Path) -> tuple[LogFile | None, bytes]:
     return file, comm.broadcast_bytes(data)
 
 
-def describe(engine: Any) -> Header:
+def describe(run: TrainingRun) -> Header:
     """The model as it stands, and the training data. All ranks call it together."""
-    engine.flush()
-    release_gathered(engine.deepspeed)
-    parameters, comm = engine.shards, engine.comm
+    run.flush()
+    release_gathered(run.deepspeed)
+    parameters, comm = run.shards, run.comm
     pieces = sorted([*parameters.slices, *parameters.frozen], key=lambda piece: piece.ordinal)
     own = [fingerprint(local, piece.offset) for piece, local in parameters.visit(write=False, pieces=pieces)]
     by_rank = comm.gather_integers([value - (value >> 63 << 64) for value in own])
@@ -140,12 +158,14 @@ def describe(engine: Any) -> Header:
     names = {id(piece.param): piece.name for piece in pieces}
     tied = {
         name: names[id(param)]
-        for name, param in engine.module.named_parameters(remove_duplicate=False)
+        for name, param in run.deepspeed.module.named_parameters(remove_duplicate=False)
         if names[id(param)] != name
     }
-    loader = engine.training_dataloader
-    data = None if loader is None or loader.data_digest is None else (len(loader.dataset), loader.data_digest)
-    return Header(type(engine.module).__name__, tuple(records), tied, data)
+    loader = run.loader
+    data = None
+    if loader is not None and loader.data_digest is not None:
+        data = len(loader.dataset), loader.data_digest  # type: ignore[arg-type]
+    return Header(type(run.deepspeed.module).__name__, tuple(records), tied, data)
 
 
 def check_same_model(logged: Header, here: Header, path: str) -> None:
@@ -170,58 +190,60 @@ def check_same_model(logged: Header, here: Header, path: str) -> None:
         )
 
 
-def _check_run(engine: Any, log: Log) -> None:
+def _check_run(run: TrainingRun, log: Log) -> None:
     """Raise ValueError where the log cannot be gone on with under this configuration."""
-    run = log.run_at_end()
-    if run is None:
+    there = log.run_at_end()
+    if there is None:
         return
-    here = engine.recorder.run_record(0)
-    if run.optimizer is not None:
+    here, world_size = run.recorder.run_record(0), run.comm.world_size
+    if there.optimizer is not None:
         raise ValueError(
-            f"{log.path}: made by first-order training with {run.optimizer.get('type')}, which zeroth-order steps cannot go on "
+            f"{log.path}: made by first-order training with {there.optimizer.get('type')}, which zeroth-order steps cannot go on "
             "with. Give another --output_dir, or --optimizer."
         )
     for key in ("method", "direction", "loss_mean"):
-        there, now = getattr(run.section, key), getattr(here.section, key)
-        if there != now:
+        logged, now = getattr(there.section, key), getattr(here.section, key)
+        if logged != now:
             raise ValueError(
-                f"{log.path}: made with zeroth_order.{key} = {there}, this run has {now}. Resume with the same."
+                f"{log.path}: made with zeroth_order.{key} = {logged}, this run has {now}. Resume with the same."
             )
-    if run.batch != here.batch:
-        fits = [n for n in range(1, 1 + run.batch // engine.world_size) if run.batch % (n * engine.world_size) == 0]
+    if there.batch != here.batch:
+        fits = [n for n in range(1, 1 + there.batch // world_size) if there.batch % (n * world_size) == 0]
         how = (
             f"train_micro_batch_size_per_gpu {fits[-1]} or a divisor of it"
             if fits
-            else f"a number of ranks that divides {run.batch}"
+            else f"a number of ranks that divides {there.batch}"
         )
         raise ValueError(
-            f"{log.path}: made with train_batch_size {run.batch}, this run has {here.batch} on {engine.world_size} ranks. The "
-            f'global batch stays the same: give "train_batch_size": {run.batch}, and {how}.'
+            f"{log.path}: made with train_batch_size {there.batch}, this run has {here.batch} on {world_size} ranks. The "
+            f'global batch stays the same: give "train_batch_size": {there.batch}, and {how}.'
         )
-    if (run.section.selector is None) != (here.section.selector is None):
-        raise ValueError(f"{log.path}: made with{'out' if run.section.selector is None else ''} zeroth_order.selector.")
+    if (there.section.selector is None) != (here.section.selector is None):
+        raise ValueError(
+            f"{log.path}: made with{'out' if there.section.selector is None else ''} zeroth_order.selector."
+        )
 
 
 # --- replicas ---------------------------------------------------------------------------------------------------------
 
 
-def _publish(engine: Any, data: bytes) -> None:
+def _publish(run: TrainingRun, replicas: Replicas | None, data: bytes) -> None:
     """Where this is the leading replica's rank 0: the log as it is, and from now on each record."""
-    if engine.replicas is None or not engine.replicas.leads or engine.comm.rank != 0:
+    if replicas is None or not replicas.leads or run.comm.rank != 0:
         return
     for line in data.decode().splitlines():
-        engine.replicas.publish(line.partition(" ")[2])
-    engine.trajectory.publish = engine.replicas.publish
+        replicas.publish(line.partition(" ")[2])
+    run.recorder.trajectory.publish = replicas.publish
 
 
-def _check_replica(engine: Any, log: Log) -> None:
+def _check_replica(config: RunConfig, log: Log) -> None:
     """Raise ValueError where this replica would evaluate other points than the leader does, or keep g in another form."""
-    run = log.run_at_end()
-    if run is None:
+    leading = log.run_at_end()
+    if leading is None:
         raise ValueError(
             f"zeroth_order.replicas: the leading replica has not begun yet ({log.path}). Start this one again."
         )
-    there, here = run.section, engine.config.zeroth_order
+    there, here = leading.section, config.zeroth_order
     for key in (
         "eps",
         "num_directions",
@@ -235,10 +257,11 @@ def _check_replica(engine: Any, log: Log) -> None:
             raise ValueError(
                 f"zeroth_order.{key}: {getattr(here, key)}, but {getattr(there, key)} at the leading replica. Give the same."
             )
-    accumulation = run.batch // (run.about.get("micro_batch", 1) * run.world_size)
-    if accumulation != engine.gradient_accumulation_steps():
+    accumulation = leading.batch // (leading.about.get("micro_batch", 1) * leading.world_size)
+    own = config.deepspeed["gradient_accumulation_steps"]
+    if accumulation != own:
         raise ValueError(
-            f"gradient_accumulation_steps: {engine.gradient_accumulation_steps()}, but {accumulation} at the leading replica: "
+            f"gradient_accumulation_steps: {own}, but {accumulation} at the leading replica: "
             "they would share other micro-batches. Give the same."
         )
     if stores_gradient(there) != stores_gradient(here):
@@ -248,43 +271,41 @@ def _check_replica(engine: Any, log: Log) -> None:
         )
 
 
-def _join(engine: Any) -> None:
-    """Apply what the leader has published meanwhile, until this replica takes part."""
-    loader = engine.training_dataloader
-    while (record := engine.replicas.to_catch_up(engine.global_steps)) is not None:
-        engine.commit(record)
+def join(run: TrainingRun, replicas: Replicas) -> None:
+    """Apply what the leader has published since its log was read, until this replica takes part."""
+    assert run.loader is not None
+    while (record := replicas.to_catch_up(run.state.global_steps)) is not None:
+        run.commit(record)
         if isinstance(record, Step):
-            engine.advance(record)
+            run.advance(record)
             if record.at is not None:
-                loader.go_to(record.at)
-    engine.restart_loader()
-    engine.share_with(engine.replicas)
+                run.loader.go_to(record.at)
 
 
 # --- weights that the base lacks ------------------------------------------------------------------------------------------
 
 
-def _pieces(engine: Any, names: Collection[str]) -> list[Slice]:
-    return [piece for piece in [*engine.shards.slices, *engine.shards.frozen] if piece.name in names]
+def _pieces(run: TrainingRun, names: Collection[str]) -> list[Slice]:
+    return [piece for piece in [*run.shards.slices, *run.shards.frozen] if piece.name in names]
 
 
-def _save_initial(engine: Any, path: Path, names: Collection[str]) -> None:
+def _save_initial(run: TrainingRun, path: Path, names: Collection[str]) -> None:
     state = {}
-    for piece in _pieces(engine, names):
+    for piece in _pieces(run, names):
         with gathered([piece.param]):
-            if engine.comm.rank == 0:
+            if run.comm.rank == 0:
                 state[piece.name] = piece.param.detach().to("cpu", copy=True)
-    release_gathered(engine.deepspeed)
-    with engine.comm.same_on_all_ranks():
-        if engine.comm.rank == 0:
+    release_gathered(run.deepspeed)
+    with run.comm.same_on_all_ranks():
+        if run.comm.rank == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(path) as temporary:
                 save_file(state, temporary)
 
 
-def _load_initial(engine: Any, path: Path, header: Header) -> None:
+def _load_initial(run: TrainingRun, path: Path, header: Header) -> None:
     """Set the parameters that are kept beside the log: a new head may be drawn anew by another version or number of ranks."""
-    with engine.comm.same_on_all_ranks():
+    with run.comm.same_on_all_ranks():
         if not path.is_file():
             return
         shapes = {parameter.name: list(parameter.shape) for parameter in header.parameters}
@@ -294,8 +315,8 @@ def _load_initial(engine: Any, path: Path, header: Header) -> None:
                 odd = [name for name in names if file.get_slice(name).get_shape() != shapes.get(name)]
                 if odd:
                     raise ValueError(f"{path}: {odd[0]} is not as in the log.")
-                pieces = _pieces(engine, names)
-                for piece, local in engine.shards.visit(write=True, pieces=pieces):
+                pieces = _pieces(run, names)
+                for piece, local in run.shards.visit(write=True, pieces=pieces):
                     values = file.get_tensor(piece.name).to(piece.dtype).view(-1)
                     local.copy_(values[piece.offset : piece.offset + piece.numel])
         except SafetensorError as error:
@@ -305,39 +326,37 @@ def _load_initial(engine: Any, path: Path, header: Header) -> None:
 # --- the log's tail -------------------------------------------------------------------------------------------------------
 
 
-def _catch_up(engine: Any, log: Log, checkpoints: Path) -> None:
-    done = _load_newest(engine, log, checkpoints)
+def _catch_up(run: TrainingRun, log: Log, checkpoints: Path) -> None:
+    done = _load_newest(run, log, checkpoints)
     tail = log.records[done:]
-    changes, refreshed_at = _follow(engine, tail)
-    _apply(engine, changes, refreshed_at)
-    engine.recorder.follow(tail, log.heads[-1])
-    engine.adopt_evaluation()
-    engine.restart_loader()
-    if engine.comm.rank == 0:
-        logger.info("%s: at step %d, %d of them from the log", log.path, engine.global_steps, _num_steps(tail))
+    changes, refreshed_at = _follow(run, tail)
+    _apply(run, changes, refreshed_at)
+    run.recorder.follow(tail, log.heads[-1])
+    if run.comm.rank == 0:
+        logger.info("%s: at step %d, %d of them from the log", log.path, run.state.global_steps, _num_steps(tail))
 
 
-def _load_newest(engine: Any, log: Log, folder: Path) -> int:
+def _load_newest(run: TrainingRun, log: Log, folder: Path) -> int:
     """Load the newest checkpoint that belongs to the log and is whole; returns the number of records it stands for."""
     names: list[str] = []
-    with engine.comm.same_on_all_ranks():
-        if engine.comm.rank == 0:
+    with run.comm.same_on_all_ranks():
+        if run.comm.rank == 0:
             names = [path.name for path in checkpoint.newest_checkpoints(folder)]
     names = json.loads(
-        engine.comm.broadcast_bytes(json.dumps(names).encode())
+        run.comm.broadcast_bytes(json.dumps(names).encode())
     )  # the same, whatever a rank's disk shows it
     for path in (folder / name for name in names):
         try:
-            with engine.comm.same_on_all_ranks():
+            with run.comm.same_on_all_ranks():
                 head = _head_of(path, log)
-            engine.load_checkpoint(path.parent, path.name)
+            checkpoint.load_checkpoint(run, path.parent, path.name)
         except (ValueError, OSError) as error:
-            if engine.comm.rank == 0:
+            if run.comm.rank == 0:
                 logger.warning("%s. It is left out; an older one or the log serves.", error)
             continue
         return log.heads.index(head)
     if names:  # one that failed late may have left its mark
-        check_same_model(log.header, describe(engine), log.path)
+        check_same_model(log.header, describe(run), log.path)
     return 0
 
 
@@ -350,23 +369,23 @@ def _head_of(folder: Path, log: Log) -> str:
     return head
 
 
-def _follow(engine: Any, tail: Sequence[Record]) -> tuple[list[Change], int | None]:
+def _follow(run: TrainingRun, tail: Sequence[Record]) -> tuple[list[Change], int | None]:
     """Count the steps of the tail, move schedules and loader on. Returns what it does to the parameters, and which change
     is the last step along a new anchor's gradient."""
     changes: list[Change] = []
     refreshed_at = None
-    with engine.comm.same_on_all_ranks():
+    with run.comm.same_on_all_ranks():
         for record in tail:
-            change = engine.recorder.change(record)
+            change = run.recorder.change(record)
             if isinstance(record, Refresh):
-                engine.anchor_step = record.step
+                run.state.anchor_step = record.step
                 refreshed_at = refreshed_at if change is None else len(changes)
             if isinstance(record, Step):
-                engine.advance(record)
+                run.advance(record)
             if change is not None:
                 changes.append(change)
         steps = [record for record in tail if isinstance(record, Step)]
-        loader = engine.training_dataloader
+        loader = run.loader
         if loader is not None and steps and steps[-1].at is not None:
             loader.go_to(steps[-1].at)
     _follow_selections(loader, steps)
@@ -389,23 +408,22 @@ def _follow_selections(loader: Any, steps: Sequence[Step]) -> None:
 
 
 @torch.no_grad()
-def _apply(engine: Any, changes: Sequence[Change], refreshed_at: int | None) -> None:
+def _apply(run: TrainingRun, changes: Sequence[Change], refreshed_at: int | None) -> None:
     """Apply changes to this rank's slices in one visit, and keep the anchor of the last refresh among them."""
     if not changes:
         return
-    anchor, parameters = engine.anchor, engine.shards
-    direction = direction_of(engine.config.zeroth_order)
+    anchor, parameters = run.anchor, run.shards
     before, after = changes[: refreshed_at or 0], changes[refreshed_at or 0 :]
-    engine.flush()
-    release_gathered(engine.deepspeed)
+    run.flush()
+    release_gathered(run.deepspeed)
     total = num_terms(changes) * sum(piece.numel for piece in parameters)
-    quiet = engine.comm.rank != 0
+    quiet = run.comm.rank != 0
     with tqdm(total=total, desc="log", unit="terms", unit_scale=True, disable=quiet, leave=False) as progress:
         for piece, local in parameters.visit(write=True):
-            replay_(local, piece, piece.offset, before, direction, progress.update)
-            if refreshed_at is not None and anchor.point is not None:
+            replay_(local, piece, piece.offset, before, run.direction, progress.update)
+            if refreshed_at is not None and anchor is not None and anchor.point is not None:
                 anchor.point.write(piece, local)
-            replay_(local, piece, piece.offset, after, direction, progress.update)
+            replay_(local, piece, piece.offset, after, run.direction, progress.update)
     if anchor is None:
         return
     if refreshed_at is not None:

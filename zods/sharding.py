@@ -23,6 +23,7 @@ from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedP
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
 from zods.directions import Direction
+from zods.estimators import Update
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -52,42 +53,6 @@ class Slice:
     @property
     def decays(self) -> bool:
         return len(self.shape) >= 2
-
-
-@dataclass(frozen=True)
-class SliceUpdate:
-    """theta <- scale * theta + sum_k coefficients[k] * z(seeds[k]), for one parameter.
-
-    rounding_seed: of stochastic rounding of 16-bit parameters; None rounds to nearest.
-    """
-
-    scale: float
-    seeds: Sequence[int]
-    coefficients: Sequence[float]
-    rounding_seed: int | None = None
-
-    def apply_(
-        self,
-        elements: torch.Tensor,
-        piece: Slice,
-        offset: int,
-        direction: Direction,
-        dense: torch.Tensor | None = None,
-        dense_coefficient: float = 0.0,
-    ) -> None:
-        """In place, to elements of the parameter from `offset` on; `dense_coefficient * dense` is added where given."""
-        direction.combine_(
-            elements,
-            piece,
-            offset,
-            weight=elements,
-            scale=self.scale,
-            seeds=self.seeds,
-            coefficients=self.coefficients,
-            dense=dense,
-            dense_coefficient=dense_coefficient,
-            rounding_seed=self.rounding_seed,
-        )
 
 
 class ShardedParameters:
@@ -161,24 +126,25 @@ class ShardedParameters:
     @torch.no_grad()
     def apply_(
         self,
-        update_of: Callable[[Slice], SliceUpdate],
+        update: Update,
         *,
         direction: Direction,
         dense: Callable[[Slice], Iterable[tuple[int, torch.Tensor]]] | None = None,
-        dense_coefficient: float = 0.0,
         pieces: Sequence[Slice] | None = None,
     ) -> None:
-        """theta <- scale * theta + sum_k coefficient_k z(seed_k) + dense_coefficient * dense, in one sweep per slice.
+        """Apply an update to this rank's slices, in one sweep over each.
 
-        dense: a slice's (start, elements) in blocks that together cover it (the anchor gradient). pieces: as in `visit`.
+        dense: the anchor gradient, a slice's (start, elements) in blocks that together cover it; None where the update
+        has no part of it. pieces: as in `visit`.
         """
         for piece, local in self.visit(write=True, pieces=pieces):
             if piece.numel == 0:
                 continue
+            sweeps = [update.sweep(piece.decays)]
             for start, addend in ((0, None),) if dense is None else dense(piece):
                 part = local if addend is None else local[start : start + addend.numel()]
                 moved = None if addend is None else addend.to(local.device)
-                update_of(piece).apply_(part, piece, piece.offset + start, direction, moved, dense_coefficient)
+                direction.replay_(part, piece, piece.offset + start, sweeps, moved)
 
 
 def is_sharded(param: torch.nn.Parameter) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from zods.engine import ZerothOrderEngine
 from zods.kernels import combine_
-from zods.sharding import Slice, SliceUpdate
 
 VOCABULARY = 11
 WIDE = 1030  # of two ranks each holds more than the MiB per weight that DeepSpeed asks for on NVMe
@@ -224,7 +223,7 @@ def state(engine: Any) -> dict[str, Any]:
     return {
         "weights": sha256(whole(engine)),
         "step": engine.global_steps,
-        "counters": (engine.global_samples, engine.skipped_steps, engine.nonfinite_in_a_row),
+        "counters": (engine.global_samples, engine.skipped_steps, engine.run.state.nonfinite_in_a_row),
         "digest": engine.trajectory.head,
         "point": None if engine.anchor_step is None else sha256(anchor_point(engine)),
         "gradient": anchor and anchor.gradient_terms,
@@ -253,10 +252,3 @@ def batches_ahead(engine: Any) -> list[Any]:
 def numpy_of(tensors: dict[str, Tensor]) -> dict[str, Any]:
     """What can be sent to another process."""
     return {name: tensor.detach().double().numpy() for name, tensor in tensors.items()}
-
-
-def everywhere(
-    seeds: Sequence[int], coefficients: Sequence[float], scale: float = 1.0, rounding_seed: int | None = None
-) -> Callable[[Slice], SliceUpdate]:
-    """For `ShardedParameters.apply_`: the same terms for every slice; `scale` for those that decay."""
-    return lambda piece: SliceUpdate(scale if piece.decays else 1.0, list(seeds), list(coefficients), rounding_seed)

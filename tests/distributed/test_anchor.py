@@ -32,8 +32,9 @@ from tests.distributed.ranks import run_ranks
 from tests.helpers import LogTexts, flip
 from tests.reference.dense import DenseReference, loss_of_module, named_parameters_of
 from zods.directions import Direction
+from zods.estimators import Term, Update
 from zods.kernels import combine_
-from zods.sharding import SliceUpdate, release_gathered
+from zods.sharding import release_gathered
 
 PLACES = ("device", "cpu", "nvme", "terms")
 SVRG = {"method": "mezo_svrg", "eps": 1e-2, "lr": 1e-2, "anchor_lr": 5e-2, "anchor_interval": 1000}
@@ -87,7 +88,7 @@ def rank_of_copies(folder: Path) -> dict[Any, dict[str, Any]]:
             result["gradient"] = sha256(kept) == sha256(made)
             # change the live weights: the anchor stays
             release_gathered(engine.deepspeed)
-            engine.shards.apply_(lambda _: SliceUpdate(0.0, [5], [1.0]), direction=Direction())
+            engine.shards.apply_(Update((Term(5, 1.0),), decay=0.0), direction=Direction())
             changed = sha256(whole(engine))
             result["stays"] = [
                 sha256(anchor_point(engine)) == sha256(point),

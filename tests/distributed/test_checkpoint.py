@@ -34,7 +34,6 @@ from tests.distributed.models import (
 )
 from tests.distributed.ranks import run_ranks
 from tests.helpers import flip
-from zods import checkpoint
 from zods.checkpoint import newest_checkpoints
 from zods.estimators import Term, Update
 
@@ -73,7 +72,7 @@ def apply_given(engine: Any) -> str:
     for step in range(3):
         terms = (Term(2**64 - 5 - step, 1e-3), Term(99, -0.02 / (step + 1)))
         dense = 0.0 if engine.anchor.gradient is None else -1e-2
-        engine._apply(Update(terms=terms, decay=0.999, anchor_grad_coefficient=dense, rounding_seed=step))
+        engine.run.apply(Update(terms=terms, decay=0.999, anchor_grad_coefficient=dense, rounding_seed=step))
     return sha256(whole(engine))
 
 
@@ -524,7 +523,7 @@ def rank_of_crashes(folder: Path) -> dict[str, Any]:
             with pytest.MonkeyPatch.context() as monkeypatch:
                 events = counted(monkeypatch, crash_at)
                 try:
-                    checkpoint.save_checkpoint(engine, run, tag, {}, keep=1)
+                    engine.save_checkpoint(run, tag, {}, keep=1)
                     crashed = False
                 except Crash:
                     crashed = True
@@ -585,19 +584,19 @@ def rank_of_keepers(folder: Path) -> dict[str, Any]:
             (run / foreign / "state.json").write_text("{}")
     for _ in range(2):
         engine.train_batch()
-        checkpoint.save_checkpoint(engine, run, None, {})
-    checkpoint.save_checkpoint(engine, run, "best", {})
+        engine.save_checkpoint(run, None, {})
+    engine.save_checkpoint(run, "best", {})
     found["without"] = names()
     for _ in range(4):
         engine.train_batch()
-        checkpoint.save_checkpoint(engine, run, None, {}, keep=3)
+        engine.save_checkpoint(run, None, {}, keep=3)
         found["kept"].append(names())
     found["newest"] = [at.name for at in newest_checkpoints(run)]
     engine.load_checkpoint(run, tag="global_step4")
     engine.train_batch()
     with pytest.raises(ValueError, match="keep is 0"):
-        checkpoint.save_checkpoint(engine, run, None, {}, keep=0)
-    checkpoint.save_checkpoint(engine, run, "global_step3", {}, keep=1)  # older than the newest of the same step
+        engine.save_checkpoint(run, None, {}, keep=0)
+    engine.save_checkpoint(run, "global_step3", {}, keep=1)  # older than the newest of the same step
     found["one"] = names()
     # what cannot be removed does not fail the save, and is no checkpoint
     original = shutil.rmtree
@@ -609,11 +608,11 @@ def rank_of_keepers(folder: Path) -> dict[str, Any]:
 
     shutil.rmtree = failing
     engine.train_batch()
-    checkpoint.save_checkpoint(engine, run, "global_step7", {}, keep=1)
+    engine.save_checkpoint(run, "global_step7", {}, keep=1)
     shutil.rmtree = original
     found["failing"] = names()
     found["newest then"] = [at.name for at in newest_checkpoints(run)]
-    checkpoint.save_checkpoint(engine, run, "global_step8", {}, keep=2)
+    engine.save_checkpoint(run, "global_step8", {}, keep=2)
     found["next"] = names()
     (run / "global_step8" / LAST).unlink(missing_ok=True)
     torch.distributed.barrier()

@@ -24,14 +24,14 @@ CONFIG = {
 DYING = """
 import os, runpy, signal, sys
 from pathlib import Path
-from zods.engine import ZerothOrderEngine
-marker, commit = Path(sys.argv.pop(1)), ZerothOrderEngine.commit
+from zods.training_run import TrainingRun
+marker, commit = Path(sys.argv.pop(1)), TrainingRun.commit
 def dying(self, record):
-    if os.environ["RANK"] == "1" and self.global_steps == 2 and not marker.exists():
+    if os.environ["RANK"] == "1" and self.state.global_steps == 2 and not marker.exists():
         marker.touch()
         os.kill(os.getpid(), signal.SIGKILL)
     commit(self, record)
-ZerothOrderEngine.commit = dying
+TrainingRun.commit = dying
 runpy.run_module("zods.finetune", run_name="__main__")
 """
 

@@ -146,7 +146,7 @@ def rank_of_folders(run: Path, work: Path, number: int) -> tuple[int, int]:
         else:  # what the log holds
             log = folder / "trajectory.log"
             log.write_bytes(with_a_record_mutated(rng, log.read_bytes()))
-        engine.global_steps = 0
+        engine.run.state.global_steps = 0
         engine.recorder.load_state_dict(fresh[0], ())
         engine.training_dataloader.load_state_dict(fresh[1])
         engine.lr_scheduler.load_state_dict(fresh[2])

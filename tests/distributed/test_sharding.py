@@ -9,12 +9,11 @@ import pytest
 import torch
 
 import zods
-from tests.distributed.models import Awkward, configuration, everywhere, sha256, whole
+from tests.distributed.models import Awkward, configuration, sha256, whole
 from tests.distributed.ranks import run_ranks
 from zods.directions import Direction
-from zods.estimators import Term
+from zods.estimators import Term, Update
 from zods.kernels import combine_
-from zods.sharding import SliceUpdate
 
 WORLD_SIZES = (1, 2, 3, 4)
 LAYOUTS = [(0, "none"), (3, "none"), (3, "cpu"), (3, "nvme")]
@@ -65,12 +64,8 @@ def rank_of_layouts(folder: Path) -> dict[Any, dict[str, Any]]:
             engine.anchor.set_gradient(GRADIENT)
             for step in range(STEPS):
                 seeds, coefficients, decay, rounding_seed = given(step)
-                engine.shards.apply_(
-                    everywhere(seeds, coefficients, decay, rounding_seed),
-                    direction=Direction(),
-                    dense=engine.anchor.gradient.read,
-                    dense_coefficient=DENSE_COEFFICIENT,
-                )
+                update = Update(tuple(map(Term, seeds, coefficients)), decay, DENSE_COEFFICIENT, rounding_seed)
+                engine.shards.apply_(update, direction=Direction(), dense=engine.anchor.gradient.read)
                 if step == 4:  # a forward in between leaves nothing behind
                     with torch.no_grad():
                         engine.deepspeed(torch.ones(2, 5, dtype=dtype))
@@ -79,7 +74,8 @@ def rank_of_layouts(folder: Path) -> dict[Any, dict[str, Any]]:
             z = {}
             for distribution in ("gaussian", "rademacher"):
                 zods.sharding.release_gathered(engine.deepspeed)
-                engine.shards.apply_(lambda _: SliceUpdate(0.0, [4321], [1.0]), direction=Direction(distribution))
+                for piece, local in engine.shards.visit(write=True):
+                    Direction(distribution).combine_(local, piece, piece.offset, seeds=[4321], coefficients=[1.0])
                 z[distribution] = sha256(whole(engine))
             found[stage, offload, dtype] = {
                 "slices": slices,

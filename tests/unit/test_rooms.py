@@ -24,7 +24,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     ),
     "kernels": (set(), {"torch", "triton"}),
     "directions": ({"kernels"}, {"torch"}),
-    "estimators": ({"directions"}, set()),
+    "estimators": ({"kernels"}, set()),
     "comm": (set(), {"torch"}),
     "build_locks": (set(), {"torch"}),
     "launching": ({"build_locks", "comm"}, {"torch", "deepspeed"}),
@@ -37,8 +37,8 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
         {"files", "section", "kernels", "directions", "estimators", "rule"},
         {"torch", "safetensors", "tqdm", "huggingface_hub", "transformers"},
     ),
-    "sharding": ({"directions", "comm"}, {"torch", "deepspeed"}),
-    "deferral": ({"directions", "sharding"}, {"deepspeed"}),
+    "sharding": ({"directions", "estimators", "comm"}, {"torch", "deepspeed"}),
+    "deferral": ({"directions", "estimators", "sharding"}, {"deepspeed"}),
     "stacking": (set(), {"torch"}),
     "factored": ({"kernels"}, {"torch"}),
     "observing": (set(), {"torch"}),
@@ -70,20 +70,39 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
         {"batch", "section", "measuring", "kernels", "directions", "comm", "data", "objectives", "sharding"},
         {"torch", "deepspeed"},
     ),
-    "checkpoint": ({"files", "section", "kernels", "estimators", "sharding", "trajectory"}, {"torch", "safetensors"}),
-    "export": ({"sharding"}, {"torch", "safetensors"}),
+    "export": ({"comm", "sharding"}, {"torch", "safetensors"}),
     "recording": ({"config", "data", "estimators", "selection", "trajectory"}, set()),
-    "resuming": (
-        {"checkpoint", "comm", "files", "kernels", "selection", "sharding", "trajectory"},
-        {"torch", "safetensors", "tqdm"},
+    "state": ({"estimators", "steps", "streams"}, {"torch"}),
+    "training_run": (
+        {
+            "anchor", "comm", "config", "data", "deferral", "directions", "estimators", "recording", "selection",
+            "sharding", "state", "trajectory",
+        },
+        {"torch"},
+    ),
+    "checkpoint": (
+        {"files", "section", "kernels", "anchor", "estimators", "sharding", "training_run"},
+        {"torch", "safetensors"},
     ),
     "replicas": ({"comm", "section", "trajectory"}, set()),
-    "engine_face": ({"checkpoint", "comm", "config", "export", "sharding", "steps"}, {"torch"}),
+    "resuming": (
+        {
+            "checkpoint", "comm", "config", "files", "kernels", "replicas", "selection", "sharding", "training_run",
+            "trajectory",
+        },
+        {"torch", "safetensors", "tqdm"},
+    ),
+    "engine_face": (
+        {
+            "checkpoint", "comm", "config", "estimators", "export", "sharding", "state", "steps", "training_run",
+        },
+        {"torch"},
+    ),
     "engine": (
         {
-            "config", "estimators", "comm", "data", "deferral", "sharding", "streams", "anchor", "rule", "trajectory",
-            "evaluation", "selection", "measuring", "recording", "replicas", "resuming", "steps", "stopping",
-            "watchdog", "engine_face",
+            "checkpoint", "config", "estimators", "comm", "data", "deferral", "sharding", "state", "streams", "anchor",
+            "rule", "trajectory", "training_run", "evaluation", "selection", "measuring", "recording", "replicas",
+            "resuming", "steps", "stopping", "watchdog", "engine_face",
         },
         {"torch"},
     ),
@@ -292,3 +311,29 @@ def test_no_file_imports_a_module_of_tests():
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             found += [f"{path}: {name}" for name in names if name.rpartition(".")[2].startswith("test_")]
     assert not found
+
+
+@pytest.mark.parametrize("file", files(), ids=name_of)
+def test_functions_take_the_parts_that_they_need_not_the_engine(file: Path):
+    """`deepspeed_engine: Any` is DeepSpeed's own, which has no types."""
+    untyped = [
+        node.lineno
+        for node in ast.walk(parse(file))
+        if isinstance(node, ast.arg) and node.arg == "engine"
+        if node.annotation is None or ast.unparse(node.annotation) == "Any"
+    ]
+    assert not untyped, f"{name_of(file)}: a parameter `engine` without a type in lines {untyped}"
+
+
+@pytest.mark.parametrize("file", files(), ids=name_of)
+def test_nobody_sets_an_attribute_of_an_engine(file: Path):
+    """Its own methods do, as `self.x = ...`."""
+    found = []
+    for node in ast.walk(parse(file)):
+        if not isinstance(node, (ast.Assign, ast.AugAssign, ast.AnnAssign)):
+            continue
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        owners = [ast.unparse(part.value) for target in targets for part in ast.walk(target)
+                  if isinstance(part, ast.Attribute)]  # fmt: skip
+        found += [node.lineno for owner in owners if "engine" in owner.split(".")]
+    assert not found, f"{name_of(file)} sets an attribute of an engine in lines {found}"

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from deepspeed.runtime.dataloader import DeepSpeedDataLoader
+from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -150,7 +151,7 @@ class SelectedBatches:
 
 
 def select(
-    loader: Any, engine: Any, config: Mapping[str, Any], *, seed: int = 42, loss_mean: str = "tokens"
+    loader: Any, engine: DeepSpeedEngine, config: Mapping[str, Any], *, seed: int = 42, loss_mean: str = "tokens"
 ) -> SelectedBatches:
     """Around a loader of first-order DeepSpeed training: micro-batches of chosen examples in place of the loader's own.
 
@@ -190,7 +191,7 @@ def select(
         return SelectedBatches(loader, sub_batches, comm)
 
 
-def weighted_loss(engine: Any, batch: Mapping[str, Any], loss_mean: str = "tokens") -> Tensor:
+def weighted_loss(engine: DeepSpeedEngine, batch: Mapping[str, Any], loss_mean: str = "tokens") -> Tensor:
     """The loss of one of `select`'s micro-batches on `engine`: the weighted sum of its examples' losses, each the sum over the
     example's own label tokens, or with "examples" their mean.
 

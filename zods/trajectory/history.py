@@ -1,4 +1,4 @@
-"""What the records of a log do to the parameters. A living run and a replay both go through here, so that they cannot differ.
+"""What the records of a log do to the parameters. A live run and a replay both go through here, so that they cannot differ.
 
 `History` turns a record into a `Change`; `replay_` applies many changes to a slice of one parameter, one after the other at
 every element, in one pass over memory.
@@ -15,7 +15,6 @@ import torch
 from zods import estimators
 from zods.directions import Direction, Parameter
 from zods.estimators import Term, Update
-from zods.kernels import Sweep
 from zods.rule import StepRule
 from zods.section import ZerothOrderConfig
 from zods.trajectory.records import Record, Refresh, Run, Step
@@ -76,17 +75,6 @@ class History:
         return Change(rule.update(record.step, estimate, record.lr, *along), self.gradient)
 
 
-def sweep_of(update: Update, decays: bool) -> Sweep:
-    """An update of one parameter. decays: whether decay applies to it."""
-    return Sweep(
-        update.decay if decays else 1.0,
-        [term.seed for term in update.terms],
-        [term.coefficient for term in update.terms],
-        update.anchor_grad_coefficient,
-        update.rounding_seed,
-    )
-
-
 def num_terms(changes: Sequence[Change]) -> int:
     """Terms per element of a replay: what its time is measured by."""
     stored = [of[0].gradient for of in _segments(changes) if any(c.update.anchor_grad_coefficient for c in of)]
@@ -108,7 +96,7 @@ def replay_(
     """
     decays = len(parameter.shape) >= 2
     segments = [
-        (of[0].gradient, [sweep_of(change.update, decays) for change in of], num_terms(of)) for of in _segments(changes)
+        (of[0].gradient, [change.update.sweep(decays) for change in of], num_terms(of)) for of in _segments(changes)
     ]
     size = _block_size(changes)
     for start in range(0, elements.numel() if changes else 0, size):

@@ -26,14 +26,14 @@ for what, where, rank, _ in FAULTS:  # another copy of the package, before the f
 import zods.finetune  # noqa: E402
 from zods import checkpoint, resuming  # noqa: E402
 from zods.data import TrainingLoader  # noqa: E402
+from zods.directions import Direction  # noqa: E402
 from zods.engine import ZerothOrderEngine  # noqa: E402
 from zods.evaluation import Evaluator  # noqa: E402
 from zods.recording import Recorder  # noqa: E402
-from zods.sharding import SliceUpdate  # noqa: E402
 from zods.trajectory.log import LogFile  # noqa: E402
 
 STEP = [0]  # that is under way
-CALLS = [0]
+CALLS = [-(10**6)]  # of updates of a parameter since the last forward; those of a resume do not count
 
 
 def do(what):
@@ -122,7 +122,7 @@ def half_a_file(tensors, path, *_):
 PLACES = {
     "forward": lambda: around(ZerothOrderEngine, "forward", before=forward),
     "scalars": lambda: around(ZerothOrderEngine, "_reduce", before=lambda *_: strike("scalars"), after="after_scalars"),
-    "application": lambda: around(SliceUpdate, "apply_", before=in_application),
+    "application": lambda: around(Direction, "replay_", before=in_application),
     "log": lambda: around(LogFile, "_append", before=half_a_line),
     "checkpoint": lambda: around(checkpoint, "save_file", before=half_a_file),
     "rename": lambda: around(checkpoint, "_put_in_place", before=lambda *_: strike("rename"), after="after_rename"),
