@@ -182,7 +182,7 @@ def test_a_forward_that_no_backward_follows_is_no_part_of_a_step(ranks: int, sta
 
 
 def rank_of_two_forwards(stage: int) -> dict[str, Any]:
-    """Steps with two forwards before each backward; the second one's batch is the next step's of the plain loop."""
+    """Steps with two forwards before each backward, and plain ones on the second one's batches."""
     engine, plain = (build(Tiny(), stage=stage, agreement_interval=1) for _ in range(2))
     errors = []
     for step in range(3):
@@ -199,6 +199,43 @@ def test_of_two_forwards_before_one_backward_only_the_second_can_become_the_step
     for found in run_ranks(ranks, rank_of_two_forwards, stage):
         assert [text.partition(", or")[0] for text in found["errors"]] == [refused, refused, "nothing", refused] * 3
         assert found["weights"] == found["expected"]
+
+
+# --- two engines on one model -----------------------------------------------------------------------------------------
+
+
+def rank_of_successors(stage: int) -> dict[int, tuple[str, str, float]]:
+    """Three steps of a second engine on a first one's model, and of an engine on an equal model.
+
+    By the number of steps that the second engine made before the first one was closed.
+    """
+    found = {}
+    for closed_before in (0, 1, 3):
+        model, own = Tiny(), Tiny()
+        first = build(model, stage=stage)
+        train(first, tiny_data(), range(2))
+        for value, param in zip(whole(first).values(), own.parameters(), strict=True):
+            param.data.copy_(value)
+        if closed_before == 0:
+            first.close()
+        second, alone = (build(each, stage=stage, seed=8) for each in (model, own))
+        for step in range(3):
+            if step == closed_before > 0:
+                first.close()
+            train(second, tiny_data(), [step])
+            train(alone, tiny_data(), [step])
+        found[closed_before] = sha256(whole(second)), sha256(whole(alone)), second.last_step.projected_grad
+        if closed_before == 3:
+            first.close()
+    return found
+
+
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (2, 3)])
+def test_a_second_engine_on_a_model_makes_its_own_steps_whether_the_first_is_open_or_closed(ranks: int, stage: int):
+    for found in run_ranks(ranks, rank_of_successors, stage):
+        for second, alone, projected_grad in found.values():
+            assert second == alone
+            assert abs(projected_grad) > 0.1, "else nothing was perturbed"
 
 
 # --- all of a batch -----------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import zods.finetune
+from tests.distributed.models import Tiny, configuration, tiny_data
 from tests.distributed.ranks import launch, run_command, run_ranks
 from zods.comm import Communicator, RankFailure
 from zods.launching import RANKS, SIZES, TORCH, connect_ranks
@@ -79,6 +80,40 @@ def test_an_exception_that_all_ranks_raise_stays_as_it_is(raised):
     first, second = raised[BLOCKS.index({0: KeyError, 1: AttributeError})]
     text = "rank 0: KeyError: 'this is why'"
     assert (first, second) == (("RankFailure", text, "KeyError"), ("RankFailure", text, None))
+
+
+class Rows:
+    """Training data of which one method fails on rank 1."""
+
+    def __init__(self, failing: str) -> None:
+        self._failing = failing
+        self._rows = tiny_data()
+
+    def _fail_on_rank_1(self, method: str) -> None:
+        if method == self._failing and torch.distributed.get_rank() == 1:
+            raise AttributeError(f"no {method} here")
+
+    def __len__(self) -> int:
+        self._fail_on_rank_1("length")
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Any:
+        self._fail_on_rank_1("row")
+        return self._rows[index]
+
+
+def rank_of_failing_data() -> dict[str, str]:
+    said = {}
+    for failing in ("length", "row"):
+        with pytest.raises(RankFailure) as error:
+            zods.initialize(model=Tiny(), config=configuration(8, method="mezo"), training_data=Rows(failing))
+        said[failing] = str(error.value)
+    return said
+
+
+def test_training_data_that_fail_on_one_rank_end_the_start_on_all_with_the_name_of_that_rank():
+    for said in run_ranks(2, rank_of_failing_data):
+        assert said == {what: f"rank 1: AttributeError: no {what} here" for what in ("length", "row")}
 
 
 WAYS = {  # way: (what is said, exit code, exception of the traceback)
