@@ -33,7 +33,7 @@ from zods.selection.loaders import SelectingLoader
 from zods.selection.selector import NEEDS
 from zods.sharding import ShardedParameters, is_sharded
 from zods.steps import ZerothOrderOptimizer
-from zods.wrapping import is_wrapped
+from zods.wrapping import has_moved_hooks
 
 logger = logging.getLogger(__name__)
 
@@ -137,8 +137,8 @@ def _checked_model(model: torch.nn.Module | None, **others: Any) -> torch.nn.Mod
     """The model. Raises ValueError where there is none, or what only first-order training takes was given."""
     if model is None:
         raise ValueError("model: missing. Give a torch.nn.Module.")
-    if is_wrapped(model):
-        raise ValueError("model: another zods engine still evaluates it. Call close() of that engine first.")
+    if has_moved_hooks(model):  # closing the other engine would move them out of this one's forwards
+        raise ValueError("model: another zods engine runs the hooks of its modules. Call close() of that engine first.")
     for name, value in others.items():
         if value is not None:
             raise ValueError(

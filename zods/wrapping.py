@@ -68,10 +68,10 @@ class WrappedForward:
             del self._module.forward
 
 
-def is_wrapped(model: torch.nn.Module) -> bool:
-    """Whether the forward of some module of `model` is wrapped."""
-    forwards = (vars(module).get("forward") for module in model.modules())
-    return any(isinstance(forward, WrappedForward) and forward._run is not None for forward in forwards)
+def has_moved_hooks(model: torch.nn.Module) -> bool:
+    """Whether hooks of the model's user run inside wrapped forwards."""
+    hooks = (hook for m in model.modules() for hook in (*m._forward_pre_hooks.values(), *m._forward_hooks.values()))
+    return any(isinstance(hook, MovedHook) for hook in hooks)
 
 
 class MovedHook:
