@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.distributed.ranks import REPOSITORY, environment_of_ranks, master_port
+from tests.distributed.ranks import LIMIT, REPOSITORY, environment_of_ranks, master_port
 
 SCRIPT = Path(__file__).parent / "scripts" / "faulty.py"
 MODEL = REPOSITORY / "launch" / "quickstart" / "model"
@@ -122,7 +122,7 @@ def command(folder: Path, cell: Cell) -> list[str]:
     )
 
 
-def start(folder: Path, cell: Cell, *, strike: bool, timeout: float = 150.0) -> Started:
+def start(folder: Path, cell: Cell, *, strike: bool, timeout: float = LIMIT) -> Started:
     """One start of the command line through the launcher, to its end, and to that of every process it has made."""
     began = time.monotonic()
     deepspeed = str(Path(sys.executable).parent / "deepspeed")

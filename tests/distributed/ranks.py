@@ -30,16 +30,17 @@ ENVIRONMENT = {  # of every rank
     "HF_HUB_OFFLINE": "1",
     "PYTHONWARNINGS": "ignore",
 }
+LIMIT = 600.0  # seconds after which a test gives up; a slow and busy machine takes ten times what a quiet one does
 COMPILERS = {name: os.environ.get(name) for name in ("CC", "CXX")}
 # Ranks are forked from a server that has imported these, and done nothing else: importing them takes seconds.
 PRELOADED = ["pytest", "torch", "torch._dynamo", "deepspeed", "zods", "tests.distributed.models"]
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 300.0) -> list[Any]:
+def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """`function(*args)` on `world_size` ranks, processes of one torch thread with an initialised gloo group.
 
     function: of a module's top level; what it takes and returns is pickled. Returns each rank's return value, in rank
-    order. The test fails with the ranks' tracebacks where one raises or dies, and where one takes longer than `timeout`
+    order. The test fails with the ranks' tracebacks where one raises or dies, and where one takes longer than LIMIT
     seconds. No process is left behind.
     """
     os.environ.update(ENVIRONMENT)
@@ -55,7 +56,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
             sender.close()
             pipes.append(receiver)
             processes.append(process)
-        results = _collect(pipes, processes, timeout)
+        results = _collect(pipes, processes)
         failures = [f"--- rank {rank}:\n{text}" for rank, (ok, text) in results.items() if not ok]
         if failures:
             outputs = [(Path(folder) / f"output-{rank}").read_text(errors="replace")[-2000:] for rank in results]
@@ -64,10 +65,10 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
         return [results[rank][1] for rank in range(world_size)]
 
 
-def _collect(pipes: list[Any], processes: list[Any], timeout: float) -> dict[int, tuple[bool, Any]]:
+def _collect(pipes: list[Any], processes: list[Any]) -> dict[int, tuple[bool, Any]]:
     """Per rank (it ended well, its value or what went wrong). Kills what still runs when it returns."""
     results: dict[int, tuple[bool, Any]] = {}
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + LIMIT
     while len(results) < len(pipes) and time.monotonic() < deadline:
         waiting = [pipe for rank, pipe in enumerate(pipes) if rank not in results]
         for pipe in multiprocessing.connection.wait(waiting, timeout=max(0.0, deadline - time.monotonic())):
@@ -81,7 +82,7 @@ def _collect(pipes: list[Any], processes: list[Any], timeout: float) -> dict[int
                 deadline = min(deadline, time.monotonic() + 5)
     for rank, process in enumerate(processes):
         if rank not in results:
-            results[rank] = (False, f"still running when the test gave up (timeout {timeout} s)")
+            results[rank] = (False, f"still running when the test gave up (timeout {LIMIT} s)")
         process.join(0.0 if not results[rank][0] else max(5.0, deadline - time.monotonic()))
         if process.is_alive():
             process.kill()
@@ -132,21 +133,21 @@ def _rank(rank: int, world_size: int, folder: str, port: int, pipe: Any, functio
         os._exit(1)  # the other ranks may be gone, or wait in a collective
 
 
-def launch(script: Path, *args: Any, num_gpus: int = 2, timeout: float = 300.0) -> tuple[int, str]:
+def launch(script: Path, *args: Any, num_gpus: int = 2) -> tuple[int, str]:
     """Run `script` through the `deepspeed` launcher on this host: (exit code, what all ranks wrote).
 
-    The test fails where it takes longer than `timeout` seconds; the launcher and its ranks are killed then.
+    The test fails where it takes longer than LIMIT seconds; the launcher and its ranks are killed then.
     """
     deepspeed = str(Path(sys.executable).parent / "deepspeed")
     with master_port() as port:
         command = [deepspeed, "--num_gpus", str(num_gpus), "--master_port", str(port), str(script), *map(str, args)]
-        return run_command(command, script.parent, timeout)
+        return run_command(command, script.parent)
 
 
-def run_command(command: list[str], cwd: Path, timeout: float, **variables: str) -> tuple[int, str]:
+def run_command(command: list[str], cwd: Path, **variables: str) -> tuple[int, str]:
     """Run a launcher's command in the environment of ranks, and `variables`: (exit code, what all that it starts wrote).
 
-    The test fails where it takes longer than `timeout` seconds; all processes of its session are killed then.
+    The test fails where it takes longer than LIMIT seconds; all processes of its session are killed then.
     """
     process = subprocess.Popen(
         command,
@@ -158,11 +159,11 @@ def run_command(command: list[str], cwd: Path, timeout: float, **variables: str)
         start_new_session=True,
     )
     try:
-        output, _ = process.communicate(timeout=timeout)
+        output, _ = process.communicate(timeout=LIMIT)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate()
-        pytest.fail(f"{' '.join(command)} still ran after {timeout} s. It said:\n{output[-4000:]}", pytrace=False)
+        pytest.fail(f"{' '.join(command)} still ran after {LIMIT} s. It said:\n{output[-4000:]}", pytrace=False)
     return process.returncode, output
 
 

@@ -141,7 +141,7 @@ def rank_of_runs(folder: Path) -> dict[str, dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Any]]]:
-    return run_ranks(2, rank_of_runs, tmp_path_factory.mktemp("deferral"), timeout=240)
+    return run_ranks(2, rank_of_runs, tmp_path_factory.mktemp("deferral"))
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -54,7 +54,7 @@ def torchrun(folder: Path, output: str, marker: Path, nproc: int = 2) -> str:
     ]
     # torch 2.13 otherwise gives a second start the store of the first, with the addresses of its ranks in it
     variables = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "TMPDIR": str(folder)}
-    code, said = run_command(list(map(str, command)), folder, 150, **variables)
+    code, said = run_command(list(map(str, command)), folder, **variables)
     assert code == 0, said[-4000:]
     return said
 

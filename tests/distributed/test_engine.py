@@ -118,7 +118,7 @@ def rank_of_cases(folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run_ranks(2, rank_of_cases, tmp_path_factory.mktemp("cases"), timeout=240)
+    return run_ranks(2, rank_of_cases, tmp_path_factory.mktemp("cases"))
 
 
 def dense_run(name: str) -> tuple[DenseReference, list[float]]:

@@ -80,12 +80,12 @@ def rank_of_cases(world_size: int) -> dict[tuple[str, str, bool, bool], Any]:
 
 @pytest.fixture(scope="module")
 def one_rank() -> list[dict[Any, Any]]:
-    return run_ranks(1, rank_of_cases, 1, timeout=240)
+    return run_ranks(1, rank_of_cases, 1)
 
 
 @pytest.fixture(scope="module")
 def two_ranks() -> list[dict[Any, Any]]:
-    return run_ranks(2, rank_of_cases, 2, timeout=240)
+    return run_ranks(2, rank_of_cases, 2)
 
 
 def named(case: tuple[str, str, bool, bool]) -> str:

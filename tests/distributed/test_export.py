@@ -93,7 +93,7 @@ def engine_ranks() -> int:
 def exports(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     ranks, stage = request.param
     folder = tmp_path_factory.mktemp("exports")
-    return folder, run_ranks(ranks, rank_of_exports, folder, stage, timeout=240)[0]
+    return folder, run_ranks(ranks, rank_of_exports, folder, stage)[0]
 
 
 def test_a_module_under_several_names_is_exported_under_all_of_them(exports: Any):

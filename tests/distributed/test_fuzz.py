@@ -162,6 +162,6 @@ def rank_of_folders(run: Path, work: Path, number: int) -> tuple[int, int]:
 
 @cases(300, 3000)
 def test_folders_of_a_run_are_resumed_or_refused_with_one_clear_error(run, tmp_path, number):
-    ((resumed, refused),) = run_ranks(1, rank_of_folders, run, tmp_path, number, timeout=600)
+    ((resumed, refused),) = run_ranks(1, rank_of_folders, run, tmp_path, number)
     assert resumed + refused == number
     assert refused > number / 3

@@ -105,7 +105,7 @@ def rank_of_counts() -> dict[str, tuple[str, list[float]]]:
 
 @pytest.fixture(scope="module")
 def counts() -> list[dict[str, tuple[str, list[float]]]]:
-    return run_ranks(2, rank_of_counts, timeout=240)
+    return run_ranks(2, rank_of_counts)
 
 
 @pytest.mark.parametrize("name", COUNTED)

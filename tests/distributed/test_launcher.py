@@ -104,7 +104,7 @@ def test_every_mistake_of_the_script_is_expected(told):
 
 @pytest.mark.parametrize("mistake", ["unknown key", pytest.param("no loss", marks=pytest.mark.slow)])
 def test_a_run_with_a_mistake_ends_soon_with_its_text_and_an_exit_code(tmp_path, mistake):
-    code, output = launch(SCRIPTS / "mistakes.py", tmp_path, mistake, timeout=90)
+    code, output = launch(SCRIPTS / "mistakes.py", tmp_path, mistake)
     assert code != 0
     said = {line.split("ValueError: ", 1)[1] for line in output.splitlines() if "ValueError: " in line}
     assert len(said) == 1, "all ranks say one and the same"

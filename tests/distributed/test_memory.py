@@ -66,7 +66,7 @@ def rank_of_peaks(stage: int) -> dict[str, tuple[int, int, int]]:
 
 @pytest.fixture(scope="module", params=[(1, 0), (2, 3)], ids=["stage-0", "stage-3-on-2-ranks"])
 def peaks(request: pytest.FixtureRequest) -> list[dict[str, tuple[int, int, int]]]:
-    return run_ranks(request.param[0], rank_of_peaks, request.param[1], timeout=300)
+    return run_ranks(request.param[0], rank_of_peaks, request.param[1])
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -195,7 +195,7 @@ def dense_steps(kind: str, mean: str, svrg: bool) -> list[tuple[float, float]]:
     params=[pytest.param(n, id=f"{n}-ranks", marks=pytest.mark.slow if n == 4 else []) for n in (1, 2, 4)],
 )
 def ranks(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
-    return run_ranks(request.param, rank_of_cases, timeout=400)
+    return run_ranks(request.param, rank_of_cases)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -377,7 +377,6 @@ def finetune(folder: Path, output: str, num_gpus: int, *options: str) -> dict[in
         *("--deepspeed_config", folder / "config.json", "--model", MODEL, "--output_dir", folder / output),
         *("--task", "instruction", "--train_file", folder / "train.jsonl", "--max_length", "96", *options),
         num_gpus=num_gpus,
-        timeout=200,
     )
     assert code == 0, said[-4000:]
     return {record["step"]: record["loss"] for record in read_metrics(folder / output) if record["kind"] == "train"}

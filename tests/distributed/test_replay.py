@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import zods
 from tests.distributed.models import Tiny, Wide, configuration, opt_data, tiny_data, tiny_opt, whole, wide_data
-from tests.distributed.ranks import ENVIRONMENT, REPOSITORY, run_ranks
+from tests.distributed.ranks import ENVIRONMENT, LIMIT, REPOSITORY, run_ranks
 from tests.distributed.zoo import ZOO, zoo_batch
 from tests.reference.replay import replayed
 from zods import pretrained
@@ -204,7 +204,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_bases(folder / "bases")
     for world_size in (1, 2, 3, 4):  # a run that goes on has more ranks than the one before
         names = [name for name, (ranks, *_) in RUNS.items() if ranks == world_size]
-        run_ranks(world_size, rank_of_runs, folder, names, timeout=240)
+        run_ranks(world_size, rank_of_runs, folder, names)
     return folder
 
 
@@ -328,7 +328,7 @@ def test_processes_that_run_at_once_do_not_meet(folder, tmp_path):
         )
         for rank in range(2)
     ]
-    assert [process.wait(60) for process in processes] == [0, 0]
+    assert [process.wait(LIMIT) for process in processes] == [0, 0]
     assert same(read(tmp_path / "out", "opt"), read(folder / name / "exported end", "opt"))
 
 

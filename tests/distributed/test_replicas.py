@@ -17,7 +17,7 @@ import torch
 
 import zods.finetune
 from tests.distributed.models import Tiny, configuration, numpy_of, sha256, tiny_data, whole
-from tests.distributed.ranks import REPOSITORY, free_port, launch, run_ranks
+from tests.distributed.ranks import LIMIT, REPOSITORY, free_port, launch, run_ranks
 from zods.section import parse_section
 from zods.trajectory.log import read_log
 from zods.trajectory.records import Step
@@ -63,7 +63,7 @@ def at_once(runs: Sequence[tuple[int, Callable[..., Any], Any]]) -> list[list[An
 
 
 def waits_for(path: Path) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + LIMIT
     while not path.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     torch.distributed.barrier()

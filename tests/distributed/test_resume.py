@@ -131,7 +131,7 @@ def rank_of_runs(folder: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("runs")
-    first, second = run_ranks(WORLD_SIZE, rank_of_runs, folder, timeout=240)
+    first, second = run_ranks(WORLD_SIZE, rank_of_runs, folder)
     assert first == second
     return folder, first
 
@@ -212,7 +212,7 @@ def restarts(runs: Any, tmp_path_factory: pytest.TempPathFactory) -> list[dict[s
             stopped(runs[0] / name, at[name][where], after(read_log(runs[0] / name / LOG_NAME), 9), SAVED)
             for step in damaged:
                 damage(at[name][where] / CHECKPOINTS / f"global_step{step}")
-    return run_ranks(WORLD_SIZE, rank_of_restarts, folder, at, timeout=300)
+    return run_ranks(WORLD_SIZE, rank_of_restarts, folder, at)
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -274,7 +274,7 @@ def others(request: pytest.FixtureRequest, runs: Any, tmp_path_factory: pytest.T
         for where, checkpoints in (("the log alone", ()), ("after a checkpoint", SAVED)):
             at[name][where] = folder / name / where
             stopped(runs[0] / name, at[name][where], after(log, 8), checkpoints)
-    ranks = run_ranks(request.param, rank_of_others, folder, at, timeout=240)
+    ranks = run_ranks(request.param, rank_of_others, folder, at)
     assert all(rank == ranks[0] for rank in ranks)
     return ranks[0]
 
@@ -456,7 +456,7 @@ def test_a_run_that_the_log_is_not_of_is_one_error_on_all_ranks_and_leaves_the_l
         at.mkdir(parents=True)
         (at / LOG_NAME).write_bytes(damages[what])
     stopped(runs[0] / "device", tmp_path / "run", after(read_log(runs[0] / "device" / LOG_NAME), 8))
-    first, second = run_ranks(WORLD_SIZE, rank_of_mistakes, tmp_path, tmp_path / "run", damaged, timeout=240)
+    first, second = run_ranks(WORLD_SIZE, rank_of_mistakes, tmp_path, tmp_path / "run", damaged)
     assert first == second
     assert first.pop("at") == 8
     expected = {what: parts for what, (_, parts) in MISFITS.items()}

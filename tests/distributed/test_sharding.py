@@ -92,7 +92,7 @@ def rank_of_layouts(folder: Path) -> dict[Any, dict[str, Any]]:
     params=[pytest.param(n, id=f"{n}-ranks", marks=pytest.mark.slow if n in (2, 4) else []) for n in WORLD_SIZES],
 )
 def layouts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
-    return run_ranks(request.param, rank_of_layouts, tmp_path_factory.mktemp("offload"), timeout=150)
+    return run_ranks(request.param, rank_of_layouts, tmp_path_factory.mktemp("offload"))
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from tests.distributed.ranks import ENVIRONMENT, PRELOADED, launch, master_port, restore_compilers, run_ranks
+from tests.distributed.ranks import ENVIRONMENT, LIMIT, PRELOADED, launch, master_port, restore_compilers, run_ranks
 from zods.comm import Communicator
 from zods.watchdog import AGAIN, EXIT_CODE, Answer, Watchdog, verdict
 
@@ -54,7 +54,7 @@ def end_of(
         processes = [context.Process(target=_rank, args=(r, address, folder, ready, function)) for r in range(3)]
         for process in processes:
             process.start()
-        ready.wait(60)
+        ready.wait(LIMIT)
         began = time.monotonic()
         between([process.pid for process in processes])
         for rank, process in enumerate(processes):
@@ -80,7 +80,7 @@ def _rank(rank: int, address: str, folder: Path, ready: Any, function: Callable[
     watchdog.beat("step 17, evaluate")
     time.sleep(1.5)  # every clerk has its connection to the store
     watchdog.rest()
-    ready.wait(60)
+    ready.wait(LIMIT)
     function(watchdog, comm)
     watchdog.close()
     torch.distributed.barrier()

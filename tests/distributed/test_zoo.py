@@ -150,7 +150,7 @@ def outcomes(request: pytest.FixtureRequest) -> Outcomes:
         group = groups[world_size, name]
         if (world_size, name) not in known:
             try:
-                ranks = run_ranks(world_size, rank_of_runs, group, timeout=240)
+                ranks = run_ranks(world_size, rank_of_runs, group)
             except pytest.fail.Exception:
                 if len(group) == 1:
                     raise
