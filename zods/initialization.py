@@ -290,5 +290,12 @@ def resolve_by_model(run: RunConfig, model: torch.nn.Module, world_size: int) ->
     """Resolve what of DeepSpeed's part follows from the model, in place. Raises ValueError where a value does not fit it."""
     overlaps = not get_accelerator().is_synchronized_device()
     resolve_model_auto(run.deepspeed, hidden_size_of(getattr(model, "config", None)), overlaps=overlaps)
+    zero = run.deepspeed.get("zero_optimization", {})
+    if zero.get("stage3_prefetch_bucket_size") == 0 and any(
+        type(m).__name__ == "ParamWrapper" for m in model.modules()
+    ):
+        # PEFT's adapter of a single parameter changes which module owns it while a forward runs. Without prefetching,
+        # DeepSpeed 0.19.8 ends such a forward with "tracing error".
+        del zero["stage3_prefetch_bucket_size"]
     numels = [getattr(p, "ds_numel", p.numel()) for p in model.parameters()]
     resolve_offload_buffers(run.deepspeed, numels, world_size)

@@ -326,8 +326,9 @@ class PerturbedForward:
         if not self._lockstep.is_running:
             self._scratch.reserve([p.param.data for p in parameters], len(pair))
         for parameter in parameters:
-            made = [self._empty_like(parameter.param.data) for _ in pair]
-            self._perturb(made, parameter, point, sources)
+            with torch._C._DisableFuncTorch():  # inside a model's jvp, new tensors would be wrapped and have no storage
+                made = [self._empty_like(parameter.param.data) for _ in pair]
+                self._perturb(made, parameter, point, sources)
             for of_stream, tensor in zip(copies, made, strict=True):
                 of_stream.append((parameter, tensor))
         return copies

@@ -42,7 +42,10 @@ def fresh(subject: Subject) -> nn.Module:
     matter to the loss.
     """
     torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in a rank: the QR decomposition of an orthogonal initialization depends on it
     model = subject.make().eval()
+    torch.set_num_threads(threads)
     generator = torch.Generator().manual_seed(0)
     for name, param in model.named_parameters():
         param.requires_grad_(param.requires_grad and re.search(subject.trained, name) is not None)
