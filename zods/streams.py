@@ -323,14 +323,14 @@ class PerturbedForward:
         """For each stream of a pair, the parameters with their values at its point."""
         point = self._points[pair[0]]
         copies: list[list[tuple[Perturbable, torch.Tensor]]] = [[] for _ in pair]
-        if not self._lockstep.is_running:
-            self._scratch.reserve([p.param.data for p in parameters], len(pair))
-        for parameter in parameters:
-            with torch._C._DisableFuncTorch():  # inside a model's jvp, new tensors would be wrapped and have no storage
+        with torch._C._DisableFuncTorch():  # inside a model's jvp, new tensors would be wrapped and have no storage
+            if not self._lockstep.is_running:
+                self._scratch.reserve([p.param.data for p in parameters], len(pair))
+            for parameter in parameters:
                 made = [self._empty_like(parameter.param.data) for _ in pair]
                 self._perturb(made, parameter, point, sources)
-            for of_stream, tensor in zip(copies, made, strict=True):
-                of_stream.append((parameter, tensor))
+                for of_stream, tensor in zip(copies, made, strict=True):
+                    of_stream.append((parameter, tensor))
         return copies
 
     def _perturb(
@@ -379,14 +379,16 @@ class PerturbedForward:
             self._restore([parameter.ordinal for parameter, _ in copies])
 
     def _place(self, parameter: Perturbable, copy: torch.Tensor) -> None:
-        self._live[parameter.ordinal] = _Placed(parameter, parameter.param.data, copy)
-        parameter.param.data = copy
+        with torch._C._DisableFuncTorch():
+            self._live[parameter.ordinal] = _Placed(parameter, parameter.param.data, copy)
+            parameter.param.data = copy
 
     def _restore(self, ordinals: Sequence[int]) -> None:
-        for ordinal in ordinals:
-            placed = self._live.pop(ordinal, None)  # None where a stream in lockstep was cut short while it waited
-            if placed is not None:
-                placed.parameter.param.data = placed.live
+        with torch._C._DisableFuncTorch():
+            for ordinal in ordinals:
+                placed = self._live.pop(ordinal, None)  # None where a stream in lockstep was cut short while it waited
+                if placed is not None:
+                    placed.parameter.param.data = placed.live
 
     # --- modules that multiply by one matrix ---------------------------------------------------------------------------
 
