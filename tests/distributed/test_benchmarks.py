@@ -38,7 +38,7 @@ SMOKE: dict[str, tuple[set[str], set[str]]] = {
     "trajectory.py --part restart": ({"restart"}, set()),
     "faults.py": (set(), {"fault", "phase", "rank", "outcome", "identical", "seconds"}),
 }  # fmt: skip
-DEFAULT = {"step_time.py", "zero3_step.py", "kernel_speed.py", "trajectory.py --part log"}  # the others take minutes
+DEFAULT = {"step_time.py", "kernel_speed.py", "trajectory.py --part log"}  # the others take minutes
 NOT_IN_THE_README = {"selection.py --part scaling"}  # its figures stand in benchmarks/results only
 
 

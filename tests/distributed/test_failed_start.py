@@ -125,7 +125,7 @@ WAYS = {  # way: (what is said, exit code, exception of the traceback)
 }
 
 
-DEFAULT = {"disagreement", "one rank, and the other waits for it"}
+DEFAULT = {"one rank, and the other waits for it"}
 
 
 @pytest.mark.parametrize("way", [pytest.param(way, marks=[] if way in DEFAULT else pytest.mark.slow) for way in WAYS])

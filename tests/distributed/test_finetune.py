@@ -121,9 +121,8 @@ def test_a_resumed_run_ends_where_the_undisturbed_one_did(folder, run):
 SELECT = ("--select", "4/8", "--source_column", "label", "--max_steps", "4", "--lr", "1e-3")
 
 
-@pytest.mark.parametrize(
-    "lora", [pytest.param((), marks=pytest.mark.slow), ("--lora_rank", "2")], ids=["whole", "lora"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [(), ("--lora_rank", "2")], ids=["whole", "lora"])
 def test_first_order_training_with_selection_resumes_where_it_was(folder, lora, tmp_path):
     first_order = ("--optimizer", "adamw", *SELECT, *lora)
     code, output = finetune(
@@ -156,8 +155,8 @@ def test_zeroth_order_steps_log_what_was_selected(folder, tmp_path):
     ("options", "message"),
     [
         (("--select", "4/8", "--source_column", "origin"), "no column 'origin'"),
-        (("--validation_file", "{folder}/wrong.jsonl"), "neither"),
-        (("--model", "{folder}/nowhere"), "nowhere"),
+        pytest.param(("--validation_file", "{folder}/wrong.jsonl"), "neither", marks=pytest.mark.slow),
+        pytest.param(("--model", "{folder}/nowhere"), "nowhere", marks=pytest.mark.slow),
     ],
 )
 def test_bad_input_ends_with_one_message_and_leaves_no_folder(folder, options, message):

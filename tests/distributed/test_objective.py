@@ -382,6 +382,7 @@ def finetune(folder: Path, output: str, num_gpus: int, *options: str) -> dict[in
     return {record["step"]: record["loss"] for record in read_metrics(folder / output) if record["kind"] == "train"}
 
 
+@pytest.mark.slow
 def test_the_command_line_goes_on_along_the_same_curve_on_other_ranks(tmp_path):
     """Instruction tuning with responses of one word and of dozens."""
     words = ["value", "return", "name", "list", "of", "the"]

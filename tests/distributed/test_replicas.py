@@ -314,6 +314,7 @@ def test_what_does_not_go_with_replicas_is_refused(changed, said):
 # --- through the launcher ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_launches_of_the_command_line_train_one_model(tmp_path):
     rows = [{"text": f"return the value of {i}", "label": ("code", "text")[i % 2]} for i in range(24)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from tests.distributed.ranks import ENVIRONMENT, LIMIT, PRELOADED, launch, master_port, restore_compilers, run_ranks
@@ -188,6 +189,7 @@ def test_the_launcher_ends_with_the_code_of_a_hang():
     assert "in hanging.py:" in output
 
 
+@pytest.mark.slow
 def test_a_watch_that_is_closed_does_not_miss_the_store():
     """Which goes with rank 0."""
     code, output = launch(SCRIPTS / "hanging.py", "ends")
