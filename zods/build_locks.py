@@ -34,3 +34,8 @@ def holders(folder: Path | None = None) -> dict[Path, int | None]:
         with contextlib.suppress(FileNotFoundError):  # released meanwhile
             found[lock] = holder(lock)
     return found
+
+
+def stale_locks() -> list[Path]:
+    """The locks that killed builds left where torch builds extensions: no process on this machine holds them."""
+    return [lock for lock, process in holders().items() if process is None]

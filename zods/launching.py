@@ -56,14 +56,13 @@ def connect_ranks(distributed_port: int = 29500, dist_init_required: bool | None
 
 def report_stale_locks() -> None:
     """Name the locks that killed builds left: the ranks would wait for them in silence."""
-    for lock, process in build_locks.holders().items():
-        if process is None:
-            logger.error(
-                "%s: no process of this machine holds it. A build of %s was killed and left it, and the ranks wait for it when "
-                "they need that operator. Remove the file, unless another machine builds there.",
-                lock,
-                lock.parent.name,
-            )
+    for lock in build_locks.stale_locks():
+        logger.error(
+            "%s: no process of this machine holds it. A build of %s was killed and left it, and the ranks wait for it when "
+            "they need that operator. Remove the file, unless another machine builds there.",
+            lock,
+            lock.parent.name,
+        )
 
 
 def _prepare_environment() -> None:

@@ -200,9 +200,8 @@ def master_port() -> Iterator[int]:
 
     Removes locks that a killed test left of a build, for the ranks would wait for them.
     """
-    for lock, process in build_locks.holders().items():
-        if process is None:
-            lock.unlink(missing_ok=True)
+    for lock in build_locks.stale_locks():
+        lock.unlink(missing_ok=True)
     port = free_port()
     try:
         yield port
