@@ -19,9 +19,13 @@ options = {}
 if os.environ.get("ZODS_BUILD_KERNELS") == "1":
     from torch.utils.cpp_extension import BuildExtension, CppExtension, get_cxx_compiler
 
-    build = runpy.run_path("zods/kernels/build.py")  # by path: importing zods would need all its dependencies
+    build = runpy.run_path(
+        "zods/kernels/build.py"
+    )  # by path: importing zods would need all its dependencies
     compiler = shlex.split(get_cxx_compiler())
-    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    version = subprocess.run(
+        [*compiler, "--version"], capture_output=True, text=True, check=True
+    ).stdout
     portable_flags = ["-march=x86-64-v3"] if platform.machine() in ("x86_64", "AMD64") else []
     options = {
         "ext_modules": [

@@ -22,7 +22,9 @@ def closure(requirements: list[str], extras: set[str] = frozenset()) -> set[str]
     waiting = [(Requirement(text), extras) for text in requirements]
     while waiting:
         requirement, of_extras = waiting.pop()
-        if requirement.marker and not any(requirement.marker.evaluate({"extra": extra}) for extra in ("", *of_extras)):
+        if requirement.marker and not any(
+            requirement.marker.evaluate({"extra": extra}) for extra in ("", *of_extras)
+        ):
             continue
         name, wanted = canonicalize_name(requirement.name), frozenset(requirement.extras)
         if (name, wanted) in found:
@@ -37,7 +39,9 @@ def closure(requirements: list[str], extras: set[str] = frozenset()) -> set[str]
 
 def main() -> None:
     kept = closure(["zods"]) | {"pip", "setuptools"}
-    installed = {canonicalize_name(distribution.metadata["Name"]) for distribution in distributions()}
+    installed = {
+        canonicalize_name(distribution.metadata["Name"]) for distribution in distributions()
+    }
     surplus = sorted(installed - kept)
     print("uninstalling", *surplus)
     subprocess.run([sys.executable, "-m", "pip", "uninstall", "-q", "-y", *surplus], check=True)

@@ -32,7 +32,7 @@ def run_case(place: str, folder: str, smoke: bool) -> None:
     anchor = engine.anchor
     result = {
         "place": place,
-        "parameters": engine.shards.numel,
+        "parameters": engine.sharded_parameters.numel,
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "anchor_device_bytes": anchor.device_bytes if anchor else 0,
         "anchor_offloaded_bytes": anchor.offloaded_bytes if anchor else 0,
@@ -41,8 +41,12 @@ def run_case(place: str, folder: str, smoke: bool) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="a tiny model, without and with one place")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--smoke", action="store_true", help="a tiny model, without and with one place"
+    )
     parser.add_argument("--case", choices=("mezo", *PLACES), help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -58,7 +62,9 @@ def main() -> None:
             output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             rows.append(json.loads(output.strip().splitlines()[-1]))
     for row in rows:
-        row["added_bytes_per_parameter"] = (row["peak_rss_bytes"] - rows[0]["peak_rss_bytes"]) / row["parameters"]
+        row["added_bytes_per_parameter"] = (
+            row["peak_rss_bytes"] - rows[0]["peak_rss_bytes"]
+        ) / row["parameters"]
     from common import machine
 
     print(json.dumps({"benchmark": "anchor_memory", "machine": machine(), "rows": rows}))

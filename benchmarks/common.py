@@ -15,13 +15,15 @@ import torch
 from transformers import OPTConfig, OPTForCausalLM
 
 import zods
-from zods.engine import ZerothOrderEngine
-from zods.runs import versions
+from zods.cli.run_folder import versions
+from zods.training.engine import ZerothOrderEngine
 
 
 def add_smoke_option(parser: argparse.ArgumentParser) -> None:
     """`--smoke`, which every benchmark has: the tests run each of them so."""
-    parser.add_argument("--smoke", action="store_true", help="the smallest size, to see that it runs: no figures")
+    parser.add_argument(
+        "--smoke", action="store_true", help="the smallest size, to see that it runs: no figures"
+    )
 
 
 def opt_125m(num_layers: int = 12) -> OPTForCausalLM:
@@ -49,7 +51,9 @@ def tiny_opt(vocab_size: int = 50272) -> OPTForCausalLM:
 
 def token_batch(batch_size: int, length: int, vocab_size: int = 50272) -> dict[str, torch.Tensor]:
     """Random tokens, their own labels, no padding: (batch_size, length) each."""
-    tokens = torch.randint(4, vocab_size, (batch_size, length), generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(
+        4, vocab_size, (batch_size, length), generator=torch.Generator().manual_seed(1)
+    )
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
 
 
@@ -65,16 +69,30 @@ def single_rank_engine(
     """`model` under zods in this process alone; data: default two batches of tokens."""
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
     os.environ.setdefault("MASTER_PORT", str(free_port()))
-    config = {"train_batch_size": 8, "zero_optimization": {"stage": 0}, "steps_per_print": 10**9, **ds}
+    config = {
+        "train_batch_size": 8,
+        "zero_optimization": {"stage": 0},
+        "steps_per_print": 10**9,
+        **ds,
+    }
     if data is None:
         num_rows = 2 * config["train_batch_size"]
         rows = token_batch(num_rows, 64)
         data = [{key: value[i] for key, value in rows.items()} for i in range(num_rows)]
-    return zods.initialize(model=model, training_data=data, config={**config, "zeroth_order": section})[0]  # type: ignore[arg-type]
+    return zods.initialize(
+        model=model, training_data=data, config={**config, "zeroth_order": section}
+    )[0]  # type: ignore[arg-type]
 
 
 def machine() -> dict[str, Any]:
-    cpu = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
+    cpu = next(
+        (
+            line
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        "",
+    )
     return {
         "cpu": cpu.partition(":")[2].strip() or platform.processor(),
         "threads": torch.get_num_threads(),

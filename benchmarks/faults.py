@@ -23,12 +23,18 @@ from tests.distributed.matrix import CELLS, run_cell
 
 def table(rows: list[dict]) -> str:
     columns = ("fault", "phase", "rank", "outcome", "identical")
-    lines = [columns, ["---"] * len(columns), *([str(row[column]) for column in columns] for row in rows)]
+    lines = [
+        columns,
+        ["---"] * len(columns),
+        *([str(row[column]) for column in columns] for row in rows),
+    ]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--markdown", type=Path, help="write the table there, too")
     parser.add_argument("--only", default="", help="cells whose name holds this text")
     add_smoke_option(parser)
@@ -41,10 +47,18 @@ def main() -> None:
         for cell in cells:
             try:
                 found = run_cell(cell, Path(folder))
-                row = {"outcome": found.outcome, "identical": found.identical, "seconds": round(found.seconds, 1)}
+                row = {
+                    "outcome": found.outcome,
+                    "identical": found.identical,
+                    "seconds": round(found.seconds, 1),
+                }
             except AssertionError as error:
                 print(error, file=sys.stderr)
-                row = {"outcome": f"failed: {str(error).splitlines()[0]}", "identical": False, "seconds": None}
+                row = {
+                    "outcome": f"failed: {str(error).splitlines()[0]}",
+                    "identical": False,
+                    "seconds": None,
+                }
             rows.append({"fault": cell.fault, "phase": cell.phase, "rank": cell.rank, **row})
             print(f"{cell.name}: {row['outcome']}, identical: {row['identical']}", file=sys.stderr)
     if arguments.markdown is not None:
@@ -52,7 +66,12 @@ def main() -> None:
         arguments.markdown.write_text(head + table(rows))
     print(
         json.dumps(
-            {"benchmark": "faults", "date": datetime.date.today().isoformat(), "machine": machine(), "rows": rows}
+            {
+                "benchmark": "faults",
+                "date": datetime.date.today().isoformat(),
+                "machine": machine(),
+                "rows": rows,
+            }
         )
     )
 

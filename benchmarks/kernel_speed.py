@@ -27,8 +27,14 @@ SWEEPS = 64
 
 def candidates(x: torch.Tensor, y: torch.Tensor) -> dict[str, Callable[[], object]]:
     def apply(distribution: str, num_terms: int, rounding_seed: int | None) -> Callable[[], object]:
-        terms = {"seeds": list(range(num_terms)), "coefficients": [1e-3] * num_terms, "distribution": distribution}
-        return lambda: combine_(x, weight=x, parameter=1, offset=0, rounding_seed=rounding_seed, **terms)
+        terms = {
+            "seeds": list(range(num_terms)),
+            "coefficients": [1e-3] * num_terms,
+            "distribution": distribution,
+        }
+        return lambda: combine_(
+            x, weight=x, parameter=1, offset=0, rounding_seed=rounding_seed, **terms
+        )
 
     def copies(distribution: str) -> Callable[[], object]:
         terms = {"seeds": [1], "coefficients": [1e-3], "distribution": distribution}
@@ -57,7 +63,10 @@ def replays(x: torch.Tensor) -> dict[str, Callable[[], object]]:
     def replay(rounding_seed: int | None, distribution: str | None) -> Callable[[], object]:
         common = {"distribution": distribution or "gaussian", "parameter": 1, "offset": 0}
         if distribution is None:
-            common["factors"] = torch.zeros(SWEEPS, x.shape[0], 1), torch.zeros(SWEEPS, 1, x.shape[1])
+            common["factors"] = (
+                torch.zeros(SWEEPS, x.shape[0], 1),
+                torch.zeros(SWEEPS, 1, x.shape[1]),
+            )
         seeds = [] if distribution is None else [1]
         sweeps = [Sweep(1.0, seeds, [1e-3] * len(seeds), rounding_seed=rounding_seed)] * SWEEPS
         return lambda: replay_(x, sweeps, **common)
@@ -70,9 +79,13 @@ def replays(x: torch.Tensor) -> dict[str, Callable[[], object]]:
     }
 
 
-def measure(numel: int, replay_numel: int, rounds: int, dtype: torch.dtype) -> dict[str, dict[str, float]]:
+def measure(
+    numel: int, replay_numel: int, rounds: int, dtype: torch.dtype
+) -> dict[str, dict[str, float]]:
     x = torch.zeros(numel, dtype=dtype)
-    functions = candidates(x, torch.ones(numel, dtype=dtype)) | {"fingerprint": lambda: fingerprint(x)}
+    functions = candidates(x, torch.ones(numel, dtype=dtype)) | {
+        "fingerprint": lambda: fingerprint(x)
+    }
     work = dict.fromkeys(functions, numel)
     again = replays(torch.zeros(replay_numel // 1024, 1024, dtype=dtype))
     functions |= again
@@ -97,7 +110,9 @@ def measure(numel: int, replay_numel: int, rounds: int, dtype: torch.dtype) -> d
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--numel", type=int, default=2**26)
     parser.add_argument("--replay-numel", type=int, default=2**22)
     parser.add_argument("--rounds", type=int, default=9)
@@ -108,13 +123,21 @@ def main() -> None:
     report = {
         "benchmark": "kernel_speed",
         "date": datetime.date.today().isoformat(),
-        "machine": {**machine(), "instructions": torch.backends.cpu.get_cpu_capability(), "load": os.getloadavg()[0]},
+        "machine": {
+            **machine(),
+            "instructions": torch.backends.cpu.get_cpu_capability(),
+            "load": os.getloadavg()[0],
+        },
         "backend": backend(),
         "numel": arguments.numel,
         "replay_numel": arguments.replay_numel,
         "rounds": arguments.rounds,
-        "float32": measure(arguments.numel, arguments.replay_numel, arguments.rounds, torch.float32),
-        "bfloat16": measure(arguments.numel, arguments.replay_numel, arguments.rounds, torch.bfloat16),
+        "float32": measure(
+            arguments.numel, arguments.replay_numel, arguments.rounds, torch.float32
+        ),
+        "bfloat16": measure(
+            arguments.numel, arguments.replay_numel, arguments.rounds, torch.bfloat16
+        ),
     }
     print(json.dumps(report))
 

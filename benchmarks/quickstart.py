@@ -12,7 +12,7 @@ from pathlib import Path
 
 from common import add_smoke_option, machine
 
-from zods.runs import read_metrics
+from zods.cli.run_folder import read_metrics
 
 TRAIN = Path(__file__).parents[1] / "launch" / "quickstart" / "train.sh"
 
@@ -23,7 +23,11 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["mezo_svrg"])
     add_smoke_option(parser)
     arguments = parser.parse_args()
-    short = ("--max_steps", "2", "--eval_interval", "0", "--max_eval_examples", "8") if arguments.smoke else ()
+    short = (
+        ("--max_steps", "2", "--eval_interval", "0", "--max_eval_examples", "8")
+        if arguments.smoke
+        else ()
+    )
     if arguments.smoke:
         arguments.seeds = arguments.seeds[:1]
     rows = []
@@ -31,15 +35,43 @@ def main() -> None:
         for method in arguments.methods:
             for seed in arguments.seeds:
                 run = Path(folder) / f"{method}-{seed}"
-                command = ["bash", str(TRAIN), str(run), "--seed", str(seed), "--method", method, *short]
+                command = [
+                    "bash",
+                    str(TRAIN),
+                    str(run),
+                    "--seed",
+                    str(seed),
+                    "--method",
+                    method,
+                    *short,
+                ]
                 subprocess.run(command, check=True, stdout=sys.stderr)
-                summary = next(record for record in read_metrics(run) if record["kind"] == "summary")
-                rows.append({"method": method, "seed": seed, **{k: v for k, v in summary.items() if k != "kind"}})
+                summary = next(
+                    record for record in read_metrics(run) if record["kind"] == "summary"
+                )
+                rows.append(
+                    {
+                        "method": method,
+                        "seed": seed,
+                        **{k: v for k, v in summary.items() if k != "kind"},
+                    }
+                )
     gains = {
-        method: statistics.mean(r["accuracy_after"] - r["accuracy_before"] for r in rows if r["method"] == method)
+        method: statistics.mean(
+            r["accuracy_after"] - r["accuracy_before"] for r in rows if r["method"] == method
+        )
         for method in arguments.methods
     }
-    print(json.dumps({"benchmark": "quickstart", "machine": machine(), "mean_accuracy_gain": gains, "rows": rows}))
+    print(
+        json.dumps(
+            {
+                "benchmark": "quickstart",
+                "machine": machine(),
+                "mean_accuracy_gain": gains,
+                "rows": rows,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from selection_quality import quality
 from selection_speed import scaling, speed
 from selection_training import training
 
-from zods.comm import end_process
+from zods.comm.process import end_process
 
 
 def pictures(rows: list[Row], base: Path) -> None:
@@ -49,7 +49,12 @@ def pictures(rows: list[Row], base: Path) -> None:
         figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
         for library in dict.fromkeys(row["library"] for row in timed):
             of_library = [row for row in timed if row["library"] == library]
-            axes.loglog([r["n"] for r in of_library], [r["seconds"] for r in of_library], marker="o", label=library)
+            axes.loglog(
+                [r["n"] for r in of_library],
+                [r["seconds"] for r in of_library],
+                marker="o",
+                label=library,
+            )
         axes.set(xlabel="candidates", ylabel="seconds, n / 10 chosen")
         axes.legend()
         axes.grid(alpha=0.3)
@@ -60,12 +65,16 @@ def pictures(rows: list[Row], base: Path) -> None:
         for kind in dict.fromkeys(row["features"] for row in judged):
             of_kind = [row for row in judged if row["features"] == kind]
             axes.semilogx(
-                [r["total_forwards"] for r in of_kind], [r["agreement"] for r in of_kind], marker="o", label=kind
+                [r["total_forwards"] for r in of_kind],
+                [r["agreement"] for r in of_kind],
+                marker="o",
+                label=kind,
             )
             for r in of_kind:
                 axes.annotate(f"m={r['m']}", (r["total_forwards"], r["agreement"]), fontsize=7)
         axes.set(
-            xlabel="cost in forwards over the candidates, prefix included", ylabel="agreement with whole gradients"
+            xlabel="cost in forwards over the candidates, prefix included",
+            ylabel="agreement with whole gradients",
         )
         axes.legend(fontsize=7)
         axes.grid(alpha=0.3)
@@ -74,11 +83,16 @@ def pictures(rows: list[Row], base: Path) -> None:
     if curves_:
         figure, panels = plt.subplots(1, 3, figsize=(14, 4), layout="constrained", sharey=True)
         for panel, key, label in zip(
-            panels, ("step", "passes", "seconds"), ("step", "examples forward", "seconds"), strict=True
+            panels,
+            ("step", "passes", "seconds"),
+            ("step", "examples forward", "seconds"),
+            strict=True,
         ):
             for method in dict.fromkeys(row["method"] for row in curves_):
                 of_method = [row["curve"] for row in curves_ if row["method"] == method]
-                x = [statistics.mean(c[i][key] for c in of_method) for i in range(len(of_method[0]))]
+                x = [
+                    statistics.mean(c[i][key] for c in of_method) for i in range(len(of_method[0]))
+                ]
                 y = torch.tensor([[point["loss"] for point in c] for c in of_method])
                 panel.plot(x, y.mean(0), marker=".", label=method)
                 panel.fill_between(x, y.min(0).values, y.max(0).values, alpha=0.15)
@@ -89,11 +103,17 @@ def pictures(rows: list[Row], base: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=("speed", "scaling", "quality", "training"), help="default: all")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--part", choices=("speed", "scaling", "quality", "training"), help="default: all"
+    )
     parser.add_argument("--data", type=Path, help="default: Python's manual")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--batches", type=int, default=3, help="candidate batches of the part quality")
+    parser.add_argument(
+        "--batches", type=int, default=3, help="candidate batches of the part quality"
+    )
     parser.add_argument("--steps", type=int, default=40, help="of a training curve")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path, metavar="BASE", help="write BASE.json and pictures")
@@ -105,12 +125,21 @@ def main() -> None:
     wanted = (arguments.part,) if arguments.part else ("speed", "scaling", "quality", "training")
     parts: dict[str, Callable[[], list[Row]]] = {
         "speed": lambda: speed(arguments.rounds, (128,) if smoke else (128, 1000, 8000)),
-        "scaling": lambda: scaling((128,), (2,)) if smoke else scaling((1000, 8000, 100_000), (1, 2)),
+        "scaling": lambda: (
+            scaling((128,), (2,)) if smoke else scaling((1000, 8000, 100_000), (1, 2))
+        ),
         "quality": lambda: quality(arguments.data, arguments.batches, smoke),
-        "training": lambda: training(arguments.data, arguments.steps, arguments.seeds, arguments.rounds, smoke),
+        "training": lambda: training(
+            arguments.data, arguments.steps, arguments.seeds, arguments.rounds, smoke
+        ),
     }
     rows = [row for part in wanted for row in parts[part]()]
-    report = {"benchmark": "selection", "date": datetime.date.today().isoformat(), "machine": machine(), "rows": rows}
+    report = {
+        "benchmark": "selection",
+        "date": datetime.date.today().isoformat(),
+        "machine": machine(),
+        "rows": rows,
+    }
     if arguments.output is not None:
         arguments.output.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
         pictures(rows, arguments.output)

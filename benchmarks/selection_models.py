@@ -13,9 +13,9 @@ import torch
 import transformers
 from common import free_port
 
-from zods.config import read_first_order_config
-from zods.first_order import FirstOrderEngine
+from zods.config.deepspeed_json import read_first_order_config
 from zods.tasks import build_task, load_examples, split_held_out
+from zods.training.first_order import FirstOrderEngine
 
 TOKENIZER = Path(__file__).parents[1] / "launch" / "quickstart" / "model"
 CANDIDATES, BUDGET = 128, 64
@@ -27,19 +27,27 @@ def manual() -> list[Row]:
     rows = []
     for name, text in pydoc_data.topics.topics.items():
         source = (
-            "types" if "types" in name or "typ" in name else "operators" if name.startswith(("b", "o")) else "other"
+            "types"
+            if "types" in name or "typ" in name
+            else "operators"
+            if name.startswith(("b", "o"))
+            else "other"
         )
         for start in range(0, len(text) - 100, 400):
             passage = text[start : start + 400]
             cut = 100 + start % 190
-            rows.append({"source": source, "instruction": passage[:cut], "output": passage[cut:] or passage})
+            rows.append(
+                {"source": source, "instruction": passage[:cut], "output": passage[cut:] or passage}
+            )
     return [row for row in rows if row["instruction"].strip() and row["output"].strip()]
 
 
 def prepared(data: Path | None, max_length: int) -> tuple[Any, Any, Any]:
     """(task, training rows with their source, held-out rows). data: None takes prose of Python's own manual."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(TOKENIZER)
-    examples = datasets.Dataset.from_list(manual()) if data is None else load_examples(file=data, seed=0)
+    examples = (
+        datasets.Dataset.from_list(manual()) if data is None else load_examples(file=data, seed=0)
+    )
     raw, held_out = split_held_out(examples, 200, seed=0)
     columns = {"prompt_column": "instruction", "response_column": "output"}
     of_model = {"num_embeddings": 2048, "has_token_types": False, "class_names": None}
@@ -68,7 +76,15 @@ def single_process() -> None:
 
 
 def first_order(
-    model: torch.nn.Module, task: Any, rows: Any, *, batch: int, micro: int, lr: float, seed: int, selector: Row | None
+    model: torch.nn.Module,
+    task: Any,
+    rows: Any,
+    *,
+    batch: int,
+    micro: int,
+    lr: float,
+    seed: int,
+    selector: Row | None,
 ) -> FirstOrderEngine:
     config = {
         "train_batch_size": batch,

@@ -14,9 +14,9 @@ import torch
 from selection_models import BUDGET, CANDIDATES, Row, decoder, first_order, prepared, single_process
 from torch import Tensor
 
-from zods.data import epoch_order
-from zods.objectives import example_losses
-from zods.section import SelectorConfig
+from zods.config.schema import SelectorConfig
+from zods.data.loader import epoch_order
+from zods.data.objectives import example_losses
 from zods.selection import facility_location as fl
 from zods.selection.features import FeatureExtractor, find_target
 from zods.selection.selector import CandidateBatch, Selector
@@ -50,7 +50,9 @@ def quality(data: Path | None, batches: int, smoke: bool) -> list[Row]:
         engine.train_batch()
     model.eval()
     found: dict[tuple[str, int], list[Row]] = {}
-    for number, ids in enumerate(epoch_order(len(rows), CANDIDATES, seed=5, epoch=0)[:batches].tolist()):
+    for number, ids in enumerate(
+        epoch_order(len(rows), CANDIDATES, seed=5, epoch=0)[:batches].tolist()
+    ):
         for name, m, row in judged_batch(model, task, sorted(ids), rows, number, kinds):
             found.setdefault((name, m), []).append(row)
         print(f"batch {number + 1} of {batches}", file=sys.stderr)
@@ -58,7 +60,9 @@ def quality(data: Path | None, batches: int, smoke: bool) -> list[Row]:
     for (name, m), of_batches in found.items():
         means = {key: statistics.mean(row[key] for row in of_batches) for key in of_batches[0]}
         agreements = [row["agreement"] for row in of_batches]
-        table.append({"part": "quality", "features": name, "m": m, **means, "agreements": agreements})
+        table.append(
+            {"part": "quality", "features": name, "m": m, **means, "agreements": agreements}
+        )
     return table
 
 
@@ -78,7 +82,13 @@ def judged_batch(
     mean = mean_gradient(model, task, of_batch, range(CANDIDATES), [1.0] * CANDIDATES)
     judged = []
 
-    def judge(name: str, m: int, chosen: Sequence[int], weights: Sequence[float], seconds: float | None = None) -> None:
+    def judge(
+        name: str,
+        m: int,
+        chosen: Sequence[int],
+        weights: Sequence[float],
+        seconds: float | None = None,
+    ) -> None:
         chance = BUDGET / CANDIDATES
         gradient = mean_gradient(model, task, of_batch, chosen, weights)
         row = {
@@ -92,13 +102,19 @@ def judged_batch(
     for options in kinds:
         kind, m = options["kind"], options["num_directions"]
         extract = FeatureExtractor(
-            model, **{"rank": 4, **{key: value for key, value in options.items() if key != "num_directions"}}
+            model,
+            **{
+                "rank": 4,
+                **{key: value for key, value in options.items() if key != "num_directions"},
+            },
         )
         features, losses, timed = torch.empty(CANDIDATES, m), torch.empty(CANDIDATES), []
         for _ in range(3 if kind == "exact" else 1):
             began = time.perf_counter()
             for places, chunk in chunks:
-                features[places], losses[places] = extract(chunk, list(range(number * 10**6, number * 10**6 + m)))
+                features[places], losses[places] = extract(
+                    chunk, list(range(number * 10**6, number * 10**6 + m))
+                )
             timed.append(time.perf_counter() - began)
         largest = float(features.abs().max())
         batch = CandidateBatch(ids, [row_tokens(r) for r in of_batch], losses=losses, largest=largest,
@@ -106,7 +122,13 @@ def judged_batch(
         metric = "l1" if kind == "paper" else "l2"
         config = SelectorConfig(candidates=CANDIDATES, num_clusters=1, features=kind, metric=metric)
         chosen, _, _ = Selector(config, BUDGET, seed=number, target=extract.target).select(batch)
-        variant = ", one-sided" if not options.get("two_sided", True) else ", rank 1" if "rank" in options else ""
+        variant = (
+            ", one-sided"
+            if not options.get("two_sided", True)
+            else ", rank 1"
+            if "rank" in options
+            else ""
+        )
         judge(kind + variant, m, chosen, [1.0] * BUDGET, statistics.median(timed))
         if (kind, variant, m) == ("exact", "", 64):
             best = fl.lazy_greedy(fl.from_features(features), BUDGET)
@@ -115,7 +137,9 @@ def judged_batch(
     for strategy in ("greedy", *BASELINES):
         for weighting in ("uniform", "cluster") if strategy == "greedy" else ("uniform",):
             config = SelectorConfig(candidates=CANDIDATES, strategy=strategy, weights=weighting)
-            chosen, weights, _ = Selector(config, BUDGET, seed=number, num_parts=4).select(with_sources)
+            chosen, weights, _ = Selector(config, BUDGET, seed=number, num_parts=4).select(
+                with_sources
+            )
             label = f"exact, by source, {weighting} weights" if strategy == "greedy" else strategy
             judge(label, 64 if strategy in ("greedy", "greedi") else 0, chosen, weights)
     judge("whole gradients", 0, oracle, [1.0] * BUDGET)
@@ -175,7 +199,9 @@ def prefix_seconds(model: Any, chunks: Sequence[tuple[list[int], Row]]) -> float
     model.config.num_hidden_layers -= 1
     began = time.perf_counter()
     for _, chunk in chunks:
-        model.model(**{key: value for key, value in without_labels(chunk).items() if key != "labels"})
+        model.model(
+            **{key: value for key, value in without_labels(chunk).items() if key != "labels"}
+        )
     seconds = time.perf_counter() - began
     model.config.num_hidden_layers += 1
     return seconds

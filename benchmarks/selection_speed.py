@@ -21,8 +21,9 @@ from common import free_port
 from selection_models import Row
 from torch import Tensor
 
-from zods.comm import Communicator, end_process
-from zods.section import SelectorConfig
+from zods.comm.communicator import Communicator
+from zods.comm.process import end_process
+from zods.config.schema import SelectorConfig
 from zods.selection import facility_location as fl
 from zods.selection.selector import CandidateBatch, Selector
 
@@ -31,7 +32,9 @@ def clustered(n: int, d: int = 64) -> Tensor:
     """Features of 200 overlapping clusters."""
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(200, d, generator=generator)
-    return centres[torch.randint(0, 200, (n,), generator=generator)] + torch.randn(n, d, generator=generator)
+    return centres[torch.randint(0, 200, (n,), generator=generator)] + torch.randn(
+        n, d, generator=generator
+    )
 
 
 # --- speed ------------------------------------------------------------------------------------------------------------
@@ -64,7 +67,9 @@ def apricot(optimizer: str) -> Callable[[Tensor, int], list[int]]:
 def submodlib(features: Tensor, k: int) -> list[int]:
     from submodlib import FacilityLocationFunction
 
-    function = FacilityLocationFunction(n=len(features), mode="dense", data=features.numpy(), metric="euclidean")
+    function = FacilityLocationFunction(
+        n=len(features), mode="dense", data=features.numpy(), metric="euclidean"
+    )
     quiet = {"stopIfZeroGain": False, "stopIfNegativeGain": False, "show_progress": False}
     return [i for i, _ in function.maximize(budget=k, optimizer="LazyGreedy", **quiet)]
 
@@ -78,7 +83,9 @@ def speed(rounds: int, sizes: Sequence[int]) -> list[Row]:
     if importlib.util.find_spec("submodlib") is not None:
         libraries["submodlib-py, lazy"] = submodlib
     else:
-        print("without submodlib-py, which has no wheel for this Python or machine", file=sys.stderr)
+        print(
+            "without submodlib-py, which has no wheel for this Python or machine", file=sys.stderr
+        )
     rows = []
     for n in sizes:
         features, k = clustered(n), n // 10
@@ -94,7 +101,11 @@ def speed(rounds: int, sizes: Sequence[int]) -> list[Row]:
         for name in libraries:
             row = {"part": "speed", "n": n, "k": k, "d": 64, "library": name}
             rows.append(
-                {**row, "seconds": statistics.median(seconds[name]), "objective": objective(features, ids[name])}
+                {
+                    **row,
+                    "seconds": statistics.median(seconds[name]),
+                    "objective": objective(features, ids[name]),
+                }
             )
             print(rows[-1], file=sys.stderr)
     return rows
@@ -141,7 +152,14 @@ def scaling(sizes: Sequence[int], world_sizes: Sequence[int]) -> list[Row]:
         for ranks in world_sizes:
             with tempfile.TemporaryDirectory() as folder:
                 file = Path(folder) / "row.json"
-                command = ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(free_port()), __file__]
+                command = [
+                    "deepspeed",
+                    "--num_gpus",
+                    str(ranks),
+                    "--master_port",
+                    str(free_port()),
+                    __file__,
+                ]
                 command += ["--candidates", str(n), "--row", str(file)]
                 threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks))}
                 subprocess.run(command, check=True, stdout=sys.stderr, env=os.environ | threads)

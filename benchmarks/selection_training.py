@@ -22,8 +22,8 @@ from selection_models import (
     single_process,
 )
 
-from zods.first_order import FirstOrderEngine
-from zods.memory import peak_memory
+from zods.forward.peak_memory import peak_memory
+from zods.training.first_order import FirstOrderEngine
 
 
 def training(data: Path | None, steps: int, seeds: int, rounds: int, smoke: bool) -> list[Row]:
@@ -32,11 +32,16 @@ def training(data: Path | None, steps: int, seeds: int, rounds: int, smoke: bool
     length, shape = (64, (32, 2)) if smoke else (192, (256, 12))
     methods = ("64 of 128, greedy",) if smoke else tuple(METHODS)
     adapters = (True,) if smoke else (False, True)
-    return [*costs(data, length, shape, adapters, rounds), *curves(data, min(length, 128), methods, steps, seeds)]
+    return [
+        *costs(data, length, shape, adapters, rounds),
+        *curves(data, min(length, 128), methods, steps, seeds),
+    ]
 
 
-def costs(data: Path | None, length: int, shape: tuple[int, int], adapters: Sequence[bool], rounds: int) -> list[Row]:
-    """Medians of a step's seconds, in turns, micro-batches of 16; the peak of what is allocated with the batch in one piece.
+def costs(
+    data: Path | None, length: int, shape: tuple[int, int], adapters: Sequence[bool], rounds: int
+) -> list[Row]:
+    """Medians of a step's seconds, in turns, micro-batches of 16; the peak of what is allocated with the batch in one shard.
 
     shape: (width, blocks) of the model. adapters: without LoRA, with it.
     """
@@ -74,18 +79,22 @@ def costs(data: Path | None, length: int, shape: tuple[int, int], adapters: Sequ
                     engine.train_batch()
                 peaks[name] = peak.bytes
         ratios = {
-            name: [a / b for a, b in zip(seconds[name], seconds["batch 128"], strict=True)][1:] for name in seconds
+            name: [a / b for a, b in zip(seconds[name], seconds["batch 128"], strict=True)][1:]
+            for name in seconds
         }
         for name in seconds:
             found.append(
                 {
                     "part": "training",
                     "what": "step",
-                    "model": f"{shape[1]} blocks, width {shape[0]}" + (", LoRA rank 8" if lora else ""),
+                    "model": f"{shape[1]} blocks, width {shape[0]}"
+                    + (", LoRA rank 8" if lora else ""),
                     "batch": name,
                     "step_seconds": statistics.median(seconds[name][1:]),
                     "ratio_to_batch_128": statistics.median(ratios[name]),
-                    "selection_seconds": statistics.median(selecting[1:]) if name == "64 of 128" else 0.0,
+                    "selection_seconds": statistics.median(selecting[1:])
+                    if name == "64 of 128"
+                    else 0.0,
                     "peak_bytes": peaks[name],
                     "peak_ratio_to_batch_128": peaks[name] / peaks["batch 128"],
                 }
@@ -103,15 +112,21 @@ METHODS: dict[str, tuple[int, Row | None]] = {
 }
 
 
-def curves(data: Path | None, length: int, methods: Sequence[str], steps: int, seeds: int) -> list[Row]:
+def curves(
+    data: Path | None, length: int, methods: Sequence[str], steps: int, seeds: int
+) -> list[Row]:
     """Held-out loss on the way, from the quickstart's pretrained decoder (4 blocks)."""
     task, rows, held_out = prepared(data, length)
     found = []
     for seed in range(seeds):
         for name in methods:
             batch, selector = METHODS[name]
-            model = transformers.AutoModelForCausalLM.from_pretrained(TOKENIZER, dtype=torch.float32)
-            engine = first_order(model, task, rows, batch=batch, micro=16, lr=1e-3, seed=seed, selector=selector)
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                TOKENIZER, dtype=torch.float32
+            )
+            engine = first_order(
+                model, task, rows, batch=batch, micro=16, lr=1e-3, seed=seed, selector=selector
+            )
             seconds, passes, curve = 0.0, 0.0, []
             for step in range(steps + 1):
                 if step % max(1, steps // 10) == 0:
@@ -122,7 +137,9 @@ def curves(data: Path | None, length: int, methods: Sequence[str], steps: int, s
                     seconds += engine.last_step.seconds
                     measured = 0 if engine.selection is None else num_measured(engine)
                     passes += 3 * batch + measured  # a backward pass is worth two forwards
-            found.append({"part": "training", "what": "curve", "method": name, "seed": seed, "curve": curve})
+            found.append(
+                {"part": "training", "what": "curve", "method": name, "seed": seed, "curve": curve}
+            )
             print(name, seed, curve[-1], file=sys.stderr)
     return found
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from common import add_smoke_option, free_port, machine
 
-from zods.runs import read_metrics
+from zods.cli.run_folder import read_metrics
 
 REPOSITORY = Path(__file__).parents[1]
 SMOKE_MODEL = REPOSITORY / "launch" / "quickstart" / "model"
@@ -26,7 +26,9 @@ SMOKE_ROWS = "a fine film\t1\na dull film\t0\n" * 8
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=10)
@@ -35,15 +37,28 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if arguments.smoke:
-            arguments.model, arguments.data, arguments.steps, arguments.batch = SMOKE_MODEL, Path(folder), 2, 4
+            arguments.model, arguments.data, arguments.steps, arguments.batch = (
+                SMOKE_MODEL,
+                Path(folder),
+                2,
+                4,
+            )
             for part in ("train", "dev"):
                 (Path(folder) / f"{part}.tsv").write_text(SMOKE_ROWS)
-        cases = [(0, 1, False), (3, 2, False), (0, 1, True), (3, 2, True)][: 2 if arguments.smoke else 4]
+        cases = [(0, 1, False), (3, 2, False), (0, 1, True), (3, 2, True)][
+            : 2 if arguments.smoke else 4
+        ]
         rows = [measure(Path(folder), arguments, *case) for case in cases]
-    print(json.dumps({"benchmark": "sst2", "machine": machine(), "model": arguments.model.name, "rows": rows}))
+    print(
+        json.dumps(
+            {"benchmark": "sst2", "machine": machine(), "model": arguments.model.name, "rows": rows}
+        )
+    )
 
 
-def measure(folder: Path, arguments: argparse.Namespace, stage: int, ranks: int, bf16: bool) -> dict[str, Any]:
+def measure(
+    folder: Path, arguments: argparse.Namespace, stage: int, ranks: int, bf16: bool
+) -> dict[str, Any]:
     run = folder / f"stage{stage}-{'bf16' if bf16 else 'fp32'}"
     config = run.with_suffix(".json")
     section = {"method": "mezo", "lr": 1e-6}
@@ -57,11 +72,45 @@ def measure(folder: Path, arguments: argparse.Namespace, stage: int, ranks: int,
             }
         )
     )
-    command = ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(free_port()), "--module", "zods.finetune"]
-    command += ["--deepspeed_config", str(config), "--model", str(arguments.model), "--output_dir", str(run)]
-    command += ["--task", "prompted", "--template", "{sentence} It was {label}", "--label_words", "terrible,great"]
-    command += ["--train_file", str(arguments.data / "train.tsv"), "--validation_file", str(arguments.data / "dev.tsv")]
-    command += ["--column_names", "sentence,label", "--max_eval_examples", "64", "--max_steps", str(arguments.steps)]
+    command = [
+        "deepspeed",
+        "--num_gpus",
+        str(ranks),
+        "--master_port",
+        str(free_port()),
+        "--module",
+        "zods.finetune",
+    ]
+    command += [
+        "--deepspeed_config",
+        str(config),
+        "--model",
+        str(arguments.model),
+        "--output_dir",
+        str(run),
+    ]
+    command += [
+        "--task",
+        "prompted",
+        "--template",
+        "{sentence} It was {label}",
+        "--label_words",
+        "terrible,great",
+    ]
+    command += [
+        "--train_file",
+        str(arguments.data / "train.tsv"),
+        "--validation_file",
+        str(arguments.data / "dev.tsv"),
+    ]
+    command += [
+        "--column_names",
+        "sentence,label",
+        "--max_eval_examples",
+        "64",
+        "--max_steps",
+        str(arguments.steps),
+    ]
     subprocess.run(command, check=True, stdout=sys.stderr)
     records = list(read_metrics(run))
     summary = next(record for record in records if record["kind"] == "summary")

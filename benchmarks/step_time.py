@@ -24,7 +24,7 @@ import torch
 from common import add_smoke_option, machine, opt_125m, single_rank_engine, tiny_opt, token_batch
 from kernel_speed import measure as measure_kernels
 
-from zods.estimators import Term, Update
+from zods.core.estimators import Term, Update
 
 
 class Case(NamedTuple):
@@ -35,7 +35,9 @@ class Case(NamedTuple):
     num_directions: int = 1
     batch_size: int = 8
     num_layers: int = 12  # of OPT-125M's shape; 0: the tiny model
-    anchor_age: int = 0  # of mezo_svrg: updates since the refresh, which a point kept as terms takes back
+    anchor_age: int = (
+        0  # of mezo_svrg: updates since the refresh, which a point kept as terms takes back
+    )
 
     @property
     def num_forwards(self) -> int:
@@ -86,7 +88,9 @@ def published_mezo_step(
     def walk(scale: float) -> None:
         generator = torch.Generator().manual_seed(seed)
         for parameter in model.parameters():
-            z = torch.normal(mean=0.0, std=1.0, size=parameter.shape, generator=generator, dtype=parameter.dtype)
+            z = torch.normal(
+                mean=0.0, std=1.0, size=parameter.shape, generator=generator, dtype=parameter.dtype
+            )
             parameter.data.add_(z, alpha=scale)
 
     walk(eps)
@@ -98,7 +102,11 @@ def published_mezo_step(
 
 
 def zods_step(case: Case, batch: dict[str, torch.Tensor]) -> tuple[Callable[[], object], Any]:
-    section: dict[str, Any] = {"method": case.method, "direction": case.direction, "evaluation": case.evaluation}
+    section: dict[str, Any] = {
+        "method": case.method,
+        "direction": case.direction,
+        "evaluation": case.evaluation,
+    }
     section |= {"lr": 1e-9, "num_directions": case.num_directions}
     if case.method == "mezo_svrg":
         section |= {"anchor_interval": 10**6, "anchor": {"point": "terms", "gradient": "terms"}}
@@ -151,7 +159,11 @@ def measured(case: Case, rounds: int, length: int) -> dict[str, Any]:
     ratios = [s / f for s, f in zip(steps, floors, strict=True)]
     return {
         **case._asdict(),
-        "evaluation": "stacked" if case.method == "stack" else "sequential" if engine is None else engine.evaluation,
+        "evaluation": "stacked"
+        if case.method == "stack"
+        else "sequential"
+        if engine is None
+        else engine.evaluation,
         "ratio_to_floor": round(statistics.median(ratios), 3),
         "ratios": [round(ratio, 3) for ratio in sorted(ratios)],
         "step_s": round(statistics.median(steps), 4),
@@ -160,8 +172,12 @@ def measured(case: Case, rounds: int, length: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the README's table alone, in under 5 minutes")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="the README's table alone, in under 5 minutes"
+    )
     add_smoke_option(parser)
     parser.add_argument("--rounds", type=int, help="default: 3 with --quick, else 7")
     parser.add_argument("--length", type=int, default=64)
@@ -182,7 +198,11 @@ def main() -> None:
         for dtype in ("float32", "bfloat16")
     }
     asked = {"quick": arguments.quick, "rounds": arguments.rounds, "length": arguments.length}
-    report = {"benchmark": "step_time", "date": datetime.date.today().isoformat(), "arguments": asked}
+    report = {
+        "benchmark": "step_time",
+        "date": datetime.date.today().isoformat(),
+        "arguments": asked,
+    }
     report |= {"machine": machine(), "rows": rows, "kernels": kernels}
     if arguments.output is not None:
         arguments.output.write_text(json.dumps(report, indent=1) + "\n")
@@ -206,14 +226,19 @@ def table(rows: list[dict[str, Any]]) -> str:
     cells: dict[str, dict[str, str]] = {}
     for row in rows:
         low, high = row["ratios"][0], row["ratios"][-1]
-        cells.setdefault(label(row), {})[row["dtype"]] = f"{row['ratio_to_floor']:.2f} ({low:.2f} to {high:.2f})"
+        cells.setdefault(label(row), {})[row["dtype"]] = (
+            f"{row['ratio_to_floor']:.2f} ({low:.2f} to {high:.2f})"
+        )
     lines = [
         "Step over floor: the median, least and most of the rounds.",
         "",
         "| | float32 | bfloat16 |",
         "|---|---|---|",
     ]
-    lines += [f"| {name} | {by.get('float32', '')} | {by.get('bfloat16', '')} |" for name, by in cells.items()]
+    lines += [
+        f"| {name} | {by.get('float32', '')} | {by.get('bfloat16', '')} |"
+        for name, by in cells.items()
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -34,17 +34,25 @@ from typing import Any
 
 STARTED = time.time()
 
-import torch  # noqa: E402
-from common import add_smoke_option, free_port, machine, opt_125m, single_rank_engine, tiny_opt, token_batch  # noqa: E402
-from transformers import OPTForCausalLM  # noqa: E402
+import torch
+from common import (
+    add_smoke_option,
+    free_port,
+    machine,
+    opt_125m,
+    single_rank_engine,
+    tiny_opt,
+    token_batch,
+)
+from transformers import OPTForCausalLM
 
-import zods  # noqa: E402
-from zods.comm import end_process  # noqa: E402
-from zods.directions import Direction  # noqa: E402
-from zods.kernels import Sweep, backend, fingerprint  # noqa: E402
-from zods.section import parse_section  # noqa: E402
-from zods.trajectory.log import LogFile, Trajectory, read_log  # noqa: E402
-from zods.trajectory.records import Evaluation, Header, ParameterRecord, Record, Run, Step  # noqa: E402
+import zods
+from zods.comm.process import end_process
+from zods.config.schema import parse_section
+from zods.core.directions import Direction
+from zods.kernels import Sweep, backend, fingerprint
+from zods.trajectory.log import LogFile, Trajectory, read_log
+from zods.trajectory.records import Evaluation, Header, ParameterRecord, Record, Run, Step
 
 WEEK = 20_000  # steps of a log
 STEP_SECONDS = 0.1
@@ -60,13 +68,28 @@ class Sizes:
     model: Callable[[], OPTForCausalLM] = opt_125m
     week: int = WEEK
     timed: int = 500
-    replayed: dict[str, int] = field(default_factory=lambda: {"gaussian": 200, "rademacher": 600, "low_rank": 600})
+    replayed: dict[str, int] = field(
+        default_factory=lambda: {"gaussian": 200, "rademacher": 600, "low_rank": 600}
+    )
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
-    restarts: tuple[tuple[str, int], ...] = (("gaussian", 2), ("gaussian", 1), ("rademacher", 2), ("low_rank", 2))
+    restarts: tuple[tuple[str, int], ...] = (
+        ("gaussian", 2),
+        ("gaussian", 1),
+        ("rademacher", 2),
+        ("low_rank", 2),
+    )
     starts: tuple[str, ...] = ("checkpoint and tail", "log alone")
 
 
-SMOKE = Sizes(tiny_opt, 50, 5, {"rademacher": 3}, (torch.bfloat16,), (("gaussian", 1),), ("checkpoint and tail",))
+SMOKE = Sizes(
+    tiny_opt,
+    50,
+    5,
+    {"rademacher": 3},
+    (torch.bfloat16,),
+    (("gaussian", 1),),
+    ("checkpoint and tail",),
+)
 
 
 # --- the log ----------------------------------------------------------------------------------------------------------
@@ -75,7 +98,10 @@ LOGGED: dict[str, dict[str, Any]] = {
     "mezo": {"method": "mezo"},
     "mezo_svrg, defaults": {},
     "mezo, 16 directions": {"method": "mezo", "num_directions": 16},
-    "mezo, 64 of 128 selected": {"method": "mezo", "selector": {"candidates": 128, "strategy": "structured_random"}},
+    "mezo, 64 of 128 selected": {
+        "method": "mezo",
+        "selector": {"candidates": 128, "strategy": "structured_random"},
+    },
     "mezo, 64 of 128 selected, weighted": {
         "method": "mezo",
         "selector": {"candidates": 128, "num_directions": 4, "weights": "cluster"},
@@ -98,7 +124,9 @@ def bytes_per_step(folder: Path, name: str, steps: int) -> dict[str, Any]:
     middle = next(k for k, record in enumerate(log.records, start=1) if record.step == steps // 2)
     per_step = (log.ends[-1] - log.ends[middle]) / (steps - steps // 2)
     longest = max(
-        b - a for a, b, record in zip(log.ends, log.ends[1:], log.records, strict=False) if isinstance(record, Step)
+        b - a
+        for a, b, record in zip(log.ends, log.ends[1:], log.records, strict=False)
+        if isinstance(record, Step)
     )
     return {
         "log": name,
@@ -114,7 +142,13 @@ def steps_of(number: int, coefficients: int = 1, first: int = 0) -> list[Record]
     """Records of steps as a long run has them."""
     rng = random.Random(0)
     return [
-        Step(step, 2 + rng.random(), 1e-6 * rng.random(), single(rng, coefficients), (step // 1000, 1 + step % 1000))
+        Step(
+            step,
+            2 + rng.random(),
+            1e-6 * rng.random(),
+            single(rng, coefficients),
+            (step // 1000, 1 + step % 1000),
+        )
         for step in range(first, first + number)
     ]
 
@@ -160,7 +194,10 @@ def cost_of_steps(folder: Path, where: str, work_seconds: float, number: int) ->
 
 
 def part_log(folder: Path, sizes: Sizes, rounds: int, steps: int) -> dict[str, Any]:
-    rows = [said(bytes_per_step(folder, name, steps // 4 if "selected" in name else steps)) for name in LOGGED]
+    rows = [
+        said(bytes_per_step(folder, name, steps // 4 if "selected" in name else steps))
+        for name in LOGGED
+    ]
     costs = [cost_of_steps(folder, "disk", work, sizes.timed) for work in (0.0, 0.005, 0.02)]
     with tempfile.TemporaryDirectory(dir="/dev/shm") as memory:
         costs.append(cost_of_steps(Path(memory), "memory", 0.0, sizes.timed))
@@ -168,10 +205,15 @@ def part_log(folder: Path, sizes: Sizes, rounds: int, steps: int) -> dict[str, A
     for coefficients in (1, 16):
         path = folder / f"week-{coefficients}.log"
         section = parse_section({**BASE_SECTION, "num_directions": coefficients})
-        write(path, Header("Tiny", ()), [Run(0, section, 8, 2), *steps_of(sizes.week, coefficients)])
+        write(
+            path, Header("Tiny", ()), [Run(0, section, 8, 2), *steps_of(sizes.week, coefficients)]
+        )
         parse[f"{coefficients} coefficients"] = {
             "megabytes": round(path.stat().st_size / 1e6, 3),
-            "seconds": round(statistics.median(seconds(lambda path=path: read_log(path)) for _ in range(rounds)), 3),
+            "seconds": round(
+                statistics.median(seconds(lambda path=path: read_log(path)) for _ in range(rounds)),
+                3,
+            ),
         }
     return {"size": rows, "add_and_wait": costs, "parse_of_20000_steps": parse}
 
@@ -218,10 +260,20 @@ def base_and_log(
     if not base.exists():
         model.save_pretrained(base)
     entries = [
-        ParameterRecord(name, tuple(p.shape), str(dtype).removeprefix("torch."), True, fingerprint(p.detach().view(-1)))
+        ParameterRecord(
+            name,
+            tuple(p.shape),
+            str(dtype).removeprefix("torch."),
+            True,
+            fingerprint(p.detach().view(-1)),
+        )
         for name, p in model.named_parameters()
     ]
-    header = Header(type(model).__name__, tuple(entries), {"lm_head.weight": "model.decoder.embed_tokens.weight"})
+    header = Header(
+        type(model).__name__,
+        tuple(entries),
+        {"lm_head.weight": "model.decoder.embed_tokens.weight"},
+    )
     section = parse_section({**BASE_SECTION, "direction": distribution})
     if not log.exists():
         write(log, header, [Run(0, section, 8, 2), Evaluation(0, "stacked", 2), *steps_of(steps)])
@@ -231,7 +283,18 @@ def base_and_log(
 def replayed(base: Path, log: Path, out: Path) -> dict[str, float]:
     """Of the command line: its time, and that of the whole process."""
     began = time.perf_counter()
-    command = [sys.executable, "-m", "zods.trajectory", "replay", "--base", base, "--log", log, "--out", out]
+    command = [
+        sys.executable,
+        "-m",
+        "zods.trajectory",
+        "replay",
+        "--base",
+        base,
+        "--log",
+        log,
+        "--out",
+        out,
+    ]
     told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     steps, took, rate = told.split()[0], told.split()[3], told.split()[5]
     return {
@@ -243,7 +306,12 @@ def replayed(base: Path, log: Path, out: Path) -> dict[str, float]:
 
 
 def row_of_replay(
-    folder: Path, model: torch.nn.Module, distribution: str, dtype: torch.dtype, steps: int, rounds: int
+    folder: Path,
+    model: torch.nn.Module,
+    distribution: str,
+    dtype: torch.dtype,
+    steps: int,
+    rounds: int,
 ) -> dict[str, Any]:
     base, log = base_and_log(folder, model, distribution, dtype, steps)
     numel = sum(parameter.numel for parameter in read_log(log).header.parameters)
@@ -278,7 +346,9 @@ def part_replay(folder: Path, sizes: Sizes, rounds: int) -> list[dict[str, Any]]
     rows = []
     for dtype in sizes.dtypes:
         for distribution, steps in sizes.replayed.items():
-            rows.append(said(row_of_replay(folder, sizes.model(), distribution, dtype, steps, rounds)))
+            rows.append(
+                said(row_of_replay(folder, sizes.model(), distribution, dtype, steps, rounds))
+            )
     return rows
 
 
@@ -295,14 +365,20 @@ TAIL = 100
 def restart_engine(folder: Path, distribution: str) -> Any:
     from transformers.integrations import HfDeepSpeedConfig
 
-    config: dict[str, Any] = {"train_batch_size": 4, "zero_optimization": {"stage": 3}, "steps_per_print": 10**9}
+    config: dict[str, Any] = {
+        "train_batch_size": 4,
+        "zero_optimization": {"stage": 3},
+        "steps_per_print": 10**9,
+    }
     held = HfDeepSpeedConfig(config)
     model = OPTForCausalLM.from_pretrained(folder / f"base-{torch.float32}", use_cache=False)
     del held
     rows = token_batch(4000, 16)  # an epoch of 1000 steps
     data = [dict(zip(rows, row, strict=True)) for row in zip(*rows.values(), strict=True)]
     section = {**BASE_SECTION, "direction": distribution}
-    return zods.initialize(model=model, config={**config, "zeroth_order": section}, training_data=data)[0]
+    return zods.initialize(
+        model=model, config={**config, "zeroth_order": section}, training_data=data
+    )[0]
 
 
 def make_run(folder: Path, run: Path, distribution: str) -> None:
@@ -328,7 +404,7 @@ def restart(folder: Path, run: Path, distribution: str) -> dict[str, float]:
     engine.train_batch()
     stepped = time.time()
     engine.train_batch()
-    numel = sum(piece.numel for piece in engine.shards)
+    numel = sum(shard.numel for shard in engine.sharded_parameters)
     rate = rates(distribution, torch.float32)["replay_"]
     return {
         "imports": imported - STARTED,
@@ -350,7 +426,9 @@ def rank_main(arguments: argparse.Namespace) -> None:
     end_process(0)
 
 
-def on_ranks(world_size: int, what: str, folder: Path, run: Path, distribution: str) -> list[dict[str, float]]:
+def on_ranks(
+    world_size: int, what: str, folder: Path, run: Path, distribution: str
+) -> list[dict[str, float]]:
     threads = str(max(1, (os.cpu_count() or 1) // world_size))
     environment = {
         **os.environ,
@@ -401,7 +479,10 @@ def part_restart(folder: Path, sizes: Sizes, rounds: int) -> list[dict[str, Any]
             for _ in range(rounds):
                 (run / "trajectory.log").write_bytes(log)
                 found.append(on_ranks(world_size, "restart", folder, run, distribution))
-            slowest = [{name: max(rank[name] for rank in of_round) for name in of_round[0]} for of_round in found]
+            slowest = [
+                {name: max(rank[name] for rank in of_round) for name in of_round[0]}
+                for of_round in found
+            ]
             median = {name: statistics.median(row[name] for row in slowest) for name in slowest[0]}
             rows.append(said({
                 "direction": distribution,
@@ -422,12 +503,16 @@ def part_whole(folder: Path, sizes: Sizes) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parts = ("log", "replay", "restart", "whole")
     parser.add_argument("--part", nargs="+", choices=parts, default=parts[:3])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=2000, help="of the real runs of part log")
-    parser.add_argument("--output", type=Path, help="a .json file; what it holds of other parts stays")
+    parser.add_argument(
+        "--output", type=Path, help="a .json file; what it holds of other parts stays"
+    )
     add_smoke_option(parser)
     for name in ("rank_of", "folder", "run", "direction"):
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
@@ -440,7 +525,10 @@ def main() -> None:
     report: dict[str, Any] = {"benchmark": "trajectory"}
     if arguments.output is not None and arguments.output.exists():
         report = json.loads(arguments.output.read_text())
-    report |= {"date": datetime.date.today().isoformat(), "machine": {**machine(), "backend": backend()}}
+    report |= {
+        "date": datetime.date.today().isoformat(),
+        "machine": {**machine(), "backend": backend()},
+    }
     with tempfile.TemporaryDirectory() as made:
         for part in arguments.part:
             asked = {"rounds": arguments.rounds, "load_before": round(os.getloadavg()[0], 2)}

@@ -25,8 +25,8 @@ from common import add_smoke_option, free_port, machine, opt_125m, tiny_opt, tok
 from deepspeed.comm.comm import comms_logger
 
 import zods
-from zods.comm import end_process
-from zods.sharding import release_gathered
+from zods.comm.process import end_process
+from zods.params.zero3_adapter import release_gathered
 
 BATCH, LENGTH, LAYERS = 8, 64, 3
 
@@ -36,17 +36,25 @@ def moved() -> dict[str, int]:
     gathers = [by_size for name, by_size in comms_logger.get_raw_data().items() if "gather" in name]
     io = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
     return {
-        "gathered": sum(size * record[0] for by_size in gathers for size, record in by_size.items()),
+        "gathered": sum(
+            size * record[0] for by_size in gathers for size, record in by_size.items()
+        ),
         "read": int(io["read_bytes"]),
         "written": int(io["write_bytes"]),
     }
 
 
 @torch.no_grad()
-def measured(offload: str, evaluation: str, model: torch.nn.Module, rounds: int, folder: Path) -> dict[str, Any]:
+def measured(
+    offload: str, evaluation: str, model: torch.nn.Module, rounds: int, folder: Path
+) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": 3, "stage3_param_persistence_threshold": 0}
     if offload == "nvme":
-        zero["offload_param"] = {"device": "nvme", "nvme_path": str(folder), "buffer_size": 40_000_000}
+        zero["offload_param"] = {
+            "device": "nvme",
+            "nvme_path": str(folder),
+            "buffer_size": 40_000_000,
+        }
     elif offload == "cpu":
         zero["offload_param"] = {"device": "cpu"}
     whole = token_batch(BATCH, LENGTH)
@@ -60,7 +68,7 @@ def measured(offload: str, evaluation: str, model: torch.nn.Module, rounds: int,
     engine = zods.initialize(model=model, config=config, training_data=[0] * BATCH)[0]
     size = BATCH // engine.world_size
     batch = {key: value[engine.global_rank * size :][:size] for key, value in whole.items()}
-    slices = sum(p.padded_numel * p.dtype.itemsize for p in engine.shards)
+    slices = sum(p.padded_numel * p.dtype.itemsize for p in engine.sharded_parameters)
 
     def floor() -> None:
         for _ in range(2):
@@ -93,21 +101,30 @@ def measured(offload: str, evaluation: str, model: torch.nn.Module, rounds: int,
         "evaluation": engine.evaluation,
         "ratio_to_floor": round(statistics.median(ratios), 3),
         "step_s": round(statistics.median(seconds), 3),
-        **{key: round(statistics.median(m[key] for m in bytes_moved) / slices, 3) for key in moved()},
+        **{
+            key: round(statistics.median(m[key] for m in bytes_moved) / slices, 3)
+            for key in moved()
+        },
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=5)
     add_smoke_option(parser)
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)  # of a rank: where it writes what it measured
+    parser.add_argument(
+        "--rows", type=Path, help=argparse.SUPPRESS
+    )  # of a rank: where it writes what it measured
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.rows is not None:
         cases = [
-            (offload, evaluation) for offload in ("none", "cpu", "nvme") for evaluation in ("stacked", "sequential")
+            (offload, evaluation)
+            for offload in ("none", "cpu", "nvme")
+            for evaluation in ("stacked", "sequential")
         ]
         if arguments.smoke:
             cases = cases[-2:]
@@ -124,13 +141,30 @@ def main() -> None:
     for ranks in (2,) if arguments.smoke else (1, 2):
         with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
             file = Path(folder) / "rows.json"
-            launcher = ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(free_port()), __file__]
+            launcher = [
+                "deepspeed",
+                "--num_gpus",
+                str(ranks),
+                "--master_port",
+                str(free_port()),
+                __file__,
+            ]
             launcher += ["--rounds", str(arguments.rounds)]
             launcher += ["--smoke"] if arguments.smoke else []
             threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks))}
-            subprocess.run([*launcher, "--rows", str(file)], check=True, stdout=sys.stderr, env=os.environ | threads)
+            subprocess.run(
+                [*launcher, "--rows", str(file)],
+                check=True,
+                stdout=sys.stderr,
+                env=os.environ | threads,
+            )
             rows += json.loads(file.read_text())
-    report = {"benchmark": "zero3_step", "date": datetime.date.today().isoformat(), "machine": machine(), "rows": rows}
+    report = {
+        "benchmark": "zero3_step",
+        "date": datetime.date.today().isoformat(),
+        "machine": machine(),
+        "rows": rows,
+    }
     if arguments.output is not None:
         arguments.output.write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report))

@@ -1,13 +1,15 @@
-"""Build the native parts once, before any rank starts: DeepSpeed's operators for this accelerator, and the kernels.
+"""Build the native parts once, before any rank starts.
 
-Locks that a killed build left are removed first, see zods/build_locks.py.
+They are the kernels, DeepSpeed's communication operator for CPUs and, with `--async_io`, its operator
+for NVMe, which takes several times as long. Locks that a killed build left are removed first; see
+zods/comm/build_locks.py.
 """
 
 import os
 import sys
 from pathlib import Path
 
-from zods.build_locks import holders
+from zods.comm.build_locks import holders
 
 
 def say(message: str) -> None:
@@ -26,7 +28,8 @@ def remove_stale_locks(folder: Path) -> None:
 def main() -> None:
     folder = Path(os.environ["TORCH_EXTENSIONS_DIR"])
     remove_stale_locks(folder)
-    if not any(folder.glob("**/*.so")):
+    with_async_io = "--async_io" in sys.argv[1:]
+    if not any(folder.glob("**/async_io.so" if with_async_io else "**/*.so")):
         say("building DeepSpeed's operators and the kernels (once, a few minutes)")
 
     from deepspeed.accelerator import get_accelerator
@@ -34,7 +37,8 @@ def main() -> None:
 
     import zods.kernels
 
-    AsyncIOBuilder().load(verbose=False)
+    if with_async_io:
+        AsyncIOBuilder().load(verbose=False)
     if get_accelerator().device_name() == "cpu":
         get_accelerator().create_op_builder("ShareMemCommBuilder").load(verbose=False)
     zods.kernels.backend()

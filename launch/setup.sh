@@ -2,6 +2,7 @@
 # Sets nothing outside the project, except that as root on Debian or Ubuntu it installs missing system packages with apt.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# Usage: . launch/setup.sh EXTRAS [--async_io]    (--async_io builds DeepSpeed's operator for NVMe, too)
 extras="${1:?extras of the package to install, such as report}"
 
 say() { echo "zods: $*" >&2; }
@@ -80,4 +81,4 @@ rm -f "$unfinished"
 export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}"
 export TORCH_EXTENSIONS_DIR="$PWD/.venv/torch_extensions"
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-python launch/build_ops.py
+python launch/build_ops.py ${2:+"$2"}

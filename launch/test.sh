@@ -3,7 +3,7 @@
 #   --fast  the unit tests only
 #   --all   every test: also those marked slow or zoo
 # Further arguments go to pytest.
-. "$(dirname "${BASH_SOURCE[0]}")/setup.sh" test
+. "$(dirname "${BASH_SOURCE[0]}")/setup.sh" test --async_io
 tier=()
 case "${1:-}" in
   --fast) shift && tier=(tests/unit) ;;

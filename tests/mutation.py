@@ -9,7 +9,26 @@ from typing import Any
 
 from zods.trajectory.log import START, chained
 
-KINDS = [None, True, -1, 0, 10**30, 1.5, -0.0, "", "x", "auto", "nvme", [], {}, [[]], {"a": 1}, "AAAA", 2**53, 1e308]
+KINDS = [
+    None,
+    True,
+    -1,
+    0,
+    10**30,
+    1.5,
+    -0.0,
+    "",
+    "x",
+    "auto",
+    "nvme",
+    [],
+    {},
+    [[]],
+    {"a": 1},
+    "AAAA",
+    2**53,
+    1e308,
+]
 
 
 def mutated(rng: random.Random, value: Any) -> Any:
@@ -25,7 +44,11 @@ def mutated(rng: random.Random, value: Any) -> Any:
     if isinstance(value, list) and value and rng.random() < 0.8:
         k = rng.randrange(len(value))
         return rng.choice(
-            [value[:k] + value[k + 1 :], [*value, value[k]], [*value[:k], mutated(rng, value[k]), *value[k + 1 :]]]
+            [
+                value[:k] + value[k + 1 :],
+                [*value, value[k]],
+                [*value[:k], mutated(rng, value[k]), *value[k + 1 :]],
+            ]
         )
     if isinstance(value, (int, float)) and not isinstance(value, bool) and rng.random() < 0.3:
         return rng.choice([-value, value * 1e18, value + 1, value / 3])

@@ -15,18 +15,10 @@ from deepspeed.comm.comm import comms_logger
 from tqdm import tqdm
 
 import zods
-from zods.arguments import merged_config, parse_arguments
-from zods.comm import RankFailure, end_process
-from zods.config import FirstOrderConfig, RunConfig, read_config, read_first_order_config
-from zods.config_auto import hidden_size_of, offloads_to_nvme, resolve_model_auto, resolve_offload_buffers
-from zods.engine import ZerothOrderEngine
-from zods.extras import check_packages
-from zods.first_order import FirstOrderEngine
-from zods.initialization import check_folders
-from zods.launching import connect_ranks, environment_rank, report_failure
-from zods.memory import return_freed_memory
-from zods.options import Arguments, DataArguments, RunArguments
-from zods.pretrained import (
+from zods.cli.arguments import merged_config, parse_arguments
+from zods.cli.options import Arguments, DataArguments, RunArguments
+from zods.cli.plots import plot_curves
+from zods.cli.pretrained import (
     Pretrained,
     check_adapter,
     check_causal,
@@ -37,13 +29,26 @@ from zods.pretrained import (
     read_tokenizer,
     save_configuration,
 )
-from zods.report import plot_curves
-from zods.resuming import CHECKPOINTS, INITIAL, copy_log
-from zods.runs import RunFolder
-from zods.schedules import with_provisional_length
-from zods.selection.batches import sources_of
-from zods.stopping import StopRequest
-from zods.summary import summarise, table
+from zods.cli.run_folder import RunFolder
+from zods.cli.summary import summarise, table
+from zods.comm.communicator import RankFailure
+from zods.comm.process import connect_ranks, end_process, environment_rank, report_failure
+from zods.comm.stop_request import StopRequest
+from zods.config.auto_values import (
+    hidden_size_of,
+    offloads_to_nvme,
+    resolve_model_auto,
+    resolve_offload_buffers,
+)
+from zods.config.deepspeed_json import (
+    FirstOrderConfig,
+    RunConfig,
+    read_config,
+    read_first_order_config,
+)
+from zods.config.optional_packages import check_packages
+from zods.config.schedules import with_provisional_length
+from zods.selection.sub_batches import sources_of
 from zods.tasks import (
     Task,
     build_task,
@@ -54,6 +59,11 @@ from zods.tasks import (
     read_escapes,
     split_held_out,
 )
+from zods.training.engine import ZerothOrderEngine
+from zods.training.first_order import FirstOrderEngine
+from zods.training.host_memory import return_freed_memory
+from zods.training.initialize import check_folders
+from zods.training.resume import CHECKPOINTS, INITIAL, copy_log
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +72,9 @@ def main() -> None:
     arguments = parse_arguments()
     stop_request = StopRequest()
     rank = environment_rank()
-    logging.basicConfig(level=logging.INFO if rank == 0 else logging.ERROR, format="%(name)s: %(message)s")
+    logging.basicConfig(
+        level=logging.INFO if rank == 0 else logging.ERROR, format="%(name)s: %(message)s"
+    )
     try:
         run = start(arguments)
     except Exception as error:
@@ -72,7 +84,9 @@ def main() -> None:
     try:
         finetune(arguments, *run)
     except Exception as error:  # a full disk, ranks that disagree, another rank that is gone
-        if isinstance(error, ValueError) and _is_our_own(error):  # the same on all ranks, so one of them says it
+        if isinstance(error, ValueError) and _is_our_own(
+            error
+        ):  # the same on all ranks, so one of them says it
             end_process(report_failure(error, "zods.finetune"))
         kind = "" if isinstance(error, (OSError, RuntimeError)) else f"{type(error).__name__}: "
         print(f"zods.finetune: error: rank {rank}: {kind}{error}", file=sys.stderr)
@@ -101,10 +115,18 @@ def start(
         check_packages(merged, plot=arguments.run.plot, lora=arguments.model.lora_rank is not None)
         read = read_config if arguments.model.optimizer is None else read_first_order_config
         known = merged if arguments.run.max_steps is not None else with_provisional_length(merged)
-        run: RunConfig | FirstOrderConfig = read(known, comm.world_size, total_steps=arguments.run.max_steps)
+        run: RunConfig | FirstOrderConfig = read(
+            known, comm.world_size, total_steps=arguments.run.max_steps
+        )
         check_folders(run)
-        folder = RunFolder(arguments.model.output_dir, rank=comm.rank, resume=arguments.model.resume == "auto")
-        fork = None if arguments.model.resume in (None, "auto") else latest_checkpoint(Path(arguments.model.resume))
+        folder = RunFolder(
+            arguments.model.output_dir, rank=comm.rank, resume=arguments.model.resume == "auto"
+        )
+        fork = (
+            None
+            if arguments.model.resume in (None, "auto")
+            else latest_checkpoint(Path(arguments.model.resume))
+        )
         pretrained = find_model(arguments.model)
         tokenizer = read_tokenizer(arguments.model, pretrained)
         task, train, held_out = prepare_data(arguments, tokenizer, run, pretrained)
@@ -112,7 +134,9 @@ def start(
             steps = arguments.run.num_epochs * steps_per_epoch(run, len(train))
             run = read(merged, comm.world_size, total_steps=max(1, steps))
         hidden_size = hidden_size_of(pretrained.config)
-        resolve_model_auto(run.deepspeed, hidden_size, overlaps=not get_accelerator().is_synchronized_device())
+        resolve_model_auto(
+            run.deepspeed, hidden_size, overlaps=not get_accelerator().is_synchronized_device()
+        )
         if offloads_to_nvme(run.deepspeed):
             sizes = parameter_sizes(pretrained, task, arguments.model.trust_remote_code)
             resolve_offload_buffers(run.deepspeed, sizes, comm.world_size)
@@ -121,7 +145,9 @@ def start(
     model, new = load_model(arguments.model, run, task, pretrained)
     engine: ZerothOrderEngine | FirstOrderEngine
     if isinstance(run, RunConfig):
-        engine = zods.initialize(model=model, config=run.to_dict(), training_data=train, collate_fn=task.collate)[0]
+        engine = zods.initialize(
+            model=model, config=run.to_dict(), training_data=train, collate_fn=task.collate
+        )[0]
     else:
         engine = FirstOrderEngine(model, run, train, task.collate)
     check_causal(engine.evaluate, pretrained, task, train)
@@ -152,7 +178,11 @@ def finetune(
 ) -> None:
     """One run: evaluate, train with evaluations and checkpoints, evaluate, report."""
     rank = engine.global_rank
-    before = folder.first_evaluation() if engine.global_steps else evaluate(engine, task, held_out, folder)
+    before = (
+        folder.first_evaluation()
+        if engine.global_steps
+        else evaluate(engine, task, held_out, folder)
+    )
     trained = train_steps(engine, arguments.run, task, held_out, folder)
     if engine.should_stop:
         stop(engine, arguments.run, folder)
@@ -164,7 +194,12 @@ def finetune(
         if rank == 0:
             tokenizer.save_pretrained(folder.path / "model")
     summary = summarise(
-        engine, before, after, seconds=trained.seconds, sent=trained.scalar_bytes, gathered=trained.zero3_bytes
+        engine,
+        before,
+        after,
+        seconds=trained.seconds,
+        sent=trained.scalar_bytes,
+        gathered=trained.zero3_bytes,
     )
     if rank == 0:
         folder.record("summary", engine.global_steps, **summary)
@@ -199,7 +234,9 @@ def prepare_data(
         text_column=settings.text_column,
         text_pair_column=settings.text_pair_column,
         label_column=settings.label_column,
-        template=None if settings.template is None else read_escapes(settings.template, "--template"),
+        template=None
+        if settings.template is None
+        else read_escapes(settings.template, "--template"),
         label_words=settings.label_words,
         prompt_column=settings.prompt_column,
         response_column=settings.response_column,
@@ -245,11 +282,17 @@ def load_parts(data: DataArguments, seed: int) -> list[tuple[datasets.Dataset, s
         file, split = getattr(data, f"{part}_file"), getattr(data, f"{part}_split")
         if part == "validation" and file is None and split is None:
             continue
-        hub = {"dataset_name": data.dataset_name, "dataset_config": data.dataset_config, "split": split}
+        hub = {
+            "dataset_name": data.dataset_name,
+            "dataset_config": data.dataset_config,
+            "split": split,
+        }
         source: dict[str, Any] = hub if file is None else {"file": file}
         names = None if file is None else data.column_names
         try:
-            examples = load_examples(**source, column_names=names, max_examples=most, seed=seed, keep_rows=True)
+            examples = load_examples(
+                **source, column_names=names, max_examples=most, seed=seed, keep_rows=True
+            )
             parts.append((examples, name_of_rows(**source)))
         except (ValueError, OSError) as error:
             wrong.append(str(error))
@@ -259,7 +302,10 @@ def load_parts(data: DataArguments, seed: int) -> list[tuple[datasets.Dataset, s
 
 
 def evaluate(
-    engine: ZerothOrderEngine | FirstOrderEngine, task: Task, held_out: datasets.Dataset, folder: RunFolder
+    engine: ZerothOrderEngine | FirstOrderEngine,
+    task: Task,
+    held_out: datasets.Dataset,
+    folder: RunFolder,
 ) -> dict[str, float]:
     metrics = engine.evaluate(held_out, task.collate_eval, task.measure)
     folder.record("eval", engine.global_steps, **metrics)
@@ -286,7 +332,9 @@ def train_steps(
     assert engine.training_dataloader is not None
     last = run.max_steps or run.num_epochs * engine.training_dataloader.steps_per_epoch
     trained = Trained()
-    progress = tqdm(total=last, initial=engine.global_steps, desc="steps", disable=engine.global_rank != 0)
+    progress = tqdm(
+        total=last, initial=engine.global_steps, desc="steps", disable=engine.global_rank != 0
+    )
     while engine.global_steps < last:
         gathered = _logged_bytes()
         engine.train_batch()
@@ -306,13 +354,23 @@ def train_steps(
             skipped=report.skipped,
             **({} if engine.selection is None else {"selection_seconds": report.selection_seconds}),
         )
-        slope = "" if report.projected_grad is None else f"projected_grad {report.projected_grad:+.2e}, "
+        slope = (
+            ""
+            if report.projected_grad is None
+            else f"projected_grad {report.projected_grad:+.2e}, "
+        )
         progress.set_postfix_str(f"loss {report.loss:.4f}, {slope}{report.seconds:.3f} s/step")
         progress.update()
-        if run.eval_interval and engine.global_steps % run.eval_interval == 0 and report.step < last:
+        if (
+            run.eval_interval
+            and engine.global_steps % run.eval_interval == 0
+            and report.step < last
+        ):
             metrics = evaluate(engine, task, held_out, folder)
             if engine.global_rank == 0:
-                progress.write(f"step {engine.global_steps}: held out: {_text(metrics)}", file=sys.stderr)
+                progress.write(
+                    f"step {engine.global_steps}: held out: {_text(metrics)}", file=sys.stderr
+                )
         if run.save_interval and engine.global_steps % run.save_interval == 0:
             save(engine, run, folder)
         if engine.should_stop:
@@ -321,7 +379,9 @@ def train_steps(
     return trained
 
 
-def save(engine: ZerothOrderEngine | FirstOrderEngine, run: RunArguments, folder: RunFolder) -> None:
+def save(
+    engine: ZerothOrderEngine | FirstOrderEngine, run: RunArguments, folder: RunFolder
+) -> None:
     """A full checkpoint; where it cannot be written, the log of zeroth-order steps has all that is needed, and the run goes
     on."""
     try:
@@ -331,11 +391,15 @@ def save(engine: ZerothOrderEngine | FirstOrderEngine, run: RunArguments, folder
             raise
         if engine.global_rank == 0:
             logger.warning(
-                "no checkpoint at step %d: %s. The run goes on: its log is whole.", engine.global_steps, error
+                "no checkpoint at step %d: %s. The run goes on: its log is whole.",
+                engine.global_steps,
+                error,
             )
 
 
-def stop(engine: ZerothOrderEngine | FirstOrderEngine, run: RunArguments, folder: RunFolder) -> None:
+def stop(
+    engine: ZerothOrderEngine | FirstOrderEngine, run: RunArguments, folder: RunFolder
+) -> None:
     """The run was asked to end before its last step: save, and say how it goes on."""
     save(engine, run, folder)
     if engine.global_rank == 0:

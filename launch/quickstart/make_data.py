@@ -18,8 +18,24 @@ from pathlib import Path
 LABELS = ("code", "text")
 NUM_TRAIN, NUM_VALIDATION = 128, 300
 MAX_CHARS = 100  # of an example, about 40 tokens
-SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "lib2to3", "pydoc_data"}
-NOT_EVERYWHERE = {"tkinter", "turtle", "turtledemo", "idlelib", "distutils", "ensurepip"}  # in some installations only
+SKIPPED = {
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idle_test",
+    "encodings",
+    "lib2to3",
+    "pydoc_data",
+}
+NOT_EVERYWHERE = {
+    "tkinter",
+    "turtle",
+    "turtledemo",
+    "idlelib",
+    "distutils",
+    "ensurepip",
+}  # in some installations only
 
 
 @dataclass(frozen=True)
@@ -54,7 +70,9 @@ def standard_library() -> Iterator[Piece]:
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
-        if not (SKIPPED | NOT_EVERYWHERE).isdisjoint(parts) or parts[0].startswith(("config-", "_sysconfigdata")):
+        if not (SKIPPED | NOT_EVERYWHERE).isdisjoint(parts) or parts[0].startswith(
+            ("config-", "_sysconfigdata")
+        ):
             continue
         source = path.read_text(encoding="utf-8")
         lines = source.splitlines()
@@ -74,15 +92,24 @@ def standard_library() -> Iterator[Piece]:
 def split(pieces: list[Piece]) -> tuple[list[Piece], list[Piece]]:
     """(not held out, held out), one piece for each opening; one that opens like a held-out one is in neither."""
     held_out = {piece.key: piece for piece in pieces if piece.is_held_out}
-    others = {piece.key: piece for piece in pieces if not piece.is_held_out and piece.key not in held_out}
+    others = {
+        piece.key: piece for piece in pieces if not piece.is_held_out and piece.key not in held_out
+    }
     return list(others.values()), list(held_out.values())
 
 
 def examples(pieces: list[Piece], count: int) -> list[dict[str, str]]:
     """`count` examples, as many of each label, drawn by the hash of their text."""
     drawn = sorted(pieces, key=lambda piece: hashed(piece.key))
-    by_label = [[piece for piece in drawn if piece.label == label][: count // len(LABELS)] for label in LABELS]
-    return [{"text": p.opening, "label": p.label} for group in zip(*by_label, strict=True) for p in group]
+    by_label = [
+        [piece for piece in drawn if piece.label == label][: count // len(LABELS)]
+        for label in LABELS
+    ]
+    return [
+        {"text": p.opening, "label": p.label}
+        for group in zip(*by_label, strict=True)
+        for p in group
+    ]
 
 
 def main() -> None:
@@ -91,7 +118,10 @@ def main() -> None:
     out = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
     others, held_out = split(list(standard_library()))
-    for name, pieces, count in (("train", others, NUM_TRAIN), ("validation", held_out, NUM_VALIDATION)):
+    for name, pieces, count in (
+        ("train", others, NUM_TRAIN),
+        ("validation", held_out, NUM_VALIDATION),
+    ):
         lines = [json.dumps(example) + "\n" for example in examples(pieces, count)]
         (out / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
         print(f"{out / name}.jsonl: {len(lines)} examples")

@@ -23,7 +23,9 @@ ROW, BATCH, EPOCHS, LR = 64, 32, 1, 3e-3  # tokens of a row, rows of a step
 MAX_WHOLE = 400  # characters of a docstring or function body
 
 
-def make_rows(tokenizer: PreTrainedTokenizerFast, pieces: list[Piece], rng: random.Random) -> list[list[int]]:
+def make_rows(
+    tokenizer: PreTrainedTokenizerFast, pieces: list[Piece], rng: random.Random
+) -> list[list[int]]:
     """One epoch: all text cut into rows, and prompts with an answer drawn at random, shuffled."""
     texts = [*topics.values(), *(piece.whole[:MAX_WHOLE] for piece in pieces)]
     rows = []
@@ -45,7 +47,9 @@ def main() -> None:
 
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(texts, vocab_size=VOCAB_SIZE, min_frequency=2, special_tokens=[END])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token=END, pad_token=END)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe._tokenizer, eos_token=END, pad_token=END
+    )
     tokenizer.save_pretrained(out)
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -63,7 +67,10 @@ def main() -> None:
     model = LlamaForCausalLM(config)
     rng = random.Random(0)
     epochs = [make_rows(tokenizer, others, rng) for _ in range(EPOCHS)]
-    print(f"{model.num_parameters()} parameters, {sum(map(len, texts))} characters of text", flush=True)
+    print(
+        f"{model.num_parameters()} parameters, {sum(map(len, texts))} characters of text",
+        flush=True,
+    )
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.1)
     steps = sum(-(-len(rows) // BATCH) for rows in epochs)
@@ -74,7 +81,9 @@ def main() -> None:
         for i in range(0, len(rows), BATCH):
             ids = [torch.tensor(row) for row in rows[i : i + BATCH]]
             labels = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-100)
-            loss = model(input_ids=labels.clamp(min=0), attention_mask=labels.ge(0).long(), labels=labels).loss
+            loss = model(
+                input_ids=labels.clamp(min=0), attention_mask=labels.ge(0).long(), labels=labels
+            ).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -82,7 +91,10 @@ def main() -> None:
             optimizer.zero_grad()
             total += loss.item() * len(ids)
         seconds = time.perf_counter() - start
-        print(f"epoch {epoch} of {EPOCHS}: loss {total / len(rows):.3f} per token, {seconds:.0f} s", flush=True)
+        print(
+            f"epoch {epoch} of {EPOCHS}: loss {total / len(rows):.3f} per token, {seconds:.0f} s",
+            flush=True,
+        )
         model.save_pretrained(out)
 
 

@@ -4,7 +4,6 @@ set -euo pipefail
 here="$(dirname "${BASH_SOURCE[0]}")"
 out="$1"
 shift
-mkdir -p runs/nvme
 python "$here/make_data.py" runs/data
 export DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_DATASETS_CACHE="$PWD/runs/cache"
 port="$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')"

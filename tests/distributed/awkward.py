@@ -95,10 +95,16 @@ class Returns(nn.Module):
         self.scale = nn.Parameter(torch.randn(WIDTH))
         self.as_dict = as_dict
 
-    def forward(self, x: Tensor, *, mask: Tensor | None = None, shift: float = 0.0, name: str = "") -> Any:
+    def forward(
+        self, x: Tensor, *, mask: Tensor | None = None, shift: float = 0.0, name: str = ""
+    ) -> Any:
         y = self.linear(x) * self.scale + shift
         y = y if mask is None else y * mask
-        return {"y": y, "none": None, "means": y.mean(-1)} if self.as_dict else (y, None, [y.mean(-1)], name)
+        return (
+            {"y": y, "none": None, "means": y.mean(-1)}
+            if self.as_dict
+            else (y, None, [y.mean(-1)], name)
+        )
 
 
 class TupleOutput(Classifier):
@@ -211,12 +217,17 @@ class CountsByMask(nn.Module):
         super().__init__()
         self.model = zoo_model("llama")
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None
+    ) -> dict[str, Tensor]:
         logits = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
         if labels is None:
             return {"logits": logits}
         labels = labels.masked_fill(attention_mask == 0, -100)[:, 1:]
-        return {"logits": logits, "loss": functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten())}
+        return {
+            "logits": logits,
+            "loss": functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten()),
+        }
 
 
 class SmoothedOnOneRank(Classifier):

@@ -11,10 +11,10 @@ from torch import nn
 
 import zods
 from tests.distributed.models import configuration
-from zods.directions import Direction
-from zods.objectives import batch_loss
-from zods.sharding import ShardedParameters
-from zods.streams import Point, Source
+from zods.core.directions import Direction
+from zods.core.points import Center, Point
+from zods.data.objectives import batch_loss
+from zods.params.shards import ShardedParameters
 
 EPS = 1e-2
 
@@ -34,9 +34,9 @@ class Found(NamedTuple):
     apart: float
 
 
-def drifted(parameter: Any, live: torch.Tensor) -> Source:
+def drifted(parameter: Any, live: torch.Tensor) -> Center:
     """As SVRG's anchor kept as terms: the parameters with a decay and two updates taken back."""
-    return Source(live, 0.97, (11, 12), (0.01, -0.02))
+    return Center(live, 0.97, (11, 12), (0.01, -0.02))
 
 
 @functools.cache
@@ -44,17 +44,17 @@ def _another(ordinal: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.
     return (0.05 * torch.randn(shape, generator=torch.Generator().manual_seed(ordinal))).to(dtype)
 
 
-def stored_elsewhere(parameter: Any, live: torch.Tensor) -> Source:
+def stored_elsewhere(parameter: Any, live: torch.Tensor) -> Center:
     """As SVRG's anchor kept as a copy."""
-    return Source(_another(parameter.ordinal, tuple(live.shape), live.dtype))
+    return Center(_another(parameter.ordinal, tuple(live.shape), live.dtype))
 
 
 def pairs(*starts: Any) -> list[Point]:
     """A mirrored pair at each start; None is the parameters."""
     made = []
     for seed, start in enumerate(starts, 5):
-        source = {} if start is None else {"source": start}
-        made += [Point(seed, sign * EPS, **source) for sign in (1, -1)]
+        center = {} if start is None else {"center": start}
+        made += [Point(seed, sign * EPS, **center) for sign in (1, -1)]
     return made
 
 
@@ -70,22 +70,28 @@ def compare(evaluator: Any, points: Sequence[Point], batch: Any) -> Found:
     together = evaluator.losses(points, batch)
     separate = torch.cat([evaluator.losses([point], batch) for point in points])
     error = ((together - separate).abs() / separate.abs()).max()
-    return Found(evaluator.evaluation, error.item(), ((separate.max() - separate.min()) / separate.abs().max()).item())
+    return Found(
+        evaluator.evaluation,
+        error.item(),
+        ((separate.max() - separate.min()) / separate.abs().max()).item(),
+    )
 
 
 @torch.no_grad()
-def dense_losses(model: nn.Module, points: Sequence[Point], batch: Any, direction: Direction) -> torch.Tensor:
+def dense_losses(
+    model: nn.Module, points: Sequence[Point], batch: Any, direction: Direction
+) -> torch.Tensor:
     """The losses of whole perturbed copies; of zods it takes the definition of a direction alone."""
     parameters = ShardedParameters(model, rank=0)
     losses = []
     for point in points:
         at = {}
-        for piece in parameters:
-            weight, scale, seeds, coefficients = point.source(piece, piece.param.data)
+        for shard in parameters:
+            weight, scale, seeds, coefficients = point.center(shard, shard.param.data)
             arguments = {"scale": scale, "seeds": (*seeds, point.seed)}
-            at[piece.name] = direction.combine_(
+            at[shard.name] = direction.combine_(
                 torch.empty_like(weight),
-                piece,
+                shard,
                 weight=weight,
                 coefficients=(*coefficients, point.coefficient),
                 **arguments,

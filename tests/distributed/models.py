@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import OPTConfig, OPTForCausalLM
 
-from zods.engine import ZerothOrderEngine
 from zods.kernels import combine_
+from zods.training.engine import ZerothOrderEngine
 
 VOCABULARY = 11
 WIDE = 1030  # of two ranks each holds more than the MiB per weight that DeepSpeed asks for on NVMe
@@ -40,7 +40,11 @@ class Awkward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.second(self.first(x))
-        return (y * self.five).square().mean() + self.one.sum() * self.three.sum() * self.seven.sum() + self.big.mean()
+        return (
+            (y * self.five).square().mean()
+            + self.one.sum() * self.three.sum() * self.seven.sum()
+            + self.big.mean()
+        )
 
 
 class Tiny(nn.Module):
@@ -96,19 +100,26 @@ class Wide(nn.Module):
 
 def wide_data(size: int = 8) -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(1)
-    return [{"x": torch.randn(WIDE, generator=generator), "labels": torch.tensor(i % 5)} for i in range(size)]
+    return [
+        {"x": torch.randn(WIDE, generator=generator), "labels": torch.tensor(i % 5)}
+        for i in range(size)
+    ]
 
 
 def tiny_opt() -> OPTForCausalLM:
     torch.manual_seed(0)
     shape = {"hidden_size": 20, "word_embed_proj_dim": 20, "num_hidden_layers": 2, "ffn_dim": 36}
-    return OPTForCausalLM(OPTConfig(vocab_size=37, num_attention_heads=2, max_position_embeddings=16, **shape)).eval()
+    return OPTForCausalLM(
+        OPTConfig(vocab_size=37, num_attention_heads=2, max_position_embeddings=16, **shape)
+    ).eval()
 
 
 def opt_data(size: int = 24) -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, 37, (size, 8), generator=generator)
-    return [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row} for row in ids]
+    return [
+        {"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row} for row in ids
+    ]
 
 
 def configuration(
@@ -180,17 +191,19 @@ def anchor_point(engine: ZerothOrderEngine) -> dict[str, Tensor]:
     """The anchor point of every trainable parameter, as evaluations see it, whole."""
     copies = {}
     engine.flush()
-    for piece in engine.shards:
-        with deepspeed.zero.GatheredParameters([piece.param], enabled=hasattr(piece.param, "ds_tensor")):
-            live = piece.param.data
-            weight, scale, seeds, coefficients = engine.anchor.source(piece, live)
-            copies[piece.name] = combine_(
+    for shard in engine.sharded_parameters:
+        with deepspeed.zero.GatheredParameters(
+            [shard.param], enabled=hasattr(shard.param, "ds_tensor")
+        ):
+            live = shard.param.data
+            weight, scale, seeds, coefficients = engine.anchor.center(shard, live)
+            copies[shard.name] = combine_(
                 torch.empty_like(live),
                 weight=weight,
                 scale=scale,
                 seeds=seeds,
                 coefficients=coefficients,
-                parameter=piece.ordinal,
+                parameter=shard.ordinal,
                 offset=0,
             )
     return copies
@@ -199,12 +212,16 @@ def anchor_point(engine: ZerothOrderEngine) -> dict[str, Tensor]:
 def local_slices(engine: ZerothOrderEngine) -> dict[str, Tensor]:
     """Copies of this rank's slices, where they are stored."""
     engine.flush()
-    return {piece.name: local.clone() for piece, local in engine.shards.visit(write=False)}
+    return {
+        shard.name: local.clone() for shard, local in engine.sharded_parameters.visit(write=False)
+    }
 
 
 def stored_digest(engine: Any) -> str:
     """A digest of all that this rank stores of the parameters, padding included."""
-    return sha256({name: getattr(p, "ds_tensor", p).detach() for name, p in engine.module.named_parameters()})
+    return sha256(
+        {name: getattr(p, "ds_tensor", p).detach() for name, p in engine.module.named_parameters()}
+    )
 
 
 def sha256(tensors: dict[str, Tensor]) -> str:
@@ -223,7 +240,11 @@ def state(engine: Any) -> dict[str, Any]:
     return {
         "weights": sha256(whole(engine)),
         "step": engine.global_steps,
-        "counters": (engine.global_samples, engine.skipped_steps, engine.run.state.nonfinite_in_a_row),
+        "counters": (
+            engine.global_samples,
+            engine.skipped_steps,
+            engine.run.state.nonfinite_in_a_row,
+        ),
         "digest": engine.trajectory.head,
         "point": None if engine.anchor_step is None else sha256(anchor_point(engine)),
         "gradient": anchor and anchor.gradient_terms,
@@ -241,7 +262,9 @@ def batches_ahead(engine: Any) -> list[Any]:
     """The examples that the loader will give in the next five steps, over all ranks."""
     seen = []
     for _, batch in zip(
-        range(5 * engine.gradient_accumulation_steps()), engine.training_dataloader.forever(), strict=False
+        range(5 * engine.gradient_accumulation_steps()),
+        engine.training_dataloader.forever(),
+        strict=False,
     ):
         gathered: list[Any] = [None] * engine.world_size
         torch.distributed.all_gather_object(gathered, next(iter(batch.values())).tolist())

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from zods import build_locks
+from zods.comm import build_locks
 
 REPOSITORY = Path(__file__).parents[2]
 ENVIRONMENT = {  # of every rank
@@ -51,7 +51,9 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list
         pipes, processes = [], []
         for rank in range(world_size):
             receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(target=_rank, args=(rank, world_size, folder, port, sender, function, args))
+            process = context.Process(
+                target=_rank, args=(rank, world_size, folder, port, sender, function, args)
+            )
             process.start()
             sender.close()
             pipes.append(receiver)
@@ -59,8 +61,15 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list
         results = _collect(pipes, processes)
         failures = [f"--- rank {rank}:\n{text}" for rank, (ok, text) in results.items() if not ok]
         if failures:
-            outputs = [(Path(folder) / f"output-{rank}").read_text(errors="replace")[-2000:] for rank in results]
-            said = [f"--- output of rank {rank}:\n{text}" for rank, text in enumerate(outputs) if text.strip()]
+            outputs = [
+                (Path(folder) / f"output-{rank}").read_text(errors="replace")[-2000:]
+                for rank in results
+            ]
+            said = [
+                f"--- output of rank {rank}:\n{text}"
+                for rank, text in enumerate(outputs)
+                if text.strip()
+            ]
             pytest.fail("\n".join([f"{function.__name__} failed", *failures, *said]), pytrace=False)
         return [results[rank][1] for rank in range(world_size)]
 
@@ -71,13 +80,18 @@ def _collect(pipes: list[Any], processes: list[Any]) -> dict[int, tuple[bool, An
     deadline = time.monotonic() + LIMIT
     while len(results) < len(pipes) and time.monotonic() < deadline:
         waiting = [pipe for rank, pipe in enumerate(pipes) if rank not in results]
-        for pipe in multiprocessing.connection.wait(waiting, timeout=max(0.0, deadline - time.monotonic())):
+        for pipe in multiprocessing.connection.wait(
+            waiting, timeout=max(0.0, deadline - time.monotonic())
+        ):
             rank = pipes.index(pipe)
             try:
                 results[rank] = pipe.recv()
             except EOFError:
                 processes[rank].join(5)
-                results[rank] = (False, f"died without a word, exit code {processes[rank].exitcode}")
+                results[rank] = (
+                    False,
+                    f"died without a word, exit code {processes[rank].exitcode}",
+                )
             if not results[rank][0]:  # the others may wait for it for ever
                 deadline = min(deadline, time.monotonic() + 5)
     for rank, process in enumerate(processes):
@@ -94,7 +108,9 @@ def _collect(pipes: list[Any], processes: list[Any]) -> dict[int, tuple[bool, An
     return results
 
 
-def _rank(rank: int, world_size: int, folder: str, port: int, pipe: Any, function: Callable, args: Any) -> None:
+def _rank(
+    rank: int, world_size: int, folder: str, port: int, pipe: Any, function: Callable, args: Any
+) -> None:
     output = os.open(f"{folder}/output-{rank}", os.O_WRONLY | os.O_CREAT)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -140,7 +156,15 @@ def launch(script: Path, *args: Any, num_gpus: int = 2) -> tuple[int, str]:
     """
     deepspeed = str(Path(sys.executable).parent / "deepspeed")
     with master_port() as port:
-        command = [deepspeed, "--num_gpus", str(num_gpus), "--master_port", str(port), str(script), *map(str, args)]
+        command = [
+            deepspeed,
+            "--num_gpus",
+            str(num_gpus),
+            "--master_port",
+            str(port),
+            str(script),
+            *map(str, args),
+        ]
         return run_command(command, script.parent)
 
 
@@ -163,7 +187,10 @@ def run_command(command: list[str], cwd: Path, **variables: str) -> tuple[int, s
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate()
-        pytest.fail(f"{' '.join(command)} still ran after {LIMIT} s. It said:\n{output[-4000:]}", pytrace=False)
+        pytest.fail(
+            f"{' '.join(command)} still ran after {LIMIT} s. It said:\n{output[-4000:]}",
+            pytrace=False,
+        )
     return process.returncode, output
 
 
@@ -171,7 +198,9 @@ def environment_of_ranks(**variables: str) -> dict[str, str]:
     """The environment of a launcher's command: this process's, that of ranks, and `variables`."""
     restore_compilers()
     environment = {**os.environ, **ENVIRONMENT, **variables}
-    environment["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
     return environment
 
 

@@ -31,23 +31,29 @@ from tests.distributed.models import (
 from tests.distributed.ranks import run_ranks
 from tests.helpers import LogTexts, flip
 from tests.reference.dense import DenseReference, loss_of_module, named_parameters_of
-from zods.directions import Direction
-from zods.estimators import Term, Update
+from zods.core.directions import Direction
+from zods.core.estimators import Term, Update
 from zods.kernels import combine_
-from zods.sharding import release_gathered
+from zods.params.zero3_adapter import release_gathered
 
 PLACES = ("device", "cpu", "nvme", "terms")
 SVRG = {"method": "mezo_svrg", "eps": 1e-2, "lr": 1e-2, "anchor_lr": 5e-2, "anchor_interval": 1000}
 
 
-def build(folder: Path, batch: int = 8, data: Any = None, model: Any = None, **arguments: Any) -> Any:
+def build(
+    folder: Path, batch: int = 8, data: Any = None, model: Any = None, **arguments: Any
+) -> Any:
     config = configuration(batch, nvme_path=folder, **{**SVRG, **arguments})
-    return zods.initialize(model=model or Tiny(), config=config, training_data=data or tiny_data())[0]
+    return zods.initialize(model=model or Tiny(), config=config, training_data=data or tiny_data())[
+        0
+    ]
 
 
-def slice_of(store: Any, piece: Any) -> torch.Tensor:
-    """A copy of all elements that `store` keeps of `piece`."""
-    return torch.cat([torch.empty(0, dtype=piece.dtype), *(values.clone() for _, values in store.read(piece))])
+def shard_of(store: Any, shard: Any) -> torch.Tensor:
+    """A copy of all elements that `store` keeps of `shard`."""
+    return torch.cat(
+        [torch.empty(0, dtype=shard.dtype), *(values.clone() for _, values in store.read(shard))]
+    )
 
 
 # --- a copy -----------------------------------------------------------------------------------------------------------
@@ -62,8 +68,14 @@ def rank_of_copies(folder: Path) -> dict[Any, dict[str, Any]]:
     ]:
         nvme = folder / f"{stage}-{place}-{bf16}"
         nvme.mkdir(parents=True, exist_ok=True)
-        engine = build(nvme, stage=stage, bf16=bf16, weight_decay=0.1, anchor={"point": place, "gradient": place})
-        names = [piece.name for piece in engine.shards]
+        engine = build(
+            nvme,
+            stage=stage,
+            bf16=bf16,
+            weight_decay=0.1,
+            anchor={"point": place, "gradient": place},
+        )
+        names = [shard.name for shard in engine.sharded_parameters]
         at_refresh = whole(engine)
         train(engine, tiny_data(), range(3))
         live = whole(engine)
@@ -74,7 +86,7 @@ def rank_of_copies(folder: Path) -> dict[Any, dict[str, Any]]:
             "live": numpy_of({n: live[n] for n in names}),
         }
         if place != "terms":
-            kept = {p.name: slice_of(engine.anchor.gradient, p) for p in engine.shards}
+            kept = {p.name: shard_of(engine.anchor.gradient, p) for p in engine.sharded_parameters}
             made = {
                 p.name: combine_(
                     torch.empty(p.numel, dtype=p.dtype),
@@ -83,28 +95,35 @@ def rank_of_copies(folder: Path) -> dict[Any, dict[str, Any]]:
                     parameter=p.ordinal,
                     offset=p.offset,
                 )
-                for p in engine.shards
+                for p in engine.sharded_parameters
             }
             result["gradient"] = sha256(kept) == sha256(made)
             # change the live weights: the anchor stays
             release_gathered(engine.deepspeed)
-            engine.shards.apply_(Update((Term(5, 1.0),), decay=0.0), direction=Direction())
+            engine.sharded_parameters.apply_(
+                Update((Term(5, 1.0),), decay=0.0), direction=Direction()
+            )
             changed = sha256(whole(engine))
             result["stays"] = [
                 sha256(anchor_point(engine)) == sha256(point),
-                sha256({p.name: slice_of(engine.anchor.gradient, p) for p in engine.shards}) == sha256(kept),
+                sha256(
+                    {p.name: shard_of(engine.anchor.gradient, p) for p in engine.sharded_parameters}
+                )
+                == sha256(kept),
                 changed != sha256(live),
             ]
             # change the anchor: the live weights stay
             release_gathered(engine.deepspeed)
             slices = sha256(local_slices(engine))
-            for piece in engine.shards:
-                zeros = torch.zeros(piece.numel, dtype=piece.dtype)
-                engine.anchor.point.write(piece, zeros)
-                engine.anchor.gradient.write(piece, zeros)
+            for shard in engine.sharded_parameters:
+                zeros = torch.zeros(shard.numel, dtype=shard.dtype)
+                engine.anchor.point.write(shard, zeros)
+                engine.anchor.gradient.write(shard, zeros)
             result["gone"] = all(not t.any() for t in anchor_point(engine).values())
             release_gathered(engine.deepspeed)
-            result["live stays"] = slices == sha256(local_slices(engine)) and changed == sha256(whole(engine))
+            result["live stays"] = slices == sha256(local_slices(engine)) and changed == sha256(
+                whole(engine)
+            )
         found[stage, place, bf16] = result
     return found
 
@@ -126,7 +145,9 @@ def test_the_anchor_point_is_the_parameters_at_the_refresh_and_not_the_live_ones
                 # unit in the last place of numbers below 4 (stochastic rounding in bfloat16), and of the way back
                 unit = 2.0 ** (1 - 7 if bf16 else 1 - 23)
                 assert np.abs(found["point"][name] - expected).max() <= 5 * unit, where
-            moved = max(np.abs(found["live"][n] - found["at refresh"][n]).max() for n in found["live"])
+            moved = max(
+                np.abs(found["live"][n] - found["at refresh"][n]).max() for n in found["live"]
+            )
             assert moved > 0.1, "else it could be the live ones"
 
 
@@ -135,7 +156,11 @@ def test_changing_the_live_weights_does_not_change_the_stored_anchor(copies):
         for place in ("device", "cpu", "nvme"):
             for bf16 in (False, True):
                 assert rank[3, place, bf16]["stays"] == [True, True, True], place
-        assert rank[0, "cpu", False]["stays"] == rank[0, "device", False]["stays"] == [True, True, True]
+        assert (
+            rank[0, "cpu", False]["stays"]
+            == rank[0, "device", False]["stays"]
+            == [True, True, True]
+        )
 
 
 def test_changing_the_stored_anchor_does_not_change_the_live_weights(copies):
@@ -147,7 +172,9 @@ def test_changing_the_stored_anchor_does_not_change_the_live_weights(copies):
 
 
 def test_the_stored_gradient_is_the_sum_of_its_terms(copies):
-    assert all(found["gradient"] for rank in copies for key, found in rank.items() if key[1] != "terms")
+    assert all(
+        found["gradient"] for rank in copies for key, found in rank.items() if key[1] != "terms"
+    )
 
 
 # --- the refresh ----------------------------------------------------------------------------------------------------------
@@ -162,14 +189,22 @@ def rank_of_refreshes(folder: Path, accumulation: int, evaluation: str) -> list[
     section = {"anchor_directions": 3, "seed": 3, "eps": 0.1, "evaluation": evaluation}
     engine = build(folder, 12, data, accumulation=accumulation, **section)
     seen = []
-    engine.module.register_forward_pre_hook(lambda _m, _a, kw: seen.append(len(kw["ids"])), with_kwargs=True)
+    engine.module.register_forward_pre_hook(
+        lambda _m, _a, kw: seen.append(len(kw["ids"])), with_kwargs=True
+    )
     engine.refresh_anchor()
     return [list(engine.anchor.gradient_terms), max(seen), len(seen), engine.comm.scalar_bytes]
 
 
 @pytest.mark.parametrize(
     ("world_size", "accumulation", "evaluation"),
-    [(1, 2, "sequential"), (1, 2, "stacked"), (2, 1, "stacked"), (2, 2, "sequential"), (3, 1, "stacked")],
+    [
+        (1, 2, "sequential"),
+        (1, 2, "stacked"),
+        (2, 1, "stacked"),
+        (2, 2, "sequential"),
+        (3, 1, "stacked"),
+    ],
 )
 def test_a_refresh_weights_every_example_equally(tmp_path, world_size, accumulation, evaluation):
     """31 examples divide neither by the ranks nor by the micro-batch."""
@@ -180,7 +215,9 @@ def test_a_refresh_weights_every_example_equally(tmp_path, world_size, accumulat
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     loss = loss_of_module(model.double(), lambda outputs, _: outputs["loss"])
     section = {"eps": 0.1, "seed": 3, "anchor_directions": 3}
-    dense = DenseReference(params=params, loss=loss, whole_set=collate(data), trainable=trainable, **section)
+    dense = DenseReference(
+        params=params, loss=loss, whole_set=collate(data), trainable=trainable, **section
+    )
     dense.refresh()
     plus, minus = dense.anchor_losses[0::2], dense.anchor_losses[1::2]
     expected = [(p - m) / 0.2 / 3 for p, m in zip(plus, minus, strict=True)]
@@ -196,7 +233,9 @@ def test_a_refresh_weights_every_example_equally(tmp_path, world_size, accumulat
         rounds = math.ceil(math.ceil(31 / micro) / world_size)
         extra = forwards - 6 // points * rounds
         labels = math.ceil(VOCABULARY / min(4, micro))  # batches with other labels
-        assert extra == {"sequential": 2, "stacked": 5}[evaluation] + labels, "looks at the model, and the checks"
+        assert extra == {"sequential": 2, "stacked": 5}[evaluation] + labels, (
+            "looks at the model, and the checks"
+        )
     assert all(rank[0] == ranks[0][0] for rank in ranks), "the same bits on all ranks"
 
 
@@ -215,7 +254,7 @@ def rank_of_nvme(folder: Path) -> dict[str, Any]:
     # the bytes are in the files
     for role in ("point", "gradient"):
         store = getattr(engine.anchor, role)
-        slices = {p.name: slice_of(store, p) for p in engine.shards}
+        slices = {p.name: shard_of(store, p) for p in engine.sharded_parameters}
         files = [f for f in folder.rglob(f"{role}*") if f"rank{rank}" in str(f)]
         content = b"".join(f.read_bytes() for f in files)
         found[role] = (len(files), all(t.numpy().tobytes() in content for t in slices.values()))
@@ -223,37 +262,43 @@ def rank_of_nvme(folder: Path) -> dict[str, Any]:
     store, events = engine.anchor.point, []
     begin_read, begin_write = store._file.begin_read, store._file.begin_write
     store._file.begin_read = lambda *a: (events.append("read"), begin_read(*a))
-    pieces = [p for p in engine.shards if p.numel]
+    shards = [p for p in engine.sharded_parameters if p.numel]
     for _ in range(2):
-        for piece in pieces:
-            slice_of(store, piece)
+        for shard in shards:
+            shard_of(store, shard)
     events.clear()
     counts = []
-    for piece in pieces:
-        slice_of(store, piece)
+    for shard in shards:
+        shard_of(store, shard)
         counts.append((len(events), store._file.num_pending))
     found["ahead"] = counts
     # writes go behind: they are under way when `write` returns, and nothing is lost
     store._file.begin_write = lambda *a: begin_write(*a)
     pending = []
-    for piece in pieces:
-        store.write(piece, torch.full((piece.numel,), float(piece.ordinal)))
+    for shard in shards:
+        store.write(shard, torch.full((shard.numel,), float(shard.ordinal)))
         pending.append(store._file.num_pending)
     found["behind"] = pending
-    found["written"] = all((slice_of(store, p) == p.ordinal).all().item() for p in [*pieces, *reversed(pieces)])
+    found["written"] = all(
+        (shard_of(store, p) == p.ordinal).all().item() for p in [*shards, *reversed(shards)]
+    )
     # a slice that is being read ahead is written meanwhile
-    for piece, following in itertools.pairwise(pieces):
-        slice_of(store, piece)
+    for shard, following in itertools.pairwise(shards):
+        shard_of(store, shard)
         store.write(following, torch.full((following.numel,), -1.0))
-        found["written"] &= bool((slice_of(store, following) == -1.0).all())
+        found["written"] &= bool((shard_of(store, following) == -1.0).all())
     return found
 
 
-def test_anchor_files_hold_the_slices_and_are_read_ahead_and_written_behind_and_removed_at_the_end(tmp_path):
+def test_anchor_files_hold_the_slices_and_are_read_ahead_and_written_behind_and_removed_at_the_end(
+    tmp_path,
+):
     for found in run_ranks(2, rank_of_nvme, tmp_path):
         assert found["point"] == found["gradient"] == (1, True)
         # from the second round on every `read` begins one read, of the slice that follows, and returns before it is done
-        assert all(count == k + 1 and pending == 1 for k, (count, pending) in enumerate(found["ahead"]))
+        assert all(
+            count == k + 1 and pending == 1 for k, (count, pending) in enumerate(found["ahead"])
+        )
         assert all(1 <= n <= 3 for n in found["behind"])
         assert max(found["behind"]) == 3
         assert found["written"]
@@ -267,11 +312,16 @@ def rank_of_buffers(folder: Path) -> list[str]:
         own.mkdir(exist_ok=True)
         anchor = {"point": "nvme", "gradient": "nvme", "buffer_count": count, "buffer_size": size}
         engine = build(own, model=Tiny(inner=1021), anchor=anchor, anchor_interval=3)
-        blocks = [len(engine.anchor.point.blocks(p)) for p in engine.shards]
+        blocks = [len(engine.anchor.point.blocks(p)) for p in engine.sharded_parameters]
         assert (max(blocks) > 3) == (size == 1), blocks
         train(engine, tiny_data(), range(7))
         digests.append(sha256(whole(engine)))
-    engine = build(folder, model=Tiny(inner=1021), anchor={"point": "cpu", "gradient": "cpu"}, anchor_interval=3)
+    engine = build(
+        folder,
+        model=Tiny(inner=1021),
+        anchor={"point": "cpu", "gradient": "cpu"},
+        anchor_interval=3,
+    )
     train(engine, tiny_data(), range(7))
     digests.append(sha256(whole(engine)))
     return digests
@@ -285,10 +335,10 @@ def test_the_number_of_buffers_their_size_and_the_tier_change_no_bit(tmp_path):
 # --- damage to the files ----------------------------------------------------------------------------------------------------
 
 
-def last_bytes(store: Any, piece: Any) -> list[int]:
-    """Where the last byte of each block of `piece` lies in the file."""
-    size = piece.dtype.itemsize
-    return [store._places[piece.name] + stop * size - 1 for _, stop in store.blocks(piece)]
+def last_bytes(store: Any, shard: Any) -> list[int]:
+    """Where the last byte of each block of `shard` lies in the file."""
+    size = shard.dtype.itemsize
+    return [store._places[shard.name] + stop * size - 1 for _, stop in store.blocks(shard)]
 
 
 def values_of(file: Path, store: Any, parameters: Any) -> bytes:
@@ -304,16 +354,21 @@ def rank_of_failing_drives(folder: Path, buffer_count: int, bf16: bool) -> dict[
     engines, files = [], []
     for name in ("disturbed", "twin"):
         (folder / name).mkdir(exist_ok=True)
-        anchor = {"point": "nvme", "gradient": "nvme", "buffer_count": buffer_count, "buffer_size": 1}
+        anchor = {
+            "point": "nvme",
+            "gradient": "nvme",
+            "buffer_count": buffer_count,
+            "buffer_size": 1,
+        }
         engines.append(build(folder / name, model=Tiny(inner=1021), anchor=anchor, bf16=bf16))
         files.append(folder / name / "zods_anchor" / f"rank{rank}" / "gradient.bin")
     engine, twin = engines
-    store, file, warnings = engine.anchor.gradient, files[0], LogTexts("zods.anchor")
+    store, file, warnings = engine.anchor.gradient, files[0], LogTexts("zods.params")
     for each in engines:
         train(each, tiny_data(), range(2))
-    good = values_of(file, store, engine.shards)
+    good = values_of(file, store, engine.sharded_parameters)
     size = file.stat().st_size
-    bits = [[place] for p in engine.shards for place in last_bytes(store, p)]
+    bits = [[place] for p in engine.sharded_parameters for place in last_bytes(store, p)]
     damages = {
         "nothing": lambda: None,
         "one bit": lambda: flip(file, bits[len(bits) // 2][0]),
@@ -324,31 +379,48 @@ def rank_of_failing_drives(folder: Path, buffer_count: int, bf16: bool) -> dict[
     }
     found: dict[str, Any] = {"blocks": len(bits), "file": str(file), "damages": {}}
     for k, (name, damage) in enumerate(damages.items()):
-        values_of(file, store, engine.shards)  # what is read ahead is read before the damage
+        values_of(
+            file, store, engine.sharded_parameters
+        )  # what is read ahead is read before the damage
         damage()
         warnings.texts.clear()
         for each in engines:
-            train(each, tiny_data(), range(2 * k, 2 * k + 2))  # the first step may have read its first block before
+            train(
+                each, tiny_data(), range(2 * k, 2 * k + 2)
+            )  # the first step may have read its first block before
         equal = sha256(whole(engine)) == sha256(whole(twin))
-        rebuilt = values_of(file, store, engine.shards) == good
+        rebuilt = values_of(file, store, engine.sharded_parameters) == good
         found["damages"][name] = (equal, rebuilt, list(warnings.texts))
     return found
 
 
-@pytest.mark.parametrize(("world_size", "buffer_count", "bf16"), [(1, 1, False), (2, 3, False), (2, 2, True)])
+@pytest.mark.parametrize(
+    ("world_size", "buffer_count", "bf16"), [(1, 1, False), (2, 3, False), (2, 2, True)]
+)
 def test_a_damaged_file_of_the_gradient_is_rebuilt_to_the_bit_and_the_run_goes_on_as_its_undisturbed_twin(
     tmp_path, world_size, buffer_count, bf16
 ):
     for found in run_ranks(world_size, rank_of_failing_drives, tmp_path, buffer_count, bf16):
         blocks = found["blocks"]
         # of the blocks of a cut file some lie before the cut
-        warned = {"nothing": 0, "one bit": 1, "a bit of every block": blocks, "cut by a byte": 1, "emptied": blocks}
+        warned = {
+            "nothing": 0,
+            "one bit": 1,
+            "a bit of every block": blocks,
+            "cut by a byte": 1,
+            "emptied": blocks,
+        }
         for name, (equal, rebuilt, texts) in found["damages"].items():
             assert equal, name
             assert rebuilt, name
-            assert all(found["file"] in text and "rebuilt exactly from the gradient's terms" in text for text in texts)
+            assert all(
+                found["file"] in text and "rebuilt exactly from the gradient's terms" in text
+                for text in texts
+            )
             assert all(re.search(r"bytes \d+ to \d+ \(of [a-z]+\.", text) for text in texts)
-            assert len(texts) == warned[name] if name in warned else 0 < len(texts) < blocks, f"{name}: {texts}"
+            assert len(texts) == warned[name] if name in warned else 0 < len(texts) < blocks, (
+                f"{name}: {texts}"
+            )
 
 
 def rank_of_lost_points(folder: Path) -> dict[str, tuple[str, str, bool]]:
@@ -357,15 +429,23 @@ def rank_of_lost_points(folder: Path) -> dict[str, tuple[str, str, bool]]:
         (folder / name).mkdir(exist_ok=True)
         engine = build(folder / name, anchor={"point": "nvme", "gradient": "nvme"})
         train(engine, tiny_data(), range(2))
-        store, file = engine.anchor.point, folder / name / "zods_anchor" / f"rank{engine.global_rank}" / "point.bin"
+        store, file = (
+            engine.anchor.point,
+            folder / name / "zods_anchor" / f"rank{engine.global_rank}" / "point.bin",
+        )
         store._file.wait()
-        place = last_bytes(store, next(p for p in engine.shards if p.name == "hidden.weight"))[0]
+        place = last_bytes(
+            store, next(p for p in engine.sharded_parameters if p.name == "hidden.weight")
+        )[0]
         flip(file, place) if name == "one bit" else os.truncate(file, place)
         try:
             train(engine, tiny_data(), range(2, 4))
             said[name] = ("nothing", "", False)
         except Exception as error:
-            ranged = f"{file}: bytes {store._places['hidden.weight']} to {place + 1} (of hidden.weight)" in str(error)
+            ranged = (
+                f"{file}: bytes {store._places['hidden.weight']} to {place + 1} (of hidden.weight)"
+                in str(error)
+            )
             said[name] = (type(error).__name__, str(error), ranged)
     return said
 

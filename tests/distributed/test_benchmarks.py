@@ -58,16 +58,22 @@ def test_every_command_of_the_readme_has_a_smoke_run():
 
 
 def test_every_benchmark_is_in_the_readme():
-    scripts = {path.name for path in FOLDER.glob("*.py") if "add_smoke_option(parser)" in path.read_text()} | {
-        "anchor_memory.py"
-    }
+    scripts = {
+        path.name for path in FOLDER.glob("*.py") if "add_smoke_option(parser)" in path.read_text()
+    } | {"anchor_memory.py"}
     assert scripts == {command.split()[0] for command in shown()}
 
 
 @pytest.mark.parametrize(
-    "command", [pytest.param(command, marks=[] if command in DEFAULT else pytest.mark.slow) for command in SMOKE]
+    "command",
+    [
+        pytest.param(command, marks=[] if command in DEFAULT else pytest.mark.slow)
+        for command in SMOKE
+    ],
 )
-def test_a_benchmark_runs_at_its_smallest_size_and_prints_what_it_promises(command: str, tmp_path: Path):
+def test_a_benchmark_runs_at_its_smallest_size_and_prints_what_it_promises(
+    command: str, tmp_path: Path
+):
     script, *options = shlex.split(command)
     told = subprocess.run(
         [sys.executable, FOLDER / script, *options, "--smoke"],

@@ -18,7 +18,9 @@ ROWS = 4  # of a micro-batch on each of two ranks
 
 def build(**arguments: Any) -> Any:
     section = {"method": "mezo", "lr": 1e-3, "eps": 1e-2, "num_directions": DIRECTIONS, **arguments}
-    return zods.initialize(model=tiny_opt(), config=configuration(2 * ROWS, **section), training_data=opt_data())[0]
+    return zods.initialize(
+        model=tiny_opt(), config=configuration(2 * ROWS, **section), training_data=opt_data()
+    )[0]
 
 
 def rank_of_budgets() -> dict[str, Any]:
@@ -36,7 +38,9 @@ def rank_of_budgets() -> dict[str, Any]:
         hook = engine.module.register_forward_pre_hook(
             lambda _m, _a, kw, rows=rows: rows.append(len(kw["input_ids"])), with_kwargs=True
         )
-        train(engine, opt_data(), range(3))  # in the second and the third step the form is checked once more
+        train(
+            engine, opt_data(), range(3)
+        )  # in the second and the third step the form is checked once more
         rows.clear()
         (loss,) = train(engine, opt_data(), [3])
         hook.remove()
@@ -78,5 +82,8 @@ def rank_of_ranks() -> list[str]:
 def test_a_rank_above_a_matrix_smaller_side_is_reduced_there_and_said_once():
     first, second = run_ranks(2, rank_of_ranks)
     (text,) = first
-    assert "direction.rank 19 is reduced to the smaller side of model.decoder.embed_positions.weight (18)" in text
+    assert (
+        "direction.rank 19 is reduced to the smaller side of model.decoder.embed_positions.weight (18)"
+        in text
+    )
     assert second == []

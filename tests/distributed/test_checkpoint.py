@@ -34,11 +34,14 @@ from tests.distributed.models import (
 )
 from tests.distributed.ranks import run_ranks
 from tests.helpers import flip
-from zods.checkpoint import newest_checkpoints
-from zods.estimators import Term, Update
+from zods.core.estimators import Term, Update
+from zods.training.checkpoint import newest_checkpoints
 
 BATCH = 12
-WARMUP = {"type": "WarmupLR", "params": {"warmup_max_lr": 2e-2, "warmup_num_steps": 12, "warmup_type": "linear"}}
+WARMUP = {
+    "type": "WarmupLR",
+    "params": {"warmup_max_lr": 2e-2, "warmup_num_steps": 12, "warmup_type": "linear"},
+}
 # name: arguments of `configuration`; each of these runs is saved in the middle of an epoch and of an anchor's life
 RUNS: dict[str, dict[str, Any]] = {
     "point stored": {"anchor": {"point": "cpu", "gradient": "cpu"}},
@@ -52,7 +55,10 @@ SECTION = {
     "eps": 1e-2,
     "lr": 2e-2,
     "anchor_interval": 5,
-    "anneal": {"alpha": 3.0, "threshold": 1e-3},  # so low that it acts at the end of every epoch but the first
+    "anneal": {
+        "alpha": 3.0,
+        "threshold": 1e-3,
+    },  # so low that it acts at the end of every epoch but the first
 }
 
 
@@ -72,7 +78,9 @@ def apply_given(engine: Any) -> str:
     for step in range(3):
         terms = (Term(2**64 - 5 - step, 1e-3), Term(99, -0.02 / (step + 1)))
         dense = 0.0 if engine.anchor.gradient is None else -1e-2
-        engine.run.apply(Update(terms=terms, decay=0.999, anchor_grad_coefficient=dense, rounding_seed=step))
+        engine.run.apply(
+            Update(terms=terms, decay=0.999, anchor_grad_coefficient=dense, rounding_seed=step)
+        )
     return sha256(whole(engine))
 
 
@@ -121,7 +129,10 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(n, id=f"on-{n}-ranks", marks=pytest.mark.slow if n == 2 else []) for n in (1, 2, 3)],
+    params=[
+        pytest.param(n, id=f"on-{n}-ranks", marks=pytest.mark.slow if n == 2 else [])
+        for n in (1, 2, 3)
+    ],
 )
 def resumed(request: pytest.FixtureRequest, saved: Any) -> tuple[int, dict[str, Any]]:
     ranks = run_ranks(request.param, rank_of_resumers, saved[0])
@@ -140,7 +151,9 @@ def test_a_run_saved_on_two_ranks_stands_where_it_stood_on_one_two_and_three(sav
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_given_scalars_after_a_resume_leave_the_same_bits_on_any_number_of_ranks(saved, resumed, name):
+def test_given_scalars_after_a_resume_leave_the_same_bits_on_any_number_of_ranks(
+    saved, resumed, name
+):
     assert resumed[1][name]["given"] == saved[1][name]["given"]
 
 
@@ -158,7 +171,9 @@ def test_a_resumed_run_goes_on_as_the_undisturbed_one(saved, resumed, name):
         assert again["losses"] == undisturbed["losses"]
         assert again["end"] == undisturbed["end"]
         return
-    tolerance = 0.05 if name == "bf16" else 1e-3  # 8 bits of mantissa in activations and losses; 24 bits
+    tolerance = (
+        0.05 if name == "bf16" else 1e-3
+    )  # 8 bits of mantissa in activations and losses; 24 bits
     np.testing.assert_allclose(again["losses"], undisturbed["losses"], rtol=tolerance)
     for key in ("step", "counters", "anchor step", "loader", "lr", "scheduler"):
         assert again["end"][key] == undisturbed["end"][key], key
@@ -194,7 +209,12 @@ def test_a_checkpoint_moves_between_stages_and_anchor_places(saved, tmp_path):
         for key, value in before[name]["saved"].items():
             if key != "point" or "terms" not in move:
                 assert now[key] == value, f"{move}: {key}"
-        for key, value in expected.items():  # taken back from the weights: within a few roundings of numbers below 2
+        for (
+            key,
+            value,
+        ) in (
+            expected.items()
+        ):  # taken back from the weights: within a few roundings of numbers below 2
             np.testing.assert_allclose(point[key], value, rtol=0, atol=8 * 2.0**-23)
 
 
@@ -240,14 +260,18 @@ DAMAGES: dict[str, Any] = {
     "all files of the parameters missing": lambda f: [p.unlink() for p in f.glob("parameters*")],
     "a truncated anchor": lambda f: cut(f / "anchor_point-rank00000-of-00002.safetensors"),
     "a missing anchor": lambda f: [p.unlink() for p in f.glob("anchor_point*")],
-    "a tensor missing in a file": lambda f: rewrite(f / LAST, lambda tensors, _: tensors.pop("hidden.weight")),
+    "a tensor missing in a file": lambda f: rewrite(
+        f / LAST, lambda tensors, _: tensors.pop("hidden.weight")
+    ),
     "a tensor of another dtype": lambda f: rewrite(
         f / LAST, lambda t, _: t.update({"norm.bias": t["norm.bias"].view(torch.int32)})
     ),
     "a tensor of two dimensions": lambda f: rewrite(
         f / LAST, lambda t, _: t.update({"norm.bias": t["norm.bias"][None]})
     ),
-    "a tensor without a fingerprint": lambda f: rewrite(f / LAST, lambda _, metadata: metadata.pop("hidden.weight")),
+    "a tensor without a fingerprint": lambda f: rewrite(
+        f / LAST, lambda _, metadata: metadata.pop("hidden.weight")
+    ),
     "a file without metadata": lambda f: save_file(load_file(f / LAST), f / LAST),
     "the files of two ranks swapped": lambda f: swap(f / FIRST, f / LAST),
     "a state.json of a number too long": lambda f: (f / "state.json").write_text("1" * 5000),
@@ -300,13 +324,19 @@ def rank_of_damages(folders: dict[str, Path], at: Path) -> dict[str, Any]:
         section = {"batch": BATCH, **SECTION, "top": {"scheduler": WARMUP}, **changed}
         if section["method"] == "mezo":
             section = {k: v for k, v in section.items() if not k.startswith("anchor")}
-        other = zods.initialize(model=model, config=configuration(**section), training_data=tiny_data(40))[0]
+        other = zods.initialize(
+            model=model, config=configuration(**section), training_data=tiny_data(40)
+        )[0]
         weights, digest = sha256(whole(other)), other.trajectory.head
         try:
             other.load_checkpoint(good)
             found["others"][name] = ("nothing", "", False)
         except Exception as error:
-            same = weights == sha256(whole(other)) and digest == other.trajectory.head and other.global_steps == 0
+            same = (
+                weights == sha256(whole(other))
+                and digest == other.trajectory.head
+                and other.global_steps == 0
+            )
             found["others"][name] = (type(error).__name__, str(error), same)
     engine.load_checkpoint(good)
     found["loads"] = engine.global_steps
@@ -344,7 +374,9 @@ def test_a_damaged_checkpoint_is_one_clear_error_on_all_ranks_and_changes_nothin
         ("another batch", "train_batch_size"),
     ],
 )
-def test_a_checkpoint_of_another_run_is_one_clear_error_on_all_ranks_and_changes_nothing(damages, other, said):
+def test_a_checkpoint_of_another_run_is_one_clear_error_on_all_ranks_and_changes_nothing(
+    damages, other, said
+):
     for kind, text, unchanged in (rank["others"][other] for rank in damages):
         assert kind == "ValueError"
         assert said in text
@@ -353,14 +385,14 @@ def test_a_checkpoint_of_another_run_is_one_clear_error_on_all_ranks_and_changes
 
 
 def rank_of_interruptions(folder: Path) -> dict[str, Any]:
-    import zods.checkpoint
+    import zods.training.checkpoint
 
     engine = build("point stored", folder)
     engine.train_batch()
     engine.save_checkpoint(folder / "run")
     old = state(engine)
     found: dict[str, Any] = {}
-    original = zods.checkpoint.save_file
+    original = zods.training.checkpoint.save_file
     for tag in (None, "global_step1"):  # a new tag; and the one that `latest` names
         engine.train_batch()
 
@@ -370,10 +402,10 @@ def rank_of_interruptions(folder: Path) -> dict[str, Any]:
                 raise OSError(28, "No space left on device")
             original(tensors, path, metadata)
 
-        zods.checkpoint.save_file = failing
+        zods.training.checkpoint.save_file = failing
         with pytest.raises(OSError, match="No space left") as error:
             engine.save_checkpoint(folder / "run", tag=tag)
-        zods.checkpoint.save_file = original
+        zods.training.checkpoint.save_file = original
         found[str(tag)] = str(error.value)
         found[f"{tag} left"] = sorted(entry.name for entry in (folder / "run").iterdir())
         torch.distributed.barrier()
@@ -385,7 +417,9 @@ def rank_of_interruptions(folder: Path) -> dict[str, Any]:
     return found
 
 
-def test_an_interrupted_save_is_an_error_on_all_ranks_and_leaves_latest_on_the_old_checkpoint(tmp_path):
+def test_an_interrupted_save_is_an_error_on_all_ranks_and_leaves_latest_on_the_old_checkpoint(
+    tmp_path,
+):
     for found in run_ranks(2, rank_of_interruptions, tmp_path):
         for tag in ("None", "global_step1"):
             assert "No space left" in found[tag]
@@ -425,19 +459,27 @@ def rank_of_flips(folder: Path, at: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "world_size", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)]
+    "world_size",
+    [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)],
 )
 def test_one_flipped_bit_anywhere_in_the_files_is_an_error_on_all_ranks_that_names_file_and_tensor(
     saved, tmp_path, world_size
 ):
     shutil.copytree(saved[0] / "point stored", tmp_path / "run")
-    names = [name for name, _, _ in json.loads((tmp_path / "run/global_step7/state.json").read_text())["parameters"]]
+    names = [
+        name
+        for name, _, _ in json.loads((tmp_path / "run/global_step7/state.json").read_text())[
+            "parameters"
+        ]
+    ]
     ranks = run_ranks(world_size, rank_of_flips, tmp_path / "run", tmp_path)
     for rank in ranks:
         assert rank == ranks[0]
         assert len(rank["said"]) == 4
         for file, positions in rank["said"].items():
-            header = 8 + int.from_bytes((tmp_path / "run/global_step7" / file).read_bytes()[:8], "little")
+            header = 8 + int.from_bytes(
+                (tmp_path / "run/global_step7" / file).read_bytes()[:8], "little"
+            )
             assert len([position for position in positions if position >= header]) > 80
             for position, (kind, text) in positions.items():
                 assert kind == "ValueError", f"{file}, byte {position}"
@@ -479,7 +521,14 @@ def test_the_fingerprint_of_a_slice_without_elements_is_verified_too(tmp_path):
 
 # --- crashes ----------------------------------------------------------------------------------------------------------
 
-STEPS_OF_A_SAVE = ("mkdir", "rename", "replace", "unlink", "rmdir", "fsync")  # of `os`: where a crash is tried
+STEPS_OF_A_SAVE = (
+    "mkdir",
+    "rename",
+    "replace",
+    "unlink",
+    "rmdir",
+    "fsync",
+)  # of `os`: where a crash is tried
 
 
 class Crash(BaseException):
@@ -492,7 +541,11 @@ def counted(monkeypatch: pytest.MonkeyPatch, crash_at: int | None) -> list[str]:
 
     def wrapped(name: str, original: Callable) -> Callable:
         def operation(*arguments: Any, **keywords: Any) -> Any:
-            subject = os.readlink(f"/proc/self/fd/{arguments[0]}") if name == "fsync" else str(arguments[0])
+            subject = (
+                os.readlink(f"/proc/self/fd/{arguments[0]}")
+                if name == "fsync"
+                else str(arguments[0])
+            )
             if len(events) == crash_at:
                 raise Crash
             events.append(f"{name} {Path(subject).name}")
@@ -540,7 +593,9 @@ def rank_of_crashes(folder: Path) -> dict[str, Any]:
             assert loaded[0] in loaded[1:]
             twin.save_checkpoint(run)  # goes on, and cleans up
             left = [entry.name for entry in run.iterdir()]
-            assert not [name for name in left if name.startswith(".") and name != ".latest.partial"], left
+            assert not [
+                name for name in left if name.startswith(".") and name != ".latest.partial"
+            ], left
             shutil.rmtree(run)
             if not crashed:
                 break
@@ -548,18 +603,30 @@ def rank_of_crashes(folder: Path) -> dict[str, Any]:
     return found
 
 
-def test_a_crash_at_any_moment_of_a_save_leaves_only_whole_checkpoints_and_a_latest_that_loads(tmp_path):
+def test_a_crash_at_any_moment_of_a_save_leaves_only_whole_checkpoints_and_a_latest_that_loads(
+    tmp_path,
+):
     (found,) = run_ranks(1, rank_of_crashes, tmp_path)
     for tag, events in found.items():
         assert len(events) > 15, tag
         # what has reached the disk before which name: a power cut loses what is not flushed
-        files = {f"fsync {role}-rank00000-of-00001.safetensors" for role in ("parameters", "anchor_point")}
+        files = {
+            f"fsync {role}-rank00000-of-00001.safetensors"
+            for role in ("parameters", "anchor_point")
+        }
         partial = f"fsync .{tag}.partial"
         assert files | {"fsync state.json"} <= set(events[: events.index(partial)])
         renamed = events.index(f"rename .{tag}.partial")
         named = events.index("replace .latest.partial")
         parent = [k for k, event in enumerate(events) if event.startswith(f"fsync {tag}-")]
-        assert events.index(partial) < renamed < parent[0] < events.index("fsync .latest.partial") < named < parent[1]
+        assert (
+            events.index(partial)
+            < renamed
+            < parent[0]
+            < events.index("fsync .latest.partial")
+            < named
+            < parent[1]
+        )
         removals = [k for k, event in enumerate(events) if event.startswith(("unlink", "rmdir"))]
         assert parent[1] < min(removals), "what is removed goes when the new one is in its place"
 
@@ -579,7 +646,13 @@ def rank_of_keepers(folder: Path) -> dict[str, Any]:
         return found
 
     if engine.global_rank == 0:
-        for foreign in ("global_step0", "global_stepping", ".hidden", ".global_step9.partial", ".global_step9.removed"):
+        for foreign in (
+            "global_step0",
+            "global_stepping",
+            ".hidden",
+            ".global_step9.partial",
+            ".global_step9.removed",
+        ):
             (run / foreign).mkdir(parents=True)
             (run / foreign / "state.json").write_text("{}")
     for _ in range(2):
@@ -596,7 +669,9 @@ def rank_of_keepers(folder: Path) -> dict[str, Any]:
     engine.train_batch()
     with pytest.raises(ValueError, match="keep is 0"):
         engine.save_checkpoint(run, None, {}, keep=0)
-    engine.save_checkpoint(run, "global_step3", {}, keep=1)  # older than the newest of the same step
+    engine.save_checkpoint(
+        run, "global_step3", {}, keep=1
+    )  # older than the newest of the same step
     found["one"] = names()
     # what cannot be removed does not fail the save, and is no checkpoint
     original = shutil.rmtree
@@ -632,12 +707,16 @@ def test_old_checkpoints_are_removed_but_the_last_ones_and_what_is_not_of_that_k
     first, second = run_ranks(2, rank_of_keepers, tmp_path)
     assert first == second
     foreign = [".hidden", "best", "global_step0", "global_stepping", "latest"]
-    assert first["without"] == sorted([*foreign, "global_step1", "global_step2"]), "leftovers of crashes are removed"
+    assert first["without"] == sorted([*foreign, "global_step1", "global_step2"]), (
+        "leftovers of crashes are removed"
+    )
     for step, kept in enumerate(first["kept"], start=3):
         assert kept == sorted([*foreign, *(f"global_step{k}" for k in range(step - 2, step + 1))])
     assert first["newest"] == ["global_step6", "global_step5", "global_step4", "best"]
     assert first["one"] == sorted([*foreign, "global_step3", "global_step6"])
-    assert first["failing"] == sorted([*foreign, ".global_step3.removed", ".global_step6.removed", "global_step7"])
+    assert first["failing"] == sorted(
+        [*foreign, ".global_step3.removed", ".global_step6.removed", "global_step7"]
+    )
     assert first["newest then"] == ["global_step7", "best"]
     assert first["next"] == sorted([*foreign, "global_step7", "global_step8"])
     assert first["fell back to"] == ["global_step7", "best"]
@@ -675,7 +754,9 @@ def rank_of_full_disks(folder: Path, drive: Path | None) -> list[Any]:
         torch.distributed.barrier()
         at, _ = twin.load_checkpoint(run)
         same = state(twin) == (state(engine) if said[0] == "nothing" else old)
-        left = [entry.name for entry in run.iterdir() if entry.name.startswith(".") and entry.is_dir()]
+        left = [
+            entry.name for entry in run.iterdir() if entry.name.startswith(".") and entry.is_dir()
+        ]
         found.append((*said, at.name, same, left))
         if said[0] == "nothing":
             break
@@ -695,7 +776,9 @@ def drive(tmp_path: Path) -> Iterator[Path | None]:
 
 
 @pytest.mark.parametrize("limit", ["drive", "file size"])
-def test_a_full_disk_is_an_error_on_all_ranks_and_what_was_saved_before_stays_good(tmp_path, drive, limit):
+def test_a_full_disk_is_an_error_on_all_ranks_and_what_was_saved_before_stays_good(
+    tmp_path, drive, limit
+):
     if limit == "drive" and drive is None:
         pytest.skip("this process may not mount a drive")
     first, second = run_ranks(2, rank_of_full_disks, tmp_path, drive if limit == "drive" else None)
@@ -738,4 +821,6 @@ def test_an_export_is_read_back_by_from_pretrained_with_equal_bits(tmp_path):
         assert sha256(dict(model.named_parameters())) == digest
         assert model.lm_head.weight is model.model.decoder.embed_tokens.weight
         names = load_file(tmp_path / f"{bf16}-{stage}" / "model.safetensors")
-        assert not {"lm_head.weight", "model.decoder.embed_tokens.weight"} <= set(names), "tied weights are stored once"
+        assert not {"lm_head.weight", "model.decoder.embed_tokens.weight"} <= set(names), (
+            "tied weights are stored once"
+        )

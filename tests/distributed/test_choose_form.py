@@ -16,10 +16,10 @@ from tests.distributed import awkward
 from tests.distributed.forms import dense_losses, engine_of
 from tests.distributed.ranks import run_ranks
 from tests.helpers import LogTexts
-from zods import choose_form
-from zods.choose_form import first_examples
-from zods.directions import Direction
-from zods.streams import Point
+from zods.core.directions import Direction
+from zods.core.points import Point
+from zods.forward import choose_form
+from zods.forward.choose_form import first_examples
 
 POINTS = [Point(5, 0.01), Point(5, -0.01)]
 
@@ -30,7 +30,9 @@ class PenaltyForAWord(awkward.Classifier):
     def forward(self, ids: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
         outputs = super().forward(ids, labels)
         if labels is not None:
-            outputs["loss"] = outputs["loss"] + (ids == 39).float().mean() * outputs["logits"].square().mean()
+            outputs["loss"] = (
+                outputs["loss"] + (ids == 39).float().mean() * outputs["logits"].square().mean()
+            )
         return outputs
 
 
@@ -80,9 +82,19 @@ class Noisy(awkward.Classifier):
 def chaotic() -> nn.Module:
     """A Gemma whose norms have large weights, so that rounding errors grow from layer to layer."""
     torch.manual_seed(0)
-    shape = {"hidden_size": 64, "num_hidden_layers": 9, "num_attention_heads": 2, "intermediate_size": 128}
+    shape = {
+        "hidden_size": 64,
+        "num_hidden_layers": 9,
+        "num_attention_heads": 2,
+        "intermediate_size": 128,
+    }
     config = hf.Gemma3TextConfig(
-        vocab_size=512, num_key_value_heads=1, head_dim=32, sliding_window=8, initializer_range=0.1, **shape
+        vocab_size=512,
+        num_key_value_heads=1,
+        head_dim=32,
+        sliding_window=8,
+        initializer_range=0.1,
+        **shape,
     )
     model = hf.Gemma3ForCausalLM(config)
     for name, param in model.named_parameters():
@@ -127,7 +139,9 @@ def rank_of_later_batches() -> dict[str, Any]:
     later = [awkward.words(4, 6, seed=k) for k in range(1, 9)]
     one_word = {**awkward.words(4, 6), "ids": torch.full((4, 6), 39)}
     return {
-        "penalty": said_by(engine_of(PenaltyForAWord()), [without_word(awkward.words(4, 6)), one_word, *later]),
+        "penalty": said_by(
+            engine_of(PenaltyForAWord()), [without_word(awkward.words(4, 6)), one_word, *later]
+        ),
         "weights": said_by(engine_of(ClassWeights()), [batch_of_class(0), *later]),
         "experts": said_by(engine_of(Experts()), later),
         "adaptive": said_by(engine_of(AsOftenAsNeeded()), later),
@@ -238,7 +252,11 @@ def test_the_first_examples_are_taken_of_a_dict_of_tensors_with_a_row_for_each()
     assert torch.equal(cut["ids"], rows["ids"][:4])
     assert torch.equal(cut["labels"], rows["labels"][:4])
     assert cut["use_cache"] is False
-    for whole in ({**rows, "edges": torch.zeros(2, 9)}, {**rows, "texts": ["a"] * 6}, (rows["ids"], rows["labels"])):
+    for whole in (
+        {**rows, "edges": torch.zeros(2, 9)},
+        {**rows, "texts": ["a"] * 6},
+        (rows["ids"], rows["labels"]),
+    ):
         assert first_examples(whole, 4) is whole
 
 

@@ -24,8 +24,16 @@ RUNS: dict[str, dict[str, Any]] = {
     "one by one": {"evaluation": "sequential"},
     "micro-batches": {"accumulation": 2},
     KEPT: {"zero": {"stage3_param_persistence_threshold": 10**8}},
-    "svrg": {"method": "mezo_svrg", "anchor_interval": 3, "anchor": {"point": "cpu", "gradient": "terms"}},
-    "svrg, terms": {"method": "mezo_svrg", "anchor_interval": 3, "anchor": {"point": "terms", "gradient": "terms"}},
+    "svrg": {
+        "method": "mezo_svrg",
+        "anchor_interval": 3,
+        "anchor": {"point": "cpu", "gradient": "terms"},
+    },
+    "svrg, terms": {
+        "method": "mezo_svrg",
+        "anchor_interval": 3,
+        "anchor": {"point": "terms", "gradient": "terms"},
+    },
     "svrg, stored gradient": {
         "method": "mezo_svrg",
         "anchor_interval": 3,
@@ -78,7 +86,12 @@ def rank_of_counts(folder: Path) -> dict[str, list[tuple[list[int], list[int]]]]
             swapper.aio_read_handle, swapper.aio_write_handle = reads, writes
             train(engine, wide_data(), [step])
             swapper.aio_read_handle, swapper.aio_write_handle = reads._handle, writes._handle
-            found[name].append(([reads.reads.get(path, 0) for path in paths], [writes.writes.get(p, 0) for p in paths]))
+            found[name].append(
+                (
+                    [reads.reads.get(path, 0) for path in paths],
+                    [writes.writes.get(p, 0) for p in paths],
+                )
+            )
     return found
 
 
@@ -164,9 +177,12 @@ def rank_of_waiting(folder: Path) -> dict[str, bool]:
         engine = build(offload, folder / offload)
 
         def stored(engine: Any = engine) -> dict[str, Tensor]:
-            return {piece.name: local.clone() for piece, local in engine.shards.visit(write=False)}
+            return {
+                shard.name: local.clone()
+                for shard, local in engine.sharded_parameters.visit(write=False)
+            }
 
-        zods.sharding.release_gathered(engine.deepspeed)
+        zods.params.zero3_adapter.release_gathered(engine.deepspeed)
         before = sha256(stored())
         train(engine, wide_data(), range(1))
         found[offload] = sha256(stored()) == before

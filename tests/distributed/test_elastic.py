@@ -18,7 +18,11 @@ MODEL = REPOSITORY / "launch" / "quickstart" / "model"
 CONFIG = {
     "train_batch_size": 8,
     "zero_optimization": {"stage": 3},
-    "zeroth_order": {"lr": 1e-4, "anchor_interval": 3, "anchor": {"point": "terms", "gradient": "cpu"}},
+    "zeroth_order": {
+        "lr": 1e-4,
+        "anchor_interval": 3,
+        "anchor": {"point": "terms", "gradient": "cpu"},
+    },
 }
 # Runs zods.finetune, and where the marker is not there yet, kills this process, rank 1, before the third step's record.
 DYING = """
@@ -47,9 +51,32 @@ def torchrun(folder: Path, output: str, marker: Path, nproc: int = 2) -> str:
             f"--nproc_per_node={nproc}",
             "--max_restarts=1",
         ),
-        *(folder / "dying.py", marker, "--deepspeed_config", folder / "config.json", "--model", MODEL),
-        *("--output_dir", folder / output, "--task", "prompted", "--template", r"{text}\nKind: {label}"),
-        *("--train_file", folder / "train.jsonl", "--max_length", "48", "--max_steps", "5", "--resume", "auto"),
+        *(
+            folder / "dying.py",
+            marker,
+            "--deepspeed_config",
+            folder / "config.json",
+            "--model",
+            MODEL,
+        ),
+        *(
+            "--output_dir",
+            folder / output,
+            "--task",
+            "prompted",
+            "--template",
+            r"{text}\nKind: {label}",
+        ),
+        *(
+            "--train_file",
+            folder / "train.jsonl",
+            "--max_length",
+            "48",
+            "--max_steps",
+            "5",
+            "--resume",
+            "auto",
+        ),
         "--save_model",
     ]
     # torch 2.13 otherwise gives a second start the store of the first, with the addresses of its ranks in it
@@ -61,7 +88,9 @@ def torchrun(folder: Path, output: str, marker: Path, nproc: int = 2) -> str:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    rows = [{"text": f"return the value of {i}", "label": ("code", "text")[i % 2]} for i in range(24)]
+    rows = [
+        {"text": f"return the value of {i}", "label": ("code", "text")[i % 2]} for i in range(24)
+    ]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     return tmp_path
@@ -74,4 +103,6 @@ def test_torchs_agent_starts_a_dead_rank_again_and_the_run_ends_as_if_nothing_ha
     assert (folder / "once").exists()
     assert re.search(r"at step [23], [23] of them from the log", said), said[-4000:]
     for name in ("trajectory.log", "model/model.safetensors"):
-        assert (folder / "disturbed" / name).read_bytes() == (folder / "undisturbed" / name).read_bytes()
+        assert (folder / "disturbed" / name).read_bytes() == (
+            folder / "undisturbed" / name
+        ).read_bytes()

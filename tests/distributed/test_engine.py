@@ -36,7 +36,13 @@ from tests.reference.dense import DenseReference, loss_of_module, named_paramete
 STEPS = 20
 BATCH = 8
 COMMON = {"eps": 1e-2, "lr": 1e-2, "seed": 7}
-SVRG = {**COMMON, "method": "mezo_svrg", "anchor_interval": 6, "anchor_lr": 2e-2, "anchor_directions": 2}
+SVRG = {
+    **COMMON,
+    "method": "mezo_svrg",
+    "anchor_interval": 6,
+    "anchor_lr": 2e-2,
+    "anchor_directions": 2,
+}
 LOW_RANK = {"distribution": "low_rank", "rank": 2}
 PLACES = [
     ("device", "device"),
@@ -54,25 +60,57 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mezo-stage-0": ("tiny", {**COMMON, "method": "mezo", "stage": 0}),
     "mezo-many": (
         "tiny",
-        {**COMMON, "method": "mezo", "num_directions": 3, "direction": "rademacher", "weight_decay": 0.3},
+        {
+            **COMMON,
+            "method": "mezo",
+            "num_directions": 3,
+            "direction": "rademacher",
+            "weight_decay": 0.3,
+        },
     ),
     "mezo-accumulation": ("tiny", {**COMMON, "method": "mezo", "accumulation": 2}),
     "svrg-stage-0": ("tiny", {**SVRG, "stage": 0, "anchor": {"point": "cpu", "gradient": "nvme"}}),
-    "svrg-own-directions": ("tiny", {**SVRG, "share_direction": False, "num_directions": 2, "weight_decay": 0.3}),
-    "svrg-decay-terms": ("tiny", {**SVRG, "weight_decay": 0.3, "anchor": {"point": "terms", "gradient": "cpu"}}),
-    "mezo-sequential": ("tiny", {**COMMON, "method": "mezo", "evaluation": "sequential", "num_directions": 2}),
-    "mezo-lockstep": ("tiny", {**COMMON, "method": "mezo", "evaluation": "lockstep", "num_directions": 2}),
-    "low-rank-mezo": ("tiny", {**COMMON, "method": "mezo", "direction": "low_rank", "num_directions": 2}),
-    "low-rank-sequential": ("tiny", {**COMMON, "method": "mezo", "direction": LOW_RANK, "evaluation": "sequential"}),
+    "svrg-own-directions": (
+        "tiny",
+        {**SVRG, "share_direction": False, "num_directions": 2, "weight_decay": 0.3},
+    ),
+    "svrg-decay-terms": (
+        "tiny",
+        {**SVRG, "weight_decay": 0.3, "anchor": {"point": "terms", "gradient": "cpu"}},
+    ),
+    "mezo-sequential": (
+        "tiny",
+        {**COMMON, "method": "mezo", "evaluation": "sequential", "num_directions": 2},
+    ),
+    "mezo-lockstep": (
+        "tiny",
+        {**COMMON, "method": "mezo", "evaluation": "lockstep", "num_directions": 2},
+    ),
+    "low-rank-mezo": (
+        "tiny",
+        {**COMMON, "method": "mezo", "direction": "low_rank", "num_directions": 2},
+    ),
+    "low-rank-sequential": (
+        "tiny",
+        {**COMMON, "method": "mezo", "direction": LOW_RANK, "evaluation": "sequential"},
+    ),
     "low-rank-svrg-decay-terms": (
         "tiny",
-        {**SVRG, "direction": LOW_RANK, "weight_decay": 0.3, "anchor": {"point": "terms", "gradient": "terms"}},
+        {
+            **SVRG,
+            "direction": LOW_RANK,
+            "weight_decay": 0.3,
+            "anchor": {"point": "terms", "gradient": "terms"},
+        },
     ),
     "low-rank-svrg-stored": ("opt", {**SVRG, "direction": LOW_RANK, "lr": 1e-3, "anchor_lr": 1e-3}),
     "opt-mezo": ("opt", {**COMMON, "method": "mezo", "lr": 1e-3}),
     "opt-from-pretrained-svrg": ("opt", {**SVRG, "lr": 1e-3, "anchor_lr": 1e-3}),
     **{
-        f"svrg-{point}-{gradient}": ("tiny", {**SVRG, "anchor": {"point": point, "gradient": gradient}})
+        f"svrg-{point}-{gradient}": (
+            "tiny",
+            {**SVRG, "anchor": {"point": point, "gradient": gradient}},
+        )
         for point, gradient in PLACES
     },
 }
@@ -94,7 +132,9 @@ def rank_of_cases(folder: Path) -> dict[str, Any]:
             if torch.distributed.get_rank() == 0:
                 make().save_pretrained(folder / "saved")
             torch.distributed.barrier()
-            alive = HfDeepSpeedConfig({key: value for key, value in config.items() if key != "zeroth_order"})
+            alive = HfDeepSpeedConfig(
+                {key: value for key, value in config.items() if key != "zeroth_order"}
+            )
             model = OPTForCausalLM.from_pretrained(folder / "saved")
             assert all(hasattr(p, "ds_tensor") for p in model.parameters())
             del alive
@@ -107,7 +147,7 @@ def rank_of_cases(folder: Path) -> dict[str, Any]:
             "before": numpy_of(before),
             "after": numpy_of(whole(engine)),
             "losses": losses,
-            "slices": [piece.name for piece in engine.shards],
+            "slices": [shard.name for shard in engine.sharded_parameters],
             "refreshed": engine.anchor_step,
             "training": any(module.training for module in engine.module.modules()),
         }
@@ -126,13 +166,19 @@ def dense_run(name: str) -> tuple[DenseReference, list[float]]:
     kind, arguments = CASES[name]
     make, make_data = MODELS[kind]
     model, data = make(), make_data()
-    section = {k: v for k, v in arguments.items() if k not in ("stage", "accumulation", "anchor", "evaluation")}
+    section = {
+        k: v
+        for k, v in arguments.items()
+        if k not in ("stage", "accumulation", "anchor", "evaluation")
+    }
     if section.get("direction") == LOW_RANK:
         section |= {"direction": LOW_RANK["distribution"], "rank": LOW_RANK["rank"]}
     trainable = {key for key, p in model.named_parameters() if p.requires_grad}
     params = named_parameters_of(model)
     loss = loss_of_module(model.double(), lambda outputs, _: outputs["loss"])
-    dense = DenseReference(params=params, loss=loss, whole_set=collate(data), trainable=trainable, **section)
+    dense = DenseReference(
+        params=params, loss=loss, whole_set=collate(data), trainable=trainable, **section
+    )
     return dense, [dense.step(collate(global_batch(data, step, BATCH))) for step in range(STEPS)]
 
 
@@ -164,17 +210,23 @@ def test_a_frozen_parameter_keeps_its_bits_and_has_no_slice(cases):
         for rank in cases:
             if kind == "tiny":
                 found = rank[name]
-                assert not any("frozen" in piece for piece in found["slices"])
+                assert not any("frozen" in shard for shard in found["slices"])
                 for key in ("frozen.weight", "frozen.bias"):
                     assert np.array_equal(found["before"][key], found["after"][key])
 
 
 def test_a_tied_head_has_one_slice_and_moves(cases):
-    for name, key in (("svrg-cpu-cpu", "embed.weight"), ("opt-mezo", "model.decoder.embed_tokens.weight")):
+    for name, key in (
+        ("svrg-cpu-cpu", "embed.weight"),
+        ("opt-mezo", "model.decoder.embed_tokens.weight"),
+    ):
         for rank in cases:
             found = rank[name]
             assert (
-                sum(piece.endswith(("head.weight", "embed.weight", "embed_tokens.weight")) for piece in found["slices"])
+                sum(
+                    shard.endswith(("head.weight", "embed.weight", "embed_tokens.weight"))
+                    for shard in found["slices"]
+                )
                 == 1
             )
             assert not np.array_equal(found["before"][key], found["after"][key])
@@ -191,7 +243,8 @@ def test_svrg_adds_no_device_bytes_unless_a_part_is_kept_on_the_device(cases):
     for point, gradient in PLACES:
         for rank_index, rank in enumerate(cases):
             numels = [
-                min(max(p.numel() - rank_index * -(-p.numel() // 2), 0), -(-p.numel() // 2)) for p in trainable.values()
+                min(max(p.numel() - rank_index * -(-p.numel() // 2), 0), -(-p.numel() // 2))
+                for p in trainable.values()
             ]
             size = 4 * sum(numels)
             device, offloaded = rank[f"svrg-{point}-{gradient}"]["bytes"]
@@ -199,7 +252,11 @@ def test_svrg_adds_no_device_bytes_unless_a_part_is_kept_on_the_device(cases):
             assert device == size * places.count("device")
             in_files = places.count("nvme")
             exact = size * places.count("cpu")
-            assert exact + in_files * size <= offloaded <= exact + in_files * (size + 4096 * len(numels))
+            assert (
+                exact + in_files * size
+                <= offloaded
+                <= exact + in_files * (size + 4096 * len(numels))
+            )
 
 
 # --- gradient accumulation ------------------------------------------------------------------------------------------
@@ -250,12 +307,19 @@ def announced(*losses: float) -> list[dict[str, torch.Tensor]]:
 
 def rank_of_schedules(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    warmup = {"warmup_min_lr": 0.0, "warmup_max_lr": "auto", "warmup_num_steps": 4, "warmup_type": "linear"}
+    warmup = {
+        "warmup_min_lr": 0.0,
+        "warmup_max_lr": "auto",
+        "warmup_num_steps": 4,
+        "warmup_type": "linear",
+    }
     top = {
         "scheduler": {"type": "WarmupLR", "params": warmup},
         "csv_monitor": {"enabled": True, "output_path": str(folder), "job_name": "run"},
     }
-    engine = zods.initialize(model=Tiny(), config=configuration(BATCH, method="mezo", lr=0.5, top=top))[0]
+    engine = zods.initialize(
+        model=Tiny(), config=configuration(BATCH, method="mezo", lr=0.5, top=top)
+    )[0]
     found["lrs"] = []
     found["moved"] = []
     for step in range(7):
@@ -282,15 +346,21 @@ def rank_of_schedules(folder: Path) -> dict[str, Any]:
 def test_scheduler_annealing_and_monitor_follow_the_steps(tmp_path):
     first, second = run_ranks(2, rank_of_schedules, tmp_path)
     assert first == second
-    bare = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.5)  # DeepSpeed's scheduler on its own
-    scheduler = WarmupLR(bare, warmup_min_lr=0.0, warmup_max_lr=0.5, warmup_num_steps=4, warmup_type="linear")
+    bare = torch.optim.SGD(
+        [torch.nn.Parameter(torch.ones(1))], lr=0.5
+    )  # DeepSpeed's scheduler on its own
+    scheduler = WarmupLR(
+        bare, warmup_min_lr=0.0, warmup_max_lr=0.5, warmup_num_steps=4, warmup_type="linear"
+    )
     expected = []
     for _ in first["lrs"]:
         expected.append(bare.param_groups[0]["lr"])
         scheduler.step()
     assert first["lrs"] == expected
     assert expected[-3:] == [0.375, 0.5, 0.5]
-    assert first["moved"] == [lr > 0 for lr in expected], "a step moves the parameters by the scheduler's step size"
+    assert first["moved"] == [lr > 0 for lr in expected], (
+        "a step moves the parameters by the scheduler's step size"
+    )
     # the third epoch's mean is above 1.05 times the second's, and only that one's; it acts from its end on
     assert first["annealed"] == pytest.approx([0.5] * 5 + [0.125] * 3)
     rows = {f.stem: list(csv.reader(f.open())) for f in (tmp_path / "run").glob("*.csv")}
@@ -313,7 +383,9 @@ def rank_of_nonfinite_losses() -> dict[str, Any]:
     def step(bad: bool) -> None:
         original = engine.module.frozen.bias
         if bad and rank == 1:  # one rank's loss is enough
-            hook = engine.module.register_forward_hook(lambda *io: {k: v + math.inf for k, v in io[-1].items()})
+            hook = engine.module.register_forward_hook(
+                lambda *io: {k: v + math.inf for k, v in io[-1].items()}
+            )
         loss = engine(good)
         engine.backward(loss)
         try:
@@ -357,7 +429,9 @@ def rank_of_faces() -> dict[str, Any]:
     found: dict[str, Any] = {}
     data = tiny_data()
     config = configuration(BATCH, method="mezo", agreement_interval=3, **COMMON)
-    engine, optimizer, loader, scheduler = zods.initialize(model=Tiny(), config=config, training_data=data)
+    engine, optimizer, loader, scheduler = zods.initialize(
+        model=Tiny(), config=config, training_data=data
+    )
     found["tuple"] = (len(loader), scheduler is None, optimizer.param_groups[0]["lr"])
     batch = collate(data[:4])
 
@@ -407,7 +481,9 @@ def rank_of_faces() -> dict[str, Any]:
     if engine.global_rank == 1:
         engine.trajectory.head = "something else"
     train(engine, data, [0])
-    with pytest.raises(RuntimeError, match="rank 1: what was applied up to step 3 differs") as error:
+    with pytest.raises(
+        RuntimeError, match="rank 1: what was applied up to step 3 differs"
+    ) as error:
         train(engine, data, [1])
     found["disagreement"] = str(error.value)
     return found
@@ -443,14 +519,32 @@ def rank_of_evaluations(folder: Path) -> list[tuple[str, int, list[str], list[st
         (0, "none", "device", "stacked"),
         (3, "none", "terms", "sequential"),
     ):
-        section = {"method": "mezo_svrg", "lr": 0.0, "anchor_interval": 20, "eps": 1e-2, "evaluation": evaluation}
-        arguments = {"stage": stage, "offload": offload, "bf16": True, "anchor": {"point": point, "gradient": "cpu"}}
-        engine = zods.initialize(model=Tiny(), config=configuration(BATCH, **arguments, **section), training_data=data)[
-            0
-        ]
+        section = {
+            "method": "mezo_svrg",
+            "lr": 0.0,
+            "anchor_interval": 20,
+            "eps": 1e-2,
+            "evaluation": evaluation,
+        }
+        arguments = {
+            "stage": stage,
+            "offload": offload,
+            "bf16": True,
+            "anchor": {"point": point, "gradient": "cpu"},
+        }
+        engine = zods.initialize(
+            model=Tiny(), config=configuration(BATCH, **arguments, **section), training_data=data
+        )[0]
         before = stored(engine)
         train(engine, data, range(50))
-        found.append((f"stage {stage} {offload} {evaluation}", 4 * engine.global_steps, before, stored(engine)))
+        found.append(
+            (
+                f"stage {stage} {offload} {evaluation}",
+                4 * engine.global_steps,
+                before,
+                stored(engine),
+            )
+        )
     return found
 
 
@@ -467,7 +561,9 @@ def test_two_hundred_evaluations_with_lr_0_leave_every_stored_bit_in_bfloat16(tm
 def rank_of_chosen_parameters() -> dict[str, bool]:
     model = Tiny()
     config = configuration(BATCH, method="mezo", **COMMON)
-    engine = zods.initialize(model=model, config=config, model_parameters=[model.hidden.weight, model.norm.bias])[0]
+    engine = zods.initialize(
+        model=model, config=config, model_parameters=[model.hidden.weight, model.norm.bias]
+    )[0]
     before = whole(engine)
     train(engine, tiny_data(), range(3))
     return {name: not torch.equal(before[name], value) for name, value in whole(engine).items()}
@@ -479,4 +575,6 @@ def test_only_the_given_model_parameters_are_trained():
 
 
 def test_the_installed_deepspeed_is_one_the_adapter_was_read_in():
-    assert deepspeed.__version__.startswith("0.19"), "read zods/sharding.py against this version, then raise this line"
+    assert deepspeed.__version__.startswith("0.19"), (
+        "read zods/sharding.py against this version, then raise this line"
+    )

@@ -37,7 +37,9 @@ RANKS = [(1, 0), (2, 0), (2, 3)]
 
 
 def build(model: nn.Module, data: Any = None, **arguments: Any) -> Any:
-    return zods.initialize(model=model, config=configuration(BATCH, **{**SECTION, **arguments}), training_data=data)[0]
+    return zods.initialize(
+        model=model, config=configuration(BATCH, **{**SECTION, **arguments}), training_data=data
+    )[0]
 
 
 def error_of(call: Any) -> str:
@@ -79,8 +81,12 @@ def rank_of_loop(stage: int) -> dict[str, Any]:
     found["state"] = {name: value.numpy() for name, value in engine.state_dict().items()}
     values = engine.module.state_dict(keep_vars=True)
     with deepspeed.zero.GatheredParameters(list(engine.parameters()), enabled=stage == 3):
-        found["expected state"] = {name: value.detach().clone().numpy() for name, value in values.items()}
-    found["names"] = [name for name, _ in engine.named_parameters()] == [n for n, _ in Tiny().named_parameters()]
+        found["expected state"] = {
+            name: value.detach().clone().numpy() for name, value in values.items()
+        }
+    found["names"] = [name for name, _ in engine.named_parameters()] == [
+        n for n, _ in Tiny().named_parameters()
+    ]
     found["face"] = (
         engine.train_batch_size(),
         engine.zero_optimization_stage(),
@@ -164,7 +170,9 @@ def rank_of_probes(stage: int) -> dict[str, Any]:
                     if probes:
                         engine(other)
                     engine.step()
-                reports.append((engine.last_step.loss, engine.last_step.projected_grad, engine.global_samples))
+                reports.append(
+                    (engine.last_step.loss, engine.last_step.projected_grad, engine.global_samples)
+                )
             place, weights = engine.training_dataloader.place, sha256(whole(engine))
             found[name, probes] = (reports, place, weights, engine.anchor_step, engine.micro_steps)
             assert "nothing" not in failed
@@ -178,7 +186,10 @@ def test_a_forward_that_no_backward_follows_is_no_part_of_a_step(ranks: int, sta
         for name in ("mezo", "svrg"):
             assert found[name, True] == found[name, False]
             assert found[name, False, "errors"] == ["ValueError: engine.backward"]
-            assert found[name, True, "errors"] == ["RuntimeError: engine.step", "ValueError: engine.backward"]
+            assert found[name, True, "errors"] == [
+                "RuntimeError: engine.step",
+                "ValueError: engine.backward",
+            ]
 
 
 def rank_of_two_forwards(stage: int) -> dict[str, Any]:
@@ -187,17 +198,27 @@ def rank_of_two_forwards(stage: int) -> dict[str, Any]:
     errors = []
     for step in range(3):
         first, second = engine(**mine(engine, step)), engine(**mine(engine, step + 1))
-        errors += [error_of(partial(engine.backward, loss)) for loss in (first, first + second, second, second)]
+        errors += [
+            error_of(partial(engine.backward, loss))
+            for loss in (first, first + second, second, second)
+        ]
         engine.step()
     train(plain, tiny_data(), range(1, 4))
     return {"errors": errors, "weights": sha256(whole(engine)), "expected": sha256(whole(plain))}
 
 
 @pytest.mark.parametrize(("ranks", "stage"), RANKS)
-def test_of_two_forwards_before_one_backward_only_the_second_can_become_the_step(ranks: int, stage: int):
+def test_of_two_forwards_before_one_backward_only_the_second_can_become_the_step(
+    ranks: int, stage: int
+):
     refused = "ValueError: engine.backward(loss): this is not the loss that the last engine(batch) returned"
     for found in run_ranks(ranks, rank_of_two_forwards, stage):
-        assert [text.partition(", or")[0] for text in found["errors"]] == [refused, refused, "nothing", refused] * 3
+        assert [text.partition(", or")[0] for text in found["errors"]] == [
+            refused,
+            refused,
+            "nothing",
+            refused,
+        ] * 3
         assert found["weights"] == found["expected"]
 
 
@@ -224,14 +245,20 @@ def rank_of_successors(stage: int) -> dict[int, tuple[str, str, float]]:
                 first.close()
             train(second, tiny_data(), [step])
             train(alone, tiny_data(), [step])
-        found[closed_before] = sha256(whole(second)), sha256(whole(alone)), second.last_step.projected_grad
+        found[closed_before] = (
+            sha256(whole(second)),
+            sha256(whole(alone)),
+            second.last_step.projected_grad,
+        )
         if closed_before == 3:
             first.close()
     return found
 
 
 @pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (2, 3)])
-def test_a_second_engine_on_a_model_makes_its_own_steps_whether_the_first_is_open_or_closed(ranks: int, stage: int):
+def test_a_second_engine_on_a_model_makes_its_own_steps_whether_the_first_is_open_or_closed(
+    ranks: int, stage: int
+):
     for found in run_ranks(ranks, rank_of_successors, stage):
         for second, alone, projected_grad in found.values():
             assert second == alone
@@ -267,7 +294,9 @@ class Masked(nn.Module):
         super().__init__()
         self.inner = tiny_opt()
 
-    def forward(self, ids: Tensor, labels: Tensor | None = None, attention_mask: Tensor | None = None) -> Any:
+    def forward(
+        self, ids: Tensor, labels: Tensor | None = None, attention_mask: Tensor | None = None
+    ) -> Any:
         return self.inner(input_ids=ids, labels=labels, attention_mask=attention_mask)
 
 
@@ -290,12 +319,19 @@ def rank_of_mixed_arguments(stage: int) -> dict[str, Any]:
         engine.step()
         engine.eval()
         same = torch.equal(engine(*args, **kwargs).logits, engine.module(ids, labels, mask).logits)
-        found[name] = (engine.last_step.loss, engine.last_step.projected_grad, engine.evaluation, same)
+        found[name] = (
+            engine.last_step.loss,
+            engine.last_step.projected_grad,
+            engine.evaluation,
+            same,
+        )
     return found
 
 
 @pytest.mark.parametrize(("ranks", "stage"), RANKS)
-def test_positions_and_keywords_together_reach_the_model_in_training_and_evaluation(ranks: int, stage: int):
+def test_positions_and_keywords_together_reach_the_model_in_training_and_evaluation(
+    ranks: int, stage: int
+):
     for found in run_ranks(ranks, rank_of_mixed_arguments, stage):
         assert found["mixed"] == found["positions"] == found["dict"]
         assert found["mixed"][2:] == ("stacked", True)
@@ -317,7 +353,9 @@ class Odd(nn.Module):
         self.frozen = nn.Parameter(torch.tensor(0.7), requires_grad=False)
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
-        logits = self.scale * torch.tanh(self.layer(x)) @ self.turned + self.frozen * self.wide.sum(0)
+        logits = self.scale * torch.tanh(self.layer(x)) @ self.turned + self.frozen * self.wide.sum(
+            0
+        )
         return functional.cross_entropy(logits, labels)
 
 
@@ -343,7 +381,9 @@ def rank_of_odd_parameters(folder: Path, stage: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("ranks", "stage"), [*RANKS, (1, 3)])
-def test_scalars_and_parameters_that_are_not_contiguous_train_save_and_export(tmp_path: Path, ranks: int, stage: int):
+def test_scalars_and_parameters_that_are_not_contiguous_train_save_and_export(
+    tmp_path: Path, ranks: int, stage: int
+):
     from safetensors.torch import load_file
 
     model = Odd().double()
@@ -369,7 +409,11 @@ def rank_of_compiled() -> dict[str, Any]:
     for name, way in ways.items():
         engine = build(way(Tiny()))
         train(engine, tiny_data(), range(2))
-        found[name] = (type(engine.module).__name__, [piece.name for piece in engine.shards], sha256(whole(engine)))
+        found[name] = (
+            type(engine.module).__name__,
+            [shard.name for shard in engine.sharded_parameters],
+            sha256(whole(engine)),
+        )
     return found
 
 
@@ -385,17 +429,25 @@ def test_a_compiled_model_trains_as_the_plain_one():
 def trained(engine: Any) -> str:
     """The values of Tiny's trained parameters; a checkpoint has no frozen ones."""
     weights = whole(engine)
-    return sha256({name: value for name, value in weights.items() if "frozen" not in name and name != "extra"})
+    return sha256(
+        {name: value for name, value in weights.items() if "frozen" not in name and name != "extra"}
+    )
 
 
 def rank_of_checkpoints(folder: Path, stage: int) -> dict[str, Any]:
-    said = LogTexts("zods.checkpoint").texts
+    said = LogTexts("zods.training.checkpoint").texts
     top = {
-        "scheduler": {"type": "WarmupLR", "params": {"warmup_min_lr": 0.0, "warmup_max_lr": 0.1, "warmup_num_steps": 9}}
+        "scheduler": {
+            "type": "WarmupLR",
+            "params": {"warmup_min_lr": 0.0, "warmup_max_lr": 0.1, "warmup_num_steps": 9},
+        }
     }
     section = {**SVRG, "lr": 0.1, "stage": stage, "top": top}
     engine = build(Tiny(), tiny_data(), **section)
-    found: dict[str, Any] = {"nothing": engine.load_checkpoint(folder / "empty"), "warned": list(said)}
+    found: dict[str, Any] = {
+        "nothing": engine.load_checkpoint(folder / "empty"),
+        "warned": list(said),
+    }
     train(engine, tiny_data(), range(1))
     tags = [engine.save_checkpoint(folder, tag).name for tag in (0, 7, 2.5, "best", None)]
     found["tags"] = tags
@@ -442,10 +494,14 @@ def rank_of_checkpoints(folder: Path, stage: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (2, 3)])
-def test_checkpoints_take_the_tags_and_keywords_of_deepspeed(tmp_path: Path, ranks: int, stage: int):
+def test_checkpoints_take_the_tags_and_keywords_of_deepspeed(
+    tmp_path: Path, ranks: int, stage: int
+):
     for rank, found in enumerate(run_ranks(ranks, rank_of_checkpoints, tmp_path, stage)):
         assert found["nothing"] == (None, None)
-        assert ["no file `latest`; nothing is loaded" in text for text in found["warned"]] == [True] * (rank == 0)
+        assert ["no file `latest`; nothing is loaded" in text for text in found["warned"]] == [
+            True
+        ] * (rank == 0)
         assert found["tags"] == ["0", "7", "2.5", "best", "global_step1"]
         assert found["at 7"] == "7"
         assert found["latest"] == "global_step1"
@@ -469,7 +525,9 @@ def test_checkpoints_take_the_tags_and_keywords_of_deepspeed(tmp_path: Path, ran
         ):
             assert said in text
         assert found["not strict"]
-        assert ["not loaded, as not in both: extra" in text for text in found["said"]] == [True] * (rank == 0)
+        assert ["not loaded, as not in both: extra" in text for text in found["said"]] == [True] * (
+            rank == 0
+        )
         assert "this run writes a log" in found["logged"]
 
 
@@ -478,14 +536,19 @@ def test_checkpoints_take_the_tags_and_keywords_of_deepspeed(tmp_path: Path, ran
 
 def rank_of_groups(stage: int) -> tuple[set[str], str]:
     model = Tiny()
-    groups = [{"params": [model.hidden.weight], "weight_decay": 0.0}, ("norm.bias", model.norm.bias)]
+    groups = [
+        {"params": [model.hidden.weight], "weight_decay": 0.0},
+        ("norm.bias", model.norm.bias),
+    ]
     config = configuration(BATCH, stage=stage, **SECTION)
     engine = zods.initialize(model=model, config=config, model_parameters=groups)[0]
     before = whole(engine)
     train(engine, tiny_data(), range(2))
     moved = {name for name, value in whole(engine).items() if not torch.equal(before[name], value)}
     other = [{"params": list(Tiny().parameters())}]
-    return moved, error_of(lambda: zods.initialize(model=Tiny(), config=config, model_parameters=other))
+    return moved, error_of(
+        lambda: zods.initialize(model=Tiny(), config=config, model_parameters=other)
+    )
 
 
 def test_parameters_in_groups_are_those_that_are_trained():

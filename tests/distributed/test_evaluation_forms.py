@@ -42,7 +42,9 @@ LOCKSTEP = {1: {"t5"}, 2: {"t5", "bert, masked", "mamba"}}  # by ranks; on 2 the
 
 
 @torch.no_grad()
-def evaluations(make: Callable[[], nn.Module], asked: Sequence[tuple[Any, str]], **arguments: Any) -> dict[str, Any]:
+def evaluations(
+    make: Callable[[], nn.Module], asked: Sequence[tuple[Any, str]], **arguments: Any
+) -> dict[str, Any]:
     """asked: (batch, which of POINTS), in turn. And whether all stored weights kept their bits."""
     engine = engine_of(make(), **arguments)
     before = stored_digest(engine)
@@ -74,7 +76,9 @@ def rank_of_cases(world_size: int) -> dict[tuple[str, str, bool, bool], Any]:
     for name, direction, lora, bf16 in CASES[world_size]:
         make = functools.partial(with_adapters if lora else zoo_model, name)
         asked = [(BATCHES[kind](name), what) for kind, what in ASKED[world_size]]
-        found[name, direction, lora, bf16] = evaluations(make, asked, direction=DIRECTIONS[direction], bf16=bf16)
+        found[name, direction, lora, bf16] = evaluations(
+            make, asked, direction=DIRECTIONS[direction], bf16=bf16
+        )
     return found
 
 
@@ -114,5 +118,7 @@ def test_losses_of_several_points_at_once_are_those_of_separate_forwards(one_ran
 
 
 @pytest.mark.parametrize("case", CASES[2], ids=named)
-def test_losses_of_several_points_at_once_are_those_of_separate_forwards_on_two_ranks(two_ranks, case):
+def test_losses_of_several_points_at_once_are_those_of_separate_forwards_on_two_ranks(
+    two_ranks, case
+):
     check(two_ranks, case)

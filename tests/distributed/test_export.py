@@ -21,14 +21,24 @@ COMMON = {"task_type": "CAUSAL_LM"}
 TARGETS = {"target_modules": ["q_proj", "v_proj"]}
 METHODS: dict[str, Any] = {
     "LoRA": lambda: peft.LoraConfig(r=2, **TARGETS, **COMMON),
-    "LoRA with a trained head": lambda: peft.LoraConfig(r=2, modules_to_save=["lm_head"], **TARGETS, **COMMON),
+    "LoRA with a trained head": lambda: peft.LoraConfig(
+        r=2, modules_to_save=["lm_head"], **TARGETS, **COMMON
+    ),
     "VeRA": lambda: peft.VeraConfig(r=4, **TARGETS, **COMMON),
-    "VeRA without its projection": lambda: peft.VeraConfig(r=4, save_projection=False, **TARGETS, **COMMON),
-    "IA3": lambda: peft.IA3Config(feedforward_modules=["fc2"], target_modules=["k_proj", "v_proj", "fc2"], **COMMON),
-    "AdaLoRA": lambda: peft.AdaLoraConfig(init_r=3, target_r=2, total_step=100, **TARGETS, **COMMON),
+    "VeRA without its projection": lambda: peft.VeraConfig(
+        r=4, save_projection=False, **TARGETS, **COMMON
+    ),
+    "IA3": lambda: peft.IA3Config(
+        feedforward_modules=["fc2"], target_modules=["k_proj", "v_proj", "fc2"], **COMMON
+    ),
+    "AdaLoRA": lambda: peft.AdaLoraConfig(
+        init_r=3, target_r=2, total_step=100, **TARGETS, **COMMON
+    ),
     "prompt tuning": lambda: peft.PromptTuningConfig(num_virtual_tokens=3, **COMMON),
     "BOFT": lambda: peft.BOFTConfig(boft_block_size=4, **TARGETS, **COMMON),
-    "VBLoRA": lambda: peft.VBLoRAConfig(r=2, num_vectors=5, vector_length=4, topk=2, **TARGETS, **COMMON),
+    "VBLoRA": lambda: peft.VBLoRAConfig(
+        r=2, num_vectors=5, vector_length=4, topk=2, **TARGETS, **COMMON
+    ),
 }
 # their modules read parameters of others outside a forward of these, which ZeRO-3 leaves empty there
 NOT_AT_STAGE_3 = ("AdaLoRA", "VBLoRA")
@@ -69,7 +79,9 @@ def rank_of_exports(folder: Path, stage: int) -> dict[str, Any]:
     methods = [method for method in METHODS if stage == 0 or method not in NOT_AT_STAGE_3]
     for name in ("shared", "tied", *methods):
         model = Shared() if name == "shared" else tiny_opt() if name == "tied" else adapted(name)
-        engine = zods.initialize(model=model, config=configuration(4 * engine_ranks(), stage=stage, **SECTION))[0]
+        engine = zods.initialize(
+            model=model, config=configuration(4 * engine_ranks(), stage=stage, **SECTION)
+        )[0]
         for _ in range(2):
             engine.backward(engine(batch_of(engine.module)))
             engine.step()
@@ -80,7 +92,9 @@ def rank_of_exports(folder: Path, stage: int) -> dict[str, Any]:
         found[name] = {
             "weights": {key: tensor.numpy() for key, tensor in whole(engine).items()},
             "value": value.detach().numpy(),
-            "files": sorted(path.name for path in (folder / name).iterdir()) if engine.global_rank == 0 else [],
+            "files": sorted(path.name for path in (folder / name).iterdir())
+            if engine.global_rank == 0
+            else [],
         }
     return found
 
@@ -104,7 +118,9 @@ def test_a_module_under_several_names_is_exported_under_all_of_them(exports: Any
     model.load_state_dict(exported)
     for name, param in model.named_parameters():
         assert (param.detach().numpy() == found["shared"]["weights"][name]).all()
-    assert model(**batch_of(model)).item() == pytest.approx(float(found["shared"]["value"]), rel=1e-6)
+    assert model(**batch_of(model)).item() == pytest.approx(
+        float(found["shared"]["value"]), rel=1e-6
+    )
 
 
 def test_a_tied_model_of_transformers_loads_back(exports: Any):
@@ -116,7 +132,9 @@ def test_a_tied_model_of_transformers_loads_back(exports: Any):
     assert logits.detach().numpy() == pytest.approx(found["tied"]["value"], abs=1e-5)
 
 
-def test_an_adapter_loads_back_and_has_the_tensors_that_peft_itself_saves(exports: Any, tmp_path: Path):
+def test_an_adapter_loads_back_and_has_the_tensors_that_peft_itself_saves(
+    exports: Any, tmp_path: Path
+):
     folder, found = exports
     for method in found.keys() - {"shared", "tied"}:
         model = peft.PeftModel.from_pretrained(tiny_opt(), folder / method).eval()
@@ -124,6 +142,10 @@ def test_an_adapter_loads_back_and_has_the_tensors_that_peft_itself_saves(export
         logits = model(**inputs).logits
         assert logits.detach().numpy() == pytest.approx(found[method]["value"], abs=1e-5), method
         adapted(method).save_pretrained(tmp_path / method)
-        ours, theirs = (load_file(path / method / "adapter_model.safetensors") for path in (folder, tmp_path))
+        ours, theirs = (
+            load_file(path / method / "adapter_model.safetensors") for path in (folder, tmp_path)
+        )
         assert ours.keys() == theirs.keys(), method
-        assert found[method]["files"] == sorted(path.name for path in (tmp_path / method).iterdir()), method
+        assert found[method]["files"] == sorted(
+            path.name for path in (tmp_path / method).iterdir()
+        ), method

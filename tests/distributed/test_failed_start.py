@@ -15,8 +15,8 @@ import torch
 import zods.finetune
 from tests.distributed.models import Tiny, configuration, tiny_data
 from tests.distributed.ranks import launch, run_command, run_ranks
-from zods.comm import Communicator, RankFailure
-from zods.launching import RANKS, SIZES, TORCH, connect_ranks
+from zods.comm.communicator import Communicator, RankFailure
+from zods.comm.process import RANKS, SIZES, TORCH, connect_ranks
 
 SCRIPT = Path(__file__).parent / "scripts" / "failed_start.py"
 MODEL = Path(__file__).parents[2] / "launch" / "quickstart" / "model"
@@ -55,7 +55,9 @@ def raised() -> list[tuple[Any, Any]]:
 
 
 @pytest.mark.parametrize("kind", UNFORESEEN)
-def test_an_exception_of_any_type_on_one_rank_is_raised_on_all_with_the_name_of_that_rank(raised, kind):
+def test_an_exception_of_any_type_on_one_rank_is_raised_on_all_with_the_name_of_that_rank(
+    raised, kind
+):
     text = f"rank 1: {kind.__name__}: {kind('this is why')}"
     name = RankFailure.__name__
     # the traceback stays on the rank where it was raised
@@ -76,7 +78,10 @@ def test_a_rank_that_is_asked_to_end_takes_the_others_along(raised, kind):
 
 
 def test_an_exception_that_all_ranks_raise_stays_as_it_is(raised):
-    assert raised[BLOCKS.index({0: KeyError, 1: KeyError})] == (("KeyError", "'this is why'", None),) * 2
+    assert (
+        raised[BLOCKS.index({0: KeyError, 1: KeyError})]
+        == (("KeyError", "'this is why'", None),) * 2
+    )
     first, second = raised[BLOCKS.index({0: KeyError, 1: AttributeError})]
     text = "rank 0: KeyError: 'this is why'"
     assert (first, second) == (("RankFailure", text, "KeyError"), ("RankFailure", text, None))
@@ -106,21 +111,33 @@ def rank_of_failing_data() -> dict[str, str]:
     said = {}
     for failing in ("length", "row"):
         with pytest.raises(RankFailure) as error:
-            zods.initialize(model=Tiny(), config=configuration(8, method="mezo"), training_data=Rows(failing))
+            zods.initialize(
+                model=Tiny(), config=configuration(8, method="mezo"), training_data=Rows(failing)
+            )
         said[failing] = str(error.value)
     return said
 
 
 def test_training_data_that_fail_on_one_rank_end_the_start_on_all_with_the_name_of_that_rank():
     for said in run_ranks(2, rank_of_failing_data):
-        assert said == {what: f"rank 1: AttributeError: no {what} here" for what in ("length", "row")}
+        assert said == {
+            what: f"rank 1: AttributeError: no {what} here" for what in ("length", "row")
+        }
 
 
 WAYS = {  # way: (what is said, exit code, exception of the traceback)
     "disagreement": ("rank 1: the model differs from rank 0's. The run stops here.", 1, None),
-    "one rank, and the other waits for it": ("AttributeError: no attribute 'rotary'", 1, "AttributeError"),
+    "one rank, and the other waits for it": (
+        "AttributeError: no attribute 'rotary'",
+        1,
+        "AttributeError",
+    ),
     "one rank, before they are connected": ("rank 1: no such device", 2, None),
-    "one rank, in a block that ranks agree on": ("rank 1: ImportError: no module for this model", 1, "ImportError"),
+    "one rank, in a block that ranks agree on": (
+        "rank 1: ImportError: no module for this model",
+        1,
+        "ImportError",
+    ),
     "the same on all": ("KeyError: 'gate'", 1, "KeyError"),
 }
 
@@ -128,14 +145,18 @@ WAYS = {  # way: (what is said, exit code, exception of the traceback)
 DEFAULT = {"one rank, and the other waits for it"}
 
 
-@pytest.mark.parametrize("way", [pytest.param(way, marks=[] if way in DEFAULT else pytest.mark.slow) for way in WAYS])
+@pytest.mark.parametrize(
+    "way", [pytest.param(way, marks=[] if way in DEFAULT else pytest.mark.slow) for way in WAYS]
+)
 def test_a_failed_start_is_told_in_one_line_by_one_rank(way):
     said, code, traceback = WAYS[way]
     returned, output = launch(SCRIPT, way)
     assert returned == code, output[-4000:]
     told = [line for line in output.splitlines() if "a program: error:" in line]
     assert told == [f"a program: error: {said}"]
-    assert output.count("Traceback (most recent call last)") == (traceback is not None), output[-4000:]
+    assert output.count("Traceback (most recent call last)") == (traceback is not None), output[
+        -4000:
+    ]
     if traceback is not None:
         assert re.search(rf"^{traceback}: ", output, re.MULTILINE)
 
@@ -145,7 +166,10 @@ def test_code_of_a_model_that_fails_on_one_rank_ends_the_run_with_the_name_of_th
     model.mkdir()
     settings = {
         "model_type": "own",
-        "auto_map": {"AutoConfig": "own_settings.OwnConfig", "AutoModelForSequenceClassification": "own.Own"},
+        "auto_map": {
+            "AutoConfig": "own_settings.OwnConfig",
+            "AutoModelForSequenceClassification": "own.Own",
+        },
     }
     (model / "config.json").write_text(json.dumps(settings))
     (model / "own_settings.py").write_text(
@@ -154,7 +178,9 @@ def test_code_of_a_model_that_fails_on_one_rank_ends_the_run_with_the_name_of_th
     )
     rows = [{"text": f"row {i}", "label": "ab"[i % 2]} for i in range(16)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "config.json").write_text(json.dumps({"train_batch_size": 4, "zeroth_order": {"method": "mezo"}}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"train_batch_size": 4, "zeroth_order": {"method": "mezo"}})
+    )
     code, output = launch(
         Path(zods.finetune.__file__),
         *(
@@ -170,7 +196,9 @@ def test_code_of_a_model_that_fails_on_one_rank_ends_the_run_with_the_name_of_th
     )
     assert code == 2, output[-4000:]
     told = [line for line in output.splitlines() if "zods.finetune: error:" in line]
-    assert told == [f"zods.finetune: error: rank 1: --model {model}: TypeError: a driver is missing"]
+    assert told == [
+        f"zods.finetune: error: rank 1: --model {model}: TypeError: a driver is missing"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -181,7 +209,9 @@ def test_code_of_a_model_that_fails_on_one_rank_ends_the_run_with_the_name_of_th
         ({"RANK": "0", "LOCAL_RANK": "0"}, "but not WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
     ],
 )
-def test_a_launcher_that_cannot_be_understood_is_told_with_the_way_out(monkeypatch, variables, said):
+def test_a_launcher_that_cannot_be_understood_is_told_with_the_way_out(
+    monkeypatch, variables, said
+):
     for name in (*TORCH, *SIZES, *RANKS):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
@@ -193,10 +223,14 @@ def test_a_launcher_that_cannot_be_understood_is_told_with_the_way_out(monkeypat
     assert dict(os.environ) == before
 
 
-def test_one_rank_without_a_launcher_does_not_look_for_the_address_that_an_earlier_run_left(tmp_path):
+def test_one_rank_without_a_launcher_does_not_look_for_the_address_that_an_earlier_run_left(
+    tmp_path,
+):
     left = {"MASTER_ADDR": "no-such-host.invalid", "MASTER_PORT": "1"}
     unset = [f"--unset={name}" for name in (*TORCH, *SIZES, *RANKS) if name not in left]
-    code = "from zods.launching import connect_ranks; print('ranks:', connect_ranks().world_size)"
+    code = (
+        "from zods.comm.process import connect_ranks; print('ranks:', connect_ranks().world_size)"
+    )
     returned, output = run_command(["env", *unset, sys.executable, "-c", code], tmp_path, **left)
     assert returned == 0, output[-4000:]
     assert "ranks: 1" in output

@@ -23,7 +23,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     "cell",
-    [pytest.param(cell, id=cell.name, marks=[] if cell.name in DEFAULT else pytest.mark.slow) for cell in CELLS],
+    [
+        pytest.param(cell, id=cell.name, marks=[] if cell.name in DEFAULT else pytest.mark.slow)
+        for cell in CELLS
+    ],
 )
 def test_a_run_that_a_fault_strikes_ends_as_the_undisturbed_one(cell: Cell, folder: Path):
     if cell.disk_kib is not None and os.geteuid() != 0:

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 import zods.finetune
 from tests.distributed.ranks import launch, run_command
-from zods.launching import RANKS, SIZES, TORCH
-from zods.runs import read_metrics
+from zods.cli.run_folder import read_metrics
+from zods.comm.process import RANKS, SIZES, TORCH
 from zods.trajectory.log import read_log
 from zods.trajectory.records import Step
 from zods.trajectory.replay import replay
@@ -26,14 +26,20 @@ CONFIG = {
     "train_batch_size": 8,
     "zero_optimization": {"stage": 3},
     "comms_logger": {"enabled": True, "prof_all": True, "verbose": False},
-    "zeroth_order": {"lr": 1e-4, "anchor_interval": 2, "anchor": {"point": "terms", "gradient": "cpu"}},
+    "zeroth_order": {
+        "lr": 1e-4,
+        "anchor_interval": 2,
+        "anchor": {"point": "terms", "gradient": "cpu"},
+    },
 }
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finetune")
-    rows = [{"text": f"return the value of {i}", "label": ("code", "text")[i % 2]} for i in range(24)]
+    rows = [
+        {"text": f"return the value of {i}", "label": ("code", "text")[i % 2]} for i in range(24)
+    ]
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     wrong = [*rows, {"text": "x", "label": "neither"}]
     (folder / "wrong.jsonl").write_text("".join(json.dumps(row) + "\n" for row in wrong))
@@ -46,7 +52,14 @@ def finetune(runs: Path, config: Path, output: str, *options: str) -> tuple[int,
     return launch(
         Path(zods.finetune.__file__),
         *("--deepspeed_config", config, "--model", MODEL, "--output_dir", runs / output),
-        *("--task", "prompted", "--template", r"{text}\nKind: {label}", "--train_file", config.parent / "train.jsonl"),
+        *(
+            "--task",
+            "prompted",
+            "--template",
+            r"{text}\nKind: {label}",
+            "--train_file",
+            config.parent / "train.jsonl",
+        ),
         *("--max_length", "48", *options),
     )
 
@@ -114,7 +127,9 @@ def test_a_resumed_run_ends_where_the_undisturbed_one_did(folder, run):
     )
     assert code == 0, output[-4000:]
     losses = {r["step"]: r["loss"] for r in read_metrics(run) if r["kind"] == "train"}
-    resumed = {r["step"]: r["loss"] for r in read_metrics(folder / "resumed") if r["kind"] == "train"}
+    resumed = {
+        r["step"]: r["loss"] for r in read_metrics(folder / "resumed") if r["kind"] == "train"
+    }
     assert resumed == {step: losses[step] for step in (3, 4)}
 
 
@@ -126,13 +141,21 @@ SELECT = ("--select", "4/8", "--source_column", "label", "--max_steps", "4", "--
 def test_first_order_training_with_selection_resumes_where_it_was(folder, lora, tmp_path):
     first_order = ("--optimizer", "adamw", *SELECT, *lora)
     code, output = finetune(
-        tmp_path, folder / "config.json", "whole", *first_order, "--save_interval", "2", "--save_model"
+        tmp_path,
+        folder / "config.json",
+        "whole",
+        *first_order,
+        "--save_interval",
+        "2",
+        "--save_model",
     )
     assert code == 0, output[-4000:]
     configured, *logged = read_log(tmp_path / "whole" / "trajectory.log").records
     assert configured.optimizer["params"]["lr"] == 1e-3
     assert "anchor" not in output, "no row of a method that was not used"
-    assert all(len(set(record.sub_batch.places)) == 4 and record.coefficients is None for record in logged)
+    assert all(
+        len(set(record.sub_batch.places)) == 4 and record.coefficients is None for record in logged
+    )
     assert (tmp_path / "whole" / "model").is_dir()
     records = [r for r in read_metrics(tmp_path / "whole") if r["kind"] == "train"]
     assert len({record["loss"] for record in records}) == 4
@@ -145,9 +168,13 @@ def test_first_order_training_with_selection_resumes_where_it_was(folder, lora, 
 
 
 def test_zeroth_order_steps_log_what_was_selected(folder, tmp_path):
-    code, output = finetune(tmp_path, folder / "config.json", "run", *SELECT, "--strategy", "structured_random")
+    code, output = finetune(
+        tmp_path, folder / "config.json", "run", *SELECT, "--strategy", "structured_random"
+    )
     assert code == 0, output[-4000:]
-    steps = [r for r in read_log(tmp_path / "run" / "trajectory.log").records if isinstance(r, Step)]
+    steps = [
+        r for r in read_log(tmp_path / "run" / "trajectory.log").records if isinstance(r, Step)
+    ]
     assert [len(set(record.sub_batch.places)) for record in steps] == [4] * 4
 
 
@@ -155,7 +182,9 @@ def test_zeroth_order_steps_log_what_was_selected(folder, tmp_path):
     ("options", "message"),
     [
         (("--select", "4/8", "--source_column", "origin"), "no column 'origin'"),
-        pytest.param(("--validation_file", "{folder}/wrong.jsonl"), "neither", marks=pytest.mark.slow),
+        pytest.param(
+            ("--validation_file", "{folder}/wrong.jsonl"), "neither", marks=pytest.mark.slow
+        ),
         pytest.param(("--model", "{folder}/nowhere"), "nowhere", marks=pytest.mark.slow),
     ],
 )
@@ -170,42 +199,82 @@ def test_bad_input_ends_with_one_message_and_leaves_no_folder(folder, options, m
     assert not (folder / "bad").exists()
 
 
-def test_a_run_in_a_file_without_a_launcher_has_one_rank_and_a_summary_of_what_was_used(folder, tmp_path):
+def test_a_run_in_a_file_without_a_launcher_has_one_rank_and_a_summary_of_what_was_used(
+    folder, tmp_path
+):
     config = tmp_path / "mezo.json"
-    schedule = {"type": "WarmupDecayLR", "params": {"total_num_steps": "auto", "warmup_num_steps": 1}}
+    schedule = {
+        "type": "WarmupDecayLR",
+        "params": {"total_num_steps": "auto", "warmup_num_steps": 1},
+    }
     section = {"method": "mezo", "lr": 1e-4}
-    config.write_text(json.dumps({"train_batch_size": 4, "scheduler": schedule, "zeroth_order": section}))
-    run = {"deepspeed": str(config), "model": str(MODEL), "train_file": str(folder / "train.jsonl"), "num_epochs": 1}
+    config.write_text(
+        json.dumps({"train_batch_size": 4, "scheduler": schedule, "zeroth_order": section})
+    )
+    run = {
+        "deepspeed": str(config),
+        "model": str(MODEL),
+        "train_file": str(folder / "train.jsonl"),
+        "num_epochs": 1,
+    }
     (tmp_path / "run.yaml").write_text(json.dumps(run))  # JSON is YAML, too
-    command = [sys.executable, "-m", "zods.finetune", str(tmp_path / "run.yaml"), "--output_dir", str(tmp_path / "run")]
-    command += ["--held_out", "16", "--num_epochs", "2"]  # of 24 examples, so that an epoch has two steps
+    command = [
+        sys.executable,
+        "-m",
+        "zods.finetune",
+        str(tmp_path / "run.yaml"),
+        "--output_dir",
+        str(tmp_path / "run"),
+    ]
+    command += [
+        "--held_out",
+        "16",
+        "--num_epochs",
+        "2",
+    ]  # of 24 examples, so that an epoch has two steps
     launcher = [name for name in os.environ if name in (*TORCH, *SIZES, *RANKS)]
-    code, output = run_command(["env", *(f"--unset={name}" for name in launcher), *command], tmp_path)
+    code, output = run_command(
+        ["env", *(f"--unset={name}" for name in launcher), *command], tmp_path
+    )
     assert code == 0, output[-4000:]
     summary = list(read_metrics(tmp_path / "run"))[-1]
     assert not [key for key in summary if key.startswith("anchor")], "of a method without an anchor"
     assert "anchor" not in output.partition("held-out")[2]
     assert re.search(rf"^evaluation +{summary['evaluation']}$", output, re.MULTILINE)
     written = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert written["scheduler"]["params"] == {"total_num_steps": 4, "warmup_num_steps": 1, "warmup_max_lr": 1e-4}
+    assert written["scheduler"]["params"] == {
+        "total_num_steps": 4,
+        "warmup_num_steps": 1,
+        "warmup_max_lr": 1e-4,
+    }
     recorded = json.loads((tmp_path / "run" / "run.json").read_text())["arguments"]
-    assert (recorded["model"], recorded["held_out"], recorded["num_epochs"]) == (str(MODEL), "16", 2)
+    assert (recorded["model"], recorded["held_out"], recorded["num_epochs"]) == (
+        str(MODEL),
+        "16",
+        2,
+    )
 
 
-def test_a_head_for_another_number_of_classes_gives_way_to_a_new_one_that_is_replayed(folder, tmp_path):
+def test_a_head_for_another_number_of_classes_gives_way_to_a_new_one_that_is_replayed(
+    folder, tmp_path
+):
     import transformers
 
     model = transformers.AutoModelForSequenceClassification.from_pretrained(MODEL, num_labels=3)
     model.save_pretrained(tmp_path / "three")
     transformers.AutoTokenizer.from_pretrained(MODEL).save_pretrained(tmp_path / "three")
-    code, output = classify(folder, tmp_path, "--model", tmp_path / "three", "--train_file", folder / "train.jsonl")
+    code, output = classify(
+        folder, tmp_path, "--model", tmp_path / "three", "--train_file", folder / "train.jsonl"
+    )
     assert code == 0, output[-4000:]
     assert "is for 3 classes, the data have 2: a new head is drawn" in output
     exported = safe_tensors(tmp_path / "run" / "model")
     assert exported["score.weight"].shape == (2, 160)
     log = str(tmp_path / "run" / "trajectory.log")
     replay(str(tmp_path / "three"), log, tmp_path / "replayed")
-    assert all(exported[name].equal(tensor) for name, tensor in safe_tensors(tmp_path / "replayed").items())
+    assert all(
+        exported[name].equal(tensor) for name, tensor in safe_tensors(tmp_path / "replayed").items()
+    )
 
 
 def test_an_exported_adapter_is_trained_on_and_replayed_from_its_base(folder, tmp_path):
@@ -214,7 +283,9 @@ def test_an_exported_adapter_is_trained_on_and_replayed_from_its_base(folder, tm
 
     base = transformers.AutoModelForSequenceClassification.from_pretrained(MODEL, num_labels=2)
     base.save_pretrained(tmp_path / "base")
-    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["score"], init_lora_weights=False)
+    lora = peft.LoraConfig(
+        r=2, target_modules=["q_proj"], modules_to_save=["score"], init_lora_weights=False
+    )
     peft.get_peft_model(base, lora).save_pretrained(tmp_path / "adapter")
     described = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     described["base_model_name_or_path"] = str(tmp_path / "base")
@@ -222,16 +293,24 @@ def test_an_exported_adapter_is_trained_on_and_replayed_from_its_base(folder, tm
     transformers.AutoTokenizer.from_pretrained(MODEL).save_pretrained(
         tmp_path / "base"
     )  # the adapter's comes from there
-    code, output = classify(folder, tmp_path, "--model", tmp_path / "adapter", "--train_file", folder / "train.jsonl")
+    code, output = classify(
+        folder, tmp_path, "--model", tmp_path / "adapter", "--train_file", folder / "train.jsonl"
+    )
     assert code == 0, output[-4000:]
-    before, after = (safe_tensors(path) for path in (tmp_path / "adapter", tmp_path / "run" / "model"))
+    before, after = (
+        safe_tensors(path) for path in (tmp_path / "adapter", tmp_path / "run" / "model")
+    )
     assert before.keys() == after.keys()
     for name in before:  # two small steps away, not drawn anew
         assert 0 < (before[name] - after[name]).abs().max() < 0.01
     replay(str(tmp_path / "base"), str(tmp_path / "run" / "trajectory.log"), tmp_path / "replayed")
-    assert all(after[name].equal(tensor) for name, tensor in safe_tensors(tmp_path / "replayed").items())
+    assert all(
+        after[name].equal(tensor) for name, tensor in safe_tensors(tmp_path / "replayed").items()
+    )
     with pytest.raises(ValueError, match=r"an adapter; give its base model"):
-        replay(str(tmp_path / "adapter"), str(tmp_path / "run" / "trajectory.log"), tmp_path / "again")
+        replay(
+            str(tmp_path / "adapter"), str(tmp_path / "run" / "trajectory.log"), tmp_path / "again"
+        )
 
 
 def test_a_model_that_sees_later_tokens_is_refused_by_all_ranks_in_one_line(folder, tmp_path):
@@ -240,7 +319,9 @@ def test_a_model_that_sees_later_tokens_is_refused_by_all_ranks_in_one_line(fold
     config = transformers.XLNetConfig(vocab_size=2048, d_model=32, n_layer=1, n_head=2, d_inner=32)
     transformers.XLNetLMHeadModel(config).save_pretrained(tmp_path / "model")
     transformers.AutoTokenizer.from_pretrained(MODEL).save_pretrained(tmp_path / "model")
-    code, output = finetune(folder, folder / "config.json", "leaks", "--model", str(tmp_path / "model"))
+    code, output = finetune(
+        folder, folder / "config.json", "leaks", "--model", str(tmp_path / "model")
+    )
     told = [line for line in output.splitlines() if "zods.finetune: error:" in line]
     assert code == 2, output[-4000:]
     assert len(told) == 1
@@ -252,7 +333,14 @@ def classify(folder: Path, runs: Path, *options: object) -> tuple[int, str]:
     """Two steps of a classifier, exported to `runs`/run/model."""
     return launch(
         Path(zods.finetune.__file__),
-        *("--deepspeed_config", folder / "config.json", "--output_dir", runs / "run", "--max_steps", "2"),
+        *(
+            "--deepspeed_config",
+            folder / "config.json",
+            "--output_dir",
+            runs / "run",
+            "--max_steps",
+            "2",
+        ),
         *("--max_length", "48", "--method", "mezo", "--save_model", *options),
     )
 
@@ -283,6 +371,18 @@ def test_options_that_do_not_fit_are_refused(options, message):
 
 
 def test_help_reads_without_a_launcher():
-    told = subprocess.run([sys.executable, "-m", "zods.finetune", "--help"], capture_output=True, text=True, check=True)
-    for option in ("--deepspeed_config", "--train_file", "--select", "--optimizer", "--method", "--anchor_interval"):
+    told = subprocess.run(
+        [sys.executable, "-m", "zods.finetune", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for option in (
+        "--deepspeed_config",
+        "--train_file",
+        "--select",
+        "--optimizer",
+        "--method",
+        "--anchor_interval",
+    ):
         assert option in told.stdout

@@ -14,9 +14,9 @@ import torch
 
 from tests.distributed.models import collate, opt_data, tiny_opt
 from tests.distributed.ranks import run_ranks
-from zods import first_order
-from zods.config import read_first_order_config
-from zods.first_order import CLASSES_IN_CHECKPOINTS, FirstOrderEngine
+from zods.config.deepspeed_json import read_first_order_config
+from zods.training import first_order
+from zods.training.first_order import CLASSES_IN_CHECKPOINTS, FirstOrderEngine
 
 VARIABLE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
@@ -26,7 +26,10 @@ def build(stage: int, bf16: bool) -> FirstOrderEngine:
         "train_batch_size": 8,
         "zero_optimization": {"stage": stage},
         "bf16": {"enabled": bf16},
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "weight_decay": 0.01, "torch_adam": True}},
+        "optimizer": {
+            "type": "AdamW",
+            "params": {"lr": 1e-3, "weight_decay": 0.01, "torch_adam": True},
+        },
         "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 1e-3, "warmup_num_steps": 5}},
         "steps_per_print": 10**9,
     }
@@ -122,7 +125,9 @@ def rank_of_savers(folder: Path, stage: int, bf16: bool) -> dict[str, Any]:
     found["variable"] = os.environ.pop(VARIABLE)
     build(stage, bf16).load_checkpoint(folder / "good")
     allowed = torch.serialization.get_safe_globals()
-    found["left"] = VARIABLE in os.environ or any(kind in allowed for kind in CLASSES_IN_CHECKPOINTS)
+    found["left"] = VARIABLE in os.environ or any(
+        kind in allowed for kind in CLASSES_IN_CHECKPOINTS
+    )
     return found
 
 
@@ -167,7 +172,9 @@ def rank_of_unchecked_loads(folder: Path) -> tuple[str, bool]:
     return type(error.value).__name__, mark.exists()
 
 
-def test_every_load_of_deepspeed_is_one_of_data_even_of_files_that_were_not_looked_at_before(tmp_path):
+def test_every_load_of_deepspeed_is_one_of_data_even_of_files_that_were_not_looked_at_before(
+    tmp_path,
+):
     assert run_ranks(1, rank_of_unchecked_loads, tmp_path) == [("UnpicklingError", False)]
 
 

@@ -17,12 +17,16 @@ import zods
 from tests.distributed.models import Tiny, configuration, tiny_data
 from tests.distributed.ranks import run_ranks
 from tests.mutation import mutated, with_a_record_mutated
-from zods.config import read_config, read_first_order_config
+from zods.config.deepspeed_json import read_config, read_first_order_config
 from zods.trajectory.log import parse_log
 
 CONFIG = {
     **configuration(
-        8, offload="cpu", method="mezo_svrg", anchor={"point": "terms", "gradient": "cpu"}, anneal={"alpha": 2}
+        8,
+        offload="cpu",
+        method="mezo_svrg",
+        anchor={"point": "terms", "gradient": "cpu"},
+        anneal={"alpha": 2},
     ),
     "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 10, "warmup_max_lr": "auto"}},
     "aio": {"block_size": 4096},
@@ -72,7 +76,9 @@ def test_configurations_are_taken_or_refused_with_one_clear_error(tmp_path, numb
 
 
 def run_of_three_steps(folder: Path) -> None:
-    config = configuration(12, method="mezo_svrg", lr=1e-2, anchor_interval=2, top={"scheduler": CONFIG["scheduler"]})
+    config = configuration(
+        12, method="mezo_svrg", lr=1e-2, anchor_interval=2, top={"scheduler": CONFIG["scheduler"]}
+    )
     engine = zods.initialize(model=Tiny(), config=config, training_data=tiny_data(40))[0]
     engine.resume(folder)
     for _ in range(3):
@@ -124,12 +130,18 @@ def rechecked(state: Any) -> str:
 def rank_of_folders(run: Path, work: Path, number: int) -> tuple[int, int]:
     """(resumed, refused): each folder is changed, and then resumed."""
     rng = random.Random(3)
-    config = configuration(12, method="mezo_svrg", lr=1e-2, anchor_interval=2, top={"scheduler": CONFIG["scheduler"]})
+    config = configuration(
+        12, method="mezo_svrg", lr=1e-2, anchor_interval=2, top={"scheduler": CONFIG["scheduler"]}
+    )
     checkpoint = Path("checkpoints") / "global_step3"
     files = sorted((run / checkpoint).iterdir())
     state = json.loads((run / checkpoint / "state.json").read_text())
     engine = zods.initialize(model=Tiny(), config=config, training_data=tiny_data(40))[0]
-    fresh = engine.recorder.state_dict(), engine.training_dataloader.state_dict(), engine.lr_scheduler.state_dict()
+    fresh = (
+        engine.recorder.state_dict(),
+        engine.training_dataloader.state_dict(),
+        engine.lr_scheduler.state_dict(),
+    )
     resumed = refused = 0
     for k in range(number):
         folder = work / str(k)
@@ -139,7 +151,9 @@ def rank_of_folders(run: Path, work: Path, number: int) -> tuple[int, int]:
             path = folder / checkpoint / rng.choice(files).name
             changed = bytearray(path.read_bytes())
             at = rng.randrange(len(changed))
-            changed[at : at + rng.choice([1, 1, 8, 10**6])] = bytes([rng.randrange(256)]) * rng.choice([0, 1, 8])
+            changed[at : at + rng.choice([1, 1, 8, 10**6])] = bytes(
+                [rng.randrange(256)]
+            ) * rng.choice([0, 1, 8])
             path.write_bytes(changed)
         elif kind == 1:  # what state.json holds
             (folder / checkpoint / "state.json").write_text(rechecked(mutated(rng, state)))
@@ -150,7 +164,11 @@ def rank_of_folders(run: Path, work: Path, number: int) -> tuple[int, int]:
         engine.recorder.load_state_dict(fresh[0], ())
         engine.training_dataloader.load_state_dict(fresh[1])
         engine.lr_scheduler.load_state_dict(fresh[2])
-        said = refusal(engine.resume, folder) if kind == 2 else refusal(engine.load_checkpoint, folder / "checkpoints")
+        said = (
+            refusal(engine.resume, folder)
+            if kind == 2
+            else refusal(engine.load_checkpoint, folder / "checkpoints")
+        )
         assert said != "", "an error without a word"
         resumed, refused = resumed + (said is None), refused + (said is not None)
         if engine.trajectory.file is not None:

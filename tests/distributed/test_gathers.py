@@ -28,9 +28,9 @@ from tests.distributed.models import (
 from tests.distributed.ranks import run_ranks
 from tests.distributed.zoo import with_adapters, zoo_batch, zoo_model
 from tests.reference.dense import DenseReference, loss_of_module, named_parameters_of
-from zods.directions import derive_seed
-from zods.trajectory.history import History, replay_
+from zods.core.directions import derive_seed
 from zods.trajectory.log import read_log
+from zods.trajectory.updates import History, replay_
 
 GATHERS = {"stage3_param_persistence_threshold": 0}  # of every parameter, however small
 
@@ -63,16 +63,27 @@ class Counter:
 def padded_bytes(engine: Any) -> int:
     """Of all parameters, each once, wherever it is used."""
     world_size = torch.distributed.get_world_size()
-    sizes = {id(p): p.ds_tensor.numel() * p.ds_tensor.element_size() for p in engine.module.parameters()}
+    sizes = {
+        id(p): p.ds_tensor.numel() * p.ds_tensor.element_size() for p in engine.module.parameters()
+    }
     return world_size * sum(sizes.values())
 
 
 # name: (model, form asked for, form expected, further arguments)
-SVRG = {"method": "mezo_svrg", "anchor_interval": 100, "anchor": {"point": "terms", "gradient": "terms"}}
+SVRG = {
+    "method": "mezo_svrg",
+    "anchor_interval": 100,
+    "anchor": {"point": "terms", "gradient": "terms"},
+}
 COUNTED: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     **{f"mezo, {form}": ("opt", form, form, {}) for form in ("stacked", "lockstep", "sequential")},
-    **{f"svrg, {form}": ("opt", form, form, SVRG) for form in ("stacked", "lockstep", "sequential")},
-    **{f"low rank, {form}": ("opt", form, form, {"direction": "low_rank"}) for form in ("stacked", "lockstep")},
+    **{
+        f"svrg, {form}": ("opt", form, form, SVRG) for form in ("stacked", "lockstep", "sequential")
+    },
+    **{
+        f"low rank, {form}": ("opt", form, form, {"direction": "low_rank"})
+        for form in ("stacked", "lockstep")
+    },
     "four directions, stacked": ("opt", "stacked", "stacked", {"num_directions": 4}),
     "llama": ("llama", "auto", "stacked", {}),
     "mixtral": ("mixtral", "auto", "stacked", {}),
@@ -91,7 +102,9 @@ def rank_of_counts() -> dict[str, tuple[str, list[float]]]:
         batch = zoo_batch(kind, 2, 8)
         data = [dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)] * 2
         model = (with_adapters if "adapters" in name else zoo_model)(kind)
-        engine = zods.initialize(model=model, config=gathering(4, **arguments), training_data=data)[0]
+        engine = zods.initialize(model=model, config=gathering(4, **arguments), training_data=data)[
+            0
+        ]
         # step 0 chooses the form, steps 1, 2 and 4 check it, and DeepSpeed's prefetching learns the order
         train(engine, data, range(5))
         ratios = []
@@ -148,8 +161,8 @@ def rank_of_trajectories(folder: Path) -> dict[tuple[str, str], Any]:
             history = History()
             records = read_log(folder / f"{name}-{form}" / "trajectory.log").records
             changes = [change for record in records if (change := history.change(record))]
-            for piece in engine.shards:
-                replay_(replayed[piece.name].view(-1), piece, 0, changes, engine._direction)
+            for shard in engine.sharded_parameters:
+                replay_(replayed[shard.name].view(-1), shard, 0, changes, engine._direction)
             found[name, form] = {
                 "before": before,
                 "after": numpy_of(whole(engine)),
@@ -176,7 +189,10 @@ def test_trajectories_do_not_depend_on_the_form_of_evaluation(trajectories, name
         assert other["seeds"] == one["seeds"]
         for key, expected in one["after"].items():
             assert np.abs(other["after"][key] - expected).max() <= tolerance, key
-        assert max(np.abs(one["after"][key] - one["before"][key]).max() for key in one["after"]) > 100 * tolerance
+        assert (
+            max(np.abs(one["after"][key] - one["before"][key]).max() for key in one["after"])
+            > 100 * tolerance
+        )
 
 
 def test_the_terms_applied_are_those_logged(trajectories):
@@ -191,7 +207,12 @@ PER_RANK: dict[str, dict[str, Any]] = {
     "mezo, stage 0": {"method": "mezo", "stage": 0, "num_directions": 2},
     "mezo, accumulation": {"method": "mezo", "accumulation": 2, "direction": "rademacher"},
     "low rank": {"method": "mezo", "direction": {"distribution": "low_rank", "rank": 2}},
-    "svrg": {"method": "mezo_svrg", "anchor_interval": 4, "anchor_directions": 2, "num_directions": 2},
+    "svrg": {
+        "method": "mezo_svrg",
+        "anchor_interval": 4,
+        "anchor_directions": 2,
+        "num_directions": 2,
+    },
     "svrg, own directions": {
         **{"method": "mezo_svrg", "anchor_interval": 4, "share_direction": False},
         "anchor": {"point": "terms", "gradient": "terms"},
@@ -206,7 +227,11 @@ def rank_of_per_rank() -> dict[str, Any]:
         engine = zods.initialize(model=Tiny(), config=config, training_data=tiny_data())[0]
         losses = train(engine, tiny_data(), range(STEPS))
         after = whole(engine)
-        found[name] = {"after": numpy_of(after), "digests": (sha256(after), engine.trajectory.head), "losses": losses}
+        found[name] = {
+            "after": numpy_of(after),
+            "digests": (sha256(after), engine.trajectory.head),
+            "losses": losses,
+        }
     return found
 
 
@@ -220,17 +245,30 @@ def dense_step(dense: DenseReference, parts: list[Any]) -> None:
     svrg, number = dense.method == "mezo_svrg", dense.num_directions
     if svrg and dense.steps % dense.anchor_interval == 0:
         dense.refresh()
-    total = dict(dense.anchor_grad) if svrg else {name: torch.zeros_like(p) for name, p in dense.params.items()}
+    total = (
+        dict(dense.anchor_grad)
+        if svrg
+        else {name: torch.zeros_like(p) for name, p in dense.params.items()}
+    )
     for rank, part in enumerate(parts):
         seeds, anchor_seeds = (
-            [derive_seed(dense.seed, purpose, dense.steps, rank * number + k) for k in range(number)]
+            [
+                derive_seed(dense.seed, purpose, dense.steps, rank * number + k)
+                for k in range(number)
+            ]
             for purpose in ("step", "step_anchor")
         )
         grad = dense.estimate(dense.params, seeds, part, dense.losses)
-        at = dense.estimate(dense.anchor, seeds if dense.share_direction else anchor_seeds, part, []) if svrg else {}
+        at = (
+            dense.estimate(dense.anchor, seeds if dense.share_direction else anchor_seeds, part, [])
+            if svrg
+            else {}
+        )
         for name, value in grad.items():
             total[name] = total[name] + (value - at.get(name, 0.0)) / len(parts)
-    dense.params = {name: p - dense.lr * total[name] if name in total else p for name, p in dense.params.items()}
+    dense.params = {
+        name: p - dense.lr * total[name] if name in total else p for name, p in dense.params.items()
+    }
     dense.steps += 1
 
 
@@ -256,7 +294,9 @@ def test_an_update_is_the_mean_of_each_ranks_estimate_on_its_own_part(per_rank, 
     params = named_parameters_of(model)
     loss = loss_of_module(model.double(), lambda outputs, _: outputs["loss"])
     whole_set = collate(tiny_data())
-    dense = DenseReference(params=params, loss=loss, whole_set=whole_set, trainable=trainable, **COMMON, **arguments)
+    dense = DenseReference(
+        params=params, loss=loss, whole_set=whole_set, trainable=trainable, **COMMON, **arguments
+    )
     for step in range(STEPS):
         examples = global_batch(tiny_data(), step, 8)
         dense_step(dense, [part_of(rank, examples, accumulation) for rank in range(2)])
@@ -264,5 +304,8 @@ def test_an_update_is_the_mean_of_each_ranks_estimate_on_its_own_part(per_rank, 
     for found in (rank[name] for rank in per_rank):
         for key, expected in dense.params.items():
             assert np.abs(found["after"][key] - expected.numpy()).max() <= tolerance, key
-        assert max(np.abs(found["after"][key] - params[key].numpy()).max() for key in params) > 100 * tolerance
+        assert (
+            max(np.abs(found["after"][key] - params[key].numpy()).max() for key in params)
+            > 100 * tolerance
+        )
         assert found["digests"] == per_rank[0][name]["digests"]

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from tests.distributed.models import numpy_of, sha256, whole
 from tests.distributed.ranks import run_ranks
 from tests.golden.cases import AFTER, BASE, RUNS, RUNS_FOLDER, SAVED_AT, STEPS, build
-from zods.resuming import CHECKPOINTS, LOG_NAME
+from zods.training.resume import CHECKPOINTS, LOG_NAME
 from zods.trajectory.log import read_log
 from zods.trajectory.records import Refresh, Step
 from zods.trajectory.replay import replay
@@ -35,7 +35,11 @@ def rank_of_resumed(folder: Path) -> dict[str, Any]:
         for checkpoints in ("no checkpoints", CHECKPOINTS):
             engine = build(name)
             engine.resume(folder / name, checkpoints=folder / name / checkpoints)
-            found[name, checkpoints] = (engine.global_steps, engine.trajectory.head, sha256(whole(engine)))
+            found[name, checkpoints] = (
+                engine.global_steps,
+                engine.trajectory.head,
+                sha256(whole(engine)),
+            )
             engine.close()
     return found
 
@@ -46,7 +50,12 @@ def rank_of_loaded(folder: Path) -> dict[str, Any]:
         engine = build(name)
         _, client_state = engine.load_checkpoint(folder / name / CHECKPOINTS)
         found[name] = {
-            "state": (engine.global_steps, engine.trajectory.head, engine.anchor_step, client_state),
+            "state": (
+                engine.global_steps,
+                engine.trajectory.head,
+                engine.anchor_step,
+                client_state,
+            ),
             "weights": sha256(whole(engine)),
             "losses": [engine.train_batch() for _ in range(SAVED_AT, STEPS)],
             "after": numpy_of(whole(engine)),
@@ -72,7 +81,9 @@ def in_order(weights: dict[str, Any], name: str) -> dict[str, Any]:
     return {parameter.name: weights[parameter.name] for parameter in header.parameters}
 
 
-def test_a_run_of_the_first_format_is_taken_up_after_its_last_step_with_its_weights(runs: Path, world_size: int):
+def test_a_run_of_the_first_format_is_taken_up_after_its_last_step_with_its_weights(
+    runs: Path, world_size: int
+):
     for found in run_ranks(world_size, rank_of_resumed, runs):
         for (name, _), (step, head, weights) in found.items():
             log = read_log(RUNS_FOLDER / name / LOG_NAME)
@@ -80,22 +91,36 @@ def test_a_run_of_the_first_format_is_taken_up_after_its_last_step_with_its_weig
             assert weights == sha256(in_order(load_file(RUNS_FOLDER / name / AFTER), name))
 
 
-def test_a_checkpoint_of_the_first_format_loads_and_goes_on_as_the_run_did(runs: Path, tmp_path: Path, world_size: int):
+def test_a_checkpoint_of_the_first_format_loads_and_goes_on_as_the_run_did(
+    runs: Path, tmp_path: Path, world_size: int
+):
     ranks = run_ranks(world_size, rank_of_loaded, runs)
     for name in SAVED:
         log = read_log(RUNS_FOLDER / name / LOG_NAME)
-        last = max(k for k, record in enumerate(log.records) if isinstance(record, Step) and record.step < SAVED_AT)
+        last = max(
+            k
+            for k, record in enumerate(log.records)
+            if isinstance(record, Step) and record.step < SAVED_AT
+        )
         refreshes = [record.step for record in log.records[:last] if isinstance(record, Refresh)]
-        losses = [record.loss for record in log.records if isinstance(record, Step) and record.step >= SAVED_AT]
+        losses = [
+            record.loss
+            for record in log.records
+            if isinstance(record, Step) and record.step >= SAVED_AT
+        ]
         replay(BASE, RUNS_FOLDER / name / LOG_NAME, tmp_path / name, until=SAVED_AT)
         weights = in_order(load_file(tmp_path / name / "model.safetensors"), name)
         after = load_file(RUNS_FOLDER / name / AFTER)
         moved = max((after[key] - value).abs().max() for key, value in weights.items())
-        assert moved > 20 * WEIGHT_TOLERANCE, "else the tolerance would not show a step that is left out"
+        assert moved > 20 * WEIGHT_TOLERANCE, (
+            "else the tolerance would not show a step that is left out"
+        )
         for rank in ranks:
             found = rank[name]
             assert found["state"] == (SAVED_AT, log.heads[last + 1], refreshes[-1], {"note": name})
             assert found["weights"] == sha256(weights)
             np.testing.assert_allclose(found["losses"], losses, rtol=LOSS_TOLERANCE)
             for key, value in numpy_of(after).items():
-                np.testing.assert_allclose(found["after"][key], value, atol=WEIGHT_TOLERANCE, err_msg=key)
+                np.testing.assert_allclose(
+                    found["after"][key], value, atol=WEIGHT_TOLERANCE, err_msg=key
+                )

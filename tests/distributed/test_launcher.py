@@ -37,7 +37,9 @@ def test_a_step_sends_less_than_one_kibibyte_counted_at_the_communication_layer(
     for rank in loop:
         for step, (zods, _, scalars, slices, reported) in enumerate(rank["terms"]["steps"]):
             assert 0 < zods < 1024
-            assert zods == scalars == reported, f"step {step}: the engine's own counter says otherwise"
+            assert zods == scalars == reported, (
+                f"step {step}: the engine's own counter says otherwise"
+            )
             assert slices == 0
 
 
@@ -60,7 +62,10 @@ def test_everything_that_is_sent_was_asked_for_by_zods_or_deepspeed(loop):
 # --- mistakes -------------------------------------------------------------------------------------------------------------
 
 EXPECTED = {
-    "unknown key": ("ValueError", ["zeroth_order.epss", "unknown key", "Did you mean 'eps'", "anchor_interval"]),
+    "unknown key": (
+        "ValueError",
+        ["zeroth_order.epss", "unknown key", "Did you mean 'eps'", "anchor_interval"],
+    ),
     "unknown anchor key": ("ValueError", ["zeroth_order.anchor.points", "Did you mean 'point'"]),
     "stage 2": ("ValueError", ["zero_optimization.stage", "found 2", "0", "3"]),
     "stage 1": ("ValueError", ["zero_optimization.stage", "found 1"]),
@@ -102,11 +107,15 @@ def test_every_mistake_of_the_script_is_expected(told):
     assert set(told[0]) == set(EXPECTED)
 
 
-@pytest.mark.parametrize("mistake", ["unknown key", pytest.param("no loss", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "mistake", ["unknown key", pytest.param("no loss", marks=pytest.mark.slow)]
+)
 def test_a_run_with_a_mistake_ends_soon_with_its_text_and_an_exit_code(tmp_path, mistake):
     code, output = launch(SCRIPTS / "mistakes.py", tmp_path, mistake)
     assert code != 0
-    said = {line.split("ValueError: ", 1)[1] for line in output.splitlines() if "ValueError: " in line}
+    said = {
+        line.split("ValueError: ", 1)[1] for line in output.splitlines() if "ValueError: " in line
+    }
     assert len(said) == 1, "all ranks say one and the same"
     for part in EXPECTED[mistake][1]:
         assert part in said.copy().pop()

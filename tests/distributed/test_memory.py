@@ -11,10 +11,14 @@ from transformers import OPTConfig, OPTForCausalLM
 import zods
 from tests.distributed.models import collate, configuration, train
 from tests.distributed.ranks import run_ranks
-from zods.memory import peak_memory
-from zods.sharding import release_gathered
+from zods.forward.peak_memory import peak_memory
+from zods.params.zero3_adapter import release_gathered
 
-VOCABULARY, LENGTH, BATCH = 8000, 64, 32  # so large that the float32 logits of one chunk of the loss hardly count
+VOCABULARY, LENGTH, BATCH = (
+    8000,
+    64,
+    32,
+)  # so large that the float32 logits of one chunk of the loss hardly count
 SVRG = {"method": "mezo_svrg", "anchor_interval": 100}
 RUNS: dict[str, tuple[int, dict[str, Any]]] = {  # points of a step, and the section
     "mezo": (2, {}),
@@ -23,14 +27,19 @@ RUNS: dict[str, tuple[int, dict[str, Any]]] = {  # points of a step, and the sec
     "low rank": (2, {"direction": "low_rank"}),
     "svrg": (4, {**SVRG, "anchor": {"point": "terms", "gradient": "terms"}}),
     "svrg, stored": (4, {**SVRG, "anchor": {"point": "cpu", "gradient": "cpu"}}),
-    "svrg, low rank": (4, {**SVRG, "direction": "low_rank", "anchor": {"point": "terms", "gradient": "terms"}}),
+    "svrg, low rank": (
+        4,
+        {**SVRG, "direction": "low_rank", "anchor": {"point": "terms", "gradient": "terms"}},
+    ),
 }
 
 
 def model() -> OPTForCausalLM:
     torch.manual_seed(0)
     shape = {"hidden_size": 96, "word_embed_proj_dim": 96, "num_hidden_layers": 3, "ffn_dim": 384}
-    config = OPTConfig(vocab_size=VOCABULARY, num_attention_heads=4, max_position_embeddings=LENGTH, **shape)
+    config = OPTConfig(
+        vocab_size=VOCABULARY, num_attention_heads=4, max_position_embeddings=LENGTH, **shape
+    )
     return OPTForCausalLM(config).eval()
 
 
@@ -38,13 +47,17 @@ def rank_of_peaks(stage: int) -> dict[str, tuple[int, int, int]]:
     """(inference forward, step, largest module), bytes."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, VOCABULARY, (2 * BATCH, LENGTH), generator=generator)
-    data = [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row} for row in ids]
+    data = [
+        {"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row} for row in ids
+    ]
     found = {}
     for name, (points, arguments) in RUNS.items():
         section = {"method": "mezo", "lr": 1e-4, "eps": 1e-3, "evaluation": "stacked", **arguments}
         config = configuration(BATCH, stage=stage, **section)
         engine = zods.initialize(model=model(), config=config, training_data=data)[0]
-        train(engine, data, range(3))  # in the second and the third step the form is checked once more
+        train(
+            engine, data, range(3)
+        )  # in the second and the third step the form is checked once more
         stack = collate(data[: engine.train_micro_batch_size_per_gpu()] * points)
         inputs = {key: value for key, value in stack.items() if key != "labels"}
         with torch.no_grad():
@@ -58,7 +71,11 @@ def rank_of_peaks(stage: int) -> dict[str, tuple[int, int, int]]:
             train(engine, data, [3])
         largest = 0
         for module in engine.module.modules():
-            own = [p for p in engine.shards if any(p.param is q for q in module.parameters(recurse=False))]
+            own = [
+                p
+                for p in engine.sharded_parameters
+                if any(p.param is q for q in module.parameters(recurse=False))
+            ]
             largest = max(largest, sum(p.whole_numel * p.dtype.itemsize for p in own))
         found[name] = (inference.bytes, step.bytes, largest)
     return found

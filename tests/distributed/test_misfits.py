@@ -14,7 +14,7 @@ from tests.distributed.forms import POINTS, compare, dense_losses, engine_of
 from tests.distributed.models import stored_digest
 from tests.distributed.ranks import run_ranks
 from tests.distributed.zoo import zoo_batch, zoo_model
-from zods.directions import Direction
+from zods.core.directions import Direction
 
 BATCHES = {
     "first": awkward.words(2, 4),  # 4 words: the rows of the two streams that the check runs
@@ -37,7 +37,9 @@ def judged(make: type[nn.Module], batches: dict[str, Any], distribution: str) ->
             truth = dense_losses(make(), points, batch, direction)
             together = evaluator.losses(points, batch)
             separate = torch.cat([evaluator.losses([point], batch) for point in points])
-            error = max(((found - truth) / truth).abs().max().item() for found in (together, separate))
+            error = max(
+                ((found - truth) / truth).abs().max().item() for found in (together, separate)
+            )
             errors[what] = max(error, errors.get(what, 0.0))
     return {"form": evaluator.evaluation, "errors": errors, "kept": stored_digest(engine) == before}
 
@@ -107,7 +109,10 @@ def test_losses_are_those_of_whole_perturbed_copies_on_two_ranks(two_ranks, name
 
 # (model, form): what the error says
 REFUSED = {
-    ("PositionsAlone", "stacked"): r"positions \(Embedding\) returns a tensor without a batch dimension",
+    (
+        "PositionsAlone",
+        "stacked",
+    ): r"positions \(Embedding\) returns a tensor without a batch dimension",
     ("ScalarOutput", "stacked"): r"inner \(WholeMean\) returns a tensor without a batch dimension",
     ("WordsFirst", "stacked"): r"block \(Linear\) returns a tensor without a batch dimension",
     ("MixesExamples", "stacked"): "its logits are .* off",
@@ -138,7 +143,9 @@ def refusals(request: pytest.FixtureRequest) -> list[dict[tuple[str, str], Any]]
 
 
 @pytest.mark.parametrize("case", REFUSED, ids="-".join)
-def test_a_form_that_does_not_fit_is_refused_with_its_reason_and_leaves_the_model_as_it_was(refusals, case):
+def test_a_form_that_does_not_fit_is_refused_with_its_reason_and_leaves_the_model_as_it_was(
+    refusals, case
+):
     for rank in refusals:
         text, right, kept = rank[case]
         assert re.search(REFUSED[case], text)
@@ -161,7 +168,10 @@ def rank_of_later_batches() -> dict[str, list[Any]]:
         "mamba, first without a mask": ("mamba", [maskless, zoo_batch("mamba", padded=True)]),
         "one example after three": ("bert", [_with_positions(3), _with_positions(1)]),
         "four examples after one": ("bert", [_with_positions(1), _with_positions(4)]),
-        "counts by mask": (awkward.CountsByMask, [{**b, "labels": b["input_ids"]} for b in by_mask]),
+        "counts by mask": (
+            awkward.CountsByMask,
+            [{**b, "labels": b["input_ids"]} for b in by_mask],
+        ),
     }
     found = {}
     for what, (model, batches) in cases.items():

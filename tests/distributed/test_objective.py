@@ -23,13 +23,25 @@ from tests.distributed.models import collate, configuration, numpy_of, sha256, w
 from tests.distributed.ranks import REPOSITORY, launch, run_ranks
 from tests.reference.dense import DenseReference, loss_of_module, named_parameters_of
 from tests.reference.objective import objective_of
-from zods.config import read_first_order_config
-from zods.directions import derive_seed
-from zods.first_order import FirstOrderEngine
-from zods.runs import read_metrics
+from zods.cli.run_folder import read_metrics
+from zods.config.deepspeed_json import read_first_order_config
+from zods.core.directions import derive_seed
+from zods.training.first_order import FirstOrderEngine
 
 VOCABULARY, LENGTH = 31, 256
-LABELLED = (5, 250, 5, 250, 5, 5, 250, 0, 250, 5, 250)  # label tokens of the examples; 8 to a step, 3 left over
+LABELLED = (
+    5,
+    250,
+    5,
+    250,
+    5,
+    5,
+    250,
+    0,
+    250,
+    5,
+    250,
+)  # label tokens of the examples; 8 to a step, 3 left over
 BATCH, STEPS = 8, 2
 EPS, LR = 1e-2, 1e-3
 ADAMW = {
@@ -58,14 +70,21 @@ def llama(kind: type[nn.Module] = hf.LlamaForCausalLM) -> nn.Module:
 
 def t5() -> nn.Module:
     shape = {"d_model": 16, "d_ff": 16, "num_layers": 1, "num_heads": 2, "d_kv": 8}
-    return hf.T5ForConditionalGeneration(hf.T5Config(vocab_size=VOCABULARY, decoder_start_token_id=0, **shape))
+    return hf.T5ForConditionalGeneration(
+        hf.T5Config(vocab_size=VOCABULARY, decoder_start_token_id=0, **shape)
+    )
 
 
-MODELS: dict[str, tuple[Callable[[], nn.Module], bool]] = {  # and whether position t predicts label t + 1
+MODELS: dict[
+    str, tuple[Callable[[], nn.Module], bool]
+] = {  # and whether position t predicts label t + 1
     "causal": (llama, True),
     "masked": (lambda: hf.BertForMaskedLM(hf.BertConfig(**BERT)), False),
     "encoder-decoder": (t5, False),
-    "classifier": (lambda: hf.BertForSequenceClassification(hf.BertConfig(**BERT, num_labels=3)), False),
+    "classifier": (
+        lambda: hf.BertForSequenceClassification(hf.BertConfig(**BERT, num_labels=3)),
+        False,
+    ),
     "own loss": (functools.partial(llama, Smoothed), True),
 }
 
@@ -91,7 +110,10 @@ def rows_of(kind: str) -> list[dict[str, Tensor]]:
         elif number:
             labels[-number:] = ids[-number:]
         if kind == "encoder-decoder":
-            labels, ids = labels.roll(number), ids[:12]  # decoders' labels begin at the first position
+            labels, ids = (
+                labels.roll(number),
+                ids[:12],
+            )  # decoders' labels begin at the first position
         if kind == "classifier":
             labels = torch.tensor(number % 3 if number else -100)
         rows.append({"attention_mask": torch.ones_like(ids), "input_ids": ids, "labels": labels})
@@ -114,7 +136,9 @@ CASES: dict[str, tuple[str, str, tuple[int, ...] | None, dict[str, Any]]] = {
     "lockstep, examples": ("causal", "examples", (2,), {"evaluation": "lockstep", "stage": 3}),
     **{
         f"{kind}, {mean}": (kind, mean, (2, 1), {})
-        for kind, mean in product(("masked", "encoder-decoder", "classifier"), ("tokens", "examples"))
+        for kind, mean in product(
+            ("masked", "encoder-decoder", "classifier"), ("tokens", "examples")
+        )
     },
     "own loss": ("own loss", "tokens", (2, 1), {}),
     "own loss, one by one": ("own loss", "examples", (1,), {}),
@@ -132,13 +156,19 @@ def engine_of(kind: str, micro: int, **arguments: Any) -> Any:
     accumulation = BATCH // micro // torch.distributed.get_world_size()
     config = configuration(BATCH, accumulation=accumulation, top=top, **arguments)
     data = rows_of(kind)
-    return zods.initialize(model=model_of(kind), config=config, training_data=data, collate_fn=collate)[0]
+    return zods.initialize(
+        model=model_of(kind), config=config, training_data=data, collate_fn=collate
+    )[0]
 
 
 def steps_of(engine: Any) -> list[tuple[float, float]]:
     """(loss, mean projected gradient) of each step, on the first examples in their order."""
     found = []
-    rank, world, micro = engine.global_rank, engine.world_size, engine.train_micro_batch_size_per_gpu()
+    rank, world, micro = (
+        engine.global_rank,
+        engine.world_size,
+        engine.train_micro_batch_size_per_gpu(),
+    )
     rows = rows_of(next(k for k in MODELS if type(model_of(k)) is type(engine.module)))[:BATCH]
     for _ in range(STEPS):
         for k in range(engine.gradient_accumulation_steps()):
@@ -172,17 +202,24 @@ def one_by_one(batch: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
 
 @functools.cache
 def dense_steps(kind: str, mean: str, svrg: bool) -> list[tuple[float, float]]:
-    """The reference in float64, on the global batch and on the whole set in one piece."""
+    """The reference in float64, on the global batch and on the whole set in one shard."""
     model, shifted = model_of(kind), MODELS[kind][1]
     params, model = named_parameters_of(model), model.double()
-    loss = loss_of_module(model, lambda outputs, batch: objective_of(outputs.logits, batch["labels"], mean, shifted))
+    loss = loss_of_module(
+        model, lambda outputs, batch: objective_of(outputs.logits, batch["labels"], mean, shifted)
+    )
     if kind == "own loss":
         loss = of_whole = loss_of_module(model, lambda outputs, _: outputs.loss)
         if mean == "examples":
-            loss = lambda at, batch: statistics.fmean(of_whole(at, one) for one in one_by_one(batch))  # noqa: E731
+
+            def loss(at, batch):
+                return statistics.fmean(of_whole(at, one) for one in one_by_one(batch))
+
     rows = rows_of(kind)
     section: dict[str, Any] = dict(SVRG) if svrg else {"method": "mezo"}
-    dense = DenseReference(params=params, loss=loss, whole_set=collate(rows), eps=EPS, lr=LR, **section)
+    dense = DenseReference(
+        params=params, loss=loss, whole_set=collate(rows), eps=EPS, lr=LR, **section
+    )
     found = []
     for _ in range(STEPS):
         loss = dense.step(collate(rows[:BATCH]))
@@ -192,7 +229,10 @@ def dense_steps(kind: str, mean: str, svrg: bool) -> list[tuple[float, float]]:
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(n, id=f"{n}-ranks", marks=pytest.mark.slow if n == 4 else []) for n in (1, 2, 4)],
+    params=[
+        pytest.param(n, id=f"{n}-ranks", marks=pytest.mark.slow if n == 4 else [])
+        for n in (1, 2, 4)
+    ],
 )
 def ranks(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     return run_ranks(request.param, rank_of_cases)
@@ -206,7 +246,9 @@ def test_the_losses_of_a_run_are_those_of_the_global_batch_in_one_piece(ranks, n
     kind, mean, _, arguments = CASES[name]
     expected = dense_steps(kind, mean, "method" in arguments)
     if kind not in ("classifier", "own loss"):
-        other = dense_steps(kind, "examples" if mean == "tokens" else "tokens", "method" in arguments)
+        other = dense_steps(
+            kind, "examples" if mean == "tokens" else "tokens", "method" in arguments
+        )
         assert all(abs(a[1] - b[1]) > 0.5 for a, b in zip(expected, other, strict=True))
     for rank in ranks:
         for micro, found in rank.get(name, {}).items():
@@ -243,17 +285,24 @@ def test_directions_of_each_rank_estimate_the_objective_of_the_global_batch():
     for (name, parts), mean in product(PARTS.items(), ("tokens", "examples")):
         model = model_of("causal")
         params, model = named_parameters_of(model), model.double()
-        counts = [sum(LABELLED[place] if mean == "tokens" else LABELLED[place] > 0 for place in part) for part in parts]
+        counts = [
+            sum(LABELLED[place] if mean == "tokens" else LABELLED[place] > 0 for place in part)
+            for part in parts
+        ]
         loss = grad = 0.0
         expected = {key: value.clone() for key, value in params.items()}
-        mean_loss = loss_of_module(model, lambda out, batch, m=mean: objective_of(out.logits, batch["labels"], m, True))
+        mean_loss = loss_of_module(
+            model, lambda out, batch, m=mean: objective_of(out.logits, batch["labels"], m, True)
+        )
         dense = DenseReference(params=params, loss=mean_loss, eps=EPS)
         for rank, (part, count) in enumerate(zip(parts, counts, strict=True)):
             if count:
                 losses: list[float] = []
                 seed = derive_seed(42, "step", 0, rank)
                 share = count / sum(counts)
-                coefficient = share * dense.projected_grad(params, seed, collate([rows[k] for k in part]), losses)
+                coefficient = share * dense.projected_grad(
+                    params, seed, collate([rows[k] for k in part]), losses
+                )
                 loss, grad = loss + share * sum(losses) / 2, grad + coefficient
                 for key, z in dense.z(seed).items():
                     expected[key] -= LR * coefficient * z
@@ -261,7 +310,10 @@ def test_directions_of_each_rank_estimate_the_objective_of_the_global_batch():
             found_loss, found_grad, weights = rank[name, mean]
             assert found_loss == pytest.approx(loss, abs=5e-5), (name, mean)
             assert found_grad == pytest.approx(grad, abs=2e-3), (name, mean)
-            for key, value in expected.items():  # LR times the tolerance of the gradient, and |z| < 4
+            for (
+                key,
+                value,
+            ) in expected.items():  # LR times the tolerance of the gradient, and |z| < 4
                 assert np.abs(weights[key] - value.numpy()).max() < 1e-5, (name, mean, key)
 
 
@@ -374,12 +426,31 @@ def finetune(folder: Path, output: str, num_gpus: int, *options: str) -> dict[in
     """Losses of the steps in a run's folder, by step, after the command line was run on so many ranks."""
     code, said = launch(
         Path(zods.finetune.__file__),
-        *("--deepspeed_config", folder / "config.json", "--model", MODEL, "--output_dir", folder / output),
-        *("--task", "instruction", "--train_file", folder / "train.jsonl", "--max_length", "96", *options),
+        *(
+            "--deepspeed_config",
+            folder / "config.json",
+            "--model",
+            MODEL,
+            "--output_dir",
+            folder / output,
+        ),
+        *(
+            "--task",
+            "instruction",
+            "--train_file",
+            folder / "train.jsonl",
+            "--max_length",
+            "96",
+            *options,
+        ),
         num_gpus=num_gpus,
     )
     assert code == 0, said[-4000:]
-    return {record["step"]: record["loss"] for record in read_metrics(folder / output) if record["kind"] == "train"}
+    return {
+        record["step"]: record["loss"]
+        for record in read_metrics(folder / output)
+        if record["kind"] == "train"
+    }
 
 
 @pytest.mark.slow
@@ -387,7 +458,10 @@ def test_the_command_line_goes_on_along_the_same_curve_on_other_ranks(tmp_path):
     """Instruction tuning with responses of one word and of dozens."""
     words = ["value", "return", "name", "list", "of", "the"]
     rows = [
-        {"instruction": f"say {k}", "output": "x" if k % 2 else " ".join(words[(j * k) % 6] for j in range(30))}
+        {
+            "instruction": f"say {k}",
+            "output": "x" if k % 2 else " ".join(words[(j * k) % 6] for j in range(30)),
+        }
         for k in range(24)
     ]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -23,15 +23,24 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import zods
-from tests.distributed.models import Tiny, Wide, configuration, opt_data, tiny_data, tiny_opt, whole, wide_data
+from tests.distributed.models import (
+    Tiny,
+    Wide,
+    configuration,
+    opt_data,
+    tiny_data,
+    tiny_opt,
+    whole,
+    wide_data,
+)
 from tests.distributed.ranks import ENVIRONMENT, LIMIT, REPOSITORY, run_ranks
 from tests.distributed.zoo import ZOO, zoo_batch
 from tests.reference.replay import replayed
-from zods import pretrained
-from zods.config import read_config
+from zods.cli import pretrained
+from zods.config.deepspeed_json import read_config
+from zods.config.schema import parse_section
 from zods.kernels import fingerprint
-from zods.resuming import INITIAL, LOG_NAME
-from zods.section import parse_section
+from zods.training.resume import INITIAL, LOG_NAME
 from zods.trajectory.__main__ import main
 from zods.trajectory.log import Log, LogFile, Trajectory, read_log
 from zods.trajectory.records import Evaluation, Header, ParameterRecord, Refresh, Run, Step
@@ -39,8 +48,17 @@ from zods.trajectory.replay import INDEX, replay
 
 STEPS, EARLIER = 7, 4
 SECTION = {"method": "mezo", "eps": 1e-2, "lr": 2e-2, "seed": 7}
-SVRG = {**SECTION, "method": "mezo_svrg", "anchor_interval": 3, "anchor_lr": 3e-2, "weight_decay": 0.3}
-WARMUP = {"type": "WarmupLR", "params": {"warmup_max_lr": 2e-2, "warmup_num_steps": 5, "warmup_type": "linear"}}
+SVRG = {
+    **SECTION,
+    "method": "mezo_svrg",
+    "anchor_interval": 3,
+    "anchor_lr": 3e-2,
+    "weight_decay": 0.3,
+}
+WARMUP = {
+    "type": "WarmupLR",
+    "params": {"warmup_max_lr": 2e-2, "warmup_num_steps": 5, "warmup_type": "linear"},
+}
 
 
 def kept(point: str, gradient: str, **others: Any) -> dict[str, Any]:
@@ -61,8 +79,16 @@ RUNS: dict[str, tuple[int, str, dict[str, Any]]] = {
         "tiny",
         {"direction": "rademacher", "bf16": True, "stochastic_rounding": False},
     ),
-    "low rank, bf16, decay": (3, "tiny", {"direction": LOW_RANK, "bf16": True, "weight_decay": 0.3}),
-    "directions of each rank": (4, "tiny", {"directions": "per_rank", "num_directions": 2, "bf16": True}),
+    "low rank, bf16, decay": (
+        3,
+        "tiny",
+        {"direction": LOW_RANK, "bf16": True, "weight_decay": 0.3},
+    ),
+    "directions of each rank": (
+        4,
+        "tiny",
+        {"directions": "per_rank", "num_directions": 2, "bf16": True},
+    ),
     "warm-up from zero": (2, "tiny", {"top": {"scheduler": WARMUP}, "direction": LOW_RANK}),
     "replicated": (2, "tiny", {"stage": 0, "bf16": True}),
     "skipped": (2, "fragile", SECTION),
@@ -70,20 +96,54 @@ RUNS: dict[str, tuple[int, str, dict[str, Any]]] = {
     "svrg, cpu": (3, "tiny", kept("cpu", "cpu", bf16=True, anchor_directions=3)),
     "svrg, nvme": (2, "tiny", kept("nvme", "nvme", bf16=True)),
     "svrg, terms": (4, "tiny", kept("terms", "terms", bf16=True, num_directions=2)),
-    "svrg, gradient as terms": (2, "tiny", kept("cpu", "terms", share_direction=False, num_directions=2)),
-    "svrg, point as terms": (2, "tiny", kept("terms", "nvme", share_direction=False, direction=LOW_RANK)),
-    "svrg, directions of each rank": (4, "tiny", kept("cpu", "device", directions="per_rank", share_direction=False)),
-    "svrg, replicated, rademacher": (2, "tiny", kept("cpu", "cpu", stage=0, direction="rademacher", bf16=True)),
-    "svrg, skipped, to nearest": (2, "fragile", kept("cpu", "terms", bf16=True, stochastic_rounding=False)),
-    "offloaded to cpu": (2, "wide", kept("cpu", "cpu", offload="cpu", direction="rademacher", bf16=True)),
+    "svrg, gradient as terms": (
+        2,
+        "tiny",
+        kept("cpu", "terms", share_direction=False, num_directions=2),
+    ),
+    "svrg, point as terms": (
+        2,
+        "tiny",
+        kept("terms", "nvme", share_direction=False, direction=LOW_RANK),
+    ),
+    "svrg, directions of each rank": (
+        4,
+        "tiny",
+        kept("cpu", "device", directions="per_rank", share_direction=False),
+    ),
+    "svrg, replicated, rademacher": (
+        2,
+        "tiny",
+        kept("cpu", "cpu", stage=0, direction="rademacher", bf16=True),
+    ),
+    "svrg, skipped, to nearest": (
+        2,
+        "fragile",
+        kept("cpu", "terms", bf16=True, stochastic_rounding=False),
+    ),
+    "offloaded to cpu": (
+        2,
+        "wide",
+        kept("cpu", "cpu", offload="cpu", direction="rademacher", bf16=True),
+    ),
     "offloaded to nvme": (2, "wide", {"offload": "nvme", "direction": "rademacher", "bf16": True}),
-    "svrg, offloaded to nvme": (1, "wide", kept("nvme", "nvme", offload="nvme", direction="rademacher")),
-    "svrg, low rank, offloaded to nvme": (2, "wide", kept("terms", "terms", offload="nvme", direction=LOW_RANK)),
+    "svrg, offloaded to nvme": (
+        1,
+        "wide",
+        kept("nvme", "nvme", offload="nvme", direction="rademacher"),
+    ),
+    "svrg, low rank, offloaded to nvme": (
+        2,
+        "wide",
+        kept("terms", "terms", offload="nvme", direction=LOW_RANK),
+    ),
     "before it goes on": (2, "tiny", kept("cpu", "terms")),
     "goes on on three ranks": (
         3,
         "tiny",
-        kept("terms", "cpu", lr=1e-2, seed=8, weight_decay=0.1, num_directions=3, anchor_directions=2),
+        kept(
+            "terms", "cpu", lr=1e-2, seed=8, weight_decay=0.1, num_directions=3, anchor_directions=2
+        ),
     ),
     "opt": (2, "opt", kept("cpu", "cpu")),
     "opt, shards": (3, "opt in shards", {"direction": "rademacher"}),
@@ -127,7 +187,11 @@ def loaded(kind: str, bases: Path, config: dict[str, Any]) -> tuple[nn.Module, l
     if kind in OWN:
         return OWN[kind](), []
     base, _, adapters = kind.partition(" with ")
-    cls = transformers.AutoModelForSequenceClassification if base == "bert" else transformers.AutoModelForCausalLM
+    cls = (
+        transformers.AutoModelForSequenceClassification
+        if base == "bert"
+        else transformers.AutoModelForCausalLM
+    )
     task: Any = SimpleNamespace(
         name="classification" if base == "bert" else "prompted",
         auto_class=lambda: cls,
@@ -135,7 +199,11 @@ def loaded(kind: str, bases: Path, config: dict[str, Any]) -> tuple[nn.Module, l
     )
     rank = 2 if adapters else None
     arguments = Namespace(
-        model=str(bases / base), trust_remote_code=False, lora_rank=rank, lora_target_modules=None, num_epochs=1
+        model=str(bases / base),
+        trust_remote_code=False,
+        lora_rank=rank,
+        lora_target_modules=None,
+        num_epochs=1,
     )
     run = read_config(config, torch.distributed.get_world_size())
     return pretrained.load_model(arguments, run, task, pretrained.find_model(arguments))
@@ -243,7 +311,9 @@ def read(path: Path, kind: str) -> dict[str, Tensor]:
 def test_the_weights_of_a_run_are_those_of_a_dense_replay_of_its_log(folder, name):
     log, base = read_log(folder / name / LOG_NAME), load_file(folder / name / "start.safetensors")
     if name not in CONTINUES:
-        assert same(by_reference(log, base, EARLIER), load_file(folder / name / "earlier.safetensors"))
+        assert same(
+            by_reference(log, base, EARLIER), load_file(folder / name / "earlier.safetensors")
+        )
     end = load_file(folder / name / "end.safetensors")
     assert same(by_reference(log, base), end)
     assert log.num_steps == STEPS * (2 if name in CONTINUES else 1)
@@ -254,14 +324,24 @@ def test_the_weights_of_a_run_are_those_of_a_dense_replay_of_its_log(folder, nam
 @pytest.mark.parametrize("name", RUNS)
 def test_the_command_line_writes_the_weights_of_a_run_at_any_step(folder, name, tmp_path):
     kind, run = RUNS[name][1], folder / name
-    command = ["replay", "--base", str(base_of(folder, name)), "--log", str(run / LOG_NAME), "--out"]
+    command = [
+        "replay",
+        "--base",
+        str(base_of(folder, name)),
+        "--log",
+        str(run / LOG_NAME),
+        "--out",
+    ]
     for when, options in {"earlier": ["--until", str(EARLIER)], "end": []}.items():
         if name in CONTINUES and when == "earlier":
             continue
         assert main([*command, str(tmp_path / when), *options]) == 0
         assert same(read(tmp_path / when, kind), read(run / f"exported {when}", kind)), when
         if "adapters" in kind:
-            written, exported = adapter_config(tmp_path / when), adapter_config(run / f"exported {when}")
+            written, exported = (
+                adapter_config(tmp_path / when),
+                adapter_config(run / f"exported {when}"),
+            )
             assert written == exported
             cls = getattr(transformers, written["auto_mapping"]["base_model_class"])
             model = peft.PeftModel.from_pretrained(
@@ -281,14 +361,21 @@ def adapter_config(path: Path) -> dict[str, Any]:
 def test_the_runs_had_what_they_are_to_show(folder):
     log = read_log(folder / "svrg, skipped, to nearest" / LOG_NAME)
     steps = {record.step: record for record in log.records if isinstance(record, Step)}
-    refreshes = {record.step: record.coefficients for record in log.records if isinstance(record, Refresh)}
+    refreshes = {
+        record.step: record.coefficients for record in log.records if isinstance(record, Refresh)
+    }
     assert [step for step, record in steps.items() if record.skipped] == [2]
     assert [step for step, coefficients in refreshes.items() if not coefficients] == [3]
     assert list(refreshes) == [0, 3, 6]
     assert read_log(folder / "warm-up from zero" / LOG_NAME).records[2].lr == 0.0
-    assert len(read_log(folder / "directions of each rank" / LOG_NAME).records[-1].coefficients) == 4 * 2
+    assert (
+        len(read_log(folder / "directions of each rank" / LOG_NAME).records[-1].coefficients)
+        == 4 * 2
+    )
     assert (folder / "bases" / "opt in shards" / INDEX).is_file()
-    names = {key.partition(".")[0] for key in load_file(folder / "bases" / "bert" / "model.safetensors")}
+    names = {
+        key.partition(".")[0] for key in load_file(folder / "bases" / "bert" / "model.safetensors")
+    }
     assert names == {"embeddings", "encoder", "pooler"}, "else its keys have the run's prefix"
 
 
@@ -296,13 +383,23 @@ def test_the_runs_had_what_they_are_to_show(folder):
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())} if folder.exists() else {}
+    return (
+        {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+        if folder.exists()
+        else {}
+    )
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize("name", ["opt, shards", "bert, new head", "adapters"])
 def test_several_processes_write_what_one_does(folder, name, world_size, tmp_path, monkeypatch):
-    command = ["replay", "--base", str(base_of(folder, name)), "--log", str(folder / name / LOG_NAME)]
+    command = [
+        "replay",
+        "--base",
+        str(base_of(folder, name)),
+        "--log",
+        str(folder / name / LOG_NAME),
+    ]
     for rank in reversed(range(world_size)):
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", str(world_size))
@@ -319,7 +416,14 @@ def test_several_processes_write_what_one_does(folder, name, world_size, tmp_pat
 
 def test_processes_that_run_at_once_do_not_meet(folder, tmp_path):
     name = "opt, shards"
-    files = ("--base", base_of(folder, name), "--log", folder / name / LOG_NAME, "--out", tmp_path / "out")
+    files = (
+        "--base",
+        base_of(folder, name),
+        "--log",
+        folder / name / LOG_NAME,
+        "--out",
+        tmp_path / "out",
+    )
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "zods.trajectory", "replay", *files],
@@ -362,14 +466,23 @@ WRONG_BASES: dict[str, tuple[Any, str]] = {
         lambda b, t: edited(b, t, lambda x: x[FC1][3].mul_(1.01)),
         "other weights than the run started from",
     ),
-    "a frozen place": (lambda b, t: edited(b, t, lambda x: x[FC1].view(-1)[5].neg_()), "fc1.weight"),
-    "shape": (lambda b, t: edited(b, t, lambda x: x.update({FC1: x[FC1].T.contiguous()})), "is of shape (20, 36)"),
+    "a frozen place": (
+        lambda b, t: edited(b, t, lambda x: x[FC1].view(-1)[5].neg_()),
+        "fc1.weight",
+    ),
+    "shape": (
+        lambda b, t: edited(b, t, lambda x: x.update({FC1: x[FC1].T.contiguous()})),
+        "is of shape (20, 36)",
+    ),
     "missing": (lambda b, t: edited(b, t, lambda x: x.pop(FC1)), "fc1.weight"),
     "truncated": (lambda b, t: cut(b, t, 0.6), "damaged"),
     "cut in its header": (lambda b, t: cut(b, t, 0.001), "damaged"),
     "emptied": (lambda b, t: cut(b, t, 0.0), "damaged"),
     "an index of nothing": (lambda b, t: indexed(b, t, "[]"), "damaged"),
-    "an index of no file": (lambda b, t: indexed(b, t, '{"weight_map": {"x": "none.safetensors"}}'), "damaged"),
+    "an index of no file": (
+        lambda b, t: indexed(b, t, '{"weight_map": {"x": "none.safetensors"}}'),
+        "damaged",
+    ),
     "no folder": (lambda b, t: t / "nowhere", "neither a folder nor a model"),
     "an empty folder": (lambda b, t: t.mkdir() or t, "not in its safetensors files"),
 }
@@ -381,7 +494,15 @@ def test_a_wrong_base_is_one_error_and_leaves_no_weights(folder, what, tmp_path,
     base = damage(folder / "bases" / "opt", tmp_path / "base")
     before = files_of(base)
     code = main(
-        ["replay", "--base", str(base), "--log", str(folder / "opt" / LOG_NAME), "--out", str(tmp_path / "out")]
+        [
+            "replay",
+            "--base",
+            str(base),
+            "--log",
+            str(folder / "opt" / LOG_NAME),
+            "--out",
+            str(tmp_path / "out"),
+        ]
     )
     error = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
     assert code == 2
@@ -392,8 +513,12 @@ def test_a_wrong_base_is_one_error_and_leaves_no_weights(folder, what, tmp_path,
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
-@pytest.mark.parametrize("holds", ["model.safetensors", "model-00001-of-00002.safetensors", "pytorch_model.bin"])
-def test_a_folder_with_a_model_is_not_written_into(folder, world_size, holds, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    "holds", ["model.safetensors", "model-00001-of-00002.safetensors", "pytorch_model.bin"]
+)
+def test_a_folder_with_a_model_is_not_written_into(
+    folder, world_size, holds, tmp_path, capsys, monkeypatch
+):
     out = tmp_path / "out"
     out.mkdir()
     (out / holds).write_bytes(b"precious")
@@ -410,7 +535,13 @@ def test_a_folder_with_a_model_is_not_written_into(folder, world_size, holds, tm
 
 def test_more_steps_than_there_are_are_refused(folder, tmp_path, capsys):
     for until in ("8", "-1"):
-        command = ["replay", "--base", str(base_of(folder, "opt")), "--log", str(folder / "opt" / LOG_NAME)]
+        command = [
+            "replay",
+            "--base",
+            str(base_of(folder, "opt")),
+            "--log",
+            str(folder / "opt" / LOG_NAME),
+        ]
         assert main([*command, "--out", str(tmp_path / "out"), "--until", until]) == 2
         assert f"holds 7 steps, asked for {until}" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -450,7 +581,10 @@ def test_what_a_pytorch_file_would_run_is_not_run(folder, tmp_path, capsys):
         if name == "text":
             (base / "pytorch_model.bin").write_text("version https://git-lfs")
         log = folder / "opt" / LOG_NAME
-        assert main(["replay", "--base", str(base), "--log", str(log), "--out", str(tmp_path / "out")]) == 2
+        assert (
+            main(["replay", "--base", str(base), "--log", str(log), "--out", str(tmp_path / "out")])
+            == 2
+        )
         assert "zods.trajectory: error: " in capsys.readouterr().err, name
         assert not mark.exists()
         assert not list((tmp_path / "out").glob("*.safetensors"))
@@ -466,10 +600,18 @@ def small(tmp_path: Path) -> tuple[Path, list[bytes], list[dict[str, Tensor]]]:
     base = {"matrix": torch.randn(3, 2), "bias": torch.randn(3)}
     (tmp_path / "base").mkdir()
     save_file(base, tmp_path / "base" / "model.safetensors")
-    entries = [ParameterRecord(n, tuple(v.shape), "float32", True, fingerprint(v.view(-1))) for n, v in base.items()]
+    entries = [
+        ParameterRecord(n, tuple(v.shape), "float32", True, fingerprint(v.view(-1)))
+        for n, v in base.items()
+    ]
     section = parse_section({**SVRG, "anchor": {"point": "terms", "gradient": "terms"}})
     records = [
-        *(Run(0, section, 8, 2), Evaluation(0, "stacked", 4), Refresh(0, 1e-2, (0.5,)), Step(0, 0.3, 1e-2, (-1.5,))),
+        *(
+            Run(0, section, 8, 2),
+            Evaluation(0, "stacked", 4),
+            Refresh(0, 1e-2, (0.5,)),
+            Step(0, 0.3, 1e-2, (-1.5,)),
+        ),
         *(Step(1, None, 1e-2, ()), Step(2, 0.2, 1e-2, (2.5,), (0, 2)), Refresh(3, 1e-2, (0.25,))),
         Step(3, 0.1, 1e-2, (1.25,), (1, 0)),
     ]
@@ -512,7 +654,9 @@ def test_a_log_cut_anywhere_gives_the_weights_after_its_whole_records(small, cap
         assert same(weights, states[whole_lines - 1]), length
 
 
-def test_the_weights_at_a_step_do_not_depend_on_what_the_log_holds_after_it(small, tmp_path, capsys):
+def test_the_weights_at_a_step_do_not_depend_on_what_the_log_holds_after_it(
+    small, tmp_path, capsys
+):
     base, lines, states = small
     for count in (7, 8, 9):  # up to step 3, then a refresh of the anchor, then step 4
         (tmp_path / "cut").write_bytes(b"".join(lines[:count]))
@@ -522,7 +666,9 @@ def test_the_weights_at_a_step_do_not_depend_on_what_the_log_holds_after_it(smal
 
 
 @pytest.mark.parametrize("mask", [1, 0x80, 0xFF])
-def test_a_log_with_any_byte_changed_is_an_error_or_ends_before_its_last_record(small, mask, capsys):
+def test_a_log_with_any_byte_changed_is_an_error_or_ends_before_its_last_record(
+    small, mask, capsys
+):
     base, lines, states = small
     data = b"".join(lines)
     for position in range(len(data)):

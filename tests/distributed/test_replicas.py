@@ -18,7 +18,7 @@ import torch
 import zods.finetune
 from tests.distributed.models import Tiny, configuration, numpy_of, sha256, tiny_data, whole
 from tests.distributed.ranks import LIMIT, REPOSITORY, free_port, launch, run_ranks
-from zods.section import parse_section
+from zods.config.schema import parse_section
 from zods.trajectory.log import read_log
 from zods.trajectory.records import Step
 
@@ -26,7 +26,11 @@ STEPS = 12
 COMMON: dict[str, Any] = {"lr": 1e-2, "eps": 1e-2, "agreement_interval": 2}
 RUNS: dict[str, dict[str, Any]] = {
     "mezo": {"method": "mezo", "num_directions": 2},
-    "svrg": {"method": "mezo_svrg", "anchor_interval": 4, "anchor": {"point": "cpu", "gradient": "cpu"}},
+    "svrg": {
+        "method": "mezo_svrg",
+        "anchor_interval": 4,
+        "anchor": {"point": "cpu", "gradient": "cpu"},
+    },
     "svrg as terms, bf16": {
         "method": "mezo_svrg",
         "anchor_interval": 4,
@@ -101,7 +105,9 @@ def rank_of_leader(name: str, folder: Path, store: str, pauses: dict[int, str]) 
     return found
 
 
-def rank_of_joiner(name: str, folder: Path, store: str, index: int, last: int, ready: str) -> dict[str, Any]:
+def rank_of_joiner(
+    name: str, folder: Path, store: str, index: int, last: int, ready: str
+) -> dict[str, Any]:
     """Joins, and leaves after step `last`. `ready`: the file that it makes when it has joined."""
     waits_for(folder / "begun")
     engine = build(name, {"store": store, "index": index, "silence_timeout": 30.0})
@@ -233,7 +239,9 @@ def rank_left_alone(folder: Path, store: str) -> str:
 
 def test_where_the_leader_dies_the_others_say_so_and_its_log_is_whole(tmp_path):
     store, said = store_address(), []
-    thread = threading.Thread(target=lambda: said.extend(run_ranks(2, rank_left_alone, tmp_path, store)))
+    thread = threading.Thread(
+        target=lambda: said.extend(run_ranks(2, rank_left_alone, tmp_path, store))
+    )
     thread.start()
     with pytest.raises(pytest.fail.Exception, match="exit code -9"):
         run_ranks(1, rank_of_leader_that_dies, tmp_path, store)
@@ -248,7 +256,11 @@ MISFITS: dict[str, tuple[dict[str, Any], int, str]] = {
     "another model": ({"seed_of_model": 1}, 1, "base weights"),
     "other data": ({"data": 44}, 1, "other training data"),
     "more ranks than examples": ({"accumulation": 6}, 2, "do not fit"),
-    "the leader's form of the gradient": ({"anchor": {"point": "cpu", "gradient": "terms"}}, 1, "anchor.gradient"),
+    "the leader's form of the gradient": (
+        {"anchor": {"point": "cpu", "gradient": "terms"}},
+        1,
+        "anchor.gradient",
+    ),
 }
 
 
@@ -258,7 +270,12 @@ def rank_of_misfits(names: list[str], folder: Path, store: str) -> dict[str, str
     for k, name in enumerate(names):
         changed = dict(MISFITS[name][0])
         model, data = Tiny(changed.pop("seed_of_model", 0)), tiny_data(changed.pop("data", 40))
-        section = {**COMMON, **RUNS["svrg"], **changed, "replicas": {"store": store, "index": 10 + k}}
+        section = {
+            **COMMON,
+            **RUNS["svrg"],
+            **changed,
+            "replicas": {"store": store, "index": 10 + k},
+        }
         config = configuration(section.pop("batch", 12), **section)
         engine = zods.initialize(model=model, config=config, training_data=data)[0]
         with pytest.raises(ValueError, match=r".") as error:
@@ -272,7 +289,9 @@ def rank_of_misfits(names: list[str], folder: Path, store: str) -> dict[str, str
 def rank_of_small_leader(folder: Path, store: str, accumulation: int) -> int:
     """Leads with micro-batches of 2 examples where there are 6 of them; goes on until the others have tried."""
     section = {**COMMON, **RUNS["svrg"], "accumulation": accumulation, "replicas": {"store": store}}
-    engine = zods.initialize(model=Tiny(), config=configuration(12, **section), training_data=tiny_data(40))[0]
+    engine = zods.initialize(
+        model=Tiny(), config=configuration(12, **section), training_data=tiny_data(40)
+    )[0]
     engine.resume(folder / "log")
     (folder / "begun").touch()
     while not (folder / "tried").exists():
@@ -282,7 +301,9 @@ def rank_of_small_leader(folder: Path, store: str, accumulation: int) -> int:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_replica_that_does_not_fit_is_refused_with_the_reason_and_the_others_go_on(ranks, tmp_path):
+def test_a_replica_that_does_not_fit_is_refused_with_the_reason_and_the_others_go_on(
+    ranks, tmp_path
+):
     names = [name for name, (_, of, _) in MISFITS.items() if of == ranks]
     store = store_address()
     leader, said = at_once(
@@ -316,7 +337,9 @@ def test_what_does_not_go_with_replicas_is_refused(changed, said):
 
 @pytest.mark.slow
 def test_two_launches_of_the_command_line_train_one_model(tmp_path):
-    rows = [{"text": f"return the value of {i}", "label": ("code", "text")[i % 2]} for i in range(24)]
+    rows = [
+        {"text": f"return the value of {i}", "label": ("code", "text")[i % 2]} for i in range(24)
+    ]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     section = {"lr": 1e-4, "anchor_interval": 50, "anchor": {"point": "terms", "gradient": "cpu"}}
     config = {"train_batch_size": 8, "zero_optimization": {"stage": 3}, "zeroth_order": section}
@@ -332,8 +355,23 @@ def test_two_launches_of_the_command_line_train_one_model(tmp_path):
                 "--model",
                 REPOSITORY / "launch" / "quickstart" / "model",
             ),
-            *("--task", "prompted", "--template", r"{text}\nKind: {label}", "--train_file", tmp_path / "train.jsonl"),
-            *("--max_length", "48", "--max_steps", "100", "--save_model", "--output_dir", tmp_path / str(replica)),
+            *(
+                "--task",
+                "prompted",
+                "--template",
+                r"{text}\nKind: {label}",
+                "--train_file",
+                tmp_path / "train.jsonl",
+            ),
+            *(
+                "--max_length",
+                "48",
+                "--max_steps",
+                "100",
+                "--save_model",
+                "--output_dir",
+                tmp_path / str(replica),
+            ),
             *("--replica", replica, "--replica_store", store),
             num_gpus=ranks,
         )
@@ -346,6 +384,8 @@ def test_two_launches_of_the_command_line_train_one_model(tmp_path):
     for code, output in said.values():
         assert code == 0, output[-4000:]
     assert "replica 1 (1 ranks) takes part from step" in said[0][1]
-    models = [(tmp_path / replica / "model" / "model.safetensors").read_bytes() for replica in ("0", "1")]
+    models = [
+        (tmp_path / replica / "model" / "model.safetensors").read_bytes() for replica in ("0", "1")
+    ]
     assert models[0] == models[1]
     assert not (tmp_path / "1" / "trajectory.log").exists(), "the leader keeps the log"

@@ -31,18 +31,28 @@ from tests.distributed.models import (
 )
 from tests.distributed.ranks import run_ranks
 from tests.helpers import LogTexts
-from zods.resuming import CHECKPOINTS, INITIAL, LOG_NAME
+from zods.training.resume import CHECKPOINTS, INITIAL, LOG_NAME
 from zods.trajectory.log import Log, read_log
 from zods.trajectory.records import Evaluation, Refresh, Run
 
-BATCH, STEPS, SAVED = 24, 11, (4, 7)  # three steps to an epoch; checkpoints are written at those of SAVED
-WARMUP = {"type": "WarmupLR", "params": {"warmup_max_lr": 2e-2, "warmup_num_steps": 12, "warmup_type": "linear"}}
+BATCH, STEPS, SAVED = (
+    24,
+    11,
+    (4, 7),
+)  # three steps to an epoch; checkpoints are written at those of SAVED
+WARMUP = {
+    "type": "WarmupLR",
+    "params": {"warmup_max_lr": 2e-2, "warmup_num_steps": 12, "warmup_type": "linear"},
+}
 SECTION = {
     "method": "mezo_svrg",
     "eps": 1e-2,
     "lr": 2e-2,
     "anchor_interval": 5,
-    "anneal": {"alpha": 3.0, "threshold": 1e-3},  # so low that it acts at the end of every epoch but the first
+    "anneal": {
+        "alpha": 3.0,
+        "threshold": 1e-3,
+    },  # so low that it acts at the end of every epoch but the first
 }
 MEZO = {"method": "mezo", "anchor_interval": None, "anchor": None}
 
@@ -67,7 +77,10 @@ RUNS: dict[str, dict[str, Any]] = {
     "offloaded to nvme": {**MEZO, "offload": "nvme", "bf16": True, "anneal": None},
 }
 WORLD_SIZE = 2
-BARE = ("offloaded", "offloaded to nvme")  # models of which other numbers of ranks keep too little for NVMe
+BARE = (
+    "offloaded",
+    "offloaded to nvme",
+)  # models of which other numbers of ranks keep too little for NVMe
 
 
 def build(name: str, folder: Path, **changed: Any) -> Any:
@@ -84,7 +97,9 @@ def build(name: str, folder: Path, **changed: Any) -> Any:
     torch.distributed.barrier()
     nvme.mkdir(exist_ok=True, parents=True)
     config = configuration(nvme_path=nvme, **given)
-    return zods.initialize(model=model or Tiny(), config=config, training_data=data or tiny_data(80))[0]
+    return zods.initialize(
+        model=model or Tiny(), config=config, training_data=data or tiny_data(80)
+    )[0]
 
 
 def go_on(engine: Any, until: int = STEPS) -> list[float]:
@@ -143,7 +158,9 @@ def stopped(run: Path, to: Path, num_records: int, checkpoints: tuple[int, ...] 
     to.mkdir(parents=True)
     (to / LOG_NAME).write_bytes(data)
     for step in checkpoints:
-        shutil.copytree(run / CHECKPOINTS / f"global_step{step}", to / CHECKPOINTS / f"global_step{step}")
+        shutil.copytree(
+            run / CHECKPOINTS / f"global_step{step}", to / CHECKPOINTS / f"global_step{step}"
+        )
     return data
 
 
@@ -154,7 +171,9 @@ def after(log: Log, steps: int) -> int:
 
 def places(log: Log) -> dict[str, tuple[int, tuple[int, ...]]]:
     """Where a run is stopped: (number of records, steps of the checkpoints that are there)."""
-    last = max(k for k, record in enumerate(log.records) if isinstance(record, (Run, Evaluation, Refresh)))
+    last = max(
+        k for k, record in enumerate(log.records) if isinstance(record, (Run, Evaluation, Refresh))
+    )
     found = {
         "before the first step": (1, ()),
         "before the first anchor": (2, ()),
@@ -185,7 +204,7 @@ def damage(checkpoint: Path) -> None:
 
 
 def rank_of_restarts(folder: Path, at: dict[str, dict[str, Path]]) -> dict[str, dict[str, Any]]:
-    warnings, found = LogTexts("zods.resuming", logging.WARNING), {}
+    warnings, found = LogTexts("zods.training.resume", logging.WARNING), {}
     for name, stops in at.items():
         found[name] = {}
         for where, stop in stops.items():
@@ -196,27 +215,46 @@ def rank_of_restarts(folder: Path, at: dict[str, dict[str, Path]]) -> dict[str, 
             losses = go_on(engine)
             end = state(engine)
             close(engine)
-            found[name][where] = (resumed, losses, end, (stop / LOG_NAME).read_bytes(), list(warnings.texts))
+            found[name][where] = (
+                resumed,
+                losses,
+                end,
+                (stop / LOG_NAME).read_bytes(),
+                list(warnings.texts),
+            )
     return found
 
 
 @pytest.fixture(scope="module")
-def restarts(runs: Any, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Any]]]:
+def restarts(
+    runs: Any, tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, dict[str, Any]]]:
     folder, at = tmp_path_factory.mktemp("restarts"), {}
     for name in RUNS:
-        at[name] = {where: folder / name / where for where in places(read_log(runs[0] / name / LOG_NAME))}
-        for where, (num_records, checkpoints) in places(read_log(runs[0] / name / LOG_NAME)).items():
+        at[name] = {
+            where: folder / name / where for where in places(read_log(runs[0] / name / LOG_NAME))
+        }
+        for where, (num_records, checkpoints) in places(
+            read_log(runs[0] / name / LOG_NAME)
+        ).items():
             stopped(runs[0] / name, at[name][where], num_records, checkpoints)
         for where, damaged in (("newest damaged", SAVED[1:]), ("all damaged", SAVED)):
             at[name][where] = folder / name / where
-            stopped(runs[0] / name, at[name][where], after(read_log(runs[0] / name / LOG_NAME), 9), SAVED)
+            stopped(
+                runs[0] / name,
+                at[name][where],
+                after(read_log(runs[0] / name / LOG_NAME), 9),
+                SAVED,
+            )
             for step in damaged:
                 damage(at[name][where] / CHECKPOINTS / f"global_step{step}")
     return run_ranks(WORLD_SIZE, rank_of_restarts, folder, at)
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_stopped_anywhere_ends_with_the_bits_and_the_log_of_the_undisturbed_one(runs, restarts, name):
+def test_a_run_stopped_anywhere_ends_with_the_bits_and_the_log_of_the_undisturbed_one(
+    runs, restarts, name
+):
     undisturbed, log = runs[1][name], (runs[0] / name / LOG_NAME).read_bytes()
     for rank in restarts:
         for where, (resumed, losses, end, written, _) in rank[name].items():
@@ -229,7 +267,9 @@ def test_a_run_stopped_anywhere_ends_with_the_bits_and_the_log_of_the_undisturbe
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_damaged_checkpoint_is_left_out_with_a_word_and_an_older_one_or_the_log_serves(restarts, name):
+def test_a_damaged_checkpoint_is_left_out_with_a_word_and_an_older_one_or_the_log_serves(
+    restarts, name
+):
     first = restarts[0][name]
     assert first["after a checkpoint"][4] == []
     for where, number in (("newest damaged", 1), ("all damaged", 2)):
@@ -237,7 +277,9 @@ def test_a_damaged_checkpoint_is_left_out_with_a_word_and_an_older_one_or_the_lo
         assert len(said) == number, said
         assert f"global_step{SAVED[1]}" in said[0]
         assert all("its fingerprint is not the one it was saved with" in text for text in said)
-        assert all(text.endswith("It is left out; an older one or the log serves.") for text in said)
+        assert all(
+            text.endswith("It is left out; an older one or the log serves.") for text in said
+        )
 
 
 # --- on another number of ranks ---------------------------------------------------------------------------------------
@@ -250,11 +292,16 @@ def rank_of_others(folder: Path, at: dict[str, dict[str, Path]]) -> dict[str, di
         for where, stop in stops.items():
             engine = build(name, folder)
             engine.resume(stop)
-            found[name][where] = {"resumed": state(engine), "losses": go_on(engine), "end": state(engine)}
+            found[name][where] = {
+                "resumed": state(engine),
+                "losses": go_on(engine),
+                "end": state(engine),
+            }
             close(engine)
         ahead = build(name, folder)
         ahead.load_checkpoint(
-            next(iter(stops.values())).parent / "after a checkpoint" / CHECKPOINTS, f"global_step{SAVED[-1]}"
+            next(iter(stops.values())).parent / "after a checkpoint" / CHECKPOINTS,
+            f"global_step{SAVED[-1]}",
         )
         found[name]["ahead"] = {} if name == "selected" else {"batches": batches_ahead(ahead)}
     return found
@@ -262,9 +309,14 @@ def rank_of_others(folder: Path, at: dict[str, dict[str, Path]]) -> dict[str, di
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(n, id=f"on-{n}-ranks", marks=pytest.mark.slow if n == 4 else []) for n in (1, 3, 4)],
+    params=[
+        pytest.param(n, id=f"on-{n}-ranks", marks=pytest.mark.slow if n == 4 else [])
+        for n in (1, 3, 4)
+    ],
 )
-def others(request: pytest.FixtureRequest, runs: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def others(
+    request: pytest.FixtureRequest, runs: Any, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
     folder, at = tmp_path_factory.mktemp("others"), {}
     for name in RUNS:
         if name in BARE:
@@ -280,7 +332,9 @@ def others(request: pytest.FixtureRequest, runs: Any, tmp_path_factory: pytest.T
 
 
 @pytest.mark.parametrize("name", [name for name in RUNS if name not in BARE])
-def test_on_other_ranks_a_run_stands_at_the_same_bits_and_goes_on_within_rounding(runs, others, name):
+def test_on_other_ranks_a_run_stands_at_the_same_bits_and_goes_on_within_rounding(
+    runs, others, name
+):
     undisturbed = runs[1][name]
     for where in ("the log alone", "after a checkpoint"):
         again = others[name][where]
@@ -355,20 +409,26 @@ def rank_of_another_configuration(folder: Path, name: str) -> list[str]:
     go_on(engine, 5)
     digests = [sha256(whole(engine))]
     close(engine)
-    changed = build(name, folder, weight_decay=0.0, seed=2, stochastic_rounding=False, num_directions=2)
+    changed = build(
+        name, folder, weight_decay=0.0, seed=2, stochastic_rounding=False, num_directions=2
+    )
     changed.resume(folder / "run")
     digests.append(sha256(whole(changed)))
     go_on(changed, 7)
     digests.append(sha256(whole(changed)))
     close(changed)
-    again = build(name, folder, weight_decay=0.0, seed=2, stochastic_rounding=False, num_directions=2)
+    again = build(
+        name, folder, weight_decay=0.0, seed=2, stochastic_rounding=False, num_directions=2
+    )
     again.resume(folder / "run", checkpoints=folder / "none")
     return [*digests, sha256(whole(again))]
 
 
 def test_the_log_is_replayed_by_the_configuration_that_it_was_made_with(tmp_path):
     """From a checkpoint, after which the log does not say it again, and from the base weights."""
-    for before, after, further, again in run_ranks(2, rank_of_another_configuration, tmp_path, next(iter(RUNS))):
+    for before, after, further, again in run_ranks(
+        2, rank_of_another_configuration, tmp_path, next(iter(RUNS))
+    ):
         assert after == before
         assert again == further
 
@@ -388,17 +448,28 @@ def frozen_norm() -> Tiny:
     return model
 
 
-MISFITS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {  # what the run is given instead; what is said
+MISFITS: dict[
+    str, tuple[dict[str, Any], tuple[str, ...]]
+] = {  # what the run is given instead; what is said
     "model": ({"model": another_layer}, ("another model", "back.bias")),
-    "shape": ({"model": lambda: Tiny(inner=14)}, ("another shape", "hidden.weight", "(13, 7)", "(14, 7)")),
+    "shape": (
+        {"model": lambda: Tiny(inner=14)},
+        ("another shape", "hidden.weight", "(13, 7)", "(14, 7)"),
+    ),
     "base weights": ({"model": lambda: Tiny(seed=1)}, ("embed.weight", "another base weights")),
-    "trained": ({"model": frozen_norm}, ("norm.weight", "another trained (True there, False here)")),
+    "trained": (
+        {"model": frozen_norm},
+        ("norm.weight", "another trained (True there, False here)"),
+    ),
     "dtype": ({"bf16": True}, ("another dtype (float32 there, bfloat16 here)",)),
     "data": ({"data": lambda: tiny_data(79)}, ("other training data", "80 examples", "79")),
     "examples": ({"data": lambda: tiny_data(80)[::-1]}, ("other training data", "digest")),
     "method": ({**MEZO, "anchor_directions": None}, ("zeroth_order.method = mezo_svrg", "mezo")),
     "direction": ({"direction": "rademacher"}, ("zeroth_order.direction", "rademacher")),
-    "batch": ({"batch": 12}, ("train_batch_size 24", "has 12 on 2 ranks", '"train_batch_size": 24', "_gpu 12")),
+    "batch": (
+        {"batch": 12},
+        ("train_batch_size 24", "has 12 on 2 ranks", '"train_batch_size": 24', "_gpu 12"),
+    ),
     "selector": (
         {"selector": {"candidates": 48, "strategy": "random"}, "anneal": None},
         ("made without zeroth_order.selector",),
@@ -418,7 +489,9 @@ def said(found: dict[str, Any], what: str, log: Path) -> Iterator[None]:
     torch.distributed.barrier()
 
 
-def rank_of_mistakes(folder: Path, run: Path, damaged: dict[str, Path]) -> dict[str, tuple[str, str, bool]]:
+def rank_of_mistakes(
+    folder: Path, run: Path, damaged: dict[str, Path]
+) -> dict[str, tuple[str, str, bool]]:
     name, found = "device", {}
     for what, (changed, _) in MISFITS.items():
         made = {key: value() if callable(value) else value for key, value in changed.items()}
@@ -448,7 +521,9 @@ def test_a_run_that_the_log_is_not_of_is_one_error_on_all_ranks_and_leaves_the_l
     data = (runs[0] / "device" / LOG_NAME).read_bytes()
     damages = {
         "a byte": data[:2000] + bytes([data[2000] ^ 1]) + data[2001:],
-        "a lost line": b"".join(line for k, line in enumerate(data.splitlines(keepends=True)) if k != 5),
+        "a lost line": b"".join(
+            line for k, line in enumerate(data.splitlines(keepends=True)) if k != 5
+        ),
         "another file": b"hello\nworld\n",
     }
     damaged = {what: tmp_path / "damaged" / what for what in damages}
@@ -465,7 +540,11 @@ def test_a_run_that_the_log_is_not_of_is_one_error_on_all_ranks_and_leaves_the_l
         "a byte": ("line ", "checksum"),
         "a lost line": ("line 6 ", "checksum"),
     }
-    expected |= {"another file": ("line 1 ",), "steps": ("has made steps",), "twice": ("has made steps",)}
+    expected |= {
+        "another file": ("line 1 ",),
+        "steps": ("has made steps",),
+        "twice": ("has made steps",),
+    }
     assert first.keys() == expected.keys()
     for what, (kind, text, untouched) in first.items():
         assert kind == "ValueError", what

@@ -23,8 +23,8 @@ from tests.distributed.ranks import run_ranks
 from tests.distributed.zoo import with_adapters, zoo_batch, zoo_model
 from tests.reference import selection as reference
 from tests.reference.objective import objective, token_losses
-from zods.comm import Communicator
-from zods.data import TrainingLoader
+from zods.comm.communicator import Communicator
+from zods.data.loader import TrainingLoader
 from zods.selection import facility_location, features
 from zods.selection import facility_location as fl
 from zods.selection.facility_location import from_features, lazy_greedy, quantised
@@ -43,13 +43,19 @@ def features_of(kind: str, n: int) -> Tensor:
     if kind == "ties":  # one dimension, few values
         return torch.randint(0, 5, (n, 1), generator=generator).float()
     features = torch.randn(n, 4, generator=generator)
-    return features[torch.randint(0, n // 2, (n,), generator=generator)] if kind == "duplicates" else features
+    return (
+        features[torch.randint(0, n // 2, (n,), generator=generator)]
+        if kind == "duplicates"
+        else features
+    )
 
 
 def split_of(how: str, n: int, world_size: int) -> list[list[int]]:
     """Who owns which candidate."""
     ids = (
-        torch.randperm(n, generator=torch.Generator().manual_seed(7)).tolist() if how == "permuted" else list(range(n))
+        torch.randperm(n, generator=torch.Generator().manual_seed(7)).tolist()
+        if how == "permuted"
+        else list(range(n))
     )
     if how == "uneven":  # the first rank has most, the last nothing where there are more than two
         ends = [0, *[n - n // 5 + k for k in range(world_size - 1)], n]
@@ -74,7 +80,9 @@ def choose_on_ranks() -> list[tuple[Any, Any, int]]:
     for kind, n, how in CASES:
         mine = split_of(how, n, comm.world_size)[comm.rank]
         features = features_of(kind, n)[mine]
-        largest = max(row[0] for row in comm.gather_scalars([float(features.abs().max()) if mine else 0.0]))
+        largest = max(
+            row[0] for row in comm.gather_scalars([float(features.abs().max()) if mine else 0.0])
+        )
         rows = torch.cat(comm.gather_rows(quantised(features, largest)))
         ids = torch.cat(comm.gather_rows(torch.tensor(mine, dtype=torch.int64)))
         by_id = torch.empty_like(rows)
@@ -92,7 +100,9 @@ def choose_on_ranks() -> list[tuple[Any, Any, int]]:
     return results
 
 
-@pytest.mark.parametrize("world_size", [pytest.param(n, marks=SLOW if n in (2, 4) else []) for n in WORLDS])
+@pytest.mark.parametrize(
+    "world_size", [pytest.param(n, marks=SLOW if n in (2, 4) else []) for n in WORLDS]
+)
 def test_the_same_ids_on_any_number_of_ranks(world_size: int):
     """Uneven and empty shards, ties, duplicates, permuted owners: gains and weights, too, to the bit."""
     of_ranks = run_ranks(world_size, choose_on_ranks)
@@ -139,22 +149,38 @@ def examples(size: int = 64, *, spoilt: bool = False) -> list[dict[str, Any]]:
 
 
 def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-    return {key: torch.stack([row[key] for row in rows]) for key in ("input_ids", "attention_mask", "labels")}
+    return {
+        key: torch.stack([row[key] for row in rows])
+        for key in ("input_ids", "attention_mask", "labels")
+    }
 
 
 def zeroth_order_engine(
     data: list[Any], *, lora: bool = False, top: dict[str, Any] | None = None, **options: Any
 ) -> Any:
     stage, offload = options.pop("stage", 3), options.pop("offload", "none")
-    selector = {"candidates": 16, "source_column": "source", "num_directions": 8, **options.pop("selector", {})}
+    selector = {
+        "candidates": 16,
+        "source_column": "source",
+        "num_directions": 8,
+        **options.pop("selector", {}),
+    }
     config = configuration(
-        8, stage=stage, offload=offload, lr=1e-2, selector=selector, top=top, **{"method": "mezo", **options}
+        8,
+        stage=stage,
+        offload=offload,
+        lr=1e-2,
+        selector=selector,
+        top=top,
+        **{"method": "mezo", **options},
     )
     model = with_adapters("llama") if lora else zoo_model("llama")
     return zods.initialize(model=model, training_data=data, collate_fn=collate, config=config)[0]
 
 
-def zeroth_order_steps(steps: int, options: dict[str, Any]) -> tuple[list[list[int]], list[Any], int]:
+def zeroth_order_steps(
+    steps: int, options: dict[str, Any]
+) -> tuple[list[list[int]], list[Any], int]:
     spoilt = options.pop("spoilt", False)
     engine = zeroth_order_engine(examples(spoilt=spoilt), **options)
     ids, reports = [], []
@@ -173,7 +199,11 @@ VARIANTS: list[dict[str, Any]] = [
     {"selector": {"features": "paper", "metric": "l1"}},
     {"selector": {"metric": "cosine", "weights": "cluster"}},
     {"selector": {"warmup_steps": 2, "interval": 2}},
-    {"method": "mezo_svrg", "anchor_interval": 2, "anchor": {"point": "terms", "gradient": "terms"}},
+    {
+        "method": "mezo_svrg",
+        "anchor_interval": 2,
+        "anchor": {"point": "terms", "gradient": "terms"},
+    },
     {"method": "mezo_svrg", "anchor_interval": 2, "spoilt": True},
 ]
 FURTHER: list[dict[str, Any]] = [
@@ -195,7 +225,9 @@ def named(options: dict[str, Any]) -> str:
     return re.sub(r"[{}':\" ]+", " ", str(options)).strip() or "default"
 
 
-@pytest.mark.parametrize("options", [*VARIANTS, *(pytest.param(options, marks=SLOW) for options in FURTHER)], ids=named)
+@pytest.mark.parametrize(
+    "options", [*VARIANTS, *(pytest.param(options, marks=SLOW) for options in FURTHER)], ids=named
+)
 def test_zeroth_order_steps_choose_the_same_on_1_and_2_ranks(options: dict[str, Any]):
     """On 4 steps; the first choice of per-rank directions only, since the later ones are at other parameters."""
     alone, both = (run_ranks(n, zeroth_order_steps, 4, dict(options)) for n in (1, 2))
@@ -218,17 +250,24 @@ def features_in_many_runs(_: int) -> Any:
     ]
     options = {"candidates": 16, "features": "zo", "num_directions": 16, "source_column": "source"}
     config = configuration(8, lr=1e-2, selector=options, method="mezo")
-    engine = zods.initialize(model=zoo_model("llama"), training_data=data, collate_fn=padded, config=config)[0]
+    engine = zods.initialize(
+        model=zoo_model("llama"), training_data=data, collate_fn=padded, config=config
+    )[0]
     return [(engine.train_batch(), engine.selection.selected_ids)[1] for _ in range(3)]
 
 
 def padded(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
     values = {"input_ids": 0, "attention_mask": 0, "labels": -100}
-    return {key: pad_sequence([row[key] for row in rows], True, value) for key, value in values.items()}
+    return {
+        key: pad_sequence([row[key] for row in rows], True, value) for key, value in values.items()
+    }
 
 
 def test_differences_make_as_many_forwards_on_all_ranks():
-    (alone,), (first, second) = run_ranks(1, features_in_many_runs, 0), run_ranks(2, features_in_many_runs, 0)
+    (alone,), (first, second) = (
+        run_ranks(1, features_in_many_runs, 0),
+        run_ranks(2, features_in_many_runs, 0),
+    )
     assert alone == first == second
 
 
@@ -284,7 +323,9 @@ def test_the_loss_of_a_step_is_the_weighted_mean_over_the_chosen(loss_mean: str)
         batch = collate([examples()[i] for i in one["ids"]])
         logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     assert sum(one["weights"]) == 16 and len(set(one["weights"])) > 1  # noqa: PT018
-    expected = float(objective(token_losses(logits, batch["labels"], True), loss_mean, one["weights"]))
+    expected = float(
+        objective(token_losses(logits, batch["labels"], True), loss_mean, one["weights"])
+    )
     for run in (one, *two):
         assert (run["ids"], run["weights"]) == (one["ids"], one["weights"])
         assert run["loss"] == pytest.approx(expected, rel=1e-4)  # eps = 1e-3 away
@@ -310,7 +351,9 @@ def run_and_save(
     for record in read_log(folder / "run" / "trajectory.log").records:
         if isinstance(record, Step):
             chosen, candidates = record.sub_batch, engine.training_dataloader.candidates(record.at)
-            logged.append(logged[-1] if chosen is None else [candidates[place] for place in chosen.places])
+            logged.append(
+                logged[-1] if chosen is None else [candidates[place] for place in chosen.places]
+            )
     return ids, logged
 
 
@@ -337,12 +380,16 @@ def resume(steps: int, folder: Path, options: dict[str, Any], log: Path | None) 
     ],
     ids=["exact", "paper", "interval", "warm-up"],
 )
-def test_a_run_stopped_and_resumed_on_another_number_of_ranks_selects_the_same(options, save_at, tmp_path: Path):
+def test_a_run_stopped_and_resumed_on_another_number_of_ranks_selects_the_same(
+    options, save_at, tmp_path: Path
+):
     """8 steps cross an epoch of 4 candidate batches."""
     undisturbed, logged = run_ranks(2, run_and_save, 8, save_at, tmp_path, options)[0]
     assert logged == undisturbed
     whole = read_log(tmp_path / "run" / "trajectory.log")
-    stopped = (tmp_path / "run" / "trajectory.log").read_bytes()[: whole.ends[len(whole.until(save_at))]]
+    stopped = (tmp_path / "run" / "trajectory.log").read_bytes()[
+        : whole.ends[len(whole.until(save_at))]
+    ]
     for world_size in (1, 4):
         (tmp_path / f"on{world_size}").mkdir()
         (tmp_path / f"on{world_size}" / "trajectory.log").write_bytes(stopped)
@@ -361,24 +408,40 @@ def first_order_engine(stage: int, lora: bool, accumulation: int = 1) -> tuple[A
         "train_batch_size": 8,
         "gradient_accumulation_steps": accumulation,
         "zero_optimization": {"stage": stage},
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "weight_decay": 0.01, "torch_adam": True}},
+        "optimizer": {
+            "type": "AdamW",
+            "params": {"lr": 1e-3, "weight_decay": 0.01, "torch_adam": True},
+        },
         "steps_per_print": 10**9,
     }
     trainable = [p for p in model.parameters() if p.requires_grad]
     engine, _, loader, _ = deepspeed.initialize(
-        model=model, model_parameters=trainable, config=config, training_data=examples(), collate_fn=collate
+        model=model,
+        model_parameters=trainable,
+        config=config,
+        training_data=examples(),
+        collate_fn=collate,
     )
     return engine, loader
 
 
-def first_order_steps(stage: int, lora: bool, accumulation: int, loss_mean: str, own_loader: bool) -> tuple[Any, ...]:
+def first_order_steps(
+    stage: int, lora: bool, accumulation: int, loss_mean: str, own_loader: bool
+) -> tuple[Any, ...]:
     """A pass with weighted clusters: what was chosen, mean losses, and the norms of the parameters at the end."""
     engine, loader = first_order_engine(stage, lora, accumulation)
     if own_loader:
         sampler = DistributedSampler(examples(), shuffle=False)
-        loader = DataLoader(examples(), batch_size=8 // engine.world_size, sampler=sampler, collate_fn=collate)
+        loader = DataLoader(
+            examples(), batch_size=8 // engine.world_size, sampler=sampler, collate_fn=collate
+        )
     comm = Communicator(torch.device("cpu"))
-    options = {"candidates": 16, "source_column": "source", "num_directions": 8, "weights": "cluster"}
+    options = {
+        "candidates": 16,
+        "source_column": "source",
+        "num_directions": 8,
+        "weights": "cluster",
+    }
     batches = zods.select(loader, engine, options, loss_mean=loss_mean)
     ids, losses = [], []
     for micro in batches:
@@ -408,34 +471,50 @@ DEFAULT = {(0, 1, "tokens", True), (3, 1, "examples", False), (3, 2, "tokens", T
         for lora in (False, True)
     ],
 )
-def test_first_order_training_on_chosen_examples(stage: int, accumulation: int, loss_mean: str, lora: bool):
+def test_first_order_training_on_chosen_examples(
+    stage: int, accumulation: int, loss_mean: str, lora: bool
+):
     """As plain AdamW on one process over the same weighted examples, whatever the ranks and micro-batches."""
     expected_ids, expected_losses, expected_ends = plain_adamw(lora, loss_mean)
     for world_size in (1, 2):
-        for ids, losses, ends in run_ranks(world_size, first_order_steps, stage, lora, accumulation, loss_mean, True):
+        for ids, losses, ends in run_ranks(
+            world_size, first_order_steps, stage, lora, accumulation, loss_mean, True
+        ):
             assert ids == expected_ids
-            means = [sum(losses[i : i + accumulation]) / accumulation for i in range(0, len(losses), accumulation)]
+            means = [
+                sum(losses[i : i + accumulation]) / accumulation
+                for i in range(0, len(losses), accumulation)
+            ]
             assert means == pytest.approx(expected_losses, rel=1e-4)
-            assert {k.removeprefix("module."): v for k, v in ends.items()} == pytest.approx(expected_ends, rel=1e-3)
+            assert {k.removeprefix("module."): v for k, v in ends.items()} == pytest.approx(
+                expected_ends, rel=1e-3
+            )
 
 
-def plain_adamw(lora: bool, loss_mean: str) -> tuple[list[list[int]], list[float], dict[str, float]]:
+def plain_adamw(
+    lora: bool, loss_mean: str
+) -> tuple[list[list[int]], list[float], dict[str, float]]:
     """The reference: exact features one example at a time, greedy by source, one weighted loss over the whole sub-batch."""
-    from zods.directions import derive_seed
+    from zods.core.directions import derive_seed
     from zods.selection.features import FeatureExtractor
-    from zods.selection.policy import quotas_of
+    from zods.selection.quotas import quotas_of
 
     torch.manual_seed(0)
     model = with_adapters("llama") if lora else zoo_model("llama")
     data = examples()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.01
+    )
     extract = FeatureExtractor(model, kind="exact", rank=4)
     chosen, losses = [], []
     for step in range(4):
         candidates = list(range(16 * step, 16 * step + 16))
         seeds = [derive_seed(42, "selection", step, k) for k in range(8)]
         features = torch.cat([extract(collate([data[i]]), seeds)[0] for i in candidates])
-        groups = {s: [j for j in range(16) if data[candidates[j]]["source"] == s] for s in ("common", "other", "rare")}
+        groups = {
+            s: [j for j in range(16) if data[candidates[j]]["source"] == s]
+            for s in ("common", "other", "rare")
+        }
         quotas = quotas_of({s: len(g) for s, g in groups.items()}, 8)
         weights: dict[int, float] = {}
         for source, members in groups.items():
@@ -444,18 +523,25 @@ def plain_adamw(lora: bool, loss_mean: str) -> tuple[list[list[int]], list[float
             else:
                 of_source = lazy_greedy(from_features(features[members]), quotas[source])
                 weights |= {
-                    candidates[members[j]]: float(w) for j, w in zip(of_source.ids, of_source.weights, strict=True)
+                    candidates[members[j]]: float(w)
+                    for j, w in zip(of_source.ids, of_source.weights, strict=True)
                 }
         ids = sorted(weights)
         batch = collate([data[i] for i in ids])
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        loss = objective(token_losses(logits, batch["labels"], True), loss_mean, [weights[i] for i in ids])
+        loss = objective(
+            token_losses(logits, batch["labels"], True), loss_mean, [weights[i] for i in ids]
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         chosen.append(ids)
         losses.append(float(loss.detach()))
-    return chosen, losses, {name: p.detach().double().norm().item() for name, p in model.named_parameters()}
+    return (
+        chosen,
+        losses,
+        {name: p.detach().double().norm().item() for name, p in model.named_parameters()},
+    )
 
 
 def steps_with_few_usable(stage: int) -> tuple[list[list[int]], list[float]]:
@@ -466,7 +552,10 @@ def steps_with_few_usable(stage: int) -> tuple[list[list[int]], list[float]]:
         for i, row in enumerate(examples())
     ]
     loader = DataLoader(
-        data, batch_size=16 // engine.world_size, sampler=DistributedSampler(data, shuffle=False), collate_fn=collate
+        data,
+        batch_size=16 // engine.world_size,
+        sampler=DistributedSampler(data, shuffle=False),
+        collate_fn=collate,
     )
     batches = zods.select(loader, engine, {"candidates": 16})
     ids, losses = [], []
@@ -483,10 +572,17 @@ def steps_with_few_usable(stage: int) -> tuple[list[list[int]], list[float]]:
 def test_where_few_candidates_are_usable_the_others_do_not_count(stage: int):
     (alone,) = run_ranks(1, steps_with_few_usable, stage)
     of_ranks = run_ranks(2, steps_with_few_usable, stage)
-    assert alone[0] == [[i, i + 1, i + 2] for i in (0, 0, 16, 16, 32, 32, 48, 48)] == of_ranks[0][0] == of_ranks[1][0]
+    assert (
+        alone[0]
+        == [[i, i + 1, i + 2] for i in (0, 0, 16, 16, 32, 32, 48, 48)]
+        == of_ranks[0][0]
+        == of_ranks[1][0]
+    )
     means = [sum(losses) / 2 for losses in zip(*(losses for _, losses in of_ranks), strict=True)]
     for step in range(4):
-        assert sum(means[2 * step : 2 * step + 2]) == pytest.approx(sum(alone[1][2 * step : 2 * step + 2]), rel=1e-4)
+        assert sum(means[2 * step : 2 * step + 2]) == pytest.approx(
+            sum(alone[1][2 * step : 2 * step + 2]), rel=1e-4
+        )
 
 
 def passes_with_a_stop(stop: int) -> tuple[list[list[int]], list[list[int]]]:
@@ -507,7 +603,8 @@ def passes_with_a_stop(stop: int) -> tuple[list[list[int]], list[list[int]]]:
 
 
 @pytest.mark.parametrize(
-    "stop", [pytest.param(0, marks=SLOW), 1, pytest.param(2, marks=SLOW), 5, pytest.param(8, marks=SLOW)]
+    "stop",
+    [pytest.param(0, marks=SLOW), 1, pytest.param(2, marks=SLOW), 5, pytest.param(8, marks=SLOW)],
 )
 def test_a_pass_over_a_loader_goes_on_where_it_was_stopped(stop: int):
     for expected, found in run_ranks(2, passes_with_a_stop, stop):
@@ -548,19 +645,28 @@ def mistakes() -> list[str]:
     attempt(with_selector(pattern="no_such_layer"))
     attempt(
         lambda: zods.initialize(
-            model=zoo_model("llama"), config=configuration(8, method="mezo", selector={"candidates": 8})
+            model=zoo_model("llama"),
+            config=configuration(8, method="mezo", selector={"candidates": 8}),
         )
     )
     unlabelled = [{**row, "labels": torch.full_like(row["labels"], -100)} for row in data]
     engine = zeroth_order_engine(unlabelled)
     attempt(engine.train_batch)
     saved = zeroth_order_engine(data).training_dataloader.state_dict()
-    attempt(lambda: zeroth_order_engine(data, selector={"interval": 2}).training_dataloader.load_state_dict(saved))
     attempt(
-        lambda: TrainingLoader(data, micro_batch=8, accumulation=1, rank=0, world_size=1, seed=0).load_state_dict(saved)
+        lambda: zeroth_order_engine(
+            data, selector={"interval": 2}
+        ).training_dataloader.load_state_dict(saved)
+    )
+    attempt(
+        lambda: TrainingLoader(
+            data, micro_batch=8, accumulation=1, rank=0, world_size=1, seed=0
+        ).load_state_dict(saved)
     )
     masked = {"model": zoo_model("bert, masked"), "training_data": data, "collate_fn": collate}
-    engine = zods.initialize(**masked, config=configuration(8, method="mezo", selector={"candidates": 16}))[0]
+    engine = zods.initialize(
+        **masked, config=configuration(8, method="mezo", selector={"candidates": 16})
+    )[0]
     attempt(engine.train_batch)
     engine, loader = first_order_engine(3, False)
     same = DataLoader(data, batch_size=8 // engine.world_size, collate_fn=collate)

@@ -11,8 +11,8 @@ import torch
 import zods
 from tests.distributed.models import Awkward, configuration, sha256, whole
 from tests.distributed.ranks import run_ranks
-from zods.directions import Direction
-from zods.estimators import Term, Update
+from zods.core.directions import Direction
+from zods.core.estimators import Term, Update
 from zods.kernels import combine_
 
 WORLD_SIZES = (1, 2, 3, 4)
@@ -38,7 +38,9 @@ def build(stage: int, offload: str, dtype: torch.dtype, nvme_path: Path, **secti
         bf16=dtype is torch.bfloat16,
         **section,
     )
-    return zods.initialize(model=Awkward(dtype), config=config, training_data=[torch.ones(5)] * 12)[0]
+    return zods.initialize(model=Awkward(dtype), config=config, training_data=[torch.ones(5)] * 12)[
+        0
+    ]
 
 
 def rank_of_layouts(folder: Path) -> dict[Any, dict[str, Any]]:
@@ -51,31 +53,43 @@ def rank_of_layouts(folder: Path) -> dict[Any, dict[str, Any]]:
             section = {"method": "mezo_svrg", "anchor": {"point": "terms", "gradient": "cpu"}}
             engine = build(stage, offload, dtype, path, **section)
             slices = [
-                (p.name, p.ordinal, p.offset, p.numel, local.float().numpy().copy() if p.whole_numel < 100 else None)
-                for p, local in engine.shards.visit(write=False)
+                (
+                    p.name,
+                    p.ordinal,
+                    p.offset,
+                    p.numel,
+                    local.float().numpy().copy() if p.whole_numel < 100 else None,
+                )
+                for p, local in engine.sharded_parameters.visit(write=False)
             ]
             stored = {
                 p.name: getattr(p.param, "ds_tensor", p.param).device.type
                 if getattr(getattr(p.param, "ds_tensor", None), "final_location", None) != "nvme"
                 else "nvme"
-                for p in engine.shards
+                for p in engine.sharded_parameters
             }
             num_files = len(list(path.rglob("*.swp")))
             engine.anchor.set_gradient(GRADIENT)
             for step in range(STEPS):
                 seeds, coefficients, decay, rounding_seed = given(step)
-                update = Update(tuple(map(Term, seeds, coefficients)), decay, DENSE_COEFFICIENT, rounding_seed)
-                engine.shards.apply_(update, direction=Direction(), dense=engine.anchor.gradient.read)
+                update = Update(
+                    tuple(map(Term, seeds, coefficients)), decay, DENSE_COEFFICIENT, rounding_seed
+                )
+                engine.sharded_parameters.apply_(
+                    update, direction=Direction(), dense=engine.anchor.gradient.read
+                )
                 if step == 4:  # a forward in between leaves nothing behind
                     with torch.no_grad():
                         engine.deepspeed(torch.ones(2, 5, dtype=dtype))
-                    zods.sharding.release_gathered(engine.deepspeed)
+                    zods.params.zero3_adapter.release_gathered(engine.deepspeed)
             after = sha256(whole(engine))
             z = {}
             for distribution in ("gaussian", "rademacher"):
-                zods.sharding.release_gathered(engine.deepspeed)
-                for piece, local in engine.shards.visit(write=True):
-                    Direction(distribution).combine_(local, piece, piece.offset, seeds=[4321], coefficients=[1.0])
+                zods.params.zero3_adapter.release_gathered(engine.deepspeed)
+                for shard, local in engine.sharded_parameters.visit(write=True):
+                    Direction(distribution).combine_(
+                        local, shard, shard.offset, seeds=[4321], coefficients=[1.0]
+                    )
                 z[distribution] = sha256(whole(engine))
             found[stage, offload, dtype] = {
                 "slices": slices,
@@ -89,9 +103,14 @@ def rank_of_layouts(folder: Path) -> dict[Any, dict[str, Any]]:
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(n, id=f"{n}-ranks", marks=pytest.mark.slow if n in (2, 4) else []) for n in WORLD_SIZES],
+    params=[
+        pytest.param(n, id=f"{n}-ranks", marks=pytest.mark.slow if n in (2, 4) else [])
+        for n in WORLD_SIZES
+    ],
 )
-def layouts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
+def layouts(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[Any, Any]]:
     return run_ranks(request.param, rank_of_layouts, tmp_path_factory.mktemp("offload"))
 
 
@@ -132,7 +151,14 @@ def dense() -> dict[torch.dtype, dict[str, Any]]:
         z = {}
         for distribution in ("gaussian", "rademacher"):
             for k, p in trainable.values():
-                combine_(p.data, seeds=[4321], coefficients=[1.0], distribution=distribution, parameter=k, offset=0)
+                combine_(
+                    p.data,
+                    seeds=[4321],
+                    coefficients=[1.0],
+                    distribution=distribution,
+                    parameter=k,
+                    offset=0,
+                )
             z[distribution] = sha256({name: p for name, (_, p) in params.items()})
         found[dtype] = {"initial": initial, "after": after, "z": z}
     return found
@@ -144,14 +170,18 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).remo
 
 @every_dtype
 @every_layout
-def test_ten_given_steps_leave_the_bits_of_the_dense_reference(layouts, dense, stage, offload, dtype):
+def test_ten_given_steps_leave_the_bits_of_the_dense_reference(
+    layouts, dense, stage, offload, dtype
+):
     digests = [rank[stage, offload, dtype]["after"] for rank in layouts]
     assert digests == [dense[dtype]["after"]] * len(layouts)
 
 
 @every_dtype
 @every_layout
-def test_a_direction_is_the_same_bits_for_every_layout_and_tier(layouts, dense, stage, offload, dtype):
+def test_a_direction_is_the_same_bits_for_every_layout_and_tier(
+    layouts, dense, stage, offload, dtype
+):
     for rank in layouts:
         assert rank[stage, offload, dtype]["z"] == dense[dtype]["z"]
 
@@ -162,16 +192,16 @@ def test_the_ranks_slices_are_each_whole_parameter_cut_once(layouts, dense, dtyp
     ordinals = {name: k for k, name in enumerate(initial)}
     for stage, offload in LAYOUTS[1:]:
         by_rank = [rank[stage, offload, dtype]["slices"] for rank in layouts]
-        for pieces in zip(*by_rank, strict=True):
-            name = pieces[0][0]
-            assert all(piece[:2] == (name, ordinals[name]) for piece in pieces)
+        for shards in zip(*by_rank, strict=True):
+            name = shards[0][0]
+            assert all(shard[:2] == (name, ordinals[name]) for shard in shards)
             end = 0
-            for _, _, offset, numel, _ in pieces:
+            for _, _, offset, numel, _ in shards:
                 assert numel == 0 or offset == end
                 end += numel
             assert end == initial[name].numel()
             if name != "big":
-                joined = torch.cat([torch.from_numpy(piece[4]) for piece in pieces])
+                joined = torch.cat([torch.from_numpy(shard[4]) for shard in shards])
                 assert torch.equal(joined, initial[name].float().view(-1))
     if len(layouts) == 4:
         numels = [{p[0]: p[3] for p in rank[3, "none", dtype]["slices"]} for rank in layouts]
@@ -183,7 +213,7 @@ def test_the_ranks_slices_are_each_whole_parameter_cut_once(layouts, dense, dtyp
 @every_layout
 def test_a_tied_parameter_has_one_slice_and_a_frozen_one_none(layouts, stage, offload):
     for rank in layouts:
-        names = [piece[0] for piece in rank[stage, offload, torch.float32]["slices"]]
+        names = [shard[0] for shard in rank[stage, offload, torch.float32]["slices"]]
         assert names == ["one", "three", "five", "seven", "big", "first.weight", "second.bias"]
 
 
@@ -217,7 +247,10 @@ def rank_of_deepspeed_names(folder: Path) -> list[str]:
         "optimizer": (engine.deepspeed.optimizer, ["partition_all_parameters"]),
     }
     missing = [
-        f"{kind}.{name}" for kind, (owner, names) in wanted.items() for name in names if not hasattr(owner, name)
+        f"{kind}.{name}"
+        for kind, (owner, names) in wanted.items()
+        for name in names
+        if not hasattr(owner, name)
     ]
     sizes = (param.ds_numel, tuple(param.ds_shape), param.ds_tensor.ds_numel)
     if sizes != (1024 * 1030, (1024, 1030), 1024 * 1030 // 2):

@@ -16,9 +16,17 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.ranks import ENVIRONMENT, LIMIT, PRELOADED, launch, master_port, restore_compilers, run_ranks
-from zods.comm import Communicator
-from zods.watchdog import AGAIN, EXIT_CODE, Answer, Watchdog, verdict
+from tests.distributed.ranks import (
+    ENVIRONMENT,
+    LIMIT,
+    PRELOADED,
+    launch,
+    master_port,
+    restore_compilers,
+    run_ranks,
+)
+from zods.comm.communicator import Communicator
+from zods.comm.watchdog import AGAIN, EXIT_CODE, Answer, Watchdog, verdict
 
 SCRIPTS = Path(__file__).parent / "scripts"
 TIMEOUT = 2.0
@@ -52,7 +60,10 @@ def end_of(
     with master_port() as port:
         address = f"file://{folder}/store" if store == "file" else f"tcp://127.0.0.1:{port}"
         ready = context.Barrier(4)
-        processes = [context.Process(target=_rank, args=(r, address, folder, ready, function)) for r in range(3)]
+        processes = [
+            context.Process(target=_rank, args=(r, address, folder, ready, function))
+            for r in range(3)
+        ]
         for process in processes:
             process.start()
         ready.wait(LIMIT)
@@ -152,7 +163,10 @@ def test_a_resting_rank_is_named_when_others_wait_for_it(tmp_path: Path):
 
 def test_a_stopped_rank_is_named_as_not_answering(tmp_path: Path):
     said = check_end(end_of(rank_1_is_stopped, tmp_path, store="tcp", stays=1), stays=1)
-    assert "zods: rank 1 does not answer: its process is stopped or swapped out, or the host is gone." in said
+    assert (
+        "zods: rank 1 does not answer: its process is stopped or swapped out, or the host is gone."
+        in said
+    )
     assert "The others wait for it." in said
 
 
@@ -162,7 +176,10 @@ def test_rank_0_is_named_when_it_is_stopped_with_the_store(tmp_path: Path):
     assert ended.seconds < TIMEOUT + 11
     for rank in (1, 2):
         assert "Traceback" not in ended.said[rank], ended.said
-        assert "zods: rank 0, which keeps the process group's store, does not answer: " in ended.said[rank]
+        assert (
+            "zods: rank 0, which keeps the process group's store, does not answer: "
+            in ended.said[rank]
+        )
         assert f"Rank {rank} is at step 18, evaluate, for " in ended.said[rank]
 
 
@@ -241,16 +258,30 @@ def test_a_single_rank_is_not_watched():
 
 # --- the message --------------------------------------------------------------------------------------------------------
 
-WAITS = Answer("step 3, reduce", 20.0, resting=False, waits=True, place="comm.py:4 gather", stack=["run.py:1 main"])
+WAITS = Answer(
+    "step 3, reduce",
+    20.0,
+    resting=False,
+    waits=True,
+    place="comm.py:4 gather",
+    stack=["run.py:1 main"],
+)
 BUSY = replace(
-    WAITS, what="step 3, evaluate", waits=False, place="data.py:104 __iter__", stack=["data.py:104 __iter__"]
+    WAITS,
+    what="step 3, evaluate",
+    waits=False,
+    place="data.py:104 __iter__",
+    stack=["data.py:104 __iter__"],
 )
 
 
 def test_all_ranks_that_hang_are_named_with_their_places():
     said = verdict({0: BUSY, 1: WAITS, 2: BUSY}, 3)
     place = "at step 3, evaluate, for 20 s, in data.py:104 __iter__"
-    assert f"ranks 0, 2 hang: rank 0 {place}; rank 2 {place}. The others wait for them. {AGAIN}" in said
+    assert (
+        f"ranks 0, 2 hang: rank 0 {place}; rank 2 {place}. The others wait for them. {AGAIN}"
+        in said
+    )
 
 
 def test_ranks_that_do_not_answer_are_named_before_those_that_are_busy():

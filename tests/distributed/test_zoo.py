@@ -33,7 +33,10 @@ RELEASED = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshol
 # kind of run: arguments of `configuration`, arguments of `DenseReference`
 RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "gaussian": ({"method": "mezo"}, {"method": "mezo"}),
-    "low rank": ({"method": "mezo", "direction": LOW_RANK}, {"method": "mezo", "direction": "low_rank", "rank": 2}),
+    "low rank": (
+        {"method": "mezo", "direction": LOW_RANK},
+        {"method": "mezo", "direction": "low_rank", "rank": 2},
+    ),
     # parts of the training set differ in length: the reference's mean over parts is that over examples
     "svrg": (
         {"method": "mezo_svrg", "loss_mean": "examples", "anchor": TERMS, **SVRG},
@@ -59,7 +62,11 @@ class Trained(NamedTuple):
 
 def steps_of(subject: Subject, kind: str) -> dict[str, float]:
     """The steps in bf16 are large, since its roundings are."""
-    return {"eps": 0.1, "lr": 10 * subject.lr} if kind == "bf16" else {"eps": subject.eps, "lr": subject.lr}
+    return (
+        {"eps": 0.1, "lr": 10 * subject.lr}
+        if kind == "bf16"
+        else {"eps": subject.eps, "lr": subject.lr}
+    )
 
 
 def trained(subject: Subject, kind: str) -> Trained:
@@ -70,9 +77,15 @@ def trained(subject: Subject, kind: str) -> Trained:
         arguments |= {"stage": 3, "top": {} if kind == "low rank" else RELEASED}
     data = None
     if kind == "svrg":
-        data = [part_of(subject.batch(k), i, i + 1) for k in range(DATASET // EXAMPLES) for i in range(EXAMPLES)]
+        data = [
+            part_of(subject.batch(k), i, i + 1)
+            for k in range(DATASET // EXAMPLES)
+            for i in range(EXAMPLES)
+        ]
     config = configuration(EXAMPLES, **arguments)
-    engine = zods.initialize(model=fresh(subject), config=config, training_data=data, collate_fn=joined)[0]
+    engine = zods.initialize(
+        model=fresh(subject), config=config, training_data=data, collate_fn=joined
+    )[0]
     before = numpy_of(whole(engine))
     losses, projected_grads = [], []
     for step in range(STEPS):
@@ -154,7 +167,9 @@ def outcomes(request: pytest.FixtureRequest) -> Outcomes:
             except pytest.fail.Exception:
                 if len(group) == 1:
                     raise
-                groups.update({(world_size, of): [of] for of in group})  # the others are not to fail with one
+                groups.update(
+                    {(world_size, of): [of] for of in group}
+                )  # the others are not to fail with one
                 return outcome(world_size, name)
             known.update({(world_size, of): ranks for of in group})
         ranks = known[world_size, name]
@@ -183,11 +198,17 @@ def compare(found: Trained, expected: Trained, kind: str, eps: float, lr: float)
     grad_tolerance = loss_tolerance / eps
     says = f"{kind}, {found.form}: projected gradients {found.projected_grads}, dense {expected.projected_grads}"
     assert all(found.projected_grads), says
-    assert max(map(abs, expected.projected_grads)) > (4 if kind == "bf16" else 20) * grad_tolerance, says
-    np.testing.assert_allclose(found.projected_grads, expected.projected_grads, 0, grad_tolerance, err_msg=says)
+    assert (
+        max(map(abs, expected.projected_grads)) > (4 if kind == "bf16" else 20) * grad_tolerance
+    ), says
+    np.testing.assert_allclose(
+        found.projected_grads, expected.projected_grads, 0, grad_tolerance, err_msg=says
+    )
     np.testing.assert_allclose(found.losses, expected.losses, 0, loss_tolerance, err_msg=says)
     number = 4 if kind == "svrg" else 1  # projected gradients in an update
-    of_grads = math.sqrt(STEPS) * number * lr * grad_tolerance  # the directions of different steps are independent
+    of_grads = (
+        math.sqrt(STEPS) * number * lr * grad_tolerance
+    )  # the directions of different steps are independent
     compare_weights(found, expected, of_grads, 2.0**-9 if kind == "bf16" else 2.0**-24)
 
 
@@ -199,7 +220,9 @@ def compare_weights(found: Trained, expected: Trained, of_grads: float, rounding
     keeps its bits.
     """
     assert list(found.after) == list(expected.after)
-    assert all(np.array_equal(found.before[name], start) for name, start in expected.before.items()), "another start"
+    assert all(
+        np.array_equal(found.before[name], start) for name, start in expected.before.items()
+    ), "another start"
     moved = {name: after - expected.before[name] for name, after in expected.after.items()}
     trained = [name for name, movement in moved.items() if movement.any()]
     for name in moved.keys() - set(trained):
@@ -207,7 +230,9 @@ def compare_weights(found: Trained, expected: Trained, of_grads: float, rounding
     errors = {name: np.abs(found.after[name] - expected.after[name]) for name in trained}
     for name, error in errors.items():
         room = 12 * of_grads + 2 * STEPS * rounding * np.abs(expected.after[name])
-        assert (error <= room).all(), f"{name} is off by {error.max():.1e} of {np.abs(moved[name]).max():.1e}"
+        assert (error <= room).all(), (
+            f"{name} is off by {error.max():.1e} of {np.abs(moved[name]).max():.1e}"
+        )
     of_roundings = math.sqrt(STEPS) * rounding * rms([expected.after[name] for name in trained])
     assert rms([moved[name] for name in trained]) > 3 * (of_grads + of_roundings)
     assert rms(list(errors.values())) <= of_grads + of_roundings
@@ -217,12 +242,21 @@ def rms(arrays: Sequence[Any]) -> float:
     return math.sqrt(sum(float(np.square(a).sum()) for a in arrays) / sum(a.size for a in arrays))
 
 
-CASES = [(name, size) for size in (1, 2) for name, subject in SUBJECTS.items() if size == 1 or subject.sharded]
+CASES = [
+    (name, size)
+    for size in (1, 2)
+    for name, subject in SUBJECTS.items()
+    if size == 1 or subject.sharded
+]
 SAMPLE = [(name, size) for name, size in CASES if SUBJECTS[name].sample]
 
 
 def named(value: Any) -> str:
-    return value if isinstance(value, str) else ("stage 0 on one rank", "ZeRO-3 on two ranks")[value - 1]
+    return (
+        value
+        if isinstance(value, str)
+        else ("stage 0 on one rank", "ZeRO-3 on two ranks")[value - 1]
+    )
 
 
 @pytest.mark.parametrize(("name", "world_size"), SAMPLE, ids=named)

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 import zods
 from tests.distributed.models import configuration
-from zods.directions import Direction
+from zods.core.directions import Direction
 from zods.kernels import reference
 
 FOLDER = Path(__file__).parent
@@ -70,7 +70,12 @@ def digests_of_directions() -> dict[str, str]:
         for seed, (parameter, offset) in zip(SEEDS, PLACES, strict=True):
             out = torch.empty(NUMEL, dtype=dtype)
             direction.combine_(
-                out, parameter, offset, seeds=[seed], coefficients=[coefficient], rounding_seed=rounding_seed
+                out,
+                parameter,
+                offset,
+                seeds=[seed],
+                coefficients=[coefficient],
+                rounding_seed=rounding_seed,
             )
             found[f"{kind}, {output}, seed {seed}"] = digest(out)
     return found
@@ -80,7 +85,9 @@ def digest_of_words() -> str:
     """A digest of the Philox words of the reference, for every seed, place and stream."""
     blocks = torch.cat([torch.arange(64), 2**32 - 32 + torch.arange(64), 2**45 + torch.arange(64)])
     words: list[Tensor] = []
-    for seed, (parameter, _), stream in itertools.product(SEEDS, PLACES, reference.STREAMS.values()):
+    for seed, (parameter, _), stream in itertools.product(
+        SEEDS, PLACES, reference.STREAMS.values()
+    ):
         words += reference.philox(blocks, parameter.ordinal, stream, seed)
     return digest(torch.stack(words))
 
@@ -88,9 +95,27 @@ def digest_of_words() -> str:
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 WORDS, WIDTH, INNER = 11, 6, 9
-BATCH, STEPS, SAVED_AT = 12, 7, 5  # two steps to an epoch; a refresh of the anchor every three steps
-MEZO = {"method": "mezo", "eps": 1e-2, "lr": 2e-2, "seed": 7, "weight_decay": 0.3, "num_directions": 2}
-SVRG = {"method": "mezo_svrg", "eps": 1e-2, "lr": 0.1, "seed": 7, "anchor_interval": 3, "anchor_lr": 0.2}
+BATCH, STEPS, SAVED_AT = (
+    12,
+    7,
+    5,
+)  # two steps to an epoch; a refresh of the anchor every three steps
+MEZO = {
+    "method": "mezo",
+    "eps": 1e-2,
+    "lr": 2e-2,
+    "seed": 7,
+    "weight_decay": 0.3,
+    "num_directions": 2,
+}
+SVRG = {
+    "method": "mezo_svrg",
+    "eps": 1e-2,
+    "lr": 0.1,
+    "seed": 7,
+    "anchor_interval": 3,
+    "anchor_lr": 0.2,
+}
 
 
 @dataclass(frozen=True)
@@ -107,12 +132,18 @@ class GoldenRun:
 
 
 RUNS = {
-    "mezo": GoldenRun(2, {**MEZO, "bf16": True, "direction": {"distribution": "low_rank", "rank": 2}}),
+    "mezo": GoldenRun(
+        2, {**MEZO, "bf16": True, "direction": {"distribution": "low_rank", "rank": 2}}
+    ),
     "mezo_svrg": GoldenRun(
-        2, {**SVRG, "anchor": {"point": "cpu", "gradient": "cpu"}, "anchor_directions": 2}, is_saved=True
+        2,
+        {**SVRG, "anchor": {"point": "cpu", "gradient": "cpu"}, "anchor_directions": 2},
+        is_saved=True,
     ),
     "mezo_svrg_one_rank": GoldenRun(
-        1, {**SVRG, "anchor": {"point": "terms", "gradient": "cpu"}, "weight_decay": 0.3}, is_saved=True
+        1,
+        {**SVRG, "anchor": {"point": "terms", "gradient": "cpu"}, "weight_decay": 0.3},
+        is_saved=True,
     ),
     "mezo_svrg_terms": GoldenRun(
         2,

@@ -29,7 +29,7 @@ from tests.golden.cases import (
     digest_of_words,
     digests_of_directions,
 )
-from zods.resuming import CHECKPOINTS
+from zods.training.resume import CHECKPOINTS
 
 
 def rank_of_run(name: str, folder: Path) -> None:
@@ -48,7 +48,8 @@ def rank_of_run(name: str, folder: Path) -> None:
 
 def main() -> None:
     DIRECTIONS.write_text(
-        json.dumps({"words": digest_of_words(), "directions": digests_of_directions()}, indent=1) + "\n"
+        json.dumps({"words": digest_of_words(), "directions": digests_of_directions()}, indent=1)
+        + "\n"
     )
     for folder in (BASE, RUNS_FOLDER):
         shutil.rmtree(folder, ignore_errors=True)

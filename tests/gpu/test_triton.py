@@ -15,7 +15,9 @@ from tests.helpers import bits, normal
 from zods import kernels
 from zods.kernels import DISTRIBUTIONS, reference
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # to be set before triton is imported: in its own process
+INTERPRETED = (
+    os.environ.get("TRITON_INTERPRET") == "1"
+)  # to be set before triton is imported: in its own process
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TERMS = {"seeds": [1, 2**64 - 1, 0xDEADBEEF12345678], "coefficients": [1e-3, -0.7, 2.0]}
 # Element 2^34 is where a Gaussian block passes 2^32.
@@ -38,12 +40,16 @@ def check(gpu, numel, dtype, *, weight=None, scale=1.0, seeds=(), coefficients=(
           offset=0, factors=None, dense=None, dense_coefficient=0.0, rounding_seed=None, mirror=False, in_place=False,
           same=lambda a, b: torch.equal(bits(a), bits(b))):  # fmt: skip
     """gpu.combine_ and, on the CPU, reference.combine_ write the same to `out` and the mirror."""
-    scale, dense_coefficient, *coefficients = torch.tensor([scale, dense_coefficient, *coefficients]).tolist()
+    scale, dense_coefficient, *coefficients = torch.tensor(
+        [scale, dense_coefficient, *coefficients]
+    ).tolist()
     written = []
     for combine, device in ((gpu.combine_, DEVICE), (reference.combine_, "cpu")):
         w, d, left, right = (t if t is None else t.to(device, copy=True)
                              for t in (weight, dense, *(factors or (None, None))))  # fmt: skip
-        out = w if in_place else torch.empty(numel + 1, dtype=dtype, device=device)[1:]  # no 16-byte boundary
+        out = (
+            w if in_place else torch.empty(numel + 1, dtype=dtype, device=device)[1:]
+        )  # no 16-byte boundary
         mirrored = torch.empty(numel, dtype=dtype, device=device) if mirror else None
         combine(out, mirrored, w, scale, list(seeds), coefficients, distribution, parameter, offset,
                 None if left is None else (left, right), d, dense_coefficient, rounding_seed)  # fmt: skip
@@ -54,11 +60,15 @@ def check(gpu, numel, dtype, *, weight=None, scale=1.0, seeds=(), coefficients=(
 @pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="the tests below run in this process")
 def test_the_kernel_in_the_interpreter():
     if importlib.util.find_spec("triton") is None:
-        pytest.skip("neither a CUDA device nor the package triton, whose interpreter could run the kernel")
+        pytest.skip(
+            "neither a CUDA device nor the package triton, whose interpreter could run the kernel"
+        )
     from triton._C.libtriton import interpreter
 
     if not hasattr(interpreter, "fma_fp32"):
-        pytest.skip("this triton's interpreter rounds a fused multiply-add twice: no CUDA device, no newer triton")
+        pytest.skip(
+            "this triton's interpreter rounds a fused multiply-add twice: no CUDA device, no newer triton"
+        )
     tests = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__], cwd=Path(__file__).parents[2],
         env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=600,
@@ -84,9 +94,13 @@ def test_triton_and_reference_give_the_same_bits(gpu, distribution, numel):
             check(gpu, numel, dtype, distribution=distribution, **arguments, **place)
 
 
-@pytest.mark.parametrize(("numel", "columns"), [(0, 7), (5, 7), (1000, 7), (5003, 1), (5003, 3000), (5003, 6000)])
+@pytest.mark.parametrize(
+    ("numel", "columns"), [(0, 7), (5, 7), (1000, 7), (5003, 1), (5003, 3000), (5003, 6000)]
+)
 def test_triton_and_reference_add_the_same_low_rank_matrix(gpu, numel, columns):
-    for offset, (dtype, rounding_seed), mirror in itertools.product(OFFSETS, ROUNDINGS, (False, True)):
+    for offset, (dtype, rounding_seed), mirror in itertools.product(
+        OFFSETS, ROUNDINGS, (False, True)
+    ):
         rows = (offset + numel) // columns - offset // columns + 1
         factors = normal(rows * 3, 1).view(rows, 3), normal(3 * columns, 2).view(3, columns)
         check(gpu, numel, dtype, weight=normal(numel, 1, dtype), scale=0.99, dense=normal(numel, 2, dtype),
@@ -95,18 +109,37 @@ def test_triton_and_reference_add_the_same_low_rank_matrix(gpu, numel, columns):
 
 
 def test_triton_and_reference_agree_over_many_gaussians(gpu):
-    check(gpu, 50_000 if INTERPRETED else 5_000_000, torch.float32, seeds=[11], coefficients=[1.0], offset=5)
+    check(
+        gpu,
+        50_000 if INTERPRETED else 5_000_000,
+        torch.float32,
+        seeds=[11],
+        coefficients=[1.0],
+        offset=5,
+    )
 
 
 @pytest.mark.parametrize("rounding_seed", [None, 1])
 def test_values_bfloat16_cannot_hold_and_subnormals_are_as_in_the_reference(gpu, rounding_seed):
     largest = torch.finfo(torch.bfloat16).max
-    values = torch.tensor([float("inf"), -float("inf"), float("nan"), largest, -largest, 0.0, -0.0, 1e-39, -3e-40] * 50)
+    values = torch.tensor(
+        [float("inf"), -float("inf"), float("nan"), largest, -largest, 0.0, -0.0, 1e-39, -3e-40]
+        * 50
+    )
     for scale in (1.0, -1.0, 1 + 2**-10, 1 + 2**-8, 0.3):
-        check(gpu, 450, torch.bfloat16, weight=values.bfloat16(), scale=scale, rounding_seed=rounding_seed)
+        check(
+            gpu,
+            450,
+            torch.bfloat16,
+            weight=values.bfloat16(),
+            scale=scale,
+            rounding_seed=rounding_seed,
+        )
         check(gpu, 450, torch.float32, weight=values, scale=scale,  # a NaN of float32 may have any payload
               same=lambda a, b: torch.equal(bits(a.nan_to_num(1.5)), bits(b.nan_to_num(1.5))))  # fmt: skip
-    nans = torch.tensor([0x7FFF, -1, 0x7F81] * 300, dtype=torch.int16).view(torch.bfloat16)  # any payload, any sign
+    nans = torch.tensor([0x7FFF, -1, 0x7F81] * 300, dtype=torch.int16).view(
+        torch.bfloat16
+    )  # any payload, any sign
     check(gpu, 900, torch.bfloat16, weight=nans, rounding_seed=rounding_seed)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zods.directions import derive_seed
+from zods.core.directions import derive_seed
 from zods.kernels import direction
 
 Parameters = dict[str, Tensor]
@@ -28,10 +28,14 @@ Parameters = dict[str, Tensor]
 def half_seed(seed: int, side: int) -> int:
     """Of U (0) and V (1) of a low-rank direction."""
     message = struct.pack("<QI", seed, side)
-    return int.from_bytes(hashlib.blake2b(message, digest_size=8, person=b"zods-seed").digest(), "little")
+    return int.from_bytes(
+        hashlib.blake2b(message, digest_size=8, person=b"zods-seed").digest(), "little"
+    )
 
 
-Loss = Callable[[Parameters, Any], float]  # (parameters, batch) -> mean loss over the batch's examples
+Loss = Callable[
+    [Parameters, Any], float
+]  # (parameters, batch) -> mean loss over the batch's examples
 
 
 @dataclass
@@ -62,7 +66,9 @@ class DenseReference:
     steps: int = 0
     anchor: Parameters | None = field(default=None, init=False)
     anchor_grad: Parameters | None = field(default=None, init=False)
-    losses: list[float] = field(default_factory=list, init=False)  # of the last step, in the order of its points
+    losses: list[float] = field(
+        default_factory=list, init=False
+    )  # of the last step, in the order of its points
     anchor_losses: list[float] = field(default_factory=list, init=False)  # of the last refresh
 
     def __post_init__(self) -> None:
@@ -77,11 +83,17 @@ class DenseReference:
             if self.direction == "low_rank" and value.ndim == 2:
                 rank = min(self.rank, *value.shape)
                 sides = [half_seed(seed, side) for side in (0, 1)]
-                left = self._gaussian(value.shape[0] * rank, sides[0], ordinal).view(-1, rank).double()
-                right = self._gaussian(rank * value.shape[1], sides[1], ordinal).view(rank, -1).double()
+                left = (
+                    self._gaussian(value.shape[0] * rank, sides[0], ordinal).view(-1, rank).double()
+                )
+                right = (
+                    self._gaussian(rank * value.shape[1], sides[1], ordinal).view(rank, -1).double()
+                )
                 z = left @ right / math.sqrt(rank)
             elif self.direction == "rademacher":
-                z = direction(value.numel(), seed=seed, distribution="rademacher", parameter=ordinal, offset=0)
+                z = direction(
+                    value.numel(), seed=seed, distribution="rademacher", parameter=ordinal, offset=0
+                )
             else:
                 z = self._gaussian(value.numel(), seed, ordinal)
             made[name] = z.to(value.dtype).view(value.shape)
@@ -94,12 +106,18 @@ class DenseReference:
     def projected_grad(self, at: Parameters, seed: int, batch: Any, losses: list[float]) -> float:
         """(L(at + eps z) - L(at - eps z)) / (2 eps); the two losses are appended to `losses`."""
         z = self.z(seed)
-        plus = {name: value + self.eps * z[name] if name in z else value for name, value in at.items()}
-        minus = {name: value - self.eps * z[name] if name in z else value for name, value in at.items()}
+        plus = {
+            name: value + self.eps * z[name] if name in z else value for name, value in at.items()
+        }
+        minus = {
+            name: value - self.eps * z[name] if name in z else value for name, value in at.items()
+        }
         losses += [float(self.loss(plus, batch)), float(self.loss(minus, batch))]
         return (losses[-2] - losses[-1]) / (2 * self.eps)
 
-    def estimate(self, at: Parameters, seeds: list[int], batch: Any, losses: list[float]) -> Parameters:
+    def estimate(
+        self, at: Parameters, seeds: list[int], batch: Any, losses: list[float]
+    ) -> Parameters:
         """The mean over `seeds` of projected_grad * z: the SPSA estimate of the gradient of `batch` at `at`."""
         total: Parameters = {}
         for seed in seeds:
@@ -131,7 +149,9 @@ class DenseReference:
         if self.method == "mezo_svrg":
             assert self.anchor is not None
             assert self.anchor_grad is not None
-            anchor_seeds = seeds if self.share_direction else self.seeds("step_anchor", self.num_directions)
+            anchor_seeds = (
+                seeds if self.share_direction else self.seeds("step_anchor", self.num_directions)
+            )
             at_anchor = self.estimate(self.anchor, anchor_seeds, batch, self.losses)
             grad = {name: grad[name] - at_anchor[name] + self.anchor_grad[name] for name in grad}
         for name, value in grad.items():
@@ -155,7 +175,9 @@ def loss_of_module(module: torch.nn.Module, mean_loss: Callable[[Any, Any], Tens
     @torch.no_grad()
     def loss(params: Parameters, batch: Any) -> float:
         kwargs = batch if isinstance(batch, dict) else None
-        outputs = torch.func.functional_call(module, params, () if kwargs is not None else (batch,), kwargs)
+        outputs = torch.func.functional_call(
+            module, params, () if kwargs is not None else (batch,), kwargs
+        )
         return mean_loss(outputs, batch).item()
 
     return loss

@@ -1,4 +1,4 @@
-"""The objective by the book: a global batch in one piece, token by token, in float64."""
+"""The objective by the book: a global batch in one shard, token by token, in float64."""
 
 from __future__ import annotations
 
@@ -21,10 +21,14 @@ def token_losses(logits: Tensor, labels: Tensor, shifted: bool) -> list[Tensor]:
     return found
 
 
-def objective(losses: Sequence[Tensor], mean: str, weights: Sequence[float] | None = None) -> Tensor:
+def objective(
+    losses: Sequence[Tensor], mean: str, weights: Sequence[float] | None = None
+) -> Tensor:
     """The weighted mean over all label tokens, or over the examples' own means; losses: of each example's label tokens."""
     weights = [1.0] * len(losses) if weights is None else weights
-    pairs = [(weight, of_one) for weight, of_one in zip(weights, losses, strict=True) if len(of_one)]
+    pairs = [
+        (weight, of_one) for weight, of_one in zip(weights, losses, strict=True) if len(of_one)
+    ]
     if mean == "tokens":
         return sum(w * one.sum() for w, one in pairs) / sum(w * len(one) for w, one in pairs)
     return sum(w * one.mean() for w, one in pairs) / sum(w for w, _ in pairs)

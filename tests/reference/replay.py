@@ -12,15 +12,17 @@ import torch
 from torch import Tensor
 
 from tests.reference.dense import half_seed
-from zods.directions import derive_seed
+from zods.config.schema import ZerothOrderConfig
+from zods.core.directions import derive_seed
 from zods.kernels import reference
-from zods.section import ZerothOrderConfig
 from zods.trajectory.records import Record, Refresh, Run, Step
 
 Terms = list[tuple[int, float]]  # (seed, coefficient)
 
 
-def replayed(base: dict[str, Tensor], trained: set[str], records: Iterable[Record]) -> dict[str, Tensor]:
+def replayed(
+    base: dict[str, Tensor], trained: set[str], records: Iterable[Record]
+) -> dict[str, Tensor]:
     """The parameters after `records`, in their dtypes. base: all of them, in the order of `named_parameters()`."""
     params = {name: value.clone() for name, value in base.items()}
     section = ZerothOrderConfig()
@@ -29,7 +31,10 @@ def replayed(base: dict[str, Tensor], trained: set[str], records: Iterable[Recor
         if isinstance(record, Run):
             section = record.section
         if isinstance(record, Refresh) and record.coefficients:
-            seeds = [derive_seed(section.seed, "anchor", record.step, k) for k in range(len(record.coefficients))]
+            seeds = [
+                derive_seed(section.seed, "anchor", record.step, k)
+                for k in range(len(record.coefficients))
+            ]
             gradient = list(zip(seeds, record.coefficients, strict=True))
             terms, decay, purpose = [], 1.0, "anchor_rounding"
         elif isinstance(record, Step) and record.coefficients:
@@ -37,7 +42,9 @@ def replayed(base: dict[str, Tensor], trained: set[str], records: Iterable[Recor
             decay, purpose = 1.0 - record.lr * section.weight_decay, "rounding"
         else:
             continue
-        rounding_seed = derive_seed(section.seed, purpose, record.step) if section.stochastic_rounding else None
+        rounding_seed = (
+            derive_seed(section.seed, purpose, record.step) if section.stochastic_rounding else None
+        )
         stored = section.is_svrg and section.anchor.gradient != "terms"
         if section.is_svrg and not stored:
             terms = terms + gradient
@@ -45,16 +52,24 @@ def replayed(base: dict[str, Tensor], trained: set[str], records: Iterable[Recor
         for ordinal, (name, value) in enumerate(params.items()):
             if name not in trained:
                 continue
-            dense = combined(section, torch.empty_like(value), ordinal, gradient) if stored else None
+            dense = (
+                combined(section, torch.empty_like(value), ordinal, gradient) if stored else None
+            )
             combined(section, value, ordinal, terms, value, decay, dense, -record.lr, rounding_seed)
     return params
 
 
 def seeds_of_step(section: ZerothOrderConfig, step: Step) -> list[int]:
     """Those of all ranks' directions at the parameters, then, where other ones are drawn there, at the anchor."""
-    purposes = ["step"] if section.share_direction or not section.is_svrg else ["step", "step_anchor"]
+    purposes = (
+        ["step"] if section.share_direction or not section.is_svrg else ["step", "step_anchor"]
+    )
     number = len(step.coefficients or ()) // len(purposes)
-    return [derive_seed(section.seed, purpose, step.step, k) for purpose in purposes for k in range(number)]
+    return [
+        derive_seed(section.seed, purpose, step.step, k)
+        for purpose in purposes
+        for k in range(number)
+    ]
 
 
 def combined(
@@ -102,7 +117,9 @@ def factors_of(rank: int, matrix: Tensor, ordinal: int, terms: Terms) -> tuple[T
         for side, size in enumerate(matrix.shape):
             made = torch.empty(size * rank)
             seeds = [half_seed(seed, side)]
-            reference.combine_(made, None, None, 1.0, seeds, [1.0], "gaussian", ordinal, 0, None, None, 0.0, None)
+            reference.combine_(
+                made, None, None, 1.0, seeds, [1.0], "gaussian", ordinal, 0, None, None, 0.0, None
+            )
             sides.append(made)
         left.append(sides[0].view(-1, rank) * (coefficient / math.sqrt(rank)))
         right.append(sides[1].view(rank, -1))

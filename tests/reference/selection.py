@@ -40,7 +40,9 @@ def eager_greedy(problem: Problem, k: int) -> Chosen:
 
 def optimum(similarities: Sequence[Sequence[int]], k: int) -> int:
     """The best objective of any k candidates, by enumeration."""
-    return max(objective(similarities, chosen) for chosen in combinations(range(len(similarities[0])), k))
+    return max(
+        objective(similarities, chosen) for chosen in combinations(range(len(similarities[0])), k)
+    )
 
 
 def largest_remainder(sizes: Sequence[int], budget: int) -> list[int]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from zods.directions import Direction
-from zods.sharding import ShardedParameters
-from zods.streams import PerturbedForward, Point
+from zods.core.directions import Direction
+from zods.core.points import Point
+from zods.forward.perturbed_modules import PerturbedForward
+from zods.params.shards import ShardedParameters
 
 EPS = 1e-2
 
@@ -16,8 +17,10 @@ def example(dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(4, 3, 8, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
-def perturbed_forward(module: nn.Module, distribution: str = "gaussian", observe: bool = True) -> PerturbedForward:
-    slices = ShardedParameters(module, rank=0).slices
+def perturbed_forward(
+    module: nn.Module, distribution: str = "gaussian", observe: bool = True
+) -> PerturbedForward:
+    slices = ShardedParameters(module, rank=0).shards
     forward_at = PerturbedForward(module, slices, Direction(distribution))
     if observe:
         with torch.no_grad(), forward_at.observing():
@@ -26,6 +29,8 @@ def perturbed_forward(module: nn.Module, distribution: str = "gaussian", observe
 
 
 @torch.no_grad()
-def output_at(forward_at: PerturbedForward, module: nn.Module, x: Tensor, point: Point | None) -> Tensor:
+def output_at(
+    forward_at: PerturbedForward, module: nn.Module, x: Tensor, point: Point | None
+) -> Tensor:
     with forward_at.at(point):
         return module(x)

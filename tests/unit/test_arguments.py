@@ -6,9 +6,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import pytest
 
-from zods.arguments import merged_config, parse_arguments
-from zods.options import BATCH_OVERRIDES, OverrideArguments
-from zods.section import ZerothOrderConfig
+from zods.cli.arguments import merged_config, parse_arguments
+from zods.cli.options import BATCH_OVERRIDES, OverrideArguments
+from zods.config.schema import ZerothOrderConfig
 
 NEEDED = ["--model", "m", "--output_dir", "o", "--train_file", "t"]
 
@@ -77,7 +77,17 @@ def test_options_have_the_types_of_the_keys_that_they_override():
 
 
 def test_values_of_the_command_line_become_those_that_are_used():
-    words = ["--select", "8/32", "--held_out", "5", "--column_names", "a, b", "--plot", "--deepspeed", "c.json"]
+    words = [
+        "--select",
+        "8/32",
+        "--held_out",
+        "5",
+        "--column_names",
+        "a, b",
+        "--plot",
+        "--deepspeed",
+        "c.json",
+    ]
     arguments = parse_arguments([*words, *NEEDED])
     assert (arguments.selection.select.chosen, arguments.selection.select.candidates) == (8, 32)
     assert type(arguments.data.held_out.value) is int
@@ -145,7 +155,9 @@ def error_of(capsys, *words):
     return capsys.readouterr().err.partition("zods.finetune: error: ")[2].rstrip("\n")
 
 
-@pytest.mark.parametrize(("name", "content"), [("run.yaml", YAML), ("run.yml", YAML), ("run.json", RUN)])
+@pytest.mark.parametrize(
+    ("name", "content"), [("run.yaml", YAML), ("run.yml", YAML), ("run.json", RUN)]
+)
 def test_a_file_says_what_a_command_line_says(name, content, tmp_path):
     assert parse_arguments([write(tmp_path, name, content)]) == parse_arguments(WORDS)
 
@@ -162,14 +174,28 @@ def test_a_file_may_follow_what_the_launcher_adds(launcher, tmp_path):
 
 def test_options_override_the_file(tmp_path):
     path = write(tmp_path, "run.yaml", YAML)
-    changes = ["--lr", "0.5", "--save_model", "false", "--plot", "--label_words", "a,b", "--seed", "-1"]
+    changes = [
+        "--lr",
+        "0.5",
+        "--save_model",
+        "false",
+        "--plot",
+        "--label_words",
+        "a,b",
+        "--seed",
+        "-1",
+    ]
     assert parse_arguments([path, *changes]) == parse_arguments([*WORDS, *changes])
 
 
 @pytest.mark.parametrize("of_file", ["deepspeed", "deepspeed_config"])
 @pytest.mark.parametrize("of_command", ["--deepspeed", "--deepspeed_config"])
-def test_either_name_of_the_configuration_serves_in_the_file_and_overrides_it(of_file, of_command, tmp_path):
-    path = write(tmp_path, "run.yaml", f"{of_file}: a.json\nmodel: m\noutput_dir: o\ntrain_file: t\n")
+def test_either_name_of_the_configuration_serves_in_the_file_and_overrides_it(
+    of_file, of_command, tmp_path
+):
+    path = write(
+        tmp_path, "run.yaml", f"{of_file}: a.json\nmodel: m\noutput_dir: o\ntrain_file: t\n"
+    )
     assert parse_arguments([path]).model.deepspeed_config == "a.json"
     assert parse_arguments([path, "--deepspeed"]).model.deepspeed_config == "a.json"
     assert parse_arguments([path, of_command, "b.json"]).model.deepspeed_config == "b.json"
@@ -177,7 +203,14 @@ def test_either_name_of_the_configuration_serves_in_the_file_and_overrides_it(of
 
 def test_overrides_in_a_file_reach_the_configuration(tmp_path):
     config = {"train_batch_size": 4, "zeroth_order": {"lr": 1.0, "anchor_interval": 2}}
-    run = {"model": "m", "output_dir": "o", "train_file": "t", "lr": 0.25, "method": "mezo", "strategy": "longest"}
+    run = {
+        "model": "m",
+        "output_dir": "o",
+        "train_file": "t",
+        "lr": 0.25,
+        "method": "mezo",
+        "strategy": "longest",
+    }
     run |= {"deepspeed": write(tmp_path, "c.json", config), "select": "2/6"}
     assert merged_config(parse_arguments([write(tmp_path, "run.json", run)])) == {
         "train_batch_size": 2,
@@ -253,4 +286,6 @@ def test_a_file_that_cannot_be_a_run_is_refused(name, content, said, tmp_path, c
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path, capsys):
-    assert error_of(capsys, str(tmp_path / "run.yaml")).startswith(f"{tmp_path / 'run.yaml'}: not found")
+    assert error_of(capsys, str(tmp_path / "run.yaml")).startswith(
+        f"{tmp_path / 'run.yaml'}: not found"
+    )

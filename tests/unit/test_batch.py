@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BatchEncoding
 
-from zods.batch import WEIGHTS, Inputs, Signature, call_model, num_examples, to_device
+from zods.data.batch import WEIGHTS, Inputs, Signature, call_model, num_examples, to_device
 
 X, MASK, Y = torch.arange(6.0).view(3, 2), torch.tensor([[1, 0]] * 3), torch.tensor([0, 1, 1])
 Batch = namedtuple("Batch", "x labels mask")
@@ -122,7 +122,9 @@ def test_what_is_bound_can_be_bound_again(model: nn.Module):
 
 
 def test_entries_that_forward_does_not_take_are_named_in_one_error():
-    with pytest.raises(ValueError, match=r"Named\.forward takes no idx, text; it takes x, labels, mask"):
+    with pytest.raises(
+        ValueError, match=r"Named\.forward takes no idx, text; it takes x, labels, mask"
+    ):
         Signature(Named()).bind({"x": X, "idx": Y, "text": ["a"]})
     with pytest.raises(ValueError, match="too many positional arguments"):
         Signature(Named()).bind(X, Y, MASK)
@@ -132,7 +134,14 @@ def test_entries_that_forward_does_not_take_are_named_in_one_error():
 
 def test_moving_a_batch_keeps_its_form_and_what_is_no_tensor():
     meta = torch.device("meta")
-    for batch in (Batch(X, Y, "a"), Example(X, Y, MASK), [X, ("a", Y)], {"x": X, "n": 3}, Inputs((X,), {"y": Y}), X):
+    for batch in (
+        Batch(X, Y, "a"),
+        Example(X, Y, MASK),
+        [X, ("a", Y)],
+        {"x": X, "n": 3},
+        Inputs((X,), {"y": Y}),
+        X,
+    ):
         moved = to_device(batch, meta)
         assert type(moved) is type(batch)
         assert num_examples(moved) == 3
@@ -166,7 +175,13 @@ def test_the_number_of_examples_does_not_depend_on_the_order_of_the_entries():
 
 
 def test_the_number_of_examples_is_dim_0_of_a_tensor():
-    for batch in (torch.zeros(3), {"n": torch.tensor(5), "x": X}, ("a", X), Batch(X, Y, MASK), Example(X, Y, MASK)):
+    for batch in (
+        torch.zeros(3),
+        {"n": torch.tensor(5), "x": X},
+        ("a", X),
+        Batch(X, Y, MASK),
+        Example(X, Y, MASK),
+    ):
         assert num_examples(batch) == 3
     for batch in ({}, {"n": torch.tensor(1)}, "text"):
         with pytest.raises(ValueError, match="no tensor with a batch dimension"):

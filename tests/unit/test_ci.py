@@ -37,7 +37,14 @@ def project(tmp_path: Path) -> Path:
 
 
 def git(project: Path, *arguments: str) -> None:
-    identity = ("-c", "user.name=tests", "-c", "user.email=tests@localhost", "-c", "commit.gpgsign=false")
+    identity = (
+        "-c",
+        "user.name=tests",
+        "-c",
+        "user.email=tests@localhost",
+        "-c",
+        "commit.gpgsign=false",
+    )
     subprocess.run(["git", *identity, *arguments], cwd=project, check=True)
 
 
@@ -82,7 +89,9 @@ def test_the_commit_is_tested_not_what_lies_in_the_folder(project: Path):
     assert "untracked" not in told.stdout.split()
 
 
-@pytest.mark.parametrize("script", ["launch/quickstart.sh", ".ci/without_extras.py", "launch/test.sh"])
+@pytest.mark.parametrize(
+    "script", ["launch/quickstart.sh", ".ci/without_extras.py", "launch/test.sh"]
+)
 def test_any_part_that_fails_is_said_and_the_exit_code(project: Path, script: str):
     if script.endswith(".py"):  # the environment's python fails on it
         text = FILES["launch/quickstart.sh"].replace(
@@ -94,7 +103,9 @@ def test_any_part_that_fails_is_said_and_the_exit_code(project: Path, script: st
     commit(project)
     told = run(project)
     assert told.returncode == 1
-    assert told.stdout.splitlines()[-1] == "7 passed in 1.00s", "the tests run whatever became of the other parts"
+    assert told.stdout.splitlines()[-1] == "7 passed in 1.00s", (
+        "the tests run whatever became of the other parts"
+    )
     assert script == "launch/test.sh" or "FAILED" in told.stderr
 
 
@@ -105,14 +116,20 @@ def test_the_data_beside_the_project_are_named_to_the_tests(project: Path):
     assert f"ZODS_DATA={data}\n" in run(project).stdout
 
 
-def test_nothing_that_prepares_the_tests_goes_on_after_an_interruption(project: Path, tmp_path: Path):
+def test_nothing_that_prepares_the_tests_goes_on_after_an_interruption(
+    project: Path, tmp_path: Path
+):
     started, go_on = tmp_path / "started", tmp_path / "go on"
     (project / "launch" / "setup.sh").write_text(f'sleep 300 &\necho $! >"{started}"\nwait\n')
-    (project / "launch" / "quickstart.sh").write_text(f'until [ -e "{go_on}" ]; do sleep 0.1; done\n')
+    (project / "launch" / "quickstart.sh").write_text(
+        f'until [ -e "{go_on}" ]; do sleep 0.1; done\n'
+    )
     commit(project)
     (tmp_path / "tmp").mkdir()
     environment = {**os.environ, "TMPDIR": str(tmp_path / "tmp")}
-    process = subprocess.Popen(["bash", project / ".ci" / "run"], env=environment, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        ["bash", project / ".ci" / "run"], env=environment, stderr=subprocess.DEVNULL
+    )
     try:
         wait_until(lambda: started.exists() and started.read_text().endswith("\n"))
         process.terminate()
@@ -120,7 +137,9 @@ def test_nothing_that_prepares_the_tests_goes_on_after_an_interruption(project: 
         go_on.touch()  # bash looks at a signal when its command has ended
         assert process.wait(30) == 130
     status = Path("/proc", started.read_text().strip(), "stat")
-    wait_until(lambda: not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z")
+    wait_until(
+        lambda: not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z"
+    )
     assert not list((tmp_path / "tmp").iterdir())
 
 

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from zods.config import RunConfig, load_json, read_config
-from zods.config_auto import resolve_model_auto
-from zods.section import (
+from zods.config.auto_values import resolve_model_auto
+from zods.config.deepspeed_json import RunConfig, load_json, read_config
+from zods.config.schema import (
     DISTRIBUTIONS,
     METHODS,
     PLACES,
@@ -104,7 +104,21 @@ SELECTOR_DEFAULTS = {
 ANNEAL_DEFAULTS = {"alpha": 5.0, "threshold": 1.05}
 
 # key: (values taken as they are, values refused)
-NOT_NUMBERS = ["1", "1e-3", "", True, False, [], [1], {}, {"value": 1}, math.nan, math.inf, -math.inf, "auto"]
+NOT_NUMBERS = [
+    "1",
+    "1e-3",
+    "",
+    True,
+    False,
+    [],
+    [1],
+    {},
+    {"value": 1},
+    math.nan,
+    math.inf,
+    -math.inf,
+    "auto",
+]
 FLOATS = {
     "eps": ([1e-8, 1e-3, 1, 10.0], [0, 0.0, -1e-3, None, *NOT_NUMBERS]),
     "lr": ([0, 0.0, 1e-7, 1], [-1e-9, None, *NOT_NUMBERS]),
@@ -170,7 +184,10 @@ SECTIONS = {
 }
 TEXTS = {
     "anchor.nvme_path": ([], [1, True, [], {}, "auto"]),
-    "replicas.store": (["host:29900"], ["host", ":1", "host:", "host:0", "host:65536", None, 1, True, [], {}, "auto"]),
+    "replicas.store": (
+        ["host:29900"],
+        ["host", ":1", "host:", "host:0", "host:65536", None, 1, True, [], {}, "auto"],
+    ),
     "selector.source_column": ([None, "source"], [1, True, [], {}, "auto"]),
     "selector.pattern": ([None, "v_proj"], [1, True, [], {}, "auto"]),
     "selector.quotas": ([None], [1, True, [], {}]),
@@ -192,7 +209,9 @@ def at(section: ZerothOrderConfig, path: str):
     return found
 
 
-ACCEPTED = [(key, value) for key, (taken, _) in KEYS.items() for value in taken if key not in SECTIONS]
+ACCEPTED = [
+    (key, value) for key, (taken, _) in KEYS.items() for value in taken if key not in SECTIONS
+]
 REFUSED = [(key, value) for key, (_, values) in KEYS.items() for value in values]
 
 
@@ -200,23 +219,34 @@ def test_defaults_are_those_documented():
     assert parse_section({}).to_dict() == DEFAULTS
     assert parse_section({"anneal": {}}).to_dict() == {**DEFAULTS, "anneal": ANNEAL_DEFAULTS}
     assert parse_section({"anneal": None}).anneal is None
-    assert parse_section({"selector": {"candidates": 16}}).to_dict() == {**DEFAULTS, "selector": SELECTOR_DEFAULTS}
+    assert parse_section({"selector": {"candidates": 16}}).to_dict() == {
+        **DEFAULTS,
+        "selector": SELECTOR_DEFAULTS,
+    }
     assert parse_section({"selector": None}).selector is None
     assert parse_section({"anchor": {}}) == ZerothOrderConfig()
     low_rank = DirectionConfig(distribution="low_rank", rank=1)
     assert parse_section({"direction": "low_rank"}).direction == low_rank
-    assert parse_section({"direction": {"distribution": "low_rank", "rank": 4}}).direction == DirectionConfig(
-        distribution="low_rank", rank=4
-    )
+    assert parse_section(
+        {"direction": {"distribution": "low_rank", "rank": 4}}
+    ).direction == DirectionConfig(distribution="low_rank", rank=4)
 
 
 def test_a_selector_is_refused_where_it_does_not_fit_the_batch():
     refused(config({"selector": {}}), f"{SECTION}.selector.candidates: missing")
-    refused(config({"selector": {"candidates": 7}}), f"{SECTION}.selector.candidates: found 7", "8 (train_batch_size)")
-    quotas = {"candidates": 9, "source_column": "source", "quotas": {"a": 3, "b": 4}}
-    refused(config({"selector": quotas}), f"{SECTION}.selector.quotas: they sum to 7, must sum to 8")
     refused(
-        config({"selector": {"candidates": 9, "quotas": {"a": 8}}}), "selector.quotas: given without", "source_column"
+        config({"selector": {"candidates": 7}}),
+        f"{SECTION}.selector.candidates: found 7",
+        "8 (train_batch_size)",
+    )
+    quotas = {"candidates": 9, "source_column": "source", "quotas": {"a": 3, "b": 4}}
+    refused(
+        config({"selector": quotas}), f"{SECTION}.selector.quotas: they sum to 7, must sum to 8"
+    )
+    refused(
+        config({"selector": {"candidates": 9, "quotas": {"a": 8}}}),
+        "selector.quotas: given without",
+        "source_column",
     )
     refused(config({"selector": quotas | {"quotas": {"a": -1}}}), "selector.quotas.a: found -1")
     taken = read_config(config({"selector": quotas | {"quotas": {"a": 3, "b": 5}}}), 1)
@@ -225,7 +255,11 @@ def test_a_selector_is_refused_where_it_does_not_fit_the_batch():
 
 
 def test_a_rank_belongs_to_low_rank_directions():
-    refused(config({"direction": {"distribution": "gaussian", "rank": 4}}), f"{SECTION}.direction.rank: ", "low_rank")
+    refused(
+        config({"direction": {"distribution": "gaussian", "rank": 4}}),
+        f"{SECTION}.direction.rank: ",
+        "low_rank",
+    )
 
 
 def test_keys_that_do_not_fit_are_refused_however_a_section_is_made():
@@ -337,7 +371,9 @@ def test_an_unknown_key_is_named_with_the_nearest_and_the_allowed(path, nearest)
     message = refused(config(nested(path, 1)), f"{SECTION}.{path}: unknown key")
     if nearest is not None:
         assert f"Did you mean {nearest!r}?" in message
-    cls = {"anchor": AnchorConfig, "anneal": AnnealConfig}.get(path.partition(".")[0], ZerothOrderConfig)
+    cls = {"anchor": AnchorConfig, "anneal": AnnealConfig}.get(
+        path.partition(".")[0], ZerothOrderConfig
+    )
     assert all(name in message.partition("Allowed keys are")[2] for name in cls.model_fields)
 
 
@@ -387,7 +423,9 @@ def test_no_zero_section_is_stage_0():
 
 @pytest.mark.parametrize("stage", [1, 2, 4, -1, "3", None, True, False, 3.5, [], "auto"])
 def test_another_stage_is_refused(stage):
-    refused(config(zero_optimization={"stage": stage}), "zero_optimization.stage", repr(stage), "0", "3")
+    refused(
+        config(zero_optimization={"stage": stage}), "zero_optimization.stage", repr(stage), "0", "3"
+    )
 
 
 OFFLOADED = {"stage": 3, "offload_param": {"device": "nvme"}}
@@ -407,12 +445,24 @@ UNSUPPORTED = [
         {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}},
         ["offload_optimizer", "offload_param"],
     ),
-    ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, ["offload_optimizer"]),
-    ({"zero_optimization": {"stage": 0, "offload_param": {"device": "cpu"}}}, ["offload_param", "stage 3", "stage 0"]),
+    (
+        {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}},
+        ["offload_optimizer"],
+    ),
+    (
+        {"zero_optimization": {"stage": 0, "offload_param": {"device": "cpu"}}},
+        ["offload_param", "stage 3", "stage 0"],
+    ),
     ({"zero_optimization": OFFLOADED}, ["offload_param.nvme_path", "missing"]),
-    ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, ["zero_hpz_partition_size"]),
+    (
+        {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}},
+        ["zero_hpz_partition_size"],
+    ),
     ({"zero_optimization": {"stage": 3, "mics_shard_size": 2}}, ["mics_shard_size"]),
-    ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, ["zero_quantized_weights"]),
+    (
+        {"zero_optimization": {"stage": 3, "zero_quantized_weights": True}},
+        ["zero_quantized_weights"],
+    ),
     (
         {"zero_optimization": {"stage": 3, "zero_quantized_nontrainable_weights": True}},
         ["zero_quantized_nontrainable_weights"],
@@ -420,7 +470,9 @@ UNSUPPORTED = [
 ]
 
 
-@pytest.mark.parametrize(("deepspeed", "parts"), UNSUPPORTED, ids=[json.dumps(d) for d, _ in UNSUPPORTED])
+@pytest.mark.parametrize(
+    ("deepspeed", "parts"), UNSUPPORTED, ids=[json.dumps(d) for d, _ in UNSUPPORTED]
+)
 def test_what_a_zeroth_order_step_cannot_use_is_refused_by_its_key(deepspeed, parts):
     refused(config(**deepspeed), *parts)
 
@@ -437,9 +489,18 @@ def test_what_a_zeroth_order_step_cannot_use_is_refused_by_its_key(deepspeed, pa
         {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "none"}}},
         {"zero_optimization": {"stage": 3, "offload_param": {"device": "none"}}},
         {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu", "pin_memory": True}}},
-        {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/drive"}}},
+        {
+            "zero_optimization": {
+                "stage": 3,
+                "offload_param": {"device": "nvme", "nvme_path": "/drive"},
+            }
+        },
         {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 1}},
-        {"activation_checkpointing": {"cpu_checkpointing": True}, "vocabulary_size": 512, "datastates_ckpt": {}},
+        {
+            "activation_checkpointing": {"cpu_checkpointing": True},
+            "vocabulary_size": 512,
+            "datastates_ckpt": {},
+        },
         {"zero_optimization": {"stage": 3, "zero_quantized_weights": False}},
         {"steps_per_print": 10, "wall_clock_breakdown": False, "tensorboard": {"enabled": False}},
     ],
@@ -502,7 +563,10 @@ BATCHES = [  # ranks, (batch, micro, accumulation) given -> (batch, micro, accum
 @pytest.mark.parametrize(("ranks", "given", "expected"), BATCHES)
 def test_batch_sizes_are_resolved_or_refused(ranks, given, expected):
     keys = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-    source = {**{key: value for key, value in zip(keys, given, strict=True) if value is not _}, SECTION: {}}
+    source = {
+        **{key: value for key, value in zip(keys, given, strict=True) if value is not _},
+        SECTION: {},
+    }
     if isinstance(expected, str):
         refused(source, expected, world_size=ranks)
     else:
@@ -528,7 +592,11 @@ def test_autos_of_the_scheduler_follow_from_lr():
 
 def test_an_auto_of_the_scheduler_that_does_not_follow_is_refused():
     params = {"warmup_num_steps": "auto", "total_num_steps": 10}
-    refused(config(scheduler={"type": "WarmupDecayLR", "params": params}), "scheduler.params.warmup_num_steps", "auto")
+    refused(
+        config(scheduler={"type": "WarmupDecayLR", "params": params}),
+        "scheduler.params.warmup_num_steps",
+        "auto",
+    )
 
 
 def test_a_scheduler_without_params_is_taken_and_follows_lr():
@@ -538,7 +606,16 @@ def test_a_scheduler_without_params_is_taken_and_follows_lr():
 
 @pytest.mark.parametrize(
     "scheduler",
-    [{}, {"params": {}}, {"type": None}, {"type": 1}, {"type": "WarmupLR", "params": []}, "WarmupLR", 1, []],
+    [
+        {},
+        {"params": {}},
+        {"type": None},
+        {"type": 1},
+        {"type": "WarmupLR", "params": []},
+        "WarmupLR",
+        1,
+        [],
+    ],
     ids=json.dumps,
 )
 def test_a_scheduler_that_is_not_one_is_refused(scheduler):
@@ -562,7 +639,12 @@ def test_an_auto_that_nothing_resolves_is_refused_by_its_key(deepspeed, key):
 
 def test_what_the_rest_of_the_configuration_settles_is_not_asked_for_again():
     """A configuration as it is written for the Trainer of transformers, but for the precision."""
-    params = {"total_num_steps": "auto", "warmup_num_steps": 5, "warmup_max_lr": "auto", "warmup_min_lr": "auto"}
+    params = {
+        "total_num_steps": "auto",
+        "warmup_num_steps": 5,
+        "warmup_max_lr": "auto",
+        "warmup_min_lr": "auto",
+    }
     source = config(
         {"lr": 2e-5},
         bf16={"enabled": False},
@@ -578,21 +660,36 @@ def test_what_the_rest_of_the_configuration_settles_is_not_asked_for_again():
     assert run.deepspeed["fp16"]["enabled"] is False
     assert run.deepspeed["gradient_clipping"] == 0.0
     assert "amp" not in run.deepspeed, "DeepSpeed refuses the key whatever its value"
-    resolved = {"total_num_steps": 40, "warmup_num_steps": 5, "warmup_max_lr": 2e-5, "warmup_min_lr": 0.0}
+    resolved = {
+        "total_num_steps": 40,
+        "warmup_num_steps": 5,
+        "warmup_max_lr": 2e-5,
+        "warmup_min_lr": 0.0,
+    }
     assert run.scheduler["params"] == resolved
     assert read_config(run.to_dict(), 2) == run, "zods.initialize reads what zods.finetune resolved"
     assert "--max_steps" in refused(source, "scheduler.params.total_num_steps", world_size=2)
 
 
-@pytest.mark.parametrize("bf16", [{"enabled": "auto"}, {}, {"enabled": "true"}, {"enabled": 1}], ids=json.dumps)
+@pytest.mark.parametrize(
+    "bf16", [{"enabled": "auto"}, {}, {"enabled": "true"}, {"enabled": 1}], ids=json.dumps
+)
 def test_the_dtype_of_the_weights_is_never_guessed(bf16):
-    message = refused(config(bf16=bf16, fp16={"enabled": "auto"}), "bf16.enabled: ", "true", "false")
+    message = refused(
+        config(bf16=bf16, fp16={"enabled": "auto"}), "bf16.enabled: ", "true", "false"
+    )
     assert len(message.splitlines()) == 1, "that of fp16 follows from it"
 
 
 def test_all_mistakes_of_a_configuration_are_told_at_once():
     source = config(
-        {"method": "mezo", "lrr": 1e-6, "eps": 0, "anchor": {"point": "ram"}, "selector": {"candidate": 16}},
+        {
+            "method": "mezo",
+            "lrr": 1e-6,
+            "eps": 0,
+            "anchor": {"point": "ram"},
+            "selector": {"candidate": 16},
+        },
         bf16={"enabled": "auto"},
         fp16={"enabled": "auto"},
         optimizer={"type": "AdamW", "params": {"lr": "auto", "betas": "auto"}},
@@ -612,7 +709,11 @@ def test_all_mistakes_of_a_configuration_are_told_at_once():
             *("zeroth_order.lrr", "zeroth_order.eps", "zeroth_order.anchor.point", "zeroth_order"),
             *("zeroth_order.selector.candidate", "zeroth_order.selector.candidates"),
             *("bf16.enabled", "optimizer", "gradient_clipping", "nebula", "steps_per_prin"),
-            *("zero_optimization.stage", "zero_optimization.overlap_com", "zero_optimization.reduce_scatter"),
+            *(
+                "zero_optimization.stage",
+                "zero_optimization.overlap_com",
+                "zero_optimization.reduce_scatter",
+            ),
             *("tensorboard.outputpath", "scheduler.param", "train_batch_size"),
         ]
     )
@@ -621,17 +722,23 @@ def test_all_mistakes_of_a_configuration_are_told_at_once():
 
 def test_an_absurd_batch_is_refused_at_once():
     refused(
-        config(train_batch_size=10**12 + 1, train_micro_batch_size_per_gpu=2), "train_batch_size: found 1000000000001"
+        config(train_batch_size=10**12 + 1, train_micro_batch_size_per_gpu=2),
+        "train_batch_size: found 1000000000001",
     )
 
 
 def test_a_selector_that_does_not_fit_is_told_with_the_other_mistakes():
     message = refused(config({"eps": 0, "selector": {"candidates": 4}}, steps_per_prin=5))
-    assert all(key in message for key in ("zeroth_order.eps", "zeroth_order.selector.candidates", "steps_per_prin"))
+    assert all(
+        key in message
+        for key in ("zeroth_order.eps", "zeroth_order.selector.candidates", "steps_per_prin")
+    )
 
 
 def test_a_batch_that_does_not_divide_is_told_by_the_keys_that_were_given():
-    message = refused(config(train_batch_size=5, gradient_accumulation_steps=10), "train_batch_size: found 5")
+    message = refused(
+        config(train_batch_size=5, gradient_accumulation_steps=10), "train_batch_size: found 5"
+    )
     assert "gradient_accumulation_steps (10)" in message
     assert "train_micro_batch_size_per_gpu" not in message, "which was not given, and would be 0"
 
@@ -685,7 +792,18 @@ def test_a_missing_file_is_named(tmp_path):
 
 @pytest.mark.parametrize(
     "text",
-    ["{", '{"train_batch_size": 8', '{"a": }', "[1, 2]", "3", '"text"', "null", "{]", '{"a": [1, 2}', "\x00"],
+    [
+        "{",
+        '{"train_batch_size": 8',
+        '{"a": }',
+        "[1, 2]",
+        "3",
+        '"text"',
+        "null",
+        "{]",
+        '{"a": [1, 2}',
+        "\x00",
+    ],
 )
 def test_a_file_that_is_not_json_is_named(tmp_path, text):
     path = tmp_path / "broken.json"
@@ -710,7 +828,10 @@ def test_a_file_that_is_not_text_is_named(tmp_path):
     [
         ('{"train_batch_size": 8, "zeroth_order": {}, "train_batch_size": 16}', "train_batch_size"),
         ('{"train_batch_size": 8, "zeroth_order": {"lr": 1e-6, "lr": 1e-5}}', "lr"),
-        ('{"train_batch_size": 8, "zeroth_order": {"anchor": {"point": "cpu", "point": "terms"}}}', "point"),
+        (
+            '{"train_batch_size": 8, "zeroth_order": {"anchor": {"point": "cpu", "point": "terms"}}}',
+            "point",
+        ),
     ],
 )
 def test_a_key_given_twice_is_refused(tmp_path, text, key):
@@ -758,8 +879,13 @@ def test_the_dict_given_is_not_changed():
     "source",
     [
         config({"method": "mezo", "lr": 1e-4}),
-        config({"anneal": {"alpha": 2.0}, "anchor": {"point": "terms"}}, zero_optimization={"stage": 3}),
-        config(scheduler={"type": "WarmupLR", "params": {"warmup_max_lr": "auto"}}, train_micro_batch_size_per_gpu=4),
+        config(
+            {"anneal": {"alpha": 2.0}, "anchor": {"point": "terms"}}, zero_optimization={"stage": 3}
+        ),
+        config(
+            scheduler={"type": "WarmupLR", "params": {"warmup_max_lr": "auto"}},
+            train_micro_batch_size_per_gpu=4,
+        ),
     ],
     ids=["mezo", "svrg", "scheduler"],
 )
@@ -786,7 +912,12 @@ def test_every_shipped_configuration_loads(path, world_size):
     """On 1, 2 and 8 ranks, unless all three batch keys are given, which fit one number of ranks only."""
     ds = load_json(path)
     fixed = [
-        ds.get(key) for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+        ds.get(key)
+        for key in (
+            "train_batch_size",
+            "train_micro_batch_size_per_gpu",
+            "gradient_accumulation_steps",
+        )
     ]
     if all(isinstance(value, int) for value in fixed):
         world_size = fixed[0] // (fixed[1] * fixed[2])
@@ -794,9 +925,13 @@ def test_every_shipped_configuration_loads(path, world_size):
     resolve_model_auto(run.deepspeed, 64)
     assert run.zeroth_order == parse_section(ds[SECTION])
     assert run.deepspeed["train_batch_size"] == (
-        run.deepspeed["train_micro_batch_size_per_gpu"] * run.deepspeed["gradient_accumulation_steps"] * world_size
+        run.deepspeed["train_micro_batch_size_per_gpu"]
+        * run.deepspeed["gradient_accumulation_steps"]
+        * world_size
     )
-    assert json.dumps(run.to_dict()).count("auto") == 1  # the form of evaluation, which the first batch decides
+    assert (
+        json.dumps(run.to_dict()).count("auto") == 1
+    )  # the form of evaluation, which the first batch decides
 
 
 @pytest.mark.parametrize("path", shipped(), ids=lambda path: path.name)
@@ -813,7 +948,10 @@ WHOLE = {
     "gradient_clipping": 0.0,
     "bf16": {"enabled": True},
     "fp16": {"enabled": False},
-    "scheduler": {"type": "WarmupLR", "params": {"warmup_min_lr": 0, "warmup_max_lr": "auto", "warmup_num_steps": 5}},
+    "scheduler": {
+        "type": "WarmupLR",
+        "params": {"warmup_min_lr": 0, "warmup_max_lr": "auto", "warmup_num_steps": 5},
+    },
     "zero_optimization": {
         "stage": 3,
         "offload_param": {"device": "nvme", "nvme_path": "/drive"},
@@ -832,7 +970,11 @@ WHOLE = {
 
 
 def paths_in(value, here=()) -> list[tuple[str, ...]]:
-    inside = [p for key, item in value.items() for p in paths_in(item, (*here, key))] if isinstance(value, dict) else []
+    inside = (
+        [p for key, item in value.items() for p in paths_in(item, (*here, key))]
+        if isinstance(value, dict)
+        else []
+    )
     return [here, *inside] if here else inside
 
 
@@ -843,7 +985,22 @@ SCALARS = st.one_of(
     st.integers(-3, 20),
     st.integers(),
     st.floats(),
-    st.sampled_from(["auto", "cpu", "nvme", "none", "terms", "mezo", "WarmupLR", "", "0", 10**400, -(10**400), 2**63]),
+    st.sampled_from(
+        [
+            "auto",
+            "cpu",
+            "nvme",
+            "none",
+            "terms",
+            "mezo",
+            "WarmupLR",
+            "",
+            "0",
+            10**400,
+            -(10**400),
+            2**63,
+        ]
+    ),
     st.text(max_size=6),
 )
 ANY_NAME = st.sampled_from(NAMES_KNOWN) | st.text(max_size=6)
@@ -862,7 +1019,9 @@ MUTATIONS = st.lists(
     min_size=1,
     max_size=3,
 )
-FUZZ = settings(deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+FUZZ = settings(
+    deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+)
 
 
 def mutated(mutations) -> dict:
@@ -905,7 +1064,11 @@ def test_any_mutated_configuration_is_read_or_refused(mutations, world_size):
 
 @settings(FUZZ, max_examples=200)
 @given(
-    edits=st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 3), st.binary(max_size=3)), min_size=1, max_size=3)
+    edits=st.lists(
+        st.tuples(st.integers(0, 2000), st.integers(0, 3), st.binary(max_size=3)),
+        min_size=1,
+        max_size=3,
+    )
 )
 def test_any_damaged_file_is_read_or_refused(tmp_path_factory, edits):
     text = json.dumps(WHOLE, indent=1).encode()
@@ -932,7 +1095,12 @@ def test_a_file_nested_too_deeply_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("key", "nearest"), [("zero_optimisation", "zero_optimization"), ("bf_16", "bf16"), ("zerothorder", "zeroth_order")]
+    ("key", "nearest"),
+    [
+        ("zero_optimisation", "zero_optimization"),
+        ("bf_16", "bf16"),
+        ("zerothorder", "zeroth_order"),
+    ],
 )
 def test_a_mistyped_key_of_deepspeed_names_the_nearest(key, nearest):
     with pytest.raises(ValueError, match=rf"{key}: unknown key.*{nearest}"):

@@ -7,10 +7,16 @@ import transformers
 from deepspeed.runtime import config as deepspeed_config
 from deepspeed.runtime.config import DeepSpeedConfig
 
-from zods.config import read_config, read_first_order_config
-from zods.config_auto import hidden_size_of, resolve_offload_buffers
-from zods.config_deepspeed import DEEPSPEED_KEYS, MODELS, OTHER_SECTIONS, REMOVED_KEYS, refusal
-from zods.initialization import check_folders
+from zods.config.auto_values import hidden_size_of, resolve_offload_buffers
+from zods.config.deepspeed_checks import (
+    DEEPSPEED_KEYS,
+    MODELS,
+    OTHER_SECTIONS,
+    REMOVED_KEYS,
+    refusal,
+)
+from zods.config.deepspeed_json import read_config, read_first_order_config
+from zods.training.initialize import check_folders
 
 MINIMAL = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
 
@@ -45,7 +51,9 @@ def test_the_keys_taken_are_those_that_the_installed_deepspeed_reads():
     ASKED.clear()
     DeepSpeedConfig(Recording(MINIMAL))
     top_level = {key for key in REMOVED_KEYS if "." not in key}
-    read_elsewhere = {"sequence_parallel_size"}  # asked of the dict before it is copied; and by the engine
+    read_elsewhere = {
+        "sequence_parallel_size"
+    }  # asked of the dict before it is copied; and by the engine
     assert ASKED - top_level == DEEPSPEED_KEYS - {"amp"} - read_elsewhere
 
 
@@ -58,7 +66,11 @@ def test_the_keys_removed_are_those_that_the_installed_deepspeed_refuses():
 @pytest.mark.parametrize("value", [{"enabled": False}, {}, -1, True], ids=json.dumps)
 def test_a_key_that_deepspeed_removed_is_refused_in_one_line_whatever_its_value(key, value):
     section, _, inner = key.partition(".")
-    config = {**MINIMAL, section: {"stage": 3, inner: value} if inner else value, "zeroth_order": {"method": "mezo"}}
+    config = {
+        **MINIMAL,
+        section: {"stage": 3, inner: value} if inner else value,
+        "zeroth_order": {"method": "mezo"},
+    }
     if key == "amp" and isinstance(value, dict):
         assert "amp" not in read_config(config, 1).deepspeed, "off, and so left out"
         return
@@ -71,7 +83,11 @@ def test_a_key_that_deepspeed_removed_is_refused_in_one_line_whatever_its_value(
     ("section", "inside", "nearest"),
     [
         ("zero_optimization", {"stage3_max_live_parameter": 5}, "stage3_max_live_parameters"),
-        ("zero_optimization", {"stage": 3, "offload_param": {"device": "cpu", "pin_memry": True}}, "pin_memory"),
+        (
+            "zero_optimization",
+            {"stage": 3, "offload_param": {"device": "cpu", "pin_memry": True}},
+            "pin_memory",
+        ),
         ("bf16", {"enabled": True, "imediate_grad_update": True}, "immediate_grad_update"),
         ("wandb", {"enabled": False, "projekt": "x"}, "project"),
         ("csv_monitor", {"job_nam": "x"}, "job_name"),
@@ -84,11 +100,15 @@ def test_a_key_that_deepspeed_removed_is_refused_in_one_line_whatever_its_value(
     ],
 )
 @pytest.mark.parametrize("first_order", [False, True])
-def test_an_unknown_key_inside_of_a_section_is_told_with_the_nearest(section, inside, nearest, first_order):
+def test_an_unknown_key_inside_of_a_section_is_told_with_the_nearest(
+    section, inside, nearest, first_order
+):
     read = read_first_order_config if first_order else read_config
     kind = {"optimizer": {"type": "AdamW"}} if first_order else {"zeroth_order": {"method": "mezo"}}
     config = {**MINIMAL, section: inside, **kind}
-    with pytest.raises(ValueError, match=rf"^{section}\.[\w.]+: unknown key.*Did you mean '{nearest}'\?$"):
+    with pytest.raises(
+        ValueError, match=rf"^{section}\.[\w.]+: unknown key.*Did you mean '{nearest}'\?$"
+    ):
         read(config, 1)
 
 
@@ -107,11 +127,16 @@ def test_a_section_of_deepspeed_may_be_empty_but_no_number(section):
         ({"communication_data_type": "int8"}, "communication_data_type"),
         ({"checkpoint": {"tag_validation": "maybe"}}, "MAYBE"),
         ({"weight_quantization": {"colour": 1}}, "colour"),
-        ({"gradient_allreduce_op": "sum", "zero_optimization": {"stage": 3}}, "gradient_allreduce_op"),
+        (
+            {"gradient_allreduce_op": "sum", "zero_optimization": {"stage": 3}},
+            "gradient_allreduce_op",
+        ),
     ],
     ids=json.dumps,
 )
-def test_what_only_deepspeed_itself_knows_to_be_wrong_is_told_before_anything_is_loaded(wrong, said):
+def test_what_only_deepspeed_itself_knows_to_be_wrong_is_told_before_anything_is_loaded(
+    wrong, said
+):
     assert refusal(MINIMAL) is None
     with pytest.raises(ValueError, match=f"^configuration: DeepSpeed .* refuses it: .*{said}"):
         read_config({**MINIMAL, **wrong, "zeroth_order": {"method": "mezo"}}, 1)
@@ -121,10 +146,17 @@ def test_what_only_deepspeed_itself_knows_to_be_wrong_is_told_before_anything_is
 
 
 def offloaded(**keys) -> dict:
-    return {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/drive", **keys}}}
+    return {
+        "zero_optimization": {
+            "stage": 3,
+            "offload_param": {"device": "nvme", "nvme_path": "/drive", **keys},
+        }
+    }
 
 
-@pytest.mark.parametrize("keys", [{}, {"buffer_size": "auto", "buffer_count": "auto", "max_in_cpu": "auto"}])
+@pytest.mark.parametrize(
+    "keys", [{}, {"buffer_size": "auto", "buffer_count": "auto", "max_in_cpu": "auto"}]
+)
 def test_buffers_of_which_no_size_is_given_hold_the_largest_shard(keys):
     ds = offloaded(**keys)
     resolve_offload_buffers(ds, [10, 1001, 64], world_size=2)
@@ -133,7 +165,9 @@ def test_buffers_of_which_no_size_is_given_hold_the_largest_shard(keys):
 
 def test_buffers_smaller_than_a_shard_are_refused_with_the_size_needed():
     resolve_offload_buffers(offloaded(buffer_size=501), [1001], world_size=2)
-    with pytest.raises(ValueError, match=r"offload_param\.buffer_size: found 500, .* 501 elements on 2 ranks"):
+    with pytest.raises(
+        ValueError, match=r"offload_param\.buffer_size: found 500, .* 501 elements on 2 ranks"
+    ):
         resolve_offload_buffers(offloaded(buffer_size=500), [1001, 3], world_size=2)
 
 

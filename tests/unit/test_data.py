@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from zods.data import TrainingLoader, WholePass, check_dataset
+from zods.data.loader import TrainingLoader, WholePass, check_dataset
 
 
 class Numbers(Dataset):
@@ -24,7 +24,9 @@ class Numbers(Dataset):
         return index
 
 
-def loaders(size: int, ranks: int, accumulation: int = 1, batch: int = 12, seed: int = 0) -> list[TrainingLoader]:
+def loaders(
+    size: int, ranks: int, accumulation: int = 1, batch: int = 12, seed: int = 0
+) -> list[TrainingLoader]:
     micro = batch // (ranks * accumulation)
     return [
         TrainingLoader(
@@ -40,10 +42,15 @@ def steps_of(group: list[TrainingLoader], number: int) -> list[list[int]]:
     accumulation = group[0].accumulation
     streams = [loader.forever() for loader in group]
     taken = [[list(itertools.islice(s, accumulation)) for _ in range(number)] for s in streams]
-    return [sorted(example for rank in taken for micro in rank[step] for example in micro) for step in range(number)]
+    return [
+        sorted(example for rank in taken for micro in rank[step] for example in micro)
+        for step in range(number)
+    ]
 
 
-@pytest.mark.parametrize(("ranks", "accumulation"), [(1, 2), (1, 3), (2, 1), (2, 2), (2, 3), (3, 2), (4, 3), (12, 1)])
+@pytest.mark.parametrize(
+    ("ranks", "accumulation"), [(1, 2), (1, 3), (2, 1), (2, 2), (2, 3), (3, 2), (4, 3), (12, 1)]
+)
 def test_global_batches_do_not_depend_on_the_ranks_and_the_accumulation(ranks, accumulation):
     assert steps_of(loaders(100, ranks, accumulation), 20) == steps_of(loaders(100, 1), 20)
 
@@ -148,7 +155,9 @@ def test_lists_are_datasets():
     assert check_dataset([1, 2, 3], "training_data") == 3
 
 
-@pytest.mark.parametrize("make", [lambda: loaders(24, 1)[0], lambda: WholePass(Numbers(24), 5, 0, 2, list)])
+@pytest.mark.parametrize(
+    "make", [lambda: loaders(24, 1)[0], lambda: WholePass(Numbers(24), 5, 0, 2, list)]
+)
 def test_loading_leaves_the_global_random_state_as_it_was(make):
     before = torch.random.get_rng_state()
     list(make())
@@ -162,12 +171,20 @@ SIZES = [1, 2, 3, 4, 5, 7, 8, 9, 12, 31]
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 @pytest.mark.parametrize("micro_batch", [1, 2, 4, 50])
-def test_a_whole_pass_counts_every_example_exactly_once_in_as_many_rounds_on_every_rank(ranks, micro_batch):
+def test_a_whole_pass_counts_every_example_exactly_once_in_as_many_rounds_on_every_rank(
+    ranks, micro_batch
+):
     for size in SIZES:
-        passes = [list(WholePass(Numbers(size), micro_batch, rank, ranks, list)) for rank in range(ranks)]
-        counted = [example for one in passes for batch, counts in one if counts for example in batch]
+        passes = [
+            list(WholePass(Numbers(size), micro_batch, rank, ranks, list)) for rank in range(ranks)
+        ]
+        counted = [
+            example for one in passes for batch, counts in one if counts for example in batch
+        ]
         assert sorted(counted) == list(range(size))
-        rounds = {len(one) for one in passes} | {len(WholePass(Numbers(size), micro_batch, 0, ranks))}
+        rounds = {len(one) for one in passes} | {
+            len(WholePass(Numbers(size), micro_batch, 0, ranks))
+        }
         assert len(rounds) == 1, f"{size} examples: ranks make {rounds} rounds"
         assert all(0 < len(batch) <= micro_batch for one in passes for batch, _ in one)
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from zods.directions import PURPOSES, derive_seed
+from zods.core.directions import PURPOSES, derive_seed
 from zods.kernels import direction
 
 
@@ -45,8 +45,10 @@ def test_seeds_are_those_of_earlier_versions(key, seed):
 
 def test_seeds_do_not_depend_on_the_process():
     """Nothing of Python's per-process hashing is in them."""
-    code = "from zods.directions import derive_seed; print(derive_seed(5, 'anchor', 6, 7))"
-    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    code = "from zods.core.directions import derive_seed; print(derive_seed(5, 'anchor', 6, 7))"
+    printed = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
     assert int(printed.split()[-1]) == derive_seed(5, "anchor", 6, 7)
 
 

@@ -14,8 +14,12 @@ from zods.kernels import DISTRIBUTIONS, combine_, direction
 NUMEL = 2**22
 
 
-def z(distribution: str, seed: int = 1, parameter: int = 0, offset: int = 0, numel: int = NUMEL) -> torch.Tensor:
-    return direction(numel, seed=seed, distribution=distribution, parameter=parameter, offset=offset)
+def z(
+    distribution: str, seed: int = 1, parameter: int = 0, offset: int = 0, numel: int = NUMEL
+) -> torch.Tensor:
+    return direction(
+        numel, seed=seed, distribution=distribution, parameter=parameter, offset=offset
+    )
 
 
 def correlation(x: torch.Tensor, y: torch.Tensor) -> float:
@@ -23,10 +27,17 @@ def correlation(x: torch.Tensor, y: torch.Tensor) -> float:
     return torch.dot(x, y).item() / x.numel() ** 0.5
 
 
-@pytest.mark.parametrize(("seed", "parameter", "offset"), [(0, 0, 0), (2**63 + 17, 1000, 12345), (7, 2**31 - 1, 2**40)])
+@pytest.mark.parametrize(
+    ("seed", "parameter", "offset"), [(0, 0, 0), (2**63 + 17, 1000, 12345), (7, 2**31 - 1, 2**40)]
+)
 def test_gaussian_moments(seed, parameter, offset):
     x = z("gaussian", seed, parameter, offset).double()
-    for power, expected, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):  # of x^power: E x^2p - (E x^p)^2
+    for power, expected, variance in (
+        (1, 0, 1),
+        (2, 1, 2),
+        (3, 0, 15),
+        (4, 3, 96),
+    ):  # of x^power: E x^2p - (E x^p)^2
         assert abs((x**power).mean().item() - expected) < 5 * (variance / NUMEL) ** 0.5
     assert abs(((x - x.mean()) ** 3).mean() / x.var() ** 1.5) < 5 * (6 / NUMEL) ** 0.5
     assert abs(((x - x.mean()) ** 4).mean() / x.var() ** 2 - 3) < 5 * (24 / NUMEL) ** 0.5
@@ -59,20 +70,34 @@ def test_rademacher_takes_both_signs_equally_often():
         assert abs(x.sum().item()) < 5 * NUMEL**0.5
 
 
-@pytest.mark.parametrize(("distribution", "size"), [("gaussian", 64), ("gaussian", 2048), ("rademacher", 2048)])
+@pytest.mark.parametrize(
+    ("distribution", "size"), [("gaussian", 64), ("gaussian", 2048), ("rademacher", 2048)]
+)
 def test_places_of_a_group_are_fair_and_uncorrelated(distribution, size):
     """Every bit of every word in every lane. Of two million correlations none passes seven standard errors (chance 5e-6)."""
     places = z(distribution, seed=5).view(-1, size)
     num_groups = places.shape[0]
-    assert places.sum(0).abs().max() < 6 * num_groups**0.5  # of 2048 sums, six standard errors: 4e-6
+    assert (
+        places.sum(0).abs().max() < 6 * num_groups**0.5
+    )  # of 2048 sums, six standard errors: 4e-6
     gram = places.T @ places / num_groups**0.5
     assert gram.fill_diagonal_(0).abs().max() < 7
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_seeds_parameters_and_places_are_uncorrelated(distribution):
-    names = [{"seed": 40}, {"seed": 41}, {"seed": 42}, {"seed": 40 + 2**32}, {"seed": 40, "parameter": 1}]
-    names += [{"seed": 40, "offset": NUMEL}, {"seed": 40, "offset": 2**32}, {"seed": 40, "offset": 2**34}]
+    names = [
+        {"seed": 40},
+        {"seed": 41},
+        {"seed": 42},
+        {"seed": 40 + 2**32},
+        {"seed": 40, "parameter": 1},
+    ]
+    names += [
+        {"seed": 40, "offset": NUMEL},
+        {"seed": 40, "offset": 2**32},
+        {"seed": 40, "offset": 2**34},
+    ]
     made = [z(distribution, **name) for name in names]
     for (name_x, x), (name_y, y) in itertools.combinations(zip(names, made, strict=True), 2):
         assert abs(correlation(x, y)) < 5, (name_x, name_y)
@@ -85,7 +110,9 @@ def test_neighbours_are_uncorrelated(distribution):
     x = z(distribution, seed=6)
     for lag in (1, 2, 15, 16, 17, 32, 48, 64, 128, 512, 2048):
         assert abs(correlation(x[lag:], x[:-lag])) < 5, lag
-        if distribution == "gaussian":  # a shared radius or angle would show in the squares and the signs
+        if (
+            distribution == "gaussian"
+        ):  # a shared radius or angle would show in the squares and the signs
             square = (x**2 - 1) / 2**0.5
             assert abs(correlation(square[lag:], square[:-lag])) < 5, lag
             assert abs(correlation(x[lag:].sign(), x[:-lag].sign())) < 5, lag
@@ -94,7 +121,9 @@ def test_neighbours_are_uncorrelated(distribution):
 def test_box_muller_pairs_are_independent():
     rows = z("gaussian", seed=9).view(-1, 4, 16).unbind(1)
     for x, y in itertools.combinations((row.flatten() for row in rows), 2):
-        quadrant = torch.bincount((x > 0).long() * 4 + (y > 0).long() * 2 + (x.abs() > y.abs()).long(), minlength=8)
+        quadrant = torch.bincount(
+            (x > 0).long() * 4 + (y > 0).long() * 2 + (x.abs() > y.abs()).long(), minlength=8
+        )
         expected = x.numel() / 8
         assert (quadrant - expected).abs().max() < 5 * expected**0.5
         for f, g in ((x, y), ((x**2 - 1) / 2**0.5, (y**2 - 1) / 2**0.5), (x, (y**2 - 1) / 2**0.5)):
@@ -103,7 +132,14 @@ def test_box_muller_pairs_are_independent():
 
 def test_rounding_bits_are_fair_and_uncorrelated():
     ones = torch.ones(NUMEL, dtype=torch.bfloat16)
-    up = combine_(torch.empty_like(ones), weight=ones, scale=1 + 2**-8, parameter=0, offset=0, rounding_seed=12)
+    up = combine_(
+        torch.empty_like(ones),
+        weight=ones,
+        scale=1 + 2**-8,
+        parameter=0,
+        offset=0,
+        rounding_seed=12,
+    )
     sign = (up > 1).float() * 2 - 1  # half an ulp above 1: up or down with equal chance
     assert abs(sign.sum().item()) < 5 * NUMEL**0.5
     for lag in (1, 16, 32, 64, 128):
@@ -116,7 +152,10 @@ def test_stochastic_rounding_is_unbiased():
     exact = combine_(torch.empty(4001), weight=weight.float(), **arguments).double()
     num_seeds = 1500
     rounded = torch.stack(
-        [combine_(torch.empty_like(weight), weight=weight, rounding_seed=s, **arguments) for s in range(num_seeds)]
+        [
+            combine_(torch.empty_like(weight), weight=weight, rounding_seed=s, **arguments)
+            for s in range(num_seeds)
+        ]
     ).double()
     ulp = 2.0 ** (exact.abs().log2().floor() - 7)
     assert ((rounded - exact).abs() < ulp).all()  # always one of the two neighbours
@@ -139,6 +178,8 @@ def test_many_small_updates_arrive_in_bfloat16_by_stochastic_rounding_only():
         for step in range(500):
             combine_(weight, weight=weight, seeds=[2], coefficients=[1e-6], distribution="rademacher", parameter=0, offset=0,
                      rounding_seed=step if stochastic else None)  # fmt: skip
-        arrived[stochastic] = (torch.dot(weight.float() - before.float(), intent) / intent.square().sum()).item()
+        arrived[stochastic] = (
+            torch.dot(weight.float() - before.float(), intent) / intent.square().sum()
+        ).item()
     assert 0.99 < arrived[True] < 1.01
     assert arrived[False] < 0.1

@@ -9,17 +9,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from tests.reference.dense import DenseReference, loss_of_module, named_parameters_of
-from zods.directions import derive_seed
-from zods.estimators import (
-    Annealing,
-    Term,
-    descend,
-    end_epoch,
-    projected_grads,
-    record_loss,
-    spsa,
-    svrg,
-)
+from zods.core.annealing import Annealing, end_epoch, record_loss
+from zods.core.directions import derive_seed
+from zods.core.estimators import Term, descend, projected_grads, spsa, svrg
 from zods.kernels import DISTRIBUTIONS, direction
 
 D = 50
@@ -31,7 +23,9 @@ def z(seed: int, numel: int = D, distribution: str = "gaussian") -> Tensor:
 
 def dense(terms) -> Tensor:
     """The vector that a list of terms stands for."""
-    return sum((coefficient * z(seed) for seed, coefficient in terms), torch.zeros(D, dtype=torch.float64))
+    return sum(
+        (coefficient * z(seed) for seed, coefficient in terms), torch.zeros(D, dtype=torch.float64)
+    )
 
 
 def numbers(seed: int, count: int) -> list[float]:
@@ -51,7 +45,9 @@ def test_projected_grads_of_a_quadratic_are_its_directional_derivatives():
         return (at @ matrix @ at).item()
 
     seeds, eps = [1, 2, 3], 1e-2
-    got = projected_grads([loss(theta + eps * z(s)) for s in seeds], [loss(theta - eps * z(s)) for s in seeds], eps)
+    got = projected_grads(
+        [loss(theta + eps * z(s)) for s in seeds], [loss(theta - eps * z(s)) for s in seeds], eps
+    )
     grad = (matrix + matrix.T) @ theta
     assert got == pytest.approx([(grad @ z(s)).item() for s in seeds], rel=1e-9)
 
@@ -70,7 +66,9 @@ def test_spsa_is_unbiased(distribution):
     """The mean of (g.z) z over 4,000 directions is g; each element's error has a deviation of |g| / sqrt(4,000)."""
     grad = torch.randn(D, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     grad /= grad.norm()
-    directions = torch.stack([z(derive_seed(0, "step", k), distribution=distribution) for k in range(4000)])
+    directions = torch.stack(
+        [z(derive_seed(0, "step", k), distribution=distribution) for k in range(4000)]
+    )
     terms = spsa(range(4000), (directions @ grad).tolist())
     mean = torch.tensor([t.coefficient for t in terms], dtype=torch.float64) @ directions
     assert (mean - grad).norm() < 1.3 * math.sqrt(D / 4000)
@@ -138,7 +136,9 @@ def test_descend_leaves_out_only_what_is_zero():
 
 def classifier() -> torch.nn.Module:
     torch.manual_seed(3)
-    module = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3)).double()
+    module = torch.nn.Sequential(
+        torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3)
+    ).double()
     module[0].bias.requires_grad_(False)
     return module
 
@@ -163,7 +163,9 @@ def reference(**settings) -> tuple[DenseReference, list[dict]]:
 
     whole = WithLabels()
     trainable = {name for name, param in whole.named_parameters() if param.requires_grad}
-    batches = [{"input": inputs[4 * k : 4 * k + 4], "labels": labels[4 * k : 4 * k + 4]} for k in range(10)]
+    batches = [
+        {"input": inputs[4 * k : 4 * k + 4], "labels": labels[4 * k : 4 * k + 4]} for k in range(10)
+    ]
     settings = {"eps": 1e-3, "lr": 0.02, "anchor_interval": 4, **settings}
     run = DenseReference(
         named_parameters_of(whole), loss_of_module(whole, mean_loss), {"input": inputs, "labels": labels}, trainable,
@@ -173,7 +175,7 @@ def reference(**settings) -> tuple[DenseReference, list[dict]]:
 
 
 def run_by_terms(run: DenseReference, batches: list[dict]) -> dict[str, Tensor]:
-    """The same steps as `run`'s, told in terms of zods.estimators; `run` lends its loss and its settings only."""
+    """The same steps as `run`'s, told in terms of zods.core.estimators; `run` lends its loss and its settings only."""
     theta = {name: value.clone() for name, value in run.params.items()}
     whole = run.whole_set
     anchor, g = theta, []
@@ -188,7 +190,12 @@ def run_by_terms(run: DenseReference, batches: list[dict]) -> dict[str, Tensor]:
 
     def coefficients(at, seeds, batch):
         sides = [
-            [run.loss({n: v + sign * run.eps * run.z(s).get(n, 0.0) for n, v in at.items()}, batch) for s in seeds]
+            [
+                run.loss(
+                    {n: v + sign * run.eps * run.z(s).get(n, 0.0) for n, v in at.items()}, batch
+                )
+                for s in seeds
+            ]
             for sign in (1, -1)
         ]
         return projected_grads(*sides, run.eps)
@@ -217,7 +224,13 @@ def run_by_terms(run: DenseReference, batches: list[dict]) -> dict[str, Tensor]:
         {"method": "mezo", "num_directions": 3, "weight_decay": 0.5, "direction": "rademacher"},
         {"method": "mezo_svrg"},
         {"method": "mezo_svrg", "share_direction": False, "num_directions": 2},
-        {"method": "mezo_svrg", "anchor_directions": 5, "num_directions": 2, "weight_decay": 0.5, "anchor_lr": 0.1},
+        {
+            "method": "mezo_svrg",
+            "anchor_directions": 5,
+            "num_directions": 2,
+            "weight_decay": 0.5,
+            "anchor_lr": 0.1,
+        },
         {"method": "mezo_svrg", "anchor_interval": 1, "anchor_lr": 0.0, "direction": "rademacher"},
     ],
     ids=str,
@@ -239,7 +252,9 @@ def test_the_dense_reference_at_its_anchor_follows_the_anchor_gradient_alone():
     before = {name: value.clone() for name, value in run.params.items()}
     run.step(batches[0])
     for name, grad in run.anchor_grad.items():
-        torch.testing.assert_close(run.params[name], before[name] - run.lr * grad, rtol=0, atol=1e-15)
+        torch.testing.assert_close(
+            run.params[name], before[name] - run.lr * grad, rtol=0, atol=1e-15
+        )
 
 
 def test_the_dense_anchor_is_a_copy():
@@ -271,9 +286,15 @@ class LogisticRegression:
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(0)
         self.x = torch.randn(NUM_EXAMPLES, NUM_PARAMETERS, generator=generator, dtype=torch.float64)
-        truth = torch.randn(NUM_PARAMETERS, generator=generator, dtype=torch.float64) * 2 / NUM_PARAMETERS**0.5
+        truth = (
+            torch.randn(NUM_PARAMETERS, generator=generator, dtype=torch.float64)
+            * 2
+            / NUM_PARAMETERS**0.5
+        )
         chance = torch.rand(NUM_EXAMPLES, generator=generator, dtype=torch.float64)
-        self.x *= torch.where(chance < torch.sigmoid(self.x @ truth), 1.0, -1.0)[:, None]  # the labels' signs
+        self.x *= torch.where(chance < torch.sigmoid(self.x @ truth), 1.0, -1.0)[
+            :, None
+        ]  # the labels' signs
 
     def grad(self, theta: Tensor) -> Tensor:
         return -(torch.sigmoid(-(self.x @ theta)) @ self.x) / NUM_EXAMPLES

@@ -14,7 +14,9 @@ from zods.selection.baselines import greedi, stochastic_greedy
 def random_features(seed: int, n: int, m: int) -> torch.Tensor:
     """Clustered, on a coarse grid in every other case (many ties), with duplicates in every third."""
     generator = torch.Generator().manual_seed(seed)
-    features = torch.randn(n, m, generator=generator) + 3 * torch.randint(0, 3, (n, 1), generator=generator)
+    features = torch.randn(n, m, generator=generator) + 3 * torch.randint(
+        0, 3, (n, 1), generator=generator
+    )
     if seed % 2:
         features = features.round()
     if seed % 3 == 0:
@@ -65,7 +67,8 @@ def test_distances_are_those_of_the_features():
     expected = {
         "l1": torch.cdist(features, features, p=1),
         "l2": torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist"),
-        "cosine": 1 - torch.nn.functional.cosine_similarity(features[:, None], features[None], dim=2),
+        "cosine": 1
+        - torch.nn.functional.cosine_similarity(features[:, None], features[None], dim=2),
     }
     for metric, wanted in expected.items():
         problem = fl.from_features(features, metric)
@@ -132,7 +135,8 @@ def test_stochastic_greedy_is_near_greedy_and_follows_from_its_seed():
         chosen[0].objective > 0.97 * best
     )  # in expectation above (1 - 1/e - 0.01); on such data it is close to greedy
     assert (
-        stochastic_greedy(problem, 40, seed=1, epsilon=1e-30).ids == reference.eager_greedy(problem, 40).ids
+        stochastic_greedy(problem, 40, seed=1, epsilon=1e-30).ids
+        == reference.eager_greedy(problem, 40).ids
     )  # draws all
 
 
@@ -141,7 +145,11 @@ def test_greedi_of_one_part_is_greedy_and_of_more_is_near():
     best = reference.eager_greedy(problem, 30)
     assert greedi(problem, 30, [range(300)], [30]).ids == best.ids
     parts = [range(0, 100), [], range(100, 300)]
-    assert 0.9 * best.objective < greedi(problem, 30, parts, [30] * 3).objective <= best.objective * 1.01
+    assert (
+        0.9 * best.objective
+        < greedi(problem, 30, parts, [30] * 3).objective
+        <= best.objective * 1.01
+    )
 
 
 def test_bad_input():
@@ -167,4 +175,6 @@ def test_summed_excess_is_exact(n: int):
     rows = torch.tensor([2, 1, 0, 1])
     expected = [0, n * ((1 << 24) - 1) - n // 2, n * ((1 << 24) - 1), n * ((1 << 24) - 1) - n // 2]
     assert summed_excess(nearest, matrix, rows).tolist() == expected
-    assert summed_excess(nearest, matrix.T.contiguous().T, rows).tolist() == expected  # torch's path
+    assert (
+        summed_excess(nearest, matrix.T.contiguous().T, rows).tolist() == expected
+    )  # torch's path

@@ -12,8 +12,8 @@ import transformers
 from torch import Tensor, nn
 
 from tests.distributed.zoo import with_adapters, zoo_batch, zoo_model
-from zods.directions import Direction
-from zods.objectives import example_losses
+from zods.core.directions import Direction
+from zods.data.objectives import example_losses
 from zods.selection.features import FeatureExtractor, find_target
 
 FAMILIES = ["opt", "llama", "mistral", "gpt2", "bert", "roberta", "phi", "qwen3"]
@@ -31,7 +31,11 @@ QUICKSTART = Path(__file__).parents[2] / "launch" / "quickstart" / "model"
 
 
 def model_of(family: str) -> nn.Module:
-    return with_adapters(family.removesuffix("+lora")) if family.endswith("+lora") else zoo_model(family)
+    return (
+        with_adapters(family.removesuffix("+lora"))
+        if family.endswith("+lora")
+        else zoo_model(family)
+    )
 
 
 def batch_of(family: str, size: int = 5) -> dict[str, Tensor]:
@@ -61,10 +65,14 @@ def gradients(model: nn.Module, name: str, batch: dict[str, Tensor]) -> Tensor:
     return torch.stack(found)
 
 
-def projected(model: nn.Module, name: str, batch: dict[str, Tensor], seeds: list[int], rank: int = 2) -> Tensor:
+def projected(
+    model: nn.Module, name: str, batch: dict[str, Tensor], seeds: list[int], rank: int = 2
+) -> Tensor:
     target = find_target(model, f"^{name}$".replace(".", r"\."))
     z = [
-        Direction("low_rank", rank).combine_(torch.empty(target.shape), target, seeds=[s], coefficients=[1.0])
+        Direction("low_rank", rank).combine_(
+            torch.empty(target.shape), target, seeds=[s], coefficients=[1.0]
+        )
         for s in seeds
     ]
     return gradients(model, name, batch).flatten(1).float() @ torch.stack(z).flatten(1).T
@@ -77,10 +85,14 @@ def test_exact_features_are_autograd_over_the_whole_model(family: str):
     features, losses = extract(batch, [1, 2, 3])
     expected = projected(model, extract.target.name, batch, [1, 2, 3])
     assert expected.norm() > 1e-3
-    torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+    torch.testing.assert_close(
+        features, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max())
+    )
     with torch.no_grad():
         logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
-    torch.testing.assert_close(losses, example_losses(logits, batch["labels"]), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        losses, example_losses(logits, batch["labels"]), rtol=1e-5, atol=1e-6
+    )
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -91,7 +103,9 @@ def test_differences_are_near_the_derivatives(family: str, two_sided: bool):
     expected, losses = extractor(model, "exact")(batch, [1, 2, 3, 4, 5])
     found, base = extractor(model, "zo", eps=1e-4, two_sided=two_sided)(batch, [1, 2, 3, 4, 5])
     # losses are float32: half a unit in their last place, over eps; the one-sided ones are off by eps times a curvature
-    tolerance = 3e-7 * float(losses.max()) / 1e-4 + (0 if two_sided else 0.05 * float(expected.abs().max()))
+    tolerance = 3e-7 * float(losses.max()) / 1e-4 + (
+        0 if two_sided else 0.05 * float(expected.abs().max())
+    )
     torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
     torch.testing.assert_close(base, losses)
 
@@ -113,7 +127,9 @@ def test_classifiers_on_decoders(kind: str):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
-def test_stacks_of_directions_give_what_single_ones_do(family: str, monkeypatch: pytest.MonkeyPatch):
+def test_stacks_of_directions_give_what_single_ones_do(
+    family: str, monkeypatch: pytest.MonkeyPatch
+):
     model, batch = model_of(family).double(), batch_of(family)
     stacked, _ = extractor(model, "zo", eps=0.05)(batch, [1, 2, 3, 4])
     monkeypatch.setattr("zods.selection.features._STACK_ELEMENTS_ON_CPU", 1)
@@ -129,7 +145,9 @@ def test_an_example_has_the_same_features_in_any_batch(kind: str):
     together, _ = extract(batch, [1, 2, 3])
     for i in range(len(batch["labels"])):
         length = int(batch["attention_mask"][i].sum())
-        alone, _ = extract({key: value[i : i + 1, :length] for key, value in batch.items()}, [1, 2, 3])
+        alone, _ = extract(
+            {key: value[i : i + 1, :length] for key, value in batch.items()}, [1, 2, 3]
+        )
         torch.testing.assert_close(alone[0], together[i], rtol=1e-3, atol=1e-3)
 
 
@@ -141,7 +159,9 @@ def test_the_value_projection_of_the_last_block_is_taken(family: str):
 
 
 def test_with_adapters_the_second_matrix_of_the_value_projection_is_taken():
-    assert find_target(with_adapters("llama")).name.endswith("layers.1.self_attn.v_proj.lora_B.default.weight")
+    assert find_target(with_adapters("llama")).name.endswith(
+        "layers.1.self_attn.v_proj.lora_B.default.weight"
+    )
     elsewhere = transformers_lora(["q_proj"])
     assert find_target(elsewhere).name.endswith("layers.1.self_attn.v_proj.weight")
 
@@ -202,9 +222,15 @@ def test_the_model_is_left_as_it_was():
     hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
     for kind in ("exact", "zo"):
         extractor(model, kind)(batch_of("llama"), [1, 2, 3])
-        assert [m.training for m in (model, model.model.layers[0], model.model.layers[1])] == [True, False, True]
+        assert [m.training for m in (model, model.model.layers[0], model.model.layers[1])] == [
+            True,
+            False,
+            True,
+        ]
         assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-        assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()) == hooks
+        assert (
+            sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()) == hooks
+        )
         assert "forward" not in model.model.layers[0].__dict__
         assert torch.is_grad_enabled()
 
@@ -220,15 +246,22 @@ def test_distances_of_features_are_in_the_order_of_those_of_the_gradients():
     It is 0.92 where all examples have as many labels, so that all distances are much the same: any 64 random directions,
     dense ones too, give a distance to within one part in eleven.
     """
-    model = transformers.AutoModelForCausalLM.from_pretrained(QUICKSTART, dtype=torch.float32).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        QUICKSTART, dtype=torch.float32
+    ).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(QUICKSTART)
     texts = [text[200:900] for text in pydoc_data.topics.topics.values() if len(text) > 900][:48]
     batch = {"input_ids": torch.tensor([tokenizer(text)["input_ids"][:64] for text in texts])}
-    batch |= {"attention_mask": torch.ones_like(batch["input_ids"]), "labels": batch["input_ids"].clone()}
+    batch |= {
+        "attention_mask": torch.ones_like(batch["input_ids"]),
+        "labels": batch["input_ids"].clone(),
+    }
     for i, row in enumerate(batch["labels"]):
         row[: 64 - (2, 4, 8, 16, 32, 48)[i % 6]] = -100
     pairs = torch.triu_indices(len(texts), len(texts), 1)
-    true = torch.cdist(*[gradients(model, find_target(model).name, batch).flatten(1)] * 2)[pairs[0], pairs[1]]
+    true = torch.cdist(*[gradients(model, find_target(model).name, batch).flatten(1)] * 2)[
+        pairs[0], pairs[1]
+    ]
     for kind in ("zo", "exact"):
         extract = FeatureExtractor(model, kind=kind, rank=4)
         features, _ = extract(batch, range(64))

@@ -28,7 +28,9 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return events
 
 
-def test_a_file_is_on_the_disk_before_it_has_its_name_and_the_name_after_it(tmp_path: Path, events: list[str]):
+def test_a_file_is_on_the_disk_before_it_has_its_name_and_the_name_after_it(
+    tmp_path: Path, events: list[str]
+):
     path = tmp_path / "weights"
     path.write_text("old")
     with atomic_write(path) as temporary:
@@ -36,7 +38,11 @@ def test_a_file_is_on_the_disk_before_it_has_its_name_and_the_name_after_it(tmp_
         assert (temporary.parent, path.read_text()) == (tmp_path, "old")
     assert path.read_text() == "new"
     assert [entry.name for entry in tmp_path.iterdir()] == ["weights"]
-    assert events == ["fsync .weights.partial", "replace .weights.partial", f"fsync {tmp_path.name}"]
+    assert events == [
+        "fsync .weights.partial",
+        "replace .weights.partial",
+        f"fsync {tmp_path.name}",
+    ]
 
 
 def fill_the_disk(path: Path) -> None:

@@ -12,9 +12,18 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.golden.cases import AFTER, BASE, DIRECTIONS, RUNS, RUNS_FOLDER, STEPS, digest_of_words, digests_of_directions
+from tests.golden.cases import (
+    AFTER,
+    BASE,
+    DIRECTIONS,
+    RUNS,
+    RUNS_FOLDER,
+    STEPS,
+    digest_of_words,
+    digests_of_directions,
+)
 from zods import kernels
-from zods.resuming import LOG_NAME
+from zods.training.resume import LOG_NAME
 from zods.trajectory.log import read_log
 from zods.trajectory.replay import replay
 
@@ -44,9 +53,14 @@ def test_every_backend_makes_the_directions_of_the_golden_file_to_the_bit():
 
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("name", RUNS)
-def test_a_log_of_the_first_format_replays_to_the_weights_of_its_run_to_the_bit(name: str, tmp_path: Path):
+def test_a_log_of_the_first_format_replays_to_the_weights_of_its_run_to_the_bit(
+    name: str, tmp_path: Path
+):
     replay(BASE, RUNS_FOLDER / name / LOG_NAME, tmp_path)
-    found, expected = load_file(tmp_path / "model.safetensors"), load_file(RUNS_FOLDER / name / AFTER)
+    found, expected = (
+        load_file(tmp_path / "model.safetensors"),
+        load_file(RUNS_FOLDER / name / AFTER),
+    )
     assert found.keys() == expected.keys()
     for key, values in expected.items():
         assert found[key].dtype == values.dtype

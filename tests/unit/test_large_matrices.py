@@ -8,11 +8,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tests.unit.perturbed import output_at, perturbed_forward
-from zods import large_matrices
-from zods.directions import Direction
-from zods.memory import peak_memory
-from zods.sharding import ShardedParameters
-from zods.streams import PerturbedForward, Point
+from zods.core.directions import Direction
+from zods.core.points import Point
+from zods.forward import large_matrices
+from zods.forward.peak_memory import peak_memory
+from zods.forward.perturbed_modules import PerturbedForward
+from zods.params.shards import ShardedParameters
 
 ROWS, WIDTH, EPS = 4096, 32, 1e-2
 DTYPES = [torch.float32, torch.bfloat16]
@@ -21,7 +22,9 @@ DTYPES = [torch.float32, torch.bfloat16]
 @pytest.fixture(autouse=True)
 def small_matrices_are_large(monkeypatch):
     monkeypatch.setattr(large_matrices, "LARGE_BYTES", ROWS * WIDTH * 2)
-    monkeypatch.setattr(large_matrices, "BLOCK_BYTES", 1000 * WIDTH * 4)  # several blocks, the last one shorter
+    monkeypatch.setattr(
+        large_matrices, "BLOCK_BYTES", 1000 * WIDTH * 4
+    )  # several blocks, the last one shorter
 
 
 class Scaled(nn.Embedding):
@@ -34,7 +37,9 @@ class Scaled(nn.Embedding):
 class Language(nn.Module):
     """An embedding and a head over a vocabulary, tied or not, with or without a bias."""
 
-    def __init__(self, embedding: type[nn.Embedding] = nn.Embedding, tied: bool = True, bias: bool = False) -> None:
+    def __init__(
+        self, embedding: type[nn.Embedding] = nn.Embedding, tied: bool = True, bias: bool = False
+    ) -> None:
         super().__init__()
         self.embed = embedding(ROWS, WIDTH)
         self.block = nn.Linear(WIDTH, WIDTH)
@@ -83,9 +88,11 @@ def perturbed(name: str, dtype: torch.dtype, distribution: str, point: Point, x:
     """What a model whose parameters are changed for good gives."""
     changed = model(name, dtype)
     direction = Direction(distribution)
-    for piece in ShardedParameters(changed, rank=0):
-        data = piece.param.data
-        direction.combine_(data, piece, weight=data, seeds=[point.seed], coefficients=[point.coefficient])
+    for shard in ShardedParameters(changed, rank=0):
+        data = shard.param.data
+        direction.combine_(
+            data, shard, weight=data, seeds=[point.seed], coefficients=[point.coefficient]
+        )
     return changed(x)
 
 
@@ -101,7 +108,9 @@ def test_parts_of_a_large_matrix_have_the_values_of_the_whole_copy(name, dtype, 
     with forward_at.observing():
         module(x)
     expected = [perturbed(name, dtype, distribution, p, x) for p in (point, Point(7, -EPS))]
-    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    tolerance = (
+        {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    )
     torch.testing.assert_close(output_at(forward_at, module, x, point), expected[0], **tolerance)
     if distribution != "low_rank":
         with forward_at.at(point, record=len(x)):

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from zods import factored, kernels
-from zods.directions import Direction
+from zods import kernels
+from zods.core.directions import Direction
+from zods.forward import low_rank
 
 
 class Named(NamedTuple):
@@ -34,7 +35,9 @@ def gaussian(numel: int, seed: int, ordinal: int) -> Tensor:
 def side(seed: int, which: int) -> int:
     """The seed of U (0) or V (1), written out here again: a trajectory of seeds is replayed by later versions."""
     message = struct.pack("<QI", seed, which)
-    return int.from_bytes(hashlib.blake2b(message, digest_size=8, person=b"zods-seed").digest(), "little")
+    return int.from_bytes(
+        hashlib.blake2b(message, digest_size=8, person=b"zods-seed").digest(), "little"
+    )
 
 
 # --- what z is ---
@@ -42,7 +45,9 @@ def side(seed: int, which: int) -> int:
 
 @pytest.mark.parametrize("seed", [0, 7, 2**64 - 1])
 @pytest.mark.parametrize(("shape", "rank"), [((7, 5), 1), ((5, 9), 3), ((6, 6), 6)])
-def test_z_of_a_matrix_is_the_product_of_two_gaussian_factors_over_the_root_of_the_rank(shape, rank, seed):
+def test_z_of_a_matrix_is_the_product_of_two_gaussian_factors_over_the_root_of_the_rank(
+    shape, rank, seed
+):
     """Tolerance: `rank` products of numbers below 7, each rounded twice by 2^-24, and the root's."""
     parameter = Named(shape, 3)
     left = gaussian(shape[0] * rank, side(seed, 0), 3).view(-1, rank).double()
@@ -56,13 +61,17 @@ def test_z_of_a_matrix_is_the_product_of_two_gaussian_factors_over_the_root_of_t
 @pytest.mark.parametrize("shape", [(11,), (3, 4, 5), ()])
 def test_what_is_no_matrix_gets_the_bits_of_a_gaussian_direction(shape):
     for rank in (1, 4):
-        assert torch.equal(z(Direction("low_rank", rank), Named(shape, 2), 9), z(Direction(), Named(shape, 2), 9))
+        assert torch.equal(
+            z(Direction("low_rank", rank), Named(shape, 2), 9), z(Direction(), Named(shape, 2), 9)
+        )
 
 
 @pytest.mark.parametrize("shape", [(2, 9), (9, 2)])
 def test_a_rank_above_the_smaller_side_is_that_side(shape):
     parameter = Named(shape)
-    assert torch.equal(z(Direction("low_rank", 50), parameter, 4), z(Direction("low_rank", 2), parameter, 4))
+    assert torch.equal(
+        z(Direction("low_rank", 50), parameter, 4), z(Direction("low_rank", 2), parameter, 4)
+    )
     left, right = Direction("low_rank", 50).factors(parameter, [4], [1.0], range(shape[0]), "cpu")
     assert (left.shape, right.shape) == ((shape[0], 2), (2, shape[1]))
 
@@ -79,7 +88,9 @@ def test_second_moments_are_those_of_independent_standard_elements(rank):
     none passes five, for a fixed set of seeds: they pass always or never.
     """
     direction, parameter = Direction("low_rank", rank), Named((2, 3))
-    samples = torch.stack([z(direction, parameter, seed).flatten() for seed in range(SEEDS)]).double()
+    samples = torch.stack(
+        [z(direction, parameter, seed).flatten() for seed in range(SEEDS)]
+    ).double()
     moments = samples.T @ samples / SEEDS
     bound = 5 * math.sqrt((2 + 6 / rank) / SEEDS)
     assert (moments - torch.eye(6)).abs().max() < bound < 0.11
@@ -93,7 +104,9 @@ def test_directions_of_other_seeds_parameters_and_sides_are_uncorrelated():
     names = [(1, 0), (2, 0), (1, 1), (2**32 + 1, 0), (2**63 + 1, 5)]
     vectors = {}
     for seed, ordinal in names:
-        left, right = direction.factors(Named((2000, 2000), ordinal), [seed], [1.0], range(2000), "cpu")
+        left, right = direction.factors(
+            Named((2000, 2000), ordinal), [seed], [1.0], range(2000), "cpu"
+        )
         vectors |= {(seed, ordinal, "u"): left[:, 0], (seed, ordinal, "v"): right[0]}
     for (a, x), (b, y) in itertools.combinations(vectors.items(), 2):
         assert torch.cosine_similarity(x, y, dim=0).abs() < 5 / 2000**0.5, (a, b)
@@ -112,11 +125,19 @@ def test_slices_of_any_cut_are_the_whole_to_the_bit(shape, dtype):
     weight, dense = torch.randn(2, numel, generator=torch.Generator().manual_seed(0)).to(dtype)
     terms = {"scale": 0.9, "seeds": [3, 4, 5], "coefficients": [0.1, -0.2, 0.3]}
     others = {"dense_coefficient": 0.5, "rounding_seed": 8}
-    whole = direction.combine_(torch.empty_like(weight), parameter, weight=weight, dense=dense, **terms, **others)
-    for begin, end in itertools.combinations(range(numel + 1), 2) if numel < 40 else [(0, 1), (129, 131), (7, 390)]:
+    whole = direction.combine_(
+        torch.empty_like(weight), parameter, weight=weight, dense=dense, **terms, **others
+    )
+    for begin, end in (
+        itertools.combinations(range(numel + 1), 2)
+        if numel < 40
+        else [(0, 1), (129, 131), (7, 390)]
+    ):
         cut = slice(begin, end)
         part = torch.empty(end - begin, dtype=dtype)
-        direction.combine_(part, parameter, begin, weight=weight[cut], dense=dense[cut], **terms, **others)
+        direction.combine_(
+            part, parameter, begin, weight=weight[cut], dense=dense[cut], **terms, **others
+        )
         assert torch.equal(part, whole[cut]), (begin, end)
 
 
@@ -127,9 +148,13 @@ def test_a_mirror_is_the_same_with_the_last_coefficient_negated(offset, dtype):
     weight = torch.randn(17, generator=torch.Generator().manual_seed(0)).to(dtype)
     arguments = {"weight": weight, "scale": 0.9, "seeds": [1, 2]}
     both = [torch.empty_like(weight) for _ in range(2)]
-    direction.combine_(both[0], parameter, offset, coefficients=[0.3, 0.1], mirror=both[1], **arguments)
+    direction.combine_(
+        both[0], parameter, offset, coefficients=[0.3, 0.1], mirror=both[1], **arguments
+    )
     for got, last in zip(both, (0.1, -0.1), strict=True):
-        alone = direction.combine_(torch.empty_like(weight), parameter, offset, coefficients=[0.3, last], **arguments)
+        alone = direction.combine_(
+            torch.empty_like(weight), parameter, offset, coefficients=[0.3, last], **arguments
+        )
         assert torch.equal(got, alone)
 
 
@@ -160,19 +185,24 @@ def test_factors_added_to_an_output_are_the_module_with_the_perturbed_weight(for
     """
     torch.manual_seed(0)
     module, x = MODULES[form](), inputs(form)
-    assert factored.form_of(module) == form
+    assert low_rank.form_of(module) == form
     direction, parameter = Direction("low_rank", rank), Named(tuple(module.weight.shape), 4)
     left, right = direction.factors(parameter, [1, 2], [0.3, 0.2], range(parameter.shape[0]), "cpu")
     bias = getattr(module, "bias", None)
     if bias is not None:
         nn.init.normal_(bias)
     output = module(x)
-    factored.add_(output, *factored.projected(form, x, left, right, rank if mirrored else 0), 0.9)
+    low_rank.add_(output, *low_rank.projected(form, x, left, right, rank if mirrored else 0), 0.9)
     weight = module.weight.clone()
     halves = []
     for half, last in zip(x.chunk(2), (0.2, -0.2 if mirrored else 0.2), strict=True):
         direction.combine_(
-            module.weight.data, parameter, weight=weight, scale=0.9, seeds=[1, 2], coefficients=[0.3, last]
+            module.weight.data,
+            parameter,
+            weight=weight,
+            scale=0.9,
+            seeds=[1, 2],
+            coefficients=[0.3, last],
         )
         halves.append(module(half) - (0 if bias is None else 0.1 * bias))
     assert (output - torch.cat(halves)).abs().max() < 2 * (6 + 2 * rank) * 40 * 2.0**-24
@@ -187,7 +217,9 @@ def test_a_subclass_with_another_forward_has_no_form():
     class Another(nn.Linear):
         """Only its name differs."""
 
-    assert factored.form_of(Scaled(2, 2)) is None
-    assert factored.form_of(Another(2, 2)) == "linear"
-    assert factored.form_of(nn.Embedding(3, 2, max_norm=1.0)) is None, "its forward changes the weight"
-    assert factored.form_of(nn.LayerNorm(2)) is None
+    assert low_rank.form_of(Scaled(2, 2)) is None
+    assert low_rank.form_of(Another(2, 2)) == "linear"
+    assert low_rank.form_of(nn.Embedding(3, 2, max_norm=1.0)) is None, (
+        "its forward changes the weight"
+    )
+    assert low_rank.form_of(nn.LayerNorm(2)) is None

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from zods.model_setup import lay_out_parameters, parameters_to_train, without_compile
+from zods.training.model_setup import lay_out_parameters, parameters_to_train, without_compile
 
 
 class Net(nn.Module):
@@ -98,10 +98,14 @@ def test_parameters_pairs_and_groups_name_what_is_trained_also_mixed():
 
 def test_the_usual_two_groups_of_weight_decay_are_taken_where_zods_decays_the_same():
     net = Net()
-    matrices, vectors = ([p for p in net.parameters() if (p.ndim > 1) is many] for many in (True, False))
+    matrices, vectors = (
+        [p for p in net.parameters() if (p.ndim > 1) is many] for many in (True, False)
+    )
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     assert len(chosen(net, groups, weight_decay=0.1)) == 6
-    with pytest.raises(ValueError, match=r"different weight_decay \(0.1, 0.0\).*zeroth_order.weight_decay \(0.05\)"):
+    with pytest.raises(
+        ValueError, match=r"different weight_decay \(0.1, 0.0\).*zeroth_order.weight_decay \(0.05\)"
+    ):
         chosen(net, groups, weight_decay=0.05)
 
 
@@ -109,7 +113,10 @@ def test_options_that_differ_between_groups_are_refused_by_name():
     net = Net()
     first, second = net.layers
     for key, values in (("lr", (1e-3, 1e-2)), ("betas", ((0.9, 0.99), (0.8, 0.99)))):
-        groups = [{"params": p, key: value} for p, value in zip((first.weight, second.weight), values, strict=True)]
+        groups = [
+            {"params": p, key: value}
+            for p, value in zip((first.weight, second.weight), values, strict=True)
+        ]
         with pytest.raises(ValueError, match=f"groups with different {key}"):
             chosen(net, groups)
     with pytest.raises(ValueError, match="groups with different lr"):
@@ -138,7 +145,10 @@ def test_options_that_all_groups_share_are_taken_with_a_warning_where_zods_has_a
             lambda net: [*net.parameters(), nn.Parameter(torch.ones(7))],
             r"model_parameters\[6\]: a tensor of shape \(7,\)",
         ),
-        (lambda net: [{"parameters": []}], r"model_parameters\[0\]: a group without 'params'; its keys are parameters"),
+        (
+            lambda net: [{"parameters": []}],
+            r"model_parameters\[0\]: a group without 'params'; its keys are parameters",
+        ),
         (lambda net: ["layers.0.weight"], r"model_parameters\[0\]: found str"),
         (lambda net: net.layers[0].weight, "found one tensor"),
         (lambda net: [], "empty"),
@@ -181,11 +191,19 @@ def test_parameters_that_are_not_contiguous_become_so_with_the_same_values():
 
 
 @pytest.mark.parametrize(
-    "other", [lambda w: w.t(), lambda w: w[1:3], lambda w: w[:, 1], lambda w: w.view(torch.int32).view(torch.float32)]
+    "other",
+    [
+        lambda w: w.t(),
+        lambda w: w[1:3],
+        lambda w: w[:, 1],
+        lambda w: w.view(torch.int32).view(torch.float32),
+    ],
 )
 def test_two_parameters_that_share_memory_are_refused_by_name(other: Any):
     weight = torch.randn(4, 4)
-    with pytest.raises(ValueError, match=r"the parameters (first and second|second and first) share memory"):
+    with pytest.raises(
+        ValueError, match=r"the parameters (first and second|second and first) share memory"
+    ):
         lay_out_parameters(Odd(first=weight, second=other(weight)))
     frozen = Odd(first=weight, second=other(weight)).requires_grad_(False)
     lay_out_parameters(frozen)

@@ -15,8 +15,8 @@ from transformers import (
 )
 
 from tests.reference.objective import objective, token_losses
-from zods import objectives
-from zods.objectives import (
+from zods.data import objectives
+from zods.data.objectives import (
     Objective,
     batch_loss,
     fits_cross_entropy,
@@ -25,7 +25,13 @@ from zods.objectives import (
     shift_probes,
 )
 
-TINY = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+TINY = {
+    "vocab_size": 50,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+}
 
 
 def language_batch(num_rows=3, length=7):
@@ -95,14 +101,26 @@ def test_a_loss_of_none_leaves_the_choice_to_the_logits():
 @pytest.mark.parametrize(
     ("outputs", "batch", "message"),
     [
-        ({"logits": torch.zeros(2, 3)}, {"input_ids": torch.zeros(2, 3)}, "keys logits .* keys input_ids; pass labels"),
+        (
+            {"logits": torch.zeros(2, 3)},
+            {"input_ids": torch.zeros(2, 3)},
+            "keys logits .* keys input_ids; pass labels",
+        ),
         ({"hidden": torch.zeros(2)}, {"labels": torch.zeros(2)}, "keys hidden"),
-        (torch.zeros(2, 3), (torch.zeros(2, 5), torch.zeros(2)), r"a tensor of shape \(2, 3\).*wrap the model"),
+        (
+            torch.zeros(2, 3),
+            (torch.zeros(2, 5), torch.zeros(2)),
+            r"a tensor of shape \(2, 3\).*wrap the model",
+        ),
         ((torch.zeros(2, 3),), {"labels": torch.zeros(2)}, "tuple of a tensor"),
         ({"loss": torch.zeros(2)}, {}, r"0-d tensor.*shape \(2,\)"),
         ({"loss": 0.5}, {}, "float"),
         ({"logits": torch.zeros(2, 3)}, {"labels": torch.zeros(2)}, "integer labels"),
-        ({"logits": torch.zeros(2, 6, 3)}, {"labels": torch.zeros(2, 5, dtype=torch.int64)}, "do not fit"),
+        (
+            {"logits": torch.zeros(2, 6, 3)},
+            {"labels": torch.zeros(2, 5, dtype=torch.int64)},
+            "do not fit",
+        ),
     ],
 )
 def test_outputs_without_a_loss_are_an_error_that_says_what_was_found(outputs, batch, message):
@@ -114,7 +132,11 @@ def test_log_likelihood_is_the_sum_over_labelled_tokens_whatever_the_chunks(monk
     labels = language_batch()["labels"]
     logits = torch.randn(3, 7, 50, generator=torch.Generator().manual_seed(2))
     expected = [
-        sum(logits[r, t].log_softmax(0)[labels[r, t + 1]].item() for t in range(6) if labels[r, t + 1] != -100)
+        sum(
+            logits[r, t].log_softmax(0)[labels[r, t + 1]].item()
+            for t in range(6)
+            if labels[r, t + 1] != -100
+        )
         for r in range(3)
     ]
     for chunk_elements in (1, 150, objectives._CHUNK_ELEMENTS_ON_CPU):
@@ -136,7 +158,9 @@ def test_no_float32_copy_of_all_logits_is_made(monkeypatch):
 
     monkeypatch.setattr(objectives, "_CHUNK_ELEMENTS_ON_CPU", 4000)
     with LargestFloat32() as largest:
-        sequence_log_likelihood(torch.zeros(4, 50, 1000, dtype=torch.bfloat16), torch.zeros(4, 50, dtype=torch.int64))
+        sequence_log_likelihood(
+            torch.zeros(4, 50, 1000, dtype=torch.bfloat16), torch.zeros(4, 50, dtype=torch.int64)
+        )
     assert largest.numel == 4000
 
 
@@ -156,7 +180,9 @@ def test_the_loss_from_logits_can_be_differentiated():
     labels = torch.tensor([[-100, 1, 2, 3], [-100, -100, -100, 4]])
     batch_loss({"logits": logits}, {"labels": labels}).backward()
     found, logits.grad = logits.grad, None
-    torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()).backward()
+    torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    ).backward()
     torch.testing.assert_close(found, logits.grad, rtol=1e-5, atol=1e-7)
 
 
@@ -194,18 +220,33 @@ def test_the_objective_is_the_same_for_every_cut_of_a_batch(mean, shifted, weigh
     for sizes in ([4], [1, 3], [2, 2], [3, 1], [1, 1, 1, 1]):
         total = count = 0.0
         for part_logits, part_labels, part_weights in zip(
-            logits.split(sizes), labels.split(sizes), torch.tensor(weights or [1.0] * 4).split(sizes), strict=True
+            logits.split(sizes),
+            labels.split(sizes),
+            torch.tensor(weights or [1.0] * 4).split(sizes),
+            strict=True,
         ):
-            batch = {"labels": part_labels, **({} if weights is None else {objectives.WEIGHTS: part_weights})}
+            batch = {
+                "labels": part_labels,
+                **({} if weights is None else {objectives.WEIGHTS: part_weights}),
+            }
             part_count = float(loss_count(batch, of))
-            total += part_count * float(batch_loss({"logits": part_logits}, batch, of)) if part_count else 0.0
+            total += (
+                part_count * float(batch_loss({"logits": part_logits}, batch, of))
+                if part_count
+                else 0.0
+            )
             count += part_count
         assert total / count == pytest.approx(float(expected), rel=1e-6), sizes
 
 
 def test_what_a_micro_batch_weighs_is_what_its_loss_is_a_mean_over():
-    tokens = {"first": torch.zeros(50, 2), "labels": torch.tensor([[4, 1, -100], [-100, -100, -100], [1, 2, 3]])}
-    assert [float(loss_count(tokens, Objective("tokens", shifted))) for shifted in (True, False)] == [3, 5]
+    tokens = {
+        "first": torch.zeros(50, 2),
+        "labels": torch.tensor([[4, 1, -100], [-100, -100, -100], [1, 2, 3]]),
+    }
+    assert [
+        float(loss_count(tokens, Objective("tokens", shifted))) for shifted in (True, False)
+    ] == [3, 5]
     assert float(loss_count(tokens, Objective("examples"))) == 2
     for mean in ("tokens", "examples"):
         assert float(loss_count({"labels": torch.tensor([1, -100, 0])}, Objective(mean))) == 2
@@ -224,11 +265,16 @@ def test_a_loss_is_told_from_the_cross_entropy_and_its_alignment():
             assert fits_cross_entropy(found, {"labels": labels}, shifted) is expected
             assert fits_cross_entropy(found, {"labels": labels}, not shifted) is False
     nothing = {"labels": torch.full_like(labels, -100)}
-    assert fits_cross_entropy({"loss": torch.tensor(torch.nan), "logits": logits}, nothing, True) is None
+    assert (
+        fits_cross_entropy({"loss": torch.tensor(torch.nan), "logits": logits}, nothing, True)
+        is None
+    )
 
 
 def test_the_probes_differ_in_the_first_label_alone():
-    without, with_first = shift_probes({"labels": torch.full((2, 3), -100), "ids": torch.zeros(2, 3)})
+    without, with_first = shift_probes(
+        {"labels": torch.full((2, 3), -100), "ids": torch.zeros(2, 3)}
+    )
     assert (without["labels"] != with_first["labels"]).nonzero().tolist() == [[0, 0], [1, 0]]
     assert (without["labels"] != -100).nonzero().tolist() == [[0, 2], [1, 2]]
     for other in (torch.zeros(2, dtype=torch.int64), torch.zeros(2, 3)):

@@ -17,7 +17,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from zods import extras
+from zods.config import optional_packages
 
 REPOSITORY = Path(__file__).parents[2]
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
@@ -30,7 +30,10 @@ OWNERS = {  # folder: the extra whose packages its files may import, besides the
 # In zods, imported inside a function only, where a user has asked for it: the extra that brings it
 LAZY = {"matplotlib": "report", "peft": "lora"}
 UNDECLARED = {"triton"}  # comes with torch's builds for GPUs, and is used nowhere else
-DISTRIBUTIONS = {"apricot": "apricot-select", "submodlib": "submodlib-py"}  # where the name is not that of the import
+DISTRIBUTIONS = {
+    "apricot": "apricot-select",
+    "submodlib": "submodlib-py",
+}  # where the name is not that of the import
 
 
 def declared(extra: str | None) -> set[str]:
@@ -59,7 +62,9 @@ def imports(folder: str) -> Iterator[tuple[Path, ast.Import | ast.ImportFrom, st
                 modules = [node.module or ""]
             else:
                 continue
-            for package in {module.split(".")[0] for module in modules} - set(sys.stdlib_module_names) - own:
+            for package in (
+                {module.split(".")[0] for module in modules} - set(sys.stdlib_module_names) - own
+            ):
                 yield file, node, package, node in tree.body
 
 
@@ -97,12 +102,14 @@ def test_what_transformers_requires_to_load_a_model_under_zero3_is_declared():
         for node in ast.walk(tree)
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "dep_version_check"
     }
-    assert "accelerate" in required, "transformers checks its packages elsewhere now: find out where"
+    assert "accelerate" in required, (
+        "transformers checks its packages elsewhere now: find out where"
+    )
     assert required <= declared(None)
 
 
 def test_packages_that_features_ask_for_come_with_the_extra_that_the_message_names():
-    needed = [extras.PLOTS, extras.LORA, *extras.MONITORS.values()]
+    needed = [optional_packages.PLOTS, optional_packages.LORA, *optional_packages.MONITORS.values()]
     for package, install in needed:
         requirement = Requirement(install)
         if requirement.name == "zods":
@@ -112,14 +119,17 @@ def test_packages_that_features_ask_for_come_with_the_extra_that_the_message_nam
 
 
 def test_features_whose_package_is_missing_are_told_at_once(monkeypatch):
-    monkeypatch.setattr(extras, "LORA", ("no_such_adapters", "zods[lora]"))
-    monkeypatch.setitem(extras.MONITORS, "comet", ("no_such_monitor", "no_such_monitor"))
+    monkeypatch.setattr(optional_packages, "LORA", ("no_such_adapters", "zods[lora]"))
+    monkeypatch.setitem(optional_packages.MONITORS, "comet", ("no_such_monitor", "no_such_monitor"))
     config = {"comet": {"enabled": True}, "wandb": {"enabled": False}}
     with pytest.raises(
-        ValueError, match=r"comet\.enabled: needs the package no_such_monitor.*--lora_rank: .*zods\[lora\]"
+        ValueError,
+        match=r"comet\.enabled: needs the package no_such_monitor.*--lora_rank: .*zods\[lora\]",
     ):
-        extras.check_packages(config, plot=True, lora=True)
-    extras.check_packages({"comet": {"enabled": False}, "tensorboard": "wrong"}, plot=True, lora=False)
+        optional_packages.check_packages(config, plot=True, lora=True)
+    optional_packages.check_packages(
+        {"comet": {"enabled": False}, "tensorboard": "wrong"}, plot=True, lora=False
+    )
 
 
 def test_every_package_that_is_installed_with_the_tests_is_pinned():
@@ -130,7 +140,9 @@ def test_every_package_that_is_installed_with_the_tests_is_pinned():
         requirements += [text for text in of_extra if not text.startswith("zods")]
     lines = (REPOSITORY / "constraints.txt").read_text().splitlines()
     pinned = {canonicalize_name(line.split("==")[0]) for line in lines if "==" in line}
-    on_gpus = re.compile(r"nvidia-|cuda-|triton$")  # of torch's builds for GPUs: torch pins them itself
+    on_gpus = re.compile(
+        r"nvidia-|cuda-|triton$"
+    )  # of torch's builds for GPUs: torch pins them itself
     missing = {name for name in closure(requirements) - pinned if not on_gpus.match(name)}
     assert not missing, f"constraints.txt does not pin {sorted(missing)}"
 
@@ -147,7 +159,9 @@ def test_pins_satisfy_the_declared_bounds():
     ]
     for requirement in map(Requirement, requirements):
         if requirement.name != "zods":
-            assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), requirement
+            assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), (
+                requirement
+            )
 
 
 def test_the_image_installs_what_the_scripts_install():

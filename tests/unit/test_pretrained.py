@@ -9,9 +9,8 @@ import torch
 import transformers as hf
 from tiny_tasks import REVIEWS, TEXTS, make_task, make_tokenizer
 
-from zods import pretrained
-from zods.finetune import prepare_data
-from zods.options import (
+from zods.cli import pretrained
+from zods.cli.options import (
     Arguments,
     DataArguments,
     ModelArguments,
@@ -21,7 +20,8 @@ from zods.options import (
     SelectionArguments,
     TaskArguments,
 )
-from zods.pretrained import Pretrained, check_causal, check_kind, find_model
+from zods.cli.pretrained import Pretrained, check_causal, check_kind, find_model
+from zods.finetune import prepare_data
 
 SMALL = {
     "vocab_size": 450, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16,
@@ -49,7 +49,10 @@ class OneProcess:
     @torch.no_grad()
     def evaluate(self, dataset, collate, measure):
         inputs, targets = collate(dataset)
-        return {name: total / n for name, (total, n) in measure(self.model(**inputs), inputs, targets).items()}
+        return {
+            name: total / n
+            for name, (total, n) in measure(self.model(**inputs), inputs, targets).items()
+        }
 
 
 @pytest.mark.parametrize(
@@ -69,16 +72,22 @@ class OneProcess:
 )
 def test_token_types_go_to_models_in_which_they_are_no_words(config_class, has_types):
     config = small(config_class)
-    assert Pretrained("x", config, None).has_token_types == (has_types and getattr(config, "type_vocab_size", 2) > 1)
+    assert Pretrained("x", config, None).has_token_types == (
+        has_types and getattr(config, "type_vocab_size", 2) > 1
+    )
     model = hf.AutoModel.from_config(config).eval()
     ids = torch.arange(5, 13)[None]
     if not Pretrained("x", config, None).has_token_types:
         return
     with torch.no_grad():  # what is given is used, and no word of the vocabulary
-        zero, one = (model(input_ids=ids, token_type_ids=torch.full_like(ids, kind))[0] for kind in (0, 1))
+        zero, one = (
+            model(input_ids=ids, token_type_ids=torch.full_like(ids, kind))[0] for kind in (0, 1)
+        )
         plain = model(input_ids=ids)[0]
     assert torch.allclose(zero, plain, atol=1e-6)
-    assert config_class is hf.XLNetConfig or not torch.allclose(one, zero, atol=1e-6)  # XLNet's are relative
+    assert config_class is hf.XLNetConfig or not torch.allclose(
+        one, zero, atol=1e-6
+    )  # XLNet's are relative
 
 
 def test_token_types_go_to_funnel_which_has_no_size_of_a_type_vocabulary():
@@ -107,20 +116,27 @@ def test_class_names_are_those_of_a_head_in_its_order():
         (hf.DistilBertConfig, {"classifier.weight", "classifier.bias"}),
     ],
 )
-def test_the_parameters_of_a_head_for_another_number_of_classes_are_found_without_loading(config_class, head):
+def test_the_parameters_of_a_head_for_another_number_of_classes_are_found_without_loading(
+    config_class, head
+):
     task = make_task("classification", "bert")
     for count in (2, 5):
         config = small(config_class, num_labels=count, architectures=["XForSequenceClassification"])
-        assert set(Pretrained("x", config, None).mismatched_head(task, False)) == (head if count == 5 else set())
+        assert set(Pretrained("x", config, None).mismatched_head(task, False)) == (
+            head if count == 5 else set()
+        )
     config.architectures = ["XForMaskedLM"]
     assert Pretrained("x", config, None).mismatched_head(task, False) == []
 
 
-@pytest.mark.parametrize("config_class", [hf.BertConfig, hf.ElectraConfig, hf.XLMRobertaConfig, hf.RoFormerConfig])
+@pytest.mark.parametrize(
+    "config_class", [hf.BertConfig, hf.ElectraConfig, hf.XLMRobertaConfig, hf.RoFormerConfig]
+)
 @pytest.mark.parametrize("name", ["prompted", "instruction"])
 def test_a_masked_model_is_refused_for_a_causal_task_before_it_is_loaded(config_class, name):
     with pytest.raises(
-        ValueError, match=rf"--model m: not a causal .*{config_class.model_type}.*--task {name}.*is_decoder"
+        ValueError,
+        match=rf"--model m: not a causal .*{config_class.model_type}.*--task {name}.*is_decoder",
     ):
         check_kind(Pretrained("m", small(config_class), None), make_task(name))
     check_kind(Pretrained("m", small(config_class, is_decoder=True), None), make_task(name))
@@ -140,7 +156,9 @@ def test_a_masked_model_is_refused_for_a_causal_task_before_it_is_loaded(config_
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_model_is_causal_where_later_tokens_do_not_change_earlier_predictions(config_class, settings, causal, dtype):
+def test_a_model_is_causal_where_later_tokens_do_not_change_earlier_predictions(
+    config_class, settings, causal, dtype
+):
     torch.manual_seed(0)
     config = small(config_class, **settings)
     config.initializer_range = config.init_std = 0.1
@@ -151,13 +169,16 @@ def test_a_model_is_causal_where_later_tokens_do_not_change_earlier_predictions(
         check_causal(*arguments)
     else:
         with pytest.raises(
-            ValueError, match=r"--model m: not a causal language model \(its predictions depend on later"
+            ValueError,
+            match=r"--model m: not a causal language model \(its predictions depend on later",
         ):
             check_causal(*arguments)
 
 
 def test_an_encoder_decoder_is_refused_in_one_line():
-    with pytest.raises(ValueError, match=r"encoder-decoder model of type t5, .*no AutoModelForCausalLM") as told:
+    with pytest.raises(
+        ValueError, match=r"encoder-decoder model of type t5, .*no AutoModelForCausalLM"
+    ) as told:
         check_kind(Pretrained("m", small(hf.T5Config), None), make_task("instruction"))
     assert "\n" not in str(told.value)
 
@@ -165,7 +186,9 @@ def test_an_encoder_decoder_is_refused_in_one_line():
 def test_an_adapter_leads_to_its_base_and_takes_no_new_adapters(tmp_path):
     peft = pytest.importorskip("peft")
     small(hf.LlamaConfig).save_pretrained(tmp_path / "base")
-    peft.LoraConfig(base_model_name_or_path=str(tmp_path / "base")).save_pretrained(tmp_path / "adapter")
+    peft.LoraConfig(base_model_name_or_path=str(tmp_path / "base")).save_pretrained(
+        tmp_path / "adapter"
+    )
     found = find_model(options(tmp_path / "adapter"))
     assert (found.base, found.adapter) == (str(tmp_path / "base"), str(tmp_path / "adapter"))
     assert found.config.model_type == "llama"
@@ -174,7 +197,9 @@ def test_an_adapter_leads_to_its_base_and_takes_no_new_adapters(tmp_path):
 
 
 @pytest.mark.parametrize("base", ["/gone/away", None])
-def test_an_adapter_whose_base_cannot_be_read_is_an_error_of_one_line_that_names_both(tmp_path, base):
+def test_an_adapter_whose_base_cannot_be_read_is_an_error_of_one_line_that_names_both(
+    tmp_path, base
+):
     peft = pytest.importorskip("peft")
     peft.LoraConfig(base_model_name_or_path=base).save_pretrained(tmp_path)
     with pytest.raises(
@@ -184,7 +209,9 @@ def test_an_adapter_whose_base_cannot_be_read_is_an_error_of_one_line_that_names
     assert "\n" not in str(told.value)
 
 
-@pytest.mark.parametrize("content", ["{", json.dumps({"model_type": "no such type"}), json.dumps({"hidden_size": 3})])
+@pytest.mark.parametrize(
+    "content", ["{", json.dumps({"model_type": "no such type"}), json.dumps({"hidden_size": 3})]
+)
 def test_a_configuration_that_cannot_be_read_is_an_error_of_one_line(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(ValueError, match=f"--model {tmp_path}: ") as told:
@@ -201,7 +228,9 @@ def test_a_truncated_file_of_weights_is_named_before_the_model_is_loaded(tmp_pat
         find_model(options(tmp_path))
 
 
-@pytest.mark.parametrize("config_class", [hf.LlamaConfig, hf.Olmo2Config, hf.Phi3Config, hf.DistilBertConfig])
+@pytest.mark.parametrize(
+    "config_class", [hf.LlamaConfig, hf.Olmo2Config, hf.Phi3Config, hf.DistilBertConfig]
+)
 def test_adapters_are_put_into_every_type_of_model_and_the_head_is_trained_whole(config_class):
     pytest.importorskip("peft")
     task = make_task("classification", "bert")
@@ -212,9 +241,14 @@ def test_adapters_are_put_into_every_type_of_model_and_the_head_is_trained_whole
     model = pretrained._with_new_adapter(arguments, model, task, set())
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert any("lora_A" in name for name in trained)
-    assert not any("lora_" in name and ("classifier" in name or "score" in name) for name in trained)
+    assert not any(
+        "lora_" in name and ("classifier" in name or "score" in name) for name in trained
+    )
     if task.name == "classification":
-        assert any(("classifier" in name or "score" in name) and "modules_to_save" in name for name in trained)
+        assert any(
+            ("classifier" in name or "score" in name) and "modules_to_save" in name
+            for name in trained
+        )
 
 
 def test_adapters_go_into_the_modules_that_are_named_and_an_unknown_one_is_an_error():
@@ -224,7 +258,10 @@ def test_adapters_go_into_the_modules_that_are_named_and_an_unknown_one_is_an_er
     def trained(*names):
         model = task.auto_class().from_config(small(hf.LlamaConfig))
         model = pretrained._with_new_adapter(
-            options("m", lora_rank=2, lora_target_modules=Names(",".join(names))), model, task, set()
+            options("m", lora_rank=2, lora_target_modules=Names(",".join(names))),
+            model,
+            task,
+            set(),
         )
         return {name.split(".")[-4] for name, p in model.named_parameters() if p.requires_grad}
 
@@ -243,7 +280,9 @@ def save_adapter(folder, task, *, classes=2, task_type=None, whole=None, setting
     config.num_labels = classes
     model = task.auto_class().from_config(config)
     if settings is None:
-        settings = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=whole, task_type=task_type)
+        settings = peft.LoraConfig(
+            r=2, target_modules=["q_proj"], modules_to_save=whole, task_type=task_type
+        )
     peft.get_peft_model(model, settings).save_pretrained(folder / "adapter")
     path = folder / "adapter" / "adapter_config.json"
     described = {**json.loads(path.read_text()), "base_model_name_or_path": str(folder / "base")}
@@ -258,11 +297,14 @@ def test_an_adapter_with_a_head_for_another_number_of_classes_is_refused_before_
     task = make_task("classification", "bert")
     found = save_adapter(tmp_path, task, classes=5, task_type=task_type, whole=["score"])
     with pytest.raises(
-        ValueError, match=r"adapter: its score.weight has the shape \(5, 16\), .*2 classes has \(2, 16\)"
+        ValueError,
+        match=r"adapter: its score.weight has the shape \(5, 16\), .*2 classes has \(2, 16\)",
     ):
         pretrained.check_adapter(found, task, False)
     (tmp_path / "fits").mkdir()
-    pretrained.check_adapter(save_adapter(tmp_path / "fits", task, task_type=task_type, whole=["score"]), task, False)
+    pretrained.check_adapter(
+        save_adapter(tmp_path / "fits", task, task_type=task_type, whole=["score"]), task, False
+    )
 
 
 @pytest.mark.parametrize(
@@ -272,7 +314,10 @@ def test_an_adapter_with_a_head_for_another_number_of_classes_is_refused_before_
 def test_an_adapter_for_another_kind_of_task_is_refused_before_the_model_is_loaded(
     tmp_path, trained, task_type, wanted
 ):
-    tasks = {name: make_task(name, "bert" if name == "classification" else "llama") for name in (trained, wanted)}
+    tasks = {
+        name: make_task(name, "bert" if name == "classification" else "llama")
+        for name in (trained, wanted)
+    }
     found = save_adapter(tmp_path, tasks[trained], task_type=task_type)
     with pytest.raises(ValueError, match=rf"is {task_type}, but --task {wanted} needs") as told:
         pretrained.check_adapter(found, tasks[wanted], False)
@@ -287,11 +332,15 @@ def test_an_adapter_without_the_head_that_its_base_lacks_is_refused(tmp_path):
         folder.mkdir()
         found = save_adapter(folder, task, whole=whole)
         pretrained.check_adapter(found, task, False)
-        model, info = task.auto_class().from_pretrained(found.base, output_loading_info=True, **task.model_kwargs())
+        model, info = task.auto_class().from_pretrained(
+            found.base, output_loading_info=True, **task.model_kwargs()
+        )
         if whole is not None:
             pretrained._with_adapter(model, found.adapter, set(info["missing_keys"]))
             continue
-        with pytest.raises(ValueError, match=r"neither the adapter nor its base .* score.weight.*--lora_rank"):
+        with pytest.raises(
+            ValueError, match=r"neither the adapter nor its base .* score.weight.*--lora_rank"
+        ):
             pretrained._with_adapter(model, found.adapter, set(info["missing_keys"]))
 
 
@@ -299,7 +348,9 @@ def test_an_adapter_of_a_base_of_another_width_is_refused_in_one_line(tmp_path):
     task = make_task("classification", "bert")
     found = save_adapter(tmp_path, task)
     wider = task.auto_class().from_config(small(hf.LlamaConfig, hidden_size=32, pad_token_id=0))
-    with pytest.raises(ValueError, match=r"adapter's weights do not fit its base model: RuntimeError") as told:
+    with pytest.raises(
+        ValueError, match=r"adapter's weights do not fit its base model: RuntimeError"
+    ) as told:
         pretrained._with_adapter(wider, found.adapter, set())
     assert "\n" not in str(told.value)
 
@@ -347,12 +398,16 @@ def test_an_adapter_leaves_the_compilers_as_they_are(tmp_path, monkeypatch):
     """BOFT's too, for which peft builds an extension with gcc: DeepSpeed's operators would be built anew with it."""
     peft = pytest.importorskip("peft")
     task = make_task("classification", "bert")
-    settings = peft.BOFTConfig(boft_block_size=4, target_modules=["q_proj"], modules_to_save=["score"])
+    settings = peft.BOFTConfig(
+        boft_block_size=4, target_modules=["q_proj"], modules_to_save=["score"]
+    )
     monkeypatch.setenv("CC", "cc")
     monkeypatch.setenv("CXX", "c++")
     found = save_adapter(tmp_path, task, settings=settings)
     monkeypatch.setenv("CC", "cc")  # saving the adapter has changed them
     monkeypatch.delenv("CXX")
-    model, info = task.auto_class().from_pretrained(found.base, output_loading_info=True, **task.model_kwargs())
+    model, info = task.auto_class().from_pretrained(
+        found.base, output_loading_info=True, **task.model_kwargs()
+    )
     pretrained._with_adapter(model, found.adapter, set(info["missing_keys"]))
     assert (os.environ.get("CC"), os.environ.get("CXX")) == ("cc", None)

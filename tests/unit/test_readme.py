@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from zods.arguments import parse_arguments
-from zods.config import load_json
+from zods.cli.arguments import parse_arguments
+from zods.config.deepspeed_json import load_json
 from zods.trajectory.__main__ import main as trajectory
 
 REPOSITORY = Path(__file__).parents[2]
@@ -27,7 +27,9 @@ def commands(document: str) -> list[str]:
 
 
 SHOWN = [
-    pytest.param(command, id=f"{document}: {command[:60]}") for document in DOCUMENTS for command in commands(document)
+    pytest.param(command, id=f"{document}: {command[:60]}")
+    for document in DOCUMENTS
+    for command in commands(document)
 ]
 
 
@@ -49,7 +51,9 @@ def test_the_shown_run_file_says_what_the_first_shown_command_says(tmp_path: Pat
 
 
 def test_the_documents_show_commands():
-    assert [len(commands(document)) >= least for document, least in zip(DOCUMENTS, (15, 1), strict=True)] == [
+    assert [
+        len(commands(document)) >= least for document, least in zip(DOCUMENTS, (15, 1), strict=True)
+    ] == [
         True,
         True,
     ]
@@ -64,8 +68,12 @@ def test_files_of_shown_commands_exist(command: str):
             assert (REPOSITORY / word).exists() or word in shown_in_its_folder, word
 
 
-@pytest.mark.parametrize("command", [shown for shown in SHOWN if "zods.finetune" in shown.values[0]])
-def test_options_of_shown_finetune_commands_are_read(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    "command", [shown for shown in SHOWN if "zods.finetune" in shown.values[0]]
+)
+def test_options_of_shown_finetune_commands_are_read(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     (tmp_path / "run.yaml").write_text(shown_run_file())
     monkeypatch.chdir(tmp_path)
     given = arguments_after(shlex.split(command), "zods.finetune")
@@ -76,9 +84,15 @@ def test_options_of_shown_finetune_commands_are_read(command: str, tmp_path: Pat
     assert shortened or load_json(REPOSITORY / arguments.model.deepspeed_config)
 
 
-@pytest.mark.parametrize("command", [shown for shown in SHOWN if "zods.trajectory" in shown.values[0]])
-def test_options_of_shown_trajectory_commands_are_read(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.chdir(tmp_path)  # where the files it names are not: an error, but not one of the options
+@pytest.mark.parametrize(
+    "command", [shown for shown in SHOWN if "zods.trajectory" in shown.values[0]]
+)
+def test_options_of_shown_trajectory_commands_are_read(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(
+        tmp_path
+    )  # where the files it names are not: an error, but not one of the options
     given = arguments_after(shlex.split(command), "zods.trajectory")
     assert trajectory(["1" if word == "STEP" else word for word in given]) == 2
 
@@ -90,12 +104,17 @@ def test_the_quickstarts_command_is_read():
     assert parse_arguments(shlex.split(command[1])).task.task == "prompted"
 
 
-def test_the_helps_example_is_read(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_the_helps_example_is_read(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     monkeypatch.setenv("COLUMNS", "10000")  # no line is broken
     with pytest.raises(SystemExit):
         parse_arguments(["--help"])
     words = shlex.split(capsys.readouterr().out.partition("Example: ")[2])
-    assert load_json(REPOSITORY / parse_arguments(words[words.index("zods.finetune") + 1 :]).model.deepspeed_config)
+    assert load_json(
+        REPOSITORY
+        / parse_arguments(words[words.index("zods.finetune") + 1 :]).model.deepspeed_config
+    )
 
 
 def test_the_readme_names_the_commands_that_ci_runs():

@@ -12,7 +12,15 @@ from zods.kernels import DISTRIBUTIONS, Sweep, combine_, fingerprint, replay_
 from zods.kernels import reference as plain
 
 GOLDEN = 0x9E3779B97F4A7C15
-DTYPES = [torch.uint8, torch.bool, torch.int16, torch.bfloat16, torch.float32, torch.int64, torch.float64]
+DTYPES = [
+    torch.uint8,
+    torch.bool,
+    torch.int16,
+    torch.bfloat16,
+    torch.float32,
+    torch.int64,
+    torch.float64,
+]
 
 
 @pytest.fixture
@@ -61,7 +69,9 @@ def one_by_one(out, sweeps, *, factors=None, dense=None, **common):
 @pytest.mark.parametrize(
     ("dtype", "rounding"), [(torch.float32, True), (torch.bfloat16, False), (torch.bfloat16, True)]
 )
-@pytest.mark.parametrize(("numel", "offset"), [(1, 2047), (5003, 13), (90_001, 2**34 - 500), (6144, 4096), (0, 13)])
+@pytest.mark.parametrize(
+    ("numel", "offset"), [(1, 2047), (5003, 13), (90_001, 2**34 - 500), (6144, 4096), (0, 13)]
+)
 def test_replay_gives_the_bits_of_its_sweeps_one_by_one(
     threads, numel, offset, dtype, rounding, distribution, with_dense
 ):
@@ -81,7 +91,8 @@ def test_replay_gives_the_bits_of_its_sweeps_one_by_one(
     ("dtype", "rounding"), [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)]
 )
 @pytest.mark.parametrize(
-    ("numel", "offset", "columns"), [(5003, 13, 7), (90_001, 2**34 - 500, 3000), (1, 0, 1), (0, 13, 7)]
+    ("numel", "offset", "columns"),
+    [(5003, 13, 7), (90_001, 2**34 - 500, 3000), (1, 0, 1), (0, 13, 7)],
 )
 def test_replay_of_low_rank_factors_gives_the_bits_of_its_sweeps_one_by_one(
     threads, numel, offset, columns, dtype, rounding, directions
@@ -91,7 +102,13 @@ def test_replay_of_low_rank_factors_gives_the_bits_of_its_sweeps_one_by_one(
     start, dense = normal(numel, seed=1, dtype=dtype), normal(numel, seed=2, dtype=dtype)
     for spare in (0, 2):  # rows of `left` that no element needs
         factors = normal((7, rows + spare, 3), seed=3), normal((7, 3, columns), seed=4)
-        common = {"distribution": "gaussian", "parameter": 7, "offset": offset, "dense": dense, "factors": factors}
+        common = {
+            "distribution": "gaussian",
+            "parameter": 7,
+            "offset": offset,
+            "dense": dense,
+            "factors": factors,
+        }
         expected = one_by_one(start.clone(), sweeps, **common)
         assert torch.equal(bits(replay_(start.clone(), sweeps, **common)), bits(expected))
 
@@ -127,7 +144,9 @@ def test_a_replay_of_slices_equals_that_of_the_whole(distribution):
     parts = whole.clone()
     replay_(whole, sweeps, distribution=distribution, parameter=7, offset=31)
     for start, stop in ((0, 1), (1, 4000), (4000, 4001), (4001, 9001)):
-        replay_(parts[start:stop], sweeps, distribution=distribution, parameter=7, offset=31 + start)
+        replay_(
+            parts[start:stop], sweeps, distribution=distribution, parameter=7, offset=31 + start
+        )
     assert torch.equal(bits(parts), bits(whole))
 
 
@@ -136,7 +155,12 @@ def test_dense_is_left_out_where_its_coefficient_is_zero(reference):
         serve()
         out, dense = torch.ones(5), torch.full((5,), math.inf)
         replay_(
-            out, [Sweep(2.0, [], []), Sweep(3.0, [], [])], distribution="gaussian", parameter=0, offset=0, dense=dense
+            out,
+            [Sweep(2.0, [], []), Sweep(3.0, [], [])],
+            distribution="gaussian",
+            parameter=0,
+            offset=0,
+            dense=dense,
         )
         assert out.tolist() == [6.0] * 5
         combine_(
@@ -169,15 +193,27 @@ def test_dense_is_left_out_where_its_coefficient_is_zero(reference):
             {"factors": (torch.zeros(2, 2, 3), torch.zeros(2, 2, 2))},
             r"factors must be \(2, 2, Q\) and \(2, Q, columns\)",
         ),
-        ({"factors": (torch.zeros(2, 2), torch.zeros(2, 2, 2))}, "left must be a contiguous stack of float32 matrices"),
-        ({"factors": (torch.zeros(2, 2, 2), torch.zeros(2, 2, 2).mT)}, "right must be a contiguous stack"),
+        (
+            {"factors": (torch.zeros(2, 2), torch.zeros(2, 2, 2))},
+            "left must be a contiguous stack of float32 matrices",
+        ),
+        (
+            {"factors": (torch.zeros(2, 2, 2), torch.zeros(2, 2, 2).mT)},
+            "right must be a contiguous stack",
+        ),
     ],
 )
 def test_wrong_use_of_replay_raises_before_anything_is_written(reference, change, message):
     for serve in (lambda: None, reference):
         serve()
         sweeps = [Sweep(2.0, [1], [1.0]), Sweep(1.0, [], [])]
-        arguments = {"out": torch.zeros(4), "sweeps": sweeps, "distribution": "gaussian", "parameter": 0, "offset": 0}
+        arguments = {
+            "out": torch.zeros(4),
+            "sweeps": sweeps,
+            "distribution": "gaussian",
+            "parameter": 0,
+            "offset": 0,
+        }
         arguments |= change
         out = arguments.pop("out")
         with pytest.raises(ValueError, match=message):
@@ -192,7 +228,9 @@ def by_hand(tensor: torch.Tensor, offset: int) -> int:
     size, total = tensor.element_size(), 0
     raw = bytes(tensor.flatten().view(torch.uint8).numpy())
     for i in range(tensor.numel()):
-        x = (int.from_bytes(raw[size * i : size * (i + 1)], "little") + (offset + i + 1) * GOLDEN) % 2**64
+        x = (
+            int.from_bytes(raw[size * i : size * (i + 1)], "little") + (offset + i + 1) * GOLDEN
+        ) % 2**64
         x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
         x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
         total += x ^ x >> 31

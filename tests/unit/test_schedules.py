@@ -6,9 +6,13 @@ import pytest
 import torch
 from deepspeed.runtime import lr_schedules
 
-from zods.config import read_config, read_first_order_config
-from zods.schedules import build_scheduler, scheduler_class, with_provisional_length
-from zods.steps import ZerothOrderOptimizer
+from zods.config.deepspeed_json import read_config, read_first_order_config
+from zods.config.schedules import (
+    ZerothOrderOptimizer,
+    build_scheduler,
+    scheduler_class,
+    with_provisional_length,
+)
 
 NEEDED = {  # parameters without a default, and those that keep the schedules of this test short
     "CosineAnnealingLR": {"T_max": 5},
@@ -24,7 +28,12 @@ NEEDED = {  # parameters without a default, and those that keep the schedules of
     "OneCycle": {"cycle_min_lr": "auto", "cycle_first_step_size": 3},
     "LRRangeTest": {"lr_range_test_step_size": 2},
 }
-OBJECTS = ("ChainedScheduler", "LambdaLR", "MultiplicativeLR", "SequentialLR")  # made of functions or other schedulers
+OBJECTS = (
+    "ChainedScheduler",
+    "LambdaLR",
+    "MultiplicativeLR",
+    "SequentialLR",
+)  # made of functions or other schedulers
 WITH_ARGUMENT = ("ReduceLROnPlateau",)
 
 
@@ -41,7 +50,11 @@ def classes() -> list[str]:
 
 def config(name: str, lr: float, **params) -> dict:
     scheduler = {"type": name, "params": {**NEEDED.get(name, {}), **params}}
-    return {"train_batch_size": 8, "scheduler": scheduler, "zeroth_order": {"method": "mezo", "lr": lr}}
+    return {
+        "train_batch_size": 8,
+        "scheduler": scheduler,
+        "zeroth_order": {"method": "mezo", "lr": lr},
+    }
 
 
 def step_sizes(name: str, lr: float, **params) -> list[float]:
@@ -55,18 +68,28 @@ def step_sizes(name: str, lr: float, **params) -> list[float]:
     return sizes
 
 
-@pytest.mark.parametrize("name", [name for name in classes() if name not in (*OBJECTS, *WITH_ARGUMENT)])
+@pytest.mark.parametrize(
+    "name", [name for name in classes() if name not in (*OBJECTS, *WITH_ARGUMENT)]
+)
 @pytest.mark.filterwarnings("ignore:Detected call of:UserWarning")
 def test_every_schedule_scales_with_lr(name):
     sizes = step_sizes(name, 0.25)
-    assert step_sizes(name, 0.5) == pytest.approx([2 * size for size in sizes]), "it has a step size of its own"
+    assert step_sizes(name, 0.5) == pytest.approx([2 * size for size in sizes]), (
+        "it has a step size of its own"
+    )
     if name != "LRRangeTest":  # which grows from lr until training fails: that is its purpose
         assert max(sizes) <= 0.25 * (1 + 1e-9)  # some are products of rounded factors
 
 
 @pytest.mark.parametrize("name", [*OBJECTS, *WITH_ARGUMENT])
 def test_a_schedule_that_json_cannot_make_or_the_engine_cannot_step_is_refused(name):
-    params = {"mode": "max"} if name in WITH_ARGUMENT else {"lr_lambda": "x"} if "lr_lambda" in arguments(name) else {}
+    params = (
+        {"mode": "max"}
+        if name in WITH_ARGUMENT
+        else {"lr_lambda": "x"}
+        if "lr_lambda" in arguments(name)
+        else {}
+    )
     with pytest.raises(ValueError, match=rf"^scheduler\.(type|params): .*{name}") as caught:
         read_config(config(name, 0.5, **params), 1)
     if name in WITH_ARGUMENT:
@@ -91,27 +114,40 @@ PEAKS = [
 def test_a_peak_that_is_another_number_than_lr_is_refused_with_both(name, key):
     assert key not in NEEDED[name]
     read_config(config(name, 3e-4, **{key: 3e-4}), 1)
-    with pytest.raises(ValueError, match=rf"^scheduler\.params\.{key}: found 0\.002, but zeroth_order\.lr is 0\.0003"):
+    with pytest.raises(
+        ValueError,
+        match=rf"^scheduler\.params\.{key}: found 0\.002, but zeroth_order\.lr is 0\.0003",
+    ):
         read_config(config(name, 3e-4, **{key: 2e-3}), 1)
 
 
 @pytest.mark.parametrize(
-    ("name", "key"), [("WarmupLR", "warmup_min_lr"), ("CosineAnnealingLR", "eta_min"), ("OneCycle", "cycle_min_lr")]
+    ("name", "key"),
+    [("WarmupLR", "warmup_min_lr"), ("CosineAnnealingLR", "eta_min"), ("OneCycle", "cycle_min_lr")],
 )
 def test_a_floor_above_lr_is_refused_with_both(name, key):
     read_config(config(name, 1e-3, **{key: 1e-4}), 1)
-    with pytest.raises(ValueError, match=rf"^scheduler\.params\.{key}: found 0\.01, above zeroth_order\.lr.* 0\.001"):
+    with pytest.raises(
+        ValueError,
+        match=rf"^scheduler\.params\.{key}: found 0\.01, above zeroth_order\.lr.* 0\.001",
+    ):
         read_config(config(name, 1e-3, **{key: 1e-2}), 1)
 
 
 def test_a_schedule_follows_the_optimizer_of_a_first_order_run_in_the_same_way():
     optimizer = {"type": "AdamW", "params": {"lr": 2e-4}}
     scheduler = {"type": "WarmupLR", "params": {"warmup_num_steps": 3}}
-    run = read_first_order_config({"train_batch_size": 8, "optimizer": optimizer, "scheduler": scheduler}, 1)
+    run = read_first_order_config(
+        {"train_batch_size": 8, "optimizer": optimizer, "scheduler": scheduler}, 1
+    )
     assert run.scheduler["params"]["warmup_max_lr"] == 2e-4
     scheduler["params"]["warmup_max_lr"] = 1e-3
-    with pytest.raises(ValueError, match=r"warmup_max_lr: found 0\.001, but optimizer\.params\.lr is 0\.0002"):
-        read_first_order_config({"train_batch_size": 8, "optimizer": optimizer, "scheduler": scheduler}, 1)
+    with pytest.raises(
+        ValueError, match=r"warmup_max_lr: found 0\.001, but optimizer\.params\.lr is 0\.0002"
+    ):
+        read_first_order_config(
+            {"train_batch_size": 8, "optimizer": optimizer, "scheduler": scheduler}, 1
+        )
 
 
 @pytest.mark.parametrize(
@@ -138,7 +174,11 @@ def test_a_scheduler_that_cannot_be_made_is_refused_with_the_configuration(name,
         ("OneCycleLR", {"total_steps": 20}, "total_steps"),
         ("WarmupDecayLR", {"total_num_steps": 20}, "total_num_steps"),
         ("WarmupCosineLR", {"total_num_steps": 20}, "total_num_steps"),
-        ("OneCycle", {"cycle_first_step_size": 5, "cycle_second_step_size": 15}, "cycle_first_step_size"),
+        (
+            "OneCycle",
+            {"cycle_first_step_size": 5, "cycle_second_step_size": 15},
+            "cycle_first_step_size",
+        ),
     ],
 )
 def test_a_schedule_that_ends_before_the_run_is_refused(name, params, key):

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.reference import selection as reference
-from zods.selection.policy import capped_quotas, deal, largest_remainder, quotas_of
+from zods.selection.quotas import capped_quotas, deal, largest_remainder, quotas_of
 
 SIZES = st.dictionaries(st.sampled_from("abcdefgh"), st.integers(0, 40), min_size=1).filter(
     lambda s: sum(s.values()) > 0
@@ -35,10 +35,14 @@ def test_quotas_fit_the_sources_and_fill_the_budget(sizes: dict[str, int], budge
 
 
 @given(SIZES, st.dictionaries(st.sampled_from("abcdefgh"), st.integers(0, 40)))
-def test_quotas_asked_for_are_met_where_there_are_as_many(sizes: dict[str, int], asked: dict[str, int]):
+def test_quotas_asked_for_are_met_where_there_are_as_many(
+    sizes: dict[str, int], asked: dict[str, int]
+):
     quotas = capped_quotas(asked, sizes)
     assert sum(quotas.values()) == min(sum(asked.values()), sum(sizes.values()))
-    assert all(min(asked.get(name, 0), sizes[name]) <= quotas[name] <= sizes[name] for name in sizes)
+    assert all(
+        min(asked.get(name, 0), sizes[name]) <= quotas[name] <= sizes[name] for name in sizes
+    )
     if all(asked.get(name, 0) <= sizes[name] for name in sizes) and set(asked) <= set(sizes):
         assert quotas == {name: asked.get(name, 0) for name in sorted(sizes)}
 
@@ -57,10 +61,14 @@ def test_the_largest_remainders_get_what_is_left(sizes: list[int], data: st.Data
     st.integers(1, 4),
     st.integers(1, 5),
 )
-def test_every_example_is_dealt_once_and_no_micro_batch_overflows(tokens, ranks, accumulation, micro_batch):
+def test_every_example_is_dealt_once_and_no_micro_batch_overflows(
+    tokens, ranks, accumulation, micro_batch
+):
     tokens = tokens[: ranks * accumulation * micro_batch]
     dealt = deal(tokens, ranks, accumulation, micro_batch)
-    assert sorted(place for rank in dealt for batch in rank for place in batch) == list(range(len(tokens)))
+    assert sorted(place for rank in dealt for batch in rank for place in batch) == list(
+        range(len(tokens))
+    )
     assert [len(rank) for rank in dealt] == [accumulation] * ranks
     assert all(len(batch) <= micro_batch for rank in dealt for batch in rank)
     if len(tokens) == ranks * accumulation * micro_batch:

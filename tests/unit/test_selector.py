@@ -8,14 +8,16 @@ import math
 import pytest
 import torch
 
-from zods.directions import Direction
-from zods.section import STRATEGIES, SelectorConfig, parse_selector
+from zods.config.schema import STRATEGIES, SelectorConfig, parse_selector
+from zods.core.directions import Direction
 from zods.selection.baselines import BETAS, EPSILON, PaperFeatures
 from zods.selection.facility_location import from_features, lazy_greedy, quantised
 from zods.selection.selector import NEEDS, CandidateBatch, Selector
 
 
-def batch_of(n: int = 40, *, sources: str | None = "aaaabbbcd", m: int = 3, seed: int = 0) -> CandidateBatch:
+def batch_of(
+    n: int = 40, *, sources: str | None = "aaaabbbcd", m: int = 3, seed: int = 0
+) -> CandidateBatch:
     generator = torch.Generator().manual_seed(seed)
     features = torch.randn(n, m, generator=generator)
     largest = float(features.abs().max())
@@ -53,16 +55,22 @@ def test_cluster_weights_count_what_each_stands_for():
     places, weights, report = selector(weights="cluster").select(batch)
     assert sum(weights) == 40
     for name in "abcd":
-        of_source = [w for place, w in zip(places, weights, strict=True) if batch.sources[place] == name]
+        of_source = [
+            w for place, w in zip(places, weights, strict=True) if batch.sources[place] == name
+        ]
         assert sum(of_source) == batch.sources.count(name)
         if name in report.kept_whole:
             assert of_source == [1.0] * 4
 
 
 def test_without_a_column_clusters_of_features_are_the_sources():
-    centres = torch.tensor([[0.0, 0], [50, 0], [0, 50]]).repeat_interleave(torch.tensor([20, 17, 3]), 0)
+    centres = torch.tensor([[0.0, 0], [50, 0], [0, 50]]).repeat_interleave(
+        torch.tensor([20, 17, 3]), 0
+    )
     features = centres + torch.randn(40, 2, generator=torch.Generator().manual_seed(0))
-    batch = CandidateBatch(list(range(40)), [1] * 40, features=quantised(features, 55.0), largest=55.0)
+    batch = CandidateBatch(
+        list(range(40)), [1] * 40, features=quantised(features, 55.0), largest=55.0
+    )
     places, _, report = selector(num_clusters=3).select(batch)
     assert sorted(report.quotas.values()) == [3, 8, 9]
     assert {37, 38, 39} <= set(places)
@@ -88,7 +96,9 @@ def test_every_strategy_chooses_the_budget_once_each_and_again_the_same(strategy
 def test_baselines_are_what_they_say():
     batch = batch_of()
     longest, _, _ = selector(strategy="longest").select(batch)
-    assert min(batch.num_tokens[i] for i in longest) >= max(batch.num_tokens[i] for i in range(40) if i not in longest)
+    assert min(batch.num_tokens[i] for i in longest) >= max(
+        batch.num_tokens[i] for i in range(40) if i not in longest
+    )
     highest, _, _ = selector(strategy="highest_loss").select(batch)
     assert highest == sorted(batch.losses.topk(20).indices.tolist())
     structured, _, report = selector(strategy="structured_random").select(batch)
@@ -119,7 +129,9 @@ def test_warm_up_is_structured_random():
 def test_warm_up_counts_steps_not_selections():
     batch = batch_of()
     warm, plain = selector(warmup_steps=3, interval=2), selector(strategy="structured_random")
-    assert [warm.select(batch)[0] for _ in range(2)] == [plain.select(batch)[0] for _ in range(2)]  # steps 0 to 3
+    assert [warm.select(batch)[0] for _ in range(2)] == [
+        plain.select(batch)[0] for _ in range(2)
+    ]  # steps 0 to 3
     assert warm.strategy == "greedy"
 
 
@@ -161,7 +173,12 @@ def test_quotas_of_the_configuration():
     batch = batch_of()
     asked = {"a": 15, "d": 5}
     places, _, report = selector(source_column="source", quotas=asked).select(batch)
-    assert report.quotas == {"a": 15, "b": 1, "c": 0, "d": 4}  # d has 4; what lacks goes to b, which has most left
+    assert report.quotas == {
+        "a": 15,
+        "b": 1,
+        "c": 0,
+        "d": 4,
+    }  # d has 4; what lacks goes to b, which has most left
     assert len(places) == 20
 
 

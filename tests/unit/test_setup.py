@@ -10,10 +10,23 @@ from pathlib import Path
 
 import pytest
 
-from zods.launching import report_stale_locks
+from zods.comm.process import report_stale_locks
 
 REPOSITORY = Path(__file__).parents[2]
-NEEDED = ("bash", "cat", "cut", "dirname", "env", "grep", "head", "id", "mkdir", "rm", "sha256sum", "touch")
+NEEDED = (
+    "bash",
+    "cat",
+    "cut",
+    "dirname",
+    "env",
+    "grep",
+    "head",
+    "id",
+    "mkdir",
+    "rm",
+    "sha256sum",
+    "touch",
+)
 
 
 @pytest.fixture
@@ -60,7 +73,8 @@ def test_missing_system_packages_are_one_line_to_run_where_they_cannot_be_instal
 
 
 @pytest.mark.parametrize(
-    ("python", "said"), [("no-such-python", "there is no no-such-python"), ("old-python", "is Python 3.9")]
+    ("python", "said"),
+    [("no-such-python", "there is no no-such-python"), ("old-python", "is Python 3.9")],
 )
 def test_a_python_that_will_not_do_is_one_line(tree, programs, python, said):
     old = programs / "old-python"  # answers as an older Python does: there is none here to ask
@@ -97,8 +111,14 @@ def test_a_broken_environment_is_made_anew(tree, leave):
     assert not (tree / ".venv" / "leftover").exists()
     assert told.returncode == 1
     assert told.stderr.splitlines()[-1].startswith("zods: installing failed")
-    assert (tree / ".venv" / "zods-installing").exists(), "the next start knows that this one did not end"
-    subprocess.run([tree / ".venv" / "bin" / "python", "-m", "pip", "--version"], check=True, stdout=subprocess.DEVNULL)
+    assert (tree / ".venv" / "zods-installing").exists(), (
+        "the next start knows that this one did not end"
+    )
+    subprocess.run(
+        [tree / ".venv" / "bin" / "python", "-m", "pip", "--version"],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
 
 
 def locks(folder: Path) -> str:
@@ -109,7 +129,9 @@ sys.path.insert(0, {str(REPOSITORY / "launch")!r})
 from build_ops import remove_stale_locks
 remove_stale_locks(Path({str(folder)!r}))
 """
-    return subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stderr
+    return subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True, text=True
+    ).stderr
 
 
 def test_a_lock_that_a_killed_build_left_is_reported_and_removed_and_that_of_a_living_one_stays(
@@ -122,15 +144,15 @@ def test_a_lock_that_a_killed_build_left_is_reported_and_removed_and_that_of_a_l
     (tmp_path / "killed_op").mkdir()
     living = FileBaton(str(tmp_path / "living_op" / "lock"))
     assert living.try_acquire()
-    script = (
-        "import os, sys; os.open(sys.argv[1], os.O_CREAT | os.O_EXCL); os.kill(os.getpid(), 9)"  # as FileBaton does
-    )
+    script = "import os, sys; os.open(sys.argv[1], os.O_CREAT | os.O_EXCL); os.kill(os.getpid(), 9)"  # as FileBaton does
     subprocess.run([sys.executable, "-c", script, tmp_path / "killed_op" / "lock"], check=False)
     assert (tmp_path / "killed_op" / "lock").exists()
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     report_stale_locks()
     (told,) = caplog.messages  # of the killed build only
-    assert told.startswith(f"{tmp_path / 'killed_op' / 'lock'}: no process of this machine holds it.")
+    assert told.startswith(
+        f"{tmp_path / 'killed_op' / 'lock'}: no process of this machine holds it."
+    )
     said = locks(tmp_path)
     assert f"removing {tmp_path / 'killed_op' / 'lock'}" in said
     assert f"waiting for process {os.getpid()}, which builds living_op" in said

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from zods.steps import StepLoss
+from zods.training.step_outputs import StepLoss
 
 
 @pytest.fixture
@@ -37,7 +37,12 @@ def test_what_is_computed_from_the_loss_is_a_plain_tensor(loss: StepLoss):
         sum([loss, loss]),
     ]
     assert all(type(value) is torch.Tensor for value in found)
-    assert (float(loss), loss.item(), f"{loss:.2f}", str(loss)) == (2.5, 2.5, "2.50", "tensor(2.5000)")
+    assert (float(loss), loss.item(), f"{loss:.2f}", str(loss)) == (
+        2.5,
+        2.5,
+        "2.50",
+        "tensor(2.5000)",
+    )
     assert np.mean([loss, loss]) == 2.5
 
 

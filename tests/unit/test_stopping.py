@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tests.distributed.ranks import REPOSITORY, environment_of_ranks, master_port
-from zods.stopping import StopRequest
+from zods.comm.stop_request import StopRequest
 
 SCRIPT = REPOSITORY / "tests" / "distributed" / "scripts" / "stopping.py"
 RUN = "import subprocess, sys; subprocess.run([sys.executable, *sys.argv[1:]])"
@@ -22,7 +22,9 @@ RUN = "import subprocess, sys; subprocess.run([sys.executable, *sys.argv[1:]])"
 @contextmanager
 def started(*command: str) -> Iterator[subprocess.Popen]:
     """The process, in a session of its own that is killed at the end."""
-    process = subprocess.Popen(command, env=environment_of_ranks(), start_new_session=True, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, env=environment_of_ranks(), start_new_session=True, stdout=subprocess.DEVNULL
+    )
     try:
         yield process
     finally:
@@ -67,7 +69,15 @@ def test_the_end_of_the_parent_asks_but_not_that_of_any_grandparent(tmp_path: Pa
 def test_the_end_of_the_deepspeed_command_asks_though_its_launch_py_goes_on(tmp_path: Path):
     deepspeed = str(Path(sys.executable).parent / "deepspeed")
     with master_port() as port:
-        command = [deepspeed, "--num_gpus", "1", "--master_port", str(port), str(SCRIPT), str(tmp_path)]
+        command = [
+            deepspeed,
+            "--num_gpus",
+            "1",
+            "--master_port",
+            str(port),
+            str(SCRIPT),
+            str(tmp_path),
+        ]
         with started(*command) as runner:
             launch_py = json.loads(wait_for(tmp_path / "listening"))["parent"]
             assert launch_py != runner.pid

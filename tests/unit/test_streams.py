@@ -12,8 +12,9 @@ from torch.nn.utils.parametrizations import weight_norm
 from tests.helpers import bits
 from tests.unit.perturbed import EPS, example, output_at, perturbed_forward
 from zods import kernels
+from zods.core.points import Center, Point
+from zods.forward.perturbed_modules import PerturbedForward
 from zods.kernels import combine_
-from zods.streams import PerturbedForward, Point, Source
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -199,7 +200,9 @@ def made(make, dtype: torch.dtype = torch.float32) -> nn.Module:
 
 
 @torch.no_grad()
-def expected(module: nn.Module, x: Tensor, seed: int, coefficient: float, distribution: str = "gaussian") -> Tensor:
+def expected(
+    module: nn.Module, x: Tensor, seed: int, coefficient: float, distribution: str = "gaussian"
+) -> Tensor:
     """The module's output with copies of its parameters at the point, tied ones once, frozen ones as they are."""
     at = {}
     for ordinal, (name, param) in enumerate(module.named_parameters()):
@@ -223,7 +226,10 @@ def before_forward(module: nn.Module, look) -> None:
 
 def stored(module: nn.Module) -> dict[str, tuple[int, Tensor]]:
     """Where each parameter is stored, and its bits."""
-    return {name: (param.data_ptr(), bits(param)) for name, param in module.named_parameters(remove_duplicate=False)}
+    return {
+        name: (param.data_ptr(), bits(param))
+        for name, param in module.named_parameters(remove_duplicate=False)
+    }
 
 
 def assert_as_stored(module: nn.Module, before: dict[str, tuple[int, Tensor]]) -> None:
@@ -281,7 +287,9 @@ def test_frozen_parameters_are_not_touched():
         param.requires_grad_(False)
     seen = []
     for child in module.modules():
-        child.register_forward_pre_hook(lambda *_: seen.append([param.data_ptr() for param in frozen]))
+        child.register_forward_pre_hook(
+            lambda *_: seen.append([param.data_ptr() for param in frozen])
+        )
     forward_at = perturbed_forward(module)
     got = output_at(forward_at, module, x, Point(1, EPS))
     assert all(pointers == [param.data_ptr() for param in frozen] for pointers in seen)
@@ -309,7 +317,11 @@ def test_a_parameter_owned_by_a_running_module_is_not_perturbed_twice(monkeypatc
     module, x = made(TiedOverLevels), example()
     forward_at = perturbed_forward(module)
     made_at = []
-    monkeypatch.setattr(kernels, "combine_", lambda out, **kw: made_at.append(kw["parameter"]) or combine_(out, **kw))
+    monkeypatch.setattr(
+        kernels,
+        "combine_",
+        lambda out, **kw: made_at.append(kw["parameter"]) or combine_(out, **kw),
+    )
     output_at(forward_at, module, x, Point(1, EPS))
     assert sorted(made_at) == [0, 1, 1]  # the weight once, the child's own bias per call
 
@@ -322,7 +334,7 @@ def test_a_point_at_another_source_starts_there_and_not_at_the_parameters():
 
     def source(parameter, live):
         assert live.data_ptr() == parameter.param.data_ptr()
-        return Source(others[parameter.name], 0.5, (11, 12), (0.1, -0.2))
+        return Center(others[parameter.name], 0.5, (11, 12), (0.1, -0.2))
 
     at = {
         name: combine_(torch.empty_like(other), weight=other, scale=0.5, seeds=[11, 12, 7],
@@ -441,7 +453,9 @@ def test_an_exception_in_a_forward_leaves_every_stored_bit_and_the_next_forward_
 
 
 @pytest.mark.parametrize("where", PLACES)
-def test_an_exception_that_a_module_handles_itself_leaves_the_rest_of_its_forward_at_the_point(where):
+def test_an_exception_that_a_module_handles_itself_leaves_the_rest_of_its_forward_at_the_point(
+    where,
+):
     (module, forward_at), x = broken(True, where), example()
     before = stored(module)
     module.inner[1].fails = True
@@ -457,7 +471,13 @@ def test_an_exception_that_a_module_handles_itself_leaves_no_copy_behind():
 
     def look():
         if home:  # not while observed, for this reads the parameters too
-            away.append({name for name, param in module.named_parameters() if param.data_ptr() != home.get(name)})
+            away.append(
+                {
+                    name
+                    for name, param in module.named_parameters()
+                    if param.data_ptr() != home.get(name)
+                }
+            )
 
     before_forward(module.linear, look)
     forward_at = perturbed_forward(module)
@@ -499,7 +519,9 @@ def test_one_module_has_a_perturbed_copy_at_a_time(monkeypatch):
         storage = out.untyped_storage()
         memory[storage.data_ptr()] = (StorageWeakRef(storage), storage.nbytes())
         filled += out.nbytes
-        peak = max(peak, sum(size for reference, size in memory.values() if not reference.expired()))
+        peak = max(
+            peak, sum(size for reference, size in memory.values() if not reference.expired())
+        )
         return combine_(out, **kwargs)
 
     monkeypatch.setattr(kernels, "combine_", watched)
@@ -516,7 +538,9 @@ def test_while_a_module_runs_no_other_has_a_copy():
 
     def look(name: str) -> None:
         if home:  # not while observed, for this reads the parameters too
-            away.append((name, {n for n, p in module.named_parameters() if p.data_ptr() != home.get(n)}))
+            away.append(
+                (name, {n for n, p in module.named_parameters() if p.data_ptr() != home.get(n)})
+            )
 
     for name, child in module.named_modules():
         before_forward(child, functools.partial(look, name))

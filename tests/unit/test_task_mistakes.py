@@ -7,25 +7,61 @@ import datasets
 import pytest
 from tiny_tasks import CLASSES, OF_MODEL, ORDERS, REVIEWS, WORDS, make_task, make_tokenizer, reviews
 
+from zods.cli.options import DataArguments
 from zods.finetune import load_parts
-from zods.options import DataArguments
 from zods.tasks import build_task, check_rows, check_token_ids, load_examples, read_escapes
 
 
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("summary", {}, "unknown task 'summary'; allowed are classification, prompted, instruction"),
-        ("classification", {"template": "{text}"}, "classification does not use template .*text_pair_column"),
+        (
+            "summary",
+            {},
+            "unknown task 'summary'; allowed are classification, prompted, instruction",
+        ),
+        (
+            "classification",
+            {"template": "{text}"},
+            "classification does not use template .*text_pair_column",
+        ),
         ("prompted", {"text_column": "text"}, "prompted does not use text_column"),
-        ("instruction", {"dataset": ORDERS, "label_words": WORDS}, "instruction does not use label_words"),
+        (
+            "instruction",
+            {"dataset": ORDERS, "label_words": WORDS},
+            "instruction does not use label_words",
+        ),
         ("instruction", {"template": "{a} {b}", "prompt_column": "a"}, "either a template"),
-        ("classification", {"text_column": "body"}, "no column 'body'; its columns are text, label"),
-        ("classification", {"label_column": "stars"}, "no column 'stars'; its columns are text, label"),
-        ("classification", {"text_column": "label"}, "column 'label' must hold text; it holds .*int64"),
-        ("classification", {"dataset": reviews(label=[0.5, 1.0])}, "'label' must hold integers, booleans or text"),
-        ("classification", {"dataset": reviews(label=["x", ""])}, r"only \('x',\), and 1 rows without a label"),
-        ("classification", {"dataset": reviews(label=[3, 3])}, r"at least two labels; .* only \(3,\)"),
+        (
+            "classification",
+            {"text_column": "body"},
+            "no column 'body'; its columns are text, label",
+        ),
+        (
+            "classification",
+            {"label_column": "stars"},
+            "no column 'stars'; its columns are text, label",
+        ),
+        (
+            "classification",
+            {"text_column": "label"},
+            "column 'label' must hold text; it holds .*int64",
+        ),
+        (
+            "classification",
+            {"dataset": reviews(label=[0.5, 1.0])},
+            "'label' must hold integers, booleans or text",
+        ),
+        (
+            "classification",
+            {"dataset": reviews(label=["x", ""])},
+            r"only \('x',\), and 1 rows without a label",
+        ),
+        (
+            "classification",
+            {"dataset": reviews(label=[3, 3])},
+            r"at least two labels; .* only \(3,\)",
+        ),
         ("classification", {"max_length": 1}, "max_length 1 is too short"),
         ("prompted", {"template": None}, "needs a template"),
         (
@@ -39,15 +75,29 @@ from zods.tasks import build_task, check_rows, check_token_ids, load_examples, r
         ("prompted", {"template": "{text!r} {label}"}, "a column's name in braces"),
         ("prompted", {"template": "{text {label}"}, "braces"),
         ("prompted", {"template": "{body} {label}"}, "no column 'body'"),
-        ("prompted", {"label_words": ["bad"]}, "label_words gives 1 word; give one for each of the labels"),
-        ("prompted", {"label_words": ["great", "great"]}, "'great' and 'great' have the same tokens"),
+        (
+            "prompted",
+            {"label_words": ["bad"]},
+            "label_words gives 1 word; give one for each of the labels",
+        ),
+        (
+            "prompted",
+            {"label_words": ["great", "great"]},
+            "'great' and 'great' have the same tokens",
+        ),
         ("prompted", {"label_words": ["great", " "]}, "label word ' ' has no tokens"),
         ("prompted", {"dataset": reviews(label=["x", "y"])}, "rename integer labels"),
         ("prompted", {"max_length": 5}, "max_length 5 is too short .* they need"),
-        ("instruction", {"dataset": ORDERS, "max_length": 3}, "max_length 3 is too short .* they need"),
+        (
+            "instruction",
+            {"dataset": ORDERS, "max_length": 3},
+            "max_length 3 is too short .* they need",
+        ),
     ],
 )
-def test_a_wrong_setting_is_an_error_that_names_it_before_any_model_is_loaded(name, settings, message):
+def test_a_wrong_setting_is_an_error_that_names_it_before_any_model_is_loaded(
+    name, settings, message
+):
     with pytest.raises(ValueError, match=message):
         make_task(name, **{"dataset": reviews(), **settings})
 
@@ -55,13 +105,21 @@ def test_a_wrong_setting_is_an_error_that_names_it_before_any_model_is_loaded(na
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("classification", reviews(label=[1, 2]), r"row 1: .*label 2; the 2 labels .* are 0 \(0\), 1 \(1\)"),
+        (
+            "classification",
+            reviews(label=[1, 2]),
+            r"row 1: .*label 2; the 2 labels .* are 0 \(0\), 1 \(1\)",
+        ),
         ("classification", reviews(text=["a", " "]), "row 1: blank text in 'text'"),
         ("classification", reviews(text=["a", None]), "row 1: no text in column 'text'"),
         ("prompted", reviews(label=[5, 0]), r"row 0: .*label 5; .* 0 \(terrible\), 1 \(great\)"),
         ("prompted", reviews(text=["", "b"]), "row 0: blank text"),
         ("prompted", reviews(label=[None, 1]), "row 0: no label in column 'label'"),
-        ("instruction", ORDERS.select([0]).map(lambda row: {"output": " "}), "row 0: blank text in 'output'"),
+        (
+            "instruction",
+            ORDERS.select([0]).map(lambda row: {"output": " "}),
+            "row 0: blank text in 'output'",
+        ),
         ("instruction", reviews(), "no columns 'instruction', 'output'"),
     ],
 )
@@ -73,7 +131,9 @@ def test_a_wrong_row_in_held_out_data_is_an_error_that_names_row_and_value(name,
 def test_an_unlabelled_row_of_a_hub_dataset_is_an_error():
     data = reviews(label=[0, -1]).cast(CLASSES)
     task = make_task("classification", "bert", reviews().cast(CLASSES), max_length=8)
-    with pytest.raises(ValueError, match=r"row 1: .*label -1; the 2 labels .* are 0 \(bad\), 1 \(good\)"):
+    with pytest.raises(
+        ValueError, match=r"row 1: .*label -1; the 2 labels .* are 0 \(bad\), 1 \(good\)"
+    ):
         task.prepare(data)
 
 
@@ -86,10 +146,18 @@ def test_a_tokenizer_without_the_tokens_a_task_needs_is_an_error():
         build_task("classification", tokenizer, REVIEWS, max_length=8, **OF_MODEL)
 
 
-def test_mistakes_of_all_sources_are_told_at_once_by_the_lines_of_their_files(tmp_path, monkeypatch):
+def test_mistakes_of_all_sources_are_told_at_once_by_the_lines_of_their_files(
+    tmp_path, monkeypatch
+):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     rows = [{"text": f"t{i}", "label": "ab"[i % 2]} for i in range(20)]
-    bad = {3: {"text": " "}, 7: {"text": None}, 11: {"label": ""}, 12: {"label": None}, 16: {"text": ""}}
+    bad = {
+        3: {"text": " "},
+        7: {"text": None},
+        11: {"label": ""},
+        12: {"label": None},
+        16: {"text": ""},
+    }
     rows = [{**row, **bad.get(i, {})} for i, row in enumerate(rows)]
     (tmp_path / "train.jsonl").write_text("\n\n" + "\n".join(map(json.dumps, rows)))
     train = load_examples(file=tmp_path / "train.jsonl", seed=0, keep_rows=True).shuffle(seed=1)
@@ -109,7 +177,8 @@ def test_mistakes_of_all_sources_are_told_at_once_by_the_lines_of_their_files(tm
 def test_a_missing_column_is_named_with_its_source_beside_the_mistakes_of_the_others():
     task = make_task("classification", "bert", reviews())
     with pytest.raises(
-        ValueError, match=r"dev.csv: the data has no columns 'text', 'label'.*; train.csv, line 1: blank text"
+        ValueError,
+        match=r"dev.csv: the data has no columns 'text', 'label'.*; train.csv, line 1: blank text",
     ):
         check_rows(task, [(reviews(text=["a", ""]), "train.csv, line"), (ORDERS, "dev.csv, line")])
 
@@ -117,8 +186,12 @@ def test_a_missing_column_is_named_with_its_source_beside_the_mistakes_of_the_ot
 def test_what_makes_training_and_validation_files_unreadable_is_told_together(tmp_path):
     (tmp_path / "train.csv").write_text("text,label\na,b,c\n")
     (tmp_path / "dev.json").write_text('{"rows": []}')
-    files = DataArguments(train_file=str(tmp_path / "train.csv"), validation_file=str(tmp_path / "dev.json"))
-    with pytest.raises(ValueError, match=r"train\.csv, line 2: 3 fields.*; .*dev\.json: one JSON object"):
+    files = DataArguments(
+        train_file=str(tmp_path / "train.csv"), validation_file=str(tmp_path / "dev.json")
+    )
+    with pytest.raises(
+        ValueError, match=r"train\.csv, line 2: 3 fields.*; .*dev\.json: one JSON object"
+    ):
         load_parts(files, seed=0)
 
 
@@ -137,7 +210,8 @@ def test_a_value_that_is_no_text_is_named_where_the_rest_of_the_column_is(tmp_pa
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     data = load_examples(file=tmp_path / "a.jsonl", seed=0, keep_rows=True)
     with pytest.raises(
-        ValueError, match=r"a, line 3: column 'instruction' holds \[\"say\", \"two\"\], which is no text"
+        ValueError,
+        match=r"a, line 3: column 'instruction' holds \[\"say\", \"two\"\], which is no text",
     ):
         make_task("instruction", dataset=data).prepare(data, "a, line")
 
@@ -152,13 +226,21 @@ def test_a_row_without_a_token_before_its_answer_is_named():
 
 @pytest.mark.parametrize(
     ("written", "read"),
-    [(r"{a}\n{b}", "{a}\n{b}"), (r"{a}\t{b}", "{a}\t{b}"), (r"\r\\n{a}", "\r\\n{a}"), (r"\\\n", "\\\n"), ("a", "a")],
+    [
+        (r"{a}\n{b}", "{a}\n{b}"),
+        (r"{a}\t{b}", "{a}\t{b}"),
+        (r"\r\\n{a}", "\r\\n{a}"),
+        (r"\\\n", "\\\n"),
+        ("a", "a"),
+    ],
 )
 def test_escapes_of_a_template_are_read_as_in_python(written, read):
     assert read_escapes(written, "--template") == read
 
 
-@pytest.mark.parametrize(("text", "found"), [(r"{a}\d{b}", r"\d"), ("{a}\\", "\\"), (r"\x41", r"\x"), (r"\\\{", r"\{")])
+@pytest.mark.parametrize(
+    ("text", "found"), [(r"{a}\d{b}", r"\d"), ("{a}\\", "\\"), (r"\x41", r"\x"), (r"\\\{", r"\{")]
+)
 def test_another_escape_is_an_error_that_names_it(text, found):
     with pytest.raises(ValueError, match=re.escape(f"--template: found {found!r}, allowed are")):
         read_escapes(text, "--template")
@@ -173,7 +255,13 @@ def test_a_pad_token_that_the_model_does_not_embed_gives_way_to_one_that_it_does
     assert task.tokenizer.pad_token_id == size
     settings = {"template": "{text} {label}"} if name == "prompted" else {}
     data = ORDERS if name == "instruction" else REVIEWS
-    task = build_task(name, task.tokenizer, data, max_length=64, **{**OF_MODEL, **settings, "num_embeddings": size})
+    task = build_task(
+        name,
+        task.tokenizer,
+        data,
+        max_length=64,
+        **{**OF_MODEL, **settings, "num_embeddings": size},
+    )
     rows = list(task.prepare(data))
     batch = task.collate(rows)
     assert not batch["attention_mask"].all()
@@ -188,7 +276,10 @@ def test_a_token_of_the_data_beyond_the_embedding_is_named_with_both_sizes(name)
     prepared, size = task.prepare(data), len(task.tokenizer)
     check_token_ids(prepared, size, task.tokenizer)
     task.tokenizer.add_tokens(["fun", "six"])
-    with pytest.raises(ValueError, match=rf"token \d+ \('(fun|six)'\), but the model embeds {size} .* has {size + 2}"):
+    with pytest.raises(
+        ValueError,
+        match=rf"token \d+ \('(fun|six)'\), but the model embeds {size} .* has {size + 2}",
+    ):
         check_token_ids(task.prepare(data), size, task.tokenizer)
 
 
@@ -211,8 +302,16 @@ def test_the_classes_found_are_told_with_their_numbers(caplog):
             {"text_column": "n"},
             "train.jsonl: the data has no column 'label'; .*; column 'n' must hold text",
         ),
-        ("prompted", {"template": "{a} {b} {label}"}, "train.jsonl: the data has no columns 'a', 'b', 'label'"),
-        ("instruction", {}, "train.jsonl: the data has no columns 'instruction', 'output'; its columns are text, n$"),
+        (
+            "prompted",
+            {"template": "{a} {b} {label}"},
+            "train.jsonl: the data has no columns 'a', 'b', 'label'",
+        ),
+        (
+            "instruction",
+            {},
+            "train.jsonl: the data has no columns 'instruction', 'output'; its columns are text, n$",
+        ),
     ],
 )
 def test_all_wrong_columns_are_told_at_once_with_the_file_and_its_own_columns(
@@ -223,4 +322,6 @@ def test_all_wrong_columns_are_told_at_once_with_the_file_and_its_own_columns(
     data = load_examples(file=tmp_path / "train.jsonl", seed=0, keep_rows=True)
     tokenizer = make_tokenizer("llama")
     with pytest.raises(ValueError, match=said):
-        build_task(name, tokenizer, data, max_length=8, **OF_MODEL, **settings, source="train.jsonl")
+        build_task(
+            name, tokenizer, data, max_length=8, **OF_MODEL, **settings, source="train.jsonl"
+        )

@@ -11,7 +11,11 @@ import pytest
 
 from zods.tasks import load_examples, split_held_out
 
-ROWS = [{"text": 'a "quoted" word', "label": 0}, {"text": "NA", "label": 1}, {"text": "ünïcode", "label": 1}]
+ROWS = [
+    {"text": 'a "quoted" word', "label": 0},
+    {"text": "NA", "label": 1},
+    {"text": "ünïcode", "label": 1},
+]
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +61,8 @@ def test_column_names_make_the_first_line_of_a_headerless_file_a_row(tmp_path):
     rows = load_examples(file=path, column_names=["text", "label"], seed=0).to_list()
     assert rows == [{"text": '"good', "label": 1}, {"text": 'bad"', "label": 0}]
     with pytest.raises(
-        ValueError, match=r"data.tsv, line 1: 2 fields. Each row needs 1 fields, .* in column_names \(text\)"
+        ValueError,
+        match=r"data.tsv, line 1: 2 fields. Each row needs 1 fields, .* in column_names \(text\)",
     ):
         load_examples(file=path, column_names=["text"], seed=0)
 
@@ -78,7 +83,11 @@ def test_column_names_make_the_first_line_of_a_headerless_file_a_row(tmp_path):
         ("a.jsonl", "", r"a\.jsonl holds no examples"),
         ("a.tsv", "", r"a\.tsv holds no examples"),
         ("a.parquet", "no parquet", r"a\.parquet holds no examples that can be read as \.parquet"),
-        ("a.txt", "text", r"unknown extension '\.txt'; allowed are \.json, \.jsonl, \.csv, \.tsv, \.parquet"),
+        (
+            "a.txt",
+            "text",
+            r"unknown extension '\.txt'; allowed are \.json, \.jsonl, \.csv, \.tsv, \.parquet",
+        ),
     ],
 )
 def test_a_file_that_cannot_be_read_is_named_with_the_reason(tmp_path, name, text, message):
@@ -90,16 +99,40 @@ def test_a_file_that_cannot_be_read_is_named_with_the_reason(tmp_path, name, tex
     ("name", "text", "message"),
     [
         ("a.csv", "a,b\n1\n2,3\n4\n5,6,7\n", r"a\.csv, line 2, 4: 1 field; .*line 5: 3 fields"),
-        ("a.csv", "text,label\nfine,0,\npoor,1,\n", r"line 2, 3: 3 fields.*remove a comma at the end of a line"),
+        (
+            "a.csv",
+            "text,label\nfine,0,\npoor,1,\n",
+            r"line 2, 3: 3 fields.*remove a comma at the end of a line",
+        ),
         ("a.csv", "id,text\n1,Poor, first\n2,Good, second\n", r"line 2, 3: 3 fields"),
-        ("a.csv", 'a,b\n"x" y,1\nz,2\n"x" z,3\n', r"line 2, 4: a quoted field goes on after its closing quote"),
-        ("a.csv", 'a,b\nx,1\n"y,2\nz,3\n', r"line 3: a field begins with a quote that is never closed"),
+        (
+            "a.csv",
+            'a,b\n"x" y,1\nz,2\n"x" z,3\n',
+            r"line 2, 4: a quoted field goes on after its closing quote",
+        ),
+        (
+            "a.csv",
+            'a,b\nx,1\n"y,2\nz,3\n',
+            r"line 3: a field begins with a quote that is never closed",
+        ),
         ("a.csv", "a,b,a\n1,2,3\n", r"a\.csv, line 1: the header names 'a' twice"),
         ("a.tsv", 'a\tb\n"x\n"y\t1\nz\n', r"line 2, 4: 1 field"),
-        ("a.jsonl", '{"a": 1}\n{"a"\n[1]\n{"a": 2}\n{"a"\n', r"line 2, 5: malformed JSON: .*line 3: a JSON list"),
-        ("a.json", '[{"a": 1},\n\n3,\n{"a": 2},\n"x"]', r"line 3: a JSON int, not an object; .*line 5: a JSON str"),
+        (
+            "a.jsonl",
+            '{"a": 1}\n{"a"\n[1]\n{"a": 2}\n{"a"\n',
+            r"line 2, 5: malformed JSON: .*line 3: a JSON list",
+        ),
+        (
+            "a.json",
+            '[{"a": 1},\n\n3,\n{"a": 2},\n"x"]',
+            r"line 3: a JSON int, not an object; .*line 5: a JSON str",
+        ),
         ("a.json", '[{"a": 1}]\n[{"a": 2}]', r"line 2: malformed JSON: Extra data after the list"),
-        ("a.csv", "a\n" + "x,1\n" * 30, r"line 2, 3, 4, 5, 6, 7, 8, 9 and 22 more \(30 in all\): 2 fields"),
+        (
+            "a.csv",
+            "a\n" + "x,1\n" * 30,
+            r"line 2, 3, 4, 5, 6, 7, 8, 9 and 22 more \(30 in all\): 2 fields",
+        ),
     ],
 )
 def test_all_rows_that_cannot_be_read_are_named_by_line_at_once(tmp_path, name, text, message):
@@ -110,18 +143,26 @@ def test_all_rows_that_cannot_be_read_are_named_by_line_at_once(tmp_path, name, 
 @pytest.mark.parametrize(
     ("text", "keys", "way"),
     [
-        ('{"rows": [{"a": 1}, {"a": 2}], "version": 1}', "'rows', 'version'", r"Write the list under 'rows'"),
+        (
+            '{"rows": [{"a": 1}, {"a": 2}], "version": 1}',
+            "'rows', 'version'",
+            r"Write the list under 'rows'",
+        ),
         ('{\n  "a": [1, 2],\n  "b": [3, 4]\n}', "'a', 'b'", ""),
         ('{"0": {"a": 1},\n "1": {"a": 2}}', "'0', '1'", ""),
     ],
 )
 def test_a_json_file_that_is_one_object_is_refused_whatever_its_lines(tmp_path, text, keys, way):
-    with pytest.raises(ValueError, match=rf"one JSON object with the keys {keys}; a list of rows is needed.*{way}"):
+    with pytest.raises(
+        ValueError, match=rf"one JSON object with the keys {keys}; a list of rows is needed.*{way}"
+    ):
         load_examples(file=write(tmp_path / "a.json", text), seed=0)
 
 
 def test_one_object_in_a_line_is_a_row_of_json_lines(tmp_path):
-    assert load_examples(file=write(tmp_path / "a.jsonl", '{"a": [1, 2]}\n'), seed=0).to_list() == [{"a": [1, 2]}]
+    assert load_examples(file=write(tmp_path / "a.jsonl", '{"a": [1, 2]}\n'), seed=0).to_list() == [
+        {"a": [1, 2]}
+    ]
 
 
 @pytest.mark.parametrize(
@@ -132,24 +173,42 @@ def test_one_object_in_a_line_is_a_row_of_json_lines(tmp_path):
             "text,label\nx,1\nna\u00efve,0\n\u00fc,1\n".encode("latin1"),
             r"line 3, 4: .*0xef, in line 3.*latin1",
         ),
-        ("a.jsonl", '{"a": 1}\n{"b": "\u00e9"}\n'.encode("cp1252"), r"line 2: .*0xe9.*iconv -f latin1 -t utf-8"),
-        ("a.tsv", "a\tb\n1\t2\n".encode("utf-16"), r"the byte order mark of UTF-16.*iconv -f utf-16 -t utf-8"),
+        (
+            "a.jsonl",
+            '{"a": 1}\n{"b": "\u00e9"}\n'.encode("cp1252"),
+            r"line 2: .*0xe9.*iconv -f latin1 -t utf-8",
+        ),
+        (
+            "a.tsv",
+            "a\tb\n1\t2\n".encode("utf-16"),
+            r"the byte order mark of UTF-16.*iconv -f utf-16 -t utf-8",
+        ),
         ("a.json", '[{"a": 1}]'.encode("utf-16-be"), r"line 1 has a zero byte"),
-        ("a.csv.gz", gzip.compress("a,b\n\u00e9,1\n".encode("latin1")), r"zcat .*a\.csv\.gz \| iconv -f latin1"),
+        (
+            "a.csv.gz",
+            gzip.compress("a,b\n\u00e9,1\n".encode("latin1")),
+            r"zcat .*a\.csv\.gz \| iconv -f latin1",
+        ),
         ("a.csv.gz", gzip.compress(b"a,b\nx,1\n")[:-9], r"a\.csv\.gz: damaged or truncated"),
     ],
 )
 @pytest.mark.parametrize("named", [False, True])
-def test_a_file_of_another_encoding_is_named_with_line_byte_and_conversion(tmp_path, name, content, message, named):
+def test_a_file_of_another_encoding_is_named_with_line_byte_and_conversion(
+    tmp_path, name, content, message, named
+):
     (tmp_path / name).write_bytes(content)
     columns = ["x", "y"] if named and "json" not in name else None
     with pytest.raises(ValueError, match=rf"{name}.*{message}" if "gz" not in name else message):
         load_examples(file=tmp_path / name, column_names=columns, seed=0)
 
 
-def test_quotes_of_a_tsv_are_undone_where_they_enclose_a_field_and_are_characters_elsewhere(tmp_path, caplog):
+def test_quotes_of_a_tsv_are_undone_where_they_enclose_a_field_and_are_characters_elsewhere(
+    tmp_path, caplog
+):
     lines = ['say "hi"\t0', '"all ""of"" it"\t1', '"so" he said\t0', "it's\t1", '"\t0', '""\t1']
-    rows = load_examples(file=write(tmp_path / "a.tsv", "text\tlabel\n" + "\n".join(lines)), seed=0)["text"]
+    rows = load_examples(
+        file=write(tmp_path / "a.tsv", "text\tlabel\n" + "\n".join(lines)), seed=0
+    )["text"]
     assert list(rows) == ['say "hi"', 'all "of" it', '"so" he said', "it's", '"', ""]
     assert "line 4, 6: a quote that does not belong to a pair around a whole field" in caplog.text
 
@@ -180,11 +239,20 @@ DEEP = "[" * 200_000 + "]" * 200_000
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ('{"text": "smile \\ud83d", "label": 0}', r"column 'text' holds half of a character, \\ud83d"),
-        ('{"text": "a", "label": {"\\udc00": 1}}', r"column 'label' holds half of a character, \\udc00"),
+        (
+            '{"text": "smile \\ud83d", "label": 0}',
+            r"column 'text' holds half of a character, \\ud83d",
+        ),
+        (
+            '{"text": "a", "label": {"\\udc00": 1}}',
+            r"column 'label' holds half of a character, \\udc00",
+        ),
         ('{"te\\ud83dxt": "a"}', r"column 'te\\ud83dxt' holds half of a character"),
         ('{"text": ' + DEEP + "}", "inside each other, more than 100 deep"),
-        ('{"text": ' + '{"a": ' * 400 + "1" + "}" * 401, "column 'text' holds JSON .* more than 100 deep"),
+        (
+            '{"text": ' + '{"a": ' * 400 + "1" + "}" * 401,
+            "column 'text' holds JSON .* more than 100 deep",
+        ),
         ('{"text": "a", "__row__": 4}', "column name __row__ is reserved"),
         ('{"__not_text__": "a"}', "column name __not_text__ is reserved"),
     ],
@@ -212,10 +280,14 @@ def test_reserved_column_names_are_refused_in_a_header_too(tmp_path):
 
 
 @pytest.mark.parametrize(("extension", "delimiter"), [(".csv", ","), (".tsv", "\t")])
-def test_a_delimiter_at_the_end_of_each_row_does_not_make_its_first_field_a_row_name(tmp_path, extension, delimiter):
+def test_a_delimiter_at_the_end_of_each_row_does_not_make_its_first_field_a_row_name(
+    tmp_path, extension, delimiter
+):
     rows = [("text", "label"), ("Poor", "no", ""), ("Good", "yes", "")]
     text = "\n".join(delimiter.join(f'"{field}"' if field else "" for field in row) for row in rows)
-    with pytest.raises(ValueError, match=r"line 2, 3: 3 fields\. .*remove a \w+ at the end of a line"):
+    with pytest.raises(
+        ValueError, match=r"line 2, 3: 3 fields\. .*remove a \w+ at the end of a line"
+    ):
         load_examples(file=write(tmp_path / f"a{extension}", text), seed=0)
 
 
@@ -224,7 +296,9 @@ def test_a_type_that_changes_in_the_last_row_holds_for_the_whole_column(tmp_path
     rows = [{"id": i, "share": i, "flag": True, "label": i % 2} for i in range(12000)]
     rows.append({"id": "last", "share": 0.5, "flag": "maybe", "label": None})
     if extension == ".csv":
-        lines = [",".join("" if value is None else str(value) for value in row.values()) for row in rows]
+        lines = [
+            ",".join("" if value is None else str(value) for value in row.values()) for row in rows
+        ]
         text = "id,share,flag,label\n" + "\n".join(lines)
     else:
         text = "\n".join(map(json.dumps, rows)) if extension == ".jsonl" else json.dumps(rows)
@@ -232,13 +306,25 @@ def test_a_type_that_changes_in_the_last_row_holds_for_the_whole_column(tmp_path
     assert {name: feature.dtype for name, feature in examples.features.items()} == {
         "id": "string", "share": "float64", "flag": "string", "label": "int64",
     }  # fmt: skip
-    assert examples[0] == {"id": "0", "share": 0.0, "flag": "True" if extension == ".csv" else "true", "label": 0}
+    assert examples[0] == {
+        "id": "0",
+        "share": 0.0,
+        "flag": "True" if extension == ".csv" else "true",
+        "label": 0,
+    }
     assert examples[12000] == {"id": "last", "share": 0.5, "flag": "maybe", "label": None}
 
 
 def test_nested_json_gets_one_type_over_all_rows(tmp_path):
-    rows = [{"m": [{"role": "user"}]}, {"m": [{"role": "tool", "calls": [1]}]}, {"m": None}, {"m": [{"calls": [2.5]}]}]
-    examples = load_examples(file=write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows))), seed=0)
+    rows = [
+        {"m": [{"role": "user"}]},
+        {"m": [{"role": "tool", "calls": [1]}]},
+        {"m": None},
+        {"m": [{"calls": [2.5]}]},
+    ]
+    examples = load_examples(
+        file=write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows))), seed=0
+    )
     assert examples[1]["m"] == [{"role": "tool", "calls": [1.0]}]
     assert examples[3]["m"] == [{"role": None, "calls": [2.5]}]
     assert examples[2]["m"] is None
@@ -262,7 +348,9 @@ def test_a_path_is_a_path_and_no_pattern(tmp_path, name):
 
 def test_a_changed_file_is_read_anew(tmp_path):
     for value in ("1", "2"):
-        assert load_examples(file=write(tmp_path / "a.csv", f"a\n{value}\n"), seed=0)["a"][0] == int(value)
+        assert load_examples(file=write(tmp_path / "a.csv", f"a\n{value}\n"), seed=0)["a"][
+            0
+        ] == int(value)
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):
@@ -296,7 +384,9 @@ def test_a_hub_dataset_out_of_reach_is_named_with_the_reason_and_the_remedy(monk
         raise ConnectionError("no route to the hub")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(ValueError, match=r"'nyu-mll/glue'.*'sst2'.*no route to the hub; .*pass --train_file"):
+    with pytest.raises(
+        ValueError, match=r"'nyu-mll/glue'.*'sst2'.*no route to the hub; .*pass --train_file"
+    ):
         load_examples(dataset_name="nyu-mll/glue", dataset_config="sst2", seed=0)
 
 
@@ -340,7 +430,9 @@ def test_a_held_out_size_that_leaves_a_side_empty_is_an_error(size):
 
 
 def test_the_real_sst2_loses_no_line():
-    dataset = load_examples(file=data_folder() / "sst2/train.tsv", column_names=["sentence", "label"], seed=0)
+    dataset = load_examples(
+        file=data_folder() / "sst2/train.tsv", column_names=["sentence", "label"], seed=0
+    )
     assert len(dataset) == 6920
     assert set(dataset["label"]) == {0, 1}
     assert dataset[0]["sentence"].startswith("a stirring , funny")

@@ -34,19 +34,25 @@ from transformers import (
 )
 
 import zods.tasks.task
-from zods.objectives import batch_loss
+from zods.data.objectives import batch_loss
 from zods.tasks import load_examples
 from zods.tasks.prompts import Template, tokenize_continuations
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "sentencepiece"])
 @pytest.mark.parametrize(
-    "template", [TEMPLATE, "{text} It was{label}", "{text}\nIt was  {label}", "It was {text}:{label}"]
+    "template",
+    [TEMPLATE, "{text} It was{label}", "{text}\nIt was  {label}", "It was {text}:{label}"],
 )
 def test_the_label_word_and_only_it_is_labelled(kind, template):
     task = make_task("prompted", kind, template=template)
     batch = task.collate(list(task.prepare(REVIEWS)))
-    assert [text.strip() for text in labelled_text(task, batch)] == ["great", "terrible", "great", "terrible"]
+    assert [text.strip() for text in labelled_text(task, batch)] == [
+        "great",
+        "terrible",
+        "great",
+        "terrible",
+    ]
     cue = template.removesuffix("{label}").partition("{text}")[2]
     for ids, mask, text, word in zip(
         batch["input_ids"], batch["attention_mask"], TEXTS, ["great", "terrible"] * 2, strict=True
@@ -91,7 +97,9 @@ def test_classification_tokens_are_the_tokenizers_own_for_texts_and_pairs():
     for settings, seconds in (({}, None), ({"text_pair_column": "second"}, list(pairs["second"]))):
         task = make_task("classification", "bert", pairs, max_length=8, **settings)
         batch = task.collate(list(task.prepare(pairs)))
-        expected = task.tokenizer(TEXTS, seconds, truncation=True, max_length=8, padding=True, return_tensors="pt")
+        expected = task.tokenizer(
+            TEXTS, seconds, truncation=True, max_length=8, padding=True, return_tensors="pt"
+        )
         assert batch.pop("labels").tolist() == [1, 0, 1, 0]
         assert batch.keys() == expected.keys()
         assert all(torch.equal(batch[key], expected[key]) for key in batch)
@@ -114,7 +122,9 @@ def test_a_long_prompt_loses_its_left_and_keeps_bos_cue_and_answer(max_length, c
 
 def test_a_response_survives_its_prompt_and_is_cut_at_the_right_only_where_it_cannot_fit():
     numbers = "one two three four five six"
-    long = datasets.Dataset.from_dict({"instruction": ["say " * 30 + "this"] * 2, "output": ["one", numbers * 9]})
+    long = datasets.Dataset.from_dict(
+        {"instruction": ["say " * 30 + "this"] * 2, "output": ["one", numbers * 9]}
+    )
     task = make_task("instruction", dataset=long, max_length=20)
     short, cut = task.collate(list(task.prepare(long)))["labels"]
     assert task.tokenizer.decode(short[short != -100]) == "one</s>"
@@ -154,16 +164,23 @@ def test_training_and_evaluation_losses_are_the_ones_transformers_gives_row_by_r
             assert "labels" not in inputs
             metrics = task.measure(model(**inputs), inputs, targets)
             batch = task.collate(rows)
-            training = batch_loss({"logits": model(batch["input_ids"], batch["attention_mask"]).logits}, batch)
+            training = batch_loss(
+                {"logits": model(batch["input_ids"], batch["attention_mask"]).logits}, batch
+            )
             assert training.item() == pytest.approx(model(**batch).loss.item(), rel=1e-6)
         assert metrics["loss"] == (pytest.approx(sum(own), rel=1e-5), len(rows))
 
 
 def test_the_predicted_word_has_the_highest_mean_log_probability():
-    task, model = make_task("prompted", label_words=["never ends and never starts", "great"]), llama()
+    task, model = (
+        make_task("prompted", label_words=["never ends and never starts", "great"]),
+        llama(),
+    )
     for row in task.prepare(REVIEWS):
         with torch.no_grad():
-            losses = [model(**task.collate([{**row, "answer": word}])).loss.item() for word in (0, 1)]
+            losses = [
+                model(**task.collate([{**row, "answer": word}])).loss.item() for word in (0, 1)
+            ]
             inputs, _ = task.collate_eval([row])
             outputs = model(**inputs)
         assert len(outputs.logits) == 2
@@ -183,9 +200,13 @@ def test_token_accuracy_counts_each_example_once_whatever_its_length():
     assert task.measure({"logits": logits}, inputs, targets)["accuracy"] == (1.0, 2)
 
 
-def test_classification_metrics_and_loss_are_the_ones_transformers_gives_after_a_round_trip(tmp_path):
+def test_classification_metrics_and_loss_are_the_ones_transformers_gives_after_a_round_trip(
+    tmp_path,
+):
     tiny = {"num_labels": 4, "vocab_size": 450}
-    bert = BertConfig(**tiny, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    bert = BertConfig(
+        **tiny, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
     for kind, saved in (
         ("bert", BertForSequenceClassification(bert)),
         ("gpt2", GPT2ForSequenceClassification(GPT2Config(**tiny, n_embd=16, n_layer=1, n_head=2))),
@@ -193,7 +214,9 @@ def test_classification_metrics_and_loss_are_the_ones_transformers_gives_after_a
         saved.save_pretrained(tmp_path / kind)
         task = make_task("classification", kind, label_column="topic")
         assert task.auto_class() is AutoModelForSequenceClassification
-        model = task.auto_class().from_pretrained(tmp_path / kind, ignore_mismatched_sizes=True, **task.model_kwargs())
+        model = task.auto_class().from_pretrained(
+            tmp_path / kind, ignore_mismatched_sizes=True, **task.model_kwargs()
+        )
         model.eval()
         assert model.config.id2label == {0: "a", 1: "b"}
         rows = list(task.prepare(REVIEWS))
@@ -201,13 +224,21 @@ def test_classification_metrics_and_loss_are_the_ones_transformers_gives_after_a
         with torch.no_grad():
             alone = [model(**task.collate([row])) for row in rows]
             metrics = task.measure(model(**inputs), inputs, targets)
-        assert metrics["loss"] == (pytest.approx(sum(out.loss.item() for out in alone), rel=1e-5), 4)
-        num_correct = sum(out.logits.argmax().item() == row["answer"] for out, row in zip(alone, rows, strict=True))
+        assert metrics["loss"] == (
+            pytest.approx(sum(out.loss.item() for out in alone), rel=1e-5),
+            4,
+        )
+        num_correct = sum(
+            out.logits.argmax().item() == row["answer"]
+            for out, row in zip(alone, rows, strict=True)
+        )
         assert metrics["accuracy"] == (num_correct, 4)
 
 
 def test_the_language_tasks_load_any_causal_model_without_extra_settings(tmp_path):
-    GPT2LMHeadModel(GPT2Config(vocab_size=450, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path)
+    GPT2LMHeadModel(GPT2Config(vocab_size=450, n_embd=16, n_layer=1, n_head=2)).save_pretrained(
+        tmp_path
+    )
     for name in ("prompted", "instruction"):
         task = make_task(name)
         assert task.auto_class() is AutoModelForCausalLM
@@ -222,7 +253,9 @@ def test_labels_are_the_sorted_values_or_the_names_of_the_classes():
     assert names(reviews(label=[1, -1])) == {0: "-1", 1: "1"}
     assert names(reviews(label=[1, 1]).cast(CLASSES)) == {0: "bad", 1: "good"}
     task = make_task("prompted", dataset=REVIEWS, label_column="topic", label_words=None)
-    assert [text.strip() for text in labelled_text(task, task.collate(list(task.prepare(REVIEWS))))] == list("baba")
+    assert [
+        text.strip() for text in labelled_text(task, task.collate(list(task.prepare(REVIEWS))))
+    ] == list("baba")
 
 
 @pytest.mark.parametrize(
@@ -262,17 +295,33 @@ def test_made_up_class_names_of_a_head_order_data_that_are_labelled_with_them():
 def test_token_types_are_for_models_that_have_them():
     pairs = REVIEWS.add_column("second", ["why", "", "so what", "it was terrible"])
     with_types = make_task("classification", "bert", pairs, text_pair_column="second")
-    without = make_task("classification", "bert", pairs, text_pair_column="second", has_token_types=False, max_length=8)
+    without = make_task(
+        "classification",
+        "bert",
+        pairs,
+        text_pair_column="second",
+        has_token_types=False,
+        max_length=8,
+    )
     assert with_types.collate(list(with_types.prepare(pairs)))["token_type_ids"].max() == 1
-    assert set(without.collate(list(without.prepare(pairs)))) == {"input_ids", "attention_mask", "labels"}
+    assert set(without.collate(list(without.prepare(pairs)))) == {
+        "input_ids",
+        "attention_mask",
+        "labels",
+    }
 
 
 def test_braces_and_blank_optional_fields_of_a_template_are_text():
-    data = datasets.Dataset.from_dict({"q": ["two", "six"], "hint": ["", "say"], "a": ["one", "two"]})
+    data = datasets.Dataset.from_dict(
+        {"q": ["two", "six"], "hint": ["", "say"], "a": ["one", "two"]}
+    )
     template = Template.parse("{{q}} {hint}{q}:\n{a}")
     assert (template.columns, template.cue, template.answer) == (("hint", "q"), ":\n", "a")
     assert template.prompts(data[:]) == ["{q} two:\n", "{q} saysix:\n"]
-    assert len(make_task("instruction", dataset=data, template="{{q}} {hint}{q}:\n{a}").prepare(data)) == 2
+    assert (
+        len(make_task("instruction", dataset=data, template="{{q}} {hint}{q}:\n{a}").prepare(data))
+        == 2
+    )
 
 
 PREPARE = """
@@ -299,7 +348,11 @@ def test_processes_that_prepare_the_same_data_at_once_get_the_same_rows_in_the_s
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", PREPARE, *map(str, paths), str(tmp_path / seed)],
-            env={**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache"), "PYTHONHASHSEED": seed},
+            env={
+                **os.environ,
+                "HF_DATASETS_CACHE": str(tmp_path / "cache"),
+                "PYTHONHASHSEED": seed,
+            },
         )
         for seed in ("1", "2")
     ]

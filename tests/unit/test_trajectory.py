@@ -11,12 +11,20 @@ from pathlib import Path
 import pytest
 
 from tests.mutation import rechained, with_a_record_mutated
-from zods.section import parse_section
+from zods.config.schema import parse_section
 from zods.trajectory import log as log_module
 from zods.trajectory.__main__ import main
 from zods.trajectory.compare import differences, longer
 from zods.trajectory.log import LogFile, Trajectory, parse_log, read_log
-from zods.trajectory.records import Evaluation, Header, ParameterRecord, Refresh, Run, Step, SubBatch
+from zods.trajectory.records import (
+    Evaluation,
+    Header,
+    ParameterRecord,
+    Refresh,
+    Run,
+    Step,
+    SubBatch,
+)
 
 HEADER = Header(
     "Tiny",
@@ -27,7 +35,9 @@ HEADER = Header(
     {"head.weight": "embed.weight"},
     (24, "0123456789abcdef"),
 )
-SVRG = parse_section({"method": "mezo_svrg", "anchor": {"point": "terms", "gradient": "nvme", "nvme_path": "/drive"}})
+SVRG = parse_section(
+    {"method": "mezo_svrg", "anchor": {"point": "terms", "gradient": "nvme", "nvme_path": "/drive"}}
+)
 CONFIGURED = Run(0, SVRG, 8, 2, {"zero_stage": 3})
 RECORDS = [
     CONFIGURED,
@@ -53,7 +63,10 @@ def without_paths(records):
     """As they are read back: where the anchor's files were is not recorded."""
     anchor = {"point": "terms", "gradient": "nvme", "nvme_path": "(not recorded)"}
     section = parse_section({"method": "mezo_svrg", "anchor": anchor})
-    return tuple(Run(r.step, section, r.batch, r.world_size, r.about) if isinstance(r, Run) else r for r in records)
+    return tuple(
+        Run(r.step, section, r.batch, r.world_size, r.about) if isinstance(r, Run) else r
+        for r in records
+    )
 
 
 def test_records_come_back_as_they_were_to_the_bit(tmp_path):
@@ -74,13 +87,18 @@ def test_a_first_order_run_records_its_optimizer_and_no_zeroth_order_step_size(t
     assert run.to_json()["zeroth_order"] == {"seed": 7, "selector": None, "loss_mean": "tokens"}
     assert (
         run.describes()
-        != Run(0, section, 8, 2, {"zero_stage": 3}, {"type": "AdamW", "params": {"lr": 1e-4}}).describes()
+        != Run(
+            0, section, 8, 2, {"zero_stage": 3}, {"type": "AdamW", "params": {"lr": 1e-4}}
+        ).describes()
     )
 
 
 def test_random_numbers_come_back_to_the_bit(tmp_path):
     rng = random.Random(0)
-    single = [float.fromhex(f"0x1.{rng.getrandbits(23) << 1:06x}p{rng.randint(-126, 127)}") for _ in range(500)]
+    single = [
+        float.fromhex(f"0x1.{rng.getrandbits(23) << 1:06x}p{rng.randint(-126, 127)}")
+        for _ in range(500)
+    ]
     double = [rng.uniform(-1, 1) * 10.0 ** rng.randint(-300, 300) for _ in range(2)]
     step = Step(0, double[0], abs(double[1]), tuple(single))
     assert read_log(write(tmp_path / "log", [CONFIGURED, step])).records[1] == step
@@ -91,7 +109,14 @@ def test_a_step_takes_at_most_200_bytes(tmp_path, number):
     rng = random.Random(number)
     chosen = SubBatch(128, tuple(sorted(rng.sample(range(128), 64)))) if number < 16 else None
     steps = [
-        Step(19_000 + k, 2 + rng.random(), 1e-6 * rng.random(), tuple([1 / 3] * number), (37, 1000 + k), chosen)
+        Step(
+            19_000 + k,
+            2 + rng.random(),
+            1e-6 * rng.random(),
+            tuple([1 / 3] * number),
+            (37, 1000 + k),
+            chosen,
+        )
         for k in range(50)
     ]
     lines = [json.dumps(step.to_json(), separators=(",", ":")) for step in steps]
@@ -195,16 +220,23 @@ def test_a_second_writer_is_told_that_the_log_is_in_use(tmp_path, monkeypatch):
         "try: log.LogFile(sys.argv[1])\nexcept ValueError as error: print(error)"
     )
     command = [sys.executable, "-c", script, str(tmp_path / "log")]
-    assert "another run writes to it" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert (
+        "another run writes to it"
+        in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    )
     first.close()
-    assert "another" not in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert (
+        "another" not in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    )
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
 def test_a_full_disk_is_an_error_and_leaves_whole_records(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8k", "none", disk], capture_output=True, text=True)
+    mount = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=8k", "none", disk], capture_output=True, text=True
+    )
     if mount.returncode:
         pytest.skip(f"no file system can be mounted here: {mount.stderr.strip()}")
     try:
@@ -222,7 +254,9 @@ def test_a_full_disk_is_an_error_and_leaves_whole_records(tmp_path):
                 trajectory.wait()
                 written += 1
 
-        with pytest.raises(OSError, match=r"cannot be written .No space left.*steps before this one are safe"):
+        with pytest.raises(
+            OSError, match=r"cannot be written .No space left.*steps before this one are safe"
+        ):
             write_on()
         log = read_log(disk / "log")
         assert 0 < written < 200
@@ -261,16 +295,26 @@ def test_inspect_shows_the_run_and_single_records(tmp_path, capsys):
 
 def test_diff_names_the_first_difference(tmp_path, capsys):
     one = write(tmp_path / "one")
-    other = write(tmp_path / "other", [*RECORDS[:4], Step(1, 0.5, 1e-6, (2.0,), (0, 2)), RECORDS[5]])
+    other = write(
+        tmp_path / "other", [*RECORDS[:4], Step(1, 0.5, 1e-6, (2.0,), (0, 2)), RECORDS[5]]
+    )
     assert main(["diff", str(one), str(one)]) == 0
     assert capsys.readouterr().out == "the same\n"
     assert main(["diff", str(one), str(other)]) == 1
     assert capsys.readouterr().out.startswith("after 1 steps: c: ")
-    third = write(tmp_path / "third", header=Header("Tiny", HEADER.parameters, {}, (25, "0123456789abcdef")))
-    assert [line for line in differences(read_log(one), read_log(third)) if line.startswith("header: data: 24 and 25")]
+    third = write(
+        tmp_path / "third", header=Header("Tiny", HEADER.parameters, {}, (25, "0123456789abcdef"))
+    )
+    assert [
+        line
+        for line in differences(read_log(one), read_log(third))
+        if line.startswith("header: data: 24 and 25")
+    ]
 
 
-def test_merge_gives_the_longer_log_and_refuses_with_the_reason_what_does_not_commute(tmp_path, capsys):
+def test_merge_gives_the_longer_log_and_refuses_with_the_reason_what_does_not_commute(
+    tmp_path, capsys
+):
     short, whole = write(tmp_path / "short", RECORDS[:4]), write(tmp_path / "whole")
     for left, right in ((short, whole), (whole, short), (whole, whole)):
         assert main(["merge", str(left), str(right), "--out", str(tmp_path / "merged")]) == 0

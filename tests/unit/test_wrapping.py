@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from tests.unit.perturbed import EPS, output_at, perturbed_forward
-from zods.directions import Direction
-from zods.sharding import ShardedParameters
-from zods.streams import Point
+from zods.core.directions import Direction
+from zods.core.points import Point
+from zods.params.shards import ShardedParameters
 
 
 class Net(nn.Module):
@@ -35,9 +35,11 @@ X = torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
 
 def at_changed_weights(module: nn.Module, point: Point, x: Tensor = X) -> Tensor:
     """What the module gives when its parameters are changed for good."""
-    for piece in ShardedParameters(module, rank=0):
-        data = piece.param.data
-        Direction().combine_(data, piece, weight=data, seeds=[point.seed], coefficients=[point.coefficient])
+    for shard in ShardedParameters(module, rank=0):
+        data = shard.param.data
+        Direction().combine_(
+            data, shard, weight=data, seeds=[point.seed], coefficients=[point.coefficient]
+        )
     with torch.no_grad():
         return module(x)
 
@@ -111,11 +113,15 @@ def with_hooks(kind: str) -> nn.Module:
     elif kind == "before, a tuple":
         linear.register_forward_pre_hook(lambda m, args: (args[0] + m.extra,))
     elif kind == "before, with keywords":
-        linear.register_forward_pre_hook(lambda m, args, kw: ((args[0] - m.extra,), kw), with_kwargs=True)
+        linear.register_forward_pre_hook(
+            lambda m, args, kw: ((args[0] - m.extra,), kw), with_kwargs=True
+        )
     elif kind == "after":
         linear.register_forward_hook(lambda m, args, output: output * m.extra)
     elif kind == "after, with keywords":
-        linear.register_forward_hook(lambda m, args, kw, output: output + args[0] * m.extra, with_kwargs=True)
+        linear.register_forward_hook(
+            lambda m, args, kw, output: output + args[0] * m.extra, with_kwargs=True
+        )
     elif kind == "another module's parameter":
         module.register_forward_hook(lambda m, args, output: output + m.first.extra)
     elif kind == "pruned":
@@ -162,10 +168,12 @@ def test_a_gradient_taken_inside_a_forward_is_that_of_the_point(distribution):
     expected = []
     for point in points:
         changed = copy.deepcopy(module)
-        for piece in ShardedParameters(changed, rank=0):
-            data = piece.param.data
+        for shard in ShardedParameters(changed, rank=0):
+            data = shard.param.data
             direction = Direction(distribution)
-            direction.combine_(data, piece, weight=data, seeds=[point.seed], coefficients=[point.coefficient])
+            direction.combine_(
+                data, shard, weight=data, seeds=[point.seed], coefficients=[point.coefficient]
+            )
         expected.append(changed(X))
     forward_at = perturbed_forward(module, distribution, observe=False)
     with forward_at.observing():

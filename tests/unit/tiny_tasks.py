@@ -7,12 +7,24 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from zods.tasks import build_task
 
-TEXTS = ["a fine movie", "a dull movie that never ends and never starts", "great fun", "terrible terrible plot"]
-REVIEWS = datasets.Dataset.from_dict({"text": TEXTS, "label": [1, 0, 1, 0], "topic": ["b", "a", "b", "a"]})
-ORDERS = datasets.Dataset.from_dict(
-    {"instruction": ["say one", "say two and then say three"], "output": ["one", "two three four five six"]}
+TEXTS = [
+    "a fine movie",
+    "a dull movie that never ends and never starts",
+    "great fun",
+    "terrible terrible plot",
+]
+REVIEWS = datasets.Dataset.from_dict(
+    {"text": TEXTS, "label": [1, 0, 1, 0], "topic": ["b", "a", "b", "a"]}
 )
-CLASSES = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["bad", "good"])})
+ORDERS = datasets.Dataset.from_dict(
+    {
+        "instruction": ["say one", "say two and then say three"],
+        "output": ["one", "two three four five six"],
+    }
+)
+CLASSES = datasets.Features(
+    {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["bad", "good"])}
+)
 TEMPLATE = "{text}\nIt was {label}"
 WORDS = ["terrible", "great"]
 
@@ -24,7 +36,9 @@ def make_tokenizer(kind):
     if kind == "bert":
         tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
         tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        tokenizer.train_from_iterator(corpus, trainers.WordPieceTrainer(vocab_size=200, special_tokens=special))
+        tokenizer.train_from_iterator(
+            corpus, trainers.WordPieceTrainer(vocab_size=200, special_tokens=special)
+        )
         tokenizer.post_processor = processors.BertProcessing(("</s>", 1), ("<s>", 0))
         return PreTrainedTokenizerFast(
             tokenizer_object=tokenizer,
@@ -44,7 +58,9 @@ def make_tokenizer(kind):
     trainer = trainers.BpeTrainer(vocab_size=450, special_tokens=special, initial_alphabet=alphabet)
     tokenizer.train_from_iterator(corpus, trainer)
     if kind in ("llama", "sentencepiece"):
-        tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+        tokenizer.post_processor = processors.TemplateProcessing(
+            "<s> $A", special_tokens=[("<s>", 0)]
+        )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", bos_token="<s>")
 
 
@@ -60,7 +76,9 @@ def make_task(name, kind="llama", dataset=None, max_length=64, **settings):
         settings = {"template": TEMPLATE, "label_words": WORDS, **settings}
     if dataset is None:
         dataset = ORDERS if name == "instruction" else REVIEWS
-    return build_task(name, make_tokenizer(kind), dataset, max_length=max_length, **{**OF_MODEL, **settings})
+    return build_task(
+        name, make_tokenizer(kind), dataset, max_length=max_length, **{**OF_MODEL, **settings}
+    )
 
 
 def labelled_text(task, batch):
@@ -70,7 +88,11 @@ def labelled_text(task, batch):
 def llama():
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=450, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+        vocab_size=450,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
     )
     return LlamaForCausalLM(config).eval()
 

@@ -96,7 +96,11 @@ def combine_(
     """
     tensors = {"weight": weight, "dense": dense, "mirror": mirror}
     _check(
-        out, {name: tensor for name, tensor in tensors.items() if tensor is not None}, distribution, parameter, offset
+        out,
+        {name: tensor for name, tensor in tensors.items() if tensor is not None},
+        distribution,
+        parameter,
+        offset,
     )
     _check_terms(seeds, coefficients, rounding_seed)
     if mirror is not None and not seeds:
@@ -111,7 +115,9 @@ def combine_(
                    distribution, parameter, offset, factors)  # fmt: skip
         return out
     flat = [None if tensor is None else tensor.view(-1) for tensor in (mirror, weight, dense)]
-    served_by = _gpu_module() if out.device.type == "cuda" else reference  # ROCm's devices are named "cuda" too
+    served_by = (
+        _gpu_module() if out.device.type == "cuda" else reference
+    )  # ROCm's devices are named "cuda" too
     served_by.combine_(out.view(-1), flat[0], flat[1], _float32(scale), list(seeds), [_float32(c) for c in coefficients],
                        distribution, parameter, offset, factors, flat[2], _float32(dense_coefficient),
                        None if out.dtype == torch.float32 else rounding_seed)  # fmt: skip
@@ -159,8 +165,13 @@ def replay_(
         _check_factors(*factors, out, offset, [len(sweeps)])
     module = cpu_module() if out.device.type == "cpu" else None
     if module is not None:
-        used = [None if dense is None or s.dense_coefficient == 0 else s.dense_coefficient for s in sweeps]
-        _sweep_cpp(module, out, None, out, dense, sweeps, used, distribution, parameter, offset, factors)
+        used = [
+            None if dense is None or s.dense_coefficient == 0 else s.dense_coefficient
+            for s in sweeps
+        ]
+        _sweep_cpp(
+            module, out, None, out, dense, sweeps, used, distribution, parameter, offset, factors
+        )
         return out
     for s, sweep in enumerate(sweeps):
         combine_(
@@ -181,12 +192,23 @@ def replay_(
 
 
 def direction(
-    numel: int, *, seed: int, distribution: str, parameter: int, offset: int, device: torch.device | str = "cpu"
+    numel: int,
+    *,
+    seed: int,
+    distribution: str,
+    parameter: int,
+    offset: int,
+    device: torch.device | str = "cpu",
 ) -> Tensor:
     """z(seed, parameter, offset + i) for 0 <= i < numel, as float32."""
     out = torch.empty(numel, dtype=torch.float32, device=device)
     return combine_(
-        out, seeds=[seed], coefficients=[1.0], distribution=distribution, parameter=parameter, offset=offset
+        out,
+        seeds=[seed],
+        coefficients=[1.0],
+        distribution=distribution,
+        parameter=parameter,
+        offset=offset,
     )
 
 
@@ -197,12 +219,21 @@ def summed_excess(nearest: Tensor, matrix: Tensor, rows: Tensor) -> Tensor:
     """
     module = cpu_module() if matrix.device.type == "cpu" else None
     if module is None or not matrix.is_contiguous():
-        return torch.sub(nearest, matrix[rows]).clamp_(min=0).sum(1, dtype=torch.float64).long()  # exact: below 2^53
+        return (
+            torch.sub(nearest, matrix[rows]).clamp_(min=0).sum(1, dtype=torch.float64).long()
+        )  # exact: below 2^53
     out = torch.empty(len(rows), dtype=torch.int64)
-    num_threads = max(1, min(torch.get_num_threads(), len(rows) * matrix.shape[1] // _ELEMENTS_PER_THREAD))
+    num_threads = max(
+        1, min(torch.get_num_threads(), len(rows) * matrix.shape[1] // _ELEMENTS_PER_THREAD)
+    )
     nearest = nearest.contiguous()
     module.summed_excess(
-        matrix.data_ptr(), rows.tolist(), matrix.shape[1], nearest.data_ptr(), out.data_ptr(), num_threads
+        matrix.data_ptr(),
+        rows.tolist(),
+        matrix.shape[1],
+        nearest.data_ptr(),
+        out.data_ptr(),
+        num_threads,
     )
     return out
 
@@ -245,7 +276,9 @@ def _gpu_module() -> ModuleType:
     """The Triton kernel, or the reference, after one warning that says why, where Triton cannot run it."""
     try:
         module = importlib.import_module("zods.kernels.gpu")
-        one = torch.empty(1, device="cuda")  # Triton's launcher may need a C compiler, and that shows only here
+        one = torch.empty(
+            1, device="cuda"
+        )  # Triton's launcher may need a C compiler, and that shows only here
         module.combine_(one, None, None, 1.0, [], [], "gaussian", 0, 0, None, None, 0.0, None)
     except Exception as error:  # whatever it is, training can go on without
         warnings.warn(
@@ -273,11 +306,18 @@ def _sweep_cpp(
 ) -> None:
     """`sweeps` by the C++ kernel, all arguments checked; `dense` takes part where there is a coefficient for it."""
     left, right = factors or (None, None)
-    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in (out, mirror, weight, dense, left, right)]
+    addresses = [
+        0 if tensor is None else tensor.data_ptr()
+        for tensor in (out, mirror, weight, dense, left, right)
+    ]
     shape = (0, 0, 1) if left is None or right is None else (*left.shape[-2:], right.shape[-1])
     num_terms = [len(sweep.seeds) for sweep in sweeps]
-    rounding_seeds = [None if out.dtype == torch.float32 else sweep.rounding_seed for sweep in sweeps]
-    work = out.numel() * (len(sweeps) + sum(num_terms)) // 2  # a sweep of one term is one element's work
+    rounding_seeds = [
+        None if out.dtype == torch.float32 else sweep.rounding_seed for sweep in sweeps
+    ]
+    work = (
+        out.numel() * (len(sweeps) + sum(num_terms)) // 2
+    )  # a sweep of one term is one element's work
     num_threads = max(1, min(torch.get_num_threads(), work // _ELEMENTS_PER_THREAD))
     kernel = module.combine_float32 if out.dtype == torch.float32 else module.combine_bfloat16
     kernel(*addresses[:4], [_float32(sweep.scale) for sweep in sweeps], num_terms,
@@ -288,7 +328,9 @@ def _sweep_cpp(
            out.numel(), num_threads)  # fmt: skip
 
 
-def _check(out: Tensor, others: dict[str, Tensor], distribution: str, parameter: int, offset: int) -> None:
+def _check(
+    out: Tensor, others: dict[str, Tensor], distribution: str, parameter: int, offset: int
+) -> None:
     if out.dtype not in DTYPES:
         raise ValueError(f"out must be float32 or bfloat16, got {out.dtype}")
     for name, tensor in {"out": out, **others}.items():
@@ -307,7 +349,9 @@ def _check(out: Tensor, others: dict[str, Tensor], distribution: str, parameter:
 
 def _check_contiguous(name: str, tensor: Tensor) -> None:
     if not tensor.is_contiguous():
-        raise ValueError(f"{name} must be contiguous, got shape {tuple(tensor.shape)} with strides {tensor.stride()}")
+        raise ValueError(
+            f"{name} must be contiguous, got shape {tuple(tensor.shape)} with strides {tensor.stride()}"
+        )
 
 
 def _check_offset(offset: int) -> None:
@@ -315,7 +359,9 @@ def _check_offset(offset: int) -> None:
         raise ValueError(f"offset must be in [0, 2^62), got {offset}")
 
 
-def _check_terms(seeds: Sequence[int], coefficients: Sequence[float], rounding_seed: int | None) -> None:
+def _check_terms(
+    seeds: Sequence[int], coefficients: Sequence[float], rounding_seed: int | None
+) -> None:
     if len(seeds) != len(coefficients):
         raise ValueError(
             f"one coefficient per seed is needed, got {len(seeds)} seeds and {len(coefficients)} coefficients"
@@ -325,12 +371,20 @@ def _check_terms(seeds: Sequence[int], coefficients: Sequence[float], rounding_s
             raise ValueError(f"a seed must be in [0, 2^64), got {seed}")
 
 
-def _check_factors(left: Tensor, right: Tensor, out: Tensor, offset: int, stacked: Sequence[int] = ()) -> None:
+def _check_factors(
+    left: Tensor, right: Tensor, out: Tensor, offset: int, stacked: Sequence[int] = ()
+) -> None:
     """`stacked`: the shape in front of the matrices': none, or the number of sweeps."""
     for name, tensor in (("left", left), ("right", right)):
-        if tensor.dtype != torch.float32 or tensor.ndim != len(stacked) + 2 or not tensor.is_contiguous():
+        if (
+            tensor.dtype != torch.float32
+            or tensor.ndim != len(stacked) + 2
+            or not tensor.is_contiguous()
+        ):
             what = "stack of float32 matrices" if stacked else "float32 matrix"
-            raise ValueError(f"{name} must be a contiguous {what}, got {tuple(tensor.shape)}, {tensor.dtype}")
+            raise ValueError(
+                f"{name} must be a contiguous {what}, got {tuple(tensor.shape)}, {tensor.dtype}"
+            )
         if tensor.device != out.device:
             raise ValueError(f"{name} must be on {out.device}, got {tensor.device}")
     columns = max(right.shape[-1], 1)

@@ -63,12 +63,16 @@ def cpu_module() -> ModuleType | None:
 
 
 def _build_once() -> ModuleType:
-    from torch.utils import cpp_extension  # slow to import, and not needed where the kernel was built ahead of time
+    from torch.utils import (
+        cpp_extension,
+    )  # slow to import, and not needed where the kernel was built ahead of time
 
     compiler = shlex.split(cpp_extension.get_cxx_compiler())  # CXX may read "ccache g++"
     if shutil.which(compiler[0]) is None:
         raise RuntimeError(f"there is no C++ compiler: {compiler[0]!r} is not found")
-    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    version = subprocess.run(
+        [*compiler, "--version"], capture_output=True, text=True, check=True
+    ).stdout
     if shutil.which("ninja") is None:  # it lies beside a python that was called by its path
         os.environ["PATH"] += os.pathsep + str(Path(sys.executable).parent)
     flags = [*COMPILE_FLAGS, *NATIVE_FLAGS]
@@ -90,7 +94,13 @@ def _key(parts: list[str]) -> str:
     """Whatever decides what the library contains and where it runs. -march=native makes the CPU a part of it."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else [platform.processor()]
-    cpu = sorted({line for line in lines if line.lower().startswith(("flags", "features", "model name", "cpu part"))})
+    cpu = sorted(
+        {
+            line
+            for line in lines
+            if line.lower().startswith(("flags", "features", "model name", "cpu part"))
+        }
+    )
     parts = [*parts, *cpu, platform.machine(), torch.__version__, sys.version, SOURCE.read_text()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
@@ -110,8 +120,12 @@ def _locked(path: Path) -> Iterator[bool]:
 def _compile(folder: Path, library: Path, flags: list[str], ldflags: list[str]) -> None:
     from torch.utils import cpp_extension
 
-    with tempfile.TemporaryDirectory(prefix="build-", dir=folder, ignore_cleanup_errors=True) as fresh:
-        cpp_extension.load("_cpu", [str(SOURCE)], extra_cflags=flags, extra_ldflags=ldflags, build_directory=fresh)
+    with tempfile.TemporaryDirectory(
+        prefix="build-", dir=folder, ignore_cleanup_errors=True
+    ) as fresh:
+        cpp_extension.load(
+            "_cpu", [str(SOURCE)], extra_cflags=flags, extra_ldflags=ldflags, build_directory=fresh
+        )
         os.replace(Path(fresh) / "_cpu.so", library)
 
 

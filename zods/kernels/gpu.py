@@ -16,9 +16,9 @@ TILE = tl.constexpr(2048)
 GAUSSIAN_STREAM, RADEMACHER_STREAM, ROUNDING_STREAM = (
     tl.constexpr(reference.STREAMS[name]) for name in ("gaussian", "rademacher", "rounding")
 )
-LOG, SIN, COS = (tl.constexpr(tuple(c)) for c in (reference._LOG, reference._SIN, reference._COS))
-MINUS_2_LOG_2 = tl.constexpr(reference._MINUS_2_LOG_2)
-SQRT_HALF_BITS = tl.constexpr(reference._SQRT_HALF_BITS)
+LOG, SIN, COS = (tl.constexpr(tuple(c)) for c in (reference.LOG, reference.SIN, reference.COS))
+MINUS_2_LOG_2 = tl.constexpr(reference.MINUS_2_LOG_2)
+SQRT_HALF_BITS = tl.constexpr(reference.SQRT_HALF_BITS)
 
 
 @triton.jit
@@ -64,7 +64,9 @@ def _box_muller(radius_word, angle_word):
 @triton.jit
 def _stack(row0, row1, row2, row3):
     """Four rows (16 lanes of each group, flat) as (groups, 4, 16)."""
-    rows = tl.join(tl.join(row0, row2), tl.join(row1, row3))  # (groups * 16, 2, 2), the last index is the low one
+    rows = tl.join(
+        tl.join(row0, row2), tl.join(row1, row3)
+    )  # (groups * 16, 2, 2), the last index is the low one
     return tl.permute(tl.reshape(rows, [row0.shape[0] // 16, 16, 4]), [0, 2, 1])
 
 
@@ -131,7 +133,9 @@ def _combine(out, mirror, weight, scale, rounding_seed, seeds, coefficients, num
             mirrored = tl.fma(z, tl.where(k == num_terms - 1, -coefficient, coefficient), mirrored)
     if left is not None:
         columns = num_columns.to(tl.int64)
-        column = start % columns + element  # of the row that the tile starts in; small, so that the division is cheap
+        column = (
+            start % columns + element
+        )  # of the row that the tile starts in; small, so that the division is cheap
         row = column // columns
         column -= row * columns
         row += start // columns - offset // columns
@@ -180,7 +184,11 @@ def combine_(
         return
 
     def bits(tensor: Tensor | None) -> Tensor | None:
-        return tensor.view(torch.int16) if tensor is not None and tensor.dtype == torch.bfloat16 else tensor
+        return (
+            tensor.view(torch.int16)
+            if tensor is not None and tensor.dtype == torch.bfloat16
+            else tensor
+        )
 
     # Whatever is not pinned is copied out of the lists' tensors before `to` returns, and the stream is not waited for.
     keys = torch.tensor([rounding_seed or 0, *seeds], dtype=torch.uint64).view(torch.int64)
@@ -189,7 +197,9 @@ def combine_(
     left, right = factors or (None, None)
     num_factors, num_columns = (0, 1) if right is None else right.shape
     num_tiles = (offset + out.numel() - 1) // TILE.value - offset // TILE.value + 1
-    with torch.cuda.device_of(out):  # Triton launches on the current device; nothing happens for a CPU tensor
+    with torch.cuda.device_of(
+        out
+    ):  # Triton launches on the current device; nothing happens for a CPU tensor
         # No a * b + c is fused but those that are written as fma.
         _combine[(num_tiles,)](
             bits(out), bits(mirror), bits(weight), scale, None if rounding_seed is None else keys, keys[1:], scalars,

@@ -20,7 +20,9 @@ from torch import Tensor
 
 STREAMS = {"gaussian": 0, "rademacher": 1, "rounding": 2}
 GROUPS = {"gaussian": 64, "rademacher": 2048, "rounding": 128}
-_CHUNK = 2**20  # elements made at once: bounds the temporaries to some tens of MB; a multiple of every group
+_CHUNK = (
+    2**20
+)  # elements made at once: bounds the temporaries to some tens of MB; a multiple of every group
 _MASK = 0xFFFFFFFF
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # SplitMix64's constants, as int64
 _MIX = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
@@ -31,14 +33,18 @@ def _float32s(hexadecimal: str) -> list[float]:
 
 
 # Minimax polynomials (Remez), constant term last. Errors: 2.6e-8 relative, 2.4e-9 and 2.8e-8 absolute.
-_LOG = _float32s(  # -2 log(1 + f) / f, sqrt(1/2) <= 1 + f <= sqrt(2)
+LOG = _float32s(  # -2 log(1 + f) / f, sqrt(1/2) <= 1 + f <= sqrt(2)
     "-0x1.654488p-3 0x1.263BA2p-2 -0x1.3238FP-2 0x1.5332A4p-2 -0x1.98B748p-2 0x1.00057p-1 -0x1.555792p-1 0x1.FFFFF8p-1 "
     "-0x1p1"
 )
-_SIN = _float32s("-0x1.2D9BB8p-15 0x1.465EC6p-9 -0x1.4ABBBAp-4 0x1.921FB6p-1")  # sin(pi/4 a) / a in a^2, |a| <= 1
-_COS = _float32s("-0x1.4E5ED6p-12 0x1.03AF5Cp-6 -0x1.3BD392p-2 0x1p0")  # cos(pi/4 a) in a^2, |a| <= 1
-_MINUS_2_LOG_2 = float.fromhex("-0x1.62E43p0")
-_SQRT_HALF_BITS = 0x3F3504F3
+SIN = _float32s(
+    "-0x1.2D9BB8p-15 0x1.465EC6p-9 -0x1.4ABBBAp-4 0x1.921FB6p-1"
+)  # sin(pi/4 a) / a in a^2, |a| <= 1
+COS = _float32s(
+    "-0x1.4E5ED6p-12 0x1.03AF5Cp-6 -0x1.3BD392p-2 0x1p0"
+)  # cos(pi/4 a) in a^2, |a| <= 1
+MINUS_2_LOG_2 = float.fromhex("-0x1.62E43p0")
+SQRT_HALF_BITS = 0x3F3504F3
 
 
 def philox(blocks: Tensor, parameter: int, stream: int, seed: int) -> list[Tensor]:
@@ -47,7 +53,10 @@ def philox(blocks: Tensor, parameter: int, stream: int, seed: int) -> list[Tenso
     c2, c3 = torch.full_like(blocks, parameter), torch.full_like(blocks, stream)
     k0, k1 = seed & _MASK, seed >> 32
     for _ in range(10):
-        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # wraps in int64: the 64 bits of the unsigned product
+        p0, p1 = (
+            c0 * 0xD2511F53,
+            c2 * 0xCD9E8D57,
+        )  # wraps in int64: the 64 bits of the unsigned product
         c0, c1 = (p1 >> 32) & _MASK ^ c1 ^ k0, p1 & _MASK
         c2, c3 = (p0 >> 32) & _MASK ^ c3 ^ k1, p0 & _MASK
         k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
@@ -63,7 +72,9 @@ def fma(a: Tensor, b: Tensor | float, c: Tensor | float) -> Tensor:
     product = a.double() * b
     total = product + c
     virtual = total - product
-    error = (product - (total - virtual)) + (c - virtual)  # Knuth's TwoSum: the exact error of `total`
+    error = (product - (total - virtual)) + (
+        c - virtual
+    )  # Knuth's TwoSum: the exact error of `total`
     bits = total.view(torch.int64)
     step = torch.where((error > 0) == (total > 0), 1, -1)  # one unit away from zero, or towards it
     inexact = (error > 0) | (error < 0)  # false where an infinity made the error NaN
@@ -98,16 +109,18 @@ def box_muller(radius_word: Tensor, angle_word: Tensor) -> tuple[Tensor, Tensor]
     """
     distance = fma(_signed(radius_word).float(), 2.0**-32, 2.0**-33)  # u where u <= 1/2, else u - 1
     u = torch.where(distance < 0, distance + 1.0, distance)
-    bits = u.view(torch.int32) - _SQRT_HALF_BITS
+    bits = u.view(torch.int32) - SQRT_HALF_BITS
     exponent = bits >> 23  # u = 2^exponent m with sqrt(1/2) <= m < sqrt(2)
-    m = ((bits & 0x7FFFFF) + _SQRT_HALF_BITS).view(torch.float32)
-    f = torch.where(exponent == 0, distance, m - 1.0)  # exponent 0 means u > 0.7, where `distance` is u - 1
-    r = _sqrt(fma(exponent.float(), _MINUS_2_LOG_2, f * _polynomial(_LOG, f)))
+    m = ((bits & 0x7FFFFF) + SQRT_HALF_BITS).view(torch.float32)
+    f = torch.where(
+        exponent == 0, distance, m - 1.0
+    )  # exponent 0 means u > 0.7, where `distance` is u - 1
+    r = _sqrt(fma(exponent.float(), MINUS_2_LOG_2, f * _polynomial(LOG, f)))
     r = torch.where(angle_word & 0x80000000 != 0, -r, r)
 
     a = _signed(angle_word << 2).float() * 2.0**-31
     square = a * a
-    sine, cosine = _polynomial(_SIN, square) * a, _polynomial(_COS, square)
+    sine, cosine = _polynomial(SIN, square) * a, _polynomial(COS, square)
     reflected = angle_word & 0x40000000 != 0
     return r * torch.where(reflected, sine, cosine), r * torch.where(reflected, cosine, sine)
 
@@ -120,7 +133,9 @@ def _words(
     first = start // size
     groups = torch.arange(first, -(-stop // size), device=device)
     blocks = 16 * groups[:, None] + torch.arange(16, device=device)
-    return philox(blocks, parameter, STREAMS[stream], seed), slice(start - first * size, stop - first * size)
+    return philox(blocks, parameter, STREAMS[stream], seed), slice(
+        start - first * size, stop - first * size
+    )
 
 
 def _fields(words: list[Tensor], width: int) -> Tensor:
@@ -129,7 +144,9 @@ def _fields(words: list[Tensor], width: int) -> Tensor:
     return ((torch.stack(words, 1)[:, :, None, :] >> shifts[:, None]) & (2**width - 1)).flatten()
 
 
-def _direction(seed: int, distribution: str, parameter: int, start: int, stop: int, device: torch.device) -> Tensor:
+def _direction(
+    seed: int, distribution: str, parameter: int, start: int, stop: int, device: torch.device
+) -> Tensor:
     words, inside = _words(distribution, seed, parameter, start, stop, device)
     if distribution == "rademacher":
         return (1 - 2 * _fields(words, 1)[inside]).float()
@@ -176,7 +193,11 @@ def combine_(
         for to, scalars in outputs:
             value = torch.zeros(stop - start, device=out.device)
             for seed, coefficient in zip(seeds, scalars, strict=True):
-                value = fma(_direction(seed, distribution, parameter, start, stop, out.device), coefficient, value)
+                value = fma(
+                    _direction(seed, distribution, parameter, start, stop, out.device),
+                    coefficient,
+                    value,
+                )
             if factors is not None:
                 left, right = factors
                 index = torch.arange(start, stop, device=out.device)
@@ -192,7 +213,9 @@ def combine_(
                 continue
             noise = None
             if rounding_seed is not None:
-                words, inside = _words("rounding", rounding_seed, parameter, start, stop, out.device)
+                words, inside = _words(
+                    "rounding", rounding_seed, parameter, start, stop, out.device
+                )
                 noise = _fields(words, 16)[inside]
             to[piece] = to_bfloat16(value, noise)
 
@@ -204,7 +227,10 @@ def fingerprint(tensor: Tensor, offset: int) -> int:
     total = 0
     for begin in range(0, words.numel(), _CHUNK):
         x = words[begin : begin + _CHUNK].long() & (2 ** (8 * size) - 1 if size < 8 else -1)
-        x += torch.arange(offset + begin + 1, offset + begin + 1 + x.numel(), device=x.device) * _GOLDEN
+        x += (
+            torch.arange(offset + begin + 1, offset + begin + 1 + x.numel(), device=x.device)
+            * _GOLDEN
+        )
         for shift, factor in ((30, _MIX[0]), (27, _MIX[1]), (31, 1)):
             x = (x ^ (x >> shift & 2 ** (64 - shift) - 1)) * factor
         total += int(x.sum())

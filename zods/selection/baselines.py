@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from zods import kernels
-from zods.directions import Parameter
+from zods.core.directions import Parameter
 from zods.selection.facility_location import (
     Chosen,
     Problem,

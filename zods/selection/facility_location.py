@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from zods.config.schema import METRICS
 from zods.kernels import summed_excess
-from zods.section import METRICS
 
 MAX_CANDIDATES = (1 << 19) - 1  # a gain (43 bits) and an id fit one int64
 
@@ -75,7 +75,9 @@ class Problem:
 
     def distances(self, candidates: Tensor) -> Tensor:
         """(len(candidates), num_candidates), integers in float32; `candidates` are int64 ids."""
-        return self._between(candidates, slice(None)) if self._kept is None else self._kept[candidates]
+        return (
+            self._between(candidates, slice(None)) if self._kept is None else self._kept[candidates]
+        )
 
     def gains(self, candidates: Tensor, nearest: Tensor) -> Tensor:
         """What each candidate would add to F, int64.
@@ -87,7 +89,9 @@ class Problem:
         found = torch.empty_like(candidates)
         size = max(1, _BLOCK // max(1, self.num_candidates))
         for start in range(0, len(candidates), size):
-            found[start : start + size] = _gains(self.distances(candidates[start : start + size]), nearest)
+            found[start : start + size] = _gains(
+                self.distances(candidates[start : start + size]), nearest
+            )
         return found
 
     def keep_distances(self) -> None:
@@ -132,7 +136,9 @@ def from_features(features: Tensor, metric: str = "l2") -> Problem:
         raise ValueError(f"features must be (n, m), got shape {tuple(features.shape)}")
     odd = int((~features.isfinite()).any(1).sum())
     if odd:
-        raise ValueError(f"features of {odd} of {len(features)} candidates are not finite. Leave these out.")
+        raise ValueError(
+            f"features of {odd} of {len(features)} candidates are not finite. Leave these out."
+        )
     largest = float(features.abs().max()) if features.numel() else 0.0
     return from_quantised(quantised(features, largest), largest, metric)
 
@@ -179,7 +185,11 @@ def from_quantised(features: Tensor, largest: float, metric: str) -> Problem:
         if metric == "l1":
             found = torch.cdist(rows, columns, p=1.0)
         elif metric == "l2":
-            found = torch.addmm(squares[items], rows, columns.T, alpha=-2.0).add_(squares[candidates, None]).sqrt_()
+            found = (
+                torch.addmm(squares[items], rows, columns.T, alpha=-2.0)
+                .add_(squares[candidates, None])
+                .sqrt_()
+            )
         else:
             found = torch.addmm(one, rows, columns.T, alpha=-1.0).clamp_(min=0.0)
         return found.mul_(scale).floor_().float()
@@ -196,7 +206,9 @@ def _scale(largest: float) -> float:
 # --- choices ----------------------------------------------------------------------------------------------------------
 
 
-def lazy_greedy(problem: Problem, k: int, *, own: Tensor | None = None, share: Share | None = None) -> Chosen:
+def lazy_greedy(
+    problem: Problem, k: int, *, own: Tensor | None = None, share: Share | None = None
+) -> Chosen:
     """Choose min(k, n) candidates, each the one that adds most to F at its turn.
 
     Few of the gains are made: a gain only falls, so an old one bounds a new one.
@@ -216,7 +228,9 @@ def lazy_greedy(problem: Problem, k: int, *, own: Tensor | None = None, share: S
     while len(ids) < min(k, num_offered):
         # this rank's best, exact now; all else is bounded by the first of the heap
         oldest = own.new_tensor([_id(-heapq.heappop(heap)) for _ in range(min(size, len(heap)))])
-        exact = sorted(_negated(_packed(problem.gains(oldest, nearest), oldest))) if len(oldest) else []
+        exact = (
+            sorted(_negated(_packed(problem.gains(oldest, nearest), oldest))) if len(oldest) else []
+        )
         for entry in exact[_POOL:]:
             heapq.heappush(heap, entry)
         mine = [-entry for entry in exact[:_POOL]]
@@ -261,7 +275,9 @@ def choice(problem: Problem, ids: Sequence[int]) -> Chosen:
             nearest = torch.where(closer, distances, nearest)
             owner[closer] = place
     weights = torch.bincount(owner, minlength=len(ids)).tolist() if ids else []
-    return Chosen(list(ids), [gain * problem.unit for gain in gains], sum(gains) * problem.unit, weights)
+    return Chosen(
+        list(ids), [gain * problem.unit for gain in gains], sum(gains) * problem.unit, weights
+    )
 
 
 def _packed(gains: Tensor, ids: Tensor) -> Tensor:

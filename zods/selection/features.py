@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._pytree import tree_map
 
-from zods.directions import Direction
-from zods.objectives import IGNORE_INDEX, example_losses, logits_of
-from zods.sharding import release_gathered
+from zods.core.directions import Direction
+from zods.data.objectives import IGNORE_INDEX, example_losses, logits_of
+from zods.params.zero3_adapter import release_gathered
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,9 @@ VALUE_PROJECTIONS = (  # of a block, as models name it; further down, one that m
     "c_attn",
 )
 _STACK_ELEMENTS = 1 << 27  # of the largest tensor in a run of the last block on copies of the batch
-_STACK_ELEMENTS_ON_CPU = 1 << 22  # larger ones are no faster there, and cost memory that is not in its cache
+_STACK_ELEMENTS_ON_CPU = (
+    1 << 22
+)  # larger ones are no faster there, and cost memory that is not in its cache
 
 
 @dataclass(frozen=True)
@@ -82,12 +84,20 @@ def find_target(model: nn.Module, pattern: str | None = None) -> Target:
         try:
             matching = [target for name, target in found.items() if re.search(pattern, name)]
         except re.error as error:
-            raise ValueError(f"selector.pattern: {pattern!r} is not a regular expression: {error}") from None
+            raise ValueError(
+                f"selector.pattern: {pattern!r} is not a regular expression: {error}"
+            ) from None
     else:
         in_blocks = {name: target for name, target in found.items() if target.blocks}
-        matching = next(filter(None, (_value_projections(in_blocks, kind) for kind in VALUE_PROJECTIONS)), [])
+        matching = next(
+            filter(None, (_value_projections(in_blocks, kind) for kind in VALUE_PROJECTIONS)), []
+        )
     if not matching:
-        what = "no value projection is known" if pattern is None else f"no linear layer's parameter matches {pattern!r}"
+        what = (
+            "no value projection is known"
+            if pattern is None
+            else f"no linear layer's parameter matches {pattern!r}"
+        )
         raise ValueError(
             f"selector.pattern: {what}. Give a regular expression that is found in one of: {', '.join(list(found)[-8:])}."
         )
@@ -102,7 +112,9 @@ def _value_projections(targets: dict[str, Target], kind: str) -> list[Target]:
         return []
     layer = re.sub(r"(base_layer\.)?weight$", "", plain[-1].name)
     adapters = [t for name, t in targets.items() if name.startswith(f"{layer}lora_B.")]
-    return [target for target in adapters if next(target.module.parameters()).requires_grad] or plain
+    return [
+        target for target in adapters if next(target.module.parameters()).requires_grad
+    ] or plain
 
 
 def _blocks(model: nn.Module, name: str) -> tuple[tuple[nn.Module, ...], int]:
@@ -120,7 +132,9 @@ def without_cache(model: nn.Module) -> dict[str, Any]:
     inner: Any = model
     if hasattr(model, "get_base_model"):
         inner = inner.get_base_model()
-    return {"use_cache": False} if "use_cache" in inspect.signature(inner.forward).parameters else {}
+    return (
+        {"use_cache": False} if "use_cache" in inspect.signature(inner.forward).parameters else {}
+    )
 
 
 class FeatureExtractor:
@@ -158,7 +172,11 @@ class FeatureExtractor:
         All ranks of a sharded model call it together. The model is left in the mode it was in, nothing of it is changed.
         """
         with self._pass(batch) as pass_:
-            return self._exact(pass_, seeds) if self._kind == "exact" else self._differences(pass_, seeds)
+            return (
+                self._exact(pass_, seeds)
+                if self._kind == "exact"
+                else self._differences(pass_, seeds)
+            )
 
     def losses(self, batch: dict[str, Any]) -> Tensor:
         """The losses alone, (B,) float32."""
@@ -180,7 +198,9 @@ class FeatureExtractor:
 
     def _exact(self, pass_: _Pass, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
         """<dL_i/dW, Z_k> = sum over tokens t of (delta_t . U_k) (x_t . V_k), delta the gradient of the matrix's output."""
-        made: list[Tensor] = []  # the input of the matrix and its output, from which the graph begins
+        made: list[
+            Tensor
+        ] = []  # the input of the matrix and its output, from which the graph begins
 
         def begin_graph(inputs: Tensor, outputs: Tensor) -> Tensor:
             torch.set_grad_enabled(True)
@@ -190,7 +210,11 @@ class FeatureExtractor:
         losses = pass_.losses(begin_graph)[0]
         with torch.enable_grad():
             counted = losses[losses.detach().isfinite()].sum()
-        (delta,) = torch.autograd.grad(counted, made[1]) if counted.requires_grad else (torch.zeros_like(made[1]),)
+        (delta,) = (
+            torch.autograd.grad(counted, made[1])
+            if counted.requires_grad
+            else (torch.zeros_like(made[1]),)
+        )
         inputs, factors = made[0].float(), self._factors(seeds, 1.0, delta.device)
         products = (delta.float() @ factors[0]) * (inputs @ factors[1])  # (B, L, m r)
         return pass_.per_example(products.unflatten(-1, (len(seeds), -1)).sum(-1)), losses.detach()
@@ -206,8 +230,12 @@ class FeatureExtractor:
             some = seeds[start : start + per_run]
             copies = len(some) * len(signs)
 
-            def perturb(inputs: Tensor, outputs: Tensor, some: Sequence[int] = some, copies: int = copies) -> Tensor:
-                moved = self._moved(inputs[: len(inputs) // copies], some)  # (directions, B, L, outputs)
+            def perturb(
+                inputs: Tensor, outputs: Tensor, some: Sequence[int] = some, copies: int = copies
+            ) -> Tensor:
+                moved = self._moved(
+                    inputs[: len(inputs) // copies], some
+                )  # (directions, B, L, outputs)
                 both = torch.cat([sign * moved for sign in signs]).flatten(0, 1)
                 return (outputs + both).to(outputs.dtype)
 
@@ -220,17 +248,24 @@ class FeatureExtractor:
         """eps x Z_k^T for each direction: (K, B, L, outputs)."""
         if not self._direction.has_factors(self.target):
             z = self._direction.combine_(
-                torch.empty(self.target.shape, device=inputs.device), self.target, seeds=seeds, coefficients=[self._eps]
+                torch.empty(self.target.shape, device=inputs.device),
+                self.target,
+                seeds=seeds,
+                coefficients=[self._eps],
             )
             return (inputs.float() @ (z if self.target.input_first else z.T))[None]
         outer, inner = self._factors(seeds, self._eps, inputs.device)
         projected = (inputs.float() @ inner).unflatten(-1, (len(seeds), -1))  # (B, L, K, r)
         return torch.einsum("...kr,okr->k...o", projected, outer.unflatten(-1, (len(seeds), -1)))
 
-    def _factors(self, seeds: Sequence[int], coefficient: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _factors(
+        self, seeds: Sequence[int], coefficient: float, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
         """(U (outputs, K r), V (inputs, K r)): the directions as seen from the layer's outputs and inputs."""
         rows = range(self.target.shape[0])
-        left, right = self._direction.factors(self.target, seeds, [coefficient] * len(seeds), rows, device)
+        left, right = self._direction.factors(
+            self.target, seeds, [coefficient] * len(seeds), rows, device
+        )
         return (right.T, left) if self.target.input_first else (left, right.T)
 
 
@@ -245,17 +280,25 @@ class _Labelled(NamedTuple):
 class _Pass:
     """Forwards of a model on one batch, whose head sees labelled tokens only."""
 
-    def __init__(self, model: nn.Module, target: Target, head: nn.Module | None, batch: dict[str, Any]) -> None:
+    def __init__(
+        self, model: nn.Module, target: Target, head: nn.Module | None, batch: dict[str, Any]
+    ) -> None:
         labels = batch.get("labels")
         if not isinstance(labels, Tensor):
             raise ValueError(f"a batch to select from needs labels; it has {', '.join(batch)}.")
         self._model, self._target, self._head, self._labels = model, target, head, labels
-        self._inputs = without_cache(model) | {key: value for key, value in batch.items() if key != "labels"}
+        self._inputs = without_cache(model) | {
+            key: value for key, value in batch.items() if key != "labels"
+        }
         self._before_last: Any = None  # what the block before the last returns
         self._labelled: _Labelled | None = None
         if labels.ndim == 2:  # position t predicts label t + 1
-            positions = functional.pad(labels[:, 1:] != IGNORE_INDEX, (0, 1)).flatten().nonzero().squeeze(1)
-            self._labelled = _Labelled(positions, labels.flatten()[positions + 1], positions // labels.shape[1])
+            positions = (
+                functional.pad(labels[:, 1:] != IGNORE_INDEX, (0, 1)).flatten().nonzero().squeeze(1)
+            )
+            self._labelled = _Labelled(
+                positions, labels.flatten()[positions + 1], positions // labels.shape[1]
+            )
 
     @property
     def largest(self) -> int:
@@ -266,7 +309,11 @@ class _Pass:
         return max(labelled * vocabulary, tokens * 4 * max(self._target.shape))
 
     def losses(
-        self, at_target: Callable[[Tensor, Tensor], Tensor] | None = None, *, copies: int = 1, record: bool = False
+        self,
+        at_target: Callable[[Tensor, Tensor], Tensor] | None = None,
+        *,
+        copies: int = 1,
+        record: bool = False,
     ) -> Tensor:
         """The losses of the examples, (copies, B): the last block and the head run on so many copies of the batch.
 
@@ -277,15 +324,23 @@ class _Pass:
 
         def keep_labelled(_: nn.Module, args: tuple) -> tuple | None:
             hidden = args[0]
-            if self._labelled is None or hidden.shape[:-1] != (copies * len(self._labels), self._labels.shape[1]):
+            if self._labelled is None or hidden.shape[:-1] != (
+                copies * len(self._labels),
+                self._labels.shape[1],
+            ):
                 return None
             cut.append(True)
-            return (hidden.reshape(copies, -1, hidden.shape[-1])[:, self._labelled.positions], *args[1:])
+            return (
+                hidden.reshape(copies, -1, hidden.shape[-1])[:, self._labelled.positions],
+                *args[1:],
+            )
 
         with ExitStack() as stack:
             if at_target is not None:
                 change = at_target
-                hook = self._target.module.register_forward_hook(lambda _, args, output: change(args[0], output))
+                hook = self._target.module.register_forward_hook(
+                    lambda _, args, output: change(args[0], output)
+                )
                 stack.callback(hook.remove)
             if self._head is not None:
                 stack.callback(self._head.register_forward_pre_hook(keep_labelled).remove)
@@ -300,9 +355,13 @@ class _Pass:
                 labels = self._labels.repeat(copies, *[1] * (self._labels.ndim - 1))
                 return example_losses(logits, labels).view(copies, -1)
             positions, targets, owners = self._labelled
-            tokens = functional.cross_entropy(logits.flatten(0, 1).float(), targets.repeat(copies), reduction="none")
+            tokens = functional.cross_entropy(
+                logits.flatten(0, 1).float(), targets.repeat(copies), reduction="none"
+            )
             # one place for each token, not one sum for each example: adding in place has no fixed order on a GPU
-            placed = tokens.new_zeros(copies, self._labels.numel()).index_copy(1, positions, tokens.view(copies, -1))
+            placed = tokens.new_zeros(copies, self._labels.numel()).index_copy(
+                1, positions, tokens.view(copies, -1)
+            )
             sums = placed.view(copies, *self._labels.shape).sum(2)
             return sums / torch.bincount(owners, minlength=len(self._labels))
 
@@ -320,7 +379,9 @@ class _Pass:
         """Tensors that carry the batch, as many times; dicts, lists and tuples are followed."""
 
         def repeat(leaf: Any) -> Any:
-            carries = isinstance(leaf, Tensor) and leaf.ndim > 1 and leaf.shape[0] == len(self._labels)
+            carries = (
+                isinstance(leaf, Tensor) and leaf.ndim > 1 and leaf.shape[0] == len(self._labels)
+            )
             return leaf.repeat(copies, *[1] * (leaf.ndim - 1)) if carries else leaf
 
         return value if copies == 1 else tree_map(repeat, value)
@@ -333,7 +394,9 @@ class _Pass:
             yield
             return
         if record:
-            hook = prefix[-1].register_forward_hook(lambda _, __, output: setattr(self, "_before_last", output))
+            hook = prefix[-1].register_forward_hook(
+                lambda _, __, output: setattr(self, "_before_last", output)
+            )
             try:
                 yield
             finally:

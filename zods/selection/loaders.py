@@ -11,13 +11,14 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from zods.batch import WEIGHTS, to_device
-from zods.comm import Communicator
-from zods.data import EpochLoader, check_dataset, epoch_order, sample_digest
-from zods.objectives import Objective, weighted_sum
-from zods.section import check_loss_mean, parse_selector
-from zods.selection.batches import Batch, SubBatches
+from zods.comm.communicator import Communicator
+from zods.config.schema import check_loss_mean, parse_selector
+from zods.data.batch import WEIGHTS, to_device
+from zods.data.digest import sample_digest
+from zods.data.loader import EpochLoader, check_dataset, epoch_order
+from zods.data.objectives import Objective, weighted_sum
 from zods.selection.features import without_cache
+from zods.selection.sub_batches import Batch, SubBatches
 
 
 class SelectingLoader(EpochLoader):
@@ -30,7 +31,9 @@ class SelectingLoader(EpochLoader):
         self.selection, self._comm, self._seed = selection, comm, seed
         self._config = selection.selector.config
         self.dataset, self.accumulation = selection.dataset, selection.accumulation
-        self.data_digest = sample_digest(selection.dataset)  # None: examples are not the same each time
+        self.data_digest = sample_digest(
+            selection.dataset
+        )  # None: examples are not the same each time
 
     def collate_fn(self, rows: Sequence[Any]) -> Batch:
         """A batch of any examples, without weights."""
@@ -38,7 +41,9 @@ class SelectingLoader(EpochLoader):
 
     def __len__(self) -> int:
         """Micro-batches per epoch and rank."""
-        return len(self.dataset) // self._config.candidates * self._config.interval * self.accumulation
+        return (
+            len(self.dataset) // self._config.candidates * self._config.interval * self.accumulation
+        )
 
     def __iter__(self) -> Iterator[Batch]:
         if self.position == len(self):
@@ -64,7 +69,13 @@ class SelectingLoader(EpochLoader):
         order = epoch_order(len(self.dataset), self._config.candidates, self._seed, place[0])
         return sorted(order[(place[1] - 1) // self._config.interval].tolist())
 
-    def follow(self, place: tuple[int, int], ids: Sequence[int], weights: Sequence[float], mean: float | None) -> None:
+    def follow(
+        self,
+        place: tuple[int, int],
+        ids: Sequence[int],
+        weights: Sequence[float],
+        mean: float | None,
+    ) -> None:
         """Take over a selection that was made before, for the step that ends at `place`."""
         own_ids = self.candidates(place)[self._comm.rank :: self._comm.world_size]
         self.selection.follow(own_ids, ids, weights, mean)
@@ -143,7 +154,10 @@ class SelectedBatches:
 
     def state_dict(self) -> dict[str, Any]:
         """Of a pass over the loader, for the same order of its batches."""
-        return {"steps": self.position // self.selection.accumulation, **self.selection.state_dict()}
+        return {
+            "steps": self.position // self.selection.accumulation,
+            **self.selection.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.position = state["steps"] * self.selection.accumulation
@@ -151,7 +165,12 @@ class SelectedBatches:
 
 
 def select(
-    loader: Any, engine: DeepSpeedEngine, config: Mapping[str, Any], *, seed: int = 42, loss_mean: str = "tokens"
+    loader: Any,
+    engine: DeepSpeedEngine,
+    config: Mapping[str, Any],
+    *,
+    seed: int = 42,
+    loss_mean: str = "tokens",
 ) -> SelectedBatches:
     """Around a loader of first-order DeepSpeed training: micro-batches of chosen examples in place of the loader's own.
 
@@ -191,7 +210,9 @@ def select(
         return SelectedBatches(loader, sub_batches, comm)
 
 
-def weighted_loss(engine: DeepSpeedEngine, batch: Mapping[str, Any], loss_mean: str = "tokens") -> Tensor:
+def weighted_loss(
+    engine: DeepSpeedEngine, batch: Mapping[str, Any], loss_mean: str = "tokens"
+) -> Tensor:
     """The loss of one of `select`'s micro-batches on `engine`: the weighted sum of its examples' losses, each the sum over the
     example's own label tokens, or with "examples" their mean.
 
@@ -201,4 +222,6 @@ def weighted_loss(engine: DeepSpeedEngine, batch: Mapping[str, Any], loss_mean: 
     check_loss_mean(loss_mean)
     moved = to_device(batch, engine.device)
     inputs = {key: value for key, value in moved.items() if key not in ("labels", WEIGHTS)}
-    return weighted_sum(engine(**inputs, **without_cache(engine.module)), moved, Objective(loss_mean)).float()
+    return weighted_sum(
+        engine(**inputs, **without_cache(engine.module)), moved, Objective(loss_mean)
+    ).float()

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zods.directions import Parameter, derive_seed
-from zods.section import BY_SOURCE, SelectorConfig
+from zods.config.schema import BY_SOURCE, SelectorConfig
+from zods.core.directions import Parameter, derive_seed
 from zods.selection.baselines import (
     PaperFeatures,
     greedi,
@@ -35,7 +35,7 @@ from zods.selection.facility_location import (
     from_quantised,
     lazy_greedy,
 )
-from zods.selection.policy import capped_quotas, largest_remainder, quotas_of
+from zods.selection.quotas import capped_quotas, largest_remainder, quotas_of
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +107,9 @@ class Selector:
         self.config, self.budget = config, budget
         self.step = 0  # selections made
         self._seed, self._num_parts, self._share = seed, num_parts, share
-        self.chosen_mean: float | None = None  # derivative of the last chosen, for the features of the paper
+        self.chosen_mean: float | None = (
+            None  # derivative of the last chosen, for the features of the paper
+        )
         self._said_kept = False
         self._paper: PaperFeatures | None = None
         if config.features == "paper" and NEEDS[config.strategy] == "features":
@@ -118,7 +120,9 @@ class Selector:
     def strategy(self) -> str:
         """Of the next selection."""
         return (
-            "structured_random" if self.step * self.config.interval < self.config.warmup_steps else self.config.strategy
+            "structured_random"
+            if self.step * self.config.interval < self.config.warmup_steps
+            else self.config.strategy
         )
 
     def direction_seeds(self) -> list[int]:
@@ -138,7 +142,12 @@ class Selector:
             return None, usable
         groups = self._groups(batch, usable, None)
         quotas = self._quotas({name: len(members) for name, members in groups.items()})
-        return quotas, [usable[i] for name, members in groups.items() if quotas[name] < len(members) for i in members]
+        return quotas, [
+            usable[i]
+            for name, members in groups.items()
+            if quotas[name] < len(members)
+            for i in members
+        ]
 
     def select(
         self, batch: CandidateBatch, quotas: dict[str, int] | None = None
@@ -151,7 +160,9 @@ class Selector:
         """
         self.chosen_mean = None
         usable = self._usable(batch)
-        problem = self._problem(batch, usable) if NEEDS[self.strategy] == "features" and usable else None
+        problem = (
+            self._problem(batch, usable) if NEEDS[self.strategy] == "features" and usable else None
+        )
         groups = self._groups(batch, usable, problem)
         sizes = {name: len(members) for name, members in groups.items()}
         quotas = self._quotas(sizes) if quotas is None else capped_quotas(quotas, sizes)
@@ -161,7 +172,9 @@ class Selector:
             if quotas[name] == len(members):
                 chosen += [(usable[i], 1.0) for i in members]
                 continue
-            found, weights, gained = self._choose(batch, usable, problem, members, quotas[name], name)
+            found, weights, gained = self._choose(
+                batch, usable, problem, members, quotas[name], name
+            )
             chosen += zip(found, weights, strict=True)
             objective += gained
         chosen.sort()
@@ -169,7 +182,9 @@ class Selector:
         if self._paper is not None and problem is not None:
             derivatives = _derivatives(batch)[[place for place, _ in chosen]]
             self._record_mean(float(derivatives.mean()))
-        report = Report(self.step, len(batch.ids), len(batch.ids) - len(usable), quotas, whole, objective)
+        report = Report(
+            self.step, len(batch.ids), len(batch.ids) - len(usable), quotas, whole, objective
+        )
         self.step += 1
         weights = [weight if self.config.weights == "cluster" else 1.0 for _, weight in chosen]
         return [place for place, _ in chosen], weights, report
@@ -209,7 +224,9 @@ class Selector:
             usable &= batch.losses.cpu().isfinite()
         return usable.nonzero().squeeze(1).tolist()
 
-    def _groups(self, batch: CandidateBatch, usable: list[int], problem: Problem | None) -> dict[str, list[int]]:
+    def _groups(
+        self, batch: CandidateBatch, usable: list[int], problem: Problem | None
+    ) -> dict[str, list[int]]:
         """Places in `usable` by source, in the order of the sources' names."""
         if self.strategy not in BY_SOURCE:
             names = ["all"] * len(usable)
@@ -242,7 +259,13 @@ class Selector:
         return quotas
 
     def _choose(
-        self, batch: CandidateBatch, usable: list[int], problem: Problem | None, members: list[int], k: int, name: str
+        self,
+        batch: CandidateBatch,
+        usable: list[int],
+        problem: Problem | None,
+        members: list[int],
+        k: int,
+        name: str,
     ) -> tuple[list[int], list[float], float]:
         """k of the members of a source: (places in the batch, weights, objective)."""
         places = [usable[i] for i in members]
@@ -254,7 +277,9 @@ class Selector:
         chosen = self._facility(part, batch, places, k, name)
         return [places[i] for i in chosen.ids], [float(w) for w in chosen.weights], chosen.objective
 
-    def _facility(self, problem: Problem, batch: CandidateBatch, places: list[int], k: int, name: str) -> Chosen:
+    def _facility(
+        self, problem: Problem, batch: CandidateBatch, places: list[int], k: int, name: str
+    ) -> Chosen:
         """Where all distances fit the memory every rank chooses by itself; else each evaluates the candidates it owns."""
         if self.strategy == "stochastic_greedy":
             return stochastic_greedy(problem, k, seed=self._random_seed(name))

@@ -80,7 +80,9 @@ def build_task(
 
     if name == Classification.name:
         text_columns = (
-            (text_column or "text",) if text_pair_column is None else (text_column or "text", text_pair_column)
+            (text_column or "text",)
+            if text_pair_column is None
+            else (text_column or "text", text_pair_column)
         )
         _check_columns(train_dataset, source, text_columns, [label_column or "label"])
         num_special = tokenizer.num_special_tokens_to_add(pair=text_pair_column is not None)
@@ -96,7 +98,9 @@ def build_task(
             raise ValueError("the task prompted needs a template, such as '{text}\\nArea: {label}'")
         parsed = Template.parse(template)
         if parsed.answer != "label":
-            raise ValueError(f"template {template!r} must end with {{label}}; it ends with {{{parsed.answer}}}")
+            raise ValueError(
+                f"template {template!r} must end with {{label}}; it ends with {{{parsed.answer}}}"
+            )
         _check_columns(train_dataset, source, parsed.columns, [label_column or "label"])
         labels = Labels.of(train_dataset, label_column or "label", label_words)
         return Prompted(tokenizer, parsed, labels, max_length, pad_id)
@@ -104,13 +108,17 @@ def build_task(
     if template is None:
         template = f"{{{prompt_column or 'instruction'}}}\n{{{response_column or 'output'}}}"
     elif prompt_column is not None or response_column is not None:
-        raise ValueError("pass either a template, which names its columns, or prompt_column and response_column")
+        raise ValueError(
+            "pass either a template, which names its columns, or prompt_column and response_column"
+        )
     parsed = Template.parse(template)
     _check_columns(train_dataset, source, [*parsed.columns, parsed.answer])
     return Instruction(tokenizer, parsed, max_length, pad_id)
 
 
-def _check_columns(dataset: datasets.Dataset, source: str, texts: Sequence[str], others: Sequence[str] = ()) -> None:
+def _check_columns(
+    dataset: datasets.Dataset, source: str, texts: Sequence[str], others: Sequence[str] = ()
+) -> None:
     try:
         check_text_columns(dataset, texts, others)
     except ValueError as error:

@@ -72,7 +72,9 @@ class Classification:
         texts = [batch[column] for column in self.text_columns]
         options = {
             "return_attention_mask": False,
-            "return_token_type_ids": None if self.has_token_types else False,  # None: as the tokenizer does
+            "return_token_type_ids": None
+            if self.has_token_types
+            else False,  # None: as the tokenizer does
             "verbose": False,
         }
         encoded = self.tokenizer(*texts, **options)
@@ -86,9 +88,15 @@ class Classification:
                 **options,
             )
             for key, values in cut.items():
-                for row, value in zip(compress(range(len(too_long)), too_long), values, strict=True):
+                for row, value in zip(
+                    compress(range(len(too_long)), too_long), values, strict=True
+                ):
                     columns[key][row] = value
-        return {**columns, "answer": self.labels.ids(batch[self.labels.column]), "truncated": too_long}
+        return {
+            **columns,
+            "answer": self.labels.ids(batch[self.labels.column]),
+            "truncated": too_long,
+        }
 
     def collate(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """`input_ids`, `attention_mask` (and `token_type_ids`) (B, L), `labels` (B,)."""
@@ -102,7 +110,9 @@ class Classification:
             inputs["token_type_ids"] = pad_right([row["token_type_ids"] for row in rows], 0)
         return inputs, torch.tensor([row["answer"] for row in rows])
 
-    def measure(self, outputs: Any, inputs: dict[str, Tensor], targets: Tensor) -> dict[str, tuple[float, float]]:
+    def measure(
+        self, outputs: Any, inputs: dict[str, Tensor], targets: Tensor
+    ) -> dict[str, tuple[float, float]]:
         """Cross entropy and accuracy of logits (B, num_labels)."""
         logits = outputs["logits"].float()
         loss = functional.cross_entropy(logits, targets, reduction="sum")

@@ -10,9 +10,18 @@ import pyarrow as pa
 
 TEXT, INTEGER, FLOAT, BOOLEAN, NULL = pa.string(), pa.int64(), pa.float64(), pa.bool_(), pa.null()
 
-_INTEGER = re.compile(r"-?(0|[1-9][0-9]*)")  # "007" and "+1" are not: they could not be written back
+_INTEGER = re.compile(
+    r"-?(0|[1-9][0-9]*)"
+)  # "007" and "+1" are not: they could not be written back
 _FLOAT = re.compile(r"-?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
-_BOOLEANS = {"True": True, "TRUE": True, "true": True, "False": False, "FALSE": False, "false": False}
+_BOOLEANS = {
+    "True": True,
+    "TRUE": True,
+    "true": True,
+    "False": False,
+    "FALSE": False,
+    "false": False,
+}
 
 
 def type_of_cell(text: str, so_far: pa.DataType) -> pa.DataType:

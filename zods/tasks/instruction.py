@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from zods.objectives import sequence_log_likelihood
+from zods.data.objectives import sequence_log_likelihood
 from zods.tasks.prompts import (
     Template,
     answer_labels,
@@ -22,7 +22,15 @@ from zods.tasks.prompts import (
     tokenize_continuations,
     unusable,
 )
-from zods.tasks.task import Columns, Row, check_rows, check_text_columns, map_rows, pad_inputs, text_mistakes
+from zods.tasks.task import (
+    Columns,
+    Row,
+    check_rows,
+    check_text_columns,
+    map_rows,
+    pad_inputs,
+    text_mistakes,
+)
 
 
 @dataclass(frozen=True)
@@ -43,7 +51,9 @@ class Instruction:
     def __post_init__(self) -> None:
         """Raise ValueError for a tokenizer without an end-of-sequence token, or a max_length that the cue fills."""
         if self.tokenizer.eos_token_id is None:
-            raise ValueError("the tokenizer has no eos token to end a response; set tokenizer.eos_token")
+            raise ValueError(
+                "the tokenizer has no eos token to end a response; set tokenizer.eos_token"
+            )
         needed = len(leading_special_tokens(self.tokenizer)) + self._num_cue_tokens() + 1
         if self.max_length < needed:
             raise ValueError(
@@ -98,7 +108,9 @@ class Instruction:
         inputs = pad_inputs([row["input_ids"] for row in rows], self.pad_id)
         return inputs, torch.tensor([row["num_answer_tokens"] for row in rows])
 
-    def measure(self, outputs: Any, inputs: dict[str, Tensor], targets: Tensor) -> dict[str, tuple[float, float]]:
+    def measure(
+        self, outputs: Any, inputs: dict[str, Tensor], targets: Tensor
+    ) -> dict[str, tuple[float, float]]:
         """Negative log-likelihood per answer token and share of answer tokens predicted, as means over an example."""
         labels = answer_labels(inputs, targets)
         log_likelihood, counts = sequence_log_likelihood(outputs["logits"], labels)

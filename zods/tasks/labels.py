@@ -32,7 +32,9 @@ class Labels:
     names: tuple[str, ...]
 
     @classmethod
-    def of(cls, dataset: datasets.Dataset, column: str, words: Sequence[str] | None = None) -> Labels:
+    def of(
+        cls, dataset: datasets.Dataset, column: str, words: Sequence[str] | None = None
+    ) -> Labels:
         """The labels of the training data.
 
         A ClassLabel column brings its names in its order. Of other columns the distinct values are taken, sorted.
@@ -46,12 +48,16 @@ class Labels:
         dtype = getattr(feature, "dtype", "")
         is_integer = dtype.startswith(("int", "uint"))
         if not is_integer and dtype not in (*TEXT_DTYPES, "bool"):
-            raise ValueError(f"label column {column!r} must hold integers, booleans or text; it holds {feature}")
+            raise ValueError(
+                f"label column {column!r} must hold integers, booleans or text; it holds {feature}"
+            )
         counts = Counter(dataset[column][:])
         num_missing = sum(counts.pop(value) for value in list(counts) if _is_missing(value))
         if words is not None:
             if not is_integer:
-                raise ValueError(f"label words rename integer labels; column {column!r} holds {dtype}: leave them out")
+                raise ValueError(
+                    f"label words rename integer labels; column {column!r} holds {dtype}: leave them out"
+                )
             labels = cls(column, tuple(range(len(words))), tuple(words))
         elif isinstance(feature, datasets.ClassLabel):
             labels = cls(column, tuple(range(feature.num_classes)), tuple(feature.names))
@@ -59,15 +65,22 @@ class Labels:
             values = tuple(sorted(counts))
             labels = cls(column, values, tuple(map(str, values)))
         if len(labels.values) < 2 and words is not None:
-            raise ValueError(f"label_words gives {len(words)} word; give one for each of the labels 0, 1, ...")
+            raise ValueError(
+                f"label_words gives {len(words)} word; give one for each of the labels 0, 1, ..."
+            )
         if len(labels.values) < 2:
             without = f", and {num_missing} rows without a label" if num_missing else ""
             raise ValueError(
                 f"column {column!r} needs at least two labels; the training data has only {labels.values}{without}"
             )
-        shown = [f"{name} ({counts[value]})" for value, name in zip(labels.values, labels.names, strict=True)]
+        shown = [
+            f"{name} ({counts[value]})"
+            for value, name in zip(labels.values, labels.names, strict=True)
+        ]
         more = f" and {len(shown) - SHOWN} more" if len(shown) > SHOWN else ""
-        logger.info("%d classes in column %r: %s%s", len(shown), column, ", ".join(shown[:SHOWN]), more)
+        logger.info(
+            "%d classes in column %r: %s%s", len(shown), column, ", ".join(shown[:SHOWN]), more
+        )
         return labels
 
     def in_order_of(self, names: Sequence[str]) -> Labels:
@@ -84,7 +97,10 @@ class Labels:
             if _is_missing(value):
                 yield position, f"no label in column {self.column!r}"
             elif value not in ids and str(value) not in ids:
-                known = ", ".join(f"{value!r} ({name})" for value, name in zip(self.values, self.names, strict=True))
+                known = ", ".join(
+                    f"{value!r} ({name})"
+                    for value, name in zip(self.values, self.names, strict=True)
+                )
                 yield (
                     position,
                     f"column {self.column!r} has the label {value!r}; "

@@ -27,7 +27,9 @@ class Mistakes:
             if problems:
                 raise ValueError("; ".join(problems))
             return
-        told = [f"{place} {listed(numbers)}: {what}" for (place, what), numbers in self._rows.items()]
+        told = [
+            f"{place} {listed(numbers)}: {what}" for (place, what), numbers in self._rows.items()
+        ]
         more = sum(map(len, list(self._rows.values())[SHOWN:]))
         if more:
             told = [*told[:SHOWN], f"and {more} more rows with mistakes"]
@@ -40,4 +42,8 @@ def listed(numbers: Sequence[int]) -> str:
     text = ", ".join(map(str, ordered[:SHOWN]))
     if len(ordered) == SHOWN + 1:
         return f"{text}, {ordered[-1]}"
-    return text if len(ordered) <= SHOWN else f"{text} and {len(ordered) - SHOWN} more ({len(ordered)} in all)"
+    return (
+        text
+        if len(ordered) <= SHOWN
+        else f"{text} and {len(ordered) - SHOWN} more ({len(ordered)} in all)"
+    )

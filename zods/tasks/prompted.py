@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from zods.objectives import sequence_log_likelihood
+from zods.data.objectives import sequence_log_likelihood
 from zods.tasks.labels import Labels
 from zods.tasks.prompts import (
     Template,
@@ -52,15 +52,25 @@ class Prompted:
 
     def __post_init__(self) -> None:
         """Raise ValueError for words without tokens or with the same tokens, or a max_length below cue and word."""
-        _, words = tokenize_continuations(self.tokenizer, ["a" + self.template.cue], [self.labels.names])[0]
+        _, words = tokenize_continuations(
+            self.tokenizer, ["a" + self.template.cue], [self.labels.names]
+        )[0]
         seen: dict[tuple[int, ...], str] = {}
         for name, tokens in zip(self.labels.names, words, strict=True):
             if not name.strip() or not tokens:
-                raise ValueError(f"label word {name!r} has no tokens; give each label a word by label_words")
+                raise ValueError(
+                    f"label word {name!r} has no tokens; give each label a word by label_words"
+                )
             if tuple(tokens) in seen:
-                raise ValueError(f"label words {seen[tuple(tokens)]!r} and {name!r} have the same tokens {tokens}")
+                raise ValueError(
+                    f"label words {seen[tuple(tokens)]!r} and {name!r} have the same tokens {tokens}"
+                )
             seen[tuple(tokens)] = name
-        needed = len(leading_special_tokens(self.tokenizer)) + num_tokens(self.tokenizer, self.template.cue) + 1
+        needed = (
+            len(leading_special_tokens(self.tokenizer))
+            + num_tokens(self.tokenizer, self.template.cue)
+            + 1
+        )
         needed += max(map(len, words))
         if self.max_length < needed:
             raise ValueError(
@@ -111,10 +121,14 @@ class Prompted:
 
         The targets are the right word's number, and the number of tokens of each word.
         """
-        inputs = pad_inputs([row["prompt"] + word for row in rows for word in row["words"]], self.pad_id)
+        inputs = pad_inputs(
+            [row["prompt"] + word for row in rows for word in row["words"]], self.pad_id
+        )
         return inputs, torch.tensor([[row["answer"], *map(len, row["words"])] for row in rows])
 
-    def measure(self, outputs: Any, inputs: dict[str, Tensor], targets: Tensor) -> dict[str, tuple[float, float]]:
+    def measure(
+        self, outputs: Any, inputs: dict[str, Tensor], targets: Tensor
+    ) -> dict[str, tuple[float, float]]:
         """Mean negative log-likelihood per token of the right word; accuracy of the best word."""
         answers, num_word_tokens = targets[:, 0], targets[:, 1:]
         labels = answer_labels(inputs, num_word_tokens.flatten())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from zods.objectives import IGNORE_INDEX
+from zods.data.objectives import IGNORE_INDEX
 from zods.tasks.task import Columns, Row, pad_inputs
 
 
@@ -40,7 +40,9 @@ class Template:
         try:
             parsed = list(Formatter().parse(text))
         except ValueError as error:
-            raise ValueError(f"template {text!r}: {error}; write {{{{ and }}}} for braces") from None
+            raise ValueError(
+                f"template {text!r}: {error}; write {{{{ and }}}} for braces"
+            ) from None
         pieces: list[tuple[str, str]] = []
         literal = ""
         for before, field, spec, conversion in parsed:
@@ -48,7 +50,9 @@ class Template:
             if field is None:
                 continue
             if not field or spec or conversion:
-                raise ValueError(f"template {text!r}: a field is a column's name in braces, without '!' or ':'")
+                raise ValueError(
+                    f"template {text!r}: a field is a column's name in braces, without '!' or ':'"
+                )
             pieces.append((literal, field))
             literal = ""
         if literal or len(pieces) < 2:
@@ -58,7 +62,9 @@ class Template:
             )
         *prompt, (cue, answer) = pieces
         if answer in [field for _, field in prompt]:
-            raise ValueError(f"template {text!r}: the answer {{{answer}}} must stand only once, at the end")
+            raise ValueError(
+                f"template {text!r}: the answer {{{answer}}} must stand only once, at the end"
+            )
         return cls(tuple(prompt), cue, answer)
 
     @property
@@ -70,7 +76,8 @@ class Template:
         """Each row's text up to the answer."""
         num_rows = len(batch[self.columns[0]])
         return [
-            "".join(literal + batch[field][row] for literal, field in self.pieces) + self.cue for row in range(num_rows)
+            "".join(literal + batch[field][row] for literal, field in self.pieces) + self.cue
+            for row in range(num_rows)
         ]
 
 
@@ -82,14 +89,18 @@ def read_escapes(text: str, where: str) -> str:
 
     def character(match: re.Match[str]) -> str:
         if match[1] not in ESCAPES:
-            raise ValueError(rf"{where}: found {match[0]!r}, allowed are \n, \t, \r and \\; write \\ for a backslash")
+            raise ValueError(
+                rf"{where}: found {match[0]!r}, allowed are \n, \t, \r and \\; write \\ for a backslash"
+            )
         return ESCAPES[match[1]]
 
     return re.sub(r"\\(.?)", character, text, flags=re.DOTALL)
 
 
 def tokenize_continuations(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], continuations: Sequence[Sequence[str]]
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    continuations: Sequence[Sequence[str]],
 ) -> list[tuple[list[int], list[list[int]]]]:
     """Per prompt, its tokens and those of each continuation, without special tokens.
 
@@ -101,12 +112,18 @@ def tokenize_continuations(
     texts = []
     for prompt, group in zip(prompts, continuations, strict=True):
         texts += [prompt, *(prompt + continuation for continuation in group)]
-    ids = iter(tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"])
+    ids = iter(
+        tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)[
+            "input_ids"
+        ]
+    )
     result = []
     for group in continuations:
         alone, together = next(ids), [next(ids) for _ in group]
         columns = enumerate(zip(alone, *together, strict=False))
-        cut = next((i for i, column in columns if len(set(column)) > 1), min(map(len, [alone, *together])))
+        cut = next(
+            (i for i, column in columns if len(set(column)) > 1), min(map(len, [alone, *together]))
+        )
         result.append((alone[:cut], [tokens[cut:] for tokens in together]))
     return result
 
@@ -137,7 +154,10 @@ def num_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
 def collate_answers(rows: Sequence[Row], pad_id: int) -> dict[str, Tensor]:
     """A causal LM's training batch of rows with `input_ids` and `num_answer_tokens`: only the answers are labelled."""
     inputs = pad_inputs([row["input_ids"] for row in rows], pad_id)
-    return {**inputs, "labels": answer_labels(inputs, torch.tensor([row["num_answer_tokens"] for row in rows]))}
+    return {
+        **inputs,
+        "labels": answer_labels(inputs, torch.tensor([row["num_answer_tokens"] for row in rows])),
+    }
 
 
 def answer_labels(inputs: dict[str, Tensor], num_answer_tokens: Tensor) -> Tensor:

@@ -64,21 +64,29 @@ def load_examples(
             that cannot be loaded.
     """
     if (file is None) == (dataset_name is None):
-        raise ValueError(f"pass either a file or the name of a hub dataset; got {file!r} and {dataset_name!r}")
+        raise ValueError(
+            f"pass either a file or the name of a hub dataset; got {file!r} and {dataset_name!r}"
+        )
     if max_examples is not None and max_examples < 1:
         raise ValueError(f"max_examples must be at least 1; it is {max_examples}")
     if file is not None:
         if dataset_config is not None or split is not None:
-            raise ValueError(f"a configuration or split belongs to a hub dataset, not to the file {file}")
+            raise ValueError(
+                f"a configuration or split belongs to a hub dataset, not to the file {file}"
+            )
         dataset = _load_file(Path(file), column_names)
     else:
         if column_names is not None:
-            raise ValueError(f"column_names is for .csv and .tsv files without a header, not for {dataset_name}")
+            raise ValueError(
+                f"column_names is for .csv and .tsv files without a header, not for {dataset_name}"
+            )
         dataset = _load_hub(dataset_name, dataset_config, split or "train")
     if keep_rows and ROW not in dataset.column_names:
         dataset = dataset.add_column(ROW, range(len(dataset)))
     if not keep_rows:
-        dataset = dataset.remove_columns([name for name in (ROW, NOT_TEXT) if name in dataset.column_names])
+        dataset = dataset.remove_columns(
+            [name for name in (ROW, NOT_TEXT) if name in dataset.column_names]
+        )
     if max_examples is not None and max_examples < len(dataset):
         dataset = dataset.shuffle(seed=seed).select(range(max_examples))
     return dataset
@@ -130,7 +138,9 @@ def _load_hub(name: str | None, config: str | None, split: str) -> datasets.Data
             f"{type(error).__name__}: {error}; correct the name, or pass --train_file with a local file"
         ) from error
     if len(dataset) == 0:
-        raise ValueError(f"the dataset {name!r} (configuration {config!r}, split {split!r}) has no examples")
+        raise ValueError(
+            f"the dataset {name!r} (configuration {config!r}, split {split!r}) has no examples"
+        )
     return dataset
 
 
@@ -141,19 +151,27 @@ def _extension(path: Path) -> str:
 def _load_file(path: Path, column_names: Sequence[str] | None) -> datasets.Dataset:
     extension = _extension(path)
     if extension not in FORMATS:
-        raise ValueError(f"{path}: unknown extension {extension!r}; allowed are {', '.join(FORMATS)}, also with .gz")
+        raise ValueError(
+            f"{path}: unknown extension {extension!r}; allowed are {', '.join(FORMATS)}, also with .gz"
+        )
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     if column_names is not None and set(column_names) & {ROW, NOT_TEXT}:
         raise ValueError(f"column_names: {ROW} and {NOT_TEXT} are reserved. Give other names")
     if column_names is not None and extension not in (".csv", ".tsv"):
-        raise ValueError(f"column_names is for .csv and .tsv files without a header, not for {path}")
+        raise ValueError(
+            f"column_names is for .csv and .tsv files without a header, not for {path}"
+        )
     if extension == ".parquet":
         try:
-            dataset = datasets.load_dataset("parquet", data_files=glob.escape(str(path)), split="train")
+            dataset = datasets.load_dataset(
+                "parquet", data_files=glob.escape(str(path)), split="train"
+            )
         except Exception as error:  # pyarrow's and datasets' own, some without a message
             reason = str(error.__cause__ or error).strip()
-            raise ValueError(f"{path} holds no examples that can be read as .parquet. {reason}".strip()) from error
+            raise ValueError(
+                f"{path} holds no examples that can be read as .parquet. {reason}".strip()
+            ) from error
     else:
         dataset = _build_from_text(path, extension, column_names)
     if len(dataset) == 0:
@@ -199,15 +217,25 @@ class _TextFile(datasets.ArrowBasedBuilder):
 
 def _arrow_table(rows: Sequence[tuple[Any, ...]], schema: pa.Schema) -> pa.Table:
     columns = zip(*rows, strict=True)
-    return pa.table([pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)], schema)
+    return pa.table(
+        [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)],
+        schema,
+    )
 
 
-def _build_from_text(path: Path, extension: str, column_names: Sequence[str] | None) -> datasets.Dataset:
+def _build_from_text(
+    path: Path, extension: str, column_names: Sequence[str] | None
+) -> datasets.Dataset:
     with path.open("rb") as file:
         content = hashlib.file_digest(file, "blake2b").hexdigest()
     names = None if column_names is None else tuple(column_names)
     builder = _TextFile(
-        dataset_name="text_file", hash=code_digest(), path=str(path), extension=extension, names=names, content=content
+        dataset_name="text_file",
+        hash=code_digest(),
+        path=str(path),
+        extension=extension,
+        names=names,
+        content=content,
     )
     try:
         builder.download_and_prepare()

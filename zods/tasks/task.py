@@ -64,7 +64,9 @@ class Task(Protocol):
     def collate_eval(self, rows: Sequence[Row]) -> tuple[dict[str, Tensor], Tensor]:
         """(what the model's forward takes, targets for `measure`): without labels, so that forward computes no loss."""
 
-    def measure(self, outputs: Any, inputs: dict[str, Tensor], targets: Tensor) -> dict[str, tuple[float, float]]:
+    def measure(
+        self, outputs: Any, inputs: dict[str, Tensor], targets: Tensor
+    ) -> dict[str, tuple[float, float]]:
         """{metric: (sum, count)} of an evaluation batch, with "loss" and "accuracy"; the counts are examples.
 
         Args:
@@ -73,14 +75,21 @@ class Task(Protocol):
         """
 
 
-def check_text_columns(dataset: datasets.Dataset, columns: Sequence[str], others: Sequence[str] = ()) -> None:
+def check_text_columns(
+    dataset: datasets.Dataset, columns: Sequence[str], others: Sequence[str] = ()
+) -> None:
     """Raise ValueError, with all that is wrong, unless all these columns are there and `columns` hold text."""
     wrong = [
         f"column {column!r} must hold text; it holds {dataset.features[column]}"
         for column in dict.fromkeys(columns)
-        if column in dataset.column_names and getattr(dataset.features[column], "dtype", None) not in TEXT_DTYPES
+        if column in dataset.column_names
+        and getattr(dataset.features[column], "dtype", None) not in TEXT_DTYPES
     ]
-    missing = [column for column in dict.fromkeys([*columns, *others]) if column not in dataset.column_names]
+    missing = [
+        column
+        for column in dict.fromkeys([*columns, *others])
+        if column not in dataset.column_names
+    ]
     if missing:
         named = f"column{'s' * (len(missing) > 1)} {', '.join(map(repr, missing))}"
         given = ", ".join(name for name in dataset.column_names if name not in (ROW, NOT_TEXT))
@@ -114,7 +123,11 @@ def check_rows(task: Task, sources: Sequence[tuple[datasets.Dataset, str]]) -> N
 
 def row_numbers(dataset: datasets.Dataset) -> Sequence[int]:
     """The rows' numbers in their source, or from 0 where these are not known."""
-    return dataset.with_format("numpy")[ROW][:].tolist() if ROW in dataset.column_names else range(len(dataset))
+    return (
+        dataset.with_format("numpy")[ROW][:].tolist()
+        if ROW in dataset.column_names
+        else range(len(dataset))
+    )
 
 
 def text_mistakes(dataset: datasets.Dataset, columns: Sequence[str]) -> Iterator[tuple[int, str]]:
@@ -123,7 +136,9 @@ def text_mistakes(dataset: datasets.Dataset, columns: Sequence[str]) -> Iterator
     position = 0
     for batch in read.iter(batch_size=1000):
         odd = batch.get(NOT_TEXT, [""] * len(batch[columns[0]]))
-        for texts, names in zip(zip(*(batch[column] for column in columns), strict=True), odd, strict=True):
+        for texts, names in zip(
+            zip(*(batch[column] for column in columns), strict=True), odd, strict=True
+        ):
             not_text = [column for column in columns if names and column in names.split(", ")]
             if not_text:
                 yield (
@@ -160,7 +175,9 @@ def map_rows(
         prepared = prepared.remove_columns("unusable")
     num_truncated = sum(prepared["truncated"])
     if num_truncated:
-        logger.warning("%d of %d examples were cut to %d tokens", num_truncated, len(prepared), max_length)
+        logger.warning(
+            "%d of %d examples were cut to %d tokens", num_truncated, len(prepared), max_length
+        )
     return prepared.remove_columns("truncated")
 
 
@@ -182,13 +199,23 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase, num_embeddings: int | None 
     Raises:
         ValueError: the tokenizer has neither token.
     """
-    given = [token_id for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token_id is not None]
+    given = [
+        token_id
+        for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id)
+        if token_id is not None
+    ]
     if not given:
-        raise ValueError("the tokenizer has neither a pad token nor an eos token; set tokenizer.pad_token")
-    return next((token_id for token_id in given if num_embeddings is None or token_id < num_embeddings), 0)
+        raise ValueError(
+            "the tokenizer has neither a pad token nor an eos token; set tokenizer.pad_token"
+        )
+    return next(
+        (token_id for token_id in given if num_embeddings is None or token_id < num_embeddings), 0
+    )
 
 
-def check_token_ids(prepared: datasets.Dataset, num_embeddings: int, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_token_ids(
+    prepared: datasets.Dataset, num_embeddings: int, tokenizer: PreTrainedTokenizerBase
+) -> None:
     """Raise ValueError where prepared rows hold a token that the model has no embedding of."""
     largest = -1
     for batch in prepared.with_format("arrow").iter(batch_size=1000):
@@ -208,7 +235,9 @@ def check_token_ids(prepared: datasets.Dataset, num_embeddings: int, tokenizer: 
 def pad_right(sequences: Sequence[Sequence[int]], value: int) -> Tensor:
     """(B, L) int64, L the longest of the sequences; `value` fills the rest of the others."""
     longest = max(map(len, sequences))
-    return torch.tensor([[*sequence, *[value] * (longest - len(sequence))] for sequence in sequences])
+    return torch.tensor(
+        [[*sequence, *[value] * (longest - len(sequence))] for sequence in sequences]
+    )
 
 
 def pad_inputs(sequences: Sequence[Sequence[int]], pad_id: int) -> dict[str, Tensor]:

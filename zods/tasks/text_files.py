@@ -33,7 +33,9 @@ from zods.tasks.mistakes import Mistakes, listed
 csv.field_size_limit(sys.maxsize)
 
 ROW = "__row__"  # column of a row's number in its source
-NOT_TEXT = "__not_text__"  # column of the names of a row's columns that are text, but not in this row
+NOT_TEXT = (
+    "__not_text__"  # column of the names of a row's columns that are text, but not in this row
+)
 RESERVED = (ROW, NOT_TEXT)
 DEEPEST = 100
 TOO_DEEP = f"JSON lists or objects inside each other, more than {DEEPEST} deep"
@@ -81,7 +83,11 @@ def _lines(path: Path) -> Iterator[str]:
         with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
             for number, line in enumerate(file, start=1):
                 if "\0" in line:
-                    raise ValueError(_with_iconv(path, f"line {number} has a zero byte, as UTF-16 has", "utf-16le"))
+                    raise ValueError(
+                        _with_iconv(
+                            path, f"line {number} has a zero byte, as UTF-16 has", "utf-16le"
+                        )
+                    )
                 yield line
     except UnicodeDecodeError:
         raise ValueError(_undecodable(path)) from None
@@ -153,7 +159,13 @@ def _read_delimited(path: Path, delimiter: str, column_names: Sequence[str] | No
     reading = _scan(lambda: _csv_records(path, delimiter), column_names is None)
     if delimiter == "\t":
         plain = _scan(lambda: _plain_records(path), column_names is None)
-        width = len(column_names) if column_names is not None else len(plain.header.fields) if plain.header else 0
+        width = (
+            len(column_names)
+            if column_names is not None
+            else len(plain.header.fields)
+            if plain.header
+            else 0
+        )
         if width > 1 and plain.num_bad(width) <= reading.num_bad(width):
             reading = plain
     if column_names is None and reading.header is None:
@@ -183,7 +195,9 @@ def _read_delimited(path: Path, delimiter: str, column_names: Sequence[str] | No
             "of the text"
         )
     if has_row_names:
-        notes.append("the first field of each row, without a name in the header, is a row name and is left out")
+        notes.append(
+            "the first field of each row, without a name in the header, is a row name and is left out"
+        )
     return Table(types, rows, "; ".join(notes))
 
 
@@ -260,7 +274,9 @@ def _plain_records(path: Path) -> Iterator[_Record]:
 
 def _is_quoted(field: str) -> bool:
     """Whether a field is quoted as a whole: quotes inside it are written twice."""
-    return len(field) > 1 and field[0] == field[-1] == '"' and '"' not in field[1:-1].replace('""', "")
+    return (
+        len(field) > 1 and field[0] == field[-1] == '"' and '"' not in field[1:-1].replace('""', "")
+    )
 
 
 def _has_row_names(reading: _Reading) -> bool:
@@ -282,7 +298,9 @@ def _has_row_names(reading: _Reading) -> bool:
     return not last_is_blank
 
 
-def _check_fields(path: Path, reading: _Reading, names: Sequence[str], width: int, delimiter: str) -> None:
+def _check_fields(
+    path: Path, reading: _Reading, names: Sequence[str], width: int, delimiter: str
+) -> None:
     mistakes = Mistakes()
     for problem, lines in reading.problems.items():
         for line in lines:
@@ -301,10 +319,14 @@ def _check_fields(path: Path, reading: _Reading, names: Sequence[str], width: in
 
 
 def _header_names(path: Path, header: _Record) -> list[str]:
-    names = [name if name.strip() else f"Unnamed: {place}" for place, name in enumerate(header.fields)]
+    names = [
+        name if name.strip() else f"Unnamed: {place}" for place, name in enumerate(header.fields)
+    ]
     reserved = [name for name in RESERVED if name in names]
     if reserved:
-        raise ValueError(f"{path}, line {header.line}: the column name {reserved[0]} is reserved. Rename the column")
+        raise ValueError(
+            f"{path}, line {header.line}: the column name {reserved[0]} is reserved. Rename the column"
+        )
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(
@@ -357,7 +379,9 @@ def _json_lines(path: Path, mistakes: Mistakes) -> Iterator[tuple[int, dict[str,
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            mistakes.add(f"{path}, line", number, f"malformed JSON: {error.msg} at column {error.colno}")
+            mistakes.add(
+                f"{path}, line", number, f"malformed JSON: {error.msg} at column {error.colno}"
+            )
             continue
         except RecursionError:
             mistakes.add(f"{path}, line", number, TOO_DEEP)
@@ -390,7 +414,13 @@ def _flaw(value: Any, depth: int = 0) -> str:
         return ""
     if depth > DEEPEST:
         return TOO_DEEP
-    inner = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ()
+    inner = (
+        [*value, *value.values()]
+        if isinstance(value, dict)
+        else value
+        if isinstance(value, list)
+        else ()
+    )
     return next(filter(None, (_flaw(item, depth + 1) for item in inner)), "")
 
 
@@ -415,9 +445,13 @@ def _list_items(path: Path, mistakes: Mistakes) -> Iterator[tuple[int, dict[str,
         if text[place : place + 1] != "]":
             raise json.JSONDecodeError("Expecting ',' or ']'", text, place)
         if _after_space(text, place + 1) != len(text):
-            raise json.JSONDecodeError("Extra data after the list", text, _after_space(text, place + 1))
+            raise json.JSONDecodeError(
+                "Extra data after the list", text, _after_space(text, place + 1)
+            )
     except json.JSONDecodeError as error:
-        mistakes.add(f"{path}, line", error.lineno, f"malformed JSON: {error.msg} at column {error.colno}")
+        mistakes.add(
+            f"{path}, line", error.lineno, f"malformed JSON: {error.msg} at column {error.colno}"
+        )
     except RecursionError:
         mistakes.add(f"{path}, line", text.count("\n", 0, place) + 1, TOO_DEEP)
 
@@ -446,7 +480,11 @@ def _refuse_one_object(path: Path, extension: str, first: str) -> None:
         return  # lines, some of which are malformed
     if isinstance(value, dict):
         keys = ", ".join(map(repr, list(value)[:5])) + (", ..." if len(value) > 5 else "")
-        lists = [key for key, held in value.items() if held and isinstance(held, list) and isinstance(held[0], dict)]
+        lists = [
+            key
+            for key, held in value.items()
+            if held and isinstance(held, list) and isinstance(held[0], dict)
+        ]
         way = f" Write the list under {lists[0]!r} to a file of its own." if len(lists) == 1 else ""
         raise ValueError(
             f"{path}: one JSON object with the keys {keys}; a list of rows is needed, "

@@ -28,28 +28,48 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m zods.trajectory", description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="python -m zods.trajectory", description=__doc__, allow_abbrev=False
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    replay = commands.add_parser("replay", help="the weights of a run, from base weights and its log")
-    replay.add_argument("--base", required=True, metavar="NAME_OR_FOLDER", help="the model that the run started from")
+    replay = commands.add_parser(
+        "replay", help="the weights of a run, from base weights and its log"
+    )
     replay.add_argument(
-        "--log", required=True, metavar="FILE", help="beside it, a folder `initial` where the run had one"
+        "--base",
+        required=True,
+        metavar="NAME_OR_FOLDER",
+        help="the model that the run started from",
+    )
+    replay.add_argument(
+        "--log",
+        required=True,
+        metavar="FILE",
+        help="beside it, a folder `initial` where the run had one",
     )
     replay.add_argument("--out", required=True, metavar="FOLDER", help="made for from_pretrained")
-    replay.add_argument("--until", type=int, metavar="STEP", help="weights after so many steps (default: all)")
-    replay.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # set by a launcher
+    replay.add_argument(
+        "--until", type=int, metavar="STEP", help="weights after so many steps (default: all)"
+    )
+    replay.add_argument(
+        "--local_rank", type=int, default=-1, help=argparse.SUPPRESS
+    )  # set by a launcher
     replay.set_defaults(command=_replay)
 
     inspect = commands.add_parser("inspect", help="what a log tells of its run")
     inspect.add_argument("path", metavar="FILE")
     inspect.add_argument(
-        "--step", type=int, metavar="STEP", help="only the records that come when so many steps are made"
+        "--step",
+        type=int,
+        metavar="STEP",
+        help="only the records that come when so many steps are made",
     )
     inspect.set_defaults(command=_inspect)
 
     verify = commands.add_parser(
-        "verify", help="is it whole? Exit code 1 where its last record is torn, 2 where it is damaged"
+        "verify",
+        help="is it whole? Exit code 1 where its last record is torn, 2 where it is damaged",
     )
     verify.add_argument("path", metavar="FILE")
     verify.set_defaults(command=_verify)
@@ -70,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _replay(base: str, log: str, out: str, until: int | None) -> int:
-    from zods.trajectory.replay import replay  # torch is slow to import, and the others do not compute
+    from zods.trajectory.replay import replay
 
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     done = replay(base, log, out, until=until, rank=rank, world_size=world_size)
@@ -102,7 +122,9 @@ def _inspect(path: str, step: int | None) -> int:
             section = {"batch": record.batch, **{k: v for k, v in written.items() if v is not None}}
             print(f"from step {record.step:<6} on {record.world_size} ranks: {json.dumps(section)}")
         if isinstance(record, Evaluation):
-            print(f"from step {record.step:<6} evaluated {record.form}, {record.streams} points per forward")
+            print(
+                f"from step {record.step:<6} evaluated {record.form}, {record.streams} points per forward"
+            )
     steps = [record for record in log.records if isinstance(record, Step)]
     refreshes = sum(isinstance(record, Refresh) for record in log.records)
     print(
@@ -111,9 +133,13 @@ def _inspect(path: str, step: int | None) -> int:
     if steps:
         losses = [step.loss for step in steps if step.loss is not None]
         most = min(20, len(losses))
-        first, last = (math.fsum(part) / max(most, 1) for part in (losses[:most], losses[len(losses) - most :]))
+        first, last = (
+            math.fsum(part) / max(most, 1) for part in (losses[:most], losses[len(losses) - most :])
+        )
         print(f"loss        {first:.4f} -> {last:.4f} (means of {most} steps)")
-        print(f"size        {log.ends[-1]:,} bytes, {(log.ends[-1] - log.ends[0]) / len(steps):.0f} per step")
+        print(
+            f"size        {log.ends[-1]:,} bytes, {(log.ends[-1] - log.ends[0]) / len(steps):.0f} per step"
+        )
     print(f"head        {log.heads[-1]}")
     return 0
 
@@ -127,11 +153,13 @@ def _verify(path: str) -> int:
 
 def _changes(log: Log) -> None:
     """Raise ValueError where a record does not go with its configuration."""
-    from zods.trajectory.history import History
+    from zods.trajectory.updates import History
 
     history = History()
     for record in log.records:
-        if not (isinstance(record, Step) and record.coefficients is None):  # of first-order training
+        if not (
+            isinstance(record, Step) and record.coefficients is None
+        ):  # of first-order training
             history.change(record)
 
 
@@ -147,7 +175,9 @@ def _merge(left: str, right: str, out: str) -> int:
         raise ValueError(f"--out {out}: exists. Give another name.")
     log = longer(_read(left), _read(right))
     made.write_bytes(Path(log.path).read_bytes()[: log.ends[-1]])
-    print(f"{made}: {log.num_steps} steps, those of {log.path}, which the other is the beginning of")
+    print(
+        f"{made}: {log.num_steps} steps, those of {log.path}, which the other is the beginning of"
+    )
     return 0
 
 

@@ -47,8 +47,14 @@ def longer(left: Log, right: Log) -> Log:
         return second
     if left.header != right.header:
         what = next(_fields("", left.header.to_json(), right.header.to_json()))
-        raise ValueError(f"{left.path} and {right.path} do not start from the same model or data{what}.")
-    common = next(k for k, (one, other) in enumerate(zip(left.heads, right.heads, strict=True)) if one != other)
+        raise ValueError(
+            f"{left.path} and {right.path} do not start from the same model or data{what}."
+        )
+    common = next(
+        k
+        for k, (one, other) in enumerate(zip(left.heads, right.heads, strict=True))
+        if one != other
+    )
     raise ValueError(
         f"{left.path} and {right.path} have {left.records[common - 1].step} steps in common, then each its own. "
         f"These do not commute: {_why(left, right)}. Replay one of them."

@@ -94,11 +94,25 @@ def parse_log(data: bytes, path: str | Path) -> Log:
     ends: list[int] = []
     for number, start, line in _lines(data):
         head, _, text = line.rstrip(b"\n").partition(b" ")
-        whole = line.endswith(b"\n") and head == chained(heads[-1] if heads else START, text.decode("latin-1")).encode()
+        whole = (
+            line.endswith(b"\n")
+            and head == chained(heads[-1] if heads else START, text.decode("latin-1")).encode()
+        )
         if not whole:
-            if start + len(line) == len(data) and header is not None and not _runs_on(line, heads[-1]):
-                return Log(str(path), header, tuple(records), tuple(heads), tuple(ends), torn=len(line))
-            _refuse(path, number, start, "damaged: its checksum is wrong" if line.endswith(b"\n") else "torn")
+            if (
+                start + len(line) == len(data)
+                and header is not None
+                and not _runs_on(line, heads[-1])
+            ):
+                return Log(
+                    str(path), header, tuple(records), tuple(heads), tuple(ends), torn=len(line)
+                )
+            _refuse(
+                path,
+                number,
+                start,
+                "damaged: its checksum is wrong" if line.endswith(b"\n") else "torn",
+            )
         try:
             values = json.loads(text, parse_constant=_no_constant)
             if header is None:
@@ -139,7 +153,9 @@ def _no_constant(name: str) -> NoReturn:
 
 
 def _refuse(path: str | Path, number: int, start: int, what: str) -> NoReturn:
-    raise ValueError(f"{path}, line {number} (byte {start}): {what}. What comes before it is intact.")
+    raise ValueError(
+        f"{path}, line {number} (byte {start}): {what}. What comes before it is intact."
+    )
 
 
 def _following(records: list[Record], record: Record) -> Record:
@@ -163,7 +179,10 @@ class Trajectory:
         self.head = START
         self.file: LogFile | None = None
         self.publish: Callable[[str], None] = lambda _: None
-        self._agreed = (0, 0)  # where the file ended, and the steps in it, when all ranks last agreed
+        self._agreed = (
+            0,
+            0,
+        )  # where the file ended, and the steps in it, when all ranks last agreed
 
     def add(self, record: Header | Record) -> None:
         """Chain a record; where this rank keeps the file it is on its way to the disk until `wait`."""
@@ -189,7 +208,9 @@ class Trajectory:
         if self.file is not None:
             length, num_steps = self._agreed
             self.file.cut(length)
-            logger.error("%s: cut back to step %d, up to which all ranks agreed", self.file.path, num_steps)
+            logger.error(
+                "%s: cut back to step %d, up to which all ranks agreed", self.file.path, num_steps
+            )
 
 
 class LogFile:
@@ -219,7 +240,9 @@ class LogFile:
                     ) from None
             if not said:
                 logger.warning(
-                    "%s: another run writes to it; waiting up to %.0f s for its end", self.path, LOCK_SECONDS
+                    "%s: another run writes to it; waiting up to %.0f s for its end",
+                    self.path,
+                    LOCK_SECONDS,
                 )
                 said = True
             time.sleep(0.2)

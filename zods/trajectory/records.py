@@ -6,7 +6,7 @@
     refresh     a new anchor: the coefficients of its full-batch gradient, along which a step was made
     step        the coefficients of a step's estimate, its loss and step size, the loader's place, what a selector chose
 
-Seeds are not kept: they follow from the base seed and the step (`zods.rule`). Coefficients are float32, in base64.
+Seeds are not kept: they follow from the base seed and the step (`zods.core.update_rule`). Coefficients are float32, in base64.
 """
 
 from __future__ import annotations
@@ -19,13 +19,24 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from zods.section import SVRG_ONLY, ZerothOrderConfig, parse_section
+from zods.config.schema import SVRG_ONLY, ZerothOrderConfig, parse_section
 
 FORMAT = 1
 # What the numbers of a log mean. It changes when the same log would give other weights.
-DEFINITION = "philox4x32-10, blake2b seeds, float32 fused multiply-add, bfloat16 rounded stochastically; 1"
-FIRST_ORDER = ("seed", "selector", "loss_mean")  # keys of the section "zeroth_order" that count with an optimizer
-NOT_RECORDED = ("nvme_path", "buffer_count", "buffer_size", "pin_memory")  # of the anchor: no bit depends on them
+DEFINITION = (
+    "philox4x32-10, blake2b seeds, float32 fused multiply-add, bfloat16 rounded stochastically; 1"
+)
+FIRST_ORDER = (
+    "seed",
+    "selector",
+    "loss_mean",
+)  # keys of the section "zeroth_order" that count with an optimizer
+NOT_RECORDED = (
+    "nvme_path",
+    "buffer_count",
+    "buffer_size",
+    "pin_memory",
+)  # of the anchor: no bit depends on them
 
 
 @dataclass(frozen=True)
@@ -43,7 +54,13 @@ class ParameterRecord:
         return math.prod(self.shape)
 
     def to_json(self) -> list[Any]:
-        return [self.name, list(self.shape), self.dtype, int(self.trained), f"{self.fingerprint:016x}"]
+        return [
+            self.name,
+            list(self.shape),
+            self.dtype,
+            int(self.trained),
+            f"{self.fingerprint:016x}",
+        ]
 
 
 @dataclass(frozen=True)
@@ -87,7 +104,9 @@ class Run:
     def to_json(self) -> dict[str, Any]:
         section = self.section.to_dict()
         del section["replicas"]  # no bit depends on it
-        section["anchor"] = {key: value for key, value in section["anchor"].items() if key not in NOT_RECORDED}
+        section["anchor"] = {
+            key: value for key, value in section["anchor"].items() if key not in NOT_RECORDED
+        }
         if not self.section.is_svrg:
             section = {key: value for key, value in section.items() if key not in SVRG_ONLY}
         if self.optimizer is not None:
@@ -139,8 +158,13 @@ class SubBatch:
     mean: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        bits = sum(1 << place for place in self.places).to_bytes(-(-self.num_candidates // 8), "little")
-        optional = {"weights": None if self.weights is None else list(self.weights), "mean": self.mean}
+        bits = sum(1 << place for place in self.places).to_bytes(
+            -(-self.num_candidates // 8), "little"
+        )
+        optional = {
+            "weights": None if self.weights is None else list(self.weights),
+            "mean": self.mean,
+        }
         given = {key: value for key, value in optional.items() if value is not None}
         return {"of": self.num_candidates, "bits": base64.b64encode(bits).decode(), **given}
 
@@ -185,7 +209,9 @@ def header_of(values: Any) -> Header:
     """The header from its JSON. Raises ValueError."""
     get = _Reader(values, "header", ("definition", "model", "parameters", "tied", "data"))
     if get("header", int) != FORMAT:
-        raise ValueError(f"header: format {values['header']}; this version of zods reads format {FORMAT}")
+        raise ValueError(
+            f"header: format {values['header']}; this version of zods reads format {FORMAT}"
+        )
     if get("definition", str) != DEFINITION:
         raise ValueError(f"header: its numbers mean {values['definition']!r}, here {DEFINITION!r}")
     tied, data = get("tied", dict), get("data", (list, type(None)))
@@ -230,7 +256,11 @@ class _Reader:
         kinds = kinds if isinstance(kinds, tuple) else (kinds,)
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             raise ValueError(f"{self._kind}: {key} is {value!r}")
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isfinite(value):
+        if (
+            isinstance(value, (int, float))
+            and not isinstance(value, bool)
+            and not math.isfinite(value)
+        ):
             raise ValueError(f"{self._kind}: {key} is {value!r}")
         return value
 
@@ -246,7 +276,9 @@ class _Reader:
     def coefficients(self, key: str) -> tuple[float, ...]:
         data = _decoded(self(key, str), f"{self._kind}: {key}")
         if len(data) % 4:
-            raise ValueError(f"{self._kind}: {key} holds {len(data)} bytes, no whole number of coefficients")
+            raise ValueError(
+                f"{self._kind}: {key} holds {len(data)} bytes, no whole number of coefficients"
+            )
         values = struct.unpack(f"<{len(data) // 4}f", data)
         if not all(map(math.isfinite, values)):
             raise ValueError(f"{self._kind}: {key} holds a coefficient that is not finite")
@@ -262,11 +294,20 @@ def _decoded(text: str, what: str) -> bytes:
 
 def _parameter(entry: Any) -> ParameterRecord:
     if not isinstance(entry, list) or len(entry) != 5:
-        raise ValueError("header: parameters: [name, shape, dtype, trained, fingerprint] is expected")
+        raise ValueError(
+            "header: parameters: [name, shape, dtype, trained, fingerprint] is expected"
+        )
     name, shape, dtype, trained, fingerprint = entry
-    if not (isinstance(name, str) and isinstance(dtype, str) and isinstance(fingerprint, str) and trained in (0, 1)):
+    if not (
+        isinstance(name, str)
+        and isinstance(dtype, str)
+        and isinstance(fingerprint, str)
+        and trained in (0, 1)
+    ):
         raise ValueError(f"header: parameters: {entry!r}")
-    if not isinstance(shape, list) or not all(type(size) is int and 0 <= size < 2**53 for size in shape):
+    if not isinstance(shape, list) or not all(
+        type(size) is int and 0 <= size < 2**53 for size in shape
+    ):
         raise ValueError(f"header: the shape of {name} is {shape!r}")
     try:
         return ParameterRecord(name, tuple(shape), dtype, bool(trained), int(fingerprint, 16))
@@ -305,7 +346,9 @@ def _refresh(values: dict[str, Any]) -> Refresh:
 def _step(values: dict[str, Any]) -> Step:
     get = _Reader(values, "step", ("loss", "lr", "at", "c", "sub"))
     at = get("at", list, None)
-    if at is not None and not (len(at) == 2 and all(type(value) is int and 0 <= value < 2**53 for value in at)):
+    if at is not None and not (
+        len(at) == 2 and all(type(value) is int and 0 <= value < 2**53 for value in at)
+    ):
         raise ValueError(f"step: at is {at!r}")
     loss = get("loss", (int, float, type(None)))
     return Step(

@@ -21,12 +21,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from zods.directions import Direction
+from zods.core.directions import Direction
 from zods.files import atomic_write
 from zods.kernels import fingerprint
-from zods.trajectory.history import Change, History, direction_of, num_terms, replay_
 from zods.trajectory.log import Log, read_log
 from zods.trajectory.records import Header, ParameterRecord
+from zods.trajectory.updates import Change, History, direction_of, num_terms, replay_
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class Unfit(ValueError):
 
 
 @dataclass(frozen=True)
-class Source:
+class StoredTensor:
     """Where a parameter's base weights are. key: in the file, and in the one that is written."""
 
     key: str
@@ -92,15 +92,19 @@ def replay(
     steps = log.num_steps if until is None else until
     folder, initial = _folder_of(base), Path(log_path).parent / "initial"
     try:
-        sources = _sources(log.header, folder, initial)
+        found = _stored_tensors(log.header, folder, initial)
     except Unfit as error:
         if world_size > 1:
             raise ValueError(f"{error} One process has to load the model whole.") from None
         logger.warning("%s The model is loaded whole instead.", error)
-        return _replay_in_memory(log, folder, initial, Path(out), changes, direction, steps, str(error))
+        return _replay_in_memory(
+            log, folder, initial, Path(out), changes, direction, steps, str(error)
+        )
     adapters = (initial / ADAPTER_CONFIG).is_file()
-    written = [s for s in sources if not adapters or (s.parameter is not None and s.parameter.trained)]
-    checked = [s for s in sources if s not in written]
+    written = [
+        s for s in found if not adapters or (s.parameter is not None and s.parameter.trained)
+    ]
+    checked = [s for s in found if s not in written]
     shards = _shards(written, min(shard_bytes, -(-sum(s.nbytes for s in written) // world_size)))
     stem = "adapter_model" if adapters else "model"
     names = [f"{stem}.safetensors"] if len(shards) == 1 else [
@@ -110,13 +114,20 @@ def replay(
     own = {name for name, _ in mine} | ({INDEX} if rank == 0 else set())
     _refuse_existing(Path(out), {*names, INDEX} - own)
     began = time.perf_counter()
-    trained = sum(s.parameter.numel for _, shard in mine for s in shard if s.parameter and s.parameter.trained)
+    trained = sum(
+        s.parameter.numel for _, shard in mine for s in shard if s.parameter and s.parameter.trained
+    )
     total = trained * num_terms(changes)
-    with tqdm(total=total, unit="terms", unit_scale=True, desc="replay", disable=rank != 0) as progress:
-        for source in checked[rank::world_size]:
-            _base_weights(source)
+    with tqdm(
+        total=total, unit="terms", unit_scale=True, desc="replay", disable=rank != 0
+    ) as progress:
+        for stored in checked[rank::world_size]:
+            _base_weights(stored)
         for name, shard in mine:
-            tensors = {_written_key(s, adapters): _replayed(s, changes, direction, progress.update) for s in shard}
+            tensors = {
+                _written_key(s, adapters): _replayed(s, changes, direction, progress.update)
+                for s in shard
+            }
             with atomic_write(Path(out) / name) as temporary:
                 save_file(tensors, temporary, {"format": "pt"})
     if rank == 0:
@@ -135,9 +146,15 @@ def _folder_of(base: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(base), ignore_patterns=["*.bin", "*.pt", "*.h5", "*.msgpack", "*.onnx"]))
+        return Path(
+            snapshot_download(
+                str(base), ignore_patterns=["*.bin", "*.pt", "*.h5", "*.msgpack", "*.onnx"]
+            )
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ValueError(f"--base {base}: neither a folder nor a model that the hub gives ({error}).") from None
+        raise ValueError(
+            f"--base {base}: neither a folder nor a model that the hub gives ({error})."
+        ) from None
 
 
 def _keys(folder: Path) -> dict[str, Path]:
@@ -157,12 +174,14 @@ def _keys(folder: Path) -> dict[str, Path]:
         raise ValueError(f"--base {folder}: damaged: {error}") from error
 
 
-def _sources(header: Header, folder: Path, initial: Path) -> list[Source]:
+def _stored_tensors(header: Header, folder: Path, initial: Path) -> list[StoredTensor]:
     """Where each tensor comes from; a parameter that is tied to another is there once."""
     ordinals = {parameter.name: ordinal for ordinal, parameter in enumerate(header.parameters)}
-    names = {name: name for name in ordinals} | {alias: name for alias, name in header.tied.items() if name in ordinals}
+    names = {name: name for name in ordinals} | {
+        alias: name for alias, name in header.tied.items() if name in ordinals
+    }
     by_file_name = {name_in_files(name): of for name, of in names.items()}
-    found: dict[str, Source] = {}
+    found: dict[str, StoredTensor] = {}
     others = []
     own = _keys(initial) if initial.is_dir() else {}
     for key, file in [*own.items(), *_keys(folder).items()]:
@@ -170,11 +189,11 @@ def _sources(header: Header, folder: Path, initial: Path) -> list[Source]:
         if name in found:
             continue
         if name is None:
-            others.append(Source(key, file, None, -1, _size(file, key)))
+            others.append(StoredTensor(key, file, None, -1, _size(file, key)))
             continue
         parameter = header.parameters[ordinals[name]]
         size = parameter.numel * _dtype(parameter).itemsize
-        found[name] = Source(key, file, parameter, ordinals[name], size)
+        found[name] = StoredTensor(key, file, parameter, ordinals[name], size)
     missing = sorted(set(ordinals) - set(found))
     if missing:
         raise Unfit(
@@ -185,7 +204,11 @@ def _sources(header: Header, folder: Path, initial: Path) -> list[Source]:
 
 def name_in_files(name: str) -> str:
     """A parameter's name in the base's files: without what peft puts around it."""
-    return name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".original_module.", ".")
+    return (
+        name.removeprefix("base_model.model.")
+        .replace(".base_layer.", ".")
+        .replace(".original_module.", ".")
+    )
 
 
 def _parameter_of(key: str, names: dict[str, str]) -> str | None:
@@ -211,63 +234,85 @@ def _dtype(parameter: ParameterRecord) -> torch.dtype:
     return dtype
 
 
-def _shards(sources: Sequence[Source], size: int) -> list[list[Source]]:
-    shards: list[list[Source]] = [[]]
+def _shards(tensors: Sequence[StoredTensor], size: int) -> list[list[StoredTensor]]:
+    shards: list[list[StoredTensor]] = [[]]
     held = 0
-    for source in sources:
-        if shards[-1] and held + source.nbytes > size:
+    for stored in tensors:
+        if shards[-1] and held + stored.nbytes > size:
             shards.append([])
             held = 0
-        shards[-1].append(source)
-        held += source.nbytes
+        shards[-1].append(stored)
+        held += stored.nbytes
     return shards
 
 
-def _base_weights(source: Source) -> torch.Tensor:
+def _base_weights(stored: StoredTensor) -> torch.Tensor:
     """A parameter's base weights, checked: its shape, and the fingerprint that the log has of it."""
-    with safe_open(source.file, framework="pt") as file:
-        values = file.get_tensor(source.key)
-    parameter = source.parameter
+    with safe_open(stored.file, framework="pt") as file:
+        values = file.get_tensor(stored.key)
+    parameter = stored.parameter
     if parameter is None:
         return values
     if tuple(values.shape) != parameter.shape:
         raise ValueError(
-            f"{source.file}: {source.key} is of shape {tuple(values.shape)}, {parameter.shape} in the log. Give the base that "
+            f"{stored.file}: {stored.key} is of shape {tuple(values.shape)}, {parameter.shape} in the log. Give the base that "
             "the run started from."
         )
     values = values.to(_dtype(parameter), copy=True).contiguous()
     if fingerprint(values.view(-1)) != parameter.fingerprint:
         raise ValueError(
-            f"{source.file}: {source.key} has other weights than the run started from. Give the base that it started from."
+            f"{stored.file}: {stored.key} has other weights than the run started from. Give the base that it started from."
         )
     return values
 
 
 def _replayed(
-    source: Source, changes: Sequence[Change], direction: Direction, progress: Callable[[int], object]
+    stored: StoredTensor,
+    changes: Sequence[Change],
+    direction: Direction,
+    progress: Callable[[int], object],
 ) -> torch.Tensor:
-    values = _base_weights(source)
-    if source.parameter is not None and source.parameter.trained:
-        replay_(values.view(-1), _Parameter(source.ordinal, source.parameter.shape), 0, changes, direction, progress)
+    values = _base_weights(stored)
+    if stored.parameter is not None and stored.parameter.trained:
+        replay_(
+            values.view(-1),
+            _Parameter(stored.ordinal, stored.parameter.shape),
+            0,
+            changes,
+            direction,
+            progress,
+        )
     return values
 
 
-def _written_key(source: Source, adapters: bool) -> str:
+def _written_key(stored: StoredTensor, adapters: bool) -> str:
     """As peft names the weights of an adapter, which is named default in the model."""
-    return source.key.replace(".modules_to_save.default.", ".").replace(".default.", ".") if adapters else source.key
+    return (
+        stored.key.replace(".modules_to_save.default.", ".").replace(".default.", ".")
+        if adapters
+        else stored.key
+    )
 
 
 def _refuse_existing(out: Path, of_others: Collection[str] = ()) -> None:
     """Make the folder; raise ValueError where it holds weights other than those that other processes write."""
     out.mkdir(parents=True, exist_ok=True)
-    held = sorted(path.name for path in out.iterdir() if any(path.match(pattern) for pattern in WEIGHTS))
+    held = sorted(
+        path.name for path in out.iterdir() if any(path.match(pattern) for pattern in WEIGHTS)
+    )
     taken = [name for name in held if name not in of_others]
     if taken:
         raise ValueError(f"--out {out}: holds {taken[0]} already. Give another folder.")
 
 
 def _write_rest(
-    header: Header, folder: Path, initial: Path, out: Path, names: list[str], shards: list[list[Source]], adapters: bool
+    header: Header,
+    folder: Path,
+    initial: Path,
+    out: Path,
+    names: list[str],
+    shards: list[list[StoredTensor]],
+    adapters: bool,
 ) -> None:
     """What is in the folder beside the weights: configurations, tokenizer, the index."""
     if adapters:
@@ -276,7 +321,9 @@ def _write_rest(
     for path in sorted(folder.iterdir()):
         if path.is_file() and not any(path.match(pattern) for pattern in WEIGHTS):
             shutil.copy(path, out)
-    config = initial / "config.json" if (initial / "config.json").is_file() else folder / "config.json"
+    config = (
+        initial / "config.json" if (initial / "config.json").is_file() else folder / "config.json"
+    )
     if config.is_file():
         values = json.loads(config.read_text())
         values.pop("torch_dtype", None)
@@ -284,8 +331,10 @@ def _write_rest(
         values |= {"dtype": dtype, "architectures": [header.model]}
         (out / "config.json").write_text(json.dumps(values, indent=2) + "\n")
     if len(names) > 1:
-        placed = {source.key: name for name, shard in zip(names, shards, strict=True) for source in shard}
-        total = sum(source.nbytes for shard in shards for source in shard)
+        placed = {
+            stored.key: name for name, shard in zip(names, shards, strict=True) for stored in shard
+        }
+        total = sum(stored.nbytes for shard in shards for stored in shard)
         text = json.dumps({"metadata": {"total_size": total}, "weight_map": placed}, indent=2)
         (out / INDEX).write_text(text + "\n")
 
@@ -308,34 +357,57 @@ def _replay_in_memory(
 
     kind = getattr(transformers, log.header.model, None)
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
-        raise ValueError(f"{unfit} Nor can it be loaded whole: {log.header.model} is no model of transformers.")
+        raise ValueError(
+            f"{unfit} Nor can it be loaded whole: {log.header.model} is no model of transformers."
+        )
     _refuse_existing(out)
     trained = [p for p in log.header.parameters if p.trained]
     dtype = _dtype(trained[0]) if trained else torch.float32
     config = initial if (initial / "config.json").is_file() else folder
     try:
         model = kind.from_pretrained(
-            folder, config=transformers.AutoConfig.from_pretrained(config), dtype=dtype, weights_only=True
+            folder,
+            config=transformers.AutoConfig.from_pretrained(config),
+            dtype=dtype,
+            weights_only=True,
         )
     except Exception as error:  # of what is no model's file nearly every kind is raised
         harm = isinstance(error, pickle.UnpicklingError)
-        wrong = "a file of it is damaged or holds more than data; no code of it was run" if harm else str(error)
+        wrong = (
+            "a file of it is damaged or holds more than data; no code of it was run"
+            if harm
+            else str(error)
+        )
         raise ValueError(f"{unfit} Nor can it be loaded whole: {wrong.splitlines()[0]}") from error
     live = dict(model.named_parameters())
     if list(live) != [p.name for p in log.header.parameters]:
-        raise ValueError(f"--base {folder}: its {log.header.model} has other parameters than the log names.")
+        raise ValueError(
+            f"--base {folder}: its {log.header.model} has other parameters than the log names."
+        )
     for key, file in (_keys(initial) if initial.is_dir() else {}).items():
         with safe_open(file, framework="pt") as opened:
             live[key].data = opened.get_tensor(key).to(live[key].dtype)
     began = time.perf_counter()
     total = sum(p.numel for p in trained) * num_terms(changes)
-    with torch.no_grad(), tqdm(total=total, unit="terms", unit_scale=True, desc="replay") as progress:
+    with (
+        torch.no_grad(),
+        tqdm(total=total, unit="terms", unit_scale=True, desc="replay") as progress,
+    ):
         for ordinal, parameter in enumerate(log.header.parameters):
             values = live[parameter.name].data.contiguous()
             if fingerprint(values.view(-1)) != parameter.fingerprint:
-                raise ValueError(f"--base {folder}: {parameter.name} has other weights than the run started from.")
+                raise ValueError(
+                    f"--base {folder}: {parameter.name} has other weights than the run started from."
+                )
             if parameter.trained:
-                replay_(values.view(-1), _Parameter(ordinal, parameter.shape), 0, changes, direction, progress.update)
+                replay_(
+                    values.view(-1),
+                    _Parameter(ordinal, parameter.shape),
+                    0,
+                    changes,
+                    direction,
+                    progress.update,
+                )
                 live[parameter.name].data.copy_(values)
     model.save_pretrained(out)
     return Done(steps, total, time.perf_counter() - began)

@@ -2,8 +2,7 @@
 
 import sys
 
-from zods.comm import end_process
-from zods.launching import connect_ranks, environment_rank, report_failure
+from zods.comm.process import connect_ranks, end_process, environment_rank, report_failure
 
 
 def start(way: str) -> None:

@@ -23,23 +23,28 @@ for what, where, rank, _ in FAULTS:  # another copy of the package, before the f
     if (what, where) == ("other", "code") and int(rank) == RANK:
         sys.path.insert(0, str(FOLDER / "changed"))
 
-import zods.finetune  # noqa: E402
-from zods import checkpoint, resuming  # noqa: E402
-from zods.data import TrainingLoader  # noqa: E402
-from zods.directions import Direction  # noqa: E402
-from zods.engine import ZerothOrderEngine  # noqa: E402
-from zods.evaluation import Evaluator  # noqa: E402
-from zods.recording import Recorder  # noqa: E402
-from zods.trajectory.log import LogFile  # noqa: E402
+import zods.finetune
+from zods.core.directions import Direction
+from zods.data.loader import TrainingLoader
+from zods.forward.evaluator import Evaluator
+from zods.training import checkpoint, resume
+from zods.training.engine import ZerothOrderEngine
+from zods.training.recorder import Recorder
+from zods.trajectory.log import LogFile
 
 STEP = [0]  # that is under way
-CALLS = [-(10**6)]  # of updates of a parameter since the last forward; those of a resume do not count
+CALLS = [
+    -(10**6)
+]  # of updates of a parameter since the last forward; those of a resume do not count
 
 
 def do(what):
     """What strikes this process, or what it uses, for real."""
     if what in ("kill", "stop", "term"):
-        os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM}[what])
+        os.kill(
+            os.getpid(),
+            {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM}[what],
+        )
     elif what == "kill_all":
         for rank in [*(r for r in range(WORLD_SIZE) if r != RANK), RANK]:
             os.kill(int((FOLDER / f"pid{rank}").read_text()), signal.SIGKILL)
@@ -48,7 +53,9 @@ def do(what):
     elif what.startswith("corrupt_"):
         config = json.loads(Path(options[options.index("--deepspeed_config") + 1]).read_text())
         drive = Path(config["zeroth_order"]["anchor"]["nvme_path"])
-        with open(drive / "zods_anchor" / f"rank{RANK}" / f"{what.removeprefix('corrupt_')}.bin", "r+b") as file:
+        with open(
+            drive / "zods_anchor" / f"rank{RANK}" / f"{what.removeprefix('corrupt_')}.bin", "r+b"
+        ) as file:
             file.seek(5000)
             file.write(b"nothing that was written here")
     elif what in ("fill", "fill_small", "free"):
@@ -69,7 +76,12 @@ def strike(where):
     for fault in FAULTS:
         what, place, rank, step = fault
         mark = FOLDER / "-".join(fault)
-        if place == where and int(rank) == RANK and int(step) in (STEP[0], -1) and not mark.exists():
+        if (
+            place == where
+            and int(rank) == RANK
+            and int(step) in (STEP[0], -1)
+            and not mark.exists()
+        ):
             mark.touch()
             do(what)
             return what
@@ -106,7 +118,12 @@ def in_application(*_):
 
 def half_a_line(file, line):
     for fault in FAULTS:
-        due = fault[1] == "log" and int(fault[2]) == RANK and int(fault[3]) == STEP[0] and b'"step":' in line
+        due = (
+            fault[1] == "log"
+            and int(fault[2]) == RANK
+            and int(fault[3]) == STEP[0]
+            and b'"step":' in line
+        )
         if due and not (FOLDER / "-".join(fault)).exists():
             os.write(file._descriptor, line[: len(line) // 2])
     strike("log")
@@ -121,15 +138,19 @@ def half_a_file(tensors, path, *_):
 # WHERE: what is wrapped for it
 PLACES = {
     "forward": lambda: around(ZerothOrderEngine, "forward", before=forward),
-    "scalars": lambda: around(ZerothOrderEngine, "_reduce", before=lambda *_: strike("scalars"), after="after_scalars"),
+    "scalars": lambda: around(
+        ZerothOrderEngine, "_reduce", before=lambda *_: strike("scalars"), after="after_scalars"
+    ),
     "application": lambda: around(Direction, "replay_", before=in_application),
     "log": lambda: around(LogFile, "_append", before=half_a_line),
     "checkpoint": lambda: around(checkpoint, "save_file", before=half_a_file),
-    "rename": lambda: around(checkpoint, "_put_in_place", before=lambda *_: strike("rename"), after="after_rename"),
+    "rename": lambda: around(
+        checkpoint, "_put_in_place", before=lambda *_: strike("rename"), after="after_rename"
+    ),
     "refresh": lambda: around(
         Evaluator, "whole_set_losses", before=lambda *_: strike("refresh"), after="after_refresh"
     ),
-    "resume": lambda: around(resuming, "replay_", before=lambda *_: strike("resume")),
+    "resume": lambda: around(resume, "replay_", before=lambda *_: strike("resume")),
 }
 
 
@@ -146,7 +167,11 @@ def main():
 
     def recording(recorder, record):
         what = strike("record")
-        return add(recorder, record) if what is None else add(recorder, type(record)(**{**vars(record), "lr": 1.0}))
+        return (
+            add(recorder, record)
+            if what is None
+            else add(recorder, type(record)(**{**vars(record), "lr": 1.0}))
+        )
 
     TrainingLoader._epoch_batches, Recorder.add = loading, recording
     changed = list(options)

@@ -10,8 +10,8 @@ import time
 import deepspeed
 import torch
 
-from zods.comm import Communicator
-from zods.watchdog import Watchdog
+from zods.comm.communicator import Communicator
+from zods.comm.watchdog import Watchdog
 
 
 def main(kind):

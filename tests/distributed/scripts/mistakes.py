@@ -13,8 +13,8 @@ from torch import nn
 
 import zods
 from tests.distributed.models import Tiny, collate, configuration, tiny_data
-from zods import extras
-from zods.comm import end_process
+from zods.comm.process import end_process
+from zods.config import optional_packages
 
 MEZO = {"method": "mezo"}
 NVME = {"method": "mezo_svrg", "anchor": {"point": "nvme", "gradient": "nvme"}}
@@ -33,7 +33,9 @@ class Silent(nn.Module):
 
 
 def start(config, model=None, data=None):
-    return zods.initialize(model=model or Tiny(), config=config, training_data=tiny_data() if data is None else data)[0]
+    return zods.initialize(
+        model=model or Tiny(), config=config, training_data=tiny_data() if data is None else data
+    )[0]
 
 
 def step(engine):
@@ -57,7 +59,9 @@ def mistakes(output):
 
     return {
         "unknown key": lambda: start(configuration(8, **MEZO, epss=1e-3)),
-        "unknown anchor key": lambda: start(configuration(8, method="mezo_svrg", anchor={"points": "cpu"})),
+        "unknown anchor key": lambda: start(
+            configuration(8, method="mezo_svrg", anchor={"points": "cpu"})
+        ),
         "stage 2": lambda: start(configuration(8, stage=2, **MEZO)),
         "stage 1": lambda: start(configuration(8, stage=1, **MEZO)),
         "optimizer": lambda: start(configuration(8, top={"optimizer": {"type": "AdamW"}}, **MEZO)),
@@ -66,14 +70,20 @@ def mistakes(output):
         "no nvme_path": lambda: start(
             configuration(8, method="mezo_svrg", anchor={"gradient": "nvme", "nvme_path": None})
         ),
-        "offload nvme_path": lambda: start(configuration(8, offload="nvme", nvme_path=output / "nowhere", **MEZO)),
+        "offload nvme_path": lambda: start(
+            configuration(8, offload="nvme", nvme_path=output / "nowhere", **MEZO)
+        ),
         "no loss": lambda: step(start(configuration(8, **MEZO), model=Silent())),
         "empty dataset": lambda: start(configuration(8, **MEZO), data=[]),
         "too few examples": lambda: start(configuration(8, **MEZO), data=tiny_data()[:5]),
-        "no dataset": lambda: zods.initialize(model=Tiny(), config=configuration(8, method="mezo_svrg")),
+        "no dataset": lambda: zods.initialize(
+            model=Tiny(), config=configuration(8, method="mezo_svrg")
+        ),
         "no package": lambda: start(configuration(8, top={"comet": {"enabled": True}}, **MEZO)),
         "no such file": lambda: start(str(output / "no.json")),
-        "another model": lambda: start(configuration(8, **MEZO), model=Wider()).load_checkpoint(checkpoint),
+        "another model": lambda: start(configuration(8, **MEZO), model=Wider()).load_checkpoint(
+            checkpoint
+        ),
         "truncated checkpoint": lambda: start(configuration(8, **MEZO)).load_checkpoint(truncated),
     }
 
@@ -92,7 +102,7 @@ def prepare(output):
 
 
 def main(output, name=None):
-    extras.MONITORS["comet"] = ("no_such_monitor", "no_such_monitor")
+    optional_packages.MONITORS["comet"] = ("no_such_monitor", "no_such_monitor")
     if name is not None:
         mistakes(output)[name]()
         return

@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from zods.stopping import StopRequest
+from zods.comm.stop_request import StopRequest
 
 
 def main(folder):
@@ -22,7 +22,9 @@ def main(folder):
     child.terminate()
     child.join()
     temporary = folder / "temporary"
-    temporary.write_text(json.dumps({"pid": os.getpid(), "parent": os.getppid(), "child": child.exitcode}))
+    temporary.write_text(
+        json.dumps({"pid": os.getpid(), "parent": os.getppid(), "child": child.exitcode})
+    )
     temporary.rename(folder / "listening")
     while stop.reason is None:
         time.sleep(0.05)

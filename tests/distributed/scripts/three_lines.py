@@ -20,20 +20,26 @@ def bytes_sent(name, args, kwargs):
     """What this rank hands over for the others: as zods counts, its own contribution once per other rank."""
     world_size = torch.distributed.get_world_size()
     values = [*args, *kwargs.values()]
-    flat = [item for value in values for item in (value if isinstance(value, (list, tuple)) else [value])]
+    flat = [
+        item
+        for value in values
+        for item in (value if isinstance(value, (list, tuple)) else [value])
+    ]
     tensors = [item for item in flat if isinstance(item, torch.Tensor)]
-    if name.startswith("all_gather"):  # the output first, then the input, the smallest of the tensors
+    if name.startswith(
+        "all_gather"
+    ):  # the output first, then the input, the smallest of the tensors
         tensors = [min(tensors, key=lambda t: t.numel())] if tensors else []
     return sum(t.nbytes for t in tensors) * (world_size - 1)
 
 
 def owner():
-    """Whose code asked for a collective: the nearest frame of zods or DeepSpeed, but all that zods/comm.py asks for is
+    """Whose code asked for a collective: the nearest frame of zods or DeepSpeed, but all that zods/comm asks for is
     zods', through whomever it goes."""
     frame, found = sys._getframe(2), None
     while frame is not None:
         path = frame.f_code.co_filename.replace(os.sep, "/")
-        if path.endswith("/zods/comm.py"):
+        if "/zods/comm/" in path:
             return "zods"
         if found is None:
             found = "zods" if "/zods/" in path and "/site-packages/" not in path else found
@@ -48,7 +54,9 @@ def count(module, name):
     @functools.wraps(function)
     def counted(*args, **kwargs):
         global counting
-        if counting or name.endswith(("_object", "_object_list")):  # a part of one counted; these call the others
+        if counting or name.endswith(
+            ("_object", "_object_list")
+        ):  # a part of one counted; these call the others
             return function(*args, **kwargs)
         entry = SENT[owner()].setdefault(name, [0, 0])
         entry[0] += 1
@@ -65,18 +73,30 @@ def count(module, name):
 COLLECTIVES = [
     name
     for name in dir(distributed_c10d)
-    if name.startswith(("all_gather", "all_reduce", "all_to_all", "broadcast", "gather", "reduce", "scatter", "send"))
+    if name.startswith(
+        (
+            "all_gather",
+            "all_reduce",
+            "all_to_all",
+            "broadcast",
+            "gather",
+            "reduce",
+            "scatter",
+            "send",
+        )
+    )
     or name in ("isend", "recv", "irecv", "barrier", "_all_gather_base", "_reduce_scatter_base")
-    if callable(getattr(distributed_c10d, name)) and not isinstance(getattr(distributed_c10d, name), type)
+    if callable(getattr(distributed_c10d, name))
+    and not isinstance(getattr(distributed_c10d, name), type)
 ]
 for collective in COLLECTIVES:  # before anyone takes a name of them
     count(distributed_c10d, collective)
     if hasattr(torch.distributed, collective):
         setattr(torch.distributed, collective, getattr(distributed_c10d, collective))
 
-import zods  # noqa: E402
-from tests.distributed.models import configuration, opt_data, tiny_opt  # noqa: E402
-from zods.comm import end_process  # noqa: E402
+import zods
+from tests.distributed.models import configuration, opt_data, tiny_opt
+from zods.comm.process import end_process
 
 
 def total(who):
@@ -102,21 +122,44 @@ def main(output):
             agreement_interval=2,
             anchor=anchor,
         )
-        engine, _, loader, _ = zods.initialize(model=tiny_opt(), config=config, training_data=opt_data(32))
+        engine, _, loader, _ = zods.initialize(
+            model=tiny_opt(), config=config, training_data=opt_data(32)
+        )
         steps = []
-        before = (total("zods"), total("deepspeed"), engine.comm.scalar_bytes, engine.comm.gather_bytes)
+        before = (
+            total("zods"),
+            total("deepspeed"),
+            engine.comm.scalar_bytes,
+            engine.comm.gather_bytes,
+        )
         for batch in loader:
             loss = engine(batch)
             engine.backward(loss)
             engine.step()
             if engine.micro_steps % 2 == 0:
-                now = (total("zods"), total("deepspeed"), engine.comm.scalar_bytes, engine.comm.gather_bytes)
-                steps.append([b - a for a, b in zip(before, now, strict=True)] + [engine.last_step.scalar_bytes])
+                now = (
+                    total("zods"),
+                    total("deepspeed"),
+                    engine.comm.scalar_bytes,
+                    engine.comm.gather_bytes,
+                )
+                steps.append(
+                    [b - a for a, b in zip(before, now, strict=True)]
+                    + [engine.last_step.scalar_bytes]
+                )
                 before = now
-        found[name] = {"steps": steps, "global_steps": engine.global_steps, "loss": engine.last_step.loss}
+        found[name] = {
+            "steps": steps,
+            "global_steps": engine.global_steps,
+            "loss": engine.last_step.loss,
+        }
     found["sent"] = SENT
-    held = {id(p.param): p.padded_numel for p in engine.shards}  # a tied parameter is gathered where it is used
-    uses = [held[id(p)] for module in engine.module.modules() for p in module.parameters(recurse=False)]
+    held = {
+        id(p.param): p.padded_numel for p in engine.sharded_parameters
+    }  # a tied parameter is gathered where it is used
+    uses = [
+        held[id(p)] for module in engine.module.modules() for p in module.parameters(recurse=False)
+    ]
     found["anchor_numel"] = sum(uses)
     (output / f"rank{engine.global_rank}.json").write_text(json.dumps(found))
     end_process(0)

@@ -8,7 +8,16 @@ from typing import Any
 import peft
 from torch import nn
 
-from tests.distributed.zoo_models.language import GROUPED, LABELS, SHAPE, T5, build, classes, pairs, tokens
+from tests.distributed.zoo_models.language import (
+    GROUPED,
+    LABELS,
+    SHAPE,
+    T5,
+    build,
+    classes,
+    pairs,
+    tokens,
+)
 from tests.distributed.zoo_models.subject import Subject
 
 _LLAMA = build("Llama", "ForCausalLM", **GROUPED)
@@ -35,20 +44,36 @@ def _merged_then_another() -> nn.Module:
 ADAPTERS: dict[str, Subject] = {
     "LoRA": Subject(_with(_LLAMA, "LoraConfig", r=2, **_TARGETS), tokens, svrg=True),
     "LoRA, two at once": Subject(_merged_then_another, tokens),
-    "LoRA on embeddings": _causal("LoraConfig", r=2, target_modules=["embed_tokens", "lm_head", "v_proj"]),
-    "LoRA with whole modules": _causal("LoraConfig", r=2, modules_to_save=["lm_head"], bias="all", **_TARGETS),
-    "LoRA on a parameter": _causal("LoraConfig", r=2, target_modules=[], target_parameters=["mlp.gate_proj.weight"]),
+    "LoRA on embeddings": _causal(
+        "LoraConfig", r=2, target_modules=["embed_tokens", "lm_head", "v_proj"]
+    ),
+    "LoRA with whole modules": _causal(
+        "LoraConfig", r=2, modules_to_save=["lm_head"], bias="all", **_TARGETS
+    ),
+    "LoRA on a parameter": _causal(
+        "LoraConfig", r=2, target_modules=[], target_parameters=["mlp.gate_proj.weight"]
+    ),
     "DoRA": _causal("LoraConfig", r=2, use_dora=True, **_TARGETS),
     # peft gathers its matrices for a term of the loss, but only where transformers knows that ZeRO-3 is on
     "AdaLoRA": Subject(
-        _with(_LLAMA, "AdaLoraConfig", task_type="CAUSAL_LM", init_r=3, target_r=2, total_step=9, **_TARGETS),
+        _with(
+            _LLAMA,
+            "AdaLoraConfig",
+            task_type="CAUSAL_LM",
+            init_r=3,
+            target_r=2,
+            total_step=9,
+            **_TARGETS,
+        ),
         tokens,
         sharded=False,
     ),
     "LoHa": _causal("LoHaConfig", r=2, **_TARGETS),
     "LoKr": _causal("LoKrConfig", r=2, **_TARGETS),
     "OFT": _causal("OFTConfig", oft_block_size=8, r=0, **_TARGETS),
-    "(IA)3": _causal("IA3Config", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "(IA)3": _causal(
+        "IA3Config", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]
+    ),
     "VeRA": _causal("VeraConfig", r=4, target_modules=["q_proj", "o_proj"]),
     "FourierFT": _causal("FourierFTConfig", n_frequency=20, **_TARGETS),
     "layer norms": _causal("LNTuningConfig", target_modules=["input_layernorm", "norm"]),
@@ -57,7 +82,9 @@ ADAPTERS: dict[str, Subject] = {
     "prefix tuning": _causal("PrefixTuningConfig", num_virtual_tokens=3),
     "LoRA on GPT-2": Subject(
         _with(
-            build("GPT2", "LMHeadModel", n_embd=32, n_layer=2, n_head=4, vocab_size=48, n_positions=64),
+            build(
+                "GPT2", "LMHeadModel", n_embd=32, n_layer=2, n_head=4, vocab_size=48, n_positions=64
+            ),
             "LoraConfig",
             r=2,
             target_modules=["c_attn"],
@@ -76,6 +103,12 @@ ADAPTERS: dict[str, Subject] = {
         classes,
     ),
     "LoRA on T5": Subject(
-        _with(build("T5", "ForConditionalGeneration", **T5), "LoraConfig", r=2, target_modules=["q", "wo"]), pairs
+        _with(
+            build("T5", "ForConditionalGeneration", **T5),
+            "LoraConfig",
+            r=2,
+            target_modules=["q", "wo"],
+        ),
+        pairs,
     ),
 }

@@ -86,7 +86,11 @@ def masked(seed: int) -> dict[str, Tensor]:
     hidden = torch.zeros_like(ids, dtype=torch.bool)
     hidden[:, 2::4] = True
     given = ids.masked_fill(hidden, 3)
-    return {"input_ids": given, "attention_mask": torch.ones_like(ids), "labels": ids.masked_fill(~hidden, -100)}
+    return {
+        "input_ids": given,
+        "attention_mask": torch.ones_like(ids),
+        "labels": ids.masked_fill(~hidden, -100),
+    }
 
 
 def spans(seed: int) -> dict[str, Tensor]:
@@ -102,7 +106,9 @@ def pairs(seed: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": target}
 
 
-def build(family: str, head: str = "ForCausalLM", config: str = "", **arguments: Any) -> Callable[[], nn.Module]:
+def build(
+    family: str, head: str = "ForCausalLM", config: str = "", **arguments: Any
+) -> Callable[[], nn.Module]:
     """The class `family` + `head` of transformers with its configuration, which is of that family or of `config`."""
     return lambda: getattr(hf, family + head)(getattr(hf, f"{config or family}Config")(**arguments))
 
@@ -126,7 +132,13 @@ def _checkpointing() -> nn.Module:
 
 
 _GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": VOCABULARY, "n_positions": 64}
-_OPT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 48, "word_embed_proj_dim": 16}
+_OPT = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "ffn_dim": 48,
+    "word_embed_proj_dim": 16,
+}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 _LATENT = {
     "q_lora_rank": 8,
@@ -152,26 +164,58 @@ DECODERS: dict[str, Subject] = {
     "Phi": Subject(build("Phi", **SHAPE), tokens),
     "Qwen3": Subject(build("Qwen3", **GROUPED, head_dim=8), tokens),
     "Gemma 2": Subject(build("Gemma2", **GROUPED, head_dim=8, sliding_window=4), tokens),
-    "Gemma 3": Subject(build("Gemma3", config="Gemma3Text", **GROUPED, head_dim=8, sliding_window=4), tokens),
+    "Gemma 3": Subject(
+        build("Gemma3", config="Gemma3Text", **GROUPED, head_dim=8, sliding_window=4), tokens
+    ),
     "GPT-NeoX": Subject(build("GPTNeoX", **SHAPE), tokens),
     "Falcon": Subject(
-        build("Falcon", vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4), tokens
+        build(
+            "Falcon",
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+        ),
+        tokens,
     ),
-    "BLOOM": Subject(build("Bloom", vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4), tokens, bf16=True),
+    "BLOOM": Subject(
+        build("Bloom", vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4),
+        tokens,
+        bf16=True,
+    ),
     "GPT-J": Subject(build("GPTJ", **_GPT2, rotary_dim=4), tokens),
-    "MPT": Subject(build("Mpt", vocab_size=VOCABULARY, d_model=32, n_layers=2, n_heads=4, max_seq_len=64), tokens),
+    "MPT": Subject(
+        build("Mpt", vocab_size=VOCABULARY, d_model=32, n_layers=2, n_heads=4, max_seq_len=64),
+        tokens,
+    ),
     "Cohere": Subject(build("Cohere", **GROUPED), tokens),
 }
 EXPERTS: dict[str, Subject] = {
     "Mixtral": Subject(
-        build("Mixtral", **GROUPED, num_local_experts=4, num_experts_per_tok=2, output_router_logits=True),
+        build(
+            "Mixtral",
+            **GROUPED,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            output_router_logits=True,
+        ),
         tokens,
     ),
     "Qwen3-MoE": Subject(build("Qwen3Moe", **GROUPED, head_dim=8, **_EXPERTS), tokens),
-    "OLMoE": Subject(build("Olmoe", **GROUPED, num_experts=4, num_experts_per_tok=2, pad_token_id=0), tokens),
+    "OLMoE": Subject(
+        build("Olmoe", **GROUPED, num_experts=4, num_experts_per_tok=2, pad_token_id=0), tokens
+    ),
     "DeepSeek-V3": Subject(build("DeepseekV3", **SHAPE, **_LATENT), tokens),
     "gpt-oss": Subject(
-        build("GptOss", **GROUPED, head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=4), tokens
+        build(
+            "GptOss",
+            **GROUPED,
+            head_dim=8,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            sliding_window=4,
+        ),
+        tokens,
     ),
     "Switch Transformers": Subject(
         _gathered_as_one(
@@ -204,9 +248,18 @@ EXPERTS: dict[str, Subject] = {
 }
 STATES: dict[str, Subject] = {
     "Mamba": Subject(build("Mamba", **MAMBA), tokens, sample=True),
-    "Mamba 2": Subject(build("Mamba2", **MAMBA, num_heads=4, head_dim=16, n_groups=2, chunk_size=4), tokens),
+    "Mamba 2": Subject(
+        build("Mamba2", **MAMBA, num_heads=4, head_dim=16, n_groups=2, chunk_size=4), tokens
+    ),
     "RWKV": Subject(
-        build("Rwkv", vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, attention_hidden_size=32), tokens
+        build(
+            "Rwkv",
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            num_hidden_layers=2,
+            attention_hidden_size=32,
+        ),
+        tokens,
     ),
     "RecurrentGemma": Subject(
         build(
@@ -234,22 +287,36 @@ STATES: dict[str, Subject] = {
 }
 ENCODERS: dict[str, Subject] = {
     "BERT": Subject(
-        build("Bert", "ForSequenceClassification", **SHAPE, num_labels=LABELS), classes, svrg=True, bf16=True
+        build("Bert", "ForSequenceClassification", **SHAPE, num_labels=LABELS),
+        classes,
+        svrg=True,
+        bf16=True,
     ),
     "BERT, masked": Subject(build("Bert", "ForMaskedLM", **SHAPE), masked),
     "RoBERTa": Subject(build("Roberta", "ForMaskedLM", **SHAPE), masked),
     "DistilBERT": Subject(
         build(
-            "DistilBert", "ForQuestionAnswering", vocab_size=VOCABULARY, dim=32, n_layers=2, n_heads=4, hidden_dim=48
+            "DistilBert",
+            "ForQuestionAnswering",
+            vocab_size=VOCABULARY,
+            dim=32,
+            n_layers=2,
+            n_heads=4,
+            hidden_dim=48,
         ),
         spans,
     ),
     "ALBERT": Subject(
-        build("Albert", "ForSequenceClassification", **SHAPE, embedding_size=16, num_labels=LABELS), classes
+        build("Albert", "ForSequenceClassification", **SHAPE, embedding_size=16, num_labels=LABELS),
+        classes,
     ),
     "DeBERTa": Subject(build("Deberta", "ForSequenceClassification", **DEBERTA), classes),
-    "DeBERTa-v2": Subject(build("DebertaV2", "ForSequenceClassification", **DEBERTA, conv_kernel_size=3), classes),
-    "DeBERTa-v3": Subject(build("DebertaV2", "ForSequenceClassification", **DEBERTA_V3), classes, sample=True),
+    "DeBERTa-v2": Subject(
+        build("DebertaV2", "ForSequenceClassification", **DEBERTA, conv_kernel_size=3), classes
+    ),
+    "DeBERTa-v3": Subject(
+        build("DebertaV2", "ForSequenceClassification", **DEBERTA_V3), classes, sample=True
+    ),
     "DeBERTa-v3, relative embeddings alone": Subject(
         build("DebertaV2", "ForSequenceClassification", **DEBERTA_V3),
         classes,
@@ -284,14 +351,31 @@ ENCODERS: dict[str, Subject] = {
         classes,
     ),
     "Longformer": Subject(
-        build("Longformer", "ForSequenceClassification", **SHAPE, attention_window=4, num_labels=LABELS), classes
+        build(
+            "Longformer",
+            "ForSequenceClassification",
+            **SHAPE,
+            attention_window=4,
+            num_labels=LABELS,
+        ),
+        classes,
     ),
     "SqueezeBERT": Subject(
-        build("SqueezeBert", "ForSequenceClassification", **SHAPE, embedding_size=32, num_labels=LABELS), classes
+        build(
+            "SqueezeBert",
+            "ForSequenceClassification",
+            **SHAPE,
+            embedding_size=32,
+            num_labels=LABELS,
+        ),
+        classes,
     ),
     "FNet": Subject(build("FNet", "ForMaskedLM", **SHAPE), masked),
     "ConvBERT": Subject(
-        build("ConvBert", "ForSequenceClassification", **SHAPE, embedding_size=32, num_labels=LABELS), classes
+        build(
+            "ConvBert", "ForSequenceClassification", **SHAPE, embedding_size=32, num_labels=LABELS
+        ),
+        classes,
     ),
     "Funnel": Subject(
         build(

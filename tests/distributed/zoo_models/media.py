@@ -8,11 +8,23 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
-from tests.distributed.zoo_models.language import LABELS, SHAPE, TRANSLATOR, VOCABULARY, build, tokens
+from tests.distributed.zoo_models.language import (
+    LABELS,
+    SHAPE,
+    TRANSLATOR,
+    VOCABULARY,
+    build,
+    tokens,
+)
 from tests.distributed.zoo_models.subject import EXAMPLES, Subject
 
 SIZE, PATCH = 16, 8
-_ENCODER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+_ENCODER = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+}
 _PATCHES = {**_ENCODER, "image_size": SIZE, "patch_size": PATCH}
 _SOUND = {
     **_ENCODER,
@@ -35,18 +47,27 @@ def _images(seed: int, size: int = SIZE) -> tuple[Tensor, torch.Generator]:
 
 def images(seed: int) -> dict[str, Tensor]:
     pixels, generator = _images(seed)
-    return {"pixel_values": pixels, "labels": torch.randint(0, LABELS, (EXAMPLES,), generator=generator)}
+    return {
+        "pixel_values": pixels,
+        "labels": torch.randint(0, LABELS, (EXAMPLES,), generator=generator),
+    }
 
 
 def large_images(seed: int) -> dict[str, Tensor]:
     pixels, generator = _images(seed, 32)
-    return {"pixel_values": pixels, "labels": torch.randint(0, LABELS, (EXAMPLES,), generator=generator)}
+    return {
+        "pixel_values": pixels,
+        "labels": torch.randint(0, LABELS, (EXAMPLES,), generator=generator),
+    }
 
 
 def segments(seed: int) -> dict[str, Tensor]:
     """A class for every pixel."""
     pixels, generator = _images(seed, 32)
-    return {"pixel_values": pixels, "labels": torch.randint(0, LABELS, (EXAMPLES, 32, 32), generator=generator)}
+    return {
+        "pixel_values": pixels,
+        "labels": torch.randint(0, LABELS, (EXAMPLES, 32, 32), generator=generator),
+    }
 
 
 def captioned(seed: int) -> dict[str, Any]:
@@ -112,10 +133,20 @@ def series(seed: int) -> dict[str, Tensor]:
 
 def _both(kind: str) -> Any:
     def make() -> nn.Module:
-        text = {**SHAPE, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "projection_dim": 16}
-        config = getattr(hf, f"{kind}Config")(text_config=text, vision_config={**_PATCHES, "projection_dim": 16})
+        text = {
+            **SHAPE,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "projection_dim": 16,
+        }
+        config = getattr(hf, f"{kind}Config")(
+            text_config=text, vision_config={**_PATCHES, "projection_dim": 16}
+        )
         config.projection_dim = 16
-        config.logit_scale_init_value = 1.0  # the usual one makes rounding errors of the logits 14 times as large
+        config.logit_scale_init_value = (
+            1.0  # the usual one makes rounding errors of the logits 14 times as large
+        )
         return getattr(hf, f"{kind}Model")(config)
 
     return make
@@ -126,26 +157,52 @@ def _llava() -> nn.Module:
     vision = hf.CLIPVisionConfig(**_PATCHES)
     return hf.LlavaForConditionalGeneration(
         hf.LlavaConfig(
-            vision_config=vision, text_config=text, image_token_index=1, image_seq_length=4, vision_feature_layer=-1
+            vision_config=vision,
+            text_config=text,
+            image_token_index=1,
+            image_seq_length=4,
+            vision_feature_layer=-1,
         )
     )
 
 
 def _image_to_text() -> nn.Module:
     decoder = hf.GPT2Config(
-        n_embd=32, n_layer=2, n_head=4, vocab_size=VOCABULARY, n_positions=64, add_cross_attention=True, is_decoder=True
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        vocab_size=VOCABULARY,
+        n_positions=64,
+        add_cross_attention=True,
+        is_decoder=True,
     )
-    config = hf.VisionEncoderDecoderConfig.from_encoder_decoder_configs(hf.ViTConfig(**_PATCHES), decoder)
+    config = hf.VisionEncoderDecoderConfig.from_encoder_decoder_configs(
+        hf.ViTConfig(**_PATCHES), decoder
+    )
     config.decoder_start_token_id, config.pad_token_id = 1, 0
     return hf.VisionEncoderDecoderModel(config)
 
 
 IMAGES: dict[str, Subject] = {
-    "ViT": Subject(build("ViT", "ForImageClassification", **_PATCHES, num_labels=LABELS), images, svrg=True, bf16=True),
-    "BEiT": Subject(
-        build("Beit", "ForImageClassification", **_PATCHES, num_labels=LABELS, use_relative_position_bias=True), images
+    "ViT": Subject(
+        build("ViT", "ForImageClassification", **_PATCHES, num_labels=LABELS),
+        images,
+        svrg=True,
+        bf16=True,
     ),
-    "DINOv2": Subject(build("Dinov2", "ForImageClassification", **_PATCHES, num_labels=LABELS), images),
+    "BEiT": Subject(
+        build(
+            "Beit",
+            "ForImageClassification",
+            **_PATCHES,
+            num_labels=LABELS,
+            use_relative_position_bias=True,
+        ),
+        images,
+    ),
+    "DINOv2": Subject(
+        build("Dinov2", "ForImageClassification", **_PATCHES, num_labels=LABELS), images
+    ),
     "Swin": Subject(
         build(
             "Swin",
@@ -162,18 +219,34 @@ IMAGES: dict[str, Subject] = {
     ),
     "ConvNeXt": Subject(
         build(
-            "ConvNext", "ForImageClassification", hidden_sizes=[16, 24], depths=[1, 1], num_stages=2, num_labels=LABELS
+            "ConvNext",
+            "ForImageClassification",
+            hidden_sizes=[16, 24],
+            depths=[1, 1],
+            num_stages=2,
+            num_labels=LABELS,
         ),
         large_images,
     ),
     "ResNet": Subject(
         build(
-            "ResNet", "ForImageClassification", embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_labels=LABELS
+            "ResNet",
+            "ForImageClassification",
+            embedding_size=8,
+            hidden_sizes=[8, 16],
+            depths=[1, 1],
+            num_labels=LABELS,
         ),
         large_images,
     ),
     "MobileNetV2": Subject(
-        build("MobileNetV2", "ForImageClassification", image_size=32, depth_multiplier=0.25, num_labels=LABELS),
+        build(
+            "MobileNetV2",
+            "ForImageClassification",
+            image_size=32,
+            depth_multiplier=0.25,
+            num_labels=LABELS,
+        ),
         large_images,
     ),
     "SegFormer": Subject(
@@ -196,7 +269,9 @@ IMAGES: dict[str, Subject] = {
 }
 SOUNDS: dict[str, Subject] = {
     "wav2vec 2.0": Subject(build("Wav2Vec2", "ForCTC", **_SOUND), speech, sample=True),
-    "HuBERT": Subject(build("Hubert", "ForSequenceClassification", **_SOUND, num_labels=LABELS), sounds),
+    "HuBERT": Subject(
+        build("Hubert", "ForSequenceClassification", **_SOUND, num_labels=LABELS), sounds
+    ),
     "WavLM": Subject(build("WavLM", "ForCTC", **_SOUND), speech),
     "Whisper": Subject(
         build(

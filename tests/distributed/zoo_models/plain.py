@@ -112,7 +112,11 @@ class Twice(Classifier):
         x = self.embed(ids)
         first, second = self.body(x), self.body(x.flip(1) * 0.5)
         loss = functional.cross_entropy(self.score(first.mean(1)), labels)
-        return {"loss": loss + functional.mse_loss(second, self.teacher(x)) + functional.mse_loss(first, second)}
+        return {
+            "loss": loss
+            + functional.mse_loss(second, self.teacher(x))
+            + functional.mse_loss(first, second)
+        }
 
 
 class Repeated(nn.Module):
@@ -250,7 +254,9 @@ class Energy(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 1))
+        self.net = nn.Sequential(
+            nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 1)
+        )
 
     def forward(self, places: Tensor, energies: Tensor, forces: Tensor) -> dict[str, Tensor]:
         with torch.enable_grad():

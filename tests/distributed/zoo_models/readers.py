@@ -47,7 +47,10 @@ class Classifier(nn.Module):
         logits = self.score(self.body(self.embed(ids)).mean(1))
         if labels is None:
             return {"logits": logits}
-        return {"loss": functional.cross_entropy(logits, labels, label_smoothing=self.smoothing), "logits": logits}
+        return {
+            "loss": functional.cross_entropy(logits, labels, label_smoothing=self.smoothing),
+            "logits": logits,
+        }
 
 
 class Pruned(Classifier):
@@ -105,7 +108,9 @@ class OwnHook(Classifier):
     def build(self) -> None:
         self.block.down = nn.Parameter(torch.randn(WIDTH, 3))
         self.block.up = nn.Parameter(torch.randn(3, WIDTH))
-        self.block.register_forward_hook(lambda module, args, output: output + args[0] @ module.down @ module.up)
+        self.block.register_forward_hook(
+            lambda module, args, output: output + args[0] @ module.down @ module.up
+        )
 
 
 class OwnPreHook(Classifier):
@@ -122,7 +127,9 @@ class OthersHook(Classifier):
     def build(self) -> None:
         self.down = nn.Parameter(torch.randn(WIDTH, 3))
         self.up = nn.Parameter(torch.randn(3, WIDTH))
-        self.block.register_forward_hook(lambda _, args, output: output + args[0] @ self.down @ self.up)
+        self.block.register_forward_hook(
+            lambda _, args, output: output + args[0] @ self.down @ self.up
+        )
 
 
 class ModuleHook(Classifier):
@@ -168,7 +175,9 @@ class TiedByAssignment(Classifier):
 class CrossEntropyOf(nn.Module):
     """A loss module that is given the matrix of the head."""
 
-    def forward(self, weight: Tensor, x: Tensor, labels: Tensor, bias: Tensor | None = None) -> Tensor:
+    def forward(
+        self, weight: Tensor, x: Tensor, labels: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
         return functional.cross_entropy(functional.linear(x, weight, bias), labels)
 
 
@@ -206,7 +215,10 @@ class Scorer(nn.Module):
         self.first = nn.Linear(WIDTH, WIDTH)
 
     def similarity(self, x: Tensor) -> Tensor:
-        return functional.normalize(self.first(x), dim=-1) @ functional.normalize(self.weight, dim=-1).T
+        return (
+            functional.normalize(self.first(x), dim=-1)
+            @ functional.normalize(self.weight, dim=-1).T
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -238,7 +250,9 @@ class PenalizesWeights(Classifier):
 
     def forward(self, ids: Tensor, labels: Tensor) -> Any:
         loss = super().forward(ids, labels)["loss"]
-        return loss + 0.01 * sum(p.square().sum() for p in (self.block.weight, self.head.weight, self.head.bias))
+        return loss + 0.01 * sum(
+            p.square().sum() for p in (self.block.weight, self.head.weight, self.head.bias)
+        )
 
 
 class Hyper(Classifier):
@@ -304,14 +318,18 @@ READERS: dict[str, Subject] = {
     "reads .detach()": Subject(ReadsDetached, words),
     "tied by a function": Subject(TiedByFunction, words),
     "tied by assignment": Subject(TiedByAssignment, words, bf16=True),
-    "weight handed by position": Subject(HandedByPosition, words, trained=r"head", lr=0.1, sample=True),
+    "weight handed by position": Subject(
+        HandedByPosition, words, trained=r"head", lr=0.1, sample=True
+    ),
     "weight handed by keyword": Subject(HandedByKeyword, words),
     "weight handed through a norm": Subject(HandedTransformed, words, trained=r"table|norm"),
     "a method, not the forward": Subject(CallsMethod, words),
     "lists and dicts of parameters": Subject(ParameterContainers, words),
     "weights in the loss": Subject(PenalizesWeights, words),
     "hypernetwork": Subject(Hyper, words),
-    "functional_call": Subject(FunctionalCall, words, sharded=False),  # DeepSpeed's hook reads ds_status of the tensors
+    "functional_call": Subject(
+        FunctionalCall, words, sharded=False
+    ),  # DeepSpeed's hook reads ds_status of the tensors
     "custom function": Subject(CustomFunction, words),
     "0-d, strided and indexed": Subject(IndexedTable, words, sample=True),
 }

@@ -1,0 +1,307 @@
+"""Read the options of `zods.finetune` from a command line, and from a YAML or JSON file before it.
+
+An option of the command line overrides the file's. `zods.cli.options` defines the options; here they
+are read, checked together, and merged with the DeepSpeed JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+from zods.cli.options import (
+    BATCH_OVERRIDES,
+    GROUPS,
+    MINIMUM,
+    Arguments,
+    FractionOrCount,
+    ModelArguments,
+    Names,
+)
+from zods.config.deepspeed_json import load_json
+from zods.config.mistakes import nearest
+from zods.config.schema import SECTION, SVRG_ONLY
+
+FIRST_ORDER = ("lr", "weight_decay", "seed", "loss_mean")  # overrides that an optimizer uses, too
+USAGE = (
+    "%(prog)s --deepspeed_config FILE --model NAME (--train_file FILE | --dataset_name NAME) "
+    "--output_dir FOLDER [options]"
+)
+
+
+def parse_arguments(argv: list[str] | None = None) -> Arguments:
+    """Read the options of a command line, and of the YAML or JSON file that it may begin with.
+
+    argv: the words of the command line; by default those of this process. Where an option is wrong,
+    the process ends with code 2, as argparse has it.
+    """
+    parser = _parser()
+    words = _without_local_rank(sys.argv[1:] if argv is None else argv)
+    file: dict[str, str] = {}
+    if words and words[0].endswith((".yaml", ".yml", ".json")):
+        file = _read_file(parser, words.pop(0))
+    of_file = [file.pop(key, None) for key in ("deepspeed", "deepspeed_config")]
+    words = [*(f"--{key}={text}" for key, text in file.items()), *words]
+    *groups, unknown = parser.parse_args_into_dataclasses(
+        words, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    model: ModelArguments = groups[0]
+    config = _one_of(parser, model.deepspeed, model.deepspeed_config) or _one_of(parser, *of_file)
+    if not config:
+        parser.error("the following arguments are required: --deepspeed_config")
+    arguments = Arguments(replace(model, deepspeed=None, deepspeed_config=config), *groups[1:])
+    mistakes = list(_mistakes(arguments))
+    if mistakes:
+        parser.error("\n  ".join(mistakes))
+    return arguments
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    """Help that shows a switch such as --plot without a value.
+
+    `--plot false` is read all the same: it overrides a file.
+    """
+
+    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+        return "" if action.const is True else super()._format_args(action, default_metavar)
+
+
+def _parser() -> HfArgumentParser:
+    parser = HfArgumentParser(
+        GROUPS,
+        prog="deepspeed --module zods.finetune",
+        usage=USAGE,
+        description="Fine-tune a transformer with zeroth-order steps (MeZO, MeZO-SVRG) on DeepSpeed "
+        "ZeRO-3. A YAML or JSON file with options as keys may stand before the options, which "
+        "override it.",
+        epilog="Example: deepspeed --num_gpus 2 --module zods.finetune "
+        "--deepspeed_config ds_configs/svrg_zero3.json --model facebook/opt-1.3b --task prompted "
+        "--template '{sentence} It was {label}' --label_words terrible,great --dataset_name glue "
+        "--dataset_config sst2 --validation_split validation --max_steps 5000 "
+        "--output_dir runs/sst2",
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
+    )
+    metavars: dict[Any, str] = {int: "N", float: "X"}
+    endings = {"file": "FILE", "dir": "FOLDER", "column": "NAME", "split": "NAME", "name": "NAME"}
+    for action in parser._actions:
+        # HfArgumentParser adds --max-steps to --max_steps: it is read, but not shown
+        action.option_strings = [name for name in action.option_strings if "-" not in name[2:]]
+        if action.metavar is None and action.nargs is None and action.choices is None:
+            action.metavar = metavars.get(action.type) or endings.get(
+                action.dest.rpartition("_")[2], "TEXT"
+            )
+    return parser
+
+
+def _without_local_rank(argv: list[str]) -> list[str]:
+    """The command line without --local_rank, which a launcher puts before all other words."""
+    launcher = argparse.ArgumentParser(
+        prog="deepspeed --module zods.finetune", usage=USAGE, add_help=False, allow_abbrev=False
+    )
+    launcher.add_argument("--local_rank", type=int)
+    return launcher.parse_known_args(argv)[1]
+
+
+def _one_of(
+    parser: argparse.ArgumentParser,
+    deepspeed: str | None,
+    config: str | None,
+) -> str | None:
+    """The file that --deepspeed or --deepspeed_config names."""
+    if deepspeed and config and deepspeed != config:
+        parser.error(
+            f"--deepspeed {deepspeed} and --deepspeed_config {config}: give one of the two"
+        )
+    return deepspeed or config
+
+
+def _mistakes(arguments: Arguments) -> Iterator[str]:
+    """Options that do not go together, and numbers that are too small: one message each."""
+    model, data, selection = arguments.model, arguments.data, arguments.selection
+    if (data.train_file is None) == (data.dataset_name is None):
+        yield "give either --train_file or --dataset_name"
+    for option in ("dataset_config", "train_split", "validation_split"):
+        if getattr(data, option) is not None and data.dataset_name is None:
+            yield f"--{option} belongs to --dataset_name"
+    if data.validation_file is not None and data.validation_split is not None:
+        yield "give either --validation_file or --validation_split"
+    if (model.replica is None) != (model.replica_store is None):
+        yield "--replica and --replica_store go together"
+    if model.optimizer is not None and model.replica is not None:
+        yield "--replica belongs to zeroth-order steps, not to --optimizer"
+    if model.optimizer is not None:
+        zeroth = [key for key in arguments.overrides.section() if key not in FIRST_ORDER]
+        if zeroth:
+            yield f"--{zeroth[0]} belongs to zeroth-order steps, not to --optimizer"
+    if model.lora_target_modules is not None and model.lora_rank is None:
+        yield "--lora_target_modules belongs to --lora_rank"
+    if selection.select is not None and arguments.overrides.train_batch_size is not None:
+        yield "--select K/N sets train_batch_size to K; leave --train_batch_size out"
+    values = {**vars(model), **vars(data), **vars(arguments.task), **vars(arguments.run)}
+    for option in MINIMUM:
+        wrong = _too_small(option, values[option])
+        if wrong:
+            yield f"--{option}: {wrong}"
+
+
+def _too_small(option: str, value: Any) -> str | None:
+    if option not in MINIMUM or value is None or value >= MINIMUM[option]:
+        return None
+    return f"found {value}, must be {MINIMUM[option]} or more"
+
+
+# --- a file of options ----------------------------------------------------------------------------
+
+
+def _read_file(parser: argparse.ArgumentParser, name: str) -> dict[str, str]:
+    """Read the options of a YAML or JSON file: {option: its text on a command line}.
+
+    A value is checked as that of the command line. All mistakes are reported at once, and end the
+    process.
+    """
+    path = Path(name)
+    if not path.is_file():
+        parser.error(
+            f"{name}: not found. Give a YAML or JSON file with options as keys, or leave it out"
+        )
+    try:
+        content = _load(path)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    options = {action.dest: action for action in parser._actions if action.dest != "help"}
+    texts, wrong = {}, []
+    for key, value in content.items():
+        if key not in options:
+            wrong.append(f"{key}: unknown key.{nearest(str(key), list(options))}")
+        elif value is not None:
+            try:
+                texts[key] = _text(options[key], value)
+                parsed = parser._get_values(options[key], [texts[key]])
+            except argparse.ArgumentError as error:
+                wrong.append(f"{key}: {error.message}")
+            except ValueError as error:
+                wrong.append(f"{key}: {error}")
+            else:
+                too_small = _too_small(key, parsed)
+                wrong += [f"{key}: {too_small}"] if too_small else []
+    if len(wrong) == 1:
+        parser.error(f"{name}: {wrong[0]}")
+    if wrong:
+        parser.error("\n  ".join([f"{name}: {len(wrong)} mistakes:", *wrong]))
+    return texts
+
+
+def _load(path: Path) -> dict[Any, Any]:
+    """The content of a YAML or JSON file. Raises ValueError."""
+    if path.suffix == ".json":
+        return load_json(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        loaded = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(loaded, dict):
+        raise ValueError(
+            f"{path}: expected options as keys (lr: 1e-6), found {type(loaded).__name__}."
+        )
+    keys = [key.value for key, _ in node.value]
+    twice = sorted({key for key in keys if keys.count(key) > 1})
+    if twice:  # yaml takes the last
+        raise ValueError(f"{path}: {', '.join(twice)} given twice.")
+    return loaded
+
+
+def _text(action: argparse.Action, value: Any) -> str:
+    """Turn a value of a file into the text that the command line would have, for argparse to check.
+
+    Raises ValueError for a value of another kind. A text has to be one in the file: YAML reads
+    `no`, `010` and `2024-01-01` as a boolean, a number and a date, whose texts are others.
+    """
+    if isinstance(value, str):
+        return value
+    if action.type is Names:
+        names = value if isinstance(value, list) else [value]
+        odd = [name for name in names if not isinstance(name, str) or "," in name]
+        if odd:
+            raise ValueError(
+                f"found {odd[0]!r}, expected names without commas, as texts (in quotes)"
+            )
+        return ",".join(names)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if action.const is True:
+        expected, fits = "true or false", isinstance(value, bool)
+    elif action.type in (int, float, FractionOrCount):
+        expected, fits = "a number", is_number
+    else:
+        expected, fits = "a text (in quotes)", False
+    if not fits:
+        raise ValueError(f"found {value!r} ({type(value).__name__}), expected {expected}")
+    return str(value)
+
+
+# --- the configuration that follows from the options ----------------------------------------------
+
+
+def merged_config(arguments: Arguments) -> dict[str, Any]:
+    """The DeepSpeed JSON with the overrides of the options."""
+    model, selection = arguments.model, arguments.selection
+    config = load_json(model.deepspeed_config)
+    section = config.get(SECTION, {})
+    if not isinstance(section, dict) or not isinstance(section.get("selector") or {}, dict):
+        return config  # which is refused for that
+    given = arguments.overrides.section()
+    if model.optimizer is not None:
+        rates: dict[str, float] = {
+            key: given.pop(key) for key in ("lr", "weight_decay") if key in given
+        }
+        config["optimizer"] = _optimizer(config, rates)
+        section = {
+            key: value for key, value in section.items() if key in ("seed", "selector", "loss_mean")
+        }
+    elif given.get("method") == "mezo":
+        section = {key: value for key, value in section.items() if key not in SVRG_ONLY}
+    if model.replica is not None:
+        given["replicas"] = {
+            **(section.get("replicas") or {}),
+            "store": model.replica_store,
+            "index": model.replica,
+        }
+    selector = selection.selector()
+    if selector:
+        given["selector"] = {**(section.get("selector") or {}), **selector}
+    config[SECTION] = {**section, **given}
+    batch = arguments.overrides.batch()
+    if selection.select is not None:
+        micro = config.get("train_micro_batch_size_per_gpu")
+        batch = {"train_batch_size": selection.select.chosen, **batch}
+        if micro is not None and len(batch) == 1:
+            batch["train_micro_batch_size_per_gpu"] = micro
+    if batch:  # those not given follow from those that are
+        config = {key: value for key, value in config.items() if key not in BATCH_OVERRIDES} | batch
+    return config
+
+
+def _optimizer(config: dict[str, Any], rates: dict[str, float]) -> dict[str, Any]:
+    """DeepSpeed's section: the JSON's own, or AdamW, with the rates given."""
+    optimizer = config.get("optimizer", {"type": "AdamW", "params": {"torch_adam": True}})
+    if not isinstance(optimizer, dict) or str(optimizer.get("type")).lower() != "adamw":
+        raise ValueError(
+            f"optimizer: found {optimizer!r}, but --optimizer adamw was asked for. Change one of them."
+        )
+    params = {**optimizer.get("params", {}), **rates}
+    if "lr" not in params:
+        raise ValueError(
+            "--lr: missing; the step size of zeroth-order steps does not serve an optimizer. Give one."
+        )
+    return {**optimizer, "params": params}

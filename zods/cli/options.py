@@ -1,0 +1,383 @@
+"""The options of `zods.finetune`, as dataclasses for transformers' `HfArgumentParser`.
+
+One dataclass is one group of the help. A field's metadata are arguments of argparse's
+`add_argument`; its type makes the value from the text of the command line. `zods.cli.arguments` reads
+them.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from zods.config.schema import METHODS, STRATEGIES
+
+BATCH_OVERRIDES = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+)
+MINIMUM = {  # smallest allowed value
+    "lora_rank": 1,
+    "max_length": 1,
+    "num_epochs": 1,
+    "max_steps": 1,
+    "max_train_examples": 1,
+    "max_eval_examples": 1,
+    "save_total_limit": 1,
+    "eval_interval": 0,
+    "save_interval": 0,
+}
+
+
+class Names(tuple[str, ...]):
+    """Names, made from a text in which commas separate them."""
+
+    def __new__(cls, text: str) -> Names:
+        return super().__new__(cls, (name.strip() for name in text.split(",")))
+
+
+@dataclass(frozen=True)
+class SubBatch:
+    """K/N: the number of examples that are chosen, and of the candidates."""
+
+    text: str
+
+    def __post_init__(self) -> None:
+        chosen, _, candidates = self.text.partition("/")
+        if not (chosen.isdigit() and candidates.isdigit() and 0 < int(chosen) <= int(candidates)):
+            raise argparse.ArgumentTypeError(
+                f"found {self.text!r}, expected K/N with 0 < K <= N, as in 64/128",
+            )
+
+    @property
+    def chosen(self) -> int:
+        return int(self.text.partition("/")[0])
+
+    @property
+    def candidates(self) -> int:
+        return int(self.text.partition("/")[2])
+
+
+@dataclass(frozen=True)
+class FractionOrCount:
+    """A part of the examples: their number where the text is digits alone, or else a fraction."""
+
+    text: str
+
+    def __post_init__(self) -> None:
+        float(self.text)  # which raises ValueError
+
+    def __str__(self) -> str:
+        return self.text
+
+    @property
+    def value(self) -> float | int:
+        return int(self.text) if self.text.isdigit() else float(self.text)
+
+
+def _given(group: Any) -> dict[str, Any]:
+    """The options of a group that have a value."""
+    return {key: value for key, value in vars(group).items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelArguments:
+    """Which model is trained by which method, and where the run is kept."""
+
+    _argument_group_name = "model and method"
+
+    deepspeed_config: str = field(
+        default="",
+        metadata={"help": "DeepSpeed JSON with a section zeroth_order", "metavar": "FILE"},
+    )
+    deepspeed: str | None = field(
+        default=None,
+        metadata={
+            "help": "as other scripts for DeepSpeed have it: without a FILE it changes nothing, "
+            "with one it is --deepspeed_config",
+            "nargs": "?",
+            "const": "",
+            "metavar": "FILE",
+        },
+    )
+    model: str = field(
+        metadata={"help": "name on the hub, or folder; also of a PEFT adapter", "metavar": "NAME"},
+    )
+    tokenizer: str | None = field(
+        default=None,
+        metadata={"help": "name or folder (default: the model's)"},
+    )
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={"help": "run code that comes with the model"},
+    )
+    output_dir: str = field(
+        metadata={"help": "the run's folder: config, metrics, log, checkpoints, model"},
+    )
+    resume: str | None = field(
+        default=None,
+        metadata={
+            "help": "auto: go on where the run in output_dir stopped, or begin it; "
+            "FOLDER: begin from the latest checkpoint of that run",
+            "metavar": "auto|FOLDER",
+        },
+    )
+    replica: int | None = field(
+        default=None,
+        metadata={
+            "help": "one of several launches that train one model together: "
+            "0 leads and keeps the log, others come and go",
+            "metavar": "INDEX",
+        },
+    )
+    replica_store: str | None = field(
+        default=None,
+        metadata={"help": "where replica 0 keeps what they share", "metavar": "HOST:PORT"},
+    )
+    optimizer: Literal["adamw"] | None = field(
+        default=None,
+        metadata={"help": "first-order training by DeepSpeed, for comparison"},
+    )
+    lora_rank: int | None = field(
+        default=None,
+        metadata={"help": "train LoRA adapters of this rank only (needs peft)"},
+    )
+    lora_target_modules: Names | None = field(
+        default=None,
+        metadata={
+            "help": "modules that get an adapter, comma-separated, or all-linear "
+            "(default: peft's for the model type, or else all-linear)",
+            "metavar": "NAMES",
+        },
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectionArguments:
+    """Which examples of a large batch are trained on."""
+
+    _argument_group_name = "selection of sub-batches"
+
+    select: SubBatch | None = field(
+        default=None,
+        metadata={"help": "choose K (the train_batch_size) of N candidates", "metavar": "K/N"},
+    )
+    source_column: str | None = field(
+        default=None,
+        metadata={"help": "the column of an example's source (default: clusters of features)"},
+    )
+    strategy: str | None = field(
+        default=None,
+        metadata={"help": "default: greedy", "choices": STRATEGIES},
+    )
+
+    def selector(self) -> dict[str, Any]:
+        """The keys of the section "selector" that are given."""
+        keys = _given(self)
+        if self.select is not None:
+            del keys["select"]
+            keys["candidates"] = self.select.candidates
+        return keys
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataArguments:
+    """The training data and the held-out data."""
+
+    _argument_group_name = "data: local files or a dataset of the hub"
+
+    train_file: str | None = field(
+        default=None,
+        metadata={"help": ".jsonl, .json, .csv, .tsv or .parquet (.gz too)"},
+    )
+    validation_file: str | None = field(default=None, metadata={"help": "held-out examples"})
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "name on the hub, or a folder that datasets loads"},
+    )
+    dataset_config: str | None = field(
+        default=None,
+        metadata={"help": "the hub dataset's configuration"},
+    )
+    train_split: str | None = field(default=None, metadata={"help": "default: train"})
+    validation_split: str | None = field(
+        default=None,
+        metadata={"help": "held-out split of the hub dataset"},
+    )
+    held_out: FractionOrCount = field(
+        default=FractionOrCount("0.1"),
+        metadata={
+            "help": "taken from the training data where no validation data is given (default: %(default)s)",
+            "metavar": "FRACTION_OR_COUNT",
+        },
+    )
+    column_names: Names | None = field(
+        default=None,
+        metadata={"help": "columns of a CSV or TSV without a header, comma-separated"},
+    )
+    max_train_examples: int | None = field(default=None, metadata={"help": "keep this many"})
+    max_eval_examples: int | None = field(default=None, metadata={"help": "keep this many"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskArguments:
+    """What the model learns from an example. See `zods.tasks.build_task`."""
+
+    _argument_group_name = "task"
+
+    task: Literal["classification", "prompted", "instruction"] = field(
+        default="classification",
+        metadata={
+            "help": "a classification head; label words after a prompt; or responses (default: %(default)s)",
+        },
+    )
+    text_column: str | None = field(
+        default=None,
+        metadata={"help": "classification (default: text)"},
+    )
+    text_pair_column: str | None = field(default=None, metadata={"help": "classification of pairs"})
+    label_column: str | None = field(
+        default=None,
+        metadata={"help": "classification, prompted (default: label)"},
+    )
+    template: str | None = field(
+        default=None,
+        metadata={
+            "help": r"prompted: '{text}\nTopic: {label}'; instruction: '{question}\n{answer}'; "
+            r"\n, \t, \r, \\ are read"
+        },
+    )
+    label_words: Names | None = field(
+        default=None,
+        metadata={"help": "prompted: words of the labels 0, 1, ..., comma-separated"},
+    )
+    prompt_column: str | None = field(
+        default=None,
+        metadata={"help": "instruction (default: instruction)"},
+    )
+    response_column: str | None = field(
+        default=None,
+        metadata={"help": "instruction (default: output)"},
+    )
+    max_length: int = field(
+        default=256,
+        metadata={"help": "tokens per example (default: %(default)s)"},
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunArguments:
+    """How long the run is, and what it leaves behind."""
+
+    _argument_group_name = "run"
+
+    max_steps: int | None = field(
+        default=None,
+        metadata={"help": "steps (default: num_epochs passes over the data)"},
+    )
+    num_epochs: int = field(
+        default=1,
+        metadata={"help": "passes, where max_steps is not given (default: 1)"},
+    )
+    eval_interval: int = field(
+        default=0,
+        metadata={"help": "steps between evaluations; 0: before and after only"},
+    )
+    save_interval: int = field(default=0, metadata={"help": "steps between checkpoints; 0: none"})
+    save_total_limit: int | None = field(
+        default=None,
+        metadata={"help": "checkpoints that are kept, the last ones (default: all)"},
+    )
+    save_model: bool = field(
+        default=False,
+        metadata={"help": "export the model for from_pretrained at the end"},
+    )
+    plot: bool = field(
+        default=False,
+        metadata={"help": "draw curves.png at the end (needs matplotlib)"},
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OverrideArguments:
+    """Keys of the DeepSpeed JSON: those of its section "zeroth_order", and the batch sizes."""
+
+    _argument_group_name = "overrides of the JSON"
+
+    method: str | None = field(
+        default=None,
+        metadata={"help": f"{' or '.join(METHODS)}; mezo drops the keys that only mezo_svrg has"},
+    )
+    lr: float | None = field(default=None, metadata={"help": "step size"})
+    eps: float | None = field(default=None, metadata={"help": "perturbation scale"})
+    direction: str | None = field(
+        default=None,
+        metadata={"help": "gaussian, rademacher or low_rank (rank 1; other ranks in the JSON)"},
+    )
+    num_directions: int | None = field(default=None, metadata={"help": "directions per step"})
+    loss_mean: str | None = field(
+        default=None,
+        metadata={
+            "help": "of the global batch: tokens (over its label tokens) or examples (of each one's own mean)",
+        },
+    )
+    anchor_lr: float | None = field(
+        default=None,
+        metadata={"help": "step size of the full-batch step at a refresh"},
+    )
+    anchor_interval: int | None = field(
+        default=None,
+        metadata={"help": "steps between two refreshes of the anchor"},
+    )
+    anchor_directions: int | None = field(default=None, metadata={"help": "directions per refresh"})
+    weight_decay: float | None = field(default=None, metadata={"help": "decoupled weight decay"})
+    seed: int | None = field(default=None, metadata={"help": "of directions and data order"})
+    train_batch_size: int | None = field(default=None, metadata={"help": "as in the JSON"})
+    train_micro_batch_size_per_gpu: int | None = field(
+        default=None,
+        metadata={"help": "as in the JSON"},
+    )
+    gradient_accumulation_steps: int | None = field(
+        default=None,
+        metadata={"help": "as in the JSON"},
+    )
+
+    def section(self) -> dict[str, Any]:
+        """The keys of the section "zeroth_order" that are given."""
+        return {key: value for key, value in _given(self).items() if key not in BATCH_OVERRIDES}
+
+    def batch(self) -> dict[str, int]:
+        """The batch sizes that are given."""
+        return {key: value for key, value in _given(self).items() if key in BATCH_OVERRIDES}
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """All options of a run, by group."""
+
+    model: ModelArguments
+    selection: SelectionArguments
+    data: DataArguments
+    task: TaskArguments
+    run: RunArguments
+    overrides: OverrideArguments
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options that have a value, as a JSON file for `zods.finetune` may hold them."""
+        return {
+            key: value.text if isinstance(value, (SubBatch, FractionOrCount)) else value
+            for group in vars(self).values()
+            for key, value in _given(group).items()
+        }
+
+
+GROUPS: tuple[Any, ...] = (
+    ModelArguments,
+    SelectionArguments,
+    DataArguments,
+    TaskArguments,
+    RunArguments,
+    OverrideArguments,
+)

@@ -1,0 +1,134 @@
+"""The folder of a run: resolved config, versions, git commit and seed, metrics.jsonl, the trajectory log.
+
+config.json          the DeepSpeed JSON with "zeroth_order", every value resolved
+run.json             command, options with their values, versions, git commit, seed, ranks, device
+metrics.jsonl        one object per step ("train") and per evaluation ("eval")
+trajectory.log       what was applied, step by step (see zods.trajectory)
+initial/             what the base weights lack: a new head or adapters, as they were drawn, and their configuration
+checkpoints/, model/ and curves.png as asked for
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from zods.files import atomic_write
+
+PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "numpy")
+
+
+class RunFolder:
+    """Writes a run's folder; on other ranks than 0 it does nothing. A resumed run goes on in its folder."""
+
+    def __init__(self, path: str | Path, *, rank: int, resume: bool) -> None:
+        """Raises ValueError where the folder holds another run and `resume` is False."""
+        self.path = Path(path)
+        self.rank = rank
+        self._metrics: Any = None
+        if (
+            rank == 0
+            and not resume
+            and any((self.path / name).exists() for name in ("metrics.jsonl", "trajectory.log"))
+        ):
+            raise ValueError(
+                f"--output_dir {self.path}: holds another run. Give another folder, or --resume auto to go on with it."
+            )
+
+    def describe(
+        self,
+        config: dict[str, Any],
+        *,
+        arguments: dict[str, Any],
+        seed: int,
+        world_size: int,
+        device: str,
+        step: int,
+    ) -> None:
+        """Make the folder, write config.json and run.json, and open metrics.jsonl: when all input has been checked.
+
+        arguments: options and their values; the command may name a file of them that is changed later.
+        step: steps that were made; what metrics.jsonl tells of later ones is cut off, for they will be made again.
+        """
+        if self.rank != 0:
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._cut_metrics(step)
+        self._metrics = open(self.path / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
+        (self.path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        about = {
+            "command": sys.argv,
+            "arguments": arguments,
+            "seed": seed,
+            "world_size": world_size,
+            "device": device,
+            "git_commit": _git_commit(),
+            "versions": versions(),
+        }
+        (self.path / "run.json").write_text(json.dumps(about, indent=2) + "\n")
+
+    def _cut_metrics(self, step: int) -> None:
+        path = self.path / "metrics.jsonl"
+        if not path.exists():
+            return
+        kept = []
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+            try:
+                record = json.loads(line)
+                later = record["step"] > step or step == 0 or record["kind"] == "summary"
+            except (ValueError, KeyError, TypeError):  # a crash in the middle of a line
+                continue
+            if not later and line.endswith("\n"):
+                kept.append(line)
+        with atomic_write(path) as temporary:
+            temporary.write_text("".join(kept), encoding="utf-8")
+
+    def first_evaluation(self) -> dict[str, float]:
+        """What was measured before the first step; nothing on other ranks than 0, or where that is not there."""
+        if self.rank != 0:
+            return {}
+        first = next(
+            (r for r in read_metrics(self.path) if r["kind"] == "eval" and r["step"] == 0), {}
+        )
+        return {name: value for name, value in first.items() if name not in ("kind", "step")}
+
+    def record(self, kind: str, step: int, **values: Any) -> None:
+        """Append one line to metrics.jsonl; kind: "train" or "eval"."""
+        if self._metrics is None:
+            return
+        try:
+            self._metrics.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+            self._metrics.flush()
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"{self.path / 'metrics.jsonl'}: cannot be written ({error.strerror}). What the trajectory log holds is safe. "
+                "Make room, and start again with the same command",
+            ) from None
+
+
+def read_metrics(path: str | Path) -> Iterator[dict[str, Any]]:
+    """The records of a run folder's metrics.jsonl."""
+    with open(Path(path) / "metrics.jsonl", encoding="utf-8") as file:
+        yield from map(json.loads, file)
+
+
+def versions() -> dict[str, str]:
+    """Of Python, zods' own dependencies and the platform."""
+    found = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"python": platform.python_version(), "platform": platform.platform(), **found}
+
+
+def _git_commit() -> str | None:
+    here = Path(__file__).parent
+    try:
+        command = ["git", "-C", str(here), "rev-parse", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

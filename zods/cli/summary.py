@@ -1,0 +1,104 @@
+"""The figures that a run ends with, and their table. Called by `zods.finetune`."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+from typing import Any
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.comm.comm import comms_logger
+
+from zods.training.engine import ZerothOrderEngine
+from zods.training.first_order import FirstOrderEngine
+
+
+def summarise(
+    engine: ZerothOrderEngine | FirstOrderEngine,
+    before: dict[str, float],
+    after: dict[str, float],
+    *,
+    seconds: list[float],
+    sent: int,
+    gathered: int,
+) -> dict[str, Any]:
+    """The figures of a run as a flat dict, without those that do not apply to it. All ranks call it.
+
+    before, after: means over the held-out data. seconds: of each step. sent, gathered: bytes that zods sent in all steps,
+    and that ZeRO-3 gathered.
+    """
+    steps = max(len(seconds), 1)
+    peaks = engine.comm.gather_scalars([float(_peak_memory_bytes(engine.device))])
+    summary: dict[str, Any] = {
+        **{f"{name}_before": value for name, value in before.items()},
+        **{f"{name}_after": value for name, value in after.items()},
+        "steps": engine.global_steps,
+        "step_seconds_median": statistics.median(seconds) if seconds else None,
+        "train_seconds": sum(seconds),
+        "zods_bytes_per_step": sent / steps,
+        "zero3_bytes_per_step": gathered / steps if comms_logger.enabled else None,
+        "peak_memory_bytes": [int(row[0]) for row in peaks],
+    }
+    if isinstance(engine, ZerothOrderEngine):
+        summary["evaluation"] = engine.evaluation
+    if engine.anchor:
+        summary["anchor_gather_bytes_per_step"] = engine.comm.gather_bytes / steps
+        summary["anchor_device_bytes"] = engine.anchor.device_bytes
+        summary["anchor_offloaded_bytes"] = engine.anchor.offloaded_bytes
+    return summary
+
+
+def table(summary: dict[str, Any]) -> str:
+    """The summary as a short table for people."""
+    mib = 1 << 20
+    seconds, zero3 = summary["step_seconds_median"], summary["zero3_bytes_per_step"]
+    anchor = "anchor_device_bytes" in summary
+    rows = [
+        _measured(summary, key.removesuffix("_after")) for key in summary if key.endswith("_after")
+    ]
+    refreshes = " (anchor refreshes in them)" if anchor else ""
+    rows += [
+        ("steps", f"{summary['steps']} in {summary['train_seconds']:.0f} s{refreshes}"),
+        ("time per step (median)", "-" if seconds is None else f"{seconds * 1e3:.0f} ms"),
+    ]
+    if summary.get("evaluation") is not None:
+        rows.append(("evaluation", summary["evaluation"]))
+    rows.append(("sent per step and rank by zods", f"{summary['zods_bytes_per_step']:.0f} bytes"))
+    if anchor:
+        rows.append(
+            (
+                "  gathered of the anchor point",
+                f"{summary['anchor_gather_bytes_per_step'] / mib:.1f} MiB",
+            )
+        )
+    counted = "not counted (enable comms_logger)" if zero3 is None else f"{zero3 / mib:.1f} MiB"
+    rows += [
+        ("  gathered by ZeRO-3", counted),
+        (
+            "peak memory per rank",
+            ", ".join(f"{b / mib:.0f} MiB" for b in summary["peak_memory_bytes"]),
+        ),
+    ]
+    if anchor:
+        rows += [
+            ("anchor per rank, on the device", f"{summary['anchor_device_bytes'] / mib:.1f} MiB"),
+            ("anchor per rank, offloaded", f"{summary['anchor_offloaded_bytes'] / mib:.1f} MiB"),
+        ]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _measured(summary: dict[str, Any], name: str) -> tuple[str, str]:
+    """A metric of the held-out data before and after training."""
+    before = summary.get(f"{name}_before")
+    return (
+        f"held-out {name}",
+        f"{'-' if before is None else f'{before:.3f}'} -> {summary[f'{name}_after']:.3f}",
+    )
+
+
+def _peak_memory_bytes(device: torch.device) -> int:
+    if device.type == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return get_accelerator().max_memory_allocated()

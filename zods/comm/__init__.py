@@ -1,0 +1,1 @@
+"""What ranks send each other and wait for, how they start and how they stop. Nothing else calls torch.distributed."""

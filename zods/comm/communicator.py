@@ -1,0 +1,179 @@
+"""What zods itself sends between ranks. The only room that calls torch.distributed.
+
+A step sends one small vector of float64 per rank (loss sums and counts); every rank gathers all of them and adds in
+rank order, so that all compute the same bits. Shards of a stored anchor point travel like a ZeRO-3 gather and are
+counted apart.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from zods.comm.store import Board
+
+
+class Disagreement(RuntimeError):
+    """Ranks have, or did, different things."""
+
+
+class RankFailure(RuntimeError):
+    """An exception on some ranks only, raised on all of them. rank: the first that failed.
+
+    On that rank it has the exception as its cause.
+    """
+
+    def __init__(self, rank: int, described: str) -> None:
+        self.rank = rank
+        super().__init__(f"rank {rank}: {described}")
+
+
+def is_connected() -> bool:
+    """Whether this process is one of the ranks of a process group."""
+    return dist.is_initialized()
+
+
+class Communicator:
+    """The ranks of the default process group, with counters of the bytes that this rank sends.
+
+    scalar_bytes: loss scalars and agreement checks. gather_bytes: shards of the anchor point. selection_bytes: candidates'
+    features and gains.
+    A rank that contributes b bytes to an all-gather of n ranks is counted with b * (n - 1).
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.rank: int = dist.get_rank()
+        self.world_size: int = dist.get_world_size()
+        self.scalar_bytes = 0
+        self.gather_bytes = 0
+        self.selection_bytes = 0
+
+    def _all_gather(self, local: torch.Tensor) -> torch.Tensor:
+        """Gather `local`, 1-D and of the same size on all ranks, as (world_size, numel)."""
+        if self.world_size == 1:
+            return local.unsqueeze(0)
+        gathered = torch.empty(
+            self.world_size, local.numel(), dtype=local.dtype, device=local.device
+        )
+        dist.all_gather(list(gathered), local)
+        return gathered
+
+    def numbers(self, values: torch.Tensor) -> list[float]:
+        """A tensor's numbers. On a GPU this waits for the device, and so for ranks that collectives still wait for."""
+        return values.tolist()
+
+    def gather_scalars(self, values: Sequence[float]) -> list[list[float]]:
+        """Every rank's values, in rank order, as float64. `values` has the same length on all ranks."""
+        local = torch.tensor(values, dtype=torch.float64, device=self.device)
+        self.scalar_bytes += local.nbytes * (self.world_size - 1)
+        return self._all_gather(local).tolist()
+
+    def sum_over_ranks(self, values: Sequence[float]) -> list[float]:
+        """Sums over the ranks, in rank order and float64: the same bits on every rank."""
+        totals = [0.0] * len(values)
+        for row in self.gather_scalars(values):
+            totals = [total + value for total, value in zip(totals, row, strict=True)]
+        return totals
+
+    def gather_shards(self, local: torch.Tensor) -> torch.Tensor:
+        """All ranks' shards, concatenated in rank order; `local` is 1-D and padded to the same size on all ranks."""
+        self.gather_bytes += local.nbytes * (self.world_size - 1)
+        return self._all_gather(local).view(-1)
+
+    def gather_rows(self, local: torch.Tensor) -> list[torch.Tensor]:
+        """Every rank's tensor, in rank order; they differ in dim 0 only, which may be 0."""
+        sizes = self._all_gather(torch.tensor([len(local)], device=self.device)).view(-1).tolist()
+        row_bytes = local.element_size() * local.shape[1:].numel()
+        padded = torch.zeros(max(sizes) * row_bytes, dtype=torch.uint8, device=self.device)
+        mine = local.to(self.device).contiguous().view(-1).view(torch.uint8)
+        padded[: mine.numel()] = mine
+        self.selection_bytes += (8 + padded.numel()) * (self.world_size - 1)
+        gathered = self._all_gather(padded) if max(sizes) else padded.expand(self.world_size, -1)
+        return [
+            row[: size * row_bytes].clone().view(local.dtype).view(size, *local.shape[1:])
+            for row, size in zip(gathered, sizes, strict=True)
+        ]
+
+    def gather_integers(self, values: Sequence[int]) -> list[list[int]]:
+        """Every rank's values, in rank order. `values`, of 64 bits, has the same length on all ranks."""
+        local = torch.tensor(values, dtype=torch.int64, device=self.device)
+        self.selection_bytes += local.nbytes * (self.world_size - 1)
+        return self._all_gather(local).tolist()
+
+    def broadcast_bytes(self, data: bytes) -> bytes:
+        """Rank 0's `data`, on all ranks."""
+        if self.world_size == 1:
+            return data
+        size = torch.tensor([len(data)], device=self.device)
+        dist.broadcast(size, 0)
+        sent = torch.zeros(int(size), dtype=torch.uint8, device=self.device)
+        if self.rank == 0:
+            sent.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else sent)
+        dist.broadcast(sent, 0)
+        return sent.cpu().numpy().tobytes()
+
+    def board(self) -> Board:
+        """A new connection to what the ranks pin up for each other beside their collectives; for one thread alone."""
+        return Board()
+
+    def check_agreement(self, digest: bytes, what: str) -> None:
+        """Raise Disagreement on every rank, naming those that differ from rank 0, unless all digests are equal."""
+        short = int.from_bytes(
+            hashlib.blake2b(digest, digest_size=8).digest(), "little", signed=True
+        )
+        local = torch.tensor([short], dtype=torch.int64, device=self.device)
+        self.scalar_bytes += local.nbytes * (self.world_size - 1)
+        values = self._all_gather(local).view(-1).tolist()
+        odd = [rank for rank, value in enumerate(values) if value != values[0]]
+        if odd:
+            raise Disagreement(
+                f"rank {', '.join(map(str, odd))}: {what} differs from rank 0's. The run stops here."
+            )
+
+    @contextmanager
+    def same_on_all_ranks(self) -> Iterator[None]:
+        """Run a block that may fail on some ranks only; then all ranks raise.
+
+        A ValueError or OSError, which is meant for the user, is raised on all ranks as it is, with the name of the rank
+        where others were spared. Any other exception is raised as it is where it was raised on all ranks, and as a
+        `RankFailure` otherwise. The block itself must not communicate.
+        """
+        failure: BaseException | None = None
+        try:
+            yield
+        except (Exception, KeyboardInterrupt, SystemExit) as error:
+            failure = error
+        failures: list[Any] = [None] * self.world_size
+        dist.all_gather_object(failures, None if failure is None else _described(failure))
+        failing = [rank for rank, found in enumerate(failures) if found is not None]
+        if not failing:
+            return
+        first = failing[0]
+        kind, text = failures[first]
+        on_all = failures.count(failures[first]) == self.world_size
+        if kind in _FOR_USERS:
+            raise _FOR_USERS[kind](text if on_all else f"rank {first}: {text}") from None
+        if failure is not None and (on_all or not isinstance(failure, Exception)):
+            raise failure
+        summary = next(iter(text.strip().splitlines()), "")
+        raise RankFailure(first, f"{kind}: {summary}") from (
+            failure if first == self.rank else None
+        )
+
+
+_FOR_USERS = {"FileNotFoundError": FileNotFoundError, "OSError": OSError, "ValueError": ValueError}
+
+
+def _described(error: BaseException) -> tuple[str, str]:
+    """An exception as what is sent of it: the nearest type that is meant for users, else its own, and its text."""
+    kind = next(
+        (name for name, known in _FOR_USERS.items() if isinstance(error, known)),
+        type(error).__name__,
+    )
+    return kind, str(error)

@@ -1,0 +1,181 @@
+"""How the ranks of a run start, with any launcher or none; how a failed start is reported; how a process ends.
+
+`deepspeed` and `torchrun` set the variables of torch; under mpirun and srun DeepSpeed asks mpi4py. A process that none of
+them started is a run of one rank. Used by `zods.initialize` and `zods.finetune`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib.util
+import logging
+import os
+import socket
+import sys
+import time
+import traceback
+from typing import NoReturn
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+
+from zods.comm import build_locks
+from zods.comm.communicator import Communicator, Disagreement, RankFailure, is_connected
+from zods.comm.store import Board
+
+logger = logging.getLogger(__name__)
+
+TORCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+# Processes that mpirun (Open MPI, MPICH and Intel MPI, MVAPICH) or srun started; not set in a batch script itself.
+SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK", "SLURM_PROCID")
+CLOUDS = (
+    "AZUREML_EXPERIMENT_ID",
+    "SM_TRAINING_ENV",
+    "DLTS_JOB_ID",
+)  # where DeepSpeed has ways of its own
+SAID_WITHIN = 10.0  # seconds that a rank waits for the one that reports a failed start
+
+
+def environment_rank() -> int:
+    """This process's rank by the launcher's variables, before the ranks are connected."""
+    return next((int(os.environ[name]) for name in RANKS if os.environ.get(name, "").isdigit()), 0)
+
+
+def connect_ranks(
+    distributed_port: int = 29500, dist_init_required: bool | None = None
+) -> Communicator:
+    """The ranks of this run, as the launcher started them; one rank where there is no launcher.
+
+    Raises ValueError where the launcher's variables are incomplete, or mpi4py is needed and missing.
+    """
+    if not is_connected() and dist_init_required is not False:
+        _prepare_environment()
+    if environment_rank() == 0 or os.environ.get("LOCAL_RANK") == "0":  # one rank of each machine
+        report_stale_locks()
+    deepspeed.init_distributed(
+        get_accelerator().communication_backend_name(),
+        distributed_port=distributed_port,
+        dist_init_required=dist_init_required,
+        verbose=False,
+    )
+    return Communicator(torch.device(get_accelerator().current_device_name()))
+
+
+def report_stale_locks() -> None:
+    """Name the locks that killed builds left: the ranks would wait for them in silence."""
+    for lock in build_locks.stale_locks():
+        logger.error(
+            "%s: no process of this machine holds it. A build of %s was killed and left it, and the ranks wait for it when "
+            "they need that operator. Remove the file, unless another machine builds there.",
+            lock,
+            lock.parent.name,
+        )
+
+
+def _prepare_environment() -> None:
+    missing = [name for name in TORCH if name not in os.environ]
+    if not missing or any(name in os.environ for name in CLOUDS):
+        return
+    started = next((name for name in SIZES if _number(os.environ.get(name)) > 1), None)
+    if started is not None:
+        if importlib.util.find_spec("mpi4py") is None:
+            raise ValueError(
+                f"{started} is {os.environ[started]}: the ranks were started by mpirun or srun, but mpi4py, by which DeepSpeed "
+                "finds them, is not installed. Install mpi4py, or start the ranks with deepspeed or torchrun."
+            )
+        return
+    given = [name for name in TORCH[:3] if name in os.environ]
+    if given and missing:
+        raise ValueError(
+            f"{', '.join(given)} set in the environment, but not {', '.join(missing)}. Set all of them, or none for a run "
+            "of one rank, or start the ranks with deepspeed or torchrun."
+        )
+    # Assigned even where they are set: an address and port that an earlier run left belong to nobody.
+    one_rank = {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "LOCAL_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+    }
+    os.environ.update({**one_rank, "MASTER_PORT": str(_free_port())})
+
+
+def _number(text: str | None) -> int:
+    return int(text) if text is not None and text.isdigit() else 1
+
+
+def _world_size() -> int:
+    """The number of ranks by the launcher's variables."""
+    return max(_number(os.environ.get(name)) for name in ("WORLD_SIZE", *SIZES))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def report_failure(error: Exception, program: str) -> int:
+    """Say once, on one of the ranks, why the run does not start; returns the process's exit code. All failing ranks call it.
+
+    Before the ranks are connected every failing rank says it, with its number. After that the first rank to fail says it:
+    what the others raise then is a consequence, such as a lost connection. Bad input is one line and code 2; an exception
+    that nobody foresaw is one line with its type, a traceback, and code 1.
+    """
+    rank = environment_rank()
+    bad_input = isinstance(error, (ValueError, OSError))
+    speaker = error.rank if isinstance(error, RankFailure) else None
+    connected = is_connected()
+    if not connected or _is_first(rank, speaker):
+        foreseen = bad_input or isinstance(error, (Disagreement, RankFailure))
+        kind = "" if foreseen else f"{type(error).__name__}: "
+        cause = error.__cause__ if isinstance(error, RankFailure) else error
+        if not foreseen or (isinstance(error, RankFailure) and cause is not None):
+            traceback.print_exception(cause)
+        # Before the ranks are connected each one speaks for itself: the others may not have failed.
+        who = "" if connected or _world_size() == 1 else f"rank {rank}: "
+        print(f"{program}: error: {who}{kind}{error}", file=sys.stderr, flush=True)
+    _mark_said()
+    return 2 if bad_input else 1
+
+
+def _is_first(rank: int, speaker: int | None) -> bool:
+    """Whether this rank reports. speaker: the rank that has the traceback, where one is known to have failed."""
+    try:
+        board = Board()
+        if speaker is None or speaker == rank:
+            return board.first("failure")
+        deadline = time.monotonic() + SAID_WITHIN
+        while not board.has("said") and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return not board.has("said") and board.first("failure")
+    except RuntimeError:  # rank 0's process, which keeps the board, has ended: it has said why
+        return False
+
+
+def _mark_said() -> None:
+    if is_connected():
+        try:
+            Board().pin("said", "")
+        except RuntimeError:  # as above
+            return
+
+
+def end_process(code: int) -> NoReturn:
+    """End without the interpreter's teardown, and with code 0 all ranks together.
+
+    A rank that exits while others still communicate aborts them. And Gloo's threads can abort a finished run: they may
+    drop a tensor while the interpreter ends, which needs a lock that is gone (PyTorch issue 190489). DeepSpeed keeps
+    references to the process groups, so destroying them does not end the threads.
+    """
+    if code == 0:
+        dist.barrier()
+        dist.destroy_process_group()
+    atexit._run_exitfuncs()  # trackers upload what they hold
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

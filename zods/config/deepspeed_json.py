@@ -1,0 +1,247 @@
+"""The DeepSpeed JSON with its section "zeroth_order".
+
+`read_config` splits one file into what DeepSpeed gets and what zods keeps, and refuses here, before anything is loaded,
+whatever the two cannot do together. All mistakes of a file are told at once. The file is read as DeepSpeed reads it
+(hjson: `#` and `//` comments are allowed).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hjson
+import torch
+
+from zods.config.auto_values import resolve_batch, resolve_precision, unresolved
+from zods.config.deepspeed_checks import (
+    key_mistakes,
+    offload_mistakes,
+    refusal,
+    section_mistakes,
+    unsupported,
+)
+from zods.config.mistakes import Mistakes, collected
+from zods.config.schedules import ZerothOrderOptimizer, resolve_scheduler
+from zods.config.schema import (
+    SECTION,
+    SVRG_ONLY,
+    LossMean,
+    SelectorConfig,
+    ZerothOrderConfig,
+    check_selector,
+    parse_section,
+    read_section,
+)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One configuration file, split.
+
+    deepspeed: what `deepspeed.initialize` gets: no "zeroth_order", no "scheduler", batch sizes resolved.
+    scheduler: DeepSpeed's section of that name, or None; zods builds it on its own step size.
+    zeroth_order: the section of that name.
+    """
+
+    deepspeed: dict[str, Any]
+    scheduler: dict[str, Any] | None
+    zeroth_order: ZerothOrderConfig
+
+    @property
+    def zero_stage(self) -> int:
+        return self.deepspeed.get("zero_optimization", {}).get("stage", 0)
+
+    @property
+    def seed(self) -> int:
+        return self.zeroth_order.seed
+
+    @property
+    def selector(self) -> SelectorConfig | None:
+        return self.zeroth_order.selector
+
+    def to_dict(self) -> dict[str, Any]:
+        whole = dict(self.deepspeed)
+        if self.scheduler is not None:
+            whole["scheduler"] = self.scheduler
+        section = self.zeroth_order.to_dict()
+        if not self.zeroth_order.is_svrg:
+            section = {key: value for key, value in section.items() if key not in SVRG_ONLY}
+        return {**whole, SECTION: section}
+
+
+@dataclass(frozen=True)
+class FirstOrderConfig:
+    """A run with DeepSpeed's own optimizer. deepspeed: what `deepspeed.initialize` gets. seed: of the data order.
+
+    loss_mean: as in the section "zeroth_order".
+    """
+
+    deepspeed: dict[str, Any]
+    selector: SelectorConfig | None
+    seed: int
+    loss_mean: LossMean = "tokens"
+
+    @property
+    def zero_stage(self) -> int:
+        return self.deepspeed.get("zero_optimization", {}).get("stage", 0)
+
+    @property
+    def scheduler(self) -> dict[str, Any] | None:
+        return self.deepspeed.get("scheduler")
+
+    @property
+    def optimizer(self) -> dict[str, Any]:
+        return self.deepspeed["optimizer"]
+
+    @property
+    def zeroth_order(self) -> ZerothOrderConfig:
+        """The seed, the selector and the mean of the loss. Nothing else of it counts: `optimizer` has the step size."""
+        return ZerothOrderConfig(
+            method="mezo", seed=self.seed, selector=self.selector, loss_mean=self.loss_mean
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        section = None if self.selector is None else self.selector.model_dump()
+        return {
+            **self.deepspeed,
+            SECTION: {"seed": self.seed, "selector": section, "loss_mean": self.loss_mean},
+        }
+
+
+def load_json(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration as a plain dict, from a path or a mapping. Raises ValueError or FileNotFoundError."""
+    if isinstance(source, Mapping):
+        return json.loads(json.dumps(source))
+    path = Path(source)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"configuration file {path}: not found. Give a DeepSpeed JSON, e.g. one of ds_configs/."
+        )
+
+    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        twice = sorted({key for key in keys if keys.count(key) > 1})
+        if twice:
+            raise ValueError(f"configuration file {path}: {', '.join(twice)} given twice.")
+        return dict(pairs)
+
+    try:
+        loaded = hjson.loads(path.read_text(encoding="utf-8"), object_pairs_hook=no_duplicates)
+    except (hjson.HjsonDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"configuration file {path}: not valid JSON: {error}") from error
+    if not isinstance(loaded, dict):
+        raise ValueError(
+            f"configuration file {path}: expected {{...}}, found {type(loaded).__name__}."
+        )
+    return loaded
+
+
+def read_config(
+    source: str | Path | Mapping[str, Any], world_size: int, total_steps: int | None = None
+) -> RunConfig:
+    """Read, check and split a configuration.
+
+    source: path of a DeepSpeed JSON, or its content. world_size: number of ranks, for the batch sizes. total_steps: those
+    of the run, where they are known, for a scheduler that asks for them with "auto".
+    Raises FileNotFoundError, or ValueError with one line per mistake: the key, what was found and what is allowed.
+    """
+    whole = load_json(source)
+    found: list[str] = []
+    section = None
+    if SECTION in whole:
+        section = read_section(whole.pop(SECTION), found)
+    else:
+        found.append(
+            f'configuration: no section "{SECTION}". Add one, e.g. "{SECTION}": {{"method": "mezo", "lr": 1e-6}}, or '
+            "call deepspeed.initialize for first-order training."
+        )
+    if whole.get("gradient_clipping") == "auto":
+        whole["gradient_clipping"] = 0.0  # there is no gradient
+    found += resolve_precision(whole)
+    found += unsupported(whole)
+    whole.pop("optimizer", None)
+    scheduler = whole.pop("scheduler", None)
+    lr_is_known = section is not None and not any(
+        message.startswith(f"{SECTION}.lr:") for message in found
+    )
+    if scheduler is not None and section is not None and lr_is_known:
+        bare = ZerothOrderOptimizer([torch.nn.Parameter(torch.zeros(1))], lr=section.lr)
+        scheduler, wrong = resolve_scheduler(
+            scheduler, section.lr, f"{SECTION}.lr", bare, total_steps
+        )
+        found += wrong
+    _check_deepspeed(whole, world_size, found)
+    _check_selection(whole, section, found)
+    if found or section is None:
+        raise Mistakes(found)
+    return RunConfig(deepspeed=whole, scheduler=scheduler, zeroth_order=section)
+
+
+def _check_deepspeed(whole: dict[str, Any], world_size: int, found: list[str]) -> None:
+    """Resolve DeepSpeed's part in place, and append what is wrong with it to `found`: each key once."""
+    messages = [*key_mistakes(whole), *section_mistakes(whole), *offload_mistakes(whole)]
+    with collected(messages):
+        resolve_batch(whole, world_size)
+    messages += unresolved(whole)
+    for message in messages:
+        key = message.split(": ")[0]
+        if not any(other.split(": ")[0] == key for other in found):
+            found.append(message)
+    refused = None if found else refusal(whole)
+    if refused is not None:
+        found.append(refused)
+
+
+def _check_selection(
+    whole: dict[str, Any], section: ZerothOrderConfig | None, found: list[str]
+) -> None:
+    """Append what of the selector does not fit the batch, where both could be read."""
+    batch = whole.get("train_batch_size")
+    if section is not None and section.selector is not None and type(batch) is int:
+        with collected(found):
+            check_selector(section.selector, f"{SECTION}.selector", batch)
+
+
+def read_first_order_config(
+    source: str | Path | Mapping[str, Any], world_size: int, total_steps: int | None = None
+) -> FirstOrderConfig:
+    """As `read_config`, with a section "optimizer"; of "zeroth_order" only `selector`, `seed` and `loss_mean` may be there."""
+    whole = load_json(source)
+    found: list[str] = []
+    values = whole.pop(SECTION, {})
+    section = None
+    if not isinstance(values, Mapping):
+        found.append(f"{SECTION}: found {values!r}, expected a section {{...}}.")
+    else:
+        extra = sorted(set(values) - {"selector", "seed", "loss_mean"})
+        found += [
+            f"{SECTION}.{key}: belongs to zeroth-order steps. With an optimizer leave it out."
+            for key in extra
+        ]
+        with collected(found):
+            section = parse_section(
+                {"method": "mezo", **{key: values[key] for key in values if key not in extra}}
+            )
+    found += resolve_precision(whole)
+    optimizer = whole.get("optimizer")
+    if not isinstance(optimizer, Mapping) or not isinstance(optimizer.get("type"), str):
+        found.append(
+            f'optimizer: found {optimizer!r}, expected {{"type": NAME, "params": {{...}}}}.'
+        )
+    params = optimizer.get("params", {}) if isinstance(optimizer, Mapping) else {}
+    lr = params.get("lr") if isinstance(params, Mapping) else None
+    if "scheduler" in whole and isinstance(lr, (int, float)):
+        bare = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=lr)
+        whole["scheduler"], wrong = resolve_scheduler(
+            whole["scheduler"], lr, "optimizer.params.lr", bare, total_steps
+        )
+        found += wrong
+    _check_deepspeed(whole, world_size, found)
+    _check_selection(whole, section, found)
+    if found or section is None:
+        raise Mistakes(found)
+    return FirstOrderConfig(whole, section.selector, section.seed, section.loss_mean)

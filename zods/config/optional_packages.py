@@ -1,0 +1,43 @@
+"""Packages that only some features need, looked for before anything is loaded. The extras in pyproject.toml bring them."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from typing import Any
+
+PLOTS = ("matplotlib", "zods[report]")  # (package, what to install)
+LORA = ("peft", "zods[lora]")
+MONITORS = {  # section of the DeepSpeed JSON
+    "tensorboard": ("tensorboard", "zods[monitor]"),
+    "wandb": ("wandb", "wandb"),
+    "comet": ("comet_ml", "comet_ml"),
+}
+
+
+def check_packages(config: Mapping[str, Any], *, plot: bool = False, lora: bool = False) -> None:
+    """Raise ValueError with all features asked for whose package is not installed.
+
+    config: the DeepSpeed JSON. DeepSpeed imports a monitor's package on rank 0 only, where a missing one would leave the
+    other ranks waiting.
+    """
+    asked = {
+        f"{name}.enabled": needed
+        for name, needed in MONITORS.items()
+        if _is_enabled(config.get(name))
+    }
+    if plot:
+        asked["--plot"] = PLOTS
+    if lora:
+        asked["--lora_rank"] = LORA
+    missing = [
+        f"{what}: needs the package {package}, which is not installed. Install it (pip install '{install}') or leave {what} out."
+        for what, (package, install) in asked.items()
+        if importlib.util.find_spec(package) is None
+    ]
+    if missing:
+        raise ValueError(" ".join(missing))
+
+
+def _is_enabled(section: Any) -> bool:
+    return isinstance(section, Mapping) and section.get("enabled") is True

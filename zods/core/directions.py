@@ -1,0 +1,172 @@
+"""Directions as seeds: which direction a step draws is a function of (base seed, purpose, step, index), never sent.
+
+Element by element, z(seed, parameter, index) is defined in `zods.kernels`. A low-rank direction is made of such elements:
+z = U V^T / sqrt(r) for a matrix, with the elements of U and V Gaussian, and Gaussian for everything else. E[z z^T] = I.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from zods import kernels
+
+__all__ = ["PURPOSES", "Direction", "Parameter", "derive_seed"]
+
+PURPOSES = ("step", "step_anchor", "anchor", "rounding", "anchor_rounding", "selection")
+
+
+_FACTOR_BYTES = 1 << 26  # of low-rank directions that are made at once
+
+
+def derive_seed(base_seed: int, purpose: str, step: int, index: int = 0) -> int:
+    """The 64-bit seed of direction `index` of step `step` for one of `PURPOSES`.
+
+    BLAKE2b of the four numbers: seeds of different purposes, steps and indices are unrelated, whatever the base seed.
+    """
+    return _hashed(struct.pack("<QIQI", base_seed, PURPOSES.index(purpose), step, index))
+
+
+def _hashed(message: bytes) -> int:
+    return int.from_bytes(
+        hashlib.blake2b(message, digest_size=8, person=b"zods-seed").digest(), "little"
+    )
+
+
+class Parameter(Protocol):
+    """What names a parameter's elements in a direction."""
+
+    @property
+    def ordinal(self) -> int:
+        """Its place in `named_parameters()`."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+@dataclass(frozen=True)
+class Direction:
+    """How z is made from a seed. distribution: "gaussian", "rademacher" or "low_rank"; rank: of the latter's matrices."""
+
+    distribution: str = "gaussian"
+    rank: int = 1
+
+    def has_factors(self, parameter: Parameter) -> bool:
+        """Whether z of this parameter is U V^T / sqrt(r)."""
+        return self.distribution == "low_rank" and len(parameter.shape) == 2
+
+    def factors(
+        self,
+        parameter: Parameter,
+        seeds: Sequence[int],
+        coefficients: Sequence[float],
+        rows: range,
+        device: torch.device | str,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """sum_k c_k z_k of these rows of a matrix as (left, right): (rows, K r) and (K r, columns), float32.
+
+        r is the rank, or the matrix's smaller side where that is less. left: c_k / sqrt(r) U_k beside each other.
+        """
+        columns = parameter.shape[1]
+        rank = min(self.rank, *parameter.shape)
+        left = torch.empty(len(rows), len(seeds), rank, device=device)
+        right = torch.empty(len(seeds), rank, columns, device=device)
+        for k, (seed, coefficient) in enumerate(zip(seeds, coefficients, strict=True)):
+            sides = [_hashed(struct.pack("<QI", seed, side)) for side in (0, 1)]
+            made = kernels.direction(len(rows) * rank, seed=sides[0], distribution="gaussian",
+                                     parameter=parameter.ordinal, offset=rows.start * rank, device=device)  # fmt: skip
+            left[:, k] = made.view(-1, rank) * (coefficient / math.sqrt(rank))
+            right[k] = kernels.direction(rank * columns, seed=sides[1], distribution="gaussian",
+                                         parameter=parameter.ordinal, offset=0, device=device).view(rank, columns)  # fmt: skip
+        return left.flatten(1), right.flatten(0, 1)
+
+    def combine_(
+        self,
+        out: torch.Tensor,
+        parameter: Parameter,
+        offset: int = 0,
+        *,
+        weight: torch.Tensor | None = None,
+        scale: float = 1.0,
+        seeds: Sequence[int] = (),
+        coefficients: Sequence[float] = (),
+        dense: torch.Tensor | None = None,
+        dense_coefficient: float = 0.0,
+        rounding_seed: int | None = None,
+        mirror: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`zods.kernels.combine_` of these directions; `out` holds the elements of `parameter` from `offset` on."""
+        others = {
+            "weight": weight,
+            "scale": scale,
+            "dense": dense,
+            "dense_coefficient": dense_coefficient,
+            "rounding_seed": rounding_seed,
+            "parameter": parameter.ordinal,
+            "offset": offset,
+        }
+        if not self.has_factors(parameter):
+            distribution = "gaussian" if self.distribution == "low_rank" else self.distribution
+            terms = {"seeds": seeds, "coefficients": coefficients, "distribution": distribution}
+            return kernels.combine_(out, mirror=mirror, **terms, **others)  # type: ignore[arg-type]
+        columns = max(parameter.shape[1], 1)
+        rows = range(offset // columns, (offset + out.numel() - 1) // columns + 1)
+        left, right = self.factors(parameter, seeds, coefficients, rows, out.device)
+        if mirror is not None:
+            last = right.shape[0] // len(seeds)
+            negated = torch.cat([left[:, :-last], -left[:, -last:]], 1)
+            kernels.combine_(mirror, factors=(negated, right), **others)  # type: ignore[arg-type]
+        return kernels.combine_(out, factors=(left, right), **others)  # type: ignore[arg-type]
+
+    def replay_(
+        self,
+        out: torch.Tensor,
+        parameter: Parameter,
+        offset: int,
+        sweeps: Sequence[kernels.Sweep],
+        dense: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`zods.kernels.replay_` of these directions: what as many calls of `combine_` would do, in one pass over `out`."""
+        if not self.has_factors(parameter):
+            distribution = "gaussian" if self.distribution == "low_rank" else self.distribution
+            return kernels.replay_(
+                out,
+                sweeps,
+                distribution=distribution,
+                parameter=parameter.ordinal,
+                offset=offset,
+                dense=dense,
+            )
+        if out.numel() == 0:
+            return out
+        columns = max(parameter.shape[1], 1)
+        rows = range(offset // columns, (offset + out.numel() - 1) // columns + 1)
+        rank = min(self.rank, *parameter.shape)
+        for number, of_number in itertools.groupby(sweeps, key=lambda sweep: len(sweep.seeds)):
+            alike = list(of_number)
+            size = max(1, _FACTOR_BYTES // (4 * max(number, 1) * rank * (len(rows) + columns)))
+            for start in range(0, len(alike), size):
+                part = alike[start : start + size]
+                pairs = [
+                    self.factors(parameter, s.seeds, s.coefficients, rows, out.device) for s in part
+                ]
+                left, right = (torch.stack(side) for side in zip(*pairs, strict=True))
+                bare = [sweep._replace(seeds=(), coefficients=()) for sweep in part]
+                kernels.replay_(
+                    out,
+                    bare,
+                    distribution="gaussian",
+                    parameter=parameter.ordinal,
+                    offset=offset,
+                    factors=(left, right),
+                    dense=dense,
+                )
+        return out

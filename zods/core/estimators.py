@@ -1,0 +1,92 @@
+"""SPSA and SVRG estimates as lists of terms. Pure: no ranks, no modules.
+
+An estimate of the gradient is sum_k coefficient_k * z(seed_k); a step is that list, scaled, plus what is kept of the
+anchor gradient. Spall 1992 (SPSA); Malladi et al. 2023, arXiv:2305.17333 (MeZO); Gautam et al. 2024, arXiv:2404.08080,
+algorithm 2 (MeZO-SVRG), with the anchor kept as a copy and one direction shared by the two estimates of a step.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from zods.kernels import Sweep
+
+
+class Term(NamedTuple):
+    """`coefficient * z(seed)`, over all trainable parameters."""
+
+    seed: int
+    coefficient: float
+
+
+@dataclass(frozen=True)
+class Update:
+    """theta <- decay * theta + sum of terms + anchor_grad_coefficient * g, all in one sweep.
+
+    decay applies to parameters of two or more dimensions only (biases and norms are not decayed).
+    rounding_seed: of the stochastic rounding of 16-bit parameters; None rounds to nearest.
+    """
+
+    terms: tuple[Term, ...]
+    decay: float = 1.0
+    anchor_grad_coefficient: float = 0.0
+    rounding_seed: int | None = None
+
+    def sweep(self, decays: bool) -> Sweep:
+        """The part of the update for one parameter. decays: whether decay applies to it."""
+        return Sweep(
+            self.decay if decays else 1.0,
+            [term.seed for term in self.terms],
+            [term.coefficient for term in self.terms],
+            self.anchor_grad_coefficient,
+            self.rounding_seed,
+        )
+
+
+def projected_grads(
+    losses_plus: Sequence[float], losses_minus: Sequence[float], eps: float
+) -> list[float]:
+    """(L(theta + eps z_k) - L(theta - eps z_k)) / (2 eps) for each direction k."""
+    return [
+        (plus - minus) / (2 * eps) for plus, minus in zip(losses_plus, losses_minus, strict=True)
+    ]
+
+
+def spsa(seeds: Sequence[int], coefficients: Sequence[float]) -> list[Term]:
+    """The mean over directions of c_k z_k."""
+    return [Term(seed, c / len(seeds)) for seed, c in zip(seeds, coefficients, strict=True)]
+
+
+def svrg(
+    seeds: Sequence[int],
+    coefficients: Sequence[float],
+    anchor_seeds: Sequence[int],
+    anchor_coefficients: Sequence[float],
+) -> list[Term]:
+    """The correction of MeZO-SVRG: mean_k c_k z_k - mean_k a_k z'_k; the anchor gradient is to be added.
+
+    Where both draw the same directions (anchor_seeds == seeds) it is one term per direction, (c_k - a_k) z_k.
+    """
+    if list(seeds) == list(anchor_seeds):
+        return spsa(seeds, [c - a for c, a in zip(coefficients, anchor_coefficients, strict=True)])
+    return spsa(seeds, coefficients) + spsa(anchor_seeds, [-a for a in anchor_coefficients])
+
+
+def in_float32(terms: Sequence[Term]) -> tuple[Term, ...]:
+    """The terms with their coefficients rounded to float32."""
+    return tuple(Term(seed, ctypes.c_float(coefficient).value) for seed, coefficient in terms)
+
+
+def along_gradient(
+    gradient: Sequence[Term], stored: bool, lr: float
+) -> tuple[tuple[Term, ...], float]:
+    """-lr * g of an anchor gradient as (terms, coefficient of the stored gradient). stored: g is kept as a tensor."""
+    return ((), -lr) if stored else (descend(gradient, lr), 0.0)
+
+
+def descend(estimate: Sequence[Term], lr: float) -> tuple[Term, ...]:
+    """The terms of theta <- theta - lr * estimate; terms that are nothing are left out."""
+    return tuple(Term(seed, -lr * c) for seed, c in estimate if lr * c != 0.0)

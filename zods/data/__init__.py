@@ -1,0 +1,1 @@
+"""Examples: which rank sees which when, what a batch is, and the losses of a model on it."""

@@ -1,0 +1,220 @@
+"""What a batch is, and how it is given to a model.
+
+A batch is what a loader yields or `engine(...)` is called with: tensors, or containers of tensors. `Signature` turns it into
+one of two forms, whichever way it came: a dict of keyword arguments of the model's forward, so that entries such as
+"labels" are found by name; or `Inputs`, where forward does not name its arguments. Called by the engine, by evaluation and
+by what measures a whole dataset.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+WEIGHTS = "example_weights"  # the entry of a batch with a weight for each example, which no model is given
+
+_NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The arguments of a forward that does not name all of them."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+class Signature:
+    """The arguments that a model's forward takes."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._of = f"{type(model).__name__}.forward"
+        self._signature: inspect.Signature | None
+        try:
+            self._signature = inspect.signature(model.forward)
+        except (TypeError, ValueError):  # a forward written in C++
+            self._signature = None
+        parameters = list(self._signature.parameters.values()) if self._signature else []
+        self.names = [p.name for p in parameters if p.kind in _NAMED]
+        required = [
+            p for p in parameters if p.kind in (*_NAMED, *_POSITIONAL) and p.default is p.empty
+        ]
+        first = (
+            bool(parameters)
+            and parameters[0].kind in _POSITIONAL
+            and parameters[0].default is parameters[0].empty
+        )
+        self._takes_one = first and len(required) == 1
+        self._takes_any = not self._signature or any(p.kind is p.VAR_KEYWORD for p in parameters)
+        self._is_of_one = (
+            self._takes_one
+            and sum(p.kind in (*_POSITIONAL, p.VAR_POSITIONAL) for p in parameters) == 1
+        )
+
+    def bind(self, *args: Any, **kwargs: Any) -> dict[str, Any] | Inputs:
+        """The arguments of `model(*args, **kwargs)`; a single argument may be a whole batch.
+
+        A mapping, a named tuple or a dataclass whose entries forward names is taken apart by name, another tuple or list by
+        position; a batch that fits neither way is the one argument of a forward that takes one. The result can be bound
+        again, and stays what it is.
+
+        Raises ValueError where forward does not take what it would be given.
+        """
+        if len(args) == 1 and not kwargs:
+            return self._bind_batch(args[0])
+        if not args:
+            return self._bind_mapping(kwargs)
+        return self._bind_call(args, kwargs)
+
+    def _bind_batch(self, batch: Any) -> dict[str, Any] | Inputs:
+        if isinstance(batch, Inputs):
+            return batch
+        entries = _entries(batch)
+        if entries is not None:
+            known = set(self.names) & set(entries)
+            if self._takes_one and not known:
+                return self._bind_call((batch,), {})
+            if isinstance(batch, Mapping):
+                return self._bind_mapping(entries)
+            if len(known) == len(entries):
+                return entries
+        if not isinstance(batch, (tuple, list)):
+            return self._bind_call((batch,), {})
+        if len(batch) == 1 and _entries(batch[0]) is not None:
+            return self._bind_batch(batch[0])
+        if self._is_of_one and len(batch) > 1:
+            return self._bind_call((batch,), {})
+        return self._bind_call(tuple(batch), {})
+
+    def _bind_mapping(self, entries: Mapping[str, Any]) -> dict[str, Any]:
+        odd = [str(key) for key in entries if key not in self.names and key != WEIGHTS]
+        if odd and not self._takes_any:
+            raise ValueError(
+                f"the batch: {self._of} takes no {', '.join(odd)}; it takes {', '.join(self.names)}. Drop what it does not "
+                "take, e.g. in collate_fn."
+            )
+        return dict(entries)
+
+    def _bind_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | Inputs:
+        if self._signature is None:
+            return Inputs(args, kwargs)
+        own = {key: value for key, value in kwargs.items() if key != WEIGHTS}
+        try:
+            bound = self._signature.bind_partial(*args, **own)
+        except TypeError as error:
+            found = describe(args) if not kwargs else f"{describe(args)} and {describe(kwargs)}"
+            takes = ", ".join(self.names) or "nothing"
+            raise ValueError(
+                f"the batch: {self._of} takes {takes}; it was given a {found}: {error}."
+            ) from None
+        named: dict[str, Any] = {}
+        for name, value in bound.arguments.items():
+            kind = self._signature.parameters[name].kind
+            if kind in _NAMED:
+                named[name] = value
+            elif kind is inspect.Parameter.VAR_KEYWORD:
+                named |= value
+            else:  # it has no name to be given by
+                return Inputs(args, kwargs)
+        return {**named, **{key: value for key, value in kwargs.items() if key == WEIGHTS}}
+
+
+def _entries(batch: Any) -> dict[str, Any] | None:
+    """The entries of a batch by name, where it has names."""
+    if isinstance(batch, Mapping):
+        return dict(batch)
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return dict(zip(batch._fields, batch, strict=True))
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        return {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
+    return None
+
+
+def call_model(model: Any, batch: Any) -> Any:
+    """model(...) on a batch: a dict is given as keywords without the weights of examples, a tuple or list as positions."""
+    if isinstance(batch, Inputs):
+        return model(*batch.args, **without_weights(batch.kwargs))
+    if isinstance(batch, Mapping):
+        return model(**without_weights(batch))
+    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+
+
+def without_weights(batch: Any) -> Any:
+    """A batch without the weights of its examples."""
+    if not isinstance(batch, Mapping):
+        return batch
+    return {key: value for key, value in batch.items() if key != WEIGHTS}
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """A batch with its tensors on the device; containers are followed, an object with a `to` of its own is asked."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, Mapping):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, Inputs):
+        return Inputs(to_device(batch.args, device), to_device(batch.kwargs, device))
+    if isinstance(batch, (tuple, list)):
+        moved = [to_device(item, device) for item in batch]
+        return type(batch)(*moved) if hasattr(batch, "_fields") else type(batch)(moved)
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        moved_batch = copy.copy(batch)
+        for name, value in (_entries(batch) or {}).items():
+            object.__setattr__(moved_batch, name, to_device(value, device))  # a frozen one, too
+        return moved_batch
+    return batch.to(device) if callable(getattr(batch, "to", None)) else batch
+
+
+def num_examples(batch: Any) -> int:
+    """The size of the batch dimension of a tensor, or of nested containers of tensors.
+
+    It is that of the labels, where there are some, or else the dim 0 that most tensors have: of several such the smallest,
+    since a table beside the inputs is longer than the batch, and above 1, since one row (position ids) may serve all
+    examples. The order of the entries does not matter.
+
+    Raises:
+        ValueError: the batch holds no tensor with a dim 0.
+    """
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    sizes = Counter(
+        tensor.shape[0] for tensor in _tensors(labels if isinstance(labels, Tensor) else batch)
+    )
+    if not sizes:
+        sizes = Counter(tensor.shape[0] for tensor in _tensors(batch))
+    if not sizes:
+        raise ValueError(
+            f"the batch holds no tensor with a batch dimension; it is {describe(batch)}"
+        )
+    return min(sizes, key=lambda size: (size == 1, -sizes[size], size))
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Tensors with a dim 0."""
+    if isinstance(value, Tensor):
+        if value.ndim:
+            yield value
+        return
+    inner = value if isinstance(value, (tuple, list)) else (_entries(value) or {}).values()
+    for item in inner:
+        yield from _tensors(item)
+
+
+def describe(value: Any) -> str:
+    """A batch or a model's outputs, for messages: types, names and shapes."""
+    if isinstance(value, Mapping):
+        keys = [f"{key} (None)" if entry is None else str(key) for key, entry in value.items()]
+        return f"{type(value).__name__} with keys {', '.join(keys) or 'none'}"
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    if isinstance(value, (tuple, list)):
+        return f"{type(value).__name__} of {', '.join(map(describe, value)) or 'nothing'}"
+    return type(value).__name__

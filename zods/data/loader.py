@@ -1,0 +1,208 @@
+"""Which rank sees which example when.
+
+The order of the examples is a function of (seed, epoch) alone: a step's global batch is the same set whatever the number
+of ranks. A loader's place is two numbers, so that a run resumes anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from zods.data.digest import sample_digest
+
+
+def check_dataset(dataset: Any, name: str) -> int:
+    """The number of examples of a map-style dataset. Raises ValueError for another kind, and for an empty one."""
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise ValueError(
+            f"{name}: found {type(dataset).__name__}, expected a map-style dataset (__len__, __getitem__)."
+        )
+    if len(dataset) == 0:
+        raise ValueError(f"{name}: the dataset is empty.")
+    return len(dataset)
+
+
+def epoch_order(size: int, batch_size: int, seed: int, epoch: int) -> torch.Tensor:
+    """The examples of each step of an epoch, (steps, batch_size): all of `size` shuffled, less a tail that fills no batch."""
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+    order = torch.randperm(size, generator=generator)
+    return order[: size // batch_size * batch_size].view(-1, batch_size)
+
+
+class EpochLoader:
+    """What loaders of micro-batches have in common: an iterator per epoch, which goes on where it was.
+
+    epoch; position: micro-batches of it that were handed out; accumulation: micro-batches of a step.
+    """
+
+    accumulation: int
+    epoch = 0
+    position = 0
+
+    def __len__(self) -> int:
+        """Micro-batches per epoch and rank."""
+        raise NotImplementedError
+
+    def __iter__(self) -> Iterator[Any]:
+        raise NotImplementedError
+
+    def forever(self) -> Iterator[Any]:
+        """Micro-batches without end, through the epochs."""
+        while True:
+            yield from self
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self) // self.accumulation
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """(epoch, steps of it that were handed out whole)."""
+        return self.epoch, self.position // self.accumulation
+
+    def go_to(self, place: tuple[int, int]) -> None:
+        """Go on from a `place`. Raises ValueError where an epoch has no such step."""
+        if not 0 <= place[1] <= self.steps_per_epoch:
+            raise ValueError(
+                f"the log stands at step {place[1]} of an epoch, which has {self.steps_per_epoch} steps here. Resume with the "
+                "data and the train_batch_size it was made with."
+            )
+        self.epoch, self.position = place[0], place[1] * self.accumulation
+
+
+class TrainingLoader(EpochLoader):
+    """This rank's micro-batches, epoch after epoch; an iterator per epoch, resumable.
+
+    A step takes `accumulation` micro-batches of `micro_batch` examples on each of `world_size` ranks. The tail of an
+    epoch that does not fill a step is left out; each epoch is shuffled anew, so that no example always is.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        micro_batch: int,
+        accumulation: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        collate_fn: Callable | None = None,
+    ) -> None:
+        size = check_dataset(dataset, "training_data")
+        self.batch_size = micro_batch * accumulation * world_size
+        if size < self.batch_size:
+            raise ValueError(
+                f"training_data: {size} examples, fewer than one step's train_batch_size of {self.batch_size}. "
+                "Use a smaller batch or more data."
+            )
+        self.dataset = dataset
+        self.data_digest = sample_digest(dataset)  # None: examples are not the same each time
+        self.collate_fn = collate_fn
+        self.seed = seed
+        self.accumulation = accumulation
+        self.share = (
+            rank,
+            world_size,
+        )  # this rank's place among those that share a batch; it may change between steps
+
+    def __len__(self) -> int:
+        """Micro-batches per epoch and rank."""
+        return len(self.dataset) // self.batch_size * self.accumulation  # type: ignore[arg-type]
+
+    def _epoch_batches(self) -> Iterator[list[int]]:
+        """What is left of the epoch, each made when it is asked for."""
+        order = epoch_order(len(self.dataset), self.batch_size, self.seed, self.epoch)  # type: ignore[arg-type]
+        for position in range(self.position, len(self)):
+            step, micro = divmod(position, self.accumulation)
+            rank, number = self.share
+            yield (
+                order[step]
+                .tensor_split(self.accumulation)[micro]
+                .tensor_split(number)[rank]
+                .tolist()
+            )
+
+    def __iter__(self) -> Iterator[Any]:
+        if self.position == len(self):
+            self.epoch, self.position = self.epoch + 1, 0
+        for batch in DataLoader(
+            self.dataset,
+            batch_sampler=self._epoch_batches(),
+            collate_fn=self.collate_fn,
+            generator=torch.Generator(),
+        ):
+            self.position += 1
+            yield batch
+
+    def last_examples(self) -> list[int]:
+        """Those of the last step that was handed out, on all ranks."""
+        if self.position < self.accumulation:
+            return []
+        order = epoch_order(len(self.dataset), self.batch_size, self.seed, self.epoch)  # type: ignore[arg-type]
+        return order[self.position // self.accumulation - 1].tolist()
+
+    def state_dict(self) -> dict[str, int]:
+        examples = self.position // self.accumulation * self.batch_size
+        return {"epoch": self.epoch, "examples": examples, "size": len(self.dataset)}  # type: ignore[arg-type]
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on at the first step that `state` had not begun; raises ValueError where the batch sizes do not fit."""
+        if "examples" not in state:
+            raise ValueError(
+                "zeroth_order.selector: none, but the checkpoint was made with one. Resume with the same."
+            )
+        if state["size"] != len(self.dataset):  # type: ignore[arg-type]
+            raise ValueError(
+                f"training_data: {len(self.dataset)} examples, but the checkpoint was made with {state['size']}. "  # type: ignore[arg-type]
+                "Resume with the same data."
+            )
+        if state["examples"] % self.batch_size:
+            raise ValueError(
+                f"train_batch_size: {self.batch_size}, but the checkpoint stands at example {state['examples']} of its "
+                "epoch, which is no multiple. Resume with the train_batch_size it was made with."
+            )
+        self.epoch = state["epoch"]
+        self.position = state["examples"] // self.batch_size * self.accumulation
+
+
+@dataclass(frozen=True)
+class WholePass:
+    """Every example once, in micro-batches dealt out to the ranks in turn.
+
+    All ranks make the same number of forwards, as ZeRO-3 needs: one that has no micro-batch left in the last round
+    repeats the first with `counted` False. The micro-batches themselves do not depend on the number of ranks.
+    """
+
+    dataset: Dataset
+    micro_batch: int
+    rank: int
+    world_size: int
+    collate_fn: Callable | None = None
+
+    def __len__(self) -> int:
+        """Rounds; each is one micro-batch per rank."""
+        chunks = -(-len(self.dataset) // self.micro_batch)  # type: ignore[arg-type]
+        return -(-chunks // self.world_size)
+
+    def __iter__(self) -> Iterator[tuple[Any, bool]]:
+        size: int = len(self.dataset)  # type: ignore[arg-type]
+        starts = [(r * self.world_size + self.rank) * self.micro_batch for r in range(len(self))]
+        chunks: Sequence[list[int]] = [
+            list(range(start, min(start + self.micro_batch, size)))
+            if start < size
+            else list(range(min(self.micro_batch, size)))
+            for start in starts
+        ]
+        loader = DataLoader(
+            self.dataset,
+            batch_sampler=chunks,
+            collate_fn=self.collate_fn,
+            generator=torch.Generator(),
+        )
+        for start, batch in zip(starts, loader, strict=True):
+            yield batch, start < size

@@ -1,0 +1,1 @@
+"""Forwards of a model at points near its parameters, several at once."""

@@ -1,0 +1,304 @@
+"""How the points of a step are evaluated: the first form that gives, on a small batch, what separate forwards give.
+
+A form is compared at two points far from the parameters, so that what one point gives is nothing like what the other gives.
+Some models are chaotic there: rounding errors grow from layer to layer. They are compared again at the distance of a step's
+points, and a stack may differ there by a few times what separate forwards differ by when the weights are rounded otherwise.
+`ChooseForm` is called by the evaluator on its first batch.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from tqdm import tqdm
+
+from zods.core.points import Point
+from zods.data.batch import num_examples
+from zods.data.objectives import logits_of, other_labels
+from zods.forward.forms import Forwards
+from zods.forward.peak_memory import peak_memory
+from zods.params.zero3_adapter import release_gathered, stop_nvme_prefetch
+
+logger = logging.getLogger(__name__)
+
+CHECK_DISTANCE = (
+    0.02  # of the points at which forms are first compared; weights are commonly that large
+)
+CHECK_EXAMPLES = 4  # of the batch on which forms are compared, where it can be cut
+MOST_ROUNDINGS = (
+    5  # how many times as far as rounding moves them logits may be off; each is a matter of chance
+)
+FORMS = ("stacked", "lockstep")
+
+
+class ChooseForm:
+    """Choose the form of evaluation of one model.
+
+    eps: distance of a step's points. asked: the configuration's key `evaluation`. micro_batch: examples per forward and
+    rank. most_points: that are ever evaluated together. stream_memory_gb: for the points of one forward; None: half of
+    what is free. streams_per_forward: how many points fit one forward of the form chosen.
+    """
+
+    def __init__(
+        self,
+        forwards: Forwards,
+        *,
+        eps: float,
+        asked: str,
+        micro_batch: int,
+        most_points: int,
+        stream_memory_gb: float | None,
+    ) -> None:
+        self._forwards, self._comm = forwards, forwards.comm
+        self._eps, self._asked = eps, asked
+        self._micro_batch, self._most_points, self._stream_memory_gb = (
+            micro_batch,
+            most_points,
+            stream_memory_gb,
+        )
+        self.streams_per_forward = 2
+
+    def choose(self, batch: Any) -> str:
+        """The first of the forms asked for that fits, the same on all ranks.
+
+        Raises ValueError, the same on all ranks, where the model gives no loss, or a form that was asked for does not fit.
+        """
+        f = self._forwards
+        small = first_examples(batch, CHECK_EXAMPLES)
+        with tqdm(
+            desc="choosing the form of evaluation",
+            unit=" forwards",
+            leave=False,
+            disable=self._comm.rank != 0,
+        ) as bar:
+            f.on_forward = bar.update
+            try:
+                return self._choose(small)
+            finally:
+                f.on_forward = None
+
+    def _choose(self, batch: Any) -> str:
+        f = self._forwards
+        with f.at.observing():
+            outputs = f.outputs(batch)
+        f.find_objective(outputs, batch)
+        own = f.mean_of(outputs, batch)
+        random = self._randomness(own, batch)
+        if random is not None:
+            logger.warning("%s", random)
+        own_loss = self._own_loss_misfit(batch, outputs)
+        if self._comm.sum_over_ranks([float(own_loss is not None)])[0]:
+            own_loss = own_loss or "its loss is not the cross entropy of its logits on another rank"
+            f.take_own_loss(batch)
+        if self._asked == "sequential" or (random is not None and self._asked == "auto"):
+            return "sequential"
+        reasons: list[str] = []
+        for form in FORMS if self._asked == "auto" else (self._asked,):
+            reason = (
+                own_loss if form == "stacked" and own_loss is not None else self.misfit(form, batch)
+            )
+            if reason is None:
+                logger.info("evaluation: %s%s", form, f" ({'; '.join(reasons)})" if reasons else "")
+                return form
+            if self._asked != "auto":
+                raise ValueError(
+                    f'zeroth_order.evaluation: "{form}" does not fit this model: {reason}. Use "auto".'
+                )
+            reasons.append(f"not {form}: {reason}")
+        logger.info("evaluation: sequential (%s)", "; ".join(reasons))
+        return "sequential"
+
+    def _randomness(self, own: torch.Tensor, batch: Any) -> str | None:
+        """What is to be said where the same weights and batch give another loss, or None. The same on all ranks."""
+        f = self._forwards
+        again = f.mean_of(f.outputs(batch), batch)
+        tolerance = 1e-5 if f.dtype == torch.float32 else 2e-3
+        differs = not torch.allclose(own, again, rtol=tolerance, atol=0.0, equal_nan=True)
+        if not self._comm.sum_over_ranks([float(differs)])[0]:
+            return None
+        return (
+            f"the model is random in eval mode: the same weights and batch gave the losses {float(own):.6g} and "
+            f"{float(again):.6g}. The losses of a step's points differ by chance then: make its forward deterministic."
+        )
+
+    def misfit(self, form: str, batch: Any) -> str | None:
+        """Why `form` does not give what separate forwards give, or None. The same on all ranks."""
+        f = self._forwards
+        needed, reason, far = 0.0, None, None
+        try:
+            if form == "stacked":
+                reason, needed, far = self._stacked_misfit(batch)
+            else:
+                reason, needed = self._lockstep_misfit(batch)
+        except Exception as error:  # whatever a model does in a form that it was not written for
+            reason = f"{type(error).__name__}: {str(error)[:300]}"
+            release_gathered(f.deepspeed)
+        (any_far,) = (
+            self._comm.sum_over_ranks([float(far is not None)]) if form == "stacked" else (0.0,)
+        )
+        if any_far and not self._comm.sum_over_ranks([float(reason is not None)])[0]:
+            near, rounding = self._error_and_rounding(batch, f.without_loss(batch))
+            if far is not None and near > MOST_ROUNDINGS * rounding:
+                reason = (
+                    f"its logits are {far:.1e} off those of separate forwards (relative); at a step's points {near:.1e}, "
+                    f"and rounding makes {rounding:.1e}"
+                )
+        (failures,) = self._comm.sum_over_ranks([float(reason is not None)])
+        if reason is None and not failures:
+            self.streams_per_forward = self._fitting(
+                needed * self._micro_batch / num_examples(batch)
+            )
+        return reason or ("it fails on another rank" if failures else None)
+
+    # --- lockstep -----------------------------------------------------------------------------------------------------
+
+    def _lockstep_misfit(self, batch: Any) -> tuple[str | None, float]:
+        """Why not, and the bytes that a further point takes."""
+        f = self._forwards
+        stop_nvme_prefetch(f.deepspeed)
+        points = _points(CHECK_DISTANCE)
+        with peak_memory(self._comm.device) as of_one:
+            first = f.loss_at(points[0], batch)
+        separate = torch.stack([first, f.loss_at(points[1], batch)])
+        copies = f.at.scratch_bytes
+        with peak_memory(self._comm.device) as of_two:
+            found = f.losses_in_lockstep(points, batch)
+        copies = f.at.scratch_bytes - copies
+        same = torch.allclose(found, separate, rtol=1e-6, atol=0.0, equal_nan=True)
+        reason = None if same else "its losses differ from those of separate forwards"
+        return reason, of_two.bytes - of_one.bytes - copies
+
+    # --- stacked ------------------------------------------------------------------------------------------------------
+
+    def _stacked_misfit(self, batch: Any) -> tuple[str | None, float, float | None]:
+        """Why not, the bytes that a further point takes, and how far the logits are off where that needs a closer look."""
+        f = self._forwards
+        if f.at.branches:
+            named = ", ".join(sorted(f.at.branches))
+            return (
+                f"what it computes next depends on values that its weights make ({named} of a tensor)",
+                0.0,
+                None,
+            )
+        alone = f.without_loss(batch)
+        points = _points(CHECK_DISTANCE)
+        f.at.stacking.forget()
+        with peak_memory(self._comm.device) as of_one:
+            first = f.logits_at(points[0], alone, record=num_examples(batch))
+        separate = [first, f.logits_at(points[1], alone)]
+        f.at.nested.clear()
+        copies = f.at.scratch_bytes
+        with peak_memory(self._comm.device) as of_two:
+            stacked = f.stacked_logits(points, batch)
+        needed = (
+            of_two.bytes - of_one.bytes - (f.at.scratch_bytes - copies)
+        )  # copies serve all points
+        nested = sorted({type(module).__name__ for module in f.at.nested})
+        if nested and f.is_sharded and self._asked == "auto":
+            named = ", ".join(nested)
+            return (
+                f"{named} would be gathered once per point, as a part of a module with its own parameters",
+                0.0,
+                None,
+            )
+        return None, needed, _error(stacked, separate)
+
+    def _error_and_rounding(self, batch: Any, alone: Any) -> tuple[float, float]:
+        """At a step's distance, relative: how far a stack's logits are off those of separate forwards, and how far these
+        move when the perturbation changes by less than what the weights are rounded to."""
+        f = self._forwards
+        points = _points(self._eps)
+        change = torch.finfo(f.dtype).eps * 4 * max(CHECK_DISTANCE, self._eps)
+        separate = [f.logits_at(point, alone).float() for point in points]
+        rounded = [
+            f.logits_at(Point(point.seed, point.coefficient + change), alone) for point in points
+        ]
+        found = f.stacked_logits(points, batch)
+        size = sum(float(logits.norm()) for logits in separate)
+        return tuple(
+            sum(float((a.float() - b).norm()) for a, b in zip(others, separate, strict=True)) / size
+            for others in (found, rounded)
+        )  # type: ignore[return-value]
+
+    def _own_loss_misfit(self, batch: Any, outputs: Any) -> str | None:
+        """Why the model's own loss is not the one that is taken from the logits of a stack; also with other labels and
+        padding, which may show what this batch does not (class weights, a loss that counts by the mask)."""
+        f = self._forwards
+        if not isinstance(batch, dict) or "labels" not in batch:
+            return "the batch is not a dict with labels"
+        logits = logits_of(outputs)
+        if logits is None:
+            return "the model gives no logits"
+        others = other_labels(batch, logits)
+        # all forwards first, whatever one of them shows: other ranks make them too, and gather with this one
+        for given, of_given in ((batch, outputs), *[(other, f.outputs(other)) for other in others]):
+            try:
+                own, from_logits = f.own_and_logits_loss(of_given, given)
+            except ValueError:
+                return "its loss is not the cross entropy of its logits"
+            if not torch.allclose(own, from_logits, rtol=1e-5, atol=1e-6, equal_nan=True):
+                return f"its loss is not the cross entropy of its logits: {float(own):.6g}, not {float(from_logits):.6g}"
+        return None
+
+    # --- memory -------------------------------------------------------------------------------------------------------
+
+    def _fitting(self, needed: float) -> int:
+        """How many points of so many bytes fit one forward: whole pairs, the same on all ranks.
+
+        Raises ValueError where a budget was given and not even a pair fits it.
+        """
+        given, shared_by = (
+            self._stream_memory_gb,
+            self._comm.world_size if self._comm.device.type == "cpu" else 1,
+        )
+        free = get_accelerator().available_memory() / 2 / shared_by
+        rows = self._comm.gather_scalars([needed, free if given is None else given * 2**30])
+        needed, budget = max(row[0] for row in rows), min(row[1] for row in rows)
+        if given is not None and budget < 2 * needed:
+            raise ValueError(
+                f"zeroth_order.stream_memory_gb: found {given}, but a pair of points takes {2 * needed / 2**30:.3g} GiB "
+                f"with micro-batches of {self._micro_batch}. Give that much, a smaller micro-batch, or evaluation: sequential."
+            )
+        return 2 * min(max(1, int(budget / max(2 * needed, 1.0))), self._most_points // 2)
+
+
+def _points(distance: float) -> list[Point]:
+    """Two that have nothing in common but their distance."""
+    return [Point(seed, distance) for seed in (1, 2)]
+
+
+def _error(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float | None:
+    """The largest relative error of logits, (2, ...) each, or None where it is what another order of sums makes of it.
+
+    Measured by what the two points' logits are apart, and by rounding errors of their size.
+    """
+    size, apart = expected[0].float().norm(), (expected[0].float() - expected[1].float()).norm()
+    tolerance = (
+        1e-4 * apart + 1e-5 * size
+        if expected[0].dtype == torch.float32
+        else 0.05 * apart + 0.01 * size
+    )
+    error = torch.stack(
+        [(a.float() - b.float()).norm() for a, b in zip(found, expected, strict=True)]
+    ).max()
+    return None if bool(error <= tolerance) else float(error / size)
+
+
+def first_examples(batch: Any, number: int) -> Any:
+    """The first examples of a batch that is a dict of tensors with a row for each; any other batch as it is."""
+    if not isinstance(batch, dict) or not all(
+        isinstance(value, (torch.Tensor, bool, type(None))) for value in batch.values()
+    ):
+        return batch
+    size = num_examples(batch)
+    tensors = [value for value in batch.values() if isinstance(value, torch.Tensor)]
+    if any(value.ndim == 0 or value.shape[0] != size for value in tensors):
+        return batch
+    return {
+        key: value[:number] if isinstance(value, torch.Tensor) else value
+        for key, value in batch.items()
+    }

@@ -1,0 +1,76 @@
+"""Memory for the perturbed copies of the module that runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map
+
+
+class Scratch:
+    """Memory for the copies of the modules that run, used again from one module to the next.
+
+    On a CPU, fresh memory for a large matrix costs more in page faults than filling it. A GPU's allocator keeps its own.
+    """
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._used = 0
+
+    @property
+    def bytes(self) -> int:
+        return self._memory.numel()
+
+    @contextmanager
+    def scope(self) -> Iterator[None]:
+        """What is taken inside is given back at the end."""
+        used = self._used
+        try:
+            yield
+        finally:
+            self._used = used
+
+    def kept(self, output: Any) -> Any:
+        """`output` with copies of what lies in this memory: a module may give a part of its parameter."""
+        return tree_map(self._kept, output)
+
+    def saving(self) -> Any:
+        """A context in which autograd saves copies of what lies in this memory, for a model that takes gradients in its
+        forward: the memory has other contents by the time they are used."""
+        return torch.autograd.graph.saved_tensors_hooks(self._kept, lambda saved: saved)
+
+    def _kept(self, leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor) or torch._C._functorch.is_functorch_wrapped_tensor(
+            leaf
+        ):
+            return leaf  # a tensor inside of vmap has no storage of its own
+        start = self._memory.untyped_storage().data_ptr()
+        return leaf.detach().clone() if leaf.untyped_storage().data_ptr() == start != 0 else leaf
+
+    def reserve(self, tensors: Sequence[torch.Tensor], times: int) -> None:
+        """Make room for so many of each, where nothing is taken yet: one module's copies then never need a second block."""
+        size = times * sum(_aligned(t) for t in tensors if t.device.type == "cpu")
+        if self._used == 0 and size > self._memory.numel():
+            self._memory = torch.empty(0, dtype=torch.uint8)
+            self._memory = torch.empty(size, dtype=torch.uint8)
+
+    def empty_like(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Contiguous, of the shape, dtype and device of `tensor`."""
+        if tensor.device.type != "cpu":
+            return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        end = self._used + _aligned(tensor)
+        if end > self._memory.numel():
+            self._memory = torch.empty(
+                end, dtype=torch.uint8
+            )  # what was taken keeps the old one alive
+        taken = self._memory[self._used : self._used + tensor.nbytes]
+        self._used = end
+        return taken.view(tensor.dtype).view(tensor.shape)
+
+
+def _aligned(tensor: torch.Tensor) -> int:
+    """Bytes, up to whole cache lines."""
+    return -(-tensor.nbytes // 64) * 64

@@ -1,0 +1,73 @@
+"""Metrics of a model over a whole dataset, whatever trains it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from zods.comm.communicator import Communicator
+from zods.data.batch import to_device, without_weights
+from zods.data.loader import WholePass
+from zods.data.objectives import batch_loss, logits_of, other_labels
+
+Measure = Callable[[Any, dict[str, torch.Tensor], Any], dict[str, tuple[float, float]]]
+
+
+@torch.no_grad()
+def measure_whole(
+    outputs_of: Callable[[Any], Any],
+    dataset: Any,
+    collate_fn: Callable[[list], tuple[dict[str, torch.Tensor], Any]],
+    measure: Measure,
+    *,
+    comm: Communicator,
+    micro_batch: int,
+) -> dict[str, float]:
+    """Means of metrics over a whole dataset and all ranks, every example counted once.
+
+    outputs_of: model inputs -> the model's outputs. collate_fn: rows -> (model inputs, targets). measure: (outputs, inputs,
+    targets) -> name: (sum, count).
+    """
+    totals: dict[str, list[float]] = {}
+    for batch, counted in WholePass(dataset, micro_batch, comm.rank, comm.world_size, collate_fn):
+        inputs, targets = to_device(batch, comm.device)
+        for name, (total, count) in measure(outputs_of(inputs), inputs, targets).items():
+            sums = totals.setdefault(name, [0.0, 0.0])
+            if counted:
+                sums[0] += total
+                sums[1] += count
+    names = sorted(totals)
+    reduced = comm.sum_over_ranks([value for name in names for value in totals[name]])
+    return {name: reduced[2 * i] / reduced[2 * i + 1] for i, name in enumerate(names)}
+
+
+@torch.no_grad()
+def check_own_loss(model: Any, batch: dict[str, Any], comm: Communicator) -> None:
+    """Raise ValueError on all ranks where the loss that a model gives for a batch is not the cross entropy of its logits, of
+    which the losses of single examples are made. All ranks call it together."""
+    plain = to_device(without_weights(batch), comm.device)
+    outputs = model(**plain)
+    logits = logits_of(outputs)
+    differs, own, of_logits = logits is None, batch_loss(outputs, plain), torch.tensor(torch.nan)
+    if logits is not None:
+        tolerance = 1e-4 if logits.dtype == torch.float32 else 1e-2
+        for given in (plain, *other_labels(plain, logits)):
+            outputs = model(
+                **given
+            )  # whatever one shows: other ranks make these forwards too, and gather with this one
+            if not differs:
+                own, of_logits = (
+                    batch_loss(outputs, given),
+                    batch_loss({"logits": logits_of(outputs)}, given),
+                )
+                differs = not torch.allclose(
+                    own, of_logits, rtol=tolerance, atol=0.1 * tolerance, equal_nan=True
+                )
+    if comm.sum_over_ranks([float(differs)])[0]:
+        raise ValueError(
+            f"the model's own loss ({float(own):.4f} on a first batch) is not the cross entropy of its logits "
+            f"({float(of_logits):.4f}), of which the losses of single examples are made. Losses of another kind can be "
+            "neither selected by nor weighted."
+        )

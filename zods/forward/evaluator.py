@@ -1,0 +1,246 @@
+"""Losses and outputs of a sharded model on batches, at given points, and in which form its forwards are run."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from zods.comm.communicator import Communicator
+from zods.core.directions import Direction
+from zods.core.points import Point
+from zods.data.batch import Inputs, num_examples
+from zods.data.loader import WholePass
+from zods.data.objectives import loss_count
+from zods.forward.choose_form import CHECK_DISTANCE, ChooseForm
+from zods.forward.forms import Forwards
+from zods.forward.lockstep import NotInLockstep
+from zods.forward.stacked import NotStackable
+from zods.params.deferred_update import DeferredUpdate
+from zods.params.shards import ShardedParameters
+from zods.params.zero3_adapter import release_gathered, stop_nvme_prefetch
+
+logger = logging.getLogger(__name__)
+
+
+class Evaluator:
+    """Runs a model under DeepSpeed. `micro_batch`: examples per forward and rank of a pass over a whole dataset."""
+
+    def __init__(
+        self,
+        deepspeed_engine: Any,
+        comm: Communicator,
+        parameters: ShardedParameters,
+        deferred: DeferredUpdate | None,
+        *,
+        direction: Direction,
+        eps: float,
+        loss_mean: str,
+        evaluation: str,
+        stream_memory_gb: float | None,
+        micro_batch: int,
+        most_points: int,
+        beat: Callable[[], None],
+    ) -> None:
+        """eps: distance of a step's points. most_points: that are ever evaluated together. beat: called before each batch
+        of losses, so that it can be told who hangs in it."""
+        self.evaluation: str | None = None  # how points are evaluated; chosen on the first batch
+        self.streams_per_forward = 2
+        self._comm, self._beat = comm, beat
+        self._forwards = Forwards(
+            deepspeed_engine, comm, parameters, deferred, direction, loss_mean
+        )
+        self._chooser = ChooseForm(
+            self._forwards,
+            eps=eps,
+            asked=evaluation,
+            micro_batch=micro_batch,
+            most_points=most_points,
+            stream_memory_gb=stream_memory_gb,
+        )
+        self._known: tuple[str, int] | None = None
+        self.left_form = False  # whether a batch did not fit the form chosen, which the other ranks do not know yet
+
+    def adopt(self, known: tuple[str, int] | None) -> None:
+        """Evaluate as (form, points per forward) that were chosen before, under the same conditions; None: choose."""
+        self._known, self.evaluation = known, None
+
+    def close(self) -> None:
+        """Give the model its own forwards back."""
+        self._forwards.at.remove()
+
+    def inputs(self, *args: Any, **kwargs: Any) -> dict[str, Any] | Inputs:
+        """A batch on the device, as the model's forward is given it; see `zods.data.batch.Signature.bind`."""
+        return self._forwards.inputs(*args, **kwargs)
+
+    def outputs(self, batch: Any) -> Any:
+        """The model's outputs at the parameters for what `inputs` gave, or for a batch that it would take."""
+        return self._forwards.outputs(batch)
+
+    def losses(
+        self, points: Sequence[Point | None], batch: Any, *, rechecks: bool = False
+    ) -> torch.Tensor:
+        """Mean losses of a batch on the device, (number of points,) in float64; None is the parameters as they are.
+
+        Before the first: does the model give a loss, which modules use which parameters, and does one forward give what
+        separate ones do? Raises ValueError where the model gives no loss, or cannot be evaluated as was asked.
+
+        rechecks: compare a stack with a separate forward, on all ranks together; see `_rechecked`.
+        """
+        batch = self._forwards.without_cache(batch)
+        self._forwards.at.move_new_hooks()
+        if self.evaluation is None:
+            self.evaluation = self._choose(batch)
+        at = [point for point in points if point is not None]
+        if len(at) < max(len(points), 2):
+            return torch.stack([self._forwards.loss_at(point, batch) for point in points])
+        try:
+            losses = self._losses_together(at, batch)
+        except (NotStackable, NotInLockstep) as error:
+            self._refuse_alone(error)
+            losses = self._losses_together(at, batch, "sequential")
+        return (
+            self._rechecked(losses, at, batch)
+            if rechecks and self.evaluation == "stacked"
+            else losses
+        )
+
+    def _losses_together(
+        self, points: Sequence[Point], batch: Any, form: str | None = None
+    ) -> torch.Tensor:
+        form = str(self.evaluation) if form is None else form
+        if form == "stacked" and not (
+            isinstance(batch, dict) and isinstance(batch.get("labels"), torch.Tensor)
+        ):
+            form = "sequential"  # it says what such a batch lacks, or the model gives a loss without labels
+        losses = Forwards.LOSSES_BY[form]
+        size = self.streams_per_forward
+        return torch.cat(
+            [
+                losses(self._forwards, points[k : k + size], batch)
+                for k in range(0, len(points), size)
+            ]
+        )
+
+    # --- how to evaluate ----------------------------------------------------------------------------------------------
+
+    def _choose(self, batch: Any) -> str:
+        """The form that is known from before, or the first that fits."""
+        if self._known is None:
+            form = self._chooser.choose(batch)
+            self.streams_per_forward = self._chooser.streams_per_forward
+            return form
+        f = self._forwards
+        with f.at.observing():
+            outputs = f.outputs(batch)
+        f.find_objective(outputs, batch)
+        form, self.streams_per_forward = self._known
+        if form == "lockstep":
+            stop_nvme_prefetch(f.deepspeed)
+        if form == "stacked":  # which calls carry the batch is told from those of one batch
+            f.outputs_at(
+                Point(1, CHECK_DISTANCE), f.without_loss(batch), record=num_examples(batch)
+            )
+        return form
+
+    def _refuse_alone(self, error: Exception) -> None:
+        """A later batch does not fit the form that was chosen: it is evaluated separately.
+
+        The other ranks learn it with the sums of the step (`left_form`), and all leave the form then (`leave_form`). Raises
+        RuntimeError where another rank may be in the middle of the same forward, and wait for this one.
+        """
+        if self._forwards.is_sharded and self._comm.world_size > 1:
+            raise RuntimeError(
+                f'zeroth_order.evaluation: "{self.evaluation}" fitted the first batch, but not this one: {error}. Set it to '
+                '"sequential".'
+            ) from error
+        release_gathered(self._forwards.deepspeed)
+        if not self.left_form:
+            logger.warning(
+                "evaluation: sequential from now on, no longer %s: %s", self.evaluation, error
+            )
+        self.left_form = True
+
+    def leave_form(self) -> None:
+        """Evaluate separately from now on, on all ranks."""
+        self.evaluation, self.left_form = "sequential", False
+
+    def _rechecked(self, losses: torch.Tensor, points: Sequence[Point], batch: Any) -> torch.Tensor:
+        """`losses`, or those of another form where a stack does not give the model's own loss on this batch.
+
+        What is special about a loss or a router may show on later batches only. All ranks call it together.
+        """
+        f = self._forwards
+        outputs, differ = None, [False, False]
+        if float(loss_count(batch, f.objective)):  # else there is nothing to compare, on this rank
+            tolerance = 1e-3 if f.dtype == torch.float32 else 3e-2
+            outputs = f.outputs_at(points[0], batch)
+            pairs = (f.own_and_logits_loss(outputs, batch), (losses[0], f.mean_of(outputs, batch)))
+            differ = [
+                not torch.allclose(a, b, rtol=tolerance, atol=1e-2 * tolerance, equal_nan=True)
+                for a, b in pairs
+            ]
+        elif f.is_sharded:
+            f.outputs_at(points[0], batch)  # the other ranks gather
+        misfits = self._comm.sum_over_ranks(list(map(float, differ)))
+        if not any(misfits):
+            return losses
+        if misfits[0]:
+            f.take_own_loss(batch)
+        fits = self._chooser.misfit("lockstep", batch) is None
+        self.evaluation = "lockstep" if fits else "sequential"
+        logger.warning(
+            "evaluation: %s from now on, no longer stacked: %s",
+            self.evaluation,
+            "it does not give the model's own loss on a later batch"
+            if outputs is None
+            else f"on this batch the model's loss is {float(f.own_and_logits_loss(outputs, batch)[0]):.6g}, from a stack "
+            f"{float(losses[0]):.6g}",
+        )
+        return self._losses_together(points, batch)
+
+    def loss_sums(
+        self, points: Sequence[Point | None], batch: Any, *, rechecks: bool = False
+    ) -> torch.Tensor:
+        """Losses times what they are means over, then that: (number of points + 1,) in float64; all 0 where no label counts."""
+        self._beat()
+        losses = self.losses(points, batch, rechecks=rechecks)
+        count = loss_count(batch, self._forwards.objective).to(losses.device)
+        return torch.cat([torch.where(count > 0, losses * count, 0.0), count[None]])
+
+    def whole_set_losses(
+        self,
+        points: Sequence[Point],
+        dataset: Any,
+        collate_fn: Callable | None,
+        *,
+        title: str,
+        micro_batch: int,
+        share: tuple[int, int],
+        total: Callable[[Sequence[float]], Sequence[float]],
+    ) -> list[float]:
+        """Mean losses over a whole dataset under the objective; NaN where no label counts.
+
+        share: this rank's place among so many that share the dataset, in micro-batches of one size. total: sums over those.
+        """
+        rounds = WholePass(dataset, micro_batch, *share, collate_fn)
+        sums = torch.zeros(len(points) + 1, dtype=torch.float64, device=self._comm.device)
+        for batch, counted in tqdm(rounds, desc=title, leave=False, disable=self._comm.rank != 0):
+            found = self.loss_sums(points, self.inputs(batch))
+            if counted:
+                sums += found
+        *totals, count = total(sums.tolist())
+        return [of_point / count if count else math.nan for of_point in totals]
+
+    def mean_loss(self, batches: Iterator[Any]) -> float:
+        """Mean loss at the parameters under the objective, over `batches` and all ranks; NaN where no label counts.
+
+        batches: the same number of them on every rank.
+        """
+        sums = torch.stack([self.loss_sums([None], self.inputs(batch)) for batch in batches]).sum(0)
+        total, count = self._comm.sum_over_ranks(sums.tolist())
+        return total / count if count else math.nan

@@ -1,0 +1,93 @@
+"""Perturbed copies of parts of large matrices: the rows that an embedding looks up, a linear layer's rows in blocks.
+
+A vocabulary's matrix is the largest of a small language model. A whole copy of it for every point would take more memory
+than all else that a step needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from zods.forward.parameter_usage import reads_values
+
+LARGE_BYTES = 1 << 26  # a matrix from this size on is copied in parts
+BLOCK_BYTES = 1 << 24  # of a linear layer's weight, at a time
+MOST_ROWS = 1 / 8  # of a matrix that are copied for themselves; of more, the whole is copied
+MOST_RUNS = 1 << 11  # of rows beside each other, each of which takes a call of a kernel
+
+CopyRows = Callable[[torch.Tensor, range], None]  # (out, rows): write the perturbed rows into `out`
+
+
+def is_large(matrix: torch.Tensor) -> bool:
+    return matrix.ndim == 2 and matrix.nbytes >= LARGE_BYTES
+
+
+def blocks(matrix: torch.Tensor) -> Iterator[range]:
+    """The rows of a matrix in blocks."""
+    number = max(1, BLOCK_BYTES // max(1, matrix.shape[1] * matrix.itemsize))
+    for start in range(0, matrix.shape[0], number):
+        yield range(start, min(start + number, matrix.shape[0]))
+
+
+class LookedUpRows(TorchFunctionMode):
+    """Inside, an embedding that looks up rows of `matrix` gets perturbed copies of these rows.
+
+    Any other use of the matrix puts its whole copy in place first.
+    """
+
+    def __init__(
+        self, matrix: torch.Tensor, copy_rows: CopyRows, place_whole: Callable[[], None]
+    ) -> None:
+        super().__init__()
+        self._matrix: torch.Tensor | None = matrix
+        self._copy_rows, self._place_whole = copy_rows, place_whole
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        uses = self._matrix is not None and any(
+            leaf is self._matrix for leaf in tree_leaves((args, kwargs))
+        )
+        if uses and reads_values(func):
+            if (
+                func is functional.embedding
+                and (found := self._lookup(*args, **kwargs)) is not None
+            ):
+                return found
+            self._matrix = None
+            self._place_whole()
+        return func(*args, **kwargs)
+
+    def _lookup(
+        self,
+        indices: torch.Tensor,
+        weight: torch.Tensor,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        *_: Any,
+        **__: Any,
+    ) -> torch.Tensor | None:
+        rows, places = torch.unique(indices, return_inverse=True)
+        if max_norm is not None or len(rows) > MOST_ROWS * weight.shape[0]:
+            return None
+        runs = list(_runs(rows.tolist()))
+        if len(runs) > MOST_RUNS:
+            return None
+        copies = torch.empty(len(rows), weight.shape[1], dtype=weight.dtype, device=weight.device)
+        for begin, run in runs:
+            self._copy_rows(copies[begin : begin + len(run)], run)
+        return functional.embedding(places, copies)
+
+
+def _runs(rows: list[int]) -> Iterator[tuple[int, range]]:
+    """Ascending numbers as runs of consecutive ones, each with where it begins in the list."""
+    begin = 0
+    for k in range(1, len(rows) + 1):
+        if k == len(rows) or rows[k] != rows[k - 1] + 1:
+            yield begin, range(rows[begin], rows[k - 1] + 1)
+            begin = k

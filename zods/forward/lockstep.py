@@ -1,0 +1,98 @@
+"""Run several forwards of one model that wait for each other at its modules, so that each module is reached by all together."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import greenlet
+import torch
+from deepspeed.accelerator import get_accelerator
+
+
+class NotInLockstep(RuntimeError):
+    """The forwards call different modules."""
+
+
+class Lockstep:
+    """names: of the modules, for messages."""
+
+    def __init__(self, names: Mapping[torch.nn.Module, str]) -> None:
+        self._names = names
+        self._hub: greenlet.greenlet | None = None  # switches between the forwards
+        self._outside: _Contexts | None = None
+        self.round = 0  # grows whenever all forwards have come to the same module
+
+    @property
+    def is_running(self) -> bool:
+        return self._hub is not None
+
+    def run(
+        self, call: Callable[[int], Any], number: int, resume: Callable[[int], None]
+    ) -> list[Any]:
+        """[call(k) for k in range(number)], where each waits for the others in `wait`.
+
+        resume: called with k before forward k goes on. Raises NotInLockstep where they do not wait at the same modules.
+        """
+        self._hub = greenlet.getcurrent()
+        self._outside = _Contexts()
+        forwards = [greenlet.greenlet(functools.partial(call, k)) for k in range(number)]
+        results: list[Any] = [None] * number
+        order = list(range(number))
+        try:
+            while order:
+                self.round += 1
+                waiting_at: list[torch.nn.Module] = []
+                for k in order:
+                    resume(k)
+                    found = forwards[k].switch()
+                    if forwards[k].dead:
+                        results[k] = found
+                    else:
+                        waiting_at.append(found)
+                if waiting_at and (
+                    len(waiting_at) < number or len({id(m) for m in waiting_at}) > 1
+                ):
+                    places = ", ".join(sorted({self._names[m] for m in waiting_at}))
+                    raise NotInLockstep(
+                        f"the forwards at different points call different modules, e.g. {places}"
+                    )
+                # the first to start is the last to end: DeepSpeed's hooks on the whole model run in it
+                order = [] if not waiting_at else list(reversed(range(number)))
+        finally:
+            for k, forward in enumerate(forwards):
+                if not forward.dead and forward:
+                    resume(k)
+                    forward.throw()
+            self._hub = None
+        return results
+
+    def wait(self, module: torch.nn.Module) -> None:
+        """Return when all forwards have come to this module."""
+        assert self._hub is not None
+        assert self._outside is not None
+        contexts = _Contexts()
+        self._outside.enter()
+        try:
+            self._hub.switch(module)
+        finally:
+            contexts.enter()
+
+
+class _Contexts:
+    """What `with` sets for the whole thread in a forward, and forwards in lockstep would leave to each other."""
+
+    def __init__(self) -> None:
+        devices = {"cpu", get_accelerator().device_name()}
+        self._autocast = [
+            (d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices
+        ]
+        self._cache, self._grad = torch.is_autocast_cache_enabled(), torch.is_grad_enabled()
+
+    def enter(self) -> None:
+        for device, enabled, dtype in self._autocast:
+            torch.set_autocast_enabled(device, enabled)
+            torch.set_autocast_dtype(device, dtype)
+        torch.set_autocast_cache_enabled(self._cache)
+        torch.set_grad_enabled(self._grad)

@@ -1,0 +1,146 @@
+"""Wrap the forwards of a model's modules so that something can be put in place around each, and take the wrappers off again.
+
+A module's hooks run inside its wrapped forward, because pruning, the hook-based weight and spectral norms and adapters read
+the module's parameters there. DeepSpeed's own hooks stay outside: they gather the parameters before the forward and may
+release them after it.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+Run = Callable[[torch.nn.Module, Callable, tuple, dict[str, Any]], Any]
+
+
+class WrappedForward:
+    """The forward of one module with `run` around it: run(module, original forward, args, kwargs).
+
+    A copy or a pickle of the module has the original forward: it computes with its own parameters.
+    """
+
+    def __init__(self, module: torch.nn.Module, run: Run) -> None:
+        self.original = module.forward
+        self._module = module
+        self._run: Run | None = run
+        self._was_attribute = "forward" in vars(module)
+        self.has_hooks = False  # whether hooks of the module's user run inside
+        functools.update_wrapper(self, self.original, updated=())
+        module.forward = self
+        # torch's TransformerEncoderLayer bypasses its children's forwards, unless a module has a hook
+        self._handle = module.register_forward_pre_hook(_nothing)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        original = (
+            self.original
+            if not self.has_hooks
+            else functools.partial(_with_hooks, self._module, self.original)
+        )
+        return (
+            original(*args, **kwargs)
+            if self._run is None
+            else self._run(self._module, original, args, kwargs)
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self.original, memo)  # of a bound method: bound to the module's copy
+
+    def __reduce__(self) -> Any:
+        return _same, (self.original,)
+
+    def move_hooks(self) -> None:
+        """Have the hooks that the module's user has registered run inside the wrapped forward."""
+        for hooks in (self._module._forward_pre_hooks, self._module._forward_hooks):
+            for key, hook in hooks.items():
+                if is_users(hook):
+                    hooks[key] = MovedHook(hook)
+                    self.has_hooks = True
+
+    def remove(self) -> None:
+        """Give the module its forward and its hooks back."""
+        self._run = None
+        self._handle.remove()
+        for hooks in (self._module._forward_pre_hooks, self._module._forward_hooks):
+            for key, hook in hooks.items():
+                if isinstance(hook, MovedHook):
+                    hooks[key] = hook.hook
+        if vars(self._module).get("forward") is not self:
+            return  # somebody has wrapped it once more
+        if self._was_attribute:
+            self._module.forward = self.original
+        else:
+            del self._module.forward
+
+
+def has_moved_hooks(model: torch.nn.Module) -> bool:
+    """Whether hooks of the model's user run inside wrapped forwards."""
+    hooks = (
+        hook
+        for m in model.modules()
+        for hook in (*m._forward_pre_hooks.values(), *m._forward_hooks.values())
+    )
+    return any(isinstance(hook, MovedHook) for hook in hooks)
+
+
+class MovedHook:
+    """A hook that runs inside the wrapped forward. Where torch calls it, around the forward, it does nothing.
+
+    It keeps its key among the module's hooks, so that its handle removes it as before.
+    """
+
+    def __init__(self, hook: Callable) -> None:
+        self.hook = hook
+
+    def __call__(self, *_: Any, **__: Any) -> None:
+        return None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self.hook, memo)
+
+    def __reduce__(self) -> Any:
+        return _same, (self.hook,)
+
+
+def is_users(hook: Any) -> bool:
+    """Whether a hook was registered by the model or its user: not by DeepSpeed, and not by this module."""
+    function = hook.func if isinstance(hook, functools.partial) else hook
+    named = getattr(function, "__module__", None) or ""
+    return (
+        function is not _nothing
+        and not isinstance(hook, MovedHook)
+        and not named.startswith("deepspeed.")
+    )
+
+
+def _with_hooks(module: torch.nn.Module, forward: Callable, *args: Any, **kwargs: Any) -> Any:
+    """What torch's Module.__call__ does with forward hooks, for those that were moved."""
+    for key, moved in list(module._forward_pre_hooks.items()):
+        if not isinstance(moved, MovedHook):
+            continue
+        if key in module._forward_pre_hooks_with_kwargs:
+            changed = moved.hook(module, args, kwargs)
+            if changed is not None:
+                args, kwargs = changed
+        else:
+            changed = moved.hook(module, args)
+            if changed is not None:
+                args = changed if isinstance(changed, tuple) else (changed,)
+    output = forward(*args, **kwargs)
+    for key, moved in list(module._forward_hooks.items()):
+        if isinstance(moved, MovedHook):
+            with_kwargs = key in module._forward_hooks_with_kwargs
+            changed = moved.hook(module, args, *([kwargs] if with_kwargs else []), output)
+            output = output if changed is None else changed
+    return output
+
+
+def _nothing(*_: Any) -> None:
+    return None
+
+
+def _same(value: Any) -> Any:
+    return value

@@ -1,0 +1,319 @@
+"""From candidates to the micro-batches that ranks train on: measure, choose, deal out.
+
+Every rank can read every example, by its place in the dataset: what is exchanged is features and losses, never examples.
+Candidates are measured in micro-batches that depend on train_micro_batch_size_per_gpu, not on who owns which; sources that
+are kept whole are not measured, so that an example of theirs is trained on whatever its loss is.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import default_collate
+
+from zods.comm.communicator import Communicator
+from zods.config.schema import SelectorConfig, check_selector
+from zods.data.batch import WEIGHTS, to_device
+from zods.data.loader import check_dataset
+from zods.data.objectives import label_counts
+from zods.forward.dataset_metrics import check_own_loss
+from zods.selection.facility_location import quantised
+from zods.selection.features import FeatureExtractor, without_cache
+from zods.selection.quotas import deal
+from zods.selection.selector import NEEDS, CandidateBatch, Report, Selector
+
+Batch = dict[str, Any]
+
+
+def sources_of(dataset: Any, column: str | None, path: str) -> list[str] | None:
+    """The source of every example of a dataset, by its column. Raises ValueError, naming the columns there are."""
+    if column is None:
+        return None
+    names = getattr(dataset, "column_names", None)
+    if names is None:
+        first = dataset[0]
+        names = list(first) if isinstance(first, Mapping) else []
+    if column not in names:
+        raise ValueError(
+            f"{path}.source_column: the training data has no column {column!r}; its columns are {', '.join(names) or 'none'}."
+        )
+    if hasattr(dataset, "column_names"):
+        return [str(source) for source in dataset[column]]
+    return [str(dataset[i][column]) for i in range(len(dataset))]
+
+
+def _label_counts(labels: Tensor) -> list[int]:
+    """The labels that count in each row; of labels that are not integers, 1."""
+    counts = label_counts(labels)
+    return [1] * len(labels) if counts is None else counts.tolist()
+
+
+class SubBatches:
+    """Makes this rank's micro-batches of the examples chosen from a candidate batch.
+
+    selected_ids, report: of the last selection.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        collate_fn: Callable | None,
+        config: SelectorConfig,
+        *,
+        deepspeed_engine: Any,
+        comm: Communicator,
+        seed: int,
+        path: str,
+        loss_mean: str = "tokens",
+    ) -> None:
+        """path: of the configuration, for errors. loss_mean: as in `zods.data.objectives`.
+
+        Raises ValueError where data, model and configuration do not fit."""
+        self.dataset, self._collate = dataset, collate_fn or default_collate
+        self._comm = comm
+        self._loss_mean = loss_mean
+        self._model: nn.Module = deepspeed_engine.module
+        self._micro_batch: int = deepspeed_engine.train_micro_batch_size_per_gpu()
+        self.accumulation: int = deepspeed_engine.gradient_accumulation_steps()
+        self._loss_checked = False
+        budget = self._micro_batch * self.accumulation * comm.world_size
+        check_selector(config, path, budget, check_dataset(dataset, "training_data"))
+        self._sources = sources_of(dataset, config.source_column, path)
+        unknown = sorted(set(config.quotas or {}) - set(self._sources or []))
+        if unknown:
+            raise ValueError(
+                f"{path}.quotas: no example's source is {unknown[0]!r}; there are {', '.join(sorted(set(self._sources or [])))}."
+            )
+        self._batch_of([0])  # whatever is wrong with it shows before anything is spent
+        self._extract: FeatureExtractor | None = None
+        if NEEDS[config.strategy] != "nothing":
+            self._extract = FeatureExtractor(
+                self._model,
+                deepspeed_engine,
+                kind=config.features,
+                rank=config.rank,
+                pattern=config.pattern,
+                eps=config.eps,
+                two_sided=config.two_sided,
+                agree=lambda value: max(of_rank[0] for of_rank in comm.gather_integers([value])),
+            )
+        self.selector = Selector(
+            config,
+            budget,
+            seed=seed,
+            target=None if self._extract is None else self._extract.target,
+            num_parts=comm.world_size,
+            share=comm.gather_integers if comm.world_size > 1 else None,
+        )
+        self.selected_ids: list[int] = []
+        self.report: Report | None = None
+        self._seconds = 0.0
+        self._weights: list[float] = []
+        self._num_tokens: list[int] = []
+        self._num_labels: list[int] = []
+
+    def choose(self, own_ids: Sequence[int]) -> None:
+        """Choose from all ranks' candidates; `own_ids`: those that this rank looks up first, in any split over the ranks.
+
+        Raises RuntimeError on all ranks where not one candidate can be used.
+        """
+        began = time.perf_counter()
+        known = self._looked_up(own_ids)
+        if not self._loss_checked:
+            check_own_loss(
+                self._model,
+                {
+                    **without_cache(self._model),
+                    **self._batch_of(sorted(known)[: self._micro_batch]),
+                },
+                self._comm,
+            )
+            self._loss_checked = True
+        ids = sorted(known)
+        batch = CandidateBatch(
+            ids,
+            [known[i][0] for i in ids],
+            sources=None if self._sources is None else [self._sources[i] for i in ids],
+            losses=torch.tensor(
+                [0.0 if known[i][1] else torch.nan for i in ids]
+            ),  # without a label: not usable
+        )
+        quotas, wanted = self.selector.plan(batch)
+        if wanted:
+            batch = self._measured(batch, wanted)
+        places, self._weights, self.report = self.selector.select(batch, quotas)
+        if not places:
+            raise RuntimeError(
+                f"selector: none of {len(ids)} candidates has a label and a finite loss. Look at the data."
+            )
+        if wanted and self._extract is not None:
+            self.report = replace(self.report, matrix=self._extract.target.name)
+        self.selected_ids = [ids[place] for place in places]
+        self._comm.check_agreement(json.dumps(self.selected_ids).encode(), "what was selected")
+        self._num_tokens = [batch.num_tokens[place] for place in places]
+        self._num_labels = [known[i][1] for i in self.selected_ids]
+        self._seconds += time.perf_counter() - began
+
+    def take_seconds(self) -> float:
+        """What choosing took since this was last asked."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+    def micro_batches(self) -> list[Batch]:
+        """This rank's part of what was chosen, `accumulation` batches with an entry `example_weights`.
+
+        Weights are such that the mean of all micro-batches' `weighted_loss` is the weighted mean over the chosen, of their
+        label tokens or of the examples. Where there is no example for a micro-batch, it has one of weight 0.
+        """
+        dealt = deal(self._num_tokens, self._comm.world_size, self.accumulation, self._micro_batch)
+        over_tokens = self._loss_mean == "tokens"
+        counts = self._num_labels if over_tokens else [1] * len(self._weights)
+        total = sum(weight * count for weight, count in zip(self._weights, counts, strict=True))
+        scale = self._comm.world_size * self.accumulation / total
+        batches = []
+        for places in dealt[self._comm.rank]:
+            batch = self._batch_of([self.selected_ids[place] for place in places or [0]])
+            weights = [self._weights[place] * scale for place in places] or [0.0]
+            batches.append({**batch, WEIGHTS: torch.tensor(weights)})
+        return batches
+
+    def collated(self, rows: Sequence[Any]) -> Batch:
+        """A batch, without weights. Raises ValueError where it is not a dict with labels."""
+        batch = self._collate(list(rows))
+        if not isinstance(batch, Mapping) or not isinstance(batch.get("labels"), Tensor):
+            found = ", ".join(batch) if isinstance(batch, Mapping) else type(batch).__name__
+            raise ValueError(
+                f"selector: a batch must be a dict with tensors of labels; found {found}."
+            )
+        return dict(batch)
+
+    def _batch_of(self, ids: Sequence[int]) -> Batch:
+        return self.collated([self.dataset[int(i)] for i in ids])
+
+    def _looked_up(self, own_ids: Sequence[int]) -> dict[int, tuple[int, int]]:
+        """The number of tokens, and of labels that count, of all ranks' candidates by id."""
+        rows: list[tuple[int, int, int]] = []
+        with self._comm.same_on_all_ranks():
+            for start in range(0, len(own_ids), self._micro_batch):
+                ids = own_ids[start : start + self._micro_batch]
+                batch = self._batch_of(ids)
+                mask = batch.get("attention_mask")
+                # without a mask each by itself: a batch's lengths are padded
+                alone = (
+                    []
+                    if isinstance(mask, Tensor)
+                    else [self._batch_of([i])["labels"].numel() for i in ids]
+                )
+                sizes = mask.sum(1).tolist() if isinstance(mask, Tensor) else alone
+                rows += zip(ids, sizes, _label_counts(batch["labels"]), strict=True)
+        gathered = self._comm.gather_rows(torch.tensor(rows, dtype=torch.int64).view(-1, 3))
+        found = {
+            i: (tokens, labels) for of_rank in gathered for i, tokens, labels in of_rank.tolist()
+        }
+        if 2 * len(found) <= sum(map(len, gathered)):
+            raise ValueError(
+                f"selector: {sum(map(len, gathered))} candidates are {len(found)} different ones: ranks give the same. Use a "
+                "DistributedSampler."
+            )
+        return found
+
+    def _measured(self, batch: CandidateBatch, wanted: list[int]) -> CandidateBatch:
+        """The batch with losses and features of the places wanted; losses are not finite where features are not.
+
+        Micro-batches of candidates of like length go to the ranks in turn.
+        """
+        assert self._extract is not None
+        rank, world = self._comm.rank, self._comm.world_size
+        order = sorted(wanted, key=lambda place: (-batch.num_tokens[place], place))
+        chunks = [
+            order[start : start + self._micro_batch]
+            for start in range(0, len(order), self._micro_batch)
+        ]
+        seeds = (
+            self.selector.direction_seeds() if NEEDS[self.selector.strategy] == "features" else []
+        )
+        found = []
+        for first in range(
+            0, len(chunks), world
+        ):  # all ranks make the same number of forwards, as ZeRO-3 needs
+            mine = first + rank
+            chunk = chunks[mine if mine < len(chunks) else 0]
+            inputs = to_device(
+                self._batch_of([batch.ids[place] for place in chunk]), self._comm.device
+            )
+            if seeds:
+                of_chunk = self._extract(inputs, seeds)
+            else:
+                losses = self._extract.losses(inputs)
+                of_chunk = losses.new_empty(len(losses), 0), losses
+            if mine < len(chunks):
+                found.append(of_chunk)
+        nothing = (
+            torch.empty(0, len(seeds), device=self._comm.device),
+            torch.empty(0, device=self._comm.device),
+        )
+        features, losses = (torch.cat(parts) for parts in zip(nothing, *found, strict=True))
+        finite = losses.isfinite() & features.isfinite().all(1)
+        features = features.where(finite[:, None], 0.0)
+        losses = losses.where(finite, torch.nan)
+        own_largest = float(features.abs().max()) if features.numel() else 0.0
+        largest = max(row[0] for row in self._comm.gather_scalars([own_largest]))
+        sent = torch.cat(
+            [quantised(features, largest), losses.float().view(-1, 1).view(torch.int16)], 1
+        )
+        rows = torch.cat(self._comm.gather_rows(sent))
+        places = torch.tensor(
+            [p for r in range(world) for chunk in chunks[r::world] for p in chunk]
+        )
+        of_all = rows.new_zeros(len(batch.ids), rows.shape[1])
+        of_all[places.to(rows.device)] = rows
+        known = of_all[:, -2:].contiguous().view(torch.float32).squeeze(1).cpu()
+        owned = torch.tensor(
+            [place for chunk in chunks[rank::world] for place in chunk], dtype=torch.int64
+        )
+        assert batch.losses is not None
+        return replace(
+            batch,
+            losses=batch.losses + known,
+            features=of_all[:, :-2],
+            largest=largest,
+            owned=owned,
+        )
+
+    @property
+    def chosen(self) -> tuple[list[int], list[float]]:
+        """Ids of the last chosen, ascending, and their weights."""
+        return self.selected_ids, self._weights
+
+    def follow(
+        self,
+        own_ids: Sequence[int],
+        ids: Sequence[int],
+        weights: Sequence[float],
+        mean: float | None,
+    ) -> None:
+        """Take over a selection that was made before: `ids` out of the candidates, of which all ranks have `own_ids`."""
+        known = self._looked_up(own_ids)
+        self.selected_ids, self._weights = list(ids), list(weights)
+        self._num_tokens, self._num_labels = [known[i][0] for i in ids], [known[i][1] for i in ids]
+        self.selector.follow(mean)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "selector": self.selector.state_dict(),
+            "ids": self.selected_ids,
+            "weights": self._weights,
+            "num_tokens": self._num_tokens,
+            "num_labels": self._num_labels,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.selector.load_state_dict(state["selector"])
+        self.selected_ids, self._weights = state["ids"], state["weights"]
+        self._num_tokens, self._num_labels = state["num_tokens"], state["num_labels"]

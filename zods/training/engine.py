@@ -1,0 +1,597 @@
+"""The zeroth-order engine: DeepSpeed's face, and a step told as its phases.
+
+`engine(batch)` evaluates the loss at the step's points, `engine.backward(loss)` reduces the loss scalars over the ranks,
+`engine.step()` combines them into a record, logs it, and applies what it says to this rank's shards.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zods.comm.communicator import Communicator, Disagreement
+from zods.comm.stop_request import StopRequest
+from zods.comm.watchdog import Watchdog
+from zods.config.deepspeed_json import RunConfig
+from zods.config.schedules import ZerothOrderOptimizer
+from zods.core import estimators
+from zods.core.points import pairs
+from zods.core.update_rule import StepRule
+from zods.data.digest import digest_of
+from zods.data.loader import TrainingLoader
+from zods.forward.dataset_metrics import Measure, measure_whole
+from zods.forward.evaluator import Evaluator
+from zods.params.anchor import Anchor
+from zods.params.deferred_update import DeferredUpdate
+from zods.params.shards import ShardedParameters
+from zods.selection.loaders import SelectingLoader
+from zods.training import checkpoint, resume
+from zods.training.engine_interface import EngineFace
+from zods.training.join_leader import join_leader
+from zods.training.recorder import Recorder
+from zods.training.replicas import Replicas
+from zods.training.state import StepInFlight, TrainState
+from zods.training.step_outputs import StepLoss, StepReport
+from zods.training.training_run import TrainingRun
+from zods.trajectory.records import Record, Refresh, Step
+from zods.trajectory.updates import direction_of
+
+logger = logging.getLogger(__name__)
+
+
+class ZerothOrderEngine(EngineFace):
+    """A model under DeepSpeed with zeroth-order steps. Made by `zods.initialize`.
+
+    module: the model. deepspeed: the DeepSpeedEngine that shards it. comm: what zods sends, with byte counters. anchor: of
+    MeZO-SVRG, else None. sharded_parameters: this rank's shards of the trainable parameters. run: the parts of all this that
+    steps change, and that a checkpoint stores; its counters (`global_steps`, ...) are read-only attributes of the engine, too.
+    last_step: report of the last step, or None. trajectory: the chain of what was applied, and its log (`resume`).
+    stop: asks for an end after a step; should_stop: whether some rank was asked. replicas: the other worlds that train with
+    this one, else None. selection: what chooses the sub-batches, with
+    the last one's ids and report, where there is a selector.
+
+    In training the model stays in eval mode: both losses of a pair need the same function, so dropout is off.
+    """
+
+    def __init__(
+        self,
+        deepspeed_engine: Any,
+        config: RunConfig,
+        *,
+        comm: Communicator,
+        parameters: ShardedParameters,
+        optimizer: ZerothOrderOptimizer,
+        lr_scheduler: Any,
+        training_loader: TrainingLoader | SelectingLoader | None,
+    ) -> None:
+        self.deepspeed = deepspeed_engine
+        self.module: torch.nn.Module = deepspeed_engine.module
+        self.config = config
+        self.comm = comm
+        self.sharded_parameters = parameters
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.training_dataloader = training_loader
+        self.selection = (
+            training_loader.selection if isinstance(training_loader, SelectingLoader) else None
+        )
+        self.monitor = deepspeed_engine.monitor
+        self.training = True
+        self.last_step: StepReport | None = None
+        micro_batch = self.train_micro_batch_size_per_gpu()
+        self.recorder = Recorder(config, comm.world_size, training_loader, micro_batch)
+        self.trajectory = self.recorder.trajectory
+        self.stop = StopRequest()
+        self.should_stop = False
+        self.replicas = (
+            None
+            if config.zeroth_order.replicas is None
+            else Replicas(config.zeroth_order.replicas, comm)
+        )
+        self._zo = config.zeroth_order
+        self._rule = StepRule(self._zo)
+        self._direction = direction_of(self._zo)
+        self._watchdog = Watchdog(comm, self._zo.hang_timeout)
+        self.anchor: Anchor | None = None
+        if self._zo.is_svrg:
+            aio = config.deepspeed.get("aio", {})
+            self.anchor = Anchor(
+                self._zo.anchor, parameters, comm, direction=self._direction, aio=aio
+            )
+        offload = (
+            config.deepspeed.get("zero_optimization", {})
+            .get("offload_param", {})
+            .get("device", "none")
+        )
+        deferred = None if offload == "none" else DeferredUpdate(parameters, self._direction)
+        self.run = TrainingRun(
+            config=config,
+            comm=comm,
+            deepspeed=deepspeed_engine,
+            parameters=parameters,
+            direction=self._direction,
+            anchor=self.anchor,
+            deferred=deferred,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            loader=training_loader,
+            recorder=self.recorder,
+            state=TrainState(),
+        )
+        self._evaluator = Evaluator(
+            deepspeed_engine,
+            comm,
+            parameters,
+            deferred,
+            direction=self._direction,
+            eps=self._zo.eps,
+            loss_mean=self._zo.loss_mean,
+            evaluation=self._zo.evaluation,
+            stream_memory_gb=self._zo.stream_memory_gb,
+            micro_batch=micro_batch,
+            most_points=self._zo.most_points,
+            beat=lambda: self._watchdog.beat(f"step {self.global_steps}, forward"),
+        )
+        self._own_batches: Iterator[Any] | None = None
+        self._has_said_zero = self._is_closed = False
+        self._is_logged = False  # whether `resume` was called
+        self._in_flight: StepInFlight | None = None
+        deepspeed_engine.eval()
+
+    # --- modes ------------------------------------------------------------------------------------------------------
+
+    @property
+    def _rows(self) -> int:
+        """Examples of a micro-batch, over all ranks."""
+        return self.train_batch_size() // self.gradient_accumulation_steps()
+
+    def get_lr(self) -> list[float]:
+        """The step size in force: the scheduler's, divided by what annealing asks."""
+        return [group["lr"] / self.annealing.divisor for group in self.optimizer.param_groups]
+
+    def train(self, mode: bool = True) -> ZerothOrderEngine:
+        """In training mode `engine(batch)` evaluates a step's losses; else it gives the model's outputs."""
+        if not mode:
+            self.flush()
+        self.module.eval()  # in training too: both losses of a pair need the same function
+        self.training = mode
+        return self
+
+    def eval(self) -> ZerothOrderEngine:
+        return self.train(False)
+
+    @property
+    def evaluation(self) -> str | None:
+        """How a step's points are evaluated: stacked, lockstep or sequential; None before the first batch, which decides."""
+        return self._evaluator.evaluation
+
+    def stop_on(self, request: StopRequest) -> None:
+        """End where `request` asks for it, in place of the engine's own request."""
+        self.stop = request
+
+    def close(self) -> None:
+        """The watch over the ranks ends, replicas part, and the log is free for another engine; to be called before any rank
+        ends."""
+        self._watchdog.close()
+        self._evaluator.close()
+        self._is_closed = True
+        if self.replicas is not None:
+            self.replicas.close()
+        if self.trajectory.file is not None:
+            self.trajectory.file.close()
+
+    def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
+        return self.forward(*inputs, **kwargs)
+
+    # --- phase 1: evaluate ------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        """Training: the mean loss of this rank's micro-batch around the parameters, a `StepLoss`; NaN where it has no label
+        that counts. Else: the model's outputs.
+
+        Takes what the model's forward takes, or one batch of it (`zods.data.batch`). A loss becomes part of the step when it is
+        given to `backward`; one that is not (a probe) is left out. The micro-batches of one step share the directions; a
+        refresh of the anchor that is due comes before the first. Raises ValueError where the model gives no loss.
+        """
+        if self._is_closed:
+            raise RuntimeError(
+                "the engine is closed: its model is no longer evaluated at a step's points."
+            )
+        batch = self._evaluator.inputs(*inputs, **kwargs)
+        if not self.training:
+            self.flush()
+            return self._evaluator.outputs(batch)
+        if self._in_flight is None:
+            self._in_flight = self._begin_step()
+        rechecks, self._in_flight.rechecks = self._in_flight.rechecks, False
+        sums = self._evaluator.loss_sums(self._in_flight.points, batch, rechecks=rechecks)
+        self._record_evaluation()
+        loss = (sums[: 2 * self._zo.num_directions].mean() / sums[-1]).float().as_subclass(StepLoss)
+        self._in_flight.pending = (loss, sums)
+        self._watchdog.rest()
+        return loss
+
+    def _record_evaluation(self) -> None:
+        self.recorder.record_evaluation(
+            self.global_steps, self.evaluation, self._evaluator.streams_per_forward
+        )
+
+    def _begin_step(self) -> StepInFlight:
+        """Refresh the anchor where it is due, and choose the step's points: pairs at theta, then at the anchor."""
+        began, bytes_before = time.perf_counter(), self.comm.scalar_bytes
+        zo, step = self._zo, self.global_steps
+        if self.replicas is not None and self.recorder.is_new:
+            raise RuntimeError(
+                "zeroth_order.replicas: call engine.resume(folder) before the first step; they share its log."
+            )
+        self.recorder.record_run(step)
+        if self.anchor is not None and (
+            self.anchor_step is None or step - self.anchor_step >= zo.anchor_interval
+        ):
+            self.refresh_anchor()
+        own = self.global_rank if zo.directions == "per_rank" else 0
+        seeds, anchor_seeds = self._rule.step_seeds(step, own)
+        points = pairs(seeds, zo.eps)
+        if self.anchor is not None:
+            points += pairs(anchor_seeds, zo.eps, center=self.anchor.center)
+        return StepInFlight(
+            points, began, bytes_before, rechecks=step > 0 and step.bit_count() == 1
+        )
+
+    # --- phase 2: reduce the scalars --------------------------------------------------------------------------------
+
+    def backward(self, loss: torch.Tensor) -> torch.Tensor:
+        """Make the forward that gave `loss` part of the step; at an accumulation boundary, sum losses and counts over all ranks.
+
+        Sends 8 bytes per point and rank. Whether a rank was asked to stop travels with them. Raises ValueError where `loss` is
+        not what the last `engine(batch)` returned: a scaled or other loss would have no effect, since the losses at the points
+        are already known. Wrap the model so that its forward returns that loss.
+        """
+        step = self._in_flight
+        if step is None or step.pending is None or loss is not step.pending[0]:
+            raise ValueError(
+                "engine.backward(loss): this is not the loss that the last engine(batch) returned, or it was given before. A "
+                "zeroth-order step uses the losses of the forward itself; for another loss (a scaled one, a sum with other "
+                "terms) wrap the model so that its forward returns it."
+            )
+        step.sums.append(step.pending[1])
+        step.pending = None
+        if self.is_gradient_accumulation_boundary():
+            self._watchdog.beat(f"step {self.global_steps}, backward")
+            of_all = self._reduce(
+                self.comm.numbers(torch.stack(step.sums).sum(0)), asked=self.stop.reason is not None
+            )
+            # An estimate is linear in its losses. With directions of each rank's own, a rank's losses are weighted by its share
+            # of what the loss is a mean over, so that the mean over the ranks is that of the global batch.
+            mean_count = sum(count for *_, count in of_all) / len(of_all)
+            step.reduced = [
+                [total / mean_count if mean_count else math.nan for total in row[:-1]]
+                for row in of_all
+            ]
+        return loss
+
+    def _reduce(self, sums: list[float], *, asked: bool) -> list[list[float]]:
+        """The sums of each set of directions; whether some rank was asked to stop, or could not evaluate in the form chosen."""
+        left = self._evaluator.left_form
+        if self.replicas is not None:
+            if self.comm.sum_over_ranks([float(left)])[0]:
+                self._evaluator.leave_form()
+            tag, head = str(self.global_steps), self.trajectory.head
+            totals, self.should_stop = self.replicas.sum(
+                sums, tag, head, asked=asked, rows=self._rows
+            )
+            return [totals]
+        own, per_rank = [*sums, float(left), float(asked)], self._zo.directions == "per_rank"
+        of_all = self.comm.gather_scalars(own) if per_rank else [self.comm.sum_over_ranks(own)]
+        flags = [(row.pop(), row.pop()) for row in of_all]
+        self.should_stop = any(asked for asked, _ in flags)
+        if any(left for _, left in flags):
+            self._evaluator.leave_form()
+        return of_all
+
+    # --- phases 3 to 5: combine, log, apply -------------------------------------------------------------------------
+
+    def step(self) -> None:
+        """At an accumulation boundary: combine the losses into an estimate, log it, apply it to this rank's shards.
+
+        When it returns the step is on the disk, where there is a log; OSError where that failed. A step with a non-finite
+        loss is skipped and counted; RuntimeError after `max_nonfinite_steps` in a row.
+        """
+        in_flight = self._in_flight
+        if in_flight is None or len(in_flight.sums) <= in_flight.micro_steps:
+            raise RuntimeError("engine.step() was called without engine.backward(loss) before it.")
+        if not self.is_gradient_accumulation_boundary():
+            in_flight.micro_steps += 1
+            return
+        self._watchdog.beat(f"step {self.global_steps}, step")
+        record, loss, projected_grad = self._combine(in_flight.reduced)
+        self._commit_everywhere(record)
+        self._in_flight = None
+        self.run.advance(record)
+        self.trajectory.wait()
+        if self.replicas is not None and not self.should_stop:
+            self._share_batches()
+        self._check_agreement()
+        self._report(record, in_flight, loss, projected_grad)
+        self._watchdog.rest()
+        if record.skipped:
+            self._refuse_more_skipped(in_flight.reduced)
+        elif projected_grad == 0.0:
+            self._say_zero_gradient()
+
+    def _combine(self, losses: Sequence[Sequence[float]]) -> tuple[Step, float, float]:
+        """The record of this step; the mean loss and the mean projected gradient at the parameters."""
+        coefficients: tuple[float, ...] = ()
+        projected_grad = math.nan
+        if all(math.isfinite(loss) for of_set in losses for loss in of_set):
+            estimate, projected_grad = self._rule.estimate(self.global_steps, losses)
+            coefficients = tuple(term.coefficient for term in estimate)
+        if not all(map(math.isfinite, coefficients)):
+            coefficients = ()
+        at_parameters = [
+            loss for of_set in losses for loss in of_set[: 2 * self._zo.num_directions]
+        ]
+        loss = sum(at_parameters) / len(at_parameters)
+        place = None if self.training_dataloader is None else self.training_dataloader.place
+        logged, lr, sub_batch = (
+            loss if coefficients else None,
+            self.get_lr()[0],
+            self.recorder.sub_batch(),
+        )
+        return (
+            Step(self.global_steps, logged, lr, coefficients, place, sub_batch),
+            loss,
+            projected_grad,
+        )
+
+    def _commit_everywhere(self, record: Record) -> None:
+        """Commit a record, and where another replica leads, that one's in its place, with what it recorded before it."""
+        if self.replicas is None or not self.recorder.follows:
+            self.run.commit(record)
+            return
+        while type(taken := self.replicas.next_record()) is not type(record):
+            self.run.commit(taken)
+        self.run.commit(taken)
+
+    def _check_agreement(self) -> None:
+        """Where it is due: have all ranks applied the same, and been given the same examples?
+
+        Raises Disagreement where they have not; the log then ends where they last had, for steps since were made on weights
+        that differ.
+        """
+        if self.global_steps % self._zo.agreement_interval:
+            return
+        loader, digest = self.training_dataloader, ""
+        if loader is not None and loader.data_digest is not None:
+            digest = digest_of(loader.dataset[i] for i in loader.last_examples())
+        try:
+            self.comm.check_agreement(
+                self.trajectory.head.encode(), f"what was applied up to step {self.global_steps}"
+            )
+            self.comm.check_agreement(
+                digest.encode(), f"the training data of step {self.global_steps}"
+            )
+        except Disagreement:
+            self.trajectory.cut_to_agreement()
+            raise
+        self.trajectory.agree(self.global_steps)
+
+    def _report(
+        self, record: Step, in_flight: StepInFlight, loss: float, projected_grad: float
+    ) -> None:
+        selecting = 0.0 if self.selection is None else self.selection.take_seconds()
+        seconds = time.perf_counter() - in_flight.began + selecting
+        sent = self.comm.scalar_bytes - in_flight.bytes_before
+        self.last_step = StepReport(
+            self.global_steps,
+            loss,
+            projected_grad,
+            record.lr,
+            sent,
+            seconds,
+            record.skipped,
+            selecting,
+        )
+        if self.monitor.enabled:
+            events = {"loss": loss, "lr": record.lr, "projected_grad": projected_grad}
+            self.monitor.write_events(
+                [(f"Train/Samples/{k}", v, self.global_samples) for k, v in events.items()]
+            )
+
+    def _say_zero_gradient(self) -> None:
+        if not self._has_said_zero and self.global_rank == 0:
+            logger.warning(
+                "step %d: the projected gradient is exactly 0, for the losses of a pair of points are the same number. Either "
+                "no parameter that is trained reaches the loss, or eps (%g) is lost in rounding. This is said once.",
+                self.global_steps,
+                self._zo.eps,
+            )
+        self._has_said_zero = True
+
+    def _refuse_more_skipped(self, reduced: Sequence[Sequence[float]]) -> None:
+        losses = [loss for of_set in reduced for loss in of_set]
+        logger.warning("step %d skipped: losses %s are not all finite", self.global_steps, losses)
+        in_a_row = self.run.state.nonfinite_in_a_row
+        if in_a_row > self._zo.max_nonfinite_steps:
+            raise RuntimeError(
+                f"{in_a_row} steps in a row had non-finite losses (max_nonfinite_steps = "
+                f"{self._zo.max_nonfinite_steps}). Lower lr or eps, or look at the data. Last losses: {losses}."
+            )
+
+    # --- the anchor -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def refresh_anchor(self) -> None:
+        """Make the parameters the anchor, estimate the gradient there over the whole training set, and step along it.
+
+        The step at a refresh is theta <- theta - anchor_lr * g, as in algorithm 2 of Gautam et al. 2024. There it takes
+        the place of a mini-batch step; here the mini-batch step that was due follows it.
+        """
+        assert self.anchor is not None
+        assert self.training_dataloader is not None
+        self.flush()
+        zo = self._zo
+        seeds = self._rule.seeds("anchor", self.global_steps, zo.anchor_directions)
+        loader, title = self.training_dataloader, f"anchor at step {self.global_steps}"
+        share, total = (self.global_rank, self.world_size), self.comm.sum_over_ranks
+        if self.replicas is not None:
+            share, total = self.replicas.share, self._total_of_refresh
+        losses = self._evaluator.whole_set_losses(
+            pairs(seeds, zo.eps),
+            loader.dataset,
+            loader.collate_fn,
+            title=title,
+            micro_batch=self._rows // share[1],
+            share=share,
+            total=total,
+        )
+        self._record_evaluation()
+        scheduled = self.get_lr()[0] / zo.lr if zo.lr else 1.0 / self.annealing.divisor
+        anchor_lr = zo.lr if zo.anchor_lr is None else zo.anchor_lr
+        coefficients: tuple[float, ...] = ()
+        if all(map(math.isfinite, losses)):
+            grads = estimators.projected_grads(losses[0::2], losses[1::2], zo.eps)
+            coefficients = tuple(
+                term.coefficient for term in estimators.in_float32(estimators.spsa(seeds, grads))
+            )
+        if not coefficients or not all(map(math.isfinite, coefficients)):
+            if self.anchor_step is None:
+                raise RuntimeError(
+                    "the first anchor: the loss over the training set is not finite. Look at the data."
+                )
+            logger.warning(
+                "anchor at step %d: losses are not finite; the last anchor stays", self.global_steps
+            )
+            coefficients = ()
+        self._commit_everywhere(Refresh(self.global_steps, anchor_lr * scheduled, coefficients))
+
+    def _total_of_refresh(self, values: Sequence[float]) -> list[float]:
+        assert self.replicas is not None
+        return self.replicas.sum(values, f"{self.global_steps}, refresh", self.trajectory.head)[0]
+
+    # --- resume, load -----------------------------------------------------------------------------
+
+    def _share_batches(self) -> None:
+        """From the next step on, evaluate this rank's part of each batch, as it is shared by those that take part."""
+        assert self.replicas is not None
+        assert isinstance(self.training_dataloader, TrainingLoader)
+        self.training_dataloader.share = self.replicas.share
+
+    def _adopt_evaluation(self) -> None:
+        """Evaluate as the log says, where that was chosen under the same conditions: the same bits."""
+        self._evaluator.adopt(self.recorder.chosen_evaluation())
+
+    def resume(
+        self,
+        folder: str | Path,
+        *,
+        checkpoints: str | Path | None = None,
+        new: Collection[str] = (),
+    ) -> None:
+        """Log every step in `folder`; where steps are logged there, go on after them. To be called before the first step."""
+        self._in_flight = None
+        if resume.resume(self.run, folder, self.replicas, checkpoints=checkpoints, new=new):
+            self._adopt_evaluation()
+        if self.replicas is not None and self.recorder.follows:
+            join_leader(self.run, self.replicas)
+            self._share_batches()
+        self.restart_loader()
+        self._is_logged = True
+
+    def load_checkpoint(
+        self,
+        load_dir: str | Path,
+        tag: Any = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+        custom_load_fn: Any = None,
+    ) -> tuple[Path | None, dict[str, Any] | None]:
+        """Load a checkpoint, with the keywords of DeepSpeed's method; see `zods.training.checkpoint.load_checkpoint`.
+
+        The micro-batches of a step under way are dropped.
+        """
+        if custom_load_fn is not None:
+            raise ValueError(
+                "custom_load_fn: must be None; nothing of a checkpoint of zods is loaded by other code."
+            )
+        self.flush()
+        wanted = checkpoint.Wanted(
+            module_only=load_module_only,
+            strict=load_module_strict,
+            optimizer=load_optimizer_states,
+            scheduler=load_lr_scheduler_states,
+        )
+        if self._is_logged:
+            raise ValueError(
+                "load_checkpoint: this run writes a log since engine.resume(), which would not replay over a load. Load "
+                "before engine.resume(), or begin another run's folder."
+            )
+        self.restart_loader()
+        loaded = checkpoint.load_checkpoint(self.run, load_dir, tag, wanted)
+        if loaded[0] is not None and not load_module_only:
+            self._adopt_evaluation()
+        self._in_flight = None
+        return loaded
+
+    # --- whole batches ----------------------------------------------------------------------------------------------
+
+    def train_batch(self, data_iter: Iterator[Any] | None = None) -> float:
+        """One whole step: micro-batches from `data_iter` (default: the engine's own loader), evaluated and applied.
+
+        Returns the global batch's mean loss.
+        """
+        if data_iter is None:
+            if self.training_dataloader is None:
+                raise ValueError(
+                    "engine.train_batch(): give an iterator, or training_data to zods.initialize."
+                )
+            self._own_batches = data_iter = self._own_batches or self.training_dataloader.forever()
+        self.train()
+        for _ in range(self.gradient_accumulation_steps()):
+            self.backward(self.forward(next(data_iter)))
+            self.step()
+        assert self.last_step is not None
+        return self.last_step.loss
+
+    def restart_loader(self) -> None:
+        """Let `train_batch` take up the loader where it stands now; iterators made before go on where they were."""
+        self._own_batches = None
+
+    @torch.no_grad()
+    def eval_batch(self, data_iter: Iterator[Any]) -> float:
+        """Mean loss at the parameters over `gradient_accumulation_steps` micro-batches of all ranks."""
+        self.flush()
+        return self._evaluator.mean_loss(
+            next(data_iter) for _ in range(self.gradient_accumulation_steps())
+        )
+
+    @torch.no_grad()
+    def evaluate(
+        self,
+        dataset: Any,
+        collate_fn: Callable[[list], tuple[dict[str, torch.Tensor], Any]],
+        measure: Measure,
+    ) -> dict[str, float]:
+        """Means over a whole dataset at the parameters, every example counted once, over all ranks.
+
+        collate_fn: rows -> (model inputs, targets). measure: (outputs, inputs, targets) -> name: (sum, count).
+        """
+        self.flush()
+        micro_batch = self.train_micro_batch_size_per_gpu()
+        return measure_whole(
+            self._evaluator.outputs,
+            dataset,
+            collate_fn,
+            measure,
+            comm=self.comm,
+            micro_batch=micro_batch,
+        )

@@ -1,0 +1,273 @@
+"""What loops written for DeepSpeed's engine and for Hugging Face models touch beside a step: sizes and counters, the module
+behind the engine, its weights. `ZerothOrderEngine` inherits it.
+
+DeepSpeed's engine is the model (it inherits `torch.nn.Module`), so loops ask it for the model's attributes: what this class
+does not have is looked up in the module.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zods.comm.communicator import Communicator
+from zods.config.deepspeed_json import RunConfig
+from zods.core.annealing import Annealing
+from zods.params.zero3_adapter import is_sharded
+from zods.training import checkpoint
+from zods.training.export import save_16bit_model, save_pretrained, whole_state
+from zods.training.state import StepInFlight
+from zods.training.step_outputs import StepReport
+from zods.training.training_run import TrainingRun
+
+logger = logging.getLogger(__name__)
+
+_DTYPES_OF_A_RUN = (
+    'the dtype of a run is that of its "bf16" section and of the model given to zods.initialize'
+)
+
+
+class EngineFace:
+    """DeepSpeed's names on an engine. module: the model. deepspeed: the DeepSpeedEngine that shards it."""
+
+    module: torch.nn.Module
+    deepspeed: Any
+    config: RunConfig
+    comm: Communicator
+    optimizer: torch.optim.Optimizer
+    run: TrainingRun
+    last_step: StepReport | None
+    _in_flight: StepInFlight | None
+
+    def flush(self) -> None:
+        """Apply what waits until its parameter is next loaded: before parameters are read other than by
+        a step. The engine's own methods do it where they need it."""
+        self.run.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        """An attribute of the module, where the engine has none of that name."""
+        module = self.__dict__.get("module")
+        if module is not None and not name.startswith("__"):
+            with contextlib.suppress(AttributeError):
+                return getattr(module, name)
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}, nor has its module")
+
+    # --- counters ---------------------------------------------------------------------------------------------------
+
+    @property
+    def global_steps(self) -> int:
+        return self.run.state.global_steps
+
+    @property
+    def global_samples(self) -> int:
+        return self.run.state.global_samples
+
+    @property
+    def micro_steps(self) -> int:
+        """Micro-batches so far, those of the step under way included for which `step()` was called."""
+        of_step = 0 if self._in_flight is None else self._in_flight.micro_steps
+        return self.global_steps * self.gradient_accumulation_steps() + of_step
+
+    @property
+    def skipped_steps(self) -> int:
+        return self.run.state.skipped_steps
+
+    @property
+    def anchor_step(self) -> int | None:
+        """The step of the anchor's last refresh; None where one is due before the next step."""
+        return self.run.state.anchor_step
+
+    @property
+    def annealing(self) -> Annealing:
+        return self.run.state.annealing
+
+    # --- ranks, sizes, settings -------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        return self.comm.device
+
+    @property
+    def global_rank(self) -> int:
+        return self.comm.rank
+
+    @property
+    def local_rank(self) -> int:
+        return self.deepspeed.local_rank
+
+    @property
+    def world_size(self) -> int:
+        return self.comm.world_size
+
+    @property
+    def dp_world_size(self) -> int:
+        return self.comm.world_size
+
+    def train_batch_size(self) -> int:
+        return self.config.deepspeed["train_batch_size"]
+
+    def train_micro_batch_size_per_gpu(self) -> int:
+        return self.config.deepspeed["train_micro_batch_size_per_gpu"]
+
+    def gradient_accumulation_steps(self) -> int:
+        return self.config.deepspeed["gradient_accumulation_steps"]
+
+    def is_gradient_accumulation_boundary(self) -> bool:
+        return (self.micro_steps + 1) % self.gradient_accumulation_steps() == 0
+
+    def zero_optimization_stage(self) -> int:
+        return self.config.zero_stage
+
+    def zero_optimization(self) -> bool:
+        return self.config.zero_stage > 0
+
+    def bfloat16_enabled(self) -> bool:
+        return bool(self.config.deepspeed.get("bf16", {}).get("enabled", False))
+
+    def fp16_enabled(self) -> bool:
+        return False
+
+    def steps_per_print(self) -> int:
+        return self.deepspeed.steps_per_print()
+
+    def get_global_grad_norm(self) -> None:
+        """None, as DeepSpeed's before its first step: no gradient is made. `last_step.projected_grad` is what a step measures."""
+
+    def was_step_applied(self) -> bool:
+        """Whether the last step changed the parameters; one with a non-finite loss is skipped."""
+        return self.last_step is not None and not self.last_step.skipped
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Nothing: there are no gradients. Here so that a DeepSpeed loop runs unchanged."""
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Nothing: micro-batches before the last one of a step send nothing anyway."""
+        yield
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing but a line that says so: a step changes weights while modules run, which Dynamo cannot trace."""
+        logger.info(
+            "engine.compile(): the model is not compiled: a step changes weights while modules run"
+        )
+
+    # --- the module and its weights ---------------------------------------------------------------------------------
+
+    def parameters(self, recurse: bool = True) -> Iterator[torch.nn.Parameter]:
+        """The module's parameters, up to date; at stage 3 as DeepSpeed leaves them, for `deepspeed.zero.GatheredParameters`."""
+        self.flush()
+        return self.module.parameters(recurse)
+
+    def named_parameters(
+        self, *args: Any, **kwargs: Any
+    ) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """As `parameters`, with the module's names."""
+        self.flush()
+        return self.module.named_parameters(*args, **kwargs)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The module's state dict with whole tensors in host memory, on rank 0; an empty dict on the other ranks.
+
+        The same at stage 0 and stage 3. All ranks call it together; rank 0's memory must hold the model.
+        """
+        self.flush()
+        return whole_state(self.deepspeed, self.comm)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        raise ValueError(
+            "engine.load_state_dict(): a run's weights change by its steps only, as its log says. Load weights into the model "
+            "before zods.initialize, or a checkpoint of zods by engine.load_checkpoint."
+        )
+
+    def save_16bit_model(self, save_dir: Any, save_filename: str = "pytorch_model.bin") -> bool:
+        """Write `state_dict()` by torch.save, in the dtype of the run, as DeepSpeed's method of this name does."""
+        self.flush()
+        save_16bit_model(self.deepspeed, self.comm, Path(save_dir) / save_filename)
+        return True
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's `generate`, at the parameters as they are. At stage 3 all ranks go on until the last one is done."""
+        self.flush()
+        self.module.eval()
+        if self.comm.world_size > 1 and any(map(is_sharded, self.module.parameters())):
+            kwargs = {"synced_gpus": True, **kwargs}
+        with torch.no_grad():
+            return self.module.generate(*args, **kwargs)  # type: ignore[operator]
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """The engine itself, where it is on that device and of that dtype. ValueError else."""
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        here = self.comm.device
+        if device is not None and (
+            device.type != here.type or device.index not in (None, here.index)
+        ):
+            raise ValueError(
+                f"engine.to({device}): the engine is on {here}, where the launcher put this rank. Leave the call out, and move "
+                "batches to engine.device."
+            )
+        odd = next(
+            (
+                p.dtype
+                for p in self.module.parameters()
+                if p.is_floating_point() and p.dtype != dtype
+            ),
+            None,
+        )
+        if dtype is not None and odd is not None:
+            raise ValueError(f"engine.to({dtype}): found parameters of {odd}; {_DTYPES_OF_A_RUN}.")
+        return self
+
+    def half(self) -> Any:
+        return self.to(torch.float16)
+
+    def bfloat16(self) -> Any:
+        return self.to(torch.bfloat16)
+
+    def float(self) -> Any:
+        return self.to(torch.float32)
+
+    def double(self) -> Any:
+        return self.to(torch.float64)
+
+    def cuda(self, device: Any = None) -> Any:
+        return self.to(
+            "cuda"
+            if device is None
+            else torch.device("cuda", device)
+            if isinstance(device, int)
+            else device
+        )
+
+    def cpu(self) -> Any:
+        return self.to("cpu")
+
+    # --- save, load, export -----------------------------------------------------------------------
+
+    def save_checkpoint(
+        self,
+        save_dir: str | Path,
+        tag: Any = None,
+        client_state: dict[str, Any] | None = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+        *,
+        keep: int | None = None,
+    ) -> Path:
+        """Write a checkpoint, with the keywords of DeepSpeed's method; see `zods.training.checkpoint.save_checkpoint`.
+
+        exclude_frozen_parameters: no checkpoint of zods has frozen parameters, whatever it says.
+        """
+        self.flush()
+        return checkpoint.save_checkpoint(
+            self.run, save_dir, tag, client_state or {}, keep, save_latest=save_latest
+        )
+
+    def save_pretrained(self, save_dir: str | Path) -> None:
+        """Export the whole model as a folder that `from_pretrained` reads; see `zods.training.export`."""
+        self.flush()
+        save_pretrained(self.deepspeed, self.comm, save_dir)

@@ -1,0 +1,91 @@
+"""The whole model, gathered from the ranks: as a state dict, and as a folder that `from_pretrained` reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from zods.comm.communicator import Communicator
+from zods.params.zero3_adapter import gathered, release_gathered
+
+
+def whole_state(deepspeed_engine: Any, comm: Communicator) -> dict[str, Any]:
+    """The state dict of the engine's module with whole tensors in host memory, on rank 0; an empty dict on the other ranks.
+
+    It has the names that the module's own `state_dict()` has, so that a parameter under two names is there under both, as one
+    tensor. Gathers one module at a time; rank 0's memory must hold the model. All ranks call it together.
+    """
+    module = deepspeed_engine.module
+    values: dict[int, torch.Tensor] = {}
+    for submodule in module.modules():
+        own = list(submodule.parameters(recurse=False))
+        with gathered(own):
+            if comm.rank == 0:
+                values |= {
+                    id(p): p.detach().to("cpu", copy=True) for p in own if id(p) not in values
+                }
+    release_gathered(deepspeed_engine)
+    if comm.rank != 0:
+        return {}
+    state = {}
+    for name, value in module.state_dict(keep_vars=True).items():
+        if isinstance(value, torch.Tensor):
+            if id(value) not in values:
+                values[id(value)] = value.detach().to("cpu", copy=True)
+            value = values[id(value)]
+        state[name] = value
+    return state
+
+
+def save_16bit_model(deepspeed_engine: Any, comm: Communicator, path: Path) -> None:
+    """Write `whole_state` by torch.save. All ranks call it together; OSError on all where it fails."""
+    state = whole_state(deepspeed_engine, comm)
+    with comm.same_on_all_ranks():
+        if comm.rank == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(state, path)
+
+
+def save_pretrained(deepspeed_engine: Any, comm: Communicator, save_dir: str | Path) -> None:
+    """Export the whole model as a folder that `from_pretrained` reads, in the dtype of the run.
+
+    Gathers one module at a time to rank 0, whose host memory must hold the model. A module that is not of transformers
+    or peft is written as `model.safetensors`. All ranks call it together; ValueError or OSError on all where it fails.
+    """
+    state, module = whole_state(deepspeed_engine, comm), deepspeed_engine.module
+    with _runs_alone(getattr(module, "prompt_encoder", None)), comm.same_on_all_ranks():
+        if comm.rank == 0:
+            Path(save_dir).mkdir(parents=True, exist_ok=True)
+            if hasattr(module, "save_pretrained"):
+                module.save_pretrained(save_dir, state_dict=state)
+            else:
+                tensors = {
+                    name: value.clone(memory_format=torch.contiguous_format)
+                    for name, value in state.items()
+                    if isinstance(value, torch.Tensor)
+                }
+                save_file(tensors, Path(save_dir) / "model.safetensors")
+
+
+@contextmanager
+def _runs_alone(module: torch.nn.Module | None) -> Iterator[None]:
+    """A module that one rank can run without the others: peft saves what its prompt encoders give, and runs them for that.
+
+    Its parameters are gathered, and hooks, of which ZeRO-3's would gather again, are left out.
+    """
+    modules = [] if module is None else list(module.modules())
+    hooks = [hooks for m in modules for hooks in (m._forward_pre_hooks, m._forward_hooks)]
+    with gathered([p for m in modules for p in m.parameters(recurse=False)]):
+        kept = [dict(of_module) for of_module in hooks]
+        for of_module in hooks:
+            of_module.clear()
+        try:
+            yield
+        finally:
+            for of_module, before in zip(hooks, kept, strict=True):
+                of_module.update(before)

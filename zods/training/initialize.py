@@ -1,0 +1,336 @@
+"""`zods.initialize`: DeepSpeed's signature and 4-tuple, for a zeroth-order engine."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+
+from zods.comm.communicator import Communicator
+from zods.comm.process import connect_ranks
+from zods.config.auto_values import hidden_size_of, resolve_model_auto, resolve_offload_buffers
+from zods.config.deepspeed_json import FirstOrderConfig, RunConfig, read_config
+from zods.config.optional_packages import check_packages
+from zods.config.schedules import ZerothOrderOptimizer, build_scheduler, step_mistake
+from zods.config.schema import SECTION, DirectionConfig, check_selector
+from zods.data.loader import TrainingLoader, check_dataset
+from zods.forward.wrapping import has_moved_hooks
+from zods.kernels import backend, fingerprint
+from zods.params.anchor_stores import check_nvme
+from zods.params.shards import ShardedParameters
+from zods.params.zero3_adapter import is_sharded
+from zods.selection.features import find_target
+from zods.selection.loaders import SelectingLoader
+from zods.selection.selector import NEEDS
+from zods.selection.sub_batches import SubBatches, sources_of
+from zods.training.engine import ZerothOrderEngine
+from zods.training.host_memory import return_freed_memory
+from zods.training.model_setup import (
+    lay_out_parameters,
+    parameters_to_train,
+    scalars_as_vectors,
+    without_compile,
+)
+
+logger = logging.getLogger(__name__)
+
+PACKAGES = ("torch", "deepspeed", "transformers")
+PACKAGE = Path(__file__).parents[1]  # the folder of zods
+SELECTOR = f"{SECTION}.selector"
+
+
+def initialize(
+    args: Any = None,
+    model: torch.nn.Module | None = None,
+    optimizer: Any = None,
+    model_parameters: Iterable[Any] | None = None,
+    training_data: torch.utils.data.Dataset | None = None,
+    lr_scheduler: Any = None,
+    distributed_port: int = 29500,
+    mpu: Any = None,
+    dist_init_required: bool | None = None,
+    collate_fn: Callable | None = None,
+    config: Any = None,
+    mesh_param: Any = None,
+    config_params: Any = None,
+) -> tuple[ZerothOrderEngine, ZerothOrderOptimizer, TrainingLoader | SelectingLoader | None, Any]:
+    """Put a model under DeepSpeed with zeroth-order steps; `deepspeed.initialize` with a section "zeroth_order".
+
+    model: any module whose forward returns a loss, an output with `loss`, or one with `logits` for a batch with
+    `labels`. It may be made under `deepspeed.zero.Init`; torch.compile is taken off it. model_parameters: those to train
+    (default: all that require a gradient), also as groups; see `zods.training.model_setup.parameters_to_train`. training_data: a
+    map-style dataset; needed for "mezo_svrg" (the anchor is its full-batch gradient), "anneal" and "selector".
+    lr_scheduler: a scheduler on the returned optimizer, or a function that makes one from it. config: path or dict (else
+    `args.deepspeed_config`). optimizer, mpu and mesh_param must be None.
+
+    Returns (engine, optimizer, training_dataloader, lr_scheduler). Raises ValueError or OSError on bad input, the same
+    on all ranks.
+    """
+    comm = connect_ranks(distributed_port=distributed_port, dist_init_required=dist_init_required)
+    with comm.same_on_all_ranks():
+        model = without_compile(
+            _checked_model(model, optimizer=optimizer, mpu=mpu, mesh_param=mesh_param)
+        )
+        run = read_config(_source(args, config, config_params), comm.world_size)
+        check_packages(run.deepspeed)
+        check_folders(run)
+        if hasattr(lr_scheduler, "step"):
+            _check_step(lr_scheduler)
+        loader: TrainingLoader | SelectingLoader | None = _training_loader(
+            run, comm, training_data, collate_fn
+        )
+        _check_selector(run, model, training_data)
+        wanted = parameters_to_train(
+            model,
+            model_parameters,
+            lr=run.zeroth_order.lr,
+            weight_decay=run.zeroth_order.weight_decay,
+        )
+        lay_out_parameters(model)
+        resolve_by_model(run, model, comm.world_size)
+    comm.check_agreement(json.dumps(run.to_dict(), sort_keys=True).encode(), "the configuration")
+    comm.check_agreement(
+        _fingerprint(model), "the model (parameter names, shapes, dtypes, trainable or not)"
+    )
+    comm.check_agreement(
+        _code_digest(), f"the code (of zods, or a version of {', '.join(PACKAGES)})"
+    )
+    if loader is not None:
+        data = f"{len(loader.dataset)} {loader.data_digest}"  # type: ignore[arg-type]
+        comm.check_agreement(data.encode(), "the training data")
+
+    if not any(is_sharded(p) for p in model.parameters()):
+        _check_weights(model, comm)
+    with scalars_as_vectors(model):
+        if run.zero_stage == 3:
+            return_freed_memory(comm.device)
+        ds_config = _prepared(run, model)
+        engine = deepspeed.initialize(model=model, config=ds_config, dist_init_required=False)[0]
+    parameters = ShardedParameters(engine.module, rank=comm.rank, model_parameters=wanted)
+    if run.zeroth_order.selector is not None:
+        loader = _selecting_loader(run, comm, engine, training_data, collate_fn)
+    zo_optimizer = ZerothOrderOptimizer([p.param for p in parameters], lr=run.zeroth_order.lr)
+    with comm.same_on_all_ranks():
+        scheduler = _scheduler(run, zo_optimizer, lr_scheduler)
+    zo_engine = ZerothOrderEngine(
+        engine,
+        run,
+        comm=comm,
+        parameters=parameters,
+        optimizer=zo_optimizer,
+        lr_scheduler=scheduler,
+        training_loader=loader,
+    )
+    if comm.rank == 0:
+        logger.info(
+            "zods: %s on %d ranks, %d trainable elements, kernels: %s",
+            run.zeroth_order.method,
+            comm.world_size,
+            parameters.numel,
+            backend(),
+        )
+        _say_reduced_ranks(run.zeroth_order.direction, parameters)
+    return zo_engine, zo_optimizer, loader, scheduler
+
+
+def _source(args: Any, config: Any, config_params: Any) -> Any:
+    """The configuration given, of the three ways there are."""
+    source = config if config is not None else config_params
+    if source is None:
+        source = getattr(args, "deepspeed_config", None)
+    if source is None:
+        raise ValueError("config: missing. Give a path or dict, or args with deepspeed_config.")
+    return source
+
+
+def _checked_model(model: torch.nn.Module | None, **others: Any) -> torch.nn.Module:
+    """The model. Raises ValueError where there is none, or what only first-order training takes was given."""
+    if model is None:
+        raise ValueError("model: missing. Give a torch.nn.Module.")
+    if has_moved_hooks(
+        model
+    ):  # closing the other engine would move them out of this one's forwards
+        raise ValueError(
+            "model: another zods engine runs the hooks of its modules. Call close() of that engine first."
+        )
+    for name, value in others.items():
+        if value is not None:
+            raise ValueError(
+                f"{name}: must be None; a zeroth-order step has no optimizer states and shards by ZeRO-3 only."
+            )
+    return model
+
+
+def _say_reduced_ranks(direction: DirectionConfig, parameters: ShardedParameters) -> None:
+    """Matrices whose smaller side is below the rank of low-rank directions get that rank, full for them."""
+    small = [p for p in parameters if len(p.shape) == 2 and min(p.shape) < direction.rank]
+    if direction.distribution == "low_rank" and small:
+        named = ", ".join(f"{p.name} ({min(p.shape)})" for p in small[:5])
+        more = f" and {len(small) - 5} more" if len(small) > 5 else ""
+        logger.warning(
+            "direction.rank %d is reduced to the smaller side of %s%s", direction.rank, named, more
+        )
+
+
+def check_folders(run: RunConfig | FirstOrderConfig) -> None:
+    """Raise ValueError where a folder for NVMe offload cannot be used on this rank, before anything is loaded."""
+    for key in ("offload_param", "offload_optimizer"):
+        offload = run.deepspeed.get("zero_optimization", {}).get(key) or {}
+        if offload.get("device") == "nvme":
+            check_nvme(offload["nvme_path"], f"zero_optimization.{key}.nvme_path")
+    if run.zeroth_order.anchor.nvme_path is not None:
+        check_nvme(run.zeroth_order.anchor.nvme_path, "zeroth_order.anchor.nvme_path")
+
+
+def _training_loader(
+    run: RunConfig, comm: Communicator, training_data: Any, collate_fn: Callable | None
+) -> TrainingLoader | None:
+    zo = run.zeroth_order
+    if training_data is None:
+        if zo.is_svrg:
+            raise ValueError(
+                'training_data: missing; method "mezo_svrg" takes its anchor over the whole training set. Give a '
+                'map-style dataset to zods.initialize, or use method "mezo".'
+            )
+        if zo.replicas is not None:
+            raise ValueError("training_data: missing; zeroth_order.replicas share its batches.")
+        if zo.anneal is not None:
+            raise ValueError(
+                "training_data: missing; zeroth_order.anneal compares the losses of its epochs."
+            )
+        return None
+    check_dataset(training_data, "training_data")
+    return TrainingLoader(
+        training_data,
+        micro_batch=run.deepspeed["train_micro_batch_size_per_gpu"],
+        accumulation=run.deepspeed["gradient_accumulation_steps"],
+        rank=comm.rank,
+        world_size=comm.world_size,
+        seed=zo.seed,
+        collate_fn=collate_fn,
+    )
+
+
+def _check_selector(run: RunConfig, model: torch.nn.Module, training_data: Any) -> None:
+    """Raise ValueError where the model or the data is not what the selector's configuration says."""
+    selector = run.zeroth_order.selector
+    if selector is None:
+        return
+    if training_data is None:
+        raise ValueError(
+            f"training_data: missing; {SELECTOR} chooses from it. Give a map-style dataset to zods.initialize."
+        )
+    check_selector(selector, SELECTOR, run.deepspeed["train_batch_size"], len(training_data))
+    sources_of(training_data, selector.source_column, SELECTOR)
+    if NEEDS[selector.strategy] != "nothing":
+        find_target(model, selector.pattern)
+
+
+def _selecting_loader(
+    run: RunConfig,
+    comm: Communicator,
+    deepspeed_engine: Any,
+    training_data: Any,
+    collate_fn: Callable | None,
+) -> SelectingLoader:
+    assert run.zeroth_order.selector is not None
+    with comm.same_on_all_ranks():
+        selection = SubBatches(
+            training_data,
+            collate_fn,
+            run.zeroth_order.selector,
+            deepspeed_engine=deepspeed_engine,
+            comm=comm,
+            seed=run.zeroth_order.seed,
+            path=SELECTOR,
+            loss_mean=run.zeroth_order.loss_mean,
+        )
+    return SelectingLoader(selection, comm, run.zeroth_order.seed)
+
+
+def _fingerprint(model: torch.nn.Module) -> bytes:
+    described = [
+        (name, tuple(getattr(p, "ds_shape", p.shape)), str(p.dtype), p.requires_grad)
+        for name, p in model.named_parameters()
+    ]
+    return hashlib.sha256(repr(described).encode()).digest()
+
+
+def _code_digest() -> bytes:
+    """A digest of all files of zods, and of the versions of the packages that it computes with."""
+    digest = hashlib.sha256(
+        repr({name: importlib.metadata.version(name) for name in PACKAGES}).encode()
+    )
+    for path in sorted(p for p in PACKAGE.rglob("*") if p.suffix in (".py", ".cpp")):
+        digest.update(path.read_bytes())
+    return digest.digest()
+
+
+def _check_weights(model: torch.nn.Module, comm: Communicator) -> None:
+    """Raise RuntimeError where a rank was given other weights. DeepSpeed would take rank 0's without a word; but a run whose
+    base weights are not the same for all cannot be taken up or replayed either."""
+    own = [fingerprint(p.detach().contiguous().view(-1)) for p in model.parameters()]
+    comm.check_agreement(
+        repr(own).encode(),
+        "the model (its weights: load the same files, and seed torch before a new layer is made)",
+    )
+
+
+def _prepared(run: RunConfig, model: torch.nn.Module) -> dict[str, Any]:
+    """Cast and shard the model where DeepSpeed would do it otherwise than it stands in the JSON; returns DeepSpeed's part.
+
+    Replicated bf16 is cast here, because DeepSpeed's stage 0 keeps fp32 master weights. A model not made under zero.Init
+    is sharded here, because DeepSpeed 0.19.8 writes fp32 parameters to NVMe as bf16 when it is told a dtype, as its
+    engine does, on an accelerator without fp16.
+    """
+    config = dict(run.deepspeed)
+    bf16 = config.get("bf16", {}).get("enabled", False)
+    sharded = any(hasattr(p, "ds_tensor") for p in model.parameters())
+    if bf16 and not sharded:
+        model.bfloat16()
+    if run.zero_stage == 0 and bf16:
+        del config["bf16"]
+    if run.zero_stage == 3 and not sharded:
+        deepspeed.zero.Init(module=model, config_dict_or_path=config)
+    return config
+
+
+def _scheduler(run: RunConfig, optimizer: ZerothOrderOptimizer, client: Any) -> Any:
+    """The client's scheduler, or the one of the configuration, on the zeroth-order step size."""
+    if client is None:
+        return None if run.scheduler is None else build_scheduler(run.scheduler, optimizer)
+    scheduler = client if hasattr(client, "step") else client(optimizer)
+    _check_step(scheduler)
+    return scheduler
+
+
+def _check_step(scheduler: Any) -> None:
+    """Raise ValueError where the engine could not call the client's `scheduler.step()`."""
+    mistake = step_mistake(scheduler, "lr_scheduler")
+    if mistake is not None:
+        raise ValueError(mistake)
+
+
+def resolve_by_model(run: RunConfig, model: torch.nn.Module, world_size: int) -> None:
+    """Resolve what of DeepSpeed's part follows from the model, in place. Raises ValueError where a value does not fit it."""
+    overlaps = not get_accelerator().is_synchronized_device()
+    resolve_model_auto(
+        run.deepspeed, hidden_size_of(getattr(model, "config", None)), overlaps=overlaps
+    )
+    zero = run.deepspeed.get("zero_optimization", {})
+    if zero.get("stage3_prefetch_bucket_size") == 0 and any(
+        type(m).__name__ == "ParamWrapper" for m in model.modules()
+    ):
+        # PEFT's adapter of a single parameter changes which module owns it while a forward runs. Without prefetching,
+        # DeepSpeed 0.19.8 ends such a forward with "tracing error".
+        del zero["stage3_prefetch_bucket_size"]
+    numels = [getattr(p, "ds_numel", p.numel()) for p in model.parameters()]
+    resolve_offload_buffers(run.deepspeed, numels, world_size)

@@ -1,0 +1,168 @@
+"""What the engine writes into its trajectory log, and what it takes over from one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from zods.config.deepspeed_json import FirstOrderConfig, RunConfig
+from zods.core.estimators import Term
+from zods.data.loader import TrainingLoader
+from zods.selection.loaders import SelectingLoader
+from zods.trajectory.log import START, Trajectory
+from zods.trajectory.records import Evaluation, Record, Run, Step, SubBatch, record_of
+from zods.trajectory.updates import Change, History
+
+
+class Recorder:
+    """The chain of records on every rank, and the file of it on rank 0 where there is one.
+
+    A record of the configuration, or of the form of evaluation, is made when it is not the last one: a run that was stopped
+    and goes on under the same conditions leaves no trace.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig | FirstOrderConfig,
+        world_size: int,
+        loader: TrainingLoader | SelectingLoader | None,
+        micro_batch: int,
+    ) -> None:
+        self.trajectory = Trajectory()
+        self._config, self._world_size, self._loader, self._micro_batch = (
+            config,
+            world_size,
+            loader,
+            micro_batch,
+        )
+        self._history = History(config.zeroth_order)
+        self._run: Run | None = None
+        self._evaluation: Evaluation | None = None
+        self._run_is_recorded = False
+        self._evaluated: tuple[str, int] | None = (
+            None  # how points were, when that was last looked at
+        )
+        replicas = config.zeroth_order.replicas
+        self.follows = (
+            replicas is not None and replicas.index > 0
+        )  # another replica records what is not a step's
+        self._selections = 0
+
+    @property
+    def gradient(self) -> tuple[Term, ...]:
+        """The terms of the anchor gradient in force."""
+        return self._history.gradient
+
+    def add(self, record: Record) -> Change | None:
+        """Chain a record, begin to write it, and return what it does to the parameters."""
+        self.trajectory.add(record)
+        self._note(record)
+        return (
+            None
+            if isinstance(record, Step) and record.coefficients is None
+            else self.change(record)
+        )
+
+    def change(self, record: Record) -> Change | None:
+        """What a record does to the parameters; records come in their order."""
+        return self._history.change(record)
+
+    def _note(self, record: Record) -> None:
+        if isinstance(record, Run):
+            self._run = record
+        elif isinstance(record, Evaluation):
+            self._evaluation = record
+
+    def record_run(self, step: int) -> None:
+        """Before a step: the configuration, where it is another one than that recorded last."""
+        if self._run_is_recorded or self.follows:
+            return
+        self._run_is_recorded = True
+        run = self.run_record(step)
+        if self._run is None or self._run.describes() != run.describes():
+            self.add(run)
+            self._evaluation = None
+
+    def record_evaluation(self, step: int, form: str | None, streams: int) -> None:
+        """After a forward: how points are evaluated, where it is another way than that recorded last."""
+        if self.follows or form is None or self._evaluated == (form, streams):
+            return
+        self._evaluated = (form, streams)
+        if self.chosen_evaluation() != (form, streams):
+            self.add(Evaluation(step, form, streams))
+
+    def chosen_evaluation(self) -> tuple[str, int] | None:
+        """The form recorded last, if it was chosen under the same conditions."""
+        if (
+            self._evaluation is None
+            or self._run is None
+            or self._run.describes() != self.run_record(0).describes()
+        ):
+            return None
+        return self._evaluation.form, self._evaluation.streams
+
+    def run_record(self, step: int) -> Run:
+        about = {
+            "zero_stage": self._config.zero_stage,
+            "micro_batch": self._micro_batch,
+            "scheduler": self._config.scheduler,
+        }
+        batch = self._config.deepspeed["train_batch_size"]
+        optimizer = self._config.optimizer if isinstance(self._config, FirstOrderConfig) else None
+        return Run(step, self._config.zeroth_order, batch, self._world_size, about, optimizer)
+
+    def sub_batch(self) -> SubBatch | None:
+        """What was chosen for this step, where it was not recorded yet."""
+        loader = self._loader
+        if (
+            not isinstance(loader, SelectingLoader)
+            or loader.selection.selector.step == self._selections
+        ):
+            return None
+        self._selections = loader.selection.selector.step
+        candidates = loader.candidates(loader.place)
+        ids, weights = loader.selection.chosen
+        places = tuple(candidates.index(i) for i in ids)
+        equal = all(weight == 1.0 for weight in weights)
+        mean = loader.selection.selector.chosen_mean
+        return SubBatch(len(candidates), places, None if equal else tuple(weights), mean)
+
+    # --- what is taken over -----------------------------------------------------------------------------------------
+
+    def follow(self, records: Sequence[Record], head: str) -> None:
+        """Take over records that a log holds already, and have been done to the parameters."""
+        for record in records:
+            self._note(record)
+        self.trajectory.head = head
+        self._note_selections()
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON: the head of the chain and the last records of their kind."""
+        last = {"run": self._run, "evaluation": self._evaluation}
+        return {
+            "head": self.trajectory.head,
+            **{key: value and value.to_json() for key, value in last.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], gradient: Sequence[Term]) -> None:
+        """gradient: the terms of the anchor gradient in force."""
+        self.trajectory.head = state["head"]
+        self._run = self._evaluation = None
+        for key in ("run", "evaluation"):
+            if state[key] is not None:
+                self._note(record_of(state[key]))
+        section = (
+            self._config.zeroth_order if self._run is None else self._run.section
+        )  # of what the log goes on with
+        self._history = History(section, gradient)
+        self._run_is_recorded, self._evaluated = False, None
+        self._note_selections()
+
+    def _note_selections(self) -> None:
+        """Those that the loader knows of are recorded."""
+        if isinstance(self._loader, SelectingLoader):
+            self._selections = self._loader.selection.selector.step
+
+    @property
+    def is_new(self) -> bool:
+        return self.trajectory.head == START

@@ -1,0 +1,305 @@
+"""Several DeepSpeed worlds, replicas, that train one model together over any link.
+
+Each holds the whole model, sharded over its own ranks, and evaluates its part of every global batch. Between them only loss
+sums and records travel, through a store of torch's over TCP. Replica 0 leads: it keeps the store and the log, adds up what the
+others post, and publishes every record, which the others apply as it stands. So all apply the same bits, whoever comes and
+goes: one that starts late reads the log from the store, replays it, follows what is published meanwhile, and takes part from
+the next step on; one that falls silent or leaves is left out, and the step is made of what the others gave.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from zods.comm.communicator import Communicator
+from zods.comm.store import connect_store
+from zods.config.schema import ReplicasConfig
+from zods.trajectory.log import START, chained
+from zods.trajectory.records import Record, record_of
+
+logger = logging.getLogger(__name__)
+
+LEADER = 0
+BEAT_SECONDS = 1.0
+POLL_SECONDS = 0.002
+KEPT_SUMS = 1000  # in the store, for those who are late
+FAREWELL_SECONDS = 60.0  # that the leader stays at its end for the others to read the last record
+
+
+class Member(NamedTuple):
+    """replica: its index; ranks: how many it has."""
+
+    replica: int
+    ranks: int
+
+
+class Replicas:
+    """This replica among the others. All ranks of a replica call everything together; its rank 0 talks to the store.
+
+    members: who takes part in the running step, in the order in which their sums are added; the same everywhere.
+    """
+
+    def __init__(self, config: ReplicasConfig, comm: Communicator) -> None:
+        """Raises ValueError, the same on all ranks, where the store cannot be reached, or not be kept at that address."""
+        self.index, self._config, self._comm = config.index, config, comm
+        self.members = [Member(LEADER, comm.world_size)] if self.leads else []
+        self._store: Any = None
+        self._num_records = 0  # that were published, or taken over
+        self._ticket: int | None = (
+            None  # of the request to join; at the leader: of the next one to be answered
+        )
+        self._kept: deque[list[str]] = deque()
+        self._beats: dict[int, tuple[bytes, float]] = {}  # of a replica: the last seen, and when
+        self._over = threading.Event()
+        with comm.same_on_all_ranks():
+            if comm.rank == 0:
+                self._store = connect_store(
+                    config.store, keeps=self.leads, seconds=config.silence_timeout
+                )
+        if comm.rank == 0 and not self.leads:
+            threading.Thread(target=self._beat, name="zods-replica", daemon=True).start()
+
+    @property
+    def leads(self) -> bool:
+        return self.index == LEADER
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """(this rank's place, their number) among the ranks of all members."""
+        before = sum(member.ranks for member in self.members[: self._place])
+        return before + self._comm.rank, sum(member.ranks for member in self.members)
+
+    @property
+    def _place(self) -> int:
+        return [member.replica for member in self.members].index(self.index)
+
+    # --- sums -------------------------------------------------------------------------------------------------------
+
+    def sum(
+        self,
+        values: Sequence[float],
+        tag: str,
+        head: str,
+        *,
+        asked: bool = False,
+        rows: int | None = None,
+    ) -> tuple[list[float], bool]:
+        """(sums over the ranks of all members, whether this replica ends after this step).
+
+        tag: names this sum; of a step's last one it is the step. head: of this replica's chain, which must be the leader's.
+        asked: this rank was asked to stop; where the leader was, all end. rows: examples of a micro-batch over all ranks, of
+        which each must have one; given where members may come and go after this.
+
+        Raises RuntimeError, the same on all ranks, where the leader is gone or has refused this replica.
+        """
+        *own, leaving = self._comm.sum_over_ranks([*values, float(asked)])
+        post = {"sums": own, "head": head, "leaving": leaving > 0}
+        answer = self._from_rank_0(
+            lambda: self._lead(post, tag, rows) if self.leads else self._ask(post, tag)
+        )
+        if str(self.index) in answer["refused"]:
+            raise RuntimeError(
+                f"replica {self.index}: {answer['refused'][str(self.index)]}. Start it again to join anew."
+            )
+        if rows is not None:
+            self.members = [Member(*member) for member in answer["members"]]
+        return answer["sums"], answer["stop"] or leaving > 0
+
+    def _from_rank_0(self, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What rank 0 makes of the store, on all ranks. Raises RuntimeError where the store is gone."""
+        answer: dict[str, Any] = {}
+        if self._comm.rank == 0:
+            try:
+                answer = make()
+            except RuntimeError as error:  # torch's, for a store that does not answer
+                answer = {"lost": str(error).splitlines()[0]}
+        answer = json.loads(self._comm.broadcast_bytes(json.dumps(answer).encode()))
+        if "lost" in answer:
+            raise RuntimeError(
+                f"replica {self.index}: the leading replica is gone ({answer['lost']}). Start that one again, then this one."
+            )
+        return answer
+
+    def _ask(self, post: dict[str, Any], tag: str) -> dict[str, Any]:
+        self._store.set(f"sums/{tag}/{self.index}", json.dumps(post))
+        return self._awaited(f"sums/{tag}")
+
+    def _awaited(self, key: str) -> Any:
+        """What the leader posts."""
+        while not self._store.check([key]):
+            time.sleep(POLL_SECONDS)
+        return json.loads(self._store.get(key))
+
+    def _lead(self, own: dict[str, Any], tag: str, rows: int | None) -> dict[str, Any]:
+        posts, refused = {LEADER: own}, {}
+        for member in self.members[1:]:
+            post = self._posted(f"sums/{tag}/{member.replica}", member.replica)
+            if post is None:
+                refused[member.replica] = (
+                    f"silent for {self._config.silence_timeout:g} s and left out"
+                )
+            elif post["head"] != own["head"]:
+                refused[member.replica] = "what was applied differs from the leader's"
+            else:
+                posts[member.replica] = post
+        for index, reason in refused.items():
+            logger.warning("replica %d: %s", index, reason)
+        present = [member for member in self.members if member.replica in posts]
+        sums = [
+            sum(values)
+            for values in zip(*(posts[member.replica]["sums"] for member in present), strict=True)
+        ]
+        members = [m for m in present if m.replica == LEADER or not posts[m.replica]["leaving"]]
+        if rows is not None:
+            members += self._admitted(members, int(tag) + 1, rows)
+        answer = {"sums": sums, "refused": refused, "members": members, "stop": own["leaving"]}
+        self._store.set(f"sums/{tag}", json.dumps(answer))
+        self._kept.append(
+            [f"sums/{tag}", *(f"sums/{tag}/{member.replica}" for member in present[1:])]
+        )
+        if len(self._kept) > KEPT_SUMS:
+            for key in self._kept.popleft():
+                self._store.delete_key(key)
+        return answer
+
+    def _posted(self, key: str, index: int) -> dict[str, Any] | None:
+        """What a replica posts, or None where it falls silent before."""
+        while not self._store.check([key]):
+            beat = self._store.get(f"beat/{index}") if self._store.check([f"beat/{index}"]) else b""
+            if self._asks_anew(index):  # started again: what it was before is gone
+                return None
+            if index not in self._beats or self._beats[index][0] != beat:
+                self._beats[index] = (beat, time.monotonic())
+            elif time.monotonic() - self._beats[index][1] > self._config.silence_timeout:
+                return None
+            time.sleep(POLL_SECONDS)
+        return json.loads(self._store.get(key))
+
+    def _asks_anew(self, index: int) -> bool:
+        ticket = self._ticket or 0
+        while self._store.check([f"asked/{ticket}"]):
+            if json.loads(self._store.get(f"asked/{ticket}"))[0] == index:
+                return True
+            ticket += 1
+        return False
+
+    def _beat(self) -> None:
+        store = self._store.clone()
+        try:
+            while not self._over.wait(BEAT_SECONDS):
+                store.add(f"beat/{self.index}", 1)
+        except RuntimeError:  # the store is gone, which the main thread sees, too
+            return
+
+    def _admitted(self, members: Sequence[Member], step: int, rows: int) -> list[Member]:
+        """Those that have asked to join and can, from `step` on."""
+        new: list[Member] = []
+        answers: dict[int, dict[str, Any]] = {}
+        ticket = self._ticket or 0
+        while self._store.check([f"asked/{ticket}"]):
+            member = Member(*json.loads(self._store.get(f"asked/{ticket}")))
+            taken = [*members, *new]
+            ranks = sum(other.ranks for other in taken)
+            if member.replica in [other.replica for other in taken]:
+                answers[ticket] = {"refused": "its index is another's; give each replica its own"}
+            elif ranks + member.ranks > rows:
+                answers[ticket] = {
+                    "refused": f"{ranks} ranks share micro-batches of {rows} examples; {member.ranks} more do not fit"
+                }
+            else:
+                new.append(member)
+                answers[ticket] = {"step": step}
+                logger.info("replica %d (%d ranks) takes part from step %d on", *member, step)
+            ticket += 1
+        self._ticket = ticket
+        for (
+            of,
+            answer,
+        ) in answers.items():  # when all are known: who joins together knows of each other
+            self._store.set(
+                f"joined/{of}", json.dumps({"refused": None, "members": [*members, *new], **answer})
+            )
+        return new
+
+    # --- records ----------------------------------------------------------------------------------------------------
+
+    def publish(self, text: str) -> None:
+        """The leader's rank 0: a record, the header first, for the others to apply."""
+        self._store.set(f"record/{self._num_records}", text)
+        self._num_records += 1
+        self._store.set("records", json.dumps(self._num_records))
+
+    def next_record(self) -> Record:
+        """What follows the records that this replica has applied, as soon as it is there."""
+        record = self._from_rank_0(lambda: self._awaited(f"record/{self._num_records}"))
+        self._num_records += 1
+        return record_of(record)
+
+    # --- joining and leaving ----------------------------------------------------------------------------------------
+
+    def read_log(self) -> bytes:
+        """The log as the leader has it now, on all ranks."""
+
+        def read() -> dict[str, Any]:
+            number = self._awaited("records")
+            return {"texts": [self._store.get(f"record/{k}").decode() for k in range(number)]}
+
+        head, lines = START, []
+        for text in self._from_rank_0(read)["texts"]:
+            head = chained(head, text)
+            lines.append(f"{head} {text}\n")
+        self._num_records = len(lines)
+        return "".join(lines).encode()
+
+    def to_catch_up(self, step: int) -> Record | None:
+        """The next record to apply for a replica that stands at `step`; None when it takes part from there on.
+
+        It asks to join when there is nothing more to apply. Raises ValueError where the leader refuses it.
+        """
+
+        def look() -> dict[str, Any]:
+            while True:
+                joined = f"joined/{self._ticket}"
+                if self._ticket is not None and self._store.check([joined]):
+                    answer = json.loads(self._store.get(joined))
+                    if answer["refused"] or answer["step"] == step:
+                        return answer
+                if self._store.check([f"record/{self._num_records}"]):
+                    return {"record": json.loads(self._store.get(f"record/{self._num_records}"))}
+                if self._ticket is None:
+                    self._ticket = self._store.add("asking", 1) - 1
+                    self._store.set(
+                        f"asked/{self._ticket}", json.dumps([self.index, self._comm.world_size])
+                    )
+                time.sleep(POLL_SECONDS)
+
+        answer = self._from_rank_0(look)
+        if "record" in answer:
+            self._num_records += 1
+            return record_of(answer["record"])
+        if answer["refused"]:
+            raise ValueError(f"zeroth_order.replicas: replica {self.index}: {answer['refused']}.")
+        self.members = [Member(*member) for member in answer["members"]]
+        return None
+
+    def close(self) -> None:
+        """Before the end: the leader, whose process keeps the store, waits until the others have read what they need."""
+        self._over.set()
+        if self._comm.rank != 0:
+            return
+        try:
+            if not self.leads:
+                self._store.set(f"done/{self.index}", "")
+                return
+            deadline = time.monotonic() + FAREWELL_SECONDS
+            waiting = [f"done/{member.replica}" for member in self.members[1:]]
+            while waiting and not self._store.check(waiting) and time.monotonic() < deadline:
+                time.sleep(POLL_SECONDS)
+        except RuntimeError:  # the store is gone already
+            return

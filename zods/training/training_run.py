@@ -1,0 +1,120 @@
+"""The parts of a training run that its records change: parameters, anchor, schedules, loader, counters.
+
+The engine makes a record of each step, a resume reads records from a log: `TrainingRun` does what a record
+says for both. A checkpoint stores these parts and restores them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from zods.comm.communicator import Communicator
+from zods.config.deepspeed_json import RunConfig
+from zods.core import annealing
+from zods.core.directions import Direction
+from zods.core.estimators import Update
+from zods.data.loader import TrainingLoader
+from zods.params.anchor import Anchor
+from zods.params.deferred_update import DeferredUpdate
+from zods.params.shards import ShardedParameters
+from zods.params.zero3_adapter import release_gathered
+from zods.selection.loaders import SelectingLoader
+from zods.training.recorder import Recorder
+from zods.training.state import TrainState
+from zods.trajectory.records import Record, Refresh, Step
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """One rank's parts of a run. All ranks call its methods together.
+
+    deepspeed: the DeepSpeedEngine that shards the model. parameters: this rank's shards of the trainable
+    parameters. anchor: None unless the method is MeZO-SVRG. deferred: the update that waits for its
+    parameters to be loaded; None unless parameters are offloaded. lr_scheduler, loader: None where the
+    run has none.
+    """
+
+    config: RunConfig
+    comm: Communicator
+    deepspeed: Any
+    parameters: ShardedParameters
+    direction: Direction
+    anchor: Anchor | None
+    deferred: DeferredUpdate | None
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: Any
+    loader: TrainingLoader | SelectingLoader | None
+    recorder: Recorder
+    state: TrainState
+
+    def commit(self, record: Record) -> None:
+        """Log a record, and do to the parameters and the anchor what it says.
+
+        The record is on its way to the disk while it is applied: parameters live in memory, and a run
+        that ends in between is taken up from the log.
+        """
+        change = self.recorder.add(record)
+        if isinstance(record, Refresh):
+            self.state.anchor_step = record.step
+        if change is None:
+            return
+        if isinstance(record, Refresh):
+            assert self.anchor is not None
+            release_gathered(self.deepspeed)
+            self.anchor.set_point()
+            self.anchor.set_gradient(self.recorder.gradient)
+        self.apply(change.update)
+
+    def apply(self, update: Update) -> None:
+        """Apply an update to this rank's shards, or defer it where they are offloaded.
+
+        Gathered copies are dropped first, so that none goes stale.
+        """
+        release_gathered(self.deepspeed)
+        dense = None
+        if update.anchor_grad_coefficient != 0.0:
+            assert self.anchor is not None
+            assert self.anchor.gradient is not None
+            dense = self.anchor.gradient.read
+        if self.deferred is not None and dense is None:
+            self.deferred.defer(update)
+        else:
+            if self.deferred is not None:
+                self.deferred.flush()
+            self.parameters.apply_(update, direction=self.direction, dense=dense)
+        if self.anchor is not None:
+            self.anchor.record(update)
+
+    def flush(self) -> None:
+        """Apply what is deferred, so that the stored parameters are up to date."""
+        if self.deferred is not None:
+            release_gathered(self.deepspeed)
+            self.deferred.flush()
+
+    def advance(self, record: Step) -> None:
+        """Count a step that was made, and move the schedules on."""
+        state = self.state
+        state.global_steps = record.step + 1
+        state.global_samples += self.config.deepspeed["train_batch_size"]
+        state.nonfinite_in_a_row = state.nonfinite_in_a_row + 1 if record.skipped else 0
+        state.skipped_steps += record.skipped
+        if not record.skipped:
+            assert record.loss is not None
+            state.annealing = annealing.record_loss(state.annealing, record.loss)
+            if self.lr_scheduler is not None:
+                self.lr_scheduler.step()
+        anneal = self.config.zeroth_order.anneal
+        if anneal is not None and self._ends_epoch(record):
+            state.annealing = annealing.end_epoch(
+                state.annealing, alpha=anneal.alpha, threshold=anneal.threshold
+            )
+
+    def _ends_epoch(self, record: Step) -> bool:
+        return (
+            self.loader is not None
+            and record.at is not None
+            and record.at[1] == self.loader.steps_per_epoch
+        )
