@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 
-PLACES = ("device", "cpu", "nvme", "terms")
+STORAGES = ("device", "cpu", "nvme", "terms")
 
 
 def run_case(place: str, folder: str, smoke: bool) -> None:
@@ -47,13 +47,13 @@ def main() -> None:
     parser.add_argument(
         "--smoke", action="store_true", help="a tiny model, without and with one place"
     )
-    parser.add_argument("--case", choices=("mezo", *PLACES), help=argparse.SUPPRESS)
+    parser.add_argument("--case", choices=("mezo", *STORAGES), help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.case:
         run_case(arguments.case, arguments.folder, arguments.smoke)
         return
-    places = ("nvme",) if arguments.smoke else PLACES
+    places = ("nvme",) if arguments.smoke else STORAGES
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for place in ("mezo", *places):

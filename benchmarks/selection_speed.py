@@ -127,7 +127,7 @@ def scaling_on_this_rank(n: int, k: int) -> Row:
         features[rank :: comm.world_size] = rows
     batch = CandidateBatch(range(n), [1] * n, features=features, largest=largest, owned=own)
     share = comm.gather_integers if comm.world_size > 1 else None
-    selector = Selector(SelectorConfig(candidates=n, num_clusters=1), k, seed=0, share=share)
+    selector = Selector(SelectorConfig(candidates=n, num_clusters=1), k, seed=0, exchange=share)
     places, _, report = selector.select(batch)
     seconds = time.perf_counter() - began
     comm.check_agreement(json.dumps(places).encode(), "what was chosen")

@@ -52,7 +52,7 @@ from zods.config.schema import parse_section
 from zods.core.directions import Direction
 from zods.kernels import Sweep, backend, fingerprint
 from zods.trajectory.log import LogFile, Trajectory, read_log
-from zods.trajectory.records import Evaluation, Header, ParameterRecord, Record, Run, Step
+from zods.trajectory.records import Evaluation, Header, ParameterRecord, Record, RunRecord, Step
 
 WEEK = 20_000  # steps of a log
 STEP_SECONDS = 0.1
@@ -206,7 +206,9 @@ def part_log(folder: Path, sizes: Sizes, rounds: int, steps: int) -> dict[str, A
         path = folder / f"week-{coefficients}.log"
         section = parse_section({**BASE_SECTION, "num_directions": coefficients})
         write(
-            path, Header("Tiny", ()), [Run(0, section, 8, 2), *steps_of(sizes.week, coefficients)]
+            path,
+            Header("Tiny", ()),
+            [RunRecord(0, section, 8, 2), *steps_of(sizes.week, coefficients)],
         )
         parse[f"{coefficients} coefficients"] = {
             "megabytes": round(path.stat().st_size / 1e6, 3),
@@ -276,7 +278,11 @@ def base_and_log(
     )
     section = parse_section({**BASE_SECTION, "direction": distribution})
     if not log.exists():
-        write(log, header, [Run(0, section, 8, 2), Evaluation(0, "stacked", 2), *steps_of(steps)])
+        write(
+            log,
+            header,
+            [RunRecord(0, section, 8, 2), Evaluation(0, "stacked", 2), *steps_of(steps)],
+        )
     return base, log
 
 

@@ -36,7 +36,7 @@ from zods.core.estimators import Term, Update
 from zods.kernels import combine_
 from zods.params.zero3_adapter import release_gathered
 
-PLACES = ("device", "cpu", "nvme", "terms")
+STORAGES = ("device", "cpu", "nvme", "terms")
 SVRG = {"method": "mezo_svrg", "eps": 1e-2, "lr": 1e-2, "anchor_lr": 5e-2, "anchor_interval": 1000}
 
 
@@ -62,7 +62,7 @@ def shard_of(store: Any, shard: Any) -> torch.Tensor:
 def rank_of_copies(folder: Path) -> dict[Any, dict[str, Any]]:
     found = {}
     for stage, place, bf16 in [
-        *((3, p, b) for p in PLACES for b in (False, True)),
+        *((3, p, b) for p in STORAGES for b in (False, True)),
         (0, "cpu", False),
         (0, "device", False),
     ]:

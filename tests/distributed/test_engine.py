@@ -44,7 +44,7 @@ SVRG = {
     "anchor_directions": 2,
 }
 LOW_RANK = {"distribution": "low_rank", "rank": 2}
-PLACES = [
+STORAGES = [
     ("device", "device"),
     ("cpu", "cpu"),
     ("nvme", "nvme"),
@@ -111,7 +111,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "tiny",
             {**SVRG, "anchor": {"point": point, "gradient": gradient}},
         )
-        for point, gradient in PLACES
+        for point, gradient in STORAGES
     },
 }
 MODELS = {"tiny": (Tiny, tiny_data), "opt": (tiny_opt, opt_data)}
@@ -240,7 +240,7 @@ def test_all_ranks_report_the_same_losses_to_the_bit(cases):
 
 def test_svrg_adds_no_device_bytes_unless_a_part_is_kept_on_the_device(cases):
     trainable = {name: p for name, p in Tiny().named_parameters() if p.requires_grad}
-    for point, gradient in PLACES:
+    for point, gradient in STORAGES:
         for rank_index, rank in enumerate(cases):
             numels = [
                 min(max(p.numel() - rank_index * -(-p.numel() // 2), 0), -(-p.numel() // 2))

@@ -173,7 +173,7 @@ def rank_of_probes(stage: int) -> dict[str, Any]:
                 reports.append(
                     (engine.last_step.loss, engine.last_step.projected_grad, engine.global_samples)
                 )
-            place, weights = engine.training_dataloader.place, sha256(whole(engine))
+            place, weights = engine.training_dataloader.epoch_and_step, sha256(whole(engine))
             found[name, probes] = (reports, place, weights, engine.anchor_step, engine.micro_steps)
             assert "nothing" not in failed
             found[name, probes, "errors"] = sorted({text.split("(")[0] for text in errors})

@@ -99,7 +99,16 @@ def test_a_run_folder_holds_all_that_tells_of_the_run(run):
     assert summary["zods_bytes_per_step"] < 1024 < summary["zero3_bytes_per_step"]
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
     kinds = [type(record).__name__ for record in read_log(run / "trajectory.log").records]
-    assert kinds == ["Run", "Evaluation", "Refresh", "Step", "Step", "Refresh", "Step", "Step"]
+    assert kinds == [
+        "RunRecord",
+        "Evaluation",
+        "Refresh",
+        "Step",
+        "Step",
+        "Refresh",
+        "Step",
+        "Step",
+    ]
 
 
 def test_the_exported_model_loads_with_its_tokenizer(run):
@@ -154,7 +163,7 @@ def test_first_order_training_with_selection_resumes_where_it_was(folder, lora, 
     assert configured.optimizer["params"]["lr"] == 1e-3
     assert "anchor" not in output, "no row of a method that was not used"
     assert all(
-        len(set(record.sub_batch.places)) == 4 and record.coefficients is None for record in logged
+        len(set(record.sub_batch.indices)) == 4 and record.coefficients is None for record in logged
     )
     assert (tmp_path / "whole" / "model").is_dir()
     records = [r for r in read_metrics(tmp_path / "whole") if r["kind"] == "train"]
@@ -175,7 +184,7 @@ def test_zeroth_order_steps_log_what_was_selected(folder, tmp_path):
     steps = [
         r for r in read_log(tmp_path / "run" / "trajectory.log").records if isinstance(r, Step)
     ]
-    assert [len(set(record.sub_batch.places)) for record in steps] == [4] * 4
+    assert [len(set(record.sub_batch.indices)) for record in steps] == [4] * 4
 
 
 @pytest.mark.parametrize(

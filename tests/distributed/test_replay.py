@@ -43,7 +43,7 @@ from zods.kernels import fingerprint
 from zods.training.resume import INITIAL, LOG_NAME
 from zods.trajectory.__main__ import main
 from zods.trajectory.log import Log, LogFile, Trajectory, read_log
-from zods.trajectory.records import Evaluation, Header, ParameterRecord, Refresh, Run, Step
+from zods.trajectory.records import Evaluation, Header, ParameterRecord, Refresh, RunRecord, Step
 from zods.trajectory.replay import INDEX, replay
 
 STEPS, EARLIER = 7, 4
@@ -607,7 +607,7 @@ def small(tmp_path: Path) -> tuple[Path, list[bytes], list[dict[str, Tensor]]]:
     section = parse_section({**SVRG, "anchor": {"point": "terms", "gradient": "terms"}})
     records = [
         *(
-            Run(0, section, 8, 2),
+            RunRecord(0, section, 8, 2),
             Evaluation(0, "stacked", 4),
             Refresh(0, 1e-2, (0.5,)),
             Step(0, 0.3, 1e-2, (-1.5,)),

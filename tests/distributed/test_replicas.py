@@ -120,7 +120,7 @@ def rank_of_joiner(
             engine.stop.request("the test ends here")
         batch = next(engine.training_dataloader.forever()) if False else None
         engine.train_batch()
-        sizes.append(engine.training_dataloader.share[1])
+        sizes.append(engine.training_dataloader.split[1])
         del batch
     found = {**seen(engine), "joined": joined, "sizes": sizes}
     engine.close()

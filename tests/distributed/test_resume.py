@@ -33,7 +33,7 @@ from tests.distributed.ranks import run_ranks
 from tests.helpers import LogTexts
 from zods.training.resume import CHECKPOINTS, INITIAL, LOG_NAME
 from zods.trajectory.log import Log, read_log
-from zods.trajectory.records import Evaluation, Refresh, Run
+from zods.trajectory.records import Evaluation, Refresh, RunRecord
 
 BATCH, STEPS, SAVED = (
     24,
@@ -172,7 +172,9 @@ def after(log: Log, steps: int) -> int:
 def places(log: Log) -> dict[str, tuple[int, tuple[int, ...]]]:
     """Where a run is stopped: (number of records, steps of the checkpoints that are there)."""
     last = max(
-        k for k, record in enumerate(log.records) if isinstance(record, (Run, Evaluation, Refresh))
+        k
+        for k, record in enumerate(log.records)
+        if isinstance(record, (RunRecord, Evaluation, Refresh))
     )
     found = {
         "before the first step": (1, ()),

@@ -93,7 +93,7 @@ def choose_on_ranks() -> list[tuple[Any, Any, int]]:
             fl.from_quantised(by_id, largest, "l1"),
             k,
             own=torch.tensor(mine, dtype=torch.int64),
-            share=comm.gather_integers,
+            exchange=comm.gather_integers,
         )
         replicated = lazy_greedy(fl.from_quantised(by_id, largest, "l1"), k)
         results.append((sharded, replicated, comm.selection_bytes))

@@ -54,7 +54,7 @@ class Matrix:
 
 
 # Element 2^34 is where the number of a Gaussian block passes 2^32.
-PLACES = ((Matrix(0), 0), (Matrix(7), 13), (Matrix(2**31 - 1), 2**34 - 500))
+LOCATIONS = ((Matrix(0), 0), (Matrix(7), 13), (Matrix(2**31 - 1), 2**34 - 500))
 
 
 def digest(tensor: Tensor) -> str:
@@ -67,7 +67,7 @@ def digests_of_directions() -> dict[str, str]:
     for (kind, direction), (output, (coefficient, dtype, rounding_seed)) in itertools.product(
         KINDS.items(), OUTPUTS.items()
     ):
-        for seed, (parameter, offset) in zip(SEEDS, PLACES, strict=True):
+        for seed, (parameter, offset) in zip(SEEDS, LOCATIONS, strict=True):
             out = torch.empty(NUMEL, dtype=dtype)
             direction.combine_(
                 out,
@@ -86,7 +86,7 @@ def digest_of_words() -> str:
     blocks = torch.cat([torch.arange(64), 2**32 - 32 + torch.arange(64), 2**45 + torch.arange(64)])
     words: list[Tensor] = []
     for seed, (parameter, _), stream in itertools.product(
-        SEEDS, PLACES, reference.STREAMS.values()
+        SEEDS, LOCATIONS, reference.STREAMS.values()
     ):
         words += reference.philox(blocks, parameter.ordinal, stream, seed)
     return digest(torch.stack(words))

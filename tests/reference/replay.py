@@ -15,7 +15,7 @@ from tests.reference.dense import half_seed
 from zods.config.schema import ZerothOrderConfig
 from zods.core.directions import derive_seed
 from zods.kernels import reference
-from zods.trajectory.records import Record, Refresh, Run, Step
+from zods.trajectory.records import Record, Refresh, RunRecord, Step
 
 Terms = list[tuple[int, float]]  # (seed, coefficient)
 
@@ -28,7 +28,7 @@ def replayed(
     section = ZerothOrderConfig()
     gradient: Terms = []
     for record in records:
-        if isinstance(record, Run):
+        if isinstance(record, RunRecord):
             section = record.section
         if isinstance(record, Refresh) and record.coefficients:
             seeds = [

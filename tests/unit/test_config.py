@@ -15,8 +15,8 @@ from zods.config.deepspeed_json import RunConfig, load_json, read_config
 from zods.config.schema import (
     DISTRIBUTIONS,
     METHODS,
-    PLACES,
     SECTION,
+    STORAGES,
     STRATEGIES,
     SVRG_ONLY,
     AnchorConfig,
@@ -351,7 +351,7 @@ def test_a_float_that_no_float_can_hold_is_refused():
 def test_the_names_allowed_are_told_with_the_nearest():
     assert "Did you mean 'mezo_svrg'?" in refused(config({"method": "mezo-svrg"}), *METHODS)
     assert "Did you mean 'gaussian'?" in refused(config({"direction": "gausian"}), *DISTRIBUTIONS)
-    assert "Did you mean 'nvme'?" in refused(config({"anchor": {"point": "nvm"}}), *PLACES)
+    assert "Did you mean 'nvme'?" in refused(config({"anchor": {"point": "nvm"}}), *STORAGES)
 
 
 @pytest.mark.parametrize(

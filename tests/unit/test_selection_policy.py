@@ -66,7 +66,7 @@ def test_every_example_is_dealt_once_and_no_micro_batch_overflows(
 ):
     tokens = tokens[: ranks * accumulation * micro_batch]
     dealt = deal(tokens, ranks, accumulation, micro_batch)
-    assert sorted(place for rank in dealt for batch in rank for place in batch) == list(
+    assert sorted(index for rank in dealt for batch in rank for index in batch) == list(
         range(len(tokens))
     )
     assert [len(rank) for rank in dealt] == [accumulation] * ranks
@@ -80,6 +80,6 @@ def test_ranks_get_as_many_tokens(ranks: int):
     """Lengths as skewed as they get: each rank's tokens are within one part in twenty of the mean's."""
     tokens = [1 + (37 * i * i) % 400 for i in range(64)]
     dealt = deal(tokens, ranks, 64 // ranks // 4, 4)
-    loads = [sum(tokens[place] for batch in rank for place in batch) for rank in dealt]
+    loads = [sum(tokens[index] for batch in rank for index in batch) for rank in dealt]
     assert max(loads) <= 1.05 * sum(tokens) / ranks
     assert min(loads) >= 0.95 * sum(tokens) / ranks

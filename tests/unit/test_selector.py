@@ -37,7 +37,7 @@ def selector(budget: int = 20, seed: int = 1, **options) -> Selector:
 
 def test_small_sources_are_kept_and_the_others_chosen_by_facility_location():
     batch = batch_of()
-    places, weights, report = selector().select(batch)
+    indices, weights, report = selector().select(batch)
     sizes = {name: batch.sources.count(name) for name in "abcd"}
     assert sizes == {"a": 20, "b": 12, "c": 4, "d": 4}
     assert report.quotas == {"a": 8, "b": 4, "c": 4, "d": 4}
@@ -47,16 +47,16 @@ def test_small_sources_are_kept_and_the_others_chosen_by_facility_location():
         members = [i for i in range(40) if batch.sources[i] == name]
         values = batch.features[members].double() * (batch.largest / 32767)
         expected = [members[i] for i in lazy_greedy(from_features(values), report.quotas[name]).ids]
-        assert sorted(expected) == [place for place in places if batch.sources[place] == name]
+        assert sorted(expected) == [index for index in indices if batch.sources[index] == name]
 
 
 def test_cluster_weights_count_what_each_stands_for():
     batch = batch_of()
-    places, weights, report = selector(weights="cluster").select(batch)
+    indices, weights, report = selector(weights="cluster").select(batch)
     assert sum(weights) == 40
     for name in "abcd":
         of_source = [
-            w for place, w in zip(places, weights, strict=True) if batch.sources[place] == name
+            w for index, w in zip(indices, weights, strict=True) if batch.sources[index] == name
         ]
         assert sum(of_source) == batch.sources.count(name)
         if name in report.kept_whole:
@@ -71,9 +71,9 @@ def test_without_a_column_clusters_of_features_are_the_sources():
     batch = CandidateBatch(
         list(range(40)), [1] * 40, features=quantised(features, 55.0), largest=55.0
     )
-    places, _, report = selector(num_clusters=3).select(batch)
+    indices, _, report = selector(num_clusters=3).select(batch)
     assert sorted(report.quotas.values()) == [3, 8, 9]
-    assert {37, 38, 39} <= set(places)
+    assert {37, 38, 39} <= set(indices)
     plain, _, report = selector(num_clusters=1).select(batch)
     assert report.quotas == {"all": 20}
     assert plain == sorted(lazy_greedy(from_features(features), 20).ids)
@@ -85,12 +85,12 @@ def test_without_a_column_clusters_of_features_are_the_sources():
 def test_every_strategy_chooses_the_budget_once_each_and_again_the_same(strategy, weights, sources):
     options = {"strategy": strategy, "weights": weights}
     batch = batch_of(sources=sources)
-    places, of_each, report = selector(**options).select(batch)
-    assert len(places) == len(set(places)) == sum(report.quotas.values()) == 20
-    assert places == sorted(places)
+    indices, of_each, report = selector(**options).select(batch)
+    assert len(indices) == len(set(indices)) == sum(report.quotas.values()) == 20
+    assert indices == sorted(indices)
     assert len(of_each) == 20
     assert math.isclose(sum(of_each), 40 if weights == "cluster" else 20)
-    assert selector(**options).select(batch)[0] == places
+    assert selector(**options).select(batch)[0] == indices
 
 
 def test_baselines_are_what_they_say():
@@ -140,9 +140,9 @@ def test_unusable_candidates_are_never_chosen_and_counted():
     batch.losses[[0, 1, 4, 7, 39]] = math.nan
     batch.losses[5] = math.inf
     for strategy in STRATEGIES:
-        places, _, report = selector(strategy=strategy).select(batch)
-        assert not {0, 1, 4, 5, 7, 39} & set(places)
-        assert (report.unusable, len(places)) == (6, 20)
+        indices, _, report = selector(strategy=strategy).select(batch)
+        assert not {0, 1, 4, 5, 7, 39} & set(indices)
+        assert (report.unusable, len(indices)) == (6, 20)
     batch.losses[:] = math.nan
     assert selector().select(batch)[:2] == ([], [])
     batch.losses[3] = 1.0
@@ -153,7 +153,7 @@ def test_only_sources_that_are_not_kept_whole_need_measuring():
     batch = batch_of()
     quotas, wanted = selector().plan(batch)
     assert quotas == {"a": 8, "b": 4, "c": 4, "d": 4}
-    assert {batch.sources[place] for place in wanted} == {"a", "b"}
+    assert {batch.sources[index] for index in wanted} == {"a", "b"}
     assert selector().select(batch, quotas)[0] == selector().select(batch)[0]
     assert selector(strategy="longest").plan(batch) == (None, [])
     assert selector(strategy="highest_loss").plan(batch)[1] == list(range(40))
@@ -172,14 +172,14 @@ def test_what_a_source_lacks_after_measuring_goes_to_the_others():
 def test_quotas_of_the_configuration():
     batch = batch_of()
     asked = {"a": 15, "d": 5}
-    places, _, report = selector(source_column="source", quotas=asked).select(batch)
+    indices, _, report = selector(source_column="source", quotas=asked).select(batch)
     assert report.quotas == {
         "a": 15,
         "b": 1,
         "c": 0,
         "d": 4,
     }  # d has 4; what lacks goes to b, which has most left
-    assert len(places) == 20
+    assert len(indices) == 20
 
 
 def test_sources_that_leave_nothing_are_said_once(caplog: pytest.LogCaptureFixture):

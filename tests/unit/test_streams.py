@@ -436,10 +436,10 @@ def broken(handles: bool, where: str) -> tuple[nn.Module, PerturbedForward]:
     return module, forward_at
 
 
-PLACES = ["forward", "hook before", "hook after"]
+LOCATIONS = ["forward", "hook before", "hook after"]
 
 
-@pytest.mark.parametrize("where", PLACES)
+@pytest.mark.parametrize("where", LOCATIONS)
 def test_an_exception_in_a_forward_leaves_every_stored_bit_and_the_next_forward_right(where):
     (module, forward_at), x = broken(False, where), example()
     before = stored(module)
@@ -452,7 +452,7 @@ def test_an_exception_in_a_forward_leaves_every_stored_bit_and_the_next_forward_
     assert_as_stored(module, before)
 
 
-@pytest.mark.parametrize("where", PLACES)
+@pytest.mark.parametrize("where", LOCATIONS)
 def test_an_exception_that_a_module_handles_itself_leaves_the_rest_of_its_forward_at_the_point(
     where,
 ):

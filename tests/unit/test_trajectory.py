@@ -21,7 +21,7 @@ from zods.trajectory.records import (
     Header,
     ParameterRecord,
     Refresh,
-    Run,
+    RunRecord,
     Step,
     SubBatch,
 )
@@ -38,7 +38,7 @@ HEADER = Header(
 SVRG = parse_section(
     {"method": "mezo_svrg", "anchor": {"point": "terms", "gradient": "nvme", "nvme_path": "/drive"}}
 )
-CONFIGURED = Run(0, SVRG, 8, 2, {"zero_stage": 3})
+CONFIGURED = RunRecord(0, SVRG, 8, 2, {"zero_stage": 3})
 RECORDS = [
     CONFIGURED,
     Evaluation(0, "stacked", 4),
@@ -64,7 +64,9 @@ def without_paths(records):
     anchor = {"point": "terms", "gradient": "nvme", "nvme_path": "(not recorded)"}
     section = parse_section({"method": "mezo_svrg", "anchor": anchor})
     return tuple(
-        Run(r.step, section, r.batch, r.world_size, r.about) if isinstance(r, Run) else r
+        RunRecord(r.step, section, r.batch, r.world_size, r.about)
+        if isinstance(r, RunRecord)
+        else r
         for r in records
     )
 
@@ -80,14 +82,14 @@ def test_records_come_back_as_they_were_to_the_bit(tmp_path):
 def test_a_first_order_run_records_its_optimizer_and_no_zeroth_order_step_size(tmp_path):
     optimizer = {"type": "AdamW", "params": {"lr": 3e-4, "betas": [0.9, 0.99]}}
     section = parse_section({"method": "mezo", "seed": 7})
-    run = Run(0, section, 8, 2, {"zero_stage": 3}, optimizer)
+    run = RunRecord(0, section, 8, 2, {"zero_stage": 3}, optimizer)
     path = write(tmp_path / "log", [run, Step(0, 0.5, 3e-4, None)])
     assert read_log(path).records[0] == run
     assert run.to_json()["optimizer"] == optimizer
     assert run.to_json()["zeroth_order"] == {"seed": 7, "selector": None, "loss_mean": "tokens"}
     assert (
         run.describes()
-        != Run(
+        != RunRecord(
             0, section, 8, 2, {"zero_stage": 3}, {"type": "AdamW", "params": {"lr": 1e-4}}
         ).describes()
     )

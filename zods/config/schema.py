@@ -27,7 +27,7 @@ SECTION = "zeroth_order"
 Method = Literal["mezo", "mezo_svrg"]
 Distribution = Literal["gaussian", "rademacher", "low_rank"]
 LossMean = Literal["tokens", "examples"]
-Place = Literal["device", "cpu", "nvme", "terms"]
+Storage = Literal["device", "cpu", "nvme", "terms"]
 Strategy = Literal[
     "greedy",
     "stochastic_greedy",
@@ -40,7 +40,7 @@ Strategy = Literal[
 Metric = Literal["l1", "l2", "cosine"]
 METHODS: tuple[str, ...] = get_args(Method)
 DISTRIBUTIONS: tuple[str, ...] = get_args(Distribution)
-PLACES: tuple[str, ...] = get_args(Place)
+STORAGES: tuple[str, ...] = get_args(Storage)
 STRATEGIES: tuple[str, ...] = get_args(Strategy)
 BY_SOURCE = (*STRATEGIES[:3], "structured_random")
 METRICS: tuple[str, ...] = get_args(Metric)
@@ -70,23 +70,23 @@ class AnchorConfig(Section):
     Each is a copy on the `device`, on `cpu` or in `nvme` files, or is made when needed from its `terms` (no bytes).
     """
 
-    point: Place = "cpu"
-    gradient: Place = "cpu"
+    point: Storage = "cpu"
+    gradient: Storage = "cpu"
     nvme_path: Text | None = None  # a folder on the drive; needed for nvme
     buffer_count: Count = 3  # nvme: buffers of the point and of the gradient; 2 or more overlap I/O
     buffer_size: Count = 1 << 22  # nvme: elements per buffer
     pin_memory: bool = True  # cpu: page-locked where there is a GPU
 
-    def places(self) -> tuple[str, str]:
+    def storages(self) -> tuple[str, str]:
         return (self.point, self.gradient)
 
     @model_validator(mode="after")
     def _check_nvme_path(self) -> Self:
-        if "nvme" in self.places() and not self.nvme_path:
+        if "nvme" in self.storages() and not self.nvme_path:
             raise ValueError(
                 "nvme_path: missing; point or gradient is nvme. Give a folder on the drive."
             )
-        if self.nvme_path is not None and "nvme" not in self.places():
+        if self.nvme_path is not None and "nvme" not in self.storages():
             raise ValueError(
                 f"nvme_path: given, but neither point ({self.point}) nor gradient "
                 f"({self.gradient}) is nvme. Set one of them to nvme, or remove the path."

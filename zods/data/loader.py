@@ -1,7 +1,7 @@
 """Which rank sees which example when.
 
 The order of the examples is a function of (seed, epoch) alone: a step's global batch is the same set whatever the number
-of ranks. A loader's place is two numbers, so that a run resumes anywhere.
+of ranks. A loader's position is two numbers, so that a run resumes anywhere.
 """
 
 from __future__ import annotations
@@ -61,18 +61,19 @@ class EpochLoader:
         return len(self) // self.accumulation
 
     @property
-    def place(self) -> tuple[int, int]:
+    def epoch_and_step(self) -> tuple[int, int]:
         """(epoch, steps of it that were handed out whole)."""
         return self.epoch, self.position // self.accumulation
 
-    def go_to(self, place: tuple[int, int]) -> None:
-        """Go on from a `place`. Raises ValueError where an epoch has no such step."""
-        if not 0 <= place[1] <= self.steps_per_epoch:
+    def go_to(self, epoch_and_step: tuple[int, int]) -> None:
+        """Go on from a value of `epoch_and_step`. Raises ValueError where an epoch has no such step."""
+        epoch, step = epoch_and_step
+        if not 0 <= step <= self.steps_per_epoch:
             raise ValueError(
-                f"the log stands at step {place[1]} of an epoch, which has {self.steps_per_epoch} steps here. Resume with the "
+                f"the log stands at step {step} of an epoch, which has {self.steps_per_epoch} steps here. Resume with the "
                 "data and the train_batch_size it was made with."
             )
-        self.epoch, self.position = place[0], place[1] * self.accumulation
+        self.epoch, self.position = epoch, step * self.accumulation
 
 
 class TrainingLoader(EpochLoader):
@@ -105,7 +106,7 @@ class TrainingLoader(EpochLoader):
         self.collate_fn = collate_fn
         self.seed = seed
         self.accumulation = accumulation
-        self.share = (
+        self.split = (
             rank,
             world_size,
         )  # this rank's place among those that share a batch; it may change between steps
@@ -119,7 +120,7 @@ class TrainingLoader(EpochLoader):
         order = epoch_order(len(self.dataset), self.batch_size, self.seed, self.epoch)  # type: ignore[arg-type]
         for position in range(self.position, len(self)):
             step, micro = divmod(position, self.accumulation)
-            rank, number = self.share
+            rank, number = self.split
             yield (
                 order[step]
                 .tensor_split(self.accumulation)[micro]

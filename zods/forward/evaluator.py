@@ -220,14 +220,15 @@ class Evaluator:
         *,
         title: str,
         micro_batch: int,
-        share: tuple[int, int],
+        split: tuple[int, int],
         total: Callable[[Sequence[float]], Sequence[float]],
     ) -> list[float]:
         """Mean losses over a whole dataset under the objective; NaN where no label counts.
 
-        share: this rank's place among so many that share the dataset, in micro-batches of one size. total: sums over those.
+        split: (index, number) of this rank among those that divide
+        the dataset, in micro-batches of one size. total: sums over them.
         """
-        rounds = WholePass(dataset, micro_batch, *share, collate_fn)
+        rounds = WholePass(dataset, micro_batch, *split, collate_fn)
         sums = torch.zeros(len(points) + 1, dtype=torch.float64, device=self._comm.device)
         for batch, counted in tqdm(rounds, desc=title, leave=False, disable=self._comm.rank != 0):
             found = self.loss_sums(points, self.inputs(batch))

@@ -95,10 +95,10 @@ class Observer(TorchFunctionMode):
         ):
             self._note((args, kwargs))
         made = func(*args, **(kwargs or {}))
-        self._follow(func, (args, kwargs), made)
+        self._track(func, (args, kwargs), made)
         return made
 
-    def _follow(self, func: Any, given: Any, made: Any) -> None:
+    def _track(self, func: Any, given: Any, made: Any) -> None:
         """Keep track of the tensors that parameters have made, and of what becomes of them."""
         if not any(
             self._depends(leaf) for leaf in tree_leaves(given) if isinstance(leaf, torch.Tensor)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-Run = Callable[[torch.nn.Module, Callable, tuple, dict[str, Any]], Any]
+RunForward = Callable[[torch.nn.Module, Callable, tuple, dict[str, Any]], Any]
 
 
 class WrappedForward:
@@ -23,10 +23,10 @@ class WrappedForward:
     A copy or a pickle of the module has the original forward: it computes with its own parameters.
     """
 
-    def __init__(self, module: torch.nn.Module, run: Run) -> None:
+    def __init__(self, module: torch.nn.Module, run: RunForward) -> None:
         self.original = module.forward
         self._module = module
-        self._run: Run | None = run
+        self._run: RunForward | None = run
         self._was_attribute = "forward" in vars(module)
         self.has_hooks = False  # whether hooks of the module's user run inside
         functools.update_wrapper(self, self.original, updated=())

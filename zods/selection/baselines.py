@@ -34,20 +34,20 @@ EPSILON = 1e-8
 # --- orders in which examples are taken -----------------------------------------------------------
 
 
-def longest_first(places: Sequence[int], num_tokens: Sequence[int]) -> list[int]:
+def longest_first(indices: Sequence[int], num_tokens: Sequence[int]) -> list[int]:
     """Places by their number of tokens, the first of equals first."""
-    return sorted(places, key=lambda i: (-num_tokens[i], i))
+    return sorted(indices, key=lambda i: (-num_tokens[i], i))
 
 
-def highest_loss_first(places: Sequence[int], losses: Sequence[float]) -> list[int]:
+def highest_loss_first(indices: Sequence[int], losses: Sequence[float]) -> list[int]:
     """Places by their loss, the first of equals first."""
-    return sorted(places, key=lambda i: (-losses[i], i))
+    return sorted(indices, key=lambda i: (-losses[i], i))
 
 
-def shuffled(places: Sequence[int], seed: int) -> list[int]:
+def shuffled(indices: Sequence[int], seed: int) -> list[int]:
     """Places in random order."""
-    order = torch.randperm(len(places), generator=torch.Generator().manual_seed(seed))
-    return [places[i] for i in order.tolist()]
+    order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(seed))
+    return [indices[i] for i in order.tolist()]
 
 
 # --- approximations of the greedy choice ----------------------------------------------------------

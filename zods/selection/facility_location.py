@@ -33,7 +33,7 @@ _CACHE_BYTES = 1 << 29  # all distances are kept where they take no more: 11,585
 _POOL = 16  # candidates out of which several may be picked between two looks at the rest
 
 Index = Tensor | slice
-Share = Callable[[list[int]], list[list[int]]]
+Exchange = Callable[[list[int]], list[list[int]]]
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Problem:
         self._kept = kept
 
     def among(self, ids: Tensor) -> Problem:
-        """The problem among these candidates alone. Its ids are places in `ids`."""
+        """The problem among these candidates alone. Its ids are indices in `ids`."""
 
         def between(candidates: Index, items: Index) -> Tensor:
             return self._between(ids[candidates], ids[items])
@@ -207,20 +207,20 @@ def _scale(largest: float) -> float:
 
 
 def lazy_greedy(
-    problem: Problem, k: int, *, own: Tensor | None = None, share: Share | None = None
+    problem: Problem, k: int, *, own: Tensor | None = None, exchange: Exchange | None = None
 ) -> Chosen:
     """Choose min(k, n) candidates, each the one that adds most to F at its turn.
 
     Few of the gains are made: a gain only falls, so an old one bounds a new one.
 
-    own: the candidates that this rank evaluates (default all); share: gives every rank's list of 17 integers, in rank
+    own: the candidates that this rank evaluates (default all); exchange: gives every rank's list of 17 integers, in rank
     order, for this rank's. All ranks know all distances, together own all candidates, and choose the same.
     """
     check_budget(k)
-    if share is None:
+    if exchange is None:
         problem.keep_distances()
     own = torch.arange(problem.num_candidates, device=problem.device) if own is None else own
-    num_offered = len(own) if share is None else problem.num_candidates
+    num_offered = len(own) if exchange is None else problem.num_candidates
     nearest, ids = problem.start(), list[int]()
     heap = _negated(_packed(problem.gains(own, nearest), own)) if len(own) else []
     heapq.heapify(heap)
@@ -235,7 +235,7 @@ def lazy_greedy(
             heapq.heappush(heap, entry)
         mine = [-entry for entry in exact[:_POOL]]
         sent = [-heap[0] if heap else 0, *mine, *[0] * (_POOL - len(mine))]
-        rows = [sent] if share is None else share(sent)
+        rows = [sent] if exchange is None else exchange(sent)
         offered = sorted((packed for row in rows for packed in row[1:] if packed), reverse=True)
         bound = max([row[0] for row in rows] + offered[_POOL : _POOL + 1])
         # picks among the best of all ranks, while nothing else can be better
@@ -269,11 +269,11 @@ def choice(problem: Problem, ids: Sequence[int]) -> Chosen:
     candidates = torch.tensor(ids, dtype=torch.int64, device=problem.device)
     gains = []
     for start, block in enumerate(candidates.split(_POOL)) if len(ids) else ():
-        for place, distances in enumerate(problem.distances(block), start * _POOL):
-            closer = distances < nearest if place else distances <= nearest
+        for index, distances in enumerate(problem.distances(block), start * _POOL):
+            closer = distances < nearest if index else distances <= nearest
             gains.append(int(_gains(distances[None], nearest)))
             nearest = torch.where(closer, distances, nearest)
-            owner[closer] = place
+            owner[closer] = index
     weights = torch.bincount(owner, minlength=len(ids)).tolist() if ids else []
     return Chosen(
         list(ids), [gain * problem.unit for gain in gains], sum(gains) * problem.unit, weights

@@ -64,21 +64,23 @@ class SelectingLoader(EpochLoader):
         """Those of the last selection."""
         return self.selection.selected_ids
 
-    def candidates(self, place: tuple[int, int]) -> list[int]:
-        """Ids, ascending, of which the sub-batch of the step that ends at `place` is chosen."""
-        order = epoch_order(len(self.dataset), self._config.candidates, self._seed, place[0])
-        return sorted(order[(place[1] - 1) // self._config.interval].tolist())
+    def candidates(self, epoch_and_step: tuple[int, int]) -> list[int]:
+        """Ids, ascending, of which the sub-batch of the step that ends at `epoch_and_step` is chosen."""
+        order = epoch_order(
+            len(self.dataset), self._config.candidates, self._seed, epoch_and_step[0]
+        )
+        return sorted(order[(epoch_and_step[1] - 1) // self._config.interval].tolist())
 
-    def follow(
+    def restore_selection(
         self,
-        place: tuple[int, int],
+        epoch_and_step: tuple[int, int],
         ids: Sequence[int],
         weights: Sequence[float],
         mean: float | None,
     ) -> None:
-        """Take over a selection that was made before, for the step that ends at `place`."""
-        own_ids = self.candidates(place)[self._comm.rank :: self._comm.world_size]
-        self.selection.follow(own_ids, ids, weights, mean)
+        """Take over a selection that was made before, for the step that ends at `epoch_and_step`."""
+        own_ids = self.candidates(epoch_and_step)[self._comm.rank :: self._comm.world_size]
+        self.selection.restore_selection(own_ids, ids, weights, mean)
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -52,7 +52,7 @@ def largest_remainder(sizes: Sequence[int], budget: int) -> list[int]:
 def deal(
     num_tokens: Sequence[int], num_ranks: int, accumulation: int, micro_batch: int
 ) -> list[list[list[int]]]:
-    """Examples, by their places, as micro-batches: [rank][micro-batch] -> places. Balanced by tokens.
+    """Examples, by their indices, as micro-batches: [rank][micro-batch] -> indices. Balanced by tokens.
 
     Those of like length go together, so that there is little padding and no rank waits for another in a forward: sorted by
     length, cut into `accumulation` groups, each dealt out to the ranks in turn, forth and back. A micro-batch is empty
@@ -65,9 +65,9 @@ def deal(
         group = longest_first[step * size : (step + 1) * size]
         for rank in range(num_ranks):
             turns = range(0, len(group), num_ranks)
-            places = [
+            indices = [
                 start + (rank if k % 2 == 0 else num_ranks - 1 - rank)
                 for k, start in enumerate(turns)
             ]
-            dealt[rank].append([group[place] for place in places if place < len(group)])
+            dealt[rank].append([group[index] for index in indices if index < len(group)])
     return dealt

@@ -27,8 +27,8 @@ from zods.selection.baselines import (
 )
 from zods.selection.facility_location import (
     Chosen,
+    Exchange,
     Problem,
-    Share,
     dequantised,
     distances_fit,
     from_features,
@@ -54,9 +54,9 @@ NEEDS = {  # what a strategy wants to know of a candidate
 class CandidateBatch:
     """The candidates of all ranks, in the order of their ids.
 
-    ids: places in the dataset, ascending. sources: a name for each, or None. num_tokens: of each. losses: (n,), not finite
+    ids: indices in the dataset, ascending. sources: a name for each, or None. num_tokens: of each. losses: (n,), not finite
     for an example that is not to be chosen; None: not known. features: (n, m) int16, `quantised` by `largest`; or None.
-    owned: the places of the candidates for which this rank may evaluate gains; None: all. Of candidates that the plan does
+    owned: the indices of the candidates for which this rank may evaluate gains; None: all. Of candidates that the plan does
     not want measured, losses and features may be any finite numbers.
     """
 
@@ -91,7 +91,7 @@ class Selector:
     """Chooses `budget` of the candidates of each batch.
 
     target: the matrix whose gradients the features tell of; needed for those of the paper. num_parts: of GreeDi, the ranks
-    there are. share: exchanges gains between ranks, each of which evaluates those of the candidates it owns.
+    there are. exchange: exchanges gains between ranks, each of which evaluates those of the candidates it owns.
     """
 
     def __init__(
@@ -102,11 +102,11 @@ class Selector:
         seed: int,
         target: Parameter | None = None,
         num_parts: int = 1,
-        share: Share | None = None,
+        exchange: Exchange | None = None,
     ) -> None:
         self.config, self.budget = config, budget
         self.step = 0  # selections made
-        self._seed, self._num_parts, self._share = seed, num_parts, share
+        self._seed, self._num_parts, self._exchange = seed, num_parts, exchange
         self.chosen_mean: float | None = (
             None  # derivative of the last chosen, for the features of the paper
         )
@@ -131,7 +131,7 @@ class Selector:
         return [derive_seed(self._seed, "selection", self.step, k) for k in range(count)]
 
     def plan(self, batch: CandidateBatch) -> tuple[dict[str, int] | None, list[int]]:
-        """(quotas, places to be measured) of a batch of which losses and features are not known.
+        """(quotas, indices to be measured) of a batch of which losses and features are not known.
 
         Sources that are kept whole need no measuring. Quotas are None where they follow from the features.
         """
@@ -152,7 +152,7 @@ class Selector:
     def select(
         self, batch: CandidateBatch, quotas: dict[str, int] | None = None
     ) -> tuple[list[int], list[float], Report]:
-        """(places in `batch` of the chosen, in their order; a weight for each; what was done).
+        """(indices in `batch` of the chosen, in their order; a weight for each; what was done).
 
         quotas: of the plan; where measuring has shown too few usable candidates in a source, others have more. Fewer than the
         budget are chosen only where fewer are usable. Weights are 1, or with "cluster" the number of usable candidates that
@@ -180,21 +180,21 @@ class Selector:
         chosen.sort()
         whole = [name for name in groups if quotas[name] == sizes[name]]
         if self._paper is not None and problem is not None:
-            derivatives = _derivatives(batch)[[place for place, _ in chosen]]
+            derivatives = _derivatives(batch)[[index for index, _ in chosen]]
             self._record_mean(float(derivatives.mean()))
         report = Report(
             self.step, len(batch.ids), len(batch.ids) - len(usable), quotas, whole, objective
         )
         self.step += 1
         weights = [weight if self.config.weights == "cluster" else 1.0 for _, weight in chosen]
-        return [place for place, _ in chosen], weights, report
+        return [index for index, _ in chosen], weights, report
 
     def _record_mean(self, mean: float) -> None:
         if self._paper is not None:
             self.chosen_mean = mean
             self._paper.record(self.direction_seeds()[0], mean)
 
-    def follow(self, mean: float | None) -> None:
+    def restore(self, mean: float | None) -> None:
         """Take over a selection that was made before, of which only `chosen_mean` counts for those to come."""
         if mean is not None:
             self._record_mean(mean)
@@ -215,8 +215,8 @@ class Selector:
         if self._paper is not None:
             expanded = self._paper.expand(_derivatives(batch)[usable], self.direction_seeds()[0])
             return from_features(expanded, self.config.metric)
-        places = torch.tensor(usable, device=batch.features.device)
-        return from_quantised(batch.features[places], batch.largest, self.config.metric)
+        indices = torch.tensor(usable, device=batch.features.device)
+        return from_quantised(batch.features[indices], batch.largest, self.config.metric)
 
     def _usable(self, batch: CandidateBatch) -> list[int]:
         usable = torch.ones(len(batch.ids), dtype=torch.bool)
@@ -267,38 +267,42 @@ class Selector:
         k: int,
         name: str,
     ) -> tuple[list[int], list[float], float]:
-        """k of the members of a source: (places in the batch, weights, objective)."""
-        places = [usable[i] for i in members]
+        """k of the members of a source: (indices in the batch, weights, objective)."""
+        indices = [usable[i] for i in members]
         if problem is None:
-            kept = self._ranked(batch, places, name)[:k]
+            kept = self._ranked(batch, indices, name)[:k]
             return kept, [len(members) / k for _ in kept], 0.0
         whole = len(members) == problem.num_candidates
         part = problem if whole else problem.among(torch.tensor(members, device=problem.device))
-        chosen = self._facility(part, batch, places, k, name)
-        return [places[i] for i in chosen.ids], [float(w) for w in chosen.weights], chosen.objective
+        chosen = self._facility(part, batch, indices, k, name)
+        return (
+            [indices[i] for i in chosen.ids],
+            [float(w) for w in chosen.weights],
+            chosen.objective,
+        )
 
     def _facility(
-        self, problem: Problem, batch: CandidateBatch, places: list[int], k: int, name: str
+        self, problem: Problem, batch: CandidateBatch, indices: list[int], k: int, name: str
     ) -> Chosen:
         """Where all distances fit the memory every rank chooses by itself; else each evaluates the candidates it owns."""
         if self.strategy == "stochastic_greedy":
             return stochastic_greedy(problem, k, seed=self._random_seed(name))
         if self.strategy == "greedi":
-            parts = [range(part, len(places), self._num_parts) for part in range(self._num_parts)]
+            parts = [range(part, len(indices), self._num_parts) for part in range(self._num_parts)]
             return greedi(problem, k, parts, largest_remainder([len(part) for part in parts], k))
-        if self._share is None or batch.owned is None or distances_fit(len(places)):
+        if self._exchange is None or batch.owned is None or distances_fit(len(indices)):
             return lazy_greedy(problem, k)
-        owned = torch.isin(torch.tensor(places), batch.owned.cpu()).nonzero().squeeze(1)
-        return lazy_greedy(problem, k, own=owned.to(problem.device), share=self._share)
+        owned = torch.isin(torch.tensor(indices), batch.owned.cpu()).nonzero().squeeze(1)
+        return lazy_greedy(problem, k, own=owned.to(problem.device), exchange=self._exchange)
 
-    def _ranked(self, batch: CandidateBatch, places: list[int], name: str) -> list[int]:
+    def _ranked(self, batch: CandidateBatch, indices: list[int], name: str) -> list[int]:
         """Places in the order in which a baseline takes them."""
         if self.strategy == "longest":
-            return longest_first(places, batch.num_tokens)
+            return longest_first(indices, batch.num_tokens)
         if self.strategy == "highest_loss":
             assert batch.losses is not None
-            return highest_loss_first(places, batch.losses.tolist())
-        return shuffled(places, self._random_seed(name))
+            return highest_loss_first(indices, batch.losses.tolist())
+        return shuffled(indices, self._random_seed(name))
 
     def _random_seed(self, name: str) -> int:
         """Of a source in this selection."""

@@ -1,6 +1,6 @@
 """From candidates to the micro-batches that ranks train on: measure, choose, deal out.
 
-Every rank can read every example, by its place in the dataset: what is exchanged is features and losses, never examples.
+Every rank can read every example, by its index in the dataset: what is exchanged is features and losses, never examples.
 Candidates are measured in micro-batches that depend on train_micro_batch_size_per_gpu, not on who owns which; sources that
 are kept whole are not measured, so that an example of theirs is trained on whatever its loss is.
 """
@@ -109,7 +109,7 @@ class SubBatches:
             seed=seed,
             target=None if self._extract is None else self._extract.target,
             num_parts=comm.world_size,
-            share=comm.gather_integers if comm.world_size > 1 else None,
+            exchange=comm.gather_integers if comm.world_size > 1 else None,
         )
         self.selected_ids: list[int] = []
         self.report: Report | None = None
@@ -147,16 +147,16 @@ class SubBatches:
         quotas, wanted = self.selector.plan(batch)
         if wanted:
             batch = self._measured(batch, wanted)
-        places, self._weights, self.report = self.selector.select(batch, quotas)
-        if not places:
+        indices, self._weights, self.report = self.selector.select(batch, quotas)
+        if not indices:
             raise RuntimeError(
                 f"selector: none of {len(ids)} candidates has a label and a finite loss. Look at the data."
             )
         if wanted and self._extract is not None:
             self.report = replace(self.report, matrix=self._extract.target.name)
-        self.selected_ids = [ids[place] for place in places]
+        self.selected_ids = [ids[index] for index in indices]
         self._comm.check_agreement(json.dumps(self.selected_ids).encode(), "what was selected")
-        self._num_tokens = [batch.num_tokens[place] for place in places]
+        self._num_tokens = [batch.num_tokens[index] for index in indices]
         self._num_labels = [known[i][1] for i in self.selected_ids]
         self._seconds += time.perf_counter() - began
 
@@ -177,9 +177,9 @@ class SubBatches:
         total = sum(weight * count for weight, count in zip(self._weights, counts, strict=True))
         scale = self._comm.world_size * self.accumulation / total
         batches = []
-        for places in dealt[self._comm.rank]:
-            batch = self._batch_of([self.selected_ids[place] for place in places or [0]])
-            weights = [self._weights[place] * scale for place in places] or [0.0]
+        for indices in dealt[self._comm.rank]:
+            batch = self._batch_of([self.selected_ids[index] for index in indices or [0]])
+            weights = [self._weights[index] * scale for index in indices] or [0.0]
             batches.append({**batch, WEIGHTS: torch.tensor(weights)})
         return batches
 
@@ -224,13 +224,13 @@ class SubBatches:
         return found
 
     def _measured(self, batch: CandidateBatch, wanted: list[int]) -> CandidateBatch:
-        """The batch with losses and features of the places wanted; losses are not finite where features are not.
+        """The batch with losses and features of the indices wanted; losses are not finite where features are not.
 
         Micro-batches of candidates of like length go to the ranks in turn.
         """
         assert self._extract is not None
         rank, world = self._comm.rank, self._comm.world_size
-        order = sorted(wanted, key=lambda place: (-batch.num_tokens[place], place))
+        order = sorted(wanted, key=lambda index: (-batch.num_tokens[index], index))
         chunks = [
             order[start : start + self._micro_batch]
             for start in range(0, len(order), self._micro_batch)
@@ -245,7 +245,7 @@ class SubBatches:
             mine = first + rank
             chunk = chunks[mine if mine < len(chunks) else 0]
             inputs = to_device(
-                self._batch_of([batch.ids[place] for place in chunk]), self._comm.device
+                self._batch_of([batch.ids[index] for index in chunk]), self._comm.device
             )
             if seeds:
                 of_chunk = self._extract(inputs, seeds)
@@ -268,14 +268,14 @@ class SubBatches:
             [quantised(features, largest), losses.float().view(-1, 1).view(torch.int16)], 1
         )
         rows = torch.cat(self._comm.gather_rows(sent))
-        places = torch.tensor(
+        indices = torch.tensor(
             [p for r in range(world) for chunk in chunks[r::world] for p in chunk]
         )
         of_all = rows.new_zeros(len(batch.ids), rows.shape[1])
-        of_all[places.to(rows.device)] = rows
+        of_all[indices.to(rows.device)] = rows
         known = of_all[:, -2:].contiguous().view(torch.float32).squeeze(1).cpu()
         owned = torch.tensor(
-            [place for chunk in chunks[rank::world] for place in chunk], dtype=torch.int64
+            [index for chunk in chunks[rank::world] for index in chunk], dtype=torch.int64
         )
         assert batch.losses is not None
         return replace(
@@ -291,7 +291,7 @@ class SubBatches:
         """Ids of the last chosen, ascending, and their weights."""
         return self.selected_ids, self._weights
 
-    def follow(
+    def restore_selection(
         self,
         own_ids: Sequence[int],
         ids: Sequence[int],
@@ -302,7 +302,7 @@ class SubBatches:
         known = self._looked_up(own_ids)
         self.selected_ids, self._weights = list(ids), list(weights)
         self._num_tokens, self._num_labels = [known[i][0] for i in ids], [known[i][1] for i in ids]
-        self.selector.follow(mean)
+        self.selector.restore(mean)
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -317,7 +317,7 @@ class ZerothOrderEngine(EngineFace):
         self.run.advance(record)
         self.trajectory.wait()
         if self.replicas is not None and not self.should_stop:
-            self._share_batches()
+            self._split_batches()
         self._check_agreement()
         self._report(record, in_flight, loss, projected_grad)
         self._watchdog.rest()
@@ -339,14 +339,16 @@ class ZerothOrderEngine(EngineFace):
             loss for of_set in losses for loss in of_set[: 2 * self._zo.num_directions]
         ]
         loss = sum(at_parameters) / len(at_parameters)
-        place = None if self.training_dataloader is None else self.training_dataloader.place
+        epoch_and_step = (
+            None if self.training_dataloader is None else self.training_dataloader.epoch_and_step
+        )
         logged, lr, sub_batch = (
             loss if coefficients else None,
             self.get_lr()[0],
             self.recorder.sub_batch(),
         )
         return (
-            Step(self.global_steps, logged, lr, coefficients, place, sub_batch),
+            Step(self.global_steps, logged, lr, coefficients, epoch_and_step, sub_batch),
             loss,
             projected_grad,
         )
@@ -440,16 +442,16 @@ class ZerothOrderEngine(EngineFace):
         zo = self._zo
         seeds = self._rule.seeds("anchor", self.global_steps, zo.anchor_directions)
         loader, title = self.training_dataloader, f"anchor at step {self.global_steps}"
-        share, total = (self.global_rank, self.world_size), self.comm.sum_over_ranks
+        split, total = (self.global_rank, self.world_size), self.comm.sum_over_ranks
         if self.replicas is not None:
-            share, total = self.replicas.share, self._total_of_refresh
+            split, total = self.replicas.split, self._total_of_refresh
         losses = self._evaluator.whole_set_losses(
             pairs(seeds, zo.eps),
             loader.dataset,
             loader.collate_fn,
             title=title,
-            micro_batch=self._rows // share[1],
-            share=share,
+            micro_batch=self._rows // split[1],
+            split=split,
             total=total,
         )
         self._record_evaluation()
@@ -478,11 +480,11 @@ class ZerothOrderEngine(EngineFace):
 
     # --- resume, load -----------------------------------------------------------------------------
 
-    def _share_batches(self) -> None:
+    def _split_batches(self) -> None:
         """From the next step on, evaluate this rank's part of each batch, as it is shared by those that take part."""
         assert self.replicas is not None
         assert isinstance(self.training_dataloader, TrainingLoader)
-        self.training_dataloader.share = self.replicas.share
+        self.training_dataloader.split = self.replicas.split
 
     def _adopt_evaluation(self) -> None:
         """Evaluate as the log says, where that was chosen under the same conditions: the same bits."""
@@ -501,7 +503,7 @@ class ZerothOrderEngine(EngineFace):
             self._adopt_evaluation()
         if self.replicas is not None and self.recorder.follows:
             join_leader(self.run, self.replicas)
-            self._share_batches()
+            self._split_batches()
         self.restart_loader()
         self._is_logged = True
 

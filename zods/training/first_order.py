@@ -143,8 +143,11 @@ class FirstOrderEngine:
                 f"step {self.global_steps}: the loss is not finite. Lower lr, or look at the data.{ids}"
             )
         selecting = 0.0 if self.selection is None else self.selection.take_seconds()
-        place, sub_batch = self.training_dataloader.place, self.recorder.sub_batch()
-        self.recorder.add(Step(self.global_steps, mean, lr, None, place, sub_batch))
+        epoch_and_step, sub_batch = (
+            self.training_dataloader.epoch_and_step,
+            self.recorder.sub_batch(),
+        )
+        self.recorder.add(Step(self.global_steps, mean, lr, None, epoch_and_step, sub_batch))
         self.recorder.trajectory.wait()
         self.global_steps += 1
         seconds, sent = time.perf_counter() - began, self.comm.scalar_bytes - sent
@@ -217,7 +220,7 @@ class FirstOrderEngine:
                 file.cut(log.ends[len(kept)] if log is not None and goes_on else 0)
         self.recorder.trajectory.file = file
         if log is not None and goes_on:
-            self.recorder.follow(kept, log.heads[len(kept)])
+            self.recorder.take_over(kept, log.heads[len(kept)])
         else:
             self.recorder.trajectory.add(Header(type(self.module).__name__, ()))
         self.recorder.record_run(self.global_steps)

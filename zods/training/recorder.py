@@ -10,7 +10,7 @@ from zods.core.estimators import Term
 from zods.data.loader import TrainingLoader
 from zods.selection.loaders import SelectingLoader
 from zods.trajectory.log import START, Trajectory
-from zods.trajectory.records import Evaluation, Record, Run, Step, SubBatch, record_of
+from zods.trajectory.records import Evaluation, Record, RunRecord, Step, SubBatch, record_of
 from zods.trajectory.updates import Change, History
 
 
@@ -36,7 +36,7 @@ class Recorder:
             micro_batch,
         )
         self._history = History(config.zeroth_order)
-        self._run: Run | None = None
+        self._run: RunRecord | None = None
         self._evaluation: Evaluation | None = None
         self._run_is_recorded = False
         self._evaluated: tuple[str, int] | None = (
@@ -68,7 +68,7 @@ class Recorder:
         return self._history.change(record)
 
     def _note(self, record: Record) -> None:
-        if isinstance(record, Run):
+        if isinstance(record, RunRecord):
             self._run = record
         elif isinstance(record, Evaluation):
             self._evaluation = record
@@ -101,7 +101,7 @@ class Recorder:
             return None
         return self._evaluation.form, self._evaluation.streams
 
-    def run_record(self, step: int) -> Run:
+    def run_record(self, step: int) -> RunRecord:
         about = {
             "zero_stage": self._config.zero_stage,
             "micro_batch": self._micro_batch,
@@ -109,7 +109,7 @@ class Recorder:
         }
         batch = self._config.deepspeed["train_batch_size"]
         optimizer = self._config.optimizer if isinstance(self._config, FirstOrderConfig) else None
-        return Run(step, self._config.zeroth_order, batch, self._world_size, about, optimizer)
+        return RunRecord(step, self._config.zeroth_order, batch, self._world_size, about, optimizer)
 
     def sub_batch(self) -> SubBatch | None:
         """What was chosen for this step, where it was not recorded yet."""
@@ -120,16 +120,16 @@ class Recorder:
         ):
             return None
         self._selections = loader.selection.selector.step
-        candidates = loader.candidates(loader.place)
+        candidates = loader.candidates(loader.epoch_and_step)
         ids, weights = loader.selection.chosen
-        places = tuple(candidates.index(i) for i in ids)
+        indices = tuple(candidates.index(i) for i in ids)
         equal = all(weight == 1.0 for weight in weights)
         mean = loader.selection.selector.chosen_mean
-        return SubBatch(len(candidates), places, None if equal else tuple(weights), mean)
+        return SubBatch(len(candidates), indices, None if equal else tuple(weights), mean)
 
     # --- what is taken over -----------------------------------------------------------------------------------------
 
-    def follow(self, records: Sequence[Record], head: str) -> None:
+    def take_over(self, records: Sequence[Record], head: str) -> None:
         """Take over records that a log holds already, and have been done to the parameters."""
         for record in records:
             self._note(record)

@@ -70,13 +70,13 @@ class Replicas:
         return self.index == LEADER
 
     @property
-    def share(self) -> tuple[int, int]:
-        """(this rank's place, their number) among the ranks of all members."""
-        before = sum(member.ranks for member in self.members[: self._place])
+    def split(self) -> tuple[int, int]:
+        """(this rank's index, their number) among the ranks of all members."""
+        before = sum(member.ranks for member in self.members[: self._index])
         return before + self._comm.rank, sum(member.ranks for member in self.members)
 
     @property
-    def _place(self) -> int:
+    def _index(self) -> int:
         return [member.replica for member in self.members].index(self.index)
 
     # --- sums -------------------------------------------------------------------------------------------------------

@@ -299,9 +299,9 @@ def _check_replica(config: RunConfig, log: Log) -> None:
 def _catch_up(run: TrainingRun, log: Log, checkpoints: Path) -> None:
     done = _load_newest(run, log, checkpoints)
     tail = log.records[done:]
-    changes, refreshed_at = _follow(run, tail)
+    changes, refreshed_at = _read_tail(run, tail)
     _apply(run, changes, refreshed_at)
-    run.recorder.follow(tail, log.heads[-1])
+    run.recorder.take_over(tail, log.heads[-1])
     if run.comm.rank == 0:
         logger.info(
             "%s: at step %d, %d of them from the log",
@@ -344,7 +344,7 @@ def _head_of(folder: Path, log: Log) -> str:
     return head
 
 
-def _follow(run: TrainingRun, tail: Sequence[Record]) -> tuple[list[Change], int | None]:
+def _read_tail(run: TrainingRun, tail: Sequence[Record]) -> tuple[list[Change], int | None]:
     """Count the steps of the tail, move schedules and loader on. Returns what it does to the parameters, and which change
     is the last step along a new anchor's gradient."""
     changes: list[Change] = []
@@ -363,23 +363,23 @@ def _follow(run: TrainingRun, tail: Sequence[Record]) -> tuple[list[Change], int
         loader = run.loader
         if loader is not None and steps and steps[-1].at is not None:
             loader.go_to(steps[-1].at)
-    _follow_selections(loader, steps)
+    _restore_selections(loader, steps)
     return changes, refreshed_at
 
 
-def _follow_selections(loader: Any, steps: Sequence[Step]) -> None:
+def _restore_selections(loader: Any, steps: Sequence[Step]) -> None:
     chosen = [step for step in steps if step.sub_batch is not None]
     if not isinstance(loader, SelectingLoader) or not chosen:
         return
     for step in chosen[:-1]:
         assert step.sub_batch is not None
-        loader.selection.selector.follow(step.sub_batch.mean)
+        loader.selection.selector.restore(step.sub_batch.mean)
     last, at = chosen[-1].sub_batch, chosen[-1].at
     assert last is not None
     assert at is not None
     candidates = loader.candidates(at)
-    ids = [candidates[place] for place in last.places]
-    loader.follow(at, ids, last.weights or [1.0] * len(ids), last.mean)
+    ids = [candidates[i] for i in last.indices]
+    loader.restore_selection(at, ids, last.weights or [1.0] * len(ids), last.mean)
 
 
 @torch.no_grad()

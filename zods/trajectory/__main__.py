@@ -12,7 +12,7 @@ from pathlib import Path
 
 from zods.trajectory.compare import differences, longer
 from zods.trajectory.log import Log, read_log
-from zods.trajectory.records import Evaluation, Refresh, Run, Step
+from zods.trajectory.records import Evaluation, Refresh, RunRecord, Step
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -117,7 +117,7 @@ def _inspect(path: str, step: int | None) -> int:
     if log.header.data is not None:
         print(f"data        {log.header.data[0]:,} examples, digest {log.header.data[1]}")
     for record in log.records:
-        if isinstance(record, Run):
+        if isinstance(record, RunRecord):
             written = {"optimizer": record.optimizer, **record.to_json()["zeroth_order"]}
             section = {"batch": record.batch, **{k: v for k, v in written.items() if v is not None}}
             print(f"from step {record.step:<6} on {record.world_size} ranks: {json.dumps(section)}")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from zods.trajectory.log import Log
-from zods.trajectory.records import Refresh, Run, Step
+from zods.trajectory.records import Refresh, RunRecord, Step
 
 
 def differences(left: Log, right: Log) -> Iterator[str]:
@@ -63,7 +63,7 @@ def longer(left: Log, right: Log) -> Log:
 
 def _why(left: Log, right: Log) -> str:
     records = [*left.records, *right.records]
-    sections = [record.section for record in records if isinstance(record, Run)]
+    sections = [record.section for record in records if isinstance(record, RunRecord)]
     reasons = []
     if any(section.weight_decay for section in sections):
         reasons.append("weight decay multiplies what came before it")

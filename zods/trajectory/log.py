@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from zods.files import sync
-from zods.trajectory.records import Header, Record, Run, Step, header_of, record_of
+from zods.trajectory.records import Header, Record, RunRecord, Step, header_of, record_of
 
 logger = logging.getLogger(__name__)
 
@@ -54,9 +54,11 @@ class Log:
     def num_steps(self) -> int:
         return _steps(self.records)
 
-    def run_at_end(self) -> Run | None:
+    def run_at_end(self) -> RunRecord | None:
         """The configuration in force."""
-        return next((record for record in reversed(self.records) if isinstance(record, Run)), None)
+        return next(
+            (record for record in reversed(self.records) if isinstance(record, RunRecord)), None
+        )
 
     def until(self, num_steps: int) -> tuple[Record, ...]:
         """The records that lead to the parameters after `num_steps` steps. Raises ValueError where there are fewer."""
@@ -163,7 +165,7 @@ def _following(records: list[Record], record: Record) -> Record:
     expected = _steps(records)
     if record.step != expected:
         raise ValueError(f"a record of step {record.step} where step {expected} is due")
-    if not records and not isinstance(record, Run):
+    if not records and not isinstance(record, RunRecord):
         raise ValueError("the first record after the header must be a run's")
     return record
 

@@ -84,7 +84,7 @@ class Header:
 
 
 @dataclass(frozen=True)
-class Run:
+class RunRecord:
     """section: "zeroth_order". batch: train_batch_size. about: what else tells of it, for people.
 
     optimizer: DeepSpeed's section, of first-order training; then of `section` only FIRST_ORDER counts, and is written.
@@ -147,20 +147,18 @@ class Refresh:
 
 @dataclass(frozen=True)
 class SubBatch:
-    """What a selector chose for the steps from this one on. places: among the candidates in the order of their ids.
+    """What a selector chose for the steps from this one on. indices: among the candidates in the order of their ids.
 
     weights: None where all are 1. mean: of the derivatives of the chosen, which the features of the paper go on from.
     """
 
     num_candidates: int
-    places: tuple[int, ...]
+    indices: tuple[int, ...]
     weights: tuple[float, ...] | None = None
     mean: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        bits = sum(1 << place for place in self.places).to_bytes(
-            -(-self.num_candidates // 8), "little"
-        )
+        bits = sum(1 << i for i in self.indices).to_bytes(-(-self.num_candidates // 8), "little")
         optional = {
             "weights": None if self.weights is None else list(self.weights),
             "mean": self.mean,
@@ -198,7 +196,7 @@ class Step:
         return record
 
 
-Record = Run | Evaluation | Refresh | Step
+Record = RunRecord | Evaluation | Refresh | Step
 
 
 def packed(coefficients: Sequence[float]) -> str:
@@ -315,7 +313,7 @@ def _parameter(entry: Any) -> ParameterRecord:
         raise ValueError(f"header: the fingerprint of {name} is {fingerprint!r}") from None
 
 
-def _run(values: dict[str, Any]) -> Run:
+def _run(values: dict[str, Any]) -> RunRecord:
     get = _Reader(values, "run", ("batch", "world_size", "about", "zeroth_order", "optimizer"))
     section, optimizer = get("zeroth_order", dict), get("optimizer", dict, None)
     if optimizer is not None:
@@ -323,7 +321,7 @@ def _run(values: dict[str, Any]) -> Run:
     anchor = section.get("anchor")
     if isinstance(anchor, Mapping) and "nvme" in (anchor.get("point"), anchor.get("gradient")):
         section = {**section, "anchor": {**anchor, "nvme_path": "(not recorded)"}}
-    return Run(
+    return RunRecord(
         get.count("run"),
         parse_section(section),
         get.count("batch", 1),
@@ -368,16 +366,16 @@ def _sub_batch(values: Any) -> SubBatch:
     bits = int.from_bytes(data, "little")
     if len(data) != -(-number // 8) or bits.bit_length() > number:
         raise ValueError(f"sub_batch: {len(data)} bytes of bits for {number} candidates")
-    places = tuple(place for place in range(number) if bits >> place & 1)
+    indices = tuple(i for i in range(number) if bits >> i & 1)
     weights, mean = get("weights", list, None), get("mean", (int, float), None)
     if weights is not None and not (
-        len(weights) == len(places)
+        len(weights) == len(indices)
         and all(type(weight) in (int, float) and math.isfinite(weight) for weight in weights)
     ):
         raise ValueError("sub_batch: one weight per chosen example is expected")
     return SubBatch(
         number,
-        places,
+        indices,
         None if weights is None else tuple(map(float, weights)),
         None if mean is None else float(mean),
     )

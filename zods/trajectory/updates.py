@@ -17,7 +17,7 @@ from zods.core import estimators
 from zods.core.directions import Direction, Parameter
 from zods.core.estimators import Term, Update
 from zods.core.update_rule import StepRule
-from zods.trajectory.records import Record, Refresh, Run, Step
+from zods.trajectory.records import Record, Refresh, RunRecord, Step
 
 _BLOCK = 2**20  # elements of a stored anchor gradient that are made again at once
 _WORK = 2**32  # elements times terms that are done at once: a second or two
@@ -52,7 +52,7 @@ class History:
 
     def change(self, record: Record) -> Change | None:
         """What a record does, or None. Raises ValueError where it does not go with the configuration in force."""
-        if isinstance(record, Run):
+        if isinstance(record, RunRecord):
             self._section = record.section
         if not isinstance(record, (Step, Refresh)) or not record.coefficients:
             if isinstance(record, Step) and record.coefficients is None:

@@ -4,7 +4,7 @@ Usage: faulty.py FOLDER FAULT... -- options of zods.finetune. A fault is WHAT:WH
 marks of those that have struck: the run started again is spared them.
 
 WHAT: kill, stop, term (signals to the rank's own process), kill_all, sleep, corrupt_point, corrupt_gradient, fill, free (the
-disk), other_record; slow is no fault. WHERE: see `PLACES`.
+disk), other_record; slow is no fault. WHERE: see `LOCATIONS`.
 """
 
 import json
@@ -136,7 +136,7 @@ def half_a_file(tensors, path, *_):
 
 
 # WHERE: what is wrapped for it
-PLACES = {
+LOCATIONS = {
     "forward": lambda: around(ZerothOrderEngine, "forward", before=forward),
     "scalars": lambda: around(
         ZerothOrderEngine, "_reduce", before=lambda *_: strike("scalars"), after="after_scalars"
@@ -156,7 +156,7 @@ PLACES = {
 
 def main():
     (FOLDER / f"pid{RANK}").write_text(str(os.getpid()))
-    for wrap in PLACES.values():
+    for wrap in LOCATIONS.values():
         wrap()
     batches, add = TrainingLoader._epoch_batches, Recorder.add
 
