@@ -2,9 +2,10 @@
 
     ZODS_BUILD_KERNELS=1 pip install --no-build-isolation .
 
-Without it nothing is compiled here and torch is not needed: the kernel is compiled at its first use, for the CPU it runs
-on. This build is for images that run on many machines: it asks for no more than AVX2 and FMA on x86-64 (-march=x86-64-v3:
-Intel since Haswell, AMD since Zen) and the compiler's default elsewhere (every 64-bit ARM has NEON and FMA).
+Without it nothing is compiled here and torch is not needed: the kernel is compiled at its first
+use, for the CPU it runs on. This build is for images that run on many machines: it asks for no more
+than AVX2 and FMA on x86-64 (-march=x86-64-v3: Intel since Haswell, AMD since Zen) and the
+compiler's default elsewhere (every 64-bit ARM has NEON and FMA).
 """
 
 import os

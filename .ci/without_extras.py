@@ -14,9 +14,11 @@ from packaging.utils import canonicalize_name
 
 
 def closure(requirements: list[str], extras: set[str] = frozenset()) -> set[str]:
-    """Names of the packages that `requirements` bring on this platform, themselves included, by installed metadata.
+    """Names of the packages that `requirements` bring on this platform, themselves included, by
+    installed metadata.
 
-    extras: of the package that has the requirements. A package that is not installed has no further requirements.
+    extras: of the package that has the requirements. A package that is not installed has no further
+    requirements.
     """
     found: set[tuple[str, frozenset[str]]] = set()
     waiting = [(Requirement(text), extras) for text in requirements]

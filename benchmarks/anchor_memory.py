@@ -1,8 +1,9 @@
 """Memory that MeZO-SVRG's anchor takes, by where it is kept: `python benchmarks/anchor_memory.py`.
 
-Each case runs in a process of its own: an OPT-125M shape in float32, one refresh and two steps. Prints one JSON object:
-the engine's own counters, and the peak resident memory over that of plain MeZO in bytes per parameter. On a CPU, device
-and host memory are the same memory, so "device" and "cpu" both show there; "nvme" and "terms" must not.
+Each case runs in a process of its own: an OPT-125M shape in float32, one refresh and two steps.
+Prints one JSON object: the engine's own counters, and the peak resident memory over that of plain
+MeZO in bytes per parameter. On a CPU, device and host memory are the same memory, so "device" and
+"cpu" both show there; "nvme" and "terms" must not.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""What the benchmarks share: one process as a world of one rank, an OPT shape with random weights, the machine's name."""
+"""What the benchmarks share: one process as a world of one rank, an OPT shape with random weights,
+the machine's name.
+"""
 
 from __future__ import annotations
 

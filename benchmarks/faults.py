@@ -1,10 +1,11 @@
-"""Strikes runs of the command line with every fault of the matrix, and starts them again. Prints one JSON object, last.
+"""Strikes runs of the command line with every fault of the matrix, and starts them again. Prints
+one JSON object, last.
 
     python benchmarks/faults.py [--markdown FILE] [--only TEXT]
 
-Each cell is real: signals that kill, stop and end ranks and launchers at a given phase of a step, full disks (small file systems,
-which needs root), files that are written over. `identical`: the run's weights and log are at the end those of an undisturbed run,
-byte by byte.
+Each cell is real: signals that kill, stop and end ranks and launchers at a given phase of a step,
+full disks (small file systems, which needs root), files that are written over. `identical`: the
+run's weights and log are at the end those of an undisturbed run, byte by byte.
 """
 
 import argparse

@@ -1,12 +1,15 @@
-"""How fast directions are applied on the CPU, beside torch's own in-place addition. Prints one JSON object.
+"""How fast directions are applied on the CPU, beside torch's own in-place addition. Prints one JSON
+object.
 
     python benchmarks/kernel_speed.py [--numel 67108864] [--rounds 9] [--replay-numel 4194304]
 
-Rates are in elements per second; those of a replay count an element once for each of its 64 sweeps of one term, over
+Rates are in elements per second; those of a replay count an element once for each of its 64 sweeps
+of one term, over
 --replay-numel elements, and are those of making the directions.
 
-In every round each candidate runs once, so that what else the machine does strikes all alike; medians are compared.
-Memory's speed hides arithmetic and not the other way round: on a machine whose cores are shared, the ratios are lower.
+In every round each candidate runs once, so that what else the machine does strikes all alike;
+medians are compared. Memory's speed hides arithmetic and not the other way round: on a machine
+whose cores are shared, the ratios are lower.
 """
 
 import argparse

@@ -1,4 +1,6 @@
-"""The quickstart's job with several seeds, MeZO-SVRG and MeZO: `python benchmarks/quickstart.py`. Prints one JSON object."""
+"""The quickstart's job with several seeds, MeZO-SVRG and MeZO: `python benchmarks/quickstart.py`.
+Prints one JSON object.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The selector's speed, scaling, quality and what it does for training: `python benchmarks/selection.py [--part NAME]`.
+"""The selector's speed, scaling, quality and what it does for training: `python
+benchmarks/selection.py [--part NAME]`.
 
 speed     choosing n / 10 of n by facility location (64 features, Euclidean), against apricot-select and submodlib-py, from
           features to ids. objective: of the ids, recomputed the same way for all.
@@ -10,8 +11,9 @@ quality   on a 12-block decoder of width 192 after 60 steps on the data: agreeme
 training  step time and peak memory of AdamW on 128 examples and on 64 chosen of 128; held-out loss over steps, examples passed
           through the model, and seconds, for three seeds.
 
-The part speed needs the extra `benchmark`. quality and training take `--data`, JSON lines with source, instruction and output, or
-else prose of Python's own manual. The last line printed is one JSON object; --output writes BASE.json, and pictures beside it.
+The part speed needs the extra `benchmark`. quality and training take `--data`, JSON lines with
+source, instruction and output, or else prose of Python's own manual. The last line printed is one
+JSON object; --output writes BASE.json, and pictures beside it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""What the parts of the selector's benchmark share: data, a small decoder, and its first-order training in one process."""
+"""What the parts of the selector's benchmark share: data, a small decoder, and its first-order
+training in one process.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ def manual() -> list[Row]:
 
 
 def prepared(data: Path | None, max_length: int) -> tuple[Any, Any, Any]:
-    """(task, training rows with their source, held-out rows). data: None takes prose of Python's own manual."""
+    """(task, training rows with their source, held-out rows). data: None takes prose of Python's
+    own manual.
+    """
     tokenizer = transformers.AutoTokenizer.from_pretrained(TOKENIZER)
     examples = (
         datasets.Dataset.from_list(manual()) if data is None else load_examples(file=data, seed=0)

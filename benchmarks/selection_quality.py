@@ -71,8 +71,8 @@ def judged_batch(
 ) -> list[tuple[str, int, Row]]:
     """(features or baseline, m, what it is worth) on one candidate batch.
 
-    First facility location on features alone, without sources, so that nothing but the features decides; then the policy,
-    with sources, on exact features of 64 directions, and the baselines.
+    First facility location on features alone, without sources, so that nothing but the features
+    decides; then the policy, with sources, on exact features of 64 directions, and the baselines.
     """
     of_batch = [rows[i] for i in ids]
     chunks = in_chunks(of_batch, task)
@@ -161,7 +161,9 @@ def in_chunks(rows: Sequence[Row], task: Any, size: int = 16) -> list[tuple[list
 
 
 def true_gradients(model: torch.nn.Module, chunks: Sequence[tuple[list[int], Row]]) -> Tensor:
-    """Of every example's loss by the matrix that features tell of, by autograd over the whole model, one by one."""
+    """Of every example's loss by the matrix that features tell of, by autograd over the whole
+    model, one by one.
+    """
     weight = find_target(model).module.weight
     found = torch.empty(sum(len(places) for places, _ in chunks), weight.numel())
     for places, chunk in chunks:

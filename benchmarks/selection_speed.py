@@ -1,4 +1,6 @@
-"""The selector's speed against other libraries, and how it scales: parts of `benchmarks/selection.py`."""
+"""The selector's speed against other libraries, and how it scales: parts of
+`benchmarks/selection.py`.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,7 @@ def clustered(n: int, d: int = 64) -> Tensor:
     )
 
 
-# --- speed ------------------------------------------------------------------------------------------------------------
+# --- speed ----------------------------------------------------------------------------------------
 
 
 def objective(features: Tensor, ids: Sequence[int]) -> float:
@@ -111,7 +113,7 @@ def speed(rounds: int, sizes: Sequence[int]) -> list[Row]:
     return rows
 
 
-# --- scaling ----------------------------------------------------------------------------------------------------------
+# --- scaling --------------------------------------------------------------------------------------
 
 
 def scaling_on_this_rank(n: int, k: int) -> Row:

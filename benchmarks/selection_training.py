@@ -27,7 +27,9 @@ from zods.training.first_order import FirstOrderEngine
 
 
 def training(data: Path | None, steps: int, seeds: int, rounds: int, smoke: bool) -> list[Row]:
-    """smoke: a model of 2 blocks instead of 12 for the costs, with LoRA only, short examples, and one method's curve."""
+    """smoke: a model of 2 blocks instead of 12 for the costs, with LoRA only, short examples, and
+    one method's curve.
+    """
     single_process()
     length, shape = (64, (32, 2)) if smoke else (192, (256, 12))
     methods = ("64 of 128, greedy",) if smoke else tuple(METHODS)
@@ -41,7 +43,8 @@ def training(data: Path | None, steps: int, seeds: int, rounds: int, smoke: bool
 def costs(
     data: Path | None, length: int, shape: tuple[int, int], adapters: Sequence[bool], rounds: int
 ) -> list[Row]:
-    """Medians of a step's seconds, in turns, micro-batches of 16; the peak of what is allocated with the batch in one shard.
+    """Medians of a step's seconds, in turns, micro-batches of 16; the peak of what is allocated
+    with the batch in one shard.
 
     shape: (width, blocks) of the model. adapters: without LoRA, with it.
     """

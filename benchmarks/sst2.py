@@ -1,9 +1,11 @@
-"""A real language model on prompted SST-2 through the launcher: the form of evaluation, step time and memory per rank.
+"""A real language model on prompted SST-2 through the launcher: the form of evaluation, step time
+and memory per rank.
 
     python benchmarks/sst2.py --model SmolLM2-135M --data DATA/sst2
 
-DATA/sst2 holds train.tsv and dev.tsv: `sentence<TAB>label`, without a header. The README's command runs on ZeRO-3 with two
-ranks, and for comparison with replicated parameters on one; in fp32 and in bf16. Prints one JSON object.
+DATA/sst2 holds train.tsv and dev.tsv: `sentence<TAB>label`, without a header. The README's command
+runs on ZeRO-3 with two ranks, and for comparison with replicated parameters on one; in fp32 and in
+bf16. Prints one JSON object.
 """
 
 from __future__ import annotations

@@ -1,11 +1,13 @@
 """The cost of a step over the bare forwards it needs: `python benchmarks/step_time.py [--quick]`.
 
-floor: the bare forwards of the same model on the same batch, in the same process, before each step. published: MeZO's
-procedure (Malladi et al. 2023, algorithm 1) written from its description: +eps, -2 eps, +eps and the update, each an
-in-place pass with torch.normal. stack: no step, but one bare forward over the doubled batch, which is what the machine
-itself gains or loses by it. Prints the rows as they come, on stderr, and one JSON object as its last line; a ratio is the
-median over rounds of step / floor of the same round. --quick: the rows of the README's table alone. --output: that object
-there, with a table (.md) and a plot (.png) beside it. `zero3_step.py` has the ranks and the bytes.
+floor: the bare forwards of the same model on the same batch, in the same process, before each step.
+published: MeZO's procedure (Malladi et al. 2023, algorithm 1) written from its description: +eps,
+-2 eps, +eps and the update, each an in-place pass with torch.normal. stack: no step, but one bare
+forward over the doubled batch, which is what the machine itself gains or loses by it. Prints the
+rows as they come, on stderr, and one JSON object as its last line; a ratio is the median over
+rounds of step / floor of the same round. --quick: the rows of the README's table alone. --output:
+that object there, with a table (.md) and a plot (.png) beside it. `zero3_step.py` has the ranks and
+the bytes.
 """
 
 from __future__ import annotations
@@ -83,7 +85,9 @@ def model_of(case: Case) -> torch.nn.Module:
 def published_mezo_step(
     model: torch.nn.Module, batch: dict[str, torch.Tensor], seed: int, eps: float, lr: float
 ) -> None:
-    """One MeZO step as published: the direction is drawn anew from the seed for each of four in-place passes."""
+    """One MeZO step as published: the direction is drawn anew from the seed for each of four
+    in-place passes.
+    """
 
     def walk(scale: float) -> None:
         generator = torch.Generator().manual_seed(seed)

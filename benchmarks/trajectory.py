@@ -2,14 +2,16 @@
 
     python benchmarks/trajectory.py [--part log replay restart whole] [--rounds 3] [--output FILE.json] [--smoke]
 
-log: bytes per step of real runs of a tiny model, on to 20,000 steps; the time of `add` and `wait` beside a step of 100 ms,
-with as much work between the two as applying a step may be; the time to read a log of 20,000 steps.
-replay: `python -m zods.trajectory replay` on OPT-125M's shape. ratio: its time over (terms x parameters) / rate, where rate
-is what `combine_` of one term applies, or `replay_` does to a block in the cache, both measured before and after.
-restart: from the start of the processes to the next step, 100 steps after a checkpoint, and from the log alone.
-whole: a log of 20,000 rademacher steps on OPT-125M's shape, replayed; minutes. Not run unless asked for.
+log: bytes per step of real runs of a tiny model, on to 20,000 steps; the time of `add` and `wait`
+beside a step of 100 ms, with as much work between the two as applying a step may be; the time to
+read a log of 20,000 steps. replay: `python -m zods.trajectory replay` on OPT-125M's shape. ratio:
+its time over (terms x parameters) / rate, where rate is what `combine_` of one term applies, or
+`replay_` does to a block in the cache, both measured before and after. restart: from the start of
+the processes to the next step, 100 steps after a checkpoint, and from the log alone. whole: a log
+of 20,000 rademacher steps on OPT-125M's shape, replayed; minutes. Not run unless asked for.
 
-Prints one JSON object; medians over the rounds. Other jobs on the machine show in the load average that is given.
+Prints one JSON object; medians over the rounds. Other jobs on the machine show in the load average
+that is given.
 """
 
 from __future__ import annotations
@@ -61,8 +63,9 @@ BASE_SECTION = {"method": "mezo", "lr": 1e-6}
 
 @dataclass(frozen=True)
 class Sizes:
-    """model: that is replayed and restarted. week: steps of a whole log. timed: records whose writing is timed. replayed: steps
-    by direction, in each of `dtypes`. restarts: (direction, ranks). starts: from where.
+    """model: that is replayed and restarted. week: steps of a whole log. timed: records whose
+    writing is timed. replayed: steps by direction, in each of `dtypes`. restarts: (direction,
+    ranks). starts: from where.
     """
 
     model: Callable[[], OPTForCausalLM] = opt_125m
@@ -92,7 +95,7 @@ SMOKE = Sizes(
 )
 
 
-# --- the log ----------------------------------------------------------------------------------------------------------
+# --- the log --------------------------------------------------------------------------------------
 
 LOGGED: dict[str, dict[str, Any]] = {
     "mezo": {"method": "mezo"},
@@ -167,7 +170,9 @@ def write(path: Path, header: Header, records: list[Record], sync: bool = False)
 
 
 def cost_of_steps(folder: Path, where: str, work_seconds: float, number: int) -> dict[str, Any]:
-    """Of `number` records. work_seconds: between a record's `add` and its `wait`, as for applying the step."""
+    """Of `number` records. work_seconds: between a record's `add` and its `wait`, as for applying
+    the step.
+    """
     trajectory, spent, x = Trajectory(), [], torch.zeros(2**16)
     trajectory.file = LogFile(folder / f"cost-{work_seconds}.log")
     for record in steps_of(number):
@@ -226,7 +231,7 @@ def seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-# --- replay -----------------------------------------------------------------------------------------------------------
+# --- replay ---------------------------------------------------------------------------------------
 
 
 class Matrix:
@@ -236,7 +241,9 @@ class Matrix:
 
 
 def rates(distribution: str, dtype: torch.dtype) -> dict[str, float]:
-    """Elements times terms per second that are applied: one term in a sweep over memory, and 64 to what is in the cache."""
+    """Elements times terms per second that are applied: one term in a sweep over memory, and 64 to
+    what is in the cache.
+    """
     direction, x = Direction(distribution), torch.zeros(math.prod(Matrix.shape), dtype=dtype)
     seed = 7 if dtype == torch.bfloat16 else None
     sweeps = [Sweep(1.0, [k], [1e-3], rounding_seed=seed) for k in range(64)]
@@ -363,7 +370,7 @@ def said(row: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-# --- restart ----------------------------------------------------------------------------------------------------------
+# --- restart --------------------------------------------------------------------------------------
 
 TAIL = 100
 
@@ -501,7 +508,7 @@ def part_restart(folder: Path, sizes: Sizes, rounds: int) -> list[dict[str, Any]
     return rows
 
 
-# --- a whole log ------------------------------------------------------------------------------------------------------
+# --- a whole log ----------------------------------------------------------------------------------
 
 
 def part_whole(folder: Path, sizes: Sizes) -> dict[str, Any]:

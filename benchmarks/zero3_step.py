@@ -1,9 +1,11 @@
-"""A step on ZeRO-3 over the forwards it needs, and what it moves: `python benchmarks/zero3_step.py [--output FILE]`.
+"""A step on ZeRO-3 over the forwards it needs, and what it moves: `python benchmarks/zero3_step.py
+[--output FILE]`.
 
-For 1 and 2 ranks under the real launcher, with the parameters in memory and on NVMe, evaluated stacked and one by one:
-floor is the same two forwards through DeepSpeed at the parameters as they are, gathered and loaded once each. Per step and
-over the bytes of this rank's slices: gathered, what it puts into DeepSpeed's all-gathers; read and written, from and to
-files (direct I/O, as the kernel counts it in /proc/self/io). Ratios are medians over the rounds.
+For 1 and 2 ranks under the real launcher, with the parameters in memory and on NVMe, evaluated
+stacked and one by one: floor is the same two forwards through DeepSpeed at the parameters as they
+are, gathered and loaded once each. Per step and over the bytes of this rank's slices: gathered,
+what it puts into DeepSpeed's all-gathers; read and written, from and to files (direct I/O, as the
+kernel counts it in /proc/self/io). Ratios are medians over the rounds.
 """
 
 from __future__ import annotations
@@ -88,7 +90,8 @@ def measured(
         began = time.perf_counter()
         floor()
         floor_ended = time.perf_counter()
-        step()  # the update of it waits where parameters are offloaded: the next one is that of a run
+        # the update of it waits where parameters are offloaded: the next one is that of a run
+        step()
         before, step_began = moved(), time.perf_counter()
         step()
         seconds.append(time.perf_counter() - step_began)

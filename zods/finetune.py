@@ -1,4 +1,7 @@
-"""Fine-tune a transformer from the command line: `deepspeed --module zods.finetune --help`. Composition only."""
+"""Fine-tune a transformer from the command line: `deepspeed --module zods.finetune --help`.
+
+Composition only.
+"""
 
 from __future__ import annotations
 
@@ -98,7 +101,9 @@ def main() -> None:
 
 
 def _is_our_own(error: Exception) -> bool:
-    """Whether the message tells all: it was raised here, or another rank is gone and that one has said why."""
+    """Whether the message tells all: it was raised here, or another rank is gone and that one has
+    said why.
+    """
     if isinstance(error, RankFailure):
         return error.__cause__ is None
     innermost = list(traceback.walk_tb(error.__traceback__))[-1][0]
@@ -214,7 +219,8 @@ def latest_checkpoint(run: Path) -> Path:
     latest = folder / "latest"
     if not latest.is_file():
         raise FileNotFoundError(
-            f"--resume {run}: no file `latest` in {folder}. Give the folder of a run with checkpoints, or auto."
+            f"--resume {run}: no file `latest` in {folder}. Give the folder of a run with "
+            f"checkpoints, or auto."
         )
     return folder / Path(latest.read_text(errors="replace").strip()).name
 
@@ -222,8 +228,8 @@ def latest_checkpoint(run: Path) -> Path:
 def prepare_data(
     arguments: Arguments, tokenizer: Any, run: RunConfig | FirstOrderConfig, pretrained: Pretrained
 ) -> tuple[Task, datasets.Dataset, datasets.Dataset]:
-    """The task, its training data (with the column of the sources, where one is named) and its held-out data, tokenised and
-    checked."""
+    """The task, its training data (with the column of the sources, where one is named) and its
+    held-out data, tokenised and checked."""
     parts = load_parts(arguments.data, run.seed)
     (train, place), *given = parts
     settings = arguments.task
@@ -273,7 +279,8 @@ def steps_per_epoch(run: RunConfig | FirstOrderConfig, num_examples: int) -> int
 
 
 def load_parts(data: DataArguments, seed: int) -> list[tuple[datasets.Dataset, str]]:
-    """The training data and, where they are given, the held-out data, each with what messages say before a row's number.
+    """The training data and, where they are given, the held-out data, each with what messages say
+    before a row's number.
 
     Raises ValueError with what is wrong with both.
     """
@@ -382,8 +389,8 @@ def train_steps(
 def save(
     engine: ZerothOrderEngine | FirstOrderEngine, run: RunArguments, folder: RunFolder
 ) -> None:
-    """A full checkpoint; where it cannot be written, the log of zeroth-order steps has all that is needed, and the run goes
-    on."""
+    """A full checkpoint; where it cannot be written, the log of zeroth-order steps has all that is
+    needed, and the run goes on."""
     try:
         engine.save_checkpoint(folder.path / CHECKPOINTS, keep=run.save_total_limit)
     except OSError as error:
@@ -404,7 +411,8 @@ def stop(
     save(engine, run, folder)
     if engine.global_rank == 0:
         print(
-            f"stopped after step {engine.global_steps} ({engine.stop.reason or 'another rank was asked to'}). To go on: the "
+            f"stopped after step {engine.global_steps} "
+            f"({engine.stop.reason or 'another rank was asked to'}). To go on: the "
             "same command with --resume auto"
         )
 

@@ -1,9 +1,11 @@
-"""Write the quickstart's data: is a line of the standard library's sources code, or text of its docstrings?
+"""Write the quickstart's data: is a line of the standard library's sources code, or text of its
+docstrings?
 
     python make_data.py OUT_FOLDER
 
-The sources of the running Python are parsed, never imported. Three packages of ten, chosen by a hash of their name, are held
-out: their lines make the validation part, and no model was pretrained on them.
+The sources of the running Python are parsed, never imported. Three packages of ten, chosen by a
+hash of their name, are held out: their lines make the validation part, and no model was pretrained
+on them.
 """
 
 import argparse
@@ -66,7 +68,9 @@ def hashed(text: str) -> int:
 
 
 def standard_library() -> Iterator[Piece]:
-    """Docstrings and function bodies in the sources of the running Python's standard library, in the files' order."""
+    """Docstrings and function bodies in the sources of the running Python's standard library, in
+    the files' order.
+    """
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
@@ -90,7 +94,9 @@ def standard_library() -> Iterator[Piece]:
 
 
 def split(pieces: list[Piece]) -> tuple[list[Piece], list[Piece]]:
-    """(not held out, held out), one piece for each opening; one that opens like a held-out one is in neither."""
+    """(not held out, held out), one piece for each opening; one that opens like a held-out one is
+    in neither.
+    """
     held_out = {piece.key: piece for piece in pieces if piece.is_held_out}
     others = {
         piece.key: piece for piece in pieces if not piece.is_held_out and piece.key not in held_out

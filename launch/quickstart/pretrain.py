@@ -1,10 +1,11 @@
-"""Make the quickstart's model: a tokenizer and a small Llama, pretrained first-order on Python's own documentation and sources.
+"""Make the quickstart's model: a tokenizer and a small Llama, pretrained first-order on Python's
+own documentation and sources.
 
     python pretrain.py OUT_FOLDER
 
-The text is `pydoc_data.topics` (the language reference) and what make_data.py does not hold out of the standard library. One
-row in five ends as the task's prompts do, with a label drawn at random: the model comes to know the form of an answer, and
-nothing of which answer is right.
+The text is `pydoc_data.topics` (the language reference) and what make_data.py does not hold out of
+the standard library. One row in five ends as the task's prompts do, with a label drawn at random:
+the model comes to know the form of an answer, and nothing of which answer is right.
 """
 
 import argparse

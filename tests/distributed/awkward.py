@@ -1,4 +1,6 @@
-"""Small classifiers, each with one thing that a stack of batches, or forwards in lockstep, could get wrong."""
+"""Small classifiers, each with one thing that a stack of batches, or forwards in lockstep, could
+get wrong.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ WIDTH, CLASSES, WORDS = 8, 5, 40
 
 
 class Classifier(readers.Classifier):
-    """Embeds words, does what its subclass does to (B, L, WIDTH), and classifies the mean over words."""
+    """Embeds words, does what its subclass does to (B, L, WIDTH), and classifies the mean over
+    words.
+    """
 
     num_words, width, num_classes = WORDS, WIDTH, CLASSES
 
@@ -126,7 +130,9 @@ class DictOutput(Classifier):
 
 
 class Keywords(TupleOutput):
-    """Inputs by name: one with the batch, one broadcast over it, a number, a string; a plain Linear's by name too."""
+    """Inputs by name: one with the batch, one broadcast over it, a number, a string; a plain
+    Linear's by name too.
+    """
 
     def body(self, x: Tensor) -> Tensor:
         y, *_ = self.inner(x=x, mask=(x > 0).any(-1, keepdim=True), shift=0.5, name="a")
@@ -202,7 +208,9 @@ class Smoothed(Classifier):
 
 
 class InAutocast(Smoothed):
-    """Lower precision in a part, entered after the first module and left before the last; in lockstep for its loss."""
+    """Lower precision in a part, entered after the first module and left before the last; in
+    lockstep for its loss.
+    """
 
     def body(self, x: Tensor) -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -211,7 +219,9 @@ class InAutocast(Smoothed):
 
 
 class CountsByMask(nn.Module):
-    """Its own loss counts the words of the mask; on a batch without padding that is the plain cross entropy."""
+    """Its own loss counts the words of the mask; on a batch without padding that is the plain cross
+    entropy.
+    """
 
     def __init__(self) -> None:
         super().__init__()

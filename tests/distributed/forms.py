@@ -27,7 +27,9 @@ def engine_of(model: nn.Module, **arguments: Any) -> Any:
 
 
 class Found(NamedTuple):
-    """error: the largest of any loss against its separate forward's, relative. apart: of the losses, relative."""
+    """error: the largest of any loss against its separate forward's, relative. apart: of the
+    losses, relative.
+    """
 
     form: str
     error: float

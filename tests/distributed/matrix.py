@@ -1,7 +1,9 @@
-"""The fault matrix: real faults in runs of the command line under the `deepspeed` launcher, and what becomes of the runs.
+"""The fault matrix: real faults in runs of the command line under the `deepspeed` launcher, and
+what becomes of the runs.
 
-A cell ends well where the run, started again with the same command, has the weights and the log of the undisturbed one, byte by
-byte; or where it stops with the error that is expected, and goes on so when its cause is gone.
+A cell ends well where the run, started again with the same command, has the weights and the log of
+the undisturbed one, byte by byte; or where it stops with the error that is expected, and goes on so
+when its cause is gone.
 """
 
 from __future__ import annotations
@@ -30,9 +32,10 @@ IDENTICAL = "identical"
 
 @dataclass(frozen=True)
 class Cell:
-    """fault, phase, rank: what the table says. strikes: the faults of the script. signal: sent by the driver to `target`, which
-    is the runner, the launcher or all ranks. before_restart: what is damaged, or mended, in the run's folder. stops: what the
-    first start must say where it is to stop with an error. says: what some start must say.
+    """fault, phase, rank: what the table says. strikes: the faults of the script. signal: sent by
+    the driver to `target`, which is the runner, the launcher or all ranks. before_restart: what is
+    damaged, or mended, in the run's folder. stops: what the first start must say where it is to
+    stop with an error. says: what some start must say.
     """
 
     fault: str
@@ -145,7 +148,9 @@ def command(folder: Path, cell: Cell) -> list[str]:
 
 
 def start(folder: Path, cell: Cell, *, strike: bool, timeout: float = LIMIT) -> Started:
-    """One start of the command line through the launcher, to its end, and to that of every process it has made."""
+    """One start of the command line through the launcher, to its end, and to that of every process
+    it has made.
+    """
     began = time.monotonic()
     deepspeed = str(Path(sys.executable).parent / "deepspeed")
     with master_port() as port, open(folder / "output", "w+") as output:
@@ -208,7 +213,7 @@ def _wait_for_end(session: int, timeout: float) -> None:
     raise AssertionError("processes are left after the launcher's end")
 
 
-# --- what is damaged, and mended, by hand ---------------------------------------------------------------------------------
+# --- what is damaged, and mended, by hand ---------------------------------------------------------
 
 
 def tear_the_last_record(run: Path) -> None:
@@ -253,7 +258,7 @@ def change_the_weights(folder: Path) -> None:
     save_file(state, folder / "other" / "model.safetensors", {"format": "pt"})
 
 
-# --- the cells ------------------------------------------------------------------------------------------------------------
+# --- the cells ------------------------------------------------------------------------------------
 
 _PHASES = {
     "before the scalars, in a forward": "forward",
@@ -318,7 +323,9 @@ CELLS: list[Cell] = [
 
 @dataclass(frozen=True)
 class Outcome:
-    """outcome: what became of the first start; identical: whether the run's end was that of an undisturbed one."""
+    """outcome: what became of the first start; identical: whether the run's end was that of an
+    undisturbed one.
+    """
 
     outcome: str
     identical: bool
@@ -338,7 +345,10 @@ def undisturbed(folder: Path, variant: str) -> Path:
 
 
 def run_cell(cell: Cell, folder: Path) -> Outcome:
-    """Strike a run, start it again, and compare. Raises AssertionError where something expected is not said or done."""
+    """Strike a run, start it again, and compare.
+
+    Raises AssertionError where something expected is not said or done.
+    """
     expected = undisturbed(folder, cell.variant)
     here = folder / re.sub(r"\W+", "-", cell.name)
     shutil.rmtree(here, ignore_errors=True)

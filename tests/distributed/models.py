@@ -1,4 +1,6 @@
-"""Small models, data and configurations for the tests on several ranks, and how the tests look at an engine."""
+"""Small models, data and configurations for the tests on several ranks, and how the tests look at
+an engine.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,8 @@ WIDE = 1030  # of two ranks each holds more than the MiB per weight that DeepSpe
 
 
 class Awkward(nn.Module):
-    """Parameters of 1, 3, 5 and 7 elements, a tied and a frozen one, and one with more than 1 MiB on each of 4 ranks,
-    which is what DeepSpeed asks of a parameter that it is to keep on NVMe."""
+    """Parameters of 1, 3, 5 and 7 elements, a tied and a frozen one, and one with more than 1 MiB
+    on each of 4 ranks, which is what DeepSpeed asks of a parameter that it is to keep on NVMe."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()

@@ -1,4 +1,6 @@
-"""Ranks for tests: `run_ranks` runs a function on N gloo ranks, `launch` a script through the real launcher."""
+"""Ranks for tests: `run_ranks` runs a function on N gloo ranks, `launch` a script through the real
+launcher.
+"""
 
 from __future__ import annotations
 
@@ -30,18 +32,21 @@ ENVIRONMENT = {  # of every rank
     "HF_HUB_OFFLINE": "1",
     "PYTHONWARNINGS": "ignore",
 }
-LIMIT = 600.0  # seconds after which a test gives up; a slow and busy machine takes ten times what a quiet one does
+# seconds after which a test gives up; a slow and busy machine takes ten times what a quiet one does
+LIMIT = 600.0
 COMPILERS = {name: os.environ.get(name) for name in ("CC", "CXX")}
-# Ranks are forked from a server that has imported these, and done nothing else: importing them takes seconds.
+# Ranks are forked from a server that has imported these, and done nothing else: importing them
+# takes seconds.
 PRELOADED = ["pytest", "torch", "torch._dynamo", "deepspeed", "zods", "tests.distributed.models"]
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """`function(*args)` on `world_size` ranks, processes of one torch thread with an initialised gloo group.
+    """`function(*args)` on `world_size` ranks, processes of one torch thread with an initialised
+    gloo group.
 
-    function: of a module's top level; what it takes and returns is pickled. Returns each rank's return value, in rank
-    order. The test fails with the ranks' tracebacks where one raises or dies, and where one takes longer than LIMIT
-    seconds. No process is left behind.
+    function: of a module's top level; what it takes and returns is pickled. Returns each rank's
+    return value, in rank order. The test fails with the ranks' tracebacks where one raises or dies,
+    and where one takes longer than LIMIT seconds. No process is left behind.
     """
     os.environ.update(ENVIRONMENT)
     restore_compilers()
@@ -75,7 +80,10 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list
 
 
 def _collect(pipes: list[Any], processes: list[Any]) -> dict[int, tuple[bool, Any]]:
-    """Per rank (it ended well, its value or what went wrong). Kills what still runs when it returns."""
+    """Per rank (it ended well, its value or what went wrong).
+
+    Kills what still runs when it returns.
+    """
     results: dict[int, tuple[bool, Any]] = {}
     deadline = time.monotonic() + LIMIT
     while len(results) < len(pipes) and time.monotonic() < deadline:
@@ -150,9 +158,11 @@ def _rank(
 
 
 def launch(script: Path, *args: Any, num_gpus: int = 2) -> tuple[int, str]:
-    """Run `script` through the `deepspeed` launcher on this host: (exit code, what all ranks wrote).
+    """Run `script` through the `deepspeed` launcher on this host: (exit code, what all ranks
+    wrote).
 
-    The test fails where it takes longer than LIMIT seconds; the launcher and its ranks are killed then.
+    The test fails where it takes longer than LIMIT seconds; the launcher and its ranks are killed
+    then.
     """
     deepspeed = str(Path(sys.executable).parent / "deepspeed")
     with master_port() as port:
@@ -169,9 +179,11 @@ def launch(script: Path, *args: Any, num_gpus: int = 2) -> tuple[int, str]:
 
 
 def run_command(command: list[str], cwd: Path, **variables: str) -> tuple[int, str]:
-    """Run a launcher's command in the environment of ranks, and `variables`: (exit code, what all that it starts wrote).
+    """Run a launcher's command in the environment of ranks, and `variables`: (exit code, what all
+    that it starts wrote).
 
-    The test fails where it takes longer than LIMIT seconds; all processes of its session are killed then.
+    The test fails where it takes longer than LIMIT seconds; all processes of its session are killed
+    then.
     """
     process = subprocess.Popen(
         command,
@@ -205,7 +217,8 @@ def environment_of_ranks(**variables: str) -> dict[str, str]:
 
 
 def restore_compilers() -> None:
-    """Have ranks build with the compiler of before: with another one they would build DeepSpeed's operators anew.
+    """Have ranks build with the compiler of before: with another one they would build DeepSpeed's
+    operators anew.
 
     PEFT 0.21 leaves CC and CXX at gcc where its CUDA extension for BOFT cannot be built.
     """
@@ -225,7 +238,8 @@ def free_port() -> int:
 
 @contextmanager
 def master_port() -> Iterator[int]:
-    """A free port; DeepSpeed's CPU operator leaves 69 MB of shared memory per rank that bear its number.
+    """A free port; DeepSpeed's CPU operator leaves 69 MB of shared memory per rank that bear its
+    number.
 
     Removes locks that a killed test left of a build, for the ranks would wait for them.
     """

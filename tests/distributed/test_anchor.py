@@ -1,4 +1,6 @@
-"""The anchor of MeZO-SVRG on two ranks: a copy, not the live weights, wherever it is kept; and its refresh."""
+"""The anchor of MeZO-SVRG on two ranks: a copy, not the live weights, wherever it is kept; and its
+refresh.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,7 @@ def shard_of(store: Any, shard: Any) -> torch.Tensor:
     )
 
 
-# --- a copy -----------------------------------------------------------------------------------------------------------
+# --- a copy ---------------------------------------------------------------------------------------
 
 
 def rank_of_copies(folder: Path) -> dict[Any, dict[str, Any]]:
@@ -141,8 +143,9 @@ def test_the_anchor_point_is_the_parameters_at_the_refresh_and_not_the_live_ones
                 if place != "terms":
                     assert np.array_equal(found["point"][name], expected), where
                     continue
-                # taken back from the parameters: exact up to the rounding of the 4 updates since, each at most one
-                # unit in the last place of numbers below 4 (stochastic rounding in bfloat16), and of the way back
+                # taken back from the parameters: exact up to the rounding of the 4 updates since,
+                # each at most one unit in the last place of numbers below 4 (stochastic rounding in
+                # bfloat16), and of the way back
                 unit = 2.0 ** (1 - 7 if bf16 else 1 - 23)
                 assert np.abs(found["point"][name] - expected).max() <= 5 * unit, where
             moved = max(
@@ -177,7 +180,7 @@ def test_the_stored_gradient_is_the_sum_of_its_terms(copies):
     )
 
 
-# --- the refresh ----------------------------------------------------------------------------------------------------------
+# --- the refresh ----------------------------------------------------------------------------------
 
 
 def rank_of_refreshes(folder: Path, accumulation: int, evaluation: str) -> list[Any]:
@@ -224,8 +227,8 @@ def test_a_refresh_weights_every_example_equally(tmp_path, world_size, accumulat
     ranks = run_ranks(world_size, rank_of_refreshes, tmp_path, accumulation, evaluation)
     points = 6 if evaluation == "stacked" else 1  # of one forward
     for terms, largest, forwards, _ in ranks:
-        # float32 losses of about 3 are off by some 2^-22, which 2 eps = 0.2 makes 5 times that; a wrong weight of one
-        # example in 31 shows in the second digit
+        # float32 losses of about 3 are off by some 2^-22, which 2 eps = 0.2 makes 5 times that; a
+        # wrong weight of one example in 31 shows in the second digit
         np.testing.assert_allclose([c for _, c in terms], expected, rtol=0, atol=2e-5)
         assert [s for s, _ in terms] == dense_seeds(dense)
         micro = 12 // world_size // accumulation
@@ -243,7 +246,7 @@ def dense_seeds(dense: DenseReference) -> list[int]:
     return dense.seeds("anchor", dense.anchor_directions)
 
 
-# --- NVMe files -----------------------------------------------------------------------------------------------------------
+# --- NVMe files -----------------------------------------------------------------------------------
 
 
 def rank_of_nvme(folder: Path) -> dict[str, Any]:
@@ -258,7 +261,8 @@ def rank_of_nvme(folder: Path) -> dict[str, Any]:
         files = [f for f in folder.rglob(f"{role}*") if f"rank{rank}" in str(f)]
         content = b"".join(f.read_bytes() for f in files)
         found[role] = (len(files), all(t.numpy().tobytes() in content for t in slices.values()))
-    # reads go ahead: when a slice is asked for a second time round, it and the next one are already on their way
+    # reads go ahead: when a slice is asked for a second time round, it and the next one are already
+    # on their way
     store, events = engine.anchor.point, []
     begin_read, begin_write = store._file.begin_read, store._file.begin_write
     store._file.begin_read = lambda *a: (events.append("read"), begin_read(*a))
@@ -295,7 +299,8 @@ def test_anchor_files_hold_the_slices_and_are_read_ahead_and_written_behind_and_
 ):
     for found in run_ranks(2, rank_of_nvme, tmp_path):
         assert found["point"] == found["gradient"] == (1, True)
-        # from the second round on every `read` begins one read, of the slice that follows, and returns before it is done
+        # from the second round on every `read` begins one read, of the slice that follows, and
+        # returns before it is done
         assert all(
             count == k + 1 and pending == 1 for k, (count, pending) in enumerate(found["ahead"])
         )
@@ -332,7 +337,7 @@ def test_the_number_of_buffers_their_size_and_the_tier_change_no_bit(tmp_path):
         assert len(set(digests)) == 1
 
 
-# --- damage to the files ----------------------------------------------------------------------------------------------------
+# --- damage to the files --------------------------------------------------------------------------
 
 
 def last_bytes(store: Any, shard: Any) -> list[int]:
@@ -458,7 +463,7 @@ def test_a_damaged_file_of_the_point_stops_the_run_and_names_the_bytes_and_what_
             assert "Start again with the same command" in text
 
 
-# --- mistakes ---------------------------------------------------------------------------------------------------------------
+# --- mistakes -------------------------------------------------------------------------------------
 
 
 def refusal(function: Any, *arguments: Any, **keywords: Any) -> str:

@@ -1,4 +1,6 @@
-"""Every benchmark of the README's table runs, at its smallest size, and prints one JSON object with what it promises."""
+"""Every benchmark of the README's table runs, at its smallest size, and prints one JSON object with
+what it promises.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,10 @@ SMOKE: dict[str, tuple[set[str], set[str]]] = {
     "zero3_step.py": (set(), {"ranks", "offload", "evaluation", "ratio_to_floor", "step_s", "gathered", "read", "written"}),
     "kernel_speed.py": ({"backend", "float32", "bfloat16"}, set()),
     "selection.py --part speed": (set(), {"part", "n", "k", "library", "seconds", "objective"}),
-    "selection.py --part scaling": (set(), {"part", "n", "ranks", "seconds", "peak_memory_gib", "selection_bytes_per_rank"}),
-    "selection.py --part quality": (set(), {"part", "features", "m", "agreement", "cost_forwards", "total_forwards"}),
+    "selection.py --part "
+    "scaling": (set(), {"part", "n", "ranks", "seconds", "peak_memory_gib", "selection_bytes_per_rank"}),
+    "selection.py --part "
+    "quality": (set(), {"part", "features", "m", "agreement", "cost_forwards", "total_forwards"}),
     "selection.py --part training": (set(), {"part", "what"}),
     "quickstart.py": ({"mean_accuracy_gain"}, {"method", "seed", "accuracy_before", "accuracy_after", "zods_bytes_per_step"}),
     "sst2.py --model SMOLLM2 --data DATA/sst2": (

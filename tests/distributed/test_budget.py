@@ -83,7 +83,7 @@ def test_a_rank_above_a_matrix_smaller_side_is_reduced_there_and_said_once():
     first, second = run_ranks(2, rank_of_ranks)
     (text,) = first
     assert (
-        "direction.rank 19 is reduced to the smaller side of model.decoder.embed_positions.weight (18)"
-        in text
+        "direction.rank 19 is reduced to the smaller side of model.decoder.embed_positions.weight "
+        "(18)" in text
     )
     assert second == []

@@ -1,4 +1,6 @@
-"""Save and resume, on as many ranks or another number; damaged checkpoints, crashes and full disks; the export."""
+"""Save and resume, on as many ranks or another number; damaged checkpoints, crashes and full disks;
+the export.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,8 @@ WARMUP = {
     "type": "WarmupLR",
     "params": {"warmup_max_lr": 2e-2, "warmup_num_steps": 12, "warmup_type": "linear"},
 }
-# name: arguments of `configuration`; each of these runs is saved in the middle of an epoch and of an anchor's life
+# name: arguments of `configuration`; each of these runs is saved in the middle of an epoch and of
+# an anchor's life
 RUNS: dict[str, dict[str, Any]] = {
     "point stored": {"anchor": {"point": "cpu", "gradient": "cpu"}},
     "point on nvme": {"anchor": {"point": "nvme", "gradient": "nvme"}},
@@ -74,7 +77,9 @@ def build(name: str, folder: Path, **changed: Any) -> Any:
 
 
 def apply_given(engine: Any) -> str:
-    """Three updates with given scalars, the stored anchor gradient among them; the digest of the weights."""
+    """Three updates with given scalars, the stored anchor gradient among them; the digest of the
+    weights.
+    """
     for step in range(3):
         terms = (Term(2**64 - 5 - step, 1e-3), Term(99, -0.02 / (step + 1)))
         dense = 0.0 if engine.anchor.gradient is None else -1e-2
@@ -164,7 +169,9 @@ def test_the_next_batches_after_a_resume_are_the_same_examples(saved, resumed, n
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_resumed_run_goes_on_as_the_undisturbed_one(saved, resumed, name):
-    """On the same number of ranks to the bit; on another the losses differ by the rounding of other sums."""
+    """On the same number of ranks to the bit; on another the losses differ by the rounding of other
+    sums.
+    """
     world_size, runs = resumed
     undisturbed, again = saved[1][name], runs[name]
     if world_size == 2:
@@ -180,7 +187,7 @@ def test_a_resumed_run_goes_on_as_the_undisturbed_one(saved, resumed, name):
     assert undisturbed["end"]["annealing"].divisor >= 3.0, "else annealing was not at work"
 
 
-# --- another layout, another place ------------------------------------------------------------------------------------
+# --- another layout, another place ----------------------------------------------------------------
 
 
 def rank_of_movers(folder: Path, at: Path) -> dict[str, Any]:
@@ -218,7 +225,7 @@ def test_a_checkpoint_moves_between_stages_and_anchor_places(saved, tmp_path):
             np.testing.assert_allclose(point[key], value, rtol=0, atol=8 * 2.0**-23)
 
 
-# --- damage -----------------------------------------------------------------------------------------------------------
+# --- damage ---------------------------------------------------------------------------------------
 
 
 def cut(file: Path, keep: float = 0.5) -> None:
@@ -428,7 +435,7 @@ def test_an_interrupted_save_is_an_error_on_all_ranks_and_leaves_latest_on_the_o
         assert found["next"] == "global_step3"
 
 
-# --- flipped bits -----------------------------------------------------------------------------------------------------
+# --- flipped bits ---------------------------------------------------------------------------------
 
 
 def rank_of_flips(folder: Path, at: Path) -> dict[str, Any]:
@@ -519,7 +526,7 @@ def test_the_fingerprint_of_a_slice_without_elements_is_verified_too(tmp_path):
     assert first[0] == 0
 
 
-# --- crashes ----------------------------------------------------------------------------------------------------------
+# --- crashes --------------------------------------------------------------------------------------
 
 STEPS_OF_A_SAVE = (
     "mkdir",
@@ -536,7 +543,9 @@ class Crash(BaseException):
 
 
 def counted(monkeypatch: pytest.MonkeyPatch, crash_at: int | None) -> list[str]:
-    """The operations of `os` that change names or flush, as they come, with a Crash in place of number `crash_at`."""
+    """The operations of `os` that change names or flush, as they come, with a Crash in place of
+    number `crash_at`.
+    """
     events: list[str] = []
 
     def wrapped(name: str, original: Callable) -> Callable:
@@ -631,7 +640,7 @@ def test_a_crash_at_any_moment_of_a_save_leaves_only_whole_checkpoints_and_a_lat
         assert parent[1] < min(removals), "what is removed goes when the new one is in its place"
 
 
-# --- old checkpoints --------------------------------------------------------------------------------------------------
+# --- old checkpoints ------------------------------------------------------------------------------
 
 
 def rank_of_keepers(folder: Path) -> dict[str, Any]:
@@ -723,7 +732,7 @@ def test_old_checkpoints_are_removed_but_the_last_ones_and_what_is_not_of_that_k
     assert first["of no folder"] == []
 
 
-# --- a full disk ------------------------------------------------------------------------------------------------------
+# --- a full disk ----------------------------------------------------------------------------------
 
 
 def rank_of_full_disks(folder: Path, drive: Path | None) -> list[Any]:
@@ -792,7 +801,7 @@ def test_a_full_disk_is_an_error_on_all_ranks_and_what_was_saved_before_stays_go
     assert last == ("nothing", "", "global_step2", True, [])
 
 
-# --- the export -------------------------------------------------------------------------------------------------------
+# --- the export -----------------------------------------------------------------------------------
 
 
 def rank_of_exports(folder: Path) -> dict[str, Any]:

@@ -1,4 +1,6 @@
-"""The form of evaluation: chosen on a few examples, compared again on later batches, and left where it does not fit."""
+"""The form of evaluation: chosen on a few examples, compared again on later batches, and left where
+it does not fit.
+"""
 
 from __future__ import annotations
 
@@ -120,7 +122,9 @@ def without_word(batch: dict[str, Tensor], word: int = 39) -> dict[str, Tensor]:
 
 
 def said_by(engine: Any, batches: list[Any]) -> dict[str, Any]:
-    """The largest relative error of a batch's losses, the forms that they were evaluated in, and what was said."""
+    """The largest relative error of a batch's losses, the forms that they were evaluated in, and
+    what was said.
+    """
     said, logger = LogTexts(), logging.getLogger("zods")
     logger.setLevel(logging.INFO)
     plain = copy.deepcopy(engine.module)
@@ -204,7 +208,9 @@ def rank_of_chaos() -> dict[str, str]:
 
 
 def test_a_chaotic_model_is_stacked_where_only_rounding_errors_tell_it_from_separate_forwards():
-    """What mixes examples is refused at any distance of the points, for rounding errors do not explain it."""
+    """What mixes examples is refused at any distance of the points, for rounding errors do not
+    explain it.
+    """
     (found,) = run_ranks(1, rank_of_chaos)
     refused = "chaotic, rounding not allowed for"
     assert found == {"chaotic": "stacked", refused: "lockstep", "mixes examples": "lockstep"}
@@ -279,7 +285,9 @@ def test_a_projected_gradient_of_exactly_0_is_said_once():
 
 
 def rank_of_a_rank_that_leaves_the_form() -> dict[str, Any]:
-    """Experts whose router may send a rank's examples elsewhere at different points, while the other rank's stay together."""
+    """Experts whose router may send a rank's examples elsewhere at different points, while the
+    other rank's stay together.
+    """
     engine = engine_of(Experts(), stage=0, agreement_interval=1, eps=0.1)
     rank, forms = torch.distributed.get_rank(), []
     for step in range(12):

@@ -1,4 +1,6 @@
-"""Offloaded parameters: how often each is read and written in a step, and that an update which waits is never missed."""
+"""Offloaded parameters: how often each is read and written in a step, and that an update which
+waits is never missed.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ from tests.distributed.models import Wide, collate, configuration, sha256, train
 from tests.distributed.ranks import run_ranks
 
 OFFLOADS = ("cpu", "nvme")
-KEPT = "kept gathered"  # not on NVMe: DeepSpeed 0.19.8 fails in the forward, with parameters of another dtype
+# not on NVMe: DeepSpeed 0.19.8 fails in the forward, with parameters of another dtype
+KEPT = "kept gathered"
 RUNS: dict[str, dict[str, Any]] = {
     "mezo": {},
     "rademacher, decay, bfloat16": {"direction": "rademacher", "weight_decay": 0.1, "bf16": True},
@@ -102,7 +105,7 @@ def test_a_parameter_on_nvme_is_read_once_and_written_once_per_step(tmp_path, wo
             assert steps == [([1, 1, 1], [1, 1, 1])] * 3, name
 
 
-# --- nothing is missed ----------------------------------------------------------------------------------------------------
+# --- nothing is missed ----------------------------------------------------------------------------
 
 
 def seen_by_readers(engine: Any, folder: Path) -> dict[str, Any]:

@@ -1,6 +1,8 @@
-"""Under torch's elastic agent: a rank that dies is started again with the others, and the run ends as if nothing had been.
+"""Under torch's elastic agent: a rank that dies is started again with the others, and the run ends
+as if nothing had been.
 
-DeepSpeed 0.19.8 has no elastic agent any more ("Elastic training has been removed"); torchrun is what there is.
+DeepSpeed 0.19.8 has no elastic agent any more ("Elastic training has been removed"); torchrun is
+what there is.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ CONFIG = {
         "anchor": {"point": "terms", "gradient": "cpu"},
     },
 }
-# Runs zods.finetune, and where the marker is not there yet, kills this process, rank 1, before the third step's record.
+# Runs zods.finetune, and where the marker is not there yet, kills this process, rank 1, before the
+# third step's record.
 DYING = """
 import os, runpy, signal, sys
 from pathlib import Path
@@ -79,7 +82,8 @@ def torchrun(folder: Path, output: str, marker: Path, nproc: int = 2) -> str:
         ),
         "--save_model",
     ]
-    # torch 2.13 otherwise gives a second start the store of the first, with the addresses of its ranks in it
+    # torch 2.13 otherwise gives a second start the store of the first, with the addresses of its
+    # ranks in it
     variables = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "TMPDIR": str(folder)}
     code, said = run_command(list(map(str, command)), folder, **variables)
     assert code == 0, said[-4000:]

@@ -184,10 +184,11 @@ def dense_run(name: str) -> tuple[DenseReference, list[float]]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_twenty_steps_agree_with_the_dense_reference(cases, name):
-    """Tolerance. The reference is float64, a float32 loss of size L is wrong by a few units in the last place, 2^-23 L;
-    a projected gradient by that over 2 eps. A step moves an element by lr |z| times it, |z| < 4, for the evaluations at
-    theta and at the anchor. The float32 additions to a parameter of size 1 round by 2^-24 each, and nothing amplifies
-    these in so few steps. Times 8 for errors that add up in the forward: still 100 times below how far an element moves.
+    """Tolerance. The reference is float64, a float32 loss of size L is wrong by a few units in the
+    last place, 2^-23 L; a projected gradient by that over 2 eps. A step moves an element by lr |z|
+    times it, |z| < 4, for the evaluations at theta and at the anchor. The float32 additions to a
+    parameter of size 1 round by 2^-24 each, and nothing amplifies these in so few steps. Times 8
+    for errors that add up in the forward: still 100 times below how far an element moves.
     """
     dense, dense_losses = dense_run(name)
     arguments = CASES[name][1]
@@ -259,7 +260,7 @@ def test_svrg_adds_no_device_bytes_unless_a_part_is_kept_on_the_device(cases):
             )
 
 
-# --- gradient accumulation ------------------------------------------------------------------------------------------
+# --- gradient accumulation ------------------------------------------------------------------------
 
 
 def rank_of_accumulation() -> list[Any]:
@@ -277,7 +278,8 @@ def test_accumulated_micro_batches_are_one_big_batch():
     one, three = run_ranks(2, rank_of_accumulation)[0]
     assert (one[0], three[0]) == (5, 5)
     assert three[1] == 15
-    # the losses are means over other groups of examples: they differ by float32 rounding, and so does what follows
+    # the losses are means over other groups of examples: they differ by float32 rounding, and so
+    # does what follows
     np.testing.assert_allclose(one[2], three[2], rtol=1e-5)
     for key, value in one[3].items():
         np.testing.assert_allclose(value, three[3][key], rtol=0, atol=1e-4)
@@ -287,7 +289,7 @@ def test_accumulated_micro_batches_are_one_big_batch():
         )
 
 
-# --- schedules and monitor ------------------------------------------------------------------------------------------
+# --- schedules and monitor ------------------------------------------------------------------------
 
 
 class Announced(nn.Module):
@@ -361,7 +363,8 @@ def test_scheduler_annealing_and_monitor_follow_the_steps(tmp_path):
     assert first["moved"] == [lr > 0 for lr in expected], (
         "a step moves the parameters by the scheduler's step size"
     )
-    # the third epoch's mean is above 1.05 times the second's, and only that one's; it acts from its end on
+    # the third epoch's mean is above 1.05 times the second's, and only that one's; it acts from its
+    # end on
     assert first["annealed"] == pytest.approx([0.5] * 5 + [0.125] * 3)
     rows = {f.stem: list(csv.reader(f.open())) for f in (tmp_path / "run").glob("*.csv")}
     losses = next(rows[stem] for stem in rows if stem.endswith("loss"))[1:]
@@ -370,7 +373,7 @@ def test_scheduler_annealing_and_monitor_follow_the_steps(tmp_path):
     assert {stem.rsplit("_Samples_", 1)[1] for stem in rows} == {"loss", "lr", "projected_grad"}
 
 
-# --- losses that are no numbers ----------------------------------------------------------------------------------------
+# --- losses that are no numbers -------------------------------------------------------------------
 
 
 def rank_of_nonfinite_losses() -> dict[str, Any]:
@@ -422,7 +425,7 @@ def test_a_step_with_a_non_finite_loss_on_one_rank_is_skipped_and_counted_and_so
     assert "max_nonfinite_steps" in first["error"]
 
 
-# --- the face of the engine -----------------------------------------------------------------------------------------------
+# --- the face of the engine -----------------------------------------------------------------------
 
 
 def rank_of_faces() -> dict[str, Any]:
@@ -502,11 +505,13 @@ def test_the_engine_has_the_face_of_deepspeeds_and_refuses_what_would_have_no_ef
     assert first["disagreement"] == second["disagreement"]
 
 
-# --- stored weights are never perturbed -------------------------------------------------------------------------------------
+# --- stored weights are never perturbed -----------------------------------------------------------
 
 
 def stored(engine: Any) -> list[str]:
-    """Digests of what lies on this rank, the padding too, of its slices, and of the whole as gathered."""
+    """Digests of what lies on this rank, the padding too, of its slices, and of the whole as
+    gathered.
+    """
     return [stored_digest(engine), sha256(local_slices(engine)), sha256(whole(engine))]
 
 
@@ -555,7 +560,7 @@ def test_two_hundred_evaluations_with_lr_0_leave_every_stored_bit_in_bfloat16(tm
             assert before == after, name
 
 
-# --- who is trained ------------------------------------------------------------------------------------------------------------
+# --- who is trained -------------------------------------------------------------------------------
 
 
 def rank_of_chosen_parameters() -> dict[str, bool]:

@@ -57,7 +57,7 @@ def mine(engine: Any, step: int) -> dict[str, Tensor]:
     return collate(rows)
 
 
-# --- a loop as those of Hugging Face and DeepSpeed ---------------------------------------------------------------------
+# --- a loop as those of Hugging Face and DeepSpeed ------------------------------------------------
 
 
 def rank_of_loop(stage: int) -> dict[str, Any]:
@@ -133,7 +133,8 @@ def test_a_loop_on_outputs_trains_as_the_three_lines_do(ranks: int, stage: int):
                 "ValueError: engine.to(torch.float16): found parameters of torch.float32",
                 "ValueError: engine.to(meta): the engine is on cpu",
                 "ValueError: engine.load_state_dict()",
-                "AttributeError: ZerothOrderEngine has no attribute 'no_such_thing', nor has its module",
+                "AttributeError: ZerothOrderEngine has no attribute 'no_such_thing', nor has its "
+                "module",
                 "ValueError: the batch: Tiny.forward takes no text; it takes ids, labels.",
             ),
             strict=True,
@@ -141,7 +142,7 @@ def test_a_loop_on_outputs_trains_as_the_three_lines_do(ranks: int, stage: int):
             assert text.startswith(said)
 
 
-# --- forwards that no backward follows ---------------------------------------------------------------------------------
+# --- forwards that no backward follows ------------------------------------------------------------
 
 
 def rank_of_probes(stage: int) -> dict[str, Any]:
@@ -222,7 +223,7 @@ def test_of_two_forwards_before_one_backward_only_the_second_can_become_the_step
         assert found["weights"] == found["expected"]
 
 
-# --- two engines on one model -----------------------------------------------------------------------------------------
+# --- two engines on one model ---------------------------------------------------------------------
 
 
 def rank_of_successors(stage: int) -> dict[int, tuple[str, str, float]]:
@@ -278,13 +279,14 @@ def rank_of_hooks() -> tuple[str, str]:
 def test_a_second_engine_on_a_model_with_hooks_is_refused_while_the_first_is_open():
     assert run_ranks(1, rank_of_hooks) == [
         (
-            "ValueError: model: another zods engine runs the hooks of its modules. Call close() of that engine first.",
+            "ValueError: model: another zods engine runs the hooks of its modules. Call close() of "
+            "that engine first.",
             "nothing",
         )
     ]
 
 
-# --- all of a batch -----------------------------------------------------------------------------------------------------
+# --- all of a batch -------------------------------------------------------------------------------
 
 
 class Masked(nn.Module):
@@ -337,7 +339,7 @@ def test_positions_and_keywords_together_reach_the_model_in_training_and_evaluat
         assert found["mixed"][2:] == ("stacked", True)
 
 
-# --- parameters of odd shapes and layouts, and compiled models ------------------------------------------------------------
+# --- parameters of odd shapes and layouts, and compiled models ------------------------------------
 
 
 class Odd(nn.Module):
@@ -423,7 +425,7 @@ def test_a_compiled_model_trains_as_the_plain_one():
     assert found["none"][0] == "Tiny"
 
 
-# --- checkpoints --------------------------------------------------------------------------------------------------------
+# --- checkpoints ----------------------------------------------------------------------------------
 
 
 def trained(engine: Any) -> str:
@@ -531,7 +533,7 @@ def test_checkpoints_take_the_tags_and_keywords_of_deepspeed(
         assert "this run writes a log" in found["logged"]
 
 
-# --- parameter groups ---------------------------------------------------------------------------------------------------
+# --- parameter groups -----------------------------------------------------------------------------
 
 
 def rank_of_groups(stage: int) -> tuple[set[str], str]:

@@ -1,4 +1,6 @@
-"""The losses of several points by the form of evaluation that "auto" chooses are those of separate forwards."""
+"""The losses of several points by the form of evaluation that "auto" chooses are those of separate
+forwards.
+"""
 
 from __future__ import annotations
 
@@ -98,9 +100,10 @@ def named(case: tuple[str, str, bool, bool]) -> str:
 
 
 def check(ranks: list[dict[Any, Any]], case: tuple[str, str, bool, bool]) -> None:
-    """Tolerance. The two differ in the order of float32 sums only: 1e-5 is 80 units in the last place of a loss. In bf16
-    activations are rounded by up to 2^-9 of their size; a loss is the mean over dozens of logits, the sizes of which
-    it has, so one such rounding is room enough. The points must be further apart than float32's tolerance by far.
+    """Tolerance. The two differ in the order of float32 sums only: 1e-5 is 80 units in the last
+    place of a loss. In bf16 activations are rounded by up to 2^-9 of their size; a loss is the mean
+    over dozens of logits, the sizes of which it has, so one such rounding is room enough. The
+    points must be further apart than float32's tolerance by far.
     """
     name, _, _, bf16 = case
     tolerance = 2.0**-9 if bf16 else 1e-5

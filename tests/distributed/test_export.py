@@ -1,4 +1,6 @@
-"""What is exported loads back to the weights of the run, under the names that the model's own library gives them."""
+"""What is exported loads back to the weights of the run, under the names that the model's own
+library gives them.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,8 @@ METHODS: dict[str, Any] = {
         r=2, num_vectors=5, vector_length=4, topk=2, **TARGETS, **COMMON
     ),
 }
-# their modules read parameters of others outside a forward of these, which ZeRO-3 leaves empty there
+# their modules read parameters of others outside a forward of these, which ZeRO-3 leaves empty
+# there
 NOT_AT_STAGE_3 = ("AdaLoRA", "VBLoRA")
 
 

@@ -1,4 +1,6 @@
-"""A failure while a run starts, on one rank or on all: all ranks end soon, and one of them says why in one line."""
+"""A failure while a run starts, on one rank or on all: all ranks end soon, and one of them says why
+in one line.
+"""
 
 from __future__ import annotations
 
@@ -173,8 +175,10 @@ def test_code_of_a_model_that_fails_on_one_rank_ends_the_run_with_the_name_of_th
     }
     (model / "config.json").write_text(json.dumps(settings))
     (model / "own_settings.py").write_text(
-        "import os\nfrom transformers import PretrainedConfig\n\n\nclass OwnConfig(PretrainedConfig):\n"
-        "    model_type = 'own'\n    if os.environ['RANK'] == '1':\n        raise TypeError('a driver is missing')\n"
+        "import os\nfrom transformers import PretrainedConfig\n\n\nclass "
+        "OwnConfig(PretrainedConfig):\n"
+        "    model_type = 'own'\n    if os.environ['RANK'] == '1':\n        raise TypeError('a "
+        "driver is missing')\n"
     )
     rows = [{"text": f"row {i}", "label": "ab"[i % 2]} for i in range(16)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -1,4 +1,7 @@
-"""The fault matrix (`tests/distributed/matrix.py`). By default a few cells run: a kill, a signal and a damaged file."""
+"""The fault matrix (`tests/distributed/matrix.py`).
+
+By default a few cells run: a kill, a signal and a damaged file.
+"""
 
 from __future__ import annotations
 

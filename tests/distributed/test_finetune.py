@@ -1,4 +1,6 @@
-"""The command line through the real `deepspeed` launcher: a whole run on the quickstart's model, its resumption, mistakes."""
+"""The command line through the real `deepspeed` launcher: a whole run on the quickstart's model,
+its resumption, mistakes.
+"""
 
 from __future__ import annotations
 

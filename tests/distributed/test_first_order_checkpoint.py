@@ -1,4 +1,6 @@
-"""Checkpoints of first-order training: DeepSpeed's own, of which no code is run when they are loaded."""
+"""Checkpoints of first-order training: DeepSpeed's own, of which no code is run when they are
+loaded.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Mutated configurations, logs and folders of checkpoints: each is taken, or refused with one clear error. 10,000 in all."""
+"""Mutated configurations, logs and folders of checkpoints: each is taken, or refused with one clear
+error. 10,000 in all.
+"""
 
 from __future__ import annotations
 

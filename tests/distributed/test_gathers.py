@@ -1,5 +1,5 @@
-"""What a step gathers, counted where DeepSpeed calls torch; and what it applies, whatever the form of evaluation is, and
-with directions of each rank's own."""
+"""What a step gathers, counted where DeepSpeed calls torch; and what it applies, whatever the form
+of evaluation is, and with directions of each rank's own."""
 
 from __future__ import annotations
 
@@ -105,7 +105,8 @@ def rank_of_counts() -> dict[str, tuple[str, list[float]]]:
         engine = zods.initialize(model=model, config=gathering(4, **arguments), training_data=data)[
             0
         ]
-        # step 0 chooses the form, steps 1, 2 and 4 check it, and DeepSpeed's prefetching learns the order
+        # step 0 chooses the form, steps 1, 2 and 4 check it, and DeepSpeed's prefetching learns the
+        # order
         train(engine, data, range(5))
         ratios = []
         for step in range(5, 8):
@@ -129,14 +130,16 @@ def test_a_step_gathers_the_parameters_once_in_one_forward_of_all_points(counts,
         assert ratios == [FORWARDS.get(name, 1.0)] * 3
 
 
-# --- what is applied ----------------------------------------------------------------------------------------------------
+# --- what is applied ------------------------------------------------------------------------------
 
 STEPS = 10
 COMMON = {"eps": 1e-2, "lr": 1e-3, "seed": 7}
 
 
 def rounding(losses: list[float], lr: float) -> float:
-    """How far two runs in float32 may be apart after STEPS: test_engine.py's bound for one against float64, twice."""
+    """How far two runs in float32 may be apart after STEPS: test_engine.py's bound for one against
+    float64, twice.
+    """
     return 2 * STEPS * (lr * 4 * 2 * 8 * 2.0**-23 * max(losses) / (2 * COMMON["eps"]) + 2.0**-24)
 
 
@@ -200,7 +203,7 @@ def test_the_terms_applied_are_those_logged(trajectories):
         assert all(found["replayed"] for found in rank.values())
 
 
-# --- directions per rank ------------------------------------------------------------------------------------------------
+# --- directions per rank --------------------------------------------------------------------------
 
 PER_RANK: dict[str, dict[str, Any]] = {
     "mezo": {"method": "mezo"},
@@ -241,7 +244,9 @@ def per_rank() -> list[dict[str, Any]]:
 
 
 def dense_step(dense: DenseReference, parts: list[Any]) -> None:
-    """theta - lr * the mean over ranks of each one's estimate: of its own directions, on its own part of the batch."""
+    """theta - lr * the mean over ranks of each one's estimate: of its own directions, on its own
+    part of the batch.
+    """
     svrg, number = dense.method == "mezo_svrg", dense.num_directions
     if svrg and dense.steps % dense.anchor_interval == 0:
         dense.refresh()
@@ -281,8 +286,8 @@ def part_of(rank: int, examples: list[Any], accumulation: int) -> Any:
 
 @pytest.mark.parametrize("name", PER_RANK)
 def test_an_update_is_the_mean_of_each_ranks_estimate_on_its_own_part(per_rank, name):
-    """Within float32 rounding of a float64 reference; see `rounding`. Both ranks hold the same bits, also where each
-    stores the whole."""
+    """Within float32 rounding of a float64 reference; see `rounding`. Both ranks hold the same
+    bits, also where each stores the whole."""
     arguments = dict(PER_RANK[name])
     accumulation = arguments.pop("accumulation", 1)
     for key in ("stage", "anchor"):

@@ -1,8 +1,8 @@
 """Logs and checkpoints of the first format, in tests/golden, are taken up on one and on two ranks.
 
 The expected results lie in tests/golden. `python -m tests.golden.make` writes them again, which
-means to break the format. The weights that a log or a checkpoint leads to are the same bits on every
-machine. Losses that are computed after it are not: another CPU adds in another order.
+means to break the format. The weights that a log or a checkpoint leads to are the same bits on
+every machine. Losses that are computed after it are not: another CPU adds in another order.
 """
 
 from __future__ import annotations

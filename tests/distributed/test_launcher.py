@@ -1,4 +1,6 @@
-"""Through the real `deepspeed` launcher with two ranks: the loop, the bytes it sends, and how mistakes end a run."""
+"""Through the real `deepspeed` launcher with two ranks: the loop, the bytes it sends, and how
+mistakes end a run.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def test_the_three_line_loop_runs_svrg_on_zero_3_through_the_launcher(loop):
 
 
 def test_a_step_sends_less_than_one_kibibyte_counted_at_the_communication_layer(loop):
-    """With 2 directions (8 losses) per step, 4 at a refresh, in accumulated micro-batches, an agreement check every 2."""
+    """With 2 directions (8 losses) per step, 4 at a refresh, in accumulated micro-batches, an
+    agreement check every 2.
+    """
     for rank in loop:
         for step, (zods, _, scalars, slices, reported) in enumerate(rank["terms"]["steps"]):
             assert 0 < zods < 1024
@@ -44,7 +48,9 @@ def test_a_step_sends_less_than_one_kibibyte_counted_at_the_communication_layer(
 
 
 def test_slices_of_a_stored_anchor_point_are_counted_apart_from_the_scalars(loop):
-    """Each module's slice is gathered once per micro-batch, whatever the number of points that need it."""
+    """Each module's slice is gathered once per micro-batch, whatever the number of points that need
+    it.
+    """
     for rank in loop:
         for zods, _, scalars, slices, reported in rank["stored"]["steps"]:
             assert 0 < scalars < 1024
@@ -59,7 +65,7 @@ def test_everything_that_is_sent_was_asked_for_by_zods_or_deepspeed(loop):
         assert sum(size for _, size in rank["sent"]["deepspeed"].values()) > 0, "ZeRO-3 gathers"
 
 
-# --- mistakes -------------------------------------------------------------------------------------------------------------
+# --- mistakes -------------------------------------------------------------------------------------
 
 EXPECTED = {
     "unknown key": (

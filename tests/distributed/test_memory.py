@@ -66,7 +66,8 @@ def rank_of_peaks(stage: int) -> dict[str, tuple[int, int, int]]:
             with peak_memory(engine.device) as inference:
                 engine.deepspeed(**inputs, use_cache=False)
             release_gathered(engine.deepspeed)
-        engine._evaluator._forwards.at._scratch.__init__()  # else what is kept from the first step does not count
+        # else what is kept from the first step does not count
+        engine._evaluator._forwards.at._scratch.__init__()
         with peak_memory(engine.device) as step:
             train(engine, data, [3])
         largest = 0

@@ -1,4 +1,6 @@
-"""Models that a form of evaluation cannot serve: right in another form, or refused; never silently wrong."""
+"""Models that a form of evaluation cannot serve: right in another form, or refused; never silently
+wrong.
+"""
 
 from __future__ import annotations
 
@@ -85,8 +87,8 @@ def two_ranks() -> list[dict[tuple[str, str], Any]]:
 
 
 def check(ranks: list[dict[tuple[str, str], Any]], name: str) -> None:
-    """Tolerance: 80 units in the last place of a float32 loss, for sums in another order. The first batch is evaluated
-    after every form before the one chosen has failed on it."""
+    """Tolerance: 80 units in the last place of a float32 loss, for sums in another order. The first
+    batch is evaluated after every form before the one chosen has failed on it."""
     for rank in ranks:
         for (of, distribution), found in rank.items():
             if of == name:
@@ -209,8 +211,8 @@ def rank_of_autocast() -> dict[str, Any]:
 
 
 def test_autocast_inside_and_around_a_forward_is_kept_but_not_its_cache_of_weights():
-    """The cache maps a Parameter, whatever its data are meanwhile, to its first cast. Tolerance: bfloat16 products of
-    other shapes round otherwise; a stale weight shows as 3e-3."""
+    """The cache maps a Parameter, whatever its data are meanwhile, to its first cast. Tolerance:
+    bfloat16 products of other shapes round otherwise; a stale weight shows as 3e-3."""
     (found,) = run_ranks(1, rank_of_autocast)
     left_on, truth, losses = found["inside"]
     assert not left_on, "autocast is on for the whole process after a forward in lockstep"

@@ -1,4 +1,6 @@
-"""The loss of a step is that of its global batch, whatever micro-batches, ranks and forms of evaluation it is cut into."""
+"""The loss of a step is that of its global batch, whatever micro-batches, ranks and forms of
+evaluation it is cut into.
+"""
 
 from __future__ import annotations
 
@@ -240,8 +242,9 @@ def ranks(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_losses_of_a_run_are_those_of_the_global_batch_in_one_piece(ranks, name):
-    """Tolerance. A token's loss in float32 is wrong by a few 2^-24 of its size, 3; a projected gradient by that over 2 eps,
-    some 1e-4, less where errors of many tokens cancel. The two means differ by far more, which is checked as well.
+    """Tolerance. A token's loss in float32 is wrong by a few 2^-24 of its size, 3; a projected
+    gradient by that over 2 eps, some 1e-4, less where errors of many tokens cancel. The two means
+    differ by far more, which is checked as well.
     """
     kind, mean, _, arguments = CASES[name]
     expected = dense_steps(kind, mean, "method" in arguments)
@@ -257,7 +260,7 @@ def test_the_losses_of_a_run_are_those_of_the_global_batch_in_one_piece(ranks, n
                 assert grad == pytest.approx(expected_grad, abs=2e-3), micro
 
 
-# --- directions of each rank's own ------------------------------------------------------------------------------------
+# --- directions of each rank's own ----------------------------------------------------------------
 
 PARTS = {  # places among the examples of the parts of two ranks
     "uneven": ((0, 1, 2, 3), (4, 5, 6, 7)),
@@ -279,7 +282,9 @@ def rank_of_own_directions() -> dict[tuple[str, str], Any]:
 
 
 def test_directions_of_each_rank_estimate_the_objective_of_the_global_batch():
-    """Rank r's direction counts by the share of the label tokens, or labelled examples, that its part holds."""
+    """Rank r's direction counts by the share of the label tokens, or labelled examples, that its
+    part holds.
+    """
     ranks = run_ranks(2, rank_of_own_directions)
     rows = rows_of("causal")
     for (name, parts), mean in product(PARTS.items(), ("tokens", "examples")):
@@ -317,7 +322,7 @@ def test_directions_of_each_rank_estimate_the_objective_of_the_global_batch():
                 assert np.abs(weights[key] - value.numpy()).max() < 1e-5, (name, mean, key)
 
 
-# --- what has no objective --------------------------------------------------------------------------------------------
+# --- what has no objective ------------------------------------------------------------------------
 
 
 def rank_without_labels() -> tuple[bool, int, bool]:
@@ -351,7 +356,7 @@ def test_a_loss_of_its_own_for_several_examples_serves_no_mean_over_examples():
     assert run_ranks(2, rank_refused, 2, "tokens") == ["taken"] * 2
 
 
-# --- first-order steps --------------------------------------------------------------------------------------------------
+# --- first-order steps ----------------------------------------------------------------------------
 
 
 def rank_of_first_order(micro: int, stage: int, mean: str) -> list[float]:
@@ -385,11 +390,13 @@ def test_first_order_steps_are_those_of_plain_adamw_on_the_global_batch(mean):
             assert found == pytest.approx(expected, rel=1e-4), (world_size, micro)
 
 
-# --- stopped, and resumed on another number of ranks ---------------------------------------------------------------------
+# --- stopped, and resumed on another number of ranks ----------------------------------------------
 
 
 def rank_of_runs(folder: Path, until: dict[str, int], changed: dict[str, str]) -> dict[str, Any]:
-    """Runs of both means in folders of their own, up to so many steps: their losses, or what is said instead."""
+    """Runs of both means in folders of their own, up to so many steps: their losses, or what is
+    said instead.
+    """
     found: dict[str, Any] = {}
     for mean, steps in until.items():
         micro = BATCH // torch.distributed.get_world_size()
@@ -423,7 +430,9 @@ MODEL = REPOSITORY / "launch" / "quickstart" / "model"
 
 
 def finetune(folder: Path, output: str, num_gpus: int, *options: str) -> dict[int, float]:
-    """Losses of the steps in a run's folder, by step, after the command line was run on so many ranks."""
+    """Losses of the steps in a run's folder, by step, after the command line was run on so many
+    ranks.
+    """
     code, said = launch(
         Path(zods.finetune.__file__),
         *(

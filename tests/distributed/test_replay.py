@@ -1,4 +1,6 @@
-"""What a run's weights were, from its log: by a dense replay, and by `python -m zods.trajectory replay`, to the bit."""
+"""What a run's weights were, from its log: by a dense replay, and by `python -m zods.trajectory
+replay`, to the bit.
+"""
 
 from __future__ import annotations
 
@@ -379,7 +381,7 @@ def test_the_runs_had_what_they_are_to_show(folder):
     assert names == {"embeddings", "encoder", "pooler"}, "else its keys have the run's prefix"
 
 
-# --- several processes ------------------------------------------------------------------------------------------------
+# --- several processes ----------------------------------------------------------------------------
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -436,7 +438,7 @@ def test_processes_that_run_at_once_do_not_meet(folder, tmp_path):
     assert same(read(tmp_path / "out", "opt"), read(folder / name / "exported end", "opt"))
 
 
-# --- mistakes ---------------------------------------------------------------------------------------------------------
+# --- mistakes -------------------------------------------------------------------------------------
 
 
 def edited(base: Path, to: Path, change: Any) -> Path:
@@ -547,7 +549,7 @@ def test_more_steps_than_there_are_are_refused(folder, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-# --- files that are not safetensors -----------------------------------------------------------------------------------
+# --- files that are not safetensors ---------------------------------------------------------------
 
 
 class Harmful:
@@ -590,12 +592,14 @@ def test_what_a_pytorch_file_would_run_is_not_run(folder, tmp_path, capsys):
         assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
-# --- damage to the log ------------------------------------------------------------------------------------------------
+# --- damage to the log ----------------------------------------------------------------------------
 
 
 @pytest.fixture
 def small(tmp_path: Path) -> tuple[Path, list[bytes], list[dict[str, Tensor]]]:
-    """The folder of a base of two tensors, the lines of a log of it, and the weights after so many of these lines."""
+    """The folder of a base of two tensors, the lines of a log of it, and the weights after so many
+    of these lines.
+    """
     torch.manual_seed(2)
     base = {"matrix": torch.randn(3, 2), "bias": torch.randn(3)}
     (tmp_path / "base").mkdir()

@@ -287,7 +287,9 @@ def rank_of_misfits(names: list[str], folder: Path, store: str) -> dict[str, str
 
 
 def rank_of_small_leader(folder: Path, store: str, accumulation: int) -> int:
-    """Leads with micro-batches of 2 examples where there are 6 of them; goes on until the others have tried."""
+    """Leads with micro-batches of 2 examples where there are 6 of them; goes on until the others
+    have tried.
+    """
     section = {**COMMON, **RUNS["svrg"], "accumulation": accumulation, "replicas": {"store": store}}
     engine = zods.initialize(
         model=Tiny(), config=configuration(12, **section), training_data=tiny_data(40)
@@ -332,7 +334,7 @@ def test_what_does_not_go_with_replicas_is_refused(changed, said):
         parse_section({"method": "mezo", **changed})
 
 
-# --- through the launcher ---------------------------------------------------------------------------------------------
+# --- through the launcher -------------------------------------------------------------------------
 
 
 @pytest.mark.slow

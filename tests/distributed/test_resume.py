@@ -1,5 +1,6 @@
-"""A run that was stopped anywhere goes on from its log, and from a checkpoint where there is a whole one, as if nothing had
-been; on another number of ranks it stands at the same bits and goes on within rounding."""
+"""A run that was stopped anywhere goes on from its log, and from a checkpoint where there is a
+whole one, as if nothing had been; on another number of ranks it stands at the same bits and goes on
+within rounding."""
 
 from __future__ import annotations
 
@@ -112,7 +113,7 @@ def close(engine: Any) -> None:
     torch.distributed.barrier()
 
 
-# --- stopped, and started again ---------------------------------------------------------------------------------------
+# --- stopped, and started again -------------------------------------------------------------------
 
 
 def rank_of_runs(folder: Path) -> dict[str, Any]:
@@ -284,7 +285,7 @@ def test_a_damaged_checkpoint_is_left_out_with_a_word_and_an_older_one_or_the_lo
         )
 
 
-# --- on another number of ranks ---------------------------------------------------------------------------------------
+# --- on another number of ranks -------------------------------------------------------------------
 
 
 def rank_of_others(folder: Path, at: dict[str, dict[str, Path]]) -> dict[str, dict[str, Any]]:
@@ -348,7 +349,7 @@ def test_on_other_ranks_a_run_stands_at_the_same_bits_and_goes_on_within_roundin
     assert others[name]["ahead"].get("batches") == undisturbed["ahead"]
 
 
-# --- what starts anew -------------------------------------------------------------------------------------------------
+# --- what starts anew -----------------------------------------------------------------------------
 
 
 def headed(seed: int) -> Tiny:
@@ -403,7 +404,9 @@ def test_without_the_compiled_kernel_a_run_stands_at_the_same_bits(runs, tmp_pat
 
 
 def rank_of_another_configuration(folder: Path, name: str) -> list[str]:
-    """A run of five steps, a checkpoint after three; then the weights of one that goes on with another configuration."""
+    """A run of five steps, a checkpoint after three; then the weights of one that goes on with
+    another configuration.
+    """
     engine = build(name, folder, weight_decay=0.1, seed=1)
     engine.resume(folder / "run")
     go_on(engine, 3)
@@ -435,7 +438,7 @@ def test_the_log_is_replayed_by_the_configuration_that_it_was_made_with(tmp_path
         assert again == further
 
 
-# --- mistakes ---------------------------------------------------------------------------------------------------------
+# --- mistakes -------------------------------------------------------------------------------------
 
 
 def another_layer() -> Tiny:

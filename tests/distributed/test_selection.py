@@ -1,4 +1,6 @@
-"""Selection on several ranks: the same choice however candidates are spread, in steps of both orders, stopped and resumed."""
+"""Selection on several ranks: the same choice however candidates are spread, in steps of both
+orders, stopped and resumed.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +76,9 @@ CASES = [
 
 
 def choose_on_ranks() -> list[tuple[Any, Any, int]]:
-    """For every case: features gathered from their owners, then chosen by all and by each rank for its own candidates."""
+    """For every case: features gathered from their owners, then chosen by all and by each rank for
+    its own candidates.
+    """
     comm = Communicator(torch.device("cpu"))
     results = []
     for kind, n, how in CASES:
@@ -104,7 +108,9 @@ def choose_on_ranks() -> list[tuple[Any, Any, int]]:
     "world_size", [pytest.param(n, marks=SLOW if n in (2, 4) else []) for n in WORLDS]
 )
 def test_the_same_ids_on_any_number_of_ranks(world_size: int):
-    """Uneven and empty shards, ties, duplicates, permuted owners: gains and weights, too, to the bit."""
+    """Uneven and empty shards, ties, duplicates, permuted owners: gains and weights, too, to the
+    bit.
+    """
     of_ranks = run_ranks(world_size, choose_on_ranks)
     for case, *found in zip(CASES, *of_ranks, strict=True):
         kind, n, _ = case
@@ -229,7 +235,9 @@ def named(options: dict[str, Any]) -> str:
     "options", [*VARIANTS, *(pytest.param(options, marks=SLOW) for options in FURTHER)], ids=named
 )
 def test_zeroth_order_steps_choose_the_same_on_1_and_2_ranks(options: dict[str, Any]):
-    """On 4 steps; the first choice of per-rank directions only, since the later ones are at other parameters."""
+    """On 4 steps; the first choice of per-rank directions only, since the later ones are at other
+    parameters.
+    """
     alone, both = (run_ranks(n, zeroth_order_steps, 4, dict(options)) for n in (1, 2))
     assert both[0][0] == both[1][0]
     compared = 1 if options.get("directions") == "per_rank" or "top" in options else 4
@@ -242,7 +250,9 @@ def test_zeroth_order_steps_choose_the_same_on_1_and_2_ranks(options: dict[str, 
 
 
 def features_in_many_runs(_: int) -> Any:
-    """Ranks whose batches differ in length make as many forwards, or they would wait for each other for ever."""
+    """Ranks whose batches differ in length make as many forwards, or they would wait for each other
+    for ever.
+    """
     features._STACK_ELEMENTS_ON_CPU = 20_000
     data = [
         {**row, **{k: row[k][: 4 + i % 9] for k in ("input_ids", "attention_mask", "labels")}}
@@ -296,7 +306,9 @@ def bytes_of_a_selection(options: dict[str, Any]) -> tuple[Any, Any, int]:
 
 
 def chosen_and_weighted(world_size_options: dict[str, Any]) -> dict[str, Any]:
-    """One step's losses at its points, as the engine reduces them, with what was chosen and its weights."""
+    """One step's losses at its points, as the engine reduces them, with what was chosen and its
+    weights.
+    """
     engine = zeroth_order_engine(examples(), selector={"weights": "cluster"}, **world_size_options)
     batches = iter(engine.training_dataloader)
     before = numpy_of(whole(engine))
@@ -428,7 +440,9 @@ def first_order_engine(stage: int, lora: bool, accumulation: int = 1) -> tuple[A
 def first_order_steps(
     stage: int, lora: bool, accumulation: int, loss_mean: str, own_loader: bool
 ) -> tuple[Any, ...]:
-    """A pass with weighted clusters: what was chosen, mean losses, and the norms of the parameters at the end."""
+    """A pass with weighted clusters: what was chosen, mean losses, and the norms of the parameters
+    at the end.
+    """
     engine, loader = first_order_engine(stage, lora, accumulation)
     if own_loader:
         sampler = DistributedSampler(examples(), shuffle=False)
@@ -474,7 +488,9 @@ DEFAULT = {(0, 1, "tokens", True), (3, 1, "examples", False), (3, 2, "tokens", T
 def test_first_order_training_on_chosen_examples(
     stage: int, accumulation: int, loss_mean: str, lora: bool
 ):
-    """As plain AdamW on one process over the same weighted examples, whatever the ranks and micro-batches."""
+    """As plain AdamW on one process over the same weighted examples, whatever the ranks and
+    micro-batches.
+    """
     expected_ids, expected_losses, expected_ends = plain_adamw(lora, loss_mean)
     for world_size in (1, 2):
         for ids, losses, ends in run_ranks(
@@ -494,7 +510,9 @@ def test_first_order_training_on_chosen_examples(
 def plain_adamw(
     lora: bool, loss_mean: str
 ) -> tuple[list[list[int]], list[float], dict[str, float]]:
-    """The reference: exact features one example at a time, greedy by source, one weighted loss over the whole sub-batch."""
+    """The reference: exact features one example at a time, greedy by source, one weighted loss over
+    the whole sub-batch.
+    """
     from zods.core.directions import derive_seed
     from zods.selection.features import FeatureExtractor
     from zods.selection.quotas import quotas_of
@@ -545,7 +563,9 @@ def plain_adamw(
 
 
 def steps_with_few_usable(stage: int) -> tuple[list[list[int]], list[float]]:
-    """3 of 16 candidates have labels, 8 are to be chosen: some micro-batches count for nothing, on some ranks all."""
+    """3 of 16 candidates have labels, 8 are to be chosen: some micro-batches count for nothing, on
+    some ranks all.
+    """
     engine, _ = first_order_engine(stage, False, 2)
     data = [
         row if i % 16 < 3 else {**row, "labels": torch.full_like(row["labels"], -100)}
@@ -586,7 +606,9 @@ def test_where_few_candidates_are_usable_the_others_do_not_count(stage: int):
 
 
 def passes_with_a_stop(stop: int) -> tuple[list[list[int]], list[list[int]]]:
-    """What is chosen step by step in a pass, and in one that is stopped after `stop` steps and goes on elsewhere."""
+    """What is chosen step by step in a pass, and in one that is stopped after `stop` steps and goes
+    on elsewhere.
+    """
     engine, _ = first_order_engine(0, False, 2)
     loader = DataLoader(examples(), batch_size=16 // engine.world_size, sampler=DistributedSampler(examples(), shuffle=False),
                         collate_fn=collate)  # fmt: skip

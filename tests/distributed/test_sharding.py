@@ -1,4 +1,6 @@
-"""Slices of ZeRO-3: what a rank holds, and that updates do not depend on how parameters are cut and where they are."""
+"""Slices of ZeRO-3: what a rank holds, and that updates do not depend on how parameters are cut and
+where they are.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ DENSE_COEFFICIENT = -(2.0**-6)
 
 
 def given(step: int) -> tuple[list[int], list[float], float, int]:
-    """Seeds, coefficients, decay and rounding seed of one step: three terms, of very different sizes."""
+    """Seeds, coefficients, decay and rounding seed of one step: three terms, of very different
+    sizes.
+    """
     seeds = [1000 * step + 1, 2**64 - 1 - step, 77]
     return seeds, [0.01 * (step + 1), -3e-5, 1e-9 * 7**step], 1.0 - 1e-3 * step, 900 + step
 
@@ -44,7 +48,9 @@ def build(stage: int, offload: str, dtype: torch.dtype, nvme_path: Path, **secti
 
 
 def rank_of_layouts(folder: Path) -> dict[Any, dict[str, Any]]:
-    """For every layout and dtype: the slices, where they are, z, and the digest after ten given steps."""
+    """For every layout and dtype: the slices, where they are, z, and the digest after ten given
+    steps.
+    """
     found = {}
     for stage, offload in LAYOUTS:
         for dtype in DTYPES:

@@ -34,7 +34,9 @@ TIMEOUT = 2.0
 
 @dataclass
 class Ended:
-    """codes: each rank's exit code, None of one that still runs or is stopped. said: by each. seconds: for all the others."""
+    """codes: each rank's exit code, None of one that still runs or is stopped. said: by each.
+    seconds: for all the others.
+    """
 
     codes: list[int | None]
     said: list[str]
@@ -49,9 +51,11 @@ def end_of(
     stays: int | None = None,
     between: Callable[[list[int]], None] = lambda pids: None,
 ) -> Ended:
-    """Run `function` on three ranks that may die, until all but rank `stays` have ended; kills what is left after 30 s.
+    """Run `function` on three ranks that may die, until all but rank `stays` have ended; kills what
+    is left after 30 s.
 
-    store: "file" or "tcp", which rank 0's process keeps. between: called with the processes' ids once all have started.
+    store: "file" or "tcp", which rank 0's process keeps. between: called with the processes' ids
+    once all have started.
     """
     os.environ.update(ENVIRONMENT)
     restore_compilers()
@@ -256,7 +260,7 @@ def test_a_single_rank_is_not_watched():
     assert run_ranks(1, threads_of_a_watch) == [[0, 0, 0, 0]]
 
 
-# --- the message --------------------------------------------------------------------------------------------------------
+# --- the message ----------------------------------------------------------------------------------
 
 WAITS = Answer(
     "step 3, reduce",

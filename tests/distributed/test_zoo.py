@@ -1,4 +1,5 @@
-"""Steps of the models of the zoo, on one rank without sharding and on two ranks under ZeRO-3, against the dense reference.
+"""Steps of the models of the zoo, on one rank without sharding and on two ranks under ZeRO-3,
+against the dense reference.
 
 A sample runs by default; `pytest -m zoo` runs all.
 """
@@ -28,7 +29,8 @@ GROUP = 8  # models per set of processes
 LOW_RANK = {"distribution": "low_rank", "rank": 2}
 SVRG = {"anchor_interval": 2, "anchor_lr": 1e-3, "anchor_directions": 2, "seed": 3}
 TERMS = {"point": "terms", "gradient": "terms"}
-# Released after each module, as large parameters are; by default ZeRO-3 keeps such small ones gathered
+# Released after each module, as large parameters are; by default ZeRO-3 keeps such small ones
+# gathered
 RELEASED = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
 # kind of run: arguments of `configuration`, arguments of `DenseReference`
 RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -37,7 +39,8 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"method": "mezo", "direction": LOW_RANK},
         {"method": "mezo", "direction": "low_rank", "rank": 2},
     ),
-    # parts of the training set differ in length: the reference's mean over parts is that over examples
+    # parts of the training set differ in length: the reference's mean over parts is that over
+    # examples
     "svrg": (
         {"method": "mezo_svrg", "loss_mean": "examples", "anchor": TERMS, **SVRG},
         {"method": "mezo_svrg", **SVRG},
@@ -51,7 +54,9 @@ def runs_of(subject: Subject) -> list[str]:
 
 
 class Trained(NamedTuple):
-    """The weights before and after a run; the loss and the projected gradient of each step; the form of evaluation."""
+    """The weights before and after a run; the loss and the projected gradient of each step; the
+    form of evaluation.
+    """
 
     before: dict[str, Any]
     after: dict[str, Any]
@@ -146,7 +151,10 @@ Outcomes = Callable[[int, str], dict[str, list[Trained | str]]]
 
 @pytest.fixture(scope="session")
 def outcomes(request: pytest.FixtureRequest) -> Outcomes:
-    """(world size, name) -> kind: each rank's outcome. The models of the selected tests are run in groups."""
+    """(world size, name) -> kind: each rank's outcome.
+
+    The models of the selected tests are run in groups.
+    """
     asked: dict[int, list[str]] = {1: [], 2: []}
     for item in request.session.items:
         params = getattr(getattr(item, "callspec", None), "params", {})
@@ -188,10 +196,11 @@ def check(outcomes: Outcomes, name: str, world_size: int) -> None:
 
 
 def compare(found: Trained, expected: Trained, kind: str, eps: float, lr: float) -> None:
-    """Tolerance. Both run the same float32 forward, with its sums in another order. A loss of size L is wrong by a few
-    roundings of 2^-24 L (16 are allowed; 3 were seen), a projected gradient by that of two losses over 2 eps. Nothing
-    amplifies these in so few steps. In bf16 activations are rounded by up to 2^-9 of their size; a loss is the mean over
-    many of them, and two such roundings are room enough. The largest projected gradient must be far above its tolerance, and
+    """Tolerance. Both run the same float32 forward, with its sums in another order. A loss of size
+    L is wrong by a few roundings of 2^-24 L (16 are allowed; 3 were seen), a projected gradient by
+    that of two losses over 2 eps. Nothing amplifies these in so few steps. In bf16 activations are
+    rounded by up to 2^-9 of their size; a loss is the mean over many of them, and two such
+    roundings are room enough. The largest projected gradient must be far above its tolerance, and
     none is exactly 0.
     """
     loss_tolerance = max(expected.losses) * (2.0**-8 if kind == "bf16" else 16 * 2.0**-24)
@@ -213,11 +222,12 @@ def compare(found: Trained, expected: Trained, kind: str, eps: float, lr: float)
 
 
 def compare_weights(found: Trained, expected: Trained, of_grads: float, rounding: float) -> None:
-    """Tolerance. A step moves an element by lr * projected_grad * z and rounds it. z^2 is 1 in the mean over all elements;
-    of_grads is lr times what the projected gradients of all steps may be off by. Roundings are independent of each other.
-    The root mean square over all elements is compared: in bf16 many are rounded by as much as they move. And no element may
-    be off by 12 times that plus its own roundings (of rank 2, the tail of z is longer than a Gaussian's). What is not trained
-    keeps its bits.
+    """Tolerance. A step moves an element by lr * projected_grad * z and rounds it. z^2 is 1 in the
+    mean over all elements; of_grads is lr times what the projected gradients of all steps may be
+    off by. Roundings are independent of each other. The root mean square over all elements is
+    compared: in bf16 many are rounded by as much as they move. And no element may be off by 12
+    times that plus its own roundings (of rank 2, the tail of z is longer than a Gaussian's). What
+    is not trained keeps its bits.
     """
     assert list(found.after) == list(expected.after)
     assert all(

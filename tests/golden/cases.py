@@ -28,7 +28,7 @@ DIRECTIONS = FOLDER / "directions.json"
 BASE, RUNS_FOLDER = FOLDER / "base", FOLDER / "runs"
 AFTER = "after.safetensors"  # the last weights, in the folder of a run
 
-# --- directions -------------------------------------------------------------------------------------------------------
+# --- directions -----------------------------------------------------------------------------------
 
 NUMEL = 1000
 KINDS = {
@@ -92,7 +92,7 @@ def digest_of_words() -> str:
     return digest(torch.stack(words))
 
 
-# --- runs -------------------------------------------------------------------------------------------------------------
+# --- runs -----------------------------------------------------------------------------------------
 
 WORDS, WIDTH, INNER = 11, 6, 9
 BATCH, STEPS, SAVED_AT = (

@@ -1,4 +1,7 @@
-"""The Triton kernel computes what reference.py defines, to the bit. Where there is no GPU, Triton's interpreter runs it."""
+"""The Triton kernel computes what reference.py defines, to the bit.
+
+Where there is no GPU, Triton's interpreter runs it.
+"""
 
 import importlib.util
 import itertools
@@ -67,7 +70,8 @@ def test_the_kernel_in_the_interpreter():
 
     if not hasattr(interpreter, "fma_fp32"):
         pytest.skip(
-            "this triton's interpreter rounds a fused multiply-add twice: no CUDA device, no newer triton"
+            "this triton's interpreter rounds a fused multiply-add twice: no CUDA device, no newer "
+            "triton"
         )
     tests = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__], cwd=Path(__file__).parents[2],
@@ -135,7 +139,8 @@ def test_values_bfloat16_cannot_hold_and_subnormals_are_as_in_the_reference(gpu,
             scale=scale,
             rounding_seed=rounding_seed,
         )
-        check(gpu, 450, torch.float32, weight=values, scale=scale,  # a NaN of float32 may have any payload
+        # a NaN of float32 may have any payload
+        check(gpu, 450, torch.float32, weight=values, scale=scale,
               same=lambda a, b: torch.equal(bits(a.nan_to_num(1.5)), bits(b.nan_to_num(1.5))))  # fmt: skip
     nans = torch.tensor([0x7FFF, -1, 0x7F81] * 300, dtype=torch.int16).view(
         torch.bfloat16

@@ -1,10 +1,12 @@
 """MeZO and MeZO-SVRG, dense and in one process: what the sharded engine is compared with.
 
-Everything is written out on whole parameters: a direction is made in full, a perturbed point is a copy, the anchor is a
-copy, the anchor gradient is a dictionary of tensors. Only the definition of z and of the seeds is taken from zods.
+Everything is written out on whole parameters: a direction is made in full, a perturbed point is a
+copy, the anchor is a copy, the anchor gradient is a dictionary of tensors. Only the definition of z
+and of the seeds is taken from zods.
 
-Malladi et al. 2023, arXiv:2305.17333, algorithm 1 (MeZO); Gautam et al. 2024, arXiv:2404.08080, algorithm 2 (MeZO-SVRG).
-As in zods, the step of a refresh, theta <- theta - anchor_lr * g, comes before a mini-batch step, not in its place.
+Malladi et al. 2023, arXiv:2305.17333, algorithm 1 (MeZO); Gautam et al. 2024, arXiv:2404.08080,
+algorithm 2 (MeZO-SVRG). As in zods, the step of a refresh, theta <- theta - anchor_lr * g, comes
+before a mini-batch step, not in its place.
 """
 
 from __future__ import annotations
@@ -40,11 +42,12 @@ Loss = Callable[
 
 @dataclass
 class DenseReference:
-    """`params`, changed by `step`; every field below it has the meaning of the key of "zeroth_order" of that name.
+    """`params`, changed by `step`; every field below it has the meaning of the key of
+    "zeroth_order" of that name.
 
-    params: all named parameters in the order of `named_parameters()`, frozen ones included, in float64 or float32.
-    loss: the mean loss of a batch. whole_set: the batch that is the whole training set (for mezo_svrg).
-    trainable: names of those to train; None trains all.
+    params: all named parameters in the order of `named_parameters()`, frozen ones included, in
+    float64 or float32. loss: the mean loss of a batch. whole_set: the batch that is the whole
+    training set (for mezo_svrg). trainable: names of those to train; None trains all.
     """
 
     params: Parameters
@@ -118,7 +121,9 @@ class DenseReference:
     def estimate(
         self, at: Parameters, seeds: list[int], batch: Any, losses: list[float]
     ) -> Parameters:
-        """The mean over `seeds` of projected_grad * z: the SPSA estimate of the gradient of `batch` at `at`."""
+        """The mean over `seeds` of projected_grad * z: the SPSA estimate of the gradient of `batch`
+        at `at`.
+        """
         total: Parameters = {}
         for seed in seeds:
             grad = self.projected_grad(at, seed, batch, losses)
@@ -130,7 +135,9 @@ class DenseReference:
         return [derive_seed(self.seed, purpose, self.steps, k) for k in range(number)]
 
     def refresh(self) -> None:
-        """Copy the parameters as the anchor, estimate the full-batch gradient there, and step along it."""
+        """Copy the parameters as the anchor, estimate the full-batch gradient there, and step along
+        it.
+        """
         self.anchor = {name: value.clone() for name, value in self.params.items()}
         self.anchor_losses = []
         seeds = self.seeds("anchor", self.anchor_directions)
@@ -167,9 +174,11 @@ def named_parameters_of(module: torch.nn.Module, dtype: torch.dtype = torch.floa
 
 
 def loss_of_module(module: torch.nn.Module, mean_loss: Callable[[Any, Any], Tensor]) -> Loss:
-    """A `Loss` that runs `module` with the given parameters in place of its own: mean_loss(outputs, batch).
+    """A `Loss` that runs `module` with the given parameters in place of its own: mean_loss(outputs,
+    batch).
 
-    `batch` is a dict of the module's keyword arguments, or its one argument. The module must be of the parameters' dtype.
+    `batch` is a dict of the module's keyword arguments, or its one argument. The module must be of
+    the parameters' dtype.
     """
 
     @torch.no_grad()

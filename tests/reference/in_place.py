@@ -1,8 +1,10 @@
-"""The loss of a module whose weights are overwritten in place, for `DenseReference`: right for any module.
+"""The loss of a module whose weights are overwritten in place, for `DenseReference`: right for any
+module.
 
-`torch.func.functional_call` replaces attributes, so a hook that reads a module's own parameters, a weight that a hook made
-before, or a parent that reads `child.weight.data` would see other values. Here the parameters themselves hold the values of
-the point while the module's plain forward runs. There is no code of zods in it, and no DeepSpeed.
+`torch.func.functional_call` replaces attributes, so a hook that reads a module's own parameters, a
+weight that a hook made before, or a parent that reads `child.weight.data` would see other values.
+Here the parameters themselves hold the values of the point while the module's plain forward runs.
+There is no code of zods in it, and no DeepSpeed.
 """
 
 from __future__ import annotations
@@ -17,10 +19,12 @@ from tests.reference.dense import Loss, Parameters
 
 
 def loss_in_place(module: torch.nn.Module, mean_loss: Callable[[Any, Any], Tensor]) -> Loss:
-    """A `Loss` that overwrites the parameters of `module` and runs it: mean_loss(outputs, part of the batch).
+    """A `Loss` that overwrites the parameters of `module` and runs it: mean_loss(outputs, part of
+    the batch).
 
-    The batch is a sequence of parts of one size, each a dict of keyword arguments or a tuple of positional ones. Its loss is
-    the mean over the parts, as several micro-batches of equal content give it.
+    The batch is a sequence of parts of one size, each a dict of keyword arguments or a tuple of
+    positional ones. Its loss is the mean over the parts, as several micro-batches of equal content
+    give it.
     """
     module.eval()
     named = dict(module.named_parameters())

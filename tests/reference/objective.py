@@ -9,7 +9,9 @@ from torch.nn import functional
 
 
 def token_losses(logits: Tensor, labels: Tensor, shifted: bool) -> list[Tensor]:
-    """Of each example, the losses of its labels that are not -100. logits (B, C) with labels (B,), or (B, L, V) with (B, L)."""
+    """Of each example, the losses of its labels that are not -100. logits (B, C) with labels (B,),
+    or (B, L, V) with (B, L).
+    """
     found = []
     for scores, wanted in zip(logits.double(), labels, strict=True):
         if wanted.ndim == 0:
@@ -24,7 +26,9 @@ def token_losses(logits: Tensor, labels: Tensor, shifted: bool) -> list[Tensor]:
 def objective(
     losses: Sequence[Tensor], mean: str, weights: Sequence[float] | None = None
 ) -> Tensor:
-    """The weighted mean over all label tokens, or over the examples' own means; losses: of each example's label tokens."""
+    """The weighted mean over all label tokens, or over the examples' own means; losses: of each
+    example's label tokens.
+    """
     weights = [1.0] * len(losses) if weights is None else weights
     pairs = [
         (weight, of_one) for weight, of_one in zip(weights, losses, strict=True) if len(of_one)

@@ -1,6 +1,8 @@
-"""A trajectory log replayed on whole parameters: one record after the other, one application per step and parameter.
+"""A trajectory log replayed on whole parameters: one record after the other, one application per
+step and parameter.
 
-What a record means is written out here; zods gives the definition of seeds and, in plain PyTorch, of z and of rounding.
+What a record means is written out here; zods gives the definition of seeds and, in plain PyTorch,
+of z and of rounding.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ Terms = list[tuple[int, float]]  # (seed, coefficient)
 def replayed(
     base: dict[str, Tensor], trained: set[str], records: Iterable[Record]
 ) -> dict[str, Tensor]:
-    """The parameters after `records`, in their dtypes. base: all of them, in the order of `named_parameters()`."""
+    """The parameters after `records`, in their dtypes. base: all of them, in the order of
+    `named_parameters()`.
+    """
     params = {name: value.clone() for name, value in base.items()}
     section = ZerothOrderConfig()
     gradient: Terms = []
@@ -60,7 +64,9 @@ def replayed(
 
 
 def seeds_of_step(section: ZerothOrderConfig, step: Step) -> list[int]:
-    """Those of all ranks' directions at the parameters, then, where other ones are drawn there, at the anchor."""
+    """Those of all ranks' directions at the parameters, then, where other ones are drawn there, at
+    the anchor.
+    """
     purposes = (
         ["step"] if section.share_direction or not section.is_svrg else ["step", "step_anchor"]
     )
@@ -83,7 +89,9 @@ def combined(
     dense_coefficient: float = 0.0,
     rounding_seed: int | None = None,
 ) -> Tensor:
-    """out <- scale * weight + the sum of the terms' directions + dense_coefficient * dense, of a whole parameter."""
+    """out <- scale * weight + the sum of the terms' directions + dense_coefficient * dense, of a
+    whole parameter.
+    """
     distribution, factors = section.direction.distribution, None
     if distribution == "low_rank":
         distribution = "gaussian"

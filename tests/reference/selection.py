@@ -46,8 +46,8 @@ def optimum(similarities: Sequence[Sequence[int]], k: int) -> int:
 
 
 def largest_remainder(sizes: Sequence[int], budget: int) -> list[int]:
-    """Quotas in proportion to `sizes` that sum to `budget` (at most their sum): whole parts, then the largest remainders;
-    the earlier of equals."""
+    """Quotas in proportion to `sizes` that sum to `budget` (at most their sum): whole parts, then
+    the largest remainders; the earlier of equals."""
     total = sum(sizes)
     quotas = [budget * size // total for size in sizes]
     by_remainder = sorted(range(len(sizes)), key=lambda i: (-(budget * sizes[i] % total), i))

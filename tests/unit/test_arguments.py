@@ -65,7 +65,10 @@ def test_a_wrong_option_is_named(options, said, capsys):
 
 
 def types_of(annotation: Any) -> set[Any]:
-    """The types of an annotation. A choice among texts is a text, whose value the section checks."""
+    """The types of an annotation.
+
+    A choice among texts is a text, whose value the section checks.
+    """
     kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else [annotation]
     return {str if get_origin(kind) is Literal else kind for kind in kinds} - {NoneType}
 
@@ -97,7 +100,7 @@ def test_values_of_the_command_line_become_those_that_are_used():
     assert default == 0.1
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 RUN = {
     "deepspeed_config": "c.json",

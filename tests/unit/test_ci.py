@@ -1,4 +1,6 @@
-"""`.ci/run` on a small project with the same scripts, which only write down that they ran: what it tests, says and leaves."""
+"""`.ci/run` on a small project with the same scripts, which only write down that they ran: what it
+tests, says and leaves.
+"""
 
 from __future__ import annotations
 

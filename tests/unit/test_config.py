@@ -1,4 +1,6 @@
-"""The configuration: every key's default, type and range; what is refused, and that the refusal says what to do."""
+"""The configuration: every key's default, type and range; what is refused, and that the refusal
+says what to do.
+"""
 
 import copy
 import json
@@ -281,7 +283,8 @@ def test_every_quota_that_is_wrong_is_told_and_the_sum_of_the_others_is_not():
     key = f"{SECTION}.selector.quotas"
     assert told == [
         f"  {key}.b: found -1, must be 0 or more.",
-        f'  {key}.a: "auto" is not resolved for this key; give a value or leave it out for the default.',
+        f'  {key}.a: "auto" is not resolved for this key; give a value or leave it out for the '
+        f"default.",
         f"  {key}.rank: found 1.0 (float), expected int.",
     ]
 
@@ -829,7 +832,8 @@ def test_a_file_that_is_not_text_is_named(tmp_path):
         ('{"train_batch_size": 8, "zeroth_order": {}, "train_batch_size": 16}', "train_batch_size"),
         ('{"train_batch_size": 8, "zeroth_order": {"lr": 1e-6, "lr": 1e-5}}', "lr"),
         (
-            '{"train_batch_size": 8, "zeroth_order": {"anchor": {"point": "cpu", "point": "terms"}}}',
+            '{"train_batch_size": 8, "zeroth_order": {"anchor": {"point": "cpu", "point": '
+            '"terms"}}}',
             "point",
         ),
     ],
@@ -843,7 +847,8 @@ def test_a_key_given_twice_is_refused(tmp_path, text, key):
 def test_comments_are_allowed(tmp_path):
     path = tmp_path / "commented.json"
     path.write_text(
-        '# at the top\n{ // after the brace\n  "train_batch_size": 8, # of all ranks\n  /* whole\n lines */\n'
+        '# at the top\n{ // after the brace\n  "train_batch_size": 8, # of all ranks\n  /* whole\n '
+        "lines */\n"
         '  "zeroth_order": {"lr": 1e-5, "eps": 2e-3 // [mu]\n}\n}\n'
     )
     section = read_config(path, 1).zeroth_order
@@ -909,7 +914,9 @@ def test_configurations_are_shipped():
 @pytest.mark.parametrize("world_size", [1, 2, 8])
 @pytest.mark.parametrize("path", shipped(), ids=lambda path: path.name)
 def test_every_shipped_configuration_loads(path, world_size):
-    """On 1, 2 and 8 ranks, unless all three batch keys are given, which fit one number of ranks only."""
+    """On 1, 2 and 8 ranks, unless all three batch keys are given, which fit one number of ranks
+    only.
+    """
     ds = load_json(path)
     fixed = [
         ds.get(key)

@@ -1,4 +1,6 @@
-"""What is said of DeepSpeed's keys is true of the DeepSpeed that is installed: an update that changes it fails here."""
+"""What is said of DeepSpeed's keys is true of the DeepSpeed that is installed: an update that
+changes it fails here.
+"""
 
 import json
 

@@ -1,4 +1,6 @@
-"""Which rank sees which example when: the same set of examples on any number of ranks, each once, resumable anywhere."""
+"""Which rank sees which example when: the same set of examples on any number of ranks, each once,
+resumable anywhere.
+"""
 
 import itertools
 

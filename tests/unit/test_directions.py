@@ -58,7 +58,9 @@ def test_an_unknown_purpose_is_an_error():
 
 
 def test_directions_of_derived_seeds_are_uncorrelated():
-    """Neighbouring steps, indices and purposes: |cosine| of two of 20,000 elements is below 6 / sqrt(20,000)."""
+    """Neighbouring steps, indices and purposes: |cosine| of two of 20,000 elements is below 6 /
+    sqrt(20,000).
+    """
     keys = [("step", 0, 0), ("step", 0, 1), ("step", 1, 0), ("step_anchor", 0, 0), ("anchor", 0, 0)]
     z = torch.stack([
         direction(20_000, seed=derive_seed(1, *key), distribution="gaussian", parameter=0, offset=0) for key in keys

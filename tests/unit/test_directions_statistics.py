@@ -1,7 +1,8 @@
 """Directions are distributed as they say, and nothing that must be independent is correlated.
 
-Every case is fixed by its seeds, so a test passes always or never. Bounds are five standard errors where nothing else is
-said: for one statistic of an ideal generator that is a chance of 6e-7, and about 200 are looked at here.
+Every case is fixed by its seeds, so a test passes always or never. Bounds are five standard errors
+where nothing else is said: for one statistic of an ideal generator that is a chance of 6e-7, and
+about 200 are looked at here.
 """
 
 import itertools
@@ -74,7 +75,10 @@ def test_rademacher_takes_both_signs_equally_often():
     ("distribution", "size"), [("gaussian", 64), ("gaussian", 2048), ("rademacher", 2048)]
 )
 def test_places_of_a_group_are_fair_and_uncorrelated(distribution, size):
-    """Every bit of every word in every lane. Of two million correlations none passes seven standard errors (chance 5e-6)."""
+    """Every bit of every word in every lane.
+
+    Of two million correlations none passes seven standard errors (chance 5e-6).
+    """
     places = z(distribution, seed=5).view(-1, size)
     num_groups = places.shape[0]
     assert (
@@ -160,7 +164,8 @@ def test_stochastic_rounding_is_unbiased():
     ulp = 2.0 ** (exact.abs().log2().floor() - 7)
     assert ((rounded - exact).abs() < ulp).all()  # always one of the two neighbours
     error = (rounded - exact) / ulp
-    # A rounding has a standard deviation of at most ulp / 2. Of 4001 elements one may well pass four standard errors, none six.
+    # A rounding has a standard deviation of at most ulp / 2. Of 4001 elements one may well pass
+    # four standard errors, none six.
     assert error.mean(0).abs().max() < 6 * 0.5 / num_seeds**0.5
     assert abs(error.mean().item()) < 5 * 0.5 / error.numel() ** 0.5
 

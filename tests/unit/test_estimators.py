@@ -1,4 +1,6 @@
-"""SPSA and SVRG as terms: limit cases from the papers, the dense reference, the table of variances, the annealing rule."""
+"""SPSA and SVRG as terms: limit cases from the papers, the dense reference, the table of variances,
+the annealing rule.
+"""
 
 import math
 import random
@@ -63,7 +65,9 @@ def test_spsa_of_one_direction_is_that_of_mezo():
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_spsa_is_unbiased(distribution):
-    """The mean of (g.z) z over 4,000 directions is g; each element's error has a deviation of |g| / sqrt(4,000)."""
+    """The mean of (g.z) z over 4,000 directions is g; each element's error has a deviation of |g| /
+    sqrt(4,000).
+    """
     grad = torch.randn(D, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     grad /= grad.norm()
     directions = torch.stack(
@@ -175,7 +179,9 @@ def reference(**settings) -> tuple[DenseReference, list[dict]]:
 
 
 def run_by_terms(run: DenseReference, batches: list[dict]) -> dict[str, Tensor]:
-    """The same steps as `run`'s, told in terms of zods.core.estimators; `run` lends its loss and its settings only."""
+    """The same steps as `run`'s, told in terms of zods.core.estimators; `run` lends its loss and
+    its settings only.
+    """
     theta = {name: value.clone() for name, value in run.params.items()}
     whole = run.whole_set
     anchor, g = theta, []
@@ -236,7 +242,10 @@ def run_by_terms(run: DenseReference, batches: list[dict]) -> dict[str, Tensor]:
     ids=str,
 )
 def test_steps_by_terms_are_those_of_the_dense_reference(settings):
-    """Ten steps in float64. Sums are taken in another order: 1e-16 per loss, by 1 / (2 eps), grows to 1e-12."""
+    """Ten steps in float64.
+
+    Sums are taken in another order: 1e-16 per loss, by 1 / (2 eps), grows to 1e-12.
+    """
     run, batches = reference(**settings)
     by_terms = run_by_terms(run, batches)
     start = {name: value.clone() for name, value in run.params.items()}
@@ -281,7 +290,10 @@ EPSILON = 1e-3
 
 
 class LogisticRegression:
-    """Mean of log(1 + exp(-y x.theta)), at many points theta + eps z at once. Its gradient is known exactly."""
+    """Mean of log(1 + exp(-y x.theta)), at many points theta + eps z at once.
+
+    Its gradient is known exactly.
+    """
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -300,7 +312,9 @@ class LogisticRegression:
         return -(torch.sigmoid(-(self.x @ theta)) @ self.x) / NUM_EXAMPLES
 
     def projected(self, theta: Tensor, x_dot_z: Tensor, examples: Tensor | None) -> list[float]:
-        """projected_grads at theta for each row of x_dot_z (points, examples), over all or the row's `examples`."""
+        """projected_grads at theta for each row of x_dot_z (points, examples), over all or the
+        row's `examples`.
+        """
         losses = []
         for sign in (1, -1):
             each = functional.softplus(-(self.x @ theta + sign * EPSILON * x_dot_z))
@@ -309,7 +323,9 @@ class LogisticRegression:
 
 
 def mean_squared_errors() -> dict[str, float]:
-    """Of five estimates, over DRAWS draws of batch and directions: the mean of |estimate - gradient|^2 / |gradient|^2."""
+    """Of five estimates, over DRAWS draws of batch and directions: the mean of |estimate -
+    gradient|^2 / |gradient|^2.
+    """
     problem = LogisticRegression()
     anchor = torch.zeros(NUM_PARAMETERS, dtype=torch.float64)
     theta = anchor - 0.01 * problem.grad(anchor)
@@ -344,11 +360,12 @@ def mean_squared_errors() -> dict[str, float]:
 
 
 def test_a_shared_direction_with_a_true_anchor_reduces_the_variance_and_independent_ones_do_not():
-    """The design's table: MeZO 14,225; independent 30,043; shared 1,806, and 124 with 16 anchor directions.
+    """The design's table: MeZO 14,225; independent 30,043; shared 1,806, and 124 with 16 anchor
+    directions.
 
-    In theory d + 2 times the squared norm of the gradient whose direction is drawn: of the batch (7.4 times that of all
-    examples here), of the difference of two batches' (nearly none), of all examples, over K. 600 draws of a squared
-    Gaussian are within 6% of it, one standard deviation.
+    In theory d + 2 times the squared norm of the gradient whose direction is drawn: of the batch
+    (7.4 times that of all examples here), of the difference of two batches' (nearly none), of all
+    examples, over K. 600 draws of a squared Gaussian are within 6% of it, one standard deviation.
     """
     mse = mean_squared_errors()
     assert mse["mezo"] == pytest.approx(14_225, rel=0.25)

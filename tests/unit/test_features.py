@@ -1,4 +1,6 @@
-"""Features for selection: directional derivatives of single examples' losses, against autograd over the whole model."""
+"""Features for selection: directional derivatives of single examples' losses, against autograd over
+the whole model.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,9 @@ def extractor(model: nn.Module, kind: str, **options) -> FeatureExtractor:
 
 
 def gradients(model: nn.Module, name: str, batch: dict[str, Tensor]) -> Tensor:
-    """Of every example's loss, by autograd over the whole model, one example at a time: (B, *shape)."""
+    """Of every example's loss, by autograd over the whole model, one example at a time: (B,
+    *shape).
+    """
     parameter = dict(model.named_parameters())[name]
     needed = parameter.requires_grad
     parameter.requires_grad_(True)
@@ -102,7 +106,8 @@ def test_differences_are_near_the_derivatives(family: str, two_sided: bool):
     model, batch = model_of(family).double(), batch_of(family)
     expected, losses = extractor(model, "exact")(batch, [1, 2, 3, 4, 5])
     found, base = extractor(model, "zo", eps=1e-4, two_sided=two_sided)(batch, [1, 2, 3, 4, 5])
-    # losses are float32: half a unit in their last place, over eps; the one-sided ones are off by eps times a curvature
+    # losses are float32: half a unit in their last place, over eps; the one-sided ones are off by
+    # eps times a curvature
     tolerance = 3e-7 * float(losses.max()) / 1e-4 + (
         0 if two_sided else 0.05 * float(expected.abs().max())
     )
@@ -139,7 +144,9 @@ def test_stacks_of_directions_give_what_single_ones_do(
 
 @pytest.mark.parametrize("kind", ["exact", "zo"])
 def test_an_example_has_the_same_features_in_any_batch(kind: str):
-    """Padding, companions and the number of its labels change nothing: losses are means over an example's own labels."""
+    """Padding, companions and the number of its labels change nothing: losses are means over an
+    example's own labels.
+    """
     model, batch = zoo_model("llama").double(), batch_of("llama")
     extract = extractor(model, kind, eps=1e-3)
     together, _ = extract(batch, [1, 2, 3])
@@ -241,10 +248,11 @@ def spearman(a: Tensor, b: Tensor) -> float:
 
 
 def test_distances_of_features_are_in_the_order_of_those_of_the_gradients():
-    """On the quickstart's pretrained decoder, with prose of Python's manual, 2 to 48 labels each: Spearman 0.95 at m = 64.
+    """On the quickstart's pretrained decoder, with prose of Python's manual, 2 to 48 labels each:
+    Spearman 0.95 at m = 64.
 
-    It is 0.92 where all examples have as many labels, so that all distances are much the same: any 64 random directions,
-    dense ones too, give a distance to within one part in eleven.
+    It is 0.92 where all examples have as many labels, so that all distances are much the same: any
+    64 random directions, dense ones too, give a distance to within one part in eleven.
     """
     model = transformers.AutoModelForCausalLM.from_pretrained(
         QUICKSTART, dtype=torch.float32

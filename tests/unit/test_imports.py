@@ -10,8 +10,9 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "zods"
 TOP = ""  # `import zods`: the names that users import
 
-# Folder or file at the top of zods: (those that it may import, packages outside the standard library that it may
-# import). Each imports only what stands above it. docs/architecture.md says what each is for.
+# Folder or file at the top of zods: (those that it may import, packages outside the standard
+# library that it may import). Each imports only what stands above it. docs/architecture.md says
+# what each is for.
 TABLE: dict[str, tuple[set[str], set[str]]] = {
     "files": (set(), set()),
     "config": (set(), {"deepspeed", "hjson", "pydantic", "torch"}),
@@ -43,7 +44,8 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     ),
 }  # fmt: skip
 PURE = ("files", "core", "data")
-# of DeepSpeed's communication, what sends nothing itself: its count of what ZeRO-3 sends, and its section of the configuration
+# of DeepSpeed's communication, what sends nothing itself: its count of what ZeRO-3 sends, and its
+# section of the configuration
 SILENT = ("deepspeed.comm.comm.comms_logger", "deepspeed.comm.config.CommsLoggerConfig")
 
 
@@ -81,7 +83,9 @@ def imports_of_zods(tree: ast.AST) -> list[tuple[str, list[str]]]:
 
 
 def dotted_names(tree: ast.AST) -> set[str]:
-    """What is reached as an attribute of a name, e.g. `torch.distributed.barrier` and its beginnings."""
+    """What is reached as an attribute of a name, e.g. `torch.distributed.barrier` and its
+    beginnings.
+    """
     found = set()
     for node in ast.walk(tree):
         parts = []

@@ -66,7 +66,8 @@ def test_fma_rounds_once():
     a, b, c = (
         normal(20000, seed) * 2.0 ** (10 * normal(20000, seed + 9)).round() for seed in (1, 2, 3)
     )
-    # Products of two odd multiples of 2^-12 are ties of float32; the sign of a far smaller c must decide them.
+    # Products of two odd multiples of 2^-12 are ties of float32; the sign of a far smaller c must
+    # decide them.
     odd = 1 + (2 * torch.arange(512) + 1) * 2.0**-12
     a, b, c = torch.cat([a, odd, odd, odd]), torch.cat([b, odd, odd, -odd]), torch.cat([c, *odd.new_tensor(
         [[1e-30], [-1e-30], [1e-30]]).expand(3, 512)])  # fmt: skip
@@ -365,7 +366,8 @@ def test_values_bfloat16_cannot_hold_are_passed_through(rounding_seed):
         by_reference(900, torch.bfloat16, **arguments),
     ):
         assert (bits(result) == 0x7FC0).all()
-    # Above the largest finite value nearest even decides: below half of the next step it stays, then it is infinite.
+    # Above the largest finite value nearest even decides: below half of the next step it stays,
+    # then it is infinite.
     for factor, expected in ((1 + 2**-10, largest), (1 + 2**-8, float("inf"))):
         arguments |= {"weight": torch.full((500,), largest, dtype=torch.bfloat16), "scale": factor}
         for result in (

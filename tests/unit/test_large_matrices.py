@@ -1,4 +1,6 @@
-"""A large matrix at a point is never copied whole where rows or blocks of it serve, and gives the same values."""
+"""A large matrix at a point is never copied whole where rows or blocks of it serve, and gives the
+same values.
+"""
 
 from __future__ import annotations
 
@@ -101,8 +103,9 @@ def perturbed(name: str, dtype: torch.dtype, distribution: str, point: Point, x:
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
 def test_parts_of_a_large_matrix_have_the_values_of_the_whole_copy(name, dtype, distribution):
-    """In one forward, and for a pair in a stack. Tolerance: a product in blocks adds in another order, which is one or
-    two units in the last place; low-rank stacks compute in another way altogether and are compared elsewhere."""
+    """In one forward, and for a pair in a stack. Tolerance: a product in blocks adds in another
+    order, which is one or two units in the last place; low-rank stacks compute in another way
+    altogether and are compared elsewhere."""
     module, x, point = model(name, dtype), ids(), Point(7, EPS)
     forward_at = perturbed_forward(module, distribution, observe=False)
     with forward_at.observing():

@@ -1,4 +1,6 @@
-"""Low-rank directions: z = U V^T / sqrt(r) for a matrix, Gaussian for a vector, and what that adds to a module's output."""
+"""Low-rank directions: z = U V^T / sqrt(r) for a matrix, Gaussian for a vector, and what that adds
+to a module's output.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def gaussian(numel: int, seed: int, ordinal: int) -> Tensor:
 
 
 def side(seed: int, which: int) -> int:
-    """The seed of U (0) or V (1), written out here again: a trajectory of seeds is replayed by later versions."""
+    """The seed of U (0) or V (1), written out here again: a trajectory of seeds is replayed by
+    later versions.
+    """
     message = struct.pack("<QI", seed, which)
     return int.from_bytes(
         hashlib.blake2b(message, digest_size=8, person=b"zods-seed").digest(), "little"
@@ -83,9 +87,10 @@ SEEDS = 20_000
 def test_second_moments_are_those_of_independent_standard_elements(rank):
     """E[z z^T] = I over the elements of a 2 x 3 matrix.
 
-    Bound. With z_ij = sum_k u_ik v_jk / sqrt(r): Var(z_ij^2) = 2 + 6/r, and for two elements E[(z_a z_b)^2] is at most
-    1 + 2/r (of one row or column), so a mean over n seeds has a standard error below sqrt((2 + 6/r) / n). Of 21 moments
-    none passes five, for a fixed set of seeds: they pass always or never.
+    Bound. With z_ij = sum_k u_ik v_jk / sqrt(r): Var(z_ij^2) = 2 + 6/r, and for two elements E[(z_a
+    z_b)^2] is at most 1 + 2/r (of one row or column), so a mean over n seeds has a standard error
+    below sqrt((2 + 6/r) / n). Of 21 moments none passes five, for a fixed set of seeds: they pass
+    always or never.
     """
     direction, parameter = Direction("low_rank", rank), Named((2, 3))
     samples = torch.stack(
@@ -98,8 +103,9 @@ def test_second_moments_are_those_of_independent_standard_elements(rank):
 
 
 def test_directions_of_other_seeds_parameters_and_sides_are_uncorrelated():
-    """A rank-1 z is u v^T, so the cosine of two is that of their u times that of their v. Each of 2,000 elements: a cosine
-    of independent ones has a standard error of 1 / sqrt(2000); five of these."""
+    """A rank-1 z is u v^T, so the cosine of two is that of their u times that of their v. Each of
+    2,000 elements: a cosine of independent ones has a standard error of 1 / sqrt(2000); five of
+    these."""
     direction = Direction("low_rank", 1)
     names = [(1, 0), (2, 0), (1, 1), (2**32 + 1, 0), (2**63 + 1, 5)]
     vectors = {}
@@ -120,7 +126,9 @@ DTYPES = [torch.float32, torch.bfloat16]
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(7, 5), (3, 130), (23,), (2, 3, 4)])
 def test_slices_of_any_cut_are_the_whole_to_the_bit(shape, dtype):
-    """With a weight, a scale, several terms, a dense part and stochastic rounding, as updates have them."""
+    """With a weight, a scale, several terms, a dense part and stochastic rounding, as updates have
+    them.
+    """
     direction, parameter, numel = Direction("low_rank", 2), Named(shape, 1), math.prod(shape)
     weight, dense = torch.randn(2, numel, generator=torch.Generator().manual_seed(0)).to(dtype)
     terms = {"scale": 0.9, "seeds": [3, 4, 5], "coefficients": [0.1, -0.2, 0.3]}
@@ -179,9 +187,11 @@ def inputs(form: str) -> Tensor:
 @pytest.mark.parametrize("rank", [1, 3])
 @pytest.mark.parametrize("form", MODULES)
 def test_factors_added_to_an_output_are_the_module_with_the_perturbed_weight(form, rank, mirrored):
-    """At 0.9 times the weight with two terms; mirrored: the second half of the batch with the last one negated.
+    """At 0.9 times the weight with two terms; mirrored: the second half of the batch with the last
+    one negated.
 
-    Bound: outputs are sums of at most 6 + 2 r products below 40 in all, rounded by 2^-24 each and twice.
+    Bound: outputs are sums of at most 6 + 2 r products below 40 in all, rounded by 2^-24 each and
+    twice.
     """
     torch.manual_seed(0)
     module, x = MODULES[form](), inputs(form)

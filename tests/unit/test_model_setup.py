@@ -1,4 +1,6 @@
-"""Models and parameters as users hand them over: compiled, in groups, laid out in memory in odd ways."""
+"""Models and parameters as users hand them over: compiled, in groups, laid out in memory in odd
+ways.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +71,7 @@ def test_what_is_no_module_is_refused():
         without_compile(lambda x: x)
 
 
-# --- model_parameters -------------------------------------------------------------------------------------------------
+# --- model_parameters -----------------------------------------------------------------------------
 
 
 def chosen(net: nn.Module, given: Any, **zods: float) -> list[str]:
@@ -130,7 +132,8 @@ def test_options_that_all_groups_share_are_taken_with_a_warning_where_zods_has_a
     with caplog.at_level(logging.WARNING, "zods"):
         assert chosen(net, [{"params": net.parameters(), "weight_decay": 0.1, "eps": 1e-8}])
     assert [record.getMessage() for record in caplog.records] == [
-        "model_parameters: the groups' weight_decay 0.1 is not used; zeroth_order.weight_decay is 0.0"
+        "model_parameters: the groups' weight_decay 0.1 is not used; zeroth_order.weight_decay is "
+        "0.0"
     ]
 
 
@@ -161,7 +164,7 @@ def test_what_names_no_parameter_of_the_model_is_refused(given: Any, message: st
         chosen(net, given(net))
 
 
-# --- memory -----------------------------------------------------------------------------------------------------------
+# --- memory ---------------------------------------------------------------------------------------
 
 
 class Odd(nn.Module):

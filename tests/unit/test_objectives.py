@@ -187,7 +187,9 @@ def test_the_loss_from_logits_can_be_differentiated():
 
 
 def test_a_classification_loss_in_bf16_is_not_rounded_to_bf16():
-    """Two points differ by less than bf16's last digit of a loss; the model's own loss would lose the difference."""
+    """Two points differ by less than bf16's last digit of a loss; the model's own loss would lose
+    the difference.
+    """
     logits = torch.tensor([[0.25, 0.5], [1.0, -0.5]], dtype=torch.bfloat16)
     labels = torch.tensor([0, 1])
     own = torch.nn.functional.cross_entropy(logits, labels)
@@ -198,7 +200,9 @@ def test_a_classification_loss_in_bf16_is_not_rounded_to_bf16():
 
 
 def uneven(shifted):
-    """Logits and labels of 1, 0, 6 and 3 label tokens; the last row's first label counts where there is no shift."""
+    """Logits and labels of 1, 0, 6 and 3 label tokens; the last row's first label counts where
+    there is no shift.
+    """
     generator = torch.Generator().manual_seed(5)
     logits = 3 * torch.randn(4, 7, 9, generator=generator)
     labels = torch.randint(9, (4, 7), generator=generator)

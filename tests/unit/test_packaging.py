@@ -1,4 +1,6 @@
-"""What is imported is declared in pyproject.toml, pinned in constraints.txt, and brought by the extra that needs it."""
+"""What is imported is declared in pyproject.toml, pinned in constraints.txt, and brought by the
+extra that needs it.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,9 @@ def declared(extra: str | None) -> set[str]:
 
 
 def imports(folder: str) -> Iterator[tuple[Path, ast.Import | ast.ImportFrom, str, bool]]:
-    """(file, statement, package outside the standard library and the project, whether at the file's top level)."""
+    """(file, statement, package outside the standard library and the project, whether at the file's
+    top level).
+    """
     files = sorted((REPOSITORY / folder).rglob("*.py"))
     own = {"zods", "tests"} | {file.stem for file in files if file.parent.name != "zods"}
     for file in files:
@@ -93,7 +97,9 @@ def test_packages_of_extras_are_imported_only_where_they_are_used():
 
 
 def test_what_transformers_requires_to_load_a_model_under_zero3_is_declared():
-    """transformers looks for these packages when its HfDeepSpeedConfig is made, and imports some nowhere else."""
+    """transformers looks for these packages when its HfDeepSpeedConfig is made, and imports some
+    nowhere else.
+    """
     from transformers.integrations import HfDeepSpeedConfig
 
     tree = ast.parse(textwrap.dedent(inspect.getsource(HfDeepSpeedConfig.__init__)))

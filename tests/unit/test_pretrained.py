@@ -1,4 +1,6 @@
-"""What a model's configuration tells before it is loaded: classes, token types, an adapter's base, and whether it is causal."""
+"""What a model's configuration tells before it is loaded: classes, token types, an adapter's base,
+and whether it is causal.
+"""
 
 import json
 import os
@@ -273,7 +275,9 @@ def test_adapters_go_into_the_modules_that_are_named_and_an_unknown_one_is_an_er
 
 
 def save_adapter(folder, task, *, classes=2, task_type=None, whole=None, settings=None):
-    """A base without a head and an adapter on it (settings: default LoRA), in `folder`; returns what `find_model` finds."""
+    """A base without a head and an adapter on it (settings: default LoRA), in `folder`; returns
+    what `find_model` finds.
+    """
     peft = pytest.importorskip("peft")
     config = small(hf.LlamaConfig, pad_token_id=0)
     hf.AutoModel.from_config(config).save_pretrained(folder / "base")
@@ -395,7 +399,9 @@ def test_data_prepared_for_a_model_are_padded_with_a_token_that_it_embeds(tmp_pa
 
 
 def test_an_adapter_leaves_the_compilers_as_they_are(tmp_path, monkeypatch):
-    """BOFT's too, for which peft builds an extension with gcc: DeepSpeed's operators would be built anew with it."""
+    """BOFT's too, for which peft builds an extension with gcc: DeepSpeed's operators would be built
+    anew with it.
+    """
     peft = pytest.importorskip("peft")
     task = make_task("classification", "bert")
     settings = peft.BOFTConfig(

@@ -1,4 +1,6 @@
-"""Commands that the documents show can be given: their files exist, and their options are ones that are read."""
+"""Commands that the documents show can be given: their files exist, and their options are ones that
+are read.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ SHOWN = [
 
 
 def arguments_after(words: list[str], name: str) -> list[str]:
-    """The options behind `name`, without what stands for anything ("...") or for optional parts ("[--until STEP]")."""
+    """The options behind `name`, without what stands for anything ("...") or for optional parts
+    ("[--until STEP]").
+    """
     return [word.strip("[]") for word in words[words.index(name) + 1 :] if word != "..."]
 
 

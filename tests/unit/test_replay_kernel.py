@@ -1,4 +1,6 @@
-"""`replay_` gives the bits of its sweeps one by one; `fingerprint` does not see the cut and sees every single change."""
+"""`replay_` gives the bits of its sweeps one by one; `fingerprint` does not see the cut and sees
+every single change.
+"""
 
 import itertools
 import math
@@ -38,7 +40,9 @@ def threads(request):
 
 
 def some_sweeps(count: int, *, rounding: bool, directions: bool = True) -> list[Sweep]:
-    """0 to 5 terms, every second scale 1, every third sweep without `dense`, the rounding seeds with a gap."""
+    """0 to 5 terms, every second scale 1, every third sweep without `dense`, the rounding seeds
+    with a gap.
+    """
     draw = random.Random(0)
     return [
         Sweep(

@@ -1,4 +1,6 @@
-"""Schedulers of the configuration: every class of torch and DeepSpeed follows lr, or is refused before the start."""
+"""Schedulers of the configuration: every class of torch and DeepSpeed follows lr, or is refused
+before the start.
+"""
 
 import inspect
 

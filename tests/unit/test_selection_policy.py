@@ -77,7 +77,9 @@ def test_every_example_is_dealt_once_and_no_micro_batch_overflows(
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_get_as_many_tokens(ranks: int):
-    """Lengths as skewed as they get: each rank's tokens are within one part in twenty of the mean's."""
+    """Lengths as skewed as they get: each rank's tokens are within one part in twenty of the
+    mean's.
+    """
     tokens = [1 + (37 * i * i) % 400 for i in range(64)]
     dealt = deal(tokens, ranks, 64 // ranks // 4, 4)
     loads = [sum(tokens[index] for batch in rank for index in batch) for rank in dealt]

@@ -1,4 +1,6 @@
-"""The scripts that set a machine up: one line where something is missing, a new environment for a broken one, no stale lock."""
+"""The scripts that set a machine up: one line where something is missing, a new environment for a
+broken one, no stale lock.
+"""
 
 from __future__ import annotations
 
@@ -144,7 +146,8 @@ def test_a_lock_that_a_killed_build_left_is_reported_and_removed_and_that_of_a_l
     (tmp_path / "killed_op").mkdir()
     living = FileBaton(str(tmp_path / "living_op" / "lock"))
     assert living.try_acquire()
-    script = "import os, sys; os.open(sys.argv[1], os.O_CREAT | os.O_EXCL); os.kill(os.getpid(), 9)"  # as FileBaton does
+    # as FileBaton does
+    script = "import os, sys; os.open(sys.argv[1], os.O_CREAT | os.O_EXCL); os.kill(os.getpid(), 9)"
     subprocess.run([sys.executable, "-c", script, tmp_path / "killed_op" / "lock"], check=False)
     assert (tmp_path / "killed_op" / "lock").exists()
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))

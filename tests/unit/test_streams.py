@@ -1,4 +1,6 @@
-"""A module at a perturbed point gives what its copy with perturbed parameters gives, and is afterwards as it was."""
+"""A module at a perturbed point gives what its copy with perturbed parameters gives, and is
+afterwards as it was.
+"""
 
 import functools
 
@@ -48,7 +50,9 @@ class Tied(nn.Module):
 
 
 class TiedOverLevels(nn.Module):
-    """The root and its child own the same parameter; the child runs while the root does, and the root uses it after."""
+    """The root and its child own the same parameter; the child runs while the root does, and the
+    root uses it after.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -191,7 +195,9 @@ MODULES = {
 
 
 def made(make, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A module in eval mode whose every parameter is random (norms and biases are ones and zeros by default)."""
+    """A module in eval mode whose every parameter is random (norms and biases are ones and zeros by
+    default).
+    """
     torch.manual_seed(0)
     module = make().eval()
     for param in module.parameters():
@@ -203,7 +209,9 @@ def made(make, dtype: torch.dtype = torch.float32) -> nn.Module:
 def expected(
     module: nn.Module, x: Tensor, seed: int, coefficient: float, distribution: str = "gaussian"
 ) -> Tensor:
-    """The module's output with copies of its parameters at the point, tied ones once, frozen ones as they are."""
+    """The module's output with copies of its parameters at the point, tied ones once, frozen ones
+    as they are.
+    """
     at = {}
     for ordinal, (name, param) in enumerate(module.named_parameters()):
         at[name] = param.detach().clone()
@@ -349,7 +357,9 @@ def test_a_point_at_another_source_starts_there_and_not_at_the_parameters():
 
 
 def test_modules_whose_forward_never_runs_are_at_the_point_once_observed():
-    """Without an observed forward their parameters would silently stay where they are: this is why there is one."""
+    """Without an observed forward their parameters would silently stay where they are: this is why
+    there is one.
+    """
     module, x = made(Attention), example()
     unobserved = output_at(perturbed_forward(module, observe=False), module, x, Point(1, EPS))
     module = made(Attention)
@@ -425,7 +435,9 @@ def refuse(*_) -> None:
 
 
 def broken(handles: bool, where: str) -> tuple[nn.Module, PerturbedForward]:
-    """A Cautious module whose innermost one fails: in its forward, or in a hook before or after ours."""
+    """A Cautious module whose innermost one fails: in its forward, or in a hook before or after
+    ours.
+    """
     module = made(lambda: Cautious(handles))
     fragile = module.inner[1]
     if where == "hook before":
@@ -464,7 +476,9 @@ def test_an_exception_that_a_module_handles_itself_leaves_the_rest_of_its_forwar
 
 
 def test_an_exception_that_a_module_handles_itself_leaves_no_copy_behind():
-    """What runs after it runs beside its own copies and its parents', not beside those of the modules that failed."""
+    """What runs after it runs beside its own copies and its parents', not beside those of the
+    modules that failed.
+    """
     (module, _), x = broken(True, "forward"), example()
     home = {}
     away = []

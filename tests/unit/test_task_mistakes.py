@@ -1,4 +1,6 @@
-"""A wrong setting, column, row or label is an error that names it, what was found and what is allowed."""
+"""A wrong setting, column, row or label is an error that names it, what was found and what is
+allowed.
+"""
 
 import json
 import re
@@ -310,7 +312,8 @@ def test_the_classes_found_are_told_with_their_numbers(caplog):
         (
             "instruction",
             {},
-            "train.jsonl: the data has no columns 'instruction', 'output'; its columns are text, n$",
+            "train.jsonl: the data has no columns 'instruction', 'output'; its columns are text, "
+            "n$",
         ),
     ],
 )

@@ -1,4 +1,6 @@
-"""Every format gives the same rows, and what cannot be read is an error that names the file and the line."""
+"""Every format gives the same rows, and what cannot be read is an error that names the file and the
+line.
+"""
 
 import csv
 import gzip

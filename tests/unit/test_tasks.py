@@ -1,4 +1,6 @@
-"""Batches label what is to be learnt and nothing else; losses are transformers' own; ranks get the same rows."""
+"""Batches label what is to be learnt and nothing else; losses are transformers' own; ranks get the
+same rows.
+"""
 
 import json
 import logging

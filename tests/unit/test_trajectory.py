@@ -1,4 +1,6 @@
-"""The trajectory log: what is written is read back to the bit, and damage is never taken for a record."""
+"""The trajectory log: what is written is read back to the bit, and damage is never taken for a
+record.
+"""
 
 import json
 import math
@@ -268,7 +270,7 @@ def test_a_full_disk_is_an_error_and_leaves_whole_records(tmp_path):
         subprocess.run(["umount", disk], check=True)
 
 
-# --- the command line -------------------------------------------------------------------------------------------------
+# --- the command line -----------------------------------------------------------------------------
 
 
 def test_verify_tells_whole_torn_and_damaged_logs_apart(tmp_path, capsys, caplog):

@@ -1,4 +1,6 @@
-"""Wrapped forwards: copies and pickles are free of them, hooks run inside them, and they come off again."""
+"""Wrapped forwards: copies and pickles are free of them, hooks run inside them, and they come off
+again.
+"""
 
 from __future__ import annotations
 
@@ -161,7 +163,10 @@ class Energy(nn.Module):
 @pytest.mark.parametrize("distribution", ["gaussian", "low_rank"])
 @torch.no_grad()
 def test_a_gradient_taken_inside_a_forward_is_that_of_the_point(distribution):
-    """In one forward and in a stack. The copies lie in memory that the next module's copies overwrite."""
+    """In one forward and in a stack.
+
+    The copies lie in memory that the next module's copies overwrite.
+    """
     torch.manual_seed(0)
     module = Energy()
     points = [Point(5, 0.1), Point(5, -0.1)]

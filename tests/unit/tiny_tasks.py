@@ -30,7 +30,9 @@ WORDS = ["terrible", "great"]
 
 
 def make_tokenizer(kind):
-    """A tiny one: "gpt2" is byte-level BPE, "llama" the same with BOS, "sentencepiece" has word marks, "bert" pairs."""
+    """A tiny one: "gpt2" is byte-level BPE, "llama" the same with BOS, "sentencepiece" has word
+    marks, "bert" pairs.
+    """
     corpus = [*TEXTS, "It was great It was terrible say one two three four five six Area :"] * 5
     special = ["<s>", "</s>", "[PAD]", "[UNK]"]
     if kind == "bert":

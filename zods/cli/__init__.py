@@ -1,1 +1,3 @@
-"""What the command line needs beside training: options, the model and its files, the folder of a run, its figures."""
+"""What the command line needs beside training: options, the model and its files, the folder of a
+run, its figures.
+"""

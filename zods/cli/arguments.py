@@ -1,7 +1,7 @@
 """Read the options of `zods.finetune` from a command line, and from a YAML or JSON file before it.
 
-An option of the command line overrides the file's. `zods.cli.options` defines the options; here they
-are read, checked together, and merged with the DeepSpeed JSON.
+An option of the command line overrides the file's. `zods.cli.options` defines the options; here
+they are read, checked together, and merged with the DeepSpeed JSON.
 """
 
 from __future__ import annotations
@@ -297,11 +297,13 @@ def _optimizer(config: dict[str, Any], rates: dict[str, float]) -> dict[str, Any
     optimizer = config.get("optimizer", {"type": "AdamW", "params": {"torch_adam": True}})
     if not isinstance(optimizer, dict) or str(optimizer.get("type")).lower() != "adamw":
         raise ValueError(
-            f"optimizer: found {optimizer!r}, but --optimizer adamw was asked for. Change one of them."
+            f"optimizer: found {optimizer!r}, but --optimizer adamw was asked for. Change one of "
+            f"them."
         )
     params = {**optimizer.get("params", {}), **rates}
     if "lr" not in params:
         raise ValueError(
-            "--lr: missing; the step size of zeroth-order steps does not serve an optimizer. Give one."
+            "--lr: missing; the step size of zeroth-order steps does not serve an optimizer. Give "
+            "one."
         )
     return {**optimizer, "params": params}

@@ -1,8 +1,8 @@
 """The options of `zods.finetune`, as dataclasses for transformers' `HfArgumentParser`.
 
 One dataclass is one group of the help. A field's metadata are arguments of argparse's
-`add_argument`; its type makes the value from the text of the command line. `zods.cli.arguments` reads
-them.
+`add_argument`; its type makes the value from the text of the command line. `zods.cli.arguments`
+reads them.
 """
 
 from __future__ import annotations

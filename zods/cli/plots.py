@@ -10,7 +10,8 @@ from zods.cli.run_folder import read_metrics
 
 
 def plot_curves(folder: str | Path) -> Path:
-    """Draw training loss, held-out loss and held-out accuracy over the steps; returns the PNG's path.
+    """Draw training loss, held-out loss and held-out accuracy over the steps; returns the PNG's
+    path.
 
     Needs matplotlib (the extra `report`).
     """

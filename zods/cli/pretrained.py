@@ -1,5 +1,5 @@
-"""The pretrained model of a run: what its configuration tells before anything is loaded, and the model itself, with a new
-head or adapters. Called by the command line."""
+"""The pretrained model of a run: what its configuration tells before anything is loaded, and the
+model itself, with a new head or adapters. Called by the command line."""
 
 from __future__ import annotations
 
@@ -57,13 +57,18 @@ class Pretrained:
 
     @property
     def has_token_types(self) -> bool:
-        """Whether `token_type_ids` tell segments apart. GPT-2 and others take them too, and embed them as words."""
+        """Whether `token_type_ids` tell segments apart.
+
+        GPT-2 and others take them too, and embed them as words.
+        """
         config = self.config.get_text_config()
         return getattr(config, "type_vocab_size", 0) > 1 or config.model_type in RELATIVE_SEGMENTS
 
     @property
     def class_names(self) -> list[str] | None:
-        """Names of the classes of a pretrained classification head, in its order; None without a head."""
+        """Names of the classes of a pretrained classification head, in its order; None without a
+        head.
+        """
         if not self._has_head:
             return None
         return [str(self.config.id2label[i]) for i in sorted(self.config.id2label)]
@@ -73,7 +78,9 @@ class Pretrained:
         return any("ForSequenceClassification" in name for name in self.config.architectures or ())
 
     def mismatched_head(self, task: Task, trust_remote_code: bool) -> list[str]:
-        """Names of the parameters of a pretrained head that is for another number of classes than the task's."""
+        """Names of the parameters of a pretrained head that is for another number of classes than
+        the task's.
+        """
         num_labels = task.model_kwargs().get("num_labels")
         if num_labels is None or not self._has_head or num_labels == self.config.num_labels:
             return []
@@ -115,7 +122,8 @@ def find_model(arguments: ModelArguments) -> Pretrained:
         base = peft.PeftConfig.from_pretrained(name).base_model_name_or_path
     if not base:
         raise ValueError(
-            f"--model {name}: its adapter_config.json names no base model (base_model_name_or_path)."
+            f"--model {name}: its adapter_config.json names no base model "
+            f"(base_model_name_or_path)."
         )
     with _one_line(
         f"--model {name}: its adapter_config.json names the base model {base}, which cannot be read"
@@ -128,13 +136,17 @@ def find_model(arguments: ModelArguments) -> Pretrained:
 
 
 def read_tokenizer(arguments: ModelArguments, pretrained: Pretrained) -> Any:
-    """The tokenizer: --tokenizer, or the model's, or its base model's. Raises ValueError in one line."""
+    """The tokenizer: --tokenizer, or the model's, or its base model's.
+
+    Raises ValueError in one line.
+    """
     name = arguments.tokenizer or arguments.model
     folder = Path(name)
     if arguments.tokenizer is None and pretrained.adapter is not None and folder.is_dir():
         name = name if any(folder.glob("tokenizer*")) else pretrained.base
     with _one_line(
-        f"{'--model' if arguments.tokenizer is None else '--tokenizer'} {name}: no tokenizer can be read"
+        f"{'--model' if arguments.tokenizer is None else '--tokenizer'} {name}: no tokenizer can "
+        f"be read"
     ):
         return transformers.AutoTokenizer.from_pretrained(
             name, trust_remote_code=arguments.trust_remote_code
@@ -150,8 +162,10 @@ def check_kind(pretrained: Pretrained, task: Task) -> None:
     ):
         kind = "encoder-decoder " if config.is_encoder_decoder else ""
         raise ValueError(
-            f"--model {pretrained.base}: a {kind}model of type {config.model_type}, for which transformers has no "
-            f"{auto_class.__name__}, as --task {task.name} needs. Give another model or another --task."
+            f"--model {pretrained.base}: a {kind}model of type {config.model_type}, for which "
+            f"transformers has no "
+            f"{auto_class.__name__}, as --task {task.name} needs. Give another model or another "
+            f"--task."
         )
     masked = (
         type(config) in MODEL_FOR_MASKED_LM_MAPPING and getattr(config, "is_decoder", True) is False
@@ -165,7 +179,9 @@ def check_kind(pretrained: Pretrained, task: Task) -> None:
 
 
 def check_adapter(pretrained: Pretrained, task: Task, trust_remote_code: bool) -> None:
-    """Raise ValueError where an adapter's files already show that it was not trained for the task, or for other shapes."""
+    """Raise ValueError where an adapter's files already show that it was not trained for the task,
+    or for other shapes.
+    """
     if pretrained.adapter is None:
         return
     with _one_line(f"--model {pretrained.adapter}, a PEFT adapter"):
@@ -175,8 +191,10 @@ def check_adapter(pretrained: Pretrained, task: Task, trust_remote_code: bool) -
     needed = "CAUSAL_LM" if task.predicts_next_token else "SEQ_CLS"
     if kind is not None and kind != needed:
         raise ValueError(
-            f"--model {pretrained.adapter}: the task_type in its adapter_config.json is {getattr(kind, 'value', kind)}, but "
-            f"--task {task.name} needs an adapter of task_type {needed}. Give another adapter or another --task."
+            f"--model {pretrained.adapter}: the task_type in its adapter_config.json is "
+            f"{getattr(kind, 'value', kind)}, but "
+            f"--task {task.name} needs an adapter of task_type {needed}. Give another adapter or "
+            f"another --task."
         )
     path = Path(pretrained.adapter) / "adapter_model.safetensors"
     if not path.is_file():  # from the hub, or in another format: seen when it is loaded
@@ -194,8 +212,10 @@ def check_adapter(pretrained: Pretrained, task: Task, trust_remote_code: bool) -
                 else ""
             )
             raise ValueError(
-                f"--model {pretrained.adapter}: its {name} has the shape {shape}, but the model for --task {task.name}"
-                f"{classes} has {expected[name]}. Give the base model that the adapter was trained on, and data with as "
+                f"--model {pretrained.adapter}: its {name} has the shape {shape}, but the model "
+                f"for --task {task.name}"
+                f"{classes} has {expected[name]}. Give the base model that the adapter was trained "
+                f"on, and data with as "
                 "many classes as it was trained for, or train new adapters with --lora_rank."
             )
 
@@ -203,9 +223,11 @@ def check_adapter(pretrained: Pretrained, task: Task, trust_remote_code: bool) -
 def check_causal(
     evaluate: Callable[..., dict[str, float]], pretrained: Pretrained, task: Task, rows: Any
 ) -> None:
-    """Raise ValueError, on all ranks, where tokens change what the model predicts for the tokens before them.
+    """Raise ValueError, on all ranks, where tokens change what the model predicts for the tokens
+    before them.
 
-    What the configuration does not tell is seen in one forward of two rows whose first halves are the same.
+    What the configuration does not tell is seen in one forward of two rows whose first halves are
+    the same.
 
     Args:
         evaluate: the engine's method of this name.
@@ -241,14 +263,18 @@ def check_causal(
 
 def _not_causal(name: str, found: str, task: str) -> str:
     return (
-        f"--model {name}: not a causal language model ({found}), so that with --task {task} it would see the answer that "
-        'it is to predict. Give a causal one (a masked one with "is_decoder": true in its config.json is), or use --task '
+        f"--model {name}: not a causal language model ({found}), so that with --task {task} it "
+        f"would see the answer that "
+        'it is to predict. Give a causal one (a masked one with "is_decoder": true in its '
+        "config.json is), or use --task "
         "classification."
     )
 
 
 def _check_files(folder: Path) -> None:
-    """Raise ValueError for a damaged or truncated file of weights: only the ranks that read it would notice later."""
+    """Raise ValueError for a damaged or truncated file of weights: only the ranks that read it
+    would notice later.
+    """
     for path in sorted(folder.glob("*.safetensors")) if folder.is_dir() else []:
         try:
             with safe_open(path, framework="pt"):
@@ -259,7 +285,9 @@ def _check_files(folder: Path) -> None:
 
 @contextmanager
 def _one_line(where: str) -> Iterator[None]:
-    """Raise ValueError, in one line, for whatever transformers and peft raise for a file they cannot use."""
+    """Raise ValueError, in one line, for whatever transformers and peft raise for a file they
+    cannot use.
+    """
     try:
         yield
     except Exception as error:  # many unrelated types
@@ -268,7 +296,7 @@ def _one_line(where: str) -> Iterator[None]:
         raise ValueError(f"{where}: {kind}{text[:600]}") from error
 
 
-# --- loading ---------------------------------------------------------------------------------------------------------
+# --- loading --------------------------------------------------------------------------------------
 
 
 def parameter_sizes(pretrained: Pretrained, task: Task, trust_remote_code: bool) -> list[int]:
@@ -298,7 +326,8 @@ def _unloaded(pretrained: Pretrained, task: Task, trust_remote_code: bool) -> to
 def load_model(
     arguments: ModelArguments, run: RunConfig | FirstOrderConfig, task: Task, pretrained: Pretrained
 ) -> tuple[torch.nn.Module, list[str]]:
-    """The pretrained model, sharded while it is loaded where the run is stage 3; a new head follows from the seed.
+    """The pretrained model, sharded while it is loaded where the run is stage 3; a new head follows
+    from the seed.
 
     Also the names of the parameters that are not in the base's files: a new head, adapters.
     """
@@ -310,8 +339,8 @@ def load_model(
             "the head of %s is for %d classes, the data have %d: a new head is drawn",
             pretrained.base, pretrained.config.num_labels, options["num_labels"],
         )  # fmt: skip
-        # ignore_mismatched_sizes does not work under ZeRO-3 (transformers 5.23: rank 0 alone meets the sizes), so that
-        # the head's weights are given names that the model does not have
+        # ignore_mismatched_sizes does not work under ZeRO-3 (transformers 5.23: rank 0 alone meets
+        # the sizes), so that the head's weights are given names that the model does not have
         options["key_mapping"] = {f"^{re.escape(name)}$": f"replaced_{name}" for name in mismatched}
     elif pretrained.class_names is not None and task.name == "classification":
         own, data = pretrained.class_names, list(options["id2label"].values())
@@ -349,8 +378,8 @@ def load_model(
 
 
 def _with_new_adapter(arguments: ModelArguments, model: Any, task: Task, new: set[str]) -> Any:
-    """The model with LoRA adapters. Modules with weights that the base lacks (`new`) and a classification head are trained
-    whole, and are saved with the adapter."""
+    """The model with LoRA adapters. Modules with weights that the base lacks (`new`) and a
+    classification head are trained whole, and are saved with the adapter."""
     import peft  # an extra
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGETS
 
@@ -389,7 +418,8 @@ def _with_new_adapter(arguments: ModelArguments, model: Any, task: Task, new: se
                 }
             )
             raise ValueError(
-                f"--lora_target_modules: the model has no module {missing[0]!r}; its linear modules are {', '.join(linear)}"
+                f"--lora_target_modules: the model has no module {missing[0]!r}; its linear "
+                f"modules are {', '.join(linear)}"
             )
     rank = arguments.lora_rank
     assert rank is not None
@@ -404,8 +434,9 @@ def _with_new_adapter(arguments: ModelArguments, model: Any, task: Task, new: se
 
 
 def _with_adapter(model: Any, adapter: str, new: set[str]) -> Any:
-    """The model with an adapter that was trained before, to be trained on. Raises ValueError where they do not fit, and
-    where weights that the base lacks (`new`) are not in the adapter either: they would stay as they were drawn."""
+    """The model with an adapter that was trained before, to be trained on. Raises ValueError where
+    they do not fit, and where weights that the base lacks (`new`) are not in the adapter either:
+    they would stay as they were drawn."""
     import peft
 
     with _one_line(f"--model {adapter}: the adapter cannot be put into its base model"):
@@ -420,8 +451,10 @@ def _with_adapter(model: Any, adapter: str, new: set[str]) -> Any:
     )
     if untrained:
         raise ValueError(
-            f"--model {adapter}: neither the adapter nor its base model has weights of {', '.join(untrained)}, which would "
-            "be drawn at random, stay frozen and not be exported. Give an adapter with these modules in its "
+            f"--model {adapter}: neither the adapter nor its base model has weights of "
+            f"{', '.join(untrained)}, which would "
+            "be drawn at random, stay frozen and not be exported. Give an adapter with these "
+            "modules in its "
             "modules_to_save, or its base model with --lora_rank."
         )
     fits = _one_line(f"--model {adapter}: the adapter's weights do not fit its base model")
@@ -439,7 +472,8 @@ def _with_adapter(model: Any, adapter: str, new: set[str]) -> Any:
 
 @contextmanager
 def _same_compilers() -> Iterator[None]:
-    """Restore CC and CXX: torch would build DeepSpeed's operators anew, for minutes, with another compiler.
+    """Restore CC and CXX: torch would build DeepSpeed's operators anew, for minutes, with another
+    compiler.
 
     PEFT 0.21 leaves both at gcc where its CUDA extension for BOFT cannot be built.
     """
@@ -454,7 +488,9 @@ def _same_compilers() -> Iterator[None]:
 
 
 def save_configuration(model: Any, folder: Path) -> None:
-    """What a replay needs to write a model or adapter that the base's own configuration does not describe."""
+    """What a replay needs to write a model or adapter that the base's own configuration does not
+    describe.
+    """
     if hasattr(model, "peft_config"):
         base = type(model.get_base_model())  # by which peft's AutoPeftModel finds it
         mapping = {"base_model_class": base.__name__, "parent_library": base.__module__}

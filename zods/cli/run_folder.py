@@ -1,11 +1,12 @@
-"""The folder of a run: resolved config, versions, git commit and seed, metrics.jsonl, the trajectory log.
+"""The folder of a run: resolved config, versions, git commit and seed, metrics.jsonl, the
+trajectory log.
 
 config.json          the DeepSpeed JSON with "zeroth_order", every value resolved
 run.json             command, options with their values, versions, git commit, seed, ranks, device
 metrics.jsonl        one object per step ("train") and per evaluation ("eval")
 trajectory.log       what was applied, step by step (see zods.trajectory)
-initial/             what the base weights lack: a new head or adapters, as they were drawn, and their configuration
-checkpoints/, model/ and curves.png as asked for
+initial/             what the base weights lack: a new head or adapters, as they were drawn, and
+their configuration checkpoints/, model/ and curves.png as asked for
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "numpy")
 
 
 class RunFolder:
-    """Writes a run's folder; on other ranks than 0 it does nothing. A resumed run goes on in its folder."""
+    """Writes a run's folder; on other ranks than 0 it does nothing.
+
+    A resumed run goes on in its folder.
+    """
 
     def __init__(self, path: str | Path, *, rank: int, resume: bool) -> None:
         """Raises ValueError where the folder holds another run and `resume` is False."""
@@ -38,7 +42,8 @@ class RunFolder:
             and any((self.path / name).exists() for name in ("metrics.jsonl", "trajectory.log"))
         ):
             raise ValueError(
-                f"--output_dir {self.path}: holds another run. Give another folder, or --resume auto to go on with it."
+                f"--output_dir {self.path}: holds another run. Give another folder, or --resume "
+                f"auto to go on with it."
             )
 
     def describe(
@@ -51,10 +56,12 @@ class RunFolder:
         device: str,
         step: int,
     ) -> None:
-        """Make the folder, write config.json and run.json, and open metrics.jsonl: when all input has been checked.
+        """Make the folder, write config.json and run.json, and open metrics.jsonl: when all input
+        has been checked.
 
-        arguments: options and their values; the command may name a file of them that is changed later.
-        step: steps that were made; what metrics.jsonl tells of later ones is cut off, for they will be made again.
+        arguments: options and their values; the command may name a file of them that is changed
+        later. step: steps that were made; what metrics.jsonl tells of later ones is cut off, for
+        they will be made again.
         """
         if self.rank != 0:
             return
@@ -90,7 +97,9 @@ class RunFolder:
             temporary.write_text("".join(kept), encoding="utf-8")
 
     def first_evaluation(self) -> dict[str, float]:
-        """What was measured before the first step; nothing on other ranks than 0, or where that is not there."""
+        """What was measured before the first step; nothing on other ranks than 0, or where that is
+        not there.
+        """
         if self.rank != 0:
             return {}
         first = next(
@@ -108,7 +117,8 @@ class RunFolder:
         except OSError as error:
             raise OSError(
                 error.errno,
-                f"{self.path / 'metrics.jsonl'}: cannot be written ({error.strerror}). What the trajectory log holds is safe. "
+                f"{self.path / 'metrics.jsonl'}: cannot be written ({error.strerror}). What the "
+                f"trajectory log holds is safe. "
                 "Make room, and start again with the same command",
             ) from None
 

@@ -23,10 +23,11 @@ def summarise(
     sent: int,
     gathered: int,
 ) -> dict[str, Any]:
-    """The figures of a run as a flat dict, without those that do not apply to it. All ranks call it.
+    """The figures of a run as a flat dict, without those that do not apply to it. All ranks call
+    it.
 
-    before, after: means over the held-out data. seconds: of each step. sent, gathered: bytes that zods sent in all steps,
-    and that ZeRO-3 gathered.
+    before, after: means over the held-out data. seconds: of each step. sent, gathered: bytes that
+    zods sent in all steps, and that ZeRO-3 gathered.
     """
     steps = max(len(seconds), 1)
     peaks = engine.comm.gather_scalars([float(_peak_memory_bytes(engine.device))])

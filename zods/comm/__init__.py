@@ -1,1 +1,4 @@
-"""What ranks send each other and wait for, how they start and how they stop. Nothing else calls torch.distributed."""
+"""What ranks send each other and wait for, how they start and how they stop.
+
+Nothing else calls torch.distributed.
+"""

@@ -1,8 +1,8 @@
 """What zods itself sends between ranks. The only room that calls torch.distributed.
 
-A step sends one small vector of float64 per rank (loss sums and counts); every rank gathers all of them and adds in
-rank order, so that all compute the same bits. Shards of a stored anchor point travel like a ZeRO-3 gather and are
-counted apart.
+A step sends one small vector of float64 per rank (loss sums and counts); every rank gathers all of
+them and adds in rank order, so that all compute the same bits. Shards of a stored anchor point
+travel like a ZeRO-3 gather and are counted apart.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ def is_connected() -> bool:
 class Communicator:
     """The ranks of the default process group, with counters of the bytes that this rank sends.
 
-    scalar_bytes: loss scalars and agreement checks. gather_bytes: shards of the anchor point. selection_bytes: candidates'
-    features and gains.
-    A rank that contributes b bytes to an all-gather of n ranks is counted with b * (n - 1).
+    scalar_bytes: loss scalars and agreement checks. gather_bytes: shards of the anchor point.
+    selection_bytes: candidates' features and gains. A rank that contributes b bytes to an
+    all-gather of n ranks is counted with b * (n - 1).
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -65,11 +65,16 @@ class Communicator:
         return gathered
 
     def numbers(self, values: torch.Tensor) -> list[float]:
-        """A tensor's numbers. On a GPU this waits for the device, and so for ranks that collectives still wait for."""
+        """A tensor's numbers. On a GPU this waits for the device, and so for ranks that collectives
+        still wait for.
+        """
         return values.tolist()
 
     def gather_scalars(self, values: Sequence[float]) -> list[list[float]]:
-        """Every rank's values, in rank order, as float64. `values` has the same length on all ranks."""
+        """Every rank's values, in rank order, as float64.
+
+        `values` has the same length on all ranks.
+        """
         local = torch.tensor(values, dtype=torch.float64, device=self.device)
         self.scalar_bytes += local.nbytes * (self.world_size - 1)
         return self._all_gather(local).tolist()
@@ -82,7 +87,9 @@ class Communicator:
         return totals
 
     def gather_shards(self, local: torch.Tensor) -> torch.Tensor:
-        """All ranks' shards, concatenated in rank order; `local` is 1-D and padded to the same size on all ranks."""
+        """All ranks' shards, concatenated in rank order; `local` is 1-D and padded to the same size
+        on all ranks.
+        """
         self.gather_bytes += local.nbytes * (self.world_size - 1)
         return self._all_gather(local).view(-1)
 
@@ -101,7 +108,10 @@ class Communicator:
         ]
 
     def gather_integers(self, values: Sequence[int]) -> list[list[int]]:
-        """Every rank's values, in rank order. `values`, of 64 bits, has the same length on all ranks."""
+        """Every rank's values, in rank order.
+
+        `values`, of 64 bits, has the same length on all ranks.
+        """
         local = torch.tensor(values, dtype=torch.int64, device=self.device)
         self.selection_bytes += local.nbytes * (self.world_size - 1)
         return self._all_gather(local).tolist()
@@ -119,11 +129,15 @@ class Communicator:
         return sent.cpu().numpy().tobytes()
 
     def board(self) -> Board:
-        """A new connection to what the ranks pin up for each other beside their collectives; for one thread alone."""
+        """A new connection to what the ranks pin up for each other beside their collectives; for
+        one thread alone.
+        """
         return Board()
 
     def check_agreement(self, digest: bytes, what: str) -> None:
-        """Raise Disagreement on every rank, naming those that differ from rank 0, unless all digests are equal."""
+        """Raise Disagreement on every rank, naming those that differ from rank 0, unless all
+        digests are equal.
+        """
         short = int.from_bytes(
             hashlib.blake2b(digest, digest_size=8).digest(), "little", signed=True
         )
@@ -133,16 +147,18 @@ class Communicator:
         odd = [rank for rank, value in enumerate(values) if value != values[0]]
         if odd:
             raise Disagreement(
-                f"rank {', '.join(map(str, odd))}: {what} differs from rank 0's. The run stops here."
+                f"rank {', '.join(map(str, odd))}: {what} differs from rank 0's. The run stops "
+                f"here."
             )
 
     @contextmanager
     def same_on_all_ranks(self) -> Iterator[None]:
         """Run a block that may fail on some ranks only; then all ranks raise.
 
-        A ValueError or OSError, which is meant for the user, is raised on all ranks as it is, with the name of the rank
-        where others were spared. Any other exception is raised as it is where it was raised on all ranks, and as a
-        `RankFailure` otherwise. The block itself must not communicate.
+        A ValueError or OSError, which is meant for the user, is raised on all ranks as it is, with
+        the name of the rank where others were spared. Any other exception is raised as it is where
+        it was raised on all ranks, and as a `RankFailure` otherwise. The block itself must not
+        communicate.
         """
         failure: BaseException | None = None
         try:
@@ -171,7 +187,9 @@ _FOR_USERS = {"FileNotFoundError": FileNotFoundError, "OSError": OSError, "Value
 
 
 def _described(error: BaseException) -> tuple[str, str]:
-    """An exception as what is sent of it: the nearest type that is meant for users, else its own, and its text."""
+    """An exception as what is sent of it: the nearest type that is meant for users, else its own,
+    and its text.
+    """
     kind = next(
         (name for name, known in _FOR_USERS.items() if isinstance(error, known)),
         type(error).__name__,

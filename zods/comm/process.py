@@ -1,7 +1,9 @@
-"""How the ranks of a run start, with any launcher or none; how a failed start is reported; how a process ends.
+"""How the ranks of a run start, with any launcher or none; how a failed start is reported; how a
+process ends.
 
-`deepspeed` and `torchrun` set the variables of torch; under mpirun and srun DeepSpeed asks mpi4py. A process that none of
-them started is a run of one rank. Used by `zods.initialize` and `zods.finetune`.
+`deepspeed` and `torchrun` set the variables of torch; under mpirun and srun DeepSpeed asks mpi4py.
+A process that none of them started is a run of one rank. Used by `zods.initialize` and
+`zods.finetune`.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ from zods.comm.store import Board
 logger = logging.getLogger(__name__)
 
 TORCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-# Processes that mpirun (Open MPI, MPICH and Intel MPI, MVAPICH) or srun started; not set in a batch script itself.
+# Processes that mpirun (Open MPI, MPICH and Intel MPI, MVAPICH) or srun started; not set in a batch
+# script itself.
 SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK", "SLURM_PROCID")
 CLOUDS = (
@@ -49,7 +52,8 @@ def connect_ranks(
 ) -> Communicator:
     """The ranks of this run, as the launcher started them; one rank where there is no launcher.
 
-    Raises ValueError where the launcher's variables are incomplete, or mpi4py is needed and missing.
+    Raises ValueError where the launcher's variables are incomplete, or mpi4py is needed and
+    missing.
     """
     if not is_connected() and dist_init_required is not False:
         _prepare_environment()
@@ -68,7 +72,8 @@ def report_stale_locks() -> None:
     """Name the locks that killed builds left: the ranks would wait for them in silence."""
     for lock in build_locks.stale_locks():
         logger.error(
-            "%s: no process of this machine holds it. A build of %s was killed and left it, and the ranks wait for it when "
+            "%s: no process of this machine holds it. A build of %s was killed and left it, and "
+            "the ranks wait for it when "
             "they need that operator. Remove the file, unless another machine builds there.",
             lock,
             lock.parent.name,
@@ -83,17 +88,21 @@ def _prepare_environment() -> None:
     if started is not None:
         if importlib.util.find_spec("mpi4py") is None:
             raise ValueError(
-                f"{started} is {os.environ[started]}: the ranks were started by mpirun or srun, but mpi4py, by which DeepSpeed "
-                "finds them, is not installed. Install mpi4py, or start the ranks with deepspeed or torchrun."
+                f"{started} is {os.environ[started]}: the ranks were started by mpirun or srun, "
+                f"but mpi4py, by which DeepSpeed "
+                "finds them, is not installed. Install mpi4py, or start the ranks with deepspeed "
+                "or torchrun."
             )
         return
     given = [name for name in TORCH[:3] if name in os.environ]
     if given and missing:
         raise ValueError(
-            f"{', '.join(given)} set in the environment, but not {', '.join(missing)}. Set all of them, or none for a run "
+            f"{', '.join(given)} set in the environment, but not {', '.join(missing)}. Set all of "
+            f"them, or none for a run "
             "of one rank, or start the ranks with deepspeed or torchrun."
         )
-    # Assigned even where they are set: an address and port that an earlier run left belong to nobody.
+    # Assigned even where they are set: an address and port that an earlier run left belong to
+    # nobody.
     one_rank = {
         "RANK": "0",
         "WORLD_SIZE": "1",
@@ -120,11 +129,13 @@ def _free_port() -> int:
 
 
 def report_failure(error: Exception, program: str) -> int:
-    """Say once, on one of the ranks, why the run does not start; returns the process's exit code. All failing ranks call it.
+    """Say once, on one of the ranks, why the run does not start; returns the process's exit code.
+    All failing ranks call it.
 
-    Before the ranks are connected every failing rank says it, with its number. After that the first rank to fail says it:
-    what the others raise then is a consequence, such as a lost connection. Bad input is one line and code 2; an exception
-    that nobody foresaw is one line with its type, a traceback, and code 1.
+    Before the ranks are connected every failing rank says it, with its number. After that the first
+    rank to fail says it: what the others raise then is a consequence, such as a lost connection.
+    Bad input is one line and code 2; an exception that nobody foresaw is one line with its type, a
+    traceback, and code 1.
     """
     rank = environment_rank()
     bad_input = isinstance(error, (ValueError, OSError))
@@ -144,7 +155,9 @@ def report_failure(error: Exception, program: str) -> int:
 
 
 def _is_first(rank: int, speaker: int | None) -> bool:
-    """Whether this rank reports. speaker: the rank that has the traceback, where one is known to have failed."""
+    """Whether this rank reports. speaker: the rank that has the traceback, where one is known to
+    have failed.
+    """
     try:
         board = Board()
         if speaker is None or speaker == rank:
@@ -168,9 +181,10 @@ def _mark_said() -> None:
 def end_process(code: int) -> NoReturn:
     """End without the interpreter's teardown, and with code 0 all ranks together.
 
-    A rank that exits while others still communicate aborts them. And Gloo's threads can abort a finished run: they may
-    drop a tensor while the interpreter ends, which needs a lock that is gone (PyTorch issue 190489). DeepSpeed keeps
-    references to the process groups, so destroying them does not end the threads.
+    A rank that exits while others still communicate aborts them. And Gloo's threads can abort a
+    finished run: they may drop a tensor while the interpreter ends, which needs a lock that is gone
+    (PyTorch issue 190489). DeepSpeed keeps references to the process groups, so destroying them
+    does not end the threads.
     """
     if code == 0:
         dist.barrier()

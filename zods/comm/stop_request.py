@@ -1,4 +1,6 @@
-"""A run that is asked to stop learns it from one place: a signal, the end of what launched it, or the program itself."""
+"""A run that is asked to stop learns it from one place: a signal, the end of what launched it, or
+the program itself.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ LAUNCHER = "deepspeed.launcher.launch"
 
 
 class StopRequest:
-    """Whether this process has been asked to stop. reason: None until someone asks; then what was said first.
+    """Whether this process has been asked to stop. reason: None until someone asks; then what was
+    said first.
 
     Made early, it knows the process's launcher even if that is gone before anyone listens.
     """
@@ -30,14 +33,17 @@ class StopRequest:
             self.reason = reason
 
     def listen(self) -> None:
-        """From now on SIGTERM asks, and the end of the process that launched this one. To be called once, in the main thread.
+        """From now on SIGTERM asks, and the end of the process that launched this one. To be called
+        once, in the main thread.
 
-        The launcher is the parent; and where that is DeepSpeed's launch.py, its own parent too: the `deepspeed` command,
-        which, if it is killed, leaves launch.py and the ranks running. That is seen where there is a /proc. SIGTERM no
-        longer ends this process; the processes that it forks are ended as before.
+        The launcher is the parent; and where that is DeepSpeed's launch.py, its own parent too: the
+        `deepspeed` command, which, if it is killed, leaves launch.py and the ranks running. That is
+        seen where there is a /proc. SIGTERM no longer ends this process; the processes that it
+        forks are ended as before.
         """
         signal.signal(signal.SIGTERM, self._on_signal)
-        # A forked pool is ended with SIGTERM, and then waited for. Blocked meanwhile: Python drops what comes in between.
+        # A forked pool is ended with SIGTERM, and then waited for. Blocked meanwhile: Python drops
+        # what comes in between.
         os.register_at_fork(before=_block, after_in_parent=_unblock, after_in_child=_default)
         threading.Thread(target=self._watch, name="zods-lineage", daemon=True).start()
 

@@ -12,10 +12,12 @@ import torch.distributed as dist
 
 
 class Board:
-    """Short texts that any rank pins up and any rank reads, whatever their main threads do: keys of the process group's store.
+    """Short texts that any rank pins up and any rank reads, whatever their main threads do: keys of
+    the process group's store.
 
-    It has a connection of its own, since a thread that waits on one keeps it to itself. Where a launcher started the ranks,
-    rank 0's process keeps the store: while that is stopped, every call blocks, and once it is gone, they raise RuntimeError.
+    It has a connection of its own, since a thread that waits on one keeps it to itself. Where a
+    launcher started the ranks, rank 0's process keeps the store: while that is stopped, every call
+    blocks, and once it is gone, they raise RuntimeError.
     """
 
     def __init__(self) -> None:
@@ -39,7 +41,10 @@ class Board:
 
 
 def connect_store(address: str, *, keeps: bool, seconds: float) -> Any:
-    """A torch store at "host:port", kept by this process or another one's. Raises ValueError where that fails."""
+    """A torch store at "host:port", kept by this process or another one's.
+
+    Raises ValueError where that fails.
+    """
     host, _, port = address.rpartition(":")
     try:
         return dist.TCPStore(
@@ -52,5 +57,6 @@ def connect_store(address: str, *, keeps: bool, seconds: float) -> Any:
     except (RuntimeError, OSError) as error:
         what = "kept" if keeps else f"reached within {seconds:g} s"
         raise ValueError(
-            f"zeroth_order.replicas.store: no store can be {what} at {address} ({str(error).splitlines()[0]})."
+            f"zeroth_order.replicas.store: no store can be {what} at {address} "
+            f"({str(error).splitlines()[0]})."
         ) from None

@@ -1,12 +1,13 @@
 """A rank that hangs is named, and the run ends.
 
-The main thread says what it begins (`beat`). Where that takes longer than the timeout on some rank, all ranks' watchdog
-threads hold a roll call through the process group's store, which needs no main thread: each pins up what its main thread
-does. A rank hangs if it does not answer, or else if its main thread does not wait for other ranks. One message names such
-ranks; then every rank that answered ends with EXIT_CODE.
+The main thread says what it begins (`beat`). Where that takes longer than the timeout on some rank,
+all ranks' watchdog threads hold a roll call through the process group's store, which needs no main
+thread: each pins up what its main thread does. A rank hangs if it does not answer, or else if its
+main thread does not wait for other ranks. One message names such ranks; then every rank that
+answered ends with EXIT_CODE.
 
-Two threads per process: one counts the seconds and never touches the store, whose calls block for ever while the process
-that keeps it (rank 0) is stopped; the other attends to the store.
+Two threads per process: one counts the seconds and never touches the store, whose calls block for
+ever while the process that keeps it (rank 0) is stopped; the other attends to the store.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ AGAIN = "The run stops here; start it again with the same command to go on."
 class Watchdog:
     """Times what the main thread does, on all ranks of `comm`. One per process.
 
-    timeout: seconds that one thing may take. Only time in which this process runs is counted: a job that is suspended as
-    a whole and resumed hangs not.
+    timeout: seconds that one thing may take. Only time in which this process runs is counted: a job
+    that is suspended as a whole and resumed hangs not.
     """
 
     def __init__(self, comm: Communicator, timeout: float) -> None:
@@ -51,7 +52,10 @@ class Watchdog:
         self._stop: weakref.finalize | None = None
 
     def beat(self, what: str) -> None:
-        """The main thread begins `what`, e.g. "step 17, evaluate". The first beat starts the watch if there are others."""
+        """The main thread begins `what`, e.g. "step 17, evaluate".
+
+        The first beat starts the watch if there are others.
+        """
         self._watch.beat = _Beat(what, resting=False)
         if self._stop is None:
             self._start()
@@ -61,13 +65,16 @@ class Watchdog:
         self._watch.beat = _Beat(self._watch.beat.what, resting=True)
 
     def close(self) -> None:
-        """The watch ends. To be called before any rank ends: the store goes with rank 0, and torch complains where it is read."""
+        """The watch ends. To be called before any rank ends: the store goes with rank 0, and torch
+        complains where it is read.
+        """
         if self._stop is not None:
             self._stop()
 
     def _start(self) -> None:
-        # Threads must end before the interpreter does: one that returns from a call of the store after that aborts the
-        # process. A finalizer is called then too, and where this object is dropped.
+        # Threads must end before the interpreter does: one that returns from a call of the store
+        # after that aborts the process. A finalizer is called then too, and where this object is
+        # dropped.
         self._stop = weakref.finalize(self, self._watch.stop)
         self._watch.start()
 
@@ -81,8 +88,9 @@ class _Beat(NamedTuple):
 class Answer:
     """What a rank's main thread does.
 
-    what: the last beat; seconds: since then; resting: after it. waits: for other ranks, in a collective. place: "file:line
-    function" of the innermost frame outside the libraries. stack: such places of all frames, innermost last.
+    what: the last beat; seconds: since then; resting: after it. waits: for other ranks, in a
+    collective. place: "file:line function" of the innermost frame outside the libraries. stack:
+    such places of all frames, innermost last.
     """
 
     what: str
@@ -97,7 +105,10 @@ class Answer:
 
 
 class _Watch:
-    """What the threads share. It does not refer to the Watchdog, so that this may be dropped while they run."""
+    """What the threads share.
+
+    It does not refer to the Watchdog, so that this may be dropped while they run.
+    """
 
     def __init__(self, comm: Communicator, timeout: float) -> None:
         self.comm = comm
@@ -126,7 +137,9 @@ class _Watch:
                 thread.join(LOOK_SECONDS)
 
     def _count(self) -> None:
-        """The clock: calls the roll where the main thread is late, and ends the process if the clerk cannot."""
+        """The clock: calls the roll where the main thread is late, and ends the process if the
+        clerk cannot.
+        """
         while not self._over.wait(LOOK_SECONDS):
             beat = (
                 self.beat
@@ -141,7 +154,8 @@ class _Watch:
         if self._answered.wait(STORE_SECONDS):
             self._clerk.join(ROLL_CALL_SECONDS)
         _end(
-            "zods: rank 0, which keeps the process group's store, does not answer: its process is stopped or gone, or its "
+            "zods: rank 0, which keeps the process group's store, does not answer: its process is "
+            "stopped or gone, or its "
             f"host is. Rank {self.comm.rank} is {self._answer()}. {AGAIN}"
         )
 
@@ -155,13 +169,15 @@ class _Watch:
                 return
             board.pin("call", str(self.comm.rank))
             self._roll_call(board)
-        except RuntimeError:  # the store is gone, maybe since all is done: the clock says so where the main thread is late
+        except RuntimeError:
             if not self._answered.is_set():
                 return
         _end()
 
     def _roll_call(self, board: Board) -> None:
-        """Answer, and let the lowest rank that answers report; the next one, where that one dies over it."""
+        """Answer, and let the lowest rank that answers report; the next one, where that one dies
+        over it.
+        """
         me, ranks = self.comm.rank, range(self.comm.world_size)
         board.pin(f"answer/{me}", json.dumps(asdict(self._answer())))
         self._answered.set()
@@ -198,20 +214,26 @@ class _Watch:
 
 
 def verdict(answers: Mapping[int, Answer], world_size: int) -> str:
-    """The message that names the ranks that hang. `answers`: of the ranks that answered, at least one."""
+    """The message that names the ranks that hang.
+
+    `answers`: of the ranks that answered, at least one.
+    """
     silent = [rank for rank in range(world_size) if rank not in answers]
     busy = [rank for rank, answer in answers.items() if not answer.waits]
     if not silent and not busy:
         each = "\n".join(f"  rank {rank} {answer}" for rank, answer in answers.items())
         return (
-            "zods: all ranks wait for each other: they are in different collectives, or a connection or a device is gone. "
+            "zods: all ranks wait for each other: they are in different collectives, or a "
+            "connection or a device is gone. "
             f"{AGAIN}\n{each}"
         )
     if silent:
         culprits, several = silent, len(silent) > 1
         said = (
-            f"{_names(silent)} {'do' if several else 'does'} not answer: {'their' if several else 'its'} "
-            f"{'processes are' if several else 'process is'} stopped or swapped out, or the host is gone."
+            f"{_names(silent)} {'do' if several else 'does'} not answer: "
+            f"{'their' if several else 'its'} "
+            f"{'processes are' if several else 'process is'} stopped or swapped out, or the host "
+            f"is gone."
         )
     else:
         culprits, several = busy, len(busy) > 1
@@ -234,9 +256,9 @@ def _names(ranks: list[int]) -> str:
 def _waits(modules: list[str]) -> bool:
     """Whether a stack, of these modules from the outermost to the innermost, waits for other ranks.
 
-    What ZeRO-3 gathers is awaited on handles, without a frame of torch.distributed. On a GPU a collective returns before
-    it is done, and the main thread waits for the device where it needs the numbers: those of zods' own in
-    `zods.comm.communicator`.
+    What ZeRO-3 gathers is awaited on handles, without a frame of torch.distributed. On a GPU a
+    collective returns before it is done, and the main thread waits for the device where it needs
+    the numbers: those of zods' own in `zods.comm.communicator`.
     """
     sends = any(
         (module + ".").startswith(
@@ -277,15 +299,17 @@ def _say(text: str) -> None:
 
 
 def _within(seconds: float, function: Callable[..., Any], *args: Any) -> None:
-    """Call it, but wait no longer: nobody may read the pipe, and the main thread may hold the lock of `sys.stdout`."""
+    """Call it, but wait no longer: nobody may read the pipe, and the main thread may hold the lock
+    of `sys.stdout`.
+    """
     thread = threading.Thread(target=function, args=args, daemon=True)
     thread.start()
     thread.join(seconds)
 
 
 def _end(text: str = "") -> NoReturn:
-    """End the process, with the main thread held: as other ranks end, its connections break, and its errors would follow the
-    message and give the launcher another exit code."""
+    """End the process, with the main thread held: as other ranks end, its connections break, and
+    its errors would follow the message and give the launcher another exit code."""
     if text:
         _say(text)
     _within(WRITE_SECONDS, sys.stdout.flush)

@@ -1,4 +1,5 @@
-"""Values that follow from others: "auto" and the batch sizes. Called by `zods.config.deepspeed_json`, and with the model in hand.
+"""Values that follow from others: "auto" and the batch sizes. Called by
+`zods.config.deepspeed_json`, and with the model in hand.
 
 What is resolved, and how:
 
@@ -11,7 +12,8 @@ What is resolved, and how:
     offload_param.buffer_count, max_in_cpu   DeepSpeed's defaults
     parameters of the scheduler          see `zods.config.schedules`
 
-`bf16.enabled` is not resolved: an "auto" that becomes fp32 would double the memory silently. Any other "auto" is refused.
+`bf16.enabled` is not resolved: an "auto" that becomes fp32 would double the memory silently. Any
+other "auto" is refused.
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ _MODEL_AUTO = {f"zero_optimization.{key}" for key in _BUCKETS} | {
 
 
 def resolve_batch(ds: dict[str, Any], world_size: int) -> None:
-    """Fill in the one of DeepSpeed's three batch keys that is missing or "auto", and check that they multiply out."""
+    """Fill in the one of DeepSpeed's three batch keys that is missing or "auto", and check that
+    they multiply out.
+    """
     given = {key: ds[key] for key in BATCH_KEYS if ds.get(key, "auto") != "auto"}
     for key, value in given.items():
         if type(value) is not int or value < 1:
@@ -41,7 +45,8 @@ def resolve_batch(ds: dict[str, Any], world_size: int) -> None:
     batch, micro, accumulation = (given.get(key) for key in BATCH_KEYS)
     if batch is None and micro is None:
         raise ValueError(
-            "train_batch_size, train_micro_batch_size_per_gpu: give one of the two, in the JSON or on the command line."
+            "train_batch_size, train_micro_batch_size_per_gpu: give one of the two, in the JSON or "
+            "on the command line."
         )
     if micro is None and accumulation is None:
         accumulation = 1
@@ -69,14 +74,17 @@ def resolve_batch(ds: dict[str, Any], world_size: int) -> None:
         )
         raise ValueError(
             f"train_batch_size: found {batch}, but {product} = {multiplied}"
-            f"{'' if len(factors) == 2 else ', of which it is no multiple'}. Change one so that they multiply out: "
-            f"{batch} examples are dealt to {fits} ranks, in as many micro-batches as divide what each gets."
+            f"{'' if len(factors) == 2 else ', of which it is no multiple'}. Change one so that "
+            f"they multiply out: "
+            f"{batch} examples are dealt to {fits} ranks, in as many micro-batches as divide what "
+            f"each gets."
         )
     ds.update(zip(BATCH_KEYS, (batch, micro, accumulation), strict=True))
 
 
 def resolve_precision(ds: dict[str, Any]) -> Iterator[str]:
-    """Settle fp16 "auto" by bf16, in place. Yields a message where the dtype of the weights would be a guess.
+    """Settle fp16 "auto" by bf16, in place. Yields a message where the dtype of the weights would
+    be a guess.
 
     An amp that is off, or "auto", is removed: DeepSpeed refuses the key whatever its value.
     """
@@ -98,7 +106,8 @@ def resolve_precision(ds: dict[str, Any]) -> Iterator[str]:
     if isinstance(fp16, Mapping) and fp16.get("enabled") == "auto":
         if not isinstance(bf16, Mapping):
             yield (
-                'fp16.enabled: found "auto", which is not guessed. Write false (weights in float32), or add '
+                'fp16.enabled: found "auto", which is not guessed. Write false (weights in '
+                "float32), or add "
                 '"bf16": {"enabled": true} (in bfloat16).'
             )
         ds["fp16"] = {**fp16, "enabled": False}
@@ -115,7 +124,9 @@ def unresolved(values: Mapping[str, Any], path: str = "") -> Iterator[str]:
 
 
 def hidden_size_of(config: Any) -> int | None:
-    """The hidden size in a model's configuration of transformers, of its text part where it has several parts."""
+    """The hidden size in a model's configuration of transformers, of its text part where it has
+    several parts.
+    """
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return getattr(text, "hidden_size", None)
 
@@ -123,11 +134,13 @@ def hidden_size_of(config: Any) -> int | None:
 def resolve_model_auto(
     ds: dict[str, Any], hidden_size: int | None, *, overlaps: bool = True
 ) -> None:
-    """Resolve the ZeRO-3 buckets given as "auto" by transformers' rule, from the model's hidden size, in place.
+    """Resolve the ZeRO-3 buckets given as "auto" by transformers' rule, from the model's hidden
+    size, in place.
 
-    Without a hidden size the keys are removed, so that DeepSpeed's defaults hold. overlaps: whether gathers run beside the
-    computation. Where they do not (on CPUs), gathering ahead takes memory and gains nothing, and is off unless the JSON
-    gives a number; reading ahead from NVMe goes with it, and stays.
+    Without a hidden size the keys are removed, so that DeepSpeed's defaults hold. overlaps: whether
+    gathers run beside the computation. Where they do not (on CPUs), gathering ahead takes memory
+    and gains nothing, and is off unless the JSON gives a number; reading ahead from NVMe goes with
+    it, and stays.
     """
     zero = ds.get("zero_optimization", {})
     key = "stage3_prefetch_bucket_size"
@@ -153,9 +166,9 @@ def offloads_to_nvme(ds: Mapping[str, Any]) -> bool:
 def resolve_offload_buffers(ds: dict[str, Any], numels: Iterable[int], world_size: int) -> None:
     """Size the buffers of NVMe offload by the model, in place.
 
-    numels: elements of each whole parameter. A buffer holds one rank's shard of one parameter; where no size is given, it
-    becomes the largest one. Raises ValueError where the size given is smaller: DeepSpeed 0.19.8 asserts that a shard fits
-    while it loads the model.
+    numels: elements of each whole parameter. A buffer holds one rank's shard of one parameter;
+    where no size is given, it becomes the largest one. Raises ValueError where the size given is
+    smaller: DeepSpeed 0.19.8 asserts that a shard fits while it loads the model.
     """
     if not offloads_to_nvme(ds):
         return
@@ -167,6 +180,7 @@ def resolve_offload_buffers(ds: dict[str, Any], numels: Iterable[int], world_siz
     size = offload.setdefault("buffer_size", needed)
     if size < needed:
         raise ValueError(
-            f"zero_optimization.offload_param.buffer_size: found {size}, but the largest shard of a parameter has {needed} "
+            f"zero_optimization.offload_param.buffer_size: found {size}, but the largest shard of "
+            f"a parameter has {needed} "
             f"elements on {world_size} ranks. Give {needed} or more, or leave the key out."
         )

@@ -1,8 +1,9 @@
-"""Checks of DeepSpeed's part of the configuration, before anything is loaded. Called by `zods.config.deepspeed_json`.
+"""Checks of DeepSpeed's part of the configuration, before anything is loaded. Called by
+`zods.config.deepspeed_json`.
 
-Each check is a generator of messages, one line per mistake. Three questions are asked: does the installed DeepSpeed read
-this key (`key_mistakes`), does it take this value (`section_mistakes`, `refusal`; both ask DeepSpeed's own classes), and
-can a zeroth-order step use it (`unsupported`)?
+Each check is a generator of messages, one line per mistake. Three questions are asked: does the
+installed DeepSpeed read this key (`key_mistakes`), does it take this value (`section_mistakes`,
+`refusal`; both ask DeepSpeed's own classes), and can a zeroth-order step use it (`unsupported`)?
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from zods.config.mistakes import nearest
 from zods.config.schema import SECTION
 
 VERSION = importlib.metadata.version("deepspeed")
-# Top-level keys that DeepSpeed 0.19.8 reads. It ignores any other silently. A test compares them with the installed one.
+# Top-level keys that DeepSpeed 0.19.8 reads. It ignores any other silently. A test compares them
+# with the installed one.
 DEEPSPEED_KEYS = frozenset(
     """activation_checkpointing aio amp autotuning bf16 bfloat16 checkpoint comet comms_logger communication_data_type
     compile csv_monitor data_efficiency data_types dataloader_drop_last datastates_ckpt disable_allgather
@@ -43,7 +45,8 @@ DEEPSPEED_KEYS = frozenset(
     use_data_before_expert_parallelism vocabulary_size wall_clock_breakdown wandb weight_quantization
     zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization""".split()  # noqa: SIM905
 )
-# Keys that DeepSpeed 0.19.8 refuses, whatever their value, because what they configured was removed from it.
+# Keys that DeepSpeed 0.19.8 refuses, whatever their value, because what they configured was removed
+# from it.
 REMOVED_KEYS = frozenset(
     """amp compression_training curriculum_learning eigenvalue elasticity graph_harvesting nebula progressive_layer_drop
     quantize_training sparse_attention sparse_gradients zero_optimization.mics_hierarchical_params_gather
@@ -97,7 +100,9 @@ def key_mistakes(ds: Mapping[str, Any]) -> Iterator[str]:
 
 
 def section_mistakes(ds: Mapping[str, Any]) -> Iterator[str]:
-    """What DeepSpeed's own models of its sections refuse: unknown keys, values of another type or range."""
+    """What DeepSpeed's own models of its sections refuse: unknown keys, values of another type or
+    range.
+    """
     for name in (*MODELS, *OTHER_SECTIONS):
         values = ds.get(name, {})
         if not isinstance(values, Mapping):
@@ -150,14 +155,17 @@ def _fields_at(model: type[BaseModel], path: list[str]) -> list[str]:
 
 
 def _given(values: Any) -> Any:
-    """A deep copy without the values that are "auto", which are resolved or refused by `zods.config.auto_values`."""
+    """A deep copy without the values that are "auto", which are resolved or refused by
+    `zods.config.auto_values`.
+    """
     if isinstance(values, Mapping):
         return {key: _given(value) for key, value in values.items() if value != "auto"}
     return copy.deepcopy(values)
 
 
 def refusal(ds: Mapping[str, Any]) -> str | None:
-    """Why DeepSpeed would refuse this configuration, if it would; for all that the checks above do not know.
+    """Why DeepSpeed would refuse this configuration, if it would; for all that the checks above do
+    not know.
 
     DeepSpeed's own class reads it, with batch sizes that fit any number of ranks.
     """
@@ -186,7 +194,9 @@ def offload_mistakes(ds: Mapping[str, Any]) -> Iterator[str]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep DeepSpeed's warnings back, which come again when it reads the configuration for its engine."""
+    """Keep DeepSpeed's warnings back, which come again when it reads the configuration for its
+    engine.
+    """
     level = deepspeed_logger.level
     deepspeed_logger.setLevel(logging.ERROR)
     try:
@@ -203,14 +213,15 @@ def first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), "")
 
 
-# --- what a zeroth-order step cannot use ----------------------------------------------------------------------------------
+# --- what a zeroth-order step cannot use ----------------------------------------------------------
 
 
 def unsupported(ds: Mapping[str, Any]) -> Iterator[str]:
     """Parts of DeepSpeed that a zeroth-order step cannot use, each with the reason."""
     if "optimizer" in ds:
         yield (
-            f'optimizer: found beside "{SECTION}". A zeroth-order step has no optimizer states: remove the section and '
+            f'optimizer: found beside "{SECTION}". A zeroth-order step has no optimizer states: '
+            f"remove the section and "
             f"set {SECTION}.lr and {SECTION}.weight_decay."
         )
     for key in ("fp16", "torch_autocast"):
@@ -235,7 +246,8 @@ def _unsupported_zero(zero: Mapping[str, Any]) -> Iterator[str]:
     stage = zero.get("stage", 0)
     if type(stage) is not int or stage not in (0, 3):
         yield (
-            f"zero_optimization.stage: found {stage!r}, allowed are 0 (replicated) and 3 (sharded). Stages 1 and 2 shard "
+            f"zero_optimization.stage: found {stage!r}, allowed are 0 (replicated) and 3 "
+            f"(sharded). Stages 1 and 2 shard "
             "optimizer states and gradients, and a zeroth-order step has neither."
         )
     for key in ("offload_param", "offload_optimizer"):
@@ -247,14 +259,16 @@ def _unsupported_zero(zero: Mapping[str, Any]) -> Iterator[str]:
     )
     if states.get("device", "none") != "none":
         yield (
-            "zero_optimization.offload_optimizer: there are no optimizer states to offload. Remove it; parameters are "
+            "zero_optimization.offload_optimizer: there are no optimizer states to offload. Remove "
+            "it; parameters are "
             f"offloaded by offload_param, the anchor by {SECTION}.anchor."
         )
     if offload.get("device", "none") != "none" and stage != 3:
         yield f"zero_optimization.offload_param: needs stage 3, found stage {stage}."
     if zero.get("zero_hpz_partition_size", 1) != 1:
         yield (
-            "zero_optimization.zero_hpz_partition_size: not supported: forwards would read a second copy of the shards "
+            "zero_optimization.zero_hpz_partition_size: not supported: forwards would read a "
+            "second copy of the shards "
             "that a step does not update. Remove it."
         )
     for key in ("cpu_offload", "cpu_offload_param", "cpu_offload_params"):

@@ -1,8 +1,8 @@
 """The DeepSpeed JSON with its section "zeroth_order".
 
-`read_config` splits one file into what DeepSpeed gets and what zods keeps, and refuses here, before anything is loaded,
-whatever the two cannot do together. All mistakes of a file are told at once. The file is read as DeepSpeed reads it
-(hjson: `#` and `//` comments are allowed).
+`read_config` splits one file into what DeepSpeed gets and what zods keeps, and refuses here, before
+anything is loaded, whatever the two cannot do together. All mistakes of a file are told at once.
+The file is read as DeepSpeed reads it (hjson: `#` and `//` comments are allowed).
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ from zods.config.schema import (
 class RunConfig:
     """One configuration file, split.
 
-    deepspeed: what `deepspeed.initialize` gets: no "zeroth_order", no "scheduler", batch sizes resolved.
-    scheduler: DeepSpeed's section of that name, or None; zods builds it on its own step size.
-    zeroth_order: the section of that name.
+    deepspeed: what `deepspeed.initialize` gets: no "zeroth_order", no "scheduler", batch sizes
+    resolved. scheduler: DeepSpeed's section of that name, or None; zods builds it on its own step
+    size. zeroth_order: the section of that name.
     """
 
     deepspeed: dict[str, Any]
@@ -75,7 +75,8 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class FirstOrderConfig:
-    """A run with DeepSpeed's own optimizer. deepspeed: what `deepspeed.initialize` gets. seed: of the data order.
+    """A run with DeepSpeed's own optimizer. deepspeed: what `deepspeed.initialize` gets. seed: of
+    the data order.
 
     loss_mean: as in the section "zeroth_order".
     """
@@ -99,7 +100,10 @@ class FirstOrderConfig:
 
     @property
     def zeroth_order(self) -> ZerothOrderConfig:
-        """The seed, the selector and the mean of the loss. Nothing else of it counts: `optimizer` has the step size."""
+        """The seed, the selector and the mean of the loss.
+
+        Nothing else of it counts: `optimizer` has the step size.
+        """
         return ZerothOrderConfig(
             method="mezo", seed=self.seed, selector=self.selector, loss_mean=self.loss_mean
         )
@@ -113,7 +117,10 @@ class FirstOrderConfig:
 
 
 def load_json(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration as a plain dict, from a path or a mapping. Raises ValueError or FileNotFoundError."""
+    """A configuration as a plain dict, from a path or a mapping.
+
+    Raises ValueError or FileNotFoundError.
+    """
     if isinstance(source, Mapping):
         return json.loads(json.dumps(source))
     path = Path(source)
@@ -145,9 +152,10 @@ def read_config(
 ) -> RunConfig:
     """Read, check and split a configuration.
 
-    source: path of a DeepSpeed JSON, or its content. world_size: number of ranks, for the batch sizes. total_steps: those
-    of the run, where they are known, for a scheduler that asks for them with "auto".
-    Raises FileNotFoundError, or ValueError with one line per mistake: the key, what was found and what is allowed.
+    source: path of a DeepSpeed JSON, or its content. world_size: number of ranks, for the batch
+    sizes. total_steps: those of the run, where they are known, for a scheduler that asks for them
+    with "auto". Raises FileNotFoundError, or ValueError with one line per mistake: the key, what
+    was found and what is allowed.
     """
     whole = load_json(source)
     found: list[str] = []
@@ -156,7 +164,8 @@ def read_config(
         section = read_section(whole.pop(SECTION), found)
     else:
         found.append(
-            f'configuration: no section "{SECTION}". Add one, e.g. "{SECTION}": {{"method": "mezo", "lr": 1e-6}}, or '
+            f'configuration: no section "{SECTION}". Add one, e.g. "{SECTION}": {{"method": '
+            f'"mezo", "lr": 1e-6}}, or '
             "call deepspeed.initialize for first-order training."
         )
     if whole.get("gradient_clipping") == "auto":
@@ -182,7 +191,9 @@ def read_config(
 
 
 def _check_deepspeed(whole: dict[str, Any], world_size: int, found: list[str]) -> None:
-    """Resolve DeepSpeed's part in place, and append what is wrong with it to `found`: each key once."""
+    """Resolve DeepSpeed's part in place, and append what is wrong with it to `found`: each key
+    once.
+    """
     messages = [*key_mistakes(whole), *section_mistakes(whole), *offload_mistakes(whole)]
     with collected(messages):
         resolve_batch(whole, world_size)
@@ -209,7 +220,9 @@ def _check_selection(
 def read_first_order_config(
     source: str | Path | Mapping[str, Any], world_size: int, total_steps: int | None = None
 ) -> FirstOrderConfig:
-    """As `read_config`, with a section "optimizer"; of "zeroth_order" only `selector`, `seed` and `loss_mean` may be there."""
+    """As `read_config`, with a section "optimizer"; of "zeroth_order" only `selector`, `seed` and
+    `loss_mean` may be there.
+    """
     whole = load_json(source)
     found: list[str] = []
     values = whole.pop(SECTION, {})

@@ -1,8 +1,8 @@
 """Mistakes in a configuration, one line each: the key, what was found and what is allowed.
 
 `read_model` reads a section with pydantic and turns pydantic's errors into such lines. Used by
-`zods.config.schema` and the other modules of the configuration, which raise all mistakes of a file at
-once (`Mistakes`).
+`zods.config.schema` and the other modules of the configuration, which raise all mistakes of a file
+at once (`Mistakes`).
 """
 
 from __future__ import annotations

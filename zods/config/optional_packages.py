@@ -1,4 +1,7 @@
-"""Packages that only some features need, looked for before anything is loaded. The extras in pyproject.toml bring them."""
+"""Packages that only some features need, looked for before anything is loaded.
+
+The extras in pyproject.toml bring them.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +21,8 @@ MONITORS = {  # section of the DeepSpeed JSON
 def check_packages(config: Mapping[str, Any], *, plot: bool = False, lora: bool = False) -> None:
     """Raise ValueError with all features asked for whose package is not installed.
 
-    config: the DeepSpeed JSON. DeepSpeed imports a monitor's package on rank 0 only, where a missing one would leave the
-    other ranks waiting.
+    config: the DeepSpeed JSON. DeepSpeed imports a monitor's package on rank 0 only, where a
+    missing one would leave the other ranks waiting.
     """
     asked = {
         f"{name}.enabled": needed
@@ -31,7 +34,8 @@ def check_packages(config: Mapping[str, Any], *, plot: bool = False, lora: bool 
     if lora:
         asked["--lora_rank"] = LORA
     missing = [
-        f"{what}: needs the package {package}, which is not installed. Install it (pip install '{install}') or leave {what} out."
+        f"{what}: needs the package {package}, which is not installed. Install it (pip install "
+        f"'{install}') or leave {what} out."
         for what, (package, install) in asked.items()
         if importlib.util.find_spec(package) is None
     ]

@@ -1,8 +1,10 @@
-"""The section "scheduler": which classes are allowed, what follows from `lr`, and the object on an optimizer.
+"""The section "scheduler": which classes are allowed, what follows from `lr`, and the object on an
+optimizer.
 
-One rule for step sizes: a schedule follows `lr`. Classes that take the step size as a parameter of their own (WarmupLR's
-`warmup_max_lr`, OneCycleLR's `max_lr`, ...) take it from `lr` where it is missing or "auto", and are refused where it is
-another number: one of the two would be ignored silently.
+One rule for step sizes: a schedule follows `lr`. Classes that take the step size as a parameter of
+their own (WarmupLR's `warmup_max_lr`, OneCycleLR's `max_lr`, ...) take it from `lr` where it is
+missing or "auto", and are refused where it is another number: one of the two would be ignored
+silently.
 """
 
 from __future__ import annotations
@@ -61,13 +63,16 @@ def arguments_of_step(scheduler: Any) -> list[str]:
 
 
 def step_mistake(scheduler: Any, where: str) -> str | None:
-    """A message where `scheduler.step()` cannot be called without arguments, as the engine does after each step."""
+    """A message where `scheduler.step()` cannot be called without arguments, as the engine does
+    after each step.
+    """
     needed = arguments_of_step(scheduler)
     name = scheduler.__name__ if isinstance(scheduler, type) else type(scheduler).__name__
     if not needed:
         return None
     return (
-        f"{where}: {name}.step() needs an argument ({', '.join(needed)}), but it is called without one after every step. "
+        f"{where}: {name}.step() needs an argument ({', '.join(needed)}), but it is called without "
+        f"one after every step. "
         "Use another scheduler."
     )
 
@@ -79,10 +84,11 @@ def resolve_scheduler(
     optimizer: torch.optim.Optimizer,
     total_steps: int | None,
 ) -> tuple[dict[str, Any], list[str]]:
-    """The section "scheduler" with every parameter that follows from others, and what is wrong with it.
+    """The section "scheduler" with every parameter that follows from others, and what is wrong with
+    it.
 
-    lr: the step size, of the key `lr_key`. optimizer: one like that of the run, on which the scheduler is tried.
-    total_steps: those of the run, where they are known.
+    lr: the step size, of the key `lr_key`. optimizer: one like that of the run, on which the
+    scheduler is tried. total_steps: those of the run, where they are known.
     """
     if not isinstance(scheduler, dict) or not isinstance(scheduler.get("type"), str):
         return {}, [
@@ -95,7 +101,8 @@ def resolve_scheduler(
     if kind is None:
         allowed = ", ".join(lr_schedules.VALID_LR_SCHEDULES)
         found.append(
-            f"scheduler.type: found {scheduler['type']!r}, allowed are {allowed} and those of torch.optim.lr_scheduler."
+            f"scheduler.type: found {scheduler['type']!r}, allowed are {allowed} and those of "
+            f"torch.optim.lr_scheduler."
         )
     elif message := step_mistake(kind, "scheduler.type"):
         found.append(message)
@@ -151,7 +158,8 @@ def _other_step_sizes(params: Mapping[str, Any], lr: float, lr_key: str) -> Iter
                 continue  # refused by the scheduler itself
             if key in PEAKS and not math.isclose(value, lr, rel_tol=1e-9):
                 yield (
-                    f"scheduler.params.{key}: found {value!r}, but {lr_key} is {lr!r}, and the schedule sets every step "
+                    f"scheduler.params.{key}: found {value!r}, but {lr_key} is {lr!r}, and the "
+                    f"schedule sets every step "
                     f'size. Leave {key} out (or "auto") to follow lr, or set lr to {value!r}.'
                 )
             elif key in FLOORS and value > lr:
@@ -182,16 +190,18 @@ def _tried(
             else "make the cycle longer"
         )
         yield (
-            f"scheduler.params.{key}: {kind.__name__} ends after {lasts:g} steps, but the run has {total_steps}. "
+            f"scheduler.params.{key}: {kind.__name__} ends after {lasts:g} steps, but the run has "
+            f"{total_steps}. "
             f"{longer[0].upper()}{longer[1:]}, or train fewer steps."
         )
 
 
 def _length(scheduler: Any) -> tuple[str, float | None]:
-    """(parameter that gives it, steps after which no schedule is left); None where a scheduler has no end.
+    """(parameter that gives it, steps after which no schedule is left); None where a scheduler has
+    no end.
 
-    After its end OneCycleLR raises, the step size of WarmupDecayLR is 0, WarmupCosineLR goes up again, and OneCycle, which
-    may decay on, stays at 0 where its lowest step size is 0.
+    After its end OneCycleLR raises, the step size of WarmupDecayLR is 0, WarmupCosineLR goes up
+    again, and OneCycle, which may decay on, stays at 0 where its lowest step size is 0.
     """
     for key in ("total_steps", "total_num_steps"):
         if type(getattr(scheduler, key, None)) in (int, float):
@@ -202,7 +212,8 @@ def _length(scheduler: Any) -> tuple[str, float | None]:
 
 
 def with_provisional_length(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration in which a schedule that is to last as long as the run ("auto") has a provisional length.
+    """A configuration in which a schedule that is to last as long as the run ("auto") has a
+    provisional length.
 
     With it the rest can be checked before the data, and so the number of steps, are known.
     """
@@ -225,7 +236,10 @@ def build_scheduler(section: Mapping[str, Any], optimizer: torch.optim.Optimizer
 
 
 class ZerothOrderOptimizer(torch.optim.Optimizer):
-    """Holds the step size where schedulers look for it. `engine.step()` is what updates the parameters."""
+    """Holds the step size where schedulers look for it.
+
+    `engine.step()` is what updates the parameters.
+    """
 
     def __init__(self, params: Sequence[torch.nn.Parameter], lr: float) -> None:
         super().__init__(params, {"lr": lr})

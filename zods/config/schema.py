@@ -66,8 +66,9 @@ class Section(BaseModel):
 class AnchorConfig(Section):
     """Where the anchor of MeZO-SVRG is kept.
 
-    point: the parameters at the last refresh. gradient: the full-batch estimate there.
-    Each is a copy on the `device`, on `cpu` or in `nvme` files, or is made when needed from its `terms` (no bytes).
+    point: the parameters at the last refresh. gradient: the full-batch estimate there. Each is a
+    copy on the `device`, on `cpu` or in `nvme` files, or is made when needed from its `terms` (no
+    bytes).
     """
 
     point: Storage = "cpu"
@@ -95,7 +96,9 @@ class AnchorConfig(Section):
 
 
 class DirectionConfig(Section):
-    """How z is drawn: each element gaussian or +-1, or each matrix U V^T / sqrt(rank) and the rest gaussian."""
+    """How z is drawn: each element gaussian or +-1, or each matrix U V^T / sqrt(rank) and the rest
+    gaussian.
+    """
 
     distribution: Distribution = "gaussian"
     rank: Count = 1  # of low_rank
@@ -115,14 +118,19 @@ class DirectionConfig(Section):
 
 
 class AnnealConfig(Section):
-    """Divide the step sizes by `alpha` when an epoch's mean loss exceeds `threshold` times the one before."""
+    """Divide the step sizes by `alpha` when an epoch's mean loss exceeds `threshold` times the one
+    before.
+    """
 
     alpha: Annotated[float, Field(gt=1.0)] = 5.0
     threshold: PositiveFloat = 1.05
 
 
 class SelectorConfig(Section):
-    """Small sub-batches that stand for large ones (Nguyen et al. 2024, arXiv:2407.19580v1). See `zods.selection`."""
+    """Small sub-batches that stand for large ones (Nguyen et al. 2024, arXiv:2407.19580v1).
+
+    See `zods.selection`.
+    """
 
     candidates: Count  # examples of a large batch, from which train_batch_size are chosen
     strategy: Strategy = "greedy"  # facility location; or a baseline
@@ -168,7 +176,10 @@ class ReplicasConfig(Section):
 
 
 class ZerothOrderConfig(Section):
-    """The section "zeroth_order". Symbols in brackets are those of Gautam et al. 2024 (arXiv:2404.08080)."""
+    """The section "zeroth_order".
+
+    Symbols in brackets are those of Gautam et al. 2024 (arXiv:2404.08080).
+    """
 
     method: Method = "mezo_svrg"
     eps: PositiveFloat = 1e-3  # perturbation scale [mu]
@@ -240,7 +251,9 @@ def parse_selector(values: Any, path: str) -> SelectorConfig:
 def check_selector(
     config: SelectorConfig, path: str, budget: int, num_examples: int | None = None
 ) -> None:
-    """Raise ValueError where `config` does not fit the number to choose, or that of the examples there are."""
+    """Raise ValueError where `config` does not fit the number to choose, or that of the examples
+    there are.
+    """
     found = list(_selector_mistakes(config, path, budget, num_examples))
     if found:
         raise Mistakes(found)
@@ -251,7 +264,8 @@ def _selector_mistakes(
 ) -> Iterator[str]:
     if budget < 1 or budget > config.candidates:
         yield (
-            f"{path}.candidates: found {config.candidates}, of which {budget} (train_batch_size) are to be chosen. Give "
+            f"{path}.candidates: found {config.candidates}, of which {budget} (train_batch_size) "
+            f"are to be chosen. Give "
             "as many candidates or more, and choose at least 1."
         )
     if num_examples is not None and num_examples < config.candidates:
@@ -282,7 +296,8 @@ def _mistakes_between_keys(config: ZerothOrderConfig, given: Mapping[str, Any]) 
     unused = [key for key in SVRG_ONLY if key in given]
     if not config.is_svrg and unused:
         yield (
-            f'{SECTION}: {", ".join(unused)} belong to method "mezo_svrg", but method is "{config.method}". '
+            f'{SECTION}: {", ".join(unused)} belong to method "mezo_svrg", but method is '
+            f'"{config.method}". '
             "Remove them, or change the method."
         )
     if config.replicas is not None:
@@ -292,7 +307,8 @@ def _mistakes_between_keys(config: ZerothOrderConfig, given: Mapping[str, Any]) 
 def read_section(values: Any, found: list[str]) -> ZerothOrderConfig | None:
     """The section with the defaults in place of what is refused; None where it is no section.
 
-    What is refused is appended to `found`, so that the rest of a configuration can be checked all the same.
+    What is refused is appended to `found`, so that the rest of a configuration can be checked all
+    the same.
     """
     config = read_model(ZerothOrderConfig, values, SECTION, found)
     if config is None:
@@ -306,7 +322,10 @@ def read_section(values: Any, found: list[str]) -> ZerothOrderConfig | None:
 
 
 def parse_section(values: Any) -> ZerothOrderConfig:
-    """The section "zeroth_order" (a dict) as a checked `ZerothOrderConfig`. Raises ValueError, naming every wrong key."""
+    """The section "zeroth_order" (a dict) as a checked `ZerothOrderConfig`.
+
+    Raises ValueError, naming every wrong key.
+    """
     found: list[str] = []
     config = read_section(values, found)
     if found or config is None:

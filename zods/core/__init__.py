@@ -1,1 +1,4 @@
-"""The pure mathematics of zeroth-order steps: directions, estimates, updates, points. No ranks, no configuration, no modules."""
+"""The pure mathematics of zeroth-order steps: directions, estimates, updates, points.
+
+No ranks, no configuration, no modules.
+"""

@@ -10,7 +10,9 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Annealing:
-    """Losses of the running epoch, the mean of the one before, and what the step sizes are divided by."""
+    """Losses of the running epoch, the mean of the one before, and what the step sizes are divided
+    by.
+    """
 
     divisor: float = 1.0
     previous_mean: float | None = None
@@ -23,7 +25,9 @@ def record_loss(state: Annealing, loss: float) -> Annealing:
 
 
 def end_epoch(state: Annealing, *, alpha: float, threshold: float) -> Annealing:
-    """Close an epoch: divide the step sizes by `alpha` where its mean loss exceeds `threshold` times the last one's."""
+    """Close an epoch: divide the step sizes by `alpha` where its mean loss exceeds `threshold`
+    times the last one's.
+    """
     if state.num_losses == 0:
         return state
     mean = state.loss_sum / state.num_losses

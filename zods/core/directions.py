@@ -1,7 +1,9 @@
-"""Directions as seeds: which direction a step draws is a function of (base seed, purpose, step, index), never sent.
+"""Directions as seeds: which direction a step draws is a function of (base seed, purpose, step,
+index), never sent.
 
-Element by element, z(seed, parameter, index) is defined in `zods.kernels`. A low-rank direction is made of such elements:
-z = U V^T / sqrt(r) for a matrix, with the elements of U and V Gaussian, and Gaussian for everything else. E[z z^T] = I.
+Element by element, z(seed, parameter, index) is defined in `zods.kernels`. A low-rank direction is
+made of such elements: z = U V^T / sqrt(r) for a matrix, with the elements of U and V Gaussian, and
+Gaussian for everything else. E[z z^T] = I.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ _FACTOR_BYTES = 1 << 26  # of low-rank directions that are made at once
 def derive_seed(base_seed: int, purpose: str, step: int, index: int = 0) -> int:
     """The 64-bit seed of direction `index` of step `step` for one of `PURPOSES`.
 
-    BLAKE2b of the four numbers: seeds of different purposes, steps and indices are unrelated, whatever the base seed.
+    BLAKE2b of the four numbers: seeds of different purposes, steps and indices are unrelated,
+    whatever the base seed.
     """
     return _hashed(struct.pack("<QIQI", base_seed, PURPOSES.index(purpose), step, index))
 
@@ -54,7 +57,9 @@ class Parameter(Protocol):
 
 @dataclass(frozen=True)
 class Direction:
-    """How z is made from a seed. distribution: "gaussian", "rademacher" or "low_rank"; rank: of the latter's matrices."""
+    """How z is made from a seed. distribution: "gaussian", "rademacher" or "low_rank"; rank: of the
+    latter's matrices.
+    """
 
     distribution: str = "gaussian"
     rank: int = 1
@@ -71,9 +76,11 @@ class Direction:
         rows: range,
         device: torch.device | str,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """sum_k c_k z_k of these rows of a matrix as (left, right): (rows, K r) and (K r, columns), float32.
+        """sum_k c_k z_k of these rows of a matrix as (left, right): (rows, K r) and (K r, columns),
+        float32.
 
-        r is the rank, or the matrix's smaller side where that is less. left: c_k / sqrt(r) U_k beside each other.
+        r is the rank, or the matrix's smaller side where that is less. left: c_k / sqrt(r) U_k
+        beside each other.
         """
         columns = parameter.shape[1]
         rank = min(self.rank, *parameter.shape)
@@ -103,7 +110,9 @@ class Direction:
         rounding_seed: int | None = None,
         mirror: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """`zods.kernels.combine_` of these directions; `out` holds the elements of `parameter` from `offset` on."""
+        """`zods.kernels.combine_` of these directions; `out` holds the elements of `parameter` from
+        `offset` on.
+        """
         others = {
             "weight": weight,
             "scale": scale,
@@ -134,7 +143,9 @@ class Direction:
         sweeps: Sequence[kernels.Sweep],
         dense: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """`zods.kernels.replay_` of these directions: what as many calls of `combine_` would do, in one pass over `out`."""
+        """`zods.kernels.replay_` of these directions: what as many calls of `combine_` would do, in
+        one pass over `out`.
+        """
         if not self.has_factors(parameter):
             distribution = "gaussian" if self.distribution == "low_rank" else self.distribution
             return kernels.replay_(

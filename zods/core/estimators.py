@@ -1,8 +1,9 @@
 """SPSA and SVRG estimates as lists of terms. Pure: no ranks, no modules.
 
-An estimate of the gradient is sum_k coefficient_k * z(seed_k); a step is that list, scaled, plus what is kept of the
-anchor gradient. Spall 1992 (SPSA); Malladi et al. 2023, arXiv:2305.17333 (MeZO); Gautam et al. 2024, arXiv:2404.08080,
-algorithm 2 (MeZO-SVRG), with the anchor kept as a copy and one direction shared by the two estimates of a step.
+An estimate of the gradient is sum_k coefficient_k * z(seed_k); a step is that list, scaled, plus
+what is kept of the anchor gradient. Spall 1992 (SPSA); Malladi et al. 2023, arXiv:2305.17333
+(MeZO); Gautam et al. 2024, arXiv:2404.08080, algorithm 2 (MeZO-SVRG), with the anchor kept as a
+copy and one direction shared by the two estimates of a step.
 """
 
 from __future__ import annotations
@@ -66,9 +67,11 @@ def svrg(
     anchor_seeds: Sequence[int],
     anchor_coefficients: Sequence[float],
 ) -> list[Term]:
-    """The correction of MeZO-SVRG: mean_k c_k z_k - mean_k a_k z'_k; the anchor gradient is to be added.
+    """The correction of MeZO-SVRG: mean_k c_k z_k - mean_k a_k z'_k; the anchor gradient is to be
+    added.
 
-    Where both draw the same directions (anchor_seeds == seeds) it is one term per direction, (c_k - a_k) z_k.
+    Where both draw the same directions (anchor_seeds == seeds) it is one term per direction, (c_k -
+    a_k) z_k.
     """
     if list(seeds) == list(anchor_seeds):
         return spsa(seeds, [c - a for c, a in zip(coefficients, anchor_coefficients, strict=True)])
@@ -83,7 +86,9 @@ def in_float32(terms: Sequence[Term]) -> tuple[Term, ...]:
 def along_gradient(
     gradient: Sequence[Term], stored: bool, lr: float
 ) -> tuple[tuple[Term, ...], float]:
-    """-lr * g of an anchor gradient as (terms, coefficient of the stored gradient). stored: g is kept as a tensor."""
+    """-lr * g of an anchor gradient as (terms, coefficient of the stored gradient). stored: g is
+    kept as a tensor.
+    """
     return ((), -lr) if stored else (descend(gradient, lr), 0.0)
 
 

@@ -1,4 +1,5 @@
-"""Points in parameter space at which a loss is evaluated: a center and a perturbation along one direction.
+"""Points in parameter space at which a loss is evaluated: a center and a perturbation along one
+direction.
 
 The center is the parameters themselves, or the anchor point. A point holds no tensors. The modules
 of `zods.forward` make a parameter's value at a point when the parameter is used.

@@ -1,4 +1,6 @@
-"""What follows from a step's number and its losses, for MeZO and MeZO-SVRG: seeds, estimates, updates. No tensors."""
+"""What follows from a step's number and its losses, for MeZO and MeZO-SVRG: seeds, estimates,
+updates. No tensors.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ class StepSettings(Protocol):
 
 @dataclass(frozen=True)
 class StepRule:
-    """A function of the step's number and of its losses alone: the same on all ranks, and in a replay."""
+    """A function of the step's number and of its losses alone: the same on all ranks, and in a
+    replay.
+    """
 
     config: StepSettings
 
@@ -44,7 +48,9 @@ class StepRule:
         ]
 
     def step_seeds(self, step: int, of: int) -> tuple[list[int], list[int]]:
-        """The directions of a step at the parameters and at the anchor: of one rank, or of all where they share them."""
+        """The directions of a step at the parameters and at the anchor: of one rank, or of all
+        where they share them.
+        """
         number = self.config.num_directions
         at_parameters = self.seeds("step", step, number, of)
         shared = self.config.share_direction
@@ -62,12 +68,13 @@ class StepRule:
     def estimate(
         self, step: int, losses: Sequence[Sequence[float]]
     ) -> tuple[tuple[Term, ...], float]:
-        """The estimate of the gradient as terms, less that of the full batch, and the mean projected gradient at the
-        parameters.
+        """The estimate of the gradient as terms, less that of the full batch, and the mean
+        projected gradient at the parameters.
 
-        losses: at the points of each set of directions: one set, or one per rank, each weighted by the rank's share of the
-        global batch such that their mean is the global batch's. Coefficients are rounded to float32, in
-        which the log keeps them; noise is many orders above.
+        losses: at the points of each set of directions: one set, or one per rank, each weighted by
+        the rank's share of the global batch such that their mean is the global batch's.
+        Coefficients are rounded to float32, in which the log keeps them; noise is many orders
+        above.
         """
         n = self.config.num_directions
         coefficients: list[float] = []
@@ -86,13 +93,14 @@ class StepRule:
         return estimators.in_float32(terms), sum(coefficients) / len(coefficients)
 
     def estimate_of(self, step: int, coefficients: Sequence[float]) -> tuple[Term, ...]:
-        """The terms of an estimate from their coefficients alone, as a log keeps them. Raises ValueError where they are not
-        as many as an estimate has."""
+        """The terms of an estimate from their coefficients alone, as a log keeps them. Raises
+        ValueError where they are not as many as an estimate has."""
         per_set = self.config.num_directions * (2 if self._draws_twice else 1)
         number, left_over = divmod(len(coefficients), per_set)
         if left_over or (number > 1 and self.config.directions == "shared"):
             raise ValueError(
-                f"{len(coefficients)} coefficients, expected {per_set} (times the ranks, if per_rank)"
+                f"{len(coefficients)} coefficients, expected {per_set} (times the ranks, if "
+                f"per_rank)"
             )
         seeds, anchor_seeds = self._all_seeds(step, number)
         return tuple(map(Term, seeds + (anchor_seeds if self._draws_twice else []), coefficients))
@@ -115,7 +123,9 @@ class StepRule:
         anchor_terms: Sequence[Term] = (),
         anchor_coefficient: float = 0.0,
     ) -> Update:
-        """The update of a step. anchor_terms, anchor_coefficient: what `estimators.along_gradient` gives; none for MeZO."""
+        """The update of a step. anchor_terms, anchor_coefficient: what `estimators.along_gradient`
+        gives; none for MeZO.
+        """
         return Update(
             terms=(*estimators.descend(estimate, lr), *anchor_terms),
             decay=1.0 - lr * self.config.weight_decay,

@@ -1,9 +1,10 @@
 """What a batch is, and how it is given to a model.
 
-A batch is what a loader yields or `engine(...)` is called with: tensors, or containers of tensors. `Signature` turns it into
-one of two forms, whichever way it came: a dict of keyword arguments of the model's forward, so that entries such as
-"labels" are found by name; or `Inputs`, where forward does not name its arguments. Called by the engine, by evaluation and
-by what measures a whole dataset.
+A batch is what a loader yields or `engine(...)` is called with: tensors, or containers of tensors.
+`Signature` turns it into one of two forms, whichever way it came: a dict of keyword arguments of
+the model's forward, so that entries such as "labels" are found by name; or `Inputs`, where forward
+does not name its arguments. Called by the engine, by evaluation and by what measures a whole
+dataset.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-WEIGHTS = "example_weights"  # the entry of a batch with a weight for each example, which no model is given
+# the entry of a batch with a weight for each example, which no model is given
+WEIGHTS = "example_weights"
 
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -63,9 +65,9 @@ class Signature:
     def bind(self, *args: Any, **kwargs: Any) -> dict[str, Any] | Inputs:
         """The arguments of `model(*args, **kwargs)`; a single argument may be a whole batch.
 
-        A mapping, a named tuple or a dataclass whose entries forward names is taken apart by name, another tuple or list by
-        position; a batch that fits neither way is the one argument of a forward that takes one. The result can be bound
-        again, and stays what it is.
+        A mapping, a named tuple or a dataclass whose entries forward names is taken apart by name,
+        another tuple or list by position; a batch that fits neither way is the one argument of a
+        forward that takes one. The result can be bound again, and stays what it is.
 
         Raises ValueError where forward does not take what it would be given.
         """
@@ -99,7 +101,8 @@ class Signature:
         odd = [str(key) for key in entries if key not in self.names and key != WEIGHTS]
         if odd and not self._takes_any:
             raise ValueError(
-                f"the batch: {self._of} takes no {', '.join(odd)}; it takes {', '.join(self.names)}. Drop what it does not "
+                f"the batch: {self._of} takes no {', '.join(odd)}; it takes "
+                f"{', '.join(self.names)}. Drop what it does not "
                 "take, e.g. in collate_fn."
             )
         return dict(entries)
@@ -140,7 +143,9 @@ def _entries(batch: Any) -> dict[str, Any] | None:
 
 
 def call_model(model: Any, batch: Any) -> Any:
-    """model(...) on a batch: a dict is given as keywords without the weights of examples, a tuple or list as positions."""
+    """model(...) on a batch: a dict is given as keywords without the weights of examples, a tuple
+    or list as positions.
+    """
     if isinstance(batch, Inputs):
         return model(*batch.args, **without_weights(batch.kwargs))
     if isinstance(batch, Mapping):
@@ -156,7 +161,9 @@ def without_weights(batch: Any) -> Any:
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """A batch with its tensors on the device; containers are followed, an object with a `to` of its own is asked."""
+    """A batch with its tensors on the device; containers are followed, an object with a `to` of its
+    own is asked.
+    """
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
     if isinstance(batch, Mapping):
@@ -177,9 +184,10 @@ def to_device(batch: Any, device: torch.device) -> Any:
 def num_examples(batch: Any) -> int:
     """The size of the batch dimension of a tensor, or of nested containers of tensors.
 
-    It is that of the labels, where there are some, or else the dim 0 that most tensors have: of several such the smallest,
-    since a table beside the inputs is longer than the batch, and above 1, since one row (position ids) may serve all
-    examples. The order of the entries does not matter.
+    It is that of the labels, where there are some, or else the dim 0 that most tensors have: of
+    several such the smallest, since a table beside the inputs is longer than the batch, and above
+    1, since one row (position ids) may serve all examples. The order of the entries does not
+    matter.
 
     Raises:
         ValueError: the batch holds no tensor with a dim 0.

@@ -10,7 +10,10 @@ import torch
 
 
 def digest_of(rows: Iterable[Any]) -> str:
-    """A digest of examples: tensors, arrays, texts, numbers and containers of these. Of other types it covers the name alone."""
+    """A digest of examples: tensors, arrays, texts, numbers and containers of these.
+
+    Of other types it covers the name alone.
+    """
     hasher = hashlib.blake2b(digest_size=8)
     for row in rows:
         _add(hasher, row)

@@ -1,7 +1,8 @@
 """Which rank sees which example when.
 
-The order of the examples is a function of (seed, epoch) alone: a step's global batch is the same set whatever the number
-of ranks. A loader's position is two numbers, so that a run resumes anywhere.
+The order of the examples is a function of (seed, epoch) alone: a step's global batch is the same
+set whatever the number of ranks. A loader's position is two numbers, so that a run resumes
+anywhere.
 """
 
 from __future__ import annotations
@@ -17,10 +18,14 @@ from zods.data.digest import sample_digest
 
 
 def check_dataset(dataset: Any, name: str) -> int:
-    """The number of examples of a map-style dataset. Raises ValueError for another kind, and for an empty one."""
+    """The number of examples of a map-style dataset.
+
+    Raises ValueError for another kind, and for an empty one.
+    """
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise ValueError(
-            f"{name}: found {type(dataset).__name__}, expected a map-style dataset (__len__, __getitem__)."
+            f"{name}: found {type(dataset).__name__}, expected a map-style dataset (__len__, "
+            f"__getitem__)."
         )
     if len(dataset) == 0:
         raise ValueError(f"{name}: the dataset is empty.")
@@ -28,16 +33,20 @@ def check_dataset(dataset: Any, name: str) -> int:
 
 
 def epoch_order(size: int, batch_size: int, seed: int, epoch: int) -> torch.Tensor:
-    """The examples of each step of an epoch, (steps, batch_size): all of `size` shuffled, less a tail that fills no batch."""
+    """The examples of each step of an epoch, (steps, batch_size): all of `size` shuffled, less a
+    tail that fills no batch.
+    """
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
     order = torch.randperm(size, generator=generator)
     return order[: size // batch_size * batch_size].view(-1, batch_size)
 
 
 class EpochLoader:
-    """What loaders of micro-batches have in common: an iterator per epoch, which goes on where it was.
+    """What loaders of micro-batches have in common: an iterator per epoch, which goes on where it
+    was.
 
-    epoch; position: micro-batches of it that were handed out; accumulation: micro-batches of a step.
+    epoch; position: micro-batches of it that were handed out; accumulation: micro-batches of a
+    step.
     """
 
     accumulation: int
@@ -66,11 +75,15 @@ class EpochLoader:
         return self.epoch, self.position // self.accumulation
 
     def go_to(self, epoch_and_step: tuple[int, int]) -> None:
-        """Go on from a value of `epoch_and_step`. Raises ValueError where an epoch has no such step."""
+        """Go on from a value of `epoch_and_step`.
+
+        Raises ValueError where an epoch has no such step.
+        """
         epoch, step = epoch_and_step
         if not 0 <= step <= self.steps_per_epoch:
             raise ValueError(
-                f"the log stands at step {step} of an epoch, which has {self.steps_per_epoch} steps here. Resume with the "
+                f"the log stands at step {step} of an epoch, which has {self.steps_per_epoch} "
+                f"steps here. Resume with the "
                 "data and the train_batch_size it was made with."
             )
         self.epoch, self.position = epoch, step * self.accumulation
@@ -79,8 +92,9 @@ class EpochLoader:
 class TrainingLoader(EpochLoader):
     """This rank's micro-batches, epoch after epoch; an iterator per epoch, resumable.
 
-    A step takes `accumulation` micro-batches of `micro_batch` examples on each of `world_size` ranks. The tail of an
-    epoch that does not fill a step is left out; each epoch is shuffled anew, so that no example always is.
+    A step takes `accumulation` micro-batches of `micro_batch` examples on each of `world_size`
+    ranks. The tail of an epoch that does not fill a step is left out; each epoch is shuffled anew,
+    so that no example always is.
     """
 
     def __init__(
@@ -98,7 +112,8 @@ class TrainingLoader(EpochLoader):
         self.batch_size = micro_batch * accumulation * world_size
         if size < self.batch_size:
             raise ValueError(
-                f"training_data: {size} examples, fewer than one step's train_batch_size of {self.batch_size}. "
+                f"training_data: {size} examples, fewer than one step's train_batch_size of "
+                f"{self.batch_size}. "
                 "Use a smaller batch or more data."
             )
         self.dataset = dataset
@@ -152,19 +167,24 @@ class TrainingLoader(EpochLoader):
         return {"epoch": self.epoch, "examples": examples, "size": len(self.dataset)}  # type: ignore[arg-type]
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on at the first step that `state` had not begun; raises ValueError where the batch sizes do not fit."""
+        """Go on at the first step that `state` had not begun; raises ValueError where the batch
+        sizes do not fit.
+        """
         if "examples" not in state:
             raise ValueError(
-                "zeroth_order.selector: none, but the checkpoint was made with one. Resume with the same."
+                "zeroth_order.selector: none, but the checkpoint was made with one. Resume with "
+                "the same."
             )
         if state["size"] != len(self.dataset):  # type: ignore[arg-type]
             raise ValueError(
-                f"training_data: {len(self.dataset)} examples, but the checkpoint was made with {state['size']}. "  # type: ignore[arg-type]
+                f"training_data: {len(self.dataset)} examples, but the checkpoint was made with "
+                f"{state['size']}. "  # type: ignore[arg-type]
                 "Resume with the same data."
             )
         if state["examples"] % self.batch_size:
             raise ValueError(
-                f"train_batch_size: {self.batch_size}, but the checkpoint stands at example {state['examples']} of its "
+                f"train_batch_size: {self.batch_size}, but the checkpoint stands at example "
+                f"{state['examples']} of its "
                 "epoch, which is no multiple. Resume with the train_batch_size it was made with."
             )
         self.epoch = state["epoch"]
@@ -175,8 +195,9 @@ class TrainingLoader(EpochLoader):
 class WholePass:
     """Every example once, in micro-batches dealt out to the ranks in turn.
 
-    All ranks make the same number of forwards, as ZeRO-3 needs: one that has no micro-batch left in the last round
-    repeats the first with `counted` False. The micro-batches themselves do not depend on the number of ranks.
+    All ranks make the same number of forwards, as ZeRO-3 needs: one that has no micro-batch left in
+    the last round repeats the first with `counted` False. The micro-batches themselves do not
+    depend on the number of ranks.
     """
 
     dataset: Dataset

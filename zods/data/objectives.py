@@ -1,13 +1,16 @@
-"""The loss of a global batch: the same number whatever micro-batches and ranks the batch is cut into.
+"""The loss of a global batch: the same number whatever micro-batches and ranks the batch is cut
+into.
 
-Every micro-batch gives its mean loss (`batch_loss`) and what that mean is taken over (`loss_count`). Over all micro-batches
-and ranks the objective is sum(count * mean) / sum(count), with `Objective.mean`
+Every micro-batch gives its mean loss (`batch_loss`) and what that mean is taken over
+(`loss_count`). Over all micro-batches and ranks the objective is sum(count * mean) / sum(count),
+with `Objective.mean`
 
 tokens    sum of the losses of all label tokens / their number, as transformers does with `num_items_in_batch`
 examples  sum over examples of the mean over the example's own label tokens / number of examples with a label token
 
-Labels of -100 do not count. With weights w_i of examples: sum_i w_i sum_t loss_it / sum_i w_i n_i for tokens, and
-sum_i w_i mean_i / sum_i w_i for examples. For labels of one dimension (classes) both are the same.
+Labels of -100 do not count. With weights w_i of examples: sum_i w_i sum_t loss_it / sum_i w_i n_i
+for tokens, and sum_i w_i mean_i / sum_i w_i for examples. For labels of one dimension (classes)
+both are the same.
 """
 
 from __future__ import annotations
@@ -34,9 +37,10 @@ _CHUNK_ELEMENTS_ON_CPU = (
 class Objective:
     """What a loss is a mean over, and how the model's labels are aligned.
 
-    mean: "tokens" or "examples". shifted: position t predicts label t + 1, so that a row's first label never counts (causal
-    language models); otherwise position t predicts label t (masked language models, encoder-decoders). own: the model gives a
-    loss that is not the cross entropy of its logits, so that the losses of single examples are not known.
+    mean: "tokens" or "examples". shifted: position t predicts label t + 1, so that a row's first
+    label never counts (causal language models); otherwise position t predicts label t (masked
+    language models, encoder-decoders). own: the model gives a loss that is not the cross entropy of
+    its logits, so that the losses of single examples are not known.
     """
 
     mean: str = "tokens"
@@ -50,17 +54,20 @@ PLAIN = Objective()
 def batch_loss(outputs: Any, batch: Any, objective: Objective = PLAIN) -> Tensor:
     """The mean loss of a model's outputs on a batch, over what `loss_count` counts.
 
-    The model's own loss is taken where there is one: `outputs` itself when it is a 0-d tensor, the first element of a
-    tuple when that is a 0-d tensor, or the entry (or attribute) `loss`. Where that is the plain cross entropy of a
-    classification rounded to 16 bits, as transformers takes it in the dtype of the logits, it is taken again in float32:
-    the rounding would swallow the difference of two nearby points. A mean over the examples of a batch with several
-    is taken from the logits.
+    The model's own loss is taken where there is one: `outputs` itself when it is a 0-d tensor, the
+    first element of a tuple when that is a 0-d tensor, or the entry (or attribute) `loss`. Where
+    that is the plain cross entropy of a classification rounded to 16 bits, as transformers takes it
+    in the dtype of the logits, it is taken again in float32: the rounding would swallow the
+    difference of two nearby points. A mean over the examples of a batch with several is taken from
+    the logits.
 
-    Where the model gives no loss, it is the cross entropy of `logits` against `batch["labels"]`: logits (B, C) with labels
-    (B,) are a classification; logits (B, L, V) with labels (B, L) a language model, aligned as `objective` says. A batch
-    without any counted label gives NaN, as in transformers.
+    Where the model gives no loss, it is the cross entropy of `logits` against `batch["labels"]`:
+    logits (B, C) with labels (B,) are a classification; logits (B, L, V) with labels (B, L) a
+    language model, aligned as `objective` says. A batch without any counted label gives NaN, as in
+    transformers.
 
-    Of a batch with weights it is the weighted mean, whatever loss the model gives; 0 where all weights are 0.
+    Of a batch with weights it is the weighted mean, whatever loss the model gives; 0 where all
+    weights are 0.
 
     Args:
         outputs: what the model's forward returned.
@@ -101,10 +108,12 @@ def batch_loss(outputs: Any, batch: Any, objective: Objective = PLAIN) -> Tensor
 
 
 def loss_count(batch: Any, objective: Objective = PLAIN) -> Tensor:
-    """What the mean of `batch_loss` is taken over: the weight of a micro-batch among others. 0-d float64.
+    """What the mean of `batch_loss` is taken over: the weight of a micro-batch among others. 0-d
+    float64.
 
-    tokens: the number of label tokens that count. examples: the number of examples with such a token. Of a batch with
-    weights the sum of w_i n_i, or of w_i. Without integer labels it is the number of examples.
+    tokens: the number of label tokens that count. examples: the number of examples with such a
+    token. Of a batch with weights the sum of w_i n_i, or of w_i. Without integer labels it is the
+    number of examples.
     """
     labels, weights = _entry(batch, "labels"), weights_of(batch)
     counts = label_counts(labels, objective.shifted)
@@ -116,7 +125,9 @@ def loss_count(batch: Any, objective: Objective = PLAIN) -> Tensor:
 
 
 def label_counts(labels: Any, shifted: bool = True) -> Tensor | None:
-    """The number of labels that count in each row, (B,) int64; None where there are no integer labels."""
+    """The number of labels that count in each row, (B,) int64; None where there are no integer
+    labels.
+    """
     if not isinstance(labels, Tensor) or labels.ndim == 0 or labels.is_floating_point():
         return None
     if labels.ndim == 2 and shifted:
@@ -125,7 +136,10 @@ def label_counts(labels: Any, shifted: bool = True) -> Tensor | None:
 
 
 def own_loss(outputs: Any) -> Tensor | None:
-    """The loss that a model gives, 0-d, or None. Raises ValueError where it gives another thing of that name."""
+    """The loss that a model gives, 0-d, or None.
+
+    Raises ValueError where it gives another thing of that name.
+    """
     first = outputs[0] if isinstance(outputs, (tuple, list)) and outputs else outputs
     loss = first if isinstance(first, Tensor) and first.ndim == 0 else _entry(outputs, "loss")
     if loss is not None and not (isinstance(loss, Tensor) and loss.ndim == 0):
@@ -137,11 +151,13 @@ def own_loss(outputs: Any) -> Tensor | None:
 
 
 def other_labels(batch: dict[str, Any], logits: Tensor) -> list[dict[str, Any]]:
-    """Batches with the inputs of this one and labels that show more of a loss: spread over the classes, some left out.
+    """Batches with the inputs of this one and labels that show more of a loss: spread over the
+    classes, some left out.
 
-    logits: of the batch. Labels (B,) are spread over up to 16 classes, B of them to a batch. Of labels (B, L) those that
-    count are spread over the classes, and where the first example has more than one, some of them no longer count. The end
-    of its attention mask is cleared, for a loss that counts by the mask.
+    logits: of the batch. Labels (B,) are spread over up to 16 classes, B of them to a batch. Of
+    labels (B, L) those that count are spread over the classes, and where the first example has more
+    than one, some of them no longer count. The end of its attention mask is cleared, for a loss
+    that counts by the mask.
     """
     labels, number = batch.get("labels"), logits.shape[-1]
     if (
@@ -179,7 +195,9 @@ def other_labels(batch: dict[str, Any], logits: Tensor) -> list[dict[str, Any]]:
 
 
 def needs_rows(batch: Any, objective: Objective) -> bool:
-    """Whether a model's own loss, the mean over a batch's label tokens, is not the mean that is wanted."""
+    """Whether a model's own loss, the mean over a batch's label tokens, is not the mean that is
+    wanted.
+    """
     labels = _entry(batch, "labels")
     return (
         objective.mean == "examples"
@@ -192,8 +210,10 @@ def needs_rows(batch: Any, objective: Objective) -> bool:
 def refusal_of_examples(size: int) -> str:
     """Why a loss that the model gives for `size` examples at once serves no mean over examples."""
     return (
-        f'zeroth_order.loss_mean: "examples" needs the loss of each example, but the model gives one for {size} together, and '
-        'it is not the cross entropy of its logits. Use "tokens", or train_micro_batch_size_per_gpu 1.'
+        f'zeroth_order.loss_mean: "examples" needs the loss of each example, but the model gives '
+        f"one for {size} together, and "
+        'it is not the cross entropy of its logits. Use "tokens", or '
+        "train_micro_batch_size_per_gpu 1."
     )
 
 
@@ -221,9 +241,11 @@ def fits_cross_entropy(outputs: Any, batch: Any, shifted: bool) -> bool | None:
 
 
 def shift_probes(batch: Any) -> tuple[Any, Any] | None:
-    """A batch whose rows have a label at their last position only, and one with a label at their first position, too.
+    """A batch whose rows have a label at their last position only, and one with a label at their
+    first position, too.
 
-    A model whose position t predicts label t + 1 gives one loss for both. None where labels are not integers (B, L).
+    A model whose position t predicts label t + 1 gives one loss for both. None where labels are not
+    integers (B, L).
     """
     labels = _entry(batch, "labels")
     if not isinstance(batch, Mapping) or label_counts(labels) is None or labels.ndim != 2:
@@ -243,28 +265,32 @@ def weights_of(batch: Any) -> Tensor | None:
 def weighted_sum(outputs: Any, batch: Any, objective: Objective = PLAIN) -> Tensor:
     """The sum over a batch of each example's weight times its loss, 0-d float64.
 
-    tokens: an example's loss is the sum over its label tokens; examples: their mean. An example of weight 0, or without
-    any label token, counts nothing.
+    tokens: an example's loss is the sum over its label tokens; examples: their mean. An example of
+    weight 0, or without any label token, counts nothing.
 
     Raises ValueError where the outputs have no logits, or no labels fit them.
     """
     logits, labels, weights = logits_of(outputs), _entry(batch, "labels"), weights_of(batch)
     if logits is None or not isinstance(labels, Tensor) or weights is None:
         raise ValueError(
-            f"weights of examples need logits and labels; the model returned {describe(outputs)} for {describe(batch)}"
+            f"weights of examples need logits and labels; the model returned {describe(outputs)} "
+            f"for {describe(batch)}"
         )
     sums, counts = row_sums(logits, labels, objective.shifted)
     counted = (weights != 0) & (counts > 0)
     losses = sums[counted] if objective.mean == "tokens" else sums[counted] / counts[counted]
     total = (losses * weights[counted]).sum()
-    # where nothing counts no graph is made, but DeepSpeed's backward wants one, and ZeRO-3 one on every rank
+    # where nothing counts no graph is made, but DeepSpeed's backward wants one, and ZeRO-3 one on
+    # every rank
     return total if total.requires_grad else total + logits[:0].sum()
 
 
 def row_sums(logits: Tensor, labels: Tensor, shifted: bool = True) -> tuple[Tensor, Tensor]:
-    """The cross entropy of each row, summed over its label tokens, (B,) float64, and their numbers, (B,) int64.
+    """The cross entropy of each row, summed over its label tokens, (B,) float64, and their numbers,
+    (B,) int64.
 
-    logits (B, C) with labels (B,), or (B, L, V) with (B, L), as in `batch_loss`. Raises ValueError for other shapes.
+    logits (B, C) with labels (B,), or (B, L, V) with (B, L), as in `batch_loss`. Raises ValueError
+    for other shapes.
     """
     if _is_classification(logits, labels):
         losses = functional.cross_entropy(
@@ -278,7 +304,8 @@ def row_sums(logits: Tensor, labels: Tensor, shifted: bool = True) -> tuple[Tens
 
 
 def example_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """The loss of each example, (B,) float32: the mean over its own labelled tokens, NaN where it has none.
+    """The loss of each example, (B,) float32: the mean over its own labelled tokens, NaN where it
+    has none.
 
     Shapes and errors as in `row_sums`.
     """
@@ -288,7 +315,8 @@ def example_losses(logits: Tensor, labels: Tensor) -> Tensor:
 
 def _misfit(logits: Tensor, labels: Tensor) -> str:
     return (
-        f"logits of shape {tuple(logits.shape)} do not fit labels of shape {tuple(labels.shape)} and {labels.dtype}; "
+        f"logits of shape {tuple(logits.shape)} do not fit labels of shape {tuple(labels.shape)} "
+        f"and {labels.dtype}; "
         "allowed are (B, C) with integer labels (B,), and (B, L, V) with (B, L); "
         "for another objective, return a scalar loss from forward"
     )
@@ -302,7 +330,9 @@ def _is_classification(logits: Any, labels: Any) -> bool:
 
 
 def logits_of(outputs: Any) -> Tensor | None:
-    """The logits among a model's outputs: the entry or attribute of that name, or a tensor that is all there is."""
+    """The logits among a model's outputs: the entry or attribute of that name, or a tensor that is
+    all there is.
+    """
     found = outputs if isinstance(outputs, Tensor) and outputs.ndim else _entry(outputs, "logits")
     return found if isinstance(found, Tensor) else None
 
@@ -312,10 +342,11 @@ def sequence_log_likelihood(
 ) -> tuple[Tensor, Tensor]:
     """Per row, the sum of the labelled tokens' log-probabilities, and their number.
 
-    log p(row) = sum over t with labels[t + 1] != -100 of log softmax(logits[t])[labels[t + 1]], in float32; where not
-    `shifted`, of log softmax(logits[t])[labels[t]] over t with labels[t] != -100. Only
-    labelled positions are looked at, some at a time, so that there is never a float32 copy of all logits. Infinities
-    and NaN in the logits of a labelled position pass through to its row.
+    log p(row) = sum over t with labels[t + 1] != -100 of log softmax(logits[t])[labels[t + 1]], in
+    float32; where not `shifted`, of log softmax(logits[t])[labels[t]] over t with labels[t] !=
+    -100. Only labelled positions are looked at, some at a time, so that there is never a float32
+    copy of all logits. Infinities and NaN in the logits of a labelled position pass through to its
+    row.
 
     Args:
         logits: (B, L, V), any floating dtype.

@@ -1,9 +1,11 @@
-"""How the points of a step are evaluated: the first form that gives, on a small batch, what separate forwards give.
+"""How the points of a step are evaluated: the first form that gives, on a small batch, what
+separate forwards give.
 
-A form is compared at two points far from the parameters, so that what one point gives is nothing like what the other gives.
-Some models are chaotic there: rounding errors grow from layer to layer. They are compared again at the distance of a step's
-points, and a stack may differ there by a few times what separate forwards differ by when the weights are rounded otherwise.
-`ChooseForm` is called by the evaluator on its first batch.
+A form is compared at two points far from the parameters, so that what one point gives is nothing
+like what the other gives. Some models are chaotic there: rounding errors grow from layer to layer.
+They are compared again at the distance of a step's points, and a stack may differ there by a few
+times what separate forwards differ by when the weights are rounded otherwise. `ChooseForm` is
+called by the evaluator on its first batch.
 """
 
 from __future__ import annotations
@@ -38,9 +40,10 @@ FORMS = ("stacked", "lockstep")
 class ChooseForm:
     """Choose the form of evaluation of one model.
 
-    eps: distance of a step's points. asked: the configuration's key `evaluation`. micro_batch: examples per forward and
-    rank. most_points: that are ever evaluated together. stream_memory_gb: for the points of one forward; None: half of
-    what is free. streams_per_forward: how many points fit one forward of the form chosen.
+    eps: distance of a step's points. asked: the configuration's key `evaluation`. micro_batch:
+    examples per forward and rank. most_points: that are ever evaluated together. stream_memory_gb:
+    for the points of one forward; None: half of what is free. streams_per_forward: how many points
+    fit one forward of the form chosen.
     """
 
     def __init__(
@@ -65,7 +68,8 @@ class ChooseForm:
     def choose(self, batch: Any) -> str:
         """The first of the forms asked for that fits, the same on all ranks.
 
-        Raises ValueError, the same on all ranks, where the model gives no loss, or a form that was asked for does not fit.
+        Raises ValueError, the same on all ranks, where the model gives no loss, or a form that was
+        asked for does not fit.
         """
         f = self._forwards
         small = first_examples(batch, CHECK_EXAMPLES)
@@ -106,14 +110,18 @@ class ChooseForm:
                 return form
             if self._asked != "auto":
                 raise ValueError(
-                    f'zeroth_order.evaluation: "{form}" does not fit this model: {reason}. Use "auto".'
+                    f'zeroth_order.evaluation: "{form}" does not fit this model: {reason}. Use '
+                    f'"auto".'
                 )
             reasons.append(f"not {form}: {reason}")
         logger.info("evaluation: sequential (%s)", "; ".join(reasons))
         return "sequential"
 
     def _randomness(self, own: torch.Tensor, batch: Any) -> str | None:
-        """What is to be said where the same weights and batch give another loss, or None. The same on all ranks."""
+        """What is to be said where the same weights and batch give another loss, or None.
+
+        The same on all ranks.
+        """
         f = self._forwards
         again = f.mean_of(f.outputs(batch), batch)
         tolerance = 1e-5 if f.dtype == torch.float32 else 2e-3
@@ -121,8 +129,10 @@ class ChooseForm:
         if not self._comm.sum_over_ranks([float(differs)])[0]:
             return None
         return (
-            f"the model is random in eval mode: the same weights and batch gave the losses {float(own):.6g} and "
-            f"{float(again):.6g}. The losses of a step's points differ by chance then: make its forward deterministic."
+            f"the model is random in eval mode: the same weights and batch gave the losses "
+            f"{float(own):.6g} and "
+            f"{float(again):.6g}. The losses of a step's points differ by chance then: make its "
+            f"forward deterministic."
         )
 
     def misfit(self, form: str, batch: Any) -> str | None:
@@ -144,7 +154,8 @@ class ChooseForm:
             near, rounding = self._error_and_rounding(batch, f.without_loss(batch))
             if far is not None and near > MOST_ROUNDINGS * rounding:
                 reason = (
-                    f"its logits are {far:.1e} off those of separate forwards (relative); at a step's points {near:.1e}, "
+                    f"its logits are {far:.1e} off those of separate forwards (relative); at a "
+                    f"step's points {near:.1e}, "
                     f"and rounding makes {rounding:.1e}"
                 )
         (failures,) = self._comm.sum_over_ranks([float(reason is not None)])
@@ -154,7 +165,7 @@ class ChooseForm:
             )
         return reason or ("it fails on another rank" if failures else None)
 
-    # --- lockstep -----------------------------------------------------------------------------------------------------
+    # --- lockstep ---------------------------------------------------------------------------------
 
     def _lockstep_misfit(self, batch: Any) -> tuple[str | None, float]:
         """Why not, and the bytes that a further point takes."""
@@ -172,15 +183,18 @@ class ChooseForm:
         reason = None if same else "its losses differ from those of separate forwards"
         return reason, of_two.bytes - of_one.bytes - copies
 
-    # --- stacked ------------------------------------------------------------------------------------------------------
+    # --- stacked ----------------------------------------------------------------------------------
 
     def _stacked_misfit(self, batch: Any) -> tuple[str | None, float, float | None]:
-        """Why not, the bytes that a further point takes, and how far the logits are off where that needs a closer look."""
+        """Why not, the bytes that a further point takes, and how far the logits are off where that
+        needs a closer look.
+        """
         f = self._forwards
         if f.at.branches:
             named = ", ".join(sorted(f.at.branches))
             return (
-                f"what it computes next depends on values that its weights make ({named} of a tensor)",
+                f"what it computes next depends on values that its weights make ({named} of a "
+                f"tensor)",
                 0.0,
                 None,
             )
@@ -201,15 +215,17 @@ class ChooseForm:
         if nested and f.is_sharded and self._asked == "auto":
             named = ", ".join(nested)
             return (
-                f"{named} would be gathered once per point, as a part of a module with its own parameters",
+                f"{named} would be gathered once per point, as a part of a module with its own "
+                f"parameters",
                 0.0,
                 None,
             )
         return None, needed, _error(stacked, separate)
 
     def _error_and_rounding(self, batch: Any, alone: Any) -> tuple[float, float]:
-        """At a step's distance, relative: how far a stack's logits are off those of separate forwards, and how far these
-        move when the perturbation changes by less than what the weights are rounded to."""
+        """At a step's distance, relative: how far a stack's logits are off those of separate
+        forwards, and how far these move when the perturbation changes by less than what the weights
+        are rounded to."""
         f = self._forwards
         points = _points(self._eps)
         change = torch.finfo(f.dtype).eps * 4 * max(CHECK_DISTANCE, self._eps)
@@ -225,8 +241,9 @@ class ChooseForm:
         )  # type: ignore[return-value]
 
     def _own_loss_misfit(self, batch: Any, outputs: Any) -> str | None:
-        """Why the model's own loss is not the one that is taken from the logits of a stack; also with other labels and
-        padding, which may show what this batch does not (class weights, a loss that counts by the mask)."""
+        """Why the model's own loss is not the one that is taken from the logits of a stack; also
+        with other labels and padding, which may show what this batch does not (class weights, a
+        loss that counts by the mask)."""
         f = self._forwards
         if not isinstance(batch, dict) or "labels" not in batch:
             return "the batch is not a dict with labels"
@@ -234,7 +251,8 @@ class ChooseForm:
         if logits is None:
             return "the model gives no logits"
         others = other_labels(batch, logits)
-        # all forwards first, whatever one of them shows: other ranks make them too, and gather with this one
+        # all forwards first, whatever one of them shows: other ranks make them too, and gather with
+        # this one
         for given, of_given in ((batch, outputs), *[(other, f.outputs(other)) for other in others]):
             try:
                 own, from_logits = f.own_and_logits_loss(of_given, given)
@@ -244,7 +262,7 @@ class ChooseForm:
                 return f"its loss is not the cross entropy of its logits: {float(own):.6g}, not {float(from_logits):.6g}"
         return None
 
-    # --- memory -------------------------------------------------------------------------------------------------------
+    # --- memory -----------------------------------------------------------------------------------
 
     def _fitting(self, needed: float) -> int:
         """How many points of so many bytes fit one forward: whole pairs, the same on all ranks.
@@ -260,8 +278,10 @@ class ChooseForm:
         needed, budget = max(row[0] for row in rows), min(row[1] for row in rows)
         if given is not None and budget < 2 * needed:
             raise ValueError(
-                f"zeroth_order.stream_memory_gb: found {given}, but a pair of points takes {2 * needed / 2**30:.3g} GiB "
-                f"with micro-batches of {self._micro_batch}. Give that much, a smaller micro-batch, or evaluation: sequential."
+                f"zeroth_order.stream_memory_gb: found {given}, but a pair of points takes "
+                f"{2 * needed / 2**30:.3g} GiB "
+                f"with micro-batches of {self._micro_batch}. Give that much, a smaller "
+                f"micro-batch, or evaluation: sequential."
             )
         return 2 * min(max(1, int(budget / max(2 * needed, 1.0))), self._most_points // 2)
 
@@ -272,7 +292,8 @@ def _points(distance: float) -> list[Point]:
 
 
 def _error(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float | None:
-    """The largest relative error of logits, (2, ...) each, or None where it is what another order of sums makes of it.
+    """The largest relative error of logits, (2, ...) each, or None where it is what another order
+    of sums makes of it.
 
     Measured by what the two points' logits are apart, and by rounding errors of their size.
     """
@@ -289,7 +310,9 @@ def _error(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> f
 
 
 def first_examples(batch: Any, number: int) -> Any:
-    """The first examples of a batch that is a dict of tensors with a row for each; any other batch as it is."""
+    """The first examples of a batch that is a dict of tensors with a row for each; any other batch
+    as it is.
+    """
     if not isinstance(batch, dict) or not all(
         isinstance(value, (torch.Tensor, bool, type(None))) for value in batch.values()
     ):

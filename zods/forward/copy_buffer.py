@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_map
 class Scratch:
     """Memory for the copies of the modules that run, used again from one module to the next.
 
-    On a CPU, fresh memory for a large matrix costs more in page faults than filling it. A GPU's allocator keeps its own.
+    On a CPU, fresh memory for a large matrix costs more in page faults than filling it. A GPU's
+    allocator keeps its own.
     """
 
     def __init__(self) -> None:
@@ -34,12 +35,14 @@ class Scratch:
             self._used = used
 
     def kept(self, output: Any) -> Any:
-        """`output` with copies of what lies in this memory: a module may give a part of its parameter."""
+        """`output` with copies of what lies in this memory: a module may give a part of its
+        parameter.
+        """
         return tree_map(self._kept, output)
 
     def saving(self) -> Any:
-        """A context in which autograd saves copies of what lies in this memory, for a model that takes gradients in its
-        forward: the memory has other contents by the time they are used."""
+        """A context in which autograd saves copies of what lies in this memory, for a model that
+        takes gradients in its forward: the memory has other contents by the time they are used."""
         return torch.autograd.graph.saved_tensors_hooks(self._kept, lambda saved: saved)
 
     def _kept(self, leaf: Any) -> Any:
@@ -51,7 +54,9 @@ class Scratch:
         return leaf.detach().clone() if leaf.untyped_storage().data_ptr() == start != 0 else leaf
 
     def reserve(self, tensors: Sequence[torch.Tensor], times: int) -> None:
-        """Make room for so many of each, where nothing is taken yet: one module's copies then never need a second block."""
+        """Make room for so many of each, where nothing is taken yet: one module's copies then never
+        need a second block.
+        """
         size = times * sum(_aligned(t) for t in tensors if t.device.type == "cpu")
         if self._used == 0 and size > self._memory.numel():
             self._memory = torch.empty(0, dtype=torch.uint8)

@@ -27,8 +27,8 @@ def measure_whole(
 ) -> dict[str, float]:
     """Means of metrics over a whole dataset and all ranks, every example counted once.
 
-    outputs_of: model inputs -> the model's outputs. collate_fn: rows -> (model inputs, targets). measure: (outputs, inputs,
-    targets) -> name: (sum, count).
+    outputs_of: model inputs -> the model's outputs. collate_fn: rows -> (model inputs, targets).
+    measure: (outputs, inputs, targets) -> name: (sum, count).
     """
     totals: dict[str, list[float]] = {}
     for batch, counted in WholePass(dataset, micro_batch, comm.rank, comm.world_size, collate_fn):
@@ -45,8 +45,9 @@ def measure_whole(
 
 @torch.no_grad()
 def check_own_loss(model: Any, batch: dict[str, Any], comm: Communicator) -> None:
-    """Raise ValueError on all ranks where the loss that a model gives for a batch is not the cross entropy of its logits, of
-    which the losses of single examples are made. All ranks call it together."""
+    """Raise ValueError on all ranks where the loss that a model gives for a batch is not the cross
+    entropy of its logits, of which the losses of single examples are made. All ranks call it
+    together."""
     plain = to_device(without_weights(batch), comm.device)
     outputs = model(**plain)
     logits = logits_of(outputs)
@@ -67,7 +68,9 @@ def check_own_loss(model: Any, batch: dict[str, Any], comm: Communicator) -> Non
                 )
     if comm.sum_over_ranks([float(differs)])[0]:
         raise ValueError(
-            f"the model's own loss ({float(own):.4f} on a first batch) is not the cross entropy of its logits "
-            f"({float(of_logits):.4f}), of which the losses of single examples are made. Losses of another kind can be "
+            f"the model's own loss ({float(own):.4f} on a first batch) is not the cross entropy of "
+            f"its logits "
+            f"({float(of_logits):.4f}), of which the losses of single examples are made. Losses of "
+            f"another kind can be "
             "neither selected by nor weighted."
         )

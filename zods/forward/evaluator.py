@@ -1,4 +1,6 @@
-"""Losses and outputs of a sharded model on batches, at given points, and in which form its forwards are run."""
+"""Losses and outputs of a sharded model on batches, at given points, and in which form its forwards
+are run.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,10 @@ logger = logging.getLogger(__name__)
 
 
 class Evaluator:
-    """Runs a model under DeepSpeed. `micro_batch`: examples per forward and rank of a pass over a whole dataset."""
+    """Runs a model under DeepSpeed.
+
+    `micro_batch`: examples per forward and rank of a pass over a whole dataset.
+    """
 
     def __init__(
         self,
@@ -46,8 +51,8 @@ class Evaluator:
         most_points: int,
         beat: Callable[[], None],
     ) -> None:
-        """eps: distance of a step's points. most_points: that are ever evaluated together. beat: called before each batch
-        of losses, so that it can be told who hangs in it."""
+        """eps: distance of a step's points. most_points: that are ever evaluated together. beat:
+        called before each batch of losses, so that it can be told who hangs in it."""
         self.evaluation: str | None = None  # how points are evaluated; chosen on the first batch
         self.streams_per_forward = 2
         self._comm, self._beat = comm, beat
@@ -63,10 +68,13 @@ class Evaluator:
             stream_memory_gb=stream_memory_gb,
         )
         self._known: tuple[str, int] | None = None
-        self.left_form = False  # whether a batch did not fit the form chosen, which the other ranks do not know yet
+        # whether a batch did not fit the form chosen, which the other ranks do not know yet
+        self.left_form = False
 
     def adopt(self, known: tuple[str, int] | None) -> None:
-        """Evaluate as (form, points per forward) that were chosen before, under the same conditions; None: choose."""
+        """Evaluate as (form, points per forward) that were chosen before, under the same
+        conditions; None: choose.
+        """
         self._known, self.evaluation = known, None
 
     def close(self) -> None:
@@ -74,20 +82,26 @@ class Evaluator:
         self._forwards.at.remove()
 
     def inputs(self, *args: Any, **kwargs: Any) -> dict[str, Any] | Inputs:
-        """A batch on the device, as the model's forward is given it; see `zods.data.batch.Signature.bind`."""
+        """A batch on the device, as the model's forward is given it; see
+        `zods.data.batch.Signature.bind`.
+        """
         return self._forwards.inputs(*args, **kwargs)
 
     def outputs(self, batch: Any) -> Any:
-        """The model's outputs at the parameters for what `inputs` gave, or for a batch that it would take."""
+        """The model's outputs at the parameters for what `inputs` gave, or for a batch that it
+        would take.
+        """
         return self._forwards.outputs(batch)
 
     def losses(
         self, points: Sequence[Point | None], batch: Any, *, rechecks: bool = False
     ) -> torch.Tensor:
-        """Mean losses of a batch on the device, (number of points,) in float64; None is the parameters as they are.
+        """Mean losses of a batch on the device, (number of points,) in float64; None is the
+        parameters as they are.
 
-        Before the first: does the model give a loss, which modules use which parameters, and does one forward give what
-        separate ones do? Raises ValueError where the model gives no loss, or cannot be evaluated as was asked.
+        Before the first: does the model give a loss, which modules use which parameters, and does
+        one forward give what separate ones do? Raises ValueError where the model gives no loss, or
+        cannot be evaluated as was asked.
 
         rechecks: compare a stack with a separate forward, on all ranks together; see `_rechecked`.
         """
@@ -116,7 +130,8 @@ class Evaluator:
         if form == "stacked" and not (
             isinstance(batch, dict) and isinstance(batch.get("labels"), torch.Tensor)
         ):
-            form = "sequential"  # it says what such a batch lacks, or the model gives a loss without labels
+            # it says what such a batch lacks, or the model gives a loss without labels
+            form = "sequential"
         losses = Forwards.LOSSES_BY[form]
         size = self.streams_per_forward
         return torch.cat(
@@ -126,7 +141,7 @@ class Evaluator:
             ]
         )
 
-    # --- how to evaluate ----------------------------------------------------------------------------------------------
+    # --- how to evaluate --------------------------------------------------------------------------
 
     def _choose(self, batch: Any) -> str:
         """The form that is known from before, or the first that fits."""
@@ -150,12 +165,14 @@ class Evaluator:
     def _refuse_alone(self, error: Exception) -> None:
         """A later batch does not fit the form that was chosen: it is evaluated separately.
 
-        The other ranks learn it with the sums of the step (`left_form`), and all leave the form then (`leave_form`). Raises
-        RuntimeError where another rank may be in the middle of the same forward, and wait for this one.
+        The other ranks learn it with the sums of the step (`left_form`), and all leave the form
+        then (`leave_form`). Raises RuntimeError where another rank may be in the middle of the same
+        forward, and wait for this one.
         """
         if self._forwards.is_sharded and self._comm.world_size > 1:
             raise RuntimeError(
-                f'zeroth_order.evaluation: "{self.evaluation}" fitted the first batch, but not this one: {error}. Set it to '
+                f'zeroth_order.evaluation: "{self.evaluation}" fitted the first batch, but not '
+                f"this one: {error}. Set it to "
                 '"sequential".'
             ) from error
         release_gathered(self._forwards.deepspeed)
@@ -170,9 +187,11 @@ class Evaluator:
         self.evaluation, self.left_form = "sequential", False
 
     def _rechecked(self, losses: torch.Tensor, points: Sequence[Point], batch: Any) -> torch.Tensor:
-        """`losses`, or those of another form where a stack does not give the model's own loss on this batch.
+        """`losses`, or those of another form where a stack does not give the model's own loss on
+        this batch.
 
-        What is special about a loss or a router may show on later batches only. All ranks call it together.
+        What is special about a loss or a router may show on later batches only. All ranks call it
+        together.
         """
         f = self._forwards
         outputs, differ = None, [False, False]
@@ -206,7 +225,9 @@ class Evaluator:
     def loss_sums(
         self, points: Sequence[Point | None], batch: Any, *, rechecks: bool = False
     ) -> torch.Tensor:
-        """Losses times what they are means over, then that: (number of points + 1,) in float64; all 0 where no label counts."""
+        """Losses times what they are means over, then that: (number of points + 1,) in float64; all
+        0 where no label counts.
+        """
         self._beat()
         losses = self.losses(points, batch, rechecks=rechecks)
         count = loss_count(batch, self._forwards.objective).to(losses.device)
@@ -238,7 +259,8 @@ class Evaluator:
         return [of_point / count if count else math.nan for of_point in totals]
 
     def mean_loss(self, batches: Iterator[Any]) -> float:
-        """Mean loss at the parameters under the objective, over `batches` and all ranks; NaN where no label counts.
+        """Mean loss at the parameters under the objective, over `batches` and all ranks; NaN where
+        no label counts.
 
         batches: the same number of them on every rank.
         """

@@ -1,4 +1,6 @@
-"""Forwards of a model under DeepSpeed at given points: one after the other, in lockstep, or as one stack."""
+"""Forwards of a model under DeepSpeed at given points: one after the other, in lockstep, or as one
+stack.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,8 @@ from zods.params.zero3_adapter import is_sharded
 
 
 class Forwards:
-    """The model's outputs, logits and losses at points. It is in eval mode whenever one of these methods runs it.
+    """The model's outputs, logits and losses at points. It is in eval mode whenever one of these
+    methods runs it.
 
     on_forward: called before each forward, where it is set.
     """
@@ -76,7 +79,9 @@ class Forwards:
         )  # keys and values for generation, of all layers: a loss needs none
 
     def inputs(self, *args: Any, **kwargs: Any) -> dict[str, Any] | Inputs:
-        """A batch on the device, as the model's forward is given it; see `zods.data.batch.Signature.bind`."""
+        """A batch on the device, as the model's forward is given it; see
+        `zods.data.batch.Signature.bind`.
+        """
         return to_device(self._signature.bind(*args, **kwargs), self.comm.device)
 
     def without_cache(self, batch: Any) -> Any:
@@ -93,7 +98,9 @@ class Forwards:
         return call_model(self.deepspeed, self._signature.bind(batch))
 
     def _into_eval_mode(self) -> None:
-        """Both losses of a pair need the same function, so dropout is off, whatever mode the model was put in since."""
+        """Both losses of a pair need the same function, so dropout is off, whatever mode the model
+        was put in since.
+        """
         for module in self._modules:
             module.training = False
 
@@ -101,11 +108,12 @@ class Forwards:
         return batch_loss(outputs, batch, self.objective)
 
     def find_objective(self, outputs: Any, batch: Any) -> None:
-        """Find how the model's labels are aligned, and whether its loss is the cross entropy of its logits.
+        """Find how the model's labels are aligned, and whether its loss is the cross entropy of its
+        logits.
 
-        The same on all ranks. Where the loss fits both alignments or neither, it is that of a shifted model if it does not
-        depend on the rows' first labels. Raises ValueError on all ranks where the mean over examples is wanted of a loss
-        that does not tell them apart.
+        The same on all ranks. Where the loss fits both alignments or neither, it is that of a
+        shifted model if it does not depend on the rows' first labels. Raises ValueError on all
+        ranks where the mean over examples is wanted of a loss that does not tell them apart.
         """
         batch_loss(outputs, batch)
         found = Objective(self.objective.mean)
@@ -128,14 +136,17 @@ class Forwards:
             self.take_own_loss(batch)
 
     def take_own_loss(self, batch: Any) -> None:
-        """Take the model's loss as one of its own from now on, not as the cross entropy of its logits. All ranks together.
+        """Take the model's loss as one of its own from now on, not as the cross entropy of its
+        logits. All ranks together.
 
-        Raises ValueError on all ranks where the mean over examples is wanted of a loss that does not tell them apart.
+        Raises ValueError on all ranks where the mean over examples is wanted of a loss that does
+        not tell them apart.
         """
         self.objective = replace(self.objective, own=True)
         if isinstance(batch, dict) and WEIGHTS in batch:
             raise ValueError(
-                "the model's own loss is not the cross entropy of its logits, of which the losses of single examples are "
+                "the model's own loss is not the cross entropy of its logits, of which the losses "
+                "of single examples are "
                 "made. Losses of another kind can be neither selected by nor weighted."
             )
         size = num_examples(batch) if needs_rows(batch, self.objective) else 0
@@ -144,8 +155,8 @@ class Forwards:
             raise ValueError(refusal_of_examples(int(largest)))
 
     def own_and_logits_loss(self, outputs: Any, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """The model's own loss, and the one that is taken of its logits alone. Raises ValueError where logits and labels
-        have shapes that no cross entropy has."""
+        """The model's own loss, and the one that is taken of its logits alone. Raises ValueError
+        where logits and labels have shapes that no cross entropy has."""
         batch = without_weights(batch)  # with weights a loss is always taken from the logits
         over_tokens = replace(self.objective, mean="tokens", own=False)
         return batch_loss(outputs, batch, over_tokens), batch_loss(
@@ -173,7 +184,9 @@ class Forwards:
         return logits.chunk(len(points))
 
     def without_loss(self, batch: Any) -> Any:
-        """The batch without labels, where the model takes that: its own loss, over a whole stack, is not needed."""
+        """The batch without labels, where the model takes that: its own loss, over a whole stack,
+        is not needed.
+        """
         if self._needs_labels or not isinstance(batch, dict):
             return batch
         return {key: value for key, value in batch.items() if key != "labels"}
@@ -190,11 +203,14 @@ class Forwards:
         return torch.stack([self.mean_of({"logits": part}, batch) for part in logits])
 
     def losses_in_lockstep(self, points: Sequence[Point], batch: Any) -> torch.Tensor:
-        """Mean losses of a batch, from as many forwards as points that go through the modules together."""
+        """Mean losses of a batch, from as many forwards as points that go through the modules
+        together.
+        """
         self._into_eval_mode()
 
         def loss(k: int) -> torch.Tensor:
-            # DeepSpeed's hooks on the whole model count forwards: they run once, in the first stream
+            # DeepSpeed's hooks on the whole model count forwards: they run once, in the first
+            # stream
             call = self.deepspeed if k == 0 else self.module.forward
             return self.mean_of(call_model(call, batch), batch)
 

@@ -1,7 +1,8 @@
-"""Perturbed copies of parts of large matrices: the rows that an embedding looks up, a linear layer's rows in blocks.
+"""Perturbed copies of parts of large matrices: the rows that an embedding looks up, a linear
+layer's rows in blocks.
 
-A vocabulary's matrix is the largest of a small language model. A whole copy of it for every point would take more memory
-than all else that a step needs.
+A vocabulary's matrix is the largest of a small language model. A whole copy of it for every point
+would take more memory than all else that a step needs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Run several forwards of one model that wait for each other at its modules, so that each module is reached by all together."""
+"""Run several forwards of one model that wait for each other at its modules, so that each module is
+reached by all together.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,8 @@ class Lockstep:
     ) -> list[Any]:
         """[call(k) for k in range(number)], where each waits for the others in `wait`.
 
-        resume: called with k before forward k goes on. Raises NotInLockstep where they do not wait at the same modules.
+        resume: called with k before forward k goes on. Raises NotInLockstep where they do not wait
+        at the same modules.
         """
         self._hub = greenlet.getcurrent()
         self._outside = _Contexts()
@@ -58,7 +61,8 @@ class Lockstep:
                     raise NotInLockstep(
                         f"the forwards at different points call different modules, e.g. {places}"
                     )
-                # the first to start is the last to end: DeepSpeed's hooks on the whole model run in it
+                # the first to start is the last to end: DeepSpeed's hooks on the whole model run in
+                # it
                 order = [] if not waiting_at else list(reversed(range(number)))
         finally:
             for k, forward in enumerate(forwards):
@@ -81,7 +85,9 @@ class Lockstep:
 
 
 class _Contexts:
-    """What `with` sets for the whole thread in a forward, and forwards in lockstep would leave to each other."""
+    """What `with` sets for the whole thread in a forward, and forwards in lockstep would leave to
+    each other.
+    """
 
     def __init__(self) -> None:
         devices = {"cpu", get_accelerator().device_name()}

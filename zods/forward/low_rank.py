@@ -1,7 +1,8 @@
-"""Modules that multiply by a matrix, and what a low-rank direction adds to their output: (x V) U^T beside x W^T.
+"""Modules that multiply by a matrix, and what a low-rank direction adds to their output: (x V) U^T
+beside x W^T.
 
-With low-rank directions the weights stay as they are, so one matrix product serves all streams; activations carry the
-factors in their own dtype.
+With low-rank directions the weights stay as they are, so one matrix product serves all streams;
+activations carry the factors in their own dtype.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ Form = str  # "linear": weight (out, in); "conv1d": (in, out); "embedding": (row
 
 
 def form_of(module: nn.Module) -> Form | None:
-    """How `module` uses its `weight`, or None where that is not known: subclasses with another forward are not."""
+    """How `module` uses its `weight`, or None where that is not known: subclasses with another
+    forward are not.
+    """
     forward = type(module).forward
     if forward is nn.Linear.forward:
         return "linear"
@@ -31,7 +34,8 @@ def form_of(module: nn.Module) -> Form | None:
 def projected(
     form: Form, x: torch.Tensor, left: torch.Tensor, right: torch.Tensor, mirrored: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(N, Q) and (Q, out) float32, whose product is what the matrix left @ right, of the weight's shape, gives for `x`.
+    """(N, Q) and (Q, out) float32, whose product is what the matrix left @ right, of the weight's
+    shape, gives for `x`.
 
     x: (..., in), or indices (...), N in all. left: (rows, Q), right: (Q, columns), float32.
     mirrored: in the second half of `x` on dim 0 the last so many of the Q count negative; 0: none.
@@ -48,7 +52,9 @@ def projected(
 
 
 def add_(output: torch.Tensor, inner: torch.Tensor, outer: torch.Tensor, scale: float) -> None:
-    """output <- scale * output + inner @ outer in one sweep, the sums in float32. output: (..., out), contiguous."""
+    """output <- scale * output + inner @ outer in one sweep, the sums in float32. output: (...,
+    out), contiguous.
+    """
     sums = output if output.dtype in kernels.DTYPES else output.float()
     factors = (inner.contiguous(), outer.contiguous())
     kernels.combine_(sums, weight=sums, scale=scale, factors=factors, parameter=0, offset=0)
@@ -57,7 +63,9 @@ def add_(output: torch.Tensor, inner: torch.Tensor, outer: torch.Tensor, scale: 
 
 
 def empty_output(module: Any, x: torch.Tensor) -> torch.Tensor | None:
-    """Where a linear module's streams can write their outputs side by side; None: their outputs are put together after."""
+    """Where a linear module's streams can write their outputs side by side; None: their outputs are
+    put together after.
+    """
     if torch.is_autocast_enabled(x.device.type) or x.dtype != module.weight.dtype:
         return None
     return x.new_empty(*x.shape[:-1], module.weight.shape[0])
@@ -66,7 +74,9 @@ def empty_output(module: Any, x: torch.Tensor) -> torch.Tensor | None:
 def linear_(
     out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> None:
-    """out <- x @ weight^T + bias. out: (N, outputs), whose rows may be parts of longer ones; x: (..., inputs), N in all."""
+    """out <- x @ weight^T + bias. out: (N, outputs), whose rows may be parts of longer ones; x:
+    (..., inputs), N in all.
+    """
     rows = x.reshape(-1, x.shape[-1])
     if bias is None:
         torch.mm(rows, weight.t(), out=out)

@@ -1,4 +1,6 @@
-"""Which modules use which parameters: seen in one forward, for a module may read a parameter that another one owns."""
+"""Which modules use which parameters: seen in one forward, for a module may read a parameter that
+another one owns.
+"""
 
 from __future__ import annotations
 
@@ -40,15 +42,18 @@ class Perturbable(Protocol):
 class Observer(TorchFunctionMode):
     """Notes which parameters are used while no module that holds them runs, and by which module.
 
-    Its hooks come before and after all others, so that what DeepSpeed does with a module's own parameters does not count.
+    Its hooks come before and after all others, so that what DeepSpeed does with a module's own
+    parameters does not count.
 
-    found: the parameters that each module uses and does not hold. branches: functions by which Python code outside of all
-    modules that hold parameters reads values that parameters have made: its course may then differ from point to point.
+    found: the parameters that each module uses and does not hold. branches: functions by which
+    Python code outside of all modules that hold parameters reads values that parameters have made:
+    its course may then differ from point to point.
     """
 
     def __init__(self, holders: dict[torch.nn.Module, list[Perturbable]], *, sharded: bool) -> None:
-        """sharded: DeepSpeed gives a module an alias of each tensor among its inputs. What the module does with a
-        parameter that it is handed cannot be seen then, so the module that hands it over counts as its user."""
+        """sharded: DeepSpeed gives a module an alias of each tensor among its inputs. What the
+        module does with a parameter that it is handed cannot be seen then, so the module that hands
+        it over counts as its user."""
         super().__init__()
         self.found: dict[torch.nn.Module, list[Perturbable]] = {}
         self.branches: set[str] = set()
@@ -124,5 +129,7 @@ def reads_values(func: Any) -> bool:
 
 
 def _called_by_us(frame: Any) -> bool:
-    """Whether DeepSpeed's code or ours reads an attribute: it moves data about and computes nothing for the model."""
+    """Whether DeepSpeed's code or ours reads an attribute: it moves data about and computes nothing
+    for the model.
+    """
     return frame.f_globals.get("__name__", "").split(".")[0] in ("deepspeed", "zods")

@@ -20,7 +20,9 @@ class Peak:
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[Peak]:
-    """Measure what is made inside: by the allocator on a GPU, by watching every operation's outputs on a CPU (slow)."""
+    """Measure what is made inside: by the allocator on a GPU, by watching every operation's outputs
+    on a CPU (slow).
+    """
     peak = Peak()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -33,8 +35,9 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
 
 
 class _Watch(TorchDispatchMode):
-    """Adds up what operations make. What was freed since is taken off only where the sum would be a new peak: to look for
-    it after each of a forward's thousands of operations would take longer than the forward."""
+    """Adds up what operations make. What was freed since is taken off only where the sum would be a
+    new peak: to look for it after each of a forward's thousands of operations would take longer
+    than the forward."""
 
     def __init__(self, peak: Peak) -> None:
         super().__init__()

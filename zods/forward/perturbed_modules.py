@@ -1,13 +1,15 @@
 """Evaluate a module at points near its parameters without touching what is stored.
 
-A perturbed copy of a parameter exists only while the module that owns it runs: the module's forward is wrapped, and puts
-the copy in place of the gathered (ZeRO-3) or stored (replicated) data while its own forward runs. So there is no drift,
-and at any time one module's parameters exist once more, not the model's.
+A perturbed copy of a parameter exists only while the module that owns it runs: the module's forward
+is wrapped, and puts the copy in place of the gathered (ZeRO-3) or stored (replicated) data while
+its own forward runs. So there is no drift, and at any time one module's parameters exist once more,
+not the model's.
 
-Several points are evaluated in one forward. Stacked: the batch is repeated on dim 0, and each module that owns parameters
-runs once per point on that point's part of the stack; all else sees the stack. With low-rank directions the module runs
-once, and what its output lacks is added to it. In lockstep: as many forwards as points, which wait for each other at every
-module that owns parameters. Either way ZeRO-3 gathers a module's parameters once.
+Several points are evaluated in one forward. Stacked: the batch is repeated on dim 0, and each
+module that owns parameters runs once per point on that point's part of the stack; all else sees the
+stack. With low-rank directions the module runs once, and what its output lacks is added to it. In
+lockstep: as many forwards as points, which wait for each other at every module that owns
+parameters. Either way ZeRO-3 gathers a module's parameters once.
 """
 
 from __future__ import annotations
@@ -46,7 +48,10 @@ class _Placed(NamedTuple):
 
 
 class PerturbedForward:
-    """Runs a module's forward at given points. Installed after DeepSpeed's own hooks, until `remove`."""
+    """Runs a module's forward at given points.
+
+    Installed after DeepSpeed's own hooks, until `remove`.
+    """
 
     def __init__(
         self,
@@ -55,7 +60,9 @@ class PerturbedForward:
         direction: Direction,
         deferred: Deferred | None = None,
     ) -> None:
-        """deferred: told of the parameters that are gathered before they are used, and before they may be released."""
+        """deferred: told of the parameters that are gathered before they are used, and before they
+        may be released.
+        """
         self._deferred = deferred
         self._direction = direction
         self._points: tuple[Point, ...] = ()
@@ -81,8 +88,8 @@ class PerturbedForward:
         self.stacking = Stacking(module)
         self._lockstep = Lockstep(self.stacking.names)
         by_id = {id(p.param): p for p in parameters}
-        # DeepSpeed gathers all that is inside a leaf module with it, and what runs there may differ by stream (experts): a
-        # stack is cut at the leaf, and streams in lockstep wait there alone
+        # DeepSpeed gathers all that is inside a leaf module with it, and what runs there may differ
+        # by stream (experts): a stack is cut at the leaf, and streams in lockstep wait there alone
         self._leaves = {m for m in module.modules() if z3_leaf_module(m)}
         self._inside_leaves = {
             inner for leaf in self._leaves for inner in leaf.modules() if inner is not leaf
@@ -110,12 +117,12 @@ class PerturbedForward:
         """Memory for copies, which is kept and used again."""
         return self._scratch.bytes
 
-    # --- what the engine calls ----------------------------------------------------------------------------------------
+    # --- what the engine calls --------------------------------------------------------------------
 
     @contextmanager
     def at(self, point: Point | None, *, record: int | None = None) -> Iterator[None]:
-        """Forwards inside run at `point`; None is the parameters as they are. record: the examples of a batch, to learn
-        from its forward how a stack of such batches is to be cut."""
+        """Forwards inside run at `point`; None is the parameters as they are. record: the examples
+        of a batch, to learn from its forward how a stack of such batches is to be cut."""
         self._recording = record is not None
         self._begin(() if point is None else (point,), 0)
         try:
@@ -137,8 +144,9 @@ class PerturbedForward:
             self._end()
 
     def in_lockstep(self, points: Sequence[Point], call: Callable[[int], Any]) -> list[Any]:
-        """[call(k) for each point k], where call(k) is a forward on one batch: all go from one module that holds
-        parameters to the next together. Raises NotInLockstep where they do not come to the same modules."""
+        """[call(k) for each point k], where call(k) is a forward on one batch: all go from one
+        module that holds parameters to the next together. Raises NotInLockstep where they do not
+        come to the same modules."""
         self._begin(tuple(points), 0)
         try:
             return self._lockstep.run(call, len(points), self._resume)
@@ -150,7 +158,9 @@ class PerturbedForward:
         self._stream, self._live = stream, {}
 
     def move_new_hooks(self) -> None:
-        """Have hooks that the model's user has registered since run inside their module's forward too. This rank alone."""
+        """Have hooks that the model's user has registered since run inside their module's forward
+        too. This rank alone.
+        """
         number = sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in self._held)
         if number != self._num_hooks:
             self._num_hooks = number
@@ -161,10 +171,12 @@ class PerturbedForward:
 
     @contextmanager
     def observing(self) -> Iterator[None]:
-        """Watch one forward at the parameters as they are, to see which modules use which parameters.
+        """Watch one forward at the parameters as they are, to see which modules use which
+        parameters.
 
-        A module that reads another's parameter itself (a head tied by hand, torch's MultiheadAttention with its output
-        projection) puts that in place too from then on. Hooks of the model's user run inside their module's forward.
+        A module that reads another's parameter itself (a head tied by hand, torch's
+        MultiheadAttention with its output projection) puts that in place too from then on. Hooks of
+        the model's user run inside their module's forward.
         """
         self.move_new_hooks()
         observer = Observer(self._held, sharded=self._sharded)
@@ -177,7 +189,8 @@ class PerturbedForward:
 
     def _begin(self, points: tuple[Point, ...], stream: int | None) -> None:
         self._points, self._stream = points, stream
-        # autocast's cache maps a Parameter, whatever its data are meanwhile, to the first cast of it
+        # autocast's cache maps a Parameter, whatever its data are meanwhile, to the first cast of
+        # it
         self._autocast_cache = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(False)
         self._pairs = []
@@ -192,7 +205,7 @@ class PerturbedForward:
         self._points, self._stream, self._recording = (), None, False
         torch.set_autocast_cache_enabled(self._autocast_cache)
 
-    # --- a module's forward -------------------------------------------------------------------------------------------
+    # --- a module's forward -----------------------------------------------------------------------
 
     def _run(
         self, module: torch.nn.Module, original: Callable, args: tuple, kwargs: dict[str, Any]
@@ -264,8 +277,8 @@ class PerturbedForward:
     def _run_stream(
         self, module: torch.nn.Module, original: Callable, args: tuple, kwargs: dict[str, Any]
     ) -> Any:
-        """One stream's forward of a module. A tied parameter may be in place already; one that another module holds may
-        not be gathered yet."""
+        """One stream's forward of a module. A tied parameter may be in place already; one that
+        another module holds may not be gathered yet."""
         assert self._stream is not None
         if self._live and self._held[module] and module not in self._inside_leaves:
             self.nested.add(module)
@@ -304,7 +317,9 @@ class PerturbedForward:
         return [p for p in self._held[module] if p.param.data.numel() == p.whole_numel]
 
     def _wait(self, module: torch.nn.Module) -> None:
-        """Let the other streams come to this module; meanwhile none of this one's copies is in place."""
+        """Let the other streams come to this module; meanwhile none of this one's copies is in
+        place.
+        """
         stream, mine = self._stream, dict(self._live)
         self._restore(list(mine))
         try:
@@ -314,7 +329,7 @@ class PerturbedForward:
         for parameter, _, copy in mine.values():
             self._place(parameter, copy)
 
-    # --- copies -------------------------------------------------------------------------------------------------------
+    # --- copies -----------------------------------------------------------------------------------
 
     def _copies(
         self, parameters: Sequence[Perturbable], pair: tuple[int, ...], centers: dict[Any, Center]
@@ -342,7 +357,9 @@ class PerturbedForward:
         centers: dict[Any, Center],
         rows: range | None = None,
     ) -> None:
-        """Write a parameter's values at `point`, and at its mirror where two are to be made; rows: those of a matrix."""
+        """Write a parameter's values at `point`, and at its mirror where two are to be made; rows:
+        those of a matrix.
+        """
         center = self._center(parameter, parameter.param.data, point, centers)
         self._direction.combine_(
             made[0],
@@ -395,7 +412,7 @@ class PerturbedForward:
                 if placed is not None:
                     placed.parameter.param.data = placed.live
 
-    # --- modules that multiply by one matrix ---------------------------------------------------------------------------
+    # --- modules that multiply by one matrix ------------------------------------------------------
 
     def _form(
         self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]
@@ -412,10 +429,12 @@ class PerturbedForward:
         plain = alone and not self._wrapped[module].has_hooks and not torch.is_grad_enabled()
         return form if plain and len(args) == 1 and not kwargs else None
 
-    # --- large matrices -----------------------------------------------------------------------------------------------
+    # --- large matrices ---------------------------------------------------------------------------
 
     def _large(self, module: torch.nn.Module) -> Perturbable | None:
-        """A module's weight where it is perturbed, not in place yet, and too large to be copied whole."""
+        """A module's weight where it is perturbed, not in place yet, and too large to be copied
+        whole.
+        """
         weight = module._parameters.get("weight")
         if weight is None or not is_large(weight.data):
             return None
@@ -456,7 +475,9 @@ class PerturbedForward:
         pair: tuple[int, ...],
         centers: dict[Any, Center],
     ) -> None:
-        """A linear module's outputs for the streams of a pair, from copies of some rows of its weight at a time."""
+        """A linear module's outputs for the streams of a pair, from copies of some rows of its
+        weight at a time.
+        """
         weight = self._large(module)
         assert weight is not None
         parts = [(slice(rows.start, rows.stop), rows) for rows in blocks(weight.param.data)]
@@ -479,12 +500,14 @@ class PerturbedForward:
                                 output.view(-1, output.shape[-1])[:, part], x, matrix, bias
                             )
 
-    # --- low-rank directions ----------------------------------------------------------------------------------------
+    # --- low-rank directions ----------------------------------------------------------------------
 
     def _run_factored(
         self, module: torch.nn.Module, form: low_rank.Form, original: Callable, x: torch.Tensor
     ) -> Any:
-        """One forward of a matrix module over the streams that start from the same weights, and then what each lacks."""
+        """One forward of a matrix module over the streams that start from the same weights, and
+        then what each lacks.
+        """
         size = x.shape[0] // len(self._points)
         centers: dict[Any, Center] = {}
         held = {p.param: (p, p.param.data) for p in self._whole(module)}
@@ -527,7 +550,9 @@ class PerturbedForward:
         start: dict[Any, Center],
         centers: dict[Any, Center],
     ) -> None:
-        """Bring a pair's output at the weights it starts from to its points: the matrix's part, and the bias's."""
+        """Bring a pair's output at the weights it starts from to its points: the matrix's part, and
+        the bias's.
+        """
         inner, outer, scale = [], [], 1.0
         parameter = self._parameter(module, module.weight)
         if parameter is not None:

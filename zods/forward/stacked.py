@@ -1,8 +1,10 @@
-"""Which inputs of a module's calls carry the batch, so that a stack of batches can be cut into its streams and put together.
+"""Which inputs of a module's calls carry the batch, so that a stack of batches can be cut into its
+streams and put together.
 
-Learned, not guessed from sizes: an input carries the batch where its dim 0 grew by the number of streams from one forward
-of a batch to one of the stack; one whose dim 0 stayed (BERT's position ids) is given to every stream as it is. An input
-that carries the batch has as many rows for every example: those that a router sends to an expert cannot be told apart.
+Learned, not guessed from sizes: an input carries the batch where its dim 0 grew by the number of
+streams from one forward of a batch to one of the stack; one whose dim 0 stayed (BERT's position
+ids) is given to every stream as it is. An input that carries the batch has as many rows for every
+example: those that a router sends to an expert cannot be told apart.
 """
 
 from __future__ import annotations
@@ -67,7 +69,8 @@ class Stacking:
             carries = carries and _size(leaf) is not None  # an optional input may be None this time
             if carries and (_size(leaf) or 0) % rows:
                 raise NotStackable(
-                    f"{self.names[module]} is given {_size(leaf)} rows of {rows} examples: which of them belong to which point "
+                    f"{self.names[module]} is given {_size(leaf)} rows of {rows} examples: which "
+                    f"of them belong to which point "
                     "is not known"
                 )
             parts = leaf.chunk(self._num_streams) if carries else [leaf] * self._num_streams
@@ -93,13 +96,16 @@ class Stacking:
             now = _size(leaf)
             if now is not None and now not in (before, self._num_streams * (before or 0)):
                 raise NotStackable(
-                    f"{self.names[module]} is given an input of {before} rows for a batch, {now} for the stack"
+                    f"{self.names[module]} is given an input of {before} rows for a batch, {now} "
+                    f"for the stack"
                 )
             carry.append(None if now is None else now != before)
         self._carry[module].append(carry)
 
     def join(self, module: torch.nn.Module, outputs: list[Any], carries: bool) -> Any:
-        """The streams' outputs as one: cat on dim 0; without a batch in the inputs, repeated for each example."""
+        """The streams' outputs as one: cat on dim 0; without a batch in the inputs, repeated for
+        each example.
+        """
         flat = [tree_flatten(output) for output in outputs]
         joined = []
         for parts in zip(*(leaves for leaves, _ in flat), strict=True):

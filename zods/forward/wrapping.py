@@ -1,8 +1,9 @@
-"""Wrap the forwards of a model's modules so that something can be put in place around each, and take the wrappers off again.
+"""Wrap the forwards of a model's modules so that something can be put in place around each, and
+take the wrappers off again.
 
-A module's hooks run inside its wrapped forward, because pruning, the hook-based weight and spectral norms and adapters read
-the module's parameters there. DeepSpeed's own hooks stay outside: they gather the parameters before the forward and may
-release them after it.
+A module's hooks run inside its wrapped forward, because pruning, the hook-based weight and spectral
+norms and adapters read the module's parameters there. DeepSpeed's own hooks stay outside: they
+gather the parameters before the forward and may release them after it.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class WrappedForward:
         self.has_hooks = False  # whether hooks of the module's user run inside
         functools.update_wrapper(self, self.original, updated=())
         module.forward = self
-        # torch's TransformerEncoderLayer bypasses its children's forwards, unless a module has a hook
+        # torch's TransformerEncoderLayer bypasses its children's forwards, unless a module has a
+        # hook
         self._handle = module.register_forward_pre_hook(_nothing)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -87,7 +89,8 @@ def has_moved_hooks(model: torch.nn.Module) -> bool:
 
 
 class MovedHook:
-    """A hook that runs inside the wrapped forward. Where torch calls it, around the forward, it does nothing.
+    """A hook that runs inside the wrapped forward. Where torch calls it, around the forward, it
+    does nothing.
 
     It keeps its key among the module's hooks, so that its handle removes it as before.
     """
@@ -106,7 +109,9 @@ class MovedHook:
 
 
 def is_users(hook: Any) -> bool:
-    """Whether a hook was registered by the model or its user: not by DeepSpeed, and not by this module."""
+    """Whether a hook was registered by the model or its user: not by DeepSpeed, and not by this
+    module.
+    """
     function = hook.func if isinstance(hook, functools.partial) else hook
     named = getattr(function, "__module__", None) or ""
     return (

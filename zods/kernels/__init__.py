@@ -1,7 +1,8 @@
-"""Directions and their application to tensors: the one place where terms (seed, coefficient) become numbers.
+"""Directions and their application to tensors: the one place where terms (seed, coefficient) become
+numbers.
 
-`reference.py` defines z; `cpu.cpp` is the same to the bit on CPU tensors, where a compiler is at hand, and `gpu.py` on GPU
-tensors, where Triton is.
+`reference.py` defines z; `cpu.cpp` is the same to the bit on CPU tensors, where a compiler is at
+hand, and `gpu.py` on GPU tensors, where Triton is.
 """
 
 import ctypes
@@ -38,7 +39,9 @@ _ELEMENTS_PER_THREAD = 2**16  # at least: some 50 us of work, ten times what wak
 
 
 class Sweep(NamedTuple):
-    """One update of a tensor, in `replay_`; the fields are `combine_`'s arguments of the same names."""
+    """One update of a tensor, in `replay_`; the fields are `combine_`'s arguments of the same
+    names.
+    """
 
     scale: float
     seeds: Sequence[int]
@@ -64,14 +67,15 @@ def combine_(
     rounding_seed: int | None = None,
     mirror: Tensor | None = None,
 ) -> Tensor:
-    """Write a weighted sum of a tensor, directions, low-rank and dense tensors into `out`, in one sweep over memory.
+    """Write a weighted sum of a tensor, directions, low-rank and dense tensors into `out`, in one
+    sweep over memory.
 
         out[i] = scale * weight[i] + dense_coefficient * dense[i] + (left @ right)[row(i), column(i)]
                  + sum_k coefficients[k] * z(seeds[k], parameter, offset + i)
 
-    The sum is float32: the terms in their order, the products of the factors in theirs, then `dense`, then `weight`, each
-    by one fused multiply-add, from 0. Scalars are taken to float32. The bits are the same in every backend, for any
-    thread count and any cut into slices.
+    The sum is float32: the terms in their order, the products of the factors in theirs, then
+    `dense`, then `weight`, each by one fused multiply-add, from 0. Scalars are taken to float32.
+    The bits are the same in every backend, for any thread count and any cut into slices.
 
     Args:
         out: contiguous, float32 or bfloat16; read as flat. It may be `weight` or `dense` itself, but not overlap them
@@ -135,15 +139,17 @@ def replay_(
     factors: tuple[Tensor, Tensor] | None = None,
     dense: Tensor | None = None,
 ) -> Tensor:
-    """Update `out` by many sweeps, one after the other, in one pass over memory: the same bits as of
+    """Update `out` by many sweeps, one after the other, in one pass over memory: the same bits as
+    of
 
         for s, sweep in enumerate(sweeps):
             combine_(out, weight=out, scale=sweep.scale, seeds=sweep.seeds, coefficients=sweep.coefficients,
                      factors=(left[s], right[s]), dense=dense if sweep.dense_coefficient != 0 else None,
                      dense_coefficient=sweep.dense_coefficient, rounding_seed=sweep.rounding_seed, ...)
 
-    On the CPU a tile of `out` stays in the cache for all sweeps, so that making the directions is what it costs. Of the
-    factors a tile reads every sweep's: they should fit the cache too, so pass no more sweeps than that at once.
+    On the CPU a tile of `out` stays in the cache for all sweeps, so that making the directions is
+    what it costs. Of the factors a tile reads every sweep's: they should fit the cache too, so pass
+    no more sweeps than that at once.
 
     Args:
         out: as for `combine_`, and so are distribution, parameter and offset.
@@ -215,7 +221,8 @@ def direction(
 def summed_excess(nearest: Tensor, matrix: Tensor, rows: Tensor) -> Tensor:
     """sum_i max(0, nearest[i] - matrix[row, i]) for each of `rows`, (number of rows,) int64, exact.
 
-    nearest: (n,), matrix: (., n), both float32 and holding integers from 0 to below 2^24. rows: int64.
+    nearest: (n,), matrix: (., n), both float32 and holding integers from 0 to below 2^24. rows:
+    int64.
     """
     module = cpu_module() if matrix.device.type == "cpu" else None
     if module is None or not matrix.is_contiguous():
@@ -239,13 +246,15 @@ def summed_excess(nearest: Tensor, matrix: Tensor, rows: Tensor) -> Tensor:
 
 
 def fingerprint(tensor: Tensor, offset: int = 0) -> int:
-    """A checksum in [0, 2^64) of a slice's bits that does not depend on where a parameter was cut into slices:
+    """A checksum in [0, 2^64) of a slice's bits that does not depend on where a parameter was cut
+    into slices:
 
         sum_i mix(bits(tensor[i]) + (offset + i + 1) * 0x9E3779B97F4A7C15) mod 2^64, with SplitMix64's finaliser as mix
 
-    (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators"). The slices' sums add up, modulo 2^64,
-    to that of the whole. mix is one to one: a change of one element always shows, -0 for 0 as well; several changes cancel
-    by a chance of some 2^-64. It finds mistakes, not forgeries: it is no cryptographic hash.
+    (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators"). The slices' sums
+    add up, modulo 2^64, to that of the whole. mix is one to one: a change of one element always
+    shows, -0 for 0 as well; several changes cancel by a chance of some 2^-64. It finds mistakes,
+    not forgeries: it is no cryptographic hash.
 
     Args:
         tensor: contiguous, on any device, of a dtype of 1, 2, 4 or 8 bytes; read as flat. An empty one's sum is 0.
@@ -267,13 +276,17 @@ def fingerprint(tensor: Tensor, offset: int = 0) -> int:
 
 
 def backend() -> str:
-    """What serves CPU tensors, for logs: "cpp", or "reference" where the C++ kernel could not be built."""
+    """What serves CPU tensors, for logs: "cpp", or "reference" where the C++ kernel could not be
+    built.
+    """
     return "reference" if cpu_module() is None else "cpp"
 
 
 @functools.cache
 def _gpu_module() -> ModuleType:
-    """The Triton kernel, or the reference, after one warning that says why, where Triton cannot run it."""
+    """The Triton kernel, or the reference, after one warning that says why, where Triton cannot run
+    it.
+    """
     try:
         module = importlib.import_module("zods.kernels.gpu")
         one = torch.empty(
@@ -282,8 +295,10 @@ def _gpu_module() -> ModuleType:
         module.combine_(one, None, None, 1.0, [], [], "gaussian", 0, 0, None, None, 0.0, None)
     except Exception as error:  # whatever it is, training can go on without
         warnings.warn(
-            f"zods: the Triton kernel cannot be used ({error}). The PyTorch reference serves instead: the same numbers, "
-            "many times slower. The package triton (`pip install triton`) and a C compiler are needed.",
+            f"zods: the Triton kernel cannot be used ({error}). The PyTorch reference serves "
+            f"instead: the same numbers, "
+            "many times slower. The package triton (`pip install triton`) and a C compiler are "
+            "needed.",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -304,7 +319,9 @@ def _sweep_cpp(
     offset: int,
     factors: tuple[Tensor, Tensor] | None,
 ) -> None:
-    """`sweeps` by the C++ kernel, all arguments checked; `dense` takes part where there is a coefficient for it."""
+    """`sweeps` by the C++ kernel, all arguments checked; `dense` takes part where there is a
+    coefficient for it.
+    """
     left, right = factors or (None, None)
     addresses = [
         0 if tensor is None else tensor.data_ptr()
@@ -350,7 +367,8 @@ def _check(
 def _check_contiguous(name: str, tensor: Tensor) -> None:
     if not tensor.is_contiguous():
         raise ValueError(
-            f"{name} must be contiguous, got shape {tuple(tensor.shape)} with strides {tensor.stride()}"
+            f"{name} must be contiguous, got shape {tuple(tensor.shape)} with strides "
+            f"{tensor.stride()}"
         )
 
 
@@ -364,7 +382,8 @@ def _check_terms(
 ) -> None:
     if len(seeds) != len(coefficients):
         raise ValueError(
-            f"one coefficient per seed is needed, got {len(seeds)} seeds and {len(coefficients)} coefficients"
+            f"one coefficient per seed is needed, got {len(seeds)} seeds and {len(coefficients)} "
+            f"coefficients"
         )
     for seed in [*seeds, *([] if rounding_seed is None else [rounding_seed])]:
         if not 0 <= seed < 2**64:
@@ -393,7 +412,8 @@ def _check_factors(
     if stacks != [list(stacked)] * 2 or left.shape[-1] != right.shape[-2] or left.shape[-2] < rows:
         of = "".join(f"{size}, " for size in stacked)
         raise ValueError(
-            f"factors must be ({of}{rows}, Q) and ({of}Q, columns), got {tuple(left.shape)} and {tuple(right.shape)}"
+            f"factors must be ({of}{rows}, Q) and ({of}Q, columns), got {tuple(left.shape)} and "
+            f"{tuple(right.shape)}"
         )
 
 

@@ -1,9 +1,10 @@
-"""The C++ kernel as a Python module: made ahead of time by setup.py, or compiled once at first use and kept.
+"""The C++ kernel as a Python module: made ahead of time by setup.py, or compiled once at first use
+and kept.
 
-torch's own cache of extensions has a lock file that stays behind when a build is killed, and every later run then waits
-for it without a word. So each build gets a fresh folder of its own, and the finished library is moved to its final place
-in one step. Ranks that start together take turns by a lock that the operating system drops when its holder dies: the
-first one compiles.
+torch's own cache of extensions has a lock file that stays behind when a build is killed, and every
+later run then waits for it without a word. So each build gets a fresh folder of its own, and the
+finished library is moved to its final place in one step. Ranks that start together take turns by a
+lock that the operating system drops when its holder dies: the first one compiles.
 """
 
 import fcntl
@@ -28,24 +29,27 @@ import torch
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 
-# The first keeps a * b + c from being fused where reference.py does not; the other two let sqrt and selections be
-# vectorised and change no value. -fopenmp goes to the compiler only, see `link_flags`.
+# The first keeps a * b + c from being fused where reference.py does not; the other two let sqrt and
+# selections be vectorised and change no value. -fopenmp goes to the compiler only, see
+# `link_flags`.
 EXACT_FLAGS = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 COMPILE_FLAGS = ["-O3", "-fopenmp", *EXACT_FLAGS]
 NATIVE_FLAGS = ["-march=native"]
 
 
 def link_flags(compiler_version: str) -> list[str]:
-    """With gcc, the OpenMP runtime that torch brings is used, through torch's libraries: a second one would have threads
-    of its own, which spin on the same cores. They are linked though nothing else of them is used, hence --no-as-needed.
-    Clang needs a runtime of its own.
+    """With gcc, the OpenMP runtime that torch brings is used, through torch's libraries: a second
+    one would have threads of its own, which spin on the same cores. They are linked though nothing
+    else of them is used, hence --no-as-needed. Clang needs a runtime of its own.
     """
     return ["-fopenmp"] if "clang" in compiler_version else ["-Wl,--no-as-needed"]
 
 
 @functools.cache
 def cpu_module() -> ModuleType | None:
-    """The compiled kernel, or None, after one warning that says why, where it can be neither found nor built."""
+    """The compiled kernel, or None, after one warning that says why, where it can be neither found
+    nor built.
+    """
     try:
         return importlib.import_module("zods.kernels._cpu")
     except ImportError:
@@ -54,8 +58,10 @@ def cpu_module() -> ModuleType | None:
         return _build_once()
     except Exception as error:  # whatever it is, training can go on without
         warnings.warn(
-            f"zods: the C++ kernel could not be built ({error}). The PyTorch reference serves instead: the same "
-            "numbers, many times slower. A C++ compiler (g++ or clang++, or the one that CXX names) and ninja are needed.",
+            f"zods: the C++ kernel could not be built ({error}). The PyTorch reference serves "
+            f"instead: the same "
+            "numbers, many times slower. A C++ compiler (g++ or clang++, or the one that CXX "
+            "names) and ninja are needed.",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -91,7 +97,9 @@ def _build_once() -> ModuleType:
 
 
 def _key(parts: list[str]) -> str:
-    """Whatever decides what the library contains and where it runs. -march=native makes the CPU a part of it."""
+    """Whatever decides what the library contains and where it runs. -march=native makes the CPU a
+    part of it.
+    """
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else [platform.processor()]
     cpu = sorted(
@@ -107,7 +115,9 @@ def _key(parts: list[str]) -> str:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[bool]:
-    """Holds the lock, or yields False where the file system has none: there every rank compiles, the last one's stays."""
+    """Holds the lock, or yields False where the file system has none: there every rank compiles,
+    the last one's stays.
+    """
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)

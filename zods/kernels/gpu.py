@@ -1,8 +1,9 @@
-"""combine_ for GPU tensors, in Triton: what reference.py defines, to the bit, in one sweep over memory. The layouts of the
-streams and the meaning of every constant are written there.
+"""combine_ for GPU tensors, in Triton: what reference.py defines, to the bit, in one sweep over
+memory. The layouts of the streams and the meaning of every constant are written there.
 
-A program makes one tile of 2048 elements, a multiple of every stream's group, on a grid of the whole parameter; the ends
-of the slice are masked. So each Philox block is made for all the elements that it serves.
+A program makes one tile of 2048 elements, a multiple of every stream's group, on a grid of the
+whole parameter; the ends of the slice are masked. So each Philox block is made for all the elements
+that it serves.
 """
 
 import torch
@@ -112,8 +113,8 @@ def _store(tensor, at, inside, value, noise):
     tl.store(tensor + at, value, inside)
 
 
-# Numbers that differ between parameters and calls must not each compile a kernel of their own. `offset` and `numel` may:
-# where they are multiples of 16, loads and stores are vectors.
+# Numbers that differ between parameters and calls must not each compile a kernel of their own.
+# `offset` and `numel` may: where they are multiples of 16, loads and stores are vectors.
 @triton.jit(do_not_specialize=["parameter", "num_terms", "num_factors", "num_columns"])
 def _combine(out, mirror, weight, scale, rounding_seed, seeds, coefficients, num_terms, parameter, offset, numel, left,
              right, num_factors, num_columns, dense, dense_coefficient, rademacher: tl.constexpr):  # fmt: skip
@@ -190,7 +191,8 @@ def combine_(
             else tensor
         )
 
-    # Whatever is not pinned is copied out of the lists' tensors before `to` returns, and the stream is not waited for.
+    # Whatever is not pinned is copied out of the lists' tensors before `to` returns, and the stream
+    # is not waited for.
     keys = torch.tensor([rounding_seed or 0, *seeds], dtype=torch.uint64).view(torch.int64)
     keys = keys.to(out.device, non_blocking=True)
     scalars = torch.tensor(coefficients, dtype=torch.float32).to(out.device, non_blocking=True)

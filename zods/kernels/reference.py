@@ -1,18 +1,22 @@
-"""What a direction z is, to the bit, in plain PyTorch on any device. Every other backend is compared with this file.
+"""What a direction z is, to the bit, in plain PyTorch on any device. Every other backend is
+compared with this file.
 
-z(seed, parameter, index) is a pure function: Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2,
-3") with the 64-bit seed as its key and (block low, block high, parameter, stream) as its counter. A block is four 32-bit
-words. `index` counts the elements of the flat whole parameter, so any slice of z can be made anywhere.
+z(seed, parameter, index) is a pure function: Philox4x32-10 (Salmon et al. 2011, "Parallel random
+numbers: as easy as 1, 2, 3") with the 64-bit seed as its key and (block low, block high, parameter,
+stream) as its counter. A block is four 32-bit words. `index` counts the elements of the flat whole
+parameter, so any slice of z can be made anywhere.
 
-Sixteen consecutive blocks serve one group of elements, laid out so that a lane of a vector register stays a lane:
+Sixteen consecutive blocks serve one group of elements, laid out so that a lane of a vector register
+stays a lane:
 
     stream       group    element e of group G uses block 16 G + e % 16, row = e // 16, and of that block
     gaussian        64    Box-Muller on words (0, 1): its cosine is row 0, its sine row 1; on words (2, 3): rows 2 and 3
     rademacher    2048    bit row % 32 of word row // 32; a set bit is -1
     rounding       128    half (row % 2, the low one first) of word row // 2
 
-The floats are the same bits everywhere as well: only operations that IEEE 754 rounds correctly occur (conversion,
-addition, product, fused multiply-add, square root), in a fixed order. There is no library logarithm, sine or cosine.
+The floats are the same bits everywhere as well: only operations that IEEE 754 rounds correctly
+occur (conversion, addition, product, fused multiply-add, square root), in a fixed order. There is
+no library logarithm, sine or cosine.
 """
 
 import torch
@@ -32,9 +36,11 @@ def _float32s(hexadecimal: str) -> list[float]:
     return [float.fromhex(number) for number in hexadecimal.split()]
 
 
-# Minimax polynomials (Remez), constant term last. Errors: 2.6e-8 relative, 2.4e-9 and 2.8e-8 absolute.
+# Minimax polynomials (Remez), constant term last. Errors: 2.6e-8 relative, 2.4e-9 and 2.8e-8
+# absolute.
 LOG = _float32s(  # -2 log(1 + f) / f, sqrt(1/2) <= 1 + f <= sqrt(2)
-    "-0x1.654488p-3 0x1.263BA2p-2 -0x1.3238FP-2 0x1.5332A4p-2 -0x1.98B748p-2 0x1.00057p-1 -0x1.555792p-1 0x1.FFFFF8p-1 "
+    "-0x1.654488p-3 0x1.263BA2p-2 -0x1.3238FP-2 0x1.5332A4p-2 -0x1.98B748p-2 0x1.00057p-1 "
+    "-0x1.555792p-1 0x1.FFFFF8p-1 "
     "-0x1p1"
 )
 SIN = _float32s(
@@ -66,8 +72,9 @@ def philox(blocks: Tensor, parameter: int, stream: int, seed: int) -> list[Tenso
 def fma(a: Tensor, b: Tensor | float, c: Tensor | float) -> Tensor:
     """a * b + c rounded once to float32. All are float32 tensors, or numbers that float32 holds.
 
-    The product is exact in float64. Its sum with c is rounded to odd (53 bits are more than 24 + 2), so that the rounding
-    to float32 that follows cannot see a tie that the first rounding made (Boldo and Melquiond 2008).
+    The product is exact in float64. Its sum with c is rounded to odd (53 bits are more than 24 +
+    2), so that the rounding to float32 that follows cannot see a tie that the first rounding made
+    (Boldo and Melquiond 2008).
     """
     product = a.double() * b
     total = product + c
@@ -83,8 +90,9 @@ def fma(a: Tensor, b: Tensor | float, c: Tensor | float) -> Tensor:
 
 
 def _sqrt(x: Tensor) -> Tensor:
-    """The square root rounded once to float32. torch.sqrt is not, on CPUs where a vector library serves it (one in six off
-    by an ulp). No root of a float32 lies within 2^-50 of a tie, so a float64 root off by an ulp still rounds right.
+    """The square root rounded once to float32. torch.sqrt is not, on CPUs where a vector library
+    serves it (one in six off by an ulp). No root of a float32 lies within 2^-50 of a tie, so a
+    float64 root off by an ulp still rounds right.
     """
     return torch.sqrt(x.double()).float()
 
@@ -102,10 +110,12 @@ def _signed(words: Tensor) -> Tensor:
 
 
 def box_muller(radius_word: Tensor, angle_word: Tensor) -> tuple[Tensor, Tensor]:
-    """r cos(theta) and r sin(theta), r = sqrt(-2 log u), within 1e-6 of their exact values for these words.
+    """r cos(theta) and r sin(theta), r = sqrt(-2 log u), within 1e-6 of their exact values for
+    these words.
 
-    u = (radius_word + 1/2) / 2^32, so r reaches 6.76. Near 1, u is held as u - 1, or small radii would lose digits. The
-    low 30 bits of angle_word, signed, are theta in [-pi/4, pi/4); bit 30 reflects it at the diagonal, bit 31 negates both.
+    u = (radius_word + 1/2) / 2^32, so r reaches 6.76. Near 1, u is held as u - 1, or small radii
+    would lose digits. The low 30 bits of angle_word, signed, are theta in [-pi/4, pi/4); bit 30
+    reflects it at the diagonal, bit 31 negates both.
     """
     distance = fma(_signed(radius_word).float(), 2.0**-32, 2.0**-33)  # u where u <= 1/2, else u - 1
     u = torch.where(distance < 0, distance + 1.0, distance)
@@ -128,7 +138,9 @@ def box_muller(radius_word: Tensor, angle_word: Tensor) -> tuple[Tensor, Tensor]
 def _words(
     stream: str, seed: int, parameter: int, start: int, stop: int, device: torch.device
 ) -> tuple[list[Tensor], slice]:
-    """Words (groups, 16) of the groups that cover the elements [start, stop), and where in them these elements lie."""
+    """Words (groups, 16) of the groups that cover the elements [start, stop), and where in them
+    these elements lie.
+    """
     size = GROUPS[stream]
     first = start // size
     groups = torch.arange(first, -(-stop // size), device=device)
@@ -139,7 +151,9 @@ def _words(
 
 
 def _fields(words: list[Tensor], width: int) -> Tensor:
-    """Each word cut into fields of `width` bits, the lowest first: flat (groups, 4 words, 32 / width fields, 16 lanes)."""
+    """Each word cut into fields of `width` bits, the lowest first: flat (groups, 4 words, 32 /
+    width fields, 16 lanes).
+    """
     shifts = torch.arange(0, 32, width, device=words[0].device)
     return ((torch.stack(words, 1)[:, :, None, :] >> shifts[:, None]) & (2**width - 1)).flatten()
 
@@ -155,10 +169,11 @@ def _direction(
 
 
 def to_bfloat16(value: Tensor, noise: Tensor | None) -> Tensor:
-    """float32 rounded to nearest even, or stochastically: 16 random bits are added below the last kept bit, then cut.
+    """float32 rounded to nearest even, or stochastically: 16 random bits are added below the last
+    kept bit, then cut.
 
-    Beyond the largest finite bfloat16 there is no finite neighbour to choose: nearest even holds, as for infinities. Every
-    NaN becomes 0x7fc0.
+    Beyond the largest finite bfloat16 there is no finite neighbour to choose: nearest even holds,
+    as for infinities. Every NaN becomes 0x7fc0.
     """
     bits = value.view(torch.int32).long() & _MASK
     magnitude = bits & 0x7FFFFFFF
@@ -221,7 +236,9 @@ def combine_(
 
 
 def fingerprint(tensor: Tensor, offset: int) -> int:
-    """`zods.kernels.fingerprint`, its arguments checked, of a flat tensor. int64 wraps as the sums modulo 2^64 do."""
+    """`zods.kernels.fingerprint`, its arguments checked, of a flat tensor. int64 wraps as the sums
+    modulo 2^64 do.
+    """
     size = tensor.element_size()
     words = tensor.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size])
     total = 0

@@ -1,7 +1,9 @@
-"""The anchor of MeZO-SVRG: the parameters at the last refresh (the point) and the full-batch estimate there (the gradient).
+"""The anchor of MeZO-SVRG: the parameters at the last refresh (the point) and the full-batch
+estimate there (the gradient).
 
-Each is kept, sharded as the parameters are, on the device, in host memory or in NVMe files, or not at all: the gradient
-is then its K terms, and the point is the parameters with what was applied since the refresh taken back.
+Each is kept, sharded as the parameters are, on the device, in host memory or in NVMe files, or not
+at all: the gradient is then its K terms, and the point is the parameters with what was applied
+since the refresh taken back.
 """
 
 from __future__ import annotations
@@ -137,12 +139,16 @@ class Anchor:
         )
 
     def begin(self, gradient: Sequence[Term]) -> None:
-        """The parameters stood at the point, which is kept already, when `record` is next called; this is the gradient there."""
+        """The parameters stood at the point, which is kept already, when `record` is next called;
+        this is the gradient there.
+        """
         self._drifts = {True: _Drift(), False: _Drift()}
         self.set_gradient(gradient)
 
     def record(self, update: Update) -> None:
-        """Follow an update of the parameters, so that the point can be had from them by taking it back."""
+        """Follow an update of the parameters, so that the point can be had from them by taking it
+        back.
+        """
         gradient = [
             Term(seed, update.anchor_grad_coefficient * c) for seed, c in self.gradient_terms
         ]
@@ -151,7 +157,10 @@ class Anchor:
             drift.record(update.decay if decays else 1.0, terms)
 
     def center(self, shard: Shard, live: torch.Tensor) -> Center:
-        """The anchor point of one whole parameter, for `zods.forward.perturbed_modules`. All ranks call it in the same order."""
+        """The anchor point of one whole parameter, for `zods.forward.perturbed_modules`.
+
+        All ranks call it in the same order.
+        """
         if self.point is None:
             return self._drifts[shard.decays].center(live)
         stored = self.stored_point(shard, live.device)
@@ -169,7 +178,9 @@ class Anchor:
         return padded
 
     def reconstruct(self, shard: Shard, local: torch.Tensor) -> torch.Tensor:
-        """This rank's shard of the point, from its shard of the parameters and what was applied since the refresh."""
+        """This rank's shard of the point, from its shard of the parameters and what was applied
+        since the refresh.
+        """
         center = self._drifts[shard.decays].center(local)
         return self._direction.combine_(
             torch.empty_like(local),

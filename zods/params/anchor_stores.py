@@ -29,7 +29,9 @@ ALIGNMENT = 4096  # bytes; file offsets and lengths of direct I/O, per thread of
 
 
 class ShardStore(Protocol):
-    """One tensor of `numel` elements per shard, written and read in blocks: element ranges [start, stop)."""
+    """One tensor of `numel` elements per shard, written and read in blocks: element ranges [start,
+    stop).
+    """
 
     device_bytes: int
     offloaded_bytes: int
@@ -46,7 +48,10 @@ class ShardStore(Protocol):
 
 
 class MemoryStore:
-    """Shards in the device's memory, or in the host's with `pin_memory` (None: on the device). One block per shard."""
+    """Shards in the device's memory, or in the host's with `pin_memory` (None: on the device).
+
+    One block per shard.
+    """
 
     def __init__(
         self, parameters: ShardedParameters, device: torch.device, pin_memory: bool | None
@@ -70,10 +75,11 @@ class MemoryStore:
 
 
 class NvmeStore:
-    """Shards in one file of this rank: writes go on behind, and the block that followed this one last time is read
-    ahead.
+    """Shards in one file of this rank: writes go on behind, and the block that followed this one
+    last time is read ahead.
 
-    The fingerprint of every block written is kept in memory, and every block read is held against it.
+    The fingerprint of every block written is kept in memory, and every block read is held against
+    it.
     """
 
     def __init__(
@@ -86,8 +92,9 @@ class NvmeStore:
         buffer_size: int,
         remake: Callable[[Shard, int, int], torch.Tensor] | None,
     ) -> None:
-        """path: the file, created here at its full size. aio: DeepSpeed's section "aio". buffer_size: elements of a block.
-        remake: gives the elements [start, stop) of a shard again, as they were written; None where that cannot be.
+        """path: the file, created here at its full size. aio: DeepSpeed's section "aio".
+        buffer_size: elements of a block. remake: gives the elements [start, stop) of a shard again,
+        as they were written; None where that cannot be.
 
         Raises ValueError where the drive has too little space, OSError where it is not writable.
         """
@@ -164,7 +171,8 @@ class NvmeStore:
                 )
                 return values
         raise RuntimeError(
-            f"{damage}: the drive is failing, or something else writes to the file. Start again with the same command: "
+            f"{damage}: the drive is failing, or something else writes to the file. Start again "
+            f"with the same command: "
             "that rebuilds the anchor exactly from the trajectory log."
         )
 
@@ -200,7 +208,9 @@ class NvmeStore:
 
 
 class _AsyncFile:
-    """A file of fixed size, locked while the process lives, under DeepSpeed's async_io; removed when closed."""
+    """A file of fixed size, locked while the process lives, under DeepSpeed's async_io; removed
+    when closed.
+    """
 
     def __init__(self, path: Path, size: int, aio: Mapping[str, Any]) -> None:
         self._path = path
@@ -249,7 +259,10 @@ class _AsyncFile:
 
 
 def _allocate(path: Path, size: int) -> Any:
-    """Create `path` at `size` bytes and hold its lock while the process lives. Raises ValueError or OSError."""
+    """Create `path` at `size` bytes and hold its lock while the process lives.
+
+    Raises ValueError or OSError.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open(path, "ab")  # noqa: SIM115 (kept open for its lock)
     try:
@@ -267,14 +280,17 @@ def _allocate(path: Path, size: int) -> Any:
             raise
         free = shutil.disk_usage(path.parent).free
         raise ValueError(
-            f"zeroth_order.anchor.nvme_path: {path.parent} is too small: this rank needs {size} bytes for {path.name}, "
+            f"zeroth_order.anchor.nvme_path: {path.parent} is too small: this rank needs {size} "
+            f"bytes for {path.name}, "
             f"{free} are free. Use another drive, more ranks, or keep it as terms."
         ) from error
     return file
 
 
 def check_nvme(nvme_path: str, key: str) -> None:
-    """Raise ValueError unless `nvme_path` is a writable folder and DeepSpeed's async_io can be used. Local to a rank."""
+    """Raise ValueError unless `nvme_path` is a writable folder and DeepSpeed's async_io can be
+    used. Local to a rank.
+    """
     folder = Path(nvme_path)
     if not folder.is_dir():
         raise ValueError(
@@ -288,6 +304,7 @@ def check_nvme(nvme_path: str, key: str) -> None:
         raise ValueError(f"{key}: {nvme_path} is not writable ({error.strerror}).") from error
     if not AsyncIOBuilder().is_compatible(verbose=False):
         raise ValueError(
-            f"{key}: DeepSpeed's async_io cannot be built: libaio is missing. Install it (Debian, Ubuntu: apt-get install "
+            f"{key}: DeepSpeed's async_io cannot be built: libaio is missing. Install it (Debian, "
+            f"Ubuntu: apt-get install "
             "libaio-dev), or use cpu."
         )

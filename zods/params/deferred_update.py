@@ -1,8 +1,9 @@
-"""Where parameters are offloaded: an update waits until each parameter is next loaded, which saves a load of each per step.
+"""Where parameters are offloaded: an update waits until each parameter is next loaded, which saves
+a load of each per step.
 
-A forward has the gathered parameter at hand, and this rank's shard in host memory. The update is applied to the gathered
-one on all ranks (to the same bits: it depends on an element's index alone), and the shard is written back from it, to
-NVMe while the module runs.
+A forward has the gathered parameter at hand, and this rank's shard in host memory. The update is
+applied to the gathered one on all ranks (to the same bits: it depends on an element's index alone),
+and the shard is written back from it, to NVMe while the module runs.
 """
 
 from __future__ import annotations
@@ -28,11 +29,13 @@ class DeferredUpdate:
         self._storing: list[Shard] = []
 
     def defer(self, update: Update) -> None:
-        """Take over an update that has no part of a stored anchor gradient, after what the one before still has to do.
+        """Take over an update that has no part of a stored anchor gradient, after what the one
+        before still has to do.
 
         No gathered copies may be held.
 
-        Parameters of DeepSpeed's leaf modules are updated at once: which of them a forward uses may differ by rank.
+        Parameters of DeepSpeed's leaf modules are updated at once: which of them a forward uses may
+        differ by rank.
         """
         self.flush()
         self._update = update
@@ -62,7 +65,9 @@ class DeferredUpdate:
             del self._waiting[ordinal]
 
     def before_release(self) -> None:
-        """Wait until what was written is stored: DeepSpeed may use its memory for another parameter."""
+        """Wait until what was written is stored: DeepSpeed may use its memory for another
+        parameter.
+        """
         if self._storing:
             finish_stores([shard.param for shard in self._storing])
             self._storing = []

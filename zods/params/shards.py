@@ -1,4 +1,5 @@
-"""This rank's shards of the trainable parameters: their ranges, access to them, and updates of them.
+"""This rank's shards of the trainable parameters: their ranges, access to them, and updates of
+them.
 
 Works on ZeRO-3 shards (stage 3) and on replicated parameters (stage 0), where a rank's shard is the
 whole parameter.
@@ -24,9 +25,10 @@ DTYPES = (torch.float32, torch.bfloat16)
 class Shard:
     """The part of one trainable parameter that this rank owns.
 
-    ordinal: the parameter's position in `named_parameters()`, frozen ones counted. An element of a direction is
-    named by it and by the element's index in the flat whole parameter. offset: index of the shard's first element
-    in the whole. numel: elements owned, without padding; may be 0. padded_numel: the same on all ranks.
+    ordinal: the parameter's position in `named_parameters()`, frozen ones counted. An element of a
+    direction is named by it and by the element's index in the flat whole parameter. offset: index
+    of the shard's first element in the whole. numel: elements owned, without padding; may be 0.
+    padded_numel: the same on all ranks.
     """
 
     name: str
@@ -48,7 +50,9 @@ class Shard:
 
 
 class ShardedParameters:
-    """The trainable parameters of a module as this rank's shards, in the order of `named_parameters()`."""
+    """The trainable parameters of a module as this rank's shards, in the order of
+    `named_parameters()`.
+    """
 
     def __init__(
         self,
@@ -57,9 +61,11 @@ class ShardedParameters:
         rank: int,
         model_parameters: Iterable[torch.nn.Parameter] | None = None,
     ) -> None:
-        """model_parameters: those to train among the ones that require a gradient; None trains all of these.
+        """model_parameters: those to train among the ones that require a gradient; None trains all
+        of these.
 
-        Raises ValueError when nothing is trainable, or a trainable parameter is neither float32 nor bfloat16.
+        Raises ValueError when nothing is trainable, or a trainable parameter is neither float32 nor
+        bfloat16.
         """
         wanted = None if model_parameters is None else {id(p) for p in model_parameters}
         shards = [
@@ -79,7 +85,8 @@ class ShardedParameters:
         odd = [f"{s.name} ({s.dtype})" for s in self.shards if s.dtype not in DTYPES]
         if odd:
             raise ValueError(
-                f"model: trainable parameters must be float32 or bfloat16; found {', '.join(odd[:3])}."
+                f"model: trainable parameters must be float32 or bfloat16; found "
+                f"{', '.join(odd[:3])}."
             )
         self.numel = sum(s.whole_numel for s in self.shards)
 
@@ -92,11 +99,12 @@ class ShardedParameters:
     def visit(
         self, *, write: bool, shards: Sequence[Shard] | None = None
     ) -> Iterator[tuple[Shard, torch.Tensor]]:
-        """(shard, its elements as a 1-D tensor of `numel`), one after the other, where they are stored.
+        """(shard, its elements as a 1-D tensor of `numel`), one after the other, where they are
+        stored.
 
-        Shards on NVMe are read one ahead and, with `write`, written back behind. Without it changes to them are lost.
-        The gathered copies of the parameters must have been released before (`release_gathered`).
-        shards: those to visit; None: all.
+        Shards on NVMe are read one ahead and, with `write`, written back behind. Without it changes
+        to them are lost. The gathered copies of the parameters must have been released before
+        (`release_gathered`). shards: those to visit; None: all.
         """
         shards = self.shards if shards is None else shards
         for shard, following in zip(shards, [*shards[1:], None], strict=True):
@@ -119,8 +127,8 @@ class ShardedParameters:
     ) -> None:
         """Apply an update to this rank's shards, in one sweep over each.
 
-        dense: the anchor gradient, a shard's (start, elements) in blocks that together cover it; None where the
-        update has no part of it. shards: as in `visit`.
+        dense: the anchor gradient, a shard's (start, elements) in blocks that together cover it;
+        None where the update has no part of it. shards: as in `visit`.
         """
         for shard, local in self.visit(write=True, shards=shards):
             if shard.numel == 0:

@@ -59,7 +59,8 @@ def gathered(params: Sequence[torch.nn.Parameter]) -> Iterator[None]:
 
 
 def release_gathered(deepspeed_engine: Any) -> None:
-    """Drop every gathered copy that DeepSpeed still holds, so that the next forward gathers what is stored.
+    """Drop every gathered copy that DeepSpeed still holds, so that the next forward gathers what is
+    stored.
 
     Waits for gathers that are under way, which a forward that was cut short leaves behind.
     """
@@ -79,8 +80,9 @@ def release_gathered(deepspeed_engine: Any) -> None:
 def stop_nvme_prefetch(deepspeed_engine: Any) -> None:
     """Have shards read from NVMe when they are needed, not ahead.
 
-    DeepSpeed 0.19.8 fails on a parameter that its trace of a forward names twice within its read-ahead.
-    Where forwards advance in lockstep, the trace names every parameter once per forward.
+    DeepSpeed 0.19.8 fails on a parameter that its trace of a forward names twice within its
+    read-ahead. Where forwards advance in lockstep, the trace names every parameter once per
+    forward.
     """
     coordinator = deepspeed_engine.optimizer and deepspeed_engine.optimizer.get_param_coordinator()
     if coordinator is not None:
@@ -107,7 +109,10 @@ def can_read_ahead(param: Any) -> bool:
 
 
 def begin_load(param: Any) -> None:
-    """Start to read a shard from NVMe, unless that is under way. Waits for writes if it needs their buffer."""
+    """Start to read a shard from NVMe, unless that is under way.
+
+    Waits for writes if it needs their buffer.
+    """
     if on_nvme(param) and param.ds_tensor.status is PartitionedParamStatus.NOT_AVAILABLE:
         if param.nvme_swapper.available_swap_in_buffers() == 0:
             param.nvme_swapper.synchronize_writes()
@@ -120,18 +125,23 @@ def finish_load(param: Any) -> None:
 
 
 def release_shard(param: Any, write: bool) -> None:
-    """Release the memory of a shard that was loaded. write: store it first; this goes on until `finish_stores`."""
+    """Release the memory of a shard that was loaded. write: store it first; this goes on until
+    `finish_stores`.
+    """
     if not on_nvme(param):
         return
     if write:
-        param.nvme_swapper.synchronize_writes()  # of the shard before; this write runs while the next is computed
+        # of the shard before; this write runs while the next is computed
+        param.nvme_swapper.synchronize_writes()
         param.nvme_swapper.swap_out_and_release([param], async_op=True, force_buffer_release=True)
     else:
         param.nvme_swapper.remove_partition_and_release_buffers([param])
 
 
 def store_from_gathered(param: Any, offset: int, numel: int) -> None:
-    """Store this rank's shard of a parameter that is gathered; on NVMe this goes on until `finish_stores`."""
+    """Store this rank's shard of a parameter that is gathered; on NVMe this goes on until
+    `finish_stores`.
+    """
     updated = param.data.view(-1)[offset : offset + numel]
     released = on_nvme(param) and param.ds_tensor.status is not PartitionedParamStatus.AVAILABLE
     if released:  # as DeepSpeed does with the shard of a parameter that stays gathered
@@ -144,7 +154,8 @@ def store_from_gathered(param: Any, offset: int, numel: int) -> None:
     if on_nvme(param):
         param.nvme_swapper.swap_out_and_release([param], async_op=True, force_buffer_release=True)
         if not released:
-            param.nvme_swapper.swap_out_params.pop()  # DeepSpeed releases the shard with the gathered parameter
+            # DeepSpeed releases the shard with the gathered parameter
+            param.nvme_swapper.swap_out_params.pop()
 
 
 def finish_stores(params: Sequence[Any]) -> None:

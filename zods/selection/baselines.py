@@ -1,4 +1,5 @@
-"""Baselines that the default selection is compared with: other choices, and the features of the paper.
+"""Baselines that the default selection is compared with: other choices, and the features of the
+paper.
 
 choices   the longest examples, those of the highest loss, random ones; stochastic greedy and GreeDi,
           which approximate the greedy choice of `zods.selection.facility_location`
@@ -56,7 +57,8 @@ def shuffled(indices: Sequence[int], seed: int) -> list[int]:
 def stochastic_greedy(problem: Problem, k: int, *, seed: int, epsilon: float = 0.01) -> Chosen:
     """Choose min(k, n) candidates, each the best of n / k ln(1 / epsilon) drawn at random.
 
-    The objective is (1 - 1/e - epsilon) of the optimum in expectation. The cost does not grow with k.
+    The objective is (1 - 1/e - epsilon) of the optimum in expectation. The cost does not grow with
+    k.
     """
     check_budget(k)
     generator = torch.Generator().manual_seed(seed)

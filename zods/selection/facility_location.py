@@ -1,11 +1,12 @@
-"""Facility location: choose the k candidates that best stand for all items. Pure: no ranks, no modules.
+"""Facility location: choose the k candidates that best stand for all items. Pure: no ranks, no
+modules.
 
     F(S) = sum_i (D - min_{j in S} d(i, j)),   F(empty set) = 0,   D at least the largest distance
 
-is monotone and submodular, so greedy choice reaches (1 - 1/e) of the optimum (Nemhauser et al. 1978);
-with similarities s = D - d it is F(S) = sum_i max_{j in S} s(i, j). Distances are integers here, of
-features taken to 16-bit integers, and sums of them are exact: a choice depends neither on the order of
-a sum nor on who computes it. Equal gains go to the lowest id.
+is monotone and submodular, so greedy choice reaches (1 - 1/e) of the optimum (Nemhauser et al.
+1978); with similarities s = D - d it is F(S) = sum_i max_{j in S} s(i, j). Distances are integers
+here, of features taken to 16-bit integers, and sums of them are exact: a choice depends neither on
+the order of a sum nor on who computes it. Equal gains go to the lowest id.
 
 Lazy evaluation: Minoux 1978. Approximations for comparison are in `zods.selection.baselines`.
 """
@@ -41,7 +42,8 @@ class Chosen:
     """Candidates in the order of choice.
 
     ids: never one twice. gains: what each added to F, in the unit of the distances. objective: F.
-    weights: how many items each stands for, which are those that are not nearer to another (nor as near to an earlier one).
+    weights: how many items each stands for, which are those that are not nearer to another (nor as
+    near to an earlier one).
     """
 
     ids: list[int]
@@ -66,7 +68,8 @@ class Problem:
         largest: D. unit: what an integer 1 is worth."""
         if num_candidates > MAX_CANDIDATES:
             raise ValueError(
-                f"a choice is among at most {MAX_CANDIDATES:,} candidates and items, got {num_candidates:,}"
+                f"a choice is among at most {MAX_CANDIDATES:,} candidates and items, got "
+                f"{num_candidates:,}"
             )
         self.num_candidates = num_candidates
         self.largest, self.unit, self.device = largest, unit, device
@@ -85,7 +88,8 @@ class Problem:
         nearest: (num_candidates,), each item's distance to those chosen."""
         if self._kept is not None:
             return summed_excess(nearest, self._kept, candidates)
-        # made beforehand: small tensors between large ones keep the allocator from using these again
+        # made beforehand: small tensors between large ones keep the allocator from using these
+        # again
         found = torch.empty_like(candidates)
         size = max(1, _BLOCK // max(1, self.num_candidates))
         for start in range(0, len(candidates), size):
@@ -123,14 +127,14 @@ def _gains(distances: Tensor, nearest: Tensor) -> Tensor:
     return summed_excess(nearest, distances, torch.arange(len(distances), device=distances.device))
 
 
-# --- problems ---------------------------------------------------------------------------------------------------------
+# --- problems -------------------------------------------------------------------------------------
 
 
 def from_features(features: Tensor, metric: str = "l2") -> Problem:
     """Items that are the candidates, at the distance of their features (n, m), of any real dtype.
 
-    metric: one of METRICS; cosine is 1 - cos, and 1 where a vector is 0. D is twice the largest norm (cosine: 2).
-    Raises ValueError for features that are not finite, and for an unknown metric.
+    metric: one of METRICS; cosine is 1 - cos, and 1 where a vector is 0. D is twice the largest
+    norm (cosine: 2). Raises ValueError for features that are not finite, and for an unknown metric.
     """
     if features.ndim != 2:
         raise ValueError(f"features must be (n, m), got shape {tuple(features.shape)}")
@@ -144,7 +148,9 @@ def from_features(features: Tensor, metric: str = "l2") -> Problem:
 
 
 def quantised(features: Tensor, largest: float) -> Tensor:
-    """Features as int16; `largest` is the largest magnitude among all that are compared, on whatever rank."""
+    """Features as int16; `largest` is the largest magnitude among all that are compared, on
+    whatever rank.
+    """
     if largest == 0.0:
         return torch.zeros_like(features, dtype=torch.int16)
     return (features.double() / largest * _LARGEST_FEATURE).round().to(torch.int16)
@@ -203,7 +209,7 @@ def _scale(largest: float) -> float:
     return 2.0 ** (24 - math.frexp(largest)[1]) if largest else 1.0
 
 
-# --- choices ----------------------------------------------------------------------------------------------------------
+# --- choices --------------------------------------------------------------------------------------
 
 
 def lazy_greedy(
@@ -213,8 +219,9 @@ def lazy_greedy(
 
     Few of the gains are made: a gain only falls, so an old one bounds a new one.
 
-    own: the candidates that this rank evaluates (default all); exchange: gives every rank's list of 17 integers, in rank
-    order, for this rank's. All ranks know all distances, together own all candidates, and choose the same.
+    own: the candidates that this rank evaluates (default all); exchange: gives every rank's list of
+    17 integers, in rank order, for this rank's. All ranks know all distances, together own all
+    candidates, and choose the same.
     """
     check_budget(k)
     if exchange is None:

@@ -1,7 +1,8 @@
 """A few numbers for each example of a batch, whose distances are those of the examples' gradients.
 
-Feature k of example i is the derivative of its loss, the mean over its own labelled tokens, along direction k of one matrix:
-the value projection of the last block. So the features are a random projection of the gradient of that matrix.
+Feature k of example i is the derivative of its loss, the mean over its own labelled tokens, along
+direction k of one matrix: the value projection of the last block. So the features are a random
+projection of the gradient of that matrix.
 
 zo     by differences of losses at points along the directions: one forward, in which all but the last block and the head run
        once, and the last block and the head on stacks of the points
@@ -9,8 +10,8 @@ exact  the same derivatives by automatic differentiation from the losses back to
 paper  by differences along one direction alone (Nguyen et al. 2024, arXiv:2407.19580v1); see
        `zods.selection.baselines`
 
-Only labelled tokens reach the head. Directions are low-rank, U V^T / sqrt(r), from seeds: the matrix's gradients, which would
-be large, are never made.
+Only labelled tokens reach the head. Directions are low-rank, U V^T / sqrt(r), from seeds: the
+matrix's gradients, which would be large, are never made.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ from zods.params.zero3_adapter import release_gathered
 
 logger = logging.getLogger(__name__)
 
-VALUE_PROJECTIONS = (  # of a block, as models name it; further down, one that makes queries and keys too
+# of a block, as models name it; further down, one that makes queries and keys too
+VALUE_PROJECTIONS = (
     "v_proj",
     "value",
     "v_lin",
@@ -51,10 +53,11 @@ _STACK_ELEMENTS_ON_CPU = (
 
 @dataclass(frozen=True)
 class Target:
-    """The matrix whose gradients are compared. ordinal: its place in `named_parameters()`. shape: of the whole.
+    """The matrix whose gradients are compared. ordinal: its place in `named_parameters()`. shape:
+    of the whole.
 
-    input_first: the matrix is (inputs, outputs), as in transformers' Conv1D. blocks: those of the model, in order; none
-    where the matrix is in none. block: the place of the one that holds it.
+    input_first: the matrix is (inputs, outputs), as in transformers' Conv1D. blocks: those of the
+    model, in order; none where the matrix is in none. block: the place of the one that holds it.
     """
 
     name: str
@@ -67,10 +70,12 @@ class Target:
 
 
 def find_target(model: nn.Module, pattern: str | None = None) -> Target:
-    """The last matrix of a linear layer whose parameter's name `pattern` (a regular expression) is found in.
+    """The last matrix of a linear layer whose parameter's name `pattern` (a regular expression) is
+    found in.
 
-    None: the value projection of the last block; where an adapter (LoRA) is trained on it, the adapter's second matrix,
-    since the gradient of the first is 0 at the start. Raises ValueError where there is none, naming some that there are.
+    None: the value projection of the last block; where an adapter (LoRA) is trained on it, the
+    adapter's second matrix, since the gradient of the first is 0 at the start. Raises ValueError
+    where there is none, naming some that there are.
     """
     modules = dict(model.named_modules())
     found: dict[str, Target] = {}
@@ -99,7 +104,8 @@ def find_target(model: nn.Module, pattern: str | None = None) -> Target:
             else f"no linear layer's parameter matches {pattern!r}"
         )
         raise ValueError(
-            f"selector.pattern: {what}. Give a regular expression that is found in one of: {', '.join(list(found)[-8:])}."
+            f"selector.pattern: {what}. Give a regular expression that is found in one of: "
+            f"{', '.join(list(found)[-8:])}."
         )
     return matching[-1]
 
@@ -118,7 +124,9 @@ def _value_projections(targets: dict[str, Target], kind: str) -> list[Target]:
 
 
 def _blocks(model: nn.Module, name: str) -> tuple[tuple[nn.Module, ...], int]:
-    """The outermost list of modules around a parameter, and the place in it of the one that holds the parameter."""
+    """The outermost list of modules around a parameter, and the place in it of the one that holds
+    the parameter.
+    """
     parts = name.split(".")
     for depth in range(1, len(parts)):
         around = model.get_submodule(".".join(parts[:depth]))
@@ -138,7 +146,8 @@ def without_cache(model: nn.Module) -> dict[str, Any]:
 
 
 class FeatureExtractor:
-    """Features of the examples of a batch, on a model that may be under DeepSpeed (any ZeRO stage, offloaded or not).
+    """Features of the examples of a batch, on a model that may be under DeepSpeed (any ZeRO stage,
+    offloaded or not).
 
     deepspeed_engine: a DeepSpeedEngine, or None for a model that is not sharded.
     """
@@ -155,7 +164,9 @@ class FeatureExtractor:
         two_sided: bool = True,
         agree: Callable[[int], int] = int,
     ) -> None:
-        """agree: the largest of the ranks' values, so that all ranks of a sharded model make as many forwards."""
+        """agree: the largest of the ranks' values, so that all ranks of a sharded model make as
+        many forwards.
+        """
         self._model, self._deepspeed = model, deepspeed_engine
         self.target = find_target(model, pattern)
         self._kind = kind
@@ -166,10 +177,11 @@ class FeatureExtractor:
         logger.info("features: %s of %s %s", kind, self.target.name, self.target.shape)
 
     def __call__(self, batch: dict[str, Any], seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """(features (B, m) float32, losses (B,) float32) of a batch on the device; the loss of an example without labels is
-        NaN. seeds: of the m directions.
+        """(features (B, m) float32, losses (B,) float32) of a batch on the device; the loss of an
+        example without labels is NaN. seeds: of the m directions.
 
-        All ranks of a sharded model call it together. The model is left in the mode it was in, nothing of it is changed.
+        All ranks of a sharded model call it together. The model is left in the mode it was in,
+        nothing of it is changed.
         """
         with self._pass(batch) as pass_:
             return (
@@ -197,7 +209,10 @@ class FeatureExtractor:
                 release_gathered(self._deepspeed)
 
     def _exact(self, pass_: _Pass, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """<dL_i/dW, Z_k> = sum over tokens t of (delta_t . U_k) (x_t . V_k), delta the gradient of the matrix's output."""
+        """<dL_i/dW, Z_k> = sum over tokens t of (delta_t .
+
+        U_k) (x_t . V_k), delta the gradient of the matrix's output.
+        """
         made: list[
             Tensor
         ] = []  # the input of the matrix and its output, from which the graph begins
@@ -261,7 +276,9 @@ class FeatureExtractor:
     def _factors(
         self, seeds: Sequence[int], coefficient: float, device: torch.device
     ) -> tuple[Tensor, Tensor]:
-        """(U (outputs, K r), V (inputs, K r)): the directions as seen from the layer's outputs and inputs."""
+        """(U (outputs, K r), V (inputs, K r)): the directions as seen from the layer's outputs and
+        inputs.
+        """
         rows = range(self.target.shape[0])
         left, right = self._direction.factors(
             self.target, seeds, [coefficient] * len(seeds), rows, device
@@ -270,7 +287,9 @@ class FeatureExtractor:
 
 
 class _Labelled(NamedTuple):
-    """The labelled tokens of a batch. positions: of what predicts them, in (B L). owners: their examples."""
+    """The labelled tokens of a batch. positions: of what predicts them, in (B L). owners: their
+    examples.
+    """
 
     positions: Tensor
     targets: Tensor
@@ -302,7 +321,9 @@ class _Pass:
 
     @property
     def largest(self) -> int:
-        """Elements of the larger of the logits and the hidden states of the last block, per copy of the batch."""
+        """Elements of the larger of the logits and the hidden states of the last block, per copy of
+        the batch.
+        """
         vocabulary = getattr(self._head, "out_features", 1)
         labelled = 1 if self._labelled is None else len(self._labelled.positions)
         tokens = max(value.numel() for value in self._inputs.values() if isinstance(value, Tensor))
@@ -315,10 +336,11 @@ class _Pass:
         copies: int = 1,
         record: bool = False,
     ) -> Tensor:
-        """The losses of the examples, (copies, B): the last block and the head run on so many copies of the batch.
+        """The losses of the examples, (copies, B): the last block and the head run on so many
+        copies of the batch.
 
-        at_target: (input, output of the matrix's layer) -> the output to go on with. record: keep what the block before
-        the last returns; later calls begin with it.
+        at_target: (input, output of the matrix's layer) -> the output to go on with. record: keep
+        what the block before the last returns; later calls begin with it.
         """
         cut: list[bool] = []
 
@@ -348,7 +370,8 @@ class _Pass:
             logits = logits_of(self._model(**self._repeated(self._inputs, copies)))
         if logits is None:
             raise ValueError(
-                "the model gives no logits without labels, so the losses of single examples are not known."
+                "the model gives no logits without labels, so the losses of single examples are "
+                "not known."
             )
         with torch.set_grad_enabled(logits.requires_grad):
             if not cut or self._labelled is None:
@@ -358,7 +381,8 @@ class _Pass:
             tokens = functional.cross_entropy(
                 logits.flatten(0, 1).float(), targets.repeat(copies), reduction="none"
             )
-            # one place for each token, not one sum for each example: adding in place has no fixed order on a GPU
+            # one place for each token, not one sum for each example: adding in place has no fixed
+            # order on a GPU
             placed = tokens.new_zeros(copies, self._labels.numel()).index_copy(
                 1, positions, tokens.view(copies, -1)
             )
@@ -366,7 +390,9 @@ class _Pass:
             return sums / torch.bincount(owners, minlength=len(self._labels))
 
     def per_example(self, products: Tensor) -> Tensor:
-        """(B, m): the sums over each example's tokens of what was made of the matrix's inputs, (B, L, m)."""
+        """(B, m): the sums over each example's tokens of what was made of the matrix's inputs, (B,
+        L, m).
+        """
         if (
             self._target.module is self._head and self._labelled is not None
         ):  # its inputs are labelled tokens, (1, N, m)
@@ -388,7 +414,9 @@ class _Pass:
 
     @contextmanager
     def _beginning_at_last_block(self, record: bool, copies: int) -> Iterator[None]:
-        """Blocks before the last do nothing where it is known what they give; else that is kept, with `record`."""
+        """Blocks before the last do nothing where it is known what they give; else that is kept,
+        with `record`.
+        """
         prefix = self._target.blocks[: self._target.block]
         if not prefix or (self._before_last is None and not record):
             yield

@@ -1,4 +1,6 @@
-"""Loaders of chosen examples: over a dataset of one's own, and around a loader of first-order DeepSpeed training."""
+"""Loaders of chosen examples: over a dataset of one's own, and around a loader of first-order
+DeepSpeed training.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ from zods.selection.sub_batches import Batch, SubBatches
 
 
 class SelectingLoader(EpochLoader):
-    """This rank's micro-batches of the chosen examples, epoch after epoch; resumable. The face of `TrainingLoader`.
+    """This rank's micro-batches of the chosen examples, epoch after epoch; resumable. The face of
+    `TrainingLoader`.
 
     An epoch is a pass over the data in candidate batches, `interval` steps for each.
     """
@@ -65,7 +68,9 @@ class SelectingLoader(EpochLoader):
         return self.selection.selected_ids
 
     def candidates(self, epoch_and_step: tuple[int, int]) -> list[int]:
-        """Ids, ascending, of which the sub-batch of the step that ends at `epoch_and_step` is chosen."""
+        """Ids, ascending, of which the sub-batch of the step that ends at `epoch_and_step` is
+        chosen.
+        """
         order = epoch_order(
             len(self.dataset), self._config.candidates, self._seed, epoch_and_step[0]
         )
@@ -91,12 +96,13 @@ class SelectingLoader(EpochLoader):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on at the first step that `state` had not begun, on any number of ranks; raises ValueError where the data or the
-        sizes of batches are others."""
+        """Go on at the first step that `state` had not begun, on any number of ranks; raises
+        ValueError where the data or the sizes of batches are others."""
         for key, here in self._kind().items():
             if state.get(key) != here:
                 raise ValueError(
-                    f"selector: {key} is {here}, but {state.get(key)} in the checkpoint. Resume with the same."
+                    f"selector: {key} is {here}, but {state.get(key)} in the checkpoint. Resume "
+                    f"with the same."
                 )
         self.epoch, self.position = state["epoch"], state["steps"] * self.accumulation
         self.selection.load_state_dict(state)
@@ -125,7 +131,8 @@ class SelectedBatches:
         size = int(loader.batch_size or 0) * comm.world_size
         if size == 0 or self._config.candidates % size:
             raise ValueError(
-                f"selector.candidates: found {self._config.candidates}, but the loader's batches of {loader.batch_size} on "
+                f"selector.candidates: found {self._config.candidates}, but the loader's batches "
+                f"of {loader.batch_size} on "
                 f"{comm.world_size} ranks give {size} at a time. Give a multiple."
             )
         self._loads = self._config.candidates // size
@@ -174,18 +181,21 @@ def select(
     seed: int = 42,
     loss_mean: str = "tokens",
 ) -> SelectedBatches:
-    """Around a loader of first-order DeepSpeed training: micro-batches of chosen examples in place of the loader's own.
+    """Around a loader of first-order DeepSpeed training: micro-batches of chosen examples in place
+    of the loader's own.
 
         for batch in zods.select(loader, engine, {"candidates": 128, "source_column": "source"}):
             loss = zods.weighted_loss(engine, batch)
             engine.backward(loss)
             engine.step()
 
-    loader: a torch DataLoader, or the one that `deepspeed.initialize` returns, over a map-style dataset that every rank can
-    read; its samplers decide who the candidates are. engine: a DeepSpeedEngine; its train_batch_size is the number chosen.
-    config: the keys of the section "selector". Each item is a dict of the model's inputs and labels, on the CPU, and
-    `example_weights`. loss_mean: what a step's loss is the weighted mean over, "tokens" (the chosen's label tokens) or
-    "examples" (each the mean over its own label tokens); `weighted_loss` is to be given the same.
+    loader: a torch DataLoader, or the one that `deepspeed.initialize` returns, over a map-style
+    dataset that every rank can read; its samplers decide who the candidates are. engine: a
+    DeepSpeedEngine; its train_batch_size is the number chosen. config: the keys of the section
+    "selector". Each item is a dict of the model's inputs and labels, on the CPU, and
+    `example_weights`. loss_mean: what a step's loss is the weighted mean over, "tokens" (the
+    chosen's label tokens) or "examples" (each the mean over its own label tokens); `weighted_loss`
+    is to be given the same.
 
     Raises ValueError, the same on all ranks, where the loader or the configuration does not serve.
     """
@@ -196,7 +206,8 @@ def select(
             loader = iter(loader).dataloader  # it makes one for each pass
         if not isinstance(loader, DataLoader) or loader.batch_sampler is None:
             raise ValueError(
-                f"loader: found {type(loader).__name__}, expected a DataLoader with batches of a map-style dataset."
+                f"loader: found {type(loader).__name__}, expected a DataLoader with batches of a "
+                f"map-style dataset."
             )
         check_dataset(loader.dataset, "loader.dataset")
         sub_batches = SubBatches(
@@ -215,11 +226,11 @@ def select(
 def weighted_loss(
     engine: DeepSpeedEngine, batch: Mapping[str, Any], loss_mean: str = "tokens"
 ) -> Tensor:
-    """The loss of one of `select`'s micro-batches on `engine`: the weighted sum of its examples' losses, each the sum over the
-    example's own label tokens, or with "examples" their mean.
+    """The loss of one of `select`'s micro-batches on `engine`: the weighted sum of its examples'
+    losses, each the sum over the example's own label tokens, or with "examples" their mean.
 
-    loss_mean: as given to `select`. 0-d, with a graph; scaled for `engine.backward`, which takes the mean over micro-batches
-    and ranks.
+    loss_mean: as given to `select`. 0-d, with a graph; scaled for `engine.backward`, which takes
+    the mean over micro-batches and ranks.
     """
     check_loss_mean(loss_mean)
     moved = to_device(batch, engine.device)

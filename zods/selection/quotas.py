@@ -1,4 +1,7 @@
-"""How many of which source are chosen, and who trains on what. Pure, in integers: the same on every rank."""
+"""How many of which source are chosen, and who trains on what.
+
+Pure, in integers: the same on every rank.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,12 @@ from collections.abc import Mapping, Sequence
 
 
 def quotas_of(sizes: Mapping[str, int], budget: int) -> dict[str, int]:
-    """How many of each source are chosen out of a candidate batch, `budget` in all (or all there are).
+    """How many of each source are chosen out of a candidate batch, `budget` in all (or all there
+    are).
 
-    Sources below the mean size are kept whole, the others share what is left in proportion to their sizes (Nguyen et al.
-    2024, section 4). Where those to be kept would leave nothing, none is kept whole: all share the budget in proportion.
+    Sources below the mean size are kept whole, the others share what is left in proportion to their
+    sizes (Nguyen et al. 2024, section 4). Where those to be kept would leave nothing, none is kept
+    whole: all share the budget in proportion.
 
     sizes: the candidates of each source. Sources are taken in the order of their names.
     """
@@ -26,8 +31,8 @@ def quotas_of(sizes: Mapping[str, int], budget: int) -> dict[str, int]:
 
 
 def capped_quotas(asked: Mapping[str, int], sizes: Mapping[str, int]) -> dict[str, int]:
-    """The quotas asked for, where a source has as many; what others lack is shared by those that have more, in proportion
-    to what they have left."""
+    """The quotas asked for, where a source has as many; what others lack is shared by those that
+    have more, in proportion to what they have left."""
     names = sorted(sizes)
     quotas = {name: min(asked.get(name, 0), sizes[name]) for name in names}
     lacking = min(sum(asked.values()), sum(sizes.values())) - sum(quotas.values())
@@ -39,8 +44,8 @@ def capped_quotas(asked: Mapping[str, int], sizes: Mapping[str, int]) -> dict[st
 
 
 def largest_remainder(sizes: Sequence[int], budget: int) -> list[int]:
-    """`budget`, at most the sum of `sizes`, shared in proportion to them: whole parts, then one each to the largest
-    remainders (the earlier of equals). No share exceeds its size."""
+    """`budget`, at most the sum of `sizes`, shared in proportion to them: whole parts, then one
+    each to the largest remainders (the earlier of equals). No share exceeds its size."""
     total = max(1, sum(sizes))
     shares = [budget * size // total for size in sizes]
     by_remainder = sorted(range(len(sizes)), key=lambda i: (-(budget * sizes[i] % total), i))
@@ -52,11 +57,12 @@ def largest_remainder(sizes: Sequence[int], budget: int) -> list[int]:
 def deal(
     num_tokens: Sequence[int], num_ranks: int, accumulation: int, micro_batch: int
 ) -> list[list[list[int]]]:
-    """Examples, by their indices, as micro-batches: [rank][micro-batch] -> indices. Balanced by tokens.
+    """Examples, by their indices, as micro-batches: [rank][micro-batch] -> indices. Balanced by
+    tokens.
 
-    Those of like length go together, so that there is little padding and no rank waits for another in a forward: sorted by
-    length, cut into `accumulation` groups, each dealt out to the ranks in turn, forth and back. A micro-batch is empty
-    only where there are too few examples.
+    Those of like length go together, so that there is little padding and no rank waits for another
+    in a forward: sorted by length, cut into `accumulation` groups, each dealt out to the ranks in
+    turn, forth and back. A micro-batch is empty only where there are too few examples.
     """
     longest_first = sorted(range(len(num_tokens)), key=lambda i: (-num_tokens[i], i))
     dealt: list[list[list[int]]] = [[] for _ in range(num_ranks)]

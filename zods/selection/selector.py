@@ -1,7 +1,8 @@
 """Which examples of a candidate batch are trained on, and with what weights.
 
-Nguyen et al. 2024, arXiv:2407.19580v1 (later CoLM): small sources are kept whole, of each other source the examples are chosen
-that stand best for the rest of it. Everything here is the same on every rank, whoever made the features.
+Nguyen et al. 2024, arXiv:2407.19580v1 (later CoLM): small sources are kept whole, of each other
+source the examples are chosen that stand best for the rest of it. Everything here is the same on
+every rank, whoever made the features.
 """
 
 from __future__ import annotations
@@ -54,10 +55,11 @@ NEEDS = {  # what a strategy wants to know of a candidate
 class CandidateBatch:
     """The candidates of all ranks, in the order of their ids.
 
-    ids: indices in the dataset, ascending. sources: a name for each, or None. num_tokens: of each. losses: (n,), not finite
-    for an example that is not to be chosen; None: not known. features: (n, m) int16, `quantised` by `largest`; or None.
-    owned: the indices of the candidates for which this rank may evaluate gains; None: all. Of candidates that the plan does
-    not want measured, losses and features may be any finite numbers.
+    ids: indices in the dataset, ascending. sources: a name for each, or None. num_tokens: of each.
+    losses: (n,), not finite for an example that is not to be chosen; None: not known. features: (n,
+    m) int16, `quantised` by `largest`; or None. owned: the indices of the candidates for which this
+    rank may evaluate gains; None: all. Of candidates that the plan does not want measured, losses
+    and features may be any finite numbers.
     """
 
     ids: Sequence[int]
@@ -73,9 +75,9 @@ class CandidateBatch:
 class Report:
     """What a selection did.
 
-    quotas: of each source that had candidates. objective: of facility location, summed over the sources; 0 for a strategy
-    without it. matrix: whose gradients were compared, or "" where none were. unusable: candidates without labels, or with
-    a loss or features that are not finite.
+    quotas: of each source that had candidates. objective: of facility location, summed over the
+    sources; 0 for a strategy without it. matrix: whose gradients were compared, or "" where none
+    were. unusable: candidates without labels, or with a loss or features that are not finite.
     """
 
     step: int
@@ -90,8 +92,9 @@ class Report:
 class Selector:
     """Chooses `budget` of the candidates of each batch.
 
-    target: the matrix whose gradients the features tell of; needed for those of the paper. num_parts: of GreeDi, the ranks
-    there are. exchange: exchanges gains between ranks, each of which evaluates those of the candidates it owns.
+    target: the matrix whose gradients the features tell of; needed for those of the paper.
+    num_parts: of GreeDi, the ranks there are. exchange: exchanges gains between ranks, each of
+    which evaluates those of the candidates it owns.
     """
 
     def __init__(
@@ -133,7 +136,8 @@ class Selector:
     def plan(self, batch: CandidateBatch) -> tuple[dict[str, int] | None, list[int]]:
         """(quotas, indices to be measured) of a batch of which losses and features are not known.
 
-        Sources that are kept whole need no measuring. Quotas are None where they follow from the features.
+        Sources that are kept whole need no measuring. Quotas are None where they follow from the
+        features.
         """
         usable = self._usable(batch)
         if NEEDS[self.strategy] == "nothing":
@@ -154,9 +158,9 @@ class Selector:
     ) -> tuple[list[int], list[float], Report]:
         """(indices in `batch` of the chosen, in their order; a weight for each; what was done).
 
-        quotas: of the plan; where measuring has shown too few usable candidates in a source, others have more. Fewer than the
-        budget are chosen only where fewer are usable. Weights are 1, or with "cluster" the number of usable candidates that
-        an example stands for.
+        quotas: of the plan; where measuring has shown too few usable candidates in a source, others
+        have more. Fewer than the budget are chosen only where fewer are usable. Weights are 1, or
+        with "cluster" the number of usable candidates that an example stands for.
         """
         self.chosen_mean = None
         usable = self._usable(batch)
@@ -195,7 +199,9 @@ class Selector:
             self._paper.record(self.direction_seeds()[0], mean)
 
     def restore(self, mean: float | None) -> None:
-        """Take over a selection that was made before, of which only `chosen_mean` counts for those to come."""
+        """Take over a selection that was made before, of which only `chosen_mean` counts for those
+        to come.
+        """
         if mean is not None:
             self._record_mean(mean)
         self.step += 1
@@ -252,7 +258,8 @@ class Selector:
         if small >= self.budget and total > self.budget and not self._said_kept:
             self._said_kept = True
             logger.warning(
-                "selector: sources below the mean size have %d of %d candidates, which leaves nothing of the %d to be chosen: "
+                "selector: sources below the mean size have %d of %d candidates, which leaves "
+                "nothing of the %d to be chosen: "
                 "no source is kept whole, all have a share in proportion",
                 small, total, self.budget,
             )  # fmt: skip
@@ -284,7 +291,9 @@ class Selector:
     def _facility(
         self, problem: Problem, batch: CandidateBatch, indices: list[int], k: int, name: str
     ) -> Chosen:
-        """Where all distances fit the memory every rank chooses by itself; else each evaluates the candidates it owns."""
+        """Where all distances fit the memory every rank chooses by itself; else each evaluates the
+        candidates it owns.
+        """
         if self.strategy == "stochastic_greedy":
             return stochastic_greedy(problem, k, seed=self._random_seed(name))
         if self.strategy == "greedi":

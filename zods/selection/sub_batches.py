@@ -1,8 +1,9 @@
 """From candidates to the micro-batches that ranks train on: measure, choose, deal out.
 
-Every rank can read every example, by its index in the dataset: what is exchanged is features and losses, never examples.
-Candidates are measured in micro-batches that depend on train_micro_batch_size_per_gpu, not on who owns which; sources that
-are kept whole are not measured, so that an example of theirs is trained on whatever its loss is.
+Every rank can read every example, by its index in the dataset: what is exchanged is features and
+losses, never examples. Candidates are measured in micro-batches that depend on
+train_micro_batch_size_per_gpu, not on who owns which; sources that are kept whole are not measured,
+so that an example of theirs is trained on whatever its loss is.
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ Batch = dict[str, Any]
 
 
 def sources_of(dataset: Any, column: str | None, path: str) -> list[str] | None:
-    """The source of every example of a dataset, by its column. Raises ValueError, naming the columns there are."""
+    """The source of every example of a dataset, by its column.
+
+    Raises ValueError, naming the columns there are.
+    """
     if column is None:
         return None
     names = getattr(dataset, "column_names", None)
@@ -41,7 +45,8 @@ def sources_of(dataset: Any, column: str | None, path: str) -> list[str] | None:
         names = list(first) if isinstance(first, Mapping) else []
     if column not in names:
         raise ValueError(
-            f"{path}.source_column: the training data has no column {column!r}; its columns are {', '.join(names) or 'none'}."
+            f"{path}.source_column: the training data has no column {column!r}; its columns are "
+            f"{', '.join(names) or 'none'}."
         )
     if hasattr(dataset, "column_names"):
         return [str(source) for source in dataset[column]]
@@ -88,7 +93,8 @@ class SubBatches:
         unknown = sorted(set(config.quotas or {}) - set(self._sources or []))
         if unknown:
             raise ValueError(
-                f"{path}.quotas: no example's source is {unknown[0]!r}; there are {', '.join(sorted(set(self._sources or [])))}."
+                f"{path}.quotas: no example's source is {unknown[0]!r}; there are "
+                f"{', '.join(sorted(set(self._sources or [])))}."
             )
         self._batch_of([0])  # whatever is wrong with it shows before anything is spent
         self._extract: FeatureExtractor | None = None
@@ -119,7 +125,8 @@ class SubBatches:
         self._num_labels: list[int] = []
 
     def choose(self, own_ids: Sequence[int]) -> None:
-        """Choose from all ranks' candidates; `own_ids`: those that this rank looks up first, in any split over the ranks.
+        """Choose from all ranks' candidates; `own_ids`: those that this rank looks up first, in any
+        split over the ranks.
 
         Raises RuntimeError on all ranks where not one candidate can be used.
         """
@@ -150,7 +157,8 @@ class SubBatches:
         indices, self._weights, self.report = self.selector.select(batch, quotas)
         if not indices:
             raise RuntimeError(
-                f"selector: none of {len(ids)} candidates has a label and a finite loss. Look at the data."
+                f"selector: none of {len(ids)} candidates has a label and a finite loss. Look at "
+                f"the data."
             )
         if wanted and self._extract is not None:
             self.report = replace(self.report, matrix=self._extract.target.name)
@@ -166,10 +174,12 @@ class SubBatches:
         return seconds
 
     def micro_batches(self) -> list[Batch]:
-        """This rank's part of what was chosen, `accumulation` batches with an entry `example_weights`.
+        """This rank's part of what was chosen, `accumulation` batches with an entry
+        `example_weights`.
 
-        Weights are such that the mean of all micro-batches' `weighted_loss` is the weighted mean over the chosen, of their
-        label tokens or of the examples. Where there is no example for a micro-batch, it has one of weight 0.
+        Weights are such that the mean of all micro-batches' `weighted_loss` is the weighted mean
+        over the chosen, of their label tokens or of the examples. Where there is no example for a
+        micro-batch, it has one of weight 0.
         """
         dealt = deal(self._num_tokens, self._comm.world_size, self.accumulation, self._micro_batch)
         over_tokens = self._loss_mean == "tokens"
@@ -218,13 +228,15 @@ class SubBatches:
         }
         if 2 * len(found) <= sum(map(len, gathered)):
             raise ValueError(
-                f"selector: {sum(map(len, gathered))} candidates are {len(found)} different ones: ranks give the same. Use a "
+                f"selector: {sum(map(len, gathered))} candidates are {len(found)} different ones: "
+                f"ranks give the same. Use a "
                 "DistributedSampler."
             )
         return found
 
     def _measured(self, batch: CandidateBatch, wanted: list[int]) -> CandidateBatch:
-        """The batch with losses and features of the indices wanted; losses are not finite where features are not.
+        """The batch with losses and features of the indices wanted; losses are not finite where
+        features are not.
 
         Micro-batches of candidates of like length go to the ranks in turn.
         """
@@ -298,7 +310,9 @@ class SubBatches:
         weights: Sequence[float],
         mean: float | None,
     ) -> None:
-        """Take over a selection that was made before: `ids` out of the candidates, of which all ranks have `own_ids`."""
+        """Take over a selection that was made before: `ids` out of the candidates, of which all
+        ranks have `own_ids`.
+        """
         known = self._looked_up(own_ids)
         self.selected_ids, self._weights = list(ids), list(weights)
         self._num_tokens, self._num_labels = [known[i][0] for i in ids], [known[i][1] for i in ids]

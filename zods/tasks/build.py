@@ -74,7 +74,8 @@ def build_task(
     for setting, value in given.items():
         if value is not None and setting not in _SETTINGS[name]:
             raise ValueError(
-                f"the task {name} does not use {setting} ({value!r}); it uses {', '.join(_SETTINGS[name])}"
+                f"the task {name} does not use {setting} ({value!r}); it uses "
+                f"{', '.join(_SETTINGS[name])}"
             )
     pad_id = pad_token_id(tokenizer, num_embeddings)
 
@@ -88,7 +89,8 @@ def build_task(
         num_special = tokenizer.num_special_tokens_to_add(pair=text_pair_column is not None)
         if max_length < num_special + len(text_columns):
             raise ValueError(
-                f"max_length {max_length} is too short: a text of one token has {num_special} special tokens"
+                f"max_length {max_length} is too short: a text of one token has {num_special} "
+                f"special tokens"
             )
         labels = Labels.of(train_dataset, label_column or "label").in_order_of(class_names or ())
         return Classification(tokenizer, text_columns, labels, max_length, pad_id, has_token_types)

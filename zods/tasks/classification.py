@@ -28,7 +28,8 @@ from zods.tasks.task import (
 
 @dataclass(frozen=True)
 class Classification:
-    """Train by cross entropy over the labels; texts longer than `max_length` are truncated as the tokenizer does.
+    """Train by cross entropy over the labels; texts longer than `max_length` are truncated as the
+    tokenizer does.
 
     Attributes:
         text_columns: one column, or two for text pairs.
@@ -64,7 +65,9 @@ class Classification:
         yield from self.labels.mistakes(dataset)
 
     def prepare(self, dataset: datasets.Dataset, place: str = "row") -> datasets.Dataset:
-        """Rows of `input_ids` (and `token_type_ids` where tokenizer and model have them) and `answer`, the label's id."""
+        """Rows of `input_ids` (and `token_type_ids` where tokenizer and model have them) and
+        `answer`, the label's id.
+        """
         check_rows(self, [(dataset, place)])
         return map_rows(dataset, self._make_rows, self.max_length, place)
 

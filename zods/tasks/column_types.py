@@ -25,7 +25,10 @@ _BOOLEANS = {
 
 
 def type_of_cell(text: str, so_far: pa.DataType) -> pa.DataType:
-    """The type of a CSV column with one more cell. A blank cell fits every type; a column of nothing else is text."""
+    """The type of a CSV column with one more cell.
+
+    A blank cell fits every type; a column of nothing else is text.
+    """
     if so_far == TEXT or not (text := text.strip()):
         return so_far
     if text in _BOOLEANS:
@@ -40,7 +43,9 @@ def type_of_cell(text: str, so_far: pa.DataType) -> pa.DataType:
 
 
 def cell_value(text: str, dtype: pa.DataType) -> Any:
-    """A CSV cell as a value of its column's type; None for a blank cell of a column that is not text."""
+    """A CSV cell as a value of its column's type; None for a blank cell of a column that is not
+    text.
+    """
     if dtype == TEXT:
         return text
     text = text.strip()
@@ -101,7 +106,9 @@ def without_null(dtype: pa.DataType) -> pa.DataType:
 
 
 def json_value(value: Any, dtype: pa.DataType) -> Any:
-    """A JSON value as its column's type has it: numbers, lists and objects in a text column become their JSON text."""
+    """A JSON value as its column's type has it: numbers, lists and objects in a text column become
+    their JSON text.
+    """
     if value is None or (isinstance(value, str) and dtype == TEXT):
         return value
     if dtype == TEXT:

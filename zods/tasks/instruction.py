@@ -37,8 +37,9 @@ from zods.tasks.task import (
 class Instruction:
     """Train by cross entropy on the tokens of the response and the end-of-sequence token.
 
-    A prompt that is too long loses tokens on its left; the cue before the response stays. A response that cannot be
-    kept whole even so is cut at its right, end-of-sequence token and all, and leaves the prompt up to half the length.
+    A prompt that is too long loses tokens on its left; the cue before the response stays. A
+    response that cannot be kept whole even so is cut at its right, end-of-sequence token and all,
+    and leaves the prompt up to half the length.
     """
 
     name: ClassVar[str] = "instruction"
@@ -49,7 +50,9 @@ class Instruction:
     pad_id: int
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a tokenizer without an end-of-sequence token, or a max_length that the cue fills."""
+        """Raise ValueError for a tokenizer without an end-of-sequence token, or a max_length that
+        the cue fills.
+        """
         if self.tokenizer.eos_token_id is None:
             raise ValueError(
                 "the tokenizer has no eos token to end a response; set tokenizer.eos_token"
@@ -57,7 +60,8 @@ class Instruction:
         needed = len(leading_special_tokens(self.tokenizer)) + self._num_cue_tokens() + 1
         if self.max_length < needed:
             raise ValueError(
-                f"max_length {self.max_length} is too short for the end of the template and a token of the response; "
+                f"max_length {self.max_length} is too short for the end of the template and a "
+                f"token of the response; "
                 f"they need {needed} tokens"
             )
 
@@ -73,7 +77,9 @@ class Instruction:
         yield from text_mistakes(dataset, [self.template.answer])
 
     def prepare(self, dataset: datasets.Dataset, place: str = "row") -> datasets.Dataset:
-        """Rows of `input_ids` (prompt, response, end of sequence) and `num_answer_tokens` (the last two's)."""
+        """Rows of `input_ids` (prompt, response, end of sequence) and `num_answer_tokens` (the last
+        two's).
+        """
         check_rows(self, [(dataset, place)])
         return map_rows(dataset, self._make_rows, self.max_length, place)
 
@@ -111,7 +117,9 @@ class Instruction:
     def measure(
         self, outputs: Any, inputs: dict[str, Tensor], targets: Tensor
     ) -> dict[str, tuple[float, float]]:
-        """Negative log-likelihood per answer token and share of answer tokens predicted, as means over an example."""
+        """Negative log-likelihood per answer token and share of answer tokens predicted, as means
+        over an example.
+        """
         labels = answer_labels(inputs, targets)
         log_likelihood, counts = sequence_log_likelihood(outputs["logits"], labels)
         num_correct = (outputs["logits"][:, :-1].argmax(-1) == labels[:, 1:]).sum(1)

@@ -37,8 +37,9 @@ class Labels:
     ) -> Labels:
         """The labels of the training data.
 
-        A ClassLabel column brings its names in its order. Of other columns the distinct values are taken, sorted.
-        `words` rename integer labels: label i is words[i], and the labels are 0 to len(words) - 1.
+        A ClassLabel column brings its names in its order. Of other columns the distinct values are
+        taken, sorted. `words` rename integer labels: label i is words[i], and the labels are 0 to
+        len(words) - 1.
 
         Raises:
             ValueError: no such column, a column of another type, fewer than two labels, or words for text labels.
@@ -56,7 +57,8 @@ class Labels:
         if words is not None:
             if not is_integer:
                 raise ValueError(
-                    f"label words rename integer labels; column {column!r} holds {dtype}: leave them out"
+                    f"label words rename integer labels; column {column!r} holds {dtype}: leave "
+                    f"them out"
                 )
             labels = cls(column, tuple(range(len(words))), tuple(words))
         elif isinstance(feature, datasets.ClassLabel):
@@ -71,7 +73,8 @@ class Labels:
         if len(labels.values) < 2:
             without = f", and {num_missing} rows without a label" if num_missing else ""
             raise ValueError(
-                f"column {column!r} needs at least two labels; the training data has only {labels.values}{without}"
+                f"column {column!r} needs at least two labels; the training data has only "
+                f"{labels.values}{without}"
             )
         shown = [
             f"{name} ({counts[value]})"
@@ -84,7 +87,9 @@ class Labels:
         return labels
 
     def in_order_of(self, names: Sequence[str]) -> Labels:
-        """The same labels, with ids in the order of `names`; as they are, where these are other names."""
+        """The same labels, with ids in the order of `names`; as they are, where these are other
+        names.
+        """
         if sorted(names) != sorted(self.names):
             return self
         values = dict(zip(self.names, self.values, strict=True))
@@ -113,7 +118,9 @@ class Labels:
         return [ids[value if value in ids else str(value)] for value in values]
 
     def _ids(self) -> dict[Any, int]:
-        """Ids by value and by the value's text: in a file with one text among its labels, integers are text, too."""
+        """Ids by value and by the value's text: in a file with one text among its labels, integers
+        are text, too.
+        """
         texts = {str(value): label_id for label_id, value in enumerate(self.values)}
         return texts | dict(zip(self.values, range(len(self.values)), strict=True))
 

@@ -36,10 +36,11 @@ from zods.tasks.task import (
 
 @dataclass(frozen=True)
 class Prompted:
-    """Train by cross entropy on the right word's tokens; predict the word of the highest mean log-probability.
+    """Train by cross entropy on the right word's tokens; predict the word of the highest mean
+    log-probability.
 
-    A prompt that is too long loses tokens on its left, after the tokenizer's leading special token: its end, with the
-    cue before the label, stays.
+    A prompt that is too long loses tokens on its left, after the tokenizer's leading special token:
+    its end, with the cue before the label, stays.
     """
 
     name: ClassVar[str] = "prompted"
@@ -51,7 +52,9 @@ class Prompted:
     pad_id: int
 
     def __post_init__(self) -> None:
-        """Raise ValueError for words without tokens or with the same tokens, or a max_length below cue and word."""
+        """Raise ValueError for words without tokens or with the same tokens, or a max_length below
+        cue and word.
+        """
         _, words = tokenize_continuations(
             self.tokenizer, ["a" + self.template.cue], [self.labels.names]
         )[0]
@@ -63,7 +66,8 @@ class Prompted:
                 )
             if tuple(tokens) in seen:
                 raise ValueError(
-                    f"label words {seen[tuple(tokens)]!r} and {name!r} have the same tokens {tokens}"
+                    f"label words {seen[tuple(tokens)]!r} and {name!r} have the same tokens "
+                    f"{tokens}"
                 )
             seen[tuple(tokens)] = name
         needed = (
@@ -74,7 +78,8 @@ class Prompted:
         needed += max(map(len, words))
         if self.max_length < needed:
             raise ValueError(
-                f"max_length {self.max_length} is too short for the end of the template and the longest label word; "
+                f"max_length {self.max_length} is too short for the end of the template and the "
+                f"longest label word; "
                 f"they need {needed} tokens"
             )
 
@@ -90,7 +95,9 @@ class Prompted:
         yield from self.labels.mistakes(dataset)
 
     def prepare(self, dataset: datasets.Dataset, place: str = "row") -> datasets.Dataset:
-        """Rows of `prompt` (token ids), `words` (the token ids of each label's word) and `answer` (the label's id)."""
+        """Rows of `prompt` (token ids), `words` (the token ids of each label's word) and `answer`
+        (the label's id).
+        """
         check_rows(self, [(dataset, place)])
         return map_rows(dataset, self._make_rows, self.max_length, place)
 
@@ -108,7 +115,9 @@ class Prompted:
         return {**columns, "answer": answers, "unusable": unusable(columns["prompt"])}
 
     def collate(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """`input_ids`, `attention_mask` and `labels`, all (B, L): prompt and right word, which alone is labelled."""
+        """`input_ids`, `attention_mask` and `labels`, all (B, L): prompt and right word, which
+        alone is labelled.
+        """
         words = [row["words"][row["answer"]] for row in rows]
         answers = [
             {"input_ids": row["prompt"] + word, "num_answer_tokens": len(word)}

@@ -31,7 +31,8 @@ class Template:
 
     @classmethod
     def parse(cls, text: str) -> Template:
-        """Read a template in the format of `str.format`, with plain field names only; {{ and }} are braces.
+        """Read a template in the format of `str.format`, with plain field names only; {{ and }} are
+        braces.
 
         Raises:
             ValueError: unbalanced braces, a field that is no plain name, text after the last field, an answer that is
@@ -57,8 +58,10 @@ class Template:
             literal = ""
         if literal or len(pieces) < 2:
             raise ValueError(
-                f"template {text!r} must have a field for the text, and end with the field of the answer; "
-                f"it has the fields {', '.join(field for _, field in pieces) or '(none)'} and ends with {text[-20:]!r}"
+                f"template {text!r} must have a field for the text, and end with the field of the "
+                f"answer; "
+                f"it has the fields {', '.join(field for _, field in pieces) or '(none)'} and ends "
+                f"with {text[-20:]!r}"
             )
         *prompt, (cue, answer) = pieces
         if answer in [field for _, field in prompt]:
@@ -104,10 +107,11 @@ def tokenize_continuations(
 ) -> list[tuple[list[int], list[list[int]]]]:
     """Per prompt, its tokens and those of each continuation, without special tokens.
 
-    A continuation's tokens are those it has after this prompt, not alone: prompt and continuation are tokenised as one
-    text, and the cut is where the tokens of the prompt alone and of all its continuations first differ. So where a
-    tokenizer merges the end of the prompt with the start of a continuation (as most do with a space and a word), the
-    cut is before the merged token, and for all of them.
+    A continuation's tokens are those it has after this prompt, not alone: prompt and continuation
+    are tokenised as one text, and the cut is where the tokens of the prompt alone and of all its
+    continuations first differ. So where a tokenizer merges the end of the prompt with the start of
+    a continuation (as most do with a space and a word), the cut is before the merged token, and for
+    all of them.
     """
     texts = []
     for prompt, group in zip(prompts, continuations, strict=True):
@@ -136,7 +140,9 @@ def leading_special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def fit_prompt(start: list[int], prompt: list[int], room: int) -> list[int]:
-    """`start` and the last `room` tokens of a prompt; [] where nothing is left to predict the answer's first token from."""
+    """`start` and the last `room` tokens of a prompt; [] where nothing is left to predict the
+    answer's first token from.
+    """
     return start + prompt[-room:] if room > 0 else []
 
 
@@ -152,7 +158,9 @@ def num_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
 
 
 def collate_answers(rows: Sequence[Row], pad_id: int) -> dict[str, Tensor]:
-    """A causal LM's training batch of rows with `input_ids` and `num_answer_tokens`: only the answers are labelled."""
+    """A causal LM's training batch of rows with `input_ids` and `num_answer_tokens`: only the
+    answers are labelled.
+    """
     inputs = pad_inputs([row["input_ids"] for row in rows], pad_id)
     return {
         **inputs,
@@ -161,7 +169,9 @@ def collate_answers(rows: Sequence[Row], pad_id: int) -> dict[str, Tensor]:
 
 
 def answer_labels(inputs: dict[str, Tensor], num_answer_tokens: Tensor) -> Tensor:
-    """The labels (B, L) that score the last `num_answer_tokens` (B,) tokens of each right-padded row."""
+    """The labels (B, L) that score the last `num_answer_tokens` (B,) tokens of each right-padded
+    row.
+    """
     ends = inputs["attention_mask"].sum(1, keepdim=True)  # (B, 1)
     positions = torch.arange(inputs["input_ids"].shape[1], device=ends.device)
     is_answer = (positions < ends) & (positions >= ends - num_answer_tokens[:, None])

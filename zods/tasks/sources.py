@@ -39,11 +39,12 @@ def load_examples(
 
     Ranks may call it at the same time: `datasets` builds its cache under a file lock.
 
-    A .json file holds a list of objects, or one object per line; a file that is one object is refused. In a CSV file
-    fields are quoted as in RFC 4180. In a TSV file a field that is quoted as a whole is unquoted, and any other quote
-    is a character. Every row has as many fields as the header has names, except in files of R's write.table, whose
-    quoted row names have no name in the header and are left out. A column's type holds for all its rows: integers,
-    floats or booleans where each row has one or is blank, else text.
+    A .json file holds a list of objects, or one object per line; a file that is one object is
+    refused. In a CSV file fields are quoted as in RFC 4180. In a TSV file a field that is quoted as
+    a whole is unquoted, and any other quote is a character. Every row has as many fields as the
+    header has names, except in files of R's write.table, whose quoted row names have no name in the
+    header and are left out. A column's type holds for all its rows: integers, floats or booleans
+    where each row has one or is blank, else text.
 
     Args:
         file: a .jsonl, .json, .csv, .tsv or .parquet file; the text formats also as .gz. In UTF-8.
@@ -99,7 +100,9 @@ def name_of_rows(
     dataset_config: str | None = None,
     split: str | None = None,
 ) -> str:
-    """What messages say before the number of a row: "train.csv, line", or "glue (sst2, train), row"."""
+    """What messages say before the number of a row: "train.csv, line", or "glue (sst2, train),
+    row".
+    """
     if file is not None:
         return f"{file}, {'line' if _extension(Path(file)) in TEXT_FORMATS else 'row'}"
     return f"{dataset_name} ({', '.join(filter(None, (dataset_config, split or 'train')))}), row"
@@ -135,7 +138,8 @@ def _load_hub(name: str | None, config: str | None, split: str) -> datasets.Data
     except Exception as error:  # the hub's client raises a dozen unrelated types
         raise ValueError(
             f"cannot load the dataset {name!r} (configuration {config!r}, split {split!r}): "
-            f"{type(error).__name__}: {error}; correct the name, or pass --train_file with a local file"
+            f"{type(error).__name__}: {error}; correct the name, or pass --train_file with a local "
+            f"file"
         ) from error
     if len(dataset) == 0:
         raise ValueError(
@@ -152,7 +156,8 @@ def _load_file(path: Path, column_names: Sequence[str] | None) -> datasets.Datas
     extension = _extension(path)
     if extension not in FORMATS:
         raise ValueError(
-            f"{path}: unknown extension {extension!r}; allowed are {', '.join(FORMATS)}, also with .gz"
+            f"{path}: unknown extension {extension!r}; allowed are {', '.join(FORMATS)}, also with "
+            f".gz"
         )
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
@@ -190,7 +195,9 @@ class _TextFileConfig(datasets.BuilderConfig):
 
 
 class _TextFile(datasets.ArrowBasedBuilder):
-    """Writes a CSV, TSV or JSON file, with ROW, as a memory-mapped table into the cache of `datasets`."""
+    """Writes a CSV, TSV or JSON file, with ROW, as a memory-mapped table into the cache of
+    `datasets`.
+    """
 
     BUILDER_CONFIG_CLASS = _TextFileConfig
 

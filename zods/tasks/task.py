@@ -1,4 +1,6 @@
-"""The face that every task has, and the steps that tasks share: checking columns, mapping rows, padding."""
+"""The face that every task has, and the steps that tasks share: checking columns, mapping rows,
+padding.
+"""
 
 from __future__ import annotations
 
@@ -38,18 +40,20 @@ class Task(Protocol):
         """What `from_pretrained` is given beside the model's name."""
 
     def mistakes(self, dataset: datasets.Dataset) -> Iterator[tuple[int, str]]:
-        """(position of a row, what is wrong with it) of every row whose text or label the task cannot use.
+        """(position of a row, what is wrong with it) of every row whose text or label the task
+        cannot use.
 
         Raises:
             ValueError: a column is missing or of another type.
         """
 
     def prepare(self, dataset: datasets.Dataset, place: str = "row") -> datasets.Dataset:
-        """Validate and tokenise: one row of lists of ints for each row of `dataset`, in the same order.
+        """Validate and tokenise: one row of lists of ints for each row of `dataset`, in the same
+        order.
 
-        Ranks may prepare the same data at the same time: each writes its own temporary file and renames it to a name
-        that follows from data, task, tokenizer and code, so at worst the work is done twice. A caller that lets one
-        rank go first has the others read its result.
+        Ranks may prepare the same data at the same time: each writes its own temporary file and
+        renames it to a name that follows from data, task, tokenizer and code, so at worst the work
+        is done twice. A caller that lets one rank go first has the others read its result.
 
         Args:
             place: what the rows' numbers count, e.g. "dev.csv, line". They are in the column ROW, or else from 0.
@@ -59,15 +63,20 @@ class Task(Protocol):
         """
 
     def collate(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """A training batch of prepared rows: `input_ids`, `attention_mask` (B, L) and `labels`, right-padded."""
+        """A training batch of prepared rows: `input_ids`, `attention_mask` (B, L) and `labels`,
+        right-padded.
+        """
 
     def collate_eval(self, rows: Sequence[Row]) -> tuple[dict[str, Tensor], Tensor]:
-        """(what the model's forward takes, targets for `measure`): without labels, so that forward computes no loss."""
+        """(what the model's forward takes, targets for `measure`): without labels, so that forward
+        computes no loss.
+        """
 
     def measure(
         self, outputs: Any, inputs: dict[str, Tensor], targets: Tensor
     ) -> dict[str, tuple[float, float]]:
-        """{metric: (sum, count)} of an evaluation batch, with "loss" and "accuracy"; the counts are examples.
+        """{metric: (sum, count)} of an evaluation batch, with "loss" and "accuracy"; the counts are
+        examples.
 
         Args:
             outputs: the model's, with `outputs["logits"]`.
@@ -78,7 +87,9 @@ class Task(Protocol):
 def check_text_columns(
     dataset: datasets.Dataset, columns: Sequence[str], others: Sequence[str] = ()
 ) -> None:
-    """Raise ValueError, with all that is wrong, unless all these columns are there and `columns` hold text."""
+    """Raise ValueError, with all that is wrong, unless all these columns are there and `columns`
+    hold text.
+    """
     wrong = [
         f"column {column!r} must hold text; it holds {dataset.features[column]}"
         for column in dict.fromkeys(columns)
@@ -131,7 +142,9 @@ def row_numbers(dataset: datasets.Dataset) -> Sequence[int]:
 
 
 def text_mistakes(dataset: datasets.Dataset, columns: Sequence[str]) -> Iterator[tuple[int, str]]:
-    """(position, mistake) of each row where one of the texts is missing, or all are blank (one of several may be)."""
+    """(position, mistake) of each row where one of the texts is missing, or all are blank (one of
+    several may be).
+    """
     read = dataset.select_columns([*columns, *({NOT_TEXT} & set(dataset.column_names))])
     position = 0
     for batch in read.iter(batch_size=1000):
@@ -143,7 +156,8 @@ def text_mistakes(dataset: datasets.Dataset, columns: Sequence[str]) -> Iterator
             if not_text:
                 yield (
                     position,
-                    f"column {not_text[0]!r} holds {texts[columns.index(not_text[0])][:40]}, which is no text",
+                    f"column {not_text[0]!r} holds {texts[columns.index(not_text[0])][:40]}, which "
+                    f"is no text",
                 )
             elif None in texts:
                 yield position, f"no text in column {columns[texts.index(None)]!r}"
@@ -157,8 +171,8 @@ def map_rows(
 ) -> datasets.Dataset:
     """Tokenise in batches of rows.
 
-    `make_rows` also gives the columns "truncated", which is counted and dropped, and, where a row may turn out to be
-    unusable, "unusable": the reason, or "".
+    `make_rows` also gives the columns "truncated", which is counted and dropped, and, where a row
+    may turn out to be unusable, "unusable": the reason, or "".
     """
     prepared = dataset.map(
         _apply,
@@ -186,12 +200,15 @@ def _apply(batch: Columns, make_rows: Callable[[Columns], Columns], code: str) -
 
 
 def code_digest() -> str:
-    """Of this package: `datasets` knows our functions by name only, and would reuse what an older version made."""
+    """Of this package: `datasets` knows our functions by name only, and would reuse what an older
+    version made.
+    """
     return Hasher.hash([path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))])
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase, num_embeddings: int | None = None) -> int:
-    """An id to pad with: the tokenizer's pad token, else its end-of-sequence token, else 0 (padding is masked).
+    """An id to pad with: the tokenizer's pad token, else its end-of-sequence token, else 0 (padding
+    is masked).
 
     Args:
         num_embeddings: of the model, where it is known; ids from there on, of tokens added later, are passed over.
@@ -227,8 +244,10 @@ def check_token_ids(
     if largest >= num_embeddings:
         token = tokenizer.convert_ids_to_tokens(largest)
         raise ValueError(
-            f"the data hold the token {largest} ({token!r}), but the model embeds {num_embeddings} tokens, and the "
-            f"tokenizer has {len(tokenizer)}. Give the model's own --tokenizer, or a model with resized embeddings."
+            f"the data hold the token {largest} ({token!r}), but the model embeds {num_embeddings} "
+            f"tokens, and the "
+            f"tokenizer has {len(tokenizer)}. Give the model's own --tokenizer, or a model with "
+            f"resized embeddings."
         )
 
 

@@ -1,6 +1,7 @@
 """CSV, TSV and JSON files as rows, each with the line on which it begins.
 
-A file is read twice: first every row is checked and the types of the columns are found, then the rows are converted.
+A file is read twice: first every row is checked and the types of the columns are found, then the
+rows are converted.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def read_table(path: Path, extension: str, column_names: Sequence[str] | None) -
     return _read_json(path, extension)
 
 
-# --- text ------------------------------------------------------------------------------------------------------------
+# --- text -----------------------------------------------------------------------------------------
 
 
 def _open_binary(path: Path) -> BinaryIO:
@@ -77,7 +78,10 @@ def _open_binary(path: Path) -> BinaryIO:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """The lines of a file, with their ends. Raises ValueError where it is not UTF-8, or a damaged .gz."""
+    """The lines of a file, with their ends.
+
+    Raises ValueError where it is not UTF-8, or a damaged .gz.
+    """
     opener: Any = gzip.open if path.suffix == ".gz" else open
     try:
         with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
@@ -120,12 +124,12 @@ def _with_iconv(path: Path, found: str, encoding: str) -> str:
     return f"{path}, {found}. Convert it: {command} > NEW (where its encoding is {encoding})"
 
 
-# --- CSV and TSV -----------------------------------------------------------------------------------------------------
+# --- CSV and TSV ----------------------------------------------------------------------------------
 
 
 class _Record(NamedTuple):
-    """quoted: whether the record begins with a quote. problem: why it cannot be split into fields. keeps_quote: whether
-    a field begins with a quote that is a character of the text."""
+    """quoted: whether the record begins with a quote. problem: why it cannot be split into fields.
+    keeps_quote: whether a field begins with a quote that is a character of the text."""
 
     line: int
     fields: list[str]
@@ -137,7 +141,8 @@ class _Record(NamedTuple):
 class _Reading(NamedTuple):
     """One way to split a file into records, and what it finds.
 
-    sizes: {number of fields: lines of the records that have as many}, without the header. kept: lines that keep a quote.
+    sizes: {number of fields: lines of the records that have as many}, without the header. kept:
+    lines that keep a quote.
     """
 
     records: Callable[[], Iterator[_Record]]
@@ -153,9 +158,9 @@ class _Reading(NamedTuple):
 
 
 def _read_delimited(path: Path, delimiter: str, column_names: Sequence[str] | None) -> Table:
-    """A CSV file has quotes as in RFC 4180. In a TSV file a field is unquoted where it is quoted as a whole, and any
-    other quote is a character; quoted tabs and line ends are read where the file has the right number of fields only
-    with them. A blank line is no row."""
+    """A CSV file has quotes as in RFC 4180. In a TSV file a field is unquoted where it is quoted as
+    a whole, and any other quote is a character; quoted tabs and line ends are read where the file
+    has the right number of fields only with them. A blank line is no row."""
     reading = _scan(lambda: _csv_records(path, delimiter), column_names is None)
     if delimiter == "\t":
         plain = _scan(lambda: _plain_records(path), column_names is None)
@@ -191,12 +196,14 @@ def _read_delimited(path: Path, delimiter: str, column_names: Sequence[str] | No
     notes = []
     if reading.kept:
         notes.append(
-            f"line {listed(reading.kept)}: a quote that does not belong to a pair around a whole field is a character "
+            f"line {listed(reading.kept)}: a quote that does not belong to a pair around a whole "
+            f"field is a character "
             "of the text"
         )
     if has_row_names:
         notes.append(
-            "the first field of each row, without a name in the header, is a row name and is left out"
+            "the first field of each row, without a name in the header, is a row name and is left "
+            "out"
         )
     return Table(types, rows, "; ".join(notes))
 
@@ -280,10 +287,12 @@ def _is_quoted(field: str) -> bool:
 
 
 def _has_row_names(reading: _Reading) -> bool:
-    """Whether the file is as R's write.table writes it: the first column, of row names, has no name in the header.
+    """Whether the file is as R's write.table writes it: the first column, of row names, has no name
+    in the header.
 
-    Strings and row names are quoted there, so that a file whose texts hold unquoted delimiters is not mistaken for one.
-    A last field that is blank in every row is no column: each row ends with a delimiter.
+    Strings and row names are quoted there, so that a file whose texts hold unquoted delimiters is
+    not mistaken for one. A last field that is blank in every row is no column: each row ends with a
+    delimiter.
     """
     assert reading.header is not None
     if not reading.header.quoted or list(reading.sizes) != [len(reading.header.fields) + 1]:
@@ -325,22 +334,25 @@ def _header_names(path: Path, header: _Record) -> list[str]:
     reserved = [name for name in RESERVED if name in names]
     if reserved:
         raise ValueError(
-            f"{path}, line {header.line}: the column name {reserved[0]} is reserved. Rename the column"
+            f"{path}, line {header.line}: the column name {reserved[0]} is reserved. Rename the "
+            f"column"
         )
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(
-            f"{path}, line {header.line}: the header names {twice[0]!r} twice. Give each column its own name"
+            f"{path}, line {header.line}: the header names {twice[0]!r} twice. Give each column "
+            f"its own name"
         )
     return names
 
 
-# --- JSON ------------------------------------------------------------------------------------------------------------
+# --- JSON -----------------------------------------------------------------------------------------
 
 
 def _read_json(path: Path, extension: str) -> Table:
-    """JSON lines, or one list of objects. A file that is one object (rows under a key, columns of lists, rows by index)
-    is refused: which of these it is cannot be told for sure. Only a .jsonl file may have one object in one line."""
+    """JSON lines, or one list of objects. A file that is one object (rows under a key, columns of
+    lists, rows by index) is refused: which of these it is cannot be told for sure. Only a .jsonl
+    file may have one object in one line."""
     first = next((line for line in _lines(path) if line.strip()), "")
     is_list = first.lstrip().startswith("[")
     if not is_list:
@@ -405,7 +417,9 @@ def _unusable_row(row: Any) -> str:
 
 
 def _flaw(value: Any, depth: int = 0) -> str:
-    """What no table can hold of a JSON value: a lone surrogate, or too deep a nesting; empty where there is nothing."""
+    """What no table can hold of a JSON value: a lone surrogate, or too deep a nesting; empty where
+    there is nothing.
+    """
     if isinstance(value, str):
         try:
             value.encode()

@@ -1,11 +1,13 @@
 """Save and load a run, on any number of ranks.
 
-A checkpoint is a folder: `state.json` (counters, schedules, the anchor's terms, the loader's place) and per rank one
-safetensors file of its shards of the trainable parameters, and one of the anchor point where that is stored. Shards
-follow one another in rank order, so that another number of ranks cuts them anew. A file's metadata has the fingerprint of
-each of its tensors, `state.json` its own checksum. Nothing is unpickled.
+A checkpoint is a folder: `state.json` (counters, schedules, the anchor's terms, the loader's place)
+and per rank one safetensors file of its shards of the trainable parameters, and one of the anchor
+point where that is stored. Shards follow one another in rank order, so that another number of ranks
+cuts them anew. A file's metadata has the fingerprint of each of its tensors, `state.json` its own
+checksum. Nothing is unpickled.
 
-A crash at any moment leaves whole checkpoints only, and names that start with a dot, which the next save removes.
+A crash at any moment leaves whole checkpoints only, and names that start with a dot, which the next
+save removes.
 """
 
 from __future__ import annotations
@@ -52,9 +54,10 @@ logger = logging.getLogger(__name__)
 class Wanted:
     """What is loaded of a checkpoint: DeepSpeed's keywords of `load_checkpoint`.
 
-    module_only: the parameters alone; the run's steps, schedules, data order and anchor stay as they are, but for the anchor,
-    which is made anew. strict: with `module_only`, all parameters must be in both; else those in both are loaded. optimizer:
-    the anchor and the state of "anneal"; without, they begin anew. scheduler: the scheduler's state and its step size.
+    module_only: the parameters alone; the run's steps, schedules, data order and anchor stay as
+    they are, but for the anchor, which is made anew. strict: with `module_only`, all parameters
+    must be in both; else those in both are loaded. optimizer: the anchor and the state of "anneal";
+    without, they begin anew. scheduler: the scheduler's state and its step size.
     """
 
     module_only: bool = False
@@ -65,7 +68,8 @@ class Wanted:
     def __post_init__(self) -> None:
         if not self.strict and not self.module_only:
             raise ValueError(
-                "load_module_strict=False: a run goes on with all of its parameters only. Give load_module_only=True as well."
+                "load_module_strict=False: a run goes on with all of its parameters only. Give "
+                "load_module_only=True as well."
             )
 
 
@@ -78,16 +82,19 @@ def save_checkpoint(
     *,
     save_latest: bool = True,
 ) -> Path:
-    """Write `save_dir`/`tag` under a temporary name, rename it when it is whole and on the disk, then point `latest` to it.
+    """Write `save_dir`/`tag` under a temporary name, rename it when it is whole and on the disk,
+    then point `latest` to it.
 
-    Nothing is deferred (`TrainingRun.flush`). tag: str(tag), the same on all ranks; default `global_step<N>`.
-    client_state: JSON. `save_dir` is shared by all ranks. keep: of the checkpoints named `global_step<N>` only the last so
-    many by their step stay, and the one written; None: all stay. save_latest: False leaves `latest` as it is. Raises
-    ValueError or OSError, the same on all ranks, as for a full disk; what was there before stays good.
+    Nothing is deferred (`TrainingRun.flush`). tag: str(tag), the same on all ranks; default
+    `global_step<N>`. client_state: JSON. `save_dir` is shared by all ranks. keep: of the
+    checkpoints named `global_step<N>` only the last so many by their step stay, and the one
+    written; None: all stay. save_latest: False leaves `latest` as it is. Raises ValueError or
+    OSError, the same on all ranks, as for a full disk; what was there before stays good.
     """
     if keep is not None and keep < 1:
         raise ValueError(
-            f"checkpoint: keep is {keep}; give the number of checkpoints that are to stay, at least 1."
+            f"checkpoint: keep is {keep}; give the number of checkpoints that are to stay, at "
+            f"least 1."
         )
     tag = _folder_name(f"global_step{run.state.global_steps}" if tag is None else tag)
     comm = run.comm
@@ -119,20 +126,26 @@ def save_checkpoint(
 
 
 def _folder_name(tag: Any) -> str:
-    """A tag as the name of a folder. Raises ValueError where it is none, or one that zods uses itself."""
+    """A tag as the name of a folder.
+
+    Raises ValueError where it is none, or one that zods uses itself.
+    """
     name = str(tag)
     if name in ("", "latest") or name.startswith(".") or "/" in name or "\0" in name:
         raise ValueError(
-            f"checkpoint: the tag {name!r} cannot be the name of a checkpoint's folder. Give a name without '/' that is not "
+            f"checkpoint: the tag {name!r} cannot be the name of a checkpoint's folder. Give a "
+            f"name without '/' that is not "
             "'latest' and does not begin with '.'."
         )
     return name
 
 
 def newest_checkpoints(save_dir: str | Path) -> list[Path]:
-    """The whole checkpoints of a folder, that of the last step first; for who falls back from a damaged one to the next.
+    """The whole checkpoints of a folder, that of the last step first; for who falls back from a
+    damaged one to the next.
 
-    `load_checkpoint(run, found.parent, found.name)` loads one, and only there its tensors are verified.
+    `load_checkpoint(run, found.parent, found.name)` loads one, and only there its tensors are
+    verified.
     """
     entries = [entry.name for entry in Path(save_dir).iterdir()] if Path(save_dir).is_dir() else []
     tags = {found[1] if (found := HIDDEN.fullmatch(name)) else name for name in entries}
@@ -150,9 +163,10 @@ def load_checkpoint(
 ) -> tuple[Path | None, dict[str, Any] | None]:
     """Bring `run` to where the checkpoint stands; returns its folder and the client state.
 
-    tag: str(tag); default what `latest` says, and where no rank finds that, nothing is loaded: (None, None), and a warning.
-    Everything is checked before anything is changed: ValueError or OSError, the same on all ranks, for a missing, damaged or
-    truncated checkpoint, and for one of another model or method.
+    tag: str(tag); default what `latest` says, and where no rank finds that, nothing is loaded:
+    (None, None), and a warning. Everything is checked before anything is changed: ValueError or
+    OSError, the same on all ranks, for a missing, damaged or truncated checkpoint, and for one of
+    another model or method.
     """
     comm, wanted = run.comm, wanted or Wanted()
     with comm.same_on_all_ranks(), _as_written(load_dir):
@@ -161,7 +175,8 @@ def load_checkpoint(
     if missing == comm.world_size:
         if comm.rank == 0:
             logger.warning(
-                "checkpoint %s: no file `latest`; nothing is loaded. Give a tag, or another folder.",
+                "checkpoint %s: no file `latest`; nothing is loaded. Give a tag, or another "
+                "folder.",
                 load_dir,
             )
         return None, None
@@ -194,7 +209,9 @@ def load_checkpoint(
 
 @contextmanager
 def _as_written(folder: str | Path) -> Iterator[None]:
-    """What another program may have put into a state.json, with the right checksum, is one clear error, too."""
+    """What another program may have put into a state.json, with the right checksum, is one clear
+    error, too.
+    """
     try:
         yield
     except (KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
@@ -247,7 +264,9 @@ def _hidden(folder: Path, fate: str) -> Path:
 
 
 def _folder_of(save_dir: Path, tag: str) -> Path:
-    """Where the checkpoint `tag` is: a crash between the renames of `_put_in_place` leaves it under another name."""
+    """Where the checkpoint `tag` is: a crash between the renames of `_put_in_place` leaves it under
+    another name.
+    """
     folder = save_dir / tag
     replaced = _hidden(folder, "replaced")
     return replaced if replaced.is_dir() and not folder.exists() else folder
@@ -267,8 +286,8 @@ def _put_in_place(partial: Path, final: Path, save_latest: bool) -> None:
 
 
 def _remove_old(written: Path, keep: int | None) -> None:
-    """Remove all but the last `keep` checkpoints, and what a crash left. What cannot be removed is a warning: the new
-    checkpoint is good."""
+    """Remove all but the last `keep` checkpoints, and what a crash left. What cannot be removed is
+    a warning: the new checkpoint is good."""
     save_dir = written.parent
     numbered = [f for f in newest_checkpoints(save_dir) if re.fullmatch(r"global_step\d+", f.name)]
     try:
@@ -323,7 +342,8 @@ def _latest(load_dir: Path) -> str | None:
 def _find(load_dir: Path, tag: str | None) -> Path:
     if tag is None:
         raise FileNotFoundError(
-            f"checkpoint {load_dir}: no file `latest`, which other ranks find. All share one folder."
+            f"checkpoint {load_dir}: no file `latest`, which other ranks find. All share one "
+            f"folder."
         )
     folder = _folder_of(load_dir, tag)
     if not (folder / "state.json").is_file():
@@ -371,7 +391,8 @@ def _check_fits(
         ]
         found, expected = odd[0] if odd else (f"{len(theirs)} parameters", f"{len(ours)}")
         raise ValueError(
-            f"checkpoint {folder}: it is of another model: found {found}, this model has {expected}. Load the model and "
+            f"checkpoint {folder}: it is of another model: found {found}, this model has "
+            f"{expected}. Load the model and "
             "the set of trainable parameters that it was made with."
         )
     if not wanted.module_only:
@@ -390,12 +411,14 @@ def _check_same_course(
     for key in ("method", "direction", "loss_mean"):
         if there[key] != here[key]:
             raise ValueError(
-                f"checkpoint {folder}: made with zeroth_order.{key} = {there[key]!r}, this run has {here[key]!r}. "
+                f"checkpoint {folder}: made with zeroth_order.{key} = {there[key]!r}, this run has "
+                f"{here[key]!r}. "
                 "Resume with the same."
             )
     if wanted.scheduler and (saved["scheduler"] is None) != (run.lr_scheduler is None):
         raise ValueError(
-            f"checkpoint {folder}: made {'without' if saved['scheduler'] is None else 'with'} a scheduler."
+            f"checkpoint {folder}: made {'without' if saved['scheduler'] is None else 'with'} a "
+            f"scheduler."
         )
 
 
@@ -435,8 +458,8 @@ def _load_state(run: TrainingRun, saved: dict[str, Any], wanted: Wanted) -> None
 class _ShardFiles:
     """The files of one role, all ranks' shards of a parameter taken as one whole.
 
-    Checked when opened, without keeping what is read: that none is missing, and every saved shard that this rank takes
-    elements from, whole, by its fingerprint.
+    Checked when opened, without keeping what is read: that none is missing, and every saved shard
+    that this rank takes elements from, whole, by its fingerprint.
     """
 
     def __init__(self, folder: Path, role: str, shards: Sequence[Shard]) -> None:
@@ -449,7 +472,8 @@ class _ShardFiles:
             found = sum(file.shard_of(shard).numel() for file in self._files)
             if found != shard.whole_numel:
                 raise ValueError(
-                    f"checkpoint {folder}: {shard.name} has {found} of {shard.whole_numel} elements in the "
+                    f"checkpoint {folder}: {shard.name} has {found} of {shard.whole_numel} "
+                    f"elements in the "
                     f"{len(self._files)} files of the {role}. A rank's file is missing."
                 )
         for shard in shards:
@@ -460,7 +484,9 @@ class _ShardFiles:
                     file.verify(shard, start)
 
     def _parts(self, shard: Shard) -> Iterator[tuple[_TensorFile, int, int, int]]:
-        """(file, where its shard starts in the whole, first and last + 1 of the shard's elements that are this rank's)."""
+        """(file, where its shard starts in the whole, first and last + 1 of the shard's elements
+        that are this rank's).
+        """
         start = 0
         for file in self._files:
             end = start + file.shard_of(shard).numel()
@@ -483,7 +509,10 @@ class _ShardFiles:
 
 
 class _TensorFile:
-    """A safetensors file whose metadata has the fingerprint of each tensor. Raises ValueError or OSError."""
+    """A safetensors file whose metadata has the fingerprint of each tensor.
+
+    Raises ValueError or OSError.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -502,7 +531,8 @@ class _TensorFile:
             raise ValueError(f"checkpoint {self._path}: {shard.name}: damaged: {error}") from error
         if saved.dtype != shard.dtype or saved.dim() != 1:
             raise ValueError(
-                f"checkpoint {self._path}: {shard.name}: damaged: {saved.dtype} of shape {list(saved.shape)} instead of "
+                f"checkpoint {self._path}: {shard.name}: damaged: {saved.dtype} of shape "
+                f"{list(saved.shape)} instead of "
                 f"{shard.dtype} in one dimension."
             )
         return saved
@@ -518,6 +548,7 @@ class _TensorFile:
             self._readable = True
         if self._fingerprints.get(shard.name) != _fingerprint_text(self.shard_of(shard), start):
             raise ValueError(
-                f"checkpoint {self._path}: {shard.name}: damaged: its fingerprint is not the one it was saved with. Load "
+                f"checkpoint {self._path}: {shard.name}: damaged: its fingerprint is not the one "
+                f"it was saved with. Load "
                 "another checkpoint."
             )

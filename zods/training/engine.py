@@ -1,7 +1,8 @@
 """The zeroth-order engine: DeepSpeed's face, and a step told as its phases.
 
-`engine(batch)` evaluates the loss at the step's points, `engine.backward(loss)` reduces the loss scalars over the ranks,
-`engine.step()` combines them into a record, logs it, and applies what it says to this rank's shards.
+`engine(batch)` evaluates the loss at the step's points, `engine.backward(loss)` reduces the loss
+scalars over the ranks, `engine.step()` combines them into a record, logs it, and applies what it
+says to this rank's shards.
 """
 
 from __future__ import annotations
@@ -48,15 +49,17 @@ logger = logging.getLogger(__name__)
 class ZerothOrderEngine(EngineFace):
     """A model under DeepSpeed with zeroth-order steps. Made by `zods.initialize`.
 
-    module: the model. deepspeed: the DeepSpeedEngine that shards it. comm: what zods sends, with byte counters. anchor: of
-    MeZO-SVRG, else None. sharded_parameters: this rank's shards of the trainable parameters. run: the parts of all this that
-    steps change, and that a checkpoint stores; its counters (`global_steps`, ...) are read-only attributes of the engine, too.
-    last_step: report of the last step, or None. trajectory: the chain of what was applied, and its log (`resume`).
-    stop: asks for an end after a step; should_stop: whether some rank was asked. replicas: the other worlds that train with
-    this one, else None. selection: what chooses the sub-batches, with
-    the last one's ids and report, where there is a selector.
+    module: the model. deepspeed: the DeepSpeedEngine that shards it. comm: what zods sends, with
+    byte counters. anchor: of MeZO-SVRG, else None. sharded_parameters: this rank's shards of the
+    trainable parameters. run: the parts of all this that steps change, and that a checkpoint
+    stores; its counters (`global_steps`, ...) are read-only attributes of the engine, too.
+    last_step: report of the last step, or None. trajectory: the chain of what was applied, and its
+    log (`resume`). stop: asks for an end after a step; should_stop: whether some rank was asked.
+    replicas: the other worlds that train with this one, else None. selection: what chooses the
+    sub-batches, with the last one's ids and report, where there is a selector.
 
-    In training the model stays in eval mode: both losses of a pair need the same function, so dropout is off.
+    In training the model stays in eval mode: both losses of a pair need the same function, so
+    dropout is off.
     """
 
     def __init__(
@@ -144,7 +147,7 @@ class ZerothOrderEngine(EngineFace):
         self._in_flight: StepInFlight | None = None
         deepspeed_engine.eval()
 
-    # --- modes ------------------------------------------------------------------------------------------------------
+    # --- modes ------------------------------------------------------------------------------------
 
     @property
     def _rows(self) -> int:
@@ -156,7 +159,9 @@ class ZerothOrderEngine(EngineFace):
         return [group["lr"] / self.annealing.divisor for group in self.optimizer.param_groups]
 
     def train(self, mode: bool = True) -> ZerothOrderEngine:
-        """In training mode `engine(batch)` evaluates a step's losses; else it gives the model's outputs."""
+        """In training mode `engine(batch)` evaluates a step's losses; else it gives the model's
+        outputs.
+        """
         if not mode:
             self.flush()
         self.module.eval()  # in training too: both losses of a pair need the same function
@@ -168,7 +173,9 @@ class ZerothOrderEngine(EngineFace):
 
     @property
     def evaluation(self) -> str | None:
-        """How a step's points are evaluated: stacked, lockstep or sequential; None before the first batch, which decides."""
+        """How a step's points are evaluated: stacked, lockstep or sequential; None before the first
+        batch, which decides.
+        """
         return self._evaluator.evaluation
 
     def stop_on(self, request: StopRequest) -> None:
@@ -176,8 +183,8 @@ class ZerothOrderEngine(EngineFace):
         self.stop = request
 
     def close(self) -> None:
-        """The watch over the ranks ends, replicas part, and the log is free for another engine; to be called before any rank
-        ends."""
+        """The watch over the ranks ends, replicas part, and the log is free for another engine; to
+        be called before any rank ends."""
         self._watchdog.close()
         self._evaluator.close()
         self._is_closed = True
@@ -189,16 +196,17 @@ class ZerothOrderEngine(EngineFace):
     def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
         return self.forward(*inputs, **kwargs)
 
-    # --- phase 1: evaluate ------------------------------------------------------------------------------------------
+    # --- phase 1: evaluate ------------------------------------------------------------------------
 
     @torch.no_grad()
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
-        """Training: the mean loss of this rank's micro-batch around the parameters, a `StepLoss`; NaN where it has no label
-        that counts. Else: the model's outputs.
+        """Training: the mean loss of this rank's micro-batch around the parameters, a `StepLoss`;
+        NaN where it has no label that counts. Else: the model's outputs.
 
-        Takes what the model's forward takes, or one batch of it (`zods.data.batch`). A loss becomes part of the step when it is
-        given to `backward`; one that is not (a probe) is left out. The micro-batches of one step share the directions; a
-        refresh of the anchor that is due comes before the first. Raises ValueError where the model gives no loss.
+        Takes what the model's forward takes, or one batch of it (`zods.data.batch`). A loss becomes
+        part of the step when it is given to `backward`; one that is not (a probe) is left out. The
+        micro-batches of one step share the directions; a refresh of the anchor that is due comes
+        before the first. Raises ValueError where the model gives no loss.
         """
         if self._is_closed:
             raise RuntimeError(
@@ -224,12 +232,15 @@ class ZerothOrderEngine(EngineFace):
         )
 
     def _begin_step(self) -> StepInFlight:
-        """Refresh the anchor where it is due, and choose the step's points: pairs at theta, then at the anchor."""
+        """Refresh the anchor where it is due, and choose the step's points: pairs at theta, then at
+        the anchor.
+        """
         began, bytes_before = time.perf_counter(), self.comm.scalar_bytes
         zo, step = self._zo, self.global_steps
         if self.replicas is not None and self.recorder.is_new:
             raise RuntimeError(
-                "zeroth_order.replicas: call engine.resume(folder) before the first step; they share its log."
+                "zeroth_order.replicas: call engine.resume(folder) before the first step; they "
+                "share its log."
             )
         self.recorder.record_run(step)
         if self.anchor is not None and (
@@ -245,20 +256,24 @@ class ZerothOrderEngine(EngineFace):
             points, began, bytes_before, rechecks=step > 0 and step.bit_count() == 1
         )
 
-    # --- phase 2: reduce the scalars --------------------------------------------------------------------------------
+    # --- phase 2: reduce the scalars --------------------------------------------------------------
 
     def backward(self, loss: torch.Tensor) -> torch.Tensor:
-        """Make the forward that gave `loss` part of the step; at an accumulation boundary, sum losses and counts over all ranks.
+        """Make the forward that gave `loss` part of the step; at an accumulation boundary, sum
+        losses and counts over all ranks.
 
-        Sends 8 bytes per point and rank. Whether a rank was asked to stop travels with them. Raises ValueError where `loss` is
-        not what the last `engine(batch)` returned: a scaled or other loss would have no effect, since the losses at the points
-        are already known. Wrap the model so that its forward returns that loss.
+        Sends 8 bytes per point and rank. Whether a rank was asked to stop travels with them. Raises
+        ValueError where `loss` is not what the last `engine(batch)` returned: a scaled or other
+        loss would have no effect, since the losses at the points are already known. Wrap the model
+        so that its forward returns that loss.
         """
         step = self._in_flight
         if step is None or step.pending is None or loss is not step.pending[0]:
             raise ValueError(
-                "engine.backward(loss): this is not the loss that the last engine(batch) returned, or it was given before. A "
-                "zeroth-order step uses the losses of the forward itself; for another loss (a scaled one, a sum with other "
+                "engine.backward(loss): this is not the loss that the last engine(batch) returned, "
+                "or it was given before. A "
+                "zeroth-order step uses the losses of the forward itself; for another loss (a "
+                "scaled one, a sum with other "
                 "terms) wrap the model so that its forward returns it."
             )
         step.sums.append(step.pending[1])
@@ -268,8 +283,9 @@ class ZerothOrderEngine(EngineFace):
             of_all = self._reduce(
                 self.comm.numbers(torch.stack(step.sums).sum(0)), asked=self.stop.reason is not None
             )
-            # An estimate is linear in its losses. With directions of each rank's own, a rank's losses are weighted by its share
-            # of what the loss is a mean over, so that the mean over the ranks is that of the global batch.
+            # An estimate is linear in its losses. With directions of each rank's own, a rank's
+            # losses are weighted by its share of what the loss is a mean over, so that the mean
+            # over the ranks is that of the global batch.
             mean_count = sum(count for *_, count in of_all) / len(of_all)
             step.reduced = [
                 [total / mean_count if mean_count else math.nan for total in row[:-1]]
@@ -278,7 +294,9 @@ class ZerothOrderEngine(EngineFace):
         return loss
 
     def _reduce(self, sums: list[float], *, asked: bool) -> list[list[float]]:
-        """The sums of each set of directions; whether some rank was asked to stop, or could not evaluate in the form chosen."""
+        """The sums of each set of directions; whether some rank was asked to stop, or could not
+        evaluate in the form chosen.
+        """
         left = self._evaluator.left_form
         if self.replicas is not None:
             if self.comm.sum_over_ranks([float(left)])[0]:
@@ -296,13 +314,15 @@ class ZerothOrderEngine(EngineFace):
             self._evaluator.leave_form()
         return of_all
 
-    # --- phases 3 to 5: combine, log, apply -------------------------------------------------------------------------
+    # --- phases 3 to 5: combine, log, apply -------------------------------------------------------
 
     def step(self) -> None:
-        """At an accumulation boundary: combine the losses into an estimate, log it, apply it to this rank's shards.
+        """At an accumulation boundary: combine the losses into an estimate, log it, apply it to
+        this rank's shards.
 
-        When it returns the step is on the disk, where there is a log; OSError where that failed. A step with a non-finite
-        loss is skipped and counted; RuntimeError after `max_nonfinite_steps` in a row.
+        When it returns the step is on the disk, where there is a log; OSError where that failed. A
+        step with a non-finite loss is skipped and counted; RuntimeError after `max_nonfinite_steps`
+        in a row.
         """
         in_flight = self._in_flight
         if in_flight is None or len(in_flight.sums) <= in_flight.micro_steps:
@@ -354,7 +374,9 @@ class ZerothOrderEngine(EngineFace):
         )
 
     def _commit_everywhere(self, record: Record) -> None:
-        """Commit a record, and where another replica leads, that one's in its place, with what it recorded before it."""
+        """Commit a record, and where another replica leads, that one's in its place, with what it
+        recorded before it.
+        """
         if self.replicas is None or not self.recorder.follows:
             self.run.commit(record)
             return
@@ -365,8 +387,8 @@ class ZerothOrderEngine(EngineFace):
     def _check_agreement(self) -> None:
         """Where it is due: have all ranks applied the same, and been given the same examples?
 
-        Raises Disagreement where they have not; the log then ends where they last had, for steps since were made on weights
-        that differ.
+        Raises Disagreement where they have not; the log then ends where they last had, for steps
+        since were made on weights that differ.
         """
         if self.global_steps % self._zo.agreement_interval:
             return
@@ -410,8 +432,10 @@ class ZerothOrderEngine(EngineFace):
     def _say_zero_gradient(self) -> None:
         if not self._has_said_zero and self.global_rank == 0:
             logger.warning(
-                "step %d: the projected gradient is exactly 0, for the losses of a pair of points are the same number. Either "
-                "no parameter that is trained reaches the loss, or eps (%g) is lost in rounding. This is said once.",
+                "step %d: the projected gradient is exactly 0, for the losses of a pair of points "
+                "are the same number. Either "
+                "no parameter that is trained reaches the loss, or eps (%g) is lost in rounding. "
+                "This is said once.",
                 self.global_steps,
                 self._zo.eps,
             )
@@ -424,17 +448,20 @@ class ZerothOrderEngine(EngineFace):
         if in_a_row > self._zo.max_nonfinite_steps:
             raise RuntimeError(
                 f"{in_a_row} steps in a row had non-finite losses (max_nonfinite_steps = "
-                f"{self._zo.max_nonfinite_steps}). Lower lr or eps, or look at the data. Last losses: {losses}."
+                f"{self._zo.max_nonfinite_steps}). Lower lr or eps, or look at the data. Last "
+                f"losses: {losses}."
             )
 
-    # --- the anchor -------------------------------------------------------------------------------------------------
+    # --- the anchor -------------------------------------------------------------------------------
 
     @torch.no_grad()
     def refresh_anchor(self) -> None:
-        """Make the parameters the anchor, estimate the gradient there over the whole training set, and step along it.
+        """Make the parameters the anchor, estimate the gradient there over the whole training set,
+        and step along it.
 
-        The step at a refresh is theta <- theta - anchor_lr * g, as in algorithm 2 of Gautam et al. 2024. There it takes
-        the place of a mini-batch step; here the mini-batch step that was due follows it.
+        The step at a refresh is theta <- theta - anchor_lr * g, as in algorithm 2 of Gautam et al.
+        2024. There it takes the place of a mini-batch step; here the mini-batch step that was due
+        follows it.
         """
         assert self.anchor is not None
         assert self.training_dataloader is not None
@@ -466,7 +493,8 @@ class ZerothOrderEngine(EngineFace):
         if not coefficients or not all(map(math.isfinite, coefficients)):
             if self.anchor_step is None:
                 raise RuntimeError(
-                    "the first anchor: the loss over the training set is not finite. Look at the data."
+                    "the first anchor: the loss over the training set is not finite. Look at the "
+                    "data."
                 )
             logger.warning(
                 "anchor at step %d: losses are not finite; the last anchor stays", self.global_steps
@@ -481,7 +509,9 @@ class ZerothOrderEngine(EngineFace):
     # --- resume, load -----------------------------------------------------------------------------
 
     def _split_batches(self) -> None:
-        """From the next step on, evaluate this rank's part of each batch, as it is shared by those that take part."""
+        """From the next step on, evaluate this rank's part of each batch, as it is shared by those
+        that take part.
+        """
         assert self.replicas is not None
         assert isinstance(self.training_dataloader, TrainingLoader)
         self.training_dataloader.split = self.replicas.split
@@ -497,7 +527,10 @@ class ZerothOrderEngine(EngineFace):
         checkpoints: str | Path | None = None,
         new: Collection[str] = (),
     ) -> None:
-        """Log every step in `folder`; where steps are logged there, go on after them. To be called before the first step."""
+        """Log every step in `folder`; where steps are logged there, go on after them.
+
+        To be called before the first step.
+        """
         self._in_flight = None
         if resume.resume(self.run, folder, self.replicas, checkpoints=checkpoints, new=new):
             self._adopt_evaluation()
@@ -517,13 +550,15 @@ class ZerothOrderEngine(EngineFace):
         load_module_only: bool = False,
         custom_load_fn: Any = None,
     ) -> tuple[Path | None, dict[str, Any] | None]:
-        """Load a checkpoint, with the keywords of DeepSpeed's method; see `zods.training.checkpoint.load_checkpoint`.
+        """Load a checkpoint, with the keywords of DeepSpeed's method; see
+        `zods.training.checkpoint.load_checkpoint`.
 
         The micro-batches of a step under way are dropped.
         """
         if custom_load_fn is not None:
             raise ValueError(
-                "custom_load_fn: must be None; nothing of a checkpoint of zods is loaded by other code."
+                "custom_load_fn: must be None; nothing of a checkpoint of zods is loaded by other "
+                "code."
             )
         self.flush()
         wanted = checkpoint.Wanted(
@@ -534,7 +569,8 @@ class ZerothOrderEngine(EngineFace):
         )
         if self._is_logged:
             raise ValueError(
-                "load_checkpoint: this run writes a log since engine.resume(), which would not replay over a load. Load "
+                "load_checkpoint: this run writes a log since engine.resume(), which would not "
+                "replay over a load. Load "
                 "before engine.resume(), or begin another run's folder."
             )
         self.restart_loader()
@@ -544,10 +580,11 @@ class ZerothOrderEngine(EngineFace):
         self._in_flight = None
         return loaded
 
-    # --- whole batches ----------------------------------------------------------------------------------------------
+    # --- whole batches ----------------------------------------------------------------------------
 
     def train_batch(self, data_iter: Iterator[Any] | None = None) -> float:
-        """One whole step: micro-batches from `data_iter` (default: the engine's own loader), evaluated and applied.
+        """One whole step: micro-batches from `data_iter` (default: the engine's own loader),
+        evaluated and applied.
 
         Returns the global batch's mean loss.
         """
@@ -565,12 +602,16 @@ class ZerothOrderEngine(EngineFace):
         return self.last_step.loss
 
     def restart_loader(self) -> None:
-        """Let `train_batch` take up the loader where it stands now; iterators made before go on where they were."""
+        """Let `train_batch` take up the loader where it stands now; iterators made before go on
+        where they were.
+        """
         self._own_batches = None
 
     @torch.no_grad()
     def eval_batch(self, data_iter: Iterator[Any]) -> float:
-        """Mean loss at the parameters over `gradient_accumulation_steps` micro-batches of all ranks."""
+        """Mean loss at the parameters over `gradient_accumulation_steps` micro-batches of all
+        ranks.
+        """
         self.flush()
         return self._evaluator.mean_loss(
             next(data_iter) for _ in range(self.gradient_accumulation_steps())
@@ -585,7 +626,8 @@ class ZerothOrderEngine(EngineFace):
     ) -> dict[str, float]:
         """Means over a whole dataset at the parameters, every example counted once, over all ranks.
 
-        collate_fn: rows -> (model inputs, targets). measure: (outputs, inputs, targets) -> name: (sum, count).
+        collate_fn: rows -> (model inputs, targets). measure: (outputs, inputs, targets) -> name:
+        (sum, count).
         """
         self.flush()
         micro_batch = self.train_micro_batch_size_per_gpu()

@@ -1,8 +1,8 @@
-"""What loops written for DeepSpeed's engine and for Hugging Face models touch beside a step: sizes and counters, the module
-behind the engine, its weights. `ZerothOrderEngine` inherits it.
+"""What loops written for DeepSpeed's engine and for Hugging Face models touch beside a step: sizes
+and counters, the module behind the engine, its weights. `ZerothOrderEngine` inherits it.
 
-DeepSpeed's engine is the model (it inherits `torch.nn.Module`), so loops ask it for the model's attributes: what this class
-does not have is looked up in the module.
+DeepSpeed's engine is the model (it inherits `torch.nn.Module`), so loops ask it for the model's
+attributes: what this class does not have is looked up in the module.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ _DTYPES_OF_A_RUN = (
 
 
 class EngineFace:
-    """DeepSpeed's names on an engine. module: the model. deepspeed: the DeepSpeedEngine that shards it."""
+    """DeepSpeed's names on an engine. module: the model. deepspeed: the DeepSpeedEngine that shards
+    it.
+    """
 
     module: torch.nn.Module
     deepspeed: Any
@@ -45,8 +47,8 @@ class EngineFace:
     _in_flight: StepInFlight | None
 
     def flush(self) -> None:
-        """Apply what waits until its parameter is next loaded: before parameters are read other than by
-        a step. The engine's own methods do it where they need it."""
+        """Apply what waits until its parameter is next loaded: before parameters are read other
+        than by a step. The engine's own methods do it where they need it."""
         self.run.flush()
 
     def __getattr__(self, name: str) -> Any:
@@ -57,7 +59,7 @@ class EngineFace:
                 return getattr(module, name)
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}, nor has its module")
 
-    # --- counters ---------------------------------------------------------------------------------------------------
+    # --- counters ---------------------------------------------------------------------------------
 
     @property
     def global_steps(self) -> int:
@@ -86,7 +88,7 @@ class EngineFace:
     def annealing(self) -> Annealing:
         return self.run.state.annealing
 
-    # --- ranks, sizes, settings -------------------------------------------------------------------------------------
+    # --- ranks, sizes, settings -------------------------------------------------------------------
 
     @property
     def device(self) -> torch.device:
@@ -136,7 +138,10 @@ class EngineFace:
         return self.deepspeed.steps_per_print()
 
     def get_global_grad_norm(self) -> None:
-        """None, as DeepSpeed's before its first step: no gradient is made. `last_step.projected_grad` is what a step measures."""
+        """None, as DeepSpeed's before its first step: no gradient is made.
+
+        `last_step.projected_grad` is what a step measures.
+        """
 
     def was_step_applied(self) -> bool:
         """Whether the last step changed the parameters; one with a non-finite loss is skipped."""
@@ -151,15 +156,19 @@ class EngineFace:
         yield
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing but a line that says so: a step changes weights while modules run, which Dynamo cannot trace."""
+        """Nothing but a line that says so: a step changes weights while modules run, which Dynamo
+        cannot trace.
+        """
         logger.info(
             "engine.compile(): the model is not compiled: a step changes weights while modules run"
         )
 
-    # --- the module and its weights ---------------------------------------------------------------------------------
+    # --- the module and its weights ---------------------------------------------------------------
 
     def parameters(self, recurse: bool = True) -> Iterator[torch.nn.Parameter]:
-        """The module's parameters, up to date; at stage 3 as DeepSpeed leaves them, for `deepspeed.zero.GatheredParameters`."""
+        """The module's parameters, up to date; at stage 3 as DeepSpeed leaves them, for
+        `deepspeed.zero.GatheredParameters`.
+        """
         self.flush()
         return self.module.parameters(recurse)
 
@@ -171,27 +180,35 @@ class EngineFace:
         return self.module.named_parameters(*args, **kwargs)
 
     def state_dict(self) -> dict[str, Any]:
-        """The module's state dict with whole tensors in host memory, on rank 0; an empty dict on the other ranks.
+        """The module's state dict with whole tensors in host memory, on rank 0; an empty dict on
+        the other ranks.
 
-        The same at stage 0 and stage 3. All ranks call it together; rank 0's memory must hold the model.
+        The same at stage 0 and stage 3. All ranks call it together; rank 0's memory must hold the
+        model.
         """
         self.flush()
         return whole_state(self.deepspeed, self.comm)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         raise ValueError(
-            "engine.load_state_dict(): a run's weights change by its steps only, as its log says. Load weights into the model "
+            "engine.load_state_dict(): a run's weights change by its steps only, as its log says. "
+            "Load weights into the model "
             "before zods.initialize, or a checkpoint of zods by engine.load_checkpoint."
         )
 
     def save_16bit_model(self, save_dir: Any, save_filename: str = "pytorch_model.bin") -> bool:
-        """Write `state_dict()` by torch.save, in the dtype of the run, as DeepSpeed's method of this name does."""
+        """Write `state_dict()` by torch.save, in the dtype of the run, as DeepSpeed's method of
+        this name does.
+        """
         self.flush()
         save_16bit_model(self.deepspeed, self.comm, Path(save_dir) / save_filename)
         return True
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's `generate`, at the parameters as they are. At stage 3 all ranks go on until the last one is done."""
+        """The module's `generate`, at the parameters as they are.
+
+        At stage 3 all ranks go on until the last one is done.
+        """
         self.flush()
         self.module.eval()
         if self.comm.world_size > 1 and any(map(is_sharded, self.module.parameters())):
@@ -207,7 +224,8 @@ class EngineFace:
             device.type != here.type or device.index not in (None, here.index)
         ):
             raise ValueError(
-                f"engine.to({device}): the engine is on {here}, where the launcher put this rank. Leave the call out, and move "
+                f"engine.to({device}): the engine is on {here}, where the launcher put this rank. "
+                f"Leave the call out, and move "
                 "batches to engine.device."
             )
         odd = next(
@@ -258,7 +276,8 @@ class EngineFace:
         *,
         keep: int | None = None,
     ) -> Path:
-        """Write a checkpoint, with the keywords of DeepSpeed's method; see `zods.training.checkpoint.save_checkpoint`.
+        """Write a checkpoint, with the keywords of DeepSpeed's method; see
+        `zods.training.checkpoint.save_checkpoint`.
 
         exclude_frozen_parameters: no checkpoint of zods has frozen parameters, whatever it says.
         """
@@ -268,6 +287,8 @@ class EngineFace:
         )
 
     def save_pretrained(self, save_dir: str | Path) -> None:
-        """Export the whole model as a folder that `from_pretrained` reads; see `zods.training.export`."""
+        """Export the whole model as a folder that `from_pretrained` reads; see
+        `zods.training.export`.
+        """
         self.flush()
         save_pretrained(self.deepspeed, self.comm, save_dir)

@@ -1,4 +1,6 @@
-"""The whole model, gathered from the ranks: as a state dict, and as a folder that `from_pretrained` reads."""
+"""The whole model, gathered from the ranks: as a state dict, and as a folder that `from_pretrained`
+reads.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +17,12 @@ from zods.params.zero3_adapter import gathered, release_gathered
 
 
 def whole_state(deepspeed_engine: Any, comm: Communicator) -> dict[str, Any]:
-    """The state dict of the engine's module with whole tensors in host memory, on rank 0; an empty dict on the other ranks.
+    """The state dict of the engine's module with whole tensors in host memory, on rank 0; an empty
+    dict on the other ranks.
 
-    It has the names that the module's own `state_dict()` has, so that a parameter under two names is there under both, as one
-    tensor. Gathers one module at a time; rank 0's memory must hold the model. All ranks call it together.
+    It has the names that the module's own `state_dict()` has, so that a parameter under two names
+    is there under both, as one tensor. Gathers one module at a time; rank 0's memory must hold the
+    model. All ranks call it together.
     """
     module = deepspeed_engine.module
     values: dict[int, torch.Tensor] = {}
@@ -43,7 +47,10 @@ def whole_state(deepspeed_engine: Any, comm: Communicator) -> dict[str, Any]:
 
 
 def save_16bit_model(deepspeed_engine: Any, comm: Communicator, path: Path) -> None:
-    """Write `whole_state` by torch.save. All ranks call it together; OSError on all where it fails."""
+    """Write `whole_state` by torch.save.
+
+    All ranks call it together; OSError on all where it fails.
+    """
     state = whole_state(deepspeed_engine, comm)
     with comm.same_on_all_ranks():
         if comm.rank == 0:
@@ -54,8 +61,9 @@ def save_16bit_model(deepspeed_engine: Any, comm: Communicator, path: Path) -> N
 def save_pretrained(deepspeed_engine: Any, comm: Communicator, save_dir: str | Path) -> None:
     """Export the whole model as a folder that `from_pretrained` reads, in the dtype of the run.
 
-    Gathers one module at a time to rank 0, whose host memory must hold the model. A module that is not of transformers
-    or peft is written as `model.safetensors`. All ranks call it together; ValueError or OSError on all where it fails.
+    Gathers one module at a time to rank 0, whose host memory must hold the model. A module that is
+    not of transformers or peft is written as `model.safetensors`. All ranks call it together;
+    ValueError or OSError on all where it fails.
     """
     state, module = whole_state(deepspeed_engine, comm), deepspeed_engine.module
     with _runs_alone(getattr(module, "prompt_encoder", None)), comm.same_on_all_ranks():
@@ -74,7 +82,8 @@ def save_pretrained(deepspeed_engine: Any, comm: Communicator, save_dir: str | P
 
 @contextmanager
 def _runs_alone(module: torch.nn.Module | None) -> Iterator[None]:
-    """A module that one rank can run without the others: peft saves what its prompt encoders give, and runs them for that.
+    """A module that one rank can run without the others: peft saves what its prompt encoders give,
+    and runs them for that.
 
     Its parameters are gathered, and hooks, of which ZeRO-3's would gather again, are left out.
     """

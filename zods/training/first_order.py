@@ -1,6 +1,8 @@
-"""First-order training by DeepSpeed's own engine behind the face of the zeroth-order one, as far as `zods.finetune` uses it.
+"""First-order training by DeepSpeed's own engine behind the face of the zeroth-order one, as far as
+`zods.finetune` uses it.
 
-For comparison on equal terms: the same data in the same order, the same loss, sub-batches chosen or not.
+For comparison on equal terms: the same data in the same order, the same loss, sub-batches chosen or
+not.
 """
 
 from __future__ import annotations
@@ -43,7 +45,10 @@ CLASSES_IN_CHECKPOINTS = [LossScaler, ZeroStageEnum, fragment_address]
 
 
 class FirstOrderEngine:
-    """A model under DeepSpeed with its optimizer. The loss of a step is the objective of `zods.data.objectives`."""
+    """A model under DeepSpeed with its optimizer.
+
+    The loss of a step is the objective of `zods.data.objectives`.
+    """
 
     anchor = None
 
@@ -54,7 +59,9 @@ class FirstOrderEngine:
         dataset: Any,
         collate_fn: Callable | None,
     ) -> None:
-        """Raises ValueError, the same on all ranks, where model, data and selector do not fit each other."""
+        """Raises ValueError, the same on all ranks, where model, data and selector do not fit each
+        other.
+        """
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.deepspeed = deepspeed.initialize(
             model=model,
@@ -140,7 +147,8 @@ class FirstOrderEngine:
         if not math.isfinite(mean):
             ids = "" if self.selection is None else f" Its examples: {self.selection.selected_ids}."
             raise RuntimeError(
-                f"step {self.global_steps}: the loss is not finite. Lower lr, or look at the data.{ids}"
+                f"step {self.global_steps}: the loss is not finite. Lower lr, or look at the "
+                f"data.{ids}"
             )
         selecting = 0.0 if self.selection is None else self.selection.take_seconds()
         epoch_and_step, sub_batch = (
@@ -157,8 +165,9 @@ class FirstOrderEngine:
         return mean
 
     def _weighted_batches(self) -> list[dict[str, Any]]:
-        """This rank's micro-batches of a step, with weights by which the mean of their losses over micro-batches and ranks, which
-        is what DeepSpeed takes, is the mean over what all of them hold.
+        """This rank's micro-batches of a step, with weights by which the mean of their losses over
+        micro-batches and ranks, which is what DeepSpeed takes, is the mean over what all of them
+        hold.
 
         Raises RuntimeError on all ranks where none holds a label that counts.
         """
@@ -196,7 +205,8 @@ class FirstOrderEngine:
     def resume(
         self, folder: Path, *, checkpoints: Path | None = None, new: Collection[str] = ()
     ) -> None:
-        """Log what is selected in `folder`, and go on from the last checkpoint there, if there is one: DeepSpeed's own.
+        """Log what is selected in `folder`, and go on from the last checkpoint there, if there is
+        one: DeepSpeed's own.
 
         new: unused; a checkpoint of DeepSpeed's holds all weights.
         """
@@ -230,12 +240,15 @@ class FirstOrderEngine:
         run = log.run_at_end()
         if run is not None and run.section.loss_mean != self.config.loss_mean:
             raise ValueError(
-                f"{log.path}: made with zeroth_order.loss_mean = {run.section.loss_mean}, this run has "
+                f"{log.path}: made with zeroth_order.loss_mean = {run.section.loss_mean}, this run "
+                f"has "
                 f"{self.config.loss_mean}. Resume with the same."
             )
 
     def save_checkpoint(self, save_dir: str | Path, keep: int | None = None) -> None:
-        """DeepSpeed's own checkpoint, with the loader's place and the selector's state. keep: the last so many stay."""
+        """DeepSpeed's own checkpoint, with the loader's place and the selector's state. keep: the
+        last so many stay.
+        """
         state = {"global_steps": self.global_steps, "loader": self.training_dataloader.state_dict()}
         tag = f"global_step{self.global_steps}"
         self.deepspeed.save_checkpoint(str(save_dir), tag, client_state={"zods": state})
@@ -254,8 +267,8 @@ class FirstOrderEngine:
     def load_checkpoint(self, load_dir: str | Path) -> None:
         """The checkpoint that `latest` names. No code that a file of it names is run.
 
-        Raises ValueError or OSError, the same on all ranks and before anything is changed, where there is none, or a file
-        of it is truncated or holds more than data.
+        Raises ValueError or OSError, the same on all ranks and before anything is changed, where
+        there is none, or a file of it is truncated or holds more than data.
         """
         with self.comm.same_on_all_ranks():
             files = _files_of_latest(Path(load_dir))
@@ -289,7 +302,9 @@ def _files_of_latest(load_dir: Path) -> list[Path]:
 
 @contextmanager
 def _only_data() -> Iterator[None]:
-    """Have torch.load run no code that a file names, whatever its caller asks: DeepSpeed asks for weights_only=False."""
+    """Have torch.load run no code that a file names, whatever its caller asks: DeepSpeed asks for
+    weights_only=False.
+    """
     name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(name)
     os.environ[name] = "1"
@@ -303,7 +318,10 @@ def _only_data() -> Iterator[None]:
 
 
 def _check_only_data(path: Path) -> None:
-    """Raise ValueError unless torch can load the file without running code. Tensors' data are not read."""
+    """Raise ValueError unless torch can load the file without running code.
+
+    Tensors' data are not read.
+    """
     with open(path, "rb") as file:
         try:
             torch.load(file, map_location="meta", weights_only=True)

@@ -62,17 +62,19 @@ def initialize(
     mesh_param: Any = None,
     config_params: Any = None,
 ) -> tuple[ZerothOrderEngine, ZerothOrderOptimizer, TrainingLoader | SelectingLoader | None, Any]:
-    """Put a model under DeepSpeed with zeroth-order steps; `deepspeed.initialize` with a section "zeroth_order".
+    """Put a model under DeepSpeed with zeroth-order steps; `deepspeed.initialize` with a section
+    "zeroth_order".
 
-    model: any module whose forward returns a loss, an output with `loss`, or one with `logits` for a batch with
-    `labels`. It may be made under `deepspeed.zero.Init`; torch.compile is taken off it. model_parameters: those to train
-    (default: all that require a gradient), also as groups; see `zods.training.model_setup.parameters_to_train`. training_data: a
-    map-style dataset; needed for "mezo_svrg" (the anchor is its full-batch gradient), "anneal" and "selector".
-    lr_scheduler: a scheduler on the returned optimizer, or a function that makes one from it. config: path or dict (else
-    `args.deepspeed_config`). optimizer, mpu and mesh_param must be None.
+    model: any module whose forward returns a loss, an output with `loss`, or one with `logits` for
+    a batch with `labels`. It may be made under `deepspeed.zero.Init`; torch.compile is taken off
+    it. model_parameters: those to train (default: all that require a gradient), also as groups; see
+    `zods.training.model_setup.parameters_to_train`. training_data: a map-style dataset; needed for
+    "mezo_svrg" (the anchor is its full-batch gradient), "anneal" and "selector". lr_scheduler: a
+    scheduler on the returned optimizer, or a function that makes one from it. config: path or dict
+    (else `args.deepspeed_config`). optimizer, mpu and mesh_param must be None.
 
-    Returns (engine, optimizer, training_dataloader, lr_scheduler). Raises ValueError or OSError on bad input, the same
-    on all ranks.
+    Returns (engine, optimizer, training_dataloader, lr_scheduler). Raises ValueError or OSError on
+    bad input, the same on all ranks.
     """
     comm = connect_ranks(distributed_port=distributed_port, dist_init_required=dist_init_required)
     with comm.same_on_all_ranks():
@@ -152,25 +154,31 @@ def _source(args: Any, config: Any, config_params: Any) -> Any:
 
 
 def _checked_model(model: torch.nn.Module | None, **others: Any) -> torch.nn.Module:
-    """The model. Raises ValueError where there is none, or what only first-order training takes was given."""
+    """The model. Raises ValueError where there is none, or what only first-order training takes was
+    given.
+    """
     if model is None:
         raise ValueError("model: missing. Give a torch.nn.Module.")
     if has_moved_hooks(
         model
     ):  # closing the other engine would move them out of this one's forwards
         raise ValueError(
-            "model: another zods engine runs the hooks of its modules. Call close() of that engine first."
+            "model: another zods engine runs the hooks of its modules. Call close() of that engine "
+            "first."
         )
     for name, value in others.items():
         if value is not None:
             raise ValueError(
-                f"{name}: must be None; a zeroth-order step has no optimizer states and shards by ZeRO-3 only."
+                f"{name}: must be None; a zeroth-order step has no optimizer states and shards by "
+                f"ZeRO-3 only."
             )
     return model
 
 
 def _say_reduced_ranks(direction: DirectionConfig, parameters: ShardedParameters) -> None:
-    """Matrices whose smaller side is below the rank of low-rank directions get that rank, full for them."""
+    """Matrices whose smaller side is below the rank of low-rank directions get that rank, full for
+    them.
+    """
     small = [p for p in parameters if len(p.shape) == 2 and min(p.shape) < direction.rank]
     if direction.distribution == "low_rank" and small:
         named = ", ".join(f"{p.name} ({min(p.shape)})" for p in small[:5])
@@ -181,7 +189,9 @@ def _say_reduced_ranks(direction: DirectionConfig, parameters: ShardedParameters
 
 
 def check_folders(run: RunConfig | FirstOrderConfig) -> None:
-    """Raise ValueError where a folder for NVMe offload cannot be used on this rank, before anything is loaded."""
+    """Raise ValueError where a folder for NVMe offload cannot be used on this rank, before anything
+    is loaded.
+    """
     for key in ("offload_param", "offload_optimizer"):
         offload = run.deepspeed.get("zero_optimization", {}).get(key) or {}
         if offload.get("device") == "nvme":
@@ -197,7 +207,8 @@ def _training_loader(
     if training_data is None:
         if zo.is_svrg:
             raise ValueError(
-                'training_data: missing; method "mezo_svrg" takes its anchor over the whole training set. Give a '
+                'training_data: missing; method "mezo_svrg" takes its anchor over the whole '
+                "training set. Give a "
                 'map-style dataset to zods.initialize, or use method "mezo".'
             )
         if zo.replicas is not None:
@@ -226,7 +237,8 @@ def _check_selector(run: RunConfig, model: torch.nn.Module, training_data: Any) 
         return
     if training_data is None:
         raise ValueError(
-            f"training_data: missing; {SELECTOR} chooses from it. Give a map-style dataset to zods.initialize."
+            f"training_data: missing; {SELECTOR} chooses from it. Give a map-style dataset to "
+            f"zods.initialize."
         )
     check_selector(selector, SELECTOR, run.deepspeed["train_batch_size"], len(training_data))
     sources_of(training_data, selector.source_column, SELECTOR)
@@ -275,8 +287,9 @@ def _code_digest() -> bytes:
 
 
 def _check_weights(model: torch.nn.Module, comm: Communicator) -> None:
-    """Raise RuntimeError where a rank was given other weights. DeepSpeed would take rank 0's without a word; but a run whose
-    base weights are not the same for all cannot be taken up or replayed either."""
+    """Raise RuntimeError where a rank was given other weights. DeepSpeed would take rank 0's
+    without a word; but a run whose base weights are not the same for all cannot be taken up or
+    replayed either."""
     own = [fingerprint(p.detach().contiguous().view(-1)) for p in model.parameters()]
     comm.check_agreement(
         repr(own).encode(),
@@ -285,11 +298,12 @@ def _check_weights(model: torch.nn.Module, comm: Communicator) -> None:
 
 
 def _prepared(run: RunConfig, model: torch.nn.Module) -> dict[str, Any]:
-    """Cast and shard the model where DeepSpeed would do it otherwise than it stands in the JSON; returns DeepSpeed's part.
+    """Cast and shard the model where DeepSpeed would do it otherwise than it stands in the JSON;
+    returns DeepSpeed's part.
 
-    Replicated bf16 is cast here, because DeepSpeed's stage 0 keeps fp32 master weights. A model not made under zero.Init
-    is sharded here, because DeepSpeed 0.19.8 writes fp32 parameters to NVMe as bf16 when it is told a dtype, as its
-    engine does, on an accelerator without fp16.
+    Replicated bf16 is cast here, because DeepSpeed's stage 0 keeps fp32 master weights. A model not
+    made under zero.Init is sharded here, because DeepSpeed 0.19.8 writes fp32 parameters to NVMe as
+    bf16 when it is told a dtype, as its engine does, on an accelerator without fp16.
     """
     config = dict(run.deepspeed)
     bf16 = config.get("bf16", {}).get("enabled", False)
@@ -320,7 +334,10 @@ def _check_step(scheduler: Any) -> None:
 
 
 def resolve_by_model(run: RunConfig, model: torch.nn.Module, world_size: int) -> None:
-    """Resolve what of DeepSpeed's part follows from the model, in place. Raises ValueError where a value does not fit it."""
+    """Resolve what of DeepSpeed's part follows from the model, in place.
+
+    Raises ValueError where a value does not fit it.
+    """
     overlaps = not get_accelerator().is_synchronized_device()
     resolve_model_auto(
         run.deepspeed, hidden_size_of(getattr(model, "config", None)), overlaps=overlaps
@@ -329,8 +346,8 @@ def resolve_by_model(run: RunConfig, model: torch.nn.Module, world_size: int) ->
     if zero.get("stage3_prefetch_bucket_size") == 0 and any(
         type(m).__name__ == "ParamWrapper" for m in model.modules()
     ):
-        # PEFT's adapter of a single parameter changes which module owns it while a forward runs. Without prefetching,
-        # DeepSpeed 0.19.8 ends such a forward with "tracing error".
+        # PEFT's adapter of a single parameter changes which module owns it while a forward runs.
+        # Without prefetching, DeepSpeed 0.19.8 ends such a forward with "tracing error".
         del zero["stage3_prefetch_bucket_size"]
     numels = [getattr(p, "ds_numel", p.numel()) for p in model.parameters()]
     resolve_offload_buffers(run.deepspeed, numels, world_size)

@@ -1,5 +1,5 @@
-"""What a user hands to `zods.initialize`, as zods needs it: the module without torch.compile, its parameters laid out as
-DeepSpeed takes them, and those to train out of `model_parameters`."""
+"""What a user hands to `zods.initialize`, as zods needs it: the module without torch.compile, its
+parameters laid out as DeepSpeed takes them, and those to train out of `model_parameters`."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from zods.params.zero3_adapter import is_sharded
 logger = logging.getLogger(__name__)
 
 
-# --- torch.compile ----------------------------------------------------------------------------------------------------
+# --- torch.compile --------------------------------------------------------------------------------
 
 
 def without_compile(model: torch.nn.Module) -> torch.nn.Module:
     """The model with what `torch.compile` wrapped around it, or around a module in it, taken off.
 
-    A step puts other weights into each module while it runs, and Dynamo cannot trace that. Parameters get their names
-    without `_orig_mod.` again. Raises ValueError where `model` is no module.
+    A step puts other weights into each module while it runs, and Dynamo cannot trace that.
+    Parameters get their names without `_orig_mod.` again. Raises ValueError where `model` is no
+    module.
     """
     if not isinstance(model, torch.nn.Module):
         raise ValueError(f"model: found {type(model).__name__}, expected a torch.nn.Module.")
@@ -48,7 +49,8 @@ def without_compile(model: torch.nn.Module) -> torch.nn.Module:
             found += 1
     if found:
         logger.info(
-            "model: torch.compile is taken off (at %d modules): a step changes weights while modules run",
+            "model: torch.compile is taken off (at %d modules): a step changes weights while "
+            "modules run",
             found,
         )
     return model
@@ -59,14 +61,15 @@ def _original(module: torch.nn.Module) -> torch.nn.Module | None:
     return module._modules.get("_orig_mod")
 
 
-# --- how parameters lie in memory -------------------------------------------------------------------------------------
+# --- how parameters lie in memory -----------------------------------------------------------------
 
 
 def lay_out_parameters(model: torch.nn.Module) -> None:
-    """Make every parameter that is not sharded contiguous: DeepSpeed 0.19.8 sends parameters as bytes, which it cannot do with
-    others.
+    """Make every parameter that is not sharded contiguous: DeepSpeed 0.19.8 sends parameters as
+    bytes, which it cannot do with others.
 
-    Raises ValueError where a parameter to train shares memory with another one: its update would change both.
+    Raises ValueError where a parameter to train shares memory with another one: its update would
+    change both.
     """
     named = [
         (name, p)
@@ -80,8 +83,10 @@ def lay_out_parameters(model: torch.nn.Module) -> None:
                 break
             if (param.requires_grad or other.requires_grad) and _share_elements(param, other):
                 raise ValueError(
-                    f"model: the parameters {name} and {other_name} share memory, but are two parameters: a step would change "
-                    "what they share twice. Tie them as one Parameter (a.weight = b.weight), or clone the data of one."
+                    f"model: the parameters {name} and {other_name} share memory, but are two "
+                    f"parameters: a step would change "
+                    "what they share twice. Tie them as one Parameter (a.weight = b.weight), or "
+                    "clone the data of one."
                 )
     for _, param in named:
         if not param.is_contiguous():
@@ -114,8 +119,8 @@ def _share_elements(first: torch.Tensor, second: torch.Tensor) -> bool:
 
 @contextmanager
 def scalars_as_vectors(model: torch.nn.Module) -> Iterator[None]:
-    """Parameters without dimensions are vectors of one element inside: DeepSpeed 0.19.8 sends parameters as bytes, which torch
-    refuses for them."""
+    """Parameters without dimensions are vectors of one element inside: DeepSpeed 0.19.8 sends
+    parameters as bytes, which torch refuses for them."""
     scalars: list[Any] = [p for p in model.parameters() if p.dim() == 0 and not is_sharded(p)]
     for param in scalars:
         param.data = param.data.view(1)
@@ -129,7 +134,7 @@ def scalars_as_vectors(model: torch.nn.Module) -> Iterator[None]:
                 param.data = param.data.view(())
 
 
-# --- parameters to train ----------------------------------------------------------------------------------------------
+# --- parameters to train --------------------------------------------------------------------------
 
 
 def parameters_to_train(
@@ -139,11 +144,11 @@ def parameters_to_train(
     lr: float,
     weight_decay: float,
 ) -> list[torch.nn.Parameter] | None:
-    """The parameters of `model_parameters`: parameters, (name, parameter) pairs, and groups of either, mixed; None where that
-    is None.
+    """The parameters of `model_parameters`: parameters, (name, parameter) pairs, and groups of
+    either, mixed; None where that is None.
 
-    Raises ValueError where one is not a parameter of the model, and where groups ask for different options: all parameters
-    have zods' one lr, and its weight decay, which vectors do not have.
+    Raises ValueError where one is not a parameter of the model, and where groups ask for different
+    options: all parameters have zods' one lr, and its weight decay, which vectors do not have.
     """
     if model_parameters is None:
         return None
@@ -157,7 +162,8 @@ def parameters_to_train(
         if isinstance(item, Mapping):
             if "params" not in item:
                 raise ValueError(
-                    f"{where}: a group without 'params'; its keys are {', '.join(map(str, item)) or 'none'}."
+                    f"{where}: a group without 'params'; its keys are "
+                    f"{', '.join(map(str, item)) or 'none'}."
                 )
             options = {
                 key: value
@@ -185,11 +191,13 @@ def _parameter(member: Any, where: str, names: Mapping[int, str]) -> torch.nn.Pa
         member = member[1]
     if not isinstance(member, torch.Tensor):
         raise ValueError(
-            f"{where}: found {type(member).__name__}, expected a parameter, or a group with 'params'."
+            f"{where}: found {type(member).__name__}, expected a parameter, or a group with "
+            f"'params'."
         )
     if id(member) not in names:
         raise ValueError(
-            f"{where}: a tensor of shape {tuple(getattr(member, 'ds_shape', member.shape))} is not a parameter of the "
+            f"{where}: a tensor of shape {tuple(getattr(member, 'ds_shape', member.shape))} is not "
+            f"a parameter of the "
             "model. Take the parameters of the model that is given to zods.initialize."
         )
     return member  # type: ignore[return-value]
@@ -200,7 +208,9 @@ def _check_options(
     lr: float,
     weight_decay: float,
 ) -> None:
-    """Raise ValueError where groups differ in what zods has one of; a warning where all have another than zods."""
+    """Raise ValueError where groups differ in what zods has one of; a warning where all have
+    another than zods.
+    """
     ours = {"lr": lr, "weight_decay": weight_decay}
     filled = [(options, params) for options, params in groups if params]
     for key in sorted({key for options, _ in filled for key in options}):
@@ -224,7 +234,8 @@ def _check_options(
             "lr": f"all parameters have zeroth_order.lr ({lr})",
         }.get(key, "a zeroth-order step has no such option")
         raise ValueError(
-            f"model_parameters: groups with different {key} ({', '.join(map(str, values))}): {remedy}. Give groups that do not "
+            f"model_parameters: groups with different {key} ({', '.join(map(str, values))}): "
+            f"{remedy}. Give groups that do not "
             "differ, or the parameters alone."
         )
 

@@ -17,8 +17,8 @@ from zods.trajectory.updates import Change, History
 class Recorder:
     """The chain of records on every rank, and the file of it on rank 0 where there is one.
 
-    A record of the configuration, or of the form of evaluation, is made when it is not the last one: a run that was stopped
-    and goes on under the same conditions leaves no trace.
+    A record of the configuration, or of the form of evaluation, is made when it is not the last
+    one: a run that was stopped and goes on under the same conditions leaves no trace.
     """
 
     def __init__(
@@ -84,7 +84,9 @@ class Recorder:
             self._evaluation = None
 
     def record_evaluation(self, step: int, form: str | None, streams: int) -> None:
-        """After a forward: how points are evaluated, where it is another way than that recorded last."""
+        """After a forward: how points are evaluated, where it is another way than that recorded
+        last.
+        """
         if self.follows or form is None or self._evaluated == (form, streams):
             return
         self._evaluated = (form, streams)
@@ -127,7 +129,7 @@ class Recorder:
         mean = loader.selection.selector.chosen_mean
         return SubBatch(len(candidates), indices, None if equal else tuple(weights), mean)
 
-    # --- what is taken over -----------------------------------------------------------------------------------------
+    # --- what is taken over -----------------------------------------------------------------------
 
     def take_over(self, records: Sequence[Record], head: str) -> None:
         """Take over records that a log holds already, and have been done to the parameters."""

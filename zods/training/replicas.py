@@ -1,10 +1,12 @@
 """Several DeepSpeed worlds, replicas, that train one model together over any link.
 
-Each holds the whole model, sharded over its own ranks, and evaluates its part of every global batch. Between them only loss
-sums and records travel, through a store of torch's over TCP. Replica 0 leads: it keeps the store and the log, adds up what the
-others post, and publishes every record, which the others apply as it stands. So all apply the same bits, whoever comes and
-goes: one that starts late reads the log from the store, replays it, follows what is published meanwhile, and takes part from
-the next step on; one that falls silent or leaves is left out, and the step is made of what the others gave.
+Each holds the whole model, sharded over its own ranks, and evaluates its part of every global
+batch. Between them only loss sums and records travel, through a store of torch's over TCP. Replica
+0 leads: it keeps the store and the log, adds up what the others post, and publishes every record,
+which the others apply as it stands. So all apply the same bits, whoever comes and goes: one that
+starts late reads the log from the store, replays it, follows what is published meanwhile, and takes
+part from the next step on; one that falls silent or leaves is left out, and the step is made of
+what the others gave.
 """
 
 from __future__ import annotations
@@ -40,13 +42,17 @@ class Member(NamedTuple):
 
 
 class Replicas:
-    """This replica among the others. All ranks of a replica call everything together; its rank 0 talks to the store.
+    """This replica among the others. All ranks of a replica call everything together; its rank 0
+    talks to the store.
 
-    members: who takes part in the running step, in the order in which their sums are added; the same everywhere.
+    members: who takes part in the running step, in the order in which their sums are added; the
+    same everywhere.
     """
 
     def __init__(self, config: ReplicasConfig, comm: Communicator) -> None:
-        """Raises ValueError, the same on all ranks, where the store cannot be reached, or not be kept at that address."""
+        """Raises ValueError, the same on all ranks, where the store cannot be reached, or not be
+        kept at that address.
+        """
         self.index, self._config, self._comm = config.index, config, comm
         self.members = [Member(LEADER, comm.world_size)] if self.leads else []
         self._store: Any = None
@@ -79,7 +85,7 @@ class Replicas:
     def _index(self) -> int:
         return [member.replica for member in self.members].index(self.index)
 
-    # --- sums -------------------------------------------------------------------------------------------------------
+    # --- sums -------------------------------------------------------------------------------------
 
     def sum(
         self,
@@ -92,11 +98,13 @@ class Replicas:
     ) -> tuple[list[float], bool]:
         """(sums over the ranks of all members, whether this replica ends after this step).
 
-        tag: names this sum; of a step's last one it is the step. head: of this replica's chain, which must be the leader's.
-        asked: this rank was asked to stop; where the leader was, all end. rows: examples of a micro-batch over all ranks, of
-        which each must have one; given where members may come and go after this.
+        tag: names this sum; of a step's last one it is the step. head: of this replica's chain,
+        which must be the leader's. asked: this rank was asked to stop; where the leader was, all
+        end. rows: examples of a micro-batch over all ranks, of which each must have one; given
+        where members may come and go after this.
 
-        Raises RuntimeError, the same on all ranks, where the leader is gone or has refused this replica.
+        Raises RuntimeError, the same on all ranks, where the leader is gone or has refused this
+        replica.
         """
         *own, leaving = self._comm.sum_over_ranks([*values, float(asked)])
         post = {"sums": own, "head": head, "leaving": leaving > 0}
@@ -105,14 +113,18 @@ class Replicas:
         )
         if str(self.index) in answer["refused"]:
             raise RuntimeError(
-                f"replica {self.index}: {answer['refused'][str(self.index)]}. Start it again to join anew."
+                f"replica {self.index}: {answer['refused'][str(self.index)]}. Start it again to "
+                f"join anew."
             )
         if rows is not None:
             self.members = [Member(*member) for member in answer["members"]]
         return answer["sums"], answer["stop"] or leaving > 0
 
     def _from_rank_0(self, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What rank 0 makes of the store, on all ranks. Raises RuntimeError where the store is gone."""
+        """What rank 0 makes of the store, on all ranks.
+
+        Raises RuntimeError where the store is gone.
+        """
         answer: dict[str, Any] = {}
         if self._comm.rank == 0:
             try:
@@ -122,7 +134,8 @@ class Replicas:
         answer = json.loads(self._comm.broadcast_bytes(json.dumps(answer).encode()))
         if "lost" in answer:
             raise RuntimeError(
-                f"replica {self.index}: the leading replica is gone ({answer['lost']}). Start that one again, then this one."
+                f"replica {self.index}: the leading replica is gone ({answer['lost']}). Start that "
+                f"one again, then this one."
             )
         return answer
 
@@ -227,7 +240,7 @@ class Replicas:
             )
         return new
 
-    # --- records ----------------------------------------------------------------------------------------------------
+    # --- records ----------------------------------------------------------------------------------
 
     def publish(self, text: str) -> None:
         """The leader's rank 0: a record, the header first, for the others to apply."""
@@ -241,7 +254,7 @@ class Replicas:
         self._num_records += 1
         return record_of(record)
 
-    # --- joining and leaving ----------------------------------------------------------------------------------------
+    # --- joining and leaving ----------------------------------------------------------------------
 
     def read_log(self) -> bytes:
         """The log as the leader has it now, on all ranks."""
@@ -258,9 +271,11 @@ class Replicas:
         return "".join(lines).encode()
 
     def to_catch_up(self, step: int) -> Record | None:
-        """The next record to apply for a replica that stands at `step`; None when it takes part from there on.
+        """The next record to apply for a replica that stands at `step`; None when it takes part
+        from there on.
 
-        It asks to join when there is nothing more to apply. Raises ValueError where the leader refuses it.
+        It asks to join when there is nothing more to apply. Raises ValueError where the leader
+        refuses it.
         """
 
         def look() -> dict[str, Any]:
@@ -289,7 +304,9 @@ class Replicas:
         return None
 
     def close(self) -> None:
-        """Before the end: the leader, whose process keeps the store, waits until the others have read what they need."""
+        """Before the end: the leader, whose process keeps the store, waits until the others have
+        read what they need.
+        """
         self._over.set()
         if self._comm.rank != 0:
             return

@@ -1,6 +1,8 @@
-"""Log a run, and take it up where it stopped: the newest whole checkpoint that belongs to the log, then the log's tail.
+"""Log a run, and take it up where it stopped: the newest whole checkpoint that belongs to the log,
+then the log's tail.
 
-Without a checkpoint the base weights and the whole log give the same. All ranks do it together, on any number of them.
+Without a checkpoint the base weights and the whole log give the same. All ranks do it together, on
+any number of them.
 """
 
 from __future__ import annotations
@@ -46,20 +48,23 @@ def resume(
     checkpoints: str | Path | None = None,
     new: Collection[str] = (),
 ) -> bool:
-    """Log the run's steps in `folder`/trajectory.log; where that holds steps already, bring the run to their end first.
+    """Log the run's steps in `folder`/trajectory.log; where that holds steps already, bring the run
+    to their end first.
 
-    run: one that has made no step. replicas: the worlds that it trains with; one that follows reads the
-    leader's log, and is to `join` next. checkpoints: where full ones may be; default `folder`/checkpoints.
-    new: names of parameters that the base weights lack (a new head, LoRA); their first values are kept beside the
-    log. Only rank 0 needs to see the log; checkpoints and `initial` must be seen by all.
+    run: one that has made no step. replicas: the worlds that it trains with; one that follows reads
+    the leader's log, and is to `join` next. checkpoints: where full ones may be; default
+    `folder`/checkpoints. new: names of parameters that the base weights lack (a new head, LoRA);
+    their first values are kept beside the log. Only rank 0 needs to see the log; checkpoints and
+    `initial` must be seen by all.
 
-    Returns whether there was a log. Raises ValueError or OSError, the same on all ranks, where the log is
-    damaged, another run writes to it, or it is of another model, data, or batch size.
+    Returns whether there was a log. Raises ValueError or OSError, the same on all ranks, where the
+    log is damaged, another run writes to it, or it is of another model, data, or batch size.
     """
     folder = Path(folder)
     if run.state.global_steps or not run.recorder.is_new:
         raise ValueError(
-            f"engine.resume({str(folder)!r}): the engine has made steps already. Call it before the first."
+            f"engine.resume({str(folder)!r}): the engine has made steps already. Call it before "
+            f"the first."
         )
     file, data = None, b""
     if replicas is not None and run.recorder.follows:
@@ -84,7 +89,9 @@ def _take_up(
     checkpoints: Path,
     new: Collection[str],
 ) -> bool:
-    """Begin a log in `file`, or do what `data`, its content, says, and go on there. file: None on other ranks than 0."""
+    """Begin a log in `file`, or do what `data`, its content, says, and go on there. file: None on
+    other ranks than 0.
+    """
     comm, trajectory = run.comm, run.recorder.trajectory
     header = describe(run)
     log = None
@@ -122,8 +129,8 @@ def _take_up(
 
 
 def drop_trailing_refresh(loader: Any, log: Log) -> Log:
-    """The log without a refresh at its end, which is then made again, where a selector chooses the batch of the step that
-    follows: it does so by the parameters as they were before the refresh."""
+    """The log without a refresh at its end, which is then made again, where a selector chooses the
+    batch of the step that follows: it does so by the parameters as they were before the refresh."""
     if (
         not isinstance(loader, SelectingLoader)
         or not log.records
@@ -134,7 +141,9 @@ def drop_trailing_refresh(loader: Any, log: Log) -> Log:
 
 
 def open_log(comm: Communicator, folder: Path) -> tuple[LogFile | None, bytes]:
-    """The log in a run's folder, which is made where it is not there: its file on rank 0, what it holds on all ranks."""
+    """The log in a run's folder, which is made where it is not there: its file on rank 0, what it
+    holds on all ranks.
+    """
     file, data = None, b""
     with comm.same_on_all_ranks():
         if comm.rank == 0:
@@ -161,7 +170,8 @@ def describe(run: TrainingRun) -> Header:
         odd = [rank for rank, value in enumerate(values) if value != values[0]]
         if odd and not is_sharded(shard.param):
             raise RuntimeError(
-                f"rank {', '.join(map(str, odd))}: the weights of {shard.name} differ from rank 0's."
+                f"rank {', '.join(map(str, odd))}: the weights of {shard.name} differ from rank "
+                f"0's."
             )
         dtype = str(shard.dtype).removeprefix("torch.")
         records.append(
@@ -181,12 +191,15 @@ def describe(run: TrainingRun) -> Header:
 
 
 def check_same_model(logged: Header, here: Header, path: str) -> None:
-    """Raise ValueError, naming the first difference, unless both are of the same base weights and data."""
+    """Raise ValueError, naming the first difference, unless both are of the same base weights and
+    data.
+    """
     remedy = "Start from the model that the log was made with."
     if [p.name for p in logged.parameters] != [p.name for p in here.parameters]:
         missing = sorted({p.name for p in logged.parameters} ^ {p.name for p in here.parameters})
         raise ValueError(
-            f"{path}: it is of another model: {len(logged.parameters)} parameters there, {len(here.parameters)} here, e.g. "
+            f"{path}: it is of another model: {len(logged.parameters)} parameters there, "
+            f"{len(here.parameters)} here, e.g. "
             f"{', '.join(missing[:3]) or 'in another order'}. {remedy}"
         )
     for there, now in zip(logged.parameters, here.parameters, strict=True):
@@ -203,7 +216,8 @@ def check_same_model(logged: Header, here: Header, path: str) -> None:
                 )
     if logged.data is not None and here.data is not None and logged.data != here.data:
         raise ValueError(
-            f"{path}: it is of other training data: {logged.data[0]} examples (digest {logged.data[1]}), here "
+            f"{path}: it is of other training data: {logged.data[0]} examples (digest "
+            f"{logged.data[1]}), here "
             f"{here.data[0]} ({here.data[1]}). Resume with the same data."
         )
 
@@ -216,14 +230,16 @@ def _check_run(run: TrainingRun, log: Log) -> None:
     here, world_size = run.recorder.run_record(0), run.comm.world_size
     if there.optimizer is not None:
         raise ValueError(
-            f"{log.path}: made by first-order training with {there.optimizer.get('type')}, which zeroth-order steps cannot go on "
+            f"{log.path}: made by first-order training with {there.optimizer.get('type')}, which "
+            f"zeroth-order steps cannot go on "
             "with. Give another --output_dir, or --optimizer."
         )
     for key in ("method", "direction", "loss_mean"):
         logged, now = getattr(there.section, key), getattr(here.section, key)
         if logged != now:
             raise ValueError(
-                f"{log.path}: made with zeroth_order.{key} = {logged}, this run has {now}. Resume with the same."
+                f"{log.path}: made with zeroth_order.{key} = {logged}, this run has {now}. Resume "
+                f"with the same."
             )
     if there.batch != here.batch:
         fits = [
@@ -237,16 +253,18 @@ def _check_run(run: TrainingRun, log: Log) -> None:
             else f"a number of ranks that divides {there.batch}"
         )
         raise ValueError(
-            f"{log.path}: made with train_batch_size {there.batch}, this run has {here.batch} on {world_size} ranks. The "
+            f"{log.path}: made with train_batch_size {there.batch}, this run has {here.batch} on "
+            f"{world_size} ranks. The "
             f'global batch stays the same: give "train_batch_size": {there.batch}, and {how}.'
         )
     if (there.section.selector is None) != (here.section.selector is None):
         raise ValueError(
-            f"{log.path}: made with{'out' if there.section.selector is None else ''} zeroth_order.selector."
+            f"{log.path}: made with{'out' if there.section.selector is None else ''} "
+            f"zeroth_order.selector."
         )
 
 
-# --- replicas ---------------------------------------------------------------------------------------------------------
+# --- replicas -------------------------------------------------------------------------------------
 
 
 def _publish(run: TrainingRun, replicas: Replicas | None, data: bytes) -> None:
@@ -259,11 +277,14 @@ def _publish(run: TrainingRun, replicas: Replicas | None, data: bytes) -> None:
 
 
 def _check_replica(config: RunConfig, log: Log) -> None:
-    """Raise ValueError where this replica would evaluate other points than the leader does, or keep g in another form."""
+    """Raise ValueError where this replica would evaluate other points than the leader does, or keep
+    g in another form.
+    """
     leading = log.run_at_end()
     if leading is None:
         raise ValueError(
-            f"zeroth_order.replicas: the leading replica has not begun yet ({log.path}). Start this one again."
+            f"zeroth_order.replicas: the leading replica has not begun yet ({log.path}). Start "
+            f"this one again."
         )
     there, here = leading.section, config.zeroth_order
     for key in (
@@ -277,7 +298,8 @@ def _check_replica(config: RunConfig, log: Log) -> None:
     ):
         if getattr(there, key) != getattr(here, key):
             raise ValueError(
-                f"zeroth_order.{key}: {getattr(here, key)}, but {getattr(there, key)} at the leading replica. Give the same."
+                f"zeroth_order.{key}: {getattr(here, key)}, but {getattr(there, key)} at the "
+                f"leading replica. Give the same."
             )
     accumulation = leading.batch // (leading.about.get("micro_batch", 1) * leading.world_size)
     own = config.deepspeed["gradient_accumulation_steps"]
@@ -288,12 +310,13 @@ def _check_replica(config: RunConfig, log: Log) -> None:
         )
     if stores_gradient(there) != stores_gradient(here):
         raise ValueError(
-            f"zeroth_order.anchor.gradient: {here.anchor.gradient}, but {there.anchor.gradient} at the leading replica. Either "
+            f"zeroth_order.anchor.gradient: {here.anchor.gradient}, but {there.anchor.gradient} at "
+            f"the leading replica. Either "
             "both keep it as terms, or none does."
         )
 
 
-# --- the log's tail -------------------------------------------------------------------------------------------------------
+# --- the log's tail -------------------------------------------------------------------------------
 
 
 def _catch_up(run: TrainingRun, log: Log, checkpoints: Path) -> None:
@@ -312,7 +335,9 @@ def _catch_up(run: TrainingRun, log: Log, checkpoints: Path) -> None:
 
 
 def _load_newest(run: TrainingRun, log: Log, folder: Path) -> int:
-    """Load the newest checkpoint that belongs to the log and is whole; returns the number of records it stands for."""
+    """Load the newest checkpoint that belongs to the log and is whole; returns the number of
+    records it stands for.
+    """
     names: list[str] = []
     with run.comm.same_on_all_ranks():
         if run.comm.rank == 0:
@@ -345,8 +370,8 @@ def _head_of(folder: Path, log: Log) -> str:
 
 
 def _read_tail(run: TrainingRun, tail: Sequence[Record]) -> tuple[list[Change], int | None]:
-    """Count the steps of the tail, move schedules and loader on. Returns what it does to the parameters, and which change
-    is the last step along a new anchor's gradient."""
+    """Count the steps of the tail, move schedules and loader on. Returns what it does to the
+    parameters, and which change is the last step along a new anchor's gradient."""
     changes: list[Change] = []
     refreshed_at = None
     with run.comm.same_on_all_ranks():
@@ -384,7 +409,9 @@ def _restore_selections(loader: Any, steps: Sequence[Step]) -> None:
 
 @torch.no_grad()
 def _apply(run: TrainingRun, changes: Sequence[Change], refreshed_at: int | None) -> None:
-    """Apply changes to this rank's shards in one visit, and keep the anchor of the last refresh among them."""
+    """Apply changes to this rank's shards in one visit, and keep the anchor of the last refresh
+    among them.
+    """
     if not changes:
         return
     anchor, parameters = run.anchor, run.parameters
@@ -414,7 +441,8 @@ def _num_steps(records: Sequence[Record]) -> int:
 
 
 def copy_log(run: Path, checkpoint_folder: Path | None, to: Path) -> None:
-    """Begin a log in the folder `to` with the records of `run`'s, up to a checkpoint or all, so that it is a whole one.
+    """Begin a log in the folder `to` with the records of `run`'s, up to a checkpoint or all, so
+    that it is a whole one.
 
     Raises ValueError or OSError where the checkpoint does not belong to the log.
     """

@@ -1,6 +1,7 @@
 """The state of a training run beside its tensors, and the state of the step under way.
 
-`TrainState` outlives a step: a checkpoint stores it and a resume restores it. `StepInFlight` does not.
+`TrainState` outlives a step: a checkpoint stores it and a resume restores it. `StepInFlight` does
+not.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from zods.training.step_outputs import StepLoss
 class TrainState:
     """Counters of a run, and the state of its step sizes.
 
-    global_steps, global_samples, skipped_steps: counters as DeepSpeed's. nonfinite_in_a_row: number of
-    steps with a non-finite loss since the last step without one. anchor_step: the step of the anchor's
-    last refresh; None where one is due before the next step. annealing: divides the step sizes.
+    global_steps, global_samples, skipped_steps: counters as DeepSpeed's. nonfinite_in_a_row: number
+    of steps with a non-finite loss since the last step without one. anchor_step: the step of the
+    anchor's last refresh; None where one is due before the next step. annealing: divides the step
+    sizes.
     """
 
     global_steps: int = 0
@@ -36,11 +38,11 @@ class StepInFlight:
     """The step under way, from its first forward until `step()` has applied it.
 
     began: time.perf_counter() at its start. bytes_before: bytes that this rank had sent by then.
-    sums: for each micro-batch that was given to `backward`, a loss sum per point, then what the loss is
-    a mean over. pending: the loss and the sums of the last forward, not yet given to `backward`.
-    reduced: the losses at the points of each set of directions, over all ranks. rechecks: whether its
-    first forward compares the form of evaluation with a separate one. micro_steps: calls of `step()`
-    so far, all before the accumulation boundary.
+    sums: for each micro-batch that was given to `backward`, a loss sum per point, then what the
+    loss is a mean over. pending: the loss and the sums of the last forward, not yet given to
+    `backward`. reduced: the losses at the points of each set of directions, over all ranks.
+    rechecks: whether its first forward compares the form of evaluation with a separate one.
+    micro_steps: calls of `step()` so far, all before the accumulation boundary.
     """
 
     points: list[Point]

@@ -1,4 +1,6 @@
-"""What an engine shows of its steps: the loss, a report of each step, and the optimizer that holds the step size."""
+"""What an engine shows of its steps: the loss, a report of each step, and the optimizer that holds
+the step size.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +11,11 @@ import torch
 
 
 class StepLoss(torch.Tensor):
-    """The loss that `engine(batch)` returns in training mode: a 0-d tensor that can be read as a model's outputs, too.
+    """The loss that `engine(batch)` returns in training mode: a 0-d tensor that can be read as a
+    model's outputs, too.
 
-    `outputs.loss`, `outputs["loss"]`, `outputs[0]` and `loss.mean()` are the loss itself, so that `engine.backward` knows it
-    again. All else that is computed from it is a plain tensor.
+    `outputs.loss`, `outputs["loss"]`, `outputs[0]` and `loss.mean()` are the loss itself, so that
+    `engine.backward` knows it again. All else that is computed from it is a plain tensor.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -46,12 +49,14 @@ class StepLoss(torch.Tensor):
 
     def backward(self, *args: Any, **kwargs: Any) -> None:
         raise RuntimeError(
-            "loss.backward(): the loss has no graph in a zeroth-order step. Call engine.backward(loss)."
+            "loss.backward(): the loss has no graph in a zeroth-order step. Call "
+            "engine.backward(loss)."
         )
 
 
 _ONLY_LOSS = (
-    "outputs{}: in training mode engine(batch) returns the loss alone, of several points around the parameters. For the "
+    "outputs{}: in training mode engine(batch) returns the loss alone, of several points around "
+    "the parameters. For the "
     "model's outputs call engine.eval() first, and engine.train() after it."
 )
 
@@ -60,9 +65,10 @@ _ONLY_LOSS = (
 class StepReport:
     """What one step did.
 
-    loss: mean of the losses at theta +- eps z, over the global batch. projected_grad: mean over the directions; None of a
-    first-order step. scalar_bytes: sent by this rank. seconds: with the refresh of the anchor and the choice of the sub-batch
-    (selection_seconds), where the step began with them.
+    loss: mean of the losses at theta +- eps z, over the global batch. projected_grad: mean over the
+    directions; None of a first-order step. scalar_bytes: sent by this rank. seconds: with the
+    refresh of the anchor and the choice of the sub-batch (selection_seconds), where the step began
+    with them.
     """
 
     step: int

@@ -1,7 +1,8 @@
-"""The parts of a training run that its records change: parameters, anchor, schedules, loader, counters.
+"""The parts of a training run that its records change: parameters, anchor, schedules, loader,
+counters.
 
-The engine makes a record of each step, a resume reads records from a log: `TrainingRun` does what a record
-says for both. A checkpoint stores these parts and restores them.
+The engine makes a record of each step, a resume reads records from a log: `TrainingRun` does what a
+record says for both. A checkpoint stores these parts and restores them.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ from zods.trajectory.records import Record, Refresh, Step
 class TrainingRun:
     """One rank's parts of a run. All ranks call its methods together.
 
-    deepspeed: the DeepSpeedEngine that shards the model. parameters: this rank's shards of the trainable
-    parameters. anchor: None unless the method is MeZO-SVRG. deferred: the update that waits for its
-    parameters to be loaded; None unless parameters are offloaded. lr_scheduler, loader: None where the
-    run has none.
+    deepspeed: the DeepSpeedEngine that shards the model. parameters: this rank's shards of the
+    trainable parameters. anchor: None unless the method is MeZO-SVRG. deferred: the update that
+    waits for its parameters to be loaded; None unless parameters are offloaded. lr_scheduler,
+    loader: None where the run has none.
     """
 
     config: RunConfig
@@ -53,8 +54,8 @@ class TrainingRun:
     def commit(self, record: Record) -> None:
         """Log a record, and do to the parameters and the anchor what it says.
 
-        The record is on its way to the disk while it is applied: parameters live in memory, and a run
-        that ends in between is taken up from the log.
+        The record is on its way to the disk while it is applied: parameters live in memory, and a
+        run that ends in between is taken up from the log.
         """
         change = self.recorder.add(record)
         if isinstance(record, Refresh):

@@ -109,10 +109,12 @@ def _inspect(path: str, step: int | None) -> int:
     parameters = log.header.parameters
     trained = [parameter for parameter in parameters if parameter.trained]
     print(
-        f"model       {log.header.model}, {sum(p.numel for p in parameters):,} parameters in {len(parameters)} tensors"
+        f"model       {log.header.model}, {sum(p.numel for p in parameters):,} parameters in "
+        f"{len(parameters)} tensors"
     )
     print(
-        f"trained     {sum(p.numel for p in trained):,} in {len(trained)}, {', '.join(sorted({p.dtype for p in trained}))}"
+        f"trained     {sum(p.numel for p in trained):,} in {len(trained)}, "
+        f"{', '.join(sorted({p.dtype for p in trained}))}"
     )
     if log.header.data is not None:
         print(f"data        {log.header.data[0]:,} examples, digest {log.header.data[1]}")
@@ -123,12 +125,14 @@ def _inspect(path: str, step: int | None) -> int:
             print(f"from step {record.step:<6} on {record.world_size} ranks: {json.dumps(section)}")
         if isinstance(record, Evaluation):
             print(
-                f"from step {record.step:<6} evaluated {record.form}, {record.streams} points per forward"
+                f"from step {record.step:<6} evaluated {record.form}, {record.streams} points per "
+                f"forward"
             )
     steps = [record for record in log.records if isinstance(record, Step)]
     refreshes = sum(isinstance(record, Refresh) for record in log.records)
     print(
-        f"steps       {len(steps)}, of these skipped {sum(s.skipped for s in steps)}; refreshes of the anchor {refreshes}"
+        f"steps       {len(steps)}, of these skipped {sum(s.skipped for s in steps)}; refreshes of "
+        f"the anchor {refreshes}"
     )
     if steps:
         losses = [step.loss for step in steps if step.loss is not None]
@@ -138,7 +142,8 @@ def _inspect(path: str, step: int | None) -> int:
         )
         print(f"loss        {first:.4f} -> {last:.4f} (means of {most} steps)")
         print(
-            f"size        {log.ends[-1]:,} bytes, {(log.ends[-1] - log.ends[0]) / len(steps):.0f} per step"
+            f"size        {log.ends[-1]:,} bytes, {(log.ends[-1] - log.ends[0]) / len(steps):.0f} "
+            f"per step"
         )
     print(f"head        {log.heads[-1]}")
     return 0

@@ -10,7 +10,9 @@ from zods.trajectory.records import Refresh, RunRecord, Step
 
 
 def differences(left: Log, right: Log) -> Iterator[str]:
-    """What is different, a line each: in the headers, then the first record that is not the same, then the lengths."""
+    """What is different, a line each: in the headers, then the first record that is not the same,
+    then the lengths.
+    """
     yield from _fields("header", left.header.to_json(), right.header.to_json())
     for one, other in zip(left.records, right.records, strict=False):
         if one != other:
@@ -56,7 +58,8 @@ def longer(left: Log, right: Log) -> Log:
         if one != other
     )
     raise ValueError(
-        f"{left.path} and {right.path} have {left.records[common - 1].step} steps in common, then each its own. "
+        f"{left.path} and {right.path} have {left.records[common - 1].step} steps in common, then "
+        f"each its own. "
         f"These do not commute: {_why(left, right)}. Replay one of them."
     )
 
@@ -72,6 +75,7 @@ def _why(left: Log, right: Log) -> str:
     if any(isinstance(record, Step) for record in records):
         dtypes = {parameter.dtype for parameter in left.header.parameters if parameter.trained}
         reasons.append(
-            f"every step rounds the weights to {' or '.join(sorted(dtypes))}, so that their order shows in the bits"
+            f"every step rounds the weights to {' or '.join(sorted(dtypes))}, so that their order "
+            f"shows in the bits"
         )
     return "; ".join(reasons) or "their configurations differ"

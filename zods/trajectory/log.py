@@ -1,7 +1,9 @@
-"""The trajectory log: one line per record, `<16 hexadecimal digits> <JSON>`, appended and flushed to the disk.
+"""The trajectory log: one line per record, `<16 hexadecimal digits> <JSON>`, appended and flushed
+to the disk.
 
-The digits are a BLAKE2b digest of the line before's digits and of the JSON: a chain. A changed, lost, doubled or moved line
-breaks it, and the last digits, the head, stand for all that was applied: ranks compare it, checkpoints bear it.
+The digits are a BLAKE2b digest of the line before's digits and of the JSON: a chain. A changed,
+lost, doubled or moved line breaks it, and the last digits, the head, stand for all that was
+applied: ranks compare it, checkpoints bear it.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ def text_of(record: Header | Record) -> str:
 
 @dataclass(frozen=True)
 class Log:
-    """What a log holds. heads, ends: the head, and the end in bytes, after the header and after each record.
+    """What a log holds. heads, ends: the head, and the end in bytes, after the header and after
+    each record.
 
     torn: bytes of a last line that is not whole; the log ends before it.
     """
@@ -61,7 +64,10 @@ class Log:
         )
 
     def until(self, num_steps: int) -> tuple[Record, ...]:
-        """The records that lead to the parameters after `num_steps` steps. Raises ValueError where there are fewer."""
+        """The records that lead to the parameters after `num_steps` steps.
+
+        Raises ValueError where there are fewer.
+        """
         if not 0 <= num_steps <= self.num_steps:
             raise ValueError(f"{self.path}: holds {self.num_steps} steps, asked for {num_steps}.")
         return tuple(record for record in self.records if record.step < num_steps)
@@ -87,8 +93,8 @@ def read_log(path: str | Path) -> Log:
 def parse_log(data: bytes, path: str | Path) -> Log:
     """The log in `data`; `path` names it in errors.
 
-    A last line that is not whole is left out: what a crash in the middle of a write leaves. Raises ValueError, with the line
-    and byte, where anything else is damaged.
+    A last line that is not whole is left out: what a crash in the middle of a write leaves. Raises
+    ValueError, with the line and byte, where anything else is damaged.
     """
     header: Header | None = None
     records: list[Record] = []
@@ -141,7 +147,9 @@ def _lines(data: bytes) -> Iterator[tuple[int, int, bytes]]:
 
 
 def _runs_on(line: bytes, head: str) -> bool:
-    """Whether a last line begins with a whole record and goes on: it is not torn, its end was damaged."""
+    """Whether a last line begins with a whole record and goes on: it is not torn, its end was
+    damaged.
+    """
     try:
         text = line.decode("latin-1")
         end = json.JSONDecoder().raw_decode(text, 17)[1]
@@ -173,8 +181,8 @@ def _following(records: list[Record], record: Record) -> Record:
 class Trajectory:
     """The chain of what was applied, on every rank, and the file that rank 0 keeps of it.
 
-    head: stands for all records so far; START where there are none. file: None where no log is written. publish: where
-    others wait for the records, is given the JSON of each.
+    head: stands for all records so far; START where there are none. file: None where no log is
+    written. publish: where others wait for the records, is given the JSON of each.
     """
 
     def __init__(self) -> None:
@@ -195,18 +203,23 @@ class Trajectory:
         self.publish(text)
 
     def wait(self) -> None:
-        """Block until all records are on the disk. Raises OSError where that failed; the file then ends before the first
-        that is not."""
+        """Block until all records are on the disk. Raises OSError where that failed; the file then
+        ends before the first that is not."""
         if self.file is not None:
             self.file.wait()
 
     def agree(self, num_steps: int) -> None:
-        """All ranks have applied the same so far. What they do from here on counts for good when they agree again."""
+        """All ranks have applied the same so far.
+
+        What they do from here on counts for good when they agree again.
+        """
         if self.file is not None:
             self._agreed = (self.file.length(), num_steps)
 
     def cut_to_agreement(self) -> None:
-        """Ranks have applied different things: leave in the file what they agreed on, from where a restart goes on."""
+        """Ranks have applied different things: leave in the file what they agreed on, from where a
+        restart goes on.
+        """
         if self.file is not None:
             length, num_steps = self._agreed
             self.file.cut(length)
@@ -219,7 +232,9 @@ class LogFile:
     """The file of a log, locked while it is open: no second run can append to it."""
 
     def __init__(self, path: str | Path) -> None:
-        """Open or create it. Raises ValueError where another process holds it for longer than LOCK_SECONDS, OSError."""
+        """Open or create it. Raises ValueError where another process holds it for longer than
+        LOCK_SECONDS, OSError.
+        """
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
@@ -238,7 +253,8 @@ class LogFile:
                 if time.monotonic() > deadline:
                     os.close(self._descriptor)
                     raise ValueError(
-                        f"{self.path}: another run writes to it. Wait for that one to end, stop it, or give another folder."
+                        f"{self.path}: another run writes to it. Wait for that one to end, stop "
+                        f"it, or give another folder."
                     ) from None
             if not said:
                 logger.warning(
@@ -285,7 +301,8 @@ class LogFile:
             except OSError as error:
                 raise OSError(
                     error.errno,
-                    f"{self.path}: the trajectory log cannot be written ({error.strerror}). All steps before this one are safe "
+                    f"{self.path}: the trajectory log cannot be written ({error.strerror}). All "
+                    f"steps before this one are safe "
                     "in it. Make room, and start again with the same command",
                 ) from None
 

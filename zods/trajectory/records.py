@@ -6,7 +6,8 @@
     refresh     a new anchor: the coefficients of its full-batch gradient, along which a step was made
     step        the coefficients of a step's estimate, its loss and step size, the loader's place, what a selector chose
 
-Seeds are not kept: they follow from the base seed and the step (`zods.core.update_rule`). Coefficients are float32, in base64.
+Seeds are not kept: they follow from the base seed and the step (`zods.core.update_rule`).
+Coefficients are float32, in base64.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ NOT_RECORDED = (
 
 @dataclass(frozen=True)
 class ParameterRecord:
-    """A parameter, in the order of `named_parameters()`. fingerprint: of its base weights, see `zods.kernels`."""
+    """A parameter, in the order of `named_parameters()`. fingerprint: of its base weights, see
+    `zods.kernels`.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -65,7 +68,9 @@ class ParameterRecord:
 
 @dataclass(frozen=True)
 class Header:
-    """The first record. tied: other name of a parameter -> its name. data: number of training examples and a digest of some."""
+    """The first record. tied: other name of a parameter -> its name. data: number of training
+    examples and a digest of some.
+    """
 
     model: str  # its class
     parameters: tuple[ParameterRecord, ...]
@@ -87,7 +92,8 @@ class Header:
 class RunRecord:
     """section: "zeroth_order". batch: train_batch_size. about: what else tells of it, for people.
 
-    optimizer: DeepSpeed's section, of first-order training; then of `section` only FIRST_ORDER counts, and is written.
+    optimizer: DeepSpeed's section, of first-order training; then of `section` only FIRST_ORDER
+    counts, and is written.
     """
 
     step: int
@@ -135,7 +141,9 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Refresh:
-    """coefficients: of the full-batch gradient; none where its losses were not finite, and the last anchor stayed."""
+    """coefficients: of the full-batch gradient; none where its losses were not finite, and the last
+    anchor stayed.
+    """
 
     step: int
     lr: float
@@ -147,9 +155,11 @@ class Refresh:
 
 @dataclass(frozen=True)
 class SubBatch:
-    """What a selector chose for the steps from this one on. indices: among the candidates in the order of their ids.
+    """What a selector chose for the steps from this one on. indices: among the candidates in the
+    order of their ids.
 
-    weights: None where all are 1. mean: of the derivatives of the chosen, which the features of the paper go on from.
+    weights: None where all are 1. mean: of the derivatives of the chosen, which the features of the
+    paper go on from.
     """
 
     num_candidates: int
@@ -169,9 +179,11 @@ class SubBatch:
 
 @dataclass(frozen=True)
 class Step:
-    """coefficients: of the estimate; none where the step was skipped; None: of a first-order step, which no log replays.
+    """coefficients: of the estimate; none where the step was skipped; None: of a first-order step,
+    which no log replays.
 
-    loss: the mean over the global batch, None where it is not finite. at: (epoch, step in it) of the loader after the step.
+    loss: the mean over the global batch, None where it is not finite. at: (epoch, step in it) of
+    the loader after the step.
     """
 
     step: int

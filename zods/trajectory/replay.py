@@ -1,8 +1,10 @@
-"""From base weights and a log to the weights that a run had: parameter by parameter, all steps in one pass over each.
+"""From base weights and a log to the weights that a run had: parameter by parameter, all steps in
+one pass over each.
 
-Reads a folder of safetensors files, as transformers keeps a model, and writes another one. No model is built, so that it
-may be larger than memory; each process of N makes files of its own, without a word to the others. Every parameter's base
-weights are checked against the log's fingerprint before anything is applied.
+Reads a folder of safetensors files, as transformers keeps a model, and writes another one. No model
+is built, so that it may be larger than memory; each process of N makes files of its own, without a
+word to the others. Every parameter's base weights are checked against the log's fingerprint before
+anything is applied.
 """
 
 from __future__ import annotations
@@ -76,11 +78,13 @@ def replay(
     world_size: int = 1,
     shard_bytes: int = SHARD_BYTES,
 ) -> Done:
-    """Write the weights after `until` steps (default: all of the log) to the folder `out`, for `from_pretrained`.
+    """Write the weights after `until` steps (default: all of the log) to the folder `out`, for
+    `from_pretrained`.
 
-    base: a model's folder or its name on the hub. What the base lacks (a new head, LoRA) is taken from the folder `initial`
-    beside the log; a run with LoRA gives the folder of the adapters. rank, world_size: this process of several.
-    Raises ValueError or OSError: a damaged log, other base weights, a folder in the way.
+    base: a model's folder or its name on the hub. What the base lacks (a new head, LoRA) is taken
+    from the folder `initial` beside the log; a run with LoRA gives the folder of the adapters.
+    rank, world_size: this process of several. Raises ValueError or OSError: a damaged log, other
+    base weights, a folder in the way.
     """
     log = read_log(log_path)
     log.say_torn()
@@ -139,7 +143,8 @@ def _folder_of(base: str | Path) -> Path:
     if Path(base).is_dir():
         if (Path(base) / ADAPTER_CONFIG).is_file() and not (Path(base) / "config.json").is_file():
             raise ValueError(
-                f"--base {base}: holds an adapter; give its base model, which the file {ADAPTER_CONFIG} names."
+                f"--base {base}: holds an adapter; give its base model, which the file "
+                f"{ADAPTER_CONFIG} names."
             )
         return Path(base)
     from huggingface_hub import snapshot_download
@@ -197,7 +202,8 @@ def _stored_tensors(header: Header, folder: Path, initial: Path) -> list[StoredT
     missing = sorted(set(ordinals) - set(found))
     if missing:
         raise Unfit(
-            f"--base {folder}: {len(missing)} parameters of the log are not in its safetensors files, e.g. {missing[0]}."
+            f"--base {folder}: {len(missing)} parameters of the log are not in its safetensors "
+            f"files, e.g. {missing[0]}."
         )
     return [found[name] for name in ordinals] + others
 
@@ -212,7 +218,9 @@ def name_in_files(name: str) -> str:
 
 
 def _parameter_of(key: str, names: dict[str, str]) -> str | None:
-    """The parameter that a file's key means: with, without, or with another first part of its name (`bert.`, `model.`)."""
+    """The parameter that a file's key means: with, without, or with another first part of its name
+    (`bert.`, `model.`).
+    """
     firsts = sorted({name.partition(".")[0] for name in names})
     for candidate in (key, *(f"{first}.{key}" for first in firsts), key.partition(".")[2]):
         if candidate in names:
@@ -229,7 +237,8 @@ def _dtype(parameter: ParameterRecord) -> torch.dtype:
     dtype = getattr(torch, parameter.dtype, None)
     if not isinstance(dtype, torch.dtype):
         raise ValueError(
-            f"the log says that {parameter.name} is of dtype {parameter.dtype!r}, which torch does not know."
+            f"the log says that {parameter.name} is of dtype {parameter.dtype!r}, which torch does "
+            f"not know."
         )
     return dtype
 
@@ -255,13 +264,15 @@ def _base_weights(stored: StoredTensor) -> torch.Tensor:
         return values
     if tuple(values.shape) != parameter.shape:
         raise ValueError(
-            f"{stored.file}: {stored.key} is of shape {tuple(values.shape)}, {parameter.shape} in the log. Give the base that "
+            f"{stored.file}: {stored.key} is of shape {tuple(values.shape)}, {parameter.shape} in "
+            f"the log. Give the base that "
             "the run started from."
         )
     values = values.to(_dtype(parameter), copy=True).contiguous()
     if fingerprint(values.view(-1)) != parameter.fingerprint:
         raise ValueError(
-            f"{stored.file}: {stored.key} has other weights than the run started from. Give the base that it started from."
+            f"{stored.file}: {stored.key} has other weights than the run started from. Give the "
+            f"base that it started from."
         )
     return values
 
@@ -295,7 +306,9 @@ def _written_key(stored: StoredTensor, adapters: bool) -> str:
 
 
 def _refuse_existing(out: Path, of_others: Collection[str] = ()) -> None:
-    """Make the folder; raise ValueError where it holds weights other than those that other processes write."""
+    """Make the folder; raise ValueError where it holds weights other than those that other
+    processes write.
+    """
     out.mkdir(parents=True, exist_ok=True)
     held = sorted(
         path.name for path in out.iterdir() if any(path.match(pattern) for pattern in WEIGHTS)
@@ -349,7 +362,8 @@ def _replay_in_memory(
     steps: int,
     unfit: str,
 ) -> Done:
-    """Where the files name weights otherwise than the model: build it, and apply the log to its parameters.
+    """Where the files name weights otherwise than the model: build it, and apply the log to its
+    parameters.
 
     unfit: how it was found that they do.
     """
@@ -397,7 +411,8 @@ def _replay_in_memory(
             values = live[parameter.name].data.contiguous()
             if fingerprint(values.view(-1)) != parameter.fingerprint:
                 raise ValueError(
-                    f"--base {folder}: {parameter.name} has other weights than the run started from."
+                    f"--base {folder}: {parameter.name} has other weights than the run started "
+                    f"from."
                 )
             if parameter.trained:
                 replay_(

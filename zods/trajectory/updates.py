@@ -1,7 +1,8 @@
-"""What the records of a log do to the parameters. A live run and a replay both go through here, so that they cannot differ.
+"""What the records of a log do to the parameters. A live run and a replay both go through here, so
+that they cannot differ.
 
-`History` turns a record into a `Change`; `replay_` applies many changes to a slice of one parameter, one after the other at
-every element, in one pass over memory.
+`History` turns a record into a `Change`; `replay_` applies many changes to a slice of one
+parameter, one after the other at every element, in one pass over memory.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ _WORK = 2**32  # elements times terms that are done at once: a second or two
 
 @dataclass(frozen=True)
 class Change:
-    """An update of all trained parameters. gradient: what `anchor_grad_coefficient` of the update is the coefficient of."""
+    """An update of all trained parameters. gradient: what `anchor_grad_coefficient` of the update
+    is the coefficient of.
+    """
 
     update: Update
     gradient: tuple[Term, ...] = ()
@@ -51,13 +54,17 @@ class History:
         self.gradient = tuple(gradient)
 
     def change(self, record: Record) -> Change | None:
-        """What a record does, or None. Raises ValueError where it does not go with the configuration in force."""
+        """What a record does, or None.
+
+        Raises ValueError where it does not go with the configuration in force.
+        """
         if isinstance(record, RunRecord):
             self._section = record.section
         if not isinstance(record, (Step, Refresh)) or not record.coefficients:
             if isinstance(record, Step) and record.coefficients is None:
                 raise ValueError(
-                    f"step {record.step}: of first-order training. Such a log tells what was selected only."
+                    f"step {record.step}: of first-order training. Such a log tells what was "
+                    f"selected only."
                 )
             return None
         section = self._section
@@ -66,7 +73,8 @@ class History:
         if isinstance(record, Refresh):
             if not section.is_svrg:
                 raise ValueError(
-                    f"step {record.step}: a refresh of an anchor, but the method is {section.method}."
+                    f"step {record.step}: a refresh of an anchor, but the method is "
+                    f"{section.method}."
                 )
             self.gradient = rule.anchor_gradient(record.step, record.coefficients)
             along = estimators.along_gradient(self.gradient, stored, record.lr)
@@ -101,10 +109,11 @@ def replay_(
     direction: Direction,
     progress: Callable[[int], object] = lambda _: None,
 ) -> torch.Tensor:
-    """Apply changes, in their order and in place, to the elements of a parameter from `offset` on: 1-D, contiguous.
+    """Apply changes, in their order and in place, to the elements of a parameter from `offset` on:
+    1-D, contiguous.
 
-    The bits are those that the run had, which applied one change at a time. progress: called with the number of
-    elements times terms that were done. Returns `elements`.
+    The bits are those that the run had, which applied one change at a time. progress: called with
+    the number of elements times terms that were done. Returns `elements`.
     """
     decays = len(parameter.shape) >= 2
     segments = [
@@ -130,7 +139,9 @@ def replay_(
 
 
 def _block_size(changes: Sequence[Change]) -> int:
-    """Elements that are done at once: so many that progress shows, and that a stored gradient made anew stays small."""
+    """Elements that are done at once: so many that progress shows, and that a stored gradient made
+    anew stays small.
+    """
     dense = any(change.update.anchor_grad_coefficient for change in changes)
     fitting = max(_WORK // max(num_terms(changes), 1), 2**16)
     return min(fitting, _BLOCK) if dense else fitting

@@ -1,4 +1,7 @@
-"""Starts that fail on one rank, each in another way. Run by tests/distributed/test_failed_start.py through the launcher."""
+"""Starts that fail on one rank, each in another way.
+
+Run by tests/distributed/test_failed_start.py through the launcher.
+"""
 
 import sys
 

@@ -1,10 +1,11 @@
 """For the fault matrix: a run of zods.finetune that real faults strike, each once.
 
-Usage: faulty.py FOLDER FAULT... -- options of zods.finetune. A fault is WHAT:WHERE:RANK:STEP, e.g. kill:scalars:1:4. FOLDER keeps
-marks of those that have struck: the run started again is spared them.
+Usage: faulty.py FOLDER FAULT... -- options of zods.finetune. A fault is WHAT:WHERE:RANK:STEP, e.g.
+kill:scalars:1:4. FOLDER keeps marks of those that have struck: the run started again is spared
+them.
 
-WHAT: kill, stop, term (signals to the rank's own process), kill_all, sleep, corrupt_point, corrupt_gradient, fill, free (the
-disk), other_record; slow is no fault. WHERE: see `LOCATIONS`.
+WHAT: kill, stop, term (signals to the rank's own process), kill_all, sleep, corrupt_point,
+corrupt_gradient, fill, free (the disk), other_record; slow is no fault. WHERE: see `LOCATIONS`.
 """
 
 import json

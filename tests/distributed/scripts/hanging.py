@@ -1,5 +1,5 @@
-"""For test_watchdog.py: the last rank hangs in its own code while the others wait for it, or closes its watch and outlives
-rank 0.
+"""For test_watchdog.py: the last rank hangs in its own code while the others wait for it, or closes
+its watch and outlives rank 0.
 
 Usage: hanging.py hangs|ends
 """

@@ -1,6 +1,7 @@
 """For test_launcher.py: wrong input, given to zods on two ranks.
 
-Usage: mistakes.py OUTPUT_FOLDER: tries all, each rank writes what it was told to OUTPUT_FOLDER/rank<N>.json.
+Usage: mistakes.py OUTPUT_FOLDER: tries all, each rank writes what it was told to
+OUTPUT_FOLDER/rank<N>.json.
        mistakes.py OUTPUT_FOLDER NAME: makes one mistake, and lets the error end the run.
 """
 

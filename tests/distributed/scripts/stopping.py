@@ -1,7 +1,7 @@
 """For test_stopping.py: listens, and writes what it learns.
 
-Usage: stopping.py FOLDER. Writes FOLDER/listening with its process id and its parent's, once a forked process of its own has
-been ended with SIGTERM; then FOLDER/reason, and ends.
+Usage: stopping.py FOLDER. Writes FOLDER/listening with its process id and its parent's, once a
+forked process of its own has been ended with SIGTERM; then FOLDER/reason, and ends.
 """
 
 import json

@@ -1,4 +1,5 @@
-"""For test_launcher.py: the three-line loop on ZeRO-3, with every collective counted where torch offers it.
+"""For test_launcher.py: the three-line loop on ZeRO-3, with every collective counted where torch
+offers it.
 
 Usage: three_lines.py OUTPUT_FOLDER. Each rank writes what it saw to OUTPUT_FOLDER/rank<N>.json.
 """
@@ -17,7 +18,9 @@ counting = False
 
 
 def bytes_sent(name, args, kwargs):
-    """What this rank hands over for the others: as zods counts, its own contribution once per other rank."""
+    """What this rank hands over for the others: as zods counts, its own contribution once per other
+    rank.
+    """
     world_size = torch.distributed.get_world_size()
     values = [*args, *kwargs.values()]
     flat = [
@@ -34,8 +37,8 @@ def bytes_sent(name, args, kwargs):
 
 
 def owner():
-    """Whose code asked for a collective: the nearest frame of zods or DeepSpeed, but all that zods/comm asks for is
-    zods', through whomever it goes."""
+    """Whose code asked for a collective: the nearest frame of zods or DeepSpeed, but all that
+    zods/comm asks for is zods', through whomever it goes."""
     frame, found = sys._getframe(2), None
     while frame is not None:
         path = frame.f_code.co_filename.replace(os.sep, "/")

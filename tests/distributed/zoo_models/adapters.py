@@ -1,4 +1,6 @@
-"""Several methods of peft on one small Llama, and LoRA on other bases; only what a method adds is trained."""
+"""Several methods of peft on one small Llama, and LoRA on other bases; only what a method adds is
+trained.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,8 @@ ADAPTERS: dict[str, Subject] = {
         "LoraConfig", r=2, target_modules=[], target_parameters=["mlp.gate_proj.weight"]
     ),
     "DoRA": _causal("LoraConfig", r=2, use_dora=True, **_TARGETS),
-    # peft gathers its matrices for a term of the loss, but only where transformers knows that ZeRO-3 is on
+    # peft gathers its matrices for a term of the loss, but only where transformers knows that
+    # ZeRO-3 is on
     "AdaLoRA": Subject(
         _with(
             _LLAMA,

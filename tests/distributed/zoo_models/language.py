@@ -1,4 +1,6 @@
-"""Language models of transformers: decoders, encoders, encoder-decoders, mixtures of experts, state-space models."""
+"""Language models of transformers: decoders, encoders, encoder-decoders, mixtures of experts,
+state-space models.
+"""
 
 from __future__ import annotations
 
@@ -109,13 +111,15 @@ def pairs(seed: int) -> dict[str, Tensor]:
 def build(
     family: str, head: str = "ForCausalLM", config: str = "", **arguments: Any
 ) -> Callable[[], nn.Module]:
-    """The class `family` + `head` of transformers with its configuration, which is of that family or of `config`."""
+    """The class `family` + `head` of transformers with its configuration, which is of that family
+    or of `config`.
+    """
     return lambda: getattr(hf, family + head)(getattr(hf, f"{config or family}Config")(**arguments))
 
 
 def _gathered_as_one(make: Callable[[], nn.Module], kind: str) -> Callable[[], nn.Module]:
-    """Modules of this class are gathered with all below them: ZeRO-3 needs all ranks to gather the same modules, and which
-    experts are called depends on the batch."""
+    """Modules of this class are gathered with all below them: ZeRO-3 needs all ranks to gather the
+    same modules, and which experts are called depends on the batch."""
 
     def made() -> nn.Module:
         model = make()

@@ -1,4 +1,6 @@
-"""Plain torch models of usual layers: experts, recurrent, attention, convolutions, graphs; and unusual losses and batches."""
+"""Plain torch models of usual layers: experts, recurrent, attention, convolutions, graphs; and
+unusual losses and batches.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,10 @@ from tests.distributed.zoo_models.subject import EXAMPLES, Subject
 
 
 class Experts(nn.Module):
-    """Experts in a ModuleList. One that is given no words is not called, which depends on the batch and on the weights."""
+    """Experts in a ModuleList.
+
+    One that is given no words is not called, which depends on the batch and on the weights.
+    """
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -33,7 +38,9 @@ class Experts(nn.Module):
 
 
 class Routed(Classifier):
-    """A mixture of experts, gathered as one module: ZeRO-3 needs all ranks to call the same modules."""
+    """A mixture of experts, gathered as one module: ZeRO-3 needs all ranks to call the same
+    modules.
+    """
 
     number = 12
 
@@ -46,7 +53,9 @@ class Routed(Classifier):
 
 
 class RoutedToFewer(Routed):
-    """All experts are called on the first batch, so that another form of evaluation may be chosen there."""
+    """All experts are called on the first batch, so that another form of evaluation may be chosen
+    there.
+    """
 
     number = 8
 
@@ -120,7 +129,9 @@ class Twice(Classifier):
 
 
 class Repeated(nn.Module):
-    """A layer that is applied until a second one says that it is enough for the batch: adaptive computation."""
+    """A layer that is applied until a second one says that it is enough for the batch: adaptive
+    computation.
+    """
 
     limit = 0.86
 

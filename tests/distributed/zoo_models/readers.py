@@ -1,4 +1,6 @@
-"""Plain classifiers in which a weight is used in another way than by the forward of the module that owns it."""
+"""Plain classifiers in which a weight is used in another way than by the forward of the module that
+owns it.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ def words(seed: int) -> dict[str, Tensor]:
 
 
 class Classifier(nn.Module):
-    """Embeds words, applies `block` in the way of its subclass, and classifies the mean over the words."""
+    """Embeds words, applies `block` in the way of its subclass, and classifies the mean over the
+    words.
+    """
 
     num_words, width, num_classes = WORDS, WIDTH, CLASSES
     smoothing = 0.0  # of the labels
@@ -196,7 +200,9 @@ class HandedByKeyword(HandedByPosition):
 
 
 class HandedTransformed(Classifier):
-    """A matrix goes through another module before it is used, as DeBERTa's relative embeddings through a norm."""
+    """A matrix goes through another module before it is used, as DeBERTa's relative embeddings
+    through a norm.
+    """
 
     def build(self) -> None:
         self.norm = nn.LayerNorm(WIDTH)
@@ -289,7 +295,9 @@ class CustomFunction(Classifier):
 
 
 class IndexedTable(Classifier):
-    """The root reads rows of a table of a child by indexing, and its own 0-d and strided parameters."""
+    """The root reads rows of a table of a child by indexing, and its own 0-d and strided
+    parameters.
+    """
 
     def build(self) -> None:
         self.table = nn.Embedding(WORDS, WIDTH)

@@ -18,10 +18,12 @@ EXAMPLES = 4  # of a global batch
 class Subject:
     """A model and its batches.
 
-    make: the model; it is given seeded random numbers. batch: seed -> a global batch of `EXAMPLES` examples, a dict or a tuple
-    of tensors with the examples on dim 0 (anything else in it belongs to all examples), where every example holds as much as
-    every other. trained: a regular expression for the names of the parameters to train. eps, lr: of the steps. sample: in the
-    sample that the tests run by default. svrg, bf16: run in these ways too. sharded: DeepSpeed can run it under ZeRO-3.
+    make: the model; it is given seeded random numbers. batch: seed -> a global batch of `EXAMPLES`
+    examples, a dict or a tuple of tensors with the examples on dim 0 (anything else in it belongs
+    to all examples), where every example holds as much as every other. trained: a regular
+    expression for the names of the parameters to train. eps, lr: of the steps. sample: in the
+    sample that the tests run by default. svrg, bf16: run in these ways too. sharded: DeepSpeed can
+    run it under ZeRO-3.
     """
 
     make: Callable[[], nn.Module]
@@ -38,8 +40,8 @@ class Subject:
 def fresh(subject: Subject) -> nn.Module:
     """The model in evaluation mode, the same bits at every call.
 
-    Noise is added to all parameters, so that none is zero (as LoRA's, gates and biases are at the start) and all layers
-    matter to the loss.
+    Noise is added to all parameters, so that none is zero (as LoRA's, gates and biases are at the
+    start) and all layers matter to the loss.
     """
     torch.manual_seed(0)
     threads = torch.get_num_threads()
