@@ -33,7 +33,7 @@ def rename(source: Path, target: Path) -> None:
 
 
 def sync(file: Path | int) -> None:
-    """Have the content of a file, or the names in a folder, on the disk.
+    """Sync the content of a file, or the names in a folder, to the disk.
 
     file: a path, or the descriptor of an open file.
     """

@@ -181,7 +181,7 @@ def finetune(
     folder: RunFolder,
     tokenizer: Any,
 ) -> None:
-    """One run: evaluate, train with evaluations and checkpoints, evaluate, report."""
+    """Do one run: evaluate, train with evaluations and checkpoints, evaluate, report."""
     rank = engine.global_rank
     before = (
         folder.first_evaluation()
@@ -214,7 +214,9 @@ def finetune(
 
 
 def latest_checkpoint(run: Path) -> Path:
-    """That of a run's folder, or of its folder of checkpoints. Raises FileNotFoundError."""
+    """Return the latest checkpoint of a run's folder, or of a folder of checkpoints. Raises
+    FileNotFoundError.
+    """
     folder = run / CHECKPOINTS if (run / CHECKPOINTS).is_dir() else run
     latest = folder / "latest"
     if not latest.is_file():
@@ -422,7 +424,9 @@ def _text(metrics: dict[str, float]) -> str:
 
 
 def _logged_bytes() -> int:
-    """Bytes of all collectives that DeepSpeed's communication logger has seen, 0 where it is off."""
+    """Return the bytes of all collectives that DeepSpeed's communication logger has counted; 0 if
+    it is off.
+    """
     sizes = comms_logger.get_raw_data().values()
     return sum(size * record[0] for by_size in sizes for size, record in by_size.items())
 

@@ -1,3 +1,3 @@
-"""What the command line needs beside training: options, the model and its files, the folder of a
-run, its figures.
+"""Parts of the command line beside training: options, the pretrained model, the run folder,
+figures.
 """

@@ -84,7 +84,7 @@ def _given(group: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelArguments:
-    """Which model is trained by which method, and where the run is kept."""
+    """Options for the model, the training method and the output folder."""
 
     _argument_group_name = "model and method"
 
@@ -156,7 +156,7 @@ class ModelArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class SelectionArguments:
-    """Which examples of a large batch are trained on."""
+    """Options for the choice of sub-batches."""
 
     _argument_group_name = "selection of sub-batches"
 
@@ -223,7 +223,7 @@ class DataArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskArguments:
-    """What the model learns from an example. See `zods.tasks.build_task`."""
+    """Options for the task and its data. See `zods.tasks.build_task`."""
 
     _argument_group_name = "task"
 
@@ -269,7 +269,7 @@ class TaskArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class RunArguments:
-    """How long the run is, and what it leaves behind."""
+    """Options for the length of a run and for its outputs."""
 
     _argument_group_name = "run"
 
@@ -355,7 +355,7 @@ class OverrideArguments:
 
 @dataclass(frozen=True)
 class Arguments:
-    """All options of a run, by group."""
+    """The options of a run, by group."""
 
     model: ModelArguments
     selection: SelectionArguments

@@ -488,8 +488,8 @@ def _same_compilers() -> Iterator[None]:
 
 
 def save_configuration(model: Any, folder: Path) -> None:
-    """What a replay needs to write a model or adapter that the base's own configuration does not
-    describe.
+    """Save the configuration that a replay needs to write the model or adapter, if the base's own
+    configuration does not describe it.
     """
     if hasattr(model, "peft_config"):
         base = type(model.get_base_model())  # by which peft's AutoPeftModel finds it

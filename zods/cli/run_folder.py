@@ -97,8 +97,8 @@ class RunFolder:
             temporary.write_text("".join(kept), encoding="utf-8")
 
     def first_evaluation(self) -> dict[str, float]:
-        """What was measured before the first step; nothing on other ranks than 0, or where that is
-        not there.
+        """Return the evaluation before the first step. It is empty on ranks other than 0, and if
+        there is none.
         """
         if self.rank != 0:
             return {}
@@ -130,7 +130,7 @@ def read_metrics(path: str | Path) -> Iterator[dict[str, Any]]:
 
 
 def versions() -> dict[str, str]:
-    """Of Python, zods' own dependencies and the platform."""
+    """Return the versions of Python, of zods' dependencies and of the platform."""
     found = {name: importlib.metadata.version(name) for name in PACKAGES}
     return {"python": platform.python_version(), "platform": platform.platform(), **found}
 

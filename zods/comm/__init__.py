@@ -1,4 +1,4 @@
-"""What ranks send each other and wait for, how they start and how they stop.
+"""Communication between ranks, and how ranks start and stop.
 
 Nothing else calls torch.distributed.
 """

@@ -1,4 +1,4 @@
-"""What zods itself sends between ranks. The only room that calls torch.distributed.
+"""The collectives of zods. Only this folder calls torch.distributed.
 
 A step sends one small vector of float64 per rank (loss sums and counts); every rank gathers all of
 them and adds in rank order, so that all compute the same bits. Shards of a stored anchor point
@@ -87,7 +87,7 @@ class Communicator:
         return totals
 
     def gather_shards(self, local: torch.Tensor) -> torch.Tensor:
-        """All ranks' shards, concatenated in rank order; `local` is 1-D and padded to the same size
+        """Concatenate all ranks' shards in rank order. `local` is 1-D and padded to the same size
         on all ranks.
         """
         self.gather_bytes += local.nbytes * (self.world_size - 1)

@@ -33,8 +33,9 @@ class StopRequest:
             self.reason = reason
 
     def listen(self) -> None:
-        """From now on SIGTERM asks, and the end of the process that launched this one. To be called
-        once, in the main thread.
+        """Take SIGTERM, and the end of this process's launcher, as requests to stop.
+
+        Call it once, in the main thread.
 
         The launcher is the parent; and where that is DeepSpeed's launch.py, its own parent too: the
         `deepspeed` command, which, if it is killed, leaves launch.py and the ranks running. That is
@@ -82,7 +83,7 @@ def _is_launcher(process: int) -> bool:
 
 
 def _parent_of(process: int) -> int | None:
-    """None where the process is gone, or there is no /proc."""
+    """Return the parent of a process, or None if the process is gone or there is no /proc."""
     try:
         status = Path(f"/proc/{process}/stat").read_text(errors="replace")
     except OSError:

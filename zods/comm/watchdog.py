@@ -61,7 +61,9 @@ class Watchdog:
             self._start()
 
     def rest(self) -> None:
-        """Nothing is under way: this rank is not timed, but it is named where others wait for it."""
+        """Mark that no work is under way. This rank is not timed then, but it is named if others
+        wait for it.
+        """
         self._watch.beat = _Beat(self._watch.beat.what, resting=True)
 
     def close(self) -> None:
@@ -86,7 +88,7 @@ class _Beat(NamedTuple):
 
 @dataclass(frozen=True)
 class Answer:
-    """What a rank's main thread does.
+    """A rank's answer to a roll call: the state of its main thread.
 
     what: the last beat; seconds: since then; resting: after it. waits: for other ranks, in a
     collective. place: "file:line function" of the innermost frame outside the libraries. stack:

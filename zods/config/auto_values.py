@@ -83,8 +83,8 @@ def resolve_batch(ds: dict[str, Any], world_size: int) -> None:
 
 
 def resolve_precision(ds: dict[str, Any]) -> Iterator[str]:
-    """Settle fp16 "auto" by bf16, in place. Yields a message where the dtype of the weights would
-    be a guess.
+    """Resolve fp16 "auto" from bf16, in place. Yield a message if the dtype of the weights would be
+    a guess.
 
     An amp that is off, or "auto", is removed: DeepSpeed refuses the key whatever its value.
     """

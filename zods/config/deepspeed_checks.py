@@ -100,8 +100,8 @@ def key_mistakes(ds: Mapping[str, Any]) -> Iterator[str]:
 
 
 def section_mistakes(ds: Mapping[str, Any]) -> Iterator[str]:
-    """What DeepSpeed's own models of its sections refuse: unknown keys, values of another type or
-    range.
+    """Yield what DeepSpeed's own models of its sections refuse: unknown keys, and values of another
+    type or range.
     """
     for name in (*MODELS, *OTHER_SECTIONS):
         values = ds.get(name, {})
@@ -164,8 +164,8 @@ def _given(values: Any) -> Any:
 
 
 def refusal(ds: Mapping[str, Any]) -> str | None:
-    """Why DeepSpeed would refuse this configuration, if it would; for all that the checks above do
-    not know.
+    """Return the reason why DeepSpeed would refuse this configuration, or None. It covers what the
+    checks above do not know.
 
     DeepSpeed's own class reads it, with batch sizes that fit any number of ranks.
     """
@@ -242,7 +242,7 @@ def unsupported(ds: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _unsupported_zero(zero: Mapping[str, Any]) -> Iterator[str]:
-    """As `unsupported`, of the section "zero_optimization"."""
+    """Yield the unsupported keys of the section "zero_optimization"; see `unsupported`."""
     stage = zero.get("stage", 0)
     if type(stage) is not int or stage not in (0, 3):
         yield (

@@ -40,7 +40,7 @@ from zods.config.schema import (
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One configuration file, split.
+    """A configuration file, divided into DeepSpeed's part and zods' part.
 
     deepspeed: what `deepspeed.initialize` gets: no "zeroth_order", no "scheduler", batch sizes
     resolved. scheduler: DeepSpeed's section of that name, or None; zods builds it on its own step
@@ -220,8 +220,8 @@ def _check_selection(
 def read_first_order_config(
     source: str | Path | Mapping[str, Any], world_size: int, total_steps: int | None = None
 ) -> FirstOrderConfig:
-    """As `read_config`, with a section "optimizer"; of "zeroth_order" only `selector`, `seed` and
-    `loss_mean` may be there.
+    """Read a configuration with a section "optimizer"; see `read_config`. Of "zeroth_order" it may
+    have only `selector`, `seed` and `loss_mean`.
     """
     whole = load_json(source)
     found: list[str] = []

@@ -122,7 +122,7 @@ class _Mistake:
         return f"{here}: {self._found(kind, value)}"
 
     def _found(self, kind: str, value: Any) -> str:
-        """What is wrong with the value of a field."""
+        """Describe the mistake in the value of a field."""
         if kind == "literal_error" and isinstance(value, str):
             allowed = get_args(self._fields[-1].annotation)
             hint = nearest(value, allowed)

@@ -169,7 +169,9 @@ def _other_step_sizes(params: Mapping[str, Any], lr: float, lr_key: str) -> Iter
 def _tried(
     kind: type, params: Mapping[str, Any], optimizer: Any, total_steps: int | None
 ) -> Iterator[str]:
-    """What the scheduler itself refuses, tried on an optimizer of its own."""
+    """Yield the reasons why the scheduler itself refuses its parameters, by making it on a
+    throw-away optimizer.
+    """
     named = f"scheduler.params: {kind.__name__} refused {dict(params)}"
     try:
         with quiet(), warnings.catch_warnings():
@@ -236,7 +238,8 @@ def build_scheduler(section: Mapping[str, Any], optimizer: torch.optim.Optimizer
 
 
 class ZerothOrderOptimizer(torch.optim.Optimizer):
-    """Holds the step size where schedulers look for it.
+    """An optimizer that only holds the step size, for schedulers. `engine.step()` is what updates
+    the parameters.
 
     `engine.step()` is what updates the parameters.
     """

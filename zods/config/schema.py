@@ -64,7 +64,7 @@ class Section(BaseModel):
 
 
 class AnchorConfig(Section):
-    """Where the anchor of MeZO-SVRG is kept.
+    """Storage of the anchor of MeZO-SVRG.
 
     point: the parameters at the last refresh. gradient: the full-batch estimate there. Each is a
     copy on the `device`, on `cpu` or in `nvme` files, or is made when needed from its `terms` (no
@@ -96,8 +96,8 @@ class AnchorConfig(Section):
 
 
 class DirectionConfig(Section):
-    """How z is drawn: each element gaussian or +-1, or each matrix U V^T / sqrt(rank) and the rest
-    gaussian.
+    """Distribution of a direction z: each element Gaussian or +-1, or each matrix U V^T /
+    sqrt(rank) and the rest Gaussian.
     """
 
     distribution: Distribution = "gaussian"
@@ -292,7 +292,7 @@ def _replicas_mistakes(config: ZerothOrderConfig, replicas: ReplicasConfig) -> I
 
 
 def _mistakes_between_keys(config: ZerothOrderConfig, given: Mapping[str, Any]) -> Iterator[str]:
-    """What keys of several sections cannot be together. given: the section as it was written."""
+    """Yield messages about keys that exclude each other. given: the section as it was written."""
     unused = [key for key in SVRG_ONLY if key in given]
     if not config.is_svrg and unused:
         yield (

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Annealing:
-    """Losses of the running epoch, the mean of the one before, and what the step sizes are divided
-    by.
+    """Losses of the current epoch, the mean loss of the epoch before, and the divisor of the step
+    sizes.
     """
 
     divisor: float = 1.0

@@ -44,11 +44,11 @@ def _hashed(message: bytes) -> int:
 
 
 class Parameter(Protocol):
-    """What names a parameter's elements in a direction."""
+    """The identity of a parameter, as far as a direction's elements depend on it."""
 
     @property
     def ordinal(self) -> int:
-        """Its place in `named_parameters()`."""
+        """The parameter's position in `named_parameters()`."""
         ...
 
     @property
@@ -57,8 +57,8 @@ class Parameter(Protocol):
 
 @dataclass(frozen=True)
 class Direction:
-    """How z is made from a seed. distribution: "gaussian", "rademacher" or "low_rank"; rank: of the
-    latter's matrices.
+    """The distribution of z. distribution: "gaussian", "rademacher" or "low_rank"; rank: of the
+    matrices of "low_rank".
     """
 
     distribution: str = "gaussian"

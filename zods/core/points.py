@@ -15,7 +15,7 @@ import torch
 
 
 class Center(NamedTuple):
-    """One parameter at the center of points: scale * weight + sum_k coefficients[k] * z(seeds[k])."""
+    """A parameter at the center of points: scale * weight + sum_k coefficients[k] * z(seeds[k])."""
 
     weight: torch.Tensor  # the whole parameter
     scale: float = 1.0

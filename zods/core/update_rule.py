@@ -1,5 +1,5 @@
-"""What follows from a step's number and its losses, for MeZO and MeZO-SVRG: seeds, estimates,
-updates. No tensors.
+"""Seeds, estimates and updates of MeZO and MeZO-SVRG, as functions of the step number and its
+losses. No tensors.
 """
 
 from __future__ import annotations

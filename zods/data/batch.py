@@ -1,4 +1,4 @@
-"""What a batch is, and how it is given to a model.
+"""Batches, and how they become a model's inputs.
 
 A batch is what a loader yields or `engine(...)` is called with: tensors, or containers of tensors.
 `Signature` turns it into one of two forms, whichever way it came: a dict of keyword arguments of

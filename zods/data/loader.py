@@ -1,4 +1,4 @@
-"""Which rank sees which example when.
+"""The order of examples, and their division among ranks and steps.
 
 The order of the examples is a function of (seed, epoch) alone: a step's global batch is the same
 set whatever the number of ranks. A loader's position is two numbers, so that a run resumes
@@ -42,8 +42,8 @@ def epoch_order(size: int, batch_size: int, seed: int, epoch: int) -> torch.Tens
 
 
 class EpochLoader:
-    """What loaders of micro-batches have in common: an iterator per epoch, which goes on where it
-    was.
+    """Base of loaders of micro-batches: one iterator per epoch, which continues at the current
+    position.
 
     epoch; position: micro-batches of it that were handed out; accumulation: micro-batches of a
     step.
@@ -131,7 +131,7 @@ class TrainingLoader(EpochLoader):
         return len(self.dataset) // self.batch_size * self.accumulation  # type: ignore[arg-type]
 
     def _epoch_batches(self) -> Iterator[list[int]]:
-        """What is left of the epoch, each made when it is asked for."""
+        """Yield the remaining micro-batches of the epoch, as lists of indices."""
         order = epoch_order(len(self.dataset), self.batch_size, self.seed, self.epoch)  # type: ignore[arg-type]
         for position in range(self.position, len(self)):
             step, micro = divmod(position, self.accumulation)
@@ -156,7 +156,7 @@ class TrainingLoader(EpochLoader):
             yield batch
 
     def last_examples(self) -> list[int]:
-        """Those of the last step that was handed out, on all ranks."""
+        """Return the examples of the last step that was handed out, on all ranks."""
         if self.position < self.accumulation:
             return []
         order = epoch_order(len(self.dataset), self.batch_size, self.seed, self.epoch)  # type: ignore[arg-type]
@@ -175,11 +175,11 @@ class TrainingLoader(EpochLoader):
                 "zeroth_order.selector: none, but the checkpoint was made with one. Resume with "
                 "the same."
             )
-        if state["size"] != len(self.dataset):  # type: ignore[arg-type]
+        size = len(self.dataset)  # type: ignore[arg-type]
+        if state["size"] != size:
             raise ValueError(
-                f"training_data: {len(self.dataset)} examples, but the checkpoint was made with "
-                f"{state['size']}. "  # type: ignore[arg-type]
-                "Resume with the same data."
+                f"training_data: {size} examples, but the checkpoint was made with "
+                f"{state['size']}. Resume with the same data."
             )
         if state["examples"] % self.batch_size:
             raise ValueError(

@@ -35,7 +35,7 @@ _CHUNK_ELEMENTS_ON_CPU = (
 
 @dataclass(frozen=True)
 class Objective:
-    """What a loss is a mean over, and how the model's labels are aligned.
+    """The denominator of a mean loss, and the alignment of the model's labels.
 
     mean: "tokens" or "examples". shifted: position t predicts label t + 1, so that a row's first
     label never counts (causal language models); otherwise position t predicts label t (masked
@@ -108,8 +108,8 @@ def batch_loss(outputs: Any, batch: Any, objective: Objective = PLAIN) -> Tensor
 
 
 def loss_count(batch: Any, objective: Objective = PLAIN) -> Tensor:
-    """What the mean of `batch_loss` is taken over: the weight of a micro-batch among others. 0-d
-    float64.
+    """Return the weight of a micro-batch among others: what the mean of `batch_loss` is taken over.
+    0-d float64.
 
     tokens: the number of label tokens that count. examples: the number of examples with such a
     token. Of a batch with weights the sum of w_i n_i, or of w_i. Without integer labels it is the
@@ -208,7 +208,9 @@ def needs_rows(batch: Any, objective: Objective) -> bool:
 
 
 def refusal_of_examples(size: int) -> str:
-    """Why a loss that the model gives for `size` examples at once serves no mean over examples."""
+    """Return the reason why a loss that the model gives for `size` examples at once cannot be part
+    of a mean over examples.
+    """
     return (
         f'zeroth_order.loss_mean: "examples" needs the loss of each example, but the model gives '
         f"one for {size} together, and "

@@ -1,5 +1,5 @@
-"""How the points of a step are evaluated: the first form that gives, on a small batch, what
-separate forwards give.
+"""The choice of the form of evaluation: the first form whose results on a small batch equal those
+of separate forwards.
 
 A form is compared at two points far from the parameters, so that what one point gives is nothing
 like what the other gives. Some models are chaotic there: rounding errors grow from layer to layer.
@@ -118,7 +118,8 @@ class ChooseForm:
         return "sequential"
 
     def _randomness(self, own: torch.Tensor, batch: Any) -> str | None:
-        """What is to be said where the same weights and batch give another loss, or None.
+        """Return the warning for a model that gives another loss for the same weights and batch, or
+        None. The same on all ranks.
 
         The same on all ranks.
         """
@@ -136,7 +137,9 @@ class ChooseForm:
         )
 
     def misfit(self, form: str, batch: Any) -> str | None:
-        """Why `form` does not give what separate forwards give, or None. The same on all ranks."""
+        """Return the reason why `form` does not give what separate forwards give, or None. The same
+        on all ranks.
+        """
         f = self._forwards
         needed, reason, far = 0.0, None, None
         try:
@@ -168,7 +171,7 @@ class ChooseForm:
     # --- lockstep ---------------------------------------------------------------------------------
 
     def _lockstep_misfit(self, batch: Any) -> tuple[str | None, float]:
-        """Why not, and the bytes that a further point takes."""
+        """Return the reason against lockstep, or None, and the bytes that a further point takes."""
         f = self._forwards
         stop_nvme_prefetch(f.deepspeed)
         points = _points(CHECK_DISTANCE)
@@ -186,8 +189,8 @@ class ChooseForm:
     # --- stacked ----------------------------------------------------------------------------------
 
     def _stacked_misfit(self, batch: Any) -> tuple[str | None, float, float | None]:
-        """Why not, the bytes that a further point takes, and how far the logits are off where that
-        needs a closer look.
+        """Return the reason against a stack, or None; the bytes that a further point takes; and the
+        error of the logits if it needs a closer look.
         """
         f = self._forwards
         if f.at.branches:
@@ -265,7 +268,8 @@ class ChooseForm:
     # --- memory -----------------------------------------------------------------------------------
 
     def _fitting(self, needed: float) -> int:
-        """How many points of so many bytes fit one forward: whole pairs, the same on all ranks.
+        """Return how many points of so many bytes fit one forward: whole pairs, the same on all
+        ranks.
 
         Raises ValueError where a budget was given and not even a pair fits it.
         """
@@ -287,7 +291,7 @@ class ChooseForm:
 
 
 def _points(distance: float) -> list[Point]:
-    """Two that have nothing in common but their distance."""
+    """Make two points that have only their distance in common."""
     return [Point(seed, distance) for seed in (1, 2)]
 
 

@@ -27,7 +27,7 @@ class Scratch:
 
     @contextmanager
     def scope(self) -> Iterator[None]:
-        """What is taken inside is given back at the end."""
+        """Release at the end the memory that is taken inside."""
         used = self._used
         try:
             yield

@@ -1,5 +1,5 @@
-"""Losses and outputs of a sharded model on batches, at given points, and in which form its forwards
-are run.
+"""Losses and outputs of a sharded model on batches, at given points, in the form of evaluation that
+fits the model.
 """
 
 from __future__ import annotations
@@ -225,8 +225,8 @@ class Evaluator:
     def loss_sums(
         self, points: Sequence[Point | None], batch: Any, *, rechecks: bool = False
     ) -> torch.Tensor:
-        """Losses times what they are means over, then that: (number of points + 1,) in float64; all
-        0 where no label counts.
+        """Return losses times their denominators, then the denominator: (number of points + 1,) in
+        float64. All are 0 if no label counts.
         """
         self._beat()
         losses = self.losses(points, batch, rechecks=rechecks)

@@ -98,8 +98,8 @@ class Forwards:
         return call_model(self.deepspeed, self._signature.bind(batch))
 
     def _into_eval_mode(self) -> None:
-        """Both losses of a pair need the same function, so dropout is off, whatever mode the model
-        was put in since.
+        """Put the model into eval mode: both losses of a pair need the same function, so dropout is
+        off.
         """
         for module in self._modules:
             module.training = False

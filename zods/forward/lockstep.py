@@ -85,9 +85,7 @@ class Lockstep:
 
 
 class _Contexts:
-    """What `with` sets for the whole thread in a forward, and forwards in lockstep would leave to
-    each other.
-    """
+    """Save and restore thread-wide autocast and grad state when switching between forwards."""
 
     def __init__(self) -> None:
         devices = {"cpu", get_accelerator().device_name()}

@@ -18,8 +18,8 @@ Form = str  # "linear": weight (out, in); "conv1d": (in, out); "embedding": (row
 
 
 def form_of(module: nn.Module) -> Form | None:
-    """How `module` uses its `weight`, or None where that is not known: subclasses with another
-    forward are not.
+    """Return how `module` uses its `weight`, or None if that is not known. Subclasses with another
+    forward are not known.
     """
     forward = type(module).forward
     if forward is nn.Linear.forward:
@@ -63,8 +63,8 @@ def add_(output: torch.Tensor, inner: torch.Tensor, outer: torch.Tensor, scale: 
 
 
 def empty_output(module: Any, x: torch.Tensor) -> torch.Tensor | None:
-    """Where a linear module's streams can write their outputs side by side; None: their outputs are
-    put together after.
+    """Allocate one output for all streams of a linear module, or return None if the streams'
+    outputs must be concatenated.
     """
     if torch.is_autocast_enabled(x.device.type) or x.dtype != module.weight.dtype:
         return None

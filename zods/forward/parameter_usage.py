@@ -1,5 +1,5 @@
-"""Which modules use which parameters: seen in one forward, for a module may read a parameter that
-another one owns.
+"""Which modules use which parameters. One forward is observed, because a module may read a
+parameter that another module owns.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ CONVERSIONS = (
 
 
 class Perturbable(Protocol):
-    """What this room needs to know of a trainable parameter; `zods.params.shards.Shard` is one."""
+    """The attributes of a trainable parameter that this folder needs; `zods.params.shards.Shard`
+    has them.
+    """
 
     @property
     def name(self) -> str: ...

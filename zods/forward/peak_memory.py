@@ -1,4 +1,4 @@
-"""How much memory a forward takes at its peak, and what is freed given back to the system."""
+"""Measure the peak memory of a forward."""
 
 from __future__ import annotations
 

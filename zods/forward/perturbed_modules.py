@@ -33,7 +33,9 @@ from zods.forward.wrapping import WrappedForward, is_users
 
 
 class Deferred(Protocol):
-    """What brings parameters up to date when they are loaded; see `zods.params.deferred_update`."""
+    """Updates that are applied to parameters when these are loaded; see
+    `zods.params.deferred_update`.
+    """
 
     def loaded(self, ordinals: Sequence[int]) -> None: ...
     def before_release(self) -> None: ...
@@ -154,12 +156,12 @@ class PerturbedForward:
             self._end()
 
     def _resume(self, stream: int) -> None:
-        """None of a stream's copies is in place while it waits."""
+        """Switch to a stream. None of its copies is in place after a wait."""
         self._stream, self._live = stream, {}
 
     def move_new_hooks(self) -> None:
-        """Have hooks that the model's user has registered since run inside their module's forward
-        too. This rank alone.
+        """Move hooks that were registered since the last call inside the wrapped forwards. This
+        rank alone.
         """
         number = sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in self._held)
         if number != self._num_hooks:
@@ -277,8 +279,9 @@ class PerturbedForward:
     def _run_stream(
         self, module: torch.nn.Module, original: Callable, args: tuple, kwargs: dict[str, Any]
     ) -> Any:
-        """One stream's forward of a module. A tied parameter may be in place already; one that
-        another module holds may not be gathered yet."""
+        """Run one stream's forward of a module. A tied parameter may be in place already; a
+        parameter that another module holds may not be gathered yet.
+        """
         assert self._stream is not None
         if self._live and self._held[module] and module not in self._inside_leaves:
             self.nested.add(module)
@@ -298,7 +301,9 @@ class PerturbedForward:
                 return self._scratch.kept(original(*args, **kwargs))
 
     def _centers_at(self, module: torch.nn.Module) -> dict[Any, Center]:
-        """Where streams in lockstep find the centers that the first of them made at this module."""
+        """Return the centers that the first stream made at this module, which all streams in
+        lockstep use.
+        """
         if not self._lockstep.is_running:
             return {}
         if self._shared_at != (here := (self._lockstep.round, module)):
@@ -334,7 +339,7 @@ class PerturbedForward:
     def _copies(
         self, parameters: Sequence[Perturbable], pair: tuple[int, ...], centers: dict[Any, Center]
     ) -> list[list[tuple[Perturbable, torch.Tensor]]]:
-        """For each stream of a pair, the parameters with their values at its point."""
+        """Make, for each stream of a pair, the values of the parameters at its point."""
         point = self._points[pair[0]]
         copies: list[list[tuple[Perturbable, torch.Tensor]]] = [[] for _ in pair]
         with (
@@ -417,7 +422,8 @@ class PerturbedForward:
     def _form(
         self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> low_rank.Form | None:
-        """How a module multiplies its one input by its weight; None where it may do anything else.
+        """Return how a module multiplies its one input by its weight; None if it may do anything
+        else.
 
         Where gradients are enabled nothing may be computed beside the module's own forward.
         """
@@ -505,8 +511,8 @@ class PerturbedForward:
     def _run_factored(
         self, module: torch.nn.Module, form: low_rank.Form, original: Callable, x: torch.Tensor
     ) -> Any:
-        """One forward of a matrix module over the streams that start from the same weights, and
-        then what each lacks.
+        """Run a matrix module once over the streams that have the same center, then add the
+        perturbation of each stream.
         """
         size = x.shape[0] // len(self._points)
         centers: dict[Any, Center] = {}

@@ -1,5 +1,5 @@
-"""Which inputs of a module's calls carry the batch, so that a stack of batches can be cut into its
-streams and put together.
+"""Which inputs of a module carry the batch dimension, so that a stack of batches can be split into
+its streams and joined again.
 
 Learned, not guessed from sizes: an input carries the batch where its dim 0 grew by the number of
 streams from one forward of a batch to one of the stack; one whose dim 0 stayed (BERT's position

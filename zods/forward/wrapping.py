@@ -55,7 +55,7 @@ class WrappedForward:
         return _same, (self.original,)
 
     def move_hooks(self) -> None:
-        """Have the hooks that the module's user has registered run inside the wrapped forward."""
+        """Move the hooks of the module's user inside the wrapped forward."""
         for hooks in (self._module._forward_pre_hooks, self._module._forward_hooks):
             for key, hook in hooks.items():
                 if is_users(hook):
@@ -122,7 +122,7 @@ def is_users(hook: Any) -> bool:
 
 
 def _with_hooks(module: torch.nn.Module, forward: Callable, *args: Any, **kwargs: Any) -> Any:
-    """What torch's Module.__call__ does with forward hooks, for those that were moved."""
+    """Call a forward with the moved hooks, as torch's Module.__call__ does."""
     for key, moved in list(module._forward_pre_hooks.items()):
         if not isinstance(moved, MovedHook):
             continue

@@ -276,8 +276,8 @@ def fingerprint(tensor: Tensor, offset: int = 0) -> int:
 
 
 def backend() -> str:
-    """What serves CPU tensors, for logs: "cpp", or "reference" where the C++ kernel could not be
-    built.
+    """Return the name of the backend for CPU tensors: "cpp", or "reference" if the C++ kernel could
+    not be built.
     """
     return "reference" if cpu_module() is None else "cpp"
 

@@ -115,8 +115,8 @@ def _key(parts: list[str]) -> str:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[bool]:
-    """Holds the lock, or yields False where the file system has none: there every rank compiles,
-    the last one's stays.
+    """Hold the lock, or yield False if the file system has no locks. Every rank compiles then, and
+    the last library stays.
     """
     with path.open("w") as file:
         try:

@@ -94,7 +94,7 @@ def _direction(tile, parameter, seed, rademacher: tl.constexpr):
 
 @triton.jit
 def _load(tensor, at, inside):
-    """As float32; bfloat16 comes as int16."""
+    """Load values as float32; bfloat16 comes as int16."""
     value = tl.load(tensor + at, inside)
     if tensor.dtype.element_ty == tl.int16:
         value = (value.to(tl.int32) << 16).to(tl.float32, bitcast=True)

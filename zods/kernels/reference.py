@@ -1,5 +1,5 @@
-"""What a direction z is, to the bit, in plain PyTorch on any device. Every other backend is
-compared with this file.
+"""The definition of a direction z, to the bit, in plain PyTorch on any device. Every other backend
+is compared with this file.
 
 z(seed, parameter, index) is a pure function: Philox4x32-10 (Salmon et al. 2011, "Parallel random
 numbers: as easy as 1, 2, 3") with the 64-bit seed as its key and (block low, block high, parameter,
@@ -151,7 +151,7 @@ def _words(
 
 
 def _fields(words: list[Tensor], width: int) -> Tensor:
-    """Each word cut into fields of `width` bits, the lowest first: flat (groups, 4 words, 32 /
+    """Cut each word into fields of `width` bits, the lowest first: flat (groups, 4 words, 32 /
     width fields, 16 lanes).
     """
     shifts = torch.arange(0, 32, width, device=words[0].device)

@@ -146,8 +146,8 @@ class Anchor:
         self.set_gradient(gradient)
 
     def record(self, update: Update) -> None:
-        """Follow an update of the parameters, so that the point can be had from them by taking it
-        back.
+        """Account for an update of the parameters, so that the point can be computed by reverting
+        it.
         """
         gradient = [
             Term(seed, update.anchor_grad_coefficient * c) for seed, c in self.gradient_terms
@@ -193,7 +193,7 @@ class Anchor:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """What is not a tensor per shard: JSON."""
+        """Return the state that is not a tensor per shard, as JSON."""
         return {
             "gradient_terms": [list(t) for t in self.gradient_terms],
             "drift": {

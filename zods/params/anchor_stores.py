@@ -29,8 +29,8 @@ ALIGNMENT = 4096  # bytes; file offsets and lengths of direct I/O, per thread of
 
 
 class ShardStore(Protocol):
-    """One tensor of `numel` elements per shard, written and read in blocks: element ranges [start,
-    stop).
+    """A store of one tensor per shard, of `numel` elements, written and read in blocks: element
+    ranges [start, stop).
     """
 
     device_bytes: int
@@ -232,7 +232,9 @@ class _AsyncFile:
         return self._handle.new_cpu_locked_tensor(size, torch.empty(0, dtype=torch.uint8))
 
     def begin_read(self, buffer: torch.Tensor, at: int) -> None:
-        """Where the file ends too early the buffer is zeros: async_io aborts the process there."""
+        """Start to read into `buffer`. If the file is too short the buffer is zeroed: async_io
+        would abort the process.
+        """
         if self._path.stat().st_size < at + buffer.nbytes:
             buffer.zero_()
             return

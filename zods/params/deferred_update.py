@@ -1,5 +1,5 @@
-"""Where parameters are offloaded: an update waits until each parameter is next loaded, which saves
-a load of each per step.
+"""Updates of offloaded parameters that wait until each parameter is next loaded, which saves one
+load of each per step.
 
 A forward has the gathered parameter at hand, and this rank's shard in host memory. The update is
 applied to the gathered one on all ranks (to the same bits: it depends on an element's index alone),
@@ -52,7 +52,7 @@ class DeferredUpdate:
             self._parameters.apply_(self._update, direction=self._direction, shards=waiting)
 
     def loaded(self, ordinals: Sequence[int]) -> None:
-        """These parameters are gathered: bring them, and what is stored of them, up to date."""
+        """Apply the update to these parameters, which are gathered, and to their stored shards."""
         for ordinal in ordinals:
             shard = self._waiting.get(ordinal)
             if shard is None:

@@ -78,7 +78,7 @@ def release_gathered(deepspeed_engine: Any) -> None:
 
 
 def stop_nvme_prefetch(deepspeed_engine: Any) -> None:
-    """Have shards read from NVMe when they are needed, not ahead.
+    """Make DeepSpeed read shards from NVMe when they are needed, not ahead.
 
     DeepSpeed 0.19.8 fails on a parameter that its trace of a forward names twice within its
     read-ahead. Where forwards advance in lockstep, the trace names every parameter once per

@@ -157,7 +157,7 @@ def quantised(features: Tensor, largest: float) -> Tensor:
 
 
 def dequantised(features: Tensor, largest: float) -> Tensor:
-    """What `quantised` was given, to within its rounding, float32."""
+    """Invert `quantised`, to within its rounding, in float32."""
     return (features.double() * (largest / _LARGEST_FEATURE)).float()
 
 
@@ -167,7 +167,7 @@ def distances_fit(n: int) -> bool:
 
 
 def from_quantised(features: Tensor, largest: float, metric: str) -> Problem:
-    """As `from_features`, of what `quantised` gave."""
+    """Make the problem from the values that `quantised` returned; see `from_features`."""
     if metric not in METRICS:
         raise ValueError(f"metric: found {metric!r}, allowed are {', '.join(METRICS)}.")
     n = len(features)
@@ -288,7 +288,7 @@ def choice(problem: Problem, ids: Sequence[int]) -> Chosen:
 
 
 def _packed(gains: Tensor, ids: Tensor) -> Tensor:
-    """One int64 above 0 for each, the larger the larger the gain, then the lower the id."""
+    """Pack (gain, id) into one int64 above 0: larger for a larger gain, then for a lower id."""
     return gains * (MAX_CANDIDATES + 1) + (MAX_CANDIDATES - ids)
 
 

@@ -111,7 +111,7 @@ def find_target(model: nn.Module, pattern: str | None = None) -> Target:
 
 
 def _value_projections(targets: dict[str, Target], kind: str) -> list[Target]:
-    """Those of this name, an adapter on the last of them alone where there is one."""
+    """Return the value projections of this name; if the last one has an adapter, the adapter alone."""
     named = re.compile(rf"\.{kind}\.(base_layer\.)?weight$")
     plain = [target for name, target in targets.items() if named.search(name)]
     if not plain:
@@ -136,7 +136,7 @@ def _blocks(model: nn.Module, name: str) -> tuple[tuple[nn.Module, ...], int]:
 
 
 def without_cache(model: nn.Module) -> dict[str, Any]:
-    """What tells a transformer's forward not to keep keys and values, as for generation."""
+    """Return the keywords by which a transformer's forward keeps no keys and values for generation."""
     inner: Any = model
     if hasattr(model, "get_base_model"):
         inner = inner.get_base_model()

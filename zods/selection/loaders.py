@@ -108,7 +108,7 @@ class SelectingLoader(EpochLoader):
         self.selection.load_state_dict(state)
 
     def _kind(self) -> dict[str, int]:
-        """What must be the same for a step to be the same."""
+        """Return the settings that must be equal for a step to be the same."""
         return {
             "size": len(self.dataset),
             "candidates": self._config.candidates,
@@ -118,7 +118,7 @@ class SelectingLoader(EpochLoader):
 
 
 class SelectedBatches:
-    """What `select` returns: a pass over the loader for each iteration, resumable at any step.
+    """The result of `select`: each iteration is a pass over the loader, resumable at any step.
 
     selection: the last one's ids and report.
     """
@@ -181,8 +181,8 @@ def select(
     seed: int = 42,
     loss_mean: str = "tokens",
 ) -> SelectedBatches:
-    """Around a loader of first-order DeepSpeed training: micro-batches of chosen examples in place
-    of the loader's own.
+    """Wrap a loader of first-order DeepSpeed training: it yields micro-batches of chosen examples
+    instead of the loader's own.
 
         for batch in zods.select(loader, engine, {"candidates": 128, "source_column": "source"}):
             loss = zods.weighted_loss(engine, batch)

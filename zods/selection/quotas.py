@@ -1,4 +1,4 @@
-"""How many of which source are chosen, and who trains on what.
+"""Quotas of the sources, and the division of the chosen examples among ranks and micro-batches.
 
 Pure, in integers: the same on every rank.
 """
@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 
 
 def quotas_of(sizes: Mapping[str, int], budget: int) -> dict[str, int]:
-    """How many of each source are chosen out of a candidate batch, `budget` in all (or all there
-    are).
+    """Return how many examples of each source are chosen from a candidate batch, `budget` in all
+    (or all there are).
 
     Sources below the mean size are kept whole, the others share what is left in proportion to their
     sizes (Nguyen et al. 2024, section 4). Where those to be kept would leave nothing, none is kept

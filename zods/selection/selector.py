@@ -1,4 +1,4 @@
-"""Which examples of a candidate batch are trained on, and with what weights.
+"""The choice of examples from a candidate batch, and their weights.
 
 Nguyen et al. 2024, arXiv:2407.19580v1 (later CoLM): small sources are kept whole, of each other
 source the examples are chosen that stand best for the rest of it. Everything here is the same on
@@ -73,7 +73,7 @@ class CandidateBatch:
 
 @dataclass(frozen=True)
 class Report:
-    """What a selection did.
+    """The report of one selection.
 
     quotas: of each source that had candidates. objective: of facility location, summed over the
     sources; 0 for a strategy without it. matrix: whose gradients were compared, or "" where none
@@ -121,7 +121,7 @@ class Selector:
 
     @property
     def strategy(self) -> str:
-        """Of the next selection."""
+        """The strategy of the next selection."""
         return (
             "structured_random"
             if self.step * self.config.interval < self.config.warmup_steps
@@ -129,7 +129,7 @@ class Selector:
         )
 
     def direction_seeds(self) -> list[int]:
-        """Of the features of the next selection."""
+        """The seeds of the directions for the features of the next selection."""
         count = 1 if self.config.features == "paper" else self.config.num_directions
         return [derive_seed(self._seed, "selection", self.step, k) for k in range(count)]
 
@@ -291,8 +291,8 @@ class Selector:
     def _facility(
         self, problem: Problem, batch: CandidateBatch, indices: list[int], k: int, name: str
     ) -> Chosen:
-        """Where all distances fit the memory every rank chooses by itself; else each evaluates the
-        candidates it owns.
+        """Choose by facility location. Every rank chooses by itself if all distances fit the
+        memory; otherwise each evaluates the candidates it owns.
         """
         if self.strategy == "stochastic_greedy":
             return stochastic_greedy(problem, k, seed=self._random_seed(name))
@@ -314,11 +314,11 @@ class Selector:
         return shuffled(indices, self._random_seed(name))
 
     def _random_seed(self, name: str) -> int:
-        """Of a source in this selection."""
+        """Return the seed for a source in this selection."""
         return derive_seed(self._seed, "selection", self.step, zlib.crc32(name.encode())) % 2**63
 
 
 def _derivatives(batch: CandidateBatch) -> Tensor:
-    """What `quantised` was given, of features with one number each."""
+    """Return the values that `quantised` was given, for features with one number each."""
     assert batch.features is not None
     return dequantised(batch.features, batch.largest)[:, 0].cpu()

@@ -1,4 +1,5 @@
-"""From candidates to the micro-batches that ranks train on: measure, choose, deal out.
+"""From candidates to micro-batches: measure the candidates, choose, divide the chosen among the
+ranks.
 
 Every rank can read every example, by its index in the dataset: what is exchanged is features and
 losses, never examples. Candidates are measured in micro-batches that depend on
@@ -169,7 +170,7 @@ class SubBatches:
         self._seconds += time.perf_counter() - began
 
     def take_seconds(self) -> float:
-        """What choosing took since this was last asked."""
+        """Return the seconds that choosing has taken since the last call."""
         seconds, self._seconds = self._seconds, 0.0
         return seconds
 

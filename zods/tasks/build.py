@@ -1,4 +1,4 @@
-"""From a task's name and settings to the task."""
+"""Make a task from its name and settings."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ class Template:
         return tuple(dict.fromkeys(field for _, field in self.pieces))
 
     def prompts(self, batch: Columns) -> list[str]:
-        """Each row's text up to the answer."""
+        """Return each row's text up to the answer."""
         num_rows = len(batch[self.columns[0]])
         return [
             "".join(literal + batch[field][row] for literal, field in self.pieces) + self.cue
@@ -133,7 +133,9 @@ def tokenize_continuations(
 
 
 def leading_special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What the tokenizer puts before every text: a beginning-of-sequence token, or nothing."""
+    """Return the tokens that the tokenizer puts before every text: a beginning-of-sequence token,
+    or nothing.
+    """
     encoded = tokenizer("a", return_special_tokens_mask=True)
     num_leading = (*encoded["special_tokens_mask"], 0).index(0)
     return encoded["input_ids"][:num_leading]
@@ -147,7 +149,7 @@ def fit_prompt(start: list[int], prompt: list[int], room: int) -> list[int]:
 
 
 def unusable(prompts: Sequence[list[int]]) -> list[str]:
-    """Of each row, why it cannot be used, or ""."""
+    """Return for each row the reason why it cannot be used, or ""."""
     reason = "no token is left before the answer (lengthen the prompt or raise max_length)"
     return ["" if prompt else reason for prompt in prompts]
 

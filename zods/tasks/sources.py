@@ -100,7 +100,7 @@ def name_of_rows(
     dataset_config: str | None = None,
     split: str | None = None,
 ) -> str:
-    """What messages say before the number of a row: "train.csv, line", or "glue (sst2, train),
+    """Return the words before a row number in messages: "train.csv, line", or "glue (sst2, train),
     row".
     """
     if file is not None:

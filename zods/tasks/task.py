@@ -28,7 +28,9 @@ TOKEN_COLUMNS = ("input_ids", "prompt", "words")  # of prepared rows
 
 
 class Task(Protocol):
-    """How examples become batches for one kind of model, and its outputs become metrics."""
+    """A task: it makes batches of examples for one kind of model, and metrics of the model's
+    outputs.
+    """
 
     name: ClassVar[str]
     predicts_next_token: ClassVar[bool]  # so that the model must be causal
@@ -37,7 +39,7 @@ class Task(Protocol):
         """The transformers Auto class of the model."""
 
     def model_kwargs(self) -> dict[str, Any]:
-        """What `from_pretrained` is given beside the model's name."""
+        """Return the arguments of `from_pretrained` beside the model's name."""
 
     def mistakes(self, dataset: datasets.Dataset) -> Iterator[tuple[int, str]]:
         """(position of a row, what is wrong with it) of every row whose text or label the task

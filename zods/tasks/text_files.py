@@ -139,7 +139,7 @@ class _Record(NamedTuple):
 
 
 class _Reading(NamedTuple):
-    """One way to split a file into records, and what it finds.
+    """A way to split a file into records, and the mistakes that it finds.
 
     sizes: {number of fields: lines of the records that have as many}, without the header. kept:
     lines that keep a quote.
@@ -405,7 +405,7 @@ def _json_lines(path: Path, mistakes: Mistakes) -> Iterator[tuple[int, dict[str,
 
 
 def _unusable_row(row: Any) -> str:
-    """What keeps a JSON value from being a row; empty where it is one."""
+    """Return the reason why a JSON value is not a row; empty if it is one."""
     if not isinstance(row, dict):
         return f"a JSON {type(row).__name__}, not an object"
     for name, value in row.items():
@@ -417,8 +417,8 @@ def _unusable_row(row: Any) -> str:
 
 
 def _flaw(value: Any, depth: int = 0) -> str:
-    """What no table can hold of a JSON value: a lone surrogate, or too deep a nesting; empty where
-    there is nothing.
+    """Return what a table cannot hold of a JSON value: a lone surrogate, or too deep a nesting;
+    empty if there is nothing.
     """
     if isinstance(value, str):
         try:

@@ -52,7 +52,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is loaded of a checkpoint: DeepSpeed's keywords of `load_checkpoint`.
+    """The parts of a checkpoint that are to be loaded: the keywords of DeepSpeed's
+    `load_checkpoint`.
 
     module_only: the parameters alone; the run's steps, schedules, data order and anchor stay as
     they are, but for the anchor, which is made anew. strict: with `module_only`, all parameters
@@ -209,8 +210,8 @@ def load_checkpoint(
 
 @contextmanager
 def _as_written(folder: str | Path) -> Iterator[None]:
-    """What another program may have put into a state.json, with the right checksum, is one clear
-    error, too.
+    """Turn any failure to use a state.json, which another program may have written with the right
+    checksum, into one clear error.
     """
     try:
         yield
@@ -264,8 +265,8 @@ def _hidden(folder: Path, fate: str) -> Path:
 
 
 def _folder_of(save_dir: Path, tag: str) -> Path:
-    """Where the checkpoint `tag` is: a crash between the renames of `_put_in_place` leaves it under
-    another name.
+    """Return the folder of the checkpoint `tag`. A crash between the renames of `_put_in_place`
+    leaves it under another name.
     """
     folder = save_dir / tag
     replaced = _hidden(folder, "replaced")

@@ -159,8 +159,8 @@ class ZerothOrderEngine(EngineFace):
         return [group["lr"] / self.annealing.divisor for group in self.optimizer.param_groups]
 
     def train(self, mode: bool = True) -> ZerothOrderEngine:
-        """In training mode `engine(batch)` evaluates a step's losses; else it gives the model's
-        outputs.
+        """Set the mode: in training mode `engine(batch)` evaluates a step's losses, otherwise it
+        returns the model's outputs.
         """
         if not mode:
             self.flush()
@@ -173,8 +173,8 @@ class ZerothOrderEngine(EngineFace):
 
     @property
     def evaluation(self) -> str | None:
-        """How a step's points are evaluated: stacked, lockstep or sequential; None before the first
-        batch, which decides.
+        """The form of evaluation: stacked, lockstep or sequential; None before the first batch, on
+        which it is chosen.
         """
         return self._evaluator.evaluation
 
@@ -183,8 +183,9 @@ class ZerothOrderEngine(EngineFace):
         self.stop = request
 
     def close(self) -> None:
-        """The watch over the ranks ends, replicas part, and the log is free for another engine; to
-        be called before any rank ends."""
+        """Stop the watchdog, leave the replicas, unwrap the model and release the log. Call it
+        before any rank ends.
+        """
         self._watchdog.close()
         self._evaluator.close()
         self._is_closed = True
@@ -200,8 +201,9 @@ class ZerothOrderEngine(EngineFace):
 
     @torch.no_grad()
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
-        """Training: the mean loss of this rank's micro-batch around the parameters, a `StepLoss`;
-        NaN where it has no label that counts. Else: the model's outputs.
+        """Evaluate a micro-batch. In training mode return the mean loss of this rank's micro-batch
+        around the parameters, a `StepLoss`, NaN if no label counts; otherwise return the model's
+        outputs.
 
         Takes what the model's forward takes, or one batch of it (`zods.data.batch`). A loss becomes
         part of the step when it is given to `backward`; one that is not (a probe) is left out. The
@@ -385,7 +387,8 @@ class ZerothOrderEngine(EngineFace):
         self.run.commit(taken)
 
     def _check_agreement(self) -> None:
-        """Where it is due: have all ranks applied the same, and been given the same examples?
+        """Every `agreement_interval` steps, check that all ranks have applied the same updates and
+        were given the same examples.
 
         Raises Disagreement where they have not; the log then ends where they last had, for steps
         since were made on weights that differ.
@@ -509,8 +512,8 @@ class ZerothOrderEngine(EngineFace):
     # --- resume, load -----------------------------------------------------------------------------
 
     def _split_batches(self) -> None:
-        """From the next step on, evaluate this rank's part of each batch, as it is shared by those
-        that take part.
+        """From the next step on, evaluate the part of each batch that falls to this rank among all
+        replicas.
         """
         assert self.replicas is not None
         assert isinstance(self.training_dataloader, TrainingLoader)
@@ -583,7 +586,7 @@ class ZerothOrderEngine(EngineFace):
     # --- whole batches ----------------------------------------------------------------------------
 
     def train_batch(self, data_iter: Iterator[Any] | None = None) -> float:
-        """One whole step: micro-batches from `data_iter` (default: the engine's own loader),
+        """Make one whole step: micro-batches from `data_iter` (default: the engine's own loader),
         evaluated and applied.
 
         Returns the global batch's mean loss.

@@ -156,7 +156,7 @@ class EngineFace:
         yield
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing but a line that says so: a step changes weights while modules run, which Dynamo
+        """Log that nothing is compiled: a step changes weights while modules run, which Dynamo
         cannot trace.
         """
         logger.info(
@@ -175,7 +175,7 @@ class EngineFace:
     def named_parameters(
         self, *args: Any, **kwargs: Any
     ) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        """As `parameters`, with the module's names."""
+        """Yield the trained parameters with the module's names."""
         self.flush()
         return self.module.named_parameters(*args, **kwargs)
 

@@ -129,7 +129,7 @@ class FirstOrderEngine:
         return self.deepspeed.gradient_accumulation_steps()
 
     def train_batch(self) -> float:
-        """One optimizer step; returns the mean loss of what it was made on, over all ranks."""
+        """Make one optimizer step. Returns the mean loss of its examples, over all ranks."""
         self.deepspeed.train()
         began, sent = time.perf_counter(), self.comm.scalar_bytes
         lr = self.deepspeed.get_lr()[

@@ -101,7 +101,9 @@ def _span(tensor: torch.Tensor) -> int:
 
 
 def _share_elements(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Of two tensors whose places in memory overlap, `second` not the first of them."""
+    """Return whether two tensors whose memory overlaps, `second` starting not before `first`, have
+    elements in common.
+    """
     distance, rest = divmod(second.data_ptr() - first.data_ptr(), first.element_size())
     if first.device != second.device:
         return False

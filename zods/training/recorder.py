@@ -1,4 +1,6 @@
-"""What the engine writes into its trajectory log, and what it takes over from one."""
+"""The records that the engine adds to its trajectory log, and those that a resumed engine takes
+over.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +66,7 @@ class Recorder:
         )
 
     def change(self, record: Record) -> Change | None:
-        """What a record does to the parameters; records come in their order."""
+        """Return what a record does to the parameters. Records must come in their order."""
         return self._history.change(record)
 
     def _note(self, record: Record) -> None:
@@ -74,7 +76,7 @@ class Recorder:
             self._evaluation = record
 
     def record_run(self, step: int) -> None:
-        """Before a step: the configuration, where it is another one than that recorded last."""
+        """Record the configuration before a step, if it differs from the one recorded last."""
         if self._run_is_recorded or self.follows:
             return
         self._run_is_recorded = True
@@ -114,7 +116,7 @@ class Recorder:
         return RunRecord(step, self._config.zeroth_order, batch, self._world_size, about, optimizer)
 
     def sub_batch(self) -> SubBatch | None:
-        """What was chosen for this step, where it was not recorded yet."""
+        """Return the sub-batch chosen for this step, unless it was recorded already."""
         loader = self._loader
         if (
             not isinstance(loader, SelectingLoader)
@@ -161,7 +163,7 @@ class Recorder:
         self._note_selections()
 
     def _note_selections(self) -> None:
-        """Those that the loader knows of are recorded."""
+        """Mark the loader's selections so far as recorded."""
         if isinstance(self._loader, SelectingLoader):
             self._selections = self._loader.selection.selector.step
 

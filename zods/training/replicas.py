@@ -121,7 +121,7 @@ class Replicas:
         return answer["sums"], answer["stop"] or leaving > 0
 
     def _from_rank_0(self, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What rank 0 makes of the store, on all ranks.
+        """Return on all ranks what rank 0 reads from the store.
 
         Raises RuntimeError where the store is gone.
         """
@@ -144,7 +144,7 @@ class Replicas:
         return self._awaited(f"sums/{tag}")
 
     def _awaited(self, key: str) -> Any:
-        """What the leader posts."""
+        """Wait for what the leader posts."""
         while not self._store.check([key]):
             time.sleep(POLL_SECONDS)
         return json.loads(self._store.get(key))
@@ -182,7 +182,7 @@ class Replicas:
         return answer
 
     def _posted(self, key: str, index: int) -> dict[str, Any] | None:
-        """What a replica posts, or None where it falls silent before."""
+        """Wait for what a replica posts; None if it falls silent before."""
         while not self._store.check([key]):
             beat = self._store.get(f"beat/{index}") if self._store.check([f"beat/{index}"]) else b""
             if self._asks_anew(index):  # started again: what it was before is gone
@@ -211,7 +211,7 @@ class Replicas:
             return
 
     def _admitted(self, members: Sequence[Member], step: int, rows: int) -> list[Member]:
-        """Those that have asked to join and can, from `step` on."""
+        """Return the replicas that have asked to join and can, from `step` on."""
         new: list[Member] = []
         answers: dict[int, dict[str, Any]] = {}
         ticket = self._ticket or 0
@@ -249,7 +249,7 @@ class Replicas:
         self._store.set("records", json.dumps(self._num_records))
 
     def next_record(self) -> Record:
-        """What follows the records that this replica has applied, as soon as it is there."""
+        """Wait for the record after those that this replica has applied."""
         record = self._from_rank_0(lambda: self._awaited(f"record/{self._num_records}"))
         self._num_records += 1
         return record_of(record)

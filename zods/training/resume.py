@@ -268,7 +268,7 @@ def _check_run(run: TrainingRun, log: Log) -> None:
 
 
 def _publish(run: TrainingRun, replicas: Replicas | None, data: bytes) -> None:
-    """Where this is the leading replica's rank 0: the log as it is, and from now on each record."""
+    """On the leading replica's rank 0: publish the log as it is, and from now on each record."""
     if replicas is None or not replicas.leads or run.comm.rank != 0:
         return
     for line in data.decode().splitlines():

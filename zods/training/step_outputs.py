@@ -1,6 +1,4 @@
-"""What an engine shows of its steps: the loss, a report of each step, and the optimizer that holds
-the step size.
-"""
+"""The results of a step that an engine shows: the loss, and a report."""
 
 from __future__ import annotations
 
@@ -63,7 +61,7 @@ _ONLY_LOSS = (
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one step did.
+    """The report of one step.
 
     loss: mean of the losses at theta +- eps z, over the global batch. projected_grad: mean over the
     directions; None of a first-order step. scalar_bytes: sent by this rank. seconds: with the

@@ -1,4 +1,4 @@
-"""Two logs beside each other: where they part, and whether one can stand for both."""
+"""Compare two logs: where they differ, and whether one can replace both."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from zods.trajectory.records import Refresh, RunRecord, Step
 
 
 def differences(left: Log, right: Log) -> Iterator[str]:
-    """What is different, a line each: in the headers, then the first record that is not the same,
-    then the lengths.
+    """List the differences, a line each: in the headers, then the first record that differs, then
+    the lengths.
     """
     yield from _fields("header", left.header.to_json(), right.header.to_json())
     for one, other in zip(left.records, right.records, strict=False):

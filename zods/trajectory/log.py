@@ -40,7 +40,7 @@ def text_of(record: Header | Record) -> str:
 
 @dataclass(frozen=True)
 class Log:
-    """What a log holds. heads, ends: the head, and the end in bytes, after the header and after
+    """The content of a log. heads, ends: the head, and the end in bytes, after the header and after
     each record.
 
     torn: bytes of a last line that is not whole; the log ends before it.
@@ -209,7 +209,7 @@ class Trajectory:
             self.file.wait()
 
     def agree(self, num_steps: int) -> None:
-        """All ranks have applied the same so far.
+        """Mark that all ranks have applied the same updates so far.
 
         What they do from here on counts for good when they agree again.
         """

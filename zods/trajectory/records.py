@@ -104,7 +104,7 @@ class RunRecord:
     optimizer: dict[str, Any] | None = None
 
     def describes(self) -> dict[str, Any]:
-        """What is the same for two records of one configuration."""
+        """Return what is equal for two records of one configuration."""
         return {**self.to_json(), "run": None}
 
     def to_json(self) -> dict[str, Any]:
@@ -247,7 +247,7 @@ def record_of(values: Any) -> Record:
 
 
 class _Reader:
-    """Takes the values of a record, each of its type, and no other ones."""
+    """A reader of the values of a record, which checks the type of each and refuses others."""
 
     def __init__(self, values: Any, kind: str, others: Sequence[str]) -> None:
         if not isinstance(values, dict):

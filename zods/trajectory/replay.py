@@ -1,5 +1,4 @@
-"""From base weights and a log to the weights that a run had: parameter by parameter, all steps in
-one pass over each.
+"""Replay a log on base weights: parameter by parameter, all steps in one pass over each.
 
 Reads a folder of safetensors files, as transformers keeps a model, and writes another one. No model
 is built, so that it may be larger than memory; each process of N makes files of its own, without a
@@ -44,7 +43,7 @@ class Unfit(ValueError):
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a parameter's base weights are. key: in the file, and in the one that is written."""
+    """A parameter's base weights in a file. key: in the file, and in the one that is written."""
 
     key: str
     file: Path
@@ -180,7 +179,7 @@ def _keys(folder: Path) -> dict[str, Path]:
 
 
 def _stored_tensors(header: Header, folder: Path, initial: Path) -> list[StoredTensor]:
-    """Where each tensor comes from; a parameter that is tied to another is there once."""
+    """Find the file of each tensor. A parameter that is tied to another is there once."""
     ordinals = {parameter.name: ordinal for ordinal, parameter in enumerate(header.parameters)}
     names = {name: name for name in ordinals} | {
         alias: name for alias, name in header.tied.items() if name in ordinals
@@ -297,7 +296,9 @@ def _replayed(
 
 
 def _written_key(stored: StoredTensor, adapters: bool) -> str:
-    """As peft names the weights of an adapter, which is named default in the model."""
+    """Return the key under which peft stores a weight of an adapter, which is named default in the
+    model.
+    """
     return (
         stored.key.replace(".modules_to_save.default.", ".").replace(".default.", ".")
         if adapters
@@ -327,7 +328,7 @@ def _write_rest(
     shards: list[list[StoredTensor]],
     adapters: bool,
 ) -> None:
-    """What is in the folder beside the weights: configurations, tokenizer, the index."""
+    """Write the rest of the folder beside the weights: configurations, tokenizer, the index."""
     if adapters:
         shutil.copy(initial / ADAPTER_CONFIG, out)
         return
@@ -362,8 +363,8 @@ def _replay_in_memory(
     steps: int,
     unfit: str,
 ) -> Done:
-    """Where the files name weights otherwise than the model: build it, and apply the log to its
-    parameters.
+    """Build the model and apply the log to its parameters, for files whose names differ from those
+    of the model.
 
     unfit: how it was found that they do.
     """

@@ -1,5 +1,5 @@
-"""What the records of a log do to the parameters. A live run and a replay both go through here, so
-that they cannot differ.
+"""What the records of a log do to the parameters. A live run and a replay use the same functions,
+so that they cannot differ.
 
 `History` turns a record into a `Change`; `replay_` applies many changes to a slice of one
 parameter, one after the other at every element, in one pass over memory.
@@ -44,7 +44,9 @@ def direction_of(section: ZerothOrderConfig) -> Direction:
 
 
 class History:
-    """Reads records in their order. gradient: the terms of the anchor gradient in force."""
+    """The changes that records make, read in their order. gradient: the terms of the anchor
+    gradient in force.
+    """
 
     def __init__(
         self, section: ZerothOrderConfig | None = None, gradient: Sequence[Term] = ()
@@ -148,7 +150,7 @@ def _block_size(changes: Sequence[Change]) -> int:
 
 
 def _segments(changes: Sequence[Change]) -> list[list[Change]]:
-    """Runs of changes under the same anchor gradient."""
+    """Group successive changes that have the same anchor gradient."""
     return [
         list(of) for _, of in itertools.groupby(changes, key=lambda change: id(change.gradient))
     ]
