@@ -20,9 +20,8 @@ options = {}
 if os.environ.get("ZODS_BUILD_KERNELS") == "1":
     from torch.utils.cpp_extension import BuildExtension, CppExtension, get_cxx_compiler
 
-    build = runpy.run_path(
-        "zods/kernels/build.py"
-    )  # by path: importing zods would need all its dependencies
+    # by path: importing zods would need all its dependencies
+    build = runpy.run_path("zods/kernels/build.py")
     compiler = shlex.split(get_cxx_compiler())
     version = subprocess.run(
         [*compiler, "--version"], capture_output=True, text=True, check=True

@@ -92,9 +92,8 @@ def speed(rounds: int, sizes: Sequence[int]) -> list[Row]:
     for n in sizes:
         features, k = clustered(n), n // 10
         seconds: dict[str, list[float]] = {name: [] for name in libraries}
-        ids = {
-            name: choose(features, k) for name, choose in libraries.items()
-        }  # compiles what is compiled at first use
+        # compiles what is compiled at first use
+        ids = {name: choose(features, k) for name, choose in libraries.items()}
         for _ in range(rounds):
             for name, choose in libraries.items():
                 began = time.perf_counter()

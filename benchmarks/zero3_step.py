@@ -118,9 +118,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     add_smoke_option(parser)
     parser.add_argument("--output", type=Path)
-    parser.add_argument(
-        "--rows", type=Path, help=argparse.SUPPRESS
-    )  # of a rank: where it writes what it measured
+    # of a rank: where it writes what it measured
+    parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.rows is not None:

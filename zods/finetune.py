@@ -87,9 +87,8 @@ def main() -> None:
     try:
         finetune(arguments, *run)
     except Exception as error:  # a full disk, ranks that disagree, another rank that is gone
-        if isinstance(error, ValueError) and _is_our_own(
-            error
-        ):  # the same on all ranks, so one of them says it
+        # the same on all ranks, so one of them says it
+        if isinstance(error, ValueError) and _is_our_own(error):
             end_process(report_failure(error, "zods.finetune"))
         kind = "" if isinstance(error, (OSError, RuntimeError)) else f"{type(error).__name__}: "
         print(f"zods.finetune: error: rank {rank}: {kind}{error}", file=sys.stderr)

@@ -30,6 +30,7 @@ SKIPPED = {
     "lib2to3",
     "pydoc_data",
 }
+# in some installations only
 NOT_EVERYWHERE = {
     "tkinter",
     "turtle",
@@ -37,7 +38,7 @@ NOT_EVERYWHERE = {
     "idlelib",
     "distutils",
     "ensurepip",
-}  # in some installations only
+}
 
 
 @dataclass(frozen=True)

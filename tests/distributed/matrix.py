@@ -52,7 +52,9 @@ class Cell:
     disk_kib: int | None = None  # of a small file system that holds the run's folder
     small_kib: int | None = None  # of one that holds its log alone
     nvme_kib: int | None = None  # of one that holds the anchor's files
-    refused_again: str = ""  # what the second start says, where the cause has to be removed by hand
+    refused_again: str = (
+        ""  # what the second start says, where the cause has to be removed manually
+    )
     mend: Callable[[Path], None] | None = None
 
     @property
@@ -213,7 +215,7 @@ def _wait_for_end(session: int, timeout: float) -> None:
     raise AssertionError("processes are left after the launcher's end")
 
 
-# --- what is damaged, and mended, by hand ---------------------------------------------------------
+# --- what is damaged, and mended, manually ---------------------------------------------------------
 
 
 def tear_the_last_record(run: Path) -> None:
@@ -307,11 +309,11 @@ CELLS: list[Cell] = [
          restarts=0),
     Cell("corrupted NVMe anchor", "point", "rank 0", ("corrupt_point:forward:0:4",), stops="rebuilds the anchor exactly",
          variant="point on nvme"),
-    Cell("log", "its last record torn", "by hand", ("kill:scalars:0:5",), between=tear_the_last_record,
+    Cell("log", "its last record torn", "manually", ("kill:scalars:0:5",), between=tear_the_last_record,
          says="the last record is torn"),
-    Cell("log", "a byte flipped", "by hand", ("kill:scalars:0:5",), between=flip_a_byte_of_the_log,
+    Cell("log", "a byte flipped", "manually", ("kill:scalars:0:5",), between=flip_a_byte_of_the_log,
          refused_again="its checksum is wrong", mend=flip_a_byte_of_the_log),
-    Cell("checkpoint", "the newest damaged", "by hand", ("kill:scalars:0:7",), between=damage_the_newest_checkpoint,
+    Cell("checkpoint", "the newest damaged", "manually", ("kill:scalars:0:7",), between=damage_the_newest_checkpoint,
          says="its fingerprint is not the one it was saved with"),
     Cell("other seed", "start", "rank 1", ("other:seed:1:0",), stops="rank 1: the configuration differs"),
     Cell("other data", "start", "rank 1", ("other:data:1:0",), stops="rank 1: the training data differs"),

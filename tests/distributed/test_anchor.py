@@ -185,10 +185,11 @@ def test_the_stored_gradient_is_the_sum_of_its_terms(copies):
 
 def rank_of_refreshes(folder: Path, accumulation: int, evaluation: str) -> list[Any]:
     data = tiny_data(31)
+    # alone in the last micro-batch: it must not weigh more
     data[30] = {
         "ids": torch.full((5,), 3),
         "labels": torch.tensor(9),
-    }  # alone in the last micro-batch: it must not weigh more
+    }
     section = {"anchor_directions": 3, "seed": 3, "eps": 0.1, "evaluation": evaluation}
     engine = build(folder, 12, data, accumulation=accumulation, **section)
     seen = []
@@ -384,15 +385,13 @@ def rank_of_failing_drives(folder: Path, buffer_count: int, bf16: bool) -> dict[
     }
     found: dict[str, Any] = {"blocks": len(bits), "file": str(file), "damages": {}}
     for k, (name, damage) in enumerate(damages.items()):
-        values_of(
-            file, store, engine.sharded_parameters
-        )  # what is read ahead is read before the damage
+        # what is read ahead is read before the damage
+        values_of(file, store, engine.sharded_parameters)
         damage()
         warnings.texts.clear()
         for each in engines:
-            train(
-                each, tiny_data(), range(2 * k, 2 * k + 2)
-            )  # the first step may have read its first block before
+            # the first step may have read its first block before
+            train(each, tiny_data(), range(2 * k, 2 * k + 2))
         equal = sha256(whole(engine)) == sha256(whole(twin))
         rebuilt = values_of(file, store, engine.sharded_parameters) == good
         found["damages"][name] = (equal, rebuilt, list(warnings.texts))

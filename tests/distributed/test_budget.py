@@ -38,9 +38,8 @@ def rank_of_budgets() -> dict[str, Any]:
         hook = engine.module.register_forward_pre_hook(
             lambda _m, _a, kw, rows=rows: rows.append(len(kw["input_ids"])), with_kwargs=True
         )
-        train(
-            engine, opt_data(), range(3)
-        )  # in the second and the third step the form is checked once more
+        # in the second and the third step the form is checked once more
+        train(engine, opt_data(), range(3))
         rows.clear()
         (loss,) = train(engine, opt_data(), [3])
         hook.remove()

@@ -58,10 +58,11 @@ SECTION = {
     "eps": 1e-2,
     "lr": 2e-2,
     "anchor_interval": 5,
+    # so low that it acts at the end of every epoch but the first
     "anneal": {
         "alpha": 3.0,
         "threshold": 1e-3,
-    },  # so low that it acts at the end of every epoch but the first
+    },
 }
 
 
@@ -178,9 +179,8 @@ def test_a_resumed_run_goes_on_as_the_undisturbed_one(saved, resumed, name):
         assert again["losses"] == undisturbed["losses"]
         assert again["end"] == undisturbed["end"]
         return
-    tolerance = (
-        0.05 if name == "bf16" else 1e-3
-    )  # 8 bits of mantissa in activations and losses; 24 bits
+    # 8 bits of mantissa in activations and losses; 24 bits
+    tolerance = 0.05 if name == "bf16" else 1e-3
     np.testing.assert_allclose(again["losses"], undisturbed["losses"], rtol=tolerance)
     for key in ("step", "counters", "anchor step", "loader", "lr", "scheduler"):
         assert again["end"][key] == undisturbed["end"][key], key
@@ -219,9 +219,8 @@ def test_a_checkpoint_moves_between_stages_and_anchor_places(saved, tmp_path):
         for (
             key,
             value,
-        ) in (
-            expected.items()
-        ):  # taken back from the weights: within a few roundings of numbers below 2
+            # taken back from the weights: within a few roundings of numbers below 2
+        ) in expected.items():
             np.testing.assert_allclose(point[key], value, rtol=0, atol=8 * 2.0**-23)
 
 
@@ -528,6 +527,7 @@ def test_the_fingerprint_of_a_slice_without_elements_is_verified_too(tmp_path):
 
 # --- crashes --------------------------------------------------------------------------------------
 
+# of `os`: where a crash is tried
 STEPS_OF_A_SAVE = (
     "mkdir",
     "rename",
@@ -535,7 +535,7 @@ STEPS_OF_A_SAVE = (
     "unlink",
     "rmdir",
     "fsync",
-)  # of `os`: where a crash is tried
+)
 
 
 class Crash(BaseException):
@@ -678,9 +678,8 @@ def rank_of_keepers(folder: Path) -> dict[str, Any]:
     engine.train_batch()
     with pytest.raises(ValueError, match="keep is 0"):
         engine.save_checkpoint(run, None, {}, keep=0)
-    engine.save_checkpoint(
-        run, "global_step3", {}, keep=1
-    )  # older than the newest of the same step
+    # older than the newest of the same step
+    engine.save_checkpoint(run, "global_step3", {}, keep=1)
     found["one"] = names()
     # what cannot be removed does not fail the save, and is no checkpoint
     original = shutil.rmtree

@@ -348,9 +348,8 @@ def rank_of_schedules(folder: Path) -> dict[str, Any]:
 def test_scheduler_annealing_and_monitor_follow_the_steps(tmp_path):
     first, second = run_ranks(2, rank_of_schedules, tmp_path)
     assert first == second
-    bare = torch.optim.SGD(
-        [torch.nn.Parameter(torch.ones(1))], lr=0.5
-    )  # DeepSpeed's scheduler on its own
+    # DeepSpeed's scheduler on its own
+    bare = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.5)
     scheduler = WarmupLR(
         bare, warmup_min_lr=0.0, warmup_max_lr=0.5, warmup_num_steps=4, warmup_type="linear"
     )

@@ -237,12 +237,13 @@ def test_a_run_in_a_file_without_a_launcher_has_one_rank_and_a_summary_of_what_w
         "--output_dir",
         str(tmp_path / "run"),
     ]
+    # of 24 examples, so that an epoch has two steps
     command += [
         "--held_out",
         "16",
         "--num_epochs",
         "2",
-    ]  # of 24 examples, so that an epoch has two steps
+    ]
     launcher = [name for name in os.environ if name in (*TORCH, *SIZES, *RANKS)]
     code, output = run_command(
         ["env", *(f"--unset={name}" for name in launcher), *command], tmp_path
@@ -301,9 +302,8 @@ def test_an_exported_adapter_is_trained_on_and_replayed_from_its_base(folder, tm
     described = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     described["base_model_name_or_path"] = str(tmp_path / "base")
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(described))
-    transformers.AutoTokenizer.from_pretrained(MODEL).save_pretrained(
-        tmp_path / "base"
-    )  # the adapter's comes from there
+    # the adapter's comes from there
+    transformers.AutoTokenizer.from_pretrained(MODEL).save_pretrained(tmp_path / "base")
     code, output = classify(
         folder, tmp_path, "--model", tmp_path / "adapter", "--train_file", folder / "train.jsonl"
     )

@@ -14,11 +14,12 @@ from tests.distributed.ranks import run_ranks
 from zods.forward.peak_memory import peak_memory
 from zods.params.zero3_adapter import release_gathered
 
+# so large that the float32 logits of one chunk of the loss hardly count
 VOCABULARY, LENGTH, BATCH = (
     8000,
     64,
     32,
-)  # so large that the float32 logits of one chunk of the loss hardly count
+)
 SVRG = {"method": "mezo_svrg", "anchor_interval": 100}
 RUNS: dict[str, tuple[int, dict[str, Any]]] = {  # points of a step, and the section
     "mezo": (2, {}),
@@ -55,9 +56,8 @@ def rank_of_peaks(stage: int) -> dict[str, tuple[int, int, int]]:
         section = {"method": "mezo", "lr": 1e-4, "eps": 1e-3, "evaluation": "stacked", **arguments}
         config = configuration(BATCH, stage=stage, **section)
         engine = zods.initialize(model=model(), config=config, training_data=data)[0]
-        train(
-            engine, data, range(3)
-        )  # in the second and the third step the form is checked once more
+        # in the second and the third step the form is checked once more
+        train(engine, data, range(3))
         stack = collate(data[: engine.train_micro_batch_size_per_gpu()] * points)
         inputs = {key: value for key, value in stack.items() if key != "labels"}
         with torch.no_grad():

@@ -31,6 +31,7 @@ from zods.core.directions import derive_seed
 from zods.training.first_order import FirstOrderEngine
 
 VOCABULARY, LENGTH = 31, 256
+# label tokens of the examples; 8 to a step, 3 left over
 LABELLED = (
     5,
     250,
@@ -43,14 +44,15 @@ LABELLED = (
     250,
     5,
     250,
-)  # label tokens of the examples; 8 to a step, 3 left over
+)
 BATCH, STEPS = 8, 2
 EPS, LR = 1e-2, 1e-3
+# with so large an eps a gradient near 0 does not decide a whole step
 ADAMW = {
     "lr": 1e-2,
     "eps": 1e-2,
     "weight_decay": 0.01,
-}  # with so large an eps a gradient near 0 does not decide a whole step
+}
 BERT = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
         "intermediate_size": 16, "max_position_embeddings": LENGTH, "initializer_range": 0.2}  # fmt: skip
 
@@ -112,10 +114,11 @@ def rows_of(kind: str) -> list[dict[str, Tensor]]:
         elif number:
             labels[-number:] = ids[-number:]
         if kind == "encoder-decoder":
+            # decoders' labels begin at the first position
             labels, ids = (
                 labels.roll(number),
                 ids[:12],
-            )  # decoders' labels begin at the first position
+            )
         if kind == "classifier":
             labels = torch.tensor(number % 3 if number else -100)
         rows.append({"attention_mask": torch.ones_like(ids), "input_ids": ids, "labels": labels})

@@ -160,7 +160,7 @@ def test_a_replica_that_starts_late_joins_and_all_end_with_the_same_bits(name, t
 
 
 def rank_of_one_that_dies(name: str, folder: Path, store: str, at: int) -> Any:
-    """Joins, and dies without a word in the middle of a step."""
+    """Join, and die silently in the middle of a step."""
     waits_for(folder / "begun")
     engine = build(name, {"store": store, "index": 3})
     threading.Timer(1.0, (folder / "ready").touch).start()

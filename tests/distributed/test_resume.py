@@ -36,11 +36,12 @@ from zods.training.resume import CHECKPOINTS, INITIAL, LOG_NAME
 from zods.trajectory.log import Log, read_log
 from zods.trajectory.records import Evaluation, Refresh, RunRecord
 
+# three steps to an epoch; checkpoints are written at those of SAVED
 BATCH, STEPS, SAVED = (
     24,
     11,
     (4, 7),
-)  # three steps to an epoch; checkpoints are written at those of SAVED
+)
 WARMUP = {
     "type": "WarmupLR",
     "params": {"warmup_max_lr": 2e-2, "warmup_num_steps": 12, "warmup_type": "linear"},
@@ -50,10 +51,11 @@ SECTION = {
     "eps": 1e-2,
     "lr": 2e-2,
     "anchor_interval": 5,
+    # so low that it acts at the end of every epoch but the first
     "anneal": {
         "alpha": 3.0,
         "threshold": 1e-3,
-    },  # so low that it acts at the end of every epoch but the first
+    },
 }
 MEZO = {"method": "mezo", "anchor_interval": None, "anchor": None}
 
@@ -78,10 +80,11 @@ RUNS: dict[str, dict[str, Any]] = {
     "offloaded to nvme": {**MEZO, "offload": "nvme", "bf16": True, "anneal": None},
 }
 WORLD_SIZE = 2
+# models of which other numbers of ranks keep too little for NVMe
 BARE = (
     "offloaded",
     "offloaded to nvme",
-)  # models of which other numbers of ranks keep too little for NVMe
+)
 
 
 def build(name: str, folder: Path, **changed: Any) -> Any:

@@ -94,7 +94,7 @@ def _rank(rank: int, address: str, folder: Path, ready: Any, function: Callable[
     comm.gather_scalars([0.0])
     watchdog = Watchdog(comm, TIMEOUT)
     watchdog.beat("step 17, evaluate")
-    time.sleep(1.5)  # every clerk has its connection to the store
+    time.sleep(1.5)  # every attendant has its connection to the store
     watchdog.rest()
     ready.wait(LIMIT)
     function(watchdog, comm)

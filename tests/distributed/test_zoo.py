@@ -175,9 +175,8 @@ def outcomes(request: pytest.FixtureRequest) -> Outcomes:
             except pytest.fail.Exception:
                 if len(group) == 1:
                     raise
-                groups.update(
-                    {(world_size, of): [of] for of in group}
-                )  # the others are not to fail with one
+                # the others are not to fail with one
+                groups.update({(world_size, of): [of] for of in group})
                 return outcome(world_size, name)
             known.update({(world_size, of): ranks for of in group})
         ranks = known[world_size, name]
@@ -215,9 +214,8 @@ def compare(found: Trained, expected: Trained, kind: str, eps: float, lr: float)
     )
     np.testing.assert_allclose(found.losses, expected.losses, 0, loss_tolerance, err_msg=says)
     number = 4 if kind == "svrg" else 1  # projected gradients in an update
-    of_grads = (
-        math.sqrt(STEPS) * number * lr * grad_tolerance
-    )  # the directions of different steps are independent
+    # the directions of different steps are independent
+    of_grads = math.sqrt(STEPS) * number * lr * grad_tolerance
     compare_weights(found, expected, of_grads, 2.0**-9 if kind == "bf16" else 2.0**-24)
 
 

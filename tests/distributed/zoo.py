@@ -75,9 +75,8 @@ def zoo_batch(
     mask = torch.ones_like(ids)
     if padded:
         mask[::2, length // 2 :] = 0
-        ids = ids.where(
-            mask == 1, 1
-        )  # RoBERTa takes positions from where the padding token 1 is not
+        # RoBERTa takes positions from where the padding token 1 is not
+        ids = ids.where(mask == 1, 1)
     classes = torch.randint(0, 3, (size,), generator=generator)
     labels = classes if name in CLASSIFIERS else ids.masked_fill(mask == 0, -100)
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}

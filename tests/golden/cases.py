@@ -95,11 +95,12 @@ def digest_of_words() -> str:
 # --- runs -----------------------------------------------------------------------------------------
 
 WORDS, WIDTH, INNER = 11, 6, 9
+# two steps to an epoch; a refresh of the anchor every three steps
 BATCH, STEPS, SAVED_AT = (
     12,
     7,
     5,
-)  # two steps to an epoch; a refresh of the anchor every three steps
+)
 MEZO = {
     "method": "mezo",
     "eps": 1e-2,

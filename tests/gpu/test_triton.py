@@ -18,9 +18,8 @@ from tests.helpers import bits, normal
 from zods import kernels
 from zods.kernels import DISTRIBUTIONS, reference
 
-INTERPRETED = (
-    os.environ.get("TRITON_INTERPRET") == "1"
-)  # to be set before triton is imported: in its own process
+# to be set before triton is imported: in its own process
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TERMS = {"seeds": [1, 2**64 - 1, 0xDEADBEEF12345678], "coefficients": [1e-3, -0.7, 2.0]}
 # Element 2^34 is where a Gaussian block passes 2^32.
@@ -50,9 +49,8 @@ def check(gpu, numel, dtype, *, weight=None, scale=1.0, seeds=(), coefficients=(
     for combine, device in ((gpu.combine_, DEVICE), (reference.combine_, "cpu")):
         w, d, left, right = (t if t is None else t.to(device, copy=True)
                              for t in (weight, dense, *(factors or (None, None))))  # fmt: skip
-        out = (
-            w if in_place else torch.empty(numel + 1, dtype=dtype, device=device)[1:]
-        )  # no 16-byte boundary
+        # no 16-byte boundary
+        out = w if in_place else torch.empty(numel + 1, dtype=dtype, device=device)[1:]
         mirrored = torch.empty(numel, dtype=dtype, device=device) if mirror else None
         combine(out, mirrored, w, scale, list(seeds), coefficients, distribution, parameter, offset,
                 None if left is None else (left, right), d, dense_coefficient, rounding_seed)  # fmt: skip
@@ -142,9 +140,8 @@ def test_values_bfloat16_cannot_hold_and_subnormals_are_as_in_the_reference(gpu,
         # a NaN of float32 may have any payload
         check(gpu, 450, torch.float32, weight=values, scale=scale,
               same=lambda a, b: torch.equal(bits(a.nan_to_num(1.5)), bits(b.nan_to_num(1.5))))  # fmt: skip
-    nans = torch.tensor([0x7FFF, -1, 0x7F81] * 300, dtype=torch.int16).view(
-        torch.bfloat16
-    )  # any payload, any sign
+    # any payload, any sign
+    nans = torch.tensor([0x7FFF, -1, 0x7F81] * 300, dtype=torch.int16).view(torch.bfloat16)
     check(gpu, 900, torch.bfloat16, weight=nans, rounding_seed=rounding_seed)
 
 

@@ -35,9 +35,8 @@ def half_seed(seed: int, side: int) -> int:
     )
 
 
-Loss = Callable[
-    [Parameters, Any], float
-]  # (parameters, batch) -> mean loss over the batch's examples
+# (parameters, batch) -> mean loss over the batch's examples
+Loss = Callable[[Parameters, Any], float]
 
 
 @dataclass
@@ -69,9 +68,8 @@ class DenseReference:
     steps: int = 0
     anchor: Parameters | None = field(default=None, init=False)
     anchor_grad: Parameters | None = field(default=None, init=False)
-    losses: list[float] = field(
-        default_factory=list, init=False
-    )  # of the last step, in the order of its points
+    # of the last step, in the order of its points
+    losses: list[float] = field(default_factory=list, init=False)
     anchor_losses: list[float] = field(default_factory=list, init=False)  # of the last refresh
 
     def __post_init__(self) -> None:

@@ -936,9 +936,8 @@ def test_every_shipped_configuration_loads(path, world_size):
         * run.deepspeed["gradient_accumulation_steps"]
         * world_size
     )
-    assert (
-        json.dumps(run.to_dict()).count("auto") == 1
-    )  # the form of evaluation, which the first batch decides
+    # the form of evaluation, which the first batch decides
+    assert json.dumps(run.to_dict()).count("auto") == 1
 
 
 @pytest.mark.parametrize("path", shipped(), ids=lambda path: path.name)

@@ -53,9 +53,8 @@ def test_the_keys_taken_are_those_that_the_installed_deepspeed_reads():
     ASKED.clear()
     DeepSpeedConfig(Recording(MINIMAL))
     top_level = {key for key in REMOVED_KEYS if "." not in key}
-    read_elsewhere = {
-        "sequence_parallel_size"
-    }  # asked of the dict before it is copied; and by the engine
+    # asked of the dict before it is copied; and by the engine
+    read_elsewhere = {"sequence_parallel_size"}
     assert ASKED - top_level == DEEPSPEED_KEYS - {"amp"} - read_elsewhere
 
 

@@ -33,12 +33,13 @@ def correlation(x: torch.Tensor, y: torch.Tensor) -> float:
 )
 def test_gaussian_moments(seed, parameter, offset):
     x = z("gaussian", seed, parameter, offset).double()
+    # of x^power: E x^2p - (E x^p)^2
     for power, expected, variance in (
         (1, 0, 1),
         (2, 1, 2),
         (3, 0, 15),
         (4, 3, 96),
-    ):  # of x^power: E x^2p - (E x^p)^2
+    ):
         assert abs((x**power).mean().item() - expected) < 5 * (variance / NUMEL) ** 0.5
     assert abs(((x - x.mean()) ** 3).mean() / x.var() ** 1.5) < 5 * (6 / NUMEL) ** 0.5
     assert abs(((x - x.mean()) ** 4).mean() / x.var() ** 2 - 3) < 5 * (24 / NUMEL) ** 0.5
@@ -81,9 +82,8 @@ def test_places_of_a_group_are_fair_and_uncorrelated(distribution, size):
     """
     places = z(distribution, seed=5).view(-1, size)
     num_groups = places.shape[0]
-    assert (
-        places.sum(0).abs().max() < 6 * num_groups**0.5
-    )  # of 2048 sums, six standard errors: 4e-6
+    # of 2048 sums, six standard errors: 4e-6
+    assert places.sum(0).abs().max() < 6 * num_groups**0.5
     gram = places.T @ places / num_groups**0.5
     assert gram.fill_diagonal_(0).abs().max() < 7
 
@@ -114,9 +114,8 @@ def test_neighbours_are_uncorrelated(distribution):
     x = z(distribution, seed=6)
     for lag in (1, 2, 15, 16, 17, 32, 48, 64, 128, 512, 2048):
         assert abs(correlation(x[lag:], x[:-lag])) < 5, lag
-        if (
-            distribution == "gaussian"
-        ):  # a shared radius or angle would show in the squares and the signs
+        # a shared radius or angle would show in the squares and the signs
+        if distribution == "gaussian":
             square = (x**2 - 1) / 2**0.5
             assert abs(correlation(square[lag:], square[:-lag])) < 5, lag
             assert abs(correlation(x[lag:].sign(), x[:-lag].sign())) < 5, lag

@@ -304,9 +304,8 @@ class LogisticRegression:
             / NUM_PARAMETERS**0.5
         )
         chance = torch.rand(NUM_EXAMPLES, generator=generator, dtype=torch.float64)
-        self.x *= torch.where(chance < torch.sigmoid(self.x @ truth), 1.0, -1.0)[
-            :, None
-        ]  # the labels' signs
+        # the labels' signs
+        self.x *= torch.where(chance < torch.sigmoid(self.x @ truth), 1.0, -1.0)[:, None]
 
     def grad(self, theta: Tensor) -> Tensor:
         return -(torch.sigmoid(-(self.x @ theta)) @ self.x) / NUM_EXAMPLES

@@ -131,13 +131,13 @@ def test_stochastic_greedy_is_near_greedy_and_follows_from_its_seed():
     chosen = [stochastic_greedy(problem, 40, seed=seed) for seed in (1, 1, 2)]
     assert chosen[0] == chosen[1] != chosen[2]
     assert len(set(chosen[0].ids)) == 40
-    assert (
-        chosen[0].objective > 0.97 * best
-    )  # in expectation above (1 - 1/e - 0.01); on such data it is close to greedy
+    # in expectation above (1 - 1/e - 0.01); on such data it is close to greedy
+    assert chosen[0].objective > 0.97 * best
+    # draws all
     assert (
         stochastic_greedy(problem, 40, seed=1, epsilon=1e-30).ids
         == reference.eager_greedy(problem, 40).ids
-    )  # draws all
+    )
 
 
 def test_greedi_of_one_part_is_greedy_and_of_more_is_near():
@@ -175,6 +175,5 @@ def test_summed_excess_is_exact(n: int):
     rows = torch.tensor([2, 1, 0, 1])
     expected = [0, n * ((1 << 24) - 1) - n // 2, n * ((1 << 24) - 1), n * ((1 << 24) - 1) - n // 2]
     assert summed_excess(nearest, matrix, rows).tolist() == expected
-    assert (
-        summed_excess(nearest, matrix.T.contiguous().T, rows).tolist() == expected
-    )  # torch's path
+    # torch's path
+    assert summed_excess(nearest, matrix.T.contiguous().T, rows).tolist() == expected

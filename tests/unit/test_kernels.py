@@ -75,9 +75,8 @@ def test_fma_rounds_once():
         [fmaf(*abc) for abc in zip(a.tolist(), b.tolist(), c.tolist(), strict=True)]
     )
     assert torch.equal(bits(reference.fma(a, b, c)), bits(exact))
-    assert not torch.equal(
-        (a.double() * b + c).float(), exact
-    )  # so the cases are hard enough to tell
+    # so the cases are hard enough to tell
+    assert not torch.equal((a.double() * b + c).float(), exact)
     assert reference.fma(torch.tensor(float("inf")), 1.0, 2.0) == float("inf")
 
 
@@ -150,13 +149,14 @@ def test_layouts_are_those_documented():
 @pytest.mark.parametrize("numel", [0, 1, 63, 64, 65, 1000, 5003])
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_cpp_and_reference_give_the_same_bits(cpp, distribution, numel):
+    # element 2^34 is where a Gaussian block passes 2^32
     for offset in (
         0,
         13,
         2**32 - 500,
         2**34 - 500,
         2**45 + 2047,
-    ):  # element 2^34 is where a Gaussian block passes 2^32
+    ):
         for dtype, rounding_seed in (
             (torch.float32, None),
             (torch.bfloat16, None),
@@ -218,9 +218,8 @@ def test_cpp_and_reference_add_the_same_low_rank_matrix(cpp, numel, columns):
 def test_factors_are_a_matrix_product_and_the_cut_does_not_show():
     left, right = normal(50 * 3, 1).view(50, 3), normal(3 * 37, 2).view(3, 37)
     whole = combine_(torch.empty(50 * 37), factors=(left, right), parameter=0, offset=0)
-    torch.testing.assert_close(
-        whole.view(50, 37), left @ right, rtol=1e-5, atol=1e-6
-    )  # another order of three products
+    # another order of three products
+    torch.testing.assert_close(whole.view(50, 37), left @ right, rtol=1e-5, atol=1e-6)
     for start, stop in ((0, 1), (36, 38), (100, 900), (1849, 1850)):
         rows = left[start // 37 : (stop - 1) // 37 + 1].contiguous()
         part = combine_(torch.empty(stop - start), factors=(rows, right), parameter=0, offset=start)
@@ -357,9 +356,8 @@ def test_values_bfloat16_cannot_hold_are_passed_through(rounding_seed):
         by_reference(2100, torch.bfloat16, **arguments),
     ):
         torch.testing.assert_close(result, values, rtol=0, atol=0, equal_nan=True)
-    nans = torch.tensor([0x7FFF, -1, 0x7F81] * 300, dtype=torch.int16).view(
-        torch.bfloat16
-    )  # any payload, any sign
+    # any payload, any sign
+    nans = torch.tensor([0x7FFF, -1, 0x7F81] * 300, dtype=torch.int16).view(torch.bfloat16)
     arguments |= {"weight": nans}
     for result in (
         combine_(torch.empty_like(nans), **arguments),

@@ -24,9 +24,8 @@ DTYPES = [torch.float32, torch.bfloat16]
 @pytest.fixture(autouse=True)
 def small_matrices_are_large(monkeypatch):
     monkeypatch.setattr(large_matrices, "LARGE_BYTES", ROWS * WIDTH * 2)
-    monkeypatch.setattr(
-        large_matrices, "BLOCK_BYTES", 1000 * WIDTH * 4
-    )  # several blocks, the last one shorter
+    # several blocks, the last one shorter
+    monkeypatch.setattr(large_matrices, "BLOCK_BYTES", 1000 * WIDTH * 4)
 
 
 class Scaled(nn.Embedding):

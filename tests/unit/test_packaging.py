@@ -32,10 +32,11 @@ OWNERS = {  # folder: the extra whose packages its files may import, besides the
 # In zods, imported inside a function only, where a user has asked for it: the extra that brings it
 LAZY = {"matplotlib": "report", "peft": "lora"}
 UNDECLARED = {"triton"}  # comes with torch's builds for GPUs, and is used nowhere else
+# where the name is not that of the import
 DISTRIBUTIONS = {
     "apricot": "apricot-select",
     "submodlib": "submodlib-py",
-}  # where the name is not that of the import
+}
 
 
 def declared(extra: str | None) -> set[str]:
@@ -146,9 +147,8 @@ def test_every_package_that_is_installed_with_the_tests_is_pinned():
         requirements += [text for text in of_extra if not text.startswith("zods")]
     lines = (REPOSITORY / "constraints.txt").read_text().splitlines()
     pinned = {canonicalize_name(line.split("==")[0]) for line in lines if "==" in line}
-    on_gpus = re.compile(
-        r"nvidia-|cuda-|triton$"
-    )  # of torch's builds for GPUs: torch pins them itself
+    # of torch's builds for GPUs: torch pins them itself
+    on_gpus = re.compile(r"nvidia-|cuda-|triton$")
     missing = {name for name in closure(requirements) - pinned if not on_gpus.match(name)}
     assert not missing, f"constraints.txt does not pin {sorted(missing)}"
 

@@ -94,9 +94,8 @@ def test_options_of_shown_finetune_commands_are_read(
 def test_options_of_shown_trajectory_commands_are_read(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.chdir(
-        tmp_path
-    )  # where the files it names are not: an error, but not one of the options
+    # where the files it names are not: an error, but not one of the options
+    monkeypatch.chdir(tmp_path)
     given = arguments_after(shlex.split(command), "zods.trajectory")
     assert trajectory(["1" if word == "STEP" else word for word in given]) == 2
 

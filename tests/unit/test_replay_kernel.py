@@ -167,9 +167,8 @@ def test_dense_is_left_out_where_its_coefficient_is_zero(reference):
             dense=dense,
         )
         assert out.tolist() == [6.0] * 5
-        combine_(
-            out, weight=out, parameter=0, offset=0, dense=dense
-        )  # where combine_ is given one, 0 times it is added
+        # where combine_ is given one, 0 times it is added
+        combine_(out, weight=out, parameter=0, offset=0, dense=dense)
         assert out.isnan().all()
 
 

@@ -30,12 +30,13 @@ NEEDED = {  # parameters without a default, and those that keep the schedules of
     "OneCycle": {"cycle_min_lr": "auto", "cycle_first_step_size": 3},
     "LRRangeTest": {"lr_range_test_step_size": 2},
 }
+# made of functions or other schedulers
 OBJECTS = (
     "ChainedScheduler",
     "LambdaLR",
     "MultiplicativeLR",
     "SequentialLR",
-)  # made of functions or other schedulers
+)
 WITH_ARGUMENT = ("ReduceLROnPlateau",)
 
 

@@ -129,9 +129,8 @@ def test_warm_up_is_structured_random():
 def test_warm_up_counts_steps_not_selections():
     batch = batch_of()
     warm, plain = selector(warmup_steps=3, interval=2), selector(strategy="structured_random")
-    assert [warm.select(batch)[0] for _ in range(2)] == [
-        plain.select(batch)[0] for _ in range(2)
-    ]  # steps 0 to 3
+    # steps 0 to 3
+    assert [warm.select(batch)[0] for _ in range(2)] == [plain.select(batch)[0] for _ in range(2)]
     assert warm.strategy == "greedy"
 
 
@@ -173,12 +172,13 @@ def test_quotas_of_the_configuration():
     batch = batch_of()
     asked = {"a": 15, "d": 5}
     indices, _, report = selector(source_column="source", quotas=asked).select(batch)
+    # d has 4; what lacks goes to b, which has most left
     assert report.quotas == {
         "a": 15,
         "b": 1,
         "c": 0,
         "d": 4,
-    }  # d has 4; what lacks goes to b, which has most left
+    }
     assert len(indices) == 20
 
 

@@ -157,7 +157,7 @@ class Recurrent(nn.Module):
 
 
 class ReadByTheParentToo(nn.Module):
-    """The child runs, and its weight is read outside of its forward as well: a head tied by hand."""
+    """The child runs, and its weight is read outside of its forward as well: a manually tied head."""
 
     def __init__(self) -> None:
         super().__init__()

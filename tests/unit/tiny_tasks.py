@@ -66,11 +66,12 @@ def make_tokenizer(kind):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", bos_token="<s>")
 
 
+# what `build_task` is told of a model
 OF_MODEL = {
     "num_embeddings": None,
     "has_token_types": True,
     "class_names": None,
-}  # what `build_task` is told of a model
+}
 
 
 def make_task(name, kind="llama", dataset=None, max_length=64, **settings):

@@ -30,10 +30,11 @@ from zods.trajectory.replay import name_in_files
 logger = logging.getLogger(__name__)
 
 ALL_LINEAR = "all-linear"  # peft's word for all linear modules but the output layer
+# token types in attention, without a type vocabulary in the configuration
 RELATIVE_SEGMENTS = (
     "xlnet",
     "funnel",
-)  # token types in attention, without a type vocabulary in the configuration
+)
 
 
 @dataclass(frozen=True)
@@ -247,9 +248,8 @@ def check_causal(
     ) -> dict[str, tuple[float, float]]:
         logits = outputs["logits"]
         change = (logits[0] - logits[1]).abs().amax(-1).float()  # (8,)
-        noise = (
-            1e-4 if logits.dtype == torch.float32 else 1e-2
-        )  # a causal model's rows differ by rounding, if at all
+        # a causal model's rows differ by rounding, if at all
+        noise = 1e-4 if logits.dtype == torch.float32 else 1e-2
         return {"leaks": (float(change[:4].max() > noise * change[4:].max()), 1)}
 
     def collate(rows: Sequence[Any]) -> tuple[dict[str, Tensor], Tensor]:
@@ -344,9 +344,8 @@ def load_model(
         options["key_mapping"] = {f"^{re.escape(name)}$": f"replaced_{name}" for name in mismatched}
     elif pretrained.class_names is not None and task.name == "classification":
         own, data = pretrained.class_names, list(options["id2label"].values())
-        made_up = all(
-            re.fullmatch(r"LABEL_\d+", name) for name in own
-        )  # by transformers: nobody named the classes
+        # by transformers: nobody named the classes
+        made_up = all(re.fullmatch(r"LABEL_\d+", name) for name in own)
         if own != data and not made_up:
             logger.warning(
                 "the head's classes %s become %s, in this order", ", ".join(own), ", ".join(data)

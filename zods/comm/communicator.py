@@ -156,8 +156,8 @@ class Communicator:
         """Run a block that may fail on some ranks only; then all ranks raise.
 
         A ValueError or OSError, which is meant for the user, is raised on all ranks as it is, with
-        the name of the rank where others were spared. Any other exception is raised as it is where
-        it was raised on all ranks, and as a `RankFailure` otherwise. The block itself must not
+        the name of the rank if not all ranks failed. Any other exception is raised as it is if all
+        ranks raised it, and as a `RankFailure` otherwise. The block itself must not
         communicate.
         """
         failure: BaseException | None = None

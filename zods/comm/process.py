@@ -34,11 +34,12 @@ TORCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # script itself.
 SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK", "SLURM_PROCID")
+# where DeepSpeed has ways of its own
 CLOUDS = (
     "AZUREML_EXPERIMENT_ID",
     "SM_TRAINING_ENV",
     "DLTS_JOB_ID",
-)  # where DeepSpeed has ways of its own
+)
 SAID_WITHIN = 10.0  # seconds that a rank waits for the one that reports a failed start
 
 

@@ -88,6 +88,5 @@ def _parent_of(process: int) -> int | None:
         status = Path(f"/proc/{process}/stat").read_text(errors="replace")
     except OSError:
         return None
-    return int(
-        status.rpartition(")")[2].split()[1]
-    )  # the name, in parentheses, may contain any character
+    # the name, in parentheses, may contain any character
+    return int(status.rpartition(")")[2].split()[1])

@@ -44,7 +44,7 @@ class Watchdog:
     """Times what the main thread does, on all ranks of `comm`. One per process.
 
     timeout: seconds that one thing may take. Only time in which this process runs is counted: a job
-    that is suspended as a whole and resumed hangs not.
+    that is suspended as a whole and resumed does not count as hanging.
     """
 
     def __init__(self, comm: Communicator, timeout: float) -> None:
@@ -116,36 +116,39 @@ class _Watch:
         self.comm = comm
         self.timeout = timeout
         self.beat = _Beat("the start", resting=True)
+        # the beat that the clock saw last, and for how long
         self._seen, self._seconds = (
             self.beat,
             0.0,
-        )  # the beat that the clock saw last, and for how long
+        )
         self._over = threading.Event()
         self._late = threading.Event()
         self._answered = threading.Event()
         self._clock = threading.Thread(target=self._count, name="zods-watchdog-clock", daemon=True)
-        self._clerk = threading.Thread(target=self._attend, name="zods-watchdog-clerk", daemon=True)
+        self._attendant = threading.Thread(
+            target=self._attend, name="zods-watchdog-attendant", daemon=True
+        )
 
     def start(self) -> None:
         if self.comm.world_size > 1:
-            self._clerk.start()
+            self._attendant.start()
             self._clock.start()
 
     def stop(self) -> None:
         self._over.set()
-        self._late.set()  # wakes the clerk
-        for thread in (self._clock, self._clerk):
+        self._late.set()  # wakes the attendant
+        for thread in (self._clock, self._attendant):
             if thread.is_alive() and thread is not threading.current_thread():
                 thread.join(LOOK_SECONDS)
 
     def _count(self) -> None:
-        """The clock: calls the roll where the main thread is late, and ends the process if the
-        clerk cannot.
+        """Run the clock thread: start a roll call if the main thread is late, and end the process if the
+        attendant cannot.
+
         """
         while not self._over.wait(LOOK_SECONDS):
-            beat = (
-                self.beat
-            )  # looks are counted, not read off a clock, which goes on while the process is stopped
+            # looks are counted, not read off a clock, which goes on while the process is stopped
+            beat = self.beat
             self._seconds = self._seconds + LOOK_SECONDS if beat is self._seen else 0.0
             self._seen = beat
             if self._seconds > self.timeout and not beat.resting:
@@ -154,7 +157,7 @@ class _Watch:
             return
         self._late.set()
         if self._answered.wait(STORE_SECONDS):
-            self._clerk.join(ROLL_CALL_SECONDS)
+            self._attendant.join(ROLL_CALL_SECONDS)
         _end(
             "zods: rank 0, which keeps the process group's store, does not answer: its process is "
             "stopped or gone, or its "
@@ -162,7 +165,7 @@ class _Watch:
         )
 
     def _attend(self) -> None:
-        """The clerk: waits for a call, this rank's or another's, and answers it."""
+        """Run the attendant thread: wait for a call, this rank's or another's, and answer it."""
         try:
             board = self.comm.board()
             while not self._late.wait(LOOK_SECONDS) and board.read("call") is None:
@@ -273,9 +276,8 @@ def _waits(modules: list[str]) -> bool:
         )
         for module in modules
     )
-    return (
-        sends or "deepspeed.runtime.zero.partition_parameters" in modules[-3:]
-    )  # its wrappers may be innermost
+    # its wrappers may be innermost
+    return sends or "deepspeed.runtime.zero.partition_parameters" in modules[-3:]
 
 
 def _of_a_library(module: str) -> bool:
@@ -315,9 +317,8 @@ def _end(text: str = "") -> NoReturn:
     if text:
         _say(text)
     _within(WRITE_SECONDS, sys.stdout.flush)
-    sys.setswitchinterval(
-        2 * LINGER_SECONDS
-    )  # nobody takes the interpreter's lock from a thread that keeps it so long
+    # nobody takes the interpreter's lock from a thread that keeps it so long
+    sys.setswitchinterval(2 * LINGER_SECONDS)
     until = time.monotonic() + LINGER_SECONDS
     while time.monotonic() < until:
         pass

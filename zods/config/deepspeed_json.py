@@ -1,7 +1,7 @@
 """The DeepSpeed JSON with its section "zeroth_order".
 
 `read_config` splits one file into what DeepSpeed gets and what zods keeps, and refuses here, before
-anything is loaded, whatever the two cannot do together. All mistakes of a file are told at once.
+anything is loaded, whatever the two cannot do together. All mistakes of a file are reported at once.
 The file is read as DeepSpeed reads it (hjson: `#` and `//` comments are allowed).
 """
 

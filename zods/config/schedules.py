@@ -20,12 +20,13 @@ from deepspeed.runtime import lr_schedules
 
 from zods.config.deepspeed_checks import quiet
 
+# must be lr; a range test starts from it
 PEAKS = (
     "warmup_max_lr",
     "cycle_max_lr",
     "max_lr",
     "lr_range_test_min_lr",
-)  # must be lr; a range test starts from it
+)
 FLOORS = ("warmup_min_lr", "cycle_min_lr", "base_lr", "eta_min")  # must not be above lr
 LENGTHS = ("total_num_steps", "total_steps")  # "auto": those of the run
 PROVISIONAL = 10**9  # steps, more than any warm-up

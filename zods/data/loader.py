@@ -121,10 +121,11 @@ class TrainingLoader(EpochLoader):
         self.collate_fn = collate_fn
         self.seed = seed
         self.accumulation = accumulation
+        # this rank's place among those that share a batch; it may change between steps
         self.split = (
             rank,
             world_size,
-        )  # this rank's place among those that share a batch; it may change between steps
+        )
 
     def __len__(self) -> int:
         """Micro-batches per epoch and rank."""

@@ -211,9 +211,8 @@ class ChooseForm:
         copies = f.at.scratch_bytes
         with peak_memory(self._comm.device) as of_two:
             stacked = f.stacked_logits(points, batch)
-        needed = (
-            of_two.bytes - of_one.bytes - (f.at.scratch_bytes - copies)
-        )  # copies serve all points
+        # copies serve all points
+        needed = of_two.bytes - of_one.bytes - (f.at.scratch_bytes - copies)
         nested = sorted({type(module).__name__ for module in f.at.nested})
         if nested and f.is_sharded and self._asked == "auto":
             named = ", ".join(nested)

@@ -54,7 +54,7 @@ class Scratch:
         return leaf.detach().clone() if leaf.untyped_storage().data_ptr() == start != 0 else leaf
 
     def reserve(self, tensors: Sequence[torch.Tensor], times: int) -> None:
-        """Make room for so many of each, where nothing is taken yet: one module's copies then never
+        """Allocate so many of each, if nothing is taken yet: one module's copies then never
         need a second block.
         """
         size = times * sum(_aligned(t) for t in tensors if t.device.type == "cpu")
@@ -68,9 +68,8 @@ class Scratch:
             return torch.empty_like(tensor, memory_format=torch.contiguous_format)
         end = self._used + _aligned(tensor)
         if end > self._memory.numel():
-            self._memory = torch.empty(
-                end, dtype=torch.uint8
-            )  # what was taken keeps the old one alive
+            # what was taken keeps the old one alive
+            self._memory = torch.empty(end, dtype=torch.uint8)
         taken = self._memory[self._used : self._used + tensor.nbytes]
         self._used = end
         return taken.view(tensor.dtype).view(tensor.shape)

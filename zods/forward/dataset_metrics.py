@@ -55,9 +55,8 @@ def check_own_loss(model: Any, batch: dict[str, Any], comm: Communicator) -> Non
     if logits is not None:
         tolerance = 1e-4 if logits.dtype == torch.float32 else 1e-2
         for given in (plain, *other_labels(plain, logits)):
-            outputs = model(
-                **given
-            )  # whatever one shows: other ranks make these forwards too, and gather with this one
+            # whatever one shows: other ranks make these forwards too, and gather with this one
+            outputs = model(**given)
             if not differs:
                 own, of_logits = (
                     batch_loss(outputs, given),

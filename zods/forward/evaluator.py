@@ -52,7 +52,8 @@ class Evaluator:
         beat: Callable[[], None],
     ) -> None:
         """eps: distance of a step's points. most_points: that are ever evaluated together. beat:
-        called before each batch of losses, so that it can be told who hangs in it."""
+        called before each batch of losses, so that the
+        watchdog can name a rank that hangs in it."""
         self.evaluation: str | None = None  # how points are evaluated; chosen on the first batch
         self.streams_per_forward = 2
         self._comm, self._beat = comm, beat

@@ -64,9 +64,8 @@ class Forwards:
             parameters.shards[0].dtype,
         )
         self.at = PerturbedForward(self.module, parameters.shards, direction, deferred)
-        self.objective = Objective(
-            loss_mean
-        )  # how the model aligns its labels is found on the first batch
+        # how the model aligns its labels is found on the first batch
+        self.objective = Objective(loss_mean)
         self.on_forward: Callable[[], Any] | None = None
         self._modules = list(self.module.modules())
         self._signature = Signature(self.module)
@@ -74,9 +73,8 @@ class Forwards:
         self._needs_labels = (
             "labels" in takes and takes["labels"].default is inspect.Parameter.empty
         )
-        self._has_cache = (
-            "use_cache" in takes
-        )  # keys and values for generation, of all layers: a loss needs none
+        # keys and values for generation, of all layers: a loss needs none
+        self._has_cache = "use_cache" in takes
 
     def inputs(self, *args: Any, **kwargs: Any) -> dict[str, Any] | Inputs:
         """A batch on the device, as the model's forward is given it; see

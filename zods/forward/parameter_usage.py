@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 VIEWS = ("T", "mT", "H", "mH", "data")  # attributes of a parameter that are views of its values
+# of a tensor to Python's values
 CONVERSIONS = (
     "__bool__",
     "__int__",
@@ -21,7 +22,7 @@ CONVERSIONS = (
     "item",
     "tolist",
     "numpy",
-)  # of a tensor to Python's values
+)
 
 
 class Perturbable(Protocol):

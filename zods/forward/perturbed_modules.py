@@ -62,8 +62,8 @@ class PerturbedForward:
         direction: Direction,
         deferred: Deferred | None = None,
     ) -> None:
-        """deferred: told of the parameters that are gathered before they are used, and before they
-        may be released.
+        """deferred: called with the parameters that are gathered before they are used, and again
+        before they may be released.
         """
         self._deferred = deferred
         self._direction = direction
@@ -84,9 +84,8 @@ class PerturbedForward:
         ] = {}  # of the module at which streams in lockstep are
         self._shared_at: Any = None
         self._sharded = any(hasattr(p.param, "ds_tensor") for p in parameters)
-        self.nested: set[torch.nn.Module] = (
-            set()
-        )  # holders that ran inside another, so once per stream of a stack
+        # holders that ran inside another, so once per stream of a stack
+        self.nested: set[torch.nn.Module] = set()
         self.stacking = Stacking(module)
         self._lockstep = Lockstep(self.stacking.names)
         by_id = {id(p.param): p for p in parameters}
@@ -99,9 +98,8 @@ class PerturbedForward:
         for submodule in module.modules():
             own = list(submodule.parameters(recurse=False))
             self._held[submodule] = [by_id[id(p)] for p in own if id(p) in by_id]
-            if (
-                own or submodule in self._leaves
-            ):  # where they are frozen, streams in lockstep wait for each other none the less
+            # where they are frozen, streams in lockstep wait for each other none the less
+            if own or submodule in self._leaves:
                 self._wrap(submodule)
 
     def _wrap(self, submodule: torch.nn.Module) -> None:
@@ -176,7 +174,7 @@ class PerturbedForward:
         """Watch one forward at the parameters as they are, to see which modules use which
         parameters.
 
-        A module that reads another's parameter itself (a head tied by hand, torch's
+        A module that reads another's parameter itself (a manually tied head, torch's
         MultiheadAttention with its output projection) puts that in place too from then on. Hooks of
         the model's user run inside their module's forward.
         """
@@ -226,9 +224,8 @@ class PerturbedForward:
                 else original(*args, **kwargs)
             )
             if waits:
-                self._wait(
-                    module
-                )  # until all have run: DeepSpeed may release the parameters after this forward
+                # until all have run: DeepSpeed may release the parameters after this forward
+                self._wait(module)
             return output
         finally:
             if self._deferred is not None:
@@ -342,9 +339,8 @@ class PerturbedForward:
         """Make, for each stream of a pair, the values of the parameters at its point."""
         point = self._points[pair[0]]
         copies: list[list[tuple[Perturbable, torch.Tensor]]] = [[] for _ in pair]
-        with (
-            torch._C._DisableFuncTorch()
-        ):  # inside a model's jvp, new tensors would be wrapped and have no storage
+        # inside a model's jvp, new tensors would be wrapped and have no storage
+        with torch._C._DisableFuncTorch():
             if not self._lockstep.is_running:
                 self._scratch.reserve([p.param.data for p in parameters], len(pair))
             for parameter in parameters:
@@ -380,9 +376,8 @@ class PerturbedForward:
     def _empty_like(self, live: torch.Tensor) -> torch.Tensor:
         if not self._lockstep.is_running:
             return self._scratch.empty_like(live)
-        return torch.empty_like(
-            live, memory_format=torch.contiguous_format
-        )  # streams do not end in the order they began
+        # streams do not end in the order they began
+        return torch.empty_like(live, memory_format=torch.contiguous_format)
 
     @staticmethod
     def _center(
@@ -411,9 +406,8 @@ class PerturbedForward:
     def _restore(self, ordinals: Sequence[int]) -> None:
         with torch._C._DisableFuncTorch():
             for ordinal in ordinals:
-                placed = self._live.pop(
-                    ordinal, None
-                )  # None where a stream in lockstep was cut short while it waited
+                # None where a stream in lockstep was cut short while it waited
+                placed = self._live.pop(ordinal, None)
                 if placed is not None:
                     placed.parameter.param.data = placed.live
 

@@ -29,12 +29,10 @@ class Stacking:
         self.names = {
             m: f"{name or 'the model'} ({type(m).__name__})" for name, m in module.named_modules()
         }
-        self._recorded: dict[torch.nn.Module, list[list[int | None]]] = defaultdict(
-            list
-        )  # dim 0 of a batch's inputs
-        self._carry: dict[torch.nn.Module, list[list[bool | None]]] = defaultdict(
-            list
-        )  # None: not a tensor
+        # dim 0 of a batch's inputs
+        self._recorded: dict[torch.nn.Module, list[list[int | None]]] = defaultdict(list)
+        # None: not a tensor
+        self._carry: dict[torch.nn.Module, list[list[bool | None]]] = defaultdict(list)
         self._num_calls: dict[torch.nn.Module, int] = defaultdict(int)
         self._num_streams = self._num_examples = 1
 
@@ -85,9 +83,8 @@ class Stacking:
             and self._carry[module]
             and len(self._carry[module][-1]) == len(leaves)
         ):
-            self._carry[module].append(
-                self._carry[module][-1]
-            )  # more calls than on the first batch: cut as the others
+            # more calls than on the first batch: cut as the others
+            self._carry[module].append(self._carry[module][-1])
             return
         if call >= len(recorded) or len(recorded[call]) != len(leaves):
             raise NotStackable(f"{self.names[module]} is not called as it was on the first batch")

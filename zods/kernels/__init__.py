@@ -119,9 +119,8 @@ def combine_(
                    distribution, parameter, offset, factors)  # fmt: skip
         return out
     flat = [None if tensor is None else tensor.view(-1) for tensor in (mirror, weight, dense)]
-    served_by = (
-        _gpu_module() if out.device.type == "cuda" else reference
-    )  # ROCm's devices are named "cuda" too
+    # ROCm's devices are named "cuda" too
+    served_by = _gpu_module() if out.device.type == "cuda" else reference
     served_by.combine_(out.view(-1), flat[0], flat[1], _float32(scale), list(seeds), [_float32(c) for c in coefficients],
                        distribution, parameter, offset, factors, flat[2], _float32(dense_coefficient),
                        None if out.dtype == torch.float32 else rounding_seed)  # fmt: skip
@@ -226,9 +225,8 @@ def summed_excess(nearest: Tensor, matrix: Tensor, rows: Tensor) -> Tensor:
     """
     module = cpu_module() if matrix.device.type == "cpu" else None
     if module is None or not matrix.is_contiguous():
-        return (
-            torch.sub(nearest, matrix[rows]).clamp_(min=0).sum(1, dtype=torch.float64).long()
-        )  # exact: below 2^53
+        # exact: below 2^53
+        return torch.sub(nearest, matrix[rows]).clamp_(min=0).sum(1, dtype=torch.float64).long()
     out = torch.empty(len(rows), dtype=torch.int64)
     num_threads = max(
         1, min(torch.get_num_threads(), len(rows) * matrix.shape[1] // _ELEMENTS_PER_THREAD)
@@ -289,9 +287,8 @@ def _gpu_module() -> ModuleType:
     """
     try:
         module = importlib.import_module("zods.kernels.gpu")
-        one = torch.empty(
-            1, device="cuda"
-        )  # Triton's launcher may need a C compiler, and that shows only here
+        # Triton's launcher may need a C compiler, and that shows only here
+        one = torch.empty(1, device="cuda")
         module.combine_(one, None, None, 1.0, [], [], "gaussian", 0, 0, None, None, 0.0, None)
     except Exception as error:  # whatever it is, training can go on without
         warnings.warn(
@@ -332,9 +329,8 @@ def _sweep_cpp(
     rounding_seeds = [
         None if out.dtype == torch.float32 else sweep.rounding_seed for sweep in sweeps
     ]
-    work = (
-        out.numel() * (len(sweeps) + sum(num_terms)) // 2
-    )  # a sweep of one term is one element's work
+    # a sweep of one term is one element's work
+    work = out.numel() * (len(sweeps) + sum(num_terms)) // 2
     num_threads = max(1, min(torch.get_num_threads(), work // _ELEMENTS_PER_THREAD))
     kernel = module.combine_float32 if out.dtype == torch.float32 else module.combine_bfloat16
     kernel(*addresses[:4], [_float32(sweep.scale) for sweep in sweeps], num_terms,

@@ -2,7 +2,7 @@
 and kept.
 
 torch's own cache of extensions has a lock file that stays behind when a build is killed, and every
-later run then waits for it without a word. So each build gets a fresh folder of its own, and the
+later run then waits for it silently. So each build gets a fresh folder of its own, and the
 finished library is moved to its final place in one step. Ranks that start together take turns by a
 lock that the operating system drops when its holder dies: the first one compiles.
 """
@@ -69,9 +69,10 @@ def cpu_module() -> ModuleType | None:
 
 
 def _build_once() -> ModuleType:
+    # slow to import, and not needed where the kernel was built ahead of time
     from torch.utils import (
         cpp_extension,
-    )  # slow to import, and not needed where the kernel was built ahead of time
+    )
 
     compiler = shlex.split(cpp_extension.get_cxx_compiler())  # CXX may read "ccache g++"
     if shutil.which(compiler[0]) is None:

@@ -65,9 +65,8 @@ def _box_muller(radius_word, angle_word):
 @triton.jit
 def _stack(row0, row1, row2, row3):
     """Four rows (16 lanes of each group, flat) as (groups, 4, 16)."""
-    rows = tl.join(
-        tl.join(row0, row2), tl.join(row1, row3)
-    )  # (groups * 16, 2, 2), the last index is the low one
+    # (groups * 16, 2, 2), the last index is the low one
+    rows = tl.join(tl.join(row0, row2), tl.join(row1, row3))
     return tl.permute(tl.reshape(rows, [row0.shape[0] // 16, 16, 4]), [0, 2, 1])
 
 
@@ -134,9 +133,8 @@ def _combine(out, mirror, weight, scale, rounding_seed, seeds, coefficients, num
             mirrored = tl.fma(z, tl.where(k == num_terms - 1, -coefficient, coefficient), mirrored)
     if left is not None:
         columns = num_columns.to(tl.int64)
-        column = (
-            start % columns + element
-        )  # of the row that the tile starts in; small, so that the division is cheap
+        # of the row that the tile starts in; small, so that the division is cheap
+        column = start % columns + element
         row = column // columns
         column -= row * columns
         row += start // columns - offset // columns
@@ -199,9 +197,8 @@ def combine_(
     left, right = factors or (None, None)
     num_factors, num_columns = (0, 1) if right is None else right.shape
     num_tiles = (offset + out.numel() - 1) // TILE.value - offset // TILE.value + 1
-    with torch.cuda.device_of(
-        out
-    ):  # Triton launches on the current device; nothing happens for a CPU tensor
+    # Triton launches on the current device; nothing happens for a CPU tensor
+    with torch.cuda.device_of(out):
         # No a * b + c is fused but those that are written as fma.
         _combine[(num_tiles,)](
             bits(out), bits(mirror), bits(weight), scale, None if rounding_seed is None else keys, keys[1:], scalars,

@@ -24,9 +24,8 @@ from torch import Tensor
 
 STREAMS = {"gaussian": 0, "rademacher": 1, "rounding": 2}
 GROUPS = {"gaussian": 64, "rademacher": 2048, "rounding": 128}
-_CHUNK = (
-    2**20
-)  # elements made at once: bounds the temporaries to some tens of MB; a multiple of every group
+# elements made at once: bounds the temporaries to some tens of MB; a multiple of every group
+_CHUNK = 2**20
 _MASK = 0xFFFFFFFF
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # SplitMix64's constants, as int64
 _MIX = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
@@ -43,12 +42,10 @@ LOG = _float32s(  # -2 log(1 + f) / f, sqrt(1/2) <= 1 + f <= sqrt(2)
     "-0x1.555792p-1 0x1.FFFFF8p-1 "
     "-0x1p1"
 )
-SIN = _float32s(
-    "-0x1.2D9BB8p-15 0x1.465EC6p-9 -0x1.4ABBBAp-4 0x1.921FB6p-1"
-)  # sin(pi/4 a) / a in a^2, |a| <= 1
-COS = _float32s(
-    "-0x1.4E5ED6p-12 0x1.03AF5Cp-6 -0x1.3BD392p-2 0x1p0"
-)  # cos(pi/4 a) in a^2, |a| <= 1
+# sin(pi/4 a) / a in a^2, |a| <= 1
+SIN = _float32s("-0x1.2D9BB8p-15 0x1.465EC6p-9 -0x1.4ABBBAp-4 0x1.921FB6p-1")
+# cos(pi/4 a) in a^2, |a| <= 1
+COS = _float32s("-0x1.4E5ED6p-12 0x1.03AF5Cp-6 -0x1.3BD392p-2 0x1p0")
 MINUS_2_LOG_2 = float.fromhex("-0x1.62E43p0")
 SQRT_HALF_BITS = 0x3F3504F3
 
@@ -59,10 +56,11 @@ def philox(blocks: Tensor, parameter: int, stream: int, seed: int) -> list[Tenso
     c2, c3 = torch.full_like(blocks, parameter), torch.full_like(blocks, stream)
     k0, k1 = seed & _MASK, seed >> 32
     for _ in range(10):
+        # wraps in int64: the 64 bits of the unsigned product
         p0, p1 = (
             c0 * 0xD2511F53,
             c2 * 0xCD9E8D57,
-        )  # wraps in int64: the 64 bits of the unsigned product
+        )
         c0, c1 = (p1 >> 32) & _MASK ^ c1 ^ k0, p1 & _MASK
         c2, c3 = (p0 >> 32) & _MASK ^ c3 ^ k1, p0 & _MASK
         k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
@@ -79,9 +77,8 @@ def fma(a: Tensor, b: Tensor | float, c: Tensor | float) -> Tensor:
     product = a.double() * b
     total = product + c
     virtual = total - product
-    error = (product - (total - virtual)) + (
-        c - virtual
-    )  # Knuth's TwoSum: the exact error of `total`
+    # Knuth's TwoSum: the exact error of `total`
+    error = (product - (total - virtual)) + (c - virtual)
     bits = total.view(torch.int64)
     step = torch.where((error > 0) == (total > 0), 1, -1)  # one unit away from zero, or towards it
     inexact = (error > 0) | (error < 0)  # false where an infinity made the error NaN
@@ -122,9 +119,8 @@ def box_muller(radius_word: Tensor, angle_word: Tensor) -> tuple[Tensor, Tensor]
     bits = u.view(torch.int32) - SQRT_HALF_BITS
     exponent = bits >> 23  # u = 2^exponent m with sqrt(1/2) <= m < sqrt(2)
     m = ((bits & 0x7FFFFF) + SQRT_HALF_BITS).view(torch.float32)
-    f = torch.where(
-        exponent == 0, distance, m - 1.0
-    )  # exponent 0 means u > 0.7, where `distance` is u - 1
+    # exponent 0 means u > 0.7, where `distance` is u - 1
+    f = torch.where(exponent == 0, distance, m - 1.0)
     r = _sqrt(fma(exponent.float(), MINUS_2_LOG_2, f * _polynomial(LOG, f)))
     r = torch.where(angle_word & 0x80000000 != 0, -r, r)
 

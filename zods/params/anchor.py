@@ -69,9 +69,8 @@ class Anchor:
         self.point: ShardStore | None = None
         self.gradient: ShardStore | None = None
         with comm.same_on_all_ranks():
-            self.point = self._make_store(
-                "point", aio, None
-            )  # the parameters have moved on and are rounded
+            # the parameters have moved on and are rounded
+            self.point = self._make_store("point", aio, None)
             self.gradient = self._make_store("gradient", aio, self._gradient_block)
 
     def _make_store(

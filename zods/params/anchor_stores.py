@@ -109,9 +109,10 @@ class NvmeStore:
             self._places[shard.name] = end
             places += [self._place(shard, start) for start, _ in self.blocks(shard)]
             end += self._aligned(shard.numel * shard.dtype.itemsize)
+        # bytes
         self._lengths = {
             place: following - place for place, following in itertools.pairwise([*places, end])
-        }  # bytes
+        }
         self._followed_by = dict(itertools.pairwise(places))  # a guess; then what was seen
         self.device_bytes, self.offloaded_bytes = 0, end
         self._path = path

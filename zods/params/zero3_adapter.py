@@ -145,9 +145,8 @@ def store_from_gathered(param: Any, offset: int, numel: int) -> None:
     updated = param.data.view(-1)[offset : offset + numel]
     released = on_nvme(param) and param.ds_tensor.status is not PartitionedParamStatus.AVAILABLE
     if released:  # as DeepSpeed does with the shard of a parameter that stays gathered
-        updated = (
-            updated.clone()
-        )  # on one CPU rank it may lie in the memory that the shard is read into
+        # on one CPU rank it may lie in the memory that the shard is read into
+        updated = updated.clone()
         begin_load(param)
         finish_load(param)
     local_shard(param, numel).copy_(updated)

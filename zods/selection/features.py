@@ -46,9 +46,8 @@ VALUE_PROJECTIONS = (
     "c_attn",
 )
 _STACK_ELEMENTS = 1 << 27  # of the largest tensor in a run of the last block on copies of the batch
-_STACK_ELEMENTS_ON_CPU = (
-    1 << 22
-)  # larger ones are no faster there, and cost memory that is not in its cache
+# larger ones are no faster there, and cost memory that is not in its cache
+_STACK_ELEMENTS_ON_CPU = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -248,9 +247,8 @@ class FeatureExtractor:
             def perturb(
                 inputs: Tensor, outputs: Tensor, some: Sequence[int] = some, copies: int = copies
             ) -> Tensor:
-                moved = self._moved(
-                    inputs[: len(inputs) // copies], some
-                )  # (directions, B, L, outputs)
+                # (directions, B, L, outputs)
+                moved = self._moved(inputs[: len(inputs) // copies], some)
                 both = torch.cat([sign * moved for sign in signs]).flatten(0, 1)
                 return (outputs + both).to(outputs.dtype)
 
@@ -393,9 +391,8 @@ class _Pass:
         """(B, m): the sums over each example's tokens of what was made of the matrix's inputs, (B,
         L, m).
         """
-        if (
-            self._target.module is self._head and self._labelled is not None
-        ):  # its inputs are labelled tokens, (1, N, m)
+        # its inputs are labelled tokens, (1, N, m)
+        if self._target.module is self._head and self._labelled is not None:
             placed = products.new_zeros(self._labels.numel(), products.shape[-1])
             placed[self._labelled.positions] = products[0]
             return placed.view(*self._labels.shape, -1).sum(1)

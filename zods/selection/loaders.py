@@ -24,8 +24,8 @@ from zods.selection.sub_batches import Batch, SubBatches
 
 
 class SelectingLoader(EpochLoader):
-    """This rank's micro-batches of the chosen examples, epoch after epoch; resumable. The face of
-    `TrainingLoader`.
+    """This rank's micro-batches of the chosen examples, epoch after epoch; resumable, with the
+    interface of `TrainingLoader`.
 
     An epoch is a pass over the data in candidate batches, `interval` steps for each.
     """
@@ -34,9 +34,8 @@ class SelectingLoader(EpochLoader):
         self.selection, self._comm, self._seed = selection, comm, seed
         self._config = selection.selector.config
         self.dataset, self.accumulation = selection.dataset, selection.accumulation
-        self.data_digest = sample_digest(
-            selection.dataset
-        )  # None: examples are not the same each time
+        # None: examples are not the same each time
+        self.data_digest = sample_digest(selection.dataset)
 
     def collate_fn(self, rows: Sequence[Any]) -> Batch:
         """A batch of any examples, without weights."""

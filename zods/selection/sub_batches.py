@@ -148,9 +148,8 @@ class SubBatches:
             ids,
             [known[i][0] for i in ids],
             sources=None if self._sources is None else [self._sources[i] for i in ids],
-            losses=torch.tensor(
-                [0.0 if known[i][1] else torch.nan for i in ids]
-            ),  # without a label: not usable
+            # without a label: not usable
+            losses=torch.tensor([0.0 if known[i][1] else torch.nan for i in ids]),
         )
         quotas, wanted = self.selector.plan(batch)
         if wanted:
@@ -252,9 +251,8 @@ class SubBatches:
             self.selector.direction_seeds() if NEEDS[self.selector.strategy] == "features" else []
         )
         found = []
-        for first in range(
-            0, len(chunks), world
-        ):  # all ranks make the same number of forwards, as ZeRO-3 needs
+        # all ranks make the same number of forwards, as ZeRO-3 needs
+        for first in range(0, len(chunks), world):
             mine = first + rank
             chunk = chunks[mine if mine < len(chunks) else 0]
             inputs = to_device(

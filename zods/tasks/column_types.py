@@ -10,9 +10,8 @@ import pyarrow as pa
 
 TEXT, INTEGER, FLOAT, BOOLEAN, NULL = pa.string(), pa.int64(), pa.float64(), pa.bool_(), pa.null()
 
-_INTEGER = re.compile(
-    r"-?(0|[1-9][0-9]*)"
-)  # "007" and "+1" are not: they could not be written back
+# "007" and "+1" are not: they could not be written back
+_INTEGER = re.compile(r"-?(0|[1-9][0-9]*)")
 _FLOAT = re.compile(r"-?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _BOOLEANS = {
     "True": True,

@@ -1,4 +1,4 @@
-"""The face that every task has, and the steps that tasks share: checking columns, mapping rows,
+"""The interface of tasks, and the steps that they have in common: checks of columns, mapping of rows,
 padding.
 """
 

@@ -37,15 +37,15 @@ from zods.params.zero3_adapter import is_sharded, release_gathered
 from zods.training.training_run import TrainingRun
 
 FORMAT = 2
+# of `TrainState`
 COUNTERS = (
     "global_steps",
     "global_samples",
     "skipped_steps",
     "nonfinite_in_a_row",
-)  # of `TrainState`
-HIDDEN = re.compile(
-    r"\.(.+)\.(partial|replaced|removed)"
-)  # tag; what became of the folder, see `save_checkpoint`
+)
+# tag; what became of the folder, see `save_checkpoint`
+HIDDEN = re.compile(r"\.(.+)\.(partial|replaced|removed)")
 
 logger = logging.getLogger(__name__)
 
@@ -479,9 +479,8 @@ class _ShardFiles:
                 )
         for shard in shards:
             for file, start, low, high in self._parts(shard):
-                if (
-                    low < high or file.shard_of(shard).numel() == 0
-                ):  # an empty one is of no rank: all look at it
+                # an empty one is of no rank: all look at it
+                if low < high or file.shard_of(shard).numel() == 0:
                     file.verify(shard, start)
 
     def _parts(self, shard: Shard) -> Iterator[tuple[_TensorFile, int, int, int]]:

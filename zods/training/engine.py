@@ -1,4 +1,4 @@
-"""The zeroth-order engine: DeepSpeed's face, and a step told as its phases.
+"""The zeroth-order engine, with the interface of DeepSpeed's engine; `step()` reads as its phases.
 
 `engine(batch)` evaluates the loss at the step's points, `engine.backward(loss)` reduces the loss
 scalars over the ranks, `engine.step()` combines them into a record, logs it, and applies what it
@@ -33,7 +33,7 @@ from zods.params.deferred_update import DeferredUpdate
 from zods.params.shards import ShardedParameters
 from zods.selection.loaders import SelectingLoader
 from zods.training import checkpoint, resume
-from zods.training.engine_interface import EngineFace
+from zods.training.engine_interface import EngineInterface
 from zods.training.join_leader import join_leader
 from zods.training.recorder import Recorder
 from zods.training.replicas import Replicas
@@ -46,7 +46,7 @@ from zods.trajectory.updates import direction_of
 logger = logging.getLogger(__name__)
 
 
-class ZerothOrderEngine(EngineFace):
+class ZerothOrderEngine(EngineInterface):
     """A model under DeepSpeed with zeroth-order steps. Made by `zods.initialize`.
 
     module: the model. deepspeed: the DeepSpeedEngine that shards it. comm: what zods sends, with

@@ -1,5 +1,5 @@
-"""What loops written for DeepSpeed's engine and for Hugging Face models touch beside a step: sizes
-and counters, the module behind the engine, its weights. `ZerothOrderEngine` inherits it.
+"""The attributes that loops written for DeepSpeed's engine or for Hugging Face models use beside a
+step: sizes and counters, the module, its weights. `ZerothOrderEngine` inherits them.
 
 DeepSpeed's engine is the model (it inherits `torch.nn.Module`), so loops ask it for the model's
 attributes: what this class does not have is looked up in the module.
@@ -32,7 +32,7 @@ _DTYPES_OF_A_RUN = (
 )
 
 
-class EngineFace:
+class EngineInterface:
     """DeepSpeed's names on an engine. module: the model. deepspeed: the DeepSpeedEngine that shards
     it.
     """

@@ -1,5 +1,5 @@
-"""First-order training by DeepSpeed's own engine behind the face of the zeroth-order one, as far as
-`zods.finetune` uses it.
+"""First-order training by DeepSpeed's own engine, with the interface of the zeroth-order engine that
+`zods.finetune` uses.
 
 For comparison on equal terms: the same data in the same order, the same loss, sub-batches chosen or
 not.
@@ -132,9 +132,8 @@ class FirstOrderEngine:
         """Make one optimizer step. Returns the mean loss of its examples, over all ranks."""
         self.deepspeed.train()
         began, sent = time.perf_counter(), self.comm.scalar_bytes
-        lr = self.deepspeed.get_lr()[
-            0
-        ]  # of this step; DeepSpeed's step moves the schedule on to the next one
+        # of this step; DeepSpeed's step moves the schedule on to the next one
+        lr = self.deepspeed.get_lr()[0]
         total = 0.0
         for batch in self._weighted_batches():
             loss = weighted_loss(self.deepspeed, batch, self.config.loss_mean)
@@ -256,9 +255,8 @@ class FirstOrderEngine:
             tags = [p for p in Path(save_dir).iterdir() if re.fullmatch(r"global_step\d+", p.name)]
             for old in sorted(tags, key=lambda p: int(p.name.removeprefix("global_step")))[:-keep]:
                 if old.name != tag:
-                    removed = old.with_name(
-                        f".{old.name}.removed"
-                    )  # no checkpoint any more, however far this gets
+                    # no checkpoint any more, however far this gets
+                    removed = old.with_name(f".{old.name}.removed")
                     shutil.rmtree(removed, ignore_errors=True)
                     rename(old, removed)
                     sync(old.parent)

@@ -159,9 +159,8 @@ def _checked_model(model: torch.nn.Module | None, **others: Any) -> torch.nn.Mod
     """
     if model is None:
         raise ValueError("model: missing. Give a torch.nn.Module.")
-    if has_moved_hooks(
-        model
-    ):  # closing the other engine would move them out of this one's forwards
+    # closing the other engine would move them out of this one's forwards
+    if has_moved_hooks(model):
         raise ValueError(
             "model: another zods engine runs the hooks of its modules. Call close() of that engine "
             "first."
@@ -287,9 +286,11 @@ def _code_digest() -> bytes:
 
 
 def _check_weights(model: torch.nn.Module, comm: Communicator) -> None:
-    """Raise RuntimeError where a rank was given other weights. DeepSpeed would take rank 0's
-    without a word; but a run whose base weights are not the same for all cannot be taken up or
-    replayed either."""
+    """Raise RuntimeError if a rank was given other weights.
+
+    DeepSpeed would silently take rank 0's. But a run whose base weights differ between ranks can be
+    neither resumed nor replayed.
+    """
     own = [fingerprint(p.detach().contiguous().view(-1)) for p in model.parameters()]
     comm.check_agreement(
         repr(own).encode(),
@@ -303,7 +304,7 @@ def _prepared(run: RunConfig, model: torch.nn.Module) -> dict[str, Any]:
 
     Replicated bf16 is cast here, because DeepSpeed's stage 0 keeps fp32 master weights. A model not
     made under zero.Init is sharded here, because DeepSpeed 0.19.8 writes fp32 parameters to NVMe as
-    bf16 when it is told a dtype, as its engine does, on an accelerator without fp16.
+    bf16 when it is given a dtype, as its engine does, on an accelerator without fp16.
     """
     config = dict(run.deepspeed)
     bf16 = config.get("bf16", {}).get("enabled", False)

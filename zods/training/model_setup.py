@@ -1,5 +1,5 @@
-"""What a user hands to `zods.initialize`, as zods needs it: the module without torch.compile, its
-parameters laid out as DeepSpeed takes them, and those to train out of `model_parameters`."""
+"""Prepare what a user gives to `zods.initialize`: remove torch.compile from the module, lay out its
+parameters as DeepSpeed takes them, and find those to train in `model_parameters`."""
 
 from __future__ import annotations
 

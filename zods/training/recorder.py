@@ -45,9 +45,8 @@ class Recorder:
             None  # how points were, when that was last looked at
         )
         replicas = config.zeroth_order.replicas
-        self.follows = (
-            replicas is not None and replicas.index > 0
-        )  # another replica records what is not a step's
+        # another replica records what is not a step's
+        self.follows = replicas is not None and replicas.index > 0
         self._selections = 0
 
     @property
@@ -155,9 +154,8 @@ class Recorder:
         for key in ("run", "evaluation"):
             if state[key] is not None:
                 self._note(record_of(state[key]))
-        section = (
-            self._config.zeroth_order if self._run is None else self._run.section
-        )  # of what the log goes on with
+        # of what the log goes on with
+        section = self._config.zeroth_order if self._run is None else self._run.section
         self._history = History(section, gradient)
         self._run_is_recorded, self._evaluated = False, None
         self._note_selections()

@@ -1,5 +1,5 @@
-"""Log a run, and take it up where it stopped: the newest whole checkpoint that belongs to the log,
-then the log's tail.
+"""Log a run, and resume it where it stopped: load the newest whole checkpoint that belongs to the
+log, then apply the log's tail.
 
 Without a checkpoint the base weights and the whole log give the same. All ranks do it together, on
 any number of them.
@@ -34,9 +34,8 @@ from zods.trajectory.updates import Change, num_terms, replay_, stores_gradient
 logger = logging.getLogger(__name__)
 
 LOG_NAME = "trajectory.log"
-INITIAL = (
-    Path("initial") / "initial.safetensors"
-)  # weights that the base does not hold, as they were at the start
+# weights that the base does not hold, as they were at the start
+INITIAL = Path("initial") / "initial.safetensors"
 CHECKPOINTS = "checkpoints"
 
 
@@ -223,7 +222,7 @@ def check_same_model(logged: Header, here: Header, path: str) -> None:
 
 
 def _check_run(run: TrainingRun, log: Log) -> None:
-    """Raise ValueError where the log cannot be gone on with under this configuration."""
+    """Raise ValueError if the log cannot be continued under this configuration."""
     there = log.run_at_end()
     if there is None:
         return
@@ -342,9 +341,8 @@ def _load_newest(run: TrainingRun, log: Log, folder: Path) -> int:
     with run.comm.same_on_all_ranks():
         if run.comm.rank == 0:
             names = [path.name for path in checkpoint.newest_checkpoints(folder)]
-    names = json.loads(
-        run.comm.broadcast_bytes(json.dumps(names).encode())
-    )  # the same, whatever a rank's disk shows it
+    # the same, whatever a rank's disk shows it
+    names = json.loads(run.comm.broadcast_bytes(json.dumps(names).encode()))
     for path in (folder / name for name in names):
         try:
             with run.comm.same_on_all_ranks():

@@ -55,7 +55,7 @@ class TrainingRun:
         """Log a record, and do to the parameters and the anchor what it says.
 
         The record is on its way to the disk while it is applied: parameters live in memory, and a
-        run that ends in between is taken up from the log.
+        run that ends in between is resumed from the log.
         """
         change = self.recorder.add(record)
         if isinstance(record, Refresh):

@@ -52,9 +52,8 @@ def _parser() -> argparse.ArgumentParser:
     replay.add_argument(
         "--until", type=int, metavar="STEP", help="weights after so many steps (default: all)"
     )
-    replay.add_argument(
-        "--local_rank", type=int, default=-1, help=argparse.SUPPRESS
-    )  # set by a launcher
+    # set by a launcher
+    replay.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
     replay.set_defaults(command=_replay)
 
     inspect = commands.add_parser("inspect", help="what a log tells of its run")
@@ -162,9 +161,8 @@ def _changes(log: Log) -> None:
 
     history = History()
     for record in log.records:
-        if not (
-            isinstance(record, Step) and record.coefficients is None
-        ):  # of first-order training
+        # of first-order training
+        if not (isinstance(record, Step) and record.coefficients is None):
             history.change(record)
 
 

@@ -189,10 +189,11 @@ class Trajectory:
         self.head = START
         self.file: LogFile | None = None
         self.publish: Callable[[str], None] = lambda _: None
+        # where the file ended, and the steps in it, when all ranks last agreed
         self._agreed = (
             0,
             0,
-        )  # where the file ended, and the steps in it, when all ranks last agreed
+        )
 
     def add(self, record: Header | Record) -> None:
         """Chain a record; where this rank keeps the file it is on its way to the disk until `wait`."""

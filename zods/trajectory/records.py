@@ -27,17 +27,19 @@ FORMAT = 1
 DEFINITION = (
     "philox4x32-10, blake2b seeds, float32 fused multiply-add, bfloat16 rounded stochastically; 1"
 )
+# keys of the section "zeroth_order" that count with an optimizer
 FIRST_ORDER = (
     "seed",
     "selector",
     "loss_mean",
-)  # keys of the section "zeroth_order" that count with an optimizer
+)
+# of the anchor: no bit depends on them
 NOT_RECORDED = (
     "nvme_path",
     "buffer_count",
     "buffer_size",
     "pin_memory",
-)  # of the anchor: no bit depends on them
+)
 
 
 @dataclass(frozen=True)

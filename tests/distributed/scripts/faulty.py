@@ -1,7 +1,7 @@
 """For the fault matrix: a run of zods.finetune that real faults strike, each once.
 
 Usage: faulty.py FOLDER FAULT... -- options of zods.finetune. A fault is WHAT:WHERE:RANK:STEP, e.g.
-kill:scalars:1:4. FOLDER keeps marks of those that have struck: the run started again is spared
+kill:scalars:1:4. FOLDER keeps marks of those that have struck: the run started again is not struck again by
 them.
 
 WHAT: kill, stop, term (signals to the rank's own process), kill_all, sleep, corrupt_point,
@@ -34,9 +34,8 @@ from zods.training.recorder import Recorder
 from zods.trajectory.log import LogFile
 
 STEP = [0]  # that is under way
-CALLS = [
-    -(10**6)
-]  # of updates of a parameter since the last forward; those of a resume do not count
+# of updates of a parameter since the last forward; those of a resume do not count
+CALLS = [-(10**6)]
 
 
 def do(what):

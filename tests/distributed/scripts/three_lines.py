@@ -29,9 +29,8 @@ def bytes_sent(name, args, kwargs):
         for item in (value if isinstance(value, (list, tuple)) else [value])
     ]
     tensors = [item for item in flat if isinstance(item, torch.Tensor)]
-    if name.startswith(
-        "all_gather"
-    ):  # the output first, then the input, the smallest of the tensors
+    # the output first, then the input, the smallest of the tensors
+    if name.startswith("all_gather"):
         tensors = [min(tensors, key=lambda t: t.numel())] if tensors else []
     return sum(t.nbytes for t in tensors) * (world_size - 1)
 
@@ -57,9 +56,8 @@ def count(module, name):
     @functools.wraps(function)
     def counted(*args, **kwargs):
         global counting
-        if counting or name.endswith(
-            ("_object", "_object_list")
-        ):  # a part of one counted; these call the others
+        # a part of one counted; these call the others
+        if counting or name.endswith(("_object", "_object_list")):
             return function(*args, **kwargs)
         entry = SENT[owner()].setdefault(name, [0, 0])
         entry[0] += 1
@@ -157,9 +155,8 @@ def main(output):
             "loss": engine.last_step.loss,
         }
     found["sent"] = SENT
-    held = {
-        id(p.param): p.padded_numel for p in engine.sharded_parameters
-    }  # a tied parameter is gathered where it is used
+    # a tied parameter is gathered where it is used
+    held = {id(p.param): p.padded_numel for p in engine.sharded_parameters}
     uses = [
         held[id(p)] for module in engine.module.modules() for p in module.parameters(recurse=False)
     ]

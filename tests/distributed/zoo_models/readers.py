@@ -335,9 +335,8 @@ READERS: dict[str, Subject] = {
     "lists and dicts of parameters": Subject(ParameterContainers, words),
     "weights in the loss": Subject(PenalizesWeights, words),
     "hypernetwork": Subject(Hyper, words),
-    "functional_call": Subject(
-        FunctionalCall, words, sharded=False
-    ),  # DeepSpeed's hook reads ds_status of the tensors
+    # DeepSpeed's hook reads ds_status of the tensors
+    "functional_call": Subject(FunctionalCall, words, sharded=False),
     "custom function": Subject(CustomFunction, words),
     "0-d, strided and indexed": Subject(IndexedTable, words, sample=True),
 }

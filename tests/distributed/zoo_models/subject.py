@@ -45,9 +45,8 @@ def fresh(subject: Subject) -> nn.Module:
     """
     torch.manual_seed(0)
     threads = torch.get_num_threads()
-    torch.set_num_threads(
-        1
-    )  # as in a rank: the QR decomposition of an orthogonal initialization depends on it
+    # as in a rank: the QR decomposition of an orthogonal initialization depends on it
+    torch.set_num_threads(1)
     model = subject.make().eval()
     torch.set_num_threads(threads)
     generator = torch.Generator().manual_seed(0)
