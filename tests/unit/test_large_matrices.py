@@ -133,7 +133,7 @@ def bytes_of_a_pair(name: str, x: Tensor) -> int:
             module(x)
         with forward_at.at(points[0], record=len(x)):
             module(x)
-        forward_at._scratch.__init__()  # as at the first step
+        forward_at._perturber.scratch.__init__()  # as at the first step
         with peak_memory(torch.device("cpu")) as plain:
             module(x.repeat(2, 1))
         with peak_memory(torch.device("cpu")) as at_points, forward_at.at_all(points, len(x)):

@@ -1,0 +1,135 @@
+"""Forwards of modules that multiply by one matrix, without a whole perturbed copy of the matrix.
+
+A large matrix is copied some rows at a time (`multiply_in_blocks`). A low-rank direction is added to
+the output of one forward at the center: x (W + c U V^T)^T = x W^T + c (x V) U^T (`run_low_rank`).
+Called by `zods.forward.perturbed_modules`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from zods.core.points import Center
+from zods.forward import low_rank
+from zods.forward.large_matrices import blocks
+from zods.forward.parameter_usage import Perturbable
+from zods.forward.perturber import Centers, Perturber
+
+Pair = tuple[int, ...]  # a stream and its mirror, or one stream
+
+
+def multiply_in_blocks(
+    perturber: Perturber,
+    module: Any,
+    weight: Perturbable,
+    others: Sequence[Perturbable],
+    inputs: Sequence[torch.Tensor],
+    outputs: Sequence[torch.Tensor],
+    pair: Pair,
+    centers: Centers,
+) -> None:
+    """Write a linear module's outputs for the streams of a pair, from copies of some rows of its
+    weight at a time. others: the module's other parameters.
+    """
+    parts = [(slice(rows.start, rows.stop), rows) for rows in blocks(weight.param.data)]
+    with perturber.scratch.scope():
+        largest = weight.param.data[parts[0][0]]
+        perturber.reserve([largest, *(p.param.data for p in others)], len(pair))
+        copies = perturber.copies(others, pair, centers)
+        for part, rows in parts:
+            with perturber.scratch.scope():
+                made = [perturber.empty_like(weight.param.data[part]) for _ in pair]
+                perturber.perturb_(made, weight, perturber.points[pair[0]], centers, rows)
+                for x, output, matrix, of_stream in zip(inputs, outputs, made, copies, strict=True):
+                    with perturber.placed(of_stream):
+                        bias = None if module.bias is None else module.bias[part]
+                        columns = output.view(-1, output.shape[-1])[:, part]
+                        low_rank.linear_(columns, x, matrix, bias)
+
+
+def run_low_rank(
+    perturber: Perturber,
+    module: Any,
+    held: Mapping[Any, Perturbable],
+    form: low_rank.Form,
+    original: Callable,
+    x: torch.Tensor,
+    pairs: Sequence[Pair],
+) -> torch.Tensor:
+    """Run a matrix module once over the streams that have the same center, then add the
+    perturbation of each stream. held: the module's perturbed parameters.
+    """
+    size = x.shape[0] // len(perturber.points)
+    centers: Centers = {}
+    stored = {param: param.data for param in held}
+    starts: list[dict[Any, Center]] = [
+        {
+            param: perturber.center(p, stored[param], perturber.points[pair[0]], centers)
+            for param, p in held.items()
+        }
+        for pair in pairs
+    ]
+    outputs, begin = [], 0
+    for i, pair in enumerate(pairs):
+        same = i + 1 < len(starts) and all(
+            starts[i + 1][k].weight is starts[i][k].weight for k in held
+        )
+        if not same:
+            end = (pair[-1] + 1) * size
+            elsewhere = [
+                (p, starts[i][k].weight)
+                for k, p in held.items()
+                if starts[i][k].weight is not stored[k]
+            ]
+            with perturber.placed(elsewhere):
+                outputs.append(original(x[begin:end]))
+            begin = end
+    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    for pair, start in zip(pairs, starts, strict=True):
+        part = slice(pair[0] * size, (pair[-1] + 1) * size)
+        with perturber.scratch.scope():
+            _add_perturbation(
+                perturber, module, held, form, output[part], x[part], pair, start, centers
+            )
+    return output
+
+
+def _add_perturbation(
+    perturber: Perturber,
+    module: Any,
+    held: Mapping[Any, Perturbable],
+    form: low_rank.Form,
+    output: torch.Tensor,
+    x: torch.Tensor,
+    pair: Pair,
+    start: Mapping[Any, Center],
+    centers: Centers,
+) -> None:
+    """Add to a pair's output at the weights of its centers the parts of the perturbed matrix and of
+    the perturbed bias.
+    """
+    inner, outer, scale = [], [], 1.0
+    parameter = held.get(module.weight)
+    if parameter is not None:
+        center, point = start[module.weight], perturber.points[pair[0]]
+        seeds = (*center.seeds, point.seed)
+        coefficients = (*center.coefficients, point.coefficient)
+        rows = range(parameter.shape[0])
+        left, right = perturber.direction.factors(parameter, seeds, coefficients, rows, x.device)
+        mirrored = right.shape[0] // len(seeds) if len(pair) > 1 else 0
+        matrices = low_rank.projected(form, x, left, right, mirrored)
+        inner, outer, scale = [matrices[0]], [matrices[1]], center.scale
+    bias = getattr(module, "bias", None)
+    if bias is not None:
+        used, wanted = bias.data, [bias.data] * len(pair)
+        if (parameter := held.get(bias)) is not None:
+            used = start[bias].weight
+            wanted = [copies[0][1] for copies in perturber.copies([parameter], pair, centers)]
+        num_rows = output.numel() // output.shape[-1]
+        streams = torch.eye(len(pair), device=x.device)
+        inner.append(streams.repeat_interleave(num_rows // len(pair), 0))
+        outer.extend((value.float() - scale * used.float())[None] for value in wanted)
+    low_rank.add_(output, torch.cat(inner, 1), torch.cat(outer), scale)
