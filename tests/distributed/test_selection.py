@@ -363,9 +363,7 @@ def run_and_save(
     for record in read_log(folder / "run" / "trajectory.log").records:
         if isinstance(record, Step):
             chosen, candidates = record.sub_batch, engine.training_dataloader.candidates(record.at)
-            logged.append(
-                logged[-1] if chosen is None else [candidates[place] for place in chosen.places]
-            )
+            logged.append(logged[-1] if chosen is None else [candidates[i] for i in chosen.indices])
     return ids, logged
 
 

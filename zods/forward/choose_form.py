@@ -21,7 +21,8 @@ from tqdm import tqdm
 from zods.core.points import Point
 from zods.data.batch import num_examples
 from zods.data.objectives import logits_of, other_labels
-from zods.forward.forms import Forwards
+from zods.forward.forms import Lockstep, Stacked
+from zods.forward.model_forwards import ModelForwards
 from zods.forward.peak_memory import peak_memory
 from zods.params.zero3_adapter import release_gathered, stop_nvme_prefetch
 
@@ -48,7 +49,9 @@ class ChooseForm:
 
     def __init__(
         self,
-        forwards: Forwards,
+        forwards: ModelForwards,
+        stacked: Stacked,
+        lockstep: Lockstep,
         *,
         eps: float,
         asked: str,
@@ -57,6 +60,7 @@ class ChooseForm:
         stream_memory_gb: float | None,
     ) -> None:
         self._forwards, self._comm = forwards, forwards.comm
+        self._stacked, self._lockstep = stacked, lockstep
         self._eps, self._asked = eps, asked
         self._micro_batch, self._most_points, self._stream_memory_gb = (
             micro_batch,
@@ -180,7 +184,7 @@ class ChooseForm:
         separate = torch.stack([first, f.loss_at(points[1], batch)])
         copies = f.at.scratch_bytes
         with peak_memory(self._comm.device) as of_two:
-            found = f.losses_in_lockstep(points, batch)
+            found = self._lockstep.losses(points, batch)
         copies = f.at.scratch_bytes - copies
         same = torch.allclose(found, separate, rtol=1e-6, atol=0.0, equal_nan=True)
         reason = None if same else "its losses differ from those of separate forwards"
@@ -210,7 +214,7 @@ class ChooseForm:
         f.at.nested.clear()
         copies = f.at.scratch_bytes
         with peak_memory(self._comm.device) as of_two:
-            stacked = f.stacked_logits(points, batch)
+            stacked = self._stacked.logits(points, batch)
         # copies serve all points
         needed = of_two.bytes - of_one.bytes - (f.at.scratch_bytes - copies)
         nested = sorted({type(module).__name__ for module in f.at.nested})
@@ -235,7 +239,7 @@ class ChooseForm:
         rounded = [
             f.logits_at(Point(point.seed, point.coefficient + change), alone) for point in points
         ]
-        found = f.stacked_logits(points, batch)
+        found = self._stacked.logits(points, batch)
         size = sum(float(logits.norm()) for logits in separate)
         return tuple(
             sum(float((a.float() - b).norm()) for a, b in zip(others, separate, strict=True)) / size

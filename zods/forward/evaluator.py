@@ -19,8 +19,9 @@ from zods.data.batch import Inputs, num_examples
 from zods.data.loader import WholePass
 from zods.data.objectives import loss_count
 from zods.forward.choose_form import CHECK_DISTANCE, ChooseForm
-from zods.forward.forms import Forwards
+from zods.forward.forms import Form, Lockstep, Sequential, Stacked
 from zods.forward.lockstep import NotInLockstep
+from zods.forward.model_forwards import ModelForwards
 from zods.forward.stacked import NotStackable
 from zods.params.deferred_update import DeferredUpdate
 from zods.params.shards import ShardedParameters
@@ -57,11 +58,19 @@ class Evaluator:
         self.evaluation: str | None = None  # how points are evaluated; chosen on the first batch
         self.streams_per_forward = 2
         self._comm, self._beat = comm, beat
-        self._forwards = Forwards(
+        self._forwards = ModelForwards(
             deepspeed_engine, comm, parameters, deferred, direction, loss_mean
         )
+        stacked, lockstep = Stacked(self._forwards), Lockstep(self._forwards)
+        self._forms: dict[str, Form] = {
+            "sequential": Sequential(self._forwards),
+            "stacked": stacked,
+            "lockstep": lockstep,
+        }
         self._chooser = ChooseForm(
             self._forwards,
+            stacked,
+            lockstep,
             eps=eps,
             asked=evaluation,
             micro_batch=micro_batch,
@@ -133,14 +142,9 @@ class Evaluator:
         ):
             # it says what such a batch lacks, or the model gives a loss without labels
             form = "sequential"
-        losses = Forwards.LOSSES_BY[form]
+        losses = self._forms[form].losses
         size = self.streams_per_forward
-        return torch.cat(
-            [
-                losses(self._forwards, points[k : k + size], batch)
-                for k in range(0, len(points), size)
-            ]
-        )
+        return torch.cat([losses(points[k : k + size], batch) for k in range(0, len(points), size)])
 
     # --- how to evaluate --------------------------------------------------------------------------
 

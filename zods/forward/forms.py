@@ -1,235 +1,85 @@
-"""Forwards of a model under DeepSpeed at given points: one after the other, in lockstep, or as one
-stack.
+"""The forms of evaluation: how the losses of a batch at several points are computed.
+
+    sequential   one forward after the other
+    stacked      one forward of as many copies of the batch as points; losses from the logits
+    lockstep     as many forwards as points, which wait for each other at every module
+
+All give the same losses, up to rounding, on models that fit the form. `zods.forward.choose_form`
+chooses one on the first batch; the evaluator uses it.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 
-from zods.comm.communicator import Communicator
-from zods.core.directions import Direction
 from zods.core.points import Point
-from zods.data.batch import (
-    WEIGHTS,
-    Inputs,
-    Signature,
-    call_model,
-    num_examples,
-    to_device,
-    without_weights,
-)
-from zods.data.objectives import (
-    Objective,
-    batch_loss,
-    fits_cross_entropy,
-    logits_of,
-    needs_rows,
-    own_loss,
-    refusal_of_examples,
-    shift_probes,
-)
-from zods.forward.perturbed_modules import PerturbedForward
+from zods.data.batch import call_model, num_examples
+from zods.forward.model_forwards import ModelForwards, logits_in
 from zods.forward.stacked import NotStackable
-from zods.params.deferred_update import DeferredUpdate
-from zods.params.shards import ShardedParameters
-from zods.params.zero3_adapter import is_sharded
 
 
-class Forwards:
-    """The model's outputs, logits and losses at points. It is in eval mode whenever one of these
-    methods runs it.
+class Form(Protocol):
+    def losses(self, points: Sequence[Point], batch: Any) -> torch.Tensor:
+        """Mean losses of a batch at the points: (number of points,)."""
+        ...
 
-    on_forward: called before each forward, where it is set.
-    """
 
-    def __init__(
-        self,
-        deepspeed_engine: Any,
-        comm: Communicator,
-        parameters: ShardedParameters,
-        deferred: DeferredUpdate | None,
-        direction: Direction,
-        loss_mean: str,
-    ) -> None:
-        """loss_mean: what a batch's loss is a mean over, "tokens" or "examples"."""
-        self.deepspeed, self.module = deepspeed_engine, deepspeed_engine.module
-        self.comm, self.parameters, self.direction = comm, parameters, direction
-        self.is_sharded, self.dtype = (
-            is_sharded(parameters.shards[0].param),
-            parameters.shards[0].dtype,
-        )
-        self.at = PerturbedForward(self.module, parameters.shards, direction, deferred)
-        # how the model aligns its labels is found on the first batch
-        self.objective = Objective(loss_mean)
-        self.on_forward: Callable[[], Any] | None = None
-        self._modules = list(self.module.modules())
-        self._signature = Signature(self.module)
-        takes = inspect.signature(self.module.forward).parameters
-        self._needs_labels = (
-            "labels" in takes and takes["labels"].default is inspect.Parameter.empty
-        )
-        # keys and values for generation, of all layers: a loss needs none
-        self._has_cache = "use_cache" in takes
+class Sequential:
+    def __init__(self, forwards: ModelForwards) -> None:
+        self._forwards = forwards
 
-    def inputs(self, *args: Any, **kwargs: Any) -> dict[str, Any] | Inputs:
-        """A batch on the device, as the model's forward is given it; see
-        `zods.data.batch.Signature.bind`.
+    def losses(self, points: Sequence[Point], batch: Any) -> torch.Tensor:
+        return torch.stack([self._forwards.loss_at(point, batch) for point in points])
+
+
+class Stacked:
+    def __init__(self, forwards: ModelForwards) -> None:
+        self._forwards = forwards
+
+    def losses(self, points: Sequence[Point], batch: Any) -> torch.Tensor:
+        """Mean losses at the points.
+
+        Raises NotStackable where the batch or a module cannot be stacked.
         """
-        return to_device(self._signature.bind(*args, **kwargs), self.comm.device)
+        logits = self.logits(points, batch)
+        return torch.stack([self._forwards.mean_of({"logits": part}, batch) for part in logits])
 
-    def without_cache(self, batch: Any) -> Any:
-        """The batch, with generation's cache switched off where the model has one."""
-        return (
-            {"use_cache": False, **batch} if self._has_cache and isinstance(batch, dict) else batch
-        )
-
-    def outputs(self, batch: Any) -> Any:
-        """The model's outputs for what `inputs` gave, or for a batch that it would take."""
-        self._into_eval_mode()
-        if self.on_forward is not None:
-            self.on_forward()
-        return call_model(self.deepspeed, self._signature.bind(batch))
-
-    def _into_eval_mode(self) -> None:
-        """Put the model into eval mode: both losses of a pair need the same function, so dropout is
-        off.
-        """
-        for module in self._modules:
-            module.training = False
-
-    def mean_of(self, outputs: Any, batch: Any) -> torch.Tensor:
-        return batch_loss(outputs, batch, self.objective)
-
-    def find_objective(self, outputs: Any, batch: Any) -> None:
-        """Find how the model's labels are aligned, and whether its loss is the cross entropy of its
-        logits.
-
-        The same on all ranks. Where the loss fits both alignments or neither, it is that of a
-        shifted model if it does not depend on the rows' first labels. Raises ValueError on all
-        ranks where the mean over examples is wanted of a loss that does not tell them apart.
-        """
-        batch_loss(outputs, batch)
-        found = Objective(self.objective.mean)
-        if own_loss(outputs) is None:
-            self.objective = found
-            return
-        misfits = [
-            float(fits_cross_entropy(outputs, batch, shifted) is False) for shifted in (True, False)
-        ]
-        fits = [not number for number in self.comm.sum_over_ranks(misfits)]
-        shifted = fits[0]
-        if fits[0] == fits[1] and (probes := shift_probes(batch)) is not None:
-            without, with_first = (
-                batch_loss(self.outputs_at(None, probe), probe) for probe in probes
-            )
-            same = torch.allclose(without, with_first, rtol=1e-6, atol=0.0, equal_nan=True)
-            shifted = not any(self.comm.sum_over_ranks([float(not same)]))
-        self.objective = replace(found, shifted=shifted)
-        if not any(fits):
-            self.take_own_loss(batch)
-
-    def take_own_loss(self, batch: Any) -> None:
-        """Take the model's loss as one of its own from now on, not as the cross entropy of its
-        logits. All ranks together.
-
-        Raises ValueError on all ranks where the mean over examples is wanted of a loss that does
-        not tell them apart.
-        """
-        self.objective = replace(self.objective, own=True)
-        if isinstance(batch, dict) and WEIGHTS in batch:
-            raise ValueError(
-                "the model's own loss is not the cross entropy of its logits, of which the losses "
-                "of single examples are "
-                "made. Losses of another kind can be neither selected by nor weighted."
-            )
-        size = num_examples(batch) if needs_rows(batch, self.objective) else 0
-        largest = max(of_rank[0] for of_rank in self.comm.gather_scalars([float(size)]))
-        if largest:
-            raise ValueError(refusal_of_examples(int(largest)))
-
-    def own_and_logits_loss(self, outputs: Any, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """The model's own loss, and the one that is taken of its logits alone. Raises ValueError
-        where logits and labels have shapes that no cross entropy has."""
-        batch = without_weights(batch)  # with weights a loss is always taken from the logits
-        over_tokens = replace(self.objective, mean="tokens", own=False)
-        return batch_loss(outputs, batch, over_tokens), batch_loss(
-            {"logits": logits_of(outputs)}, batch, over_tokens
-        )
-
-    def loss_at(self, point: Point | None, batch: Any) -> torch.Tensor:
-        return self.mean_of(self.outputs_at(point, batch), batch)
-
-    def logits_at(self, point: Point, batch: Any, **record: int) -> torch.Tensor:
-        """The logits at a point. Raises NotStackable where there are none."""
-        return _logits(self.outputs_at(point, batch, **record))
-
-    def stacked_logits(self, points: Sequence[Point], batch: Any) -> tuple[torch.Tensor, ...]:
+    def logits(self, points: Sequence[Point], batch: Any) -> tuple[torch.Tensor, ...]:
         """The logits of a batch at each point, from one forward of as many copies of it."""
         if not isinstance(batch, dict) or "labels" not in batch:
             raise NotStackable("the batch is not a dict with labels")
         size = num_examples(batch)
         stack = {
             key: _stacked(value, len(points), size)
-            for key, value in self.without_loss(batch).items()
+            for key, value in self._forwards.without_loss(batch).items()
         }
-        with self.at.at_all(points, size):
-            logits = _logits(self.outputs(stack))
+        with self._forwards.at.at_all(points, size):
+            logits = logits_in(self._forwards.outputs(stack))
         return logits.chunk(len(points))
 
-    def without_loss(self, batch: Any) -> Any:
-        """The batch without labels, where the model takes that: its own loss, over a whole stack,
-        is not needed.
-        """
-        if self._needs_labels or not isinstance(batch, dict):
-            return batch
-        return {key: value for key, value in batch.items() if key != "labels"}
 
-    def outputs_at(self, point: Point | None, batch: Any, **record: int) -> Any:
-        with self.at.at(point, **record):
-            return self.outputs(batch)
+class Lockstep:
+    def __init__(self, forwards: ModelForwards) -> None:
+        self._forwards = forwards
 
-    def losses_one_by_one(self, points: Sequence[Point], batch: Any) -> torch.Tensor:
-        return torch.stack([self.loss_at(point, batch) for point in points])
-
-    def losses_of_a_stack(self, points: Sequence[Point], batch: Any) -> torch.Tensor:
-        logits = self.stacked_logits(points, batch)
-        return torch.stack([self.mean_of({"logits": part}, batch) for part in logits])
-
-    def losses_in_lockstep(self, points: Sequence[Point], batch: Any) -> torch.Tensor:
-        """Mean losses of a batch, from as many forwards as points that go through the modules
-        together.
-        """
-        self._into_eval_mode()
+    def losses(self, points: Sequence[Point], batch: Any) -> torch.Tensor:
+        """Mean losses at the points. Raises NotInLockstep where the forwards call different modules."""
+        f = self._forwards
+        f.into_eval_mode()
 
         def loss(k: int) -> torch.Tensor:
-            # DeepSpeed's hooks on the whole model count forwards: they run once, in the first
-            # stream
-            call = self.deepspeed if k == 0 else self.module.forward
-            return self.mean_of(call_model(call, batch), batch)
+            # DeepSpeed's hooks on the whole model count forwards: they run once, in the first stream
+            call = f.deepspeed if k == 0 else f.module.forward
+            return f.mean_of(call_model(call, batch), batch)
 
-        return torch.stack(self.at.in_lockstep(points, loss))
-
-    LOSSES_BY = {  # noqa: RUF012 (a constant)
-        "sequential": losses_one_by_one,
-        "stacked": losses_of_a_stack,
-        "lockstep": losses_in_lockstep,
-    }
-
-
-def _logits(outputs: Any) -> torch.Tensor:
-    logits = logits_of(outputs)
-    if logits is None:
-        raise NotStackable("the model gives no logits without labels")
-    return logits
+        return torch.stack(f.at.in_lockstep(points, loss))
 
 
 def _stacked(value: Any, num_points: int, size: int) -> Any:
-    """An entry of a batch of `size` examples, for each point; one row serves all examples."""
+    """Repeat an entry of a batch of `size` examples for each point; one row serves all examples."""
     if not isinstance(value, torch.Tensor) or value.ndim == 0 or value.shape[0] not in (1, size):
         return value
     return value.expand(size, *value.shape[1:]).repeat(num_points, *[1] * (value.ndim - 1))

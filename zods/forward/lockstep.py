@@ -17,7 +17,7 @@ class NotInLockstep(RuntimeError):
     """The forwards call different modules."""
 
 
-class Lockstep:
+class LockstepScheduler:
     """names: of the modules, for messages."""
 
     def __init__(self, names: Mapping[torch.nn.Module, str]) -> None:

@@ -25,7 +25,7 @@ from zods.core.directions import Direction
 from zods.core.points import Point
 from zods.forward import low_rank
 from zods.forward.large_matrices import LookedUpRows, is_large
-from zods.forward.lockstep import Lockstep
+from zods.forward.lockstep import LockstepScheduler
 from zods.forward.matrix_forwards import multiply_in_blocks, run_low_rank
 from zods.forward.parameter_usage import Observer, Perturbable
 from zods.forward.perturber import Centers, Perturber
@@ -73,7 +73,7 @@ class PerturbedForward:
         # holders that ran inside another, so once per stream of a stack
         self.nested: set[torch.nn.Module] = set()
         self.stacking = Stacking(module)
-        self._lockstep = Lockstep(self.stacking.names)
+        self._lockstep = LockstepScheduler(self.stacking.names)
         by_id = {id(p.param): p for p in parameters}
         # DeepSpeed gathers all that is inside a leaf module with it, and what runs there may differ
         # by stream (experts): a stack is cut at the leaf, and streams in lockstep wait there alone
