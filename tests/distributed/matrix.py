@@ -52,10 +52,16 @@ class Cell:
     disk_kib: int | None = None  # of a small file system that holds the run's folder
     small_kib: int | None = None  # of one that holds its log alone
     nvme_kib: int | None = None  # of one that holds the anchor's files
-    refused_again: str = (
-        ""  # what the second start says, where the cause has to be removed manually
-    )
+    # what the second start says, where the cause has to be removed manually
+    refused_again: str = ""
     mend: Callable[[Path], None] | None = None
+    code: int | None = None  # exit code of the first start; None: see `_outcome`
+
+    @property
+    def marks(self) -> list[str]:
+        """The files by which the script marks the faults that have struck, in their order."""
+        unmarked = ("slow:", "other:")
+        return [fault.replace(":", "-") for fault in self.strikes if not fault.startswith(unmarked)]
 
     @property
     def name(self) -> str:
@@ -149,7 +155,7 @@ def command(folder: Path, cell: Cell) -> list[str]:
     )
 
 
-def start(folder: Path, cell: Cell, *, strike: bool, timeout: float = LIMIT) -> Started:
+def start(folder: Path, cell: Cell, *, strike: bool) -> Started:
     """One start of the command line through the launcher, to its end, and to that of every process
     it has made.
     """
@@ -166,15 +172,15 @@ def start(folder: Path, cell: Cell, *, strike: bool, timeout: float = LIMIT) -> 
         )
         try:
             if strike and cell.signal is not None:
-                _wait_for_steps(folder, 2, process, timeout)
+                _wait_for_steps(folder, 2, process)
                 for pid in _targets(process.pid, cell.target, folder):
                     os.kill(pid, cell.signal)
-            process.wait(timeout)
-            _wait_for_end(process.pid, timeout)
+            process.wait(LIMIT)
+            _wait_for_end(process.pid, LIMIT)
         except subprocess.TimeoutExpired:
             said = (folder / "output").read_text(errors="replace")
             raise AssertionError(
-                f"{cell.name}: still running after {timeout} s. It said:\n{said[-3000:]}"
+                f"{cell.name}: still running after {LIMIT} s. It said:\n{said[-3000:]}"
             ) from None
         finally:
             with contextlib.suppress(ProcessLookupError):
@@ -186,10 +192,8 @@ def start(folder: Path, cell: Cell, *, strike: bool, timeout: float = LIMIT) -> 
         )
 
 
-def _wait_for_steps(
-    folder: Path, number: int, process: subprocess.Popen[Any], timeout: float
-) -> None:
-    metrics, deadline = folder / "disk" / "run" / "metrics.jsonl", time.monotonic() + timeout
+def _wait_for_steps(folder: Path, number: int, process: subprocess.Popen[Any]) -> None:
+    metrics, deadline = folder / "disk" / "run" / "metrics.jsonl", time.monotonic() + LIMIT
     while time.monotonic() < deadline and process.poll() is None:
         if metrics.exists() and metrics.read_text().count('"train"') >= number:
             return
@@ -290,12 +294,16 @@ CELLS: list[Cell] = [
     Cell("kill -9", "while the log is replayed", "rank 1", ("kill:scalars:1:5", "kill:resume:1:-1"), restarts=2),
     Cell("kill -9", "between scalars and application", "all ranks", ("kill_all:after_scalars:0:4",)),
     Cell("kill -9", "in the first step", "rank 1", ("kill:after_scalars:1:0",)),
-    Cell("kill -9", "in a step", "the runner", ("slow:forward:0:0",), signal.SIGKILL, "runner", says="the launcher is gone"),
-    Cell("kill -9", "in a step", "launch.py", ("slow:forward:0:0",), signal.SIGKILL, "launch.py", says="the launcher is gone"),
-    Cell("SIGTERM", "in a step", "the runner", ("slow:forward:0:0",), signal.SIGTERM, "runner", says="stopped after step"),
-    Cell("SIGTERM", "in a step", "launch.py", ("slow:forward:0:0",), signal.SIGTERM, "launch.py", says="stopped after step"),
-    Cell("SIGTERM", "in a step", "all ranks", ("slow:forward:0:0",), signal.SIGTERM, "ranks", says="stopped after step"),
-    Cell("SIGTERM", "in a forward", "rank 1", ("term:forward:1:4",), says="stopped after step 5"),
+    Cell("kill -9", "in a step", "the runner", ("slow:forward:0:0",), signal.SIGKILL, "runner", says="the launcher is gone",
+         code=-signal.SIGKILL),
+    Cell("kill -9", "in a step", "launch.py", ("slow:forward:0:0",), signal.SIGKILL, "launch.py", says="the launcher is gone",
+         code=0),
+    Cell("SIGTERM", "in a step", "the runner", ("slow:forward:0:0",), signal.SIGTERM, "runner", says="stopped after step",
+         code=-signal.SIGTERM),
+    Cell("SIGTERM", "in a step", "launch.py", ("slow:forward:0:0",), signal.SIGTERM, "launch.py", says="stopped after step",
+         code=1),
+    Cell("SIGTERM", "in a step", "all ranks", ("slow:forward:0:0",), signal.SIGTERM, "ranks", says="stopped after step", code=0),
+    Cell("SIGTERM", "in a forward", "rank 1", ("term:forward:1:4",), says="stopped after step 5", code=0),
     Cell("hang", "stopped in a forward", "rank 1", ("stop:forward:1:4",), stops="rank 1 does not answer"),
     Cell("hang", "stopped in a forward", "rank 0", ("stop:forward:0:4",), stops="rank 0, which keeps"),
     Cell("hang", "asleep, loading data", "rank 1", ("sleep:data:1:4",), stops="rank 1 hangs"),
@@ -385,6 +393,9 @@ def _disk(path: Path, kib: int | None) -> Any:
 def _run_cell(cell: Cell, here: Path, expected: Path) -> Outcome:
     run = here / "disk" / "run"
     starts = [start(here, cell, strike=True)]
+    assert all((here / mark).exists() for mark in cell.marks[:1]), (
+        f"{cell.name}: the fault did not strike:\n{starts[0].said[-3000:]}"
+    )
     outcome = _outcome(cell, starts[0])
     if cell.between is not None:
         cell.between(run)
@@ -401,6 +412,9 @@ def _run_cell(cell: Cell, here: Path, expected: Path) -> Outcome:
         starts.append(start(here, again, strike=False))
     said = "\n".join(started.said for started in starts)
     assert starts[-1].code == 0, f"{cell.name}: the last start failed:\n{starts[-1].said[-3000:]}"
+    assert all((here / mark).exists() for mark in cell.marks), (
+        f"{cell.name}: a fault did not strike"
+    )
     assert cell.says in said, f"{cell.name}: {cell.says!r} was not said:\n{said[-6000:]}"
     return Outcome(outcome, same(run, expected), sum(started.seconds for started in starts), said)
 
@@ -415,9 +429,12 @@ def _outcome(cell: Cell, first: Started) -> str:
     if cell.restarts == 0:
         assert first.code == 0, first.said[-3000:]
         return f"goes on, says: {cell.says} ..."
-    if cell.fault == "SIGTERM":
-        return "finishes the step, saves, ends"
-    return "ends"
+    if cell.code is not None:
+        assert first.code == cell.code, f"exit code {first.code}, not {cell.code}"
+    else:
+        assert first.code != 0, "the exit code is 0 though a rank was killed"
+    how = "finishes the step, saves, ends" if cell.fault == "SIGTERM" else "ends"
+    return f"{how} with exit code {first.code}"
 
 
 def same(run: Path, expected: Path) -> bool:

@@ -1,6 +1,6 @@
 """The fault matrix (`tests/distributed/matrix.py`).
 
-By default a few cells run: a kill, a signal and a damaged file.
+By default two cells run: a kill and a signal.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from tests.distributed.matrix import CELLS, Cell, run_cell
 DEFAULT = {
     "kill -9, in the middle of application, rank 1",
     "SIGTERM, in a step, launch.py",
-    "corrupted NVMe anchor, gradient, rank 1",
 }
 
 
