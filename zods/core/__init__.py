@@ -1,4 +1,4 @@
 """The pure mathematics of zeroth-order steps: directions, estimates, updates, points.
 
-No ranks, no configuration, no modules.
+It knows neither ranks nor configuration objects nor modules.
 """

@@ -1,9 +1,10 @@
-"""Directions as seeds: which direction a step draws is a function of (base seed, purpose, step,
-index), never sent.
+"""Directions as seeds.
 
-Element by element, z(seed, parameter, index) is defined in `zods.kernels`. A low-rank direction is
-made of such elements: z = U V^T / sqrt(r) for a matrix, with the elements of U and V Gaussian, and
-Gaussian for everything else. E[z z^T] = I.
+A direction z is a function of its seed, and a seed is a function of (base seed, purpose, step,
+index). No rank sends a direction to another. `zods.kernels` defines every element
+z(seed, parameter, index). A low-rank direction is made of such elements: z = U V^T / sqrt(r) for a
+matrix, with the elements of U and V Gaussian, and Gaussian elements for other parameters.
+E[z z^T] = I.
 """
 
 from __future__ import annotations
@@ -24,27 +25,26 @@ __all__ = ["PURPOSES", "Direction", "Parameter", "derive_seed"]
 
 PURPOSES = ("step", "step_anchor", "anchor", "rounding", "anchor_rounding", "selection")
 
-
-_FACTOR_BYTES = 1 << 26  # of low-rank directions that are made at once
+_FACTOR_BYTES = 1 << 26  # bytes of the low-rank factors that `replay_` makes at a time
 
 
 def derive_seed(base_seed: int, purpose: str, step: int, index: int = 0) -> int:
     """The 64-bit seed of direction `index` of step `step` for one of `PURPOSES`.
 
-    BLAKE2b of the four numbers: seeds of different purposes, steps and indices are unrelated,
-    whatever the base seed.
+    The seed is a BLAKE2b digest of the four numbers. Seeds of different purposes, steps and indices
+    are therefore unrelated, whatever the base seed.
     """
-    return _hashed(struct.pack("<QIQI", base_seed, PURPOSES.index(purpose), step, index))
+    return _hash(struct.pack("<QIQI", base_seed, PURPOSES.index(purpose), step, index))
 
 
-def _hashed(message: bytes) -> int:
+def _hash(message: bytes) -> int:
     return int.from_bytes(
         hashlib.blake2b(message, digest_size=8, person=b"zods-seed").digest(), "little"
     )
 
 
 class Parameter(Protocol):
-    """The identity of a parameter, as far as a direction's elements depend on it."""
+    """Identification of a parameter's elements in a direction."""
 
     @property
     def ordinal(self) -> int:
@@ -57,8 +57,10 @@ class Parameter(Protocol):
 
 @dataclass(frozen=True)
 class Direction:
-    """The distribution of z. distribution: "gaussian", "rademacher" or "low_rank"; rank: of the
-    matrices of "low_rank".
+    """Recipe that makes a direction z from a seed.
+
+    distribution: "gaussian", "rademacher" or "low_rank". rank: rank of the matrices of "low_rank";
+    not used by the other distributions.
     """
 
     distribution: str = "gaussian"
@@ -76,23 +78,36 @@ class Direction:
         rows: range,
         device: torch.device | str,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """sum_k c_k z_k of these rows of a matrix as (left, right): (rows, K r) and (K r, columns),
-        float32.
+        """Factors of sum_k c_k z_k for some rows of a matrix.
 
-        r is the rank, or the matrix's smaller side where that is less. left: c_k / sqrt(r) U_k
-        beside each other.
+        Returns (left, right), of shapes (rows, K r) and (K r, columns), float32: the sum is
+        left @ right. r is `rank`, or the matrix's smaller side where that is less. left: the K
+        matrices c_k / sqrt(r) U_k, concatenated by columns. right: the K matrices V_k^T,
+        concatenated by rows.
         """
         columns = parameter.shape[1]
         rank = min(self.rank, *parameter.shape)
         left = torch.empty(len(rows), len(seeds), rank, device=device)
         right = torch.empty(len(seeds), rank, columns, device=device)
         for k, (seed, coefficient) in enumerate(zip(seeds, coefficients, strict=True)):
-            sides = [_hashed(struct.pack("<QI", seed, side)) for side in (0, 1)]
-            made = kernels.direction(len(rows) * rank, seed=sides[0], distribution="gaussian",
-                                     parameter=parameter.ordinal, offset=rows.start * rank, device=device)  # fmt: skip
+            sides = [_hash(struct.pack("<QI", seed, side)) for side in (0, 1)]
+            made = kernels.direction(
+                len(rows) * rank,
+                seed=sides[0],
+                distribution="gaussian",
+                parameter=parameter.ordinal,
+                offset=rows.start * rank,
+                device=device,
+            )
             left[:, k] = made.view(-1, rank) * (coefficient / math.sqrt(rank))
-            right[k] = kernels.direction(rank * columns, seed=sides[1], distribution="gaussian",
-                                         parameter=parameter.ordinal, offset=0, device=device).view(rank, columns)  # fmt: skip
+            right[k] = kernels.direction(
+                rank * columns,
+                seed=sides[1],
+                distribution="gaussian",
+                parameter=parameter.ordinal,
+                offset=0,
+                device=device,
+            ).view(rank, columns)
         return left.flatten(1), right.flatten(0, 1)
 
     def combine_(
@@ -110,8 +125,10 @@ class Direction:
         rounding_seed: int | None = None,
         mirror: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """`zods.kernels.combine_` of these directions; `out` holds the elements of `parameter` from
-        `offset` on.
+        """Call `zods.kernels.combine_` with directions of this kind.
+
+        out: elements of `parameter` from index `offset` on. The other arguments are those of
+        `zods.kernels.combine_`.
         """
         others = {
             "weight": weight,
@@ -143,8 +160,11 @@ class Direction:
         sweeps: Sequence[kernels.Sweep],
         dense: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """`zods.kernels.replay_` of these directions: what as many calls of `combine_` would do, in
-        one pass over `out`.
+        """Call `zods.kernels.replay_` with directions of this kind.
+
+        The result has the same bits as one call of `combine_` per sweep. It takes one pass over
+        `out`, or for low-rank directions one pass per group of sweeps whose factors fit in
+        `_FACTOR_BYTES`.
         """
         if not self.has_factors(parameter):
             distribution = "gaussian" if self.distribution == "low_rank" else self.distribution

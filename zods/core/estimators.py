@@ -1,9 +1,11 @@
 """SPSA and SVRG estimates as lists of terms. Pure: no ranks, no modules.
 
-An estimate of the gradient is sum_k coefficient_k * z(seed_k); a step is that list, scaled, plus
-what is kept of the anchor gradient. Spall 1992 (SPSA); Malladi et al. 2023, arXiv:2305.17333
-(MeZO); Gautam et al. 2024, arXiv:2404.08080, algorithm 2 (MeZO-SVRG), with the anchor kept as a
-copy and one direction shared by the two estimates of a step.
+An estimate of the gradient is sum_k coefficient_k * z(seed_k). An update is this list of terms,
+scaled, plus a multiple of the stored anchor gradient.
+
+Spall 1992 (SPSA); Malladi et al. 2023, arXiv:2305.17333 (MeZO); Gautam et al. 2024,
+arXiv:2404.08080, algorithm 2 (MeZO-SVRG). The anchor is kept as a copy, and the two estimates of a
+step can share one direction.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from zods.kernels import Sweep
 
 
 class Term(NamedTuple):
-    """`coefficient * z(seed)`, over all trainable parameters."""
+    """One term `coefficient * z(seed)`, over all trainable parameters."""
 
     seed: int
     coefficient: float
@@ -25,10 +27,12 @@ class Term(NamedTuple):
 
 @dataclass(frozen=True)
 class Update:
-    """theta <- decay * theta + sum of terms + anchor_grad_coefficient * g, all in one sweep.
+    """One update of the parameters, applied in one pass.
 
-    decay applies to parameters of two or more dimensions only (biases and norms are not decayed).
-    rounding_seed: of the stochastic rounding of 16-bit parameters; None rounds to nearest.
+    theta <- decay * theta + sum of terms + anchor_grad_coefficient * g, with g the anchor gradient.
+
+    decay: for parameters of two or more dimensions only (biases and norms are not decayed).
+    rounding_seed: seed of the stochastic rounding of 16-bit parameters; None: round to nearest.
     """
 
     terms: tuple[Term, ...]
@@ -50,7 +54,11 @@ class Update:
 def projected_grads(
     losses_plus: Sequence[float], losses_minus: Sequence[float], eps: float
 ) -> list[float]:
-    """(L(theta + eps z_k) - L(theta - eps z_k)) / (2 eps) for each direction k."""
+    """The projected gradient (L(theta + eps z_k) - L(theta - eps z_k)) / (2 eps) for each k.
+
+    >>> projected_grads([1.5], [1.0], eps=0.25)
+    [1.0]
+    """
     return [
         (plus - minus) / (2 * eps) for plus, minus in zip(losses_plus, losses_minus, strict=True)
     ]
@@ -67,11 +75,10 @@ def svrg(
     anchor_seeds: Sequence[int],
     anchor_coefficients: Sequence[float],
 ) -> list[Term]:
-    """The correction of MeZO-SVRG: mean_k c_k z_k - mean_k a_k z'_k; the anchor gradient is to be
-    added.
+    """The correction of MeZO-SVRG: mean_k c_k z_k - mean_k a_k z'_k.
 
-    Where both draw the same directions (anchor_seeds == seeds) it is one term per direction, (c_k -
-    a_k) z_k.
+    The whole estimate is this correction plus the anchor gradient. When both means use the same
+    directions (anchor_seeds == seeds), there is one term per direction: (c_k - a_k) z_k.
     """
     if list(seeds) == list(anchor_seeds):
         return spsa(seeds, [c - a for c, a in zip(coefficients, anchor_coefficients, strict=True)])
@@ -86,12 +93,13 @@ def in_float32(terms: Sequence[Term]) -> tuple[Term, ...]:
 def along_gradient(
     gradient: Sequence[Term], stored: bool, lr: float
 ) -> tuple[tuple[Term, ...], float]:
-    """-lr * g of an anchor gradient as (terms, coefficient of the stored gradient). stored: g is
-    kept as a tensor.
+    """A step -lr * g along the anchor gradient, as (terms, coefficient of the stored gradient).
+
+    stored: g is stored as a tensor. Then there are no terms; otherwise the coefficient is 0.
     """
     return ((), -lr) if stored else (descend(gradient, lr), 0.0)
 
 
 def descend(estimate: Sequence[Term], lr: float) -> tuple[Term, ...]:
-    """The terms of theta <- theta - lr * estimate; terms that are nothing are left out."""
+    """The terms of theta <- theta - lr * estimate, without terms whose coefficient is 0."""
     return tuple(Term(seed, -lr * c) for seed, c in estimate if lr * c != 0.0)

@@ -1,8 +1,8 @@
-"""Points in parameter space at which a loss is evaluated: a center and a perturbation along one
-direction.
+"""Points in parameter space at which a loss is evaluated.
 
-The center is the parameters themselves, or the anchor point. A point holds no tensors. The modules
-of `zods.forward` make a parameter's value at a point when the parameter is used.
+A point is a center and a perturbation along one direction. The center is the parameters themselves,
+or the anchor point. A point holds no tensors. The modules of `zods.forward` compute the value of a
+parameter at a point when the parameter is used.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 
 class Center(NamedTuple):
-    """A parameter at the center of points: scale * weight + sum_k coefficients[k] * z(seeds[k])."""
+    """Value of one parameter at a center: scale * weight + sum_k coefficients[k] * z(seeds[k])."""
 
     weight: torch.Tensor  # the whole parameter
     scale: float = 1.0
@@ -30,13 +30,17 @@ def at_parameters(parameter: Any, live: torch.Tensor) -> Center:
 
 @dataclass(frozen=True)
 class Point:
-    """center + coefficient * z(seed). center: maps (parameter, its live whole data) to a `Center`."""
+    """The point center + coefficient * z(seed).
+
+    center: maps (parameter, its current whole data) to a `Center`.
+    """
 
     seed: int
     coefficient: float
     center: Callable[[Any, torch.Tensor], Center] = field(default=at_parameters)
 
     def is_mirror_of(self, other: Point) -> bool:
+        """Whether the points lie on opposite sides of the same center, at the same distance."""
         return (self.seed, -self.coefficient, self.center) == (
             other.seed,
             other.coefficient,
@@ -45,5 +49,5 @@ class Point:
 
 
 def pairs(seeds: Sequence[int], eps: float, **center: Any) -> list[Point]:
-    """center + eps * z and center - eps * z for each seed."""
+    """The points center + eps * z and center - eps * z for each seed, in this order."""
     return [Point(seed, sign * eps, **center) for seed in seeds for sign in (1, -1)]

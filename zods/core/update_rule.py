@@ -1,5 +1,6 @@
-"""Seeds, estimates and updates of MeZO and MeZO-SVRG, as functions of the step number and its
-losses. No tensors.
+"""The step rule of MeZO and MeZO-SVRG: from a step's number and losses to its update.
+
+It uses no tensors. The engine calls it in a run, and `zods.trajectory.updates` in a replay.
 """
 
 from __future__ import annotations
@@ -36,20 +37,24 @@ class StepSettings(Protocol):
 
 @dataclass(frozen=True)
 class StepRule:
-    """A function of the step's number and of its losses alone: the same on all ranks, and in a
-    replay.
+    """The rule of a step.
+
+    Its results depend on the settings, the step's number and the losses alone. They are therefore
+    the same on all ranks and in a replay.
     """
 
     config: StepSettings
 
     def seeds(self, purpose: str, step: int, number: int, of: int = 0) -> list[int]:
+        """The seeds of set `of` of a step's directions; a set has `number` directions."""
         return [
             derive_seed(self.config.seed, purpose, step, of * number + k) for k in range(number)
         ]
 
     def step_seeds(self, step: int, of: int) -> tuple[list[int], list[int]]:
-        """The directions of a step at the parameters and at the anchor: of one rank, or of all
-        where they share them.
+        """The seeds of a step's directions at the parameters and at the anchor.
+
+        of: the set of directions: the rank with "per_rank" directions, 0 with shared directions.
         """
         number = self.config.num_directions
         at_parameters = self.seeds("step", step, number, of)
@@ -59,6 +64,7 @@ class StepRule:
         )
 
     def rounding_seed(self, purpose: str, step: int) -> int | None:
+        """The seed of a step's stochastic rounding; None: round to nearest."""
         return (
             derive_seed(self.config.seed, purpose, step)
             if self.config.stochastic_rounding
@@ -68,13 +74,17 @@ class StepRule:
     def estimate(
         self, step: int, losses: Sequence[Sequence[float]]
     ) -> tuple[tuple[Term, ...], float]:
-        """The estimate of the gradient as terms, less that of the full batch, and the mean
-        projected gradient at the parameters.
+        """Estimate the gradient from a step's losses.
 
-        losses: at the points of each set of directions: one set, or one per rank, each weighted by
-        the rank's share of the global batch such that their mean is the global batch's.
-        Coefficients are rounded to float32, in which the log keeps them; noise is many orders
-        above.
+        Returns the terms of the estimate and the mean projected gradient at the parameters. The
+        terms of MeZO-SVRG are the correction alone; the anchor gradient is not added here.
+
+        losses: one sequence per set of directions, with the losses at the points of the set. There
+        is one set, or one per rank. Each rank's losses are weighted by its share of the global
+        batch, such that the mean over the ranks is the loss of the global batch.
+
+        Coefficients are rounded to float32, the log's precision. The noise of the estimate is many
+        orders of magnitude larger.
         """
         n = self.config.num_directions
         coefficients: list[float] = []
@@ -93,14 +103,16 @@ class StepRule:
         return estimators.in_float32(terms), sum(coefficients) / len(coefficients)
 
     def estimate_of(self, step: int, coefficients: Sequence[float]) -> tuple[Term, ...]:
-        """The terms of an estimate from their coefficients alone, as a log keeps them. Raises
-        ValueError where they are not as many as an estimate has."""
+        """The terms of an estimate, from the coefficients that a log holds.
+
+        Raises ValueError where the number of coefficients is wrong.
+        """
         per_set = self.config.num_directions * (2 if self._draws_twice else 1)
         number, left_over = divmod(len(coefficients), per_set)
         if left_over or (number > 1 and self.config.directions == "shared"):
             raise ValueError(
-                f"{len(coefficients)} coefficients, expected {per_set} (times the ranks, if "
-                f"per_rank)"
+                f"{len(coefficients)} coefficients, expected {per_set} "
+                "(times the ranks, if per_rank)"
             )
         seeds, anchor_seeds = self._all_seeds(step, number)
         return tuple(map(Term, seeds + (anchor_seeds if self._draws_twice else []), coefficients))
@@ -123,8 +135,10 @@ class StepRule:
         anchor_terms: Sequence[Term] = (),
         anchor_coefficient: float = 0.0,
     ) -> Update:
-        """The update of a step. anchor_terms, anchor_coefficient: what `estimators.along_gradient`
-        gives; none for MeZO.
+        """The update of a step.
+
+        anchor_terms, anchor_coefficient: the result of `estimators.along_gradient`; left out for
+        MeZO.
         """
         return Update(
             terms=(*estimators.descend(estimate, lr), *anchor_terms),
@@ -134,7 +148,7 @@ class StepRule:
         )
 
     def anchor_gradient(self, step: int, coefficients: Sequence[float]) -> tuple[Term, ...]:
-        """The full-batch gradient at a refresh, from the mean's coefficients."""
+        """The terms of the full-batch gradient at a refresh, from their coefficients."""
         return tuple(map(Term, self.seeds("anchor", step, len(coefficients)), coefficients))
 
     def anchor_update(

@@ -1,1 +1,1 @@
-"""Examples: which rank sees which when, what a batch is, and the losses of a model on it."""
+"""Training data: loaders, batches, digests of examples, and the loss of a model on a batch."""

@@ -1,10 +1,10 @@
-"""Batches, and how they become a model's inputs.
+"""Batches: their two forms, and the call of a model with a batch.
 
-A batch is what a loader yields or `engine(...)` is called with: tensors, or containers of tensors.
-`Signature` turns it into one of two forms, whichever way it came: a dict of keyword arguments of
-the model's forward, so that entries such as "labels" are found by name; or `Inputs`, where forward
-does not name its arguments. Called by the engine, by evaluation and by what measures a whole
-dataset.
+A batch is tensors, or containers of tensors. A loader yields it, or `engine(...)` is called with
+it. `Signature` converts it to one of two forms. The first is a dict of keyword arguments of the
+model's forward, so that entries such as "labels" are found by name. The second is `Inputs`, for a
+forward that does not name its arguments. Called by the engine, by the evaluator and by the metrics
+of whole datasets.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# the entry of a batch with a weight for each example, which no model is given
+# Key of a batch's entry with one weight per example. The entry is not passed to the model.
 WEIGHTS = "example_weights"
 
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
@@ -29,7 +29,7 @@ _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_O
 
 @dataclass(frozen=True)
 class Inputs:
-    """The arguments of a forward that does not name all of them."""
+    """Arguments for a forward that does not name all of its arguments."""
 
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
@@ -39,7 +39,7 @@ class Signature:
     """The arguments that a model's forward takes."""
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self._of = f"{type(model).__name__}.forward"
+        self._forward_name = f"{type(model).__name__}.forward"
         self._signature: inspect.Signature | None
         try:
             self._signature = inspect.signature(model.forward)
@@ -57,19 +57,20 @@ class Signature:
         )
         self._takes_one = first and len(required) == 1
         self._takes_any = not self._signature or any(p.kind is p.VAR_KEYWORD for p in parameters)
-        self._is_of_one = (
+        self._takes_only_one = (
             self._takes_one
             and sum(p.kind in (*_POSITIONAL, p.VAR_POSITIONAL) for p in parameters) == 1
         )
 
     def bind(self, *args: Any, **kwargs: Any) -> dict[str, Any] | Inputs:
-        """The arguments of `model(*args, **kwargs)`; a single argument may be a whole batch.
+        """Bind the arguments of `model(*args, **kwargs)`; a single argument may be a whole batch.
 
-        A mapping, a named tuple or a dataclass whose entries forward names is taken apart by name,
-        another tuple or list by position; a batch that fits neither way is the one argument of a
-        forward that takes one. The result can be bound again, and stays what it is.
+        A mapping, a named tuple or a dataclass is unpacked by name if forward names its entries.
+        Another tuple or list is unpacked by position. A batch that cannot be unpacked is passed as
+        the single argument of a forward that takes one. Binding the result again returns an equal
+        result.
 
-        Raises ValueError where forward does not take what it would be given.
+        Raises ValueError where forward does not accept the arguments.
         """
         if len(args) == 1 and not kwargs:
             return self._bind_batch(args[0])
@@ -93,7 +94,7 @@ class Signature:
             return self._bind_call((batch,), {})
         if len(batch) == 1 and _entries(batch[0]) is not None:
             return self._bind_batch(batch[0])
-        if self._is_of_one and len(batch) > 1:
+        if self._takes_only_one and len(batch) > 1:
             return self._bind_call((batch,), {})
         return self._bind_call(tuple(batch), {})
 
@@ -101,9 +102,8 @@ class Signature:
         odd = [str(key) for key in entries if key not in self.names and key != WEIGHTS]
         if odd and not self._takes_any:
             raise ValueError(
-                f"the batch: {self._of} takes no {', '.join(odd)}; it takes "
-                f"{', '.join(self.names)}. Drop what it does not "
-                "take, e.g. in collate_fn."
+                f"the batch: {self._forward_name} takes no {', '.join(odd)}; "
+                f"it takes {', '.join(self.names)}. Drop what it does not take, e.g. in collate_fn."
             )
         return dict(entries)
 
@@ -117,7 +117,7 @@ class Signature:
             found = describe(args) if not kwargs else f"{describe(args)} and {describe(kwargs)}"
             takes = ", ".join(self.names) or "nothing"
             raise ValueError(
-                f"the batch: {self._of} takes {takes}; it was given a {found}: {error}."
+                f"the batch: {self._forward_name} takes {takes}; it was given a {found}: {error}."
             ) from None
         named: dict[str, Any] = {}
         for name, value in bound.arguments.items():
@@ -126,13 +126,13 @@ class Signature:
                 named[name] = value
             elif kind is inspect.Parameter.VAR_KEYWORD:
                 named |= value
-            else:  # it has no name to be given by
+            else:  # positional only: it cannot be passed by name
                 return Inputs(args, kwargs)
         return {**named, **{key: value for key, value in kwargs.items() if key == WEIGHTS}}
 
 
 def _entries(batch: Any) -> dict[str, Any] | None:
-    """The entries of a batch by name, where it has names."""
+    """The entries of a batch by name; None where the batch does not name them."""
     if isinstance(batch, Mapping):
         return dict(batch)
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
@@ -143,8 +143,10 @@ def _entries(batch: Any) -> dict[str, Any] | None:
 
 
 def call_model(model: Any, batch: Any) -> Any:
-    """model(...) on a batch: a dict is given as keywords without the weights of examples, a tuple
-    or list as positions.
+    """Call a model with a batch and return its outputs.
+
+    A dict is passed as keyword arguments, without the weights of the examples. A tuple or list is
+    passed as positional arguments, and any other batch as the single argument.
     """
     if isinstance(batch, Inputs):
         return model(*batch.args, **without_weights(batch.kwargs))
@@ -154,16 +156,14 @@ def call_model(model: Any, batch: Any) -> Any:
 
 
 def without_weights(batch: Any) -> Any:
-    """A batch without the weights of its examples."""
+    """Copy a mapping without the weights of its examples; return any other batch as it is."""
     if not isinstance(batch, Mapping):
         return batch
     return {key: value for key, value in batch.items() if key != WEIGHTS}
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """A batch with its tensors on the device; containers are followed, an object with a `to` of its
-    own is asked.
-    """
+    """Copy a batch to the device: tensors, containers of tensors, objects with a method `to`."""
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
     if isinstance(batch, Mapping):
@@ -176,7 +176,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
         moved_batch = copy.copy(batch)
         for name, value in (_entries(batch) or {}).items():
-            object.__setattr__(moved_batch, name, to_device(value, device))  # a frozen one, too
+            object.__setattr__(moved_batch, name, to_device(value, device))  # also if frozen
         return moved_batch
     return batch.to(device) if callable(getattr(batch, "to", None)) else batch
 
@@ -184,13 +184,16 @@ def to_device(batch: Any, device: torch.device) -> Any:
 def num_examples(batch: Any) -> int:
     """The size of the batch dimension of a tensor, or of nested containers of tensors.
 
-    It is that of the labels, where there are some, or else the dim 0 that most tensors have: of
-    several such the smallest, since a table beside the inputs is longer than the batch, and above
-    1, since one row (position ids) may serve all examples. The order of the entries does not
-    matter.
+    If the batch has labels, it is their dim 0. Otherwise it is the dim 0 above 1 that most tensors
+    have: a tensor of one row, such as position ids, may serve all examples. Among equally frequent
+    sizes the smallest is taken: a table beside the inputs is longer than the batch. The order of
+    the entries does not matter.
 
     Raises:
         ValueError: the batch holds no tensor with a dim 0.
+
+    >>> num_examples({"input_ids": torch.zeros(3, 8), "position_ids": torch.zeros(1, 8)})
+    3
     """
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
     sizes = Counter(
@@ -206,7 +209,7 @@ def num_examples(batch: Any) -> int:
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """Tensors with a dim 0."""
+    """Yield the tensors of nested containers that have a dim 0."""
     if isinstance(value, Tensor):
         if value.ndim:
             yield value
@@ -217,7 +220,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def describe(value: Any) -> str:
-    """A batch or a model's outputs, for messages: types, names and shapes."""
+    """Describe a batch or a model's outputs for messages: types, names and shapes."""
     if isinstance(value, Mapping):
         keys = [f"{key} (None)" if entry is None else str(key) for key, entry in value.items()]
         return f"{type(value).__name__} with keys {', '.join(keys) or 'none'}"

@@ -1,4 +1,4 @@
-"""Digests of examples, by which ranks and restarts compare their data."""
+"""Digests of examples. Ranks and restarted runs compare them to detect that their data differ."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ import torch
 
 
 def digest_of(rows: Iterable[Any]) -> str:
-    """A digest of examples: tensors, arrays, texts, numbers and containers of these.
+    """A digest of examples, 16 hexadecimal digits.
 
-    Of other types it covers the name alone.
+    It covers tensors, arrays, strings, numbers and containers of these. For a value of another type
+    it covers the type's name only.
     """
     hasher = hashlib.blake2b(digest_size=8)
     for row in rows:
-        _add(hasher, row)
+        _update(hasher, row)
     return hasher.hexdigest()
 
 
-def _add(hasher: Any, value: Any) -> None:
+def _update(hasher: Any, value: Any) -> None:
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu()
         hasher.update(f"{value.dtype}{tuple(value.shape)}".encode())
@@ -28,11 +29,11 @@ def _add(hasher: Any, value: Any) -> None:
     elif isinstance(value, Mapping):
         for key in sorted(value, key=str):
             hasher.update(f"{key}:".encode())
-            _add(hasher, value[key])
+            _update(hasher, value[key])
     elif isinstance(value, (list, tuple)):
         hasher.update(f"[{len(value)}".encode())
         for item in value:
-            _add(hasher, item)
+            _update(hasher, item)
     elif isinstance(value, (str, bytes, int, float, bool, type(None))):
         hasher.update(f"{type(value).__name__} {value!r};".encode())
     elif hasattr(value, "tobytes"):  # an array or scalar of numpy
@@ -42,9 +43,9 @@ def _add(hasher: Any, value: Any) -> None:
 
 
 def sample_digest(dataset: Any) -> str | None:
-    """A digest of up to 64 examples, evenly spread.
+    """A digest of up to 64 examples, evenly spread over the dataset.
 
-    None where an example differs when it is read again, as with random augmentation.
+    None if the first example differs when it is read again, as with random augmentation.
     """
     if digest_of([dataset[0]]) != digest_of([dataset[0]]):
         return None

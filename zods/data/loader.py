@@ -1,8 +1,8 @@
-"""The order of examples, and their division among ranks and steps.
+"""Loaders of micro-batches: the assignment of examples to steps and ranks.
 
-The order of the examples is a function of (seed, epoch) alone: a step's global batch is the same
-set whatever the number of ranks. A loader's position is two numbers, so that a run resumes
-anywhere.
+The order of the examples is a function of (seed, epoch) alone. A step's global batch is the same
+set of examples for any number of ranks. A loader's position is two numbers, so that a run can
+resume at any step.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from zods.data.digest import sample_digest
 def check_dataset(dataset: Any, name: str) -> int:
     """The number of examples of a map-style dataset.
 
-    Raises ValueError for another kind, and for an empty one.
+    name: for messages. Raises ValueError for a dataset of another kind, and for an empty one.
     """
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise ValueError(
-            f"{name}: found {type(dataset).__name__}, expected a map-style dataset (__len__, "
-            f"__getitem__)."
+            f"{name}: found {type(dataset).__name__}, expected a map-style dataset "
+            "(__len__, __getitem__)."
         )
     if len(dataset) == 0:
         raise ValueError(f"{name}: the dataset is empty.")
@@ -33,8 +33,9 @@ def check_dataset(dataset: Any, name: str) -> int:
 
 
 def epoch_order(size: int, batch_size: int, seed: int, epoch: int) -> torch.Tensor:
-    """The examples of each step of an epoch, (steps, batch_size): all of `size` shuffled, less a
-    tail that fills no batch.
+    """The example indices of each step of an epoch, (steps, batch_size) int64.
+
+    All `size` examples are shuffled. The tail that does not fill a batch is dropped.
     """
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
     order = torch.randperm(size, generator=generator)
@@ -42,11 +43,11 @@ def epoch_order(size: int, batch_size: int, seed: int, epoch: int) -> torch.Tens
 
 
 class EpochLoader:
-    """Base of loaders of micro-batches: one iterator per epoch, which continues at the current
-    position.
+    """Base class of loaders of micro-batches.
 
-    epoch; position: micro-batches of it that were handed out; accumulation: micro-batches of a
-    step.
+    An iterator yields the rest of the current epoch, or the next epoch if the current one is over.
+    epoch: the current epoch. position: number of its micro-batches that were yielded.
+    accumulation: micro-batches per step.
     """
 
     accumulation: int
@@ -61,7 +62,7 @@ class EpochLoader:
         raise NotImplementedError
 
     def forever(self) -> Iterator[Any]:
-        """Micro-batches without end, through the epochs."""
+        """Yield micro-batches without end, epoch after epoch."""
         while True:
             yield from self
 
@@ -71,30 +72,26 @@ class EpochLoader:
 
     @property
     def epoch_and_step(self) -> tuple[int, int]:
-        """(epoch, steps of it that were handed out whole)."""
+        """(epoch, number of its steps whose micro-batches were all yielded)."""
         return self.epoch, self.position // self.accumulation
 
     def go_to(self, epoch_and_step: tuple[int, int]) -> None:
-        """Go on from a value of `epoch_and_step`.
-
-        Raises ValueError where an epoch has no such step.
-        """
+        """Continue at a value of `epoch_and_step`. Raises ValueError if an epoch is too short."""
         epoch, step = epoch_and_step
         if not 0 <= step <= self.steps_per_epoch:
             raise ValueError(
                 f"the log stands at step {step} of an epoch, which has {self.steps_per_epoch} "
-                f"steps here. Resume with the "
-                "data and the train_batch_size it was made with."
+                "steps here. Resume with the data and the train_batch_size it was made with."
             )
         self.epoch, self.position = epoch, step * self.accumulation
 
 
 class TrainingLoader(EpochLoader):
-    """This rank's micro-batches, epoch after epoch; an iterator per epoch, resumable.
+    """This rank's micro-batches of the training data, resumable.
 
     A step takes `accumulation` micro-batches of `micro_batch` examples on each of `world_size`
-    ranks. The tail of an epoch that does not fill a step is left out; each epoch is shuffled anew,
-    so that no example always is.
+    ranks. The tail of an epoch that does not fill a step is dropped. Every epoch is shuffled anew,
+    so that no example is dropped in every epoch.
     """
 
     def __init__(
@@ -113,26 +110,23 @@ class TrainingLoader(EpochLoader):
         if size < self.batch_size:
             raise ValueError(
                 f"training_data: {size} examples, fewer than one step's train_batch_size of "
-                f"{self.batch_size}. "
-                "Use a smaller batch or more data."
+                f"{self.batch_size}. Use a smaller batch or more data."
             )
         self.dataset = dataset
-        self.data_digest = sample_digest(dataset)  # None: examples are not the same each time
+        self.data_digest = sample_digest(dataset)  # None: examples change between reads
         self.collate_fn = collate_fn
         self.seed = seed
         self.accumulation = accumulation
-        # this rank's place among those that share a batch; it may change between steps
-        self.split = (
-            rank,
-            world_size,
-        )
+        # (index of this rank among the ranks that share a batch, their number). It may change
+        # between steps.
+        self.split = (rank, world_size)
 
     def __len__(self) -> int:
         """Micro-batches per epoch and rank."""
         return len(self.dataset) // self.batch_size * self.accumulation  # type: ignore[arg-type]
 
     def _epoch_batches(self) -> Iterator[list[int]]:
-        """Yield the remaining micro-batches of the epoch, as lists of indices."""
+        """Yield the example indices of each micro-batch in the rest of the epoch, lazily."""
         order = epoch_order(len(self.dataset), self.batch_size, self.seed, self.epoch)  # type: ignore[arg-type]
         for position in range(self.position, len(self)):
             step, micro = divmod(position, self.accumulation)
@@ -157,7 +151,7 @@ class TrainingLoader(EpochLoader):
             yield batch
 
     def last_examples(self) -> list[int]:
-        """Return the examples of the last step that was handed out, on all ranks."""
+        """The example indices, over all ranks, of the last step that was yielded."""
         if self.position < self.accumulation:
             return []
         order = epoch_order(len(self.dataset), self.batch_size, self.seed, self.epoch)  # type: ignore[arg-type]
@@ -168,25 +162,25 @@ class TrainingLoader(EpochLoader):
         return {"epoch": self.epoch, "examples": examples, "size": len(self.dataset)}  # type: ignore[arg-type]
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on at the first step that `state` had not begun; raises ValueError where the batch
-        sizes do not fit.
+        """Continue at the first step that was not complete in `state`.
+
+        Raises ValueError where the dataset's size or the batch size does not fit.
         """
         if "examples" not in state:
             raise ValueError(
-                "zeroth_order.selector: none, but the checkpoint was made with one. Resume with "
-                "the same."
+                "zeroth_order.selector: none, but the checkpoint was made with one. "
+                "Resume with the same."
             )
-        size = len(self.dataset)  # type: ignore[arg-type]
-        if state["size"] != size:
+        if state["size"] != len(self.dataset):  # type: ignore[arg-type]
             raise ValueError(
-                f"training_data: {size} examples, but the checkpoint was made with "
-                f"{state['size']}. Resume with the same data."
+                f"training_data: {len(self.dataset)} examples, "  # type: ignore[arg-type]
+                f"but the checkpoint was made with {state['size']}. Resume with the same data."
             )
         if state["examples"] % self.batch_size:
             raise ValueError(
                 f"train_batch_size: {self.batch_size}, but the checkpoint stands at example "
-                f"{state['examples']} of its "
-                "epoch, which is no multiple. Resume with the train_batch_size it was made with."
+                f"{state['examples']} of its epoch, which is no multiple. Resume with the "
+                "train_batch_size it was made with."
             )
         self.epoch = state["epoch"]
         self.position = state["examples"] // self.batch_size * self.accumulation
@@ -194,11 +188,11 @@ class TrainingLoader(EpochLoader):
 
 @dataclass(frozen=True)
 class WholePass:
-    """Every example once, in micro-batches dealt out to the ranks in turn.
+    """One pass over a dataset, in micro-batches that are assigned to the ranks in turn.
 
-    All ranks make the same number of forwards, as ZeRO-3 needs: one that has no micro-batch left in
-    the last round repeats the first with `counted` False. The micro-batches themselves do not
-    depend on the number of ranks.
+    Yields (micro-batch, counted). All ranks make the same number of forwards, as ZeRO-3 requires. A
+    rank without a micro-batch in the last round repeats the dataset's first one, with `counted`
+    False. The micro-batches themselves do not depend on the number of ranks.
     """
 
     dataset: Dataset
@@ -208,7 +202,7 @@ class WholePass:
     collate_fn: Callable | None = None
 
     def __len__(self) -> int:
-        """Rounds; each is one micro-batch per rank."""
+        """The number of rounds; a round is one micro-batch per rank."""
         chunks = -(-len(self.dataset) // self.micro_batch)  # type: ignore[arg-type]
         return -(-chunks // self.world_size)
 

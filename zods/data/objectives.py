@@ -1,16 +1,19 @@
-"""The loss of a global batch: the same number whatever micro-batches and ranks the batch is cut
-into.
+"""The loss of a global batch.
 
-Every micro-batch gives its mean loss (`batch_loss`) and what that mean is taken over
-(`loss_count`). Over all micro-batches and ranks the objective is sum(count * mean) / sum(count),
-with `Objective.mean`
+The loss does not depend on how the batch is split into micro-batches and ranks. Every micro-batch
+gives its mean loss (`batch_loss`) and the count that the mean is taken over (`loss_count`). Over
+all micro-batches and ranks, the objective is sum(count * mean) / sum(count). `Objective.mean` is
+one of
 
-tokens    sum of the losses of all label tokens / their number, as transformers does with `num_items_in_batch`
-examples  sum over examples of the mean over the example's own label tokens / number of examples with a label token
+tokens    The sum of the losses of all label tokens, divided by the number of label tokens; the same
+          as transformers computes with `num_items_in_batch`.
+examples  The sum over examples of each example's mean over its own label tokens, divided by the
+          number of examples with a label token.
 
-Labels of -100 do not count. With weights w_i of examples: sum_i w_i sum_t loss_it / sum_i w_i n_i
-for tokens, and sum_i w_i mean_i / sum_i w_i for examples. For labels of one dimension (classes)
-both are the same.
+Labels of -100 do not count. With weights w_i of examples, the objective is
+sum_i w_i sum_t loss_it / sum_i w_i n_i for tokens, and sum_i w_i mean_i / sum_i w_i for examples.
+For labels of one dimension (classes) both means are the same. Called by the modules of
+`zods.forward` and `zods.training`.
 """
 
 from __future__ import annotations
@@ -25,21 +28,22 @@ from torch.nn import functional
 
 from zods.data.batch import WEIGHTS, describe, num_examples
 
-IGNORE_INDEX = -100  # transformers' mark for a token that is not scored
+IGNORE_INDEX = -100  # label of a token that is not scored, as in transformers
 
-_CHUNK_ELEMENTS = 1 << 24  # logits turned into float32 at a time: 64 MiB
-# what stays in its cache: seven times faster there for bfloat16 logits
+# Logits that are converted to float32 at a time: 64 MiB. On CPU, fewer: they then stay in the
+# cache, which was seven times faster for bfloat16 logits.
+_CHUNK_ELEMENTS = 1 << 24
 _CHUNK_ELEMENTS_ON_CPU = 1 << 20
 
 
 @dataclass(frozen=True)
 class Objective:
-    """The denominator of a mean loss, and the alignment of the model's labels.
+    """Definition of the mean loss, and the alignment of the model's labels.
 
     mean: "tokens" or "examples". shifted: position t predicts label t + 1, so that a row's first
     label never counts (causal language models); otherwise position t predicts label t (masked
-    language models, encoder-decoders). own: the model gives a loss that is not the cross entropy of
-    its logits, so that the losses of single examples are not known.
+    language models, encoder-decoders). own: the model returns a loss that is not the cross entropy
+    of its logits, so that the losses of single examples are not known.
     """
 
     mean: str = "tokens"
@@ -51,34 +55,35 @@ PLAIN = Objective()
 
 
 def batch_loss(outputs: Any, batch: Any, objective: Objective = PLAIN) -> Tensor:
-    """The mean loss of a model's outputs on a batch, over what `loss_count` counts.
+    """The mean loss of a model's outputs on a batch, over the count of `loss_count`.
 
-    The model's own loss is taken where there is one: `outputs` itself when it is a 0-d tensor, the
-    first element of a tuple when that is a 0-d tensor, or the entry (or attribute) `loss`. Where
-    that is the plain cross entropy of a classification rounded to 16 bits, as transformers takes it
-    in the dtype of the logits, it is taken again in float32: the rounding would swallow the
-    difference of two nearby points. A mean over the examples of a batch with several is taken from
-    the logits.
+    If the model returns a loss, this loss is taken: `outputs` itself if it is a 0-d tensor, the
+    first element of a tuple if this element is a 0-d tensor, or the entry (or attribute) `loss`.
+    There are three exceptions:
 
-    Where the model gives no loss, it is the cross entropy of `logits` against `batch["labels"]`:
-    logits (B, C) with labels (B,) are a classification; logits (B, L, V) with labels (B, L) a
+    - A plain cross entropy of a classification in 16 bits is computed again in float32.
+      transformers computes it in the dtype of the logits. The rounding to 16 bits would hide the
+      difference between two nearby points.
+    - The mean over examples of a batch with several examples is computed from the logits.
+    - A batch with weights has the weighted mean, computed from the logits; 0 if all weights are 0.
+
+    If the model returns no loss, the loss is the cross entropy of `logits` and `batch["labels"]`.
+    Logits (B, C) with labels (B,) are a classification. Logits (B, L, V) with labels (B, L) are a
     language model, aligned as `objective` says. A batch without any counted label gives NaN, as in
     transformers.
 
-    Of a batch with weights it is the weighted mean, whatever loss the model gives; 0 where all
-    weights are 0.
-
     Args:
-        outputs: what the model's forward returned.
-        batch: what it was given: a dict, or a tuple of tensors (which names no labels).
+        outputs: the return value of the model's forward.
+        batch: the batch that forward was given: a dict, or a tuple of tensors (without labels).
 
     Returns:
-        0-d float64 tensor. Losses of tokens are float32, sums of them float64: so the cut of a batch does not show in how a
-        sum is rounded.
+        0-d float64 tensor. Losses of tokens are float32 and their sums float64, so that the split
+        of a batch does not change the rounding of a sum.
 
     Raises:
-        ValueError: neither a scalar loss nor logits with labels; or their shapes do not fit each other; or the mean over
-            examples is wanted of a loss that the model gives for several at once.
+        ValueError: there is neither a scalar loss nor logits with labels; or the shapes of logits
+            and labels do not fit; or the mean over examples is wanted, but the model returns one
+            loss for several examples.
     """
     loss = own_loss(outputs)
     logits, labels = _entry(outputs, "logits"), _entry(batch, "labels")
@@ -107,12 +112,11 @@ def batch_loss(outputs: Any, batch: Any, objective: Objective = PLAIN) -> Tensor
 
 
 def loss_count(batch: Any, objective: Objective = PLAIN) -> Tensor:
-    """Return the weight of a micro-batch among others: what the mean of `batch_loss` is taken over.
-    0-d float64.
+    """The count that the mean of `batch_loss` is taken over, 0-d float64.
 
-    tokens: the number of label tokens that count. examples: the number of examples with such a
-    token. Of a batch with weights the sum of w_i n_i, or of w_i. Without integer labels it is the
-    number of examples.
+    It is the weight of a micro-batch among others. tokens: the number of label tokens that count.
+    examples: the number of examples with such a token. For a batch with weights it is the sum of
+    w_i n_i (tokens) or of w_i (examples). Without integer labels it is the number of examples.
     """
     labels, weights = _entry(batch, "labels"), weights_of(batch)
     counts = label_counts(labels, objective.shifted)
@@ -124,8 +128,10 @@ def loss_count(batch: Any, objective: Objective = PLAIN) -> Tensor:
 
 
 def label_counts(labels: Any, shifted: bool = True) -> Tensor | None:
-    """The number of labels that count in each row, (B,) int64; None where there are no integer
-    labels.
+    """The number of labels that count in each row, (B,) int64; None without integer labels.
+
+    >>> label_counts(torch.tensor([[7, 8, -100]]))  # the first label is never predicted
+    tensor([1])
     """
     if not isinstance(labels, Tensor) or labels.ndim == 0 or labels.is_floating_point():
         return None
@@ -135,9 +141,9 @@ def label_counts(labels: Any, shifted: bool = True) -> Tensor | None:
 
 
 def own_loss(outputs: Any) -> Tensor | None:
-    """The loss that a model gives, 0-d, or None.
+    """The loss that a model returns, 0-d; None without one.
 
-    Raises ValueError where it gives another thing of that name.
+    Raises ValueError if the output named `loss` is not a 0-d tensor.
     """
     first = outputs[0] if isinstance(outputs, (tuple, list)) and outputs else outputs
     loss = first if isinstance(first, Tensor) and first.ndim == 0 else _entry(outputs, "loss")
@@ -150,13 +156,12 @@ def own_loss(outputs: Any) -> Tensor | None:
 
 
 def other_labels(batch: dict[str, Any], logits: Tensor) -> list[dict[str, Any]]:
-    """Batches with the inputs of this one and labels that show more of a loss: spread over the
-    classes, some left out.
+    """Copies of a batch with other labels, to tell a model's loss from a plain cross entropy.
 
-    logits: of the batch. Labels (B,) are spread over up to 16 classes, B of them to a batch. Of
-    labels (B, L) those that count are spread over the classes, and where the first example has more
-    than one, some of them no longer count. The end of its attention mask is cleared, for a loss
-    that counts by the mask.
+    logits: of the batch. Labels (B,) are spread over up to 16 classes, B classes per batch. Labels
+    (B, L) that count are spread over the classes. If more than two labels of the first example
+    count, some of them are masked. The end of the first example's attention mask is cleared, for a
+    loss that counts tokens by the mask.
     """
     labels, number = batch.get("labels"), logits.shape[-1]
     if (
@@ -194,9 +199,7 @@ def other_labels(batch: dict[str, Any], logits: Tensor) -> list[dict[str, Any]]:
 
 
 def needs_rows(batch: Any, objective: Objective) -> bool:
-    """Whether a model's own loss, the mean over a batch's label tokens, is not the mean that is
-    wanted.
-    """
+    """Whether the objective needs each row's loss, because the model's own mean is another."""
     labels = _entry(batch, "labels")
     return (
         objective.mean == "examples"
@@ -207,21 +210,18 @@ def needs_rows(batch: Any, objective: Objective) -> bool:
 
 
 def refusal_of_examples(size: int) -> str:
-    """Return the reason why a loss that the model gives for `size` examples at once cannot be part
-    of a mean over examples.
-    """
+    """Error message: the mean over examples is wanted, but `size` examples have one loss."""
     return (
-        f'zeroth_order.loss_mean: "examples" needs the loss of each example, but the model gives '
-        f"one for {size} together, and "
-        'it is not the cross entropy of its logits. Use "tokens", or '
-        "train_micro_batch_size_per_gpu 1."
+        'zeroth_order.loss_mean: "examples" needs the loss of each example, but the model gives '
+        f"one for {size} together, and it is not the cross entropy of its logits. "
+        'Use "tokens", or train_micro_batch_size_per_gpu 1.'
     )
 
 
 def fits_cross_entropy(outputs: Any, batch: Any, shifted: bool) -> bool | None:
-    """Whether a model's own loss is the cross entropy of its logits, but for rounding.
+    """Whether a model's own loss is the cross entropy of its logits, up to rounding.
 
-    None where that cannot be told: the batch has no label that counts.
+    None if the batch has no label that counts: the two cannot be compared then.
     """
     loss, logits, labels = own_loss(outputs), _entry(outputs, "logits"), _entry(batch, "labels")
     if loss is None or not isinstance(logits, Tensor) or not isinstance(labels, Tensor):
@@ -242,11 +242,11 @@ def fits_cross_entropy(outputs: Any, batch: Any, shifted: bool) -> bool | None:
 
 
 def shift_probes(batch: Any) -> tuple[Any, Any] | None:
-    """A batch whose rows have a label at their last position only, and one with a label at their
-    first position, too.
+    """Two batches that show whether a model shifts its labels.
 
-    A model whose position t predicts label t + 1 gives one loss for both. None where labels are not
-    integers (B, L).
+    The rows of the first batch have a label at their last position only. The rows of the second
+    have one at their first position, too. A model whose position t predicts label t + 1 returns the
+    same loss for both. None if the labels are not integers (B, L).
     """
     labels = _entry(batch, "labels")
     if not isinstance(batch, Mapping) or label_counts(labels) is None or labels.ndim != 2:
@@ -259,39 +259,38 @@ def shift_probes(batch: Any) -> tuple[Any, Any] | None:
 
 
 def weights_of(batch: Any) -> Tensor | None:
-    """The weights of a batch's examples, (B,), where it has some."""
+    """The weights of a batch's examples, (B,); None without weights."""
     return batch.get(WEIGHTS) if isinstance(batch, Mapping) else None
 
 
 def weighted_sum(outputs: Any, batch: Any, objective: Objective = PLAIN) -> Tensor:
     """The sum over a batch of each example's weight times its loss, 0-d float64.
 
-    tokens: an example's loss is the sum over its label tokens; examples: their mean. An example of
-    weight 0, or without any label token, counts nothing.
+    tokens: an example's loss is the sum over its label tokens. examples: it is the mean over them.
+    An example of weight 0, or without any label token, contributes 0.
 
-    Raises ValueError where the outputs have no logits, or no labels fit them.
+    Raises ValueError if logits or labels are missing, or their shapes do not fit.
     """
     logits, labels, weights = logits_of(outputs), _entry(batch, "labels"), weights_of(batch)
     if logits is None or not isinstance(labels, Tensor) or weights is None:
         raise ValueError(
-            f"weights of examples need logits and labels; the model returned {describe(outputs)} "
-            f"for {describe(batch)}"
+            "weights of examples need logits and labels; "
+            f"the model returned {describe(outputs)} for {describe(batch)}"
         )
     sums, counts = row_sums(logits, labels, objective.shifted)
     counted = (weights != 0) & (counts > 0)
     losses = sums[counted] if objective.mean == "tokens" else sums[counted] / counts[counted]
     total = (losses * weights[counted]).sum()
-    # where nothing counts no graph is made, but DeepSpeed's backward wants one, and ZeRO-3 one on
-    # every rank
+    # If no example counts, the sum has no autograd graph. DeepSpeed's backward needs one, and
+    # ZeRO-3 needs it on every rank.
     return total if total.requires_grad else total + logits[:0].sum()
 
 
 def row_sums(logits: Tensor, labels: Tensor, shifted: bool = True) -> tuple[Tensor, Tensor]:
-    """The cross entropy of each row, summed over its label tokens, (B,) float64, and their numbers,
-    (B,) int64.
+    """The cross entropy of each row, summed over its label tokens, and the number of label tokens.
 
-    logits (B, C) with labels (B,), or (B, L, V) with (B, L), as in `batch_loss`. Raises ValueError
-    for other shapes.
+    logits (B, C) with labels (B,), or (B, L, V) with (B, L), as in `batch_loss`. Returns (B,)
+    float64 sums and (B,) int64 numbers. Raises ValueError for other shapes.
     """
     if _is_classification(logits, labels):
         losses = functional.cross_entropy(
@@ -301,39 +300,35 @@ def row_sums(logits: Tensor, labels: Tensor, shifted: bool = True) -> tuple[Tens
     if logits.ndim == 3 and labels.shape == logits.shape[:2]:
         log_likelihood, num_tokens = sequence_log_likelihood(logits, labels, shifted)
         return -log_likelihood, num_tokens
-    raise ValueError(_misfit(logits, labels))
+    raise ValueError(_shape_mismatch(logits, labels))
 
 
 def example_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """The loss of each example, (B,) float32: the mean over its own labelled tokens, NaN where it
-    has none.
+    """The loss of each example, (B,) float32: the mean over its own label tokens.
 
-    Shapes and errors as in `row_sums`.
+    NaN for an example without label tokens. Shapes and errors are those of `row_sums`.
     """
     sums, counts = row_sums(logits, labels)
     return (sums / counts).float()
 
 
-def _misfit(logits: Tensor, labels: Tensor) -> str:
+def _shape_mismatch(logits: Tensor, labels: Tensor) -> str:
     return (
         f"logits of shape {tuple(logits.shape)} do not fit labels of shape {tuple(labels.shape)} "
-        f"and {labels.dtype}; "
-        "allowed are (B, C) with integer labels (B,), and (B, L, V) with (B, L); "
-        "for another objective, return a scalar loss from forward"
+        f"and {labels.dtype}; allowed are (B, C) with integer labels (B,), and (B, L, V) with "
+        "(B, L); for another objective, return a scalar loss from forward"
     )
 
 
 def _is_classification(logits: Any, labels: Any) -> bool:
-    """Logits (B, C) with integer labels (B,)."""
+    """Whether these are logits (B, C) with integer labels (B,)."""
     if not isinstance(logits, Tensor) or not isinstance(labels, Tensor):
         return False
     return logits.ndim == 2 and labels.shape == logits.shape[:1] and not labels.is_floating_point()
 
 
 def logits_of(outputs: Any) -> Tensor | None:
-    """The logits among a model's outputs: the entry or attribute of that name, or a tensor that is
-    all there is.
-    """
+    """The logits of a model's outputs: a single tensor, or the entry or attribute `logits`."""
     found = outputs if isinstance(outputs, Tensor) and outputs.ndim else _entry(outputs, "logits")
     return found if isinstance(found, Tensor) else None
 
@@ -341,18 +336,20 @@ def logits_of(outputs: Any) -> Tensor | None:
 def sequence_log_likelihood(
     logits: Tensor, labels: Tensor, shifted: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Per row, the sum of the labelled tokens' log-probabilities, and their number.
+    """Per row, the sum of the labelled tokens' log-probabilities, and the number of these tokens.
 
-    log p(row) = sum over t with labels[t + 1] != -100 of log softmax(logits[t])[labels[t + 1]], in
-    float32; where not `shifted`, of log softmax(logits[t])[labels[t]] over t with labels[t] !=
-    -100. Only labelled positions are looked at, some at a time, so that there is never a float32
-    copy of all logits. Infinities and NaN in the logits of a labelled position pass through to its
+    shifted: log p(row) = sum over t with labels[t + 1] != -100 of
+    log softmax(logits[t])[labels[t + 1]]. Otherwise: log p(row) = sum over t with
+    labels[t] != -100 of log softmax(logits[t])[labels[t]]. Both in float32.
+
+    Only labelled positions count. They are processed in chunks, so that there is never a float32
+    copy of all logits. An infinity or NaN in the logits of a labelled position propagates to its
     row.
 
     Args:
         logits: (B, L, V), any floating dtype.
-        labels: (B, L), int64; -100 where a token is not scored. Where shifted, a row's first label has no predecessor and
-            never is.
+        labels: (B, L), int64; -100 where a token is not scored. If shifted, a row's first label has
+            no predecessor and is never scored.
 
     Returns:
         (B,) float64 sums of float32 log-probabilities, and (B,) int64 counts.
@@ -363,7 +360,7 @@ def sequence_log_likelihood(
     num_tokens = counted.sum(1)
     elements = _CHUNK_ELEMENTS_ON_CPU if logits.device.type == "cpu" else _CHUNK_ELEMENTS
     chunk = max(1, elements // logits.shape[-1])
-    # where most positions are labelled, looking at all of them spares a copy of those that are
+    # If most positions are labelled, all are processed: this avoids a copy of the labelled ones.
     few = 2 * int(num_tokens.sum()) < targets.numel()
     chosen = counted.flatten().nonzero().squeeze(1) if few else None
     wanted = targets.flatten() if chosen is None else targets.flatten()[chosen]

@@ -1,8 +1,8 @@
-"""Directions and their application to tensors: the one place where terms (seed, coefficient) become
-numbers.
+"""Directions and their application to tensors. Only this package converts terms to numbers.
 
-`reference.py` defines z; `cpu.cpp` is the same to the bit on CPU tensors, where a compiler is at
-hand, and `gpu.py` on GPU tensors, where Triton is.
+A term is (seed, coefficient). `reference.py` defines the elements z of a direction. `cpu.cpp`
+computes the same bits for CPU tensors, if a C++ compiler is available, and `gpu.py` for GPU
+tensors, if Triton is available. Called by `zods.core.directions`; fingerprints also by others.
 """
 
 import ctypes
@@ -35,13 +35,12 @@ __all__ = [
     "summed_excess",
 ]
 
-_ELEMENTS_PER_THREAD = 2**16  # at least: some 50 us of work, ten times what waking a thread costs
+# Minimum per thread: some 50 us of work, ten times the cost of waking a thread.
+_ELEMENTS_PER_THREAD = 2**16
 
 
 class Sweep(NamedTuple):
-    """One update of a tensor, in `replay_`; the fields are `combine_`'s arguments of the same
-    names.
-    """
+    """One update of a tensor in `replay_`; the fields are arguments of `combine_`."""
 
     scale: float
     seeds: Sequence[int]
@@ -67,30 +66,35 @@ def combine_(
     rounding_seed: int | None = None,
     mirror: Tensor | None = None,
 ) -> Tensor:
-    """Write a weighted sum of a tensor, directions, low-rank and dense tensors into `out`, in one
-    sweep over memory.
+    """Write a weighted sum of tensors and directions into `out`, in one pass over memory.
 
-        out[i] = scale * weight[i] + dense_coefficient * dense[i] + (left @ right)[row(i), column(i)]
+        out[i] = scale * weight[i] + dense_coefficient * dense[i]
+                 + (left @ right)[row(i), column(i)]
                  + sum_k coefficients[k] * z(seeds[k], parameter, offset + i)
 
-    The sum is float32: the terms in their order, the products of the factors in theirs, then
-    `dense`, then `weight`, each by one fused multiply-add, from 0. Scalars are taken to float32.
-    The bits are the same in every backend, for any thread count and any cut into slices.
+    The sum is float32. It starts from 0 and adds the terms in their order, the products of the
+    factors in their order, then `dense`, then `weight`, each with one fused multiply-add. Scalars
+    are rounded to float32. The bits are the same in every backend, for any number of threads and
+    any split into slices.
 
     Args:
-        out: contiguous, float32 or bfloat16; read as flat. It may be `weight` or `dense` itself, but not overlap them
-            otherwise.
+        out: contiguous, float32 or bfloat16; read as flat. It may be `weight` or `dense` itself,
+            but must not overlap them otherwise.
         weight, dense: contiguous, with out's number of elements, dtype and device; None means 0.
-        seeds: of the directions, in [0, 2^64); `coefficients` has one number for each.
+        seeds: of the directions, in [0, 2^64).
+        coefficients: one number per seed.
         distribution: of the directions, one of DISTRIBUTIONS.
         parameter: the parameter's ordinal, in [0, 2^31).
-        offset: index of out's first element in the flat whole parameter.
-        factors: float32 (left, right), left (R, Q) and right (Q, columns), where the whole parameter is a matrix of
-            `columns` columns; left's rows are those of the matrix that out's elements lie in.
-        rounding_seed: for bfloat16, None rounds to nearest even; a seed in [0, 2^64) rounds stochastically and without
-            bias, by the element's own random bits, so that many small updates arrive. Ignored for float32.
-        mirror: a second output like `out`, overlapping nothing: the same with the last coefficient negated. Both take
-            one read of `weight` and one making of each direction.
+        offset: index of out's first element in the flat whole parameter, in [0, 2^62).
+        factors: float32 (left, right), left (R, Q) and right (Q, columns). The whole parameter is a
+            matrix with `columns` columns. left's rows are the R rows of this matrix that contain
+            out's elements.
+        rounding_seed: for bfloat16 only, ignored for float32. None rounds to nearest even. A seed
+            in [0, 2^64) rounds stochastically and without bias, with random bits of each element,
+            so that many small updates have an effect.
+        mirror: a second output like `out` that overlaps no other tensor: the same sum with the last
+            coefficient negated. Both outputs share one read of `weight` and one computation of
+            each direction.
 
     Returns:
         out.
@@ -115,14 +119,16 @@ def combine_(
     module = cpu_module() if out.device.type == "cpu" else None
     if module is not None:
         sweep = Sweep(scale, seeds, coefficients, dense_coefficient, rounding_seed)
-        _sweep_cpp(module, out, mirror, weight, dense, [sweep], [None if dense is None else dense_coefficient],
+        _sweep_cpp(module, out, mirror, weight, dense, [sweep],
+                   [None if dense is None else dense_coefficient],
                    distribution, parameter, offset, factors)  # fmt: skip
         return out
     flat = [None if tensor is None else tensor.view(-1) for tensor in (mirror, weight, dense)]
-    # ROCm's devices are named "cuda" too
+    # ROCm's devices are named "cuda", too.
     served_by = _gpu_module() if out.device.type == "cuda" else reference
-    served_by.combine_(out.view(-1), flat[0], flat[1], _float32(scale), list(seeds), [_float32(c) for c in coefficients],
-                       distribution, parameter, offset, factors, flat[2], _float32(dense_coefficient),
+    served_by.combine_(out.view(-1), flat[0], flat[1], _float32(scale), list(seeds),
+                       [_float32(c) for c in coefficients], distribution, parameter, offset,
+                       factors, flat[2], _float32(dense_coefficient),
                        None if out.dtype == torch.float32 else rounding_seed)  # fmt: skip
     return out
 
@@ -138,30 +144,33 @@ def replay_(
     factors: tuple[Tensor, Tensor] | None = None,
     dense: Tensor | None = None,
 ) -> Tensor:
-    """Update `out` by many sweeps, one after the other, in one pass over memory: the same bits as
-    of
+    """Apply many sweeps to `out` in place, one after the other, in one pass over memory.
+
+    The result has the same bits as
 
         for s, sweep in enumerate(sweeps):
-            combine_(out, weight=out, scale=sweep.scale, seeds=sweep.seeds, coefficients=sweep.coefficients,
-                     factors=(left[s], right[s]), dense=dense if sweep.dense_coefficient != 0 else None,
-                     dense_coefficient=sweep.dense_coefficient, rounding_seed=sweep.rounding_seed, ...)
+            combine_(out, weight=out, scale=sweep.scale, seeds=sweep.seeds,
+                     coefficients=sweep.coefficients, factors=(left[s], right[s]),
+                     dense=dense if sweep.dense_coefficient != 0 else None,
+                     dense_coefficient=sweep.dense_coefficient,
+                     rounding_seed=sweep.rounding_seed, ...)
 
-    On the CPU a tile of `out` stays in the cache for all sweeps, so that making the directions is
-    what it costs. Of the factors a tile reads every sweep's: they should fit the cache too, so pass
-    no more sweeps than that at once.
+    On the CPU a tile of `out` stays in the cache for all sweeps, so that the time is the time to
+    compute the directions. A tile reads the factors of every sweep. They should fit in the cache,
+    too, which limits the number of sweeps per call.
 
     Args:
-        out: as for `combine_`, and so are distribution, parameter and offset.
-        sweeps: in their order; none leaves `out` as it is.
-        factors: float32 (left, right), left (number of sweeps, R, Q) and right (number of sweeps, Q, columns): for each
-            sweep what `combine_` takes.
+        out, distribution, parameter, offset: as for `combine_`.
+        sweeps: in their order; without sweeps `out` is unchanged.
+        factors: float32 (left, right), left (number of sweeps, R, Q) and right (number of sweeps,
+            Q, columns): for each sweep the factors of `combine_`.
         dense: one tensor for all sweeps, as for `combine_`.
 
     Returns:
         out.
 
     Raises:
-        ValueError: if a tensor or number is not as described; `out` is untouched then.
+        ValueError: if a tensor or number is not as described; `out` is then unchanged.
     """
     _check(out, {} if dense is None else {"dense": dense}, distribution, parameter, offset)
     for sweep in sweeps:
@@ -220,12 +229,12 @@ def direction(
 def summed_excess(nearest: Tensor, matrix: Tensor, rows: Tensor) -> Tensor:
     """sum_i max(0, nearest[i] - matrix[row, i]) for each of `rows`, (number of rows,) int64, exact.
 
-    nearest: (n,), matrix: (., n), both float32 and holding integers from 0 to below 2^24. rows:
-    int64.
+    nearest: (n,) float32. matrix: (number of all rows, n) float32. Both hold integers in [0, 2^24).
+    rows: int64.
     """
     module = cpu_module() if matrix.device.type == "cpu" else None
     if module is None or not matrix.is_contiguous():
-        # exact: below 2^53
+        # The float64 sum is exact: it is below 2^53.
         return torch.sub(nearest, matrix[rows]).clamp_(min=0).sum(1, dtype=torch.float64).long()
     out = torch.empty(len(rows), dtype=torch.int64)
     num_threads = max(
@@ -244,18 +253,19 @@ def summed_excess(nearest: Tensor, matrix: Tensor, rows: Tensor) -> Tensor:
 
 
 def fingerprint(tensor: Tensor, offset: int = 0) -> int:
-    """A checksum in [0, 2^64) of a slice's bits that does not depend on where a parameter was cut
-    into slices:
+    """A checksum in [0, 2^64) of a slice's bits.
 
-        sum_i mix(bits(tensor[i]) + (offset + i + 1) * 0x9E3779B97F4A7C15) mod 2^64, with SplitMix64's finaliser as mix
+        sum_i mix(bits(tensor[i]) + (offset + i + 1) * 0x9E3779B97F4A7C15) mod 2^64
 
-    (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators"). The slices' sums
-    add up, modulo 2^64, to that of the whole. mix is one to one: a change of one element always
-    shows, -0 for 0 as well; several changes cancel by a chance of some 2^-64. It finds mistakes,
-    not forgeries: it is no cryptographic hash.
+    mix is SplitMix64's finaliser (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number
+    generators"). The checksums of a parameter's slices add up, modulo 2^64, to the checksum of the
+    whole parameter, for any split into slices. mix is one to one: a change of one element always
+    changes the checksum, also -0 instead of 0. Several changes cancel with a probability of about
+    2^-64. The checksum finds mistakes, not forgeries: it is no cryptographic hash.
 
     Args:
-        tensor: contiguous, on any device, of a dtype of 1, 2, 4 or 8 bytes; read as flat. An empty one's sum is 0.
+        tensor: contiguous, on any device, of a dtype of 1, 2, 4 or 8 bytes; read as flat. The
+            checksum of an empty tensor is 0.
         offset: index of the tensor's first element in the flat whole parameter, in [0, 2^62).
 
     Raises:
@@ -274,28 +284,23 @@ def fingerprint(tensor: Tensor, offset: int = 0) -> int:
 
 
 def backend() -> str:
-    """Return the name of the backend for CPU tensors: "cpp", or "reference" if the C++ kernel could
-    not be built.
-    """
+    """The backend of CPU tensors: "cpp", or "reference" if the C++ kernel could not be built."""
     return "reference" if cpu_module() is None else "cpp"
 
 
 @functools.cache
 def _gpu_module() -> ModuleType:
-    """The Triton kernel, or the reference, after one warning that says why, where Triton cannot run
-    it.
-    """
+    """The module of the Triton kernel. If Triton cannot run it, warn once; then the reference."""
     try:
         module = importlib.import_module("zods.kernels.gpu")
-        # Triton's launcher may need a C compiler, and that shows only here
+        # A launch is needed: Triton's launcher may need a C compiler, which only a launch shows.
         one = torch.empty(1, device="cuda")
         module.combine_(one, None, None, 1.0, [], [], "gaussian", 0, 0, None, None, 0.0, None)
-    except Exception as error:  # whatever it is, training can go on without
+    except Exception as error:  # any error: training can continue with the reference
         warnings.warn(
             f"zods: the Triton kernel cannot be used ({error}). The PyTorch reference serves "
-            f"instead: the same numbers, "
-            "many times slower. The package triton (`pip install triton`) and a C compiler are "
-            "needed.",
+            "instead: the same numbers, many times slower. The package triton (`pip install "
+            "triton`) and a C compiler are needed.",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -316,8 +321,9 @@ def _sweep_cpp(
     offset: int,
     factors: tuple[Tensor, Tensor] | None,
 ) -> None:
-    """`sweeps` by the C++ kernel, all arguments checked; `dense` takes part where there is a
-    coefficient for it.
+    """Apply `sweeps` with the C++ kernel. The arguments must have been checked.
+
+    dense_coefficients: one per sweep; None: the sweep does not use `dense`.
     """
     left, right = factors or (None, None)
     addresses = [
@@ -329,14 +335,15 @@ def _sweep_cpp(
     rounding_seeds = [
         None if out.dtype == torch.float32 else sweep.rounding_seed for sweep in sweeps
     ]
-    # a sweep of one term is one element's work
+    # Unit of work: one element of a sweep with one term.
     work = out.numel() * (len(sweeps) + sum(num_terms)) // 2
     num_threads = max(1, min(torch.get_num_threads(), work // _ELEMENTS_PER_THREAD))
     kernel = module.combine_float32 if out.dtype == torch.float32 else module.combine_bfloat16
     kernel(*addresses[:4], [_float32(sweep.scale) for sweep in sweeps], num_terms,
            list(itertools.chain.from_iterable(sweep.seeds for sweep in sweeps)),
            [_float32(coefficient) for sweep in sweeps for coefficient in sweep.coefficients],
-           [None if coefficient is None else _float32(coefficient) for coefficient in dense_coefficients],
+           [None if coefficient is None else _float32(coefficient)
+            for coefficient in dense_coefficients],
            rounding_seeds, distribution == "rademacher", parameter, offset, *addresses[4:], *shape,
            out.numel(), num_threads)  # fmt: skip
 
@@ -363,8 +370,8 @@ def _check(
 def _check_contiguous(name: str, tensor: Tensor) -> None:
     if not tensor.is_contiguous():
         raise ValueError(
-            f"{name} must be contiguous, got shape {tuple(tensor.shape)} with strides "
-            f"{tensor.stride()}"
+            f"{name} must be contiguous, got shape {tuple(tensor.shape)} "
+            f"with strides {tensor.stride()}"
         )
 
 
@@ -378,8 +385,8 @@ def _check_terms(
 ) -> None:
     if len(seeds) != len(coefficients):
         raise ValueError(
-            f"one coefficient per seed is needed, got {len(seeds)} seeds and {len(coefficients)} "
-            f"coefficients"
+            f"one coefficient per seed is needed, got {len(seeds)} seeds "
+            f"and {len(coefficients)} coefficients"
         )
     for seed in [*seeds, *([] if rounding_seed is None else [rounding_seed])]:
         if not 0 <= seed < 2**64:
@@ -389,7 +396,7 @@ def _check_terms(
 def _check_factors(
     left: Tensor, right: Tensor, out: Tensor, offset: int, stacked: Sequence[int] = ()
 ) -> None:
-    """`stacked`: the shape in front of the matrices': none, or the number of sweeps."""
+    """Check the factors. stacked: their leading dimensions: none, or the number of sweeps."""
     for name, tensor in (("left", left), ("right", right)):
         if (
             tensor.dtype != torch.float32
@@ -408,8 +415,8 @@ def _check_factors(
     if stacks != [list(stacked)] * 2 or left.shape[-1] != right.shape[-2] or left.shape[-2] < rows:
         of = "".join(f"{size}, " for size in stacked)
         raise ValueError(
-            f"factors must be ({of}{rows}, Q) and ({of}Q, columns), got {tuple(left.shape)} and "
-            f"{tuple(right.shape)}"
+            f"factors must be ({of}{rows}, Q) and ({of}Q, columns), "
+            f"got {tuple(left.shape)} and {tuple(right.shape)}"
         )
 
 

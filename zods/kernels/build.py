@@ -1,10 +1,10 @@
-"""The C++ kernel as a Python module: made ahead of time by setup.py, or compiled once at first use
-and kept.
+"""The C++ kernel as a Python module.
 
-torch's own cache of extensions has a lock file that stays behind when a build is killed, and every
-later run then waits for it silently. So each build gets a fresh folder of its own, and the
-finished library is moved to its final place in one step. Ranks that start together take turns by a
-lock that the operating system drops when its holder dies: the first one compiles.
+The module is built ahead of time by setup.py, or compiled at first use and cached. torch's own
+cache of extensions is not used: it has a lock file that remains when a build is killed, and every
+later run then waits for it silently. Here each build has a fresh folder of its own, and the
+finished library is moved to its final path in one step. Ranks that start together use a lock, and
+the first one compiles. The operating system releases the lock when its holder dies.
 """
 
 import fcntl
@@ -29,39 +29,38 @@ import torch
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 
-# The first keeps a * b + c from being fused where reference.py does not; the other two let sqrt and
-# selections be vectorised and change no value. -fopenmp goes to the compiler only, see
-# `link_flags`.
+# -ffp-contract=off: do not fuse a * b + c where reference.py does not. The other two flags let the
+# compiler vectorise sqrt and selections, and change no value. -fopenmp is passed to the compiler
+# only, see `link_flags`.
 EXACT_FLAGS = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 COMPILE_FLAGS = ["-O3", "-fopenmp", *EXACT_FLAGS]
 NATIVE_FLAGS = ["-march=native"]
 
 
 def link_flags(compiler_version: str) -> list[str]:
-    """With gcc, the OpenMP runtime that torch brings is used, through torch's libraries: a second
-    one would have threads of its own, which spin on the same cores. They are linked though nothing
-    else of them is used, hence --no-as-needed. Clang needs a runtime of its own.
+    """The linker's flags for OpenMP.
+
+    With gcc, the kernel uses the OpenMP runtime of torch, through torch's libraries: a second
+    runtime would have threads of its own, which spin on the same cores. Nothing else of torch's
+    libraries is used, hence --no-as-needed. Clang needs a runtime of its own.
     """
     return ["-fopenmp"] if "clang" in compiler_version else ["-Wl,--no-as-needed"]
 
 
 @functools.cache
 def cpu_module() -> ModuleType | None:
-    """The compiled kernel, or None, after one warning that says why, where it can be neither found
-    nor built.
-    """
+    """The compiled kernel. If it can be neither found nor built: None, after one warning."""
     try:
         return importlib.import_module("zods.kernels._cpu")
     except ImportError:
         pass
     try:
         return _build_once()
-    except Exception as error:  # whatever it is, training can go on without
+    except Exception as error:  # any error: training can continue with the reference
         warnings.warn(
             f"zods: the C++ kernel could not be built ({error}). The PyTorch reference serves "
-            f"instead: the same "
-            "numbers, many times slower. A C++ compiler (g++ or clang++, or the one that CXX "
-            "names) and ninja are needed.",
+            "instead: the same numbers, many times slower. A C++ compiler (g++ or clang++, or the "
+            "one that CXX names) and ninja are needed.",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -69,10 +68,8 @@ def cpu_module() -> ModuleType | None:
 
 
 def _build_once() -> ModuleType:
-    # slow to import, and not needed where the kernel was built ahead of time
-    from torch.utils import (
-        cpp_extension,
-    )
+    # Imported here: it is slow, and not needed if the kernel was built ahead of time.
+    from torch.utils import cpp_extension
 
     compiler = shlex.split(cpp_extension.get_cxx_compiler())  # CXX may read "ccache g++"
     if shutil.which(compiler[0]) is None:
@@ -80,7 +77,8 @@ def _build_once() -> ModuleType:
     version = subprocess.run(
         [*compiler, "--version"], capture_output=True, text=True, check=True
     ).stdout
-    if shutil.which("ninja") is None:  # it lies beside a python that was called by its path
+    # Without an activated environment, ninja is in the folder of the python executable.
+    if shutil.which("ninja") is None:
         os.environ["PATH"] += os.pathsep + str(Path(sys.executable).parent)
     flags = [*COMPILE_FLAGS, *NATIVE_FLAGS]
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
@@ -98,9 +96,7 @@ def _build_once() -> ModuleType:
 
 
 def _key(parts: list[str]) -> str:
-    """Whatever decides what the library contains and where it runs. -march=native makes the CPU a
-    part of it.
-    """
+    """A digest of everything that the library depends on, with -march=native also the CPU."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else [platform.processor()]
     cpu = sorted(
@@ -116,8 +112,9 @@ def _key(parts: list[str]) -> str:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[bool]:
-    """Hold the lock, or yield False if the file system has no locks. Every rank compiles then, and
-    the last library stays.
+    """Hold the lock and yield True; yield False on a file system without locks.
+
+    Without locks every rank compiles, and the last rank's library remains.
     """
     with path.open("w") as file:
         try:

@@ -1,9 +1,10 @@
-// combine_, replay_ and fingerprint for CPU tensors: what reference.py defines, to the bit, in one pass over memory. The
-// layouts of the streams and the meaning of every constant are written there.
+// combine_, replay_ and fingerprint for CPU tensors: the bits of reference.py, in one pass over
+// memory. reference.py documents the layouts of the streams and the meaning of every constant.
 //
-// Vectorised by the compiler: everything works on rows of 16 lanes (AVX-512: one register; AVX2: two; NEON: four), and
-// within a row only the 32 x 32 -> 64 bit products of Philox are spelled out, because compilers emulate a 64 x 64 one.
-// Must be compiled with -ffp-contract=off; every fused multiply-add that reference.py asks for is explicit.
+// The compiler vectorises this code. All loops work on rows of 16 lanes (AVX-512: one register;
+// AVX2: two; NEON: four). Only the 32 x 32 -> 64 bit products of Philox are written with intrinsics,
+// because compilers emulate a 64 x 64 bit product. The code must be compiled with
+// -ffp-contract=off. Every fused multiply-add of reference.py is explicit.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -23,7 +24,8 @@ namespace {
 
 constexpr int kLanes = 16;
 constexpr int kRounds = 10;
-constexpr int kTile = 2048;  // elements made at once: a multiple of every stream's group, and 8 KB: it stays in L1
+// Elements computed at a time: a multiple of every stream's group, and 8 KB, which stay in L1.
+constexpr int kTile = 2048;
 constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u;
 constexpr uint32_t kGaussianStream = 0, kRademacherStream = 1, kRoundingStream = 2;
 constexpr uint32_t kSignBit = 0x80000000u;
@@ -64,8 +66,8 @@ typedef uint64_t Wide __attribute__((vector_size(32)));
 inline Wide multiply_low_halves(Wide a, Wide b) { return (Wide)_mm256_mul_epu32((__m256i)a, (__m256i)b); }
 #endif
 
-// Each 64-bit lane carries one block's word in its low half; the upper halves are never looked at until the even and the
-// odd blocks are put together at the end, so no product needs a shuffle.
+// Each 64-bit lane holds one block's word in its low half. The high halves are not read until the
+// even and the odd blocks are merged at the end, so that no product needs a shuffle.
 inline void philox(uint64_t first_block, uint32_t parameter, uint32_t stream, const PhiloxKey& key, Words words) {
   constexpr int kWide = sizeof(Wide) / sizeof(uint64_t);
   const Wide zero = {};
@@ -149,8 +151,8 @@ inline void box_muller(uint32_t radius_word, uint32_t angle_word, float& x, floa
   y = r * (reflected ? cosine : sine);
 }
 
-// acc[i] += coefficient * z(start + i), and mirrored[i] -= the same where there is one, for first <= i < last, widened to
-// whole groups. `start` is a multiple of kTile.
+// acc[i] += coefficient * z(start + i) for first <= i < last, widened to whole groups. With kMirror
+// also mirrored[i] -= coefficient * z(start + i). `start` is a multiple of kTile.
 template <bool kMirror>
 void add_gaussian(float* acc, float* mirrored, uint64_t start, int first, int last, uint32_t parameter,
                   const PhiloxKey& key, float coefficient) {
@@ -175,8 +177,8 @@ void add_gaussian(float* acc, float* mirrored, uint64_t start, int first, int la
   }
 }
 
-// The same; the tile is one group. fma(coefficient, +-1, acc) is acc + (+-coefficient). Not inlined: within sweep_tile gcc
-// 12 makes it a fifth slower.
+// The same for Rademacher directions; the tile is one group. fma(coefficient, +-1, acc) equals
+// acc + (+-coefficient). Not inlined: inlined into sweep_tile, gcc 12 makes it a fifth slower.
 template <bool kMirror>
 __attribute__((noinline)) void add_rademacher(float* acc, float* mirrored, uint64_t start, uint32_t parameter, const PhiloxKey& key,
                     float coefficient) {
@@ -212,8 +214,8 @@ void make_noise(uint16_t* noise, uint64_t start, int first, int last, uint32_t p
   }
 }
 
-// acc[i] += sum_q left[row, q] right[q, column] for the element start + i of a matrix with `num_columns` columns, where
-// first <= i < last; row 0 of `left` is the matrix's row `first_row`.
+// acc[i] += sum_q left[row, q] right[q, column] for the element start + i of a matrix with
+// `num_columns` columns, for first <= i < last. Row 0 of `left` is the matrix's row `first_row`.
 void add_factors(float* acc, uint64_t start, int first, int last, const float* left, const float* right,
                  int num_factors, int64_t num_columns, int64_t first_row) {
   for (int i = first; i < last;) {
@@ -239,7 +241,8 @@ inline uint16_t to_bfloat16(uint32_t bits, uint32_t increment) {
   return static_cast<uint16_t>(rounded);
 }
 
-// A float32 in T; noise: of each element, for stochastic rounding; null rounds to nearest even.
+// Round a float32 to T. noise: random bits of each element for stochastic rounding; null: round to
+// nearest even.
 template <typename T>
 inline T round_to(float value, const uint16_t* noise, int i) {
   if constexpr (std::is_same_v<T, float>) return value;
@@ -254,7 +257,8 @@ void add_scaled(float* acc, const T* values, float scale, int count) {
   for (int i = 0; i < count; ++i) acc[i] = fma(scale, widen(values[i]), acc[i]);
 }
 
-// out[i] = sum[i] + scale * weight[i], or with kNegate -sum[i] + scale * weight[i], in T. No sum is -0: it began at 0.
+// out[i] = sum[i] + scale * weight[i], or with kNegate -sum[i] + scale * weight[i], rounded to T.
+// No sum is -0, because it started at 0.
 template <bool kNegate, typename T>
 void store(T* out, const float* sum, const T* weight, float scale, const uint16_t* noise, int count) {
   const auto each = [&](auto value) {
@@ -271,7 +275,8 @@ void store(T* out, const float* sum, const T* weight, float scale, const uint16_
   else each([&](int i) { return fma(scale, widen(weight[i]), signed_sum(i)); });
 }
 
-// What the sweeps over one slice share: its tensors, where it lies in the whole parameter, and the shape of the factors.
+// Data that all sweeps over one slice share: the slice's tensors, its range in the whole parameter,
+// and the shape of the factors.
 template <typename T>
 struct Slice {
   T *out, *mirror;
@@ -289,7 +294,7 @@ struct Sweep {
   const float* coefficients;
   size_t num_terms;
   const float *left, *right;
-  std::optional<float> dense_coefficient;  // none: `dense` is left out, be it infinite or not
+  std::optional<float> dense_coefficient;  // none: `dense` is not read, even if not finite
   std::optional<uint64_t> rounding_seed;
 };
 
@@ -338,8 +343,9 @@ void sweep_tile(const Slice<T>& slice, const Sweep& sweep, uint64_t start) {
   finish(std::false_type(), slice.out, acc);
 }
 
-// Sweep after sweep over one slice, a tile at a time, so that the tile stays in L1 for all of them. The terms of all sweeps
-// lie one after the other, as do the factors: (sweeps, num_rows, num_factors) and (sweeps, num_factors, num_columns).
+// Apply all sweeps to one slice, tile by tile, so that a tile stays in L1 for all sweeps. The terms
+// of all sweeps are concatenated. The factors are stacked: (sweeps, num_rows, num_factors) and
+// (sweeps, num_factors, num_columns).
 template <typename T>
 void combine(uintptr_t out_address, uintptr_t mirror_address, uintptr_t weight_address, uintptr_t dense_address,
              const std::vector<float>& scales, const std::vector<size_t>& num_terms,
@@ -363,13 +369,14 @@ void combine(uintptr_t out_address, uintptr_t mirror_address, uintptr_t weight_a
   }
   const int64_t first_tile = offset / kTile, stop_tile = (slice.stop + kTile - 1) / kTile;
 
-  // Tiles lie on a grid of the whole parameter, not of this slice: no thread count or cut changes what is computed.
+  // Tiles lie on a grid of the whole parameter, not of this slice: the results do not depend on the
+  // number of threads, nor on the split into slices.
 #pragma omp parallel for schedule(static) num_threads(num_threads)
   for (int64_t tile = first_tile; tile < stop_tile; ++tile)
     for (const Sweep& sweep : sweeps) sweep_tile(slice, sweep, static_cast<uint64_t>(tile) * kTile);
 }
 
-// zods.kernels.fingerprint; T has the size of the elements.
+// zods.kernels.fingerprint; T is an unsigned integer of the elements' size.
 template <typename T>
 uint64_t fingerprint(uintptr_t address, uint64_t offset, int64_t numel, int num_threads) {
   constexpr uint64_t kGolden = 0x9E3779B97F4A7C15u;
@@ -385,7 +392,8 @@ uint64_t fingerprint(uintptr_t address, uint64_t offset, int64_t numel, int num_
   return total;
 }
 
-// out[r] = sum_i max(0, from[i] - matrix[rows[r]][i]) of integers below 2^24 held in float32: exact in any order.
+// out[r] = sum_i max(0, from[i] - matrix[rows[r]][i]). The float32 values are integers below 2^24, so
+// that the sum is exact in any order.
 void summed_excess(uintptr_t matrix_address, const std::vector<int64_t>& rows, int64_t num_columns,
                    uintptr_t from_address, uintptr_t out_address, int num_threads) {
   const auto* matrix = reinterpret_cast<const float*>(matrix_address);
@@ -406,7 +414,8 @@ void summed_excess(uintptr_t matrix_address, const std::vector<int64_t>& rows, i
 
 }  // namespace
 
-// Addresses, not tensors: torch's headers would make the first build take a minute. zods.kernels checks them.
+// Arguments are addresses, not tensors: with torch's headers the first build would take a minute.
+// zods.kernels checks the arguments.
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("combine_float32", &combine<float>, pybind11::call_guard<pybind11::gil_scoped_release>());
   module.def("combine_bfloat16", &combine<uint16_t>, pybind11::call_guard<pybind11::gil_scoped_release>());

@@ -1,9 +1,9 @@
-"""combine_ for GPU tensors, in Triton: what reference.py defines, to the bit, in one sweep over
-memory. The layouts of the streams and the meaning of every constant are written there.
+"""combine_ for GPU tensors, in Triton: the bits of reference.py, in one pass over memory.
 
-A program makes one tile of 2048 elements, a multiple of every stream's group, on a grid of the
-whole parameter; the ends of the slice are masked. So each Philox block is made for all the elements
-that it serves.
+reference.py documents the layouts of the streams and the meaning of every constant. A program
+computes one tile of 2048 elements, a multiple of every stream's group. Tiles lie on a grid of the
+whole parameter, and the ends of the slice are masked. Each Philox block is therefore computed once
+for all elements that use it.
 """
 
 import torch
@@ -24,7 +24,7 @@ SQRT_HALF_BITS = tl.constexpr(reference.SQRT_HALF_BITS)
 
 @triton.jit
 def _philox(block, parameter, stream: tl.constexpr, seed):
-    """The four words (uint32) of each block (int64)."""
+    """Compute the four words (uint32) of each block (int64)."""
     c0, c1 = block.to(tl.uint32), (block >> 32).to(tl.uint32)
     c2, c3 = parameter.to(tl.uint32), stream
     k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
@@ -64,15 +64,15 @@ def _box_muller(radius_word, angle_word):
 
 @triton.jit
 def _stack(row0, row1, row2, row3):
-    """Four rows (16 lanes of each group, flat) as (groups, 4, 16)."""
-    # (groups * 16, 2, 2), the last index is the low one
+    """Stack four rows (16 lanes of each group, flat) to (groups, 4, 16)."""
+    # (groups * 16, 2, 2): the last index is the low bit of the row number.
     rows = tl.join(tl.join(row0, row2), tl.join(row1, row3))
     return tl.permute(tl.reshape(rows, [row0.shape[0] // 16, 16, 4]), [0, 2, 1])
 
 
 @triton.jit
 def _fields(tile, parameter, stream: tl.constexpr, seed, width: tl.constexpr):
-    """The tile's words cut into fields of `width` bits, as reference.py lays them out."""
+    """Split the tile's words into fields of `width` bits, in the layout of reference.py."""
     blocks: tl.constexpr = TILE * width // 128
     w0, w1, w2, w3 = _philox(tile * blocks + tl.arange(0, blocks), parameter, stream, seed)
     shifts = (tl.arange(0, 32 // width) * width).to(tl.uint32)
@@ -93,7 +93,7 @@ def _direction(tile, parameter, seed, rademacher: tl.constexpr):
 
 @triton.jit
 def _load(tensor, at, inside):
-    """Load values as float32; bfloat16 comes as int16."""
+    """Load elements as float32. bfloat16 tensors are passed as int16."""
     value = tl.load(tensor + at, inside)
     if tensor.dtype.element_ty == tl.int16:
         value = (value.to(tl.int32) << 16).to(tl.float32, bitcast=True)
@@ -112,11 +112,12 @@ def _store(tensor, at, inside, value, noise):
     tl.store(tensor + at, value, inside)
 
 
-# Numbers that differ between parameters and calls must not each compile a kernel of their own.
-# `offset` and `numel` may: where they are multiples of 16, loads and stores are vectors.
+# Numbers that differ between parameters and calls are not specialized: each would compile another
+# kernel. `offset` and `numel` are: if they are multiples of 16, loads and stores are vectorised.
 @triton.jit(do_not_specialize=["parameter", "num_terms", "num_factors", "num_columns"])
-def _combine(out, mirror, weight, scale, rounding_seed, seeds, coefficients, num_terms, parameter, offset, numel, left,
-             right, num_factors, num_columns, dense, dense_coefficient, rademacher: tl.constexpr):  # fmt: skip
+def _combine(out, mirror, weight, scale, rounding_seed, seeds, coefficients, num_terms, parameter,
+             offset, numel, left, right, num_factors, num_columns, dense, dense_coefficient,
+             rademacher: tl.constexpr):  # fmt: skip
     tile = tl.program_id(0).to(tl.int64) + offset // TILE
     start = tile * TILE
     element = tl.arange(0, TILE)
@@ -133,7 +134,8 @@ def _combine(out, mirror, weight, scale, rounding_seed, seeds, coefficients, num
             mirrored = tl.fma(z, tl.where(k == num_terms - 1, -coefficient, coefficient), mirrored)
     if left is not None:
         columns = num_columns.to(tl.int64)
-        # of the row that the tile starts in; small, so that the division is cheap
+        # Counted from the start of the tile's first row: a small number, so that the division is
+        # cheap.
         column = start % columns + element
         row = column // columns
         column -= row * columns
@@ -178,7 +180,7 @@ def combine_(
     dense_coefficient: float,
     rounding_seed: int | None,
 ) -> None:
-    """`reference.combine_`, on the stream that is current on out's device."""
+    """Run `reference.combine_` as a kernel on the current stream of out's device."""
     if out.numel() == 0:
         return
 
@@ -189,19 +191,20 @@ def combine_(
             else tensor
         )
 
-    # Whatever is not pinned is copied out of the lists' tensors before `to` returns, and the stream
-    # is not waited for.
+    # The host tensors are not pinned: `to` copies them before it returns, without a wait for the
+    # stream.
     keys = torch.tensor([rounding_seed or 0, *seeds], dtype=torch.uint64).view(torch.int64)
     keys = keys.to(out.device, non_blocking=True)
     scalars = torch.tensor(coefficients, dtype=torch.float32).to(out.device, non_blocking=True)
     left, right = factors or (None, None)
     num_factors, num_columns = (0, 1) if right is None else right.shape
     num_tiles = (offset + out.numel() - 1) // TILE.value - offset // TILE.value + 1
-    # Triton launches on the current device; nothing happens for a CPU tensor
+    # Triton launches on the current device. For a CPU tensor the context manager does nothing.
     with torch.cuda.device_of(out):
-        # No a * b + c is fused but those that are written as fma.
+        # enable_fp_fusion=False: only an explicit fma is fused, no a * b + c.
         _combine[(num_tiles,)](
-            bits(out), bits(mirror), bits(weight), scale, None if rounding_seed is None else keys, keys[1:], scalars,
-            len(seeds), parameter, offset, out.numel(), left, right, num_factors, num_columns, bits(dense),
-            dense_coefficient, distribution == "rademacher", enable_fp_fusion=False,
+            bits(out), bits(mirror), bits(weight), scale, None if rounding_seed is None else keys,
+            keys[1:], scalars, len(seeds), parameter, offset, out.numel(), left, right, num_factors,
+            num_columns, bits(dense), dense_coefficient, distribution == "rademacher",
+            enable_fp_fusion=False,
         )  # fmt: skip

@@ -1,9 +1,10 @@
-"""The anchor of MeZO-SVRG: the parameters at the last refresh (the point) and the full-batch
-estimate there (the gradient).
+"""The anchor of MeZO-SVRG: a point and a gradient.
 
-Each is kept, sharded as the parameters are, on the device, in host memory or in NVMe files, or not
-at all: the gradient is then its K terms, and the point is the parameters with what was applied
-since the refresh taken back.
+The point is the parameters at the last refresh. The gradient is the full-batch estimate at the
+point. Each is sharded as the parameters are. It is stored on the device, in host memory or in NVMe
+files, or it is not stored ("terms"). A gradient that is not stored is recomputed from its K terms.
+A point that is not stored is recomputed from the parameters: the updates since the refresh are
+subtracted. Called by `zods.training`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ logger = logging.getLogger(__name__)
 
 
 class _Drift:
-    """theta = scale * anchor + sum of terms, for one kind of parameter (decaying or not)."""
+    """The updates since the refresh, for the parameters that decay or for those that do not.
+
+    theta = scale * anchor + sum_k coefficients[seed_k] * z(seed_k)
+    """
 
     def __init__(self) -> None:
         self.scale = 1.0
@@ -41,12 +45,12 @@ class _Drift:
             self.coefficients[seed] = self.coefficients.get(seed, 0.0) + c
 
     def center(self, live: torch.Tensor) -> Center:
-        back = tuple(-c / self.scale for c in self.coefficients.values())
-        return Center(live, 1.0 / self.scale, tuple(self.coefficients), back)
+        inverse = tuple(-c / self.scale for c in self.coefficients.values())
+        return Center(live, 1.0 / self.scale, tuple(self.coefficients), inverse)
 
 
 class Anchor:
-    """Point and gradient, wherever `config` keeps them.
+    """Point and gradient of the anchor, stored as `config` says.
 
     A point kept as terms is exact up to the rounding of the updates since the refresh.
     """
@@ -65,11 +69,11 @@ class Anchor:
         self._comm = comm
         self._direction = direction
         self.gradient_terms: tuple[Term, ...] = ()
-        self._drifts = {True: _Drift(), False: _Drift()}  # by whether the parameter decays
+        self._drifts = {True: _Drift(), False: _Drift()}  # key: the parameter decays
         self.point: ShardStore | None = None
         self.gradient: ShardStore | None = None
         with comm.same_on_all_ranks():
-            # the parameters have moved on and are rounded
+            # A damaged point cannot be rebuilt: the parameters have changed since, with rounding.
             self.point = self._make_store("point", aio, None)
             self.gradient = self._make_store("gradient", aio, self._gradient_block)
 
@@ -79,10 +83,10 @@ class Anchor:
         aio: Mapping[str, Any],
         remake: Callable[[Shard, int, int], torch.Tensor] | None,
     ) -> ShardStore | None:
-        place = getattr(self._config, role)
-        if place == "terms":
+        storage = getattr(self._config, role)
+        if storage == "terms":
             return None
-        if place == "nvme":
+        if storage == "nvme":
             assert self._config.nvme_path is not None
             path = (
                 Path(self._config.nvme_path)
@@ -100,26 +104,28 @@ class Anchor:
             )
         pin = self._config.pin_memory and self._comm.device.type != "cpu"
         return MemoryStore(
-            self._parameters, self._comm.device, pin_memory=None if place == "device" else pin
+            self._parameters, self._comm.device, pin_memory=None if storage == "device" else pin
         )
 
     @property
     def device_bytes(self) -> int:
+        """Bytes of the anchor in device memory, on this rank."""
         return sum(s.device_bytes for s in (self.point, self.gradient) if s is not None)
 
     @property
     def offloaded_bytes(self) -> int:
+        """Bytes of the anchor in host memory or on NVMe, on this rank."""
         return sum(s.offloaded_bytes for s in (self.point, self.gradient) if s is not None)
 
     def set_point(self) -> None:
-        """Make the parameters as they are the anchor point."""
+        """Set the anchor point to the current parameters."""
         self._drifts = {True: _Drift(), False: _Drift()}
         if self.point is not None:
             for shard, local in self._parameters.visit(write=False):
                 self.point.write(shard, local)
 
     def set_gradient(self, terms: Sequence[Term]) -> None:
-        """Keep sum_k c_k z_k as the anchor gradient."""
+        """Set the anchor gradient to sum_k c_k z_k."""
         self.gradient_terms = tuple(terms)
         if self.gradient is None:
             return
@@ -128,7 +134,7 @@ class Anchor:
                 self.gradient.write(shard, self._gradient_block(shard, start, stop), start)
 
     def _gradient_block(self, shard: Shard, start: int, stop: int) -> torch.Tensor:
-        """Elements [start, stop) of this rank's shard of the gradient, from its terms."""
+        """Compute elements [start, stop) of this rank's shard of the gradient from its terms."""
         return self._direction.combine_(
             torch.empty(stop - start, dtype=shard.dtype, device=self._comm.device),
             shard,
@@ -138,16 +144,16 @@ class Anchor:
         )
 
     def begin(self, gradient: Sequence[Term]) -> None:
-        """The parameters stood at the point, which is kept already, when `record` is next called;
-        this is the gradient there.
+        """Set the gradient and start a new record of updates.
+
+        The anchor point must be set already. The parameters must equal it when `record` is next
+        called.
         """
         self._drifts = {True: _Drift(), False: _Drift()}
         self.set_gradient(gradient)
 
     def record(self, update: Update) -> None:
-        """Account for an update of the parameters, so that the point can be computed by reverting
-        it.
-        """
+        """Record an update of the parameters, so that `reconstruct` can subtract it from them."""
         gradient = [
             Term(seed, update.anchor_grad_coefficient * c) for seed, c in self.gradient_terms
         ]
@@ -158,7 +164,7 @@ class Anchor:
     def center(self, shard: Shard, live: torch.Tensor) -> Center:
         """The anchor point of one whole parameter, for `zods.forward.perturbed_modules`.
 
-        All ranks call it in the same order.
+        Collective where the point is stored: all ranks call it in the same order.
         """
         if self.point is None:
             return self._drifts[shard.decays].center(live)
@@ -168,7 +174,7 @@ class Anchor:
         return Center(stored.view(live.shape))
 
     def stored_point(self, shard: Shard, device: torch.device) -> torch.Tensor:
-        """A copy of this rank's shard of the stored point, padded to `padded_numel` with zeros."""
+        """Copy this rank's shard of the stored point, padded with zeros to `padded_numel`."""
         assert self.point is not None
         padded = torch.empty(shard.padded_numel, dtype=shard.dtype, device=device)
         for start, values in self.point.read(shard):
@@ -177,8 +183,9 @@ class Anchor:
         return padded
 
     def reconstruct(self, shard: Shard, local: torch.Tensor) -> torch.Tensor:
-        """This rank's shard of the point, from its shard of the parameters and what was applied
-        since the refresh.
+        """Compute this rank's shard of the point by subtracting the updates since the refresh.
+
+        local: this rank's shard of the parameters.
         """
         center = self._drifts[shard.decays].center(local)
         return self._direction.combine_(
@@ -192,7 +199,7 @@ class Anchor:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state that is not a tensor per shard, as JSON."""
+        """The state that is not a tensor per shard, as JSON values."""
         return {
             "gradient_terms": [list(t) for t in self.gradient_terms],
             "drift": {
@@ -205,6 +212,7 @@ class Anchor:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the values of `state_dict`. Stored tensors are not restored here."""
         self.gradient_terms = tuple(
             Term(int(seed), float(c)) for seed, c in state["gradient_terms"]
         )

@@ -25,12 +25,16 @@ from zods.params.shards import Shard, ShardedParameters
 
 logger = logging.getLogger(__name__)
 
-ALIGNMENT = 4096  # bytes; file offsets and lengths of direct I/O, per thread of one operation
+# Bytes. Direct I/O needs file offsets and lengths that are multiples of it, for each thread of one
+# operation.
+ALIGNMENT = 4096
 
 
 class ShardStore(Protocol):
-    """A store of one tensor per shard, of `numel` elements, written and read in blocks: element
-    ranges [start, stop).
+    """One tensor of `numel` elements per shard, written and read in blocks.
+
+    A block is a range of elements [start, stop). device_bytes, offloaded_bytes: bytes used on the
+    device, and in host memory or on NVMe.
     """
 
     device_bytes: int
@@ -39,18 +43,21 @@ class ShardStore(Protocol):
     def blocks(self, shard: Shard) -> list[tuple[int, int]]: ...
 
     def write(self, shard: Shard, values: torch.Tensor, start: int = 0) -> None:
-        """Set the elements from `start`, where a block starts, up to the end of a block."""
+        """Write `values` at the elements from `start` on.
+
+        The range must start at the start of a block and stop at the end of a block.
+        """
         ...
 
     def read(self, shard: Shard) -> Iterator[tuple[int, torch.Tensor]]:
-        """(start, elements) of one block after the other; each valid until the next is taken."""
+        """Yield (start, elements) of each block; elements stay valid until the next block."""
         ...
 
 
 class MemoryStore:
-    """Shards in the device's memory, or in the host's with `pin_memory` (None: on the device).
+    """Shards in device memory or in host memory, one block per shard.
 
-    One block per shard.
+    pin_memory: None: device memory; otherwise host memory, pinned if true.
     """
 
     def __init__(
@@ -75,11 +82,10 @@ class MemoryStore:
 
 
 class NvmeStore:
-    """Shards in one file of this rank: writes go on behind, and the block that followed this one
-    last time is read ahead.
+    """Shards in one file of this rank, with writes in the background and read-ahead.
 
-    The fingerprint of every block written is kept in memory, and every block read is held against
-    it.
+    The block to read ahead is the one that followed the current block last time. The fingerprint of
+    every written block is kept in memory. Every block is checked against it when it is read.
     """
 
     def __init__(
@@ -92,9 +98,11 @@ class NvmeStore:
         buffer_size: int,
         remake: Callable[[Shard, int, int], torch.Tensor] | None,
     ) -> None:
-        """path: the file, created here at its full size. aio: DeepSpeed's section "aio".
-        buffer_size: elements of a block. remake: gives the elements [start, stop) of a shard again,
-        as they were written; None where that cannot be.
+        """Create the file `path` at its full size.
+
+        aio: DeepSpeed's section "aio". buffer_count: buffers of one block each. buffer_size:
+        elements per block. remake: computes the elements [start, stop) of a shard again, to the
+        bits that were written; None where this is not possible.
 
         Raises ValueError where the drive has too little space, OSError where it is not writable.
         """
@@ -102,29 +110,29 @@ class NvmeStore:
         largest = max(p.numel * p.dtype.itemsize for p in parameters)
         asked = buffer_size * max(p.dtype.itemsize for p in parameters)
         self._block_bytes = max(self._aligned(min(asked, largest)), self._alignment)
-        self._places: dict[str, int] = {}  # bytes from the file's start
-        places: list[int] = []  # of every block
+        self._offsets: dict[str, int] = {}  # shard's name -> file offset in bytes
+        offsets: list[int] = []  # file offset of every block
         end = 0
         for shard in parameters:
-            self._places[shard.name] = end
-            places += [self._place(shard, start) for start, _ in self.blocks(shard)]
+            self._offsets[shard.name] = end
+            offsets += [self._offset_of(shard, start) for start, _ in self.blocks(shard)]
             end += self._aligned(shard.numel * shard.dtype.itemsize)
         # bytes
         self._lengths = {
-            place: following - place for place, following in itertools.pairwise([*places, end])
+            offset: following - offset for offset, following in itertools.pairwise([*offsets, end])
         }
-        self._followed_by = dict(itertools.pairwise(places))  # a guess; then what was seen
+        # Offset of the block that is read after a block: file order at first, then as observed.
+        self._followed_by = dict(itertools.pairwise(offsets))
         self.device_bytes, self.offloaded_bytes = 0, end
         self._path = path
         self._remake = remake
-        self._fingerprints: dict[int, int] = {}  # of the values in the block at a place
+        self._fingerprints: dict[int, int] = {}  # key: a block's offset
         self._file = _AsyncFile(path, end, aio)
         weakref.finalize(self, self._file.close)
         self._buffers = [self._file.new_buffer(self._block_bytes) for _ in range(buffer_count)]
-        self._turn = 0
-        self._ahead: tuple[int, torch.Tensor] | None = (
-            None  # being read; never reads and writes at once
-        )
+        self._buffer_index = 0
+        # The block that is being read ahead. Reads and writes are never in flight together.
+        self._ahead: tuple[int, torch.Tensor] | None = None
         self._last: int | None = None
 
     def blocks(self, shard: Shard) -> list[tuple[int, int]]:
@@ -134,38 +142,44 @@ class NvmeStore:
     def write(self, shard: Shard, values: torch.Tensor, start: int = 0) -> None:
         if self._ahead is not None:
             self._file.wait()
-            self._ahead = None  # what was read ahead may be about to change
+            self._ahead = None  # this write may change the block that was read ahead
         for part in values.split(self._block_bytes // shard.dtype.itemsize):
             if self._file.num_pending == len(self._buffers):
                 self._file.wait()
             buffer = self._next_buffer()[: self._aligned(part.nbytes)]
             written = buffer[: part.nbytes].view(shard.dtype).copy_(part)
             if part.numel():
-                place = self._place(shard, start)
-                self._fingerprints[place] = fingerprint(written)
-                self._file.begin_write(buffer, place)
+                offset = self._offset_of(shard, start)
+                self._fingerprints[offset] = fingerprint(written)
+                self._file.begin_write(buffer, offset)
             start += part.numel()
 
     def read(self, shard: Shard) -> Iterator[tuple[int, torch.Tensor]]:
-        """Raises RuntimeError where a block is not what was written, and cannot be made again."""
+        """Yield (start, elements) of each block, checked against its fingerprint.
+
+        Raises RuntimeError where a block is not what was written and cannot be rebuilt.
+        """
         for start, stop in self.blocks(shard):
-            place = self._place(shard, start)
-            values = self._read_block(place)[: (stop - start) * shard.dtype.itemsize].view(
+            offset = self._offset_of(shard, start)
+            values = self._read_block(offset)[: (stop - start) * shard.dtype.itemsize].view(
                 shard.dtype
             )
-            if fingerprint(values) != self._fingerprints[place]:
-                values = self._made_again(shard, start, stop)
+            if fingerprint(values) != self._fingerprints[offset]:
+                values = self._rebuild_block(shard, start, stop)
             yield start, values
 
-    def _made_again(self, shard: Shard, start: int, stop: int) -> torch.Tensor:
-        """The elements of a damaged block, which are written back."""
-        place = self._place(shard, start)
-        end = place + (stop - start) * shard.dtype.itemsize
-        damage = f"{self._path}: bytes {place} to {end} (of {shard.name}) are not those that were written there"
+    def _rebuild_block(self, shard: Shard, start: int, stop: int) -> torch.Tensor:
+        """Rebuild a damaged block and write it back to the file."""
+        offset = self._offset_of(shard, start)
+        end = offset + (stop - start) * shard.dtype.itemsize
+        damage = (
+            f"{self._path}: bytes {offset} to {end} (of {shard.name}) are not those that were "
+            "written there"
+        )
         if self._remake is not None:
-            expected, values = self._fingerprints[place], self._remake(shard, start, stop)
+            expected, values = self._fingerprints[offset], self._remake(shard, start, stop)
             self.write(shard, values, start)
-            if self._fingerprints[place] == expected:
+            if self._fingerprints[offset] == expected:
                 logger.error(
                     "%s. They were rebuilt exactly from the gradient's terms. Look at the drive.",
                     damage,
@@ -173,44 +187,44 @@ class NvmeStore:
                 return values
         raise RuntimeError(
             f"{damage}: the drive is failing, or something else writes to the file. Start again "
-            f"with the same command: "
-            "that rebuilds the anchor exactly from the trajectory log."
+            "with the same command: that rebuilds the anchor exactly from the trajectory log."
         )
 
-    def _place(self, shard: Shard, start: int) -> int:
-        return self._places[shard.name] + start * shard.dtype.itemsize
+    def _offset_of(self, shard: Shard, start: int) -> int:
+        return self._offsets[shard.name] + start * shard.dtype.itemsize
 
-    def _read_block(self, place: int) -> torch.Tensor:
+    def _read_block(self, offset: int) -> torch.Tensor:
         if self._last is not None:
-            self._followed_by[self._last] = place
-        self._last = place
+            self._followed_by[self._last] = offset
+        self._last = offset
         self._file.wait()
-        if self._ahead is None or self._ahead[0] != place:
-            self._begin_read(place)
+        if self._ahead is None or self._ahead[0] != offset:
+            self._begin_read(offset)
             self._file.wait()
         assert self._ahead is not None
         buffer, self._ahead = self._ahead[1], None
-        following = self._followed_by.get(place)
+        following = self._followed_by.get(offset)
         if following is not None and len(self._buffers) > 1:
             self._begin_read(following)
         return buffer
 
-    def _begin_read(self, place: int) -> None:
+    def _begin_read(self, offset: int) -> None:
         buffer = self._next_buffer()
-        self._ahead = (place, buffer)
-        self._file.begin_read(buffer[: self._lengths[place]], place)
+        self._ahead = (offset, buffer)
+        self._file.begin_read(buffer[: self._lengths[offset]], offset)
 
     def _next_buffer(self) -> torch.Tensor:
-        self._turn = (self._turn + 1) % len(self._buffers)
-        return self._buffers[self._turn]
+        self._buffer_index = (self._buffer_index + 1) % len(self._buffers)
+        return self._buffers[self._buffer_index]
 
     def _aligned(self, size: int) -> int:
         return -(-size // self._alignment) * self._alignment
 
 
 class _AsyncFile:
-    """A file of fixed size, locked while the process lives, under DeepSpeed's async_io; removed
-    when closed.
+    """A file of fixed size that DeepSpeed's async_io reads and writes.
+
+    The file is locked while the process lives, and removed when closed.
     """
 
     def __init__(self, path: Path, size: int, aio: Mapping[str, Any]) -> None:
@@ -233,18 +247,20 @@ class _AsyncFile:
         return self._handle.new_cpu_locked_tensor(size, torch.empty(0, dtype=torch.uint8))
 
     def begin_read(self, buffer: torch.Tensor, at: int) -> None:
-        """Start to read into `buffer`. If the file is too short the buffer is zeroed: async_io
-        would abort the process.
+        """Start to read `buffer` from the file offset `at`, in bytes.
+
+        The buffer is filled with zeros where the file ends before the range: async_io would abort
+        the process.
         """
         if self._path.stat().st_size < at + buffer.nbytes:
             buffer.zero_()
             return
-        self._begun(self._handle.async_pread(buffer, str(self._path), at))
+        self._count_pending(self._handle.async_pread(buffer, str(self._path), at))
 
     def begin_write(self, buffer: torch.Tensor, at: int) -> None:
-        self._begun(self._handle.async_pwrite(buffer, str(self._path), at))
+        self._count_pending(self._handle.async_pwrite(buffer, str(self._path), at))
 
-    def _begun(self, status: int) -> None:
+    def _count_pending(self, status: int) -> None:
         if status != 0:
             raise OSError(
                 f"{self._path}: the anchor's file cannot be opened (async_io gave {status})."
@@ -257,14 +273,14 @@ class _AsyncFile:
             raise OSError(f"{self._path}: reading or writing the anchor failed.")
 
     def close(self) -> None:
-        self.wait()  # async_io aborts the process where operations are left over
+        self.wait()  # async_io aborts the process if operations are pending
         self._path.unlink(missing_ok=True)
 
 
 def _allocate(path: Path, size: int) -> Any:
     """Create `path` at `size` bytes and hold its lock while the process lives.
 
-    Raises ValueError or OSError.
+    Raises ValueError where another run holds the lock or the space is too small, OSError otherwise.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open(path, "ab")  # noqa: SIM115 (kept open for its lock)
@@ -284,15 +300,17 @@ def _allocate(path: Path, size: int) -> Any:
         free = shutil.disk_usage(path.parent).free
         raise ValueError(
             f"zeroth_order.anchor.nvme_path: {path.parent} is too small: this rank needs {size} "
-            f"bytes for {path.name}, "
-            f"{free} are free. Use another drive, more ranks, or keep it as terms."
+            f"bytes for {path.name}, {free} are free. Use another drive, more ranks, or keep it as "
+            "terms."
         ) from error
     return file
 
 
 def check_nvme(nvme_path: str, key: str) -> None:
-    """Raise ValueError unless `nvme_path` is a writable folder and DeepSpeed's async_io can be
-    used. Local to a rank.
+    """Check that `nvme_path` is a writable folder and that DeepSpeed's async_io can be used.
+
+    Not a collective: it checks for the calling rank only. key: the configuration key, for messages.
+    Raises ValueError where a check fails.
     """
     folder = Path(nvme_path)
     if not folder.is_dir():
@@ -308,6 +326,5 @@ def check_nvme(nvme_path: str, key: str) -> None:
     if not AsyncIOBuilder().is_compatible(verbose=False):
         raise ValueError(
             f"{key}: DeepSpeed's async_io cannot be built: libaio is missing. Install it (Debian, "
-            f"Ubuntu: apt-get install "
-            "libaio-dev), or use cpu."
+            "Ubuntu: apt-get install libaio-dev), or use cpu."
         )

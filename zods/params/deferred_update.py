@@ -1,9 +1,11 @@
-"""Updates of offloaded parameters that wait until each parameter is next loaded, which saves one
-load of each per step.
+"""Deferred updates for offloaded parameters.
 
-A forward has the gathered parameter at hand, and this rank's shard in host memory. The update is
-applied to the gathered one on all ranks (to the same bits: it depends on an element's index alone),
-and the shard is written back from it, to NVMe while the module runs.
+An update is applied to a parameter when a forward next loads the parameter. This saves one load of
+every parameter per step. At that time the forward holds the gathered parameter, and this rank's
+shard is in host memory. All ranks apply the update to the gathered parameter. They compute the same
+bits, because the update of an element depends on its index alone. The shard is then written back
+from the gathered parameter, to NVMe while the module runs. Called by the engine and by the modules
+of `zods.forward`.
 """
 
 from __future__ import annotations
@@ -19,23 +21,23 @@ from zods.params.zero3_adapter import finish_stores, store_from_gathered
 
 
 class DeferredUpdate:
-    """The last update, where it still has to be applied."""
+    """The last update and the parameters that it is not applied to yet."""
 
     def __init__(self, parameters: ShardedParameters, direction: Direction) -> None:
         self._parameters = parameters
         self._direction = direction
         self._update: Update | None = None
-        self._waiting: dict[int, Shard] = {}  # by ordinal
+        self._waiting: dict[int, Shard] = {}  # key: ordinal
         self._storing: list[Shard] = []
 
     def defer(self, update: Update) -> None:
-        """Take over an update that has no part of a stored anchor gradient, after what the one
-        before still has to do.
+        """Keep an update for later, after the previous update is applied everywhere (`flush`).
 
-        No gathered copies may be held.
+        The update must not use a stored anchor gradient. Gathered copies of the parameters must
+        have been released before.
 
-        Parameters of DeepSpeed's leaf modules are updated at once: which of them a forward uses may
-        differ by rank.
+        Parameters of DeepSpeed's leaf modules are updated at once: the ranks may use different ones
+        of them in a forward.
         """
         self.flush()
         self._update = update
@@ -45,14 +47,20 @@ class DeferredUpdate:
             self._parameters.apply_(update, direction=self._direction, shards=at_once)
 
     def flush(self) -> None:
-        """Apply what waits to the stored shards. No gathered copies may be held."""
+        """Apply the update to all shards that wait for it.
+
+        Gathered copies of the parameters must have been released before.
+        """
         waiting, self._waiting = list(self._waiting.values()), {}
         if waiting:
             assert self._update is not None
             self._parameters.apply_(self._update, direction=self._direction, shards=waiting)
 
     def loaded(self, ordinals: Sequence[int]) -> None:
-        """Apply the update to these parameters, which are gathered, and to their stored shards."""
+        """Apply the update to parameters that were just gathered, and to their stored shards.
+
+        ordinals: of the gathered parameters; those that do not wait for the update are left alone.
+        """
         for ordinal in ordinals:
             shard = self._waiting.get(ordinal)
             if shard is None:
@@ -65,8 +73,9 @@ class DeferredUpdate:
             del self._waiting[ordinal]
 
     def before_release(self) -> None:
-        """Wait until what was written is stored: DeepSpeed may use its memory for another
-        parameter.
+        """Wait until the updated shards are stored.
+
+        DeepSpeed may use their memory for another parameter after the release.
         """
         if self._storing:
             finish_stores([shard.param for shard in self._storing])

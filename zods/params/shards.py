@@ -1,8 +1,7 @@
-"""This rank's shards of the trainable parameters: their ranges, access to them, and updates of
-them.
+"""This rank's shards of the trainable parameters: ranges, access and updates.
 
-Works on ZeRO-3 shards (stage 3) and on replicated parameters (stage 0), where a rank's shard is the
-whole parameter.
+Works with ZeRO-3 shards (stage 3) and with replicated parameters (stage 0). With stage 0 a rank's
+shard is the whole parameter.
 """
 
 from __future__ import annotations
@@ -25,10 +24,10 @@ DTYPES = (torch.float32, torch.bfloat16)
 class Shard:
     """The part of one trainable parameter that this rank owns.
 
-    ordinal: the parameter's position in `named_parameters()`, frozen ones counted. An element of a
-    direction is named by it and by the element's index in the flat whole parameter. offset: index
-    of the shard's first element in the whole. numel: elements owned, without padding; may be 0.
-    padded_numel: the same on all ranks.
+    ordinal: the parameter's position in `named_parameters()`, frozen parameters counted. The
+    ordinal and an element's index in the flat whole parameter identify an element of a direction.
+    offset: index of the shard's first element in the flat whole parameter. numel: elements owned,
+    without padding; may be 0. padded_numel: elements with padding, the same on all ranks.
     """
 
     name: str
@@ -46,13 +45,12 @@ class Shard:
 
     @property
     def decays(self) -> bool:
+        """Whether weight decay applies: to parameters of two or more dimensions only."""
         return len(self.shape) >= 2
 
 
 class ShardedParameters:
-    """The trainable parameters of a module as this rank's shards, in the order of
-    `named_parameters()`.
-    """
+    """This rank's shards of the trainable parameters, in the order of `named_parameters()`."""
 
     def __init__(
         self,
@@ -61,11 +59,12 @@ class ShardedParameters:
         rank: int,
         model_parameters: Iterable[torch.nn.Parameter] | None = None,
     ) -> None:
-        """model_parameters: those to train among the ones that require a gradient; None trains all
-        of these.
+        """Collect the shards of the parameters that require a gradient.
 
-        Raises ValueError when nothing is trainable, or a trainable parameter is neither float32 nor
-        bfloat16.
+        model_parameters: train only these among them; None: train all of them.
+
+        Raises ValueError when no parameter is trainable, or when a trainable parameter is neither
+        float32 nor bfloat16.
         """
         wanted = None if model_parameters is None else {id(p) for p in model_parameters}
         shards = [
@@ -85,8 +84,8 @@ class ShardedParameters:
         odd = [f"{s.name} ({s.dtype})" for s in self.shards if s.dtype not in DTYPES]
         if odd:
             raise ValueError(
-                f"model: trainable parameters must be float32 or bfloat16; found "
-                f"{', '.join(odd[:3])}."
+                "model: trainable parameters must be float32 or bfloat16; "
+                f"found {', '.join(odd[:3])}."
             )
         self.numel = sum(s.whole_numel for s in self.shards)
 
@@ -99,12 +98,12 @@ class ShardedParameters:
     def visit(
         self, *, write: bool, shards: Sequence[Shard] | None = None
     ) -> Iterator[tuple[Shard, torch.Tensor]]:
-        """(shard, its elements as a 1-D tensor of `numel`), one after the other, where they are
-        stored.
+        """Yield each shard with its elements: a 1-D tensor of `numel`, not a copy.
 
-        Shards on NVMe are read one ahead and, with `write`, written back behind. Without it changes
-        to them are lost. The gathered copies of the parameters must have been released before
-        (`release_gathered`). shards: those to visit; None: all.
+        Shards on NVMe are loaded, and the next one is read in the background. Gathered copies of
+        the parameters must have been released before (`release_gathered`).
+        write: write shards on NVMe back, in the background; without it changes to them are lost.
+        shards: the shards to visit; None: all.
         """
         shards = self.shards if shards is None else shards
         for shard, following in zip(shards, [*shards[1:], None], strict=True):
@@ -125,10 +124,11 @@ class ShardedParameters:
         dense: Callable[[Shard], Iterable[tuple[int, torch.Tensor]]] | None = None,
         shards: Sequence[Shard] | None = None,
     ) -> None:
-        """Apply an update to this rank's shards, in one sweep over each.
+        """Apply an update to this rank's shards in place, in one pass over each shard.
 
-        dense: the anchor gradient, a shard's (start, elements) in blocks that together cover it;
-        None where the update has no part of it. shards: as in `visit`.
+        dense: maps a shard to its part of the stored anchor gradient: blocks (start, elements) that
+        together cover the shard. None where the update does not use a stored anchor gradient.
+        shards: as in `visit`.
         """
         for shard, local in self.visit(write=True, shards=shards):
             if shard.numel == 0:

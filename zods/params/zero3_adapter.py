@@ -1,15 +1,15 @@
-"""Access to what DeepSpeed's ZeRO-3 keeps of a parameter, where it has no documented way.
+"""Access to a parameter's shard in DeepSpeed's ZeRO-3, where DeepSpeed documents none.
 
-All of zods that touches undocumented parts of DeepSpeed is here. On a Parameter: `ds_tensor` (the
-local shard with its padding), `ds_shape`, `ds_numel`, `ds_status` and `nvme_swapper`. Of ZeRO-3's
-coordinator: `fetch_sub_module` and `__prefetch_nvme`. Of the swapper: `swap_in`,
-`synchronize_reads`, `swap_out_and_release`, `swap_out_params`, `synchronize_writes`,
-`remove_partition_and_release_buffers` and `available_swap_in_buffers`. Read in DeepSpeed 0.19.8;
-tests/distributed/test_sharding.py and test_deferral.py fail where they change. No DeepSpeed class
-is patched, and no attribute is set on a Parameter.
+All code of zods that uses undocumented parts of DeepSpeed is here. On a Parameter it uses
+`ds_tensor` (the local shard with its padding), `ds_shape`, `ds_numel`, `ds_status` and
+`nvme_swapper`. Of ZeRO-3's coordinator it uses `fetch_sub_module` and `__prefetch_nvme`. Of the
+swapper it uses `swap_in`, `synchronize_reads`, `swap_out_and_release`, `swap_out_params`,
+`synchronize_writes`, `remove_partition_and_release_buffers` and `available_swap_in_buffers`. They
+were read in DeepSpeed 0.19.8. tests/distributed/test_sharding.py and test_deferral.py fail when
+they change. No DeepSpeed class is patched, and no attribute is set on a Parameter.
 
 A parameter that is not sharded (stage 0) is its own shard. Called by the other modules of
-`zods.params`, and by those who read or drop gathered copies.
+`zods.params`, and by the modules that read or release gathered copies.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
 
 class Partition(NamedTuple):
-    """This rank's part of a parameter, in elements of the flat whole.
+    """This rank's part of a parameter, in elements of the flat whole parameter.
 
-    shape: of the whole. numel: without padding, may be 0. padded_numel: the same on all ranks.
+    shape: of the whole parameter. offset: index of the first element. numel: elements without
+    padding, may be 0. padded_numel: elements with padding, the same on all ranks.
     """
 
     shape: tuple[int, ...]
@@ -37,10 +38,12 @@ class Partition(NamedTuple):
 
 
 def is_sharded(param: torch.nn.Parameter) -> bool:
+    """Whether ZeRO-3 shards the parameter."""
     return hasattr(param, "ds_tensor")
 
 
 def partition_of(param: Any, rank: int) -> Partition:
+    """The part of a parameter that `rank` owns; the whole parameter where it is not sharded."""
     if not is_sharded(param):
         return Partition(tuple(param.shape), 0, param.numel(), param.numel())
     padded = param.ds_tensor.ds_numel
@@ -51,7 +54,7 @@ def partition_of(param: Any, rank: int) -> Partition:
 
 @contextmanager
 def gathered(params: Sequence[torch.nn.Parameter]) -> Iterator[None]:
-    """Gather the whole of `params` into their `.data`, for reading."""
+    """Gather whole parameters into their `.data`, for reading (a context manager)."""
     with deepspeed.zero.GatheredParameters(
         list(params), enabled=bool(params) and is_sharded(params[0])
     ):
@@ -59,12 +62,11 @@ def gathered(params: Sequence[torch.nn.Parameter]) -> Iterator[None]:
 
 
 def release_gathered(deepspeed_engine: Any) -> None:
-    """Drop every gathered copy that DeepSpeed still holds, so that the next forward gathers what is
-    stored.
+    """Release every gathered copy that DeepSpeed holds, so that the next forward gathers anew.
 
-    Waits for gathers that are under way, which a forward that was cut short leaves behind.
+    Waits for all-gathers that are in flight: an interrupted forward leaves some.
     """
-    # An engine without an optimizer has the part of ZeRO-3 that manages parameters in its place.
+    # Without an optimizer, `optimizer` is the part of ZeRO-3 that manages parameters.
     offload = getattr(deepspeed_engine.optimizer, "parameter_offload", deepspeed_engine.optimizer)
     if not hasattr(offload, "get_param_coordinator"):
         return
@@ -78,10 +80,10 @@ def release_gathered(deepspeed_engine: Any) -> None:
 
 
 def stop_nvme_prefetch(deepspeed_engine: Any) -> None:
-    """Make DeepSpeed read shards from NVMe when they are needed, not ahead.
+    """Turn off DeepSpeed's read-ahead of shards on NVMe.
 
-    DeepSpeed 0.19.8 fails on a parameter that its trace of a forward names twice within its
-    read-ahead. Where forwards advance in lockstep, the trace names every parameter once per
+    DeepSpeed 0.19.8 fails when its trace of a forward names a parameter twice within the
+    read-ahead. When several forwards advance in lockstep, the trace names every parameter once per
     forward.
     """
     coordinator = deepspeed_engine.optimizer and deepspeed_engine.optimizer.get_param_coordinator()
@@ -90,7 +92,7 @@ def stop_nvme_prefetch(deepspeed_engine: Any) -> None:
 
 
 def local_shard(param: Any, numel: int) -> torch.Tensor:
-    """The first `numel` elements of this rank's shard, as a 1-D view of where they are stored."""
+    """The first `numel` elements of this rank's stored shard, as a 1-D view."""
     if is_sharded(param):
         return param.ds_tensor.data.view(-1)[:numel]
     return param.data.view(-1)
@@ -100,6 +102,7 @@ def local_shard(param: Any, numel: int) -> torch.Tensor:
 
 
 def on_nvme(param: Any) -> bool:
+    """Whether the parameter's shard is stored on NVMe."""
     return is_sharded(param) and getattr(param.ds_tensor, "final_location", None) == "nvme"
 
 
@@ -109,9 +112,9 @@ def can_read_ahead(param: Any) -> bool:
 
 
 def begin_load(param: Any) -> None:
-    """Start to read a shard from NVMe, unless that is under way.
+    """Start to read a shard from NVMe, unless it is loaded or being read.
 
-    Waits for writes if it needs their buffer.
+    Waits for pending writes if no buffer is free.
     """
     if on_nvme(param) and param.ds_tensor.status is PartitionedParamStatus.NOT_AVAILABLE:
         if param.nvme_swapper.available_swap_in_buffers() == 0:
@@ -120,18 +123,20 @@ def begin_load(param: Any) -> None:
 
 
 def finish_load(param: Any) -> None:
+    """Wait until the shard is loaded from NVMe."""
     if on_nvme(param):
         param.nvme_swapper.synchronize_reads()
 
 
 def release_shard(param: Any, write: bool) -> None:
-    """Release the memory of a shard that was loaded. write: store it first; this goes on until
-    `finish_stores`.
+    """Release the memory of a loaded shard.
+
+    write: store the shard first, in the background; `finish_stores` waits for it.
     """
     if not on_nvme(param):
         return
     if write:
-        # of the shard before; this write runs while the next is computed
+        # Wait for the previous shard's write. This shard's write overlaps the next computation.
         param.nvme_swapper.synchronize_writes()
         param.nvme_swapper.swap_out_and_release([param], async_op=True, force_buffer_release=True)
     else:
@@ -139,13 +144,16 @@ def release_shard(param: Any, write: bool) -> None:
 
 
 def store_from_gathered(param: Any, offset: int, numel: int) -> None:
-    """Store this rank's shard of a parameter that is gathered; on NVMe this goes on until
-    `finish_stores`.
+    """Store this rank's shard from the gathered parameter.
+
+    A write to NVMe runs in the background; `finish_stores` waits for it. offset, numel: the shard's
+    elements in the flat whole parameter.
     """
     updated = param.data.view(-1)[offset : offset + numel]
     released = on_nvme(param) and param.ds_tensor.status is not PartitionedParamStatus.AVAILABLE
-    if released:  # as DeepSpeed does with the shard of a parameter that stays gathered
-        # on one CPU rank it may lie in the memory that the shard is read into
+    if released:  # DeepSpeed releases the shard of a parameter that stays gathered
+        # With one rank on CPU, the gathered parameter may lie in the buffer that the shard is read
+        # into.
         updated = updated.clone()
         begin_load(param)
         finish_load(param)
@@ -153,11 +161,12 @@ def store_from_gathered(param: Any, offset: int, numel: int) -> None:
     if on_nvme(param):
         param.nvme_swapper.swap_out_and_release([param], async_op=True, force_buffer_release=True)
         if not released:
-            # DeepSpeed releases the shard with the gathered parameter
+            # DeepSpeed releases this shard itself, together with the gathered parameter.
             param.nvme_swapper.swap_out_params.pop()
 
 
 def finish_stores(params: Sequence[Any]) -> None:
+    """Wait for the pending writes of these parameters' shards to NVMe."""
     stored = [param for param in params if on_nvme(param)]
     if stored:
         stored[0].nvme_swapper.synchronize_writes()

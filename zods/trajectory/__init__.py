@@ -1,4 +1,4 @@
-"""The trajectory log: base weights and a list of terms are the fine-tuned weights.
+"""The trajectory log: base weights and a list of terms determine the fine-tuned weights.
 
-`python -m zods.trajectory` works on logs.
+`python -m zods.trajectory` is the command line for logs.
 """

@@ -34,7 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     replay = commands.add_parser(
-        "replay", help="the weights of a run, from base weights and its log"
+        "replay", help="write the weights of a run, from base weights and its log"
     )
     replay.add_argument(
         "--base",
@@ -46,40 +46,42 @@ def _parser() -> argparse.ArgumentParser:
         "--log",
         required=True,
         metavar="FILE",
-        help="beside it, a folder `initial` where the run had one",
+        help="with the run's folder `initial` beside it, if the run had one",
     )
-    replay.add_argument("--out", required=True, metavar="FOLDER", help="made for from_pretrained")
+    replay.add_argument(
+        "--out", required=True, metavar="FOLDER", help="to be read by from_pretrained"
+    )
     replay.add_argument(
         "--until", type=int, metavar="STEP", help="weights after so many steps (default: all)"
     )
-    # set by a launcher
+    # A launcher sets --local_rank.
     replay.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
     replay.set_defaults(command=_replay)
 
-    inspect = commands.add_parser("inspect", help="what a log tells of its run")
+    inspect = commands.add_parser("inspect", help="summarise the run of a log")
     inspect.add_argument("path", metavar="FILE")
     inspect.add_argument(
         "--step",
         type=int,
         metavar="STEP",
-        help="only the records that come when so many steps are made",
+        help="print only the records written after this many steps",
     )
     inspect.set_defaults(command=_inspect)
 
     verify = commands.add_parser(
         "verify",
-        help="is it whole? Exit code 1 where its last record is torn, 2 where it is damaged",
+        help="check a log; exit code 1 if its last record is torn, 2 if it is damaged",
     )
     verify.add_argument("path", metavar="FILE")
     verify.set_defaults(command=_verify)
 
-    diff = commands.add_parser("diff", help="where two logs part; exit code 1 where they do")
+    diff = commands.add_parser("diff", help="compare two logs; exit code 1 if they differ")
     diff.add_argument("left", metavar="FILE")
     diff.add_argument("right", metavar="FILE")
     diff.set_defaults(command=_diff)
 
     merge = commands.add_parser(
-        "merge", help="one log for two, where one goes on from the other; else why there is none"
+        "merge", help="write the longer log if it continues the other; otherwise say why not"
     )
     merge.add_argument("left", metavar="FILE")
     merge.add_argument("right", metavar="FILE")
@@ -124,14 +126,14 @@ def _inspect(path: str, step: int | None) -> int:
             print(f"from step {record.step:<6} on {record.world_size} ranks: {json.dumps(section)}")
         if isinstance(record, Evaluation):
             print(
-                f"from step {record.step:<6} evaluated {record.form}, {record.streams} points per "
-                f"forward"
+                f"from step {record.step:<6} evaluated {record.form}, "
+                f"{record.streams} points per forward"
             )
     steps = [record for record in log.records if isinstance(record, Step)]
     refreshes = sum(isinstance(record, Refresh) for record in log.records)
     print(
-        f"steps       {len(steps)}, of these skipped {sum(s.skipped for s in steps)}; refreshes of "
-        f"the anchor {refreshes}"
+        f"steps       {len(steps)}, of these skipped {sum(s.skipped for s in steps)}; "
+        f"refreshes of the anchor {refreshes}"
     )
     if steps:
         losses = [step.loss for step in steps if step.loss is not None]
@@ -141,8 +143,8 @@ def _inspect(path: str, step: int | None) -> int:
         )
         print(f"loss        {first:.4f} -> {last:.4f} (means of {most} steps)")
         print(
-            f"size        {log.ends[-1]:,} bytes, {(log.ends[-1] - log.ends[0]) / len(steps):.0f} "
-            f"per step"
+            f"size        {log.ends[-1]:,} bytes, "
+            f"{(log.ends[-1] - log.ends[0]) / len(steps):.0f} per step"
         )
     print(f"head        {log.heads[-1]}")
     return 0
@@ -156,12 +158,12 @@ def _verify(path: str) -> int:
 
 
 def _changes(log: Log) -> None:
-    """Raise ValueError where a record does not go with its configuration."""
+    """Check every record. Raises ValueError if a record contradicts the configuration in force."""
     from zods.trajectory.updates import History
 
     history = History()
     for record in log.records:
-        # of first-order training
+        # Steps of first-order training have no coefficients and cannot be replayed.
         if not (isinstance(record, Step) and record.coefficients is None):
             history.change(record)
 

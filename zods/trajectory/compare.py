@@ -1,4 +1,7 @@
-"""Compare two logs: where they differ, and whether one can replace both."""
+"""Comparison of two logs: their differences, and whether one log continues the other.
+
+Called by `python -m zods.trajectory` (diff and merge).
+"""
 
 from __future__ import annotations
 
@@ -10,26 +13,27 @@ from zods.trajectory.records import Refresh, RunRecord, Step
 
 
 def differences(left: Log, right: Log) -> Iterator[str]:
-    """List the differences, a line each: in the headers, then the first record that differs, then
-    the lengths.
-    """
-    yield from _fields("header", left.header.to_json(), right.header.to_json())
+    """Yield one line per difference: in the headers, the first differing record, the lengths."""
+    yield from _field_differences("header", left.header.to_json(), right.header.to_json())
     for one, other in zip(left.records, right.records, strict=False):
         if one != other:
-            yield from _fields(f"after {one.step} steps", one.to_json(), other.to_json())
+            yield from _field_differences(f"after {one.step} steps", one.to_json(), other.to_json())
             break
     if left.num_steps != right.num_steps:
         yield f"steps: {left.num_steps} and {right.num_steps}"
 
 
-def _fields(where: str, one: dict[str, Any], other: dict[str, Any]) -> Iterator[str]:
+def _field_differences(where: str, one: dict[str, Any], other: dict[str, Any]) -> Iterator[str]:
+    """Yield one line per differing field of two records. where: the start of each line."""
     if next(iter(one)) != next(iter(other)):
         yield f"{where}: a record of kind {next(iter(one))!r} and one of kind {next(iter(other))!r}"
         return
     for key in sorted(one.keys() | other.keys()):
         left, right = one.get(key), other.get(key)
         if isinstance(left, dict) and isinstance(right, dict):
-            yield from _fields(f"{where}: {key}", {"": None, **left}, {"": None, **right})
+            yield from _field_differences(
+                f"{where}: {key}", {"": None, **left}, {"": None, **right}
+            )
         elif isinstance(left, list) and isinstance(right, list) and left != right:
             odd = [pair for pair in zip(left, right, strict=False) if pair[0] != pair[1]]
             yield f"{where}: {key}: " + (
@@ -40,15 +44,16 @@ def _fields(where: str, one: dict[str, Any], other: dict[str, Any]) -> Iterator[
 
 
 def longer(left: Log, right: Log) -> Log:
-    """The log that the other is the beginning of: it stands for both.
+    """The longer log, which must continue the other.
 
-    Raises ValueError, with the reason, where both have steps of their own: those do not commute.
+    Raises ValueError, with the reason, if both logs have steps that the other lacks: such steps do
+    not commute.
     """
     first, second = sorted((left, right), key=lambda log: len(log.records))
     if second.heads[: len(first.heads)] == first.heads:
         return second
     if left.header != right.header:
-        what = next(_fields("", left.header.to_json(), right.header.to_json()))
+        what = next(_field_differences("", left.header.to_json(), right.header.to_json()))
         raise ValueError(
             f"{left.path} and {right.path} do not start from the same model or data{what}."
         )
@@ -58,13 +63,13 @@ def longer(left: Log, right: Log) -> Log:
         if one != other
     )
     raise ValueError(
-        f"{left.path} and {right.path} have {left.records[common - 1].step} steps in common, then "
-        f"each its own. "
-        f"These do not commute: {_why(left, right)}. Replay one of them."
+        f"{left.path} and {right.path} have {left.records[common - 1].step} steps in common, "
+        f"then each its own. These do not commute: {_reasons(left, right)}. Replay one of them."
     )
 
 
-def _why(left: Log, right: Log) -> str:
+def _reasons(left: Log, right: Log) -> str:
+    """The reasons why the steps of two logs do not commute, for an error message."""
     records = [*left.records, *right.records]
     sections = [record.section for record in records if isinstance(record, RunRecord)]
     reasons = []
@@ -75,7 +80,7 @@ def _why(left: Log, right: Log) -> str:
     if any(isinstance(record, Step) for record in records):
         dtypes = {parameter.dtype for parameter in left.header.parameters if parameter.trained}
         reasons.append(
-            f"every step rounds the weights to {' or '.join(sorted(dtypes))}, so that their order "
-            f"shows in the bits"
+            f"every step rounds the weights to {' or '.join(sorted(dtypes))}, "
+            "so that their order shows in the bits"
         )
     return "; ".join(reasons) or "their configurations differ"

@@ -1,9 +1,9 @@
-"""The trajectory log: one line per record, `<16 hexadecimal digits> <JSON>`, appended and flushed
-to the disk.
+"""The trajectory log: one line per record, `<16 hexadecimal digits> <JSON>`.
 
-The digits are a BLAKE2b digest of the line before's digits and of the JSON: a chain. A changed,
-lost, doubled or moved line breaks it, and the last digits, the head, stand for all that was
-applied: ranks compare it, checkpoints bear it.
+Lines are appended and flushed to the disk. The digits are a BLAKE2b digest of the previous line's
+digits and of the JSON, so that the lines form a chain. A changed, lost, doubled or moved line
+breaks the chain. The last digits, the head, identify everything that was applied: ranks compare the
+head, and checkpoints store it. Called by the modules of `zods.training` and by the replay.
 """
 
 from __future__ import annotations
@@ -26,24 +26,25 @@ from zods.trajectory.records import Header, Record, RunRecord, Step, header_of, 
 logger = logging.getLogger(__name__)
 
 START = "0" * 16  # the head before the first line
-LOCK_SECONDS = 60.0  # that a run started again waits for the ranks of the one before to end
+LOCK_SECONDS = 60.0  # a restarted run waits so long for the ranks of the previous run to exit
 
 
 def chained(head: str, text: str) -> str:
-    """The head after a record."""
+    """The head after a record. head: the head before it. text: the record's JSON."""
     return hashlib.blake2b(f"{head}{text}".encode(), digest_size=8, person=b"zods-log").hexdigest()
 
 
 def text_of(record: Header | Record) -> str:
+    """The record's JSON, as it is written to the log."""
     return json.dumps(record.to_json(), separators=(",", ":"))
 
 
 @dataclass(frozen=True)
 class Log:
-    """The content of a log. heads, ends: the head, and the end in bytes, after the header and after
-    each record.
+    """Content of a log.
 
-    torn: bytes of a last line that is not whole; the log ends before it.
+    heads, ends: the chain's head and the file offset in bytes, after the header and after each
+    record. torn: bytes of an incomplete last line, which is not part of the content.
     """
 
     path: str
@@ -58,7 +59,7 @@ class Log:
         return _steps(self.records)
 
     def run_at_end(self) -> RunRecord | None:
-        """The configuration in force."""
+        """The configuration in force at the end of the log; None without one."""
         return next(
             (record for record in reversed(self.records) if isinstance(record, RunRecord)), None
         )
@@ -66,13 +67,14 @@ class Log:
     def until(self, num_steps: int) -> tuple[Record, ...]:
         """The records that lead to the parameters after `num_steps` steps.
 
-        Raises ValueError where there are fewer.
+        Raises ValueError if the log has fewer steps.
         """
         if not 0 <= num_steps <= self.num_steps:
             raise ValueError(f"{self.path}: holds {self.num_steps} steps, asked for {num_steps}.")
         return tuple(record for record in self.records if record.step < num_steps)
 
     def say_torn(self) -> None:
+        """Log a warning if the last line is incomplete."""
         if self.torn:
             logger.warning(
                 "%s: the last record is torn (%d bytes at byte %d): cut off; %d steps are whole",
@@ -81,20 +83,20 @@ class Log:
 
 
 def _steps(records: Sequence[Record]) -> int:
-    """Steps made after `records`."""
+    """The number of steps that are made after `records`."""
     return records[-1].step + isinstance(records[-1], Step) if records else 0
 
 
 def read_log(path: str | Path) -> Log:
-    """Read a log file, every line checked. Raises OSError or ValueError, with the place."""
+    """Read a log file and check every line. Raises OSError, or ValueError with line and byte."""
     return parse_log(Path(path).read_bytes(), path)
 
 
 def parse_log(data: bytes, path: str | Path) -> Log:
-    """The log in `data`; `path` names it in errors.
+    """Parse and check the bytes of a log. path: names the log in errors.
 
-    A last line that is not whole is left out: what a crash in the middle of a write leaves. Raises
-    ValueError, with the line and byte, where anything else is damaged.
+    An incomplete last line is ignored: a crash in the middle of a write leaves one. Raises
+    ValueError with line and byte if anything else is damaged.
     """
     header: Header | None = None
     records: list[Record] = []
@@ -110,12 +112,12 @@ def parse_log(data: bytes, path: str | Path) -> Log:
             if (
                 start + len(line) == len(data)
                 and header is not None
-                and not _runs_on(line, heads[-1])
+                and not _continues_after_record(line, heads[-1])
             ):
                 return Log(
                     str(path), header, tuple(records), tuple(heads), tuple(ends), torn=len(line)
                 )
-            _refuse(
+            _raise_damaged(
                 path,
                 number,
                 start,
@@ -126,9 +128,9 @@ def parse_log(data: bytes, path: str | Path) -> Log:
             if header is None:
                 header = header_of(values)
             else:
-                records.append(_following(records, record_of(values)))
+                records.append(_checked_order(records, record_of(values)))
         except (ValueError, RecursionError) as error:
-            _refuse(path, number, start, f"not a record of this version of zods: {error}")
+            _raise_damaged(path, number, start, f"not a record of this version of zods: {error}")
         heads.append(head.decode())
         ends.append(start + len(line))
     if header is None:
@@ -137,7 +139,7 @@ def parse_log(data: bytes, path: str | Path) -> Log:
 
 
 def _lines(data: bytes) -> Iterator[tuple[int, int, bytes]]:
-    """(number, start, line with its end) of each line."""
+    """Yield (number from 1, start in bytes, line with its newline) of each line."""
     start = 0
     for number, line in enumerate(data.split(b"\n"), start=1):
         whole = line + b"\n" if start + len(line) < len(data) else line
@@ -146,9 +148,10 @@ def _lines(data: bytes) -> Iterator[tuple[int, int, bytes]]:
         start += len(whole)
 
 
-def _runs_on(line: bytes, head: str) -> bool:
-    """Whether a last line begins with a whole record and goes on: it is not torn, its end was
-    damaged.
+def _continues_after_record(line: bytes, head: str) -> bool:
+    """Whether a last line starts with a complete record and continues after it.
+
+    Such a line is not torn: its newline was damaged.
     """
     try:
         text = line.decode("latin-1")
@@ -162,14 +165,14 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no number")
 
 
-def _refuse(path: str | Path, number: int, start: int, what: str) -> NoReturn:
+def _raise_damaged(path: str | Path, number: int, start: int, what: str) -> NoReturn:
     raise ValueError(
         f"{path}, line {number} (byte {start}): {what}. What comes before it is intact."
     )
 
 
-def _following(records: list[Record], record: Record) -> Record:
-    """`record`, if it may come after `records`."""
+def _checked_order(records: list[Record], record: Record) -> Record:
+    """Return `record` if it may follow `records`. Raises ValueError otherwise."""
     expected = _steps(records)
     if record.step != expected:
         raise ValueError(f"a record of step {record.step} where step {expected} is due")
@@ -179,24 +182,24 @@ def _following(records: list[Record], record: Record) -> Record:
 
 
 class Trajectory:
-    """The chain of what was applied, on every rank, and the file that rank 0 keeps of it.
+    """The chain of applied records, on every rank, and the file that rank 0 writes.
 
-    head: stands for all records so far; START where there are none. file: None where no log is
-    written. publish: where others wait for the records, is given the JSON of each.
+    head: identifies all records so far; START before the first. file: None on a rank that writes no
+    log. publish: called with the JSON of each record, for processes that wait for the records.
     """
 
     def __init__(self) -> None:
         self.head = START
         self.file: LogFile | None = None
         self.publish: Callable[[str], None] = lambda _: None
-        # where the file ended, and the steps in it, when all ranks last agreed
-        self._agreed = (
-            0,
-            0,
-        )
+        # (file length in bytes, number of steps in the file) when all ranks last agreed.
+        self._agreed = (0, 0)
 
     def add(self, record: Header | Record) -> None:
-        """Chain a record; where this rank keeps the file it is on its way to the disk until `wait`."""
+        """Add a record to the chain.
+
+        A rank with a file starts to write the record; `wait` waits until it is on the disk.
+        """
         text = text_of(record)
         self.head = chained(self.head, text)
         if self.file is not None:
@@ -204,22 +207,25 @@ class Trajectory:
         self.publish(text)
 
     def wait(self) -> None:
-        """Block until all records are on the disk. Raises OSError where that failed; the file then
-        ends before the first that is not."""
+        """Block until all records are on the disk.
+
+        Raises OSError if a write failed; the file then ends before the first record that failed.
+        """
         if self.file is not None:
             self.file.wait()
 
     def agree(self, num_steps: int) -> None:
-        """Mark that all ranks have applied the same updates so far.
+        """Note that all ranks have applied the same records so far.
 
-        What they do from here on counts for good when they agree again.
+        Later records can be cut by `cut_to_agreement` until the ranks agree again.
         """
         if self.file is not None:
             self._agreed = (self.file.length(), num_steps)
 
     def cut_to_agreement(self) -> None:
-        """Ranks have applied different things: leave in the file what they agreed on, from where a
-        restart goes on.
+        """Cut the file back to the last agreement, because ranks have applied different records.
+
+        A restarted run continues from there.
         """
         if self.file is not None:
             length, num_steps = self._agreed
@@ -230,17 +236,19 @@ class Trajectory:
 
 
 class LogFile:
-    """The file of a log, locked while it is open: no second run can append to it."""
+    """The file of a log, locked while it is open, so that no second run can append to it."""
 
     def __init__(self, path: str | Path) -> None:
-        """Open or create it. Raises ValueError where another process holds it for longer than
-        LOCK_SECONDS, OSError.
+        """Open or create the file and lock it.
+
+        Raises ValueError if another process holds the lock for longer than LOCK_SECONDS, OSError if
+        the file cannot be opened.
         """
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         self._lock()
-        sync(self.path.parent)  # a new file's name must outlive a power cut, too
+        sync(self.path.parent)  # so that a new file's name survives a power cut
         self._worker = ThreadPoolExecutor(1, "zods-log")
         self._pending: list[Future[None]] = []
         self._failed: OSError | None = None
@@ -254,8 +262,8 @@ class LogFile:
                 if time.monotonic() > deadline:
                     os.close(self._descriptor)
                     raise ValueError(
-                        f"{self.path}: another run writes to it. Wait for that one to end, stop "
-                        f"it, or give another folder."
+                        f"{self.path}: another run writes to it. Wait for that one to end, "
+                        "stop it, or give another folder."
                     ) from None
             if not said:
                 logger.warning(
@@ -270,19 +278,21 @@ class LogFile:
         return self.path.read_bytes()
 
     def length(self) -> int:
+        """The file's length in bytes."""
         return os.fstat(self._descriptor).st_size
 
     def cut(self, length: int) -> None:
-        """Leave the first `length` bytes."""
+        """Truncate the file to its first `length` bytes."""
         os.ftruncate(self._descriptor, length)
         sync(self._descriptor)
 
     def begin_append(self, line: bytes) -> None:
+        """Start to append a line in the background; `wait` waits until it is on the disk."""
         self._pending.append(self._worker.submit(self._append, line))
 
     def _append(self, line: bytes) -> None:
         if self._failed is not None:
-            raise self._failed  # what follows a record that is not there may not be there either
+            raise self._failed  # no record may follow one that could not be written
         length = self.length()
         try:
             written = os.write(self._descriptor, line)
@@ -291,7 +301,7 @@ class LogFile:
             os.fdatasync(self._descriptor)
         except OSError as error:
             self._failed = error
-            os.ftruncate(self._descriptor, length)  # what is whole stays whole
+            os.ftruncate(self._descriptor, length)  # remove a partly written record
             raise
 
     def wait(self) -> None:
@@ -302,9 +312,9 @@ class LogFile:
             except OSError as error:
                 raise OSError(
                     error.errno,
-                    f"{self.path}: the trajectory log cannot be written ({error.strerror}). All "
-                    f"steps before this one are safe "
-                    "in it. Make room, and start again with the same command",
+                    f"{self.path}: the trajectory log cannot be written ({error.strerror}). "
+                    "All steps before this one are safe in it. Make room, and start again with the "
+                    "same command",
                 ) from None
 
     def close(self) -> None:

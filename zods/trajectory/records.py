@@ -1,13 +1,17 @@
-"""The records of a trajectory log: frozen dataclasses, their JSON, and every check of what is read.
+"""The records of a trajectory log: frozen dataclasses, their JSON, and the checks of a read record.
 
-    header      the model: names, shapes, dtypes and fingerprints of the base weights; what a direction is
-    run         the configuration in force from this step on, whenever it changes
-    evaluation  how points are evaluated from this step on, so that a restarted run computes the same bits
-    refresh     a new anchor: the coefficients of its full-batch gradient, along which a step was made
-    step        the coefficients of a step's estimate, its loss and step size, the loader's place, what a selector chose
+    header      the model: names, shapes, dtypes and fingerprints of the base weights;
+                the version of the definition of directions
+    run         the configuration in force from this step on; written whenever it changes
+    evaluation  the form of evaluation from this step on, so that a restarted run computes the same
+                bits
+    refresh     a new anchor: the coefficients of its full-batch gradient, along which a step was
+                made
+    step        the coefficients of a step's estimate, its loss and step size, the loader's position
+                and the selector's choice
 
-Seeds are not kept: they follow from the base seed and the step (`zods.core.update_rule`).
-Coefficients are float32, in base64.
+Seeds are not stored: they follow from the base seed and the step (`zods.core.update_rule`).
+Coefficients are float32, in base64. Called by the log, the replay and `zods.training`.
 """
 
 from __future__ import annotations
@@ -23,29 +27,21 @@ from typing import Any
 from zods.config.schema import SVRG_ONLY, ZerothOrderConfig, parse_section
 
 FORMAT = 1
-# What the numbers of a log mean. It changes when the same log would give other weights.
+# The meaning of a log's numbers. It changes when the same log would give other weights.
 DEFINITION = (
     "philox4x32-10, blake2b seeds, float32 fused multiply-add, bfloat16 rounded stochastically; 1"
 )
-# keys of the section "zeroth_order" that count with an optimizer
-FIRST_ORDER = (
-    "seed",
-    "selector",
-    "loss_mean",
-)
-# of the anchor: no bit depends on them
-NOT_RECORDED = (
-    "nvme_path",
-    "buffer_count",
-    "buffer_size",
-    "pin_memory",
-)
+# Keys of the section "zeroth_order" that first-order training uses.
+FIRST_ORDER = ("seed", "selector", "loss_mean")
+# Keys of the subsection "anchor" that are not written: no bit depends on them.
+NOT_RECORDED = ("nvme_path", "buffer_count", "buffer_size", "pin_memory")
 
 
 @dataclass(frozen=True)
 class ParameterRecord:
-    """A parameter, in the order of `named_parameters()`. fingerprint: of its base weights, see
-    `zods.kernels`.
+    """One parameter of the header, in the order of `named_parameters()`.
+
+    fingerprint: of the parameter's base weights, see `zods.kernels`.
     """
 
     name: str
@@ -70,11 +66,13 @@ class ParameterRecord:
 
 @dataclass(frozen=True)
 class Header:
-    """The first record. tied: other name of a parameter -> its name. data: number of training
-    examples and a digest of some.
+    """The first record.
+
+    model: name of the model's class. tied: other name of a tied parameter -> its name in
+    `parameters`. data: number of training examples, and a digest of some of them.
     """
 
-    model: str  # its class
+    model: str
     parameters: tuple[ParameterRecord, ...]
     tied: dict[str, str] = field(default_factory=dict)
     data: tuple[int, str] | None = None
@@ -92,10 +90,11 @@ class Header:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """section: "zeroth_order". batch: train_batch_size. about: what else tells of it, for people.
+    """The configuration in force from a step on.
 
-    optimizer: DeepSpeed's section, of first-order training; then of `section` only FIRST_ORDER
-    counts, and is written.
+    section: the section "zeroth_order". batch: train_batch_size. about: other information, for
+    human readers. optimizer: DeepSpeed's section "optimizer" with first-order training, otherwise
+    None. With an optimizer, only the keys FIRST_ORDER of `section` are used and written.
     """
 
     step: int
@@ -106,7 +105,7 @@ class RunRecord:
     optimizer: dict[str, Any] | None = None
 
     def describes(self) -> dict[str, Any]:
-        """Return what is equal for two records of one configuration."""
+        """The JSON without the step: equal for two records of the same configuration."""
         return {**self.to_json(), "run": None}
 
     def to_json(self) -> dict[str, Any]:
@@ -131,7 +130,7 @@ class RunRecord:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """form: see `Evaluator`. streams: points per forward."""
+    """The form of evaluation from a step on. form: see `Evaluator`. streams: points per forward."""
 
     step: int
     form: str
@@ -143,8 +142,10 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Refresh:
-    """coefficients: of the full-batch gradient; none where its losses were not finite, and the last
-    anchor stayed.
+    """A refresh of the anchor.
+
+    coefficients: of the full-batch gradient. Empty if its losses were not finite: the previous
+    anchor then stays in force.
     """
 
     step: int
@@ -157,11 +158,11 @@ class Refresh:
 
 @dataclass(frozen=True)
 class SubBatch:
-    """What a selector chose for the steps from this one on. indices: among the candidates in the
-    order of their ids.
+    """The examples that a selector chose for the steps from this one on.
 
-    weights: None where all are 1. mean: of the derivatives of the chosen, which the features of the
-    paper go on from.
+    indices: positions of the chosen examples among the candidates, in the order of their ids.
+    weights: None if all weights are 1. mean: mean of the derivatives of the chosen examples; the
+    paper's features of the next selection depend on it.
     """
 
     num_candidates: int
@@ -181,11 +182,11 @@ class SubBatch:
 
 @dataclass(frozen=True)
 class Step:
-    """coefficients: of the estimate; none where the step was skipped; None: of a first-order step,
-    which no log replays.
+    """One step.
 
-    loss: the mean over the global batch, None where it is not finite. at: (epoch, step in it) of
-    the loader after the step.
+    loss: the mean over the global batch, None if it is not finite. coefficients: of the estimate.
+    Empty if the step was skipped; None for a step of first-order training, which cannot be
+    replayed. at: (epoch, step in the epoch) of the loader after the step.
     """
 
     step: int
@@ -214,11 +215,16 @@ Record = RunRecord | Evaluation | Refresh | Step
 
 
 def packed(coefficients: Sequence[float]) -> str:
+    """Encode coefficients as little-endian float32 in base64.
+
+    >>> packed([1.0])
+    'AACAPw=='
+    """
     return base64.b64encode(struct.pack(f"<{len(coefficients)}f", *coefficients)).decode()
 
 
 def header_of(values: Any) -> Header:
-    """The header from its JSON. Raises ValueError."""
+    """Parse and check a header's JSON. Raises ValueError where it is not valid."""
     get = _Reader(values, "header", ("definition", "model", "parameters", "tied", "data"))
     if get("header", int) != FORMAT:
         raise ValueError(
@@ -239,7 +245,7 @@ def header_of(values: Any) -> Header:
 
 
 def record_of(values: Any) -> Record:
-    """A record after the header from its JSON. Raises ValueError."""
+    """Parse and check the JSON of a record after the header. Raises ValueError if not valid."""
     if not isinstance(values, dict):
         raise ValueError("a record must be an object")
     for kind, parse in _KINDS.items():
@@ -249,7 +255,7 @@ def record_of(values: Any) -> Record:
 
 
 class _Reader:
-    """A reader of the values of a record, which checks the type of each and refuses others."""
+    """Reader of a record's values that checks keys, types and ranges."""
 
     def __init__(self, values: Any, kind: str, others: Sequence[str]) -> None:
         if not isinstance(values, dict):

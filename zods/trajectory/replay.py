@@ -1,9 +1,10 @@
-"""Replay a log on base weights: parameter by parameter, all steps in one pass over each.
+"""Replay of a log: from base weights and a log to the weights of the run.
 
-Reads a folder of safetensors files, as transformers keeps a model, and writes another one. No model
-is built, so that it may be larger than memory; each process of N makes files of its own, without a
-word to the others. Every parameter's base weights are checked against the log's fingerprint before
-anything is applied.
+It works parameter by parameter and applies all steps in one pass over each parameter. It reads a
+folder of safetensors files, as transformers stores a model, and writes another folder. No model is
+built, so that the model may be larger than memory. Each process of N writes its own files, without
+communication. Every parameter's base weights are checked against the log's fingerprint before any
+update is applied to them. Called by `python -m zods.trajectory replay`.
 """
 
 from __future__ import annotations
@@ -34,27 +35,27 @@ logger = logging.getLogger(__name__)
 INDEX = "model.safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.index.json")
-SHARD_BYTES = 1 << 30  # of a file that is written, which is held in memory until then
+SHARD_BYTES = 1 << 30  # size of a written file, which is held in memory until it is written
 
 
 class Unfit(ValueError):
-    """The base's files do not name their weights as the model does."""
+    """Error: the keys in the base's files are not the names of the model's parameters."""
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A parameter's base weights in a file. key: in the file, and in the one that is written."""
+    """Location of a parameter's base weights. key: in this file and in the written file."""
 
     key: str
     file: Path
-    parameter: ParameterRecord | None  # None: no parameter of the model, copied as it is
+    parameter: ParameterRecord | None  # None: not a parameter of the model; copied unchanged
     ordinal: int
     nbytes: int
 
 
 @dataclass(frozen=True)
 class Done:
-    """element_terms: numbers of elements times terms that were applied."""
+    """Result of a replay. element_terms: number of elements times terms that were applied."""
 
     steps: int
     element_terms: int
@@ -77,20 +78,21 @@ def replay(
     world_size: int = 1,
     shard_bytes: int = SHARD_BYTES,
 ) -> Done:
-    """Write the weights after `until` steps (default: all of the log) to the folder `out`, for
-    `from_pretrained`.
+    """Write the weights after `until` steps to the folder `out`, for `from_pretrained`.
 
-    base: a model's folder or its name on the hub. What the base lacks (a new head, LoRA) is taken
-    from the folder `initial` beside the log; a run with LoRA gives the folder of the adapters.
-    rank, world_size: this process of several. Raises ValueError or OSError: a damaged log, other
-    base weights, a folder in the way.
+    base: a model's folder or its name on the hub. Weights that the base does not have (a new head,
+    LoRA) are read from the folder `initial` beside the log. For a run with LoRA, `out` holds the
+    adapters only. until: number of steps; None: all steps of the log. rank, world_size: index of
+    this process and number of processes that share the work. shard_bytes: size of a written file.
+
+    Raises ValueError or OSError: a damaged log, other base weights, weights in `out` already.
     """
     log = read_log(log_path)
     log.say_torn()
     records = log.records if until is None else log.until(until)
     history = History()
     changes = [change for record in records if (change := history.change(record)) is not None]
-    run = log.run_at_end()  # all have one direction
+    run = log.run_at_end()  # all run records have the same direction
     direction = Direction() if run is None else direction_of(run.section)
     steps = log.num_steps if until is None else until
     folder, initial = _folder_of(base), Path(log_path).parent / "initial"
@@ -162,7 +164,7 @@ def _folder_of(base: str | Path) -> Path:
 
 
 def _keys(folder: Path) -> dict[str, Path]:
-    """Every tensor of a model's folder, and its file."""
+    """Map the key of every tensor in a model's folder to the tensor's file."""
     files = sorted(folder.glob("*.safetensors"))
     index = folder / INDEX
     try:
@@ -179,7 +181,7 @@ def _keys(folder: Path) -> dict[str, Path]:
 
 
 def _stored_tensors(header: Header, folder: Path, initial: Path) -> list[StoredTensor]:
-    """Find the file of each tensor. A parameter that is tied to another is there once."""
+    """Find the file of every tensor; tied parameters have one entry."""
     ordinals = {parameter.name: ordinal for ordinal, parameter in enumerate(header.parameters)}
     names = {name: name for name in ordinals} | {
         alias: name for alias, name in header.tied.items() if name in ordinals
@@ -208,7 +210,11 @@ def _stored_tensors(header: Header, folder: Path, initial: Path) -> list[StoredT
 
 
 def name_in_files(name: str) -> str:
-    """A parameter's name in the base's files: without what peft puts around it."""
+    """A parameter's name in the base's files: without the parts that peft adds to it.
+
+    >>> name_in_files("base_model.model.lm_head.base_layer.weight")
+    'lm_head.weight'
+    """
     return (
         name.removeprefix("base_model.model.")
         .replace(".base_layer.", ".")
@@ -217,8 +223,9 @@ def name_in_files(name: str) -> str:
 
 
 def _parameter_of(key: str, names: dict[str, str]) -> str | None:
-    """The parameter that a file's key means: with, without, or with another first part of its name
-    (`bert.`, `model.`).
+    """The parameter that a file's key refers to; None if there is none.
+
+    The key may lack the first part of the parameter's name (`bert.`, `model.`), or have one more.
     """
     firsts = sorted({name.partition(".")[0] for name in names})
     for candidate in (key, *(f"{first}.{key}" for first in firsts), key.partition(".")[2]):
@@ -236,8 +243,8 @@ def _dtype(parameter: ParameterRecord) -> torch.dtype:
     dtype = getattr(torch, parameter.dtype, None)
     if not isinstance(dtype, torch.dtype):
         raise ValueError(
-            f"the log says that {parameter.name} is of dtype {parameter.dtype!r}, which torch does "
-            f"not know."
+            f"the log says that {parameter.name} is of dtype {parameter.dtype!r}, "
+            "which torch does not know."
         )
     return dtype
 
@@ -255,7 +262,7 @@ def _shards(tensors: Sequence[StoredTensor], size: int) -> list[list[StoredTenso
 
 
 def _base_weights(stored: StoredTensor) -> torch.Tensor:
-    """A parameter's base weights, checked: its shape, and the fingerprint that the log has of it."""
+    """Read a parameter's base weights; check their shape and fingerprint against the log."""
     with safe_open(stored.file, framework="pt") as file:
         values = file.get_tensor(stored.key)
     parameter = stored.parameter
@@ -264,14 +271,13 @@ def _base_weights(stored: StoredTensor) -> torch.Tensor:
     if tuple(values.shape) != parameter.shape:
         raise ValueError(
             f"{stored.file}: {stored.key} is of shape {tuple(values.shape)}, {parameter.shape} in "
-            f"the log. Give the base that "
-            "the run started from."
+            "the log. Give the base that the run started from."
         )
     values = values.to(_dtype(parameter), copy=True).contiguous()
     if fingerprint(values.view(-1)) != parameter.fingerprint:
         raise ValueError(
-            f"{stored.file}: {stored.key} has other weights than the run started from. Give the "
-            f"base that it started from."
+            f"{stored.file}: {stored.key} has other weights than the run started from. "
+            "Give the base that it started from."
         )
     return values
 
@@ -296,8 +302,9 @@ def _replayed(
 
 
 def _written_key(stored: StoredTensor, adapters: bool) -> str:
-    """Return the key under which peft stores a weight of an adapter, which is named default in the
-    model.
+    """The key in the written file.
+
+    peft's files leave out the adapter's name (`default`), which is part of the names in the model.
     """
     return (
         stored.key.replace(".modules_to_save.default.", ".").replace(".default.", ".")
@@ -307,8 +314,10 @@ def _written_key(stored: StoredTensor, adapters: bool) -> str:
 
 
 def _refuse_existing(out: Path, of_others: Collection[str] = ()) -> None:
-    """Make the folder; raise ValueError where it holds weights other than those that other
-    processes write.
+    """Create the folder `out`.
+
+    of_others: names of the files that other processes write. Raises ValueError if the folder holds
+    other files with weights.
     """
     out.mkdir(parents=True, exist_ok=True)
     held = sorted(
@@ -328,7 +337,7 @@ def _write_rest(
     shards: list[list[StoredTensor]],
     adapters: bool,
 ) -> None:
-    """Write the rest of the folder beside the weights: configurations, tokenizer, the index."""
+    """Write the files beside the weights: configurations, tokenizer, index."""
     if adapters:
         shutil.copy(initial / ADAPTER_CONFIG, out)
         return
@@ -363,10 +372,10 @@ def _replay_in_memory(
     steps: int,
     unfit: str,
 ) -> Done:
-    """Build the model and apply the log to its parameters, for files whose names differ from those
-    of the model.
+    """Build the model and apply the log to its parameters.
 
-    unfit: how it was found that they do.
+    Used when the keys in the base's files are not the names of the model's parameters. unfit: the
+    message that says so.
     """
     import transformers
 
@@ -386,7 +395,7 @@ def _replay_in_memory(
             dtype=dtype,
             weights_only=True,
         )
-    except Exception as error:  # of what is no model's file nearly every kind is raised
+    except Exception as error:  # a file that holds no model can raise almost any exception
         harm = isinstance(error, pickle.UnpicklingError)
         wrong = (
             "a file of it is damaged or holds more than data; no code of it was run"
@@ -413,7 +422,7 @@ def _replay_in_memory(
             if fingerprint(values.view(-1)) != parameter.fingerprint:
                 raise ValueError(
                     f"--base {folder}: {parameter.name} has other weights than the run started "
-                    f"from."
+                    "from."
                 )
             if parameter.trained:
                 replay_(

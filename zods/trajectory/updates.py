@@ -1,8 +1,8 @@
-"""What the records of a log do to the parameters. A live run and a replay use the same functions,
-so that they cannot differ.
+"""From the records of a log to updates of the parameters.
 
-`History` turns a record into a `Change`; `replay_` applies many changes to a slice of one
-parameter, one after the other at every element, in one pass over memory.
+A live run and a replay both use this module, so that they cannot differ. `History` converts a
+record to a `Change`. `replay_` applies many changes to a slice of one parameter in one pass over
+memory: one change after the other at every element.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from zods.core.estimators import Term, Update
 from zods.core.update_rule import StepRule
 from zods.trajectory.records import Record, Refresh, RunRecord, Step
 
-_BLOCK = 2**20  # elements of a stored anchor gradient that are made again at once
-_WORK = 2**32  # elements times terms that are done at once: a second or two
+_BLOCK = 2**20  # elements of a stored anchor gradient that are recomputed at a time
+_WORK = 2**32  # elements times terms that are processed at a time: one or two seconds
 
 
 @dataclass(frozen=True)
 class Change:
-    """An update of all trained parameters. gradient: what `anchor_grad_coefficient` of the update
-    is the coefficient of.
+    """An update of all trained parameters.
+
+    gradient: the terms of the anchor gradient that `update.anchor_grad_coefficient` multiplies.
     """
 
     update: Update
@@ -35,38 +36,40 @@ class Change:
 
 
 def stores_gradient(section: ZerothOrderConfig) -> bool:
-    """Whether the anchor gradient is a tensor, rounded to the parameters' dtype, and not its terms."""
+    """Whether the anchor gradient is stored as a tensor, rounded to the parameters' dtype."""
     return section.is_svrg and section.anchor.gradient != "terms"
 
 
 def direction_of(section: ZerothOrderConfig) -> Direction:
+    """The direction that a configuration defines."""
     return Direction(section.direction.distribution, section.direction.rank)
 
 
 class History:
-    """The changes that records make, read in their order. gradient: the terms of the anchor
-    gradient in force.
+    """Converter of records to changes; records must be passed in their order.
+
+    gradient: the terms of the anchor gradient in force.
     """
 
     def __init__(
         self, section: ZerothOrderConfig | None = None, gradient: Sequence[Term] = ()
     ) -> None:
-        """section, gradient: those in force, where the records do not begin with a run's."""
+        """section, gradient: initial values, needed if the first record is not a run record."""
         self._section = section
         self.gradient = tuple(gradient)
 
     def change(self, record: Record) -> Change | None:
-        """What a record does, or None.
+        """The change of the parameters that a record stands for; None if it changes none.
 
-        Raises ValueError where it does not go with the configuration in force.
+        Raises ValueError if the record contradicts the configuration in force.
         """
         if isinstance(record, RunRecord):
             self._section = record.section
         if not isinstance(record, (Step, Refresh)) or not record.coefficients:
             if isinstance(record, Step) and record.coefficients is None:
                 raise ValueError(
-                    f"step {record.step}: of first-order training. Such a log tells what was "
-                    f"selected only."
+                    f"step {record.step}: of first-order training. "
+                    "Such a log tells what was selected only."
                 )
             return None
         section = self._section
@@ -75,8 +78,8 @@ class History:
         if isinstance(record, Refresh):
             if not section.is_svrg:
                 raise ValueError(
-                    f"step {record.step}: a refresh of an anchor, but the method is "
-                    f"{section.method}."
+                    f"step {record.step}: a refresh of an anchor, "
+                    f"but the method is {section.method}."
                 )
             self.gradient = rule.anchor_gradient(record.step, record.coefficients)
             along = estimators.along_gradient(self.gradient, stored, record.lr)
@@ -94,7 +97,7 @@ class History:
 
 
 def num_terms(changes: Sequence[Change]) -> int:
-    """Terms per element of a replay: what its time is measured by."""
+    """The number of terms per element of a replay, a measure of its time."""
     stored = [
         of[0].gradient
         for of in _segments(changes)
@@ -111,11 +114,11 @@ def replay_(
     direction: Direction,
     progress: Callable[[int], object] = lambda _: None,
 ) -> torch.Tensor:
-    """Apply changes, in their order and in place, to the elements of a parameter from `offset` on:
-    1-D, contiguous.
+    """Apply changes, in their order and in place, to elements of a parameter.
 
-    The bits are those that the run had, which applied one change at a time. progress: called with
-    the number of elements times terms that were done. Returns `elements`.
+    elements: those of the flat parameter from index `offset` on, 1-D and contiguous. progress:
+    called with the number of elements times terms that were processed. Returns `elements`. The
+    result has the same bits as the run, which applied one change at a time.
     """
     decays = len(parameter.shape) >= 2
     segments = [
@@ -141,8 +144,9 @@ def replay_(
 
 
 def _block_size(changes: Sequence[Change]) -> int:
-    """Elements that are done at once: so many that progress shows, and that a stored gradient made
-    anew stays small.
+    """The number of elements to process at a time.
+
+    It is small enough for regular progress reports, and for a small recomputed anchor gradient.
     """
     dense = any(change.update.anchor_grad_coefficient for change in changes)
     fitting = max(_WORK // max(num_terms(changes), 1), 2**16)
@@ -150,7 +154,7 @@ def _block_size(changes: Sequence[Change]) -> int:
 
 
 def _segments(changes: Sequence[Change]) -> list[list[Change]]:
-    """Group successive changes that have the same anchor gradient."""
+    """Group consecutive changes that have the same anchor gradient."""
     return [
         list(of) for _, of in itertools.groupby(changes, key=lambda change: id(change.gradient))
     ]
