@@ -37,9 +37,8 @@ class Case(NamedTuple):
     num_directions: int = 1
     batch_size: int = 8
     num_layers: int = 12  # of OPT-125M's shape; 0: the tiny model
-    anchor_age: int = (
-        0  # of mezo_svrg: updates since the refresh, which a point kept as terms takes back
-    )
+    # of mezo_svrg: updates since the refresh, which a point kept as terms takes back
+    anchor_age: int = 0
 
     @property
     def num_forwards(self) -> int:

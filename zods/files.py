@@ -1,7 +1,8 @@
-"""Durable files: the only module of the package that renames and syncs.
+"""Write files durably. No other module of the package renames or syncs files.
 
-After a crash or a power cut a file is there whole or not at all. So it is written under a temporary
-name, synced, renamed, and then its folder is synced. Callers: logs, checkpoints and run folders.
+After a crash or a power cut a file is complete or absent. To guarantee this, a file is written
+under a temporary name, synced and renamed, and then its folder is synced. Callers: logs,
+checkpoints and run folders.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from pathlib import Path
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Write a file so that it is whole, and on the disk, from the moment that it has its name.
+    """Replace a file atomically and durably.
 
-    Yields a temporary path in the same folder, to write to. At the end of the block that file takes
-    the place of `path`. Where the block fails, what stood at `path` stays; the temporary file stays
-    too, and the next write replaces it.
+    Yields a temporary path in the same folder, to write to. At the end of the block the temporary
+    file is synced and renamed to `path`. Where the block fails, the old content of `path` stays.
+    The temporary file stays too, and the next write replaces it.
     """
     temporary = path.with_name(f".{path.name}.partial")
     yield temporary
@@ -28,12 +29,15 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def rename(source: Path, target: Path) -> None:
-    """Rename a file or folder within a folder, which the caller syncs for the name to be durable."""
+    """Rename a file or folder within its folder.
+
+    The rename is durable once the caller has synced the folder.
+    """
     os.rename(source, target)
 
 
 def sync(file: Path | int) -> None:
-    """Sync the content of a file, or the names in a folder, to the disk.
+    """Flush the content of a file, or the names in a folder, to the disk.
 
     file: a path, or the descriptor of an open file.
     """

@@ -1,6 +1,6 @@
 """Fine-tune a transformer from the command line: `deepspeed --module zods.finetune --help`.
 
-Composition only.
+This module only composes the parts of the package.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ def main() -> None:
     stop_request.listen()
     try:
         finetune(arguments, *run)
-    except Exception as error:  # a full disk, ranks that disagree, another rank that is gone
-        # the same on all ranks, so one of them says it
+    except Exception as error:  # e.g. a full disk, ranks that disagree, a failed rank
+        # All ranks raise the same ValueError of ours, so one rank prints it.
         if isinstance(error, ValueError) and _is_our_own(error):
             end_process(report_failure(error, "zods.finetune"))
         kind = "" if isinstance(error, (OSError, RuntimeError)) else f"{type(error).__name__}: "
@@ -100,8 +100,10 @@ def main() -> None:
 
 
 def _is_our_own(error: Exception) -> bool:
-    """Whether the message tells all: it was raised here, or another rank is gone and that one has
-    said why.
+    """Whether an error's message is sufficient without a traceback.
+
+    It is where the error was raised in zods, or where another rank failed and has reported its own
+    error.
     """
     if isinstance(error, RankFailure):
         return error.__cause__ is None
@@ -112,7 +114,10 @@ def _is_our_own(error: Exception) -> bool:
 def start(
     arguments: Arguments,
 ) -> tuple[ZerothOrderEngine | FirstOrderEngine, Task, datasets.Dataset, RunFolder, Any]:
-    """Check the input, then load: (engine, task, held-out data, run folder, tokenizer)."""
+    """Check the input, then load the model.
+
+    Returns (engine, task, held-out data, run folder, tokenizer).
+    """
     comm = connect_ranks()
     with comm.same_on_all_ranks():
         merged = merged_config(arguments)
@@ -180,7 +185,7 @@ def finetune(
     folder: RunFolder,
     tokenizer: Any,
 ) -> None:
-    """Do one run: evaluate, train with evaluations and checkpoints, evaluate, report."""
+    """Run: evaluate, train with evaluations and checkpoints, evaluate, report."""
     rank = engine.global_rank
     before = (
         folder.first_evaluation()
@@ -213,8 +218,9 @@ def finetune(
 
 
 def latest_checkpoint(run: Path) -> Path:
-    """Return the latest checkpoint of a run's folder, or of a folder of checkpoints. Raises
-    FileNotFoundError.
+    """The latest checkpoint in a run's folder, or in a folder of checkpoints.
+
+    Raises FileNotFoundError where there is none.
     """
     folder = run / CHECKPOINTS if (run / CHECKPOINTS).is_dir() else run
     latest = folder / "latest"
@@ -229,10 +235,13 @@ def latest_checkpoint(run: Path) -> Path:
 def prepare_data(
     arguments: Arguments, tokenizer: Any, run: RunConfig | FirstOrderConfig, pretrained: Pretrained
 ) -> tuple[Task, datasets.Dataset, datasets.Dataset]:
-    """The task, its training data (with the column of the sources, where one is named) and its
-    held-out data, tokenised and checked."""
+    """Build the task, and tokenise and check its data.
+
+    Returns (task, training data, held-out data). The training data keep the column of the sources,
+    where one is named.
+    """
     parts = load_parts(arguments.data, run.seed)
-    (train, place), *given = parts
+    (train, row_name), *given = parts
     settings = arguments.task
     task = build_task(
         settings.task,
@@ -251,19 +260,19 @@ def prepare_data(
         num_embeddings=pretrained.num_embeddings,
         has_token_types=pretrained.has_token_types,
         class_names=pretrained.class_names,
-        source=place.rpartition(",")[0],
+        source=row_name.rpartition(",")[0],
     )
     check_kind(pretrained, task)
     check_adapter(pretrained, task, arguments.model.trust_remote_code)
     check_rows(task, parts)
     if given:
-        held_out, held_out_place = given[0]
+        held_out, held_out_row_name = given[0]
     else:
         train, held_out = split_held_out(train, arguments.data.held_out.value, run.seed)
-        held_out_place = place
+        held_out_row_name = row_name
     column = None if run.selector is None else run.selector.source_column
     sources = None if column is None else sources_of(train, column, "selector")
-    train, held_out = task.prepare(train, place), task.prepare(held_out, held_out_place)
+    train, held_out = task.prepare(train, row_name), task.prepare(held_out, held_out_row_name)
     if pretrained.num_embeddings is not None:
         for prepared in (train, held_out):
             check_token_ids(prepared, pretrained.num_embeddings, tokenizer)
@@ -273,17 +282,17 @@ def prepare_data(
 
 
 def steps_per_epoch(run: RunConfig | FirstOrderConfig, num_examples: int) -> int:
-    """Steps of a pass over the training data, as the loaders count them."""
+    """Count the steps of a pass over the training data, as the loaders do."""
     if run.selector is not None:
         return num_examples // run.selector.candidates * run.selector.interval
     return num_examples // run.deepspeed["train_batch_size"]
 
 
 def load_parts(data: DataArguments, seed: int) -> list[tuple[datasets.Dataset, str]]:
-    """The training data and, where they are given, the held-out data, each with what messages say
-    before a row's number.
+    """Load the training data and, where they are given, the held-out data.
 
-    Raises ValueError with what is wrong with both.
+    Each dataset comes with the text before a row's number in messages. Raises ValueError with the
+    mistakes of both.
     """
     parts, wrong = [], []
     for part, most in (("train", data.max_train_examples), ("validation", data.max_eval_examples)):
@@ -322,7 +331,7 @@ def evaluate(
 
 @dataclass
 class Trained:
-    """Seconds of each step, and what was sent in them."""
+    """The time of each step in seconds, and the bytes sent in all steps."""
 
     seconds: list[float] = field(default_factory=list)
     scalar_bytes: int = 0
@@ -336,7 +345,7 @@ def train_steps(
     held_out: datasets.Dataset,
     folder: RunFolder,
 ) -> Trained:
-    """Train to the last step, evaluating and saving on the way."""
+    """Train to the last step, with evaluations and checkpoints between the steps."""
     assert engine.training_dataloader is not None
     last = run.max_steps or run.num_epochs * engine.training_dataloader.steps_per_epoch
     trained = Trained()
@@ -390,8 +399,11 @@ def train_steps(
 def save(
     engine: ZerothOrderEngine | FirstOrderEngine, run: RunArguments, folder: RunFolder
 ) -> None:
-    """A full checkpoint; where it cannot be written, the log of zeroth-order steps has all that is
-    needed, and the run goes on."""
+    """Save a full checkpoint.
+
+    Where it cannot be written, the run continues: the log of zeroth-order steps has all that is
+    needed.
+    """
     try:
         engine.save_checkpoint(folder.path / CHECKPOINTS, keep=run.save_total_limit)
     except OSError as error:
@@ -408,13 +420,13 @@ def save(
 def stop(
     engine: ZerothOrderEngine | FirstOrderEngine, run: RunArguments, folder: RunFolder
 ) -> None:
-    """The run was asked to end before its last step: save, and say how it goes on."""
+    """Save after a request to stop before the last step, and print how to continue."""
     save(engine, run, folder)
     if engine.global_rank == 0:
         print(
             f"stopped after step {engine.global_steps} "
-            f"({engine.stop.reason or 'another rank was asked to'}). To go on: the "
-            "same command with --resume auto"
+            f"({engine.stop.reason or 'another rank was asked to'}). To go on: the same command "
+            "with --resume auto"
         )
 
 
@@ -423,8 +435,9 @@ def _text(metrics: dict[str, float]) -> str:
 
 
 def _logged_bytes() -> int:
-    """Return the bytes of all collectives that DeepSpeed's communication logger has counted; 0 if
-    it is off.
+    """Count the bytes of all collectives that DeepSpeed's communication logger has seen.
+
+    The count is 0 where the logger is off.
     """
     sizes = comms_logger.get_raw_data().values()
     return sum(size * record[0] for by_size in sizes for size, record in by_size.items())

@@ -1,3 +1,1 @@
-"""Parts of the command line beside training: options, the pretrained model, the run folder,
-figures.
-"""
+"""The parts of the command line: options, the model and its files, the run folder, its figures."""

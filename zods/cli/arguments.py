@@ -1,7 +1,8 @@
-"""Read the options of `zods.finetune` from a command line, and from a YAML or JSON file before it.
+"""Read the options of `zods.finetune` from a command line and from a YAML or JSON file.
 
-An option of the command line overrides the file's. `zods.cli.options` defines the options; here
-they are read, checked together, and merged with the DeepSpeed JSON.
+An option of the command line overrides the file's. `zods.cli.options` defines the options. This
+module reads them, checks them together, and merges them with the DeepSpeed JSON. Caller:
+`zods.finetune`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,13 @@ from zods.config.deepspeed_json import load_json
 from zods.config.mistakes import nearest
 from zods.config.schema import SECTION, SVRG_ONLY
 
-FIRST_ORDER = ("lr", "weight_decay", "seed", "loss_mean")  # overrides that an optimizer uses, too
+# overrides that also apply with an optimizer
+FIRST_ORDER = (
+    "lr",
+    "weight_decay",
+    "seed",
+    "loss_mean",
+)
 USAGE = (
     "%(prog)s --deepspeed_config FILE --model NAME (--train_file FILE | --dataset_name NAME) "
     "--output_dir FOLDER [options]"
@@ -37,10 +44,10 @@ USAGE = (
 
 
 def parse_arguments(argv: list[str] | None = None) -> Arguments:
-    """Read the options of a command line, and of the YAML or JSON file that it may begin with.
+    """Read the options of a command line, which may begin with a YAML or JSON file of options.
 
-    argv: the words of the command line; by default those of this process. Where an option is wrong,
-    the process ends with code 2, as argparse has it.
+    argv: the words of the command line; by default the command line of this process. Where an
+    option is wrong, the process ends with code 2, as argparse does.
     """
     parser = _parser()
     words = _without_local_rank(sys.argv[1:] if argv is None else argv)
@@ -66,9 +73,9 @@ def parse_arguments(argv: list[str] | None = None) -> Arguments:
 
 
 class _HelpFormatter(argparse.HelpFormatter):
-    """Help that shows a switch such as --plot without a value.
+    """A help formatter that shows a switch such as --plot without a value.
 
-    `--plot false` is read all the same: it overrides a file.
+    `--plot false` is accepted too: it overrides the value in a file.
     """
 
     def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
@@ -80,9 +87,9 @@ def _parser() -> HfArgumentParser:
         GROUPS,
         prog="deepspeed --module zods.finetune",
         usage=USAGE,
-        description="Fine-tune a transformer with zeroth-order steps (MeZO, MeZO-SVRG) on DeepSpeed "
-        "ZeRO-3. A YAML or JSON file with options as keys may stand before the options, which "
-        "override it.",
+        description="Fine-tune a transformer with zeroth-order steps (MeZO, MeZO-SVRG) on "
+        "DeepSpeed ZeRO-3. A YAML or JSON file with options as keys may stand before the options, "
+        "which override it.",
         epilog="Example: deepspeed --num_gpus 2 --module zods.finetune "
         "--deepspeed_config ds_configs/svrg_zero3.json --model facebook/opt-1.3b --task prompted "
         "--template '{sentence} It was {label}' --label_words terrible,great --dataset_name glue "
@@ -94,7 +101,7 @@ def _parser() -> HfArgumentParser:
     metavars: dict[Any, str] = {int: "N", float: "X"}
     endings = {"file": "FILE", "dir": "FOLDER", "column": "NAME", "split": "NAME", "name": "NAME"}
     for action in parser._actions:
-        # HfArgumentParser adds --max-steps to --max_steps: it is read, but not shown
+        # HfArgumentParser also accepts --max-steps for --max_steps; the help hides it
         action.option_strings = [name for name in action.option_strings if "-" not in name[2:]]
         if action.metavar is None and action.nargs is None and action.choices is None:
             action.metavar = metavars.get(action.type) or endings.get(
@@ -104,7 +111,7 @@ def _parser() -> HfArgumentParser:
 
 
 def _without_local_rank(argv: list[str]) -> list[str]:
-    """The command line without --local_rank, which a launcher puts before all other words."""
+    """Remove --local_rank, which a launcher puts before all other words, from a command line."""
     launcher = argparse.ArgumentParser(
         prog="deepspeed --module zods.finetune", usage=USAGE, add_help=False, allow_abbrev=False
     )
@@ -126,7 +133,7 @@ def _one_of(
 
 
 def _mistakes(arguments: Arguments) -> Iterator[str]:
-    """Options that do not go together, and numbers that are too small: one message each."""
+    """Yield a message for each conflict between options and for each number that is too small."""
     model, data, selection = arguments.model, arguments.data, arguments.selection
     if (data.train_file is None) == (data.dataset_name is None):
         yield "give either --train_file or --dataset_name"
@@ -164,10 +171,10 @@ def _too_small(option: str, value: Any) -> str | None:
 
 
 def _read_file(parser: argparse.ArgumentParser, name: str) -> dict[str, str]:
-    """Read the options of a YAML or JSON file: {option: its text on a command line}.
+    """Read the options of a YAML or JSON file, as {option: its text on a command line}.
 
-    A value is checked as that of the command line. All mistakes are reported at once, and end the
-    process.
+    A value is checked like a value of the command line. All mistakes are reported at once, and the
+    process ends.
     """
     path = Path(name)
     if not path.is_file():
@@ -202,7 +209,7 @@ def _read_file(parser: argparse.ArgumentParser, name: str) -> dict[str, str]:
 
 
 def _load(path: Path) -> dict[Any, Any]:
-    """The content of a YAML or JSON file. Raises ValueError."""
+    """Read the content of a YAML or JSON file. Raises ValueError where it cannot be read."""
     if path.suffix == ".json":
         return load_json(path)
     try:
@@ -217,16 +224,17 @@ def _load(path: Path) -> dict[Any, Any]:
         )
     keys = [key.value for key, _ in node.value]
     twice = sorted({key for key in keys if keys.count(key) > 1})
-    if twice:  # yaml takes the last
+    if twice:  # yaml would silently use the last one
         raise ValueError(f"{path}: {', '.join(twice)} given twice.")
     return loaded
 
 
 def _text(action: argparse.Action, value: Any) -> str:
-    """Turn a value of a file into the text that the command line would have, for argparse to check.
+    """Turn a value of a file into its text on a command line, which argparse then checks.
 
-    Raises ValueError for a value of another kind. A text has to be one in the file: YAML reads
-    `no`, `010` and `2024-01-01` as a boolean, a number and a date, whose texts are others.
+    A text option needs a text in the file: YAML reads `no`, `010` and `2024-01-01` as a boolean, a
+    number and a date, whose texts differ from what was written. Raises ValueError for a value of
+    another kind.
     """
     if isinstance(value, str):
         return value
@@ -254,12 +262,12 @@ def _text(action: argparse.Action, value: Any) -> str:
 
 
 def merged_config(arguments: Arguments) -> dict[str, Any]:
-    """The DeepSpeed JSON with the overrides of the options."""
+    """Merge the options that override keys into the DeepSpeed JSON."""
     model, selection = arguments.model, arguments.selection
     config = load_json(model.deepspeed_config)
     section = config.get(SECTION, {})
     if not isinstance(section, dict) or not isinstance(section.get("selector") or {}, dict):
-        return config  # which is refused for that
+        return config  # a later check refuses it
     given = arguments.overrides.section()
     if model.optimizer is not None:
         rates: dict[str, float] = {
@@ -287,13 +295,13 @@ def merged_config(arguments: Arguments) -> dict[str, Any]:
         batch = {"train_batch_size": selection.select.chosen, **batch}
         if micro is not None and len(batch) == 1:
             batch["train_micro_batch_size_per_gpu"] = micro
-    if batch:  # those not given follow from those that are
+    if batch:  # the given sizes determine the sizes that are not given
         config = {key: value for key, value in config.items() if key not in BATCH_OVERRIDES} | batch
     return config
 
 
 def _optimizer(config: dict[str, Any], rates: dict[str, float]) -> dict[str, Any]:
-    """DeepSpeed's section: the JSON's own, or AdamW, with the rates given."""
+    """Build the section "optimizer" from the JSON's own section, or for AdamW, with these rates."""
     optimizer = config.get("optimizer", {"type": "AdamW", "params": {"torch_adam": True}})
     if not isinstance(optimizer, dict) or str(optimizer.get("type")).lower() != "adamw":
         raise ValueError(

@@ -1,8 +1,8 @@
 """The options of `zods.finetune`, as dataclasses for transformers' `HfArgumentParser`.
 
 One dataclass is one group of the help. A field's metadata are arguments of argparse's
-`add_argument`; its type makes the value from the text of the command line. `zods.cli.arguments`
-reads them.
+`add_argument`. A field's type converts the text of the command line to the value.
+`zods.cli.arguments` reads the options.
 """
 
 from __future__ import annotations
@@ -32,7 +32,11 @@ MINIMUM = {  # smallest allowed value
 
 
 class Names(tuple[str, ...]):
-    """Names, made from a text in which commas separate them."""
+    """Names, made from a text that separates them by commas.
+
+    >>> Names("q_proj,v_proj")
+    ('q_proj', 'v_proj')
+    """
 
     def __new__(cls, text: str) -> Names:
         return super().__new__(cls, (name.strip() for name in text.split(",")))
@@ -40,7 +44,7 @@ class Names(tuple[str, ...]):
 
 @dataclass(frozen=True)
 class SubBatch:
-    """K/N: the number of examples that are chosen, and of the candidates."""
+    """A selection K/N: the number of chosen examples, and the number of candidates."""
 
     text: str
 
@@ -62,12 +66,12 @@ class SubBatch:
 
 @dataclass(frozen=True)
 class FractionOrCount:
-    """A part of the examples: their number where the text is digits alone, or else a fraction."""
+    """A part of the examples: a number where the text has only digits, a fraction otherwise."""
 
     text: str
 
     def __post_init__(self) -> None:
-        float(self.text)  # which raises ValueError
+        float(self.text)  # raises ValueError where the text is no number
 
     def __str__(self) -> str:
         return self.text
@@ -84,7 +88,7 @@ def _given(group: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelArguments:
-    """Options for the model, the training method and the output folder."""
+    """The model, the training method and the folder of the run."""
 
     _argument_group_name = "model and method"
 
@@ -95,8 +99,8 @@ class ModelArguments:
     deepspeed: str | None = field(
         default=None,
         metadata={
-            "help": "as other scripts for DeepSpeed have it: without a FILE it changes nothing, "
-            "with one it is --deepspeed_config",
+            "help": "accepted as in other scripts for DeepSpeed: without a FILE it has no effect, "
+            "with one it is the same as --deepspeed_config",
             "nargs": "?",
             "const": "",
             "metavar": "FILE",
@@ -119,16 +123,16 @@ class ModelArguments:
     resume: str | None = field(
         default=None,
         metadata={
-            "help": "auto: go on where the run in output_dir stopped, or begin it; "
-            "FOLDER: begin from the latest checkpoint of that run",
+            "help": "auto: continue where the run in output_dir stopped, or start it; "
+            "FOLDER: start from the latest checkpoint of that run",
             "metavar": "auto|FOLDER",
         },
     )
     replica: int | None = field(
         default=None,
         metadata={
-            "help": "one of several launches that train one model together: "
-            "0 leads and keeps the log, others come and go",
+            "help": "index of this launch among several that train one model together: "
+            "0 leads and writes the log, others may join and leave",
             "metavar": "INDEX",
         },
     )
@@ -156,7 +160,7 @@ class ModelArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class SelectionArguments:
-    """Options for the choice of sub-batches."""
+    """The selection of training examples from a large batch."""
 
     _argument_group_name = "selection of sub-batches"
 
@@ -174,7 +178,7 @@ class SelectionArguments:
     )
 
     def selector(self) -> dict[str, Any]:
-        """The keys of the section "selector" that are given."""
+        """The given keys of the section "selector"."""
         keys = _given(self)
         if self.select is not None:
             del keys["select"]
@@ -209,7 +213,8 @@ class DataArguments:
     held_out: FractionOrCount = field(
         default=FractionOrCount("0.1"),
         metadata={
-            "help": "taken from the training data where no validation data is given (default: %(default)s)",
+            "help": "share or number of examples held out from the training data where no "
+            "validation data is given (default: %(default)s)",
             "metavar": "FRACTION_OR_COUNT",
         },
     )
@@ -223,30 +228,31 @@ class DataArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskArguments:
-    """Options for the task and its data. See `zods.tasks.build_task`."""
+    """The task: what the model learns from an example. See `zods.tasks.build_task`."""
 
     _argument_group_name = "task"
 
     task: Literal["classification", "prompted", "instruction"] = field(
         default="classification",
         metadata={
-            "help": "a classification head; label words after a prompt; or responses (default: %(default)s)",
+            "help": "train a classification head, label words after a prompt, or responses to a "
+            "prompt (default: %(default)s)",
         },
     )
     text_column: str | None = field(
         default=None,
-        metadata={"help": "classification (default: text)"},
+        metadata={"help": "classification: column of the text (default: text)"},
     )
     text_pair_column: str | None = field(default=None, metadata={"help": "classification of pairs"})
     label_column: str | None = field(
         default=None,
-        metadata={"help": "classification, prompted (default: label)"},
+        metadata={"help": "classification, prompted: column of the label (default: label)"},
     )
     template: str | None = field(
         default=None,
         metadata={
             "help": r"prompted: '{text}\nTopic: {label}'; instruction: '{question}\n{answer}'; "
-            r"\n, \t, \r, \\ are read"
+            r"\n, \t, \r and \\ are replaced as in Python"
         },
     )
     label_words: Names | None = field(
@@ -255,11 +261,11 @@ class TaskArguments:
     )
     prompt_column: str | None = field(
         default=None,
-        metadata={"help": "instruction (default: instruction)"},
+        metadata={"help": "instruction: column of the prompt (default: instruction)"},
     )
     response_column: str | None = field(
         default=None,
-        metadata={"help": "instruction (default: output)"},
+        metadata={"help": "instruction: column of the response (default: output)"},
     )
     max_length: int = field(
         default=256,
@@ -269,17 +275,17 @@ class TaskArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class RunArguments:
-    """Options for the length of a run and for its outputs."""
+    """The length of the run and its outputs."""
 
     _argument_group_name = "run"
 
     max_steps: int | None = field(
         default=None,
-        metadata={"help": "steps (default: num_epochs passes over the data)"},
+        metadata={"help": "number of steps (default: num_epochs passes over the data)"},
     )
     num_epochs: int = field(
         default=1,
-        metadata={"help": "passes, where max_steps is not given (default: 1)"},
+        metadata={"help": "passes over the data, where max_steps is not given (default: 1)"},
     )
     eval_interval: int = field(
         default=0,
@@ -288,7 +294,7 @@ class RunArguments:
     save_interval: int = field(default=0, metadata={"help": "steps between checkpoints; 0: none"})
     save_total_limit: int | None = field(
         default=None,
-        metadata={"help": "checkpoints that are kept, the last ones (default: all)"},
+        metadata={"help": "number of latest checkpoints to keep (default: all)"},
     )
     save_model: bool = field(
         default=False,
@@ -302,7 +308,7 @@ class RunArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class OverrideArguments:
-    """Keys of the DeepSpeed JSON: those of its section "zeroth_order", and the batch sizes."""
+    """Overrides of the DeepSpeed JSON: its section "zeroth_order" and the batch sizes."""
 
     _argument_group_name = "overrides of the JSON"
 
@@ -320,7 +326,8 @@ class OverrideArguments:
     loss_mean: str | None = field(
         default=None,
         metadata={
-            "help": "of the global batch: tokens (over its label tokens) or examples (of each one's own mean)",
+            "help": "mean loss of the global batch: over its label tokens (tokens), "
+            "or over the means of its examples (examples)",
         },
     )
     anchor_lr: float | None = field(
@@ -345,17 +352,17 @@ class OverrideArguments:
     )
 
     def section(self) -> dict[str, Any]:
-        """The keys of the section "zeroth_order" that are given."""
+        """The given keys of the section "zeroth_order"."""
         return {key: value for key, value in _given(self).items() if key not in BATCH_OVERRIDES}
 
     def batch(self) -> dict[str, int]:
-        """The batch sizes that are given."""
+        """The given batch sizes."""
         return {key: value for key, value in _given(self).items() if key in BATCH_OVERRIDES}
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """The options of a run, by group."""
+    """All options of a run, by group."""
 
     model: ModelArguments
     selection: SelectionArguments
@@ -365,7 +372,7 @@ class Arguments:
     overrides: OverrideArguments
 
     def to_dict(self) -> dict[str, Any]:
-        """The options that have a value, as a JSON file for `zods.finetune` may hold them."""
+        """The options that have a value, in the form of a JSON file for `zods.finetune`."""
         return {
             key: value.text if isinstance(value, (SubBatch, FractionOrCount)) else value
             for group in vars(self).values()

@@ -1,4 +1,4 @@
-"""Pictures of a run: `python -m zods.cli.plots RUN_FOLDER` draws curves.png from metrics.jsonl."""
+"""Plot a run: `python -m zods.cli.plots RUN_FOLDER` draws curves.png from metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from zods.cli.run_folder import read_metrics
 
 
 def plot_curves(folder: str | Path) -> Path:
-    """Draw training loss, held-out loss and held-out accuracy over the steps; returns the PNG's
-    path.
+    """Plot training loss, held-out loss and held-out accuracy over the steps.
 
-    Needs matplotlib (the extra `report`).
+    Returns the path of the PNG. Needs matplotlib (the extra `report`).
     """
     import matplotlib
 
@@ -50,7 +49,7 @@ def _series(records: list[dict[str, Any]], key: str) -> tuple[list[int], list[fl
 
 
 def _smoothed(records: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    """The mean of every 20 values in a row, of fewer at the start."""
+    """The running mean of 20 values, and of fewer values at the start."""
     steps, values = _series(records, key)
     spans = [values[max(0, i - 19) : i + 1] for i in range(len(values))]
     return steps, [sum(span) / len(span) for span in spans]

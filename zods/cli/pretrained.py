@@ -1,5 +1,8 @@
-"""The pretrained model of a run: what its configuration tells before anything is loaded, and the
-model itself, with a new head or adapters. Called by the command line."""
+"""The pretrained model of a run. Caller: `zods.finetune`.
+
+The first part checks what the model's files show before anything is loaded. The second part loads
+the model, with a new head or adapters where they are needed.
+"""
 
 from __future__ import annotations
 
@@ -29,12 +32,9 @@ from zods.trajectory.replay import name_in_files
 
 logger = logging.getLogger(__name__)
 
-ALL_LINEAR = "all-linear"  # peft's word for all linear modules but the output layer
-# token types in attention, without a type vocabulary in the configuration
-RELATIVE_SEGMENTS = (
-    "xlnet",
-    "funnel",
-)
+ALL_LINEAR = "all-linear"  # peft's name for all linear modules except the output layer
+# Models that use token types in attention, and have no type vocabulary in the configuration
+RELATIVE_SEGMENTS = ("xlnet", "funnel")
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,9 @@ class Pretrained:
 
     Attributes:
         base: name or folder of the weights.
-        config: their configuration, of transformers.
-        adapter: folder or name of a PEFT adapter that was trained on them; None where there is none.
+        config: the configuration of these weights, of transformers.
+        adapter: folder or name of a PEFT adapter that was trained on these weights; None where
+            there is none.
     """
 
     base: str
@@ -58,18 +59,16 @@ class Pretrained:
 
     @property
     def has_token_types(self) -> bool:
-        """Whether `token_type_ids` tell segments apart.
+        """Whether the model uses `token_type_ids` to tell segments apart.
 
-        GPT-2 and others take them too, and embed them as words.
+        GPT-2 and other models accept them too, but embed them as words.
         """
         config = self.config.get_text_config()
         return getattr(config, "type_vocab_size", 0) > 1 or config.model_type in RELATIVE_SEGMENTS
 
     @property
     def class_names(self) -> list[str] | None:
-        """Names of the classes of a pretrained classification head, in its order; None without a
-        head.
-        """
+        """Names of the classes of a pretrained head, in the head's order; None without a head."""
         if not self._has_head:
             return None
         return [str(self.config.id2label[i]) for i in sorted(self.config.id2label)]
@@ -79,9 +78,7 @@ class Pretrained:
         return any("ForSequenceClassification" in name for name in self.config.architectures or ())
 
     def mismatched_head(self, task: Task, trust_remote_code: bool) -> list[str]:
-        """Names of the parameters of a pretrained head that is for another number of classes than
-        the task's.
-        """
+        """Names of the parameters of a pretrained head that has another number of classes."""
         num_labels = task.model_kwargs().get("num_labels")
         if num_labels is None or not self._has_head or num_labels == self.config.num_labels:
             return []
@@ -99,15 +96,15 @@ def find_model(arguments: ModelArguments) -> Pretrained:
     """Read the configuration of --model, or of the base model where --model is a PEFT adapter.
 
     Raises:
-        ValueError: in one line, whatever transformers or peft raise.
+        ValueError: one line for any error of transformers or peft.
     """
     name = arguments.model
     if name.startswith((".", "/", "~")) and not Path(name).is_dir():
         raise ValueError(f"--model {name}: there is no such folder")
-    with _one_line(f"--model {name}"):
+    with _errors_in_one_line(f"--model {name}"):
         is_adapter = find_adapter_config_file(name) is not None
     if not is_adapter:
-        with _one_line(f"--model {name}"):
+        with _errors_in_one_line(f"--model {name}"):
             config = transformers.AutoConfig.from_pretrained(
                 name, trust_remote_code=arguments.trust_remote_code
             )
@@ -117,7 +114,7 @@ def find_model(arguments: ModelArguments) -> Pretrained:
         raise ValueError(
             f"--lora_rank: {name} is an adapter, which is trained as it is. Leave --lora_rank out."
         )
-    with _one_line(f"--model {name}, a PEFT adapter"):
+    with _errors_in_one_line(f"--model {name}, a PEFT adapter"):
         import peft  # an extra
 
         base = peft.PeftConfig.from_pretrained(name).base_model_name_or_path
@@ -126,7 +123,7 @@ def find_model(arguments: ModelArguments) -> Pretrained:
             f"--model {name}: its adapter_config.json names no base model "
             f"(base_model_name_or_path)."
         )
-    with _one_line(
+    with _errors_in_one_line(
         f"--model {name}: its adapter_config.json names the base model {base}, which cannot be read"
     ):
         config = transformers.AutoConfig.from_pretrained(
@@ -137,7 +134,7 @@ def find_model(arguments: ModelArguments) -> Pretrained:
 
 
 def read_tokenizer(arguments: ModelArguments, pretrained: Pretrained) -> Any:
-    """The tokenizer: --tokenizer, or the model's, or its base model's.
+    """Read the tokenizer: --tokenizer, or the model's, or its base model's.
 
     Raises ValueError in one line.
     """
@@ -145,7 +142,7 @@ def read_tokenizer(arguments: ModelArguments, pretrained: Pretrained) -> Any:
     folder = Path(name)
     if arguments.tokenizer is None and pretrained.adapter is not None and folder.is_dir():
         name = name if any(folder.glob("tokenizer*")) else pretrained.base
-    with _one_line(
+    with _errors_in_one_line(
         f"{'--model' if arguments.tokenizer is None else '--tokenizer'} {name}: no tokenizer can "
         f"be read"
     ):
@@ -155,7 +152,7 @@ def read_tokenizer(arguments: ModelArguments, pretrained: Pretrained) -> Any:
 
 
 def check_kind(pretrained: Pretrained, task: Task) -> None:
-    """Raise ValueError where the configuration already shows that the model cannot serve the task."""
+    """Raise ValueError where the configuration shows that the model cannot serve the task."""
     auto_class, config = task.auto_class(), pretrained.config
     own_code = auto_class.__name__ in (getattr(config, "auto_map", None) or {})
     if not own_code and not {type(config), type(config.get_text_config())} & set(
@@ -164,9 +161,8 @@ def check_kind(pretrained: Pretrained, task: Task) -> None:
         kind = "encoder-decoder " if config.is_encoder_decoder else ""
         raise ValueError(
             f"--model {pretrained.base}: a {kind}model of type {config.model_type}, for which "
-            f"transformers has no "
-            f"{auto_class.__name__}, as --task {task.name} needs. Give another model or another "
-            f"--task."
+            f"transformers has no {auto_class.__name__}, as --task {task.name} needs. Give another "
+            "model or another --task."
         )
     masked = (
         type(config) in MODEL_FOR_MASKED_LM_MAPPING and getattr(config, "is_decoder", True) is False
@@ -180,12 +176,13 @@ def check_kind(pretrained: Pretrained, task: Task) -> None:
 
 
 def check_adapter(pretrained: Pretrained, task: Task, trust_remote_code: bool) -> None:
-    """Raise ValueError where an adapter's files already show that it was not trained for the task,
-    or for other shapes.
+    """Raise ValueError where an adapter's files show that it does not fit the task.
+
+    The adapter was then trained for another task type, or its weights have other shapes.
     """
     if pretrained.adapter is None:
         return
-    with _one_line(f"--model {pretrained.adapter}, a PEFT adapter"):
+    with _errors_in_one_line(f"--model {pretrained.adapter}, a PEFT adapter"):
         import peft
 
         kind = peft.PeftConfig.from_pretrained(pretrained.adapter).task_type
@@ -193,9 +190,8 @@ def check_adapter(pretrained: Pretrained, task: Task, trust_remote_code: bool) -
     if kind is not None and kind != needed:
         raise ValueError(
             f"--model {pretrained.adapter}: the task_type in its adapter_config.json is "
-            f"{getattr(kind, 'value', kind)}, but "
-            f"--task {task.name} needs an adapter of task_type {needed}. Give another adapter or "
-            f"another --task."
+            f"{getattr(kind, 'value', kind)}, but --task {task.name} needs an adapter of task_type "
+            f"{needed}. Give another adapter or another --task."
         )
     path = Path(pretrained.adapter) / "adapter_model.safetensors"
     if not path.is_file():  # from the hub, or in another format: seen when it is loaded
@@ -214,25 +210,23 @@ def check_adapter(pretrained: Pretrained, task: Task, trust_remote_code: bool) -
             )
             raise ValueError(
                 f"--model {pretrained.adapter}: its {name} has the shape {shape}, but the model "
-                f"for --task {task.name}"
-                f"{classes} has {expected[name]}. Give the base model that the adapter was trained "
-                f"on, and data with as "
-                "many classes as it was trained for, or train new adapters with --lora_rank."
+                f"for --task {task.name}{classes} has {expected[name]}. Give the base model that "
+                "the adapter was trained on, and data with as many classes as it was trained for, "
+                "or train new adapters with --lora_rank."
             )
 
 
 def check_causal(
     evaluate: Callable[..., dict[str, float]], pretrained: Pretrained, task: Task, rows: Any
 ) -> None:
-    """Raise ValueError, on all ranks, where tokens change what the model predicts for the tokens
-    before them.
+    """Raise ValueError, on all ranks, where later tokens change the model's earlier predictions.
 
-    What the configuration does not tell is seen in one forward of two rows whose first halves are
-    the same.
+    The configuration does not always show this. The check compares the predictions for two rows
+    whose first halves are the same, in one forward.
 
     Args:
-        evaluate: the engine's method of this name.
-        rows: prepared training data, of which tokens are taken.
+        evaluate: the engine's method `evaluate`.
+        rows: prepared training data; the tokens of the two rows are taken from them.
     """
     if not task.predicts_next_token:
         return
@@ -248,7 +242,7 @@ def check_causal(
     ) -> dict[str, tuple[float, float]]:
         logits = outputs["logits"]
         change = (logits[0] - logits[1]).abs().amax(-1).float()  # (8,)
-        # a causal model's rows differ by rounding, if at all
+        # The first halves of a causal model's rows differ by rounding, if at all.
         noise = 1e-4 if logits.dtype == torch.float32 else 1e-2
         return {"leaks": (float(change[:4].max() > noise * change[4:].max()), 1)}
 
@@ -266,14 +260,14 @@ def _not_causal(name: str, found: str, task: str) -> str:
         f"--model {name}: not a causal language model ({found}), so that with --task {task} it "
         f"would see the answer that "
         'it is to predict. Give a causal one (a masked one with "is_decoder": true in its '
-        "config.json is), or use --task "
-        "classification."
+        "config.json is), or use --task classification."
     )
 
 
 def _check_files(folder: Path) -> None:
-    """Raise ValueError for a damaged or truncated file of weights: only the ranks that read it
-    would notice later.
+    """Raise ValueError for a damaged or truncated file of weights.
+
+    Later, only the ranks that read the file would notice the damage.
     """
     for path in sorted(folder.glob("*.safetensors")) if folder.is_dir() else []:
         try:
@@ -284,13 +278,11 @@ def _check_files(folder: Path) -> None:
 
 
 @contextmanager
-def _one_line(where: str) -> Iterator[None]:
-    """Raise ValueError, in one line, for whatever transformers and peft raise for a file they
-    cannot use.
-    """
+def _errors_in_one_line(where: str) -> Iterator[None]:
+    """Turn any error of transformers and peft about a file into a ValueError of one line."""
     try:
         yield
-    except Exception as error:  # many unrelated types
+    except Exception as error:  # the libraries raise many unrelated types
         text = " ".join(str(error).split())
         kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
         raise ValueError(f"{where}: {kind}{text[:600]}") from error
@@ -300,22 +292,22 @@ def _one_line(where: str) -> Iterator[None]:
 
 
 def parameter_sizes(pretrained: Pretrained, task: Task, trust_remote_code: bool) -> list[int]:
-    """The number of elements of each parameter of the model, which is made without its weights."""
+    """Count the elements of each parameter of the model, without loading its weights."""
     return [
         parameter.numel()
-        for parameter in _unloaded(pretrained, task, trust_remote_code).parameters()
+        for parameter in _build_on_meta(pretrained, task, trust_remote_code).parameters()
     ]
 
 
 def _shapes(
     pretrained: Pretrained, task: Task, trust_remote_code: bool
 ) -> dict[str, tuple[int, ...]]:
-    tensors = _unloaded(pretrained, task, trust_remote_code).state_dict()
+    tensors = _build_on_meta(pretrained, task, trust_remote_code).state_dict()
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def _unloaded(pretrained: Pretrained, task: Task, trust_remote_code: bool) -> torch.nn.Module:
-    """The model for the task, without its weights."""
+def _build_on_meta(pretrained: Pretrained, task: Task, trust_remote_code: bool) -> torch.nn.Module:
+    """Build the model for the task on the meta device, without its weights."""
     config = copy.deepcopy(pretrained.config)
     for name, value in task.model_kwargs().items():
         setattr(config, name, value)
@@ -326,10 +318,12 @@ def _unloaded(pretrained: Pretrained, task: Task, trust_remote_code: bool) -> to
 def load_model(
     arguments: ModelArguments, run: RunConfig | FirstOrderConfig, task: Task, pretrained: Pretrained
 ) -> tuple[torch.nn.Module, list[str]]:
-    """The pretrained model, sharded while it is loaded where the run is stage 3; a new head follows
-    from the seed.
+    """Load the pretrained model for the task. In a stage 3 run it is sharded while it is loaded.
 
-    Also the names of the parameters that are not in the base's files: a new head, adapters.
+    A new head is drawn from the seed.
+
+    Returns the model, and the names of the parameters that are not in the base model's files: those
+    of a new head and of adapters.
     """
     transformers.set_seed(run.seed)
     mismatched = pretrained.mismatched_head(task, arguments.trust_remote_code)
@@ -339,18 +333,18 @@ def load_model(
             "the head of %s is for %d classes, the data have %d: a new head is drawn",
             pretrained.base, pretrained.config.num_labels, options["num_labels"],
         )  # fmt: skip
-        # ignore_mismatched_sizes does not work under ZeRO-3 (transformers 5.23: rank 0 alone meets
-        # the sizes), so that the head's weights are given names that the model does not have
+        # ignore_mismatched_sizes does not work under ZeRO-3 (transformers 5.23: only rank 0 sees
+        # the sizes). Instead, the head's weights get names that the model does not have.
         options["key_mapping"] = {f"^{re.escape(name)}$": f"replaced_{name}" for name in mismatched}
     elif pretrained.class_names is not None and task.name == "classification":
         own, data = pretrained.class_names, list(options["id2label"].values())
-        # by transformers: nobody named the classes
+        # transformers makes these names up where nobody named the classes.
         made_up = all(re.fullmatch(r"LABEL_\d+", name) for name in own)
         if own != data and not made_up:
             logger.warning(
                 "the head's classes %s become %s, in this order", ", ".join(own), ", ".join(data)
             )
-    # transformers looks for a living HfDeepSpeedConfig while from_pretrained runs
+    # transformers looks for a live HfDeepSpeedConfig object while from_pretrained runs
     sharded = HfDeepSpeedConfig(run.deepspeed) if run.zero_stage == 3 else None
     model, info = task.auto_class().from_pretrained(
         pretrained.base,
@@ -377,8 +371,11 @@ def load_model(
 
 
 def _with_new_adapter(arguments: ModelArguments, model: Any, task: Task, new: set[str]) -> Any:
-    """The model with LoRA adapters. Modules with weights that the base lacks (`new`) and a
-    classification head are trained whole, and are saved with the adapter."""
+    """Wrap the model with LoRA adapters.
+
+    A classification head, and the modules with weights that the base model lacks (`new`), are
+    trained whole and are saved with the adapter.
+    """
     import peft  # an extra
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGETS
 
@@ -433,15 +430,18 @@ def _with_new_adapter(arguments: ModelArguments, model: Any, task: Task, new: se
 
 
 def _with_adapter(model: Any, adapter: str, new: set[str]) -> Any:
-    """The model with an adapter that was trained before, to be trained on. Raises ValueError where
-    they do not fit, and where weights that the base lacks (`new`) are not in the adapter either:
-    they would stay as they were drawn."""
+    """Wrap the model with an adapter that was trained before, to continue its training.
+
+    Raises ValueError where the adapter does not fit the model, and where weights that the base
+    model lacks (`new`) are not in the adapter either. Such weights would keep their random initial
+    values.
+    """
     import peft
 
-    with _one_line(f"--model {adapter}: the adapter cannot be put into its base model"):
+    with _errors_in_one_line(f"--model {adapter}: the adapter cannot be put into its base model"):
         config = peft.PeftConfig.from_pretrained(adapter)
         config.inference_mode = False
-        with _same_compilers():
+        with _preserve_compilers():
             model = peft.get_peft_model(model, config)
         weights = peft.load_peft_weights(adapter, device="cpu")
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -451,12 +451,13 @@ def _with_adapter(model: Any, adapter: str, new: set[str]) -> Any:
     if untrained:
         raise ValueError(
             f"--model {adapter}: neither the adapter nor its base model has weights of "
-            f"{', '.join(untrained)}, which would "
-            "be drawn at random, stay frozen and not be exported. Give an adapter with these "
-            "modules in its "
-            "modules_to_save, or its base model with --lora_rank."
+            f"{', '.join(untrained)}, which would be drawn at random, stay frozen and not be "
+            "exported. Give an adapter with these modules in its modules_to_save, or its base "
+            "model with --lora_rank."
         )
-    fits = _one_line(f"--model {adapter}: the adapter's weights do not fit its base model")
+    fits = _errors_in_one_line(
+        f"--model {adapter}: the adapter's weights do not fit its base model"
+    )
     with fits, deepspeed.zero.GatheredParameters(list(trained.values()), modifier_rank=0):
         result: Any = peft.set_peft_model_state_dict(model, weights)
     missing = sorted(set(result.missing_keys) & set(trained))
@@ -470,11 +471,11 @@ def _with_adapter(model: Any, adapter: str, new: set[str]) -> Any:
 
 
 @contextmanager
-def _same_compilers() -> Iterator[None]:
-    """Restore CC and CXX: torch would build DeepSpeed's operators anew, for minutes, with another
-    compiler.
+def _preserve_compilers() -> Iterator[None]:
+    """Restore the environment variables CC and CXX after the block.
 
-    PEFT 0.21 leaves both at gcc where its CUDA extension for BOFT cannot be built.
+    PEFT 0.21 sets both to gcc and leaves them so where its CUDA extension for BOFT cannot be built.
+    With another compiler, torch would rebuild DeepSpeed's operators, which takes minutes.
     """
     before = {name: os.environ.get(name) for name in ("CC", "CXX")}
     try:
@@ -487,11 +488,12 @@ def _same_compilers() -> Iterator[None]:
 
 
 def save_configuration(model: Any, folder: Path) -> None:
-    """Save the configuration that a replay needs to write the model or adapter, if the base's own
-    configuration does not describe it.
+    """Save the configuration of a model or adapter that the base's configuration does not describe.
+
+    A replay needs it to write the model or adapter.
     """
     if hasattr(model, "peft_config"):
-        base = type(model.get_base_model())  # by which peft's AutoPeftModel finds it
+        base = type(model.get_base_model())  # peft's AutoPeftModel finds the class by this
         mapping = {"base_model_class": base.__name__, "parent_library": base.__module__}
         model.peft_config["default"].save_pretrained(folder, auto_mapping_dict=mapping)
     elif getattr(model, "config", None) is not None:

@@ -1,12 +1,12 @@
-"""The folder of a run: resolved config, versions, git commit and seed, metrics.jsonl, the
-trajectory log.
+"""Write and read the folder of a run.
 
 config.json          the DeepSpeed JSON with "zeroth_order", every value resolved
 run.json             command, options with their values, versions, git commit, seed, ranks, device
 metrics.jsonl        one object per step ("train") and per evaluation ("eval")
-trajectory.log       what was applied, step by step (see zods.trajectory)
-initial/             what the base weights lack: a new head or adapters, as they were drawn, and
-their configuration checkpoints/, model/ and curves.png as asked for
+trajectory.log       the updates that were applied, step by step (see zods.trajectory)
+initial/             the initial weights that the base model lacks (a new head or adapters), and
+                     their configuration
+checkpoints/, model/ and curves.png where they were asked for
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "numpy")
 
 
 class RunFolder:
-    """Writes a run's folder; on other ranks than 0 it does nothing.
+    """The writer of a run's folder.
 
-    A resumed run goes on in its folder.
+    Rank 0 writes; on other ranks the methods do nothing. A resumed run continues in its folder.
     """
 
     def __init__(self, path: str | Path, *, rank: int, resume: bool) -> None:
-        """Raises ValueError where the folder holds another run and `resume` is False."""
+        """Raise ValueError where the folder holds another run and `resume` is False."""
         self.path = Path(path)
         self.rank = rank
         self._metrics: Any = None
@@ -56,18 +56,21 @@ class RunFolder:
         device: str,
         step: int,
     ) -> None:
-        """Make the folder, write config.json and run.json, and open metrics.jsonl: when all input
-        has been checked.
+        """Create the folder, write config.json and run.json, and open metrics.jsonl.
 
-        arguments: options and their values; the command may name a file of them that is changed
-        later. step: steps that were made; what metrics.jsonl tells of later ones is cut off, for
-        they will be made again.
+        Call it when all input has been checked.
+
+        arguments: options and their values. They are kept because the command may name a file of
+        options that is changed later.
+        step: number of steps made so far. Lines of metrics.jsonl for later steps are removed,
+        because these steps will be made again.
         """
         if self.rank != 0:
             return
         self.path.mkdir(parents=True, exist_ok=True)
         self._cut_metrics(step)
-        self._metrics = open(self.path / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
+        # The file stays open as long as the run.
+        self._metrics = open(self.path / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
         (self.path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         about = {
             "command": sys.argv,
@@ -89,7 +92,7 @@ class RunFolder:
             try:
                 record = json.loads(line)
                 later = record["step"] > step or step == 0 or record["kind"] == "summary"
-            except (ValueError, KeyError, TypeError):  # a crash in the middle of a line
+            except (ValueError, KeyError, TypeError):  # a crash cut the line
                 continue
             if not later and line.endswith("\n"):
                 kept.append(line)
@@ -97,8 +100,9 @@ class RunFolder:
             temporary.write_text("".join(kept), encoding="utf-8")
 
     def first_evaluation(self) -> dict[str, float]:
-        """Return the evaluation before the first step. It is empty on ranks other than 0, and if
-        there is none.
+        """The metrics measured before the first step.
+
+        Empty on ranks other than 0, and where there was no such evaluation.
         """
         if self.rank != 0:
             return {}
@@ -108,7 +112,7 @@ class RunFolder:
         return {name: value for name, value in first.items() if name not in ("kind", "step")}
 
     def record(self, kind: str, step: int, **values: Any) -> None:
-        """Append one line to metrics.jsonl; kind: "train" or "eval"."""
+        """Append one line to metrics.jsonl. kind: "train" or "eval"."""
         if self._metrics is None:
             return
         try:
@@ -119,18 +123,18 @@ class RunFolder:
                 error.errno,
                 f"{self.path / 'metrics.jsonl'}: cannot be written ({error.strerror}). What the "
                 f"trajectory log holds is safe. "
-                "Make room, and start again with the same command",
+                "Free some disk space, and start again with the same command",
             ) from None
 
 
 def read_metrics(path: str | Path) -> Iterator[dict[str, Any]]:
-    """The records of a run folder's metrics.jsonl."""
+    """Yield the records of a run folder's metrics.jsonl."""
     with open(Path(path) / "metrics.jsonl", encoding="utf-8") as file:
         yield from map(json.loads, file)
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python, of zods' dependencies and of the platform."""
+    """The versions of Python, of the dependencies of zods and of the platform."""
     found = {name: importlib.metadata.version(name) for name in PACKAGES}
     return {"python": platform.python_version(), "platform": platform.platform(), **found}
 

@@ -1,4 +1,4 @@
-"""The figures that a run ends with, and their table. Called by `zods.finetune`."""
+"""Compute the final figures of a run and format them as a table. Caller: `zods.finetune`."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ def summarise(
     sent: int,
     gathered: int,
 ) -> dict[str, Any]:
-    """The figures of a run as a flat dict, without those that do not apply to it. All ranks call
-    it.
+    """Compute the figures of a run as a flat dict, without those that do not apply to it.
 
-    before, after: means over the held-out data. seconds: of each step. sent, gathered: bytes that
-    zods sent in all steps, and that ZeRO-3 gathered.
+    All ranks must call it.
+
+    before, after: means over the held-out data. seconds: time of each step. sent: bytes that zods
+    sent in all steps. gathered: bytes that ZeRO-3 gathered.
     """
     steps = max(len(seconds), 1)
     peaks = engine.comm.gather_scalars([float(_peak_memory_bytes(engine.device))])
@@ -51,7 +52,7 @@ def summarise(
 
 
 def table(summary: dict[str, Any]) -> str:
-    """The summary as a short table for people."""
+    """Format the summary as a short table."""
     mib = 1 << 20
     seconds, zero3 = summary["step_seconds_median"], summary["zero3_bytes_per_step"]
     anchor = "anchor_device_bytes" in summary
@@ -91,7 +92,7 @@ def table(summary: dict[str, Any]) -> str:
 
 
 def _measured(summary: dict[str, Any], name: str) -> tuple[str, str]:
-    """A metric of the held-out data before and after training."""
+    """A metric of the held-out data before and after training, as texts."""
     before = summary.get(f"{name}_before")
     return (
         f"held-out {name}",

@@ -1,3 +1,4 @@
-"""The configuration: DeepSpeed's JSON with the section "zeroth_order", its checks, and the values
-that follow from others.
+"""The configuration: DeepSpeed's JSON with the section "zeroth_order".
+
+This package reads the JSON, checks it, and fills in the values that follow from other values.
 """

@@ -1,5 +1,7 @@
-"""Values that follow from others: "auto" and the batch sizes. Called by
-`zods.config.deepspeed_json`, and with the model in hand.
+"""Resolve values that follow from other values: "auto" and the batch sizes.
+
+`zods.config.deepspeed_json` calls the functions that need the configuration alone. The functions
+that need the model are called once the model's configuration is read.
 
 What is resolved, and how:
 
@@ -8,7 +10,8 @@ What is resolved, and how:
     fp16.enabled                         false, where bf16.enabled is written out
     amp.enabled                          false
     ZeRO-3 buckets and threshold         from the model's hidden size
-    offload_param.buffer_size            the largest shard of a parameter (also where the key is left out)
+    offload_param.buffer_size            the largest shard of a parameter
+                                         (also where the key is left out)
     offload_param.buffer_count, max_in_cpu   DeepSpeed's defaults
     parameters of the scheduler          see `zods.config.schedules`
 
@@ -22,8 +25,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-MOST_RANKS = 1024  # that a message lists as divisors of a batch
-_BUCKETS = {  # by transformers' rule
+MOST_RANKS = 1024  # a message lists the divisors of a batch up to this number of ranks
+_BUCKETS = {  # the rule of transformers, by hidden size
     "reduce_bucket_size": lambda h: h * h,
     "stage3_prefetch_bucket_size": lambda h: int(0.9 * h * h),
     "stage3_param_persistence_threshold": lambda h: 10 * h,
@@ -35,8 +38,11 @@ _MODEL_AUTO = {f"zero_optimization.{key}" for key in _BUCKETS} | {
 
 
 def resolve_batch(ds: dict[str, Any], world_size: int) -> None:
-    """Fill in the one of DeepSpeed's three batch keys that is missing or "auto", and check that
-    they multiply out.
+    """Fill in the missing one of DeepSpeed's three batch sizes, in place, and check their product.
+
+    A size of "auto" counts as missing. Raises ValueError where a size is not a whole number of 1 or
+    more, where too few sizes are given, or where train_batch_size is not the product of the other
+    two and the number of ranks.
     """
     given = {key: ds[key] for key in BATCH_KEYS if ds.get(key, "auto") != "auto"}
     for key, value in given.items():
@@ -73,20 +79,19 @@ def resolve_batch(ds: dict[str, Any], world_size: int) -> None:
             str(number) for number in range(1, min(batch, MOST_RANKS) + 1) if batch % number == 0
         )
         raise ValueError(
-            f"train_batch_size: found {batch}, but {product} = {multiplied}"
-            f"{'' if len(factors) == 2 else ', of which it is no multiple'}. Change one so that "
-            f"they multiply out: "
-            f"{batch} examples are dealt to {fits} ranks, in as many micro-batches as divide what "
-            f"each gets."
+            f"train_batch_size: found {batch}, but {product} = "
+            f"{multiplied}{'' if len(factors) == 2 else ', of which it is no multiple'}. Change "
+            f"one so that they multiply out: {batch} examples can be split over {fits} ranks, and "
+            "a rank's part over any number of micro-batches that divides it."
         )
     ds.update(zip(BATCH_KEYS, (batch, micro, accumulation), strict=True))
 
 
 def resolve_precision(ds: dict[str, Any]) -> Iterator[str]:
-    """Resolve fp16 "auto" from bf16, in place. Yield a message if the dtype of the weights would be
-    a guess.
+    """Set fp16.enabled "auto" to false, in place, and remove an amp section that is off or "auto".
 
-    An amp that is off, or "auto", is removed: DeepSpeed refuses the key whatever its value.
+    Yields a message where the dtype of the weights would be a guess. The amp section is removed
+    because DeepSpeed refuses the key whatever its value.
     """
     amp, bf16, fp16 = ds.get("amp"), ds.get("bf16"), ds.get("fp16")
     if isinstance(amp, Mapping) and amp.get("enabled", False) in (False, "auto"):
@@ -100,7 +105,10 @@ def resolve_precision(ds: dict[str, Any]) -> Iterator[str]:
                 else ""
             )
             found = 'found "auto", which is not guessed' if enabled == "auto" else "missing"
-            yield f"bf16.enabled: {found}. Write true (weights in bfloat16) or false (in float32).{also}"
+            yield (
+                f"bf16.enabled: {found}. Write true (weights in bfloat16) or false (in "
+                f"float32).{also}"
+            )
         elif type(enabled) is not bool:
             yield f"bf16.enabled: found {enabled!r}, allowed are true and false."
     if isinstance(fp16, Mapping) and fp16.get("enabled") == "auto":
@@ -114,7 +122,10 @@ def resolve_precision(ds: dict[str, Any]) -> Iterator[str]:
 
 
 def unresolved(values: Mapping[str, Any], path: str = "") -> Iterator[str]:
-    """A message for every "auto" that neither the rest of the configuration nor the model resolves."""
+    """Yield a message for every "auto" that cannot be resolved.
+
+    An "auto" can be resolved from the rest of the configuration or from the model.
+    """
     for key, value in values.items():
         here = f"{path}{key}"
         if isinstance(value, Mapping):
@@ -124,8 +135,9 @@ def unresolved(values: Mapping[str, Any], path: str = "") -> Iterator[str]:
 
 
 def hidden_size_of(config: Any) -> int | None:
-    """The hidden size in a model's configuration of transformers, of its text part where it has
-    several parts.
+    """The hidden size in a model's configuration of transformers; None where it has no such key.
+
+    In a configuration of several parts, the text part counts.
     """
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return getattr(text, "hidden_size", None)
@@ -134,13 +146,14 @@ def hidden_size_of(config: Any) -> int | None:
 def resolve_model_auto(
     ds: dict[str, Any], hidden_size: int | None, *, overlaps: bool = True
 ) -> None:
-    """Resolve the ZeRO-3 buckets given as "auto" by transformers' rule, from the model's hidden
-    size, in place.
+    """Resolve the ZeRO-3 buckets given as "auto" from the model's hidden size, in place.
 
-    Without a hidden size the keys are removed, so that DeepSpeed's defaults hold. overlaps: whether
-    gathers run beside the computation. Where they do not (on CPUs), gathering ahead takes memory
-    and gains nothing, and is off unless the JSON gives a number; reading ahead from NVMe goes with
-    it, and stays.
+    The rule is the rule of transformers. Without a hidden size the keys are removed, so that
+    DeepSpeed's defaults hold.
+
+    overlaps: whether all-gathers run beside the computation. On CPUs they do not. Prefetching then
+    takes memory and gains nothing, so it is turned off unless the JSON gives a number. With NVMe
+    offload prefetching stays on, because reading ahead from the drive depends on it.
     """
     zero = ds.get("zero_optimization", {})
     key = "stage3_prefetch_bucket_size"
@@ -164,11 +177,14 @@ def offloads_to_nvme(ds: Mapping[str, Any]) -> bool:
 
 
 def resolve_offload_buffers(ds: dict[str, Any], numels: Iterable[int], world_size: int) -> None:
-    """Size the buffers of NVMe offload by the model, in place.
+    """Set the buffer sizes of NVMe offload from the model's parameters, in place.
 
-    numels: elements of each whole parameter. A buffer holds one rank's shard of one parameter;
-    where no size is given, it becomes the largest one. Raises ValueError where the size given is
-    smaller: DeepSpeed 0.19.8 asserts that a shard fits while it loads the model.
+    A buffer holds one rank's shard of one parameter. Where no size is given, the size becomes the
+    size of the largest shard.
+
+    numels: the number of elements of each whole parameter.
+    Raises ValueError where the size given is smaller than the largest shard: DeepSpeed 0.19.8
+    asserts that a shard fits while it loads the model.
     """
     if not offloads_to_nvme(ds):
         return
@@ -181,6 +197,6 @@ def resolve_offload_buffers(ds: dict[str, Any], numels: Iterable[int], world_siz
     if size < needed:
         raise ValueError(
             f"zero_optimization.offload_param.buffer_size: found {size}, but the largest shard of "
-            f"a parameter has {needed} "
-            f"elements on {world_size} ranks. Give {needed} or more, or leave the key out."
+            f"a parameter has {needed} elements on {world_size} ranks. Give {needed} or more, or "
+            "leave the key out."
         )

@@ -1,9 +1,11 @@
-"""Checks of DeepSpeed's part of the configuration, before anything is loaded. Called by
-`zods.config.deepspeed_json`.
+"""Check DeepSpeed's part of the configuration before anything is loaded.
 
-Each check is a generator of messages, one line per mistake. Three questions are asked: does the
-installed DeepSpeed read this key (`key_mistakes`), does it take this value (`section_mistakes`,
-`refusal`; both ask DeepSpeed's own classes), and can a zeroth-order step use it (`unsupported`)?
+`zods.config.deepspeed_json` calls the checks. Each check is a generator of messages, one line per
+mistake. The checks answer three questions:
+
+- Does the installed DeepSpeed read this key? (`key_mistakes`)
+- Does DeepSpeed accept this value? (`section_mistakes` and `refusal` ask DeepSpeed's own classes)
+- Can a zeroth-order step use it? (`unsupported`)
 """
 
 from __future__ import annotations
@@ -36,25 +38,28 @@ VERSION = importlib.metadata.version("deepspeed")
 # Top-level keys that DeepSpeed 0.19.8 reads. It ignores any other silently. A test compares them
 # with the installed one.
 DEEPSPEED_KEYS = frozenset(
-    """activation_checkpointing aio amp autotuning bf16 bfloat16 checkpoint comet comms_logger communication_data_type
-    compile csv_monitor data_efficiency data_types dataloader_drop_last datastates_ckpt disable_allgather
-    disable_python_gc dump_state expert_parallel flops_profiler fp16 gradient_accumulation_steps gradient_allreduce_op
-    gradient_clipping gradient_predivide_factor hybrid_engine log_level managed_gradient_accumulation memory_breakdown
-    optimizer pipeline prescale_gradients scheduler seq_parallel_communication_data_type sequence_parallel_size
-    steps_per_print tensor_parallel tensorboard timers torch_autocast train_batch_size train_micro_batch_size_per_gpu
-    use_data_before_expert_parallelism vocabulary_size wall_clock_breakdown wandb weight_quantization
-    zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization""".split()  # noqa: SIM905
+    """activation_checkpointing aio amp autotuning bf16 bfloat16 checkpoint comet
+    comms_logger communication_data_type compile csv_monitor data_efficiency data_types
+    dataloader_drop_last datastates_ckpt disable_allgather disable_python_gc dump_state
+    expert_parallel flops_profiler fp16 gradient_accumulation_steps gradient_allreduce_op
+    gradient_clipping gradient_predivide_factor hybrid_engine log_level
+    managed_gradient_accumulation memory_breakdown optimizer pipeline prescale_gradients
+    scheduler seq_parallel_communication_data_type sequence_parallel_size steps_per_print
+    tensor_parallel tensorboard timers torch_autocast train_batch_size
+    train_micro_batch_size_per_gpu use_data_before_expert_parallelism vocabulary_size
+    wall_clock_breakdown wandb weight_quantization zero_allow_untested_optimizer
+    zero_force_ds_cpu_optimizer zero_optimization""".split()  # noqa: SIM905
 )
 # Keys that DeepSpeed 0.19.8 refuses, whatever their value, because what they configured was removed
 # from it.
 REMOVED_KEYS = frozenset(
-    """amp compression_training curriculum_learning eigenvalue elasticity graph_harvesting nebula progressive_layer_drop
-    quantize_training sparse_attention sparse_gradients zero_optimization.mics_hierarchical_params_gather
-    zero_optimization.mics_shard_size zero_optimization.zeropp_loco_param""".split()  # noqa: SIM905
+    """amp compression_training curriculum_learning eigenvalue elasticity graph_harvesting
+    nebula progressive_layer_drop quantize_training sparse_attention sparse_gradients
+    zero_optimization.mics_hierarchical_params_gather zero_optimization.mics_shard_size
+    zero_optimization.zeropp_loco_param""".split()  # noqa: SIM905
 )
-MODELS: dict[
-    str, type[BaseModel]
-] = {  # section: DeepSpeed's own model of it, which refuses unknown keys
+# {section: DeepSpeed's own pydantic model of it}. A model refuses unknown keys.
+MODELS: dict[str, type[BaseModel]] = {
     "zero_optimization": DeepSpeedZeroConfig,
     "bf16": DeepSpeedBF16Config,
     "fp16": DeepSpeedFP16Config,
@@ -66,9 +71,8 @@ MODELS: dict[
     "compile": CompileConfig,
     "hybrid_engine": HybridEngineConfig,
 }
-OTHER_SECTIONS: dict[
-    str, list[str]
-] = {  # section: the keys that DeepSpeed reads there; it ignores any other silently
+# {section: the keys that DeepSpeed reads in it}. DeepSpeed ignores any other key silently.
+OTHER_SECTIONS: dict[str, list[str]] = {
     "aio": list(AIO_DEFAULT_DICT),
     "flops_profiler": list(vars(DeepSpeedFlopsProfilerConfig({}))),
     "activation_checkpointing": list(vars(DeepSpeedActivationCheckpointingConfig({}))),
@@ -83,13 +87,16 @@ OTHER_SECTIONS: dict[
 
 
 def key_mistakes(ds: Mapping[str, Any]) -> Iterator[str]:
-    """Keys that the installed DeepSpeed does not read, or refuses."""
+    """Yield a message for each key that the installed DeepSpeed does not read, or refuses."""
     zero = ds.get("zero_optimization")
     inner = [f"zero_optimization.{key}" for key in zero] if isinstance(zero, Mapping) else []
     for key in [*ds, *inner]:
         if key in REMOVED_KEYS:
             way = 'Use "bf16" instead.' if key == "amp" else "Remove it."
-            yield f"{key}: DeepSpeed {VERSION} refuses this key, whatever its value: its feature was removed. {way}"
+            yield (
+                f"{key}: DeepSpeed {VERSION} refuses this key, whatever its value: "
+                f"its feature was removed. {way}"
+            )
         elif key in ds and key not in DEEPSPEED_KEYS:
             hint = nearest(key, [*DEEPSPEED_KEYS, SECTION])
             if key == "seed":
@@ -100,8 +107,9 @@ def key_mistakes(ds: Mapping[str, Any]) -> Iterator[str]:
 
 
 def section_mistakes(ds: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what DeepSpeed's own models of its sections refuse: unknown keys, and values of another
-    type or range.
+    """Yield a message for each key or value that DeepSpeed's own section classes refuse.
+
+    They refuse unknown keys, and values of another type or outside their range.
     """
     for name in (*MODELS, *OTHER_SECTIONS):
         values = ds.get(name, {})
@@ -109,7 +117,8 @@ def section_mistakes(ds: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name}: found {values!r}, expected a section {{...}}."
         elif name in OTHER_SECTIONS:
             for key in sorted(set(values) - set(OTHER_SECTIONS[name])):
-                yield f"{name}.{key}: unknown key; DeepSpeed does not read it.{_hint(key, OTHER_SECTIONS[name])}"
+                hint = _hint(key, OTHER_SECTIONS[name])
+                yield f"{name}.{key}: unknown key; DeepSpeed does not read it.{hint}"
         else:
             yield from _model_mistakes(name, MODELS[name], values)
 
@@ -118,7 +127,7 @@ def _model_mistakes(name: str, model: type[BaseModel], values: Mapping[str, Any]
     try:
         with quiet():
             model(
-                **_given(
+                **_without_auto(
                     {
                         key: value
                         for key, value in values.items()
@@ -135,9 +144,8 @@ def _model_mistakes(name: str, model: type[BaseModel], values: Mapping[str, Any]
                 yield f"{here}: unknown key; DeepSpeed does not read it.{_hint(path[-1], allowed)}"
             else:
                 yield f"{here}: found {found['input']!r}. DeepSpeed: {found['msg']}."
-    except (
-        Exception
-    ) as error:  # of deprecated keys, AssertionError, and whatever else its validators raise
+    # DeepSpeed's validators raise AssertionError for deprecated keys, and other types.
+    except Exception as error:
         yield f"{name}: DeepSpeed refuses it: {first_line(error)}"
 
 
@@ -146,7 +154,7 @@ def _hint(key: str, allowed: list[str]) -> str:
 
 
 def _fields_at(model: type[BaseModel], path: list[str]) -> list[str]:
-    """The keys of the model's section at `path`."""
+    """List the keys of the section at `path` in a pydantic model."""
     for part in path:
         annotation = model.model_fields[part].annotation if part in model.model_fields else None
         inner = [t for t in (annotation, *typing.get_args(annotation)) if isinstance(t, type)]
@@ -154,33 +162,41 @@ def _fields_at(model: type[BaseModel], path: list[str]) -> list[str]:
     return [field.alias or name for name, field in model.model_fields.items()]
 
 
-def _given(values: Any) -> Any:
-    """A deep copy without the values that are "auto", which are resolved or refused by
-    `zods.config.auto_values`.
+def _without_auto(values: Any) -> Any:
+    """Make a deep copy without the values that are "auto".
+
+    `zods.config.auto_values` resolves or refuses an "auto".
     """
     if isinstance(values, Mapping):
-        return {key: _given(value) for key, value in values.items() if value != "auto"}
+        return {key: _without_auto(value) for key, value in values.items() if value != "auto"}
     return copy.deepcopy(values)
 
 
 def refusal(ds: Mapping[str, Any]) -> str | None:
-    """Return the reason why DeepSpeed would refuse this configuration, or None. It covers what the
-    checks above do not know.
+    """Say why DeepSpeed would refuse this configuration; None where it would accept it.
 
-    DeepSpeed's own class reads it, with batch sizes that fit any number of ranks.
+    This finds mistakes that the checks above do not know. DeepSpeed's own class reads the
+    configuration, with batch sizes that fit any number of ranks.
     """
-    config = {**_given(ds), "gradient_accumulation_steps": 1, "train_micro_batch_size_per_gpu": 1}
+    config = {
+        **_without_auto(ds),
+        "gradient_accumulation_steps": 1,
+        "train_micro_batch_size_per_gpu": 1,
+    }
     config.pop("train_batch_size", None)
     try:
         with quiet():
             DeepSpeedConfig(config)
     except Exception as error:
-        return f"configuration: DeepSpeed {VERSION} refuses it: {type(error).__name__}: {first_line(error)}"
+        return (
+            f"configuration: DeepSpeed {VERSION} refuses it: {type(error).__name__}: "
+            f"{first_line(error)}"
+        )
     return None
 
 
 def offload_mistakes(ds: Mapping[str, Any]) -> Iterator[str]:
-    """Offloading to NVMe without a folder for it."""
+    """Yield a message where a section offloads to NVMe but gives no folder."""
     zero = ds.get("zero_optimization", {})
     for key in ("offload_param", "offload_optimizer"):
         offload = zero.get(key) if isinstance(zero, Mapping) else None
@@ -194,8 +210,9 @@ def offload_mistakes(ds: Mapping[str, Any]) -> Iterator[str]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep DeepSpeed's warnings back, which come again when it reads the configuration for its
-    engine.
+    """Silence DeepSpeed's warnings inside the block.
+
+    DeepSpeed gives the same warnings again when it reads the configuration for its engine.
     """
     level = deepspeed_logger.level
     deepspeed_logger.setLevel(logging.ERROR)
@@ -217,12 +234,11 @@ def first_line(error: Exception) -> str:
 
 
 def unsupported(ds: Mapping[str, Any]) -> Iterator[str]:
-    """Parts of DeepSpeed that a zeroth-order step cannot use, each with the reason."""
+    """Yield a message with the reason for each setting that a zeroth-order step cannot use."""
     if "optimizer" in ds:
         yield (
             f'optimizer: found beside "{SECTION}". A zeroth-order step has no optimizer states: '
-            f"remove the section and "
-            f"set {SECTION}.lr and {SECTION}.weight_decay."
+            f"remove the section and set {SECTION}.lr and {SECTION}.weight_decay."
         )
     for key in ("fp16", "torch_autocast"):
         section = ds.get(key, {})
@@ -242,13 +258,13 @@ def unsupported(ds: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _unsupported_zero(zero: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the unsupported keys of the section "zero_optimization"; see `unsupported`."""
+    """Yield the messages of `unsupported` for the section "zero_optimization"."""
     stage = zero.get("stage", 0)
     if type(stage) is not int or stage not in (0, 3):
         yield (
             f"zero_optimization.stage: found {stage!r}, allowed are 0 (replicated) and 3 "
-            f"(sharded). Stages 1 and 2 shard "
-            "optimizer states and gradients, and a zeroth-order step has neither."
+            "(sharded). Stages 1 and 2 shard optimizer states and gradients, and a zeroth-order "
+            "step has neither."
         )
     for key in ("offload_param", "offload_optimizer"):
         if not isinstance(zero.get(key, {}), Mapping):
@@ -259,21 +275,24 @@ def _unsupported_zero(zero: Mapping[str, Any]) -> Iterator[str]:
     )
     if states.get("device", "none") != "none":
         yield (
-            "zero_optimization.offload_optimizer: there are no optimizer states to offload. Remove "
-            "it; parameters are "
-            f"offloaded by offload_param, the anchor by {SECTION}.anchor."
+            "zero_optimization.offload_optimizer: there are no optimizer states to offload. "
+            f"Remove it; parameters are offloaded by offload_param, the anchor by {SECTION}.anchor."
         )
     if offload.get("device", "none") != "none" and stage != 3:
         yield f"zero_optimization.offload_param: needs stage 3, found stage {stage}."
     if zero.get("zero_hpz_partition_size", 1) != 1:
         yield (
             "zero_optimization.zero_hpz_partition_size: not supported: forwards would read a "
-            "second copy of the shards "
-            "that a step does not update. Remove it."
+            "second copy of the shards that a step does not update. Remove it."
         )
     for key in ("cpu_offload", "cpu_offload_param", "cpu_offload_params"):
         if zero.get(key, False):
-            yield f'zero_optimization.{key}: not supported; use "offload_param": {{"device": "cpu"}}.'
+            yield (
+                f'zero_optimization.{key}: not supported; use "offload_param": {{"device": "cpu"}}.'
+            )
     for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights"):
         if zero.get(key, False):
-            yield f"zero_optimization.{key}: not supported: losses at quantised points differ. Remove it."
+            yield (
+                f"zero_optimization.{key}: not supported: losses at quantised points differ. "
+                "Remove it."
+            )

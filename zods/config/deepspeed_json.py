@@ -1,8 +1,9 @@
-"""The DeepSpeed JSON with its section "zeroth_order".
+"""Read the DeepSpeed JSON with its section "zeroth_order".
 
-`read_config` splits one file into what DeepSpeed gets and what zods keeps, and refuses here, before
-anything is loaded, whatever the two cannot do together. All mistakes of a file are reported at once.
-The file is read as DeepSpeed reads it (hjson: `#` and `//` comments are allowed).
+`read_config` splits one file into DeepSpeed's part and the part of zods. It refuses a configuration
+that the two cannot run together, before anything is loaded. All mistakes of a file are reported at
+once. The file is read as DeepSpeed reads it (hjson: `#` and `//` comments are allowed). Callers:
+the command line and `zods.training`.
 """
 
 from __future__ import annotations
@@ -40,11 +41,12 @@ from zods.config.schema import (
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A configuration file, divided into DeepSpeed's part and zods' part.
+    """One configuration file, split into its parts.
 
-    deepspeed: what `deepspeed.initialize` gets: no "zeroth_order", no "scheduler", batch sizes
-    resolved. scheduler: DeepSpeed's section of that name, or None; zods builds it on its own step
-    size. zeroth_order: the section of that name.
+    deepspeed: what `deepspeed.initialize` gets: without "zeroth_order" and "scheduler", and with
+    the batch sizes resolved.
+    scheduler: the section "scheduler", or None. zods builds the scheduler on its own step size.
+    zeroth_order: the section "zeroth_order".
     """
 
     deepspeed: dict[str, Any]
@@ -75,10 +77,10 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class FirstOrderConfig:
-    """A run with DeepSpeed's own optimizer. deepspeed: what `deepspeed.initialize` gets. seed: of
-    the data order.
+    """The configuration of a run with DeepSpeed's own optimizer.
 
-    loss_mean: as in the section "zeroth_order".
+    deepspeed: what `deepspeed.initialize` gets. seed: the seed of the data order. loss_mean: as in
+    the section "zeroth_order".
     """
 
     deepspeed: dict[str, Any]
@@ -100,9 +102,9 @@ class FirstOrderConfig:
 
     @property
     def zeroth_order(self) -> ZerothOrderConfig:
-        """The seed, the selector and the mean of the loss.
+        """A section "zeroth_order" with the seed, the selector and the mean of the loss.
 
-        Nothing else of it counts: `optimizer` has the step size.
+        Its other keys have no effect. The section `optimizer` has the step size.
         """
         return ZerothOrderConfig(
             method="mezo", seed=self.seed, selector=self.selector, loss_mean=self.loss_mean
@@ -117,9 +119,9 @@ class FirstOrderConfig:
 
 
 def load_json(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration as a plain dict, from a path or a mapping.
+    """Read a configuration from a path or a mapping, as a plain dict.
 
-    Raises ValueError or FileNotFoundError.
+    Raises FileNotFoundError, or ValueError where the file is not JSON or has a key twice.
     """
     if isinstance(source, Mapping):
         return json.loads(json.dumps(source))
@@ -153,9 +155,10 @@ def read_config(
     """Read, check and split a configuration.
 
     source: path of a DeepSpeed JSON, or its content. world_size: number of ranks, for the batch
-    sizes. total_steps: those of the run, where they are known, for a scheduler that asks for them
-    with "auto". Raises FileNotFoundError, or ValueError with one line per mistake: the key, what
-    was found and what is allowed.
+    sizes. total_steps: number of steps of the run, where it is known, for a scheduler that asks for
+    it with "auto".
+    Raises FileNotFoundError, or ValueError with one line per mistake: the key, what was found and
+    what is allowed.
     """
     whole = load_json(source)
     found: list[str] = []
@@ -191,9 +194,7 @@ def read_config(
 
 
 def _check_deepspeed(whole: dict[str, Any], world_size: int, found: list[str]) -> None:
-    """Resolve DeepSpeed's part in place, and append what is wrong with it to `found`: each key
-    once.
-    """
+    """Resolve DeepSpeed's part in place, and append its mistakes to `found`, one for each key."""
     messages = [*key_mistakes(whole), *section_mistakes(whole), *offload_mistakes(whole)]
     with collected(messages):
         resolve_batch(whole, world_size)
@@ -210,7 +211,7 @@ def _check_deepspeed(whole: dict[str, Any], world_size: int, found: list[str]) -
 def _check_selection(
     whole: dict[str, Any], section: ZerothOrderConfig | None, found: list[str]
 ) -> None:
-    """Append what of the selector does not fit the batch, where both could be read."""
+    """Append the mistakes of the selector for this batch size, where both could be read."""
     batch = whole.get("train_batch_size")
     if section is not None and section.selector is not None and type(batch) is int:
         with collected(found):
@@ -220,8 +221,10 @@ def _check_selection(
 def read_first_order_config(
     source: str | Path | Mapping[str, Any], world_size: int, total_steps: int | None = None
 ) -> FirstOrderConfig:
-    """Read a configuration with a section "optimizer"; see `read_config`. Of "zeroth_order" it may
-    have only `selector`, `seed` and `loss_mean`.
+    """Read, check and split a configuration with a section "optimizer".
+
+    Arguments and errors are those of `read_config`. The section "zeroth_order" may hold only
+    `selector`, `seed` and `loss_mean`.
     """
     whole = load_json(source)
     found: list[str] = []

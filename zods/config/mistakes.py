@@ -1,8 +1,8 @@
-"""Mistakes in a configuration, one line each: the key, what was found and what is allowed.
+"""Report mistakes in a configuration, one line each: the key, what was found, what is allowed.
 
-`read_model` reads a section with pydantic and turns pydantic's errors into such lines. Used by
-`zods.config.schema` and the other modules of the configuration, which raise all mistakes of a file
-at once (`Mistakes`).
+`read_model` reads a section with pydantic and turns pydantic's errors into such lines.
+`zods.config.schema` and the other modules of the configuration use it. They raise all mistakes of a
+file at once (`Mistakes`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 
 M = TypeVar("M", bound=BaseModel)
 AUTO = '"auto" is not resolved for this key; give a value or leave it out for the default.'
-# Type of an entry of a ValidationError: the type that was expected
+# {type of an entry of a ValidationError: the type that was expected}
 _EXPECTED = {
     "int_type": "int",
     "float_type": "float",
@@ -28,7 +28,7 @@ _EXPECTED = {
 
 
 class Mistakes(ValueError):
-    """Everything that is wrong with a configuration. messages: one line each."""
+    """All mistakes of a configuration, as one error. messages: one line for each mistake."""
 
     def __init__(self, messages: list[str]) -> None:
         self.messages = tuple(messages)
@@ -38,7 +38,7 @@ class Mistakes(ValueError):
 
 @contextmanager
 def collected(found: list[str]) -> Iterator[None]:
-    """Append the messages of a ValueError that the block raises to `found`, and go on after it."""
+    """Catch a ValueError that the block raises, and append its messages to `found`."""
     try:
         yield
     except ValueError as error:
@@ -46,16 +46,17 @@ def collected(found: list[str]) -> Iterator[None]:
 
 
 def nearest(key: str, allowed: Sequence[str]) -> str:
-    """A hint at the allowed key that is most like `key`, or nothing."""
+    """A hint with the allowed key that is most similar to `key`, or an empty text."""
     close = difflib.get_close_matches(key, allowed, n=1)
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def read_model(model: type[M], values: Any, path: str, found: list[str]) -> M | None:
-    """Read a section, with the defaults in place of refused values; None where it cannot be made.
+    """Read a section; a refused value is replaced by its default.
 
-    values: the section as it was written. path: its key. Mistakes are appended to `found`: first
-    those of single keys, in the order of the file, then those between keys.
+    Returns None where the section cannot be made even so. values: the section as it was written.
+    path: its key. Mistakes are appended to `found`: first the mistakes of single keys, in the order
+    of the file, then the mistakes between keys.
     """
     written = dict(values) if isinstance(values, Mapping) else values
     accepted = written
@@ -65,7 +66,7 @@ def read_model(model: type[M], values: Any, path: str, found: list[str]) -> M | 
         except ValidationError as error:
             entries = error.errors(include_url=False)
         mistakes = [_Mistake(model, accepted, entry) for entry in entries]
-        if accepted is written:  # later errors follow from what was removed
+        if accepted is written:  # errors of later passes only follow from removed values
             mistakes.sort(key=lambda mistake: mistake.position)
             found += [mistake.line(path) for mistake in mistakes]
         for mistake in mistakes:
@@ -75,15 +76,15 @@ def read_model(model: type[M], values: Any, path: str, found: list[str]) -> M | 
 
 
 class _Mistake:
-    """An entry of the ValidationError that `model` raised for `values`.
+    """One entry of the ValidationError that `model` raised for `values`.
 
-    position: sorts the mistakes of a section as `read_model` tells them. refused: the keys that
-    lead to what has to be removed; empty where that is the whole section.
+    position: the sort key by which `read_model` orders the mistakes of a section. refused: the path
+    of keys to the value that has to be removed; empty where the whole section is removed.
     """
 
     def __init__(self, model: type[BaseModel], values: Any, entry: Mapping[str, Any]) -> None:
         self._entry = entry
-        self._keys: list[str] = []  # ends before `loc` does where a text stands for a section
+        self._keys: list[str] = []  # shorter than `loc` where a text stands for a section
         position = []
         for key in entry["loc"]:
             if not isinstance(values, Mapping):
@@ -117,7 +118,7 @@ class _Mistake:
             return f"{here}: found {value!r}, expected {self._fields[-1].description}."
         if value == "auto":
             return f"{here}: {AUTO}"
-        if kind == "value_error":  # of a model's own check, which names the key
+        if kind == "value_error":  # raised by a check of the model, which names the key
             return f"{here}.{self._entry['ctx']['error']}"
         return f"{here}: {self._found(kind, value)}"
 
@@ -140,12 +141,13 @@ class _Mistake:
             if name == "ge":
                 return f"{number}, must be {bound} or more."
             if name == "lt":
-                return f"{number}, must be below 2**{bound.bit_length() - 1}."  # that of the seed
-        return f"found {value!r}. {self._entry['msg']}."  # such as a text that is no Unicode
+                # Only the seed has such a bound.
+                return f"{number}, must be below 2**{bound.bit_length() - 1}."
+        return f"found {value!r}. {self._entry['msg']}."  # e.g. a text that is not valid Unicode
 
 
 def _fields_along(model: type[BaseModel], loc: Sequence[Any]) -> Iterator[FieldInfo]:
-    """The fields on the way to `loc`, up to an unknown key or a value that is no section."""
+    """Yield the fields on the path `loc`, up to an unknown key or a value that is no section."""
     section: type[BaseModel] | None = model
     for key in loc:
         if section is None or key not in section.model_fields:
@@ -168,7 +170,7 @@ def _without(values: Any, keys: Sequence[str]) -> dict[str, Any] | None:
     if values is None or not keys:
         return None
     first, *rest = keys
-    if first not in values:  # an earlier mistake took the whole section away
+    if first not in values:  # an earlier mistake removed the whole section
         return values
     if rest:
         return {**values, first: _without(values[first], rest)}

@@ -1,6 +1,6 @@
-"""Packages that only some features need, looked for before anything is loaded.
+"""Check for packages that only some features need, before anything is loaded.
 
-The extras in pyproject.toml bring them.
+The extras in pyproject.toml install these packages.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 PLOTS = ("matplotlib", "zods[report]")  # (package, what to install)
 LORA = ("peft", "zods[lora]")
-MONITORS = {  # section of the DeepSpeed JSON
+MONITORS = {  # by section of the DeepSpeed JSON
     "tensorboard": ("tensorboard", "zods[monitor]"),
     "wandb": ("wandb", "wandb"),
     "comet": ("comet_ml", "comet_ml"),
@@ -19,10 +19,11 @@ MONITORS = {  # section of the DeepSpeed JSON
 
 
 def check_packages(config: Mapping[str, Any], *, plot: bool = False, lora: bool = False) -> None:
-    """Raise ValueError with all features asked for whose package is not installed.
+    """Raise ValueError that lists the requested features whose package is not installed.
 
-    config: the DeepSpeed JSON. DeepSpeed imports a monitor's package on rank 0 only, where a
-    missing one would leave the other ranks waiting.
+    config: the DeepSpeed JSON. plot, lora: whether the run draws curves, and whether it trains LoRA
+    adapters. DeepSpeed imports a monitor's package on rank 0 only. Without this check, a missing
+    package would leave the other ranks waiting.
     """
     asked = {
         f"{name}.enabled": needed

@@ -1,10 +1,11 @@
-"""The section "scheduler": which classes are allowed, what follows from `lr`, and the object on an
-optimizer.
+"""The section "scheduler": which classes are allowed, and the values that follow from `lr`.
 
-One rule for step sizes: a schedule follows `lr`. Classes that take the step size as a parameter of
-their own (WarmupLR's `warmup_max_lr`, OneCycleLR's `max_lr`, ...) take it from `lr` where it is
-missing or "auto", and are refused where it is another number: one of the two would be ignored
-silently.
+There is one rule for step sizes: a schedule follows `lr`. Some classes take the step size as a
+parameter of their own (WarmupLR's `warmup_max_lr`, OneCycleLR's `max_lr`, ...). Such a parameter
+takes the value of `lr` where it is missing or "auto". It is refused where it is another number,
+because one of the two numbers would be ignored silently.
+
+`zods.config.deepspeed_json` resolves the section; the engine builds the scheduler from it.
 """
 
 from __future__ import annotations
@@ -20,21 +21,17 @@ from deepspeed.runtime import lr_schedules
 
 from zods.config.deepspeed_checks import quiet
 
-# must be lr; a range test starts from it
-PEAKS = (
-    "warmup_max_lr",
-    "cycle_max_lr",
-    "max_lr",
-    "lr_range_test_min_lr",
-)
-FLOORS = ("warmup_min_lr", "cycle_min_lr", "base_lr", "eta_min")  # must not be above lr
-LENGTHS = ("total_num_steps", "total_steps")  # "auto": those of the run
-PROVISIONAL = 10**9  # steps, more than any warm-up
-_BASES = ("LRScheduler", "_LRScheduler")  # that make no schedule
+# Parameters that must equal lr. A range test starts from it.
+PEAKS = ("warmup_max_lr", "cycle_max_lr", "max_lr", "lr_range_test_min_lr")
+# Parameters that must not be above lr
+FLOORS = ("warmup_min_lr", "cycle_min_lr", "base_lr", "eta_min")
+LENGTHS = ("total_num_steps", "total_steps")  # "auto": the number of steps of the run
+PROVISIONAL = 10**9  # steps; more than any warm-up
+_BASES = ("LRScheduler", "_LRScheduler")  # base classes, which make no schedule
 
 
 def scheduler_class(name: Any) -> type | None:
-    """DeepSpeed's or torch's class of that name, if it is one that makes a schedule."""
+    """DeepSpeed's or torch's scheduler class with this name; None where there is no such class."""
     if name in lr_schedules.VALID_LR_SCHEDULES:
         return getattr(lr_schedules, name)
     kind = getattr(torch.optim.lr_scheduler, name, None) if isinstance(name, str) else None
@@ -47,13 +44,16 @@ def scheduler_class(name: Any) -> type | None:
 
 
 def arguments_of_step(scheduler: Any) -> list[str]:
-    """The arguments that `scheduler.step` must be given; `scheduler` is a class or an instance."""
+    """List the arguments that `scheduler.step` requires.
+
+    scheduler: a class or an instance.
+    """
     step = scheduler.step
     try:
         parameters = list(inspect.signature(step).parameters.values())[
             int(isinstance(scheduler, type)) :
         ]
-    except (TypeError, ValueError):  # no signature is known of some callables in C
+    except (TypeError, ValueError):  # some callables in C have no signature
         return []
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return [
@@ -64,8 +64,9 @@ def arguments_of_step(scheduler: Any) -> list[str]:
 
 
 def step_mistake(scheduler: Any, where: str) -> str | None:
-    """A message where `scheduler.step()` cannot be called without arguments, as the engine does
-    after each step.
+    """A message where `scheduler.step()` cannot be called without arguments; None where it can.
+
+    The engine calls it without arguments after each step.
     """
     needed = arguments_of_step(scheduler)
     name = scheduler.__name__ if isinstance(scheduler, type) else type(scheduler).__name__
@@ -73,8 +74,7 @@ def step_mistake(scheduler: Any, where: str) -> str | None:
         return None
     return (
         f"{where}: {name}.step() needs an argument ({', '.join(needed)}), but it is called without "
-        f"one after every step. "
-        "Use another scheduler."
+        "one after every step. Use another scheduler."
     )
 
 
@@ -85,11 +85,12 @@ def resolve_scheduler(
     optimizer: torch.optim.Optimizer,
     total_steps: int | None,
 ) -> tuple[dict[str, Any], list[str]]:
-    """The section "scheduler" with every parameter that follows from others, and what is wrong with
-    it.
+    """Resolve the parameters of the section "scheduler" that follow from other values.
 
-    lr: the step size, of the key `lr_key`. optimizer: one like that of the run, on which the
-    scheduler is tried. total_steps: those of the run, where they are known.
+    lr: the step size. lr_key: the key that the step size comes from. optimizer: an optimizer like
+    that of the run, on which the scheduler is tried. total_steps: number of steps of the run, or
+    None where it is not known.
+    Returns the resolved section, and the messages of its mistakes.
     """
     if not isinstance(scheduler, dict) or not isinstance(scheduler.get("type"), str):
         return {}, [
@@ -112,10 +113,10 @@ def resolve_scheduler(
     if found or kind is None:
         return {}, found
     params = _resolved(kind, params, lr, optimizer, total_steps)
-    found += _autos_left(params)
-    found += _other_step_sizes(params, lr, lr_key)
+    found += _unresolved_autos(params)
+    found += _conflicting_step_sizes(params, lr, lr_key)
     if not found:
-        found += _tried(kind, params, optimizer, total_steps)
+        found += _refused_by_scheduler(kind, params, optimizer, total_steps)
     return {**scheduler, "params": params}, found
 
 
@@ -133,16 +134,19 @@ def _resolved(
     }
     resolved |= {key: 0.0 for key in FLOORS if params.get(key) == "auto"}
     if "cycle_momentum" in taken and not {"momentum", "betas"} & set(optimizer.defaults):
-        resolved.setdefault("cycle_momentum", False)  # whose default is an error without a momentum
+        # The default, True, is an error for an optimizer without a momentum.
+        resolved.setdefault("cycle_momentum", False)
     if total_steps is not None:
         resolved |= {key: total_steps for key in LENGTHS if params.get(key) == "auto"}
     return resolved
 
 
-def _autos_left(params: Mapping[str, Any]) -> Iterator[str]:
+def _unresolved_autos(params: Mapping[str, Any]) -> Iterator[str]:
     ways = {
-        "total_num_steps": "give a number, or use zods.finetune, whose --max_steps or --num_epochs settle it.",
-        "total_steps": "give a number, or use zods.finetune, whose --max_steps or --num_epochs settle it.",
+        "total_num_steps": "give a number, or use zods.finetune, "
+        "whose --max_steps or --num_epochs settle it.",
+        "total_steps": "give a number, or use zods.finetune, "
+        "whose --max_steps or --num_epochs settle it.",
         "warmup_num_steps": "give a number, 1 for no warm-up.",
     }
     for key in [key for key, value in params.items() if value == "auto"]:
@@ -150,13 +154,13 @@ def _autos_left(params: Mapping[str, Any]) -> Iterator[str]:
         yield f'scheduler.params.{key}: "auto" cannot be resolved here; {way}'
 
 
-def _other_step_sizes(params: Mapping[str, Any], lr: float, lr_key: str) -> Iterator[str]:
-    """Step sizes among the parameters that are not `lr`."""
+def _conflicting_step_sizes(params: Mapping[str, Any], lr: float, lr_key: str) -> Iterator[str]:
+    """Yield a message for each step size among the parameters that contradicts `lr`."""
     for key in (*PEAKS, *FLOORS):
         values = params.get(key, [])
         for value in values if isinstance(values, list) else [values]:
             if type(value) not in (int, float) or not abs(value) < math.inf or abs(value) > 1e300:
-                continue  # refused by the scheduler itself
+                continue  # the scheduler itself refuses it
             if key in PEAKS and not math.isclose(value, lr, rel_tol=1e-9):
                 yield (
                     f"scheduler.params.{key}: found {value!r}, but {lr_key} is {lr!r}, and the "
@@ -164,25 +168,28 @@ def _other_step_sizes(params: Mapping[str, Any], lr: float, lr_key: str) -> Iter
                     f'size. Leave {key} out (or "auto") to follow lr, or set lr to {value!r}.'
                 )
             elif key in FLOORS and value > lr:
-                yield f"scheduler.params.{key}: found {value!r}, above {lr_key}, which is {lr!r}. Lower it, or raise lr."
+                yield (
+                    f"scheduler.params.{key}: found {value!r}, above {lr_key}, which is {lr!r}. "
+                    "Lower it, or raise lr."
+                )
 
 
-def _tried(
+def _refused_by_scheduler(
     kind: type, params: Mapping[str, Any], optimizer: Any, total_steps: int | None
 ) -> Iterator[str]:
-    """Yield the reasons why the scheduler itself refuses its parameters, by making it on a
-    throw-away optimizer.
+    """Yield a message where the scheduler itself refuses its parameters, or ends before the run.
+
+    The scheduler is built on `optimizer`, which no run uses.
     """
     named = f"scheduler.params: {kind.__name__} refused {dict(params)}"
     try:
         with quiet(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # no step of the optimizer was made
+            warnings.simplefilter("ignore")  # torch warns that the optimizer made no step
             scheduler: Any = kind(optimizer, **params)
             for _ in range(2):
                 scheduler.step()
-    except (
-        Exception
-    ) as error:  # TypeError, ZeroDivisionError, ... of values that no check of the class foresees
+    # Values that the class does not check raise TypeError, ZeroDivisionError and others.
+    except Exception as error:
         yield f"{named}: {str(error) or type(error).__name__}"
         return
     key, lasts = _length(scheduler)
@@ -194,17 +201,18 @@ def _tried(
         )
         yield (
             f"scheduler.params.{key}: {kind.__name__} ends after {lasts:g} steps, but the run has "
-            f"{total_steps}. "
-            f"{longer[0].upper()}{longer[1:]}, or train fewer steps."
+            f"{total_steps}. {longer[0].upper()}{longer[1:]}, or train fewer steps."
         )
 
 
 def _length(scheduler: Any) -> tuple[str, float | None]:
-    """(parameter that gives it, steps after which no schedule is left); None where a scheduler has
-    no end.
+    """A scheduler's length in steps, and the name of the parameter that sets it.
 
-    After its end OneCycleLR raises, the step size of WarmupDecayLR is 0, WarmupCosineLR goes up
-    again, and OneCycle, which may decay on, stays at 0 where its lowest step size is 0.
+    The length is None where the scheduler has no end. After its end OneCycleLR raises, the step
+    size of WarmupDecayLR is 0, and the step size of WarmupCosineLR rises again. OneCycle may decay
+    further, but it stays at 0 where its lowest step size is 0.
+
+    Returns (parameter, length).
     """
     for key in ("total_steps", "total_num_steps"):
         if type(getattr(scheduler, key, None)) in (int, float):
@@ -215,10 +223,10 @@ def _length(scheduler: Any) -> tuple[str, float | None]:
 
 
 def with_provisional_length(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration in which a schedule that is to last as long as the run ("auto") has a
-    provisional length.
+    """Copy a configuration, with a provisional number where the schedule's length is "auto".
 
-    With it the rest can be checked before the data, and so the number of steps, are known.
+    The rest of the configuration can then be checked before the data are read. The number of steps
+    is known only after that.
     """
     scheduler = config.get("scheduler")
     params = scheduler.get("params") if isinstance(scheduler, Mapping) else None
@@ -232,17 +240,16 @@ def with_provisional_length(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def build_scheduler(section: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> Any:
-    """The scheduler of a section that was resolved, on the optimizer."""
+    """Build the scheduler of a resolved section on the optimizer."""
     kind = scheduler_class(section["type"])
     assert kind is not None
     return kind(optimizer, **section["params"])
 
 
 class ZerothOrderOptimizer(torch.optim.Optimizer):
-    """An optimizer that only holds the step size, for schedulers. `engine.step()` is what updates
-    the parameters.
+    """A holder of the step size, where schedulers look for it.
 
-    `engine.step()` is what updates the parameters.
+    `engine.step()` updates the parameters.
     """
 
     def __init__(self, params: Sequence[torch.nn.Parameter], lr: float) -> None:

@@ -1,6 +1,6 @@
 """The section "zeroth_order" of the configuration, as frozen pydantic models, and its checks.
 
-Types, bounds and choices stand in the declaration of each key. Every mistake is one line: the key,
+The declaration of each key holds its type, bounds and choices. Every mistake is one line: the key,
 what was found and what is allowed. All mistakes are raised at once (`zods.config.mistakes`).
 """
 
@@ -47,7 +47,7 @@ METRICS: tuple[str, ...] = get_args(Metric)
 
 
 def _not_auto(value: str) -> str:
-    """Refuse "auto", which the other types refuse by themselves."""
+    """Refuse the text "auto". Types other than text refuse it anyway."""
     if value == "auto":
         raise ValueError(AUTO)
     return value
@@ -58,25 +58,28 @@ Text = Annotated[str, AfterValidator(_not_auto)]
 
 
 class Section(BaseModel):
-    """A section. No value is converted to its declared type, but for a whole number to a float."""
+    """A section of the configuration.
+
+    No value is converted to its declared type, except a whole number to a float.
+    """
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class AnchorConfig(Section):
-    """Storage of the anchor of MeZO-SVRG.
+    """The storage of the anchor of MeZO-SVRG.
 
-    point: the parameters at the last refresh. gradient: the full-batch estimate there. Each is a
-    copy on the `device`, on `cpu` or in `nvme` files, or is made when needed from its `terms` (no
-    bytes).
+    point: the parameters at the last refresh. gradient: the full-batch estimate at that point.
+    Each is a copy on the `device`, a copy on the `cpu`, or a copy in `nvme` files. With `terms` it
+    is recomputed from its terms when it is needed, and takes no memory.
     """
 
     point: Storage = "cpu"
     gradient: Storage = "cpu"
     nvme_path: Text | None = None  # a folder on the drive; needed for nvme
-    buffer_count: Count = 3  # nvme: buffers of the point and of the gradient; 2 or more overlap I/O
+    buffer_count: Count = 3  # nvme: buffers for the point and the gradient; 2 or more overlap I/O
     buffer_size: Count = 1 << 22  # nvme: elements per buffer
-    pin_memory: bool = True  # cpu: page-locked where there is a GPU
+    pin_memory: bool = True  # cpu: use page-locked memory where there is a GPU
 
     def storages(self) -> tuple[str, str]:
         return (self.point, self.gradient)
@@ -96,12 +99,14 @@ class AnchorConfig(Section):
 
 
 class DirectionConfig(Section):
-    """Distribution of a direction z: each element Gaussian or +-1, or each matrix U V^T /
-    sqrt(rank) and the rest Gaussian.
+    """The distribution of the directions z.
+
+    gaussian: each element is standard normal. rademacher: each element is +1 or -1. low_rank: each
+    matrix is U V^T / sqrt(rank), and the other parameters are gaussian.
     """
 
     distribution: Distribution = "gaussian"
-    rank: Count = 1  # of low_rank
+    rank: Count = 1  # of a low_rank direction
 
     @model_validator(mode="before")
     @classmethod
@@ -118,8 +123,10 @@ class DirectionConfig(Section):
 
 
 class AnnealConfig(Section):
-    """Divide the step sizes by `alpha` when an epoch's mean loss exceeds `threshold` times the one
-    before.
+    """The rule that lowers the step sizes.
+
+    They are divided by `alpha` when an epoch's mean loss exceeds `threshold` times the mean loss of
+    the epoch before.
     """
 
     alpha: Annotated[float, Field(gt=1.0)] = 5.0
@@ -127,36 +134,38 @@ class AnnealConfig(Section):
 
 
 class SelectorConfig(Section):
-    """Small sub-batches that stand for large ones (Nguyen et al. 2024, arXiv:2407.19580v1).
+    """The selection of sub-batches that represent larger batches. See `zods.selection`.
 
-    See `zods.selection`.
+    The method is that of Nguyen et al. 2024 (arXiv:2407.19580v1).
     """
 
-    candidates: Count  # examples of a large batch, from which train_batch_size are chosen
+    candidates: Count  # size of a large batch; train_batch_size of them are chosen
     strategy: Strategy = "greedy"  # facility location; or a baseline
-    # of the data; without one, clusters of features are the sources
+    # column that names an example's source; None: clusters of features are the sources
     source_column: Text | None = None
-    num_clusters: Count = 8  # where there is no column; 1 makes no difference between examples
-    # number chosen of each source; None: small sources whole, the others in proportion
+    num_clusters: Count = 8  # without source_column; 1: all examples are one source
+    # number of examples chosen from each source; None: small sources are taken whole, and the
+    # other sources in proportion to their size
     quotas: Annotated[
         dict[str, NonNegativeInt] | None,
         Field(min_length=1, description="{source: number of examples, ...}"),
     ] = None
-    # of the chosen in the loss; or cluster: how many each stands for
+    # weight of a chosen example in the loss; cluster: the number of examples that it represents
     weights: Literal["uniform", "cluster"] = "uniform"
-    # steps with random sub-batches, small sources whole, before the first choice
+    # steps with random sub-batches before the first selection; small sources are taken whole
     warmup_steps: NonNegativeInt = 0
-    interval: Count = 1  # steps that are made with a sub-batch before the next is chosen
-    metric: Metric = "l2"  # between features
-    # derivatives of a loss along directions of a matrix; or by differences: zo, paper
+    interval: Count = 1  # steps made with a sub-batch before the next one is chosen
+    metric: Metric = "l2"  # distance between features
+    # exact: derivatives of an example's loss along directions of one matrix; zo and paper: the
+    # same by finite differences
     features: Literal["exact", "zo", "paper"] = "exact"
     num_directions: Count = 64
     rank: Count = 4  # of a direction
-    # a regular expression found in the matrix's name; None: the last value projection
+    # regular expression that is searched in the matrix's name; None: the last value projection
     pattern: Text | None = None
-    eps: PositiveFloat = 1e-3  # zo, paper: distance of the points
-    two_sided: bool = True  # zo: differences of two points, or of one and the parameters
-    top: Count = 2560  # paper: elements of the gradient that count
+    eps: PositiveFloat = 1e-3  # zo, paper: perturbation scale
+    two_sided: bool = True  # zo: two perturbed points; false: one, and the parameters
+    top: Count = 2560  # paper: number of gradient elements used
 
     @field_validator("quotas", mode="before")
     @classmethod
@@ -169,9 +178,9 @@ class SelectorConfig(Section):
 class ReplicasConfig(Section):
     """Several DeepSpeed worlds that train one model together. See `zods.training.replicas`."""
 
-    store: Text  # "host:port", which replica 0 keeps and the others reach
-    index: NonNegativeInt = 0  # this replica's, one of its own; 0 leads
-    # seconds without a sign of life after which a replica is left out
+    store: Text  # "host:port"; replica 0 serves it and the others connect to it
+    index: NonNegativeInt = 0  # unique for each replica; replica 0 leads
+    # seconds without a heartbeat after which a replica is dropped
     silence_timeout: PositiveFloat = 30.0
 
 
@@ -184,30 +193,35 @@ class ZerothOrderConfig(Section):
     method: Method = "mezo_svrg"
     eps: PositiveFloat = 1e-3  # perturbation scale [mu]
     lr: NonNegativeFloat = 1e-6  # step size of a mini-batch step [eta_2]
-    # step size of the full-batch step at a refresh [eta_1]; None: as lr
+    # step size of the full-batch step at a refresh [eta_1]; None: the value of lr
     anchor_lr: Annotated[float | None, Field(ge=0.0)] = None
     anchor_interval: Count = 100  # steps between two refreshes [q]
-    num_directions: Count = 1  # per step
-    anchor_directions: Count = 1  # per refresh (K)
-    share_direction: bool = True  # a step's two estimates use the same directions
-    direction: DirectionConfig = DirectionConfig()  # or the distribution's name alone
-    # by all ranks; or per_rank: each evaluates its own on its part of the batch
+    num_directions: Count = 1  # directions per step
+    anchor_directions: Count = 1  # directions per refresh (K)
+    share_direction: bool = True  # the two estimates of a step use the same directions
+    direction: DirectionConfig = DirectionConfig()  # the JSON may give the name alone
+    # shared: all ranks evaluate the same directions; per_rank: each rank evaluates its own
+    # directions on its part of the batch
     directions: Literal["shared", "per_rank"] = "shared"
-    # over the global batch: of its label tokens' losses, or of its examples' means
+    # mean over the global batch; tokens: of the losses of all label tokens; examples: of the mean
+    # losses of the examples
     loss_mean: LossMean = "tokens"
-    # of a step's points: in one stacked forward, in lockstep, or one after the other
+    # how the points of a step are evaluated: in one stacked forward, in lockstep, or one by one
     evaluation: Literal["auto", "stacked", "lockstep", "sequential"] = "auto"
-    # for the points of one forward; None: half of what is free
+    # memory for the points of one forward; None: half of the free memory
     stream_memory_gb: Annotated[float | None, Field(gt=0.0)] = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
-    # decoupled: lr * weight_decay per step, on parameters of two or more dimensions
+    # decoupled decay by lr * weight_decay per step, of parameters with two or more dimensions
     weight_decay: NonNegativeFloat = 0.0
     anneal: AnnealConfig | None = None
-    stochastic_rounding: bool = True  # of updates to 16-bit parameters
-    agreement_interval: Count = 10  # steps between two checks that all ranks applied the same
-    # steps in a row that may be skipped for a non-finite loss
+    stochastic_rounding: bool = True  # for updates of 16-bit parameters
+    agreement_interval: Count = (
+        10  # steps between two checks that all ranks applied the same update
+    )
+    # number of consecutive steps that may be skipped because the loss is not finite
     max_nonfinite_steps: NonNegativeInt = 10
-    # seconds that one forward, or what follows it, may take; then who hangs is named
+    # seconds that one forward, or the work after it, may take; then the watchdog names the ranks
+    # that hang
     hang_timeout: PositiveFloat = 600.0
     anchor: AnchorConfig = AnchorConfig()
     selector: SelectorConfig | None = None
@@ -219,7 +233,7 @@ class ZerothOrderConfig(Section):
 
     @property
     def most_points(self) -> int:
-        """The most points evaluated on one batch: that of a step, or that of a refresh."""
+        """The largest number of points evaluated on one batch, in a step or in a refresh."""
         if not self.is_svrg:
             return 2 * self.num_directions
         return 2 * max(2 * self.num_directions, self.anchor_directions)
@@ -232,7 +246,7 @@ SVRG_ONLY = ("anchor_lr", "anchor_interval", "anchor_directions", "share_directi
 
 
 def check_loss_mean(value: str) -> None:
-    """Raise ValueError unless `value` is what `loss_mean` may be."""
+    """Raise ValueError unless `value` is allowed for `loss_mean`."""
     found: list[str] = []
     read_model(ZerothOrderConfig, {"loss_mean": value}, "", found)
     if found:
@@ -240,7 +254,7 @@ def check_loss_mean(value: str) -> None:
 
 
 def parse_selector(values: Any, path: str) -> SelectorConfig:
-    """A section of a selector (a dict), checked by itself. Raises ValueError, naming the keys."""
+    """Read and check a selector's section (a dict). Raises ValueError, naming the keys."""
     found: list[str] = []
     config = read_model(SelectorConfig, values, path, found)
     if found or config is None:
@@ -251,8 +265,10 @@ def parse_selector(values: Any, path: str) -> SelectorConfig:
 def check_selector(
     config: SelectorConfig, path: str, budget: int, num_examples: int | None = None
 ) -> None:
-    """Raise ValueError where `config` does not fit the number to choose, or that of the examples
-    there are.
+    """Raise ValueError where a selector does not fit the batch size or the number of examples.
+
+    budget: number of examples to choose from the candidates. num_examples: number of training
+    examples, where it is known.
     """
     found = list(_selector_mistakes(config, path, budget, num_examples))
     if found:
@@ -265,17 +281,22 @@ def _selector_mistakes(
     if budget < 1 or budget > config.candidates:
         yield (
             f"{path}.candidates: found {config.candidates}, of which {budget} (train_batch_size) "
-            f"are to be chosen. Give "
-            "as many candidates or more, and choose at least 1."
+            "are to be chosen. Give as many candidates or more, and choose at least 1."
         )
     if num_examples is not None and num_examples < config.candidates:
-        yield f"{path}.candidates: found {config.candidates}, but there are {num_examples} training examples."
+        yield (
+            f"{path}.candidates: found {config.candidates}, but there are {num_examples} training "
+            "examples."
+        )
     if config.quotas is None:
         return
     if config.source_column is None:
         yield f"{path}.quotas: given without {path}.source_column. Name the column of the sources."
     if config.strategy not in BY_SOURCE:
-        yield f"{path}.quotas: {config.strategy} does not choose by source. Allowed are {', '.join(BY_SOURCE)}."
+        yield (
+            f"{path}.quotas: {config.strategy} does not choose by source. Allowed are "
+            f"{', '.join(BY_SOURCE)}."
+        )
     total = sum(config.quotas.values())
     if total != budget:
         yield f"{path}.quotas: they sum to {total}, must sum to {budget}, the train_batch_size."
@@ -286,13 +307,22 @@ def _replicas_mistakes(config: ZerothOrderConfig, replicas: ReplicasConfig) -> I
     if not host or not port.isdigit() or not 0 < int(port) < 2**16:
         yield f'{SECTION}.replicas.store: found {replicas.store!r}, expected "host:port".'
     if config.selector is not None:
-        yield f"{SECTION}.replicas: goes without a selector, whose features do not travel between replicas."
+        yield (
+            f"{SECTION}.replicas: cannot be used with a selector, because replicas do not exchange "
+            "its features. Remove one of the two."
+        )
     if config.directions == "per_rank":
-        yield f'{SECTION}.replicas: goes with directions "shared": a replica may come and go, its direction not.'
+        yield (
+            f'{SECTION}.replicas: needs directions "shared", because replicas may join and leave '
+            "during a run and the set of directions must stay the same."
+        )
 
 
 def _mistakes_between_keys(config: ZerothOrderConfig, given: Mapping[str, Any]) -> Iterator[str]:
-    """Yield messages about keys that exclude each other. given: the section as it was written."""
+    """Yield a message for each set of keys that exclude each other.
+
+    given: the section as it was written.
+    """
     unused = [key for key in SVRG_ONLY if key in given]
     if not config.is_svrg and unused:
         yield (
@@ -305,10 +335,10 @@ def _mistakes_between_keys(config: ZerothOrderConfig, given: Mapping[str, Any]) 
 
 
 def read_section(values: Any, found: list[str]) -> ZerothOrderConfig | None:
-    """The section with the defaults in place of what is refused; None where it is no section.
+    """Read the section "zeroth_order"; a refused value is replaced by its default.
 
-    What is refused is appended to `found`, so that the rest of a configuration can be checked all
-    the same.
+    Returns None where `values` is no section. The mistakes are appended to `found`, so that the
+    rest of a configuration can still be checked.
     """
     config = read_model(ZerothOrderConfig, values, SECTION, found)
     if config is None:
@@ -316,13 +346,15 @@ def read_section(values: Any, found: list[str]) -> ZerothOrderConfig | None:
     for message in _mistakes_between_keys(config, values):
         section = message.split(":")[0].rpartition(".")[0]
         follows = section != SECTION and any(other.startswith(f"{section}.") for other in found)
-        if not follows:  # from another mistake in that section, whose key has its default here
+        # A message may only follow from another mistake in that section, whose key has its
+        # default value here.
+        if not follows:
             found.append(message)
     return config
 
 
 def parse_section(values: Any) -> ZerothOrderConfig:
-    """The section "zeroth_order" (a dict) as a checked `ZerothOrderConfig`.
+    """Read and check the section "zeroth_order" (a dict).
 
     Raises ValueError, naming every wrong key.
     """

@@ -1,4 +1,4 @@
-"""Tasks: examples from files and the hub, as batches for a model, and its outputs as metrics."""
+"""Tasks: read examples, make batches of them for a model, and turn its outputs into metrics."""
 
 from zods.tasks.build import build_task
 from zods.tasks.prompts import read_escapes

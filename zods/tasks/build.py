@@ -1,4 +1,4 @@
-"""Make a task from its name and settings."""
+"""Build a task from its name and settings."""
 
 from __future__ import annotations
 
@@ -44,21 +44,24 @@ def build_task(
     Args:
         name: "classification", "prompted" or "instruction".
         train_dataset: its columns are checked, and its labels are the task's labels.
-        text_column, text_pair_column: of classification; "text" by default, and no pair.
-        label_column: of classification and prompted; "label" by default.
-        template: of prompted, with columns as fields and {label} last; of instruction, with the response's column last.
-        label_words: of prompted: the words of the integer labels 0, 1, ...; by default the labels or their names.
-        prompt_column, response_column: of instruction, instead of a template: "{prompt}\\n{response}";
-            "instruction" and "output" by default.
-        max_length: of an example, in tokens.
-        num_embeddings: tokens that the model embeds; None where that is not known.
-        has_token_types: whether the model embeds token types; for classification.
-        class_names: of the head that comes with the model, for classification, or None. Where they are those of the
-            data, ids follow the head.
-        source: of the training data, as messages name it, e.g. "train.csv".
+        text_column, text_pair_column: for classification; by default "text", and no pair.
+        label_column: for classification and prompted; "label" by default.
+        template: for prompted: columns as fields, with {label} last. For instruction: columns as
+            fields, with the response's column last.
+        label_words: for prompted: the words of the integer labels 0, 1, ...; by default the labels
+            or their names.
+        prompt_column, response_column: for instruction, instead of a template:
+            "{prompt}\\n{response}"; by default "instruction" and "output".
+        max_length: maximum length of an example, in tokens.
+        num_embeddings: number of tokens that the model embeds; None where it is not known.
+        has_token_types: for classification: whether the model embeds token types.
+        class_names: for classification: the class names of the head that comes with the model, or
+            None. Where they are the labels of the data, the ids follow the head.
+        source: name of the training data in messages, e.g. "train.csv".
 
     Raises:
-        ValueError: an unknown name, a setting that the task does not use or cannot use, a column that is not there.
+        ValueError: an unknown name, a setting that the task does not use or cannot use, or a
+            missing column.
     """
     if name not in _SETTINGS:
         raise ValueError(f"unknown task {name!r}; allowed are {', '.join(_SETTINGS)}")

@@ -28,14 +28,16 @@ from zods.tasks.task import (
 
 @dataclass(frozen=True)
 class Classification:
-    """Train by cross entropy over the labels; texts longer than `max_length` are truncated as the
-    tokenizer does.
+    """Train by cross entropy over the labels.
+
+    Texts longer than `max_length` are truncated by the tokenizer.
 
     Attributes:
         text_columns: one column, or two for text pairs.
         pad_id: see `pad_token_id`.
-        has_token_types: whether the model has embeddings of token types. Some others (GPT-2) take `token_type_ids` and
-            embed them as words, so that what the tokenizer gives may not decide.
+        has_token_types: whether the model has embeddings of token types. Some models without them
+            (GPT-2) accept `token_type_ids` and embed them as words, so the tokenizer's output
+            cannot decide this.
     """
 
     name: ClassVar[str] = "classification"
@@ -51,7 +53,7 @@ class Classification:
         return AutoModelForSequenceClassification
 
     def model_kwargs(self) -> dict[str, Any]:
-        """The labels; and the pad token, by which a decoder model finds its last token."""
+        """The labels, and the pad token, by which a decoder model finds its last token."""
         return {
             "num_labels": len(self.labels.names),
             "id2label": dict(enumerate(self.labels.names)),
@@ -64,12 +66,13 @@ class Classification:
         yield from text_mistakes(dataset, self.text_columns)
         yield from self.labels.mistakes(dataset)
 
-    def prepare(self, dataset: datasets.Dataset, place: str = "row") -> datasets.Dataset:
-        """Rows of `input_ids` (and `token_type_ids` where tokenizer and model have them) and
-        `answer`, the label's id.
+    def prepare(self, dataset: datasets.Dataset, row_name: str = "row") -> datasets.Dataset:
+        """Tokenise the rows: `input_ids`, `answer` (the label's id) and maybe `token_type_ids`.
+
+        `token_type_ids` are there where both the tokenizer and the model have them.
         """
-        check_rows(self, [(dataset, place)])
-        return map_rows(dataset, self._make_rows, self.max_length, place)
+        check_rows(self, [(dataset, row_name)])
+        return map_rows(dataset, self._make_rows, self.max_length, row_name)
 
     def _make_rows(self, batch: Columns) -> Columns:
         texts = [batch[column] for column in self.text_columns]
@@ -102,12 +105,15 @@ class Classification:
         }
 
     def collate(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """`input_ids`, `attention_mask` (and `token_type_ids`) (B, L), `labels` (B,)."""
+        """Collate `input_ids`, `attention_mask`, `token_type_ids` (B, L) and `labels` (B,).
+
+        `token_type_ids` are there where the rows have them.
+        """
         inputs, answers = self.collate_eval(rows)
         return {**inputs, "labels": answers}
 
     def collate_eval(self, rows: Sequence[Row]) -> tuple[dict[str, Tensor], Tensor]:
-        """(inputs (B, L), labels (B,))."""
+        """Collate (inputs (B, L), labels (B,))."""
         inputs = pad_inputs([row["input_ids"] for row in rows], self.pad_id)
         if "token_type_ids" in rows[0]:
             inputs["token_type_ids"] = pad_right([row["token_type_ids"] for row in rows], 0)
@@ -116,7 +122,7 @@ class Classification:
     def measure(
         self, outputs: Any, inputs: dict[str, Tensor], targets: Tensor
     ) -> dict[str, tuple[float, float]]:
-        """Cross entropy and accuracy of logits (B, num_labels)."""
+        """Sum the cross entropy and the accuracy of logits (B, num_labels)."""
         logits = outputs["logits"].float()
         loss = functional.cross_entropy(logits, targets, reduction="sum")
         num_correct = (logits.argmax(1) == targets).sum()

@@ -1,4 +1,4 @@
-"""Types of columns that hold for every row of a file, found before the first row is converted."""
+"""Find the types of columns, which hold for every row of a file, before any row is converted."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pyarrow as pa
 
 TEXT, INTEGER, FLOAT, BOOLEAN, NULL = pa.string(), pa.int64(), pa.float64(), pa.bool_(), pa.null()
 
-# "007" and "+1" are not: they could not be written back
+# "007" and "+1" do not match: the number would not give back the text
 _INTEGER = re.compile(r"-?(0|[1-9][0-9]*)")
 _FLOAT = re.compile(r"-?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _BOOLEANS = {
@@ -24,9 +24,9 @@ _BOOLEANS = {
 
 
 def type_of_cell(text: str, so_far: pa.DataType) -> pa.DataType:
-    """The type of a CSV column with one more cell.
+    """The type of a CSV column after one more cell.
 
-    A blank cell fits every type; a column of nothing else is text.
+    A blank cell fits every type. A column of blank cells only is text.
     """
     if so_far == TEXT or not (text := text.strip()):
         return so_far
@@ -42,8 +42,9 @@ def type_of_cell(text: str, so_far: pa.DataType) -> pa.DataType:
 
 
 def cell_value(text: str, dtype: pa.DataType) -> Any:
-    """A CSV cell as a value of its column's type; None for a blank cell of a column that is not
-    text.
+    """Convert a CSV cell to a value of its column's type.
+
+    Returns None for a blank cell of a column that is not text.
     """
     if dtype == TEXT:
         return text
@@ -94,7 +95,7 @@ def merged(first: pa.DataType, second: pa.DataType) -> pa.DataType:
 
 
 def without_null(dtype: pa.DataType) -> pa.DataType:
-    """The type with text in place of what no row has a value for."""
+    """The type with text for the parts that have no value in any row."""
     if dtype == NULL:
         return TEXT
     if pa.types.is_list(dtype):
@@ -105,8 +106,9 @@ def without_null(dtype: pa.DataType) -> pa.DataType:
 
 
 def json_value(value: Any, dtype: pa.DataType) -> Any:
-    """A JSON value as its column's type has it: numbers, lists and objects in a text column become
-    their JSON text.
+    """Convert a JSON value to its column's type.
+
+    In a text column, numbers, lists and objects become their JSON text.
     """
     if value is None or (isinstance(value, str) and dtype == TEXT):
         return value

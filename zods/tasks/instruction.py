@@ -37,9 +37,9 @@ from zods.tasks.task import (
 class Instruction:
     """Train by cross entropy on the tokens of the response and the end-of-sequence token.
 
-    A prompt that is too long loses tokens on its left; the cue before the response stays. A
-    response that cannot be kept whole even so is cut at its right, end-of-sequence token and all,
-    and leaves the prompt up to half the length.
+    A prompt that is too long loses tokens on its left; the cue before the response stays. Where the
+    response still does not fit, it is cut at its right, without an end-of-sequence token, and the
+    prompt keeps up to half of the length.
     """
 
     name: ClassVar[str] = "instruction"
@@ -50,8 +50,10 @@ class Instruction:
     pad_id: int
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a tokenizer without an end-of-sequence token, or a max_length that
-        the cue fills.
+        """Check the tokenizer and the length.
+
+        Raises ValueError for a tokenizer without an end-of-sequence token, and for a max_length
+        that the cue fills.
         """
         if self.tokenizer.eos_token_id is None:
             raise ValueError(
@@ -61,8 +63,7 @@ class Instruction:
         if self.max_length < needed:
             raise ValueError(
                 f"max_length {self.max_length} is too short for the end of the template and a "
-                f"token of the response; "
-                f"they need {needed} tokens"
+                f"token of the response; they need {needed} tokens"
             )
 
     def auto_class(self) -> type[Any]:
@@ -76,16 +77,18 @@ class Instruction:
         yield from text_mistakes(dataset, self.template.columns)
         yield from text_mistakes(dataset, [self.template.answer])
 
-    def prepare(self, dataset: datasets.Dataset, place: str = "row") -> datasets.Dataset:
-        """Rows of `input_ids` (prompt, response, end of sequence) and `num_answer_tokens` (the last
-        two's).
+    def prepare(self, dataset: datasets.Dataset, row_name: str = "row") -> datasets.Dataset:
+        """Tokenise the rows: `input_ids` and `num_answer_tokens`.
+
+        `input_ids` are the prompt, the response and the end of sequence; `num_answer_tokens` counts
+        the last two.
         """
-        check_rows(self, [(dataset, place)])
-        return map_rows(dataset, self._make_rows, self.max_length, place)
+        check_rows(self, [(dataset, row_name)])
+        return map_rows(dataset, self._make_rows, self.max_length, row_name)
 
     def _make_rows(self, batch: Columns) -> Columns:
         start = leading_special_tokens(self.tokenizer)
-        room = self.max_length - len(start)
+        limit = self.max_length - len(start)
         num_cue_tokens = self._num_cue_tokens()
         responses = [[response] for response in batch[self.template.answer]]
         columns: Columns = {"input_ids": [], "num_answer_tokens": [], "truncated": []}
@@ -93,32 +96,37 @@ class Instruction:
         tokenized = tokenize_continuations(self.tokenizer, self.template.prompts(batch), responses)
         for prompt, (response,) in tokenized:
             answer = [*response, self.tokenizer.eos_token_id]
-            columns["truncated"].append(len(prompt) + len(answer) > room)
-            if len(answer) > room - min(num_cue_tokens, len(prompt)):
-                answer = answer[: room - min(max(num_cue_tokens, room // 2), len(prompt))]
-            fitted.append(fit_prompt(start, prompt, room - len(answer)))
+            columns["truncated"].append(len(prompt) + len(answer) > limit)
+            if len(answer) > limit - min(num_cue_tokens, len(prompt)):
+                answer = answer[: limit - min(max(num_cue_tokens, limit // 2), len(prompt))]
+            fitted.append(fit_prompt(start, prompt, limit - len(answer)))
             columns["input_ids"].append(fitted[-1] + answer)
             columns["num_answer_tokens"].append(len(answer))
         return {**columns, "unusable": unusable(fitted)}
 
     def _num_cue_tokens(self) -> int:
-        """The tokens that end every prompt, with one before them that the cue may have merged with."""
+        """Count the tokens that end every prompt.
+
+        One token before them is counted too, because the cue may have merged with it.
+        """
         return num_tokens(self.tokenizer, self.template.cue) + 1
 
     def collate(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """`input_ids`, `attention_mask` and `labels`, all (B, L)."""
+        """Collate `input_ids`, `attention_mask` and `labels`, all (B, L)."""
         return collate_answers(rows, self.pad_id)
 
     def collate_eval(self, rows: Sequence[Row]) -> tuple[dict[str, Tensor], Tensor]:
-        """(inputs (B, L), the number of answer tokens (B,))."""
+        """Collate (inputs (B, L), the number of answer tokens (B,))."""
         inputs = pad_inputs([row["input_ids"] for row in rows], self.pad_id)
         return inputs, torch.tensor([row["num_answer_tokens"] for row in rows])
 
     def measure(
         self, outputs: Any, inputs: dict[str, Tensor], targets: Tensor
     ) -> dict[str, tuple[float, float]]:
-        """Negative log-likelihood per answer token and share of answer tokens predicted, as means
-        over an example.
+        """Sum the loss and the accuracy over the examples.
+
+        An example's loss is its mean negative log-likelihood per answer token. Its accuracy is the
+        share of answer tokens predicted.
         """
         labels = answer_labels(inputs, targets)
         log_likelihood, counts = sequence_log_likelihood(outputs["logits"], labels)

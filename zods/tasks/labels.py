@@ -1,4 +1,4 @@
-"""A label column's values, and what they are called."""
+"""The values of a label column, their names and their ids."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ SHOWN = 20  # classes that are listed by name
 
 @dataclass(frozen=True)
 class Labels:
-    """The labels of a column; a label's id is its position.
+    """The labels of a column. A label's id is its position.
 
     Attributes:
-        column: where they stand.
-        values: as the data has them: text, integers or booleans.
-        names: as they are shown, and as the prompted task asks for them.
+        column: name of the column.
+        values: the labels as the data have them: text, integers or booleans.
+        names: the labels as messages show them, and as the prompted task asks for them.
     """
 
     column: str
@@ -35,14 +35,15 @@ class Labels:
     def of(
         cls, dataset: datasets.Dataset, column: str, words: Sequence[str] | None = None
     ) -> Labels:
-        """The labels of the training data.
+        """Find the labels of the training data.
 
-        A ClassLabel column brings its names in its order. Of other columns the distinct values are
-        taken, sorted. `words` rename integer labels: label i is words[i], and the labels are 0 to
-        len(words) - 1.
+        The labels of a ClassLabel column are its names, in its order. The labels of another column
+        are its distinct values, sorted. `words` rename integer labels: label i is words[i], and the
+        labels are 0 to len(words) - 1.
 
         Raises:
-            ValueError: no such column, a column of another type, fewer than two labels, or words for text labels.
+            ValueError: the column is missing, has another type or has fewer than two labels, or
+                words are given for text labels.
         """
         check_columns(dataset, [column])
         feature = dataset.features[column]
@@ -87,16 +88,14 @@ class Labels:
         return labels
 
     def in_order_of(self, names: Sequence[str]) -> Labels:
-        """The same labels, with ids in the order of `names`; as they are, where these are other
-        names.
-        """
+        """Reorder the ids by `names`; the same labels where `names` are other names."""
         if sorted(names) != sorted(self.names):
             return self
         values = dict(zip(self.names, self.values, strict=True))
         return Labels(self.column, tuple(values[name] for name in names), tuple(names))
 
     def mistakes(self, dataset: datasets.Dataset) -> Iterator[tuple[int, str]]:
-        """(position, mistake) of each row without a label, or with one that is not among these."""
+        """Yield (position, mistake) of each row that has no label or an unknown label."""
         ids = self._ids()
         for position, value in enumerate(dataset[self.column][:]):
             if _is_missing(value):
@@ -113,13 +112,14 @@ class Labels:
                 )
 
     def ids(self, values: Sequence[Any]) -> list[int]:
-        """The ids of rows' labels, all of which are among these."""
+        """The ids of the labels of rows, all of which are known."""
         ids = self._ids()
         return [ids[value if value in ids else str(value)] for value in values]
 
     def _ids(self) -> dict[Any, int]:
-        """Ids by value and by the value's text: in a file with one text among its labels, integers
-        are text, too.
+        """Ids by value and by the text of the value.
+
+        In a file with one text among its labels, integers become text, too.
         """
         texts = {str(value): label_id for label_id, value in enumerate(self.values)}
         return texts | dict(zip(self.values, range(len(self.values)), strict=True))

@@ -1,4 +1,4 @@
-"""Mistakes in the rows of a source, collected so that one error tells all of them."""
+"""Collect mistakes in the rows of a source, so that one error reports all of them."""
 
 from __future__ import annotations
 
@@ -8,27 +8,34 @@ SHOWN = 8  # row numbers of one mistake, and mistakes of different kinds, that a
 
 
 class Mistakes:
-    """Row numbers by place and mistake: "dev.csv, line" has "blank text in 'text'" at 4, 6 and 9."""
+    """Row numbers by row name and mistake.
+
+    For example ("dev.csv, line", "blank text in 'text'") has the numbers 4, 6 and 9.
+    """
 
     def __init__(self) -> None:
         self._rows: dict[tuple[str, str], list[int]] = {}
 
-    def add(self, place: str, number: int, what: str) -> None:
-        """place: what the number counts, with the source, e.g. "dev.csv, line"."""
-        self._rows.setdefault((place, what), []).append(number)
+    def add(self, row_name: str, number: int, what: str) -> None:
+        """Add a mistake.
+
+        row_name: the text before a row's number in messages, e.g. "dev.csv, line".
+        """
+        self._rows.setdefault((row_name, what), []).append(number)
 
     def check(self, remedy: str, problems: Sequence[str] = ()) -> None:
         """Raise ValueError with all mistakes and the remedy; return where there are none.
 
         Args:
-            problems: what is wrong with whole sources, told before the rows.
+            problems: mistakes of whole sources, which are reported before the rows.
         """
         if not self._rows:
             if problems:
                 raise ValueError("; ".join(problems))
             return
         told = [
-            f"{place} {listed(numbers)}: {what}" for (place, what), numbers in self._rows.items()
+            f"{row_name} {listed(numbers)}: {what}"
+            for (row_name, what), numbers in self._rows.items()
         ]
         more = sum(map(len, list(self._rows.values())[SHOWN:]))
         if more:
@@ -37,7 +44,7 @@ class Mistakes:
 
 
 def listed(numbers: Sequence[int]) -> str:
-    """The first few numbers in ascending order, and how many there are where some are left out."""
+    """List the first few numbers in ascending order, and count all where some are left out."""
     ordered = sorted(numbers)
     text = ", ".join(map(str, ordered[:SHOWN]))
     if len(ordered) == SHOWN + 1:

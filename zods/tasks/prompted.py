@@ -36,11 +36,11 @@ from zods.tasks.task import (
 
 @dataclass(frozen=True)
 class Prompted:
-    """Train by cross entropy on the right word's tokens; predict the word of the highest mean
-    log-probability.
+    """Train by cross entropy on the tokens of the right label word.
 
-    A prompt that is too long loses tokens on its left, after the tokenizer's leading special token:
-    its end, with the cue before the label, stays.
+    The prediction is the word with the highest mean log-probability. A prompt that is too long
+    loses tokens on its left, after the tokenizer's leading special token. The end of the prompt,
+    with the cue before the label, stays.
     """
 
     name: ClassVar[str] = "prompted"
@@ -52,8 +52,10 @@ class Prompted:
     pad_id: int
 
     def __post_init__(self) -> None:
-        """Raise ValueError for words without tokens or with the same tokens, or a max_length below
-        cue and word.
+        """Check the label words and the length.
+
+        Raises ValueError for words without tokens or with the same tokens, and for a max_length
+        that is too short for the cue and a word.
         """
         _, words = tokenize_continuations(
             self.tokenizer, ["a" + self.template.cue], [self.labels.names]
@@ -79,8 +81,7 @@ class Prompted:
         if self.max_length < needed:
             raise ValueError(
                 f"max_length {self.max_length} is too short for the end of the template and the "
-                f"longest label word; "
-                f"they need {needed} tokens"
+                f"longest label word; they need {needed} tokens"
             )
 
     def auto_class(self) -> type[Any]:
@@ -94,12 +95,14 @@ class Prompted:
         yield from text_mistakes(dataset, self.template.columns)
         yield from self.labels.mistakes(dataset)
 
-    def prepare(self, dataset: datasets.Dataset, place: str = "row") -> datasets.Dataset:
-        """Rows of `prompt` (token ids), `words` (the token ids of each label's word) and `answer`
-        (the label's id).
+    def prepare(self, dataset: datasets.Dataset, row_name: str = "row") -> datasets.Dataset:
+        """Tokenise the rows: `prompt`, `words` and `answer`.
+
+        `prompt` holds token ids, `words` the token ids of each label's word, and `answer` the
+        label's id.
         """
-        check_rows(self, [(dataset, place)])
-        return map_rows(dataset, self._make_rows, self.max_length, place)
+        check_rows(self, [(dataset, row_name)])
+        return map_rows(dataset, self._make_rows, self.max_length, row_name)
 
     def _make_rows(self, batch: Columns) -> Columns:
         start = leading_special_tokens(self.tokenizer)
@@ -107,16 +110,17 @@ class Prompted:
         columns: Columns = {"prompt": [], "words": [], "truncated": []}
         tokenized = tokenize_continuations(self.tokenizer, texts, [self.labels.names] * len(texts))
         for prompt, words in tokenized:
-            room = self.max_length - len(start) - max(map(len, words))
-            columns["prompt"].append(fit_prompt(start, prompt, room))
+            limit = self.max_length - len(start) - max(map(len, words))
+            columns["prompt"].append(fit_prompt(start, prompt, limit))
             columns["words"].append(words)
-            columns["truncated"].append(len(prompt) > room)
+            columns["truncated"].append(len(prompt) > limit)
         answers = self.labels.ids(batch[self.labels.column])
         return {**columns, "answer": answers, "unusable": unusable(columns["prompt"])}
 
     def collate(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """`input_ids`, `attention_mask` and `labels`, all (B, L): prompt and right word, which
-        alone is labelled.
+        """Collate `input_ids`, `attention_mask` and `labels`, all (B, L).
+
+        A row is the prompt and the right word. Only the word is labelled.
         """
         words = [row["words"][row["answer"]] for row in rows]
         answers = [
@@ -126,9 +130,10 @@ class Prompted:
         return collate_answers(answers, self.pad_id)
 
     def collate_eval(self, rows: Sequence[Row]) -> tuple[dict[str, Tensor], Tensor]:
-        """(inputs (B W, L): each row with each of the W words, row by row; targets (B, 1 + W)).
+        """Collate (inputs (B W, L), targets (B, 1 + W)), with W words per row.
 
-        The targets are the right word's number, and the number of tokens of each word.
+        The inputs are each row with each of the words, row by row. The targets are the index of the
+        right word, and the number of tokens of each word.
         """
         inputs = pad_inputs(
             [row["prompt"] + word for row in rows for word in row["words"]], self.pad_id
@@ -138,7 +143,11 @@ class Prompted:
     def measure(
         self, outputs: Any, inputs: dict[str, Tensor], targets: Tensor
     ) -> dict[str, tuple[float, float]]:
-        """Mean negative log-likelihood per token of the right word; accuracy of the best word."""
+        """Sum the loss and the accuracy over the examples.
+
+        An example's loss is the mean negative log-likelihood per token of the right word. Its
+        accuracy is 1 where the right word is the best one.
+        """
         answers, num_word_tokens = targets[:, 0], targets[:, 1:]
         labels = answer_labels(inputs, num_word_tokens.flatten())
         log_likelihood, counts = sequence_log_likelihood(outputs["logits"], labels)

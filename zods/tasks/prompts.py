@@ -1,4 +1,4 @@
-"""Templates, and the tokens of a prompt and of what may follow it."""
+"""Templates of prompts, and the tokens of a prompt and of its continuations."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from zods.tasks.task import Columns, Row, pad_inputs
 
 @dataclass(frozen=True)
 class Template:
-    """A prompt with fields, and last the field of the answer: "{text}\\nArea: {label}".
+    """A prompt with fields, of which the last is the answer: "{text}\\nArea: {label}".
 
     Attributes:
         pieces: (literal text, the field that follows it), in order, without the answer.
         cue: the literal text between the last of these fields and the answer.
-        answer: the answer's field.
+        answer: name of the answer's field.
     """
 
     pieces: tuple[tuple[str, str], ...]
@@ -31,12 +31,13 @@ class Template:
 
     @classmethod
     def parse(cls, text: str) -> Template:
-        """Read a template in the format of `str.format`, with plain field names only; {{ and }} are
-        braces.
+        """Read a template in the format of `str.format`, with plain field names only.
+
+        {{ and }} stand for braces.
 
         Raises:
-            ValueError: unbalanced braces, a field that is no plain name, text after the last field, an answer that is
-                also a field of the prompt, or no field before it.
+            ValueError: unbalanced braces, a field that is no plain name, text after the last field,
+                an answer that is also a field of the prompt, or no field before it.
         """
         try:
             parsed = list(Formatter().parse(text))
@@ -59,9 +60,8 @@ class Template:
         if literal or len(pieces) < 2:
             raise ValueError(
                 f"template {text!r} must have a field for the text, and end with the field of the "
-                f"answer; "
-                f"it has the fields {', '.join(field for _, field in pieces) or '(none)'} and ends "
-                f"with {text[-20:]!r}"
+                f"answer; it has the fields {', '.join(field for _, field in pieces) or '(none)'} "
+                f"and ends with {text[-20:]!r}"
             )
         *prompt, (cue, answer) = pieces
         if answer in [field for _, field in prompt]:
@@ -72,11 +72,11 @@ class Template:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The prompt's columns, each once."""
+        """The columns of the prompt, each once."""
         return tuple(dict.fromkeys(field for _, field in self.pieces))
 
     def prompts(self, batch: Columns) -> list[str]:
-        """Return each row's text up to the answer."""
+        """The text of each row up to the answer."""
         num_rows = len(batch[self.columns[0]])
         return [
             "".join(literal + batch[field][row] for literal, field in self.pieces) + self.cue
@@ -88,12 +88,16 @@ ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
 
 
 def read_escapes(text: str, where: str) -> str:
-    r"""Text of the command line with \n, \t, \r and \\ read as in Python. Raises ValueError for another backslash."""
+    r"""Replace \n, \t, \r and \\ in a text of the command line, as Python does.
+
+    Raises ValueError for another backslash.
+    """
 
     def character(match: re.Match[str]) -> str:
         if match[1] not in ESCAPES:
             raise ValueError(
-                rf"{where}: found {match[0]!r}, allowed are \n, \t, \r and \\; write \\ for a backslash"
+                rf"{where}: found {match[0]!r}, allowed are \n, \t, \r and \\; "
+                r"write \\ for a backslash"
             )
         return ESCAPES[match[1]]
 
@@ -105,13 +109,15 @@ def tokenize_continuations(
     prompts: Sequence[str],
     continuations: Sequence[Sequence[str]],
 ) -> list[tuple[list[int], list[list[int]]]]:
-    """Per prompt, its tokens and those of each continuation, without special tokens.
+    """Tokenise prompts and their continuations, without special tokens.
 
-    A continuation's tokens are those it has after this prompt, not alone: prompt and continuation
-    are tokenised as one text, and the cut is where the tokens of the prompt alone and of all its
-    continuations first differ. So where a tokenizer merges the end of the prompt with the start of
-    a continuation (as most do with a space and a word), the cut is before the merged token, and for
-    all of them.
+    Returns for each prompt its tokens, and the tokens of each continuation.
+
+    A continuation's tokens are its tokens after this prompt, not its tokens alone. Prompt and
+    continuation are tokenised as one text. The cut is where the tokens of the prompt alone and of
+    all its continuations first differ. Some tokenizers merge the end of the prompt with the start
+    of a continuation (most do so with a space and a word). The cut is then before the merged token,
+    for all continuations.
     """
     texts = []
     for prompt, group in zip(prompts, continuations, strict=True):
@@ -133,35 +139,38 @@ def tokenize_continuations(
 
 
 def leading_special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the tokens that the tokenizer puts before every text: a beginning-of-sequence token,
-    or nothing.
+    """The tokens that the tokenizer puts before every text.
+
+    This is a beginning-of-sequence token, or nothing.
     """
     encoded = tokenizer("a", return_special_tokens_mask=True)
     num_leading = (*encoded["special_tokens_mask"], 0).index(0)
     return encoded["input_ids"][:num_leading]
 
 
-def fit_prompt(start: list[int], prompt: list[int], room: int) -> list[int]:
-    """`start` and the last `room` tokens of a prompt; [] where nothing is left to predict the
-    answer's first token from.
+def fit_prompt(start: list[int], prompt: list[int], limit: int) -> list[int]:
+    """Keep `start` and the last `limit` tokens of a prompt.
+
+    Returns [] where `limit` is 0 or less: no token would be left from which to predict the answer.
     """
-    return start + prompt[-room:] if room > 0 else []
+    return start + prompt[-limit:] if limit > 0 else []
 
 
 def unusable(prompts: Sequence[list[int]]) -> list[str]:
-    """Return for each row the reason why it cannot be used, or ""."""
+    """The reason why each row cannot be used, or ""."""
     reason = "no token is left before the answer (lengthen the prompt or raise max_length)"
     return ["" if prompt else reason for prompt in prompts]
 
 
 def num_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
-    """The number of a text's own tokens."""
+    """Count the tokens of a text, without special tokens."""
     return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def collate_answers(rows: Sequence[Row], pad_id: int) -> dict[str, Tensor]:
-    """A causal LM's training batch of rows with `input_ids` and `num_answer_tokens`: only the
-    answers are labelled.
+    """Collate rows with `input_ids` and `num_answer_tokens` to a training batch of a causal LM.
+
+    Only the answers are labelled.
     """
     inputs = pad_inputs([row["input_ids"] for row in rows], pad_id)
     return {
@@ -171,9 +180,7 @@ def collate_answers(rows: Sequence[Row], pad_id: int) -> dict[str, Tensor]:
 
 
 def answer_labels(inputs: dict[str, Tensor], num_answer_tokens: Tensor) -> Tensor:
-    """The labels (B, L) that score the last `num_answer_tokens` (B,) tokens of each right-padded
-    row.
-    """
+    """Make labels (B, L) for the last `num_answer_tokens` (B,) tokens of right-padded rows."""
     ends = inputs["attention_mask"].sum(1, keepdim=True)  # (B, 1)
     positions = torch.arange(inputs["input_ids"].shape[1], device=ends.device)
     is_answer = (positions < ends) & (positions >= ends - num_answer_tokens[:, None])

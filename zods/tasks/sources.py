@@ -1,4 +1,4 @@
-"""Examples from local files and from the hub, as one `datasets.Dataset`."""
+"""Read examples from local files and from the hub, as one `datasets.Dataset`."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def load_examples(
     A .json file holds a list of objects, or one object per line; a file that is one object is
     refused. In a CSV file fields are quoted as in RFC 4180. In a TSV file a field that is quoted as
     a whole is unquoted, and any other quote is a character. Every row has as many fields as the
-    header has names, except in files of R's write.table, whose quoted row names have no name in the
-    header and are left out. A column's type holds for all its rows: integers, floats or booleans
-    where each row has one or is blank, else text.
+    header has names. Files of R's write.table are the exception: their quoted row names have no
+    name in the header and are left out. A column's type holds for all its rows: integers, floats or
+    booleans where each row has one or is blank, text otherwise.
 
     Args:
         file: a .jsonl, .json, .csv, .tsv or .parquet file; the text formats also as .gz. In UTF-8.
@@ -52,17 +52,20 @@ def load_examples(
         dataset_config: the hub dataset's configuration.
         split: the hub dataset's split, "train" by default.
         column_names: the columns of a .csv or .tsv file that has no header.
-        max_examples: keep this many, drawn at random by `seed`; all where there are no more.
-        keep_rows: keep the columns by which `Task.prepare` names rows: ROW, an example's first line in a text file, or
-            else its row from 0, and, where a row's value is no text but its column is, NOT_TEXT.
+        max_examples: number of examples to draw at random; all are kept where there are no more.
+        seed: seed of this draw.
+        keep_rows: keep the columns ROW and NOT_TEXT, by which `Task.prepare` names rows. ROW is an
+            example's first line in a text file, or its row from 0 in other formats. NOT_TEXT names
+            the text columns in which a row's value is no text.
 
     Returns:
-        The examples, in the order of the source, or in the drawn order where `max_examples` drew some.
+        The examples, in the order of the source, or in the drawn order where `max_examples` drew
+            some.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: arguments that exclude each other, an unknown extension, a malformed or empty file, a hub dataset
-            that cannot be loaded.
+        ValueError: arguments that exclude each other, an unknown extension, a malformed or empty
+            file, or a hub dataset that cannot be loaded.
     """
     if (file is None) == (dataset_name is None):
         raise ValueError(
@@ -100,8 +103,9 @@ def name_of_rows(
     dataset_config: str | None = None,
     split: str | None = None,
 ) -> str:
-    """Return the words before a row number in messages: "train.csv, line", or "glue (sst2, train),
-    row".
+    """The text before the number of a row in messages.
+
+    For example "train.csv, line", or "glue (sst2, train), row".
     """
     if file is not None:
         return f"{file}, {'line' if _extension(Path(file)) in TEXT_FORMATS else 'row'}"
@@ -111,10 +115,13 @@ def name_of_rows(
 def split_held_out(
     dataset: datasets.Dataset, fraction_or_count: float | int, seed: int
 ) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Draw held-out examples at random by `seed`: (the rest, the held-out ones).
+    """Draw held-out examples at random by `seed`.
+
+    Returns (the other examples, the held-out examples).
 
     Args:
-        fraction_or_count: a float is the held-out share, in (0, 1); an int their number, from 1 to len(dataset) - 1.
+        fraction_or_count: a float is the held-out share, in (0, 1); an int is the number of
+            held-out examples, from 1 to len(dataset) - 1.
 
     Raises:
         ValueError: the size is outside its range, or leaves one side empty.
@@ -172,7 +179,8 @@ def _load_file(path: Path, column_names: Sequence[str] | None) -> datasets.Datas
             dataset = datasets.load_dataset(
                 "parquet", data_files=glob.escape(str(path)), split="train"
             )
-        except Exception as error:  # pyarrow's and datasets' own, some without a message
+        # pyarrow and datasets raise types of their own, some without a message.
+        except Exception as error:
             reason = str(error.__cause__ or error).strip()
             raise ValueError(
                 f"{path} holds no examples that can be read as .parquet. {reason}".strip()
@@ -186,7 +194,10 @@ def _load_file(path: Path, column_names: Sequence[str] | None) -> datasets.Datas
 
 @dataclass
 class _TextFileConfig(datasets.BuilderConfig):
-    """content: a digest of the file, by which `datasets` knows whether it has built it before."""
+    """The configuration of `_TextFile`.
+
+    content: a digest of the file, by which `datasets` knows whether it has built the file before.
+    """
 
     path: str = ""
     extension: str = ""
@@ -195,8 +206,9 @@ class _TextFileConfig(datasets.BuilderConfig):
 
 
 class _TextFile(datasets.ArrowBasedBuilder):
-    """Writes a CSV, TSV or JSON file, with ROW, as a memory-mapped table into the cache of
-    `datasets`.
+    """A builder for a CSV, TSV or JSON file.
+
+    It writes a memory-mapped table, with the column ROW, to the cache of `datasets`.
     """
 
     BUILDER_CONFIG_CLASS = _TextFileConfig

@@ -1,6 +1,4 @@
-"""The interface of tasks, and the steps that they have in common: checks of columns, mapping of rows,
-padding.
-"""
+"""The interface of every task, and the steps that tasks share: check columns, map rows, pad."""
 
 from __future__ import annotations
 
@@ -24,64 +22,68 @@ logger = logging.getLogger(__name__)
 Row = dict[str, Any]
 Columns = dict[str, list[Any]]
 TEXT_DTYPES = ("string", "large_string")
-TOKEN_COLUMNS = ("input_ids", "prompt", "words")  # of prepared rows
+TOKEN_COLUMNS = ("input_ids", "prompt", "words")  # columns of prepared rows that hold token ids
 
 
 class Task(Protocol):
-    """A task: it makes batches of examples for one kind of model, and metrics of the model's
-    outputs.
+    """The interface of a task.
+
+    A task makes batches of examples for one kind of model, and metrics of the model's outputs.
     """
 
     name: ClassVar[str]
-    predicts_next_token: ClassVar[bool]  # so that the model must be causal
+    predicts_next_token: ClassVar[bool]  # True: the model must be causal
 
     def auto_class(self) -> type[Any]:
         """The transformers Auto class of the model."""
 
     def model_kwargs(self) -> dict[str, Any]:
-        """Return the arguments of `from_pretrained` beside the model's name."""
+        """The keyword arguments for `from_pretrained`, in addition to the model's name."""
 
     def mistakes(self, dataset: datasets.Dataset) -> Iterator[tuple[int, str]]:
-        """(position of a row, what is wrong with it) of every row whose text or label the task
-        cannot use.
+        """Yield (position of a row, mistake) for every row whose text or label cannot be used.
 
         Raises:
             ValueError: a column is missing or of another type.
         """
 
-    def prepare(self, dataset: datasets.Dataset, place: str = "row") -> datasets.Dataset:
-        """Validate and tokenise: one row of lists of ints for each row of `dataset`, in the same
-        order.
+    def prepare(self, dataset: datasets.Dataset, row_name: str = "row") -> datasets.Dataset:
+        """Validate and tokenise: one row of lists of ints for each row of `dataset`, in order.
 
-        Ranks may prepare the same data at the same time: each writes its own temporary file and
-        renames it to a name that follows from data, task, tokenizer and code, so at worst the work
-        is done twice. A caller that lets one rank go first has the others read its result.
+        Ranks may prepare the same data at the same time. Each rank writes its own temporary file
+        and renames it to a name that follows from data, task, tokenizer and code, so at worst the
+        work is done twice. Where the caller lets one rank go first, the others read its result.
 
         Args:
-            place: what the rows' numbers count, e.g. "dev.csv, line". They are in the column ROW, or else from 0.
+            row_name: the text before a row's number in messages, e.g. "dev.csv, line". The numbers
+                are in the column ROW; without that column they count from 0.
 
         Raises:
-            ValueError: a column, or the text or label of some rows is not as the task needs it; names all these rows.
+            ValueError: a column, or the text or label of some rows, is not as the task needs it;
+                the message names all these rows.
         """
 
     def collate(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """A training batch of prepared rows: `input_ids`, `attention_mask` (B, L) and `labels`,
-        right-padded.
+        """Collate prepared rows to a training batch.
+
+        It has `input_ids` and `attention_mask` (B, L), and `labels`, right-padded.
         """
 
     def collate_eval(self, rows: Sequence[Row]) -> tuple[dict[str, Tensor], Tensor]:
-        """(what the model's forward takes, targets for `measure`): without labels, so that forward
-        computes no loss.
+        """Collate prepared rows to (inputs of the model's forward, targets for `measure`).
+
+        The inputs have no labels, so that forward computes no loss.
         """
 
     def measure(
         self, outputs: Any, inputs: dict[str, Tensor], targets: Tensor
     ) -> dict[str, tuple[float, float]]:
-        """{metric: (sum, count)} of an evaluation batch, with "loss" and "accuracy"; the counts are
-        examples.
+        """Compute {metric: (sum, count)} of an evaluation batch, with "loss" and "accuracy".
+
+        The counts are numbers of examples.
 
         Args:
-            outputs: the model's, with `outputs["logits"]`.
+            outputs: the model's outputs, with `outputs["logits"]`.
             inputs, targets: from `collate_eval`, on the device of the logits.
         """
 
@@ -89,8 +91,9 @@ class Task(Protocol):
 def check_text_columns(
     dataset: datasets.Dataset, columns: Sequence[str], others: Sequence[str] = ()
 ) -> None:
-    """Raise ValueError, with all that is wrong, unless all these columns are there and `columns`
-    hold text.
+    """Raise ValueError, with all mistakes, where a column is missing or holds no text.
+
+    columns: columns that must hold text. others: columns that must exist.
     """
     wrong = [
         f"column {column!r} must hold text; it holds {dataset.features[column]}"
@@ -112,7 +115,7 @@ def check_text_columns(
 
 
 def check_columns(dataset: datasets.Dataset, columns: Sequence[str]) -> None:
-    """Raise ValueError unless all these columns are there."""
+    """Raise ValueError where one of these columns is missing."""
     check_text_columns(dataset, (), columns)
 
 
@@ -120,22 +123,22 @@ def check_rows(task: Task, sources: Sequence[tuple[datasets.Dataset, str]]) -> N
     """Raise ValueError with the mistakes of all rows of all sources.
 
     Args:
-        sources: datasets, each with what its rows' numbers count, e.g. "dev.csv, line".
+        sources: datasets, each with the text before its rows' numbers, e.g. "dev.csv, line".
     """
     mistakes, problems = Mistakes(), []
-    for dataset, place in sources:
+    for dataset, row_name in sources:
         numbers = row_numbers(dataset)
         try:
             for position, what in task.mistakes(dataset):
-                mistakes.add(place, numbers[position], what)
-        except ValueError as error:  # its columns
-            source = place.rpartition(",")[0]
+                mistakes.add(row_name, numbers[position], what)
+        except ValueError as error:  # a mistake in the columns
+            source = row_name.rpartition(",")[0]
             problems.append(f"{source}: {error}" if source else str(error))
     mistakes.check("Mend these rows or remove them", problems)
 
 
 def row_numbers(dataset: datasets.Dataset) -> Sequence[int]:
-    """The rows' numbers in their source, or from 0 where these are not known."""
+    """The rows' numbers in their source, or from 0 where they are not known."""
     return (
         dataset.with_format("numpy")[ROW][:].tolist()
         if ROW in dataset.column_names
@@ -144,8 +147,9 @@ def row_numbers(dataset: datasets.Dataset) -> Sequence[int]:
 
 
 def text_mistakes(dataset: datasets.Dataset, columns: Sequence[str]) -> Iterator[tuple[int, str]]:
-    """(position, mistake) of each row where one of the texts is missing, or all are blank (one of
-    several may be).
+    """Yield (position, mistake) of each row where a text is missing or all texts are blank.
+
+    One of several texts may be blank.
     """
     read = dataset.select_columns([*columns, *({NOT_TEXT} & set(dataset.column_names))])
     position = 0
@@ -169,12 +173,15 @@ def text_mistakes(dataset: datasets.Dataset, columns: Sequence[str]) -> Iterator
 
 
 def map_rows(
-    dataset: datasets.Dataset, make_rows: Callable[[Columns], Columns], max_length: int, place: str
+    dataset: datasets.Dataset,
+    make_rows: Callable[[Columns], Columns],
+    max_length: int,
+    row_name: str,
 ) -> datasets.Dataset:
-    """Tokenise in batches of rows.
+    """Tokenise a dataset in batches of rows.
 
-    `make_rows` also gives the columns "truncated", which is counted and dropped, and, where a row
-    may turn out to be unusable, "unusable": the reason, or "".
+    `make_rows` also returns the column "truncated", which is counted and dropped. Where a row may
+    turn out to be unusable, it returns the column "unusable" too: the reason, or "".
     """
     prepared = dataset.map(
         _apply,
@@ -186,7 +193,7 @@ def map_rows(
         mistakes = Mistakes()
         for number, reason in zip(row_numbers(dataset), prepared["unusable"][:], strict=True):
             if reason:
-                mistakes.add(place, number, reason)
+                mistakes.add(row_name, number, reason)
         mistakes.check("Mend these rows or remove them")
         prepared = prepared.remove_columns("unusable")
     num_truncated = sum(prepared["truncated"])
@@ -202,18 +209,22 @@ def _apply(batch: Columns, make_rows: Callable[[Columns], Columns], code: str) -
 
 
 def code_digest() -> str:
-    """Of this package: `datasets` knows our functions by name only, and would reuse what an older
-    version made.
+    """A digest of the code of this package.
+
+    `datasets` knows our functions by name only. Without the digest it would reuse the results of an
+    older version.
     """
     return Hasher.hash([path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))])
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase, num_embeddings: int | None = None) -> int:
-    """An id to pad with: the tokenizer's pad token, else its end-of-sequence token, else 0 (padding
-    is masked).
+    """Choose an id to pad with.
+
+    This is the tokenizer's pad token, else its end-of-sequence token, else 0 (padding is masked).
 
     Args:
-        num_embeddings: of the model, where it is known; ids from there on, of tokens added later, are passed over.
+        num_embeddings: number of the model's embeddings, where it is known. Ids from this number
+            on, of tokens added later, are skipped.
 
     Raises:
         ValueError: the tokenizer has neither token.
@@ -235,7 +246,7 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase, num_embeddings: int | None 
 def check_token_ids(
     prepared: datasets.Dataset, num_embeddings: int, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Raise ValueError where prepared rows hold a token that the model has no embedding of."""
+    """Raise ValueError where prepared rows hold a token that the model does not embed."""
     largest = -1
     for batch in prepared.with_format("arrow").iter(batch_size=1000):
         for name in set(TOKEN_COLUMNS) & set(batch.column_names):
@@ -247,14 +258,13 @@ def check_token_ids(
         token = tokenizer.convert_ids_to_tokens(largest)
         raise ValueError(
             f"the data hold the token {largest} ({token!r}), but the model embeds {num_embeddings} "
-            f"tokens, and the "
-            f"tokenizer has {len(tokenizer)}. Give the model's own --tokenizer, or a model with "
-            f"resized embeddings."
+            f"tokens, and the tokenizer has {len(tokenizer)}. Give the model's own --tokenizer, or "
+            "a model with resized embeddings."
         )
 
 
 def pad_right(sequences: Sequence[Sequence[int]], value: int) -> Tensor:
-    """(B, L) int64, L the longest of the sequences; `value` fills the rest of the others."""
+    """Pad sequences with `value` on the right, to (B, L) int64; L is the longest length."""
     longest = max(map(len, sequences))
     return torch.tensor(
         [[*sequence, *[value] * (longest - len(sequence))] for sequence in sequences]
@@ -262,7 +272,10 @@ def pad_right(sequences: Sequence[Sequence[int]], value: int) -> Tensor:
 
 
 def pad_inputs(sequences: Sequence[Sequence[int]], pad_id: int) -> dict[str, Tensor]:
-    """`input_ids` and `attention_mask`, both (B, L) int64, of right-padded token sequences."""
+    """Pad token sequences on the right.
+
+    Returns `input_ids` and `attention_mask`, both (B, L) int64.
+    """
     return {
         "input_ids": pad_right(sequences, pad_id),
         "attention_mask": pad_right([[1] * len(sequence) for sequence in sequences], 0),

@@ -1,7 +1,7 @@
-"""CSV, TSV and JSON files as rows, each with the line on which it begins.
+"""Read CSV, TSV and JSON files as rows, each with the line on which it begins.
 
-A file is read twice: first every row is checked and the types of the columns are found, then the
-rows are converted.
+A file is read twice. The first pass checks every row and finds the types of the columns. The second
+pass converts the rows. Caller: `zods.tasks.sources`.
 """
 
 from __future__ import annotations
@@ -33,10 +33,9 @@ from zods.tasks.mistakes import Mistakes, listed
 
 csv.field_size_limit(sys.maxsize)
 
-ROW = "__row__"  # column of a row's number in its source
-NOT_TEXT = (
-    "__not_text__"  # column of the names of a row's columns that are text, but not in this row
-)
+ROW = "__row__"  # column with the row's number in its source
+# Column that names the text columns in which the row's value is no text
+NOT_TEXT = "__not_text__"
 RESERVED = (ROW, NOT_TEXT)
 DEEPEST = 100
 TOO_DEEP = f"JSON lists or objects inside each other, more than {DEEPEST} deep"
@@ -47,9 +46,9 @@ class Table:
     """A checked file.
 
     Attributes:
-        types: of the columns, in order.
-        rows: begins to read again: (line, values in the order of the columns, names of the columns of text that hold
-            another JSON value in this row).
+        types: {column: type}, in order.
+        rows: starts to read the file again. It yields (line, values in the order of the columns,
+            names of the text columns that hold another JSON value in this row).
         note: one line on how the file was understood; empty where there was no choice.
     """
 
@@ -62,7 +61,7 @@ def read_table(path: Path, extension: str, column_names: Sequence[str] | None) -
     """Check a .csv, .tsv, .json or .jsonl file (also .gz).
 
     Raises:
-        ValueError: with all that is wrong, by line.
+        ValueError: with all mistakes, by line.
     """
     if extension in (".csv", ".tsv"):
         return _read_delimited(path, "," if extension == ".csv" else "\t", column_names)
@@ -78,9 +77,9 @@ def _open_binary(path: Path) -> BinaryIO:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """The lines of a file, with their ends.
+    """Yield the lines of a file, with their line ends.
 
-    Raises ValueError where it is not UTF-8, or a damaged .gz.
+    Raises ValueError where the file is not UTF-8, or is a damaged .gz.
     """
     opener: Any = gzip.open if path.suffix == ".gz" else open
     try:
@@ -112,7 +111,10 @@ def _undecodable(path: Path) -> str:
             except UnicodeDecodeError as error:
                 byte = byte or line[error.start]
                 lines.append(number)
-    found = f"line {listed(lines)}: not UTF-8 text (the first such byte is 0x{byte:02x}, in line {lines[0]})"
+    found = (
+        f"line {listed(lines)}: not UTF-8 text (the first such byte is 0x{byte:02x}, in line "
+        f"{lines[0]})"
+    )
     return _with_iconv(path, found, "latin1")
 
 
@@ -128,8 +130,12 @@ def _with_iconv(path: Path, found: str, encoding: str) -> str:
 
 
 class _Record(NamedTuple):
-    """quoted: whether the record begins with a quote. problem: why it cannot be split into fields.
-    keeps_quote: whether a field begins with a quote that is a character of the text."""
+    """One record of a file.
+
+    quoted: whether the record begins with a quote. problem: the reason why the record cannot be
+    split into fields. keeps_quote: whether a field begins with a quote that is a character of the
+    text.
+    """
 
     line: int
     fields: list[str]
@@ -139,9 +145,9 @@ class _Record(NamedTuple):
 
 
 class _Reading(NamedTuple):
-    """A way to split a file into records, and the mistakes that it finds.
+    """One way to split a file into records, and its results.
 
-    sizes: {number of fields: lines of the records that have as many}, without the header. kept:
+    sizes: {number of fields: lines of the records with this number}, without the header. kept:
     lines that keep a quote.
     """
 
@@ -158,9 +164,13 @@ class _Reading(NamedTuple):
 
 
 def _read_delimited(path: Path, delimiter: str, column_names: Sequence[str] | None) -> Table:
-    """A CSV file has quotes as in RFC 4180. In a TSV file a field is unquoted where it is quoted as
-    a whole, and any other quote is a character; quoted tabs and line ends are read where the file
-    has the right number of fields only with them. A blank line is no row."""
+    """Check a CSV or TSV file.
+
+    A CSV file has quotes as in RFC 4180. In a TSV file a field is unquoted where it is quoted as a
+    whole, and any other quote is a character. Quoted tabs and line ends of a TSV file are read only
+    where the file has the right number of fields with them and not without them. A blank line is no
+    row.
+    """
     reading = _scan(lambda: _csv_records(path, delimiter), column_names is None)
     if delimiter == "\t":
         plain = _scan(lambda: _plain_records(path), column_names is None)
@@ -197,8 +207,7 @@ def _read_delimited(path: Path, delimiter: str, column_names: Sequence[str] | No
     if reading.kept:
         notes.append(
             f"line {listed(reading.kept)}: a quote that does not belong to a pair around a whole "
-            f"field is a character "
-            "of the text"
+            "field is a character of the text"
         )
     if has_row_names:
         notes.append(
@@ -232,14 +241,17 @@ def _rows_of(reading: _Reading) -> Iterator[_Record]:
     return records
 
 
-class _Starts:
-    """Lines, with the first character of the first one since `character` was last cleared."""
+class _RecordStarts:
+    """An iterator over lines that remembers the first character of a record.
+
+    It keeps the first character of the first line since `character` was last cleared.
+    """
 
     def __init__(self, lines: Iterator[str]) -> None:
         self._lines = lines
         self.character = ""
 
-    def __iter__(self) -> _Starts:
+    def __iter__(self) -> _RecordStarts:
         return self
 
     def __next__(self) -> str:
@@ -249,7 +261,7 @@ class _Starts:
 
 
 def _csv_records(path: Path, delimiter: str) -> Iterator[_Record]:
-    starts = _Starts(_lines(path))
+    starts = _RecordStarts(_lines(path))
     reader = csv.reader(starts, delimiter=delimiter, strict=True)
     while True:
         line = reader.line_num + 1
@@ -262,7 +274,10 @@ def _csv_records(path: Path, delimiter: str) -> Iterator[_Record]:
             if "end of data" in str(error):
                 problem = "a field begins with a quote that is never closed"
             else:
-                problem = "a quoted field goes on after its closing quote (a quote inside it is written twice)"
+                problem = (
+                    "a quoted field goes on after its closing quote "
+                    "(a quote inside it is written twice)"
+                )
             yield _Record(line, [], False, problem)
             continue
         if fields:
@@ -270,7 +285,7 @@ def _csv_records(path: Path, delimiter: str) -> Iterator[_Record]:
 
 
 def _plain_records(path: Path) -> Iterator[_Record]:
-    """The lines of a TSV file, each a record."""
+    """Yield each line of a TSV file as one record."""
     for number, line in enumerate(_lines(path), start=1):
         if line := line.rstrip("\r\n"):
             cells = line.split("\t")
@@ -280,18 +295,17 @@ def _plain_records(path: Path) -> Iterator[_Record]:
 
 
 def _is_quoted(field: str) -> bool:
-    """Whether a field is quoted as a whole: quotes inside it are written twice."""
+    """Whether a field is quoted as a whole, with the quotes inside it written twice."""
     return (
         len(field) > 1 and field[0] == field[-1] == '"' and '"' not in field[1:-1].replace('""', "")
     )
 
 
 def _has_row_names(reading: _Reading) -> bool:
-    """Whether the file is as R's write.table writes it: the first column, of row names, has no name
-    in the header.
+    """Whether the file is one of R's write.table, whose row names have no name in the header.
 
-    Strings and row names are quoted there, so that a file whose texts hold unquoted delimiters is
-    not mistaken for one. A last field that is blank in every row is no column: each row ends with a
+    R quotes strings and row names. This distinguishes such a file from one whose texts hold
+    unquoted delimiters. A last field that is blank in every row is no column: each row ends with a
     delimiter.
     """
     assert reading.header is not None
@@ -329,7 +343,7 @@ def _check_fields(
 
 def _header_names(path: Path, header: _Record) -> list[str]:
     names = [
-        name if name.strip() else f"Unnamed: {place}" for place, name in enumerate(header.fields)
+        name if name.strip() else f"Unnamed: {index}" for index, name in enumerate(header.fields)
     ]
     reserved = [name for name in RESERVED if name in names]
     if reserved:
@@ -350,9 +364,12 @@ def _header_names(path: Path, header: _Record) -> list[str]:
 
 
 def _read_json(path: Path, extension: str) -> Table:
-    """JSON lines, or one list of objects. A file that is one object (rows under a key, columns of
-    lists, rows by index) is refused: which of these it is cannot be told for sure. Only a .jsonl
-    file may have one object in one line."""
+    """Check a file of JSON lines, or of one list of objects.
+
+    A file that is one object is refused. It may hold rows under a key, columns of lists, or rows by
+    index, and these cannot be told apart for sure. Only a .jsonl file may have one object in one
+    line.
+    """
     first = next((line for line in _lines(path) if line.strip()), "")
     is_list = first.lstrip().startswith("[")
     if not is_list:
@@ -405,7 +422,7 @@ def _json_lines(path: Path, mistakes: Mistakes) -> Iterator[tuple[int, dict[str,
 
 
 def _unusable_row(row: Any) -> str:
-    """Return the reason why a JSON value is not a row; empty if it is one."""
+    """The reason why a JSON value cannot be a row; empty where it can."""
     if not isinstance(row, dict):
         return f"a JSON {type(row).__name__}, not an object"
     for name, value in row.items():
@@ -417,8 +434,9 @@ def _unusable_row(row: Any) -> str:
 
 
 def _flaw(value: Any, depth: int = 0) -> str:
-    """Return what a table cannot hold of a JSON value: a lone surrogate, or too deep a nesting;
-    empty if there is nothing.
+    """The reason why a table cannot hold a JSON value; empty where it can.
+
+    The reason is a lone surrogate, or too deep a nesting.
     """
     if isinstance(value, str):
         try:
@@ -439,42 +457,42 @@ def _flaw(value: Any, depth: int = 0) -> str:
 
 
 def _list_items(path: Path, mistakes: Mistakes) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects of a JSON list; after malformed JSON there are no more."""
+    """Yield the objects of a JSON list, up to malformed JSON."""
     text = "".join(_lines(path))
     decoder = json.JSONDecoder()
-    place, line, counted = _after_space(text, text.index("[") + 1), 1, 0
-    more = text[place : place + 1] != "]"
+    position, line, counted = _after_space(text, text.index("[") + 1), 1, 0
+    more = text[position : position + 1] != "]"
     try:
         while more:
-            row, end = decoder.raw_decode(text, place)
-            line, counted = line + text.count("\n", counted, place), place
+            row, end = decoder.raw_decode(text, position)
+            line, counted = line + text.count("\n", counted, position), position
             if wrong := _unusable_row(row):
                 mistakes.add(f"{path}, line", line, wrong)
             else:
                 yield line, row
-            place = _after_space(text, end)
-            more = text[place : place + 1] == ","
+            position = _after_space(text, end)
+            more = text[position : position + 1] == ","
             if more:
-                place = _after_space(text, place + 1)
-        if text[place : place + 1] != "]":
-            raise json.JSONDecodeError("Expecting ',' or ']'", text, place)
-        if _after_space(text, place + 1) != len(text):
+                position = _after_space(text, position + 1)
+        if text[position : position + 1] != "]":
+            raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
+        if _after_space(text, position + 1) != len(text):
             raise json.JSONDecodeError(
-                "Extra data after the list", text, _after_space(text, place + 1)
+                "Extra data after the list", text, _after_space(text, position + 1)
             )
     except json.JSONDecodeError as error:
         mistakes.add(
             f"{path}, line", error.lineno, f"malformed JSON: {error.msg} at column {error.colno}"
         )
     except RecursionError:
-        mistakes.add(f"{path}, line", text.count("\n", 0, place) + 1, TOO_DEEP)
+        mistakes.add(f"{path}, line", text.count("\n", 0, position) + 1, TOO_DEEP)
 
 
-def _after_space(text: str, place: int) -> int:
-    """The place of the next character that is no JSON white space."""
-    while text[place : place + 1] in (" ", "\t", "\n", "\r"):
-        place += 1
-    return place
+def _after_space(text: str, position: int) -> int:
+    """The position of the next character that is no JSON white space."""
+    while text[position : position + 1] in (" ", "\t", "\n", "\r"):
+        position += 1
+    return position
 
 
 def _refuse_one_object(path: Path, extension: str, first: str) -> None:
@@ -485,13 +503,13 @@ def _refuse_one_object(path: Path, extension: str, first: str) -> None:
     except json.JSONDecodeError:
         is_lines = False
     except RecursionError:
-        return  # told when the rows are read
+        return  # the mistake is reported when the rows are read
     if is_lines:
         return
     try:
         value = json.loads("".join(_lines(path)))
     except (json.JSONDecodeError, RecursionError):
-        return  # lines, some of which are malformed
+        return  # the file holds JSON lines, some of them malformed
     if isinstance(value, dict):
         keys = ", ".join(map(repr, list(value)[:5])) + (", ..." if len(value) > 5 else "")
         lists = [
