@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Set everything up and pass the tests: lint, formatting, types, then pytest.
-#   --fast  the unit tests only
+#   --fast  the unit tests only, without those marked launched (they start processes or compile)
 #   --all   every test: also those marked slow or zoo
 # Further arguments go to pytest.
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh" test --async_io
 tier=()
 case "${1:-}" in
-  --fast) shift && tier=(tests/unit) ;;
+  --fast) shift && tier=(tests/unit -m 'not slow and not zoo and not launched') ;;
   --all) shift && tier=(-m "") ;;
 esac
 ruff check . >&2

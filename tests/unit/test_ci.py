@@ -72,6 +72,7 @@ def run(project: Path) -> subprocess.CompletedProcess[str]:
     return told
 
 
+@pytest.mark.launched
 def test_all_parts_run_and_stdout_ends_with_the_summary_of_the_tests(project: Path):
     told = run(project)
     assert told.returncode == 0, told.stderr
@@ -81,6 +82,7 @@ def test_all_parts_run_and_stdout_ends_with_the_summary_of_the_tests(project: Pa
     assert "zods without extras: passed" in told.stderr
 
 
+@pytest.mark.launched
 def test_the_commit_is_tested_not_what_lies_in_the_folder(project: Path):
     (project / "launch" / "test.sh").write_text("exit 1\n")
     (project / "untracked").touch()
@@ -94,6 +96,7 @@ def test_the_commit_is_tested_not_what_lies_in_the_folder(project: Path):
 @pytest.mark.parametrize(
     "script", ["launch/quickstart.sh", ".ci/without_extras.py", "launch/test.sh"]
 )
+@pytest.mark.launched
 def test_any_part_that_fails_is_said_and_the_exit_code(project: Path, script: str):
     if script.endswith(".py"):  # the environment's python fails on it
         text = FILES["launch/quickstart.sh"].replace(
@@ -111,6 +114,7 @@ def test_any_part_that_fails_is_said_and_the_exit_code(project: Path, script: st
     assert script == "launch/test.sh" or "FAILED" in told.stderr
 
 
+@pytest.mark.launched
 def test_the_data_beside_the_project_are_named_to_the_tests(project: Path):
     assert "ZODS_DATA=\n" in run(project).stdout
     data = project.parent / "shared" / "data"
@@ -118,6 +122,7 @@ def test_the_data_beside_the_project_are_named_to_the_tests(project: Path):
     assert f"ZODS_DATA={data}\n" in run(project).stdout
 
 
+@pytest.mark.launched
 def test_nothing_that_prepares_the_tests_goes_on_after_an_interruption(
     project: Path, tmp_path: Path
 ):

@@ -43,6 +43,7 @@ def test_seeds_are_those_of_earlier_versions(key, seed):
     assert derive_seed(*key) == seed
 
 
+@pytest.mark.launched
 def test_seeds_do_not_depend_on_the_process():
     """Nothing of Python's per-process hashing is in them."""
     code = "from zods.core.directions import derive_seed; print(derive_seed(5, 'anchor', 6, 7))"

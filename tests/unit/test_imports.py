@@ -254,6 +254,7 @@ def test_no_private_name_of_another_module_is_used(file: Path):
     assert not private, f"{name_of(file)} uses {private}"
 
 
+@pytest.mark.launched
 def test_importing_zods_and_its_trajectory_imports_no_deepspeed():
     code = "import sys, zods, zods.trajectory.__main__; sys.exit(str({'deepspeed', 'transformers'} & set(sys.modules)))"
     ended = subprocess.run(

@@ -439,6 +439,7 @@ def fingerprint() -> str:
     return hashlib.sha256(b"".join(bytes(z.numpy()) for z in made)).hexdigest()
 
 
+@pytest.mark.launched
 def test_without_a_compiler_the_reference_serves_with_one_warning_and_the_same_bits(tmp_path):
     name, digest, num_warnings, message = result(start(tmp_path, CXX="/nowhere/c++"))
     assert (name, digest, num_warnings) == ("reference", fingerprint(), "1")
@@ -446,6 +447,7 @@ def test_without_a_compiler_the_reference_serves_with_one_warning_and_the_same_b
     assert "slower" in message
 
 
+@pytest.mark.launched
 def test_a_killed_build_does_not_hang_later_ones_and_ranks_that_start_together_compile_once(
     cpp, tmp_path
 ):

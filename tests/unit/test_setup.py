@@ -66,6 +66,7 @@ def programs(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.launched
 def test_missing_system_packages_are_one_line_to_run_where_they_cannot_be_installed(tree, programs):
     told = set_up(tree, str(programs))
     assert told.returncode == 1
@@ -78,6 +79,7 @@ def test_missing_system_packages_are_one_line_to_run_where_they_cannot_be_instal
     ("python", "said"),
     [("no-such-python", "there is no no-such-python"), ("old-python", "is Python 3.9")],
 )
+@pytest.mark.launched
 def test_a_python_that_will_not_do_is_one_line(tree, programs, python, said):
     old = programs / "old-python"  # answers as an older Python does: there is none here to ask
     old.write_text('#!/usr/bin/env bash\ncase "$2" in *print*) echo 3.9 ;; *) exit 1 ;; esac\n')
@@ -104,6 +106,7 @@ def python_is_gone(venv: Path) -> None:
 
 
 @pytest.mark.parametrize("leave", [interrupted, without_pip, python_is_gone])
+@pytest.mark.launched
 def test_a_broken_environment_is_made_anew(tree, leave):
     """It ends in an error, for there is no index; the environment is a whole one by then."""
     leave(tree / ".venv")
@@ -136,6 +139,7 @@ remove_stale_locks(Path({str(folder)!r}))
     ).stderr
 
 
+@pytest.mark.launched
 def test_a_lock_that_a_killed_build_left_is_reported_and_removed_and_that_of_a_living_one_stays(
     tmp_path: Path, monkeypatch, caplog
 ):

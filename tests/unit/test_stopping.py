@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import pytest
+
 from tests.distributed.ranks import REPOSITORY, environment_of_ranks, master_port
 from zods.comm.stop_request import StopRequest
 
@@ -41,6 +43,7 @@ def wait_for(file: Path) -> str:
     return file.read_text()
 
 
+@pytest.mark.launched
 def test_sigterm_asks_and_a_second_one_changes_nothing(tmp_path: Path):
     with started(sys.executable, str(SCRIPT), str(tmp_path)) as process:
         wait_for(tmp_path / "listening")
@@ -51,11 +54,13 @@ def test_sigterm_asks_and_a_second_one_changes_nothing(tmp_path: Path):
         assert process.wait(10) == 0
 
 
+@pytest.mark.launched
 def test_a_forked_process_still_ends_on_sigterm(tmp_path: Path):
     with started(sys.executable, str(SCRIPT), str(tmp_path)):
         assert json.loads(wait_for(tmp_path / "listening"))["child"] == -signal.SIGTERM
 
 
+@pytest.mark.launched
 def test_the_end_of_the_parent_asks_but_not_that_of_any_grandparent(tmp_path: Path):
     with started(sys.executable, "-c", RUN, "-c", RUN, str(SCRIPT), str(tmp_path)) as grandparent:
         listening = json.loads(wait_for(tmp_path / "listening"))
@@ -66,6 +71,7 @@ def test_the_end_of_the_parent_asks_but_not_that_of_any_grandparent(tmp_path: Pa
         assert wait_for(tmp_path / "reason") == "the launcher is gone"
 
 
+@pytest.mark.launched
 def test_the_end_of_the_deepspeed_command_asks_though_its_launch_py_goes_on(tmp_path: Path):
     deepspeed = str(Path(sys.executable).parent / "deepspeed")
     with master_port() as port:

@@ -342,6 +342,7 @@ with open(output, "w") as file:
 """
 
 
+@pytest.mark.launched
 def test_processes_that_prepare_the_same_data_at_once_get_the_same_rows_in_the_same_file(tmp_path):
     REVIEWS.to_json(tmp_path / "reviews.jsonl")
     ORDERS.to_json(tmp_path / "orders.jsonl")

@@ -216,6 +216,7 @@ def test_4000_logs_of_wrong_records_with_right_checksums_are_clean_errors_or_log
     assert accepted < 2000, "else hardly anything is checked"
 
 
+@pytest.mark.launched
 def test_a_second_writer_is_told_that_the_log_is_in_use(tmp_path, monkeypatch):
     monkeypatch.setattr(log_module, "LOCK_SECONDS", 0.5)
     first = LogFile(tmp_path / "log")
@@ -235,6 +236,7 @@ def test_a_second_writer_is_told_that_the_log_is_in_use(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+@pytest.mark.launched
 def test_a_full_disk_is_an_error_and_leaves_whole_records(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
