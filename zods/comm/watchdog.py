@@ -30,9 +30,8 @@ EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: not the user's mistake, try again
 LOOK_SECONDS = 1.0
 ANSWER_SECONDS = 4.0  # that a rank has to answer a call; it looks for one every LOOK_SECONDS
 VERDICT_SECONDS = 3.0  # that the others wait for the one who reports
-LINGER_SECONDS = (
-    1.5  # that a rank stays after the verdict, until the others know of it too; see `_end`
-)
+# that a rank stays after the verdict, until the others know of it too; see `_end`
+LINGER_SECONDS = 1.5
 STORE_SECONDS = 5.0  # that the store has to take this rank's answer
 WRITE_SECONDS = 2.0  # that standard output and error have to take what is written
 ROLL_CALL_SECONDS = ANSWER_SECONDS + VERDICT_SECONDS + LINGER_SECONDS + 2 * WRITE_SECONDS

@@ -215,9 +215,8 @@ class ZerothOrderConfig(Section):
     weight_decay: NonNegativeFloat = 0.0
     anneal: AnnealConfig | None = None
     stochastic_rounding: bool = True  # for updates of 16-bit parameters
-    agreement_interval: Count = (
-        10  # steps between two checks that all ranks applied the same update
-    )
+    # steps between two checks that all ranks applied the same update
+    agreement_interval: Count = 10
     # number of consecutive steps that may be skipped because the loss is not finite
     max_nonfinite_steps: NonNegativeInt = 10
     # seconds that one forward, or the work after it, may take; then the watchdog names the ranks

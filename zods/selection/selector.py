@@ -110,9 +110,8 @@ class Selector:
         self.config, self.budget = config, budget
         self.step = 0  # selections made
         self._seed, self._num_parts, self._exchange = seed, num_parts, exchange
-        self.chosen_mean: float | None = (
-            None  # derivative of the last chosen, for the features of the paper
-        )
+        # derivative of the last chosen, for the features of the paper
+        self.chosen_mean: float | None = None
         self._said_kept = False
         self._paper: PaperFeatures | None = None
         if config.features == "paper" and NEEDS[config.strategy] == "features":

@@ -41,9 +41,8 @@ class Recorder:
         self._run: RunRecord | None = None
         self._evaluation: Evaluation | None = None
         self._run_is_recorded = False
-        self._evaluated: tuple[str, int] | None = (
-            None  # how points were, when that was last looked at
-        )
+        # how points were, when that was last looked at
+        self._evaluated: tuple[str, int] | None = None
         replicas = config.zeroth_order.replicas
         # another replica records what is not a step's
         self.follows = replicas is not None and replicas.index > 0

@@ -57,9 +57,8 @@ class Replicas:
         self.members = [Member(LEADER, comm.world_size)] if self.leads else []
         self._store: Any = None
         self._num_records = 0  # that were published, or taken over
-        self._ticket: int | None = (
-            None  # of the request to join; at the leader: of the next one to be answered
-        )
+        # of the request to join; at the leader: of the next one to be answered
+        self._ticket: int | None = None
         self._kept: deque[list[str]] = deque()
         self._beats: dict[int, tuple[bytes, float]] = {}  # of a replica: the last seen, and when
         self._over = threading.Event()

@@ -144,9 +144,8 @@ def _both(kind: str) -> Any:
             text_config=text, vision_config={**_PATCHES, "projection_dim": 16}
         )
         config.projection_dim = 16
-        config.logit_scale_init_value = (
-            1.0  # the usual one makes rounding errors of the logits 14 times as large
-        )
+        # the usual one makes rounding errors of the logits 14 times as large
+        config.logit_scale_init_value = 1.0
         return getattr(hf, f"{kind}Model")(config)
 
     return make
