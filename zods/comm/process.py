@@ -34,7 +34,7 @@ TORCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # script itself.
 SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK", "SLURM_PROCID")
-# where DeepSpeed has ways of its own
+# variables of clouds for which DeepSpeed has code of its own
 CLOUDS = (
     "AZUREML_EXPERIMENT_ID",
     "SM_TRAINING_ENV",
@@ -175,7 +175,7 @@ def _mark_said() -> None:
     if is_connected():
         try:
             Board().pin("said", "")
-        except RuntimeError:  # as above
+        except RuntimeError:  # rank 0's process has ended
             return
 
 

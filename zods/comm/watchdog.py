@@ -28,12 +28,12 @@ from zods.comm.store import Board
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: not the user's mistake, try again
 LOOK_SECONDS = 1.0
-ANSWER_SECONDS = 4.0  # that a rank has to answer a call; it looks for one every LOOK_SECONDS
-VERDICT_SECONDS = 3.0  # that the others wait for the one who reports
-# that a rank stays after the verdict, until the others know of it too; see `_end`
+ANSWER_SECONDS = 4.0  # time for a rank to answer a call; it looks for one every LOOK_SECONDS
+VERDICT_SECONDS = 3.0  # the other ranks wait so long for the rank that reports
+# a rank stays so long after the verdict, until the others know the verdict, too; see `_end`
 LINGER_SECONDS = 1.5
-STORE_SECONDS = 5.0  # that the store has to take this rank's answer
-WRITE_SECONDS = 2.0  # that standard output and error have to take what is written
+STORE_SECONDS = 5.0  # time for the store to take this rank's answer
+WRITE_SECONDS = 2.0  # time for a write to standard output or error
 ROLL_CALL_SECONDS = ANSWER_SECONDS + VERDICT_SECONDS + LINGER_SECONDS + 2 * WRITE_SECONDS
 
 AGAIN = "The run stops here; start it again with the same command to go on."
@@ -141,8 +141,8 @@ class _Watch:
                 thread.join(LOOK_SECONDS)
 
     def _count(self) -> None:
-        """Run the clock thread: start a roll call if the main thread is late, and end the process if the
-        attendant cannot.
+        """Run the clock thread: start a roll call if the main thread is late, and end the process
+        if the attendant cannot.
 
         """
         while not self._over.wait(LOOK_SECONDS):

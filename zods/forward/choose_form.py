@@ -28,9 +28,9 @@ from zods.params.zero3_adapter import release_gathered, stop_nvme_prefetch
 
 logger = logging.getLogger(__name__)
 
-# of the points at which forms are first compared; weights are commonly that large
+# distance of the points at which forms are first compared; weights are commonly that large
 CHECK_DISTANCE = 0.02
-CHECK_EXAMPLES = 4  # of the batch on which forms are compared, where it can be cut
+CHECK_EXAMPLES = 4  # examples on which forms are compared, if the batch can be cut
 # how many times as far as rounding moves them logits may be off; each is a matter of chance
 MOST_ROUNDINGS = 5
 FORMS = ("stacked", "lockstep")

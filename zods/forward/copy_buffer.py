@@ -68,7 +68,7 @@ class Scratch:
             return torch.empty_like(tensor, memory_format=torch.contiguous_format)
         end = self._used + _aligned(tensor)
         if end > self._memory.numel():
-            # what was taken keeps the old one alive
+            # tensors that were taken keep the old one alive
             self._memory = torch.empty(end, dtype=torch.uint8)
         taken = self._memory[self._used : self._used + tensor.nbytes]
         self._used = end

@@ -140,7 +140,7 @@ class Evaluator:
         if form == "stacked" and not (
             isinstance(batch, dict) and isinstance(batch.get("labels"), torch.Tensor)
         ):
-            # it says what such a batch lacks, or the model gives a loss without labels
+            # this form reports what the batch lacks, or the model gives a loss without labels
             form = "sequential"
         losses = self._forms[form].losses
         size = self.streams_per_forward
@@ -161,7 +161,7 @@ class Evaluator:
         form, self.streams_per_forward = self._known
         if form == "lockstep":
             stop_nvme_prefetch(f.deepspeed)
-        if form == "stacked":  # which calls carry the batch is told from those of one batch
+        if form == "stacked":  # learn from one batch which calls carry the batch
             f.outputs_at(
                 Point(1, CHECK_DISTANCE), f.without_loss(batch), record=num_examples(batch)
             )

@@ -18,9 +18,11 @@ from torch.utils._pytree import tree_leaves
 from zods.forward.parameter_usage import reads_values
 
 LARGE_BYTES = 1 << 26  # a matrix from this size on is copied in parts
-BLOCK_BYTES = 1 << 24  # of a linear layer's weight, at a time
-MOST_ROWS = 1 / 8  # of a matrix that are copied for themselves; of more, the whole is copied
-MOST_RUNS = 1 << 11  # of rows beside each other, each of which takes a call of a kernel
+BLOCK_BYTES = 1 << 24  # rows of a linear layer's weight are copied in blocks of this size
+MOST_ROWS = (
+    1 / 8
+)  # share of a matrix's rows up to which rows are copied; above it, the whole matrix
+MOST_RUNS = 1 << 11  # groups of adjacent rows; each takes one call of a kernel
 
 CopyRows = Callable[[torch.Tensor, range], None]  # (out, rows): write the perturbed rows into `out`
 

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 VIEWS = ("T", "mT", "H", "mH", "data")  # attributes of a parameter that are views of its values
-# of a tensor to Python's values
+# conversions of a tensor to Python values
 CONVERSIONS = (
     "__bool__",
     "__int__",
@@ -125,7 +125,9 @@ class Observer(TorchFunctionMode):
 
 def reads_values(func: Any) -> bool:
     """Whether a function of torch reads more of a tensor than its attributes."""
-    attribute = getattr(getattr(func, "__self__", None), "__name__", "")  # of a getter or setter
+    attribute = getattr(
+        getattr(func, "__self__", None), "__name__", ""
+    )  # the attribute's name, for a getter or setter
     return func.__name__ not in ("__get__", "__set__") or (
         func.__name__ == "__get__" and attribute in VIEWS
     )

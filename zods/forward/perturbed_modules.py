@@ -62,12 +62,14 @@ class PerturbedForward:
         self._perturber = Perturber(direction)
         self._pairs: list[tuple[int, ...]] = []  # streams in order, a stream with its mirror
         self._stream: int | None = None  # the one that runs alone; None: a stack of all
-        self._held: dict[torch.nn.Module, list[Perturbable]] = {}  # what each module puts in place
+        self._held: dict[
+            torch.nn.Module, list[Perturbable]
+        ] = {}  # the parameters for which each module places copies
         self._wrapped: dict[torch.nn.Module, WrappedForward] = {}
         self.branches: set[str] = set()  # see `zods.forward.parameter_usage.Observer`
-        self._num_hooks = 0  # of all modules, when that was last looked at
+        self._num_hooks = 0  # hooks of all modules, when they were last counted
         self._recording = False
-        self._shared_centers: Centers = {}  # of the module at which streams in lockstep are
+        self._shared_centers: Centers = {}  # for the module at which streams in lockstep are
         self._shared_at: Any = None
         self._sharded = any(hasattr(p.param, "ds_tensor") for p in parameters)
         # holders that ran inside another, so once per stream of a stack
@@ -84,7 +86,7 @@ class PerturbedForward:
         for submodule in module.modules():
             own = list(submodule.parameters(recurse=False))
             self._held[submodule] = [by_id[id(p)] for p in own if id(p) in by_id]
-            # where they are frozen, streams in lockstep wait for each other none the less
+            # streams in lockstep wait for each other also at modules with frozen parameters
             if own or submodule in self._leaves:
                 self._wrap(submodule)
 

@@ -1,8 +1,8 @@
 """Perturbed copies of parameters: made at a point, put in place of the stored data, and restored.
 
 A copy is in place only while a module that uses the parameter runs, so stored weights are never
-changed. `Perturber` knows neither stacks nor lockstep; `zods.forward.perturbed_modules` decides which
-copies a module needs, and when.
+changed. `Perturber` knows neither stacks nor lockstep; `zods.forward.perturbed_modules` decides
+which copies a module needs, and when.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from zods.core.points import Center, Point
 from zods.forward.copy_buffer import Scratch
 from zods.forward.parameter_usage import Perturbable
 
-Centers = dict[Any, Center]  # of the module that runs; made once for all points with that center
+Centers = dict[Any, Center]  # for one run of a module; a center is made once for all its points
 Copies = list[tuple[Perturbable, torch.Tensor]]
 
 
@@ -33,8 +33,8 @@ class _InPlace(NamedTuple):
 class Perturber:
     """points: at which copies are made. in_place: the copies that are in place, by ordinal.
 
-    buffered: whether copies are made in one buffer, which is kept and used again. That needs copies to
-    be released in the order in which they were made, reversed.
+    buffered: whether copies are made in one buffer, which is kept and used again. That needs copies
+    to be released in the order in which they were made, reversed.
     """
 
     def __init__(self, direction: Direction) -> None:
@@ -70,8 +70,8 @@ class Perturber:
         centers: Centers,
         rows: range | None = None,
     ) -> None:
-        """Write a parameter's values at `point` into made[0], and at its mirror into made[1] if there
-        are two. rows: those of a matrix that are written; None: all.
+        """Write a parameter's values at `point` into made[0], and at its mirror into made[1] if
+        there are two. rows: those of a matrix that are written; None: all.
         """
         center = self.center(parameter, parameter.param.data, point, centers)
         self.direction.combine_(

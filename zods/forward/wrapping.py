@@ -49,7 +49,9 @@ class WrappedForward:
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return copy.deepcopy(self.original, memo)  # of a bound method: bound to the module's copy
+        return copy.deepcopy(
+            self.original, memo
+        )  # a copied bound method is bound to the copy of its module
 
     def __reduce__(self) -> Any:
         return _same, (self.original,)

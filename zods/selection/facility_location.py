@@ -27,8 +27,8 @@ from zods.kernels import summed_excess
 MAX_CANDIDATES = (1 << 19) - 1  # a gain (43 bits) and an id fit one int64
 
 _LARGEST_FEATURE = (1 << 15) - 1
-_LARGEST_DISTANCE = (1 << 24) - 1  # what float32 holds exactly
-_UNIT_LENGTH = 1 << 20  # of a vector whose angle is taken
+_LARGEST_DISTANCE = (1 << 24) - 1  # float32 holds integers up to it exactly
+_UNIT_LENGTH = 1 << 20  # length of a vector, for the cosine metric
 _BLOCK = 1 << 21  # distances made at a time
 _CACHE_BYTES = 1 << 29  # all distances are kept where they take no more: 11,585 candidates
 _POOL = 16  # candidates out of which several may be picked between two looks at the rest

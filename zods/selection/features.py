@@ -35,7 +35,7 @@ from zods.params.zero3_adapter import release_gathered
 
 logger = logging.getLogger(__name__)
 
-# of a block, as models name it; further down, one that makes queries and keys too
+# the value projection, by the names of models; the last ones make queries and keys, too
 VALUE_PROJECTIONS = (
     "v_proj",
     "value",
@@ -45,7 +45,9 @@ VALUE_PROJECTIONS = (
     "Wqkv",
     "c_attn",
 )
-_STACK_ELEMENTS = 1 << 27  # of the largest tensor in a run of the last block on copies of the batch
+_STACK_ELEMENTS = (
+    1 << 27
+)  # elements of the largest tensor when the last block runs on copies of the batch
 # larger ones are no faster there, and cost memory that is not in its cache
 _STACK_ELEMENTS_ON_CPU = 1 << 22
 
@@ -307,7 +309,7 @@ class _Pass:
         self._inputs = without_cache(model) | {
             key: value for key, value in batch.items() if key != "labels"
         }
-        self._before_last: Any = None  # what the block before the last returns
+        self._before_last: Any = None  # the output of the block before the last
         self._labelled: _Labelled | None = None
         if labels.ndim == 2:  # position t predicts label t + 1
             positions = (

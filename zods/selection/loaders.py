@@ -202,7 +202,7 @@ def select(
     comm = Communicator(torch.device(engine.device))
     with comm.same_on_all_ranks():
         if isinstance(loader, DeepSpeedDataLoader):
-            loader = iter(loader).dataloader  # it makes one for each pass
+            loader = iter(loader).dataloader  # DeepSpeed's loader makes one for each pass
         if not isinstance(loader, DataLoader) or loader.batch_sampler is None:
             raise ValueError(
                 f"loader: found {type(loader).__name__}, expected a DataLoader with batches of a "

@@ -40,7 +40,7 @@ from zods.selection.quotas import capped_quotas, largest_remainder, quotas_of
 
 logger = logging.getLogger(__name__)
 
-NEEDS = {  # what a strategy wants to know of a candidate
+NEEDS = {  # the measurements of candidates that a strategy needs
     "greedy": "features",
     "stochastic_greedy": "features",
     "greedi": "features",

@@ -37,7 +37,7 @@ from zods.params.zero3_adapter import is_sharded, release_gathered
 from zods.training.training_run import TrainingRun
 
 FORMAT = 2
-# of `TrainState`
+# fields of `TrainState`
 COUNTERS = (
     "global_steps",
     "global_samples",
@@ -204,7 +204,7 @@ def load_checkpoint(
         if not wanted.module_only:
             _load_state(run, saved, wanted)
         if wanted.module_only or not wanted.optimizer:
-            run.state.anchor_step = None  # it is refreshed before the next step
+            run.state.anchor_step = None  # the anchor is refreshed before the next step
     return folder, client_state
 
 
@@ -250,7 +250,7 @@ def _write_tensors(
                 for p in run.parameters
             },
         )
-    except SafetensorError as error:  # of which a full disk is one
+    except SafetensorError as error:  # among other causes, a full disk
         raise OSError(f"checkpoint {path}: {error}") from error
     sync(path)
 
@@ -542,7 +542,7 @@ class _TensorFile:
         if not self._readable:
             with open(
                 self._path, "rb"
-            ) as file:  # what cannot be read is an error here; where it is mapped, a signal
+            ) as file:  # an unreadable file raises here; mapped, it would be a signal
                 while file.read(1 << 20):
                     pass
             self._readable = True

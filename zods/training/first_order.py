@@ -1,5 +1,5 @@
-"""First-order training by DeepSpeed's own engine, with the interface of the zeroth-order engine that
-`zods.finetune` uses.
+"""First-order training by DeepSpeed's own engine, with the interface of the zeroth-order engine
+that `zods.finetune` uses.
 
 For comparison on equal terms: the same data in the same order, the same loss, sub-batches chosen or
 not.
@@ -132,7 +132,7 @@ class FirstOrderEngine:
         """Make one optimizer step. Returns the mean loss of its examples, over all ranks."""
         self.deepspeed.train()
         began, sent = time.perf_counter(), self.comm.scalar_bytes
-        # of this step; DeepSpeed's step moves the schedule on to the next one
+        # this step's; DeepSpeed's step moves the schedule on to the next step
         lr = self.deepspeed.get_lr()[0]
         total = 0.0
         for batch in self._weighted_batches():
@@ -325,7 +325,7 @@ def _check_only_data(path: Path) -> None:
             torch.load(file, map_location="meta", weights_only=True)
         except (
             Exception
-        ) as error:  # of what is no pickle or no zip file nearly every kind is raised
+        ) as error:  # a file that is no pickle or zip file raises nearly any kind of error
             code = re.search(r"GLOBAL (\S+)", str(error))
             wrong = (
                 f"it names the code {code[1]}, of which no checkpoint has need; none was run"

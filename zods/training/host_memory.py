@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-_M_MMAP_THRESHOLD = -3  # of mallopt(3)
+_M_MMAP_THRESHOLD = -3  # the parameter of mallopt(3)
 _RETURNED_BYTES = 1 << 20
 
 

@@ -153,7 +153,7 @@ class Recorder:
         for key in ("run", "evaluation"):
             if state[key] is not None:
                 self._note(record_of(state[key]))
-        # of what the log goes on with
+        # the configuration with which the log continues
         section = self._config.zeroth_order if self._run is None else self._run.section
         self._history = History(section, gradient)
         self._run_is_recorded, self._evaluated = False, None

@@ -31,7 +31,9 @@ LEADER = 0
 BEAT_SECONDS = 1.0
 POLL_SECONDS = 0.002
 KEPT_SUMS = 1000  # in the store, for those who are late
-FAREWELL_SECONDS = 60.0  # that the leader stays at its end for the others to read the last record
+FAREWELL_SECONDS = (
+    60.0  # the leader stays so long at its end, for the others to read the last record
+)
 
 
 class Member(NamedTuple):
@@ -56,11 +58,11 @@ class Replicas:
         self.index, self._config, self._comm = config.index, config, comm
         self.members = [Member(LEADER, comm.world_size)] if self.leads else []
         self._store: Any = None
-        self._num_records = 0  # that were published, or taken over
-        # of the request to join; at the leader: of the next one to be answered
+        self._num_records = 0  # records that were published, or taken over
+        # number of the request to join; at the leader, of the next request to be answered
         self._ticket: int | None = None
         self._kept: deque[list[str]] = deque()
-        self._beats: dict[int, tuple[bytes, float]] = {}  # of a replica: the last seen, and when
+        self._beats: dict[int, tuple[bytes, float]] = {}  # replica -> the last beat seen, and when
         self._over = threading.Event()
         with comm.same_on_all_ranks():
             if comm.rank == 0:
