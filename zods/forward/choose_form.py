@@ -245,9 +245,9 @@ class ChooseForm:
         )  # type: ignore[return-value]
 
     def _own_loss_misfit(self, batch: Any, outputs: Any) -> str | None:
-        """Why the model's own loss is not the one that is taken from the logits of a stack; also
-        with other labels and padding, which may show what this batch does not (class weights, a
-        loss that counts by the mask)."""
+        """Return the reason why the model's own loss is not the one that is taken from the logits
+        of a stack, or None. Also with other labels and padding, which may show what this batch does
+        not (class weights, a loss that counts by the mask)."""
         f = self._forwards
         if not isinstance(batch, dict) or "labels" not in batch:
             return "the batch is not a dict with labels"

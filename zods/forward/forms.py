@@ -66,12 +66,16 @@ class Lockstep:
         self._forwards = forwards
 
     def losses(self, points: Sequence[Point], batch: Any) -> torch.Tensor:
-        """Mean losses at the points. Raises NotInLockstep where the forwards call different modules."""
+        """Mean losses at the points.
+
+        Raises NotInLockstep where the forwards call different modules.
+        """
         f = self._forwards
         f.into_eval_mode()
 
         def loss(k: int) -> torch.Tensor:
-            # DeepSpeed's hooks on the whole model count forwards: they run once, in the first stream
+            # DeepSpeed's hooks on the whole model count forwards: they run once, in the first
+            # stream
             call = f.deepspeed if k == 0 else f.module.forward
             return f.mean_of(call_model(call, batch), batch)
 

@@ -1,8 +1,8 @@
 """Forwards of modules that multiply by one matrix, without a whole perturbed copy of the matrix.
 
-A large matrix is copied some rows at a time (`multiply_in_blocks`). A low-rank direction is added to
-the output of one forward at the center: x (W + c U V^T)^T = x W^T + c (x V) U^T (`run_low_rank`).
-Called by `zods.forward.perturbed_modules`.
+A large matrix is copied some rows at a time (`multiply_in_blocks`). A low-rank direction is added
+to the output of one forward at the center: x (W + c U V^T)^T = x W^T + c (x V) U^T
+(`run_low_rank`). Called by `zods.forward.perturbed_modules`.
 """
 
 from __future__ import annotations

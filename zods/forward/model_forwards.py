@@ -1,4 +1,5 @@
-"""Forwards of a model under DeepSpeed: its outputs, logits and losses at one point, and its objective.
+"""Forwards of a model under DeepSpeed: its outputs, logits and losses at one point, and its
+objective.
 
 The forms of evaluation in `zods.forward.forms` are made of these.
 """

@@ -109,8 +109,11 @@ class PerturbedForward:
 
     @contextmanager
     def at(self, point: Point | None, *, record: int | None = None) -> Iterator[None]:
-        """Forwards inside run at `point`; None is the parameters as they are. record: the examples
-        of a batch, to learn from its forward how a stack of such batches is to be cut."""
+        """Have forwards inside run at `point`; None is the parameters as they are.
+
+        record: the number of examples of a batch, to learn from its forward how a stack of such
+        batches is to be cut.
+        """
         self._recording = record is not None
         self._begin(() if point is None else (point,), 0)
         try:
@@ -120,7 +123,8 @@ class PerturbedForward:
 
     @contextmanager
     def at_all(self, points: Sequence[Point], num_examples: int) -> Iterator[None]:
-        """Forwards inside run on a stack of as many batches of `num_examples` as there are points.
+        """Have forwards inside run on a stack of as many batches of `num_examples` as there are
+        points.
 
         Raises NotStackable where a module cannot be run so.
         """
@@ -365,7 +369,7 @@ class PerturbedForward:
     def _rows_of(
         self, parameter: Perturbable | None, stream: int, centers: Centers
     ) -> Iterator[None]:
-        """Rows that are looked up inside are those of a stream's point."""
+        """Have rows that are looked up inside perturbed to a stream's point."""
         if parameter is None:
             yield
             return

@@ -31,7 +31,9 @@ class _InPlace(NamedTuple):
 
 
 class Perturber:
-    """points: at which copies are made. in_place: the copies that are in place, by ordinal.
+    """Makes, places and restores perturbed copies.
+
+    points: at which copies are made. in_place: the copies that are in place, by ordinal.
 
     buffered: whether copies are made in one buffer, which is kept and used again. That needs copies
     to be released in the order in which they were made, reversed.

@@ -63,7 +63,7 @@ class SelectingLoader(EpochLoader):
             yield batches[micro]
 
     def last_examples(self) -> list[int]:
-        """Those of the last selection."""
+        """Return the ids of the last selection."""
         return self.selection.selected_ids
 
     def candidates(self, epoch_and_step: tuple[int, int]) -> list[int]:
@@ -161,7 +161,7 @@ class SelectedBatches:
         self.position = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Of a pass over the loader, for the same order of its batches."""
+        """Return the state of a pass over the loader, for the same order of its batches."""
         return {
             "steps": self.position // self.selection.accumulation,
             **self.selection.state_dict(),
