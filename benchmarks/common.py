@@ -65,6 +65,11 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def launcher(ranks: int) -> list[str]:
+    """The beginning of a command that starts ranks on this host."""
+    return ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(free_port())]
+
+
 def single_rank_engine(
     model: torch.nn.Module, section: dict[str, Any], data: Any = None, **ds: Any
 ) -> ZerothOrderEngine:

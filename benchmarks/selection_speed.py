@@ -19,7 +19,7 @@ from pathlib import Path
 
 import deepspeed
 import torch
-from common import free_port
+from common import launcher
 from selection_models import Row
 from torch import Tensor
 
@@ -153,14 +153,7 @@ def scaling(sizes: Sequence[int], world_sizes: Sequence[int]) -> list[Row]:
         for ranks in world_sizes:
             with tempfile.TemporaryDirectory() as folder:
                 file = Path(folder) / "row.json"
-                command = [
-                    "deepspeed",
-                    "--num_gpus",
-                    str(ranks),
-                    "--master_port",
-                    str(free_port()),
-                    __file__,
-                ]
+                command = [*launcher(ranks), __file__]
                 command += ["--candidates", str(n), "--row", str(file)]
                 threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks))}
                 subprocess.run(command, check=True, stdout=sys.stderr, env=os.environ | threads)

@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import add_smoke_option, free_port, machine
+from common import add_smoke_option, launcher, machine
 
 from zods.cli.run_folder import read_metrics
 
@@ -74,15 +74,7 @@ def measure(
             }
         )
     )
-    command = [
-        "deepspeed",
-        "--num_gpus",
-        str(ranks),
-        "--master_port",
-        str(free_port()),
-        "--module",
-        "zods.finetune",
-    ]
+    command = [*launcher(ranks), "--module", "zods.finetune"]
     command += [
         "--deepspeed_config",
         str(config),

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import add_smoke_option, free_port, machine, opt_125m, tiny_opt, token_batch
+from common import add_smoke_option, launcher, machine, opt_125m, tiny_opt, token_batch
 from deepspeed.comm.comm import comms_logger
 
 import zods
@@ -143,19 +143,12 @@ def main() -> None:
     for ranks in (2,) if arguments.smoke else (1, 2):
         with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
             file = Path(folder) / "rows.json"
-            launcher = [
-                "deepspeed",
-                "--num_gpus",
-                str(ranks),
-                "--master_port",
-                str(free_port()),
-                __file__,
-            ]
-            launcher += ["--rounds", str(arguments.rounds)]
-            launcher += ["--smoke"] if arguments.smoke else []
+            command = [*launcher(ranks), __file__]
+            command += ["--rounds", str(arguments.rounds)]
+            command += ["--smoke"] if arguments.smoke else []
             threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks))}
             subprocess.run(
-                [*launcher, "--rows", str(file)],
+                [*command, "--rows", str(file)],
                 check=True,
                 stdout=sys.stderr,
                 env=os.environ | threads,

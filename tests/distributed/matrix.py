@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.distributed.ranks import LIMIT, REPOSITORY, environment_of_ranks, master_port
+from tests.distributed.ranks import LIMIT, REPOSITORY, environment_of_ranks, master_port, options_of
 
 SCRIPT = Path(__file__).parent / "scripts" / "faulty.py"
 MODEL = REPOSITORY / "launch" / "quickstart" / "model"
@@ -117,42 +117,21 @@ def prepare(folder: Path, variant: str) -> None:
 
 def command(folder: Path, cell: Cell) -> list[str]:
     steps = VARIANTS[cell.variant].get("steps", STEPS)
-    return list(
-        map(
-            str,
-            [
-                *(
-                    SCRIPT,
-                    folder,
-                    *cell.strikes,
-                    "--",
-                    "--deepspeed_config",
-                    folder / "config.json",
-                    "--model",
-                    MODEL,
-                ),
-                *(
-                    "--output_dir",
-                    folder / "disk" / "run",
-                    "--task",
-                    "prompted",
-                    "--template",
-                    r"{text}\nKind: {label}",
-                ),
-                *(
-                    "--train_file",
-                    folder / "train.jsonl",
-                    "--max_length",
-                    32,
-                    "--max_steps",
-                    steps,
-                    "--save_interval",
-                    3,
-                ),
-                *("--save_total_limit", 2, "--resume", "auto", "--save_model"),
-            ],
-        )
+    options = options_of(
+        deepspeed_config=folder / "config.json",
+        model=MODEL,
+        output_dir=folder / "disk" / "run",
+        task="prompted",
+        template=r"{text}\nKind: {label}",
+        train_file=folder / "train.jsonl",
+        max_length=32,
+        max_steps=steps,
+        save_interval=3,
+        save_total_limit=2,
+        resume="auto",
+        save_model=True,
     )
+    return [str(SCRIPT), str(folder), *cell.strikes, "--", *options]
 
 
 def start(folder: Path, cell: Cell, *, strike: bool) -> Started:

@@ -178,6 +178,15 @@ def launch(script: Path, *args: Any, num_gpus: int = 2) -> tuple[int, str]:
         return run_command(command, script.parent)
 
 
+def options_of(**values: Any) -> list[str]:
+    """Options of `zods.finetune` by name; True is an option without a value."""
+    return [
+        word
+        for name, value in values.items()
+        for word in ((f"--{name}",) if value is True else (f"--{name}", str(value)))
+    ]
+
+
 def run_command(command: list[str], cwd: Path, **variables: str) -> tuple[int, str]:
     """Run a launcher's command in the environment of ranks, and `variables`: (exit code, what all
     that it starts wrote).

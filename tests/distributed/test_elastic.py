@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.ranks import REPOSITORY, run_command
+from tests.distributed.ranks import REPOSITORY, options_of, run_command
 
 MODEL = REPOSITORY / "launch" / "quickstart" / "model"
 CONFIG = {
@@ -45,47 +45,25 @@ runpy.run_module("zods.finetune", run_name="__main__")
 
 def torchrun(folder: Path, output: str, marker: Path, nproc: int = 2) -> str:
     (folder / "dying.py").write_text(DYING)
-    command = [
-        *(
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc_per_node={nproc}",
-            "--max_restarts=1",
-        ),
-        *(
-            folder / "dying.py",
-            marker,
-            "--deepspeed_config",
-            folder / "config.json",
-            "--model",
-            MODEL,
-        ),
-        *(
-            "--output_dir",
-            folder / output,
-            "--task",
-            "prompted",
-            "--template",
-            r"{text}\nKind: {label}",
-        ),
-        *(
-            "--train_file",
-            folder / "train.jsonl",
-            "--max_length",
-            "48",
-            "--max_steps",
-            "5",
-            "--resume",
-            "auto",
-        ),
-        "--save_model",
-    ]
+    elastic = ["--standalone", f"--nproc_per_node={nproc}", "--max_restarts=1"]
+    options = options_of(
+        deepspeed_config=folder / "config.json",
+        model=MODEL,
+        output_dir=folder / output,
+        task="prompted",
+        template=r"{text}\nKind: {label}",
+        train_file=folder / "train.jsonl",
+        max_length=48,
+        max_steps=5,
+        resume="auto",
+        save_model=True,
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", *elastic]
+    command += [str(folder / "dying.py"), str(marker), *options]
     # torch 2.13 otherwise gives a second start the store of the first, with the addresses of its
     # ranks in it
     variables = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "TMPDIR": str(folder)}
-    code, said = run_command(list(map(str, command)), folder, **variables)
+    code, said = run_command(command, folder, **variables)
     assert code == 0, said[-4000:]
     return said
 

@@ -16,7 +16,7 @@ import torch
 
 import zods.finetune
 from tests.distributed.models import Tiny, configuration, tiny_data
-from tests.distributed.ranks import launch, run_command, run_ranks
+from tests.distributed.ranks import launch, options_of, run_command, run_ranks
 from zods.comm.communicator import Communicator, RankFailure
 from zods.comm.process import RANKS, SIZES, TORCH, connect_ranks
 
@@ -187,16 +187,14 @@ def test_code_of_a_model_that_fails_on_one_rank_ends_the_run_with_the_name_of_th
     )
     code, output = launch(
         Path(zods.finetune.__file__),
-        *(
-            "--deepspeed_config",
-            tmp_path / "config.json",
-            "--model",
-            model,
-            "--tokenizer",
-            MODEL,
-            "--trust_remote_code",
+        *options_of(
+            deepspeed_config=tmp_path / "config.json",
+            model=model,
+            tokenizer=MODEL,
+            trust_remote_code=True,
+            train_file=tmp_path / "rows.jsonl",
+            output_dir=tmp_path / "run",
         ),
-        *("--train_file", tmp_path / "rows.jsonl", "--output_dir", tmp_path / "run"),
     )
     assert code == 2, output[-4000:]
     told = [line for line in output.splitlines() if "zods.finetune: error:" in line]

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 import zods.finetune
-from tests.distributed.ranks import launch, run_command
+from tests.distributed.ranks import launch, options_of, run_command
 from zods.cli.run_folder import read_metrics
 from zods.comm.process import RANKS, SIZES, TORCH
 from zods.trajectory.log import read_log
@@ -53,16 +53,16 @@ def finetune(runs: Path, config: Path, output: str, *options: str) -> tuple[int,
     """A run in `runs`/`output`, on the data beside `config`."""
     return launch(
         Path(zods.finetune.__file__),
-        *("--deepspeed_config", config, "--model", MODEL, "--output_dir", runs / output),
-        *(
-            "--task",
-            "prompted",
-            "--template",
-            r"{text}\nKind: {label}",
-            "--train_file",
-            config.parent / "train.jsonl",
+        *options_of(
+            deepspeed_config=config,
+            model=MODEL,
+            output_dir=runs / output,
+            task="prompted",
+            template=r"{text}\nKind: {label}",
+            train_file=config.parent / "train.jsonl",
+            max_length=48,
         ),
-        *("--max_length", "48", *options),
+        *options,
     )
 
 
@@ -344,15 +344,15 @@ def classify(folder: Path, runs: Path, *options: object) -> tuple[int, str]:
     """Two steps of a classifier, exported to `runs`/run/model."""
     return launch(
         Path(zods.finetune.__file__),
-        *(
-            "--deepspeed_config",
-            folder / "config.json",
-            "--output_dir",
-            runs / "run",
-            "--max_steps",
-            "2",
+        *options_of(
+            deepspeed_config=folder / "config.json",
+            output_dir=runs / "run",
+            max_steps=2,
+            max_length=48,
+            method="mezo",
+            save_model=True,
         ),
-        *("--max_length", "48", "--method", "mezo", "--save_model", *options),
+        *options,
     )
 
 

@@ -22,7 +22,7 @@ from torch.nn import functional
 import zods
 import zods.finetune
 from tests.distributed.models import collate, configuration, numpy_of, sha256, whole
-from tests.distributed.ranks import REPOSITORY, launch, run_ranks
+from tests.distributed.ranks import REPOSITORY, launch, options_of, run_ranks
 from tests.reference.dense import DenseReference, loss_of_module, named_parameters_of
 from tests.reference.objective import objective_of
 from zods.cli.run_folder import read_metrics
@@ -438,23 +438,15 @@ def finetune(folder: Path, output: str, num_gpus: int, *options: str) -> dict[in
     """
     code, said = launch(
         Path(zods.finetune.__file__),
-        *(
-            "--deepspeed_config",
-            folder / "config.json",
-            "--model",
-            MODEL,
-            "--output_dir",
-            folder / output,
+        *options_of(
+            deepspeed_config=folder / "config.json",
+            model=MODEL,
+            output_dir=folder / output,
+            task="instruction",
+            train_file=folder / "train.jsonl",
+            max_length=96,
         ),
-        *(
-            "--task",
-            "instruction",
-            "--train_file",
-            folder / "train.jsonl",
-            "--max_length",
-            "96",
-            *options,
-        ),
+        *options,
         num_gpus=num_gpus,
     )
     assert code == 0, said[-4000:]

@@ -17,7 +17,7 @@ import torch
 
 import zods.finetune
 from tests.distributed.models import Tiny, configuration, numpy_of, sha256, tiny_data, whole
-from tests.distributed.ranks import LIMIT, REPOSITORY, free_port, launch, run_ranks
+from tests.distributed.ranks import LIMIT, REPOSITORY, free_port, launch, options_of, run_ranks
 from zods.config.schema import parse_section
 from zods.trajectory.log import read_log
 from zods.trajectory.records import Step
@@ -351,30 +351,19 @@ def test_two_launches_of_the_command_line_train_one_model(tmp_path):
     def run(replica: int, ranks: int) -> None:
         said[replica] = launch(
             Path(zods.finetune.__file__),
-            *(
-                "--deepspeed_config",
-                tmp_path / "config.json",
-                "--model",
-                REPOSITORY / "launch" / "quickstart" / "model",
+            *options_of(
+                deepspeed_config=tmp_path / "config.json",
+                model=REPOSITORY / "launch" / "quickstart" / "model",
+                task="prompted",
+                template=r"{text}\nKind: {label}",
+                train_file=tmp_path / "train.jsonl",
+                max_length=48,
+                max_steps=100,
+                save_model=True,
+                output_dir=tmp_path / str(replica),
+                replica=replica,
+                replica_store=store,
             ),
-            *(
-                "--task",
-                "prompted",
-                "--template",
-                r"{text}\nKind: {label}",
-                "--train_file",
-                tmp_path / "train.jsonl",
-            ),
-            *(
-                "--max_length",
-                "48",
-                "--max_steps",
-                "100",
-                "--save_model",
-                "--output_dir",
-                tmp_path / str(replica),
-            ),
-            *("--replica", replica, "--replica_store", store),
             num_gpus=ranks,
         )
 

@@ -3,7 +3,7 @@ first use.
 
 torch guards a build with a file that exists while the build runs. A build that is killed leaves it
 behind, and every later run then waits for it in silence. The builder keeps the file open, so a lock
-that no process has open is stale. Used by `launching` and launch/build_ops.py.
+that no process has open is stale. Used by `zods.comm.process` and launch/build_ops.py.
 """
 
 from __future__ import annotations

@@ -60,11 +60,8 @@ class ChooseForm:
         self._forwards, self._comm = forwards, forwards.comm
         self._stacked, self._lockstep = stacked, lockstep
         self._eps, self._asked = eps, asked
-        self._micro_batch, self._most_points, self._stream_memory_gb = (
-            micro_batch,
-            most_points,
-            stream_memory_gb,
-        )
+        self._micro_batch, self._most_points = micro_batch, most_points
+        self._stream_memory_gb = stream_memory_gb
         self.streams_per_forward = 2
 
     def choose(self, batch: Any) -> str:

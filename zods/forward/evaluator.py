@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from zods.comm.communicator import Communicator
-from zods.core.directions import Direction
 from zods.core.points import Point
 from zods.data.batch import Inputs, num_examples
 from zods.data.loader import WholePass
@@ -23,8 +21,6 @@ from zods.forward.forms import Form, Lockstep, Sequential, Stacked
 from zods.forward.lockstep import NotInLockstep
 from zods.forward.model_forwards import ModelForwards
 from zods.forward.stacked import NotStackable
-from zods.params.deferred_update import DeferredUpdate
-from zods.params.shards import ShardedParameters
 from zods.params.zero3_adapter import release_gathered, stop_nvme_prefetch
 
 logger = logging.getLogger(__name__)
@@ -38,14 +34,9 @@ class Evaluator:
 
     def __init__(
         self,
-        deepspeed_engine: Any,
-        comm: Communicator,
-        parameters: ShardedParameters,
-        deferred: DeferredUpdate | None,
+        forwards: ModelForwards,
         *,
-        direction: Direction,
         eps: float,
-        loss_mean: str,
         evaluation: str,
         stream_memory_gb: float | None,
         micro_batch: int,
@@ -53,22 +44,19 @@ class Evaluator:
         beat: Callable[[], None],
     ) -> None:
         """eps: distance of a step's points. most_points: that are ever evaluated together. beat:
-        called before each batch of losses, so that the
-        watchdog can name a rank that hangs in it."""
+        called before each batch of losses, so that the watchdog can name a rank that hangs in it.
+        """
         self.evaluation: str | None = None  # how points are evaluated; chosen on the first batch
         self.streams_per_forward = 2
-        self._comm, self._beat = comm, beat
-        self._forwards = ModelForwards(
-            deepspeed_engine, comm, parameters, deferred, direction, loss_mean
-        )
-        stacked, lockstep = Stacked(self._forwards), Lockstep(self._forwards)
+        self._forwards, self._comm, self._beat = forwards, forwards.comm, beat
+        stacked, lockstep = Stacked(forwards), Lockstep(forwards)
         self._forms: dict[str, Form] = {
-            "sequential": Sequential(self._forwards),
+            "sequential": Sequential(forwards),
             "stacked": stacked,
             "lockstep": lockstep,
         }
         self._chooser = ChooseForm(
-            self._forwards,
+            forwards,
             stacked,
             lockstep,
             eps=eps,
@@ -251,8 +239,8 @@ class Evaluator:
     ) -> list[float]:
         """Mean losses over a whole dataset under the objective; NaN where no label counts.
 
-        split: (index, number) of this rank among those that divide
-        the dataset, in micro-batches of one size. total: sums over them.
+        split: (index, number) of this rank among those that divide the dataset, in micro-batches of
+        one size. total: sums over them.
         """
         rounds = WholePass(dataset, micro_batch, *split, collate_fn)
         sums = torch.zeros(len(points) + 1, dtype=torch.float64, device=self._comm.device)

@@ -60,11 +60,9 @@ class ModelForwards:
     ) -> None:
         """loss_mean: what a batch's loss is a mean over, "tokens" or "examples"."""
         self.deepspeed, self.module = deepspeed_engine, deepspeed_engine.module
-        self.comm, self.parameters, self.direction = comm, parameters, direction
-        self.is_sharded, self.dtype = (
-            is_sharded(parameters.shards[0].param),
-            parameters.shards[0].dtype,
-        )
+        self.comm = comm
+        first = parameters.shards[0]
+        self.is_sharded, self.dtype = is_sharded(first.param), first.dtype
         self.at = PerturbedForward(self.module, parameters.shards, direction, deferred)
         # how the model aligns its labels is found on the first batch
         self.objective = Objective(loss_mean)

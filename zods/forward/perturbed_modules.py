@@ -62,9 +62,8 @@ class PerturbedForward:
         self._perturber = Perturber(direction)
         self._pairs: list[tuple[int, ...]] = []  # streams in order, a stream with its mirror
         self._stream: int | None = None  # the one that runs alone; None: a stack of all
-        self._held: dict[
-            torch.nn.Module, list[Perturbable]
-        ] = {}  # the parameters for which each module places copies
+        # the parameters for which each module places copies
+        self._held: dict[torch.nn.Module, list[Perturbable]] = {}
         self._wrapped: dict[torch.nn.Module, WrappedForward] = {}
         self.branches: set[str] = set()  # see `zods.forward.parameter_usage.Observer`
         self._num_hooks = 0  # hooks of all modules, when they were last counted

@@ -28,6 +28,7 @@ from zods.data.digest import digest_of
 from zods.data.loader import TrainingLoader
 from zods.forward.dataset_metrics import Measure, measure_whole
 from zods.forward.evaluator import Evaluator
+from zods.forward.model_forwards import ModelForwards
 from zods.params.anchor import Anchor
 from zods.params.deferred_update import DeferredUpdate
 from zods.params.shards import ShardedParameters
@@ -128,13 +129,10 @@ class ZerothOrderEngine(EngineInterface):
             state=TrainState(),
         )
         self._evaluator = Evaluator(
-            deepspeed_engine,
-            comm,
-            parameters,
-            deferred,
-            direction=self._direction,
+            ModelForwards(
+                deepspeed_engine, comm, parameters, deferred, self._direction, self._zo.loss_mean
+            ),
             eps=self._zo.eps,
-            loss_mean=self._zo.loss_mean,
             evaluation=self._zo.evaluation,
             stream_memory_gb=self._zo.stream_memory_gb,
             micro_batch=micro_batch,
