@@ -227,7 +227,7 @@ def latest_checkpoint(run: Path) -> Path:
     if not latest.is_file():
         raise FileNotFoundError(
             f"--resume {run}: no file `latest` in {folder}. Give the folder of a run with "
-            f"checkpoints, or auto."
+            "checkpoints, or auto."
         )
     return folder / Path(latest.read_text(errors="replace").strip()).name
 

@@ -279,8 +279,8 @@ def rank_of_hooks() -> tuple[str, str]:
 def test_a_second_engine_on_a_model_with_hooks_is_refused_while_the_first_is_open():
     assert run_ranks(1, rank_of_hooks) == [
         (
-            "ValueError: model: another zods engine runs the hooks of its modules. Call close() of "
-            "that engine first.",
+            "ValueError: model: another zods engine runs the hooks of its modules. Call close() "
+            "of that engine first.",
             "nothing",
         )
     ]

@@ -15,11 +15,7 @@ from zods.forward.peak_memory import peak_memory
 from zods.params.zero3_adapter import release_gathered
 
 # so large that the float32 logits of one chunk of the loss hardly count
-VOCABULARY, LENGTH, BATCH = (
-    8000,
-    64,
-    32,
-)
+VOCABULARY, LENGTH, BATCH = 8000, 64, 32
 SVRG = {"method": "mezo_svrg", "anchor_interval": 100}
 RUNS: dict[str, tuple[int, dict[str, Any]]] = {  # points of a step, and the section
     "mezo": (2, {}),

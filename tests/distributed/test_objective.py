@@ -115,10 +115,7 @@ def rows_of(kind: str) -> list[dict[str, Tensor]]:
             labels[-number:] = ids[-number:]
         if kind == "encoder-decoder":
             # decoders' labels begin at the first position
-            labels, ids = (
-                labels.roll(number),
-                ids[:12],
-            )
+            labels, ids = labels.roll(number), ids[:12]
         if kind == "classifier":
             labels = torch.tensor(number % 3 if number else -100)
         rows.append({"attention_mask": torch.ones_like(ids), "input_ids": ids, "labels": labels})

@@ -37,11 +37,7 @@ from zods.trajectory.log import Log, read_log
 from zods.trajectory.records import Evaluation, Refresh, RunRecord
 
 # three steps to an epoch; checkpoints are written at those of SAVED
-BATCH, STEPS, SAVED = (
-    24,
-    11,
-    (4, 7),
-)
+BATCH, STEPS, SAVED = 24, 11, (4, 7)
 WARMUP = {
     "type": "WarmupLR",
     "params": {"warmup_max_lr": 2e-2, "warmup_num_steps": 12, "warmup_type": "linear"},

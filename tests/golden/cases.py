@@ -96,11 +96,7 @@ def digest_of_words() -> str:
 
 WORDS, WIDTH, INNER = 11, 6, 9
 # two steps to an epoch; a refresh of the anchor every three steps
-BATCH, STEPS, SAVED_AT = (
-    12,
-    7,
-    5,
-)
+BATCH, STEPS, SAVED_AT = 12, 7, 5
 MEZO = {
     "method": "mezo",
     "eps": 1e-2,

@@ -68,8 +68,8 @@ def test_the_kernel_in_the_interpreter():
 
     if not hasattr(interpreter, "fma_fp32"):
         pytest.skip(
-            "this triton's interpreter rounds a fused multiply-add twice: no CUDA device, no newer "
-            "triton"
+            "this triton's interpreter rounds a fused multiply-add twice: no CUDA device, no "
+            "newer triton"
         )
     tests = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__], cwd=Path(__file__).parents[2],

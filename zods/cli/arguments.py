@@ -306,7 +306,7 @@ def _optimizer(config: dict[str, Any], rates: dict[str, float]) -> dict[str, Any
     if not isinstance(optimizer, dict) or str(optimizer.get("type")).lower() != "adamw":
         raise ValueError(
             f"optimizer: found {optimizer!r}, but --optimizer adamw was asked for. Change one of "
-            f"them."
+            "them."
         )
     params = {**optimizer.get("params", {}), **rates}
     if "lr" not in params:

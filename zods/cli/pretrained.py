@@ -121,7 +121,7 @@ def find_model(arguments: ModelArguments) -> Pretrained:
     if not base:
         raise ValueError(
             f"--model {name}: its adapter_config.json names no base model "
-            f"(base_model_name_or_path)."
+            "(base_model_name_or_path)."
         )
     with _errors_in_one_line(
         f"--model {name}: its adapter_config.json names the base model {base}, which cannot be read"
@@ -144,7 +144,7 @@ def read_tokenizer(arguments: ModelArguments, pretrained: Pretrained) -> Any:
         name = name if any(folder.glob("tokenizer*")) else pretrained.base
     with _errors_in_one_line(
         f"{'--model' if arguments.tokenizer is None else '--tokenizer'} {name}: no tokenizer can "
-        f"be read"
+        "be read"
     ):
         return transformers.AutoTokenizer.from_pretrained(
             name, trust_remote_code=arguments.trust_remote_code

@@ -43,7 +43,7 @@ class RunFolder:
         ):
             raise ValueError(
                 f"--output_dir {self.path}: holds another run. Give another folder, or --resume "
-                f"auto to go on with it."
+                "auto to go on with it."
             )
 
     def describe(
@@ -122,8 +122,8 @@ class RunFolder:
             raise OSError(
                 error.errno,
                 f"{self.path / 'metrics.jsonl'}: cannot be written ({error.strerror}). What the "
-                f"trajectory log holds is safe. "
-                "Free some disk space, and start again with the same command",
+                "trajectory log holds is safe. Free some disk space, and start again with the "
+                "same command",
             ) from None
 
 

@@ -148,7 +148,7 @@ class Communicator:
         if odd:
             raise Disagreement(
                 f"rank {', '.join(map(str, odd))}: {what} differs from rank 0's. The run stops "
-                f"here."
+                "here."
             )
 
     @contextmanager

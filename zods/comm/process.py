@@ -74,8 +74,8 @@ def report_stale_locks() -> None:
     for lock in build_locks.stale_locks():
         logger.error(
             "%s: no process of this machine holds it. A build of %s was killed and left it, and "
-            "the ranks wait for it when "
-            "they need that operator. Remove the file, unless another machine builds there.",
+            "the ranks wait for it when they need that operator. Remove the file, unless another "
+            "machine builds there.",
             lock,
             lock.parent.name,
         )
@@ -90,17 +90,15 @@ def _prepare_environment() -> None:
         if importlib.util.find_spec("mpi4py") is None:
             raise ValueError(
                 f"{started} is {os.environ[started]}: the ranks were started by mpirun or srun, "
-                f"but mpi4py, by which DeepSpeed "
-                "finds them, is not installed. Install mpi4py, or start the ranks with deepspeed "
-                "or torchrun."
+                "but mpi4py, by which DeepSpeed finds them, is not installed. Install mpi4py, or "
+                "start the ranks with deepspeed or torchrun."
             )
         return
     given = [name for name in TORCH[:3] if name in os.environ]
     if given and missing:
         raise ValueError(
             f"{', '.join(given)} set in the environment, but not {', '.join(missing)}. Set all of "
-            f"them, or none for a run "
-            "of one rank, or start the ranks with deepspeed or torchrun."
+            "them, or none for a run of one rank, or start the ranks with deepspeed or torchrun."
         )
     # Assigned even where they are set: an address and port that an earlier run left belong to
     # nobody.

@@ -116,10 +116,7 @@ class _Watch:
         self.timeout = timeout
         self.beat = _Beat("the start", resting=True)
         # the beat that the clock saw last, and for how long
-        self._seen, self._seconds = (
-            self.beat,
-            0.0,
-        )
+        self._seen, self._seconds = self.beat, 0.0
         self._over = threading.Event()
         self._late = threading.Event()
         self._answered = threading.Event()
@@ -159,8 +156,7 @@ class _Watch:
             self._attendant.join(ROLL_CALL_SECONDS)
         _end(
             "zods: rank 0, which keeps the process group's store, does not answer: its process is "
-            "stopped or gone, or its "
-            f"host is. Rank {self.comm.rank} is {self._answer()}. {AGAIN}"
+            f"stopped or gone, or its host is. Rank {self.comm.rank} is {self._answer()}. {AGAIN}"
         )
 
     def _attend(self) -> None:
@@ -235,9 +231,8 @@ def verdict(answers: Mapping[int, Answer], world_size: int) -> str:
         culprits, several = silent, len(silent) > 1
         said = (
             f"{_names(silent)} {'do' if several else 'does'} not answer: "
-            f"{'their' if several else 'its'} "
-            f"{'processes are' if several else 'process is'} stopped or swapped out, or the host "
-            f"is gone."
+            f"{'their' if several else 'its'} {'processes are' if several else 'process is'} "
+            "stopped or swapped out, or the host is gone."
         )
     else:
         culprits, several = busy, len(busy) > 1

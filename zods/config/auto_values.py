@@ -51,8 +51,8 @@ def resolve_batch(ds: dict[str, Any], world_size: int) -> None:
     batch, micro, accumulation = (given.get(key) for key in BATCH_KEYS)
     if batch is None and micro is None:
         raise ValueError(
-            "train_batch_size, train_micro_batch_size_per_gpu: give one of the two, in the JSON or "
-            "on the command line."
+            "train_batch_size, train_micro_batch_size_per_gpu: give one of the two, in the JSON "
+            "or on the command line."
         )
     if micro is None and accumulation is None:
         accumulation = 1

@@ -94,8 +94,8 @@ def key_mistakes(ds: Mapping[str, Any]) -> Iterator[str]:
         if key in REMOVED_KEYS:
             way = 'Use "bf16" instead.' if key == "amp" else "Remove it."
             yield (
-                f"{key}: DeepSpeed {VERSION} refuses this key, whatever its value: "
-                f"its feature was removed. {way}"
+                f"{key}: DeepSpeed {VERSION} refuses this key, whatever its value: its feature was "
+                f"removed. {way}"
             )
         elif key in ds and key not in DEEPSPEED_KEYS:
             hint = nearest(key, [*DEEPSPEED_KEYS, SECTION])

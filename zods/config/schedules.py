@@ -104,7 +104,7 @@ def resolve_scheduler(
         allowed = ", ".join(lr_schedules.VALID_LR_SCHEDULES)
         found.append(
             f"scheduler.type: found {scheduler['type']!r}, allowed are {allowed} and those of "
-            f"torch.optim.lr_scheduler."
+            "torch.optim.lr_scheduler."
         )
     elif message := step_mistake(kind, "scheduler.type"):
         found.append(message)

@@ -111,8 +111,8 @@ class StepRule:
         number, left_over = divmod(len(coefficients), per_set)
         if left_over or (number > 1 and self.config.directions == "shared"):
             raise ValueError(
-                f"{len(coefficients)} coefficients, expected {per_set} "
-                "(times the ranks, if per_rank)"
+                f"{len(coefficients)} coefficients, expected {per_set} (times the ranks, if "
+                "per_rank)"
             )
         seeds, anchor_seeds = self._all_seeds(step, number)
         return tuple(map(Term, seeds + (anchor_seeds if self._draws_twice else []), coefficients))

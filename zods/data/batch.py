@@ -102,8 +102,8 @@ class Signature:
         odd = [str(key) for key in entries if key not in self.names and key != WEIGHTS]
         if odd and not self._takes_any:
             raise ValueError(
-                f"the batch: {self._forward_name} takes no {', '.join(odd)}; "
-                f"it takes {', '.join(self.names)}. Drop what it does not take, e.g. in collate_fn."
+                f"the batch: {self._forward_name} takes no {', '.join(odd)}; it takes "
+                f"{', '.join(self.names)}. Drop what it does not take, e.g. in collate_fn."
             )
         return dict(entries)
 

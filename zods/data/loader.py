@@ -24,8 +24,8 @@ def check_dataset(dataset: Any, name: str) -> int:
     """
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise ValueError(
-            f"{name}: found {type(dataset).__name__}, expected a map-style dataset "
-            "(__len__, __getitem__)."
+            f"{name}: found {type(dataset).__name__}, expected a map-style dataset (__len__, "
+            "__getitem__)."
         )
     if len(dataset) == 0:
         raise ValueError(f"{name}: the dataset is empty.")
@@ -168,8 +168,8 @@ class TrainingLoader(EpochLoader):
         """
         if "examples" not in state:
             raise ValueError(
-                "zeroth_order.selector: none, but the checkpoint was made with one. "
-                "Resume with the same."
+                "zeroth_order.selector: none, but the checkpoint was made with one. Resume with "
+                "the same."
             )
         if state["size"] != len(self.dataset):  # type: ignore[arg-type]
             raise ValueError(

@@ -101,9 +101,9 @@ def batch_loss(outputs: Any, batch: Any, objective: Objective = PLAIN) -> Tensor
         raise ValueError(refusal_of_examples(len(labels)))
     if not isinstance(logits, Tensor) or not isinstance(labels, Tensor):
         raise ValueError(
-            "the model's forward gives neither a loss nor logits with labels: "
-            f"it returned {describe(outputs)} for a batch of {describe(batch)}; "
-            "pass labels, or wrap the model so that forward returns a scalar loss"
+            "the model's forward gives neither a loss nor logits with labels: it returned "
+            f"{describe(outputs)} for a batch of {describe(batch)}; pass labels, or wrap the model "
+            "so that forward returns a scalar loss"
         )
     sums, counts = row_sums(logits, labels, objective.shifted)
     if objective.mean == "tokens":
@@ -274,8 +274,8 @@ def weighted_sum(outputs: Any, batch: Any, objective: Objective = PLAIN) -> Tens
     logits, labels, weights = logits_of(outputs), _entry(batch, "labels"), weights_of(batch)
     if logits is None or not isinstance(labels, Tensor) or weights is None:
         raise ValueError(
-            "weights of examples need logits and labels; "
-            f"the model returned {describe(outputs)} for {describe(batch)}"
+            f"weights of examples need logits and labels; the model returned {describe(outputs)} "
+            f"for {describe(batch)}"
         )
     sums, counts = row_sums(logits, labels, objective.shifted)
     counted = (weights != 0) & (counts > 0)
@@ -315,8 +315,8 @@ def example_losses(logits: Tensor, labels: Tensor) -> Tensor:
 def _shape_mismatch(logits: Tensor, labels: Tensor) -> str:
     return (
         f"logits of shape {tuple(logits.shape)} do not fit labels of shape {tuple(labels.shape)} "
-        f"and {labels.dtype}; allowed are (B, C) with integer labels (B,), and (B, L, V) with "
-        "(B, L); for another objective, return a scalar loss from forward"
+        f"and {labels.dtype}; allowed are (B, C) with integer labels (B,), and (B, L, V) with (B, "
+        "L); for another objective, return a scalar loss from forward"
     )
 
 

@@ -110,7 +110,7 @@ class ChooseForm:
             if self._asked != "auto":
                 raise ValueError(
                     f'zeroth_order.evaluation: "{form}" does not fit this model: {reason}. Use '
-                    f'"auto".'
+                    '"auto".'
                 )
             reasons.append(f"not {form}: {reason}")
         logger.info("evaluation: sequential (%s)", "; ".join(reasons))
@@ -129,10 +129,9 @@ class ChooseForm:
         if not self._comm.sum_over_ranks([float(differs)])[0]:
             return None
         return (
-            f"the model is random in eval mode: the same weights and batch gave the losses "
-            f"{float(own):.6g} and "
-            f"{float(again):.6g}. The losses of a step's points differ by chance then: make its "
-            f"forward deterministic."
+            "the model is random in eval mode: the same weights and batch gave the losses "
+            f"{float(own):.6g} and {float(again):.6g}. The losses of a step's points differ by "
+            "chance then: make its forward deterministic."
         )
 
     def misfit(self, form: str, batch: Any) -> str | None:
@@ -157,8 +156,7 @@ class ChooseForm:
             if far is not None and near > MOST_ROUNDINGS * rounding:
                 reason = (
                     f"its logits are {far:.1e} off those of separate forwards (relative); at a "
-                    f"step's points {near:.1e}, "
-                    f"and rounding makes {rounding:.1e}"
+                    f"step's points {near:.1e}, and rounding makes {rounding:.1e}"
                 )
         (failures,) = self._comm.sum_over_ranks([float(reason is not None)])
         if reason is None and not failures:
@@ -196,7 +194,7 @@ class ChooseForm:
             named = ", ".join(sorted(f.at.branches))
             return (
                 f"what it computes next depends on values that its weights make ({named} of a "
-                f"tensor)",
+                "tensor)",
                 0.0,
                 None,
             )
@@ -217,7 +215,7 @@ class ChooseForm:
             named = ", ".join(nested)
             return (
                 f"{named} would be gathered once per point, as a part of a module with its own "
-                f"parameters",
+                "parameters",
                 0.0,
                 None,
             )
@@ -281,9 +279,8 @@ class ChooseForm:
         if given is not None and budget < 2 * needed:
             raise ValueError(
                 f"zeroth_order.stream_memory_gb: found {given}, but a pair of points takes "
-                f"{2 * needed / 2**30:.3g} GiB "
-                f"with micro-batches of {self._micro_batch}. Give that much, a smaller "
-                f"micro-batch, or evaluation: sequential."
+                f"{2 * needed / 2**30:.3g} GiB with micro-batches of {self._micro_batch}. Give "
+                "that much, a smaller micro-batch, or evaluation: sequential."
             )
         return 2 * min(max(1, int(budget / max(2 * needed, 1.0))), self._most_points // 2)
 

@@ -68,8 +68,6 @@ def check_own_loss(model: Any, batch: dict[str, Any], comm: Communicator) -> Non
     if comm.sum_over_ranks([float(differs)])[0]:
         raise ValueError(
             f"the model's own loss ({float(own):.4f} on a first batch) is not the cross entropy of "
-            f"its logits "
-            f"({float(of_logits):.4f}), of which the losses of single examples are made. Losses of "
-            f"another kind can be "
-            "neither selected by nor weighted."
+            f"its logits ({float(of_logits):.4f}), of which the losses of single examples are "
+            "made. Losses of another kind can be neither selected by nor weighted."
         )

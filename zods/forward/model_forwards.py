@@ -144,8 +144,8 @@ class ModelForwards:
         if isinstance(batch, dict) and WEIGHTS in batch:
             raise ValueError(
                 "the model's own loss is not the cross entropy of its logits, of which the losses "
-                "of single examples are "
-                "made. Losses of another kind can be neither selected by nor weighted."
+                "of single examples are made. Losses of another kind can be neither selected by "
+                "nor weighted."
             )
         size = num_examples(batch) if needs_rows(batch, self.objective) else 0
         largest = max(of_rank[0] for of_rank in self.comm.gather_scalars([float(size)]))

@@ -68,8 +68,7 @@ class Stacking:
             if carries and (_size(leaf) or 0) % rows:
                 raise NotStackable(
                     f"{self.names[module]} is given {_size(leaf)} rows of {rows} examples: which "
-                    f"of them belong to which point "
-                    "is not known"
+                    "of them belong to which point is not known"
                 )
             parts = leaf.chunk(self._num_streams) if carries else [leaf] * self._num_streams
             for stream, part in zip(streams, parts, strict=True):
@@ -94,7 +93,7 @@ class Stacking:
             if now is not None and now not in (before, self._num_streams * (before or 0)):
                 raise NotStackable(
                     f"{self.names[module]} is given an input of {before} rows for a batch, {now} "
-                    f"for the stack"
+                    "for the stack"
                 )
             carry.append(None if now is None else now != before)
         self._carry[module].append(carry)

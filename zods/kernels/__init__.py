@@ -357,8 +357,8 @@ def _check(
         _check_contiguous(name, tensor)
         if (tensor.numel(), tensor.dtype, tensor.device) != (out.numel(), out.dtype, out.device):
             raise ValueError(
-                f"{name} must be like out ({out.numel()} elements, {out.dtype}, {out.device}), "
-                f"got {tensor.numel()} elements, {tensor.dtype}, {tensor.device}"
+                f"{name} must be like out ({out.numel()} elements, {out.dtype}, {out.device}), got "
+                f"{tensor.numel()} elements, {tensor.dtype}, {tensor.device}"
             )
     if distribution not in DISTRIBUTIONS:
         raise ValueError(f"distribution must be one of {DISTRIBUTIONS}, got {distribution!r}")
@@ -370,8 +370,8 @@ def _check(
 def _check_contiguous(name: str, tensor: Tensor) -> None:
     if not tensor.is_contiguous():
         raise ValueError(
-            f"{name} must be contiguous, got shape {tuple(tensor.shape)} "
-            f"with strides {tensor.stride()}"
+            f"{name} must be contiguous, got shape {tuple(tensor.shape)} with strides "
+            f"{tensor.stride()}"
         )
 
 
@@ -385,8 +385,8 @@ def _check_terms(
 ) -> None:
     if len(seeds) != len(coefficients):
         raise ValueError(
-            f"one coefficient per seed is needed, got {len(seeds)} seeds "
-            f"and {len(coefficients)} coefficients"
+            f"one coefficient per seed is needed, got {len(seeds)} seeds and {len(coefficients)} "
+            "coefficients"
         )
     for seed in [*seeds, *([] if rounding_seed is None else [rounding_seed])]:
         if not 0 <= seed < 2**64:
@@ -415,8 +415,8 @@ def _check_factors(
     if stacks != [list(stacked)] * 2 or left.shape[-1] != right.shape[-2] or left.shape[-2] < rows:
         of = "".join(f"{size}, " for size in stacked)
         raise ValueError(
-            f"factors must be ({of}{rows}, Q) and ({of}Q, columns), "
-            f"got {tuple(left.shape)} and {tuple(right.shape)}"
+            f"factors must be ({of}{rows}, Q) and ({of}Q, columns), got {tuple(left.shape)} and "
+            f"{tuple(right.shape)}"
         )
 
 

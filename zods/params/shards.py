@@ -84,8 +84,8 @@ class ShardedParameters:
         odd = [f"{s.name} ({s.dtype})" for s in self.shards if s.dtype not in DTYPES]
         if odd:
             raise ValueError(
-                "model: trainable parameters must be float32 or bfloat16; "
-                f"found {', '.join(odd[:3])}."
+                "model: trainable parameters must be float32 or bfloat16; found "
+                f"{', '.join(odd[:3])}."
             )
         self.numel = sum(s.whole_numel for s in self.shards)
 

@@ -101,7 +101,7 @@ class SelectingLoader(EpochLoader):
             if state.get(key) != here:
                 raise ValueError(
                     f"selector: {key} is {here}, but {state.get(key)} in the checkpoint. Resume "
-                    f"with the same."
+                    "with the same."
                 )
         self.epoch, self.position = state["epoch"], state["steps"] * self.accumulation
         self.selection.load_state_dict(state)
@@ -131,8 +131,8 @@ class SelectedBatches:
         if size == 0 or self._config.candidates % size:
             raise ValueError(
                 f"selector.candidates: found {self._config.candidates}, but the loader's batches "
-                f"of {loader.batch_size} on "
-                f"{comm.world_size} ranks give {size} at a time. Give a multiple."
+                f"of {loader.batch_size} on {comm.world_size} ranks give {size} at a time. Give a "
+                "multiple."
             )
         self._loads = self._config.candidates // size
 
@@ -206,7 +206,7 @@ def select(
         if not isinstance(loader, DataLoader) or loader.batch_sampler is None:
             raise ValueError(
                 f"loader: found {type(loader).__name__}, expected a DataLoader with batches of a "
-                f"map-style dataset."
+                "map-style dataset."
             )
         check_dataset(loader.dataset, "loader.dataset")
         sub_batches = SubBatches(

@@ -258,8 +258,8 @@ class Selector:
             self._said_kept = True
             logger.warning(
                 "selector: sources below the mean size have %d of %d candidates, which leaves "
-                "nothing of the %d to be chosen: "
-                "no source is kept whole, all have a share in proportion",
+                "nothing of the %d to be chosen: no source is kept whole, all have a share in "
+                "proportion",
                 small, total, self.budget,
             )  # fmt: skip
         return quotas

@@ -158,7 +158,7 @@ class SubBatches:
         if not indices:
             raise RuntimeError(
                 f"selector: none of {len(ids)} candidates has a label and a finite loss. Look at "
-                f"the data."
+                "the data."
             )
         if wanted and self._extract is not None:
             self.report = replace(self.report, matrix=self._extract.target.name)
@@ -229,8 +229,7 @@ class SubBatches:
         if 2 * len(found) <= sum(map(len, gathered)):
             raise ValueError(
                 f"selector: {sum(map(len, gathered))} candidates are {len(found)} different ones: "
-                f"ranks give the same. Use a "
-                "DistributedSampler."
+                "ranks give the same. Use a DistributedSampler."
             )
         return found
 

@@ -93,7 +93,7 @@ def build_task(
         if max_length < num_special + len(text_columns):
             raise ValueError(
                 f"max_length {max_length} is too short: a text of one token has {num_special} "
-                f"special tokens"
+                "special tokens"
             )
         labels = Labels.of(train_dataset, label_column or "label").in_order_of(class_names or ())
         return Classification(tokenizer, text_columns, labels, max_length, pad_id, has_token_types)

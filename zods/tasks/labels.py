@@ -59,7 +59,7 @@ class Labels:
             if not is_integer:
                 raise ValueError(
                     f"label words rename integer labels; column {column!r} holds {dtype}: leave "
-                    f"them out"
+                    "them out"
                 )
             labels = cls(column, tuple(range(len(words))), tuple(words))
         elif isinstance(feature, datasets.ClassLabel):
@@ -107,8 +107,8 @@ class Labels:
                 )
                 yield (
                     position,
-                    f"column {self.column!r} has the label {value!r}; "
-                    f"the {len(self.values)} labels of the training data are {known[:500]}",
+                    f"column {self.column!r} has the label {value!r}; the {len(self.values)} "
+                    f"labels of the training data are {known[:500]}",
                 )
 
     def ids(self, values: Sequence[Any]) -> list[int]:

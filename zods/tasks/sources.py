@@ -132,8 +132,8 @@ def split_held_out(
         allowed = 1 <= fraction_or_count < len(dataset)
     if not allowed:
         raise ValueError(
-            f"cannot hold out {fraction_or_count} of {len(dataset)} examples; "
-            "allowed are a fraction between 0 and 1, or a count that leaves an example to train on"
+            f"cannot hold out {fraction_or_count} of {len(dataset)} examples; allowed are a "
+            "fraction between 0 and 1, or a count that leaves an example to train on"
         )
     parts = dataset.train_test_split(test_size=fraction_or_count, seed=seed)
     return parts["train"], parts["test"]
@@ -146,7 +146,7 @@ def _load_hub(name: str | None, config: str | None, split: str) -> datasets.Data
         raise ValueError(
             f"cannot load the dataset {name!r} (configuration {config!r}, split {split!r}): "
             f"{type(error).__name__}: {error}; correct the name, or pass --train_file with a local "
-            f"file"
+            "file"
         ) from error
     if len(dataset) == 0:
         raise ValueError(
@@ -164,7 +164,7 @@ def _load_file(path: Path, column_names: Sequence[str] | None) -> datasets.Datas
     if extension not in FORMATS:
         raise ValueError(
             f"{path}: unknown extension {extension!r}; allowed are {', '.join(FORMATS)}, also with "
-            f".gz"
+            ".gz"
         )
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")

@@ -163,7 +163,7 @@ def text_mistakes(dataset: datasets.Dataset, columns: Sequence[str]) -> Iterator
                 yield (
                     position,
                     f"column {not_text[0]!r} holds {texts[columns.index(not_text[0])][:40]}, which "
-                    f"is no text",
+                    "is no text",
                 )
             elif None in texts:
                 yield position, f"no text in column {columns[texts.index(None)]!r}"

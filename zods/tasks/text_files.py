@@ -275,8 +275,8 @@ def _csv_records(path: Path, delimiter: str) -> Iterator[_Record]:
                 problem = "a field begins with a quote that is never closed"
             else:
                 problem = (
-                    "a quoted field goes on after its closing quote "
-                    "(a quote inside it is written twice)"
+                    "a quoted field goes on after its closing quote (a quote inside it is written "
+                    "twice)"
                 )
             yield _Record(line, [], False, problem)
             continue
@@ -334,8 +334,8 @@ def _check_fields(
     of = "in the header" if reading.header is not None else "in column_names"
     shown = {",": "a comma", "\t": "a tab"}[delimiter]
     mistakes.check(
-        f"Each row needs {len(names)} fields, one for each name {of} ({', '.join(names)}). "
-        f"Quote fields that hold {shown}, and remove {shown} at the end of a line"
+        f"Each row needs {len(names)} fields, one for each name {of} ({', '.join(names)}). Quote "
+        f"fields that hold {shown}, and remove {shown} at the end of a line"
     )
     if not reading.sizes:
         raise ValueError(f"{path} holds no examples")
@@ -349,13 +349,13 @@ def _header_names(path: Path, header: _Record) -> list[str]:
     if reserved:
         raise ValueError(
             f"{path}, line {header.line}: the column name {reserved[0]} is reserved. Rename the "
-            f"column"
+            "column"
         )
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(
             f"{path}, line {header.line}: the header names {twice[0]!r} twice. Give each column "
-            f"its own name"
+            "its own name"
         )
     return names
 

@@ -95,7 +95,7 @@ def save_checkpoint(
     if keep is not None and keep < 1:
         raise ValueError(
             f"checkpoint: keep is {keep}; give the number of checkpoints that are to stay, at "
-            f"least 1."
+            "least 1."
         )
     tag = _folder_name(f"global_step{run.state.global_steps}" if tag is None else tag)
     comm = run.comm
@@ -135,8 +135,7 @@ def _folder_name(tag: Any) -> str:
     if name in ("", "latest") or name.startswith(".") or "/" in name or "\0" in name:
         raise ValueError(
             f"checkpoint: the tag {name!r} cannot be the name of a checkpoint's folder. Give a "
-            f"name without '/' that is not "
-            "'latest' and does not begin with '.'."
+            "name without '/' that is not 'latest' and does not begin with '.'."
         )
     return name
 
@@ -344,7 +343,7 @@ def _find(load_dir: Path, tag: str | None) -> Path:
     if tag is None:
         raise FileNotFoundError(
             f"checkpoint {load_dir}: no file `latest`, which other ranks find. All share one "
-            f"folder."
+            "folder."
         )
     folder = _folder_of(load_dir, tag)
     if not (folder / "state.json").is_file():
@@ -393,8 +392,7 @@ def _check_fits(
         found, expected = odd[0] if odd else (f"{len(theirs)} parameters", f"{len(ours)}")
         raise ValueError(
             f"checkpoint {folder}: it is of another model: found {found}, this model has "
-            f"{expected}. Load the model and "
-            "the set of trainable parameters that it was made with."
+            f"{expected}. Load the model and the set of trainable parameters that it was made with."
         )
     if not wanted.module_only:
         _check_same_course(run, folder, saved, wanted)
@@ -413,13 +411,12 @@ def _check_same_course(
         if there[key] != here[key]:
             raise ValueError(
                 f"checkpoint {folder}: made with zeroth_order.{key} = {there[key]!r}, this run has "
-                f"{here[key]!r}. "
-                "Resume with the same."
+                f"{here[key]!r}. Resume with the same."
             )
     if wanted.scheduler and (saved["scheduler"] is None) != (run.lr_scheduler is None):
         raise ValueError(
             f"checkpoint {folder}: made {'without' if saved['scheduler'] is None else 'with'} a "
-            f"scheduler."
+            "scheduler."
         )
 
 
@@ -474,8 +471,8 @@ class _ShardFiles:
             if found != shard.whole_numel:
                 raise ValueError(
                     f"checkpoint {folder}: {shard.name} has {found} of {shard.whole_numel} "
-                    f"elements in the "
-                    f"{len(self._files)} files of the {role}. A rank's file is missing."
+                    f"elements in the {len(self._files)} files of the {role}. A rank's file is "
+                    "missing."
                 )
         for shard in shards:
             for file, start, low, high in self._parts(shard):
@@ -532,8 +529,7 @@ class _TensorFile:
         if saved.dtype != shard.dtype or saved.dim() != 1:
             raise ValueError(
                 f"checkpoint {self._path}: {shard.name}: damaged: {saved.dtype} of shape "
-                f"{list(saved.shape)} instead of "
-                f"{shard.dtype} in one dimension."
+                f"{list(saved.shape)} instead of {shard.dtype} in one dimension."
             )
         return saved
 
@@ -549,6 +545,5 @@ class _TensorFile:
         if self._fingerprints.get(shard.name) != _fingerprint_text(self.shard_of(shard), start):
             raise ValueError(
                 f"checkpoint {self._path}: {shard.name}: damaged: its fingerprint is not the one "
-                f"it was saved with. Load "
-                "another checkpoint."
+                "it was saved with. Load another checkpoint."
             )

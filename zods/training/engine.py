@@ -270,11 +270,10 @@ class ZerothOrderEngine(EngineInterface):
         step = self._in_flight
         if step is None or step.pending is None or loss is not step.pending[0]:
             raise ValueError(
-                "engine.backward(loss): this is not the loss that the last engine(batch) returned, "
-                "or it was given before. A "
-                "zeroth-order step uses the losses of the forward itself; for another loss (a "
-                "scaled one, a sum with other "
-                "terms) wrap the model so that its forward returns it."
+                "engine.backward(loss): this is not the loss that the last engine(batch) "
+                "returned, or it was given before. A zeroth-order step uses the losses of the "
+                "forward itself; for another loss (a scaled one, a sum with other terms) wrap the "
+                "model so that its forward returns it."
             )
         step.sums.append(step.pending[1])
         step.pending = None
@@ -362,16 +361,10 @@ class ZerothOrderEngine(EngineInterface):
         epoch_and_step = (
             None if self.training_dataloader is None else self.training_dataloader.epoch_and_step
         )
-        logged, lr, sub_batch = (
-            loss if coefficients else None,
-            self.get_lr()[0],
-            self.recorder.sub_batch(),
-        )
-        return (
-            Step(self.global_steps, logged, lr, coefficients, epoch_and_step, sub_batch),
-            loss,
-            projected_grad,
-        )
+        logged = loss if coefficients else None
+        lr, sub_batch = self.get_lr()[0], self.recorder.sub_batch()
+        step = Step(self.global_steps, logged, lr, coefficients, epoch_and_step, sub_batch)
+        return step, loss, projected_grad
 
     def _commit_everywhere(self, record: Record) -> None:
         """Commit a record, and where another replica leads, that one's in its place, with what it
@@ -434,9 +427,8 @@ class ZerothOrderEngine(EngineInterface):
         if not self._has_said_zero and self.global_rank == 0:
             logger.warning(
                 "step %d: the projected gradient is exactly 0, for the losses of a pair of points "
-                "are the same number. Either "
-                "no parameter that is trained reaches the loss, or eps (%g) is lost in rounding. "
-                "This is said once.",
+                "are the same number. Either no parameter that is trained reaches the loss, or "
+                "eps (%g) is lost in rounding. This is said once.",
                 self.global_steps,
                 self._zo.eps,
             )
@@ -571,8 +563,7 @@ class ZerothOrderEngine(EngineInterface):
         if self._is_logged:
             raise ValueError(
                 "load_checkpoint: this run writes a log since engine.resume(), which would not "
-                "replay over a load. Load "
-                "before engine.resume(), or begin another run's folder."
+                "replay over a load. Load before engine.resume(), or begin another run's folder."
             )
         self.restart_loader()
         loaded = checkpoint.load_checkpoint(self.run, load_dir, tag, wanted)

@@ -192,8 +192,8 @@ class EngineInterface:
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         raise ValueError(
             "engine.load_state_dict(): a run's weights change by its steps only, as its log says. "
-            "Load weights into the model "
-            "before zods.initialize, or a checkpoint of zods by engine.load_checkpoint."
+            "Load weights into the model before zods.initialize, or a checkpoint of zods by "
+            "engine.load_checkpoint."
         )
 
     def save_16bit_model(self, save_dir: Any, save_filename: str = "pytorch_model.bin") -> bool:
@@ -225,8 +225,7 @@ class EngineInterface:
         ):
             raise ValueError(
                 f"engine.to({device}): the engine is on {here}, where the launcher put this rank. "
-                f"Leave the call out, and move "
-                "batches to engine.device."
+                "Leave the call out, and move batches to engine.device."
             )
         odd = next(
             (

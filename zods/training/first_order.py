@@ -240,8 +240,7 @@ class FirstOrderEngine:
         if run is not None and run.section.loss_mean != self.config.loss_mean:
             raise ValueError(
                 f"{log.path}: made with zeroth_order.loss_mean = {run.section.loss_mean}, this run "
-                f"has "
-                f"{self.config.loss_mean}. Resume with the same."
+                f"has {self.config.loss_mean}. Resume with the same."
             )
 
     def save_checkpoint(self, save_dir: str | Path, keep: int | None = None) -> None:

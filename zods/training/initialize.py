@@ -162,14 +162,14 @@ def _checked_model(model: torch.nn.Module | None, **others: Any) -> torch.nn.Mod
     # closing the other engine would move them out of this one's forwards
     if has_moved_hooks(model):
         raise ValueError(
-            "model: another zods engine runs the hooks of its modules. Call close() of that engine "
-            "first."
+            "model: another zods engine runs the hooks of its modules. Call close() of that "
+            "engine first."
         )
     for name, value in others.items():
         if value is not None:
             raise ValueError(
                 f"{name}: must be None; a zeroth-order step has no optimizer states and shards by "
-                f"ZeRO-3 only."
+                "ZeRO-3 only."
             )
     return model
 
@@ -237,7 +237,7 @@ def _check_selector(run: RunConfig, model: torch.nn.Module, training_data: Any) 
     if training_data is None:
         raise ValueError(
             f"training_data: missing; {SELECTOR} chooses from it. Give a map-style dataset to "
-            f"zods.initialize."
+            "zods.initialize."
         )
     check_selector(selector, SELECTOR, run.deepspeed["train_batch_size"], len(training_data))
     sources_of(training_data, selector.source_column, SELECTOR)

@@ -84,9 +84,8 @@ def lay_out_parameters(model: torch.nn.Module) -> None:
             if (param.requires_grad or other.requires_grad) and _share_elements(param, other):
                 raise ValueError(
                     f"model: the parameters {name} and {other_name} share memory, but are two "
-                    f"parameters: a step would change "
-                    "what they share twice. Tie them as one Parameter (a.weight = b.weight), or "
-                    "clone the data of one."
+                    "parameters: a step would change what they share twice. Tie them as one "
+                    "Parameter (a.weight = b.weight), or clone the data of one."
                 )
     for _, param in named:
         if not param.is_contiguous():
@@ -194,13 +193,13 @@ def _parameter(member: Any, where: str, names: Mapping[int, str]) -> torch.nn.Pa
     if not isinstance(member, torch.Tensor):
         raise ValueError(
             f"{where}: found {type(member).__name__}, expected a parameter, or a group with "
-            f"'params'."
+            "'params'."
         )
     if id(member) not in names:
         raise ValueError(
             f"{where}: a tensor of shape {tuple(getattr(member, 'ds_shape', member.shape))} is not "
-            f"a parameter of the "
-            "model. Take the parameters of the model that is given to zods.initialize."
+            "a parameter of the model. Take the parameters of the model that is given to "
+            "zods.initialize."
         )
     return member  # type: ignore[return-value]
 
@@ -237,8 +236,7 @@ def _check_options(
         }.get(key, "a zeroth-order step has no such option")
         raise ValueError(
             f"model_parameters: groups with different {key} ({', '.join(map(str, values))}): "
-            f"{remedy}. Give groups that do not "
-            "differ, or the parameters alone."
+            f"{remedy}. Give groups that do not differ, or the parameters alone."
         )
 
 

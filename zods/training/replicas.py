@@ -115,7 +115,7 @@ class Replicas:
         if str(self.index) in answer["refused"]:
             raise RuntimeError(
                 f"replica {self.index}: {answer['refused'][str(self.index)]}. Start it again to "
-                f"join anew."
+                "join anew."
             )
         if rows is not None:
             self.members = [Member(*member) for member in answer["members"]]
@@ -136,7 +136,7 @@ class Replicas:
         if "lost" in answer:
             raise RuntimeError(
                 f"replica {self.index}: the leading replica is gone ({answer['lost']}). Start that "
-                f"one again, then this one."
+                "one again, then this one."
             )
         return answer
 

@@ -63,7 +63,7 @@ def resume(
     if run.state.global_steps or not run.recorder.is_new:
         raise ValueError(
             f"engine.resume({str(folder)!r}): the engine has made steps already. Call it before "
-            f"the first."
+            "the first."
         )
     file, data = None, b""
     if replicas is not None and run.recorder.follows:
@@ -170,7 +170,7 @@ def describe(run: TrainingRun) -> Header:
         if odd and not is_sharded(shard.param):
             raise RuntimeError(
                 f"rank {', '.join(map(str, odd))}: the weights of {shard.name} differ from rank "
-                f"0's."
+                "0's."
             )
         dtype = str(shard.dtype).removeprefix("torch.")
         records.append(
@@ -198,8 +198,8 @@ def check_same_model(logged: Header, here: Header, path: str) -> None:
         missing = sorted({p.name for p in logged.parameters} ^ {p.name for p in here.parameters})
         raise ValueError(
             f"{path}: it is of another model: {len(logged.parameters)} parameters there, "
-            f"{len(here.parameters)} here, e.g. "
-            f"{', '.join(missing[:3]) or 'in another order'}. {remedy}"
+            f"{len(here.parameters)} here, e.g. {', '.join(missing[:3]) or 'in another order'}. "
+            f"{remedy}"
         )
     for there, now in zip(logged.parameters, here.parameters, strict=True):
         for key in ("shape", "dtype", "trained", "fingerprint"):
@@ -216,8 +216,7 @@ def check_same_model(logged: Header, here: Header, path: str) -> None:
     if logged.data is not None and here.data is not None and logged.data != here.data:
         raise ValueError(
             f"{path}: it is of other training data: {logged.data[0]} examples (digest "
-            f"{logged.data[1]}), here "
-            f"{here.data[0]} ({here.data[1]}). Resume with the same data."
+            f"{logged.data[1]}), here {here.data[0]} ({here.data[1]}). Resume with the same data."
         )
 
 
@@ -230,15 +229,14 @@ def _check_run(run: TrainingRun, log: Log) -> None:
     if there.optimizer is not None:
         raise ValueError(
             f"{log.path}: made by first-order training with {there.optimizer.get('type')}, which "
-            f"zeroth-order steps cannot go on "
-            "with. Give another --output_dir, or --optimizer."
+            "zeroth-order steps cannot go on with. Give another --output_dir, or --optimizer."
         )
     for key in ("method", "direction", "loss_mean"):
         logged, now = getattr(there.section, key), getattr(here.section, key)
         if logged != now:
             raise ValueError(
                 f"{log.path}: made with zeroth_order.{key} = {logged}, this run has {now}. Resume "
-                f"with the same."
+                "with the same."
             )
     if there.batch != here.batch:
         fits = [
@@ -259,7 +257,7 @@ def _check_run(run: TrainingRun, log: Log) -> None:
     if (there.section.selector is None) != (here.section.selector is None):
         raise ValueError(
             f"{log.path}: made with{'out' if there.section.selector is None else ''} "
-            f"zeroth_order.selector."
+            "zeroth_order.selector."
         )
 
 
@@ -283,7 +281,7 @@ def _check_replica(config: RunConfig, log: Log) -> None:
     if leading is None:
         raise ValueError(
             f"zeroth_order.replicas: the leading replica has not begun yet ({log.path}). Start "
-            f"this one again."
+            "this one again."
         )
     there, here = leading.section, config.zeroth_order
     for key in (
@@ -298,20 +296,19 @@ def _check_replica(config: RunConfig, log: Log) -> None:
         if getattr(there, key) != getattr(here, key):
             raise ValueError(
                 f"zeroth_order.{key}: {getattr(here, key)}, but {getattr(there, key)} at the "
-                f"leading replica. Give the same."
+                "leading replica. Give the same."
             )
     accumulation = leading.batch // (leading.about.get("micro_batch", 1) * leading.world_size)
     own = config.deepspeed["gradient_accumulation_steps"]
     if accumulation != own:
         raise ValueError(
-            f"gradient_accumulation_steps: {own}, but {accumulation} at the leading replica: "
-            "they would share other micro-batches. Give the same."
+            f"gradient_accumulation_steps: {own}, but {accumulation} at the leading replica: they "
+            "would share other micro-batches. Give the same."
         )
     if stores_gradient(there) != stores_gradient(here):
         raise ValueError(
             f"zeroth_order.anchor.gradient: {here.anchor.gradient}, but {there.anchor.gradient} at "
-            f"the leading replica. Either "
-            "both keep it as terms, or none does."
+            "the leading replica. Either both keep it as terms, or none does."
         )
 
 

@@ -54,8 +54,8 @@ class StepLoss(torch.Tensor):
 
 _ONLY_LOSS = (
     "outputs{}: in training mode engine(batch) returns the loss alone, of several points around "
-    "the parameters. For the "
-    "model's outputs call engine.eval() first, and engine.train() after it."
+    "the parameters. For the model's outputs call engine.eval() first, and engine.train() after "
+    "it."
 )
 
 

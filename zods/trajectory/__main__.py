@@ -126,14 +126,14 @@ def _inspect(path: str, step: int | None) -> int:
             print(f"from step {record.step:<6} on {record.world_size} ranks: {json.dumps(section)}")
         if isinstance(record, Evaluation):
             print(
-                f"from step {record.step:<6} evaluated {record.form}, "
-                f"{record.streams} points per forward"
+                f"from step {record.step:<6} evaluated {record.form}, {record.streams} points per "
+                "forward"
             )
     steps = [record for record in log.records if isinstance(record, Step)]
     refreshes = sum(isinstance(record, Refresh) for record in log.records)
     print(
-        f"steps       {len(steps)}, of these skipped {sum(s.skipped for s in steps)}; "
-        f"refreshes of the anchor {refreshes}"
+        f"steps       {len(steps)}, of these skipped {sum(s.skipped for s in steps)}; refreshes of "
+        f"the anchor {refreshes}"
     )
     if steps:
         losses = [step.loss for step in steps if step.loss is not None]
@@ -143,8 +143,8 @@ def _inspect(path: str, step: int | None) -> int:
         )
         print(f"loss        {first:.4f} -> {last:.4f} (means of {most} steps)")
         print(
-            f"size        {log.ends[-1]:,} bytes, "
-            f"{(log.ends[-1] - log.ends[0]) / len(steps):.0f} per step"
+            f"size        {log.ends[-1]:,} bytes, {(log.ends[-1] - log.ends[0]) / len(steps):.0f} "
+            "per step"
         )
     print(f"head        {log.heads[-1]}")
     return 0

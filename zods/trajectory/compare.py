@@ -63,8 +63,8 @@ def longer(left: Log, right: Log) -> Log:
         if one != other
     )
     raise ValueError(
-        f"{left.path} and {right.path} have {left.records[common - 1].step} steps in common, "
-        f"then each its own. These do not commute: {_reasons(left, right)}. Replay one of them."
+        f"{left.path} and {right.path} have {left.records[common - 1].step} steps in common, then "
+        f"each its own. These do not commute: {_reasons(left, right)}. Replay one of them."
     )
 
 
@@ -80,7 +80,7 @@ def _reasons(left: Log, right: Log) -> str:
     if any(isinstance(record, Step) for record in records):
         dtypes = {parameter.dtype for parameter in left.header.parameters if parameter.trained}
         reasons.append(
-            f"every step rounds the weights to {' or '.join(sorted(dtypes))}, "
-            "so that their order shows in the bits"
+            f"every step rounds the weights to {' or '.join(sorted(dtypes))}, so that their order "
+            "shows in the bits"
         )
     return "; ".join(reasons) or "their configurations differ"

@@ -262,8 +262,8 @@ class LogFile:
                 if time.monotonic() > deadline:
                     os.close(self._descriptor)
                     raise ValueError(
-                        f"{self.path}: another run writes to it. Wait for that one to end, "
-                        "stop it, or give another folder."
+                        f"{self.path}: another run writes to it. Wait for that one to end, stop "
+                        "it, or give another folder."
                     ) from None
             if not said:
                 logger.warning(
@@ -312,8 +312,8 @@ class LogFile:
             except OSError as error:
                 raise OSError(
                     error.errno,
-                    f"{self.path}: the trajectory log cannot be written ({error.strerror}). "
-                    "All steps before this one are safe in it. Make room, and start again with the "
+                    f"{self.path}: the trajectory log cannot be written ({error.strerror}). All "
+                    "steps before this one are safe in it. Make room, and start again with the "
                     "same command",
                 ) from None
 

@@ -243,8 +243,8 @@ def _dtype(parameter: ParameterRecord) -> torch.dtype:
     dtype = getattr(torch, parameter.dtype, None)
     if not isinstance(dtype, torch.dtype):
         raise ValueError(
-            f"the log says that {parameter.name} is of dtype {parameter.dtype!r}, "
-            "which torch does not know."
+            f"the log says that {parameter.name} is of dtype {parameter.dtype!r}, which torch does "
+            "not know."
         )
     return dtype
 
@@ -276,8 +276,8 @@ def _base_weights(stored: StoredTensor) -> torch.Tensor:
     values = values.to(_dtype(parameter), copy=True).contiguous()
     if fingerprint(values.view(-1)) != parameter.fingerprint:
         raise ValueError(
-            f"{stored.file}: {stored.key} has other weights than the run started from. "
-            "Give the base that it started from."
+            f"{stored.file}: {stored.key} has other weights than the run started from. Give the "
+            "base that it started from."
         )
     return values
 

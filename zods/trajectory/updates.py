@@ -68,8 +68,8 @@ class History:
         if not isinstance(record, (Step, Refresh)) or not record.coefficients:
             if isinstance(record, Step) and record.coefficients is None:
                 raise ValueError(
-                    f"step {record.step}: of first-order training. "
-                    "Such a log tells what was selected only."
+                    f"step {record.step}: of first-order training. Such a log tells what was "
+                    "selected only."
                 )
             return None
         section = self._section
@@ -78,8 +78,8 @@ class History:
         if isinstance(record, Refresh):
             if not section.is_svrg:
                 raise ValueError(
-                    f"step {record.step}: a refresh of an anchor, "
-                    f"but the method is {section.method}."
+                    f"step {record.step}: a refresh of an anchor, but the method is "
+                    f"{section.method}."
                 )
             self.gradient = rule.anchor_gradient(record.step, record.coefficients)
             along = estimators.along_gradient(self.gradient, stored, record.lr)
