@@ -31,7 +31,7 @@ CONFIG = {
 DYING = """
 import os, runpy, signal, sys
 from pathlib import Path
-from zods.training_run import TrainingRun
+from zods.training.training_run import TrainingRun
 marker, commit = Path(sys.argv.pop(1)), TrainingRun.commit
 def dying(self, record):
     if os.environ["RANK"] == "1" and self.state.global_steps == 2 and not marker.exists():
