@@ -344,14 +344,14 @@ def test_the_number_of_buffers_their_size_and_the_tier_change_no_bit(tmp_path):
 def last_bytes(store: Any, shard: Any) -> list[int]:
     """Where the last byte of each block of `shard` lies in the file."""
     size = shard.dtype.itemsize
-    return [store._places[shard.name] + stop * size - 1 for _, stop in store.blocks(shard)]
+    return [store._offsets[shard.name] + stop * size - 1 for _, stop in store.blocks(shard)]
 
 
 def values_of(file: Path, store: Any, parameters: Any) -> bytes:
     """What is in the file, without what pads its blocks."""
     store._file.wait()
     content = file.read_bytes()
-    places = [(store._places[p.name], p.numel * p.dtype.itemsize) for p in parameters]
+    places = [(store._offsets[p.name], p.numel * p.dtype.itemsize) for p in parameters]
     return b"".join(content[place : place + length] for place, length in places)
 
 
@@ -447,7 +447,7 @@ def rank_of_lost_points(folder: Path) -> dict[str, tuple[str, str, bool]]:
             said[name] = ("nothing", "", False)
         except Exception as error:
             ranged = (
-                f"{file}: bytes {store._places['hidden.weight']} to {place + 1} (of hidden.weight)"
+                f"{file}: bytes {store._offsets['hidden.weight']} to {place + 1} (of hidden.weight)"
                 in str(error)
             )
             said[name] = (type(error).__name__, str(error), ranged)
