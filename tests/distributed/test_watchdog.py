@@ -267,14 +267,14 @@ WAITS = Answer(
     20.0,
     resting=False,
     waits=True,
-    place="comm.py:4 gather",
+    frame="comm.py:4 gather",
     stack=["run.py:1 main"],
 )
 BUSY = replace(
     WAITS,
     what="step 3, evaluate",
     waits=False,
-    place="data.py:104 __iter__",
+    frame="data.py:104 __iter__",
     stack=["data.py:104 __iter__"],
 )
 
@@ -296,7 +296,7 @@ def test_ranks_that_do_not_answer_are_named_before_those_that_are_busy():
 
 
 def test_ranks_that_all_wait_are_listed_with_their_places():
-    said = verdict({0: WAITS, 1: replace(WAITS, place="comm.py:9 barrier")}, 2)
+    said = verdict({0: WAITS, 1: replace(WAITS, frame="comm.py:9 barrier")}, 2)
     assert "all ranks wait for each other" in said
     assert "rank 0 at step 3, reduce, for 20 s, in comm.py:4 gather" in said
     assert "rank 1 at step 3, reduce, for 20 s, in comm.py:9 barrier" in said

@@ -90,19 +90,19 @@ class Answer:
     """A rank's answer to a roll call: the state of its main thread.
 
     what: the last beat; seconds: since then; resting: after it. waits: for other ranks, in a
-    collective. place: "file:line function" of the innermost frame outside the libraries. stack:
-    such places of all frames, innermost last.
+    collective. frame: "file:line function" of the innermost frame outside the libraries. stack:
+    the same of all frames, innermost last.
     """
 
     what: str
     seconds: float
     resting: bool
     waits: bool
-    place: str
+    frame: str
     stack: list[str]
 
     def __str__(self) -> str:
-        return f"{'at rest after' if self.resting else 'at'} {self.what}, for {self.seconds:.0f} s, in {self.place}"
+        return f"{'at rest after' if self.resting else 'at'} {self.what}, for {self.seconds:.0f} s, in {self.frame}"
 
 
 class _Watch:
@@ -199,16 +199,16 @@ class _Watch:
         innermost = sys._current_frames().get(threading.main_thread().ident or 0)
         walk = [] if innermost is None else list(traceback.walk_stack(innermost))[::-1]
         frames = [
-            (frame.f_globals.get("__name__", ""), _place(frame, line)) for frame, line in walk
+            (frame.f_globals.get("__name__", ""), _described(frame, line)) for frame, line in walk
         ]
-        own = [place for module, place in frames if not _of_a_library(module)]
-        stack = [place for _, place in frames]
+        own = [described for module, described in frames if not _of_a_library(module)]
+        stack = [described for _, described in frames]
         return Answer(
             what=beat.what,
             seconds=round(self._seconds, 1) if beat is self._seen else 0.0,
             resting=beat.resting,
             waits=_waits([module for module, _ in frames]),
-            place=(own or stack or ["an unknown place"])[-1],
+            frame=(own or stack or ["an unknown place"])[-1],
             stack=stack,
         )
 
@@ -244,7 +244,7 @@ def verdict(answers: Mapping[int, Answer], world_size: int) -> str:
     if others and all(answers[rank].waits for rank in others):
         said += f" The others wait for {'them' if several else 'it'}."
     shown = culprits[0] if culprits[0] in answers else min(answers)
-    stack = "\n".join(f"  {place}" for place in answers[shown].stack)
+    stack = "\n".join(f"  {frame}" for frame in answers[shown].stack)
     return f"zods: {said} {AGAIN}\nRank {shown}'s main thread, innermost last:\n{stack}"
 
 
@@ -279,7 +279,7 @@ def _of_a_library(module: str) -> bool:
     return top in ("torch", "deepspeed") or (top in sys.stdlib_module_names and top != "__main__")
 
 
-def _place(frame: Any, line: int) -> str:
+def _described(frame: Any, line: int) -> str:
     # Without the line's text: reading the file may hang, like what the main thread waits for.
     return f"{os.path.basename(frame.f_code.co_filename)}:{line} {frame.f_code.co_name}"
 

@@ -33,8 +33,8 @@ class Shard:
     name: str
     ordinal: int
     param: Any  # a torch.nn.Parameter; Any for the attributes that DeepSpeed sets on it
-    shape: tuple[int, ...]
     dtype: torch.dtype
+    shape: tuple[int, ...]
     offset: int
     numel: int
     padded_numel: int
@@ -68,9 +68,8 @@ class ShardedParameters:
         """
         wanted = None if model_parameters is None else {id(p) for p in model_parameters}
         shards = [
-            Shard(name, ordinal, param, shape, param.dtype, offset, numel, padded_numel)
+            Shard(name, ordinal, param, param.dtype, *zero3.partition_of(param, rank))
             for ordinal, (name, param) in enumerate(module.named_parameters())
-            for shape, offset, numel, padded_numel in (zero3.partition_of(param, rank),)
         ]
         self.shards = [
             s for s in shards if s.param.requires_grad and (wanted is None or id(s.param) in wanted)
