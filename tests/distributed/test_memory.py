@@ -63,7 +63,7 @@ def rank_of_peaks(stage: int) -> dict[str, tuple[int, int, int]]:
                 engine.deepspeed(**inputs, use_cache=False)
             release_gathered(engine.deepspeed)
         # else what is kept from the first step does not count
-        engine._evaluator._forwards.at._perturber.scratch.__init__()
+        engine._evaluator._forwards.perturbed.perturber.scratch.__init__()
         with peak_memory(engine.device) as step:
             train(engine, data, [3])
         largest = 0

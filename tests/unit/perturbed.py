@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from zods.core.directions import Direction
 from zods.core.points import Point
-from zods.forward.perturbed_modules import PerturbedForward
+from zods.forward.module_runners import PointRunner
+from zods.forward.perturbed_modules import PerturbedModules
 from zods.params.shards import ShardedParameters
 
 EPS = 1e-2
@@ -19,9 +20,9 @@ def example(dtype: torch.dtype = torch.float32) -> Tensor:
 
 def perturbed_forward(
     module: nn.Module, distribution: str = "gaussian", observe: bool = True
-) -> PerturbedForward:
+) -> PerturbedModules:
     slices = ShardedParameters(module, rank=0).shards
-    forward_at = PerturbedForward(module, slices, Direction(distribution))
+    forward_at = PerturbedModules(module, slices, Direction(distribution))
     if observe:
         with torch.no_grad(), forward_at.observing():
             module(example(next(module.parameters()).dtype))
@@ -30,7 +31,7 @@ def perturbed_forward(
 
 @torch.no_grad()
 def output_at(
-    forward_at: PerturbedForward, module: nn.Module, x: Tensor, point: Point | None
+    forward_at: PerturbedModules, module: nn.Module, x: Tensor, point: Point | None
 ) -> Tensor:
-    with forward_at.at(point):
+    with PointRunner(forward_at).at(point):
         return module(x)

@@ -13,8 +13,8 @@ from tests.unit.perturbed import output_at, perturbed_forward
 from zods.core.directions import Direction
 from zods.core.points import Point
 from zods.forward import large_matrices
+from zods.forward.module_runners import StackRunner
 from zods.forward.peak_memory import peak_memory
-from zods.forward.perturbed_modules import PerturbedForward
 from zods.params.shards import ShardedParameters
 
 ROWS, WIDTH, EPS = 4096, 32, 1e-2
@@ -115,9 +115,10 @@ def test_parts_of_a_large_matrix_have_the_values_of_the_whole_copy(name, dtype, 
     )
     torch.testing.assert_close(output_at(forward_at, module, x, point), expected[0], **tolerance)
     if distribution != "low_rank":
-        with forward_at.at(point, record=len(x)):
+        stack = StackRunner(forward_at)
+        with stack.recording(point):
             module(x)
-        with forward_at.at_all([point, Point(7, -EPS)], len(x)):
+        with stack.at([point, Point(7, -EPS)], len(x)):
             stacked = module(x.repeat(2, 1)).chunk(2)
         for found, right in zip(stacked, expected, strict=True):
             torch.testing.assert_close(found, right, **tolerance)
@@ -126,17 +127,18 @@ def test_parts_of_a_large_matrix_have_the_values_of_the_whole_copy(name, dtype, 
 def bytes_of_a_pair(name: str, x: Tensor) -> int:
     """What a stack of a pair takes more than two plain forwards."""
     module = model(name)
-    forward_at: PerturbedForward = perturbed_forward(module, observe=False)
+    forward_at = perturbed_forward(module, observe=False)
+    stack = StackRunner(forward_at)
     points = [Point(7, EPS), Point(7, -EPS)]
     with torch.no_grad():
         with forward_at.observing():
             module(x)
-        with forward_at.at(points[0], record=len(x)):
+        with stack.recording(points[0]):
             module(x)
-        forward_at._perturber.scratch.__init__()  # as at the first step
+        forward_at.perturber.scratch.__init__()  # as at the first step
         with peak_memory(torch.device("cpu")) as plain:
             module(x.repeat(2, 1))
-        with peak_memory(torch.device("cpu")) as at_points, forward_at.at_all(points, len(x)):
+        with peak_memory(torch.device("cpu")) as at_points, stack.at(points, len(x)):
             module(x.repeat(2, 1))
     return at_points.bytes - plain.bytes
 

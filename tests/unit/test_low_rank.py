@@ -195,7 +195,7 @@ def test_factors_added_to_an_output_are_the_module_with_the_perturbed_weight(for
     """
     torch.manual_seed(0)
     module, x = MODULES[form](), inputs(form)
-    assert low_rank.form_of(module) == form
+    assert low_rank.product_of(module) == form
     direction, parameter = Direction("low_rank", rank), Named(tuple(module.weight.shape), 4)
     left, right = direction.factors(parameter, [1, 2], [0.3, 0.2], range(parameter.shape[0]), "cpu")
     bias = getattr(module, "bias", None)
@@ -219,7 +219,7 @@ def test_factors_added_to_an_output_are_the_module_with_the_perturbed_weight(for
     assert (output[:2] - output[2:]).abs().max() > 0.1
 
 
-def test_a_subclass_with_another_forward_has_no_form():
+def test_a_subclass_with_another_forward_has_no_product():
     class Scaled(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
             return 2 * super().forward(x)
@@ -227,9 +227,9 @@ def test_a_subclass_with_another_forward_has_no_form():
     class Another(nn.Linear):
         """Only its name differs."""
 
-    assert low_rank.form_of(Scaled(2, 2)) is None
-    assert low_rank.form_of(Another(2, 2)) == "linear"
-    assert low_rank.form_of(nn.Embedding(3, 2, max_norm=1.0)) is None, (
+    assert low_rank.product_of(Scaled(2, 2)) is None
+    assert low_rank.product_of(Another(2, 2)) == "linear"
+    assert low_rank.product_of(nn.Embedding(3, 2, max_norm=1.0)) is None, (
         "its forward changes the weight"
     )
-    assert low_rank.form_of(nn.LayerNorm(2)) is None
+    assert low_rank.product_of(nn.LayerNorm(2)) is None

@@ -15,7 +15,7 @@ from tests.helpers import bits
 from tests.unit.perturbed import EPS, example, output_at, perturbed_forward
 from zods import kernels
 from zods.core.points import Center, Point
-from zods.forward.perturbed_modules import PerturbedForward
+from zods.forward.perturbed_modules import PerturbedModules
 from zods.kernels import combine_
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -434,7 +434,7 @@ def refuse(*_) -> None:
     raise ArithmeticError("in a hook")
 
 
-def broken(handles: bool, where: str) -> tuple[nn.Module, PerturbedForward]:
+def broken(handles: bool, where: str) -> tuple[nn.Module, PerturbedModules]:
     """A Cautious module whose innermost one fails: in its forward, or in a hook before or after
     ours.
     """

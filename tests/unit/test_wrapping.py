@@ -15,6 +15,7 @@ from torch.nn.utils import prune
 from tests.unit.perturbed import EPS, output_at, perturbed_forward
 from zods.core.directions import Direction
 from zods.core.points import Point
+from zods.forward.module_runners import StackRunner
 from zods.params.shards import ShardedParameters
 
 
@@ -185,9 +186,10 @@ def test_a_gradient_taken_inside_a_forward_is_that_of_the_point(distribution):
         module(X)
     for point, right in zip(points, expected, strict=True):
         torch.testing.assert_close(output_at(forward_at, module, X, point), right)
-    with forward_at.at(points[0], record=len(X)):
+    stack = StackRunner(forward_at)
+    with stack.recording(points[0]):
         module(X)
-    with forward_at.at_all(points, len(X)):
+    with stack.at(points, len(X)):
         stacked = module(X.repeat(2, 1))
     torch.testing.assert_close(stacked, torch.cat(expected))
 

@@ -21,19 +21,16 @@ from tqdm import tqdm
 from zods.core.points import Point
 from zods.data.batch import num_examples
 from zods.data.objectives import logits_of, other_labels
-from zods.forward.forms import Lockstep, Stacked
-from zods.forward.model_forwards import ModelForwards
+from zods.forward.forms import CHECK_DISTANCE, Form, Forms
+from zods.forward.model_forwards import ModelForwards, logits_in
 from zods.forward.peak_memory import peak_memory
-from zods.params.zero3_adapter import release_gathered, stop_nvme_prefetch
+from zods.params.zero3_adapter import release_gathered
 
 logger = logging.getLogger(__name__)
 
-# distance of the points at which forms are first compared; weights are commonly that large
-CHECK_DISTANCE = 0.02
 CHECK_EXAMPLES = 4  # examples on which forms are compared, if the batch can be cut
 # how many times as far as rounding moves them logits may be off; each is a matter of chance
 MOST_ROUNDINGS = 5
-FORMS = ("stacked", "lockstep")
 
 
 class ChooseForm:
@@ -48,8 +45,7 @@ class ChooseForm:
     def __init__(
         self,
         forwards: ModelForwards,
-        stacked: Stacked,
-        lockstep: Lockstep,
+        forms: Forms,
         *,
         eps: float,
         asked: str,
@@ -58,13 +54,13 @@ class ChooseForm:
         stream_memory_gb: float | None,
     ) -> None:
         self._forwards, self._comm = forwards, forwards.comm
-        self._stacked, self._lockstep = stacked, lockstep
+        self._forms = forms
         self._eps, self._asked = eps, asked
         self._micro_batch, self._most_points = micro_batch, most_points
         self._stream_memory_gb = stream_memory_gb
         self.streams_per_forward = 2
 
-    def choose(self, batch: Any) -> str:
+    def choose(self, batch: Any) -> Form:
         """The first of the forms asked for that fits, the same on all ranks.
 
         Raises ValueError, the same on all ranks, where the model gives no loss, or a form that was
@@ -84,9 +80,9 @@ class ChooseForm:
             finally:
                 f.on_forward = None
 
-    def _choose(self, batch: Any) -> str:
-        f = self._forwards
-        with f.at.observing():
+    def _choose(self, batch: Any) -> Form:
+        f, forms = self._forwards, self._forms
+        with f.perturbed.observing():
             outputs = f.outputs(batch)
         f.find_objective(outputs, batch)
         own = f.mean_of(outputs, batch)
@@ -98,23 +94,25 @@ class ChooseForm:
             own_loss = own_loss or "its loss is not the cross entropy of its logits on another rank"
             f.take_own_loss(batch)
         if self._asked == "sequential" or (random is not None and self._asked == "auto"):
-            return "sequential"
+            return forms.sequential
         reasons: list[str] = []
-        for form in FORMS if self._asked == "auto" else (self._asked,):
-            reason = (
-                own_loss if form == "stacked" and own_loss is not None else self.misfit(form, batch)
-            )
+        auto: tuple[Form, ...] = (forms.stacked, forms.lockstep)
+        for form in auto if self._asked == "auto" else (forms.named(self._asked),):
+            reason = own_loss if form is forms.stacked else None
             if reason is None:
-                logger.info("evaluation: %s%s", form, f" ({'; '.join(reasons)})" if reasons else "")
+                reason = self.misfit(form, batch)
+            if reason is None:
+                found = f" ({'; '.join(reasons)})" if reasons else ""
+                logger.info("evaluation: %s%s", form.name, found)
                 return form
             if self._asked != "auto":
                 raise ValueError(
-                    f'zeroth_order.evaluation: "{form}" does not fit this model: {reason}. Use '
+                    f'zeroth_order.evaluation: "{form.name}" does not fit this model: {reason}. Use '
                     '"auto".'
                 )
-            reasons.append(f"not {form}: {reason}")
+            reasons.append(f"not {form.name}: {reason}")
         logger.info("evaluation: sequential (%s)", "; ".join(reasons))
-        return "sequential"
+        return forms.sequential
 
     def _randomness(self, own: torch.Tensor, batch: Any) -> str | None:
         """Return the warning for a model that gives another loss for the same weights and batch, or
@@ -134,23 +132,22 @@ class ChooseForm:
             "chance then: make its forward deterministic."
         )
 
-    def misfit(self, form: str, batch: Any) -> str | None:
+    def misfit(self, form: Form, batch: Any) -> str | None:
         """Return the reason why `form` does not give what separate forwards give, or None. The same
         on all ranks.
         """
         f = self._forwards
+        stacked = form is self._forms.stacked
         needed, reason, far = 0.0, None, None
         try:
-            if form == "stacked":
+            if stacked:
                 reason, needed, far = self._stacked_misfit(batch)
             else:
                 reason, needed = self._lockstep_misfit(batch)
         except Exception as error:  # whatever a model does in a form that it was not written for
             reason = f"{type(error).__name__}: {str(error)[:300]}"
             release_gathered(f.deepspeed)
-        (any_far,) = (
-            self._comm.sum_over_ranks([float(far is not None)]) if form == "stacked" else (0.0,)
-        )
+        any_far = stacked and self._comm.sum_over_ranks([float(far is not None)])[0]
         if any_far and not self._comm.sum_over_ranks([float(reason is not None)])[0]:
             near, rounding = self._error_and_rounding(batch, f.without_loss(batch))
             if far is not None and near > MOST_ROUNDINGS * rounding:
@@ -170,15 +167,15 @@ class ChooseForm:
     def _lockstep_misfit(self, batch: Any) -> tuple[str | None, float]:
         """Return the reason against lockstep, or None, and the bytes that a further point takes."""
         f = self._forwards
-        stop_nvme_prefetch(f.deepspeed)
+        self._forms.lockstep.prepare(batch)
         points = _points(CHECK_DISTANCE)
         with peak_memory(self._comm.device) as of_one:
             first = f.loss_at(points[0], batch)
         separate = torch.stack([first, f.loss_at(points[1], batch)])
-        copies = f.at.scratch_bytes
+        copies = f.perturbed.scratch_bytes
         with peak_memory(self._comm.device) as of_two:
-            found = self._lockstep.losses(points, batch)
-        copies = f.at.scratch_bytes - copies
+            found = self._forms.lockstep.losses(points, batch)
+        copies = f.perturbed.scratch_bytes - copies
         same = torch.allclose(found, separate, rtol=1e-6, atol=0.0, equal_nan=True)
         reason = None if same else "its losses differ from those of separate forwards"
         return reason, of_two.bytes - of_one.bytes - copies
@@ -190,27 +187,24 @@ class ChooseForm:
         error of the logits if it needs a closer look.
         """
         f = self._forwards
-        if f.at.branches:
-            named = ", ".join(sorted(f.at.branches))
+        if f.perturbed.branches:
+            named = ", ".join(sorted(f.perturbed.branches))
             return (
                 f"what it computes next depends on values that its weights make ({named} of a "
                 "tensor)",
                 0.0,
                 None,
             )
-        alone = f.without_loss(batch)
-        points = _points(CHECK_DISTANCE)
-        f.at.stacking.forget()
+        stacked, points = self._forms.stacked, _points(CHECK_DISTANCE)
         with peak_memory(self._comm.device) as of_one:
-            first = f.logits_at(points[0], alone, record=num_examples(batch))
-        separate = [first, f.logits_at(points[1], alone)]
-        f.at.nested.clear()
-        copies = f.at.scratch_bytes
+            first = logits_in(stacked.record(points[0], batch))
+        separate = [first, f.logits_at(points[1], f.without_loss(batch))]
+        copies = f.perturbed.scratch_bytes
         with peak_memory(self._comm.device) as of_two:
-            stacked = self._stacked.logits(points, batch)
+            found = stacked.logits(points, batch)
         # copies serve all points
-        needed = of_two.bytes - of_one.bytes - (f.at.scratch_bytes - copies)
-        nested = sorted({type(module).__name__ for module in f.at.nested})
+        needed = of_two.bytes - of_one.bytes - (f.perturbed.scratch_bytes - copies)
+        nested = sorted({type(module).__name__ for module in stacked.nested})
         if nested and f.is_sharded and self._asked == "auto":
             named = ", ".join(nested)
             return (
@@ -219,7 +213,7 @@ class ChooseForm:
                 0.0,
                 None,
             )
-        return None, needed, _error(stacked, separate)
+        return None, needed, _error(found, separate)
 
     def _error_and_rounding(self, batch: Any, alone: Any) -> tuple[float, float]:
         """At a step's distance, relative: how far a stack's logits are off those of separate
@@ -232,7 +226,7 @@ class ChooseForm:
         rounded = [
             f.logits_at(Point(point.seed, point.coefficient + change), alone) for point in points
         ]
-        found = self._stacked.logits(points, batch)
+        found = self._forms.stacked.logits(points, batch)
         size = sum(float(logits.norm()) for logits in separate)
         return tuple(
             sum(float((a.float() - b).norm()) for a, b in zip(others, separate, strict=True)) / size

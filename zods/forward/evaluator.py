@@ -13,15 +13,15 @@ import torch
 from tqdm import tqdm
 
 from zods.core.points import Point
-from zods.data.batch import Inputs, num_examples
+from zods.data.batch import Inputs
 from zods.data.loader import WholePass
 from zods.data.objectives import loss_count
-from zods.forward.choose_form import CHECK_DISTANCE, ChooseForm
-from zods.forward.forms import Form, Lockstep, Sequential, Stacked
+from zods.forward.choose_form import ChooseForm
+from zods.forward.forms import Form, Forms
 from zods.forward.lockstep import NotInLockstep
 from zods.forward.model_forwards import ModelForwards
 from zods.forward.stacked import NotStackable
-from zods.params.zero3_adapter import release_gathered, stop_nvme_prefetch
+from zods.params.zero3_adapter import release_gathered
 
 logger = logging.getLogger(__name__)
 
@@ -46,19 +46,13 @@ class Evaluator:
         """eps: distance of a step's points. most_points: that are ever evaluated together. beat:
         called before each batch of losses, so that the watchdog can name a rank that hangs in it.
         """
-        self.evaluation: str | None = None  # how points are evaluated; chosen on the first batch
         self.streams_per_forward = 2
         self._forwards, self._comm, self._beat = forwards, forwards.comm, beat
-        stacked, lockstep = Stacked(forwards), Lockstep(forwards)
-        self._forms: dict[str, Form] = {
-            "sequential": Sequential(forwards),
-            "stacked": stacked,
-            "lockstep": lockstep,
-        }
+        self._forms = Forms(forwards)
+        self._form: Form | None = None  # chosen on the first batch
         self._chooser = ChooseForm(
             forwards,
-            stacked,
-            lockstep,
+            self._forms,
             eps=eps,
             asked=evaluation,
             micro_batch=micro_batch,
@@ -69,15 +63,20 @@ class Evaluator:
         # whether a batch did not fit the form chosen, which the other ranks do not know yet
         self.left_form = False
 
+    @property
+    def evaluation(self) -> str | None:
+        """The name of the form of evaluation; None before the first batch, on which it is chosen."""
+        return None if self._form is None else self._form.name
+
     def adopt(self, known: tuple[str, int] | None) -> None:
         """Evaluate as (form, points per forward) that were chosen before, under the same
         conditions; None: choose.
         """
-        self._known, self.evaluation = known, None
+        self._known, self._form = known, None
 
     def close(self) -> None:
         """Give the model its own forwards back."""
-        self._forwards.at.remove()
+        self._forwards.perturbed.remove()
 
     def inputs(self, *args: Any, **kwargs: Any) -> dict[str, Any] | Inputs:
         """A batch on the device, as the model's forward is given it; see
@@ -104,55 +103,45 @@ class Evaluator:
         rechecks: compare a stack with a separate forward, on all ranks together; see `_rechecked`.
         """
         batch = self._forwards.without_cache(batch)
-        self._forwards.at.move_new_hooks()
-        if self.evaluation is None:
-            self.evaluation = self._choose(batch)
+        self._forwards.perturbed.move_new_hooks()
+        form = self._form = self._form or self._choose(batch)
         at = [point for point in points if point is not None]
         if len(at) < max(len(points), 2):
             return torch.stack([self._forwards.loss_at(point, batch) for point in points])
         try:
-            losses = self._losses_together(at, batch)
+            losses = self._losses_together(form, at, batch)
         except (NotStackable, NotInLockstep) as error:
             self._refuse_alone(error)
-            losses = self._losses_together(at, batch, "sequential")
-        return (
-            self._rechecked(losses, at, batch)
-            if rechecks and self.evaluation == "stacked"
-            else losses
-        )
+            losses = self._losses_together(self._forms.sequential, at, batch)
+        if rechecks and form is self._forms.stacked:
+            return self._rechecked(losses, at, batch)
+        return losses
 
-    def _losses_together(
-        self, points: Sequence[Point], batch: Any, form: str | None = None
-    ) -> torch.Tensor:
-        form = str(self.evaluation) if form is None else form
-        if form == "stacked" and not (
+    def _losses_together(self, form: Form, points: Sequence[Point], batch: Any) -> torch.Tensor:
+        if form is self._forms.stacked and not (
             isinstance(batch, dict) and isinstance(batch.get("labels"), torch.Tensor)
         ):
-            # this form reports what the batch lacks, or the model gives a loss without labels
-            form = "sequential"
-        losses = self._forms[form].losses
+            # a separate forward reports what the batch lacks, or gives a loss without labels
+            form = self._forms.sequential
         size = self.streams_per_forward
-        return torch.cat([losses(points[k : k + size], batch) for k in range(0, len(points), size)])
+        parts = [points[k : k + size] for k in range(0, len(points), size)]
+        return torch.cat([form.losses(part, batch) for part in parts])
 
     # --- how to evaluate --------------------------------------------------------------------------
 
-    def _choose(self, batch: Any) -> str:
+    def _choose(self, batch: Any) -> Form:
         """The form that is known from before, or the first that fits."""
         if self._known is None:
             form = self._chooser.choose(batch)
             self.streams_per_forward = self._chooser.streams_per_forward
             return form
         f = self._forwards
-        with f.at.observing():
+        with f.perturbed.observing():
             outputs = f.outputs(batch)
         f.find_objective(outputs, batch)
-        form, self.streams_per_forward = self._known
-        if form == "lockstep":
-            stop_nvme_prefetch(f.deepspeed)
-        if form == "stacked":  # learn from one batch which calls carry the batch
-            f.outputs_at(
-                Point(1, CHECK_DISTANCE), f.without_loss(batch), record=num_examples(batch)
-            )
+        name, self.streams_per_forward = self._known
+        form = self._forms.named(name)
+        form.prepare(batch)
         return form
 
     def _refuse_alone(self, error: Exception) -> None:
@@ -177,7 +166,7 @@ class Evaluator:
 
     def leave_form(self) -> None:
         """Evaluate separately from now on, on all ranks."""
-        self.evaluation, self.left_form = "sequential", False
+        self._form, self.left_form = self._forms.sequential, False
 
     def _rechecked(self, losses: torch.Tensor, points: Sequence[Point], batch: Any) -> torch.Tensor:
         """`losses`, or those of another form where a stack does not give the model's own loss on
@@ -203,17 +192,17 @@ class Evaluator:
             return losses
         if misfits[0]:
             f.take_own_loss(batch)
-        fits = self._chooser.misfit("lockstep", batch) is None
-        self.evaluation = "lockstep" if fits else "sequential"
+        fits = self._chooser.misfit(self._forms.lockstep, batch) is None
+        form = self._form = self._forms.lockstep if fits else self._forms.sequential
         logger.warning(
             "evaluation: %s from now on, no longer stacked: %s",
-            self.evaluation,
+            form.name,
             "it does not give the model's own loss on a later batch"
             if outputs is None
             else f"on this batch the model's loss is {float(f.own_and_logits_loss(outputs, batch)[0]):.6g}, from a stack "
             f"{float(losses[0]):.6g}",
         )
-        return self._losses_together(points, batch)
+        return self._losses_together(form, points, batch)
 
     def loss_sums(
         self, points: Sequence[Point | None], batch: Any, *, rechecks: bool = False

@@ -4,8 +4,9 @@
     stacked      one forward of as many copies of the batch as points; losses from the logits
     lockstep     as many forwards as points, which wait for each other at every module
 
-All give the same losses, up to rounding, on models that fit the form. `zods.forward.choose_form`
-chooses one on the first batch; the evaluator uses it.
+On models that fit the form, all give the same losses up to rounding. How a module runs in each form
+is in `zods.forward.module_runners`. `zods.forward.choose_form` chooses a form on the first batch,
+and the evaluator uses it.
 """
 
 from __future__ import annotations
@@ -18,29 +19,68 @@ import torch
 from zods.core.points import Point
 from zods.data.batch import call_model, num_examples
 from zods.forward.model_forwards import ModelForwards, logits_in
+from zods.forward.module_runners import LockstepRunner, StackRunner
 from zods.forward.stacked import NotStackable
+from zods.params.zero3_adapter import stop_nvme_prefetch
+
+# distance of the points at which forms are first compared; weights are commonly that large
+CHECK_DISTANCE = 0.02
 
 
 class Form(Protocol):
+    """A form of evaluation of one model."""
+
+    name: str
+
+    def prepare(self, batch: Any) -> None:
+        """Make the form ready for use on batches like `batch`. All ranks together."""
+        ...
+
     def losses(self, points: Sequence[Point], batch: Any) -> torch.Tensor:
         """Mean losses of a batch at the points: (number of points,)."""
         ...
 
 
 class Sequential:
+    """One forward after the other."""
+
+    name = "sequential"
+
     def __init__(self, forwards: ModelForwards) -> None:
         self._forwards = forwards
 
+    def prepare(self, batch: Any) -> None:
+        pass
+
     def losses(self, points: Sequence[Point], batch: Any) -> torch.Tensor:
+        """Mean losses of a batch at the points."""
         return torch.stack([self._forwards.loss_at(point, batch) for point in points])
 
 
 class Stacked:
+    """One forward of as many copies of the batch as points."""
+
+    name = "stacked"
+
     def __init__(self, forwards: ModelForwards) -> None:
         self._forwards = forwards
+        self._runner = StackRunner(forwards.perturbed)
+
+    @property
+    def nested(self) -> set[torch.nn.Module]:
+        """Modules that ran inside another one in the last stack, and so once per point."""
+        return self._runner.nested
+
+    def prepare(self, batch: Any) -> None:
+        self.record(Point(1, CHECK_DISTANCE), batch)
+
+    def record(self, point: Point, batch: Any) -> Any:
+        """Outputs of one forward without labels, from which the form learns to split a stack."""
+        with self._runner.recording(point):
+            return self._forwards.outputs(self._forwards.without_loss(batch))
 
     def losses(self, points: Sequence[Point], batch: Any) -> torch.Tensor:
-        """Mean losses at the points.
+        """Mean losses of a batch at the points.
 
         Raises NotStackable where the batch or a module cannot be stacked.
         """
@@ -53,36 +93,58 @@ class Stacked:
             raise NotStackable("the batch is not a dict with labels")
         size = num_examples(batch)
         stack = {
-            key: _stacked(value, len(points), size)
+            key: _repeated(value, len(points), size)
             for key, value in self._forwards.without_loss(batch).items()
         }
-        with self._forwards.at.at_all(points, size):
+        with self._runner.at(points, size):
             logits = logits_in(self._forwards.outputs(stack))
         return logits.chunk(len(points))
 
 
 class Lockstep:
+    """As many forwards as points, which wait for each other at every module."""
+
+    name = "lockstep"
+
     def __init__(self, forwards: ModelForwards) -> None:
         self._forwards = forwards
+        self._runner = LockstepRunner(forwards.perturbed)
+
+    def prepare(self, batch: Any) -> None:
+        stop_nvme_prefetch(self._forwards.deepspeed)
 
     def losses(self, points: Sequence[Point], batch: Any) -> torch.Tensor:
-        """Mean losses at the points.
+        """Mean losses of a batch at the points.
 
         Raises NotInLockstep where the forwards call different modules.
         """
-        f = self._forwards
-        f.into_eval_mode()
+        forwards = self._forwards
+        forwards.into_eval_mode()
 
         def loss(k: int) -> torch.Tensor:
             # DeepSpeed's hooks on the whole model count forwards: they run once, in the first
             # stream
-            call = f.deepspeed if k == 0 else f.module.forward
-            return f.mean_of(call_model(call, batch), batch)
+            call = forwards.deepspeed if k == 0 else forwards.module.forward
+            return forwards.mean_of(call_model(call, batch), batch)
 
-        return torch.stack(f.at.in_lockstep(points, loss))
+        return torch.stack(self._runner.run_all(points, loss))
 
 
-def _stacked(value: Any, num_points: int, size: int) -> Any:
+class Forms:
+    """The forms of evaluation of one model."""
+
+    def __init__(self, forwards: ModelForwards) -> None:
+        self.sequential = Sequential(forwards)
+        self.stacked = Stacked(forwards)
+        self.lockstep = Lockstep(forwards)
+
+    def named(self, name: str) -> Form:
+        """The form with a name, as the configuration and the log have it."""
+        forms: tuple[Form, ...] = (self.sequential, self.stacked, self.lockstep)
+        return {form.name: form for form in forms}[name]
+
+
+def _repeated(value: Any, num_points: int, size: int) -> Any:
     """Repeat an entry of a batch of `size` examples for each point; one row serves all examples."""
     if not isinstance(value, torch.Tensor) or value.ndim == 0 or value.shape[0] not in (1, size):
         return value

@@ -7,15 +7,18 @@ would take more memory than all else that a step needs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from zods.forward.parameter_usage import reads_values
+from zods.forward.parameter_copies import Centers, Perturber
+from zods.forward.parameter_usage import Perturbable, reads_values
 
 LARGE_BYTES = 1 << 26  # a matrix from this size on is copied in parts
 BLOCK_BYTES = 1 << 24  # rows of a linear layer's weight are copied in blocks of this size
@@ -31,11 +34,53 @@ def is_large(matrix: torch.Tensor) -> bool:
     return matrix.ndim == 2 and matrix.nbytes >= LARGE_BYTES
 
 
+def large_weight(
+    perturber: Perturber, module: nn.Module, gathered: Sequence[Perturbable]
+) -> Perturbable | None:
+    """Return a module's weight if it is perturbed, not in place yet, and too large for a whole
+    copy. gathered: the module's perturbed parameters.
+    """
+    weight = module._parameters.get("weight")
+    if weight is None or not is_large(weight.data):
+        return None
+    parameter = next((p for p in gathered if p.param is weight), None)
+    if parameter is None or parameter.ordinal in perturber.in_place:
+        return None
+    return parameter
+
+
 def blocks(matrix: torch.Tensor) -> Iterator[range]:
     """The rows of a matrix in blocks."""
     number = max(1, BLOCK_BYTES // max(1, matrix.shape[1] * matrix.itemsize))
     for start in range(0, matrix.shape[0], number):
         yield range(start, min(start + number, matrix.shape[0]))
+
+
+@contextmanager
+def perturbed_rows(
+    perturber: Perturber, parameter: Perturbable | None, stream: int, centers: Centers
+) -> Iterator[None]:
+    """Perturb the rows of an embedding's matrix that are looked up inside, to a stream's point.
+
+    parameter: the matrix; None: there is none.
+    """
+    if parameter is None:
+        yield
+        return
+    point = perturber.points[stream]
+
+    def place_whole() -> None:
+        ((copy,),) = perturber.copies([parameter], (stream,), centers)
+        perturber.place(*copy)
+
+    def copy_rows(out: torch.Tensor, rows: range) -> None:
+        perturber.perturb_([out], parameter, point, centers, rows)
+
+    try:
+        with LookedUpRows(parameter.param, copy_rows, place_whole):
+            yield
+    finally:
+        perturber.restore([parameter.ordinal])
 
 
 class LookedUpRows(TorchFunctionMode):

@@ -26,10 +26,6 @@ class LockstepScheduler:
         self._outside: _Contexts | None = None
         self.round = 0  # grows whenever all forwards have come to the same module
 
-    @property
-    def is_running(self) -> bool:
-        return self._hub is not None
-
     def run(
         self, call: Callable[[int], Any], number: int, resume: Callable[[int], None]
     ) -> list[Any]:

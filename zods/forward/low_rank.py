@@ -7,17 +7,18 @@ activations carry the factors in their own dtype.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from zods import kernels
 
-Form = str  # "linear": weight (out, in); "conv1d": (in, out); "embedding": (rows, out)
+# weight of "linear": (out, in); of "conv1d": (in, out); of "embedding": (rows, out)
+MatrixProduct = Literal["linear", "conv1d", "embedding"]
 
 
-def form_of(module: nn.Module) -> Form | None:
+def product_of(module: nn.Module) -> MatrixProduct | None:
     """Return how `module` uses its `weight`, or None if that is not known. Subclasses with another
     forward are not known.
     """
@@ -32,7 +33,11 @@ def form_of(module: nn.Module) -> Form | None:
 
 
 def projected(
-    form: Form, x: torch.Tensor, left: torch.Tensor, right: torch.Tensor, mirrored: int
+    product: MatrixProduct,
+    x: torch.Tensor,
+    left: torch.Tensor,
+    right: torch.Tensor,
+    mirrored: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(N, Q) and (Q, out) float32, whose product is what the matrix left @ right, of the weight's
     shape, gives for `x`.
@@ -40,15 +45,15 @@ def projected(
     x: (..., in), or indices (...), N in all. left: (rows, Q), right: (Q, columns), float32.
     mirrored: in the second half of `x` on dim 0 the last so many of the Q count negative; 0: none.
     """
-    if form == "embedding":
+    if product == "embedding":
         inner = left[x.reshape(-1)]
     else:
         inner = (
-            x.reshape(-1, x.shape[-1]) @ (right.T if form == "linear" else left).to(x.dtype)
+            x.reshape(-1, x.shape[-1]) @ (right.T if product == "linear" else left).to(x.dtype)
         ).float()
     if mirrored:
         inner[inner.shape[0] // 2 :, -mirrored:].neg_()
-    return inner, left.T if form == "linear" else right
+    return inner, left.T if product == "linear" else right
 
 
 def add_(output: torch.Tensor, inner: torch.Tensor, outer: torch.Tensor, scale: float) -> None:

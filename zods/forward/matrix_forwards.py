@@ -2,7 +2,7 @@
 
 A large matrix is copied some rows at a time (`multiply_in_blocks`). A low-rank direction is added
 to the output of one forward at the center: x (W + c U V^T)^T = x W^T + c (x V) U^T
-(`run_low_rank`). Called by `zods.forward.perturbed_modules`.
+(`run_low_rank`). Called by `zods.forward.module_runners`.
 """
 
 from __future__ import annotations
@@ -15,25 +15,44 @@ import torch
 from zods.core.points import Center
 from zods.forward import low_rank
 from zods.forward.large_matrices import blocks
+from zods.forward.parameter_copies import Centers, Perturber
 from zods.forward.parameter_usage import Perturbable
-from zods.forward.perturber import Centers, Perturber
 
 Pair = tuple[int, ...]  # a stream and its mirror, or one stream
+
+
+def plain_product(
+    module: torch.nn.Module,
+    held: Sequence[Perturbable],
+    args: tuple,
+    kwargs: dict[str, Any],
+) -> low_rank.MatrixProduct | None:
+    """Return how a call of a module multiplies its one input by its weight; None if it may do
+    anything else. held: the perturbed parameters that the module uses.
+
+    Where gradients are enabled, the module's own forward has to run.
+    """
+    product = low_rank.product_of(module)
+    own = {id(p) for name, p in module._parameters.items() if name in ("weight", "bias")}
+    alone = id(module._parameters.get("weight")) in own and all(id(p.param) in own for p in held)
+    plain = alone and not torch.is_grad_enabled()
+    return product if plain and len(args) == 1 and not kwargs else None
 
 
 def multiply_in_blocks(
     perturber: Perturber,
     module: Any,
     weight: Perturbable,
-    others: Sequence[Perturbable],
+    gathered: Sequence[Perturbable],
     inputs: Sequence[torch.Tensor],
     outputs: Sequence[torch.Tensor],
     pair: Pair,
     centers: Centers,
 ) -> None:
     """Write a linear module's outputs for the streams of a pair, from copies of some rows of its
-    weight at a time. others: the module's other parameters.
+    weight at a time. gathered: all perturbed parameters of the module.
     """
+    others = [p for p in gathered if p is not weight]
     parts = [(slice(rows.start, rows.stop), rows) for rows in blocks(weight.param.data)]
     with perturber.scratch.scope():
         largest = weight.param.data[parts[0][0]]
@@ -54,7 +73,7 @@ def run_low_rank(
     perturber: Perturber,
     module: Any,
     held: Mapping[Any, Perturbable],
-    form: low_rank.Form,
+    product: low_rank.MatrixProduct,
     original: Callable,
     x: torch.Tensor,
     pairs: Sequence[Pair],
@@ -92,7 +111,7 @@ def run_low_rank(
         part = slice(pair[0] * size, (pair[-1] + 1) * size)
         with perturber.scratch.scope():
             _add_perturbation(
-                perturber, module, held, form, output[part], x[part], pair, start, centers
+                perturber, module, held, product, output[part], x[part], pair, start, centers
             )
     return output
 
@@ -101,7 +120,7 @@ def _add_perturbation(
     perturber: Perturber,
     module: Any,
     held: Mapping[Any, Perturbable],
-    form: low_rank.Form,
+    product: low_rank.MatrixProduct,
     output: torch.Tensor,
     x: torch.Tensor,
     pair: Pair,
@@ -120,7 +139,7 @@ def _add_perturbation(
         rows = range(parameter.shape[0])
         left, right = perturber.direction.factors(parameter, seeds, coefficients, rows, x.device)
         mirrored = right.shape[0] // len(seeds) if len(pair) > 1 else 0
-        matrices = low_rank.projected(form, x, left, right, mirrored)
+        matrices = low_rank.projected(product, x, left, right, mirrored)
         inner, outer, scale = [matrices[0]], [matrices[1]], center.scale
     bias = getattr(module, "bias", None)
     if bias is not None:

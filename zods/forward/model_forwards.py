@@ -35,7 +35,8 @@ from zods.data.objectives import (
     refusal_of_examples,
     shift_probes,
 )
-from zods.forward.perturbed_modules import PerturbedForward
+from zods.forward.module_runners import PointRunner
+from zods.forward.perturbed_modules import PerturbedModules
 from zods.forward.stacked import NotStackable
 from zods.params.deferred_update import DeferredUpdate
 from zods.params.shards import ShardedParameters
@@ -63,7 +64,8 @@ class ModelForwards:
         self.comm = comm
         first = parameters.shards[0]
         self.is_sharded, self.dtype = is_sharded(first.param), first.dtype
-        self.at = PerturbedForward(self.module, parameters.shards, direction, deferred)
+        self.perturbed = PerturbedModules(self.module, parameters.shards, direction, deferred)
+        self._point_runner = PointRunner(self.perturbed)
         # how the model aligns its labels is found on the first batch
         self.objective = Objective(loss_mean)
         self.on_forward: Callable[[], Any] | None = None
@@ -164,9 +166,9 @@ class ModelForwards:
     def loss_at(self, point: Point | None, batch: Any) -> torch.Tensor:
         return self.mean_of(self.outputs_at(point, batch), batch)
 
-    def logits_at(self, point: Point, batch: Any, **record: int) -> torch.Tensor:
+    def logits_at(self, point: Point, batch: Any) -> torch.Tensor:
         """The logits at a point. Raises NotStackable where there are none."""
-        return logits_in(self.outputs_at(point, batch, **record))
+        return logits_in(self.outputs_at(point, batch))
 
     def without_loss(self, batch: Any) -> Any:
         """The batch without labels, where the model takes that: its own loss, over a whole stack,
@@ -176,8 +178,8 @@ class ModelForwards:
             return batch
         return {key: value for key, value in batch.items() if key != "labels"}
 
-    def outputs_at(self, point: Point | None, batch: Any, **record: int) -> Any:
-        with self.at.at(point, **record):
+    def outputs_at(self, point: Point | None, batch: Any) -> Any:
+        with self._point_runner.at(point):
             return self.outputs(batch)
 
 

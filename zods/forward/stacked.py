@@ -10,6 +10,7 @@ example: those that a router sends to an expert cannot be told apart.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,10 +26,9 @@ class NotStackable(RuntimeError):
 class Stacking:
     """Cuts and joins the calls of modules. `begin` comes before every forward."""
 
-    def __init__(self, module: torch.nn.Module) -> None:
-        self.names = {
-            m: f"{name or 'the model'} ({type(m).__name__})" for name, m in module.named_modules()
-        }
+    def __init__(self, names: Mapping[torch.nn.Module, str]) -> None:
+        """names: of the modules, for messages."""
+        self._names = names
         # dim 0 of a batch's inputs
         self._recorded: dict[torch.nn.Module, list[list[int | None]]] = defaultdict(list)
         # None: not a tensor
@@ -59,7 +59,7 @@ class Stacking:
         carry = self._carry[module][call]
         streams: list[list[Any]] = [[] for _ in range(self._num_streams)]
         if len(leaves) != len(carry):
-            raise NotStackable(f"{self.names[module]} is not called as it was on the first batch")
+            raise NotStackable(f"{self._names[module]} is not called as it was on the first batch")
         for leaf, carries in zip(leaves, carry, strict=True):
             rows = self._num_streams * self._num_examples
             if isinstance(leaf, torch.Tensor) and carries is None:
@@ -67,7 +67,7 @@ class Stacking:
             carries = carries and _size(leaf) is not None  # an optional input may be None this time
             if carries and (_size(leaf) or 0) % rows:
                 raise NotStackable(
-                    f"{self.names[module]} is given {_size(leaf)} rows of {rows} examples: which "
+                    f"{self._names[module]} is given {_size(leaf)} rows of {rows} examples: which "
                     "of them belong to which point is not known"
                 )
             parts = leaf.chunk(self._num_streams) if carries else [leaf] * self._num_streams
@@ -86,13 +86,13 @@ class Stacking:
             self._carry[module].append(self._carry[module][-1])
             return
         if call >= len(recorded) or len(recorded[call]) != len(leaves):
-            raise NotStackable(f"{self.names[module]} is not called as it was on the first batch")
+            raise NotStackable(f"{self._names[module]} is not called as it was on the first batch")
         carry: list[bool | None] = []
         for before, leaf in zip(recorded[call], leaves, strict=True):
             now = _size(leaf)
             if now is not None and now not in (before, self._num_streams * (before or 0)):
                 raise NotStackable(
-                    f"{self.names[module]} is given an input of {before} rows for a batch, {now} "
+                    f"{self._names[module]} is given an input of {before} rows for a batch, {now} "
                     "for the stack"
                 )
             carry.append(None if now is None else now != before)
@@ -110,7 +110,7 @@ class Stacking:
                 continue
             if parts[0].ndim == 0 or (not carries and parts[0].shape[0] != 1):
                 raise NotStackable(
-                    f"{self.names[module]} returns a tensor without a batch dimension"
+                    f"{self._names[module]} returns a tensor without a batch dimension"
                 )
             rows = (
                 part if carries else part.expand(self._num_examples, *part.shape[1:])
