@@ -1,11 +1,12 @@
-"""The choice of the form of evaluation: the first form whose results on a small batch equal those
-of separate forwards.
+"""Choose the form of evaluation: the first form whose results on a small batch equal those of
+separate forwards.
 
-A form is compared at two points far from the parameters, so that what one point gives is nothing
-like what the other gives. Some models are chaotic there: rounding errors grow from layer to layer.
-They are compared again at the distance of a step's points, and a stack may differ there by a few
-times what separate forwards differ by when the weights are rounded otherwise. `ChooseForm` is
-called by the evaluator on its first batch.
+A form is compared with separate forwards at two points far from the parameters, so that the results
+at the two points are very different. Some models are chaotic there: rounding errors grow from layer
+to layer. They are compared again at the distance of a step's points. There, the error of a stack
+may be a few times the change of separate forwards when their weights are rounded in another way.
+
+The evaluator calls `ChooseForm` on its first batch.
 """
 
 from __future__ import annotations
@@ -29,17 +30,18 @@ from zods.params.zero3_adapter import release_gathered
 logger = logging.getLogger(__name__)
 
 CHECK_EXAMPLES = 4  # examples on which forms are compared, if the batch can be cut
-# how many times as far as rounding moves them logits may be off; each is a matter of chance
+# largest error of a chaotic model's logits, as a multiple of the change that rounding makes; both
+# are a matter of chance
 MOST_ROUNDINGS = 5
 
 
 class ChooseForm:
     """Choose the form of evaluation of one model.
 
-    eps: distance of a step's points. asked: the configuration's key `evaluation`. micro_batch:
-    examples per forward and rank. most_points: that are ever evaluated together. stream_memory_gb:
-    for the points of one forward; None: half of what is free. streams_per_forward: how many points
-    fit one forward of the form chosen.
+    eps: distance of a step's points from the center. asked: the configuration's key `evaluation`.
+    micro_batch: examples per forward and rank. most_points: the largest number of points that are
+    evaluated together. stream_memory_gb: memory for the points of one forward, in GiB; None: half
+    of the free memory. streams_per_forward: how many points fit one forward of the chosen form.
     """
 
     def __init__(
@@ -61,10 +63,10 @@ class ChooseForm:
         self.streams_per_forward = 2
 
     def choose(self, batch: Any) -> Form:
-        """The first of the forms asked for that fits, the same on all ranks.
+        """Return the first form that fits, among the forms that the configuration allows.
 
-        Raises ValueError, the same on all ranks, where the model gives no loss, or a form that was
-        asked for does not fit.
+        Collective, with the same result on all ranks. Raises ValueError on all ranks if the model
+        gives no loss, or if the form that the configuration asks for does not fit.
         """
         f = self._forwards
         small = first_examples(batch, CHECK_EXAMPLES)
@@ -107,18 +109,17 @@ class ChooseForm:
                 return form
             if self._asked != "auto":
                 raise ValueError(
-                    f'zeroth_order.evaluation: "{form.name}" does not fit this model: {reason}. Use '
-                    '"auto".'
+                    f'zeroth_order.evaluation: "{form.name}" does not fit this model: {reason}. '
+                    'Use "auto".'
                 )
             reasons.append(f"not {form.name}: {reason}")
         logger.info("evaluation: sequential (%s)", "; ".join(reasons))
         return forms.sequential
 
     def _randomness(self, own: torch.Tensor, batch: Any) -> str | None:
-        """Return the warning for a model that gives another loss for the same weights and batch, or
-        None. The same on all ranks.
+        """Return a warning if the model gives another loss for the same weights and batch, or None.
 
-        The same on all ranks.
+        Collective: None on all ranks, or a warning on all ranks. own: the loss of a first forward.
         """
         f = self._forwards
         again = f.mean_of(f.outputs(batch), batch)
@@ -133,8 +134,10 @@ class ChooseForm:
         )
 
     def misfit(self, form: Form, batch: Any) -> str | None:
-        """Return the reason why `form` does not give what separate forwards give, or None. The same
-        on all ranks.
+        """Return the reason why the losses of `form` are not those of separate forwards, or None.
+
+        Collective: None on all ranks, or a reason on all ranks. Sets `streams_per_forward` if the
+        form fits.
         """
         f = self._forwards
         stacked = form is self._forms.stacked
@@ -144,7 +147,7 @@ class ChooseForm:
                 reason, needed, far = self._stacked_misfit(batch)
             else:
                 reason, needed = self._lockstep_misfit(batch)
-        except Exception as error:  # whatever a model does in a form that it was not written for
+        except Exception as error:  # a model may do anything in a form that it was not written for
             reason = f"{type(error).__name__}: {str(error)[:300]}"
             release_gathered(f.deepspeed)
         any_far = stacked and self._comm.sum_over_ranks([float(far is not None)])[0]
@@ -165,7 +168,7 @@ class ChooseForm:
     # --- lockstep ---------------------------------------------------------------------------------
 
     def _lockstep_misfit(self, batch: Any) -> tuple[str | None, float]:
-        """Return the reason against lockstep, or None, and the bytes that a further point takes."""
+        """Return the reason against lockstep, or None, and the bytes that one more point takes."""
         f = self._forwards
         self._forms.lockstep.prepare(batch)
         points = _points(CHECK_DISTANCE)
@@ -183,8 +186,8 @@ class ChooseForm:
     # --- stacked ----------------------------------------------------------------------------------
 
     def _stacked_misfit(self, batch: Any) -> tuple[str | None, float, float | None]:
-        """Return the reason against a stack, or None; the bytes that a further point takes; and the
-        error of the logits if it needs a closer look.
+        """Return the reason against a stack, or None; the bytes that one more point takes; and the
+        relative error of the logits if it is too large, or None.
         """
         f = self._forwards
         if f.perturbed.branches:
@@ -202,7 +205,7 @@ class ChooseForm:
         copies = f.perturbed.scratch_bytes
         with peak_memory(self._comm.device) as of_two:
             found = stacked.logits(points, batch)
-        # copies serve all points
+        # the buffer for copies serves all points
         needed = of_two.bytes - of_one.bytes - (f.perturbed.scratch_bytes - copies)
         nested = sorted({type(module).__name__ for module in stacked.nested})
         if nested and f.is_sharded and self._asked == "auto":
@@ -216,9 +219,12 @@ class ChooseForm:
         return None, needed, _error(found, separate)
 
     def _error_and_rounding(self, batch: Any, alone: Any) -> tuple[float, float]:
-        """At a step's distance, relative: how far a stack's logits are off those of separate
-        forwards, and how far these move when the perturbation changes by less than what the weights
-        are rounded to."""
+        """Return two relative errors of logits at the distance of a step's points.
+
+        The first is the error of a stack against separate forwards. The second is the change of
+        separate forwards when the perturbation changes by less than the rounding of the weights.
+        alone: the batch without loss.
+        """
         f = self._forwards
         points = _points(self._eps)
         change = torch.finfo(f.dtype).eps * 4 * max(CHECK_DISTANCE, self._eps)
@@ -234,9 +240,12 @@ class ChooseForm:
         )  # type: ignore[return-value]
 
     def _own_loss_misfit(self, batch: Any, outputs: Any) -> str | None:
-        """Return the reason why the model's own loss is not the one that is taken from the logits
-        of a stack, or None. Also with other labels and padding, which may show what this batch does
-        not (class weights, a loss that counts by the mask)."""
+        """Return the reason why the model's own loss is not the loss computed from its logits, or
+        None.
+
+        The two are compared also with other labels and padding: these may show a difference that
+        the batch does not show (class weights, a loss that counts by the mask).
+        """
         f = self._forwards
         if not isinstance(batch, dict) or "labels" not in batch:
             return "the batch is not a dict with labels"
@@ -244,24 +253,27 @@ class ChooseForm:
         if logits is None:
             return "the model gives no logits"
         others = other_labels(batch, logits)
-        # all forwards first, whatever one of them shows: other ranks make them too, and gather with
-        # this one
+        # all forwards run before the first comparison: on the other ranks they run too, and ZeRO-3
+        # gathers collectively
         for given, of_given in ((batch, outputs), *[(other, f.outputs(other)) for other in others]):
             try:
                 own, from_logits = f.own_and_logits_loss(of_given, given)
             except ValueError:
                 return "its loss is not the cross entropy of its logits"
             if not torch.allclose(own, from_logits, rtol=1e-5, atol=1e-6, equal_nan=True):
-                return f"its loss is not the cross entropy of its logits: {float(own):.6g}, not {float(from_logits):.6g}"
+                return (
+                    f"its loss is not the cross entropy of its logits: {float(own):.6g}, "
+                    f"not {float(from_logits):.6g}"
+                )
         return None
 
     # --- memory -----------------------------------------------------------------------------------
 
     def _fitting(self, needed: float) -> int:
-        """Return how many points of so many bytes fit one forward: whole pairs, the same on all
-        ranks.
+        """Return how many points fit one forward: an even number, the same on all ranks.
 
-        Raises ValueError where a budget was given and not even a pair fits it.
+        needed: bytes for one more point. Collective. Raises ValueError if not even a pair fits the
+        configured budget.
         """
         given, shared_by = (
             self._stream_memory_gb,
@@ -285,10 +297,11 @@ def _points(distance: float) -> list[Point]:
 
 
 def _error(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float | None:
-    """The largest relative error of logits, (2, ...) each, or None where it is what another order
-    of sums makes of it.
+    """Return the largest relative error of the logits at two points, or None if another order of
+    sums explains it.
 
-    Measured by what the two points' logits are apart, and by rounding errors of their size.
+    The tolerance is a share of the distance between the two points' logits, and a share of their
+    size for rounding errors.
     """
     size, apart = expected[0].float().norm(), (expected[0].float() - expected[1].float()).norm()
     tolerance = (
@@ -303,8 +316,9 @@ def _error(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> f
 
 
 def first_examples(batch: Any, number: int) -> Any:
-    """The first examples of a batch that is a dict of tensors with a row for each; any other batch
-    as it is.
+    """Return the first examples of a batch that is a dict of tensors with one row per example.
+
+    Any other batch is returned as it is.
     """
     if not isinstance(batch, dict) or not all(
         isinstance(value, (torch.Tensor, bool, type(None))) for value in batch.values()

@@ -1,4 +1,7 @@
-"""Memory for the perturbed copies of the module that runs."""
+"""A buffer for the perturbed copies of the module that runs.
+
+`zods.forward.parameter_copies` owns one and takes the memory of its copies from it.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,10 @@ from torch.utils._pytree import tree_map
 
 
 class Scratch:
-    """Memory for the copies of the modules that run, used again from one module to the next.
+    """One block of CPU memory for copies, reused from one module to the next.
 
     On a CPU, fresh memory for a large matrix costs more in page faults than filling it. A GPU's
-    allocator keeps its own.
+    caching allocator already reuses its memory, so copies there are ordinary tensors.
     """
 
     def __init__(self) -> None:
@@ -23,6 +26,7 @@ class Scratch:
 
     @property
     def bytes(self) -> int:
+        """Size of the block."""
         return self._memory.numel()
 
     @contextmanager
@@ -35,14 +39,18 @@ class Scratch:
             self._used = used
 
     def kept(self, output: Any) -> Any:
-        """`output` with copies of what lies in this memory: a module may give a part of its
-        parameter.
+        """Return a module's output, with tensors in this block copied out of it.
+
+        A module may return a part of its parameter.
         """
         return tree_map(self._kept, output)
 
     def saving(self) -> Any:
-        """A context in which autograd saves copies of what lies in this memory, for a model that
-        takes gradients in its forward: the memory has other contents by the time they are used."""
+        """Return a context manager in which autograd saves copies of tensors in this block.
+
+        It is for a model that takes gradients in its forward. The block has other contents by the
+        time autograd uses the saved tensors.
+        """
         return torch.autograd.graph.saved_tensors_hooks(self._kept, lambda saved: saved)
 
     def _kept(self, leaf: Any) -> Any:
@@ -54,8 +62,9 @@ class Scratch:
         return leaf.detach().clone() if leaf.untyped_storage().data_ptr() == start != 0 else leaf
 
     def reserve(self, tensors: Sequence[torch.Tensor], times: int) -> None:
-        """Allocate so many of each, if nothing is taken yet: one module's copies then never
-        need a second block.
+        """Make the block large enough for `times` copies of each tensor, if none of it is in use.
+
+        The copies of one module then never need a second block.
         """
         size = times * sum(_aligned(t) for t in tensors if t.device.type == "cpu")
         if self._used == 0 and size > self._memory.numel():
@@ -63,12 +72,12 @@ class Scratch:
             self._memory = torch.empty(size, dtype=torch.uint8)
 
     def empty_like(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Contiguous, of the shape, dtype and device of `tensor`."""
+        """Return a contiguous tensor of the shape, dtype and device of `tensor`, not filled."""
         if tensor.device.type != "cpu":
             return torch.empty_like(tensor, memory_format=torch.contiguous_format)
         end = self._used + _aligned(tensor)
         if end > self._memory.numel():
-            # tensors that were taken keep the old one alive
+            # the old block stays alive as long as tensors in it do
             self._memory = torch.empty(end, dtype=torch.uint8)
         taken = self._memory[self._used : self._used + tensor.nbytes]
         self._used = end
@@ -76,5 +85,5 @@ class Scratch:
 
 
 def _aligned(tensor: torch.Tensor) -> int:
-    """Bytes, up to whole cache lines."""
+    """Size of a tensor in bytes, rounded up to whole cache lines."""
     return -(-tensor.nbytes // 64) * 64

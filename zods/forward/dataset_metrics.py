@@ -1,4 +1,7 @@
-"""Metrics of a model over a whole dataset, whatever trains it."""
+"""Metrics of a model over a whole dataset, and a check of the model's own loss.
+
+Called by the engines of zeroth-order and first-order training, and by `zods.selection`.
+"""
 
 from __future__ import annotations
 
@@ -25,10 +28,11 @@ def measure_whole(
     comm: Communicator,
     micro_batch: int,
 ) -> dict[str, float]:
-    """Means of metrics over a whole dataset and all ranks, every example counted once.
+    """Compute means of metrics over a whole dataset and all ranks, every example counted once.
 
-    outputs_of: model inputs -> the model's outputs. collate_fn: rows -> (model inputs, targets).
-    measure: (outputs, inputs, targets) -> name: (sum, count).
+    Collective: all ranks call it together. outputs_of: maps model inputs to the model's outputs.
+    collate_fn: maps rows to (model inputs, targets). measure: maps (outputs, inputs, targets) to
+    {name: (sum, count)}. micro_batch: examples per forward and rank.
     """
     totals: dict[str, list[float]] = {}
     for batch, counted in WholePass(dataset, micro_batch, comm.rank, comm.world_size, collate_fn):
@@ -45,9 +49,10 @@ def measure_whole(
 
 @torch.no_grad()
 def check_own_loss(model: Any, batch: dict[str, Any], comm: Communicator) -> None:
-    """Raise ValueError on all ranks where the loss that a model gives for a batch is not the cross
-    entropy of its logits, of which the losses of single examples are made. All ranks call it
-    together."""
+    """Raise ValueError on all ranks if a model's own loss is not the cross entropy of its logits.
+
+    The losses of single examples are made from the logits. Collective: all ranks call it together.
+    """
     plain = to_device(without_weights(batch), comm.device)
     outputs = model(**plain)
     logits = logits_of(outputs)
@@ -55,7 +60,8 @@ def check_own_loss(model: Any, batch: dict[str, Any], comm: Communicator) -> Non
     if logits is not None:
         tolerance = 1e-4 if logits.dtype == torch.float32 else 1e-2
         for given in (plain, *other_labels(plain, logits)):
-            # whatever one shows: other ranks make these forwards too, and gather with this one
+            # every forward runs, also after a difference is found: on the other ranks they run
+            # too, and ZeRO-3 gathers collectively
             outputs = model(**given)
             if not differs:
                 own, of_logits = (

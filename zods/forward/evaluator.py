@@ -1,5 +1,7 @@
-"""Losses and outputs of a sharded model on batches, at given points, in the form of evaluation that
-fits the model.
+"""Losses and outputs of a model under DeepSpeed on batches, at given points.
+
+`Evaluator` chooses a form of evaluation on its first batch (`zods.forward.choose_form`), and leaves
+the form on a later batch that does not fit it. The engine owns one.
 """
 
 from __future__ import annotations
@@ -27,9 +29,10 @@ logger = logging.getLogger(__name__)
 
 
 class Evaluator:
-    """Runs a model under DeepSpeed.
+    """Computes losses and outputs of one model.
 
-    `micro_batch`: examples per forward and rank of a pass over a whole dataset.
+    streams_per_forward: how many points one forward evaluates. left_form: whether a batch on this
+    rank did not fit the form of evaluation. The other ranks do not know it yet.
     """
 
     def __init__(
@@ -43,8 +46,10 @@ class Evaluator:
         most_points: int,
         beat: Callable[[], None],
     ) -> None:
-        """eps: distance of a step's points. most_points: that are ever evaluated together. beat:
-        called before each batch of losses, so that the watchdog can name a rank that hangs in it.
+        """eps: distance of a step's points from the center. evaluation, stream_memory_gb: the
+        configuration's keys. micro_batch: examples per forward and rank. most_points: the largest
+        number of points that are evaluated together. beat: called before each batch of losses, so
+        that the watchdog can name a rank that hangs in it.
         """
         self.streams_per_forward = 2
         self._forwards, self._comm, self._beat = forwards, forwards.comm, beat
@@ -60,47 +65,48 @@ class Evaluator:
             stream_memory_gb=stream_memory_gb,
         )
         self._known: tuple[str, int] | None = None
-        # whether a batch did not fit the form chosen, which the other ranks do not know yet
         self.left_form = False
 
     @property
     def evaluation(self) -> str | None:
-        """The name of the form of evaluation; None before the first batch, on which it is chosen."""
+        """Name of the form of evaluation; None before the first batch, on which it is chosen."""
         return None if self._form is None else self._form.name
 
     def adopt(self, known: tuple[str, int] | None) -> None:
-        """Evaluate as (form, points per forward) that were chosen before, under the same
-        conditions; None: choose.
+        """Use a form of evaluation that was chosen in an earlier run, under the same conditions.
+
+        known: (name of the form, points per forward); None: choose a form on the next batch.
         """
         self._known, self._form = known, None
 
     def close(self) -> None:
-        """Give the model its own forwards back."""
+        """Remove the wrappers of the model's forwards."""
         self._forwards.perturbed.remove()
 
     def inputs(self, *args: Any, **kwargs: Any) -> dict[str, Any] | Inputs:
-        """A batch on the device, as the model's forward is given it; see
+        """Return a batch on the device, in the form in which the model's forward takes it; see
         `zods.data.batch.Signature.bind`.
         """
         return self._forwards.inputs(*args, **kwargs)
 
     def outputs(self, batch: Any) -> Any:
-        """The model's outputs at the parameters for what `inputs` gave, or for a batch that it
-        would take.
+        """Return the model's outputs at the parameters as they are.
+
+        batch: a result of `inputs`, or a batch that `inputs` accepts.
         """
         return self._forwards.outputs(batch)
 
     def losses(
         self, points: Sequence[Point | None], batch: Any, *, rechecks: bool = False
     ) -> torch.Tensor:
-        """Mean losses of a batch on the device, (number of points,) in float64; None is the
-        parameters as they are.
+        """Compute the mean losses of a batch at the points: (number of points,), in float64.
 
-        Before the first: does the model give a loss, which modules use which parameters, and does
-        one forward give what separate ones do? Raises ValueError where the model gives no loss, or
-        cannot be evaluated as was asked.
+        The first call also finds which modules use which parameters, and chooses the form of
+        evaluation. Raises ValueError if the model gives no loss, or if the form that the
+        configuration asks for does not fit the model.
 
-        rechecks: compare a stack with a separate forward, on all ranks together; see `_rechecked`.
+        points: None is the parameters as they are. batch: on the device. rechecks: compare the
+        losses of a stack with a separate forward, on all ranks together; see `_rechecked`.
         """
         batch = self._forwards.without_cache(batch)
         self._forwards.perturbed.move_new_hooks()
@@ -118,6 +124,7 @@ class Evaluator:
         return losses
 
     def _losses_together(self, form: Form, points: Sequence[Point], batch: Any) -> torch.Tensor:
+        """Compute losses in a form of evaluation, so many points at a time as fit one forward."""
         if form is self._forms.stacked and not (
             isinstance(batch, dict) and isinstance(batch.get("labels"), torch.Tensor)
         ):
@@ -130,7 +137,7 @@ class Evaluator:
     # --- how to evaluate --------------------------------------------------------------------------
 
     def _choose(self, batch: Any) -> Form:
-        """The form that is known from before, or the first that fits."""
+        """Return the form that was chosen in an earlier run, or else the first one that fits."""
         if self._known is None:
             form = self._chooser.choose(batch)
             self.streams_per_forward = self._chooser.streams_per_forward
@@ -145,17 +152,17 @@ class Evaluator:
         return form
 
     def _refuse_alone(self, error: Exception) -> None:
-        """A later batch does not fit the form that was chosen: it is evaluated separately.
+        """Note that a later batch on this rank does not fit the form that was chosen.
 
-        The other ranks learn it with the sums of the step (`left_form`), and all leave the form
-        then (`leave_form`). Raises RuntimeError where another rank may be in the middle of the same
-        forward, and wait for this one.
+        The batch is then evaluated in separate forwards. The engine sends `left_form` to the other
+        ranks with the sums of the step, and all ranks call `leave_form`. Raises RuntimeError if
+        parameters are sharded over several ranks: another rank may wait for this one in the middle
+        of the same forward.
         """
         if self._forwards.is_sharded and self._comm.world_size > 1:
             raise RuntimeError(
                 f'zeroth_order.evaluation: "{self.evaluation}" fitted the first batch, but not '
-                f"this one: {error}. Set it to "
-                '"sequential".'
+                f'this one: {error}. Set it to "sequential".'
             ) from error
         release_gathered(self._forwards.deepspeed)
         if not self.left_form:
@@ -165,19 +172,19 @@ class Evaluator:
         self.left_form = True
 
     def leave_form(self) -> None:
-        """Evaluate separately from now on, on all ranks."""
+        """Evaluate in separate forwards from now on. All ranks call it together."""
         self._form, self.left_form = self._forms.sequential, False
 
     def _rechecked(self, losses: torch.Tensor, points: Sequence[Point], batch: Any) -> torch.Tensor:
-        """`losses`, or those of another form where a stack does not give the model's own loss on
-        this batch.
+        """Compare a stack's losses with a separate forward, and return losses that are right.
 
-        What is special about a loss or a router may show on later batches only. All ranks call it
-        together.
+        If they differ on any rank, all ranks leave the stacked form, and the losses are computed in
+        another form. A special term of a loss, or a router, may have an effect on later batches
+        only. Collective: all ranks call it together.
         """
         f = self._forwards
         outputs, differ = None, [False, False]
-        if float(loss_count(batch, f.objective)):  # else there is nothing to compare, on this rank
+        if float(loss_count(batch, f.objective)):  # else this rank has nothing to compare
             tolerance = 1e-3 if f.dtype == torch.float32 else 3e-2
             outputs = f.outputs_at(points[0], batch)
             pairs = (f.own_and_logits_loss(outputs, batch), (losses[0], f.mean_of(outputs, batch)))
@@ -186,7 +193,7 @@ class Evaluator:
                 for a, b in pairs
             ]
         elif f.is_sharded:
-            f.outputs_at(points[0], batch)  # the other ranks gather
+            f.outputs_at(points[0], batch)  # take part in the other ranks' all-gathers
         misfits = self._comm.sum_over_ranks(list(map(float, differ)))
         if not any(misfits):
             return losses
@@ -194,21 +201,23 @@ class Evaluator:
             f.take_own_loss(batch)
         fits = self._chooser.misfit(self._forms.lockstep, batch) is None
         form = self._form = self._forms.lockstep if fits else self._forms.sequential
-        logger.warning(
-            "evaluation: %s from now on, no longer stacked: %s",
-            form.name,
-            "it does not give the model's own loss on a later batch"
-            if outputs is None
-            else f"on this batch the model's loss is {float(f.own_and_logits_loss(outputs, batch)[0]):.6g}, from a stack "
-            f"{float(losses[0]):.6g}",
-        )
+        reason = "it does not give the model's own loss on a later batch"
+        if outputs is not None:
+            own, _ = f.own_and_logits_loss(outputs, batch)
+            reason = (
+                f"on this batch the model's loss is {float(own):.6g}, "
+                f"from a stack {float(losses[0]):.6g}"
+            )
+        logger.warning("evaluation: %s from now on, no longer stacked: %s", form.name, reason)
         return self._losses_together(form, points, batch)
 
     def loss_sums(
         self, points: Sequence[Point | None], batch: Any, *, rechecks: bool = False
     ) -> torch.Tensor:
-        """Return losses times their denominators, then the denominator: (number of points + 1,) in
-        float64. All are 0 if no label counts.
+        """Compute the sums of losses over a batch at the points, followed by the count.
+
+        The count is the number of tokens or examples of which a loss is the mean. Returns (number
+        of points + 1,) in float64. All values are 0 if no label counts.
         """
         self._beat()
         losses = self.losses(points, batch, rechecks=rechecks)
@@ -226,10 +235,11 @@ class Evaluator:
         split: tuple[int, int],
         total: Callable[[Sequence[float]], Sequence[float]],
     ) -> list[float]:
-        """Mean losses over a whole dataset under the objective; NaN where no label counts.
+        """Compute the mean losses over a whole dataset under the objective; NaN if no label counts.
 
-        split: (index, number) of this rank among those that divide the dataset, in micro-batches of
-        one size. total: sums over them.
+        title: of the progress bar. micro_batch: examples per forward and rank. split: (index of
+        this rank, number of ranks) among the ranks that divide the dataset. All of them use
+        micro-batches of one size. total: adds up values over these ranks.
         """
         rounds = WholePass(dataset, micro_batch, *split, collate_fn)
         sums = torch.zeros(len(points) + 1, dtype=torch.float64, device=self._comm.device)
@@ -238,13 +248,12 @@ class Evaluator:
             if counted:
                 sums += found
         *totals, count = total(sums.tolist())
-        return [of_point / count if count else math.nan for of_point in totals]
+        return [loss_sum / count if count else math.nan for loss_sum in totals]
 
     def mean_loss(self, batches: Iterator[Any]) -> float:
-        """Mean loss at the parameters under the objective, over `batches` and all ranks; NaN where
-        no label counts.
+        """Compute the mean loss at the parameters under the objective, over batches of all ranks.
 
-        batches: the same number of them on every rank.
+        batches: the same number on every rank. Returns NaN if no label counts.
         """
         sums = torch.stack([self.loss_sums([None], self.inputs(batch)) for batch in batches]).sum(0)
         total, count = self._comm.sum_over_ranks(sums.tolist())

@@ -1,8 +1,9 @@
-"""Perturbed copies of parts of large matrices: the rows that an embedding looks up, a linear
-layer's rows in blocks.
+"""Perturbed copies of parts of large matrices: the rows that an embedding looks up, or blocks of
+rows of a linear layer's weight.
 
-A vocabulary's matrix is the largest of a small language model. A whole copy of it for every point
-would take more memory than all else that a step needs.
+The matrix of the vocabulary is the largest of a small language model. A whole copy of it for every
+point would take more memory than everything else in a step. Called by
+`zods.forward.module_runners` and `zods.forward.matrix_forwards`.
 """
 
 from __future__ import annotations
@@ -20,12 +21,10 @@ from torch.utils._pytree import tree_leaves
 from zods.forward.parameter_copies import Centers, Perturber
 from zods.forward.parameter_usage import Perturbable, reads_values
 
-LARGE_BYTES = 1 << 26  # a matrix from this size on is copied in parts
+LARGE_BYTES = 1 << 26  # matrices of at least this size are copied in parts
 BLOCK_BYTES = 1 << 24  # rows of a linear layer's weight are copied in blocks of this size
-MOST_ROWS = (
-    1 / 8
-)  # share of a matrix's rows up to which rows are copied; above it, the whole matrix
-MOST_RUNS = 1 << 11  # groups of adjacent rows; each takes one call of a kernel
+MOST_ROWS = 1 / 8  # if a batch uses a larger share of the rows, the whole matrix is copied
+MOST_RUNS = 1 << 11  # likewise for groups of adjacent rows: each takes one call of a kernel
 
 CopyRows = Callable[[torch.Tensor, range], None]  # (out, rows): write the perturbed rows into `out`
 
@@ -50,7 +49,7 @@ def large_weight(
 
 
 def blocks(matrix: torch.Tensor) -> Iterator[range]:
-    """The rows of a matrix in blocks."""
+    """Yield the rows of a matrix in blocks of at most BLOCK_BYTES."""
     number = max(1, BLOCK_BYTES // max(1, matrix.shape[1] * matrix.itemsize))
     for start in range(0, matrix.shape[0], number):
         yield range(start, min(start + number, matrix.shape[0]))
@@ -60,9 +59,9 @@ def blocks(matrix: torch.Tensor) -> Iterator[range]:
 def perturbed_rows(
     perturber: Perturber, parameter: Perturbable | None, stream: int, centers: Centers
 ) -> Iterator[None]:
-    """Perturb the rows of an embedding's matrix that are looked up inside, to a stream's point.
+    """Have an embedding inside look up rows that are perturbed to a stream's point.
 
-    parameter: the matrix; None: there is none.
+    parameter: the embedding's matrix; None: nothing is done.
     """
     if parameter is None:
         yield
@@ -84,9 +83,9 @@ def perturbed_rows(
 
 
 class LookedUpRows(TorchFunctionMode):
-    """Inside, an embedding that looks up rows of `matrix` gets perturbed copies of these rows.
+    """A context in which an embedding gets perturbed copies of the rows of a matrix that it uses.
 
-    Any other use of the matrix puts its whole copy in place first.
+    Any other use of the matrix first puts a copy of the whole matrix in place.
     """
 
     def __init__(
@@ -120,7 +119,7 @@ class LookedUpRows(TorchFunctionMode):
         *_: Any,
         **__: Any,
     ) -> torch.Tensor | None:
-        rows, places = torch.unique(indices, return_inverse=True)
+        rows, inverse = torch.unique(indices, return_inverse=True)
         if max_norm is not None or len(rows) > MOST_ROWS * weight.shape[0]:
             return None
         runs = list(_runs(rows.tolist()))
@@ -129,11 +128,15 @@ class LookedUpRows(TorchFunctionMode):
         copies = torch.empty(len(rows), weight.shape[1], dtype=weight.dtype, device=weight.device)
         for begin, run in runs:
             self._copy_rows(copies[begin : begin + len(run)], run)
-        return functional.embedding(places, copies)
+        return functional.embedding(inverse, copies)
 
 
 def _runs(rows: list[int]) -> Iterator[tuple[int, range]]:
-    """Ascending numbers as runs of consecutive ones, each with where it begins in the list."""
+    """Split ascending numbers into runs of consecutive ones: (index of its first number, run).
+
+    >>> list(_runs([2, 3, 7]))
+    [(0, range(2, 4)), (2, range(7, 8))]
+    """
     begin = 0
     for k in range(1, len(rows) + 1):
         if k == len(rows) or rows[k] != rows[k - 1] + 1:

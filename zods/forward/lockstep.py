@@ -1,5 +1,8 @@
-"""Run several forwards of one model that wait for each other at its modules, so that each module is
-reached by all together.
+"""Run several forwards of one model so that they wait for each other at its modules.
+
+Each forward is a greenlet: all run in one thread, and one goes on when another waits.
+`zods.forward.module_runners` runs one forward per point in this way, so that ZeRO-3 gathers a
+module's parameters once for all points.
 """
 
 from __future__ import annotations
@@ -14,25 +17,29 @@ from deepspeed.accelerator import get_accelerator
 
 
 class NotInLockstep(RuntimeError):
-    """The forwards call different modules."""
+    """The forwards at different points call different modules."""
 
 
 class LockstepScheduler:
-    """names: of the modules, for messages."""
+    """Switches between forwards that wait for each other.
+
+    round: grows whenever all forwards have come to the same module.
+    """
 
     def __init__(self, names: Mapping[torch.nn.Module, str]) -> None:
+        """names: of the modules, for messages."""
         self._names = names
-        self._hub: greenlet.greenlet | None = None  # switches between the forwards
+        self._hub: greenlet.greenlet | None = None  # runs `run`, switches between the forwards
         self._outside: _Contexts | None = None
-        self.round = 0  # grows whenever all forwards have come to the same module
+        self.round = 0
 
     def run(
         self, call: Callable[[int], Any], number: int, resume: Callable[[int], None]
     ) -> list[Any]:
-        """[call(k) for k in range(number)], where each waits for the others in `wait`.
+        """Return [call(k) for k in range(number)]. Each call waits for the others in `wait`.
 
-        resume: called with k before forward k goes on. Raises NotInLockstep where they do not wait
-        at the same modules.
+        resume: called with k before forward k continues. Raises NotInLockstep if the forwards do
+        not wait at the same modules.
         """
         self._hub = greenlet.getcurrent()
         self._outside = _Contexts()
@@ -53,12 +60,12 @@ class LockstepScheduler:
                 if waiting_at and (
                     len(waiting_at) < number or len({id(m) for m in waiting_at}) > 1
                 ):
-                    places = ", ".join(sorted({self._names[m] for m in waiting_at}))
+                    names = ", ".join(sorted({self._names[m] for m in waiting_at}))
                     raise NotInLockstep(
-                        f"the forwards at different points call different modules, e.g. {places}"
+                        f"the forwards at different points call different modules, e.g. {names}"
                     )
-                # the first to start is the last to end: DeepSpeed's hooks on the whole model run in
-                # it
+                # DeepSpeed's hooks on the whole model run in forward 0, which starts first and has
+                # to end last
                 order = [] if not waiting_at else list(reversed(range(number)))
         finally:
             for k, forward in enumerate(forwards):
@@ -69,7 +76,7 @@ class LockstepScheduler:
         return results
 
     def wait(self, module: torch.nn.Module) -> None:
-        """Return when all forwards have come to this module."""
+        """Wait until all forwards have come to this module."""
         assert self._hub is not None
         assert self._outside is not None
         contexts = _Contexts()
@@ -81,7 +88,10 @@ class LockstepScheduler:
 
 
 class _Contexts:
-    """Save and restore thread-wide autocast and grad state when switching between forwards."""
+    """The thread's autocast and grad state, saved when it is made and restored by `enter`.
+
+    The state belongs to the thread, and all forwards share it.
+    """
 
     def __init__(self) -> None:
         devices = {"cpu", get_accelerator().device_name()}

@@ -1,8 +1,10 @@
-"""Modules that multiply by a matrix, and what a low-rank direction adds to their output: (x V) U^T
-beside x W^T.
+"""Products of modules that multiply by a matrix, and the part of a low-rank direction in them.
 
-With low-rank directions the weights stay as they are, so one matrix product serves all streams;
-activations carry the factors in their own dtype.
+    x (W + U V^T)^T = x W^T + (x V) U^T
+
+With low-rank directions the weights stay as they are, so one product x W^T serves all streams. V is
+multiplied in the dtype of x. Called by `zods.forward.matrix_forwards` and
+`zods.forward.module_runners`.
 """
 
 from __future__ import annotations
@@ -14,13 +16,14 @@ from torch import nn
 
 from zods import kernels
 
-# weight of "linear": (out, in); of "conv1d": (in, out); of "embedding": (rows, out)
+# shape of the weight: "linear" (out, in), "conv1d" (in, out), "embedding" (rows, out)
 MatrixProduct = Literal["linear", "conv1d", "embedding"]
 
 
 def product_of(module: nn.Module) -> MatrixProduct | None:
-    """Return how `module` uses its `weight`, or None if that is not known. Subclasses with another
-    forward are not known.
+    """Return how `module` multiplies by its `weight`, or None if it is not known.
+
+    It is not known for a subclass with a forward of its own.
     """
     forward = type(module).forward
     if forward is nn.Linear.forward:
@@ -39,11 +42,12 @@ def projected(
     right: torch.Tensor,
     mirrored: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(N, Q) and (Q, out) float32, whose product is what the matrix left @ right, of the weight's
-    shape, gives for `x`.
+    """Return two float32 matrices, (N, Q) and (Q, out), whose product is the output of the module
+    for `x` if its weight is left @ right.
 
-    x: (..., in), or indices (...), N in all. left: (rows, Q), right: (Q, columns), float32.
-    mirrored: in the second half of `x` on dim 0 the last so many of the Q count negative; 0: none.
+    x: (..., in), or indices (...) of an embedding, N of them. left: (rows of the weight, Q). right:
+    (Q, columns of the weight). Both are float32. mirrored: the number of the last of the Q terms
+    whose sign changes in the second half of `x` on dim 0.
     """
     if product == "embedding":
         inner = left[x.reshape(-1)]
@@ -57,8 +61,9 @@ def projected(
 
 
 def add_(output: torch.Tensor, inner: torch.Tensor, outer: torch.Tensor, scale: float) -> None:
-    """output <- scale * output + inner @ outer in one sweep, the sums in float32. output: (...,
-    out), contiguous.
+    """output <- scale * output + inner @ outer in one sweep, with sums in float32.
+
+    output: (..., out), contiguous.
     """
     sums = output if output.dtype in kernels.DTYPES else output.float()
     factors = (inner.contiguous(), outer.contiguous())
@@ -68,8 +73,8 @@ def add_(output: torch.Tensor, inner: torch.Tensor, outer: torch.Tensor, scale: 
 
 
 def empty_output(module: Any, x: torch.Tensor) -> torch.Tensor | None:
-    """Allocate one output for all streams of a linear module, or return None if the streams'
-    outputs must be concatenated.
+    """Allocate the output of a linear module for input `x`, or return None if its dtype is not
+    that of `x` and the weight.
     """
     if torch.is_autocast_enabled(x.device.type) or x.dtype != module.weight.dtype:
         return None
@@ -79,8 +84,9 @@ def empty_output(module: Any, x: torch.Tensor) -> torch.Tensor | None:
 def linear_(
     out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> None:
-    """out <- x @ weight^T + bias. out: (N, outputs), whose rows may be parts of longer ones; x:
-    (..., inputs), N in all.
+    """out <- x @ weight^T + bias.
+
+    out: (N, outputs); may be a slice of some columns. x: (..., inputs), N rows. bias: (outputs,).
     """
     rows = x.reshape(-1, x.shape[-1])
     if bias is None:

@@ -1,8 +1,11 @@
 """Forwards of modules that multiply by one matrix, without a whole perturbed copy of the matrix.
 
-A large matrix is copied some rows at a time (`multiply_in_blocks`). A low-rank direction is added
-to the output of one forward at the center: x (W + c U V^T)^T = x W^T + c (x V) U^T
-(`run_low_rank`). Called by `zods.forward.module_runners`.
+`multiply_in_blocks` copies some rows of a large matrix at a time. `run_low_rank` runs one forward
+at the center, and adds the low-rank direction to the output:
+
+    x (W + c U V^T)^T = x W^T + c (x V) U^T
+
+ Called by `zods.forward.module_runners`.
 """
 
 from __future__ import annotations
@@ -27,10 +30,11 @@ def plain_product(
     args: tuple,
     kwargs: dict[str, Any],
 ) -> low_rank.MatrixProduct | None:
-    """Return how a call of a module multiplies its one input by its weight; None if it may do
-    anything else. held: the perturbed parameters that the module uses.
+    """Return how a call of a module multiplies its one input by its weight, or None if the call may
+    do anything else.
 
-    Where gradients are enabled, the module's own forward has to run.
+    held: the perturbed parameters that the module uses. Where gradients are enabled, the result is
+    None, because autograd needs the module's own forward.
     """
     product = low_rank.product_of(module)
     own = {id(p) for name, p in module._parameters.items() if name in ("weight", "bias")}
@@ -49,8 +53,11 @@ def multiply_in_blocks(
     pair: Pair,
     centers: Centers,
 ) -> None:
-    """Write a linear module's outputs for the streams of a pair, from copies of some rows of its
-    weight at a time. gathered: all perturbed parameters of the module.
+    """Write a linear module's outputs for the streams of a pair, one block of output columns at a
+    time.
+
+    Each block needs a copy of only some rows of the weight. gathered: all perturbed parameters of
+    the module. inputs, outputs: one tensor per stream.
     """
     others = [p for p in gathered if p is not weight]
     parts = [(slice(rows.start, rows.stop), rows) for rows in blocks(weight.param.data)]
@@ -78,8 +85,10 @@ def run_low_rank(
     x: torch.Tensor,
     pairs: Sequence[Pair],
 ) -> torch.Tensor:
-    """Run a matrix module once over the streams that have the same center, then add the
-    perturbation of each stream. held: the module's perturbed parameters.
+    """Run a matrix module once for the streams that have the same center, then add the perturbation
+    of each stream.
+
+    held: the module's perturbed parameters. x: the stack of all streams' inputs.
     """
     size = x.shape[0] // len(perturber.points)
     centers: Centers = {}
@@ -127,8 +136,9 @@ def _add_perturbation(
     start: Mapping[Any, Center],
     centers: Centers,
 ) -> None:
-    """Add to a pair's output at the weights of its centers the parts of the perturbed matrix and of
-    the perturbed bias.
+    """Add the perturbations of the matrix and of the bias to a pair's output.
+
+    output: computed with the weights of the pair's centers; changed in place. start: the centers.
     """
     inner, outer, scale = [], [], 1.0
     parameter = held.get(module.weight)

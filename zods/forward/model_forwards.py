@@ -1,7 +1,7 @@
 """Forwards of a model under DeepSpeed: its outputs, logits and losses at one point, and its
 objective.
 
-The forms of evaluation in `zods.forward.forms` are made of these.
+The forms of evaluation in `zods.forward.forms` are built on them.
 """
 
 from __future__ import annotations
@@ -44,10 +44,12 @@ from zods.params.zero3_adapter import is_sharded
 
 
 class ModelForwards:
-    """The model's outputs, logits and losses at points. It is in eval mode whenever one of these
-    methods runs it.
+    """The outputs, logits and losses of a model at a point.
 
-    on_forward: called before each forward, where it is set.
+    Every method that runs the model puts it into eval mode first.
+
+    perturbed: the model's wrapped modules. objective: how a loss is computed from outputs.
+    on_forward: called before each forward if it is set.
     """
 
     def __init__(
@@ -59,14 +61,14 @@ class ModelForwards:
         direction: Direction,
         loss_mean: str,
     ) -> None:
-        """loss_mean: what a batch's loss is a mean over, "tokens" or "examples"."""
+        """loss_mean: whether a batch's loss is a mean over "tokens" or over "examples"."""
         self.deepspeed, self.module = deepspeed_engine, deepspeed_engine.module
         self.comm = comm
         first = parameters.shards[0]
         self.is_sharded, self.dtype = is_sharded(first.param), first.dtype
         self.perturbed = PerturbedModules(self.module, parameters.shards, direction, deferred)
         self._point_runner = PointRunner(self.perturbed)
-        # how the model aligns its labels is found on the first batch
+        # `find_objective` finds on the first batch how the model aligns its labels
         self.objective = Objective(loss_mean)
         self.on_forward: Callable[[], Any] | None = None
         self._modules = list(self.module.modules())
@@ -75,45 +77,48 @@ class ModelForwards:
         self._needs_labels = (
             "labels" in takes and takes["labels"].default is inspect.Parameter.empty
         )
-        # keys and values for generation, of all layers: a loss needs none
+        # a cache of keys and values serves generation only
         self._has_cache = "use_cache" in takes
 
     def inputs(self, *args: Any, **kwargs: Any) -> dict[str, Any] | Inputs:
-        """A batch on the device, as the model's forward is given it; see
+        """Return a batch on the device, in the form in which the model's forward takes it; see
         `zods.data.batch.Signature.bind`.
         """
         return to_device(self._signature.bind(*args, **kwargs), self.comm.device)
 
     def without_cache(self, batch: Any) -> Any:
-        """The batch, with generation's cache switched off where the model has one."""
+        """Return the batch with the cache for generation switched off, if the model has one."""
         return (
             {"use_cache": False, **batch} if self._has_cache and isinstance(batch, dict) else batch
         )
 
     def outputs(self, batch: Any) -> Any:
-        """The model's outputs for what `inputs` gave, or for a batch that it would take."""
+        """Return the model's outputs for a result of `inputs`, or for a batch that it accepts."""
         self.into_eval_mode()
         if self.on_forward is not None:
             self.on_forward()
         return call_model(self.deepspeed, self._signature.bind(batch))
 
     def into_eval_mode(self) -> None:
-        """Put the model into eval mode: both losses of a pair need the same function, so dropout is
-        off.
+        """Put the model into eval mode.
+
+        Dropout has to be off, because both losses of a pair need the same function.
         """
         for module in self._modules:
             module.training = False
 
     def mean_of(self, outputs: Any, batch: Any) -> torch.Tensor:
+        """Return the mean loss of outputs under the objective."""
         return batch_loss(outputs, batch, self.objective)
 
     def find_objective(self, outputs: Any, batch: Any) -> None:
         """Find how the model's labels are aligned, and whether its loss is the cross entropy of its
         logits.
 
-        The same on all ranks. Where the loss fits both alignments or neither, it is that of a
-        shifted model if it does not depend on the rows' first labels. Raises ValueError on all
-        ranks where the mean over examples is wanted of a loss that does not tell them apart.
+        Collective, with the same result on all ranks. If the loss fits both alignments or neither,
+        the labels count as shifted if the loss does not depend on the first label of each row.
+        Raises ValueError on all ranks if a mean over examples is wanted, and the loss cannot be
+        separated by example.
         """
         batch_loss(outputs, batch)
         found = Objective(self.objective.mean)
@@ -136,11 +141,10 @@ class ModelForwards:
             self.take_own_loss(batch)
 
     def take_own_loss(self, batch: Any) -> None:
-        """Take the model's loss as one of its own from now on, not as the cross entropy of its
-        logits. All ranks together.
+        """Use the loss that the model returns from now on, not the cross entropy of its logits.
 
-        Raises ValueError on all ranks where the mean over examples is wanted of a loss that does
-        not tell them apart.
+        Collective. Raises ValueError on all ranks if a mean over examples is wanted, because the
+        model's loss cannot be separated by example.
         """
         self.objective = replace(self.objective, own=True)
         if isinstance(batch, dict) and WEIGHTS in batch:
@@ -155,36 +159,41 @@ class ModelForwards:
             raise ValueError(refusal_of_examples(int(largest)))
 
     def own_and_logits_loss(self, outputs: Any, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """The model's own loss, and the one that is taken of its logits alone. Raises ValueError
-        where logits and labels have shapes that no cross entropy has."""
-        batch = without_weights(batch)  # with weights a loss is always taken from the logits
+        """Return the loss that the model returned, and the loss computed from its logits.
+
+        Raises ValueError if the shapes of logits and labels fit no cross entropy.
+        """
+        batch = without_weights(batch)  # a weighted loss is always computed from the logits
         over_tokens = replace(self.objective, mean="tokens", own=False)
         return batch_loss(outputs, batch, over_tokens), batch_loss(
             {"logits": logits_of(outputs)}, batch, over_tokens
         )
 
     def loss_at(self, point: Point | None, batch: Any) -> torch.Tensor:
+        """Return the mean loss at a point; None: at the parameters as they are."""
         return self.mean_of(self.outputs_at(point, batch), batch)
 
     def logits_at(self, point: Point, batch: Any) -> torch.Tensor:
-        """The logits at a point. Raises NotStackable where there are none."""
+        """Return the logits at a point. Raises NotStackable if the outputs have none."""
         return logits_in(self.outputs_at(point, batch))
 
     def without_loss(self, batch: Any) -> Any:
-        """The batch without labels, where the model takes that: its own loss, over a whole stack,
-        is not needed.
+        """Return the batch without labels, unless the model's forward requires them.
+
+        The model's own loss over a whole stack would be of no use.
         """
         if self._needs_labels or not isinstance(batch, dict):
             return batch
         return {key: value for key, value in batch.items() if key != "labels"}
 
     def outputs_at(self, point: Point | None, batch: Any) -> Any:
+        """Return the model's outputs at a point; None: at the parameters as they are."""
         with self._point_runner.at(point):
             return self.outputs(batch)
 
 
 def logits_in(outputs: Any) -> torch.Tensor:
-    """The logits among a model's outputs. Raises NotStackable where there are none."""
+    """Return the logits among a model's outputs. Raises NotStackable if there are none."""
     logits = logits_of(outputs)
     if logits is None:
         raise NotStackable("the model gives no logits without labels")

@@ -33,6 +33,8 @@ from zods.forward.stacked import Arguments, Stacking
 
 
 class _Runner:
+    """What runners have in common."""
+
     every_module = False
 
     def __init__(self, modules: PerturbedModules) -> None:
@@ -91,6 +93,7 @@ class PointRunner(_Runner):
             yield
 
     def run(self, module: Any, original: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Run a module at the stream's point."""
         with self._modules.loaded(module):
             return self._run_stream(module, original, args, kwargs, {})
 
@@ -136,7 +139,8 @@ class LockstepRunner(PointRunner):
         The forwards go together from one module that owns parameters to the next. Raises
         NotInLockstep where they do not call the same modules.
         """
-        # a buffer would need streams that end in the reverse of the order in which they began
+        # the buffer needs copies to be released in the reverse of the order in which they were
+        # made, but streams in lockstep do not end in such an order
         self._perturber.buffered = False
         try:
             with self._modules.at(points, self):
@@ -145,10 +149,11 @@ class LockstepRunner(PointRunner):
             self._perturber.buffered = True
 
     def _resume(self, stream: int) -> None:
-        """Switch to a stream. It put none of its copies in place before it waited."""
+        """Switch to a stream, which has no copy in place while it waits."""
         self._stream, self._perturber.in_place = stream, {}
 
     def run(self, module: Any, original: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Run a module for the current stream when all streams have come to the module."""
         # what runs inside a leaf module may differ from stream to stream
         waits = module not in self._modules.inside_leaves
         if waits:
@@ -210,6 +215,7 @@ class StackRunner(_Runner):
             yield
 
     def run(self, module: Any, original: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Run a module for all streams of a stack."""
         with self._modules.loaded(module):
             streams, carries = self._stacking.split(module, (args, kwargs))
             product = self._product(module, args, kwargs) if carries else None

@@ -1,8 +1,8 @@
-"""Perturbed copies of parameters: made at a point, put in place of the stored data, and restored.
+"""Perturbed copies of parameters: made at a point, put in place of the stored data, removed again.
 
 A copy is in place only while a module that uses the parameter runs, so stored weights are never
-changed. `Perturber` knows neither stacks nor lockstep; `zods.forward.perturbed_modules` decides
-which copies a module needs, and when.
+changed. `Perturber` knows nothing of modules. `zods.forward.module_runners` decides which copies a
+module needs, and when.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from zods.core.points import Center, Point
 from zods.forward.copy_buffer import Scratch
 from zods.forward.parameter_usage import Perturbable
 
-Centers = dict[Any, Center]  # for one run of a module; a center is made once for all its points
-Copies = list[tuple[Perturbable, torch.Tensor]]
+# For one run of a module, which makes a center once for all points that have it. Key: (the point's
+# `center`, ordinal of the parameter).
+Centers = dict[Any, Center]
+Copies = list[tuple[Perturbable, torch.Tensor]]  # for one stream
 
 
 class _InPlace(NamedTuple):
@@ -31,12 +33,11 @@ class _InPlace(NamedTuple):
 
 
 class Perturber:
-    """Makes, places and restores perturbed copies.
+    """Make perturbed copies of parameters, put them in place, and restore the stored data.
 
-    points: at which copies are made. in_place: the copies that are in place, by ordinal.
-
-    buffered: whether copies are made in one buffer, which is kept and used again. That needs copies
-    to be released in the order in which they were made, reversed.
+    points: one for each stream of the forward that runs. in_place: the copies that are in place,
+    by ordinal of the parameter. scratch: the buffer for copies. buffered: whether it is used. With
+    the buffer, copies must be released in the reverse of the order in which they were made.
     """
 
     def __init__(self, direction: Direction) -> None:
@@ -51,7 +52,7 @@ class Perturber:
     def copies(
         self, parameters: Sequence[Perturbable], pair: tuple[int, ...], centers: Centers
     ) -> list[Copies]:
-        """Make, for each stream of a pair, the values of the parameters at its point."""
+        """Make copies of the parameters for each stream of a pair, with the values at its point."""
         point = self.points[pair[0]]
         copies: list[Copies] = [[] for _ in pair]
         # inside a model's jvp, new tensors would be wrapped and have no storage
@@ -72,8 +73,10 @@ class Perturber:
         centers: Centers,
         rows: range | None = None,
     ) -> None:
-        """Write a parameter's values at `point` into made[0], and at its mirror into made[1] if
-        there are two. rows: those of a matrix that are written; None: all.
+        """Write a parameter's values at `point` into made[0].
+
+        If there is a made[1], the values at the point's mirror are written into it. rows: the rows
+        of a matrix to write; None: the whole parameter.
         """
         center = self.center(parameter, parameter.param.data, point, centers)
         self.direction.combine_(
@@ -91,18 +94,22 @@ class Perturber:
     def center(
         parameter: Perturbable, stored: torch.Tensor, point: Point, centers: Centers
     ) -> Center:
-        """The parameter at the center of `point`, from `centers` or made and kept there."""
+        """Return a parameter's value at the center of `point`, from `centers` if it is there.
+
+        Otherwise it is made, and kept in `centers`. stored: the parameter's data.
+        """
         key = (point.center, parameter.ordinal)
         if key not in centers:
             centers[key] = point.center(parameter, stored)
         return centers[key]
 
     def reserve(self, tensors: Sequence[torch.Tensor], number: int) -> None:
-        """Allocate buffers for `number` copies of each tensor, if buffers are used."""
+        """Make the buffer large enough for `number` copies of each tensor, if it is used."""
         if self.buffered:
             self.scratch.reserve(tensors, number)
 
     def empty_like(self, stored: torch.Tensor) -> torch.Tensor:
+        """Allocate a copy of the shape, dtype and device of `stored`, not filled."""
         if self.buffered:
             return self.scratch.empty_like(stored)
         return torch.empty_like(stored, memory_format=torch.contiguous_format)
@@ -111,7 +118,7 @@ class Perturber:
 
     @contextmanager
     def placed(self, copies: Sequence[tuple[Perturbable, torch.Tensor]]) -> Iterator[None]:
-        """Have the copies in place inside."""
+        """A context in which the copies are in place."""
         for parameter, copy in copies:
             self.place(parameter, copy)
         try:
@@ -121,15 +128,16 @@ class Perturber:
             self.restore([parameter.ordinal for parameter, _ in copies])
 
     def place(self, parameter: Perturbable, copy: torch.Tensor) -> None:
+        """Put a copy in place of a parameter's stored data."""
         with torch._C._DisableFuncTorch():
             self.in_place[parameter.ordinal] = _InPlace(parameter, parameter.param.data, copy)
             parameter.param.data = copy
 
     def restore(self, ordinals: Sequence[int]) -> None:
-        """Put the stored data of these parameters back, of those that have a copy in place."""
+        """Put the stored data of these parameters back, where a copy is in place."""
         with torch._C._DisableFuncTorch():
             for ordinal in ordinals:
-                # None where a stream in lockstep was cut short while it waited
+                # None if a stream in lockstep was aborted while it waited
                 found = self.in_place.pop(ordinal, None)
                 if found is not None:
                     found.parameter.param.data = found.stored
@@ -139,7 +147,7 @@ class Perturber:
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """Have no copy in place inside, and the same copies in place again after it.
+        """A context in which no copy is in place. At its end the same copies are in place again.
 
         Other streams may place copies of their own inside.
         """

@@ -1,5 +1,7 @@
-"""Which modules use which parameters. One forward is observed, because a module may read a
-parameter that another module owns.
+"""Find which modules use which parameters, by observing one forward.
+
+A module may read a parameter that another module owns. `zods.forward.perturbed_modules` observes
+the first forward, and then gives each module copies of all parameters that it uses.
 """
 
 from __future__ import annotations
@@ -26,8 +28,9 @@ CONVERSIONS = (
 
 
 class Perturbable(Protocol):
-    """The attributes of a trainable parameter that this folder needs; `zods.params.shards.Shard`
-    has them.
+    """The attributes of a trainable parameter that `zods.forward` needs.
+
+    `zods.params.shards.Shard` has them.
     """
 
     @property
@@ -43,20 +46,22 @@ class Perturbable(Protocol):
 
 
 class Observer(TorchFunctionMode):
-    """Notes which parameters are used while no module that holds them runs, and by which module.
+    """Record which parameters are used while no module that holds them runs, and by which module.
 
-    Its hooks come before and after all others, so that what DeepSpeed does with a module's own
-    parameters does not count.
+    The observer's hooks run before and after all other hooks, so that DeepSpeed's use of a module's
+    own parameters does not count.
 
-    found: the parameters that each module uses and does not hold. branches: functions by which
-    Python code outside of all modules that hold parameters reads values that parameters have made:
-    its course may then differ from point to point.
+    found: the parameters that each module uses and does not hold. branches: functions, such as
+    `item`, by which Python code outside of all modules that hold parameters reads a value computed
+    from parameters. Such code may take another branch at another point.
     """
 
     def __init__(self, holders: dict[torch.nn.Module, list[Perturbable]], *, sharded: bool) -> None:
-        """sharded: DeepSpeed gives a module an alias of each tensor among its inputs. What the
-        module does with a parameter that it is handed cannot be seen then, so the module that hands
-        it over counts as its user."""
+        """holders: the parameters that each module holds. sharded: whether ZeRO-3 shards the
+        parameters. DeepSpeed then gives a module an alias of each tensor among its inputs, and
+        uses of the alias cannot be observed. So a module that passes a parameter to another module
+        counts as its user.
+        """
         super().__init__()
         self.found: dict[torch.nn.Module, list[Perturbable]] = {}
         self.branches: set[str] = set()
@@ -88,7 +93,7 @@ class Observer(TorchFunctionMode):
         self._running.pop()
 
     def _note(self, values: Any) -> None:
-        """Parameters among `values` are used by the module that runs now."""
+        """Record that the module that runs now uses the parameters among `values`."""
         for leaf in tree_leaves(values) if self._running else ():
             parameter = self._by_id.get(id(leaf))
             if parameter is None:
@@ -107,7 +112,7 @@ class Observer(TorchFunctionMode):
         return made
 
     def _track(self, func: Any, given: Any, made: Any) -> None:
-        """Keep track of the tensors that parameters have made, and of what becomes of them."""
+        """Keep track of tensors computed from parameters, and record where Python reads them."""
         if not any(
             self._depends(leaf) for leaf in tree_leaves(given) if isinstance(leaf, torch.Tensor)
         ):
@@ -124,17 +129,17 @@ class Observer(TorchFunctionMode):
 
 
 def reads_values(func: Any) -> bool:
-    """Whether a function of torch reads more of a tensor than its attributes."""
-    attribute = getattr(
-        getattr(func, "__self__", None), "__name__", ""
-    )  # the attribute's name, for a getter or setter
+    """Whether a function of torch reads a tensor's values, not only its attributes."""
+    # the attribute's name, for a getter or setter
+    attribute = getattr(getattr(func, "__self__", None), "__name__", "")
     return func.__name__ not in ("__get__", "__set__") or (
         func.__name__ == "__get__" and attribute in VIEWS
     )
 
 
 def _called_by_us(frame: Any) -> bool:
-    """Whether DeepSpeed's code or ours reads an attribute: it moves data about and computes nothing
-    for the model.
+    """Whether code of DeepSpeed or zods reads an attribute.
+
+    Such code moves data, and computes nothing for the model.
     """
     return frame.f_globals.get("__name__", "").split(".")[0] in ("deepspeed", "zods")

@@ -1,4 +1,7 @@
-"""Measure the peak memory of a forward."""
+"""Measure the peak memory of a forward.
+
+`zods.forward.choose_form` measures how much memory one more point takes.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +16,19 @@ from torch.utils._pytree import tree_leaves
 
 
 class Peak:
-    """bytes: the most that was alive at once of what was made inside `peak_memory`."""
+    """Peak memory of the tensors made inside `peak_memory`.
+
+    bytes: the largest size of such tensors that were alive at once.
+    """
 
     bytes = 0
 
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[Peak]:
-    """Measure what is made inside: by the allocator on a GPU, by watching every operation's outputs
-    on a CPU (slow).
+    """Measure the peak memory of the tensors that are made inside.
+
+    On a GPU the allocator counts it. On a CPU every operation's outputs are watched, which is slow.
     """
     peak = Peak()
     if device.type == "cuda":
@@ -35,15 +42,17 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
 
 
 class _Watch(TorchDispatchMode):
-    """Adds up what operations make. What was freed since is taken off only where the sum would be a
-    new peak: to look for it after each of a forward's thousands of operations would take longer
-    than the forward."""
+    """Adds up the sizes of the tensors that operations make.
+
+    Freed tensors are subtracted only when the sum would be a new peak. To look for them after each
+    of a forward's thousands of operations would take longer than the forward.
+    """
 
     def __init__(self, peak: Peak) -> None:
         super().__init__()
         self._peak = peak
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
-        self._most = 0  # bytes of `_alive`, and so at least those that are alive
+        self._most = 0  # bytes of `_alive`: an upper bound, since some may be freed by now
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))

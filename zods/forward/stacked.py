@@ -1,10 +1,12 @@
-"""Which inputs of a module carry the batch dimension, so that a stack of batches can be split into
-its streams and joined again.
+"""Split a module's inputs on a stack of batches into its streams, and join their outputs again.
 
-Learned, not guessed from sizes: an input carries the batch where its dim 0 grew by the number of
-streams from one forward of a batch to one of the stack; one whose dim 0 stayed (BERT's position
-ids) is given to every stream as it is. An input that carries the batch has as many rows for every
-example: those that a router sends to an expert cannot be told apart.
+Some inputs carry the batch dimension, others (BERT's position ids) are the same for every stream.
+Which do is learned from two forwards, not guessed from sizes. An input carries the batch if its
+dim 0 is, in the forward of the stack, as many times as large as in the forward of one batch as
+there are streams. Such an input must have the same number of rows for every example. This is not so
+for the rows that a router sends to an expert, so a model with such experts cannot be stacked.
+
+`zods.forward.module_runners` uses it. The form of evaluation is `zods.forward.forms.Stacked`.
 """
 
 from __future__ import annotations
@@ -20,37 +22,41 @@ Arguments = tuple[tuple, dict[str, Any]]
 
 
 class NotStackable(RuntimeError):
-    """A module does something that cutting a stack on dim 0 cannot serve."""
+    """The model cannot run on a stack of batches that is split on dim 0."""
 
 
 class Stacking:
-    """Cuts and joins the calls of modules. `begin` comes before every forward."""
+    """Splits and joins the calls of modules. `begin` has to be called before every forward."""
 
     def __init__(self, names: Mapping[torch.nn.Module, str]) -> None:
         """names: of the modules, for messages."""
         self._names = names
-        # dim 0 of a batch's inputs
+        # by module and call: sizes of dim 0 of the inputs for one batch; None: not a tensor
         self._recorded: dict[torch.nn.Module, list[list[int | None]]] = defaultdict(list)
-        # None: not a tensor
+        # by module and call: whether each input carries the batch; None: not a tensor
         self._carry: dict[torch.nn.Module, list[list[bool | None]]] = defaultdict(list)
         self._num_calls: dict[torch.nn.Module, int] = defaultdict(int)
         self._num_streams = self._num_examples = 1
 
     def begin(self, num_streams: int, num_examples: int) -> None:
-        """num_examples: of one stream."""
+        """Prepare for a forward on a stack. num_examples: examples of one stream."""
         self._num_streams, self._num_examples = num_streams, num_examples
         self._num_calls.clear()
 
     def forget(self) -> None:
+        """Forget all recorded calls."""
         self._recorded.clear()
         self._carry.clear()
 
     def record(self, module: torch.nn.Module, arguments: Arguments) -> None:
-        """Note a call in a forward of one batch."""
+        """Record a call in a forward of one batch."""
         self._recorded[module].append([_size(leaf) for leaf in tree_flatten(arguments)[0]])
 
     def split(self, module: torch.nn.Module, arguments: Arguments) -> tuple[list[Arguments], bool]:
-        """The arguments of each stream, and whether any of them carries the batch."""
+        """Return the arguments of each stream, and whether any of them carries the batch.
+
+        Raises NotStackable where the stack cannot be split.
+        """
         leaves, spec = tree_flatten(arguments)
         call = self._num_calls[module]
         self._num_calls[module] += 1
@@ -64,7 +70,8 @@ class Stacking:
             rows = self._num_streams * self._num_examples
             if isinstance(leaf, torch.Tensor) and carries is None:
                 carries = leaf.ndim > 0 and leaf.shape[0] == rows
-            carries = carries and _size(leaf) is not None  # an optional input may be None this time
+            # an optional input may be None in this call
+            carries = carries and _size(leaf) is not None
             if carries and (_size(leaf) or 0) % rows:
                 raise NotStackable(
                     f"{self._names[module]} is given {_size(leaf)} rows of {rows} examples: which "
@@ -82,7 +89,7 @@ class Stacking:
             and self._carry[module]
             and len(self._carry[module][-1]) == len(leaves)
         ):
-            # more calls than on the first batch: cut as the others
+            # more calls than on the first batch: split like the last known call
             self._carry[module].append(self._carry[module][-1])
             return
         if call >= len(recorded) or len(recorded[call]) != len(leaves):
@@ -99,8 +106,10 @@ class Stacking:
         self._carry[module].append(carry)
 
     def join(self, module: torch.nn.Module, outputs: list[Any], carries: bool) -> Any:
-        """The streams' outputs as one: cat on dim 0; without a batch in the inputs, repeated for
-        each example.
+        """Concatenate the outputs of the streams on dim 0.
+
+        carries: whether inputs carried the batch. If not, an output of one row is repeated for each
+        example of its stream. Raises NotStackable where an output has no batch dimension.
         """
         flat = [tree_flatten(output) for output in outputs]
         joined = []
@@ -121,4 +130,5 @@ class Stacking:
 
 
 def _size(leaf: Any) -> int | None:
+    """Size of dim 0 of a tensor, or None for anything else."""
     return leaf.shape[0] if isinstance(leaf, torch.Tensor) and leaf.ndim else None

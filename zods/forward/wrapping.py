@@ -1,9 +1,9 @@
-"""Wrap the forwards of a model's modules so that something can be put in place around each, and
-take the wrappers off again.
+"""Wrap the forward of a module, and remove the wrapper again.
 
-A module's hooks run inside its wrapped forward, because pruning, the hook-based weight and spectral
-norms and adapters read the module's parameters there. DeepSpeed's own hooks stay outside: they
-gather the parameters before the forward and may release them after it.
+Hooks of the model's user run inside the wrapped forward, because pruning, the hook-based weight and
+spectral norms and adapters read the module's parameters there. DeepSpeed's own hooks stay outside:
+they gather the parameters before the forward, and may release them after it.
+`zods.forward.perturbed_modules` wraps the modules of a model.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ RunForward = Callable[[torch.nn.Module, Callable, tuple, dict[str, Any]], Any]
 
 
 class WrappedForward:
-    """The forward of one module with `run` around it: run(module, original forward, args, kwargs).
+    """A module's forward that calls run(module, original forward, args, kwargs).
 
-    A copy or a pickle of the module has the original forward: it computes with its own parameters.
+    A copy or a pickle of the module has the original forward, and computes with its own parameters.
+
+    has_hooks: whether hooks of the model's user run inside.
     """
 
     def __init__(self, module: torch.nn.Module, run: RunForward) -> None:
@@ -29,35 +31,30 @@ class WrappedForward:
         self._module = module
         self._run: RunForward | None = run
         self._was_attribute = "forward" in vars(module)
-        self.has_hooks = False  # whether hooks of the module's user run inside
+        self.has_hooks = False
         functools.update_wrapper(self, self.original, updated=())
         module.forward = self
         # torch's TransformerEncoderLayer bypasses its children's forwards, unless a module has a
         # hook
-        self._handle = module.register_forward_pre_hook(_nothing)
+        self._handle = module.register_forward_pre_hook(_do_nothing)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        original = (
-            self.original
-            if not self.has_hooks
-            else functools.partial(_with_hooks, self._module, self.original)
-        )
-        return (
-            original(*args, **kwargs)
-            if self._run is None
-            else self._run(self._module, original, args, kwargs)
-        )
+        original = self.original
+        if self.has_hooks:
+            original = functools.partial(_with_hooks, self._module, self.original)
+        if self._run is None:
+            return original(*args, **kwargs)
+        return self._run(self._module, original, args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return copy.deepcopy(
-            self.original, memo
-        )  # a copied bound method is bound to the copy of its module
+        # a copied bound method is bound to the copy of its module
+        return copy.deepcopy(self.original, memo)
 
     def __reduce__(self) -> Any:
-        return _same, (self.original,)
+        return _identity, (self.original,)
 
     def move_hooks(self) -> None:
-        """Move the hooks of the module's user inside the wrapped forward."""
+        """Move hooks of the model's user inside the wrapped forward."""
         for hooks in (self._module._forward_pre_hooks, self._module._forward_hooks):
             for key, hook in hooks.items():
                 if is_users(hook):
@@ -73,7 +70,7 @@ class WrappedForward:
                 if isinstance(hook, MovedHook):
                     hooks[key] = hook.hook
         if vars(self._module).get("forward") is not self:
-            return  # somebody has wrapped it once more
+            return  # another wrapper was put around this one
         if self._was_attribute:
             self._module.forward = self.original
         else:
@@ -91,10 +88,10 @@ def has_moved_hooks(model: torch.nn.Module) -> bool:
 
 
 class MovedHook:
-    """A hook that runs inside the wrapped forward. Where torch calls it, around the forward, it
-    does nothing.
+    """A hook that runs inside the wrapped forward.
 
-    It keeps its key among the module's hooks, so that its handle removes it as before.
+    It stays registered under its key, so that the user's handle still removes it. When torch calls
+    it, around the wrapped forward, it does nothing.
     """
 
     def __init__(self, hook: Callable) -> None:
@@ -107,24 +104,22 @@ class MovedHook:
         return copy.deepcopy(self.hook, memo)
 
     def __reduce__(self) -> Any:
-        return _same, (self.hook,)
+        return _identity, (self.hook,)
 
 
 def is_users(hook: Any) -> bool:
-    """Whether a hook was registered by the model or its user: not by DeepSpeed, and not by this
-    module.
-    """
+    """Whether the model or its user registered a hook, not DeepSpeed or `zods.forward`."""
     function = hook.func if isinstance(hook, functools.partial) else hook
     named = getattr(function, "__module__", None) or ""
     return (
-        function is not _nothing
+        function is not _do_nothing
         and not isinstance(hook, MovedHook)
         and not named.startswith("deepspeed.")
     )
 
 
 def _with_hooks(module: torch.nn.Module, forward: Callable, *args: Any, **kwargs: Any) -> Any:
-    """Call a forward with the moved hooks, as torch's Module.__call__ does."""
+    """Call a forward with the moved hooks, in the way of torch's Module.__call__."""
     for key, moved in list(module._forward_pre_hooks.items()):
         if not isinstance(moved, MovedHook):
             continue
@@ -145,9 +140,9 @@ def _with_hooks(module: torch.nn.Module, forward: Callable, *args: Any, **kwargs
     return output
 
 
-def _nothing(*_: Any) -> None:
+def _do_nothing(*_: Any) -> None:
     return None
 
 
-def _same(value: Any) -> Any:
+def _identity(value: Any) -> Any:
     return value
