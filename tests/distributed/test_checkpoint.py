@@ -37,7 +37,7 @@ from tests.distributed.models import (
 from tests.distributed.ranks import run_ranks
 from tests.helpers import flip
 from zods.core.estimators import Term, Update
-from zods.training.checkpoint import newest_checkpoints
+from zods.training.checkpoint_files import newest_checkpoints
 
 BATCH = 12
 WARMUP = {
@@ -391,14 +391,14 @@ def test_a_checkpoint_of_another_run_is_one_clear_error_on_all_ranks_and_changes
 
 
 def rank_of_interruptions(folder: Path) -> dict[str, Any]:
-    import zods.training.checkpoint
+    import zods.training.checkpoint_files
 
     engine = build("point stored", folder)
     engine.train_batch()
     engine.save_checkpoint(folder / "run")
     old = state(engine)
     found: dict[str, Any] = {}
-    original = zods.training.checkpoint.save_file
+    original = zods.training.checkpoint_files.save_file
     for tag in (None, "global_step1"):  # a new tag; and the one that `latest` names
         engine.train_batch()
 
@@ -408,10 +408,10 @@ def rank_of_interruptions(folder: Path) -> dict[str, Any]:
                 raise OSError(28, "No space left on device")
             original(tensors, path, metadata)
 
-        zods.training.checkpoint.save_file = failing
+        zods.training.checkpoint_files.save_file = failing
         with pytest.raises(OSError, match="No space left") as error:
             engine.save_checkpoint(folder / "run", tag=tag)
-        zods.training.checkpoint.save_file = original
+        zods.training.checkpoint_files.save_file = original
         found[str(tag)] = str(error.value)
         found[f"{tag} left"] = sorted(entry.name for entry in (folder / "run").iterdir())
         torch.distributed.barrier()

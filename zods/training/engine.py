@@ -8,41 +8,35 @@ says to this rank's shards.
 from __future__ import annotations
 
 import logging
-import math
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from zods.comm.communicator import Communicator, Disagreement
+from zods.comm.communicator import Communicator
 from zods.comm.stop_request import StopRequest
 from zods.comm.watchdog import Watchdog
 from zods.config.deepspeed_json import RunConfig
 from zods.config.schedules import ZerothOrderOptimizer
-from zods.core import estimators
 from zods.core.points import pairs
 from zods.core.update_rule import StepRule
-from zods.data.digest import digest_of
 from zods.data.loader import TrainingLoader
-from zods.forward.dataset_metrics import Measure, measure_whole
 from zods.forward.evaluator import Evaluator
 from zods.forward.model_forwards import ModelForwards
-from zods.params.anchor import Anchor
-from zods.params.deferred_update import DeferredUpdate
 from zods.params.shards import ShardedParameters
 from zods.selection.loaders import SelectingLoader
 from zods.training import checkpoint, resume
 from zods.training.engine_interface import EngineInterface
 from zods.training.join_leader import join_leader
-from zods.training.recorder import Recorder
+from zods.training.loss_exchange import LossExchange
 from zods.training.replicas import Replicas
-from zods.training.state import StepInFlight, TrainState
+from zods.training.state import StepInFlight
 from zods.training.step_outputs import StepLoss, StepReport
+from zods.training.step_reporter import StepReporter
 from zods.training.training_run import TrainingRun
 from zods.trajectory.records import Record, Refresh, Step
-from zods.trajectory.updates import direction_of
 
 logger = logging.getLogger(__name__)
 
@@ -88,59 +82,39 @@ class ZerothOrderEngine(EngineInterface):
         self.monitor = deepspeed_engine.monitor
         self.training = True
         self.last_step: StepReport | None = None
-        micro_batch = self.train_micro_batch_size_per_gpu()
-        self.recorder = Recorder(config, comm.world_size, training_loader, micro_batch)
+        zo = config.zeroth_order
+        self.run = TrainingRun.build(
+            config, deepspeed_engine, comm, parameters, optimizer, lr_scheduler, training_loader
+        )
+        self.anchor = self.run.anchor
+        self.recorder = self.run.recorder
         self.trajectory = self.recorder.trajectory
         self.stop = StopRequest()
         self.should_stop = False
-        self.replicas = (
-            None
-            if config.zeroth_order.replicas is None
-            else Replicas(config.zeroth_order.replicas, comm)
-        )
-        self._zo = config.zeroth_order
-        self._rule = StepRule(self._zo)
-        self._direction = direction_of(self._zo)
-        self._watchdog = Watchdog(comm, self._zo.hang_timeout)
-        self.anchor: Anchor | None = None
-        if self._zo.is_svrg:
-            aio = config.deepspeed.get("aio", {})
-            self.anchor = Anchor(
-                self._zo.anchor, parameters, comm, direction=self._direction, aio=aio
-            )
-        offload = (
-            config.deepspeed.get("zero_optimization", {})
-            .get("offload_param", {})
-            .get("device", "none")
-        )
-        deferred = None if offload == "none" else DeferredUpdate(parameters, self._direction)
-        self.run = TrainingRun(
-            config=config,
-            comm=comm,
-            deepspeed=deepspeed_engine,
-            parameters=parameters,
-            direction=self._direction,
-            anchor=self.anchor,
-            deferred=deferred,
-            optimizer=optimizer,
-            lr_scheduler=lr_scheduler,
-            loader=training_loader,
-            recorder=self.recorder,
-            state=TrainState(),
-        )
+        self.replicas = None if zo.replicas is None else Replicas(zo.replicas, comm)
+        self._zo = zo
+        self._rule = StepRule(zo)
+        self._exchange = LossExchange(comm, self.replicas, per_rank=zo.directions == "per_rank")
+        self._reporter = StepReporter(self.monitor, zo, comm)
+        self._watchdog = Watchdog(comm, zo.hang_timeout)
         self._evaluator = Evaluator(
             ModelForwards(
-                deepspeed_engine, comm, parameters, deferred, self._direction, self._zo.loss_mean
+                deepspeed_engine,
+                comm,
+                parameters,
+                self.run.deferred,
+                self.run.direction,
+                zo.loss_mean,
             ),
-            eps=self._zo.eps,
-            evaluation=self._zo.evaluation,
-            stream_memory_gb=self._zo.stream_memory_gb,
-            micro_batch=micro_batch,
-            most_points=self._zo.most_points,
+            eps=zo.eps,
+            evaluation=zo.evaluation,
+            stream_memory_gb=zo.stream_memory_gb,
+            micro_batch=self.train_micro_batch_size_per_gpu(),
+            most_points=zo.most_points,
             beat=lambda: self._watchdog.beat(f"step {self.global_steps}, forward"),
         )
         self._own_batches: Iterator[Any] | None = None
-        self._has_said_zero = self._is_closed = False
+        self._is_closed = False
         self._is_logged = False  # whether `resume` was called
         self._in_flight: StepInFlight | None = None
         deepspeed_engine.eval()
@@ -279,39 +253,18 @@ class ZerothOrderEngine(EngineInterface):
         step.pending = None
         if self.is_gradient_accumulation_boundary():
             self._watchdog.beat(f"step {self.global_steps}, backward")
-            of_all = self._reduce(
-                self.comm.numbers(torch.stack(step.sums).sum(0)), asked=self.stop.reason is not None
+            reduced = self._exchange.step_losses(
+                self.comm.numbers(torch.stack(step.sums).sum(0)),
+                step=self.global_steps,
+                head=self.trajectory.head,
+                rows=self._rows,
+                asked=self.stop.reason is not None,
+                left_form=self._evaluator.left_form,
             )
-            # An estimate is linear in its losses. With directions of each rank's own, a rank's
-            # losses are weighted by its share of what the loss is a mean over, so that the mean
-            # over the ranks is that of the global batch.
-            mean_count = sum(count for *_, count in of_all) / len(of_all)
-            step.reduced = [
-                [total / mean_count if mean_count else math.nan for total in row[:-1]]
-                for row in of_all
-            ]
-        return loss
-
-    def _reduce(self, sums: list[float], *, asked: bool) -> list[list[float]]:
-        """The sums of each set of directions; whether some rank was asked to stop, or could not
-        evaluate in the form chosen.
-        """
-        left = self._evaluator.left_form
-        if self.replicas is not None:
-            if self.comm.sum_over_ranks([float(left)])[0]:
+            step.reduced, self.should_stop = reduced.losses, reduced.should_stop
+            if reduced.left_form:
                 self._evaluator.leave_form()
-            tag, head = str(self.global_steps), self.trajectory.head
-            totals, self.should_stop = self.replicas.sum(
-                sums, tag, head, asked=asked, rows=self._rows
-            )
-            return [totals]
-        own, per_rank = [*sums, float(left), float(asked)], self._zo.directions == "per_rank"
-        of_all = self.comm.gather_scalars(own) if per_rank else [self.comm.sum_over_ranks(own)]
-        flags = [(row.pop(), row.pop()) for row in of_all]
-        self.should_stop = any(asked for asked, _ in flags)
-        if any(left for _, left in flags):
-            self._evaluator.leave_form()
-        return of_all
+        return loss
 
     # --- phases 3 to 5: combine, log, apply -------------------------------------------------------
 
@@ -337,23 +290,18 @@ class ZerothOrderEngine(EngineInterface):
         self.trajectory.wait()
         if self.replicas is not None and not self.should_stop:
             self._split_batches()
-        self._check_agreement()
-        self._report(record, in_flight, loss, projected_grad)
+        self.run.check_agreement()
+        selecting = 0.0 if self.selection is None else self.selection.take_seconds()
+        self.last_step = self._reporter.report(
+            self.run.state, record, in_flight, loss, projected_grad, selecting
+        )
         self._watchdog.rest()
-        if record.skipped:
-            self._refuse_more_skipped(in_flight.reduced)
-        elif projected_grad == 0.0:
-            self._say_zero_gradient()
+        self._reporter.warn(self.run.state, record, in_flight.reduced, projected_grad)
 
     def _combine(self, losses: Sequence[Sequence[float]]) -> tuple[Step, float, float]:
         """The record of this step; the mean loss and the mean projected gradient at the parameters."""
-        coefficients: tuple[float, ...] = ()
-        projected_grad = math.nan
-        if all(math.isfinite(loss) for of_set in losses for loss in of_set):
-            estimate, projected_grad = self._rule.estimate(self.global_steps, losses)
-            coefficients = tuple(term.coefficient for term in estimate)
-        if not all(map(math.isfinite, coefficients)):
-            coefficients = ()
+        estimate, projected_grad = self._rule.estimate(self.global_steps, losses)
+        coefficients = tuple(term.coefficient for term in estimate)
         at_parameters = [
             loss for of_set in losses for loss in of_set[: 2 * self._zo.num_directions]
         ]
@@ -377,74 +325,6 @@ class ZerothOrderEngine(EngineInterface):
             self.run.commit(taken)
         self.run.commit(taken)
 
-    def _check_agreement(self) -> None:
-        """Every `agreement_interval` steps, check that all ranks have applied the same updates and
-        were given the same examples.
-
-        Raises Disagreement where they have not; the log then ends where they last had, for steps
-        since were made on weights that differ.
-        """
-        if self.global_steps % self._zo.agreement_interval:
-            return
-        loader, digest = self.training_dataloader, ""
-        if loader is not None and loader.data_digest is not None:
-            digest = digest_of(loader.dataset[i] for i in loader.last_examples())
-        try:
-            self.comm.check_agreement(
-                self.trajectory.head.encode(), f"what was applied up to step {self.global_steps}"
-            )
-            self.comm.check_agreement(
-                digest.encode(), f"the training data of step {self.global_steps}"
-            )
-        except Disagreement:
-            self.trajectory.cut_to_agreement()
-            raise
-        self.trajectory.agree(self.global_steps)
-
-    def _report(
-        self, record: Step, in_flight: StepInFlight, loss: float, projected_grad: float
-    ) -> None:
-        selecting = 0.0 if self.selection is None else self.selection.take_seconds()
-        seconds = time.perf_counter() - in_flight.began + selecting
-        sent = self.comm.scalar_bytes - in_flight.bytes_before
-        self.last_step = StepReport(
-            self.global_steps,
-            loss,
-            projected_grad,
-            record.lr,
-            sent,
-            seconds,
-            record.skipped,
-            selecting,
-        )
-        if self.monitor.enabled:
-            events = {"loss": loss, "lr": record.lr, "projected_grad": projected_grad}
-            self.monitor.write_events(
-                [(f"Train/Samples/{k}", v, self.global_samples) for k, v in events.items()]
-            )
-
-    def _say_zero_gradient(self) -> None:
-        if not self._has_said_zero and self.global_rank == 0:
-            logger.warning(
-                "step %d: the projected gradient is exactly 0, for the losses of a pair of points "
-                "are the same number. Either no parameter that is trained reaches the loss, or "
-                "eps (%g) is lost in rounding. This is said once.",
-                self.global_steps,
-                self._zo.eps,
-            )
-        self._has_said_zero = True
-
-    def _refuse_more_skipped(self, reduced: Sequence[Sequence[float]]) -> None:
-        losses = [loss for of_set in reduced for loss in of_set]
-        logger.warning("step %d skipped: losses %s are not all finite", self.global_steps, losses)
-        in_a_row = self.run.state.nonfinite_in_a_row
-        if in_a_row > self._zo.max_nonfinite_steps:
-            raise RuntimeError(
-                f"{in_a_row} steps in a row had non-finite losses (max_nonfinite_steps = "
-                f"{self._zo.max_nonfinite_steps}). Lower lr or eps, or look at the data. Last "
-                f"losses: {losses}."
-            )
-
     # --- the anchor -------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -462,9 +342,7 @@ class ZerothOrderEngine(EngineInterface):
         zo = self._zo
         seeds = self._rule.seeds("anchor", self.global_steps, zo.anchor_directions)
         loader, title = self.training_dataloader, f"anchor at step {self.global_steps}"
-        split, total = (self.global_rank, self.world_size), self.comm.sum_over_ranks
-        if self.replicas is not None:
-            split, total = self.replicas.split, self._total_of_refresh
+        split, total = self._exchange.refresh_split(self.global_steps, self.trajectory)
         losses = self._evaluator.whole_set_losses(
             pairs(seeds, zo.eps),
             loader.dataset,
@@ -477,13 +355,8 @@ class ZerothOrderEngine(EngineInterface):
         self._record_evaluation()
         scheduled = self.get_lr()[0] / zo.lr if zo.lr else 1.0 / self.annealing.divisor
         anchor_lr = zo.lr if zo.anchor_lr is None else zo.anchor_lr
-        coefficients: tuple[float, ...] = ()
-        if all(map(math.isfinite, losses)):
-            grads = estimators.projected_grads(losses[0::2], losses[1::2], zo.eps)
-            coefficients = tuple(
-                term.coefficient for term in estimators.in_float32(estimators.spsa(seeds, grads))
-            )
-        if not coefficients or not all(map(math.isfinite, coefficients)):
+        gradient = self._rule.estimate_at_anchor(seeds, losses)
+        if not gradient:
             if self.anchor_step is None:
                 raise RuntimeError(
                     "the first anchor: the loss over the training set is not finite. Look at the "
@@ -492,12 +365,8 @@ class ZerothOrderEngine(EngineInterface):
             logger.warning(
                 "anchor at step %d: losses are not finite; the last anchor stays", self.global_steps
             )
-            coefficients = ()
+        coefficients = tuple(term.coefficient for term in gradient)
         self._commit_everywhere(Refresh(self.global_steps, anchor_lr * scheduled, coefficients))
-
-    def _total_of_refresh(self, values: Sequence[float]) -> list[float]:
-        assert self.replicas is not None
-        return self.replicas.sum(values, f"{self.global_steps}, refresh", self.trajectory.head)[0]
 
     # --- resume, load -----------------------------------------------------------------------------
 
@@ -598,36 +467,3 @@ class ZerothOrderEngine(EngineInterface):
         where they were.
         """
         self._own_batches = None
-
-    @torch.no_grad()
-    def eval_batch(self, data_iter: Iterator[Any]) -> float:
-        """Mean loss at the parameters over `gradient_accumulation_steps` micro-batches of all
-        ranks.
-        """
-        self.flush()
-        return self._evaluator.mean_loss(
-            next(data_iter) for _ in range(self.gradient_accumulation_steps())
-        )
-
-    @torch.no_grad()
-    def evaluate(
-        self,
-        dataset: Any,
-        collate_fn: Callable[[list], tuple[dict[str, torch.Tensor], Any]],
-        measure: Measure,
-    ) -> dict[str, float]:
-        """Means over a whole dataset at the parameters, every example counted once, over all ranks.
-
-        collate_fn: rows -> (model inputs, targets). measure: (outputs, inputs, targets) -> name:
-        (sum, count).
-        """
-        self.flush()
-        micro_batch = self.train_micro_batch_size_per_gpu()
-        return measure_whole(
-            self._evaluator.outputs,
-            dataset,
-            collate_fn,
-            measure,
-            comm=self.comm,
-            micro_batch=micro_batch,
-        )

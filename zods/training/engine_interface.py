@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ import torch
 from zods.comm.communicator import Communicator
 from zods.config.deepspeed_json import RunConfig
 from zods.core.annealing import Annealing
+from zods.forward.dataset_metrics import Measure, measure_whole
+from zods.forward.evaluator import Evaluator
 from zods.params.zero3_adapter import is_sharded
 from zods.training import checkpoint
 from zods.training.export import save_16bit_model, save_pretrained, whole_state
@@ -45,6 +47,7 @@ class EngineInterface:
     run: TrainingRun
     last_step: StepReport | None
     _in_flight: StepInFlight | None
+    _evaluator: Evaluator
 
     def flush(self) -> None:
         """Apply what waits until its parameter is next loaded: before parameters are read other
@@ -161,6 +164,41 @@ class EngineInterface:
         """
         logger.info(
             "engine.compile(): the model is not compiled: a step changes weights while modules run"
+        )
+
+    # --- losses and metrics at the parameters -----------------------------------------------------
+
+    @torch.no_grad()
+    def eval_batch(self, data_iter: Iterator[Any]) -> float:
+        """Mean loss at the parameters over `gradient_accumulation_steps` micro-batches of all
+        ranks.
+        """
+        self.flush()
+        return self._evaluator.mean_loss(
+            next(data_iter) for _ in range(self.gradient_accumulation_steps())
+        )
+
+    @torch.no_grad()
+    def evaluate(
+        self,
+        dataset: Any,
+        collate_fn: Callable[[list], tuple[dict[str, torch.Tensor], Any]],
+        measure: Measure,
+    ) -> dict[str, float]:
+        """Means over a whole dataset at the parameters, every example counted once, over all ranks.
+
+        collate_fn: rows -> (model inputs, targets). measure: (outputs, inputs, targets) -> name:
+        (sum, count).
+        """
+        self.flush()
+        micro_batch = self.train_micro_batch_size_per_gpu()
+        return measure_whole(
+            self._evaluator.outputs,
+            dataset,
+            collate_fn,
+            measure,
+            comm=self.comm,
+            micro_batch=micro_batch,
         )
 
     # --- the module and its weights ---------------------------------------------------------------

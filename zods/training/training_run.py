@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
-from zods.comm.communicator import Communicator
+from zods.comm.communicator import Communicator, Disagreement
 from zods.config.deepspeed_json import RunConfig
 from zods.core import annealing
 from zods.core.directions import Direction
 from zods.core.estimators import Update
+from zods.data.digest import digest_of
 from zods.data.loader import TrainingLoader
 from zods.params.anchor import Anchor
 from zods.params.deferred_update import DeferredUpdate
@@ -26,6 +27,7 @@ from zods.selection.loaders import SelectingLoader
 from zods.training.recorder import Recorder
 from zods.training.state import TrainState
 from zods.trajectory.records import Record, Refresh, Step
+from zods.trajectory.updates import direction_of
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,43 @@ class TrainingRun:
     loader: TrainingLoader | SelectingLoader | None
     recorder: Recorder
     state: TrainState
+
+    @classmethod
+    def build(
+        cls,
+        config: RunConfig,
+        deepspeed_engine: Any,
+        comm: Communicator,
+        parameters: ShardedParameters,
+        optimizer: torch.optim.Optimizer,
+        lr_scheduler: Any,
+        loader: TrainingLoader | SelectingLoader | None,
+    ) -> TrainingRun:
+        """A run at step 0, with the anchor, the deferred update and the recorder that `config` asks
+        for.
+        """
+        zo, zero = config.zeroth_order, config.deepspeed.get("zero_optimization", {})
+        direction = direction_of(zo)
+        anchor = None
+        if zo.is_svrg:
+            aio = config.deepspeed.get("aio", {})
+            anchor = Anchor(zo.anchor, parameters, comm, direction=direction, aio=aio)
+        offloads = zero.get("offload_param", {}).get("device", "none") != "none"
+        micro_batch = config.deepspeed["train_micro_batch_size_per_gpu"]
+        return cls(
+            config=config,
+            comm=comm,
+            deepspeed=deepspeed_engine,
+            parameters=parameters,
+            direction=direction,
+            anchor=anchor,
+            deferred=DeferredUpdate(parameters, direction) if offloads else None,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            loader=loader,
+            recorder=Recorder(config, comm.world_size, loader, micro_batch),
+            state=TrainState(),
+        )
 
     def commit(self, record: Record) -> None:
         """Log a record, and do to the parameters and the anchor what it says.
@@ -112,6 +151,29 @@ class TrainingRun:
             state.annealing = annealing.end_epoch(
                 state.annealing, alpha=anneal.alpha, threshold=anneal.threshold
             )
+
+    def check_agreement(self) -> None:
+        """Every `agreement_interval` steps, check that all ranks have applied the same updates and
+        were given the same examples.
+
+        Raises Disagreement where they have not. The log then ends at the last agreement, because
+        the steps since then were made on weights that differ.
+        """
+        step, trajectory, loader = self.state.global_steps, self.recorder.trajectory, self.loader
+        if step % self.config.zeroth_order.agreement_interval:
+            return
+        examples = ""
+        if loader is not None and loader.data_digest is not None:
+            examples = digest_of(loader.dataset[i] for i in loader.last_examples())
+        try:
+            self.comm.check_agreement(
+                trajectory.head.encode(), f"what was applied up to step {step}"
+            )
+            self.comm.check_agreement(examples.encode(), f"the training data of step {step}")
+        except Disagreement:
+            trajectory.cut_to_agreement()
+            raise
+        trajectory.agree(step)
 
     def _ends_epoch(self, record: Step) -> bool:
         return (

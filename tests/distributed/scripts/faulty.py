@@ -28,8 +28,9 @@ import zods.finetune
 from zods.core.directions import Direction
 from zods.data.loader import TrainingLoader
 from zods.forward.evaluator import Evaluator
-from zods.training import checkpoint, resume
+from zods.training import checkpoint, checkpoint_files, resume
 from zods.training.engine import ZerothOrderEngine
+from zods.training.loss_exchange import LossExchange
 from zods.training.recorder import Recorder
 from zods.trajectory.log import LogFile
 
@@ -139,13 +140,13 @@ def half_a_file(tensors, path, *_):
 LOCATIONS = {
     "forward": lambda: around(ZerothOrderEngine, "forward", before=forward),
     "scalars": lambda: around(
-        ZerothOrderEngine, "_reduce", before=lambda *_: strike("scalars"), after="after_scalars"
+        LossExchange, "step_losses", before=lambda *_: strike("scalars"), after="after_scalars"
     ),
     "application": lambda: around(Direction, "replay_", before=in_application),
     "log": lambda: around(LogFile, "_append", before=half_a_line),
-    "checkpoint": lambda: around(checkpoint, "save_file", before=half_a_file),
+    "checkpoint": lambda: around(checkpoint_files, "save_file", before=half_a_file),
     "rename": lambda: around(
-        checkpoint, "_put_in_place", before=lambda *_: strike("rename"), after="after_rename"
+        checkpoint, "put_in_place", before=lambda *_: strike("rename"), after="after_rename"
     ),
     "refresh": lambda: around(
         Evaluator, "whole_set_losses", before=lambda *_: strike("refresh"), after="after_refresh"
