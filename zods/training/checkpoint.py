@@ -49,13 +49,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Wanted:
-    """The parts of a checkpoint that are to be loaded: the keywords of DeepSpeed's
-    `load_checkpoint`.
+    """The parts of a checkpoint to load, as the keywords of DeepSpeed's `load_checkpoint` name them.
 
-    module_only: the parameters alone; the run's steps, schedules, data order and anchor stay as
-    they are, but for the anchor, which is made anew. strict: with `module_only`, all parameters
-    must be in both; else those in both are loaded. optimizer: the anchor and the state of "anneal";
-    without, they begin anew. scheduler: the scheduler's state and its step size.
+    module_only: load the parameters only. Steps, schedules and data order stay as they are; the
+    anchor is refreshed before the next step. strict: the checkpoint and the run must have the same
+    parameters; with False, which needs `module_only`, those in both are loaded. optimizer: load the
+    anchor and the state of "anneal"; with False they begin anew. scheduler: load the scheduler's
+    state and its step size.
     """
 
     module_only: bool = False
@@ -80,14 +80,14 @@ def save_checkpoint(
     *,
     save_latest: bool = True,
 ) -> Path:
-    """Write `save_dir`/`tag` under a temporary name, rename it when it is whole and on the disk,
-    then point `latest` to it.
+    """Write the checkpoint `save_dir`/`tag`. All ranks call it together, after `TrainingRun.flush`.
 
-    Nothing is deferred (`TrainingRun.flush`). tag: str(tag), the same on all ranks; default
-    `global_step<N>`. client_state: JSON. `save_dir` is shared by all ranks. keep: of the
-    checkpoints named `global_step<N>` only the last so many by their step stay, and the one
-    written; None: all stay. save_latest: False leaves `latest` as it is. Raises ValueError or
-    OSError, the same on all ranks, as for a full disk; what was there before stays good.
+    The folder is written under a temporary name, renamed when it is whole and synced, and then
+    named in the file `latest`. save_dir: a folder that all ranks share. tag: used as str(tag), the
+    same on all ranks; default `global_step<N>`. client_state: JSON. keep: number of checkpoints
+    named `global_step<N>` that stay, those of the last steps, besides the one written; None keeps
+    all. save_latest: False leaves `latest` as it is. Raises ValueError or OSError, the same on all
+    ranks, for example for a full disk. Earlier checkpoints then stay good.
     """
     if keep is not None and keep < 1:
         raise ValueError(
@@ -126,12 +126,12 @@ def save_checkpoint(
 def load_checkpoint(
     run: TrainingRun, load_dir: str | Path, tag: Any, wanted: Wanted | None = None
 ) -> tuple[Path | None, dict[str, Any] | None]:
-    """Bring `run` to where the checkpoint stands; returns its folder and the client state.
+    """Restore `run` from a checkpoint. Returns the checkpoint's folder and the client state.
 
-    tag: str(tag); default what `latest` says, and where no rank finds that, nothing is loaded:
-    (None, None), and a warning. Everything is checked before anything is changed: ValueError or
-    OSError, the same on all ranks, for a missing, damaged or truncated checkpoint, and for one of
-    another model or method.
+    tag: used as str(tag); default: the tag in the file `latest`. Where no rank finds that file,
+    nothing is loaded: it warns and returns (None, None). Everything is checked before anything is
+    changed. Raises ValueError or OSError, the same on all ranks, for a missing, damaged or
+    truncated checkpoint, and for one of another model or method.
     """
     comm, wanted = run.comm, wanted or Wanted()
     with comm.same_on_all_ranks(), _as_written(load_dir):
@@ -174,8 +174,9 @@ def load_checkpoint(
 
 @contextmanager
 def _as_written(folder: str | Path) -> Iterator[None]:
-    """Turn any failure to use a state.json, which another program may have written with the right
-    checksum, into one clear error.
+    """Turn a failure to use the content of a state.json into one clear error.
+
+    Its checksum was right, so another program may have written it.
     """
     try:
         yield
@@ -223,7 +224,7 @@ def _state_text(run: TrainingRun, client_state: dict[str, Any]) -> str:
 def _check_fits(
     run: TrainingRun, folder: Path, saved: dict[str, Any], wanted: Wanted
 ) -> list[Shard]:
-    """The parameters to load. Raises ValueError where the checkpoint does not fit the run."""
+    """Return the shards to load. Raises ValueError where the checkpoint does not fit the run."""
     ours = {p.name: [p.name, list(p.shape), str(p.dtype)] for p in run.parameters}
     theirs = {entry[0]: entry for entry in saved["parameters"]}
     shards = list(run.parameters)
@@ -277,7 +278,10 @@ def _load_anchor(
     saved: dict[str, Any],
     stored: Callable[[Shard], torch.Tensor] | None,
 ) -> None:
-    """stored: reads a shard of the anchor point; None where the point follows from the parameters."""
+    """Restore the anchor.
+
+    stored: reads a shard of the saved anchor point; None: reconstruct the point from the parameters.
+    """
     anchor.load_state_dict(saved["anchor"])
     anchor.set_gradient(anchor.gradient_terms)
     if anchor.point is None:

@@ -1,8 +1,8 @@
-"""The zeroth-order engine, with the interface of DeepSpeed's engine; `step()` reads as its phases.
+"""The zeroth-order engine, with the interface of DeepSpeed's engine.
 
-`engine(batch)` evaluates the loss at the step's points, `engine.backward(loss)` reduces the loss
-scalars over the ranks, `engine.step()` combines them into a record, logs it, and applies what it
-says to this rank's shards.
+`engine(batch)` evaluates the loss at the step's points. `engine.backward(loss)` reduces the loss
+scalars over the ranks. `engine.step()` combines them into a record, logs the record, and applies it
+to this rank's shards.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ logger = logging.getLogger(__name__)
 class ZerothOrderEngine(EngineInterface):
     """A model under DeepSpeed with zeroth-order steps. Made by `zods.initialize`.
 
-    module: the model. deepspeed: the DeepSpeedEngine that shards it. comm: what zods sends, with
-    byte counters. anchor: of MeZO-SVRG, else None. sharded_parameters: this rank's shards of the
-    trainable parameters. run: the parts of all this that steps change, and that a checkpoint
+    module: the model. deepspeed: the DeepSpeedEngine that shards it. comm: the ranks, with counters
+    of the bytes sent. anchor: the anchor of MeZO-SVRG, else None. sharded_parameters: this rank's
+    shards of the trainable parameters. run: the parts that steps change and that a checkpoint
     stores; its counters (`global_steps`, ...) are read-only attributes of the engine, too.
-    last_step: report of the last step, or None. trajectory: the chain of what was applied, and its
-    log (`resume`). stop: asks for an end after a step; should_stop: whether some rank was asked.
-    replicas: the other worlds that train with this one, else None. selection: what chooses the
-    sub-batches, with the last one's ids and report, where there is a selector.
+    last_step: the report of the last step, or None. trajectory: the chain of records, and their log
+    (`resume`). stop: the request to end after a step; should_stop: whether some rank was asked.
+    replicas: the worlds that train together, else None. selection: the choice of sub-batches, with
+    the ids and the report of the last one; None without a selector.
 
     In training the model stays in eval mode: both losses of a pair need the same function, so
     dropout is off.
@@ -127,11 +127,11 @@ class ZerothOrderEngine(EngineInterface):
         return self.train_batch_size() // self.gradient_accumulation_steps()
 
     def get_lr(self) -> list[float]:
-        """The step size in force: the scheduler's, divided by what annealing asks."""
+        """The current step size: the scheduler's, divided by the divisor of annealing."""
         return [group["lr"] / self.annealing.divisor for group in self.optimizer.param_groups]
 
     def train(self, mode: bool = True) -> ZerothOrderEngine:
-        """Set the mode: in training mode `engine(batch)` evaluates a step's losses, otherwise it
+        """Set the mode. In training mode `engine(batch)` evaluates a step's losses; otherwise it
         returns the model's outputs.
         """
         if not mode:
@@ -151,7 +151,7 @@ class ZerothOrderEngine(EngineInterface):
         return self._evaluator.evaluation
 
     def stop_on(self, request: StopRequest) -> None:
-        """End where `request` asks for it, in place of the engine's own request."""
+        """Use `request` in place of the engine's own request to stop."""
         self.stop = request
 
     def close(self) -> None:
@@ -173,14 +173,16 @@ class ZerothOrderEngine(EngineInterface):
 
     @torch.no_grad()
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
-        """Evaluate a micro-batch. In training mode return the mean loss of this rank's micro-batch
-        around the parameters, a `StepLoss`, NaN if no label counts; otherwise return the model's
-        outputs.
+        """Evaluate a micro-batch.
 
-        Takes what the model's forward takes, or one batch of it (`zods.data.batch`). A loss becomes
-        part of the step when it is given to `backward`; one that is not (a probe) is left out. The
-        micro-batches of one step share the directions; a refresh of the anchor that is due comes
-        before the first. Raises ValueError where the model gives no loss.
+        Takes the inputs of the model's forward, or one batch of them (`zods.data.batch`). In
+        training mode, returns a `StepLoss`: the mean loss of this rank's micro-batch at the points
+        around the parameters, NaN if no label counts. Otherwise returns the model's outputs.
+
+        A loss becomes part of the step when it is given to `backward`. Without that, the forward
+        was a probe and has no effect. All micro-batches of a step share its directions. If the
+        anchor is due, it is refreshed before the first of them. Raises ValueError where the model
+        gives no loss.
         """
         if self._is_closed:
             raise RuntimeError(
@@ -206,8 +208,8 @@ class ZerothOrderEngine(EngineInterface):
         )
 
     def _begin_step(self) -> StepInFlight:
-        """Refresh the anchor where it is due, and choose the step's points: pairs at theta, then at
-        the anchor.
+        """Refresh the anchor if it is due, and make the step's points: pairs around the parameters,
+        then pairs around the anchor.
         """
         began, bytes_before = time.perf_counter(), self.comm.scalar_bytes
         zo, step = self._zo, self.global_steps
@@ -233,13 +235,13 @@ class ZerothOrderEngine(EngineInterface):
     # --- phase 2: reduce the scalars --------------------------------------------------------------
 
     def backward(self, loss: torch.Tensor) -> torch.Tensor:
-        """Make the forward that gave `loss` part of the step; at an accumulation boundary, sum
+        """Make the forward that returned `loss` part of the step. At an accumulation boundary, sum
         losses and counts over all ranks.
 
-        Sends 8 bytes per point and rank. Whether a rank was asked to stop travels with them. Raises
-        ValueError where `loss` is not what the last `engine(batch)` returned: a scaled or other
-        loss would have no effect, since the losses at the points are already known. Wrap the model
-        so that its forward returns that loss.
+        Sends 8 bytes per point and rank. Raises ValueError where the last `engine(batch)` did not
+        return `loss`: another loss, such as a scaled one, would have no effect, because the losses
+        at the points are already known. For another loss, wrap the model so that its forward
+        returns it.
         """
         step = self._in_flight
         if step is None or step.pending is None or loss is not step.pending[0]:
@@ -269,12 +271,12 @@ class ZerothOrderEngine(EngineInterface):
     # --- phases 3 to 5: combine, log, apply -------------------------------------------------------
 
     def step(self) -> None:
-        """At an accumulation boundary: combine the losses into an estimate, log it, apply it to
-        this rank's shards.
+        """At an accumulation boundary, combine the losses into an estimate, log the estimate, and
+        apply it to this rank's shards.
 
-        When it returns the step is on the disk, where there is a log; OSError where that failed. A
-        step with a non-finite loss is skipped and counted; RuntimeError after `max_nonfinite_steps`
-        in a row.
+        If the run has a log, the step is on the disk when this returns. A step with a non-finite
+        loss is skipped and counted. Raises OSError where the log cannot be written, and
+        RuntimeError after `max_nonfinite_steps` skipped steps in a row.
         """
         in_flight = self._in_flight
         if in_flight is None or len(in_flight.sums) <= in_flight.micro_steps:
@@ -299,7 +301,9 @@ class ZerothOrderEngine(EngineInterface):
         self._reporter.warn(self.run.state, record, in_flight.reduced, projected_grad)
 
     def _combine(self, losses: Sequence[Sequence[float]]) -> tuple[Step, float, float]:
-        """The record of this step; the mean loss and the mean projected gradient at the parameters."""
+        """Make the record of this step. Returns it with the mean loss and the mean projected
+        gradient around the parameters.
+        """
         estimate, projected_grad = self._rule.estimate(self.global_steps, losses)
         coefficients = tuple(term.coefficient for term in estimate)
         at_parameters = [
@@ -315,8 +319,8 @@ class ZerothOrderEngine(EngineInterface):
         return step, loss, projected_grad
 
     def _commit_everywhere(self, record: Record) -> None:
-        """Commit a record, and where another replica leads, that one's in its place, with what it
-        recorded before it.
+        """Commit a record. In a replica that follows, commit the leader's record instead, with the
+        records that the leader made before it.
         """
         if self.replicas is None or not self.recorder.follows:
             self.run.commit(record)
@@ -329,12 +333,11 @@ class ZerothOrderEngine(EngineInterface):
 
     @torch.no_grad()
     def refresh_anchor(self) -> None:
-        """Make the parameters the anchor, estimate the gradient there over the whole training set,
-        and step along it.
+        """Make the current parameters the anchor, estimate the gradient there over the whole
+        training set, and step along it.
 
-        The step at a refresh is theta <- theta - anchor_lr * g, as in algorithm 2 of Gautam et al.
-        2024. There it takes the place of a mini-batch step; here the mini-batch step that was due
-        follows it.
+        The step is theta <- theta - anchor_lr * g, as in algorithm 2 of Gautam et al. 2024. There
+        it replaces a mini-batch step; here the mini-batch step follows it.
         """
         assert self.anchor is not None
         assert self.training_dataloader is not None
@@ -371,7 +374,7 @@ class ZerothOrderEngine(EngineInterface):
     # --- resume, load -----------------------------------------------------------------------------
 
     def _split_batches(self) -> None:
-        """From the next step on, evaluate the part of each batch that falls to this rank among all
+        """From the next step on, take this rank's part of each batch among the ranks of all
         replicas.
         """
         assert self.replicas is not None
@@ -379,7 +382,9 @@ class ZerothOrderEngine(EngineInterface):
         self.training_dataloader.split = self.replicas.split
 
     def _adopt_evaluation(self) -> None:
-        """Evaluate as the log says, where that was chosen under the same conditions: the same bits."""
+        """Use the log's form of evaluation if it was chosen under the same conditions, so that the
+        losses have the same bits.
+        """
         self._evaluator.adopt(self.recorder.chosen_evaluation())
 
     def resume(
@@ -389,9 +394,9 @@ class ZerothOrderEngine(EngineInterface):
         checkpoints: str | Path | None = None,
         new: Collection[str] = (),
     ) -> None:
-        """Log every step in `folder`; where steps are logged there, go on after them.
+        """Log every step in `folder`. If the log there has steps, restore the run to its end first.
 
-        To be called before the first step.
+        Call it before the first step. See `zods.training.resume.resume`.
         """
         self._in_flight = None
         if resume.resume(self.run, folder, self.replicas, checkpoints=checkpoints, new=new):
@@ -419,8 +424,7 @@ class ZerothOrderEngine(EngineInterface):
         """
         if custom_load_fn is not None:
             raise ValueError(
-                "custom_load_fn: must be None; nothing of a checkpoint of zods is loaded by other "
-                "code."
+                "custom_load_fn: must be None; no other code loads a checkpoint of zods."
             )
         self.flush()
         wanted = checkpoint.Wanted(
@@ -444,10 +448,9 @@ class ZerothOrderEngine(EngineInterface):
     # --- whole batches ----------------------------------------------------------------------------
 
     def train_batch(self, data_iter: Iterator[Any] | None = None) -> float:
-        """Make one whole step: micro-batches from `data_iter` (default: the engine's own loader),
-        evaluated and applied.
+        """Make one whole step on micro-batches from `data_iter` (default: the engine's own loader).
 
-        Returns the global batch's mean loss.
+        Returns the mean loss of the global batch.
         """
         if data_iter is None:
             if self.training_dataloader is None:
@@ -463,7 +466,7 @@ class ZerothOrderEngine(EngineInterface):
         return self.last_step.loss
 
     def restart_loader(self) -> None:
-        """Let `train_batch` take up the loader where it stands now; iterators made before go on
-        where they were.
+        """Let `train_batch` continue at the loader's current position. Iterators that were made
+        earlier keep their own.
         """
         self._own_batches = None

@@ -1,7 +1,7 @@
-"""Save and load the weights that the base model lacks: a new head, or adapters, as they were drawn.
+"""Save and load the first values of weights that the base model lacks: a new head, or adapters.
 
 They are kept beside the trajectory log, because another version of a library or another number of
-ranks may draw them differently. Called by `zods.training.resume`.
+ranks may draw other values. Called by `zods.training.resume`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The parts of a training run that its records change: parameters, anchor, schedules, loader,
 counters.
 
-The engine makes a record of each step, a resume reads records from a log: `TrainingRun` does what a
-record says for both. A checkpoint stores these parts and restores them.
+The engine makes a record of each step; a resume reads records from a log. Both apply them through
+`TrainingRun`. A checkpoint stores and restores these parts.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class TrainingRun:
     """One rank's parts of a run. All ranks call its methods together.
 
     deepspeed: the DeepSpeedEngine that shards the model. parameters: this rank's shards of the
-    trainable parameters. anchor: None unless the method is MeZO-SVRG. deferred: the update that
-    waits for its parameters to be loaded; None unless parameters are offloaded. lr_scheduler,
-    loader: None where the run has none.
+    trainable parameters. anchor: None unless the method is MeZO-SVRG. deferred: the update of
+    parameters that are not loaded; None unless parameters are offloaded. lr_scheduler, loader: may
+    be None.
     """
 
     config: RunConfig
@@ -91,10 +91,10 @@ class TrainingRun:
         )
 
     def commit(self, record: Record) -> None:
-        """Log a record, and do to the parameters and the anchor what it says.
+        """Log a record, and apply it to the parameters and the anchor.
 
-        The record is on its way to the disk while it is applied: parameters live in memory, and a
-        run that ends in between is resumed from the log.
+        The record is written while it is applied. This is safe: parameters are in memory, so a run
+        that ends in between resumes from the log.
         """
         change = self.recorder.add(record)
         if isinstance(record, Refresh):
@@ -111,7 +111,7 @@ class TrainingRun:
     def apply(self, update: Update) -> None:
         """Apply an update to this rank's shards, or defer it where they are offloaded.
 
-        Gathered copies are dropped first, so that none goes stale.
+        Gathered copies are released first, because they would be out of date.
         """
         release_gathered(self.deepspeed)
         dense = None
@@ -129,13 +129,13 @@ class TrainingRun:
             self.anchor.record(update)
 
     def flush(self) -> None:
-        """Apply what is deferred, so that the stored parameters are up to date."""
+        """Apply the deferred update, so that the stored parameters are up to date."""
         if self.deferred is not None:
             release_gathered(self.deepspeed)
             self.deferred.flush()
 
     def advance(self, record: Step) -> None:
-        """Count a step that was made, and move the schedules on."""
+        """Count a step, and advance the schedules."""
         state = self.state
         state.global_steps = record.step + 1
         state.global_samples += self.config.deepspeed["train_batch_size"]
