@@ -78,8 +78,8 @@ class StepRule:
         """Estimate the gradient from a step's losses.
 
         Returns the terms of the estimate and the mean projected gradient at the parameters. The
-        terms of MeZO-SVRG are the correction alone; the anchor gradient is not added here. There are
-        no terms where a loss or a coefficient is not finite: such a step is skipped.
+        terms of MeZO-SVRG are the correction alone; the anchor gradient is not added here. There
+        are no terms where a loss or a coefficient is not finite: such a step is skipped.
 
         losses: one sequence per set of directions, with the losses at the points of the set. There
         is one set, or one per rank. Each rank's losses are weighted by its share of the global

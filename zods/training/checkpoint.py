@@ -49,7 +49,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Wanted:
-    """The parts of a checkpoint to load, as the keywords of DeepSpeed's `load_checkpoint` name them.
+    """The parts of a checkpoint to load; see the keywords of DeepSpeed's `load_checkpoint`.
 
     module_only: load the parameters only. Steps, schedules and data order stay as they are; the
     anchor is refreshed before the next step. strict: the checkpoint and the run must have the same
@@ -280,7 +280,7 @@ def _load_anchor(
 ) -> None:
     """Restore the anchor.
 
-    stored: reads a shard of the saved anchor point; None: reconstruct the point from the parameters.
+    stored: reads a shard of the saved anchor point; None reconstructs it from the parameters.
     """
     anchor.load_state_dict(saved["anchor"])
     anchor.set_gradient(anchor.gradient_terms)

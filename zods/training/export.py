@@ -20,8 +20,8 @@ def whole_state(deepspeed_engine: Any, comm: Communicator) -> dict[str, Any]:
     """The state dict of the engine's module with whole tensors in host memory, on rank 0; an empty
     dict on the other ranks.
 
-    Its names are those of the module's own `state_dict()`; a parameter with two names is under both,
-    as one tensor. One module is gathered at a time. The host memory of rank 0 must hold the model.
+    Its names are those of the module's own `state_dict()`. A parameter with two names is under
+    both, as one tensor. One module is gathered at a time. The host memory of rank 0 must hold the model.
     All ranks call it together.
     """
     module = deepspeed_engine.module

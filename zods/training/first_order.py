@@ -277,8 +277,8 @@ class FirstOrderEngine:
         with self.comm.same_on_all_ranks():
             if "zods" not in client_state:
                 raise ValueError(
-                    f"checkpoint {load_dir}: zods.finetune did not write it. Give the folder of one "
-                    "that it wrote."
+                    f"checkpoint {load_dir}: zods.finetune did not write it. Give the folder of "
+                    "one that it wrote."
                 )
             state = client_state["zods"]
             self.training_dataloader.load_state_dict(state["loader"])

@@ -167,7 +167,7 @@ def _say_reduced_ranks(direction: DirectionConfig, parameters: ShardedParameters
 
 
 def check_folders(run: RunConfig | FirstOrderConfig) -> None:
-    """Raise ValueError where this rank cannot use a folder for NVMe offload. Nothing is loaded yet."""
+    """Raise ValueError where this rank cannot use a folder for NVMe offload."""
     for key in ("offload_param", "offload_optimizer"):
         offload = run.deepspeed.get("zero_optimization", {}).get(key) or {}
         if offload.get("device") == "nvme":

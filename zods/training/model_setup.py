@@ -232,7 +232,8 @@ def _check_options(
         ):
             continue
         remedy = {
-            "weight_decay": f"all matrices have zeroth_order.weight_decay ({weight_decay}); vectors have none",
+            "weight_decay": f"all matrices have zeroth_order.weight_decay ({weight_decay}); "
+            "vectors have none",
             "lr": f"all parameters have zeroth_order.lr ({lr})",
         }.get(key, "a zeroth-order step has no such option")
         raise ValueError(

@@ -84,7 +84,7 @@ class Recorder:
             self._evaluation = None
 
     def record_evaluation(self, step: int, form: str | None, streams: int) -> None:
-        """After a forward, record the form of evaluation if it differs from the one recorded last."""
+        """After a forward, record the form of evaluation if it differs from the last one."""
         if self.follows or form is None or self._evaluated == (form, streams):
             return
         self._evaluated = (form, streams)
@@ -112,7 +112,7 @@ class Recorder:
         return RunRecord(step, self._config.zeroth_order, batch, self._world_size, about, optimizer)
 
     def sub_batch(self) -> SubBatch | None:
-        """The sub-batch chosen for this step; None without a selector, or if it was recorded before."""
+        """The sub-batch chosen for this step; None if there is none, or if it is recorded already."""
         loader = self._loader
         if (
             not isinstance(loader, SelectingLoader)
