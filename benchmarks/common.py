@@ -8,6 +8,7 @@ import argparse
 import os
 import platform
 import socket
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,14 @@ def single_rank_engine(
     return zods.initialize(
         model=model, training_data=data, config={**config, "zeroth_order": section}
     )[0]  # type: ignore[arg-type]
+
+
+def commit() -> str:
+    """The commit that runs, with "-dirty" where tracked files differ from it; "" without git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    here = Path(__file__).parent
+    found = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
+    return found.stdout.strip()
 
 
 def machine() -> dict[str, Any]:

@@ -40,7 +40,10 @@ SMOKE: dict[str, tuple[set[str], set[str]]] = {
     "trajectory.py --part log": ({"log"}, set()),
     "trajectory.py --part whole replay": ({"whole", "replay"}, set()),
     "trajectory.py --part restart": ({"restart"}, set()),
-    "faults.py": (set(), {"fault", "phase", "rank", "outcome", "identical", "seconds"}),
+    "faults.py": (
+        {"commit"},
+        {"cell", "fault", "kind", "struck", "exit_code", "outcome", "restarts", "identical"},
+    ),
 }  # fmt: skip
 DEFAULT = {"step_time.py", "kernel_speed.py", "trajectory.py --part log"}  # the others take minutes
 NOT_IN_THE_README = {"selection.py --part scaling"}  # its figures stand in benchmarks/results only
