@@ -34,7 +34,10 @@ RANK, WORLD_SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 def differing():
-    """What this rank is given that differs from the other ranks', at the first start alone."""
+    """The differences between this rank's input and that of other ranks.
+
+    They apply to the first start only.
+    """
     found = [
         (where, FOLDER / "-".join((what, where, rank, step)))
         for what, where, rank, step in FAULTS
