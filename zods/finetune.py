@@ -19,19 +19,11 @@ from tqdm import tqdm
 
 import zods
 from zods.cli.arguments import merged_config, parse_arguments
+from zods.cli.load_model import load_model, save_configuration
+from zods.cli.model_checks import check_adapter, check_causal, check_kind
 from zods.cli.options import Arguments, DataArguments, RunArguments
 from zods.cli.plots import plot_curves
-from zods.cli.pretrained import (
-    Pretrained,
-    check_adapter,
-    check_causal,
-    check_kind,
-    find_model,
-    load_model,
-    parameter_sizes,
-    read_tokenizer,
-    save_configuration,
-)
+from zods.cli.pretrained import Pretrained, find_model, parameter_sizes, read_tokenizer
 from zods.cli.run_folder import RunFolder
 from zods.cli.summary import summarise, table
 from zods.comm.communicator import RankFailure

@@ -26,8 +26,8 @@ from zods.cli.options import (
     ModelArguments,
     Names,
 )
+from zods.config.config_errors import nearest
 from zods.config.deepspeed_json import load_json
-from zods.config.mistakes import nearest
 from zods.config.schema import SECTION, SVRG_ONLY
 
 # overrides that also apply with an optimizer

@@ -31,7 +31,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils import logger as deepspeed_logger
 from pydantic import BaseModel, ValidationError
 
-from zods.config.mistakes import nearest
+from zods.config.config_errors import nearest
 from zods.config.schema import SECTION
 
 VERSION = importlib.metadata.version("deepspeed")

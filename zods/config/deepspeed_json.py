@@ -18,6 +18,7 @@ import hjson
 import torch
 
 from zods.config.auto_values import resolve_batch, resolve_precision, unresolved
+from zods.config.config_errors import Mistakes, collected
 from zods.config.deepspeed_checks import (
     key_mistakes,
     offload_mistakes,
@@ -25,7 +26,6 @@ from zods.config.deepspeed_checks import (
     section_mistakes,
     unsupported,
 )
-from zods.config.mistakes import Mistakes, collected
 from zods.config.schedules import ZerothOrderOptimizer, resolve_scheduler
 from zods.config.schema import (
     SECTION,

@@ -1,7 +1,7 @@
 """The section "zeroth_order" of the configuration, as frozen pydantic models, and its checks.
 
 The declaration of each key holds its type, bounds and choices. Every mistake is one line: the key,
-what was found and what is allowed. All mistakes are raised at once (`zods.config.mistakes`).
+what was found and what is allowed. All mistakes are raised at once (`zods.config.config_errors`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pydantic import (
     model_validator,
 )
 
-from zods.config.mistakes import AUTO, Mistakes, read_model
+from zods.config.config_errors import AUTO, Mistakes, read_model
 
 SECTION = "zeroth_order"
 Method = Literal["mezo", "mezo_svrg"]

@@ -14,8 +14,10 @@ import datasets
 import pyarrow as pa
 from datasets.exceptions import DatasetGenerationError
 
+from zods.tasks.csv_files import read_csv
+from zods.tasks.json_files import read_json
+from zods.tasks.tables import NOT_TEXT, ROW, Table
 from zods.tasks.task import code_digest
-from zods.tasks.text_files import NOT_TEXT, ROW, read_table
 
 logger = logging.getLogger(__name__)
 
@@ -221,7 +223,7 @@ class _TextFile(datasets.ArrowBasedBuilder):
 
     def _generate_tables(self) -> Iterator[tuple[int, pa.Table]]:
         config = self.config
-        table = read_table(Path(config.path), config.extension, config.names)
+        table = _read_table(Path(config.path), config.extension, config.names)
         self.info.description = table.note
         schema = pa.schema([*table.types.items(), (ROW, pa.int64()), (NOT_TEXT, pa.string())])
         rows: list[tuple[Any, ...]] = []
@@ -232,6 +234,17 @@ class _TextFile(datasets.ArrowBasedBuilder):
                 rows = []
         if rows:
             yield -1, _arrow_table(rows, schema)
+
+
+def _read_table(path: Path, extension: str, column_names: Sequence[str] | None) -> Table:
+    """Check a .csv, .tsv, .json or .jsonl file (also .gz).
+
+    Raises:
+        ValueError: with all mistakes, by line.
+    """
+    if extension in (".csv", ".tsv"):
+        return read_csv(path, "," if extension == ".csv" else "\t", column_names)
+    return read_json(path, extension)
 
 
 def _arrow_table(rows: Sequence[tuple[Any, ...]], schema: pa.Schema) -> pa.Table:

@@ -14,8 +14,8 @@ from datasets.fingerprint import Hasher
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from zods.tasks.mistakes import Mistakes
-from zods.tasks.text_files import NOT_TEXT, ROW
+from zods.tasks.row_mistakes import Mistakes
+from zods.tasks.tables import NOT_TEXT, ROW
 
 logger = logging.getLogger(__name__)
 
