@@ -186,7 +186,7 @@ def finetune(
     )
     trained = train_steps(engine, arguments.run, task, held_out, folder)
     if engine.should_stop:
-        stop(engine, arguments.run, folder)
+        save_and_print_how_to_resume(engine, arguments.run, folder)
         return
     after = evaluate(engine, task, held_out, folder)
 
@@ -409,7 +409,7 @@ def save(
             )
 
 
-def stop(
+def save_and_print_how_to_resume(
     engine: ZerothOrderEngine | FirstOrderEngine, run: RunArguments, folder: RunFolder
 ) -> None:
     """Save after a request to stop before the last step, and print how to continue."""

@@ -215,7 +215,8 @@ def local_slices(engine: ZerothOrderEngine) -> dict[str, Tensor]:
     """Copies of this rank's slices, where they are stored."""
     engine.flush()
     return {
-        shard.name: local.clone() for shard, local in engine.sharded_parameters.visit(write=False)
+        shard.name: local.clone()
+        for shard, local in engine.sharded_parameters.iterate_with_read_ahead(write=False)
     }
 
 

@@ -40,13 +40,13 @@ _CHUNK_ELEMENTS_ON_CPU = 1 << 20
 class Objective:
     """Definition of the mean loss, and the alignment of the model's labels.
 
-    mean: "tokens" or "examples". shifted: position t predicts label t + 1, so that a row's first
-    label never counts (causal language models); otherwise position t predicts label t (masked
+    loss_mean: "tokens" or "examples". shifted: position t predicts label t + 1, so that a row's
+    first label never counts (causal language models); otherwise position t predicts label t (masked
     language models, encoder-decoders). own: the model returns a loss that is not the cross entropy
     of its logits, so that the losses of single examples are not known.
     """
 
-    mean: str = "tokens"
+    loss_mean: str = "tokens"
     shifted: bool = True
     own: bool = False
 
@@ -92,7 +92,7 @@ def batch_loss(outputs: Any, batch: Any, objective: Objective = PLAIN) -> Tensor
         return weighted_sum(outputs, batch, objective) / loss_count(batch, objective).clamp(
             min=tiny
         )
-    if loss is not None and not needs_rows(batch, objective):
+    if loss is not None and not needs_row_losses(batch, objective):
         rounded = loss.dtype.itemsize < 4 and _is_classification(logits, labels)
         if rounded and torch.equal(functional.cross_entropy(logits, labels), loss):
             return functional.cross_entropy(logits.float(), labels).double()
@@ -106,7 +106,7 @@ def batch_loss(outputs: Any, batch: Any, objective: Objective = PLAIN) -> Tensor
             "so that forward returns a scalar loss"
         )
     sums, counts = row_sums(logits, labels, objective.shifted)
-    if objective.mean == "tokens":
+    if objective.loss_mean == "tokens":
         return sums.sum() / counts.sum()
     return (sums / counts)[counts > 0].mean()
 
@@ -122,7 +122,7 @@ def loss_count(batch: Any, objective: Objective = PLAIN) -> Tensor:
     counts = label_counts(labels, objective.shifted)
     if counts is None:
         return torch.tensor(float(num_examples(batch)), dtype=torch.float64)
-    if objective.mean == "examples":
+    if objective.loss_mean == "examples":
         counts = counts > 0
     return counts.double().sum() if weights is None else (counts * weights.double()).sum()
 
@@ -198,11 +198,14 @@ def other_labels(batch: dict[str, Any], logits: Tensor) -> list[dict[str, Any]]:
     return [changed]
 
 
-def needs_rows(batch: Any, objective: Objective) -> bool:
-    """Whether the objective needs each row's loss, because the model's own mean is another."""
+def needs_row_losses(batch: Any, objective: Objective) -> bool:
+    """Whether the loss of each row is needed.
+
+    It is where the mean over examples is wanted, and the model returns a mean over tokens.
+    """
     labels = _entry(batch, "labels")
     return (
-        objective.mean == "examples"
+        objective.loss_mean == "examples"
         and label_counts(labels) is not None
         and labels.ndim > 1
         and len(labels) > 1
@@ -279,7 +282,7 @@ def weighted_sum(outputs: Any, batch: Any, objective: Objective = PLAIN) -> Tens
         )
     sums, counts = row_sums(logits, labels, objective.shifted)
     counted = (weights != 0) & (counts > 0)
-    losses = sums[counted] if objective.mean == "tokens" else sums[counted] / counts[counted]
+    losses = sums[counted] if objective.loss_mean == "tokens" else sums[counted] / counts[counted]
     total = (losses * weights[counted]).sum()
     # If no example counts, the sum has no autograd graph. DeepSpeed's backward needs one, and
     # ZeRO-3 needs it on every rank.

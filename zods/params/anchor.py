@@ -121,7 +121,7 @@ class Anchor:
         """Set the anchor point to the current parameters."""
         self._drifts = {True: _Drift(), False: _Drift()}
         if self.point is not None:
-            for shard, local in self._parameters.visit(write=False):
+            for shard, local in self._parameters.iterate_with_read_ahead(write=False):
                 self.point.write(shard, local)
 
     def set_gradient(self, terms: Sequence[Term]) -> None:

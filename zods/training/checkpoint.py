@@ -196,7 +196,7 @@ def load_checkpoint(
     with comm.same_on_all_ranks(), _as_written(folder):
         if run.loader is not None and saved["loader"] is not None and not wanted.module_only:
             run.loader.load_state_dict(saved["loader"])
-        for shard, local in run.parameters.visit(write=True, shards=shards):
+        for shard, local in run.parameters.iterate_with_read_ahead(write=True, shards=shards):
             local.copy_(parameters.read(shard))
         if anchor is not None:
             _load_anchor(anchor, run.parameters, saved, None if point is None else point.read)
@@ -223,7 +223,8 @@ def _as_written(folder: str | Path) -> Iterator[None]:
 def _write_slices(run: TrainingRun, folder: Path) -> None:
     """This rank's files, on the disk when it returns."""
     tensors = {
-        p.name: local.detach().cpu().clone() for p, local in run.parameters.visit(write=False)
+        p.name: local.detach().cpu().clone()
+        for p, local in run.parameters.iterate_with_read_ahead(write=False)
     }
     _write_tensors(run, folder, "parameters", tensors)
     if (
@@ -431,7 +432,7 @@ def _load_anchor(
     anchor.set_gradient(anchor.gradient_terms)
     if anchor.point is None:
         return
-    for shard, local in parameters.visit(write=False):
+    for shard, local in parameters.iterate_with_read_ahead(write=False):
         anchor.point.write(
             shard, anchor.reconstruct(shard, local) if stored is None else stored(shard)
         )

@@ -188,7 +188,7 @@ def _merge(left: str, right: str, out: str) -> int:
 
 def _read(path: str) -> Log:
     log = read_log(path)
-    log.say_torn()
+    log.warn_if_torn()
     return log
 
 

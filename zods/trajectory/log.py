@@ -73,11 +73,11 @@ class Log:
             raise ValueError(f"{self.path}: holds {self.num_steps} steps, asked for {num_steps}.")
         return tuple(record for record in self.records if record.step < num_steps)
 
-    def say_torn(self) -> None:
-        """Log a warning if the last line is incomplete."""
+    def warn_if_torn(self) -> None:
+        """Log a warning if the last line is incomplete. The file is not changed."""
         if self.torn:
             logger.warning(
-                "%s: the last record is torn (%d bytes at byte %d): cut off; %d steps are whole",
+                "%s: the last record is torn (%d bytes at byte %d) and is left out; %d steps are whole",
                 *(self.path, self.torn, self.ends[-1], self.num_steps),
             )
 

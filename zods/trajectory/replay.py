@@ -88,7 +88,7 @@ def replay(
     Raises ValueError or OSError: a damaged log, other base weights, weights in `out` already.
     """
     log = read_log(log_path)
-    log.say_torn()
+    log.warn_if_torn()
     records = log.records if until is None else log.until(until)
     history = History()
     changes = [change for record in records if (change := history.change(record)) is not None]
