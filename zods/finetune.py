@@ -26,7 +26,7 @@ from zods.cli.plots import plot_curves
 from zods.cli.pretrained import Pretrained, find_model, parameter_sizes, read_tokenizer
 from zods.cli.run_folder import RunFolder
 from zods.cli.summary import summarise, table
-from zods.comm.communicator import RankFailure
+from zods.comm.communicator import Communicator, RankFailure
 from zods.comm.process import connect_ranks, end_process, environment_rank, report_failure
 from zods.comm.stop_request import StopRequest
 from zods.config.auto_values import (
@@ -112,46 +112,19 @@ def start(
     """
     comm = connect_ranks()
     with comm.same_on_all_ranks():
-        merged = merged_config(arguments)
-        check_packages(merged, plot=arguments.run.plot, lora=arguments.model.lora_rank is not None)
-        read = read_config if arguments.model.optimizer is None else read_first_order_config
-        known = merged if arguments.run.max_steps is not None else with_provisional_length(merged)
-        run: RunConfig | FirstOrderConfig = read(
-            known, comm.world_size, total_steps=arguments.run.max_steps
-        )
-        check_folders(run)
-        folder = RunFolder(
-            arguments.model.output_dir, rank=comm.rank, resume=arguments.model.resume == "auto"
-        )
-        fork = (
-            None
-            if arguments.model.resume in (None, "auto")
-            else latest_checkpoint(Path(arguments.model.resume))
-        )
-        pretrained = find_model(arguments.model)
-        tokenizer = read_tokenizer(arguments.model, pretrained)
-        task, train, held_out = prepare_data(arguments, tokenizer, run, pretrained)
-        if arguments.run.max_steps is None:
-            steps = arguments.run.num_epochs * steps_per_epoch(run, len(train))
-            run = read(merged, comm.world_size, total_steps=max(1, steps))
-        hidden_size = hidden_size_of(pretrained.config)
-        resolve_model_auto(
-            run.deepspeed, hidden_size, overlaps=not get_accelerator().is_synchronized_device()
-        )
-        if offloads_to_nvme(run.deepspeed):
-            sizes = parameter_sizes(pretrained, task, arguments.model.trust_remote_code)
-            resolve_offload_buffers(run.deepspeed, sizes, comm.world_size)
+        checked = check_input(arguments, comm)
+    run, folder, fork, task = checked.run, checked.folder, checked.fork, checked.task
     if run.zero_stage == 3:
         return_freed_memory(comm.device)
-    model, new = load_model(arguments.model, run, task, pretrained)
+    model, new = load_model(arguments.model, run, task, checked.pretrained)
     engine: ZerothOrderEngine | FirstOrderEngine
     if isinstance(run, RunConfig):
         engine = zods.initialize(
-            model=model, config=run.to_dict(), training_data=train, collate_fn=task.collate
+            model=model, config=run.to_dict(), training_data=checked.train, collate_fn=task.collate
         )[0]
     else:
-        engine = FirstOrderEngine(model, run, train, task.collate)
-    check_causal(engine.evaluate, pretrained, task, train)
+        engine = FirstOrderEngine(model, run, checked.train, task.collate)
+    check_causal(engine.evaluate, checked.pretrained, task, checked.train)
     with comm.same_on_all_ranks():
         if fork is not None and comm.rank == 0:
             copy_log(fork.parent.parent, fork if isinstance(run, RunConfig) else None, folder.path)
@@ -166,7 +139,62 @@ def start(
         device=str(comm.device),
         step=engine.global_steps,
     )
-    return engine, task, held_out, folder, tokenizer
+    return engine, task, checked.held_out, folder, checked.tokenizer
+
+
+@dataclass(frozen=True)
+class CheckedInput:
+    """The input of a run, checked before the model is loaded.
+
+    fork: the checkpoint of another run from which this run starts; None where it starts from the
+    pretrained model or continues itself. train, held_out: prepared data.
+    """
+
+    run: RunConfig | FirstOrderConfig
+    folder: RunFolder
+    fork: Path | None
+    pretrained: Pretrained
+    tokenizer: Any
+    task: Task
+    train: datasets.Dataset
+    held_out: datasets.Dataset
+
+
+def check_input(arguments: Arguments, comm: Communicator) -> CheckedInput:
+    """Read and check the configuration, the model's files and the data.
+
+    Raises ValueError or OSError.
+    """
+    merged = merged_config(arguments)
+    check_packages(merged, plot=arguments.run.plot, lora=arguments.model.lora_rank is not None)
+    read = read_config if arguments.model.optimizer is None else read_first_order_config
+    known = merged if arguments.run.max_steps is not None else with_provisional_length(merged)
+    run: RunConfig | FirstOrderConfig = read(
+        known, comm.world_size, total_steps=arguments.run.max_steps
+    )
+    check_folders(run)
+    folder = RunFolder(
+        arguments.model.output_dir, rank=comm.rank, resume=arguments.model.resume == "auto"
+    )
+    fork = (
+        None
+        if arguments.model.resume in (None, "auto")
+        else latest_checkpoint(Path(arguments.model.resume))
+    )
+    pretrained = find_model(arguments.model)
+    tokenizer = read_tokenizer(arguments.model, pretrained)
+    task, train, held_out = prepare_data(arguments, tokenizer, run, pretrained)
+    if arguments.run.max_steps is None:
+        steps = arguments.run.num_epochs * steps_per_epoch(run, len(train))
+        run = read(merged, comm.world_size, total_steps=max(1, steps))
+    hidden_size = hidden_size_of(pretrained.config)
+    resolve_model_auto(
+        run.deepspeed, hidden_size, overlaps=not get_accelerator().is_synchronized_device()
+    )
+    if offloads_to_nvme(run.deepspeed):
+        sizes = parameter_sizes(pretrained, task, arguments.model.trust_remote_code)
+        resolve_offload_buffers(run.deepspeed, sizes, comm.world_size)
+    return CheckedInput(run, folder, fork, pretrained, tokenizer, task, train, held_out)
 
 
 def finetune(

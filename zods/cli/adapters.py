@@ -16,7 +16,7 @@ import torch
 from zods.cli.options import ModelArguments
 from zods.cli.pretrained import errors_in_one_line
 from zods.tasks import Task
-from zods.trajectory.replay import name_in_files
+from zods.trajectory.base_weights import name_in_files
 
 ALL_LINEAR = "all-linear"  # peft's name for all linear modules except the output layer
 

@@ -19,7 +19,7 @@ from zods.cli.options import ModelArguments
 from zods.cli.pretrained import Pretrained
 from zods.config.deepspeed_json import FirstOrderConfig, RunConfig
 from zods.tasks import Task
-from zods.trajectory.replay import name_in_files
+from zods.trajectory.base_weights import name_in_files
 
 logger = logging.getLogger(__name__)
 

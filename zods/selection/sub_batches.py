@@ -234,12 +234,11 @@ class SubBatches:
         return found
 
     def _measured(self, batch: CandidateBatch, wanted: list[int]) -> CandidateBatch:
-        """The batch with losses and features of the indices wanted; losses are not finite where
-        features are not.
+        """Add the losses and features of the candidates with the indices `wanted`.
 
-        Micro-batches of candidates of like length go to the ranks in turn.
+        A loss is NaN where a feature of the candidate is not finite. Candidates of similar length
+        form a micro-batch, and the ranks take the micro-batches in turn.
         """
-        assert self._extract is not None
         rank, world = self._comm.rank, self._comm.world_size
         order = sorted(wanted, key=lambda index: (-batch.num_tokens[index], index))
         chunks = [
@@ -249,8 +248,37 @@ class SubBatches:
         seeds = (
             self.selector.direction_seeds() if NEEDS[self.selector.strategy] == "features" else []
         )
+        features, losses = self._measured_here(batch, chunks, seeds)
+        largest, rows = self._exchanged(features, losses)
+        indices = torch.tensor(
+            [p for r in range(world) for chunk in chunks[r::world] for p in chunk]
+        )
+        of_all = rows.new_zeros(len(batch.ids), rows.shape[1])
+        of_all[indices.to(rows.device)] = rows
+        known = of_all[:, -2:].contiguous().view(torch.float32).squeeze(1).cpu()
+        owned = torch.tensor(
+            [index for chunk in chunks[rank::world] for index in chunk], dtype=torch.int64
+        )
+        assert batch.losses is not None
+        return replace(
+            batch,
+            losses=batch.losses + known,
+            features=of_all[:, :-2],
+            largest=largest,
+            owned=owned,
+        )
+
+    def _measured_here(
+        self, batch: CandidateBatch, chunks: list[list[int]], seeds: list[int]
+    ) -> tuple[Tensor, Tensor]:
+        """(features, losses) of this rank's chunks: every `world_size`-th of them.
+
+        A candidate whose loss or features are not finite gets the loss NaN and features 0.
+        """
+        assert self._extract is not None
+        rank, world = self._comm.rank, self._comm.world_size
         found = []
-        # all ranks make the same number of forwards, as ZeRO-3 needs
+        # All ranks make the same number of forwards, as ZeRO-3 needs.
         for first in range(0, len(chunks), world):
             mine = first + rank
             chunk = chunks[mine if mine < len(chunks) else 0]
@@ -270,31 +298,20 @@ class SubBatches:
         )
         features, losses = (torch.cat(parts) for parts in zip(nothing, *found, strict=True))
         finite = losses.isfinite() & features.isfinite().all(1)
-        features = features.where(finite[:, None], 0.0)
-        losses = losses.where(finite, torch.nan)
+        return features.where(finite[:, None], 0.0), losses.where(finite, torch.nan)
+
+    def _exchanged(self, features: Tensor, losses: Tensor) -> tuple[float, Tensor]:
+        """Gather the features and losses of all ranks.
+
+        Returns the largest magnitude of a feature, and the rows of all ranks in rank order: the
+        features as int16, then the float32 bits of the loss as two int16.
+        """
         own_largest = float(features.abs().max()) if features.numel() else 0.0
         largest = max(row[0] for row in self._comm.gather_scalars([own_largest]))
         sent = torch.cat(
             [quantised(features, largest), losses.float().view(-1, 1).view(torch.int16)], 1
         )
-        rows = torch.cat(self._comm.gather_rows(sent))
-        indices = torch.tensor(
-            [p for r in range(world) for chunk in chunks[r::world] for p in chunk]
-        )
-        of_all = rows.new_zeros(len(batch.ids), rows.shape[1])
-        of_all[indices.to(rows.device)] = rows
-        known = of_all[:, -2:].contiguous().view(torch.float32).squeeze(1).cpu()
-        owned = torch.tensor(
-            [index for chunk in chunks[rank::world] for index in chunk], dtype=torch.int64
-        )
-        assert batch.losses is not None
-        return replace(
-            batch,
-            losses=batch.losses + known,
-            features=of_all[:, :-2],
-            largest=largest,
-            owned=owned,
-        )
+        return largest, torch.cat(self._comm.gather_rows(sent))
 
     @property
     def chosen(self) -> tuple[list[int], list[float]]:

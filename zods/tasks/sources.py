@@ -75,18 +75,7 @@ def load_examples(
         )
     if max_examples is not None and max_examples < 1:
         raise ValueError(f"max_examples must be at least 1; it is {max_examples}")
-    if file is not None:
-        if dataset_config is not None or split is not None:
-            raise ValueError(
-                f"a configuration or split belongs to a hub dataset, not to the file {file}"
-            )
-        dataset = _load_file(Path(file), column_names)
-    else:
-        if column_names is not None:
-            raise ValueError(
-                f"column_names is for .csv and .tsv files without a header, not for {dataset_name}"
-            )
-        dataset = _load_hub(dataset_name, dataset_config, split or "train")
+    dataset = _load_source(file, dataset_name, dataset_config, split, column_names)
     if keep_rows and ROW not in dataset.column_names:
         dataset = dataset.add_column(ROW, range(len(dataset)))
     if not keep_rows:
@@ -96,6 +85,27 @@ def load_examples(
     if max_examples is not None and max_examples < len(dataset):
         dataset = dataset.shuffle(seed=seed).select(range(max_examples))
     return dataset
+
+
+def _load_source(
+    file: str | Path | None,
+    dataset_name: str | None,
+    dataset_config: str | None,
+    split: str | None,
+    column_names: Sequence[str] | None,
+) -> datasets.Dataset:
+    """Load a file, or a dataset of the hub where `file` is None."""
+    if file is None:
+        if column_names is not None:
+            raise ValueError(
+                f"column_names is for .csv and .tsv files without a header, not for {dataset_name}"
+            )
+        return _load_hub(dataset_name, dataset_config, split or "train")
+    if dataset_config is not None or split is not None:
+        raise ValueError(
+            f"a configuration or split belongs to a hub dataset, not to the file {file}"
+        )
+    return _load_file(Path(file), column_names)
 
 
 def name_of_rows(
