@@ -1,7 +1,7 @@
 """Loaders of chosen examples, and the functions `zods.select` and `zods.weighted_loss`.
 
-`SelectingLoader` is the training loader of `zods.initialize`. `select` wraps a loader of first-order
-DeepSpeed training.
+`SelectingLoader` is the training loader of `zods.initialize`. `select` wraps a loader of
+first-order DeepSpeed training.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ class SelectedBatches:
         self.position = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of a pass. It is valid for a loader that yields its batches in the same order."""
+        """The state of a pass, valid for a loader that yields its batches in the same order."""
         return {
             "steps": self.position // self.selection.accumulation,
             **self.selection.state_dict(),
