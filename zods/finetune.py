@@ -79,7 +79,7 @@ def main() -> None:
     try:
         finetune(arguments, *run)
     except Exception as error:  # e.g. a full disk, ranks that disagree, a failed rank
-        # All ranks raise the same ValueError of ours, so one rank prints it.
+        # All ranks raise the same ValueError of zods, so that one rank prints it.
         if isinstance(error, ValueError) and _is_our_own(error):
             end_process(report_failure(error, "zods.finetune"))
         kind = "" if isinstance(error, (OSError, RuntimeError)) else f"{type(error).__name__}: "
@@ -94,8 +94,8 @@ def main() -> None:
 def _is_our_own(error: Exception) -> bool:
     """Whether an error's message is sufficient without a traceback.
 
-    It is where the error was raised in zods, or where another rank failed and has reported its own
-    error.
+    That is so for errors that zods raised, and for the failure of another rank, which has reported
+    its own error.
     """
     if isinstance(error, RankFailure):
         return error.__cause__ is None
@@ -205,7 +205,7 @@ def finetune(
     folder: RunFolder,
     tokenizer: Any,
 ) -> None:
-    """Run: evaluate, train with evaluations and checkpoints, evaluate, report."""
+    """Evaluate, train with evaluations and checkpoints, evaluate again, and report."""
     rank = engine.global_rank
     before = (
         folder.first_evaluation()
@@ -255,10 +255,10 @@ def latest_checkpoint(run: Path) -> Path:
 def prepare_data(
     arguments: Arguments, tokenizer: Any, run: RunConfig | FirstOrderConfig, pretrained: Pretrained
 ) -> tuple[Task, datasets.Dataset, datasets.Dataset]:
-    """Build the task, and tokenise and check its data.
+    """Build the task, and check and tokenise its data.
 
-    Returns (task, training data, held-out data). The training data keep the column of the sources,
-    where one is named.
+    Returns (task, training data, held-out data). The training data keep the selector's source
+    column, where one is named.
     """
     parts = load_parts(arguments.data, run.seed)
     (train, row_name), *given = parts
@@ -351,7 +351,7 @@ def evaluate(
 
 @dataclass
 class Trained:
-    """The time of each step in seconds, and the bytes sent in all steps."""
+    """Measurements of the steps: seconds of each, and bytes that all steps sent."""
 
     seconds: list[float] = field(default_factory=list)
     scalar_bytes: int = 0
@@ -421,8 +421,8 @@ def save(
 ) -> None:
     """Save a full checkpoint.
 
-    Where it cannot be written, the run continues: the log of zeroth-order steps has all that is
-    needed.
+    Where it cannot be written, a run of zeroth-order steps continues, because its log is sufficient
+    to resume. Raises OSError in first-order training.
     """
     try:
         engine.save_checkpoint(folder.path / CHECKPOINTS, keep=run.save_total_limit)

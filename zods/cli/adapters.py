@@ -22,10 +22,11 @@ ALL_LINEAR = "all-linear"  # peft's name for all linear modules except the outpu
 
 
 def with_new_adapter(arguments: ModelArguments, model: Any, task: Task, new: set[str]) -> Any:
-    """Wrap the model with LoRA adapters.
+    """Wrap the model with new LoRA adapters.
 
-    A classification head, and the modules with weights that the base model lacks (`new`), are
-    trained whole and are saved with the adapter.
+    new: names of the parameters that are not in the base model's files. The modules of these
+    parameters and a classification head get no adapter: all their weights are trained, and saved
+    with the adapter.
     """
     import peft
 
@@ -63,10 +64,11 @@ def _modules_trained_whole(model: Any, task: Task, new: set[str]) -> list[str]:
 
 
 def _target_modules(model: Any, names: Sequence[str] | None) -> Any:
-    """The value of `LoraConfig.target_modules`: module names, "all-linear", or None for the default.
+    """The value of `LoraConfig.target_modules`: module names, "all-linear", or None.
 
-    The default is peft's choice for the model type, or "all-linear" where peft knows none. Raises
-    ValueError for a name that no module has.
+    names: the option --lora_target_modules. Without it the result is None, which is peft's choice
+    for the model type, or "all-linear" where peft has no choice. Raises ValueError for a name that
+    no module has.
     """
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGETS
 
@@ -100,9 +102,10 @@ def _target_modules(model: Any, names: Sequence[str] | None) -> Any:
 def with_trained_adapter(model: Any, adapter: str, new: set[str]) -> Any:
     """Wrap the model with an adapter that was trained before, to continue its training.
 
-    Raises ValueError where the adapter does not fit the model, and where weights that the base
-    model lacks (`new`) are not in the adapter either. Such weights would keep their random initial
-    values.
+    new: names of the parameters that are not in the base model's files.
+
+    Raises ValueError where the adapter does not fit the model, and where a parameter of `new` is
+    not in the adapter either. Such a parameter would keep its random initial values.
     """
     import peft
 

@@ -29,10 +29,10 @@ def load_model(
 ) -> tuple[torch.nn.Module, list[str]]:
     """Load the pretrained model for the task. In a stage 3 run it is sharded while it is loaded.
 
-    A new head is drawn from the seed.
+    A new head is initialised at random from the seed.
 
-    Returns the model, and the names of the parameters that are not in the base model's files: those
-    of a new head and of adapters.
+    Returns the model, and the names of the parameters that are not in the base model's files: the
+    parameters of a new head and of adapters.
     """
     transformers.set_seed(run.seed)
     mismatched = pretrained.mismatched_head(task, arguments.trust_remote_code)
@@ -47,9 +47,9 @@ def load_model(
         options["key_mapping"] = {f"^{re.escape(name)}$": f"replaced_{name}" for name in mismatched}
     elif pretrained.class_names is not None and task.name == "classification":
         own, data = pretrained.class_names, list(options["id2label"].values())
-        # transformers makes these names up where nobody named the classes.
-        made_up = all(re.fullmatch(r"LABEL_\d+", name) for name in own)
-        if own != data and not made_up:
+        # transformers generates names of this form where the classes have no names.
+        generated = all(re.fullmatch(r"LABEL_\d+", name) for name in own)
+        if own != data and not generated:
             logger.warning(
                 "the head's classes %s become %s, in this order", ", ".join(own), ", ".join(data)
             )
@@ -80,12 +80,12 @@ def load_model(
 
 
 def save_configuration(model: Any, folder: Path) -> None:
-    """Save the configuration of a model or adapter that the base's configuration does not describe.
+    """Save the configuration of an adapter, or of a model with a new head.
 
-    A replay needs it to write the model or adapter.
+    The base model's configuration does not describe it. A replay needs it to write the model.
     """
     if hasattr(model, "peft_config"):
-        base = type(model.get_base_model())  # peft's AutoPeftModel finds the class by this
+        base = type(model.get_base_model())  # by which peft's AutoPeftModel finds the class
         mapping = {"base_model_class": base.__name__, "parent_library": base.__module__}
         model.peft_config["default"].save_pretrained(folder, auto_mapping_dict=mapping)
     elif getattr(model, "config", None) is not None:

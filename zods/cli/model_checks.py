@@ -25,7 +25,7 @@ from zods.tasks import Task
 
 
 def check_kind(pretrained: Pretrained, task: Task) -> None:
-    """Raise ValueError where the configuration shows that the model cannot serve the task."""
+    """Raise ValueError where the configuration shows that the model cannot be used for the task."""
     auto_class, config = task.auto_class(), pretrained.config
     own_code = auto_class.__name__ in (getattr(config, "auto_map", None) or {})
     if not own_code and not {type(config), type(config.get_text_config())} & set(
@@ -51,7 +51,8 @@ def check_kind(pretrained: Pretrained, task: Task) -> None:
 def check_adapter(pretrained: Pretrained, task: Task, trust_remote_code: bool) -> None:
     """Raise ValueError where an adapter's files show that it does not fit the task.
 
-    The adapter was then trained for another task type, or its weights have other shapes.
+    It does not fit where it was trained for another task type, or where its weights have other
+    shapes than the model.
     """
     if pretrained.adapter is None:
         return

@@ -46,7 +46,7 @@ class Pretrained:
 
     @property
     def has_token_types(self) -> bool:
-        """Whether the model uses `token_type_ids` to tell segments apart.
+        """Whether the model uses `token_type_ids` to distinguish segments.
 
         GPT-2 and other models accept them too, but embed them as words.
         """
@@ -87,7 +87,10 @@ def find_model(arguments: ModelArguments) -> Pretrained:
     """
     name = arguments.model
     if name.startswith((".", "/", "~")) and not Path(name).is_dir():
-        raise ValueError(f"--model {name}: there is no such folder")
+        raise ValueError(
+            f"--model {name}: there is no such folder. Give an existing folder, or a name on the "
+            "hub."
+        )
     with errors_in_one_line(f"--model {name}"):
         is_adapter = find_adapter_config_file(name) is not None
     if not is_adapter:
@@ -149,6 +152,7 @@ def parameter_sizes(pretrained: Pretrained, task: Task, trust_remote_code: bool)
 def parameter_shapes(
     pretrained: Pretrained, task: Task, trust_remote_code: bool
 ) -> dict[str, tuple[int, ...]]:
+    """Shapes of the parameters and buffers of the model for the task, by name."""
     tensors = _build_on_meta(pretrained, task, trust_remote_code).state_dict()
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
@@ -165,19 +169,25 @@ def _build_on_meta(pretrained: Pretrained, task: Task, trust_remote_code: bool) 
 def check_weight_files(folder: Path) -> None:
     """Raise ValueError for a damaged or truncated file of weights.
 
-    Later, only the ranks that read the file would notice the damage.
+    The check is made before loading, when all ranks read the files. Later, only the ranks that read
+    the file would raise an error.
     """
     for path in sorted(folder.glob("*.safetensors")) if folder.is_dir() else []:
         try:
             with safe_open(path, framework="pt"):
                 pass
         except SafetensorError as error:
-            raise ValueError(f"{path}: damaged or truncated: {error}") from None
+            raise ValueError(
+                f"{path}: damaged or truncated: {error}. Copy or download the file again."
+            ) from None
 
 
 @contextmanager
 def errors_in_one_line(where: str) -> Iterator[None]:
-    """Turn any error of transformers and peft about a file into a ValueError of one line."""
+    """Convert any error of transformers or peft inside the block to a ValueError of one line.
+
+    where: the start of the message.
+    """
     try:
         yield
     except Exception as error:  # the libraries raise many unrelated types

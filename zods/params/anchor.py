@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 class _Drift:
-    """The updates since the refresh, for the parameters that decay or for those that do not.
+    """The sum of the updates since the refresh, for parameters that all decay or all do not.
 
     theta = scale * anchor + sum_k coefficients[seed_k] * z(seed_k)
     """

@@ -61,7 +61,7 @@ class ShardedParameters:
     ) -> None:
         """Collect the shards of the parameters that require a gradient.
 
-        model_parameters: train only these among them; None: train all of them.
+        model_parameters: train only these; None: train all that require a gradient.
 
         Raises ValueError when no parameter is trainable, or when a trainable parameter is neither
         float32 nor bfloat16.
@@ -78,13 +78,13 @@ class ShardedParameters:
         self.frozen = [s for s in shards if s.ordinal not in trained]  # all other parameters
         if not self.shards:
             raise ValueError(
-                "model: no trainable parameter. Set requires_grad on those that are to be trained."
+                "model: no trainable parameter. Set requires_grad on the parameters to train."
             )
         odd = [f"{s.name} ({s.dtype})" for s in self.shards if s.dtype not in DTYPES]
         if odd:
             raise ValueError(
                 "model: trainable parameters must be float32 or bfloat16; found "
-                f"{', '.join(odd[:3])}."
+                f"{', '.join(odd[:3])}. Convert them, or set requires_grad to False."
             )
         self.numel = sum(s.whole_numel for s in self.shards)
 

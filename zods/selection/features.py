@@ -214,7 +214,10 @@ class _Pass:
     ) -> None:
         labels = batch.get("labels")
         if not isinstance(labels, Tensor):
-            raise ValueError(f"a batch to select from needs labels; it has {', '.join(batch)}.")
+            raise ValueError(
+                f"a batch to select from needs labels; it has {', '.join(batch)}. Add labels in "
+                "collate_fn."
+            )
         self._model, self._target, self._head, self._labels = model, target, head, labels
         self._inputs = without_cache(model) | {
             key: value for key, value in batch.items() if key != "labels"
@@ -278,8 +281,8 @@ class _Pass:
             logits = logits_of(self._model(**self._repeated(self._inputs, copies)))
         if logits is None:
             raise ValueError(
-                "the model gives no logits without labels, so the losses of single examples are "
-                "not known."
+                "the model returns no logits for a batch without labels, so that the losses of "
+                "single examples are not known. Return logits from forward."
             )
         with torch.set_grad_enabled(logits.requires_grad):
             if not cut or self._labelled is None:

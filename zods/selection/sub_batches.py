@@ -208,7 +208,8 @@ class SubBatches:
         if not isinstance(batch, Mapping) or not isinstance(batch.get("labels"), Tensor):
             found = ", ".join(batch) if isinstance(batch, Mapping) else type(batch).__name__
             raise ValueError(
-                f"selector: a batch must be a dict with tensors of labels; found {found}."
+                f'selector: a batch must be a dict with a tensor "labels"; found {found}. Return '
+                "such a dict from collate_fn."
             )
         return dict(batch)
 

@@ -1,4 +1,7 @@
-"""Build a task from its name and settings."""
+"""Build a task from its name and settings, and check that the training data fit it.
+
+Caller: `zods.finetune`.
+"""
 
 from __future__ import annotations
 
@@ -142,7 +145,7 @@ def _build_classification(
     if max_length < num_special + len(text_columns):
         raise ValueError(
             f"max_length {max_length} is too short: a text of one token has {num_special} "
-            "special tokens"
+            f"special tokens. Give {num_special + len(text_columns)} or more"
         )
     labels = Labels.of(train_dataset, label_column).in_order_of(class_names)
     return Classification(tokenizer, text_columns, labels, max_length, pad_id, has_token_types)

@@ -55,12 +55,14 @@ class _Reading(NamedTuple):
 
 
 def read_csv(path: Path, delimiter: str, column_names: Sequence[str] | None) -> Table:
-    """Check a CSV or TSV file.
+    """Check a CSV or TSV file, and find the types of its columns.
 
     A CSV file has quotes as in RFC 4180. In a TSV file a field is unquoted where it is quoted as a
     whole, and any other quote is a character. Quoted tabs and line ends of a TSV file are read only
-    where the file has the right number of fields with them and not without them. A blank line is no
-    row.
+    where the rows then have the right number of fields, and have it in no other way. A blank line
+    is no row.
+
+    Raises ValueError with all mistakes, by line.
     """
     reading = _scan(lambda: _csv_records(path, delimiter), column_names is None)
     if delimiter == "\t":
@@ -75,7 +77,7 @@ def read_csv(path: Path, delimiter: str, column_names: Sequence[str] | None) -> 
         if width > 1 and plain.num_bad(width) <= reading.num_bad(width):
             reading = plain
     if column_names is None and reading.header is None:
-        raise ValueError(f"{path} holds no examples")
+        raise ValueError(f"{path} holds no examples. Give a file with a header and rows")
     names = reading.header.fields if reading.header is not None else list(column_names or ())
     has_row_names = reading.header is not None and _has_row_names(reading)
     _check_fields(path, reading, names, len(names) + has_row_names, delimiter)
@@ -229,7 +231,7 @@ def _check_fields(
         f"fields that hold {shown}, and remove {shown} at the end of a line"
     )
     if not reading.sizes:
-        raise ValueError(f"{path} holds no examples")
+        raise ValueError(f"{path} holds no examples. Give a file with at least one row")
 
 
 def _header_names(path: Path, header: _Record) -> list[str]:

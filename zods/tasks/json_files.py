@@ -25,7 +25,7 @@ from zods.tasks.row_mistakes import Mistakes
 from zods.tasks.tables import RESERVED, Table
 from zods.tasks.text_lines import read_lines
 
-DEEPEST = 100
+DEEPEST = 100  # allowed nesting of lists and objects
 TOO_DEEP = f"JSON lists or objects inside each other, more than {DEEPEST} deep"
 
 
@@ -33,8 +33,10 @@ def read_json(path: Path, extension: str) -> Table:
     """Check a file of JSON lines, or of one list of objects.
 
     A file that is one object is refused. It may hold rows under a key, columns of lists, or rows by
-    index, and these cannot be told apart for sure. Only a .jsonl file may have one object in one
-    line.
+    index, and these forms cannot be distinguished reliably. Only a .jsonl file may hold one object
+    in one line.
+
+    Raises ValueError with all mistakes, by line.
     """
     first = next((line for line in read_lines(path) if line.strip()), "")
     is_list = first.lstrip().startswith("[")
@@ -50,7 +52,7 @@ def read_json(path: Path, extension: str) -> Table:
             types[name] = merged(types.get(name, NULL), type_of_value(value))
     mistakes.check("Each row must be one JSON object of column: value")
     if not num_rows or not types:
-        raise ValueError(f"{path} holds no examples")
+        raise ValueError(f"{path} holds no examples. Give a file with at least one row")
     types = {name: without_null(dtype) for name, dtype in types.items()}
 
     def rows() -> Iterator[tuple[int, list[Any], list[str]]]:
@@ -102,7 +104,7 @@ def _unusable_row(row: Any) -> str:
 def _flaw(value: Any, depth: int = 0) -> str:
     """The reason why a table cannot hold a JSON value; empty where it can.
 
-    The reason is a lone surrogate, or too deep a nesting.
+    The reason is half of a surrogate pair, or a nesting that is too deep.
     """
     if isinstance(value, str):
         try:

@@ -1,4 +1,7 @@
-"""Read examples from local files and from the hub, as one `datasets.Dataset`."""
+"""Read examples from local files and from the hub, as one `datasets.Dataset`.
+
+`zods.tasks.csv_files` and `zods.tasks.json_files` read the text formats. Caller: `zods.finetune`.
+"""
 
 from __future__ import annotations
 
@@ -179,7 +182,7 @@ def _load_file(path: Path, column_names: Sequence[str] | None) -> datasets.Datas
             ".gz"
         )
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
+        raise FileNotFoundError(f"there is no file {path}. Correct the path")
     if column_names is not None and set(column_names) & {ROW, NOT_TEXT}:
         raise ValueError(f"column_names: {ROW} and {NOT_TEXT} are reserved. Give other names")
     if column_names is not None and extension not in (".csv", ".tsv"):
@@ -191,7 +194,7 @@ def _load_file(path: Path, column_names: Sequence[str] | None) -> datasets.Datas
             dataset = datasets.load_dataset(
                 "parquet", data_files=glob.escape(str(path)), split="train"
             )
-        # pyarrow and datasets raise types of their own, some without a message.
+        # pyarrow and datasets raise exceptions of many types, some without a message.
         except Exception as error:
             reason = str(error.__cause__ or error).strip()
             raise ValueError(
@@ -200,7 +203,7 @@ def _load_file(path: Path, column_names: Sequence[str] | None) -> datasets.Datas
     else:
         dataset = _build_from_text(path, extension, column_names)
     if len(dataset) == 0:
-        raise ValueError(f"{path} holds no examples")
+        raise ValueError(f"{path} holds no examples. Give a file with at least one row")
     return dataset
 
 

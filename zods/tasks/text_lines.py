@@ -1,6 +1,7 @@
-"""Read the lines of a UTF-8 file or .gz file, with an error that says how to convert another encoding.
+"""Read the lines of a UTF-8 file, which may be compressed as .gz.
 
-Callers: `zods.tasks.csv_files` and `zods.tasks.json_files`.
+The error for a file in another encoding says how to convert it. Callers: `zods.tasks.csv_files`
+and `zods.tasks.json_files`.
 """
 
 from __future__ import annotations
@@ -34,10 +35,13 @@ def read_lines(path: Path) -> Iterator[str]:
     except UnicodeDecodeError:
         raise ValueError(_undecodable(path)) from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path}: damaged or truncated: {error}") from None
+        raise ValueError(
+            f"{path}: damaged or truncated: {error}. Copy or download the file again"
+        ) from None
 
 
 def _undecodable(path: Path) -> str:
+    """The error message for a file that is not UTF-8: the lines, and the command to convert it."""
     with _open_binary(path) as file:
         start = file.read(2)
         if start in (b"\xff\xfe", b"\xfe\xff"):

@@ -1,4 +1,4 @@
-"""The base weights that a replay starts from: the files of a model's folder, and the tensors in them.
+"""The base weights that a replay starts from: files of a model's folder, and their tensors.
 
 Parameters are found by the names in the log's header. Their shapes and fingerprints are checked
 against it when they are read. Callers: `zods.trajectory.replay`, and `zods.cli` for
@@ -22,12 +22,16 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 
 class Unfit(ValueError):
-    """Error: the keys in the base's files are not the names of the model's parameters."""
+    """The keys in the base's files are not the names of the model's parameters."""
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Location of a parameter's base weights. key: in this file and in the written file."""
+    """Location of a tensor's base weights.
+
+    key: key of the tensor in `file`. ordinal: the parameter's position in `named_parameters()`; -1
+    where the tensor is no parameter. nbytes: size in the dtype of the log.
+    """
 
     key: str
     file: Path
@@ -73,7 +77,9 @@ def files_of_keys(folder: Path) -> dict[str, Path]:
                 found |= dict.fromkeys(file.keys(), path)
         return found
     except (SafetensorError, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"--base {folder}: damaged: {error}") from error
+        raise ValueError(
+            f"--base {folder}: damaged: {error}. Copy or download the model again."
+        ) from error
 
 
 def stored_tensors(header: Header, folder: Path, initial: Path) -> list[StoredTensor]:
@@ -106,7 +112,7 @@ def stored_tensors(header: Header, folder: Path, initial: Path) -> list[StoredTe
 
 
 def name_in_files(name: str) -> str:
-    """A parameter's name in the base's files: without the parts that peft adds to it.
+    """A parameter's name in the base's files, without the parts that peft adds.
 
     >>> name_in_files("base_model.model.lm_head.base_layer.weight")
     'lm_head.weight'
@@ -121,7 +127,8 @@ def name_in_files(name: str) -> str:
 def _parameter_of(key: str, names: dict[str, str]) -> str | None:
     """The parameter that a file's key refers to; None if there is none.
 
-    The key may lack the first part of the parameter's name (`bert.`, `model.`), or have one more.
+    The key may be without the first part of the parameter's name (`bert.`, `model.`), or have an
+    additional first part.
     """
     firsts = sorted({name.partition(".")[0] for name in names})
     for candidate in (key, *(f"{first}.{key}" for first in firsts), key.partition(".")[2]):

@@ -135,7 +135,10 @@ def replay(
 def _files_to_write(
     tensors: Sequence[StoredTensor], size: int, adapters: bool
 ) -> list[tuple[str, list[StoredTensor]]]:
-    """(name, tensors) of each file, of `size` bytes at most where it has several tensors."""
+    """Divide tensors among files: (name, tensors) of each file.
+
+    size: bytes per file. A larger tensor has a file of its own.
+    """
     shards = _shards(tensors, size)
     stem = "adapter_model" if adapters else "model"
     names = [f"{stem}.safetensors"] if len(shards) == 1 else [
@@ -246,7 +249,7 @@ def _replay_in_memory(
     """Build the model and apply the log to its parameters.
 
     Used when the keys in the base's files are not the names of the model's parameters. unfit: the
-    message that says so.
+    message of the error `Unfit`.
     """
     kind = _model_class(log.header.model, unfit)
     _refuse_existing(out)
