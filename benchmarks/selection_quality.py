@@ -18,8 +18,9 @@ from zods.config.schema import SelectorConfig
 from zods.data.loader import epoch_order
 from zods.data.objectives import example_losses
 from zods.selection import facility_location as fl
-from zods.selection.features import FeatureExtractor, find_target
+from zods.selection.features import FeatureExtractor
 from zods.selection.selector import CandidateBatch, Selector
+from zods.selection.target_matrix import find_target
 
 FEATURES: list[Row] = [
     *({"kind": "zo", "num_directions": m} for m in (1, 4, 16, 64)),

@@ -226,7 +226,8 @@ def local_shards(engine: ZerothOrderEngine) -> dict[str, Tensor]:
     """Copies of this rank's shards, from their storage."""
     engine.flush()
     return {
-        shard.name: local.clone() for shard, local in engine.sharded_parameters.visit(write=False)
+        shard.name: local.clone()
+        for shard, local in engine.sharded_parameters.iterate_with_read_ahead(write=False)
     }
 
 

@@ -183,7 +183,7 @@ def rank_of_deferred_update(folder: Path) -> dict[str, bool]:
         def stored(engine: Any = engine) -> dict[str, Tensor]:
             return {
                 shard.name: local.clone()
-                for shard, local in engine.sharded_parameters.visit(write=False)
+                for shard, local in engine.sharded_parameters.iterate_with_read_ahead(write=False)
             }
 
         zods.params.zero3_adapter.release_gathered(engine.deepspeed)

@@ -39,7 +39,8 @@ from tests.distributed.models import (
 from tests.distributed.ranks import ENVIRONMENT, LIMIT, REPOSITORY, run_ranks
 from tests.distributed.zoo import ZOO, zoo_batch
 from tests.reference.replay import replayed
-from zods.cli import pretrained
+from zods.cli.load_model import load_model, save_configuration
+from zods.cli.pretrained import find_model
 from zods.config.deepspeed_json import read_config
 from zods.config.schema import parse_section
 from zods.kernels import fingerprint
@@ -212,7 +213,7 @@ def loaded(kind: str, bases: Path, config: dict[str, Any]) -> tuple[nn.Module, l
         num_epochs=1,
     )
     run = read_config(config, torch.distributed.get_world_size())
-    return pretrained.load_model(arguments, run, task, pretrained.find_model(arguments))
+    return load_model(arguments, run, task, find_model(arguments))
 
 
 def data_of(kind: str) -> list[dict[str, Tensor]]:
@@ -256,7 +257,7 @@ def rank_of_runs(folder: Path, names: list[str]) -> None:
         save(engine, run / "start.safetensors")
         engine.resume(run, new=new)
         if new and engine.global_rank == 0:
-            pretrained.save_configuration(model, run / INITIAL.parent)
+            save_configuration(model, run / INITIAL.parent)
         for step in range(engine.global_steps, engine.global_steps + STEPS):
             if kind == "fragile":
                 break_some(engine)

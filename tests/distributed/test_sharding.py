@@ -69,7 +69,7 @@ def rank_of_layouts(folder: Path) -> dict[Any, dict[str, Any]]:
                     p.numel,
                     local.float().numpy().copy() if p.whole_numel < 100 else None,
                 )
-                for p, local in engine.sharded_parameters.visit(write=False)
+                for p, local in engine.sharded_parameters.iterate_with_read_ahead(write=False)
             ]
             stored = {
                 p.name: getattr(p.param, "ds_tensor", p.param).device.type
@@ -95,7 +95,7 @@ def rank_of_layouts(folder: Path) -> dict[Any, dict[str, Any]]:
             z = {}
             for distribution in ("gaussian", "rademacher"):
                 zods.params.zero3_adapter.release_gathered(engine.deepspeed)
-                for shard, local in engine.sharded_parameters.visit(write=True):
+                for shard, local in engine.sharded_parameters.iterate_with_read_ahead(write=True):
                     Direction(distribution).combine_(
                         local, shard, shard.offset, seeds=[4321], coefficients=[1.0]
                     )

@@ -30,7 +30,7 @@ from zods.data.objectives import (
     batch_loss,
     fits_cross_entropy,
     logits_of,
-    needs_rows,
+    needs_row_losses,
     own_loss,
     refusal_of_examples,
     shift_probes,
@@ -114,7 +114,7 @@ class ModelForwards:
         ranks where the mean over examples is wanted of a loss that does not tell them apart.
         """
         batch_loss(outputs, batch)
-        found = Objective(self.objective.mean)
+        found = Objective(self.objective.loss_mean)
         if own_loss(outputs) is None:
             self.objective = found
             return
@@ -147,7 +147,7 @@ class ModelForwards:
                 "of single examples are made. Losses of another kind can be neither selected by "
                 "nor weighted."
             )
-        size = num_examples(batch) if needs_rows(batch, self.objective) else 0
+        size = num_examples(batch) if needs_row_losses(batch, self.objective) else 0
         largest = max(of_rank[0] for of_rank in self.comm.gather_scalars([float(size)]))
         if largest:
             raise ValueError(refusal_of_examples(int(largest)))
@@ -156,7 +156,7 @@ class ModelForwards:
         """The model's own loss, and the one that is taken of its logits alone. Raises ValueError
         where logits and labels have shapes that no cross entropy has."""
         batch = without_weights(batch)  # with weights a loss is always taken from the logits
-        over_tokens = replace(self.objective, mean="tokens", own=False)
+        over_tokens = replace(self.objective, loss_mean="tokens", own=False)
         return batch_loss(outputs, batch, over_tokens), batch_loss(
             {"logits": logits_of(outputs)}, batch, over_tokens
         )

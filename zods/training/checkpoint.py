@@ -161,7 +161,7 @@ def load_checkpoint(
     with comm.same_on_all_ranks(), _as_written(folder):
         if run.loader is not None and saved["loader"] is not None and not wanted.module_only:
             run.loader.load_state_dict(saved["loader"])
-        for shard, local in run.parameters.visit(write=True, shards=shards):
+        for shard, local in run.parameters.iterate_with_read_ahead(write=True, shards=shards):
             local.copy_(parameters.read(shard))
         if anchor is not None:
             _load_anchor(anchor, run.parameters, saved, None if point is None else point.read)
@@ -188,7 +188,10 @@ def _as_written(folder: str | Path) -> Iterator[None]:
 
 def _write_shards(run: TrainingRun, folder: Path) -> None:
     """Write this rank's files; they are on the disk when it returns."""
-    values = {p: local.detach().cpu().clone() for p, local in run.parameters.visit(write=False)}
+    values = {
+        p: local.detach().cpu().clone()
+        for p, local in run.parameters.iterate_with_read_ahead(write=False)
+    }
     write_tensors(folder, "parameters", run.comm, values)
     anchor = run.anchor
     if anchor is not None and anchor.point is not None and run.state.anchor_step is not None:
@@ -286,7 +289,7 @@ def _load_anchor(
     anchor.set_gradient(anchor.gradient_terms)
     if anchor.point is None:
         return
-    for shard, local in parameters.visit(write=False):
+    for shard, local in parameters.iterate_with_read_ahead(write=False):
         anchor.point.write(
             shard, anchor.reconstruct(shard, local) if stored is None else stored(shard)
         )

@@ -58,7 +58,9 @@ def load_initial_weights(run: TrainingRun, path: Path, header: Header) -> None:
                 if odd:
                     raise ValueError(f"{path}: {odd[0]} is not as in the log.")
                 shards = _shards_named(run, names)
-                for shard, local in run.parameters.visit(write=True, shards=shards):
+                for shard, local in run.parameters.iterate_with_read_ahead(
+                    write=True, shards=shards
+                ):
                     values = file.get_tensor(shard.name).to(shard.dtype).view(-1)
                     local.copy_(values[shard.offset : shard.offset + shard.numel])
         except SafetensorError as error:

@@ -23,10 +23,10 @@ from zods.kernels import backend
 from zods.params.anchor_stores import check_nvme
 from zods.params.shards import ShardedParameters
 from zods.params.zero3_adapter import is_sharded
-from zods.selection.features import find_target
 from zods.selection.loaders import SelectingLoader
 from zods.selection.selector import NEEDS
 from zods.selection.sub_batches import SubBatches, sources_of
+from zods.selection.target_matrix import find_target
 from zods.training.engine import ZerothOrderEngine
 from zods.training.host_memory import return_freed_memory
 from zods.training.model_setup import (

@@ -22,7 +22,7 @@ def describe(run: TrainingRun) -> Header:
     shards = sorted([*parameters.shards, *parameters.frozen], key=lambda shard: shard.ordinal)
     own = [
         fingerprint(local, shard.offset)
-        for shard, local in parameters.visit(write=False, shards=shards)
+        for shard, local in parameters.iterate_with_read_ahead(write=False, shards=shards)
     ]
     by_rank = comm.gather_integers([value - (value >> 63 << 64) for value in own])
     trained = {shard.ordinal for shard in parameters}

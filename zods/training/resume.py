@@ -118,7 +118,7 @@ def _begin_or_continue(
         run.recorder.record_run(0)
     else:
         if comm.rank == 0:
-            log.say_torn()
+            log.warn_if_torn()
         _catch_up(run, log, checkpoints)
         trajectory.file = file
         _publish(run, replicas, data[: log.ends[-1]])
@@ -276,7 +276,7 @@ def _apply(run: TrainingRun, changes: Sequence[Change], refreshed_at: int | None
     with tqdm(
         total=total, desc="log", unit="terms", unit_scale=True, disable=quiet, leave=False
     ) as progress:
-        for shard, local in parameters.visit(write=True):
+        for shard, local in parameters.iterate_with_read_ahead(write=True):
             replay_(local, shard, shard.offset, before, run.direction, progress.update)
             if refreshed_at is not None and anchor is not None and anchor.point is not None:
                 anchor.point.write(shard, local)
