@@ -1,9 +1,12 @@
-"""Memory that MeZO-SVRG's anchor takes, by where it is kept: `python benchmarks/anchor_memory.py`.
+"""Measure the memory of MeZO-SVRG's anchor for each storage.
+
+    python benchmarks/anchor_memory.py
 
 Each case runs in a process of its own: an OPT-125M shape in float32, one refresh and two steps.
-Prints one JSON object: the engine's own counters, and the peak resident memory over that of plain
-MeZO in bytes per parameter. On a CPU, device and host memory are the same memory, so "device" and
-"cpu" both show there; "nvme" and "terms" must not.
+Prints one JSON object with the engine's own counters and the peak resident memory. The peak of
+plain MeZO is subtracted and the rest divided by the number of parameters. On a CPU, device and host
+memory are the same memory, so the peak contains the anchor for both "device" and "cpu". It must not
+contain the anchor for "nvme" and "terms".
 """
 
 from __future__ import annotations
@@ -46,7 +49,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--smoke", action="store_true", help="a tiny model, without and with one place"
+        "--smoke", action="store_true", help="a tiny model, without an anchor and with one storage"
     )
     parser.add_argument("--case", choices=("mezo", *STORAGES), help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)

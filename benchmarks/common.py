@@ -1,6 +1,4 @@
-"""What the benchmarks share: one process as a world of one rank, an OPT shape with random weights,
-the machine's name.
-"""
+"""Helpers of the benchmarks: an engine of one rank, models with random weights, the machine."""
 
 from __future__ import annotations
 
@@ -8,6 +6,7 @@ import argparse
 import os
 import platform
 import socket
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,11 @@ from zods.training.engine import ZerothOrderEngine
 
 
 def add_smoke_option(parser: argparse.ArgumentParser) -> None:
-    """`--smoke`, which every benchmark has: the tests run each of them so."""
+    """Add `--smoke`. Every benchmark has it, because the tests run each benchmark with it."""
     parser.add_argument(
-        "--smoke", action="store_true", help="the smallest size, to see that it runs: no figures"
+        "--smoke",
+        action="store_true",
+        help="the smallest size, to see that it runs; its figures mean nothing",
     )
 
 
@@ -52,7 +53,7 @@ def tiny_opt(vocab_size: int = 50272) -> OPTForCausalLM:
 
 
 def token_batch(batch_size: int, length: int, vocab_size: int = 50272) -> dict[str, torch.Tensor]:
-    """Random tokens, their own labels, no padding: (batch_size, length) each."""
+    """Random tokens that are their own labels, without padding: (batch_size, length) each."""
     tokens = torch.randint(
         4, vocab_size, (batch_size, length), generator=torch.Generator().manual_seed(1)
     )
@@ -66,14 +67,17 @@ def free_port() -> int:
 
 
 def launcher(ranks: int) -> list[str]:
-    """The beginning of a command that starts ranks on this host."""
+    """The beginning of a command that starts `ranks` ranks on this host."""
     return ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(free_port())]
 
 
 def single_rank_engine(
     model: torch.nn.Module, section: dict[str, Any], data: Any = None, **ds: Any
 ) -> ZerothOrderEngine:
-    """`model` under zods in this process alone; data: default two batches of tokens."""
+    """Start zods with `model` in this process alone, as the only rank.
+
+    data: the training data; None: two batches of tokens.
+    """
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
     os.environ.setdefault("MASTER_PORT", str(free_port()))
     config = {
@@ -91,7 +95,16 @@ def single_rank_engine(
     )[0]  # type: ignore[arg-type]
 
 
+def commit() -> str:
+    """The commit that runs, with "-dirty" where tracked files differ from it; "" without git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    here = Path(__file__).parent
+    found = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
+    return found.stdout.strip()
+
+
 def machine() -> dict[str, Any]:
+    """The processor's name, the number of torch's threads, and the versions of the packages."""
     cpu = next(
         (
             line

@@ -1,11 +1,21 @@
-"""Strikes runs of the command line with every fault of the matrix, and starts them again. Prints
-one JSON object, last.
+"""Strike runs of the command line with every fault of the matrix, and start them again.
 
-    python benchmarks/faults.py [--markdown FILE] [--only TEXT]
+    python benchmarks/faults.py [--json FILE] [--markdown FILE] [--only TEXT...]
 
-Each cell is real: signals that kill, stop and end ranks and launchers at a given phase of a step,
-full disks (small file systems, which needs root), files that are written over. `identical`: the
-run's weights and log are at the end those of an undisturbed run, byte by byte.
+Each fault is real: signals that kill, stop and end ranks and launchers at a given phase of a step,
+full disks (small file systems, which need root), files that are written over. The last line of the
+output is one JSON object. Its rows:
+
+struck      whether the fault struck in the first start
+exit_code   of the `deepspeed` command of the first start
+outcome     how the starts ended, or the first expectation that was not met
+identical   whether the run ended with the weights and the log of an undisturbed run, byte by byte
+
+--json gets each row as soon as the cell has ended. A command that was interrupted, or that had
+failing cells, continues from this file: it runs the cells that have not passed there. All rows are
+of one commit, so the file of another commit is refused.
+
+The exit code is 1 if a cell fails.
 """
 
 import argparse
@@ -17,64 +27,99 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from common import add_smoke_option, machine
+from common import add_smoke_option, commit, machine
 
-from tests.distributed.matrix import CELLS, run_cell
+from tests.distributed.fault_runs import run_cell
+from tests.distributed.matrix import CELLS, Cell
+from zods.files import atomic_write
+
+COLUMNS = (
+    *("fault", "phase", "rank", "kind", "struck", "exit_code"),
+    *("outcome", "restarts", "identical", "seconds"),
+)
 
 
-def table(rows: list[dict]) -> str:
-    columns = ("fault", "phase", "rank", "outcome", "identical")
+def markdown(report: dict) -> str:
+    host = report["machine"]
+    versions = ", ".join(f"{name} {host[name]}" for name in ("torch", "deepspeed"))
     lines = [
-        columns,
-        ["---"] * len(columns),
-        *([str(row[column]) for column in columns] for row in rows),
+        COLUMNS,
+        ["---"] * len(COLUMNS),
+        *([str(row[column]) for column in COLUMNS] for row in report["rows"]),
     ]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return (
+        f"# Faults\n\n`python benchmarks/faults.py`, {report['date']}, commit {report['commit']}: "
+        f"{len(report['rows'])} cells, two ranks, {host['cpu']}, {versions}.\n\n"
+        + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    )
+
+
+def passed(row: dict) -> bool:
+    return row["struck"] and row["identical"]
+
+
+def passed_rows(path: Path | None, report: dict) -> dict[str, dict]:
+    """The rows of the cells that have passed in an earlier, interrupted command, by cell."""
+    if path is None or not path.exists():
+        return {}
+    earlier = json.loads(path.read_text())
+    if earlier["commit"] != report["commit"]:
+        raise SystemExit(
+            f"--json {path}: has rows of commit {earlier['commit']}, this is {report['commit']}. "
+            "Give another file."
+        )
+    return {row["cell"]: row for row in earlier["rows"] if passed(row)}
+
+
+def cells_of(arguments: argparse.Namespace) -> list[Cell]:
+    cells = [cell for cell in CELLS if any(text in cell.name for text in arguments.only)]
+    if arguments.smoke:  # a cell that starts the command line once beside the undisturbed run
+        cells = [cell for cell in cells if len(cell.starts) == 1 and cell.disk is None][:1]
+    return cells
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--json", type=Path, help="write the JSON object there row by row, too")
     parser.add_argument("--markdown", type=Path, help="write the table there, too")
-    parser.add_argument("--only", default="", help="cells whose name holds this text")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], help="run the cells whose name has one of these texts"
+    )
     add_smoke_option(parser)
     arguments = parser.parse_args()
-    rows = []
-    cells = [cell for cell in CELLS if arguments.only in cell.name]
-    if arguments.smoke:  # one that starts the command line once beside the undisturbed run
-        cells = [cell for cell in cells if cell.restarts == 0 and cell.disk_kib is None][:1]
+    cells = cells_of(arguments)
+    report: dict = {
+        "benchmark": "faults",
+        "date": datetime.date.today().isoformat(),
+        "commit": commit(),
+        "machine": machine(),
+        "rows": [],
+    }
+    rows = passed_rows(arguments.json, report)
     with tempfile.TemporaryDirectory() as folder:
-        for cell in cells:
-            try:
-                found = run_cell(cell, Path(folder))
-                row = {
-                    "outcome": found.outcome,
-                    "identical": found.identical,
-                    "seconds": round(found.seconds, 1),
-                }
-            except AssertionError as error:
-                print(error, file=sys.stderr)
-                row = {
-                    "outcome": f"failed: {str(error).splitlines()[0]}",
-                    "identical": False,
-                    "seconds": None,
-                }
-            rows.append({"fault": cell.fault, "phase": cell.phase, "rank": cell.rank, **row})
-            print(f"{cell.name}: {row['outcome']}, identical: {row['identical']}", file=sys.stderr)
+        for number, cell in enumerate(cells, 1):
+            if cell.name not in rows:
+                result = run_cell(cell, Path(folder))
+                rows[cell.name] = row = result.row()
+                print(result.failure, end="\n" * bool(result.failure), file=sys.stderr)
+                print(
+                    f"{number} of {len(cells)}: {cell.name}: {row['outcome']}, "
+                    f"exit code {row['exit_code']}, identical: {row['identical']}, "
+                    f"{row['seconds']} s",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            report["rows"] = [rows[cell.name] for cell in CELLS if cell.name in rows]
+            if arguments.json is not None:
+                with atomic_write(arguments.json) as temporary:
+                    temporary.write_text(json.dumps(report, indent=1) + "\n")
     if arguments.markdown is not None:
-        head = f"# Faults\n\n`python benchmarks/faults.py --markdown FILE`, {datetime.date.today().isoformat()}\n\n"
-        arguments.markdown.write_text(head + table(rows))
-    print(
-        json.dumps(
-            {
-                "benchmark": "faults",
-                "date": datetime.date.today().isoformat(),
-                "machine": machine(),
-                "rows": rows,
-            }
-        )
-    )
+        arguments.markdown.write_text(markdown(report))
+    print(json.dumps(report))
+    if not all(map(passed, report["rows"])):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,14 @@
-"""How fast directions are applied on the CPU, beside torch's own in-place addition. Prints one JSON
-object.
+"""Measure how fast directions are applied on the CPU, beside torch's own in-place addition.
 
     python benchmarks/kernel_speed.py [--numel 67108864] [--rounds 9] [--replay-numel 4194304]
 
-Rates are in elements per second; those of a replay count an element once for each of its 64 sweeps
-of one term, over
---replay-numel elements, and are those of making the directions.
+Prints one JSON object. Rates are in elements per second. A replay makes 64 sweeps of one term over
+--replay-numel elements, and its rate counts an element once for each sweep. So it is the rate at
+which the directions are made.
 
-In every round each candidate runs once, so that what else the machine does strikes all alike;
-medians are compared. Memory's speed hides arithmetic and not the other way round: on a machine
-whose cores are shared, the ratios are lower.
+In every round each candidate runs once, so that other jobs on the machine slow all candidates down
+alike. Medians are compared. Memory's speed can hide the time of arithmetic, but arithmetic does not
+hide the time of memory: on a machine whose cores are shared, the ratios are lower.
 """
 
 import argparse
@@ -61,7 +60,7 @@ def candidates(x: torch.Tensor, y: torch.Tensor) -> dict[str, Callable[[], objec
 
 
 def replays(x: torch.Tensor) -> dict[str, Callable[[], object]]:
-    """x: (rows, 1024)."""
+    """Replays of SWEEPS sweeps over x, (rows, 1024), by name."""
 
     def replay(rounding_seed: int | None, distribution: str | None) -> Callable[[], object]:
         common = {"distribution": distribution or "gaussian", "parameter": 1, "offset": 0}
@@ -98,7 +97,7 @@ def measure(
         for name, function in functions.items():
             start = time.perf_counter()
             function()
-            if round_number > 0:  # the first warms up
+            if round_number > 0:  # the first round warms up
                 seconds[name].append(time.perf_counter() - start)
     rate = {name: work[name] / statistics.median(times) for name, times in seconds.items()}
     return {

@@ -1,4 +1,7 @@
-"""The quickstart's job with several seeds, MeZO-SVRG and MeZO: `python benchmarks/quickstart.py`.
+"""Run the quickstart's job with several seeds and methods.
+
+    python benchmarks/quickstart.py [--seeds 1 2 3] [--methods mezo_svrg mezo]
+
 Prints one JSON object.
 """
 
@@ -20,7 +23,9 @@ TRAIN = Path(__file__).parents[1] / "launch" / "quickstart" / "train.sh"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--methods", nargs="+", default=["mezo_svrg"])
     add_smoke_option(parser)
@@ -37,16 +42,8 @@ def main() -> None:
         for method in arguments.methods:
             for seed in arguments.seeds:
                 run = Path(folder) / f"{method}-{seed}"
-                command = [
-                    "bash",
-                    str(TRAIN),
-                    str(run),
-                    "--seed",
-                    str(seed),
-                    "--method",
-                    method,
-                    *short,
-                ]
+                command = ["bash", str(TRAIN), str(run)]
+                command += ["--seed", str(seed), "--method", method, *short]
                 subprocess.run(command, check=True, stdout=sys.stderr)
                 summary = next(
                     record for record in read_metrics(run) if record["kind"] == "summary"

@@ -1,19 +1,24 @@
-"""The selector's speed, scaling, quality and what it does for training: `python
-benchmarks/selection.py [--part NAME]`.
+"""Measure the selector's speed, scaling and quality, and its effect on training.
 
-speed     choosing n / 10 of n by facility location (64 features, Euclidean), against apricot-select and submodlib-py, from
-          features to ids. objective: of the ids, recomputed the same way for all.
-scaling   k = 1,000 of up to 100,000 on 1 and 2 ranks under the real launcher: seconds, peak memory of a rank, bytes sent.
-quality   on a 12-block decoder of width 192 after 60 steps on the data: agreement of what features choose with what the whole
-          gradients of the same matrix choose (0: as chance would, 1: the same), relative error of the chosen's mean gradient
-          (whole model), and cost: cost_forwards is the time of the features less that of the blocks before the last, which run
-          once for any features, over the time of a forward with its loss; total_forwards is all of it over the same.
-training  step time and peak memory of AdamW on 128 examples and on 64 chosen of 128; held-out loss over steps, examples passed
-          through the model, and seconds, for three seeds.
+    python benchmarks/selection.py [--part NAME]
 
-The part speed needs the extra `benchmark`. quality and training take `--data`, JSON lines with
-source, instruction and output, or else prose of Python's own manual. The last line printed is one
-JSON object; --output writes BASE.json, and pictures beside it.
+speed     The time from features to ids: n / 10 of n candidates are chosen by facility location (64
+          features, Euclidean), by zods, apricot-select and submodlib-py. `objective` is that of the
+          chosen ids. It is recomputed in the same way for all libraries.
+scaling   k = 1,000 of up to 100,000 candidates on 1 and 2 ranks under the real launcher: seconds,
+          peak memory of a rank, bytes sent.
+quality   On a 12-block decoder of width 192 after 60 steps on the data. `agreement` compares the
+          examples that features choose with the examples that whole gradients of the same matrix
+          choose: 0 is chance, 1 the same examples. `relative_error` is that of the mean gradient
+          of the chosen examples, over the whole model. Costs are in forwards with their loss.
+          `total_forwards` is the whole time of the features. `cost_forwards` leaves out the blocks
+          before the last, which run once for any features.
+training  Step time and peak memory of AdamW on 128 examples, and on 64 chosen of 128. Held-out loss
+          over steps, over examples passed through the model, and over seconds, for three seeds.
+
+The part speed needs the extra `benchmark`. quality and training use --data, JSON lines with source,
+instruction and output. Without --data they use prose of Python's own manual. The last line of the
+output is one JSON object. --output writes BASE.json, and pictures beside it.
 """
 
 from __future__ import annotations
@@ -81,8 +86,8 @@ def pictures(rows: list[Row], base: Path) -> None:
         axes.legend(fontsize=7)
         axes.grid(alpha=0.3)
         save(figure, "quality")
-    curves_ = [row for row in rows if row.get("what") == "curve"]
-    if curves_:
+    trained = [row for row in rows if row.get("what") == "curve"]
+    if trained:
         figure, panels = plt.subplots(1, 3, figsize=(14, 4), layout="constrained", sharey=True)
         for panel, key, label in zip(
             panels,
@@ -90,8 +95,8 @@ def pictures(rows: list[Row], base: Path) -> None:
             ("step", "examples forward", "seconds"),
             strict=True,
         ):
-            for method in dict.fromkeys(row["method"] for row in curves_):
-                of_method = [row["curve"] for row in curves_ if row["method"] == method]
+            for method in dict.fromkeys(row["method"] for row in trained):
+                of_method = [row["curve"] for row in trained if row["method"] == method]
                 x = [
                     statistics.mean(c[i][key] for c in of_method) for i in range(len(of_method[0]))
                 ]
@@ -146,7 +151,7 @@ def main() -> None:
         arguments.output.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
         pictures(rows, arguments.output)
     print(json.dumps(report), flush=True)
-    if {"quality", "training"} & set(wanted):
+    if {"quality", "training"} & set(wanted):  # these parts start a process group
         end_process(0)
 
 

@@ -1,5 +1,5 @@
-"""What the parts of the selector's benchmark share: data, a small decoder, and its first-order
-training in one process.
+"""Helpers of the selector's benchmark: data, a small decoder, and its first-order training in one
+process.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ Row = dict[str, Any]
 
 
 def manual() -> list[Row]:
-    """Passages of Python's manual, each to be continued; their sources are of very different size."""
+    """Passages of Python's manual: an example gives the beginning and asks for the rest.
+
+    The sources have very different numbers of passages.
+    """
     rows = []
     for name, text in pydoc_data.topics.topics.items():
         source = (
@@ -45,8 +48,9 @@ def manual() -> list[Row]:
 
 
 def prepared(data: Path | None, max_length: int) -> tuple[Any, Any, Any]:
-    """(task, training rows with their source, held-out rows). data: None takes prose of Python's
-    own manual.
+    """Prepare the data: (task, training rows with their source, held-out rows).
+
+    data: a file of examples; None: prose of Python's own manual.
     """
     tokenizer = transformers.AutoTokenizer.from_pretrained(TOKENIZER)
     examples = (

@@ -1,4 +1,4 @@
-"""What features and baselines are worth, and what they cost: a part of `benchmarks/selection.py`."""
+"""The quality and the cost of features and baselines: a part of `benchmarks/selection.py`."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from zods.config.schema import SelectorConfig
 from zods.data.loader import epoch_order
 from zods.data.objectives import example_losses
 from zods.selection import facility_location as fl
-from zods.selection.features import FeatureExtractor, find_target
+from zods.selection.features import FeatureExtractor
 from zods.selection.selector import CandidateBatch, Selector
+from zods.selection.target_matrix import find_target
 
 FEATURES: list[Row] = [
     *({"kind": "zo", "num_directions": m} for m in (1, 4, 16, 64)),
@@ -37,9 +38,9 @@ BASELINES = ("random", "structured_random", "longest", "highest_loss", "greedi")
 
 
 def quality(data: Path | None, batches: int, smoke: bool) -> list[Row]:
-    """Means over several candidate batches.
+    """Judge each kind of features and each baseline: means over several candidate batches.
 
-    smoke: 2 blocks instead of 12, short examples, no steps before, three kinds of features.
+    smoke: 2 blocks instead of 12, short examples, no training before, three kinds of features.
     """
     single_process()
     kinds = SMOKE if smoke else FEATURES
@@ -69,10 +70,11 @@ def quality(data: Path | None, batches: int, smoke: bool) -> list[Row]:
 def judged_batch(
     model: Any, task: Any, ids: list[int], rows: Any, number: int, kinds: Sequence[Row]
 ) -> list[tuple[str, int, Row]]:
-    """(features or baseline, m, what it is worth) on one candidate batch.
+    """Judge on one candidate batch. Returns rows of (features or baseline, m, its figures).
 
-    First facility location on features alone, without sources, so that nothing but the features
-    decides; then the policy, with sources, on exact features of 64 directions, and the baselines.
+    First facility location runs on features alone. It is given no sources, so that nothing but the
+    features decides. Then the selector, with sources, runs on exact features of 64 directions, and
+    the baselines run.
     """
     of_batch = [rows[i] for i in ids]
     chunks = in_chunks(of_batch, task)
@@ -111,14 +113,19 @@ def judged_batch(
         features, losses, timed = torch.empty(CANDIDATES, m), torch.empty(CANDIDATES), []
         for _ in range(3 if kind == "exact" else 1):
             began = time.perf_counter()
-            for places, chunk in chunks:
-                features[places], losses[places] = extract(
+            for positions, chunk in chunks:
+                features[positions], losses[positions] = extract(
                     chunk, list(range(number * 10**6, number * 10**6 + m))
                 )
             timed.append(time.perf_counter() - began)
         largest = float(features.abs().max())
-        batch = CandidateBatch(ids, [row_tokens(r) for r in of_batch], losses=losses, largest=largest,
-                               features=fl.quantised(features, largest))  # fmt: skip
+        batch = CandidateBatch(
+            ids,
+            [row_tokens(r) for r in of_batch],
+            losses=losses,
+            largest=largest,
+            features=fl.quantised(features, largest),
+        )
         metric = "l1" if kind == "paper" else "l2"
         config = SelectorConfig(candidates=CANDIDATES, num_clusters=1, features=kind, metric=metric)
         chosen, _, _ = Selector(config, BUDGET, seed=number, target=extract.target).select(batch)
@@ -155,40 +162,43 @@ def without_labels(chunk: Row) -> Row:
 
 
 def in_chunks(rows: Sequence[Row], task: Any, size: int = 16) -> list[tuple[list[int], Row]]:
+    """Chunks of rows of similar length: (positions in `rows`, collated rows)."""
     order = sorted(range(len(rows)), key=lambda i: -row_tokens(rows[i]))
     parts = [order[start : start + size] for start in range(0, len(order), size)]
     return [(part, task.collate([rows[i] for i in part])) for part in parts]
 
 
 def true_gradients(model: torch.nn.Module, chunks: Sequence[tuple[list[int], Row]]) -> Tensor:
-    """Of every example's loss by the matrix that features tell of, by autograd over the whole
-    model, one by one.
+    """The gradient of each example's loss by the matrix that the features are about.
+
+    Autograd runs over the whole model, one example at a time. Returns (examples, elements).
     """
     weight = find_target(model).module.weight
-    found = torch.empty(sum(len(places) for places, _ in chunks), weight.numel())
-    for places, chunk in chunks:
-        for k, place in enumerate(places):
+    found = torch.empty(sum(len(positions) for positions, _ in chunks), weight.numel())
+    for positions, chunk in chunks:
+        for k, position in enumerate(positions):
             one = {key: value[k : k + 1] for key, value in chunk.items()}
             loss = example_losses(model(**without_labels(one)).logits, one["labels"]).sum()
-            found[place] = torch.autograd.grad(loss, weight)[0].flatten()
+            found[position] = torch.autograd.grad(loss, weight)[0].flatten()
     return found
 
 
 def mean_gradient(
     model: Any, task: Any, rows: Sequence[Row], chosen: Sequence[int], weights: Sequence[float]
 ) -> Tensor:
-    """Of the whole model, of the weighted mean loss of the chosen."""
+    """The gradient of the weighted mean loss of the chosen examples, by all parameters."""
     model.zero_grad()
-    of_place = dict(zip(chosen, weights, strict=True))
-    for places, chunk in in_chunks([rows[i] for i in chosen], task):
+    weight_of = dict(zip(chosen, weights, strict=True))
+    for positions, chunk in in_chunks([rows[i] for i in chosen], task):
         losses = example_losses(model(**without_labels(chunk)).logits, chunk["labels"])
-        w = torch.tensor([of_place[list(chosen)[i]] for i in places])
+        w = torch.tensor([weight_of[list(chosen)[i]] for i in positions])
         ((losses * w).sum() / sum(weights)).backward()
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
 @torch.no_grad()
 def forward_seconds(model: Any, chunks: Sequence[tuple[list[int], Row]]) -> float:
+    """The time of the whole model's forward and of the loss."""
     began = time.perf_counter()
     for _, chunk in chunks:
         example_losses(model(**without_labels(chunk)).logits, chunk["labels"])
@@ -197,7 +207,7 @@ def forward_seconds(model: Any, chunks: Sequence[tuple[list[int], Row]]) -> floa
 
 @torch.no_grad()
 def prefix_seconds(model: Any, chunks: Sequence[tuple[list[int], Row]]) -> float:
-    """Of all blocks but the last, which run once for any features."""
+    """The time of all blocks but the last. They run once for any features."""
     model.config.num_hidden_layers -= 1
     began = time.perf_counter()
     for _, chunk in chunks:

@@ -1,6 +1,4 @@
-"""The selector's speed against other libraries, and how it scales: parts of
-`benchmarks/selection.py`.
-"""
+"""The selector's speed, beside other libraries, and scaling: parts of `benchmarks/selection.py`."""
 
 from __future__ import annotations
 
@@ -31,7 +29,7 @@ from zods.selection.selector import CandidateBatch, Selector
 
 
 def clustered(n: int, d: int = 64) -> Tensor:
-    """Features of 200 overlapping clusters."""
+    """Features of 200 overlapping clusters, (n, d)."""
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(200, d, generator=generator)
     return centres[torch.randint(0, 200, (n,), generator=generator)] + torch.randn(
@@ -43,7 +41,7 @@ def clustered(n: int, d: int = 64) -> Tensor:
 
 
 def objective(features: Tensor, ids: Sequence[int]) -> float:
-    """sum_i (D - distance to the nearest of ids), D the largest distance, in float64."""
+    """sum_i (D - distance of i to the nearest of ids) in float64, with D the largest distance."""
     nearest, largest = torch.empty(0, dtype=torch.float64), 0.0
     for block in features.double().split(1000):
         distances = torch.cdist(block, features.double())
@@ -86,13 +84,13 @@ def speed(rounds: int, sizes: Sequence[int]) -> list[Row]:
         libraries["submodlib-py, lazy"] = submodlib
     else:
         print(
-            "without submodlib-py, which has no wheel for this Python or machine", file=sys.stderr
+            "submodlib-py is left out: it has no wheel for this Python or machine", file=sys.stderr
         )
     rows = []
     for n in sizes:
         features, k = clustered(n), n // 10
         seconds: dict[str, list[float]] = {name: [] for name in libraries}
-        # compiles what is compiled at first use
+        # the first call is not timed: some libraries compile code in it
         ids = {name: choose(features, k) for name, choose in libraries.items()}
         for _ in range(rounds):
             for name, choose in libraries.items():
@@ -116,7 +114,11 @@ def speed(rounds: int, sizes: Sequence[int]) -> list[Row]:
 
 
 def scaling_on_this_rank(n: int, k: int) -> Row:
-    """Each rank has the features of its own candidates, and ends with all that were chosen."""
+    """Select on one rank of several.
+
+    At the start each rank has the features of its own candidates. At the end each rank has all
+    chosen candidates.
+    """
     comm = Communicator(torch.device("cpu"))
     own = torch.arange(comm.rank, n, comm.world_size)
     mine = clustered(n)[own]
@@ -127,11 +129,11 @@ def scaling_on_this_rank(n: int, k: int) -> Row:
     for rank, rows in enumerate(of_ranks):
         features[rank :: comm.world_size] = rows
     batch = CandidateBatch(range(n), [1] * n, features=features, largest=largest, owned=own)
-    share = comm.gather_integers if comm.world_size > 1 else None
-    selector = Selector(SelectorConfig(candidates=n, num_clusters=1), k, seed=0, exchange=share)
-    places, _, report = selector.select(batch)
+    exchange = comm.gather_integers if comm.world_size > 1 else None
+    selector = Selector(SelectorConfig(candidates=n, num_clusters=1), k, seed=0, exchange=exchange)
+    chosen, _, report = selector.select(batch)
     seconds = time.perf_counter() - began
-    comm.check_agreement(json.dumps(places).encode(), "what was chosen")
+    comm.check_agreement(json.dumps(chosen).encode(), "what was chosen")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     peaks = comm.gather_scalars([float(peak)])
     return {
@@ -163,7 +165,7 @@ def scaling(sizes: Sequence[int], world_sizes: Sequence[int]) -> list[Row]:
 
 
 def main() -> None:
-    """Of a rank of `scaling`."""
+    """Run one rank of `scaling`."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--candidates", type=int, required=True)
     parser.add_argument("--row", type=Path, required=True)

@@ -1,4 +1,4 @@
-"""What selection does for first-order training: a part of `benchmarks/selection.py`."""
+"""The effect of selection on first-order training: a part of `benchmarks/selection.py`."""
 
 from __future__ import annotations
 
@@ -27,8 +27,10 @@ from zods.training.first_order import FirstOrderEngine
 
 
 def training(data: Path | None, steps: int, seeds: int, rounds: int, smoke: bool) -> list[Row]:
-    """smoke: a model of 2 blocks instead of 12 for the costs, with LoRA only, short examples, and
-    one method's curve.
+    """Measure the costs of a step, and the curves of training.
+
+    smoke: short examples, one method's curve, and for the costs a model of 2 blocks instead of 12,
+    with LoRA only.
     """
     single_process()
     length, shape = (64, (32, 2)) if smoke else (192, (256, 12))
@@ -43,10 +45,12 @@ def training(data: Path | None, steps: int, seeds: int, rounds: int, smoke: bool
 def costs(
     data: Path | None, length: int, shape: tuple[int, int], adapters: Sequence[bool], rounds: int
 ) -> list[Row]:
-    """Medians of a step's seconds, in turns, micro-batches of 16; the peak of what is allocated
-    with the batch in one shard.
+    """Measure a step's time and memory.
 
-    shape: (width, blocks) of the model. adapters: without LoRA, with it.
+    The time is the median over rounds, in micro-batches of 16. The configurations take turns in
+    each round. The peak of allocated memory is that of the whole batch as one micro-batch.
+
+    shape: (width, blocks) of the model. adapters: for each value, whether the model has LoRA.
     """
     task, rows, _ = prepared(data, length)
     found = []
@@ -118,7 +122,7 @@ METHODS: dict[str, tuple[int, Row | None]] = {
 def curves(
     data: Path | None, length: int, methods: Sequence[str], steps: int, seeds: int
 ) -> list[Row]:
-    """Held-out loss on the way, from the quickstart's pretrained decoder (4 blocks)."""
+    """Train the quickstart's pretrained decoder (4 blocks) and measure the held-out loss."""
     task, rows, held_out = prepared(data, length)
     found = []
     for seed in range(seeds):
@@ -148,7 +152,7 @@ def curves(
 
 
 def num_measured(engine: FirstOrderEngine) -> int:
-    """Candidates that went through the model to be chosen from."""
+    """The number of candidates that went through the model for the last choice."""
     report = engine.selection.report
     if engine.selection.selector.config.strategy != "greedy":
         return 0

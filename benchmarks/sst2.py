@@ -1,11 +1,11 @@
-"""A real language model on prompted SST-2 through the launcher: the form of evaluation, step time
-and memory per rank.
+"""Measure step time and memory per rank of a real language model on prompted SST-2.
 
     python benchmarks/sst2.py --model SmolLM2-135M --data DATA/sst2
 
 DATA/sst2 holds train.tsv and dev.tsv: `sentence<TAB>label`, without a header. The README's command
-runs on ZeRO-3 with two ranks, and for comparison with replicated parameters on one; in fp32 and in
-bf16. Prints one JSON object.
+runs through the launcher on ZeRO-3 with two ranks and, for comparison, with replicated parameters
+on one rank. Each runs in fp32 and in bf16. Prints one JSON object, with the chosen form of
+evaluation in each row.
 """
 
 from __future__ import annotations
@@ -74,37 +74,21 @@ def measure(
             }
         )
     )
+    options = {
+        "deepspeed_config": config,
+        "model": arguments.model,
+        "output_dir": run,
+        "task": "prompted",
+        "template": "{sentence} It was {label}",
+        "label_words": "terrible,great",
+        "train_file": arguments.data / "train.tsv",
+        "validation_file": arguments.data / "dev.tsv",
+        "column_names": "sentence,label",
+        "max_eval_examples": 64,
+        "max_steps": arguments.steps,
+    }
     command = [*launcher(ranks), "--module", "zods.finetune"]
-    command += [
-        "--deepspeed_config",
-        str(config),
-        "--model",
-        str(arguments.model),
-        "--output_dir",
-        str(run),
-    ]
-    command += [
-        "--task",
-        "prompted",
-        "--template",
-        "{sentence} It was {label}",
-        "--label_words",
-        "terrible,great",
-    ]
-    command += [
-        "--train_file",
-        str(arguments.data / "train.tsv"),
-        "--validation_file",
-        str(arguments.data / "dev.tsv"),
-    ]
-    command += [
-        "--column_names",
-        "sentence,label",
-        "--max_eval_examples",
-        "64",
-        "--max_steps",
-        str(arguments.steps),
-    ]
+    command += [word for name, value in options.items() for word in (f"--{name}", str(value))]
     subprocess.run(command, check=True, stdout=sys.stderr)
     records = list(read_metrics(run))
     summary = next(record for record in records if record["kind"] == "summary")
@@ -114,7 +98,7 @@ def measure(
         "ranks": ranks,
         "dtype": "bf16" if bf16 else "fp32",
         "evaluation": summary["evaluation"],
-        "first_step_s": first["seconds"],  # with the choice of the form
+        "first_step_s": first["seconds"],  # includes the choice of the form of evaluation
         "step_s": summary["step_seconds_median"],
         "peak_memory_mib": [round(value / 2**20) for value in summary["peak_memory_bytes"]],
     }

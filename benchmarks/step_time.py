@@ -1,13 +1,18 @@
-"""The cost of a step over the bare forwards it needs: `python benchmarks/step_time.py [--quick]`.
+"""Measure the time of a step over the time of the bare forwards that it needs.
 
-floor: the bare forwards of the same model on the same batch, in the same process, before each step.
-published: MeZO's procedure (Malladi et al. 2023, algorithm 1) written from its description: +eps,
--2 eps, +eps and the update, each an in-place pass with torch.normal. stack: no step, but one bare
-forward over the doubled batch, which is what the machine itself gains or loses by it. Prints the
-rows as they come, on stderr, and one JSON object as its last line; a ratio is the median over
-rounds of step / floor of the same round. --quick: the rows of the README's table alone. --output:
-that object there, with a table (.md) and a plot (.png) beside it. `zero3_step.py` has the ranks and
-the bytes.
+    python benchmarks/step_time.py [--quick] [--output FILE.json]
+
+floor      The bare forwards of the same model on the same batch, in the same process, before each
+           step.
+published  MeZO's procedure (Malladi et al. 2023, algorithm 1), written from its description: +eps,
+           -2 eps, +eps and the update, each an in-place pass with torch.normal.
+stack      Not a step, but one bare forward over the doubled batch: the gain or loss that a stacked
+           batch has on this machine.
+
+A ratio is the median over rounds of step / floor of the same round. Rows are printed on stderr as
+they are measured. The last line of the output is one JSON object. --quick measures only the rows of
+the README's table. --output writes the object, a table (.md) and a plot (.png). `zero3_step.py`
+measures several ranks, and the bytes that a step moves.
 """
 
 from __future__ import annotations
@@ -30,14 +35,21 @@ from zods.core.estimators import Term, Update
 
 
 class Case(NamedTuple):
-    method: str = "mezo"  # or mezo_svrg, published, stack
+    """One row of the table.
+
+    method: mezo, mezo_svrg, published or stack.
+    num_layers: of OPT-125M's shape; 0: the tiny model.
+    anchor_age: for mezo_svrg, the number of updates since the refresh. An anchor point that is kept
+        as terms takes these updates back.
+    """
+
+    method: str = "mezo"
     direction: str = "gaussian"
     dtype: str = "float32"
     evaluation: str = "auto"
     num_directions: int = 1
     batch_size: int = 8
-    num_layers: int = 12  # of OPT-125M's shape; 0: the tiny model
-    # of mezo_svrg: updates since the refresh, which a point kept as terms takes back
+    num_layers: int = 12
     anchor_age: int = 0
 
     @property
@@ -46,7 +58,7 @@ class Case(NamedTuple):
 
 
 def smoke_cases() -> Iterator[Case]:
-    """Each method once, and each direction."""
+    """Each method and each direction, once."""
     yield Case(method="stack", direction="", num_layers=0)
     yield Case(method="published", num_layers=0)
     yield Case(direction="rademacher", dtype="bfloat16", num_layers=0)
@@ -84,8 +96,9 @@ def model_of(case: Case) -> torch.nn.Module:
 def published_mezo_step(
     model: torch.nn.Module, batch: dict[str, torch.Tensor], seed: int, eps: float, lr: float
 ) -> None:
-    """One MeZO step as published: the direction is drawn anew from the seed for each of four
-    in-place passes.
+    """Make one MeZO step as published.
+
+    Each of the four in-place passes draws the direction anew from the seed.
     """
 
     def walk(scale: float) -> None:
@@ -154,7 +167,7 @@ def measured(case: Case, rounds: int, length: int) -> dict[str, Any]:
         for _ in range(case.num_forwards):
             bare(**batch)
 
-    step()  # builds, first-batch check, anchor
+    step()  # not timed: builds kernels, chooses the form of evaluation, refreshes the anchor
     for k in range(case.anchor_age):
         engine.anchor.record(Update((Term(1000 + k, 1e-9),)))
     floor()
@@ -225,7 +238,7 @@ def label(row: dict[str, Any]) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Step over floor by case and dtype, as Markdown."""
+    """The ratios of step and floor by case and dtype, as Markdown."""
     cells: dict[str, dict[str, str]] = {}
     for row in rows:
         low, high = row["ratios"][0], row["ratios"][-1]
@@ -233,7 +246,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"{row['ratio_to_floor']:.2f} ({low:.2f} to {high:.2f})"
         )
     lines = [
-        "Step over floor: the median, least and most of the rounds.",
+        "Step over floor: median (lowest to highest) of the rounds.",
         "",
         "| | float32 | bfloat16 |",
         "|---|---|---|",
@@ -258,8 +271,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         middle = [row["ratio_to_floor"] for row in of_dtype]
         spread = [[m - row["ratios"][0] for m, row in zip(middle, of_dtype, strict=True)]]
         spread += [[row["ratios"][-1] - m for m, row in zip(middle, of_dtype, strict=True)]]
-        places = [names.index(label(row)) for row in of_dtype]
-        axes.errorbar(middle, places, xerr=spread, fmt=marker, label=dtype, capsize=2)
+        heights = [names.index(label(row)) for row in of_dtype]
+        axes.errorbar(middle, heights, xerr=spread, fmt=marker, label=dtype, capsize=2)
     axes.axvline(1.0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()

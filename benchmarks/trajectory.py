@@ -1,17 +1,21 @@
-"""The trajectory log: its size and cost, the speed of a replay, and the time of a restart.
+"""Measure the trajectory log: its size and cost, the speed of a replay, and the time of a restart.
 
-    python benchmarks/trajectory.py [--part log replay restart whole] [--rounds 3] [--output FILE.json] [--smoke]
+    python benchmarks/trajectory.py [--part log replay restart whole] [--rounds 3]
+                                    [--output FILE.json] [--smoke]
 
-log: bytes per step of real runs of a tiny model, on to 20,000 steps; the time of `add` and `wait`
-beside a step of 100 ms, with as much work between the two as applying a step may be; the time to
-read a log of 20,000 steps. replay: `python -m zods.trajectory replay` on OPT-125M's shape. ratio:
-its time over (terms x parameters) / rate, where rate is what `combine_` of one term applies, or
-`replay_` does to a block in the cache, both measured before and after. restart: from the start of
-the processes to the next step, 100 steps after a checkpoint, and from the log alone. whole: a log
-of 20,000 rademacher steps on OPT-125M's shape, replayed; minutes. Not run unless asked for.
+log      Bytes per step of real runs of a tiny model, extrapolated to 20,000 steps. The time of
+         `add` and `wait` beside a step of 100 ms, with work between the two calls in place of
+         applying the step. The time to read a log of 20,000 steps.
+replay   The time of `python -m zods.trajectory replay` on OPT-125M's shape. A ratio is this time
+         over (terms x parameters) / rate. The rate is that of `combine_` with one term, or that of
+         `replay_` on a block in the cache. Both are measured before and after the replay.
+restart  The time from the start of the processes to the next step: 100 steps after a checkpoint,
+         and from the log alone.
+whole    The replay of a log of 20,000 rademacher steps on OPT-125M's shape. It takes minutes, and
+         runs only if --part names it.
 
-Prints one JSON object; medians over the rounds. Other jobs on the machine show in the load average
-that is given.
+Prints one JSON object. Figures are medians over the rounds. The load averages in it tell of other
+jobs on the machine.
 """
 
 from __future__ import annotations
@@ -56,16 +60,21 @@ from zods.kernels import Sweep, backend, fingerprint
 from zods.trajectory.log import LogFile, Trajectory, read_log
 from zods.trajectory.records import Evaluation, Header, ParameterRecord, Record, RunRecord, Step
 
-WEEK = 20_000  # steps of a log
+WEEK = 20_000  # steps of a long run
 STEP_SECONDS = 0.1
 BASE_SECTION = {"method": "mezo", "lr": 1e-6}
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """model: that is replayed and restarted. week: steps of a whole log. timed: records whose
-    writing is timed. replayed: steps by direction, in each of `dtypes`. restarts: (direction,
-    ranks). starts: from where.
+    """The sizes of all parts.
+
+    model: the model that is replayed and restarted.
+    week: the steps of a whole log.
+    timed: the number of records whose writing is timed.
+    replayed: the steps of a replay by direction, for each of `dtypes`.
+    restarts: (direction, ranks) of each restarted run.
+    starts: what the run is restarted from.
     """
 
     model: Callable[[], OPTForCausalLM] = opt_125m
@@ -142,7 +151,7 @@ def bytes_per_step(folder: Path, name: str, steps: int) -> dict[str, Any]:
 
 
 def steps_of(number: int, coefficients: int = 1, first: int = 0) -> list[Record]:
-    """Records of steps as a long run has them."""
+    """Records of `number` steps, as a long run has them."""
     rng = random.Random(0)
     return [
         Step(
@@ -157,6 +166,7 @@ def steps_of(number: int, coefficients: int = 1, first: int = 0) -> list[Record]
 
 
 def single(rng: random.Random, number: int) -> tuple[float, ...]:
+    """Random numbers in single precision."""
     return tuple(torch.tensor([rng.gauss(0, 1) for _ in range(number)]).tolist())
 
 
@@ -170,8 +180,9 @@ def write(path: Path, header: Header, records: list[Record], sync: bool = False)
 
 
 def cost_of_steps(folder: Path, where: str, work_seconds: float, number: int) -> dict[str, Any]:
-    """Of `number` records. work_seconds: between a record's `add` and its `wait`, as for applying
-    the step.
+    """Measure the time that `add` and `wait` take, over `number` records.
+
+    work_seconds: the work between a record's `add` and its `wait`, in place of applying the step.
     """
     trajectory, spent, x = Trajectory(), [], torch.zeros(2**16)
     trajectory.file = LogFile(folder / f"cost-{work_seconds}.log")
@@ -200,7 +211,7 @@ def cost_of_steps(folder: Path, where: str, work_seconds: float, number: int) ->
 
 def part_log(folder: Path, sizes: Sizes, rounds: int, steps: int) -> dict[str, Any]:
     rows = [
-        said(bytes_per_step(folder, name, steps // 4 if "selected" in name else steps))
+        print_row(bytes_per_step(folder, name, steps // 4 if "selected" in name else steps))
         for name in LOGGED
     ]
     costs = [cost_of_steps(folder, "disk", work, sizes.timed) for work in (0.0, 0.005, 0.02)]
@@ -235,14 +246,15 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 class Matrix:
-    """Names a parameter of 4 Mi elements, as `Direction` asks for it."""
+    """A stand-in for a shard of 4 Mi elements, with the attributes that `Direction` reads."""
 
     ordinal, shape = 1, (4096, 1024)
 
 
 def rates(distribution: str, dtype: torch.dtype) -> dict[str, float]:
-    """Elements times terms per second that are applied: one term in a sweep over memory, and 64 to
-    what is in the cache.
+    """The elements times terms that are applied per second.
+
+    "combine_" applies one term in a sweep over memory, "replay_" 64 terms to elements in the cache.
     """
     direction, x = Direction(distribution), torch.zeros(math.prod(Matrix.shape), dtype=dtype)
     seed = 7 if dtype == torch.bfloat16 else None
@@ -263,7 +275,7 @@ def rates(distribution: str, dtype: torch.dtype) -> dict[str, float]:
 def base_and_log(
     folder: Path, model: torch.nn.Module, distribution: str, dtype: torch.dtype, steps: int
 ) -> tuple[Path, Path]:
-    """The model as `dtype`, and a log of `steps` steps of MeZO from there."""
+    """Write the model in `dtype`, and a log of `steps` MeZO steps that start from it."""
     base, log = folder / f"base-{dtype}", folder / f"{distribution}-{dtype}-{steps}.log"
     model = model.to(dtype)
     if not base.exists():
@@ -294,7 +306,7 @@ def base_and_log(
 
 
 def replayed(base: Path, log: Path, out: Path) -> dict[str, float]:
-    """Of the command line: its time, and that of the whole process."""
+    """Run a replay by the command line: the time that it prints, and that of the whole process."""
     began = time.perf_counter()
     command = [
         sys.executable,
@@ -360,19 +372,20 @@ def part_replay(folder: Path, sizes: Sizes, rounds: int) -> list[dict[str, Any]]
     for dtype in sizes.dtypes:
         for distribution, steps in sizes.replayed.items():
             rows.append(
-                said(row_of_replay(folder, sizes.model(), distribution, dtype, steps, rounds))
+                print_row(row_of_replay(folder, sizes.model(), distribution, dtype, steps, rounds))
             )
     return rows
 
 
-def said(row: dict[str, Any]) -> dict[str, Any]:
+def print_row(row: dict[str, Any]) -> dict[str, Any]:
+    """Print a row on stderr, with the load average, and return it."""
     print(json.dumps({**row, "load": os.getloadavg()[0]}), file=sys.stderr)
     return row
 
 
 # --- restart --------------------------------------------------------------------------------------
 
-TAIL = 100
+TAIL = 100  # steps after the checkpoint
 
 
 def restart_engine(folder: Path, distribution: str) -> Any:
@@ -395,7 +408,7 @@ def restart_engine(folder: Path, distribution: str) -> Any:
 
 
 def make_run(folder: Path, run: Path, distribution: str) -> None:
-    """A step, a checkpoint, and TAIL steps after it, of which the loss is made up."""
+    """Make one step, a checkpoint, and TAIL steps after it whose losses are random."""
     engine = restart_engine(folder, distribution)
     engine.resume(run)
     engine.train_batch()
@@ -430,7 +443,7 @@ def restart(folder: Path, run: Path, distribution: str) -> dict[str, float]:
 
 
 def rank_main(arguments: argparse.Namespace) -> None:
-    """One rank of a restart: prints what it took."""
+    """Run one rank: make the run, or restart it and print the times."""
     folder, run = Path(arguments.folder), Path(arguments.run)
     if arguments.rank_of == "make":
         make_run(folder, run, arguments.direction)
@@ -497,14 +510,16 @@ def part_restart(folder: Path, sizes: Sizes, rounds: int) -> list[dict[str, Any]
                 for of_round in found
             ]
             median = {name: statistics.median(row[name] for row in slowest) for name in slowest[0]}
-            rows.append(said({
+            ratio = statistics.median(row["resume"] / row["kernel"] for row in slowest)
+            row = {
                 "direction": distribution,
                 "ranks": world_size,
                 "from": start,
                 **{f"{name}_s": round(value, 2) for name, value in median.items()},
-                "resume_over_kernel": round(statistics.median(row["resume"] / row["kernel"] for row in slowest), 2),
+                "resume_over_kernel": round(ratio, 2),
                 "resume_rounds_s": sorted(round(row["resume"], 2) for row in slowest),
-            }))  # fmt: skip
+            }
+            rows.append(print_row(row))
     return rows
 
 
@@ -512,7 +527,9 @@ def part_restart(folder: Path, sizes: Sizes, rounds: int) -> list[dict[str, Any]
 
 
 def part_whole(folder: Path, sizes: Sizes) -> dict[str, Any]:
-    return said(row_of_replay(folder, sizes.model(), "rademacher", torch.float32, sizes.week, 1))
+    return print_row(
+        row_of_replay(folder, sizes.model(), "rademacher", torch.float32, sizes.week, 1)
+    )
 
 
 def main() -> None:
@@ -523,9 +540,7 @@ def main() -> None:
     parser.add_argument("--part", nargs="+", choices=parts, default=parts[:3])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=2000, help="of the real runs of part log")
-    parser.add_argument(
-        "--output", type=Path, help="a .json file; what it holds of other parts stays"
-    )
+    parser.add_argument("--output", type=Path, help="a .json file; its results of other parts stay")
     add_smoke_option(parser)
     for name in ("rank_of", "folder", "run", "direction"):
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)

@@ -1,11 +1,14 @@
-"""A step on ZeRO-3 over the forwards it needs, and what it moves: `python benchmarks/zero3_step.py
-[--output FILE]`.
+"""Measure the time of a step on ZeRO-3 over the forwards that it needs, and the bytes it moves.
 
-For 1 and 2 ranks under the real launcher, with the parameters in memory and on NVMe, evaluated
-stacked and one by one: floor is the same two forwards through DeepSpeed at the parameters as they
-are, gathered and loaded once each. Per step and over the bytes of this rank's slices: gathered,
-what it puts into DeepSpeed's all-gathers; read and written, from and to files (direct I/O, as the
-kernel counts it in /proc/self/io). Ratios are medians over the rounds.
+    python benchmarks/zero3_step.py [--output FILE]
+
+Runs 1 and 2 ranks under the real launcher, with the parameters in memory, offloaded to the CPU and
+offloaded to NVMe, with stacked and with sequential evaluation. The floor is two forwards of
+unperturbed parameters through DeepSpeed, which gather and load each parameter once per forward.
+
+Bytes are per step and over the bytes of this rank's shards. `gathered` is the rank's input to
+DeepSpeed's all-gathers. `read` and `written` are files (direct I/O, as the kernel counts it in
+/proc/self/io). Ratios are medians over the rounds.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ BATCH, LENGTH, LAYERS = 8, 64, 3
 
 
 def moved() -> dict[str, int]:
-    """Bytes so far: all-gathers as DeepSpeed's logger counts them, files as the kernel does."""
+    """Count the bytes moved so far: all-gathers by DeepSpeed's logger, files by the kernel."""
     gathers = [by_size for name, by_size in comms_logger.get_raw_data().items() if "gather" in name]
     io = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
     return {
@@ -70,7 +73,7 @@ def measured(
     engine = zods.initialize(model=model, config=config, training_data=[0] * BATCH)[0]
     size = BATCH // engine.world_size
     batch = {key: value[engine.global_rank * size :][:size] for key, value in whole.items()}
-    slices = sum(p.padded_numel * p.dtype.itemsize for p in engine.sharded_parameters)
+    shard_bytes = sum(p.padded_numel * p.dtype.itemsize for p in engine.sharded_parameters)
 
     def floor() -> None:
         for _ in range(2):
@@ -90,7 +93,8 @@ def measured(
         began = time.perf_counter()
         floor()
         floor_ended = time.perf_counter()
-        # the update of it waits where parameters are offloaded: the next one is that of a run
+        # This step is not timed. Where parameters are offloaded, its update is deferred to the next
+        # step, as in the middle of a run.
         step()
         before, step_began = moved(), time.perf_counter()
         step()
@@ -105,7 +109,7 @@ def measured(
         "ratio_to_floor": round(statistics.median(ratios), 3),
         "step_s": round(statistics.median(seconds), 3),
         **{
-            key: round(statistics.median(m[key] for m in bytes_moved) / slices, 3)
+            key: round(statistics.median(m[key] for m in bytes_moved) / shard_bytes, 3)
             for key in moved()
         },
     }
@@ -118,7 +122,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     add_smoke_option(parser)
     parser.add_argument("--output", type=Path)
-    # of a rank: where it writes what it measured
+    # given to a rank: the file for its rows
     parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -19,22 +19,14 @@ from tqdm import tqdm
 
 import zods
 from zods.cli.arguments import merged_config, parse_arguments
+from zods.cli.load_model import load_model, save_configuration
+from zods.cli.model_checks import check_adapter, check_causal, check_kind
 from zods.cli.options import Arguments, DataArguments, RunArguments
 from zods.cli.plots import plot_curves
-from zods.cli.pretrained import (
-    Pretrained,
-    check_adapter,
-    check_causal,
-    check_kind,
-    find_model,
-    load_model,
-    parameter_sizes,
-    read_tokenizer,
-    save_configuration,
-)
+from zods.cli.pretrained import Pretrained, find_model, parameter_sizes, read_tokenizer
 from zods.cli.run_folder import RunFolder
 from zods.cli.summary import summarise, table
-from zods.comm.communicator import RankFailure
+from zods.comm.communicator import Communicator, RankFailure
 from zods.comm.process import connect_ranks, end_process, environment_rank, report_failure
 from zods.comm.stop_request import StopRequest
 from zods.config.auto_values import (
@@ -87,7 +79,7 @@ def main() -> None:
     try:
         finetune(arguments, *run)
     except Exception as error:  # e.g. a full disk, ranks that disagree, a failed rank
-        # All ranks raise the same ValueError of ours, so one rank prints it.
+        # All ranks raise the same ValueError of zods, so that one rank prints it.
         if isinstance(error, ValueError) and _is_our_own(error):
             end_process(report_failure(error, "zods.finetune"))
         kind = "" if isinstance(error, (OSError, RuntimeError)) else f"{type(error).__name__}: "
@@ -102,8 +94,8 @@ def main() -> None:
 def _is_our_own(error: Exception) -> bool:
     """Whether an error's message is sufficient without a traceback.
 
-    It is where the error was raised in zods, or where another rank failed and has reported its own
-    error.
+    That is so for errors that zods raised, and for the failure of another rank, which has reported
+    its own error.
     """
     if isinstance(error, RankFailure):
         return error.__cause__ is None
@@ -120,46 +112,19 @@ def start(
     """
     comm = connect_ranks()
     with comm.same_on_all_ranks():
-        merged = merged_config(arguments)
-        check_packages(merged, plot=arguments.run.plot, lora=arguments.model.lora_rank is not None)
-        read = read_config if arguments.model.optimizer is None else read_first_order_config
-        known = merged if arguments.run.max_steps is not None else with_provisional_length(merged)
-        run: RunConfig | FirstOrderConfig = read(
-            known, comm.world_size, total_steps=arguments.run.max_steps
-        )
-        check_folders(run)
-        folder = RunFolder(
-            arguments.model.output_dir, rank=comm.rank, resume=arguments.model.resume == "auto"
-        )
-        fork = (
-            None
-            if arguments.model.resume in (None, "auto")
-            else latest_checkpoint(Path(arguments.model.resume))
-        )
-        pretrained = find_model(arguments.model)
-        tokenizer = read_tokenizer(arguments.model, pretrained)
-        task, train, held_out = prepare_data(arguments, tokenizer, run, pretrained)
-        if arguments.run.max_steps is None:
-            steps = arguments.run.num_epochs * steps_per_epoch(run, len(train))
-            run = read(merged, comm.world_size, total_steps=max(1, steps))
-        hidden_size = hidden_size_of(pretrained.config)
-        resolve_model_auto(
-            run.deepspeed, hidden_size, overlaps=not get_accelerator().is_synchronized_device()
-        )
-        if offloads_to_nvme(run.deepspeed):
-            sizes = parameter_sizes(pretrained, task, arguments.model.trust_remote_code)
-            resolve_offload_buffers(run.deepspeed, sizes, comm.world_size)
+        checked = check_input(arguments, comm)
+    run, folder, fork, task = checked.run, checked.folder, checked.fork, checked.task
     if run.zero_stage == 3:
         return_freed_memory(comm.device)
-    model, new = load_model(arguments.model, run, task, pretrained)
+    model, new = load_model(arguments.model, run, task, checked.pretrained)
     engine: ZerothOrderEngine | FirstOrderEngine
     if isinstance(run, RunConfig):
         engine = zods.initialize(
-            model=model, config=run.to_dict(), training_data=train, collate_fn=task.collate
+            model=model, config=run.to_dict(), training_data=checked.train, collate_fn=task.collate
         )[0]
     else:
-        engine = FirstOrderEngine(model, run, train, task.collate)
-    check_causal(engine.evaluate, pretrained, task, train)
+        engine = FirstOrderEngine(model, run, checked.train, task.collate)
+    check_causal(engine.evaluate, checked.pretrained, task, checked.train)
     with comm.same_on_all_ranks():
         if fork is not None and comm.rank == 0:
             copy_log(fork.parent.parent, fork if isinstance(run, RunConfig) else None, folder.path)
@@ -174,7 +139,62 @@ def start(
         device=str(comm.device),
         step=engine.global_steps,
     )
-    return engine, task, held_out, folder, tokenizer
+    return engine, task, checked.held_out, folder, checked.tokenizer
+
+
+@dataclass(frozen=True)
+class CheckedInput:
+    """The input of a run, checked before the model is loaded.
+
+    fork: the checkpoint of another run from which this run starts; None where it starts from the
+    pretrained model or continues itself. train, held_out: prepared data.
+    """
+
+    run: RunConfig | FirstOrderConfig
+    folder: RunFolder
+    fork: Path | None
+    pretrained: Pretrained
+    tokenizer: Any
+    task: Task
+    train: datasets.Dataset
+    held_out: datasets.Dataset
+
+
+def check_input(arguments: Arguments, comm: Communicator) -> CheckedInput:
+    """Read and check the configuration, the model's files and the data.
+
+    Raises ValueError or OSError.
+    """
+    merged = merged_config(arguments)
+    check_packages(merged, plot=arguments.run.plot, lora=arguments.model.lora_rank is not None)
+    read = read_config if arguments.model.optimizer is None else read_first_order_config
+    known = merged if arguments.run.max_steps is not None else with_provisional_length(merged)
+    run: RunConfig | FirstOrderConfig = read(
+        known, comm.world_size, total_steps=arguments.run.max_steps
+    )
+    check_folders(run)
+    folder = RunFolder(
+        arguments.model.output_dir, rank=comm.rank, resume=arguments.model.resume == "auto"
+    )
+    fork = (
+        None
+        if arguments.model.resume in (None, "auto")
+        else latest_checkpoint(Path(arguments.model.resume))
+    )
+    pretrained = find_model(arguments.model)
+    tokenizer = read_tokenizer(arguments.model, pretrained)
+    task, train, held_out = prepare_data(arguments, tokenizer, run, pretrained)
+    if arguments.run.max_steps is None:
+        steps = arguments.run.num_epochs * steps_per_epoch(run, len(train))
+        run = read(merged, comm.world_size, total_steps=max(1, steps))
+    hidden_size = hidden_size_of(pretrained.config)
+    resolve_model_auto(
+        run.deepspeed, hidden_size, overlaps=not get_accelerator().is_synchronized_device()
+    )
+    if offloads_to_nvme(run.deepspeed):
+        sizes = parameter_sizes(pretrained, task, arguments.model.trust_remote_code)
+        resolve_offload_buffers(run.deepspeed, sizes, comm.world_size)
+    return CheckedInput(run, folder, fork, pretrained, tokenizer, task, train, held_out)
 
 
 def finetune(
@@ -185,7 +205,7 @@ def finetune(
     folder: RunFolder,
     tokenizer: Any,
 ) -> None:
-    """Run: evaluate, train with evaluations and checkpoints, evaluate, report."""
+    """Evaluate, train with evaluations and checkpoints, evaluate again, and report."""
     rank = engine.global_rank
     before = (
         folder.first_evaluation()
@@ -194,7 +214,7 @@ def finetune(
     )
     trained = train_steps(engine, arguments.run, task, held_out, folder)
     if engine.should_stop:
-        stop(engine, arguments.run, folder)
+        save_and_print_how_to_resume(engine, arguments.run, folder)
         return
     after = evaluate(engine, task, held_out, folder)
 
@@ -235,10 +255,10 @@ def latest_checkpoint(run: Path) -> Path:
 def prepare_data(
     arguments: Arguments, tokenizer: Any, run: RunConfig | FirstOrderConfig, pretrained: Pretrained
 ) -> tuple[Task, datasets.Dataset, datasets.Dataset]:
-    """Build the task, and tokenise and check its data.
+    """Build the task, and check and tokenise its data.
 
-    Returns (task, training data, held-out data). The training data keep the column of the sources,
-    where one is named.
+    Returns (task, training data, held-out data). The training data keep the selector's source
+    column, where one is named.
     """
     parts = load_parts(arguments.data, run.seed)
     (train, row_name), *given = parts
@@ -331,7 +351,7 @@ def evaluate(
 
 @dataclass
 class Trained:
-    """The time of each step in seconds, and the bytes sent in all steps."""
+    """Measurements of the steps: seconds of each, and bytes that all steps sent."""
 
     seconds: list[float] = field(default_factory=list)
     scalar_bytes: int = 0
@@ -401,8 +421,8 @@ def save(
 ) -> None:
     """Save a full checkpoint.
 
-    Where it cannot be written, the run continues: the log of zeroth-order steps has all that is
-    needed.
+    Where it cannot be written, a run of zeroth-order steps continues, because its log is sufficient
+    to resume. Raises OSError in first-order training.
     """
     try:
         engine.save_checkpoint(folder.path / CHECKPOINTS, keep=run.save_total_limit)
@@ -417,7 +437,7 @@ def save(
             )
 
 
-def stop(
+def save_and_print_how_to_resume(
     engine: ZerothOrderEngine | FirstOrderEngine, run: RunArguments, folder: RunFolder
 ) -> None:
     """Save after a request to stop before the last step, and print how to continue."""

@@ -1,5 +1,6 @@
-"""Small classifiers, each with one thing that a stack of batches, or forwards in lockstep, could
-get wrong.
+"""Small classifiers, each with a property that a form of evaluation could get wrong.
+
+The forms are a stack of batches, and forwards in lockstep.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ WIDTH, CLASSES, WORDS = 8, 5, 40
 
 
 class Classifier(readers.Classifier):
-    """Embeds words, does what its subclass does to (B, L, WIDTH), and classifies the mean over
-    words.
+    """Embeds words, runs its subclass's `body` on (B, L, WIDTH), and classifies.
+
+    It classifies the mean over the words.
     """
 
     num_words, width, num_classes = WORDS, WIDTH, CLASSES
@@ -29,7 +31,7 @@ class Classifier(readers.Classifier):
 
 
 class TwoPlaces(Classifier):
-    """A weight is its module's, another module's, and read by the root."""
+    """A weight of one module is also a weight of another module, and is read by the root."""
 
     def build(self) -> None:
         self.again = nn.Linear(WIDTH, WIDTH, bias=False)
@@ -40,14 +42,14 @@ class TwoPlaces(Classifier):
 
 
 class ReadsTransposed(Classifier):
-    """The root reads a weight that is another module's, by an attribute and not by a function."""
+    """The root reads a module's weight by an attribute (`.T`) and not by a function."""
 
     def body(self, x: Tensor) -> Tensor:
         return torch.tanh(self.block(x)) @ self.block.weight.T + x @ self.block.weight.mT
 
 
 class Table(nn.Module):
-    """Gives a part of its parameter itself, as learned positional tables do."""
+    """Returns a part of its own parameter, as learned positional tables do."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,6 +60,8 @@ class Table(nn.Module):
 
 
 class GivesItsParameter(Classifier):
+    """Multiplies by a table whose module returns its own parameter."""
+
     def build(self) -> None:
         self.table = Table()
 
@@ -67,14 +71,14 @@ class GivesItsParameter(Classifier):
 
 
 class Chunked(Classifier):
-    """As many calls as the batch is long."""
+    """Calls a module as many times as the batch is long."""
 
     def body(self, x: Tensor) -> Tensor:
         return torch.cat([torch.tanh(self.block(part)) for part in x.split(4, 1)], 1)
 
 
 class PositionsInARow(Classifier):
-    """(1, L), as BERT's."""
+    """Has position ids of shape (1, L), as BERT does."""
 
     def build(self) -> None:
         self.positions = nn.Embedding(32, WIDTH)
@@ -84,14 +88,17 @@ class PositionsInARow(Classifier):
 
 
 class PositionsAlone(PositionsInARow):
-    """(L,), where L may be the stack's number of rows."""
+    """Has position ids of shape (L,). L may be equal to the stack's number of rows."""
 
     def body(self, x: Tensor) -> Tensor:
         return Classifier.body(self, x + self.positions(torch.arange(x.shape[1])))
 
 
 class Returns(nn.Module):
-    """Owns a parameter; returns a tuple or a dict, with more than one tensor and what is none."""
+    """Owns a parameter, and returns a tuple or a dict.
+
+    The output has several tensors, and objects that are not tensors.
+    """
 
     def __init__(self, as_dict: bool) -> None:
         super().__init__()
@@ -130,8 +137,9 @@ class DictOutput(Classifier):
 
 
 class Keywords(TupleOutput):
-    """Inputs by name: one with the batch, one broadcast over it, a number, a string; a plain
-    Linear's by name too.
+    """Is called with keywords: a batch, a tensor broadcast over it, a number and a string.
+
+    A plain Linear is called with a keyword, too.
     """
 
     def body(self, x: Tensor) -> Tensor:
@@ -140,7 +148,7 @@ class Keywords(TupleOutput):
 
 
 class WholeMean(nn.Module):
-    """A number for the whole batch."""
+    """Returns one number for the whole batch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -151,7 +159,7 @@ class WholeMean(nn.Module):
 
 
 class ExampleMean(WholeMean):
-    """A mean over the batch, in a row of its own."""
+    """Returns a mean over the batch, as a row."""
 
     def forward(self, x: Tensor) -> Tensor:
         return (x * self.weight).mean(0, keepdim=True)
@@ -171,19 +179,21 @@ class RowOutput(ScalarOutput):
 
 
 class MixesExamples(Classifier):
+    """The result of an example depends on the other examples of the batch."""
+
     def body(self, x: Tensor) -> Tensor:
         return super().body(x - 0.1 * x.mean(0))
 
 
 class WordsFirst(Classifier):
-    """(L, B, WIDTH), as torch's attention by default."""
+    """Runs on (L, B, WIDTH), as torch's attention does by default."""
 
     def body(self, x: Tensor) -> Tensor:
         return super().body(x.transpose(0, 1)).transpose(0, 1)
 
 
 class Doubles(Classifier):
-    """The batch and its mirror image in one call, one after the other."""
+    """Runs on the batch and its mirror image in one call, one after the other."""
 
     def body(self, x: Tensor) -> Tensor:
         once, mirrored = super().body(torch.cat([x, x.flip(1)])).chunk(2)
@@ -191,7 +201,7 @@ class Doubles(Classifier):
 
 
 class Recurrent(Classifier):
-    """Its state is (layers, B, WIDTH)."""
+    """Has a state of shape (layers, B, WIDTH)."""
 
     def build(self) -> None:
         self.lstm = nn.LSTM(WIDTH, WIDTH, num_layers=2, batch_first=True)
@@ -202,14 +212,15 @@ class Recurrent(Classifier):
 
 
 class Smoothed(Classifier):
-    """A loss that its logits and labels do not give."""
+    """Has a loss that its logits and labels do not determine."""
 
     smoothing = 0.1
 
 
 class InAutocast(Smoothed):
-    """Lower precision in a part, entered after the first module and left before the last; in
-    lockstep for its loss.
+    """Runs a part in lower precision, from after the first module until before the last.
+
+    It is evaluated in lockstep because of its loss.
     """
 
     def body(self, x: Tensor) -> Tensor:
@@ -219,8 +230,9 @@ class InAutocast(Smoothed):
 
 
 class CountsByMask(nn.Module):
-    """Its own loss counts the words of the mask; on a batch without padding that is the plain cross
-    entropy.
+    """Has a loss that averages over the words of the mask.
+
+    On a batch without padding that is the plain cross entropy.
     """
 
     def __init__(self) -> None:
@@ -241,14 +253,14 @@ class CountsByMask(nn.Module):
 
 
 class SmoothedOnOneRank(Classifier):
-    """What one rank finds out counts for all."""
+    """Only the loss of rank 1 is not the plain cross entropy. All ranks have to act on it."""
 
     def build(self) -> None:
         self.smoothing = 0.1 * torch.distributed.get_rank()
 
 
 class Routed(Classifier):
-    """Which module is called depends on the parameters."""
+    """Calls one of two modules. The parameters decide which one."""
 
     def build(self) -> None:
         self.other = nn.Linear(WIDTH, WIDTH)

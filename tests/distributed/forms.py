@@ -1,4 +1,8 @@
-"""Points, and their losses by a form of evaluation, in separate forwards, and by a plain model."""
+"""Points, and their losses in each form of evaluation.
+
+The losses of several points at once are compared with separate forwards, and with those of a plain
+model.
+"""
 
 from __future__ import annotations
 
@@ -20,15 +24,17 @@ EPS = 1e-2
 
 
 def engine_of(model: nn.Module, **arguments: Any) -> Any:
-    """An engine of four examples per rank, with ZeRO-3 where there are several ranks."""
+    """An engine with four examples per rank, and with ZeRO-3 on several ranks."""
     world_size = torch.distributed.get_world_size()
     arguments = {"method": "mezo", "stage": 3 if world_size > 1 else 0, **arguments}
     return zods.initialize(model=model, config=configuration(4 * world_size, **arguments))[0]
 
 
 class Found(NamedTuple):
-    """error: the largest of any loss against its separate forward's, relative. apart: of the
-    losses, relative.
+    """A comparison of losses.
+
+    error: the largest relative difference of a loss from its separate forward.
+    apart: the relative distance between the lowest and the highest loss.
     """
 
     form: str
@@ -37,7 +43,7 @@ class Found(NamedTuple):
 
 
 def drifted(parameter: Any, live: torch.Tensor) -> Center:
-    """As SVRG's anchor kept as terms: the parameters with a decay and two updates taken back."""
+    """A center like that of an anchor kept as terms: a decay and two updates are taken back."""
     return Center(live, 0.97, (11, 12), (0.01, -0.02))
 
 
@@ -47,12 +53,12 @@ def _another(ordinal: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.
 
 
 def stored_elsewhere(parameter: Any, live: torch.Tensor) -> Center:
-    """As SVRG's anchor kept as a copy."""
+    """A center like that of an anchor kept as a copy."""
     return Center(_another(parameter.ordinal, tuple(live.shape), live.dtype))
 
 
 def pairs(*starts: Any) -> list[Point]:
-    """A mirrored pair at each start; None is the parameters."""
+    """A mirrored pair of points at each start. None stands for the parameters."""
     made = []
     for seed, start in enumerate(starts, 5):
         center = {} if start is None else {"center": start}
@@ -68,7 +74,7 @@ POINTS = {
 
 
 def compare(evaluator: Any, points: Sequence[Point], batch: Any) -> Found:
-    """The losses of all points together against those of separate forwards."""
+    """Compare the losses of all points together with those of separate forwards."""
     together = evaluator.losses(points, batch)
     separate = torch.cat([evaluator.losses([point], batch) for point in points])
     error = ((together - separate).abs() / separate.abs()).max()
@@ -83,7 +89,10 @@ def compare(evaluator: Any, points: Sequence[Point], batch: Any) -> Found:
 def dense_losses(
     model: nn.Module, points: Sequence[Point], batch: Any, direction: Direction
 ) -> torch.Tensor:
-    """The losses of whole perturbed copies; of zods it takes the definition of a direction alone."""
+    """The losses of whole perturbed copies of the model.
+
+    Only the definition of a direction is taken from zods.
+    """
     parameters = ShardedParameters(model, rank=0)
     losses = []
     for point in points:

@@ -1,230 +1,186 @@
-"""The fault matrix: real faults in runs of the command line under the `deepspeed` launcher, and
-what becomes of the runs.
+"""The fault matrix: the faults, and what is expected of the runs that they strike.
 
-A cell ends well where the run, started again with the same command, has the weights and the log of
-the undisturbed one, byte by byte; or where it stops with the error that is expected, and goes on so
-when its cause is gone.
+Each `Cell` is one fault of a run of `zods.finetune` under the `deepspeed` launcher. It lists the
+starts of the run. The first start meets the fault, and the following starts repeat the command
+until the run is finished. `tests/distributed/fault_runs.py` runs a cell and compares the run with
+an undisturbed one. `tests/distributed/test_faults.py` and `benchmarks/faults.py` run the cells.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import re
 import shutil
 import signal
 import subprocess
-import sys
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
-from typing import Any
 
-from tests.distributed.ranks import LIMIT, REPOSITORY, environment_of_ranks, master_port, options_of
+from tests.distributed.ranks import REPOSITORY
 
-SCRIPT = Path(__file__).parent / "scripts" / "faulty.py"
 MODEL = REPOSITORY / "launch" / "quickstart" / "model"
-STEPS = 8
-IDENTICAL = "identical"
+RUN = Path("disk/run")  # the run's folder in the folder of a cell
+
+# Exit codes of the `deepspeed` command, read in DeepSpeed 0.19.8:
+# - launch.py looks at the ranks every second and exits with the code of the rank that it finds
+#   ended first. The runner passes positive codes on.
+# - A rank that SIGKILL ends has the code -9, which the shell's eight bits make 247. The other rank
+#   loses its connections, exits with 1, and may be found first.
+# - launch.py exits with 1 after a SIGTERM of its own.
+# - The runner drops negative codes: after kill -9 of launch.py it exits with 0.
+# - On one node the runner handles no signal, so a signal ends it.
+RANK_KILLED = (247, 1)
+BAD_INPUT = (2,)
+FAILED = (1,)
+HANGING = (75,)  # zods.comm.watchdog.EXIT_CODE
+
+
+class End(StrEnum):
+    """The way in which a start ends."""
+
+    KILLED = "killed"
+    STOPPED = "stops on request"
+    ERROR = "stops with an error"
+    FINISHED = "finishes the run"
+
+
+@dataclass(frozen=True)
+class Signal:
+    """A signal that the driver sends once the run has made two steps.
+
+    target: "runner" (the `deepspeed` command), "launch.py" or "ranks" (both).
+    """
+
+    number: signal.Signals
+    target: str
+
+    @property
+    def mark(self) -> str:
+        """Name of the file that the driver leaves once the signal has been sent."""
+        return f"{self.number.name}-{self.target}"
+
+
+@dataclass(frozen=True)
+class Disk:
+    """A small file system. Mounting it needs root.
+
+    folder: "disk" holds the run's folder, "log_disk" its log alone, "nvme" the anchor's files.
+    """
+
+    folder: str
+    kib: int
+
+    @property
+    def mark(self) -> str:
+        """Name of the file that the driver leaves once the file system is mounted."""
+        return f"mounted-{self.folder}"
+
+
+@dataclass(frozen=True)
+class Start:
+    """One start of a cell's run, and the end that is expected of it.
+
+    codes: the exit codes of the `deepspeed` command that are accepted.
+    says: a part of a message that one of the processes has to write.
+    strikes: faults that `scripts/faulty.py` inflicts in this start, as WHAT:WHERE:RANK:STEP.
+    before: damages or mends something in the cell's folder before this start.
+    """
+
+    end: End
+    codes: tuple[int, ...]
+    says: str = ""
+    strikes: tuple[str, ...] = ()
+    before: Callable[[Path], None] | None = None
+
+    @property
+    def marks(self) -> list[str]:
+        """Names of the files that the script leaves, one for each fault that has struck."""
+        return [strike.replace(":", "-") for strike in self.strikes]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """fault, phase, rank: what the table says. strikes: the faults of the script. signal: sent by
-    the driver to `target`, which is the runner, the launcher or all ranks. before_restart: what is
-    damaged, or mended, in the run's folder. stops: what the first start must say where it is to
-    stop with an error. says: what some start must say.
+    """One fault of the matrix.
+
+    fault, phase, rank: the name of the cell in the table.
+    starts: every start of the run. The last one finishes the run.
+    signal: sent by the driver in the first start. Forwards take longer in such a cell, so that the
+        signal arrives in a step.
+    disk: a small file system for a part of the run's files.
+    variant: the configuration of the run; see `fault_runs.VARIANTS`.
     """
 
     fault: str
     phase: str
     rank: str
-    strikes: tuple[str, ...] = ()
-    signal: int | None = None
-    target: str = ""
-    between: Callable[[Path], None] | None = None
-    stops: str = ""
-    says: str = ""
-    restarts: int = 1
+    starts: tuple[Start, ...]
+    signal: Signal | None = None
+    disk: Disk | None = None
     variant: str = "svrg"
-    disk_kib: int | None = None  # of a small file system that holds the run's folder
-    small_kib: int | None = None  # of one that holds its log alone
-    nvme_kib: int | None = None  # of one that holds the anchor's files
-    # what the second start says, where the cause has to be removed manually
-    refused_again: str = ""
-    mend: Callable[[Path], None] | None = None
-    code: int | None = None  # exit code of the first start; None: see `_outcome`
-
-    @property
-    def marks(self) -> list[str]:
-        """The files by which the script marks the faults that have struck, in their order."""
-        unmarked = ("slow:", "other:")
-        return [fault.replace(":", "-") for fault in self.strikes if not fault.startswith(unmarked)]
 
     @property
     def name(self) -> str:
         return f"{self.fault}, {self.phase}, {self.rank}"
 
+    @property
+    def strikes(self) -> list[str]:
+        """The faults of all starts. The command names all of them in every start."""
+        return [strike for start in self.starts for strike in start.strikes]
 
-@dataclass
-class Started:
-    code: int
-    said: str
-    seconds: float = field(default=0.0)
-
-
-VARIANTS: dict[str, dict[str, Any]] = {
-    "svrg": {},
-    "point on nvme": {"anchor": {"point": "nvme", "gradient": "nvme"}},
-    "stage 0": {"stage": 0},
-    "long": {"steps": 60},
-}
+    @property
+    def marks(self) -> list[str]:
+        """Names of the files that show, after the first start, that the fault has struck."""
+        driver = [made.mark for made in (self.signal, self.disk) if made is not None]
+        return [*driver, *self.starts[0].marks]
 
 
-def prepare(folder: Path, variant: str) -> None:
-    """Data and configuration in a folder of a run's surroundings."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "nvme").mkdir(exist_ok=True)
-    rows = [
-        {"text": f"return the value of {i}", "label": ("code", "text")[i % 2]} for i in range(24)
-    ]
-    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    rows[0]["text"] = "another example"
-    (folder / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    changed = VARIANTS[variant]
-    anchor = {
-        "point": "cpu",
-        "gradient": "nvme",
-        "nvme_path": str(folder / "nvme"),
-        **changed.get("anchor", {}),
-    }
-    section = {
-        "lr": 1e-3,
-        "anchor_interval": 3,
-        "agreement_interval": 2,
-        "hang_timeout": 4.0,
-        "anchor": anchor,
-    }
-    config = {
-        "train_batch_size": 8,
-        "zero_optimization": {"stage": changed.get("stage", 3)},
-        "zeroth_order": section,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
+def killed(*strikes: str) -> Start:
+    return Start(End.KILLED, RANK_KILLED, strikes=strikes)
 
 
-def command(folder: Path, cell: Cell) -> list[str]:
-    steps = VARIANTS[cell.variant].get("steps", STEPS)
-    options = options_of(
-        deepspeed_config=folder / "config.json",
-        model=MODEL,
-        output_dir=folder / "disk" / "run",
-        task="prompted",
-        template=r"{text}\nKind: {label}",
-        train_file=folder / "train.jsonl",
-        max_length=32,
-        max_steps=steps,
-        save_interval=3,
-        save_total_limit=2,
-        resume="auto",
-        save_model=True,
-    )
-    return [str(SCRIPT), str(folder), *cell.strikes, "--", *options]
+def fails(says: str, *strikes: str, codes: tuple[int, ...] = FAILED) -> Start:
+    return Start(End.ERROR, codes, says, strikes)
 
 
-def start(folder: Path, cell: Cell, *, strike: bool) -> Started:
-    """One start of the command line through the launcher, to its end, and to that of every process
-    it has made.
-    """
-    began = time.monotonic()
-    deepspeed = str(Path(sys.executable).parent / "deepspeed")
-    with master_port() as port, open(folder / "output", "w+") as output:
-        process = subprocess.Popen(
-            [deepspeed, "--num_gpus", "2", "--master_port", str(port), *command(folder, cell)],
-            env=environment_of_ranks(),
-            cwd=folder,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            if strike and cell.signal is not None:
-                _wait_for_steps(folder, 2, process)
-                for pid in _targets(process.pid, cell.target, folder):
-                    os.kill(pid, cell.signal)
-            process.wait(LIMIT)
-            _wait_for_end(process.pid, LIMIT)
-        except subprocess.TimeoutExpired:
-            said = (folder / "output").read_text(errors="replace")
-            raise AssertionError(
-                f"{cell.name}: still running after {LIMIT} s. It said:\n{said[-3000:]}"
-            ) from None
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-        return Started(
-            process.returncode,
-            (folder / "output").read_text(errors="replace"),
-            time.monotonic() - began,
-        )
+def finishes(says: str = "", *strikes: str, before: Callable[[Path], None] | None = None) -> Start:
+    return Start(End.FINISHED, (0,), says, strikes, before)
 
 
-def _wait_for_steps(folder: Path, number: int, process: subprocess.Popen[Any]) -> None:
-    metrics, deadline = folder / "disk" / "run" / "metrics.jsonl", time.monotonic() + LIMIT
-    while time.monotonic() < deadline and process.poll() is None:
-        if metrics.exists() and metrics.read_text().count('"train"') >= number:
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"no {number} steps were made:\n{(folder / 'output').read_text()[-3000:]}")
+# --- damage and repair between two starts ---------------------------------------------------------
 
 
-def _targets(runner: int, target: str, folder: Path) -> list[int]:
-    if target == "runner":
-        return [runner]
-    if target == "launch.py":
-        return [int(Path(f"/proc/{runner}/task/{runner}/children").read_text().split()[0])]
-    return [int((folder / f"pid{rank}").read_text()) for rank in range(2)]
+def tear_the_last_record(folder: Path) -> None:
+    log = folder / RUN / "trajectory.log"
+    log.write_bytes(log.read_bytes()[:-20])
 
 
-def _wait_for_end(session: int, timeout: float) -> None:
-    """Until no process of the session is left: ranks may outlive their launcher for a step."""
-    deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline:
-        if subprocess.run(["pgrep", "-s", str(session)], capture_output=True).returncode:
-            return
-        time.sleep(0.1)
-    raise AssertionError("processes are left after the launcher's end")
-
-
-# --- what is damaged, and mended, manually ---------------------------------------------------------
-
-
-def tear_the_last_record(run: Path) -> None:
-    data = (run / "trajectory.log").read_bytes()
-    (run / "trajectory.log").write_bytes(data[:-20])
-
-
-def flip_a_byte_of_the_log(run: Path) -> None:
-    data = bytearray((run / "trajectory.log").read_bytes())
+def flip_a_byte_of_the_log(folder: Path) -> None:
+    """Flip a bit in the middle of the log. A second call restores the log."""
+    log = folder / RUN / "trajectory.log"
+    data = bytearray(log.read_bytes())
     data[len(data) // 2] ^= 1
-    (run / "trajectory.log").write_bytes(data)
+    log.write_bytes(data)
 
 
-def damage_the_newest_checkpoint(run: Path) -> None:
-    newest = run / "checkpoints" / (run / "checkpoints" / "latest").read_text()
+def damage_the_newest_checkpoint(folder: Path) -> None:
+    checkpoints = folder / RUN / "checkpoints"
+    newest = checkpoints / (checkpoints / "latest").read_text()
     with open(newest / "parameters-rank00001-of-00002.safetensors", "r+b") as file:
         file.seek(100_000)
         file.write(b"damage")
 
 
-def give_room(disk: Path) -> None:
-    subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
+def empty_log_disk(folder: Path) -> None:
+    (folder / "log_disk" / "filler").unlink()
+
+
+def enlarge_disk(folder: Path) -> None:
+    command = ["mount", "-o", "remount,size=64m", folder / "nvme"]
+    subprocess.run(command, check=True)
 
 
 def change_the_code(folder: Path) -> None:
-    """A copy of the package for one rank, with one more line."""
+    """Copy the package for one rank and add a line, so that the digest of its code differs."""
     shutil.copytree(
         REPOSITORY / "zods",
         folder / "changed" / "zods",
@@ -235,6 +191,7 @@ def change_the_code(folder: Path) -> None:
 
 
 def change_the_weights(folder: Path) -> None:
+    """Copy the model for one rank and change one number of its weights."""
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(MODEL, folder / "other")
@@ -256,172 +213,98 @@ _PHASES = {
 }
 
 
-def _kills() -> list[Cell]:
+def _kills_in_each_phase() -> list[Cell]:
     cells = []
     for phase, where in _PHASES.items():
         step = 2 if where == "checkpoint" else 3 if "refresh" in where else 4
         for rank in (0, 1):
-            cells.append(Cell("kill -9", phase, f"rank {rank}", (f"kill:{where}:{rank}:{step}",)))
+            strike = f"kill:{where}:{rank}:{step}"
+            cells.append(Cell("kill -9", phase, f"rank {rank}", (killed(strike), finishes())))
     return cells
 
 
+def _kill(phase: str, rank: str, strike: str, *, restart_says: str = "") -> Cell:
+    return Cell("kill -9", phase, rank, (killed(strike), finishes(restart_says)))
+
+
+def _signal(fault: str, number: signal.Signals, target: str, rank: str, first: Start) -> Cell:
+    return Cell(fault, "in a step", rank, (first, finishes()), signal=Signal(number, target))
+
+
+def _kill_launcher(target: str, rank: str, code: int) -> Cell:
+    first = Start(End.KILLED, (code,), "the launcher is gone")
+    return _signal("kill -9", signal.SIGKILL, target, rank, first)
+
+
+def _terminate(target: str, rank: str, code: int) -> Cell:
+    first = Start(End.STOPPED, (code,), "stopped after step")
+    return _signal("SIGTERM", signal.SIGTERM, target, rank, first)
+
+
+def _hang(phase: str, rank: str, strike: str, says: str) -> Cell:
+    return Cell("hang", phase, rank, (fails(says, strike, codes=HANGING), finishes()))
+
+
+def _differs(
+    what: str, says: str, *, prepare: Callable[[Path], None] | None = None, **cell: str
+) -> Cell:
+    """Rank 1 is given something else than rank 0. `prepare` makes it."""
+    first = Start(End.ERROR, FAILED, says, (f"other:{what}:1:0",), prepare)
+    return Cell(f"other {what}", cell.pop("phase", "start"), "rank 1", (first, finishes()), **cell)
+
+
 CELLS: list[Cell] = [
-    *_kills(),
-    Cell("kill -9", "in the middle of a record", "rank 0", ("kill:log:0:4",), says="the last record is torn"),
-    Cell("kill -9", "before a checkpoint is renamed", "rank 0", ("kill:rename:0:2",)),
-    Cell("kill -9", "after a checkpoint is renamed", "rank 0", ("kill:after_rename:0:5",)),
-    Cell("kill -9", "while the log is replayed", "rank 1", ("kill:scalars:1:5", "kill:resume:1:-1"), restarts=2),
-    Cell("kill -9", "between scalars and application", "all ranks", ("kill_all:after_scalars:0:4",)),
-    Cell("kill -9", "in the first step", "rank 1", ("kill:after_scalars:1:0",)),
-    Cell("kill -9", "in a step", "the runner", ("slow:forward:0:0",), signal.SIGKILL, "runner", says="the launcher is gone",
-         code=-signal.SIGKILL),
-    Cell("kill -9", "in a step", "launch.py", ("slow:forward:0:0",), signal.SIGKILL, "launch.py", says="the launcher is gone",
-         code=0),
-    Cell("SIGTERM", "in a step", "the runner", ("slow:forward:0:0",), signal.SIGTERM, "runner", says="stopped after step",
-         code=-signal.SIGTERM),
-    Cell("SIGTERM", "in a step", "launch.py", ("slow:forward:0:0",), signal.SIGTERM, "launch.py", says="stopped after step",
-         code=1),
-    Cell("SIGTERM", "in a step", "all ranks", ("slow:forward:0:0",), signal.SIGTERM, "ranks", says="stopped after step", code=0),
-    Cell("SIGTERM", "in a forward", "rank 1", ("term:forward:1:4",), says="stopped after step 5", code=0),
-    Cell("hang", "stopped in a forward", "rank 1", ("stop:forward:1:4",), stops="rank 1 does not answer"),
-    Cell("hang", "stopped in a forward", "rank 0", ("stop:forward:0:4",), stops="rank 0, which keeps"),
-    Cell("hang", "asleep, loading data", "rank 1", ("sleep:data:1:4",), stops="rank 1 hangs"),
-    Cell("full disk", "log", "rank 0", ("fill_small:scalars:0:3",), stops="the trajectory log cannot be written", variant="long",
-         small_kib=64, between=lambda run: (run.parent.parent / "small" / "filler").unlink()),
-    Cell("full disk", "checkpoint", "rank 0", ("fill:scalars:0:1", "free:scalars:0:6"), says="no checkpoint at step 3",
-         disk_kib=60_000, restarts=0),
-    Cell("full disk", "NVMe anchor, at the start", "rank 0", stops="is too small: this rank needs", nvme_kib=1000,
-         between=lambda run: give_room(run.parent.parent / "nvme")),
-    Cell("corrupted NVMe anchor", "gradient", "rank 1", ("corrupt_gradient:forward:1:4",), says="rebuilt exactly",
-         restarts=0),
-    Cell("corrupted NVMe anchor", "point", "rank 0", ("corrupt_point:forward:0:4",), stops="rebuilds the anchor exactly",
+    *_kills_in_each_phase(),
+    _kill("in the middle of a record", "rank 0", "kill:log:0:4",
+          restart_says="the last record is torn"),
+    _kill("before a checkpoint is renamed", "rank 0", "kill:rename:0:2"),
+    _kill("after a checkpoint is renamed", "rank 0", "kill:after_rename:0:5"),
+    Cell("kill -9", "while the log is replayed", "rank 1",
+         (killed("kill:scalars:1:5"), killed("kill:resume:1:-1"), finishes())),
+    _kill("between scalars and application", "all ranks", "kill_all:after_scalars:0:4"),
+    _kill("in the first step", "rank 1", "kill:after_scalars:1:0"),
+    _kill_launcher("runner", "the runner", -signal.SIGKILL),
+    _kill_launcher("launch.py", "launch.py", 0),
+    _terminate("runner", "the runner", -signal.SIGTERM),
+    _terminate("launch.py", "launch.py", 1),
+    _terminate("ranks", "all ranks", 0),
+    Cell("SIGTERM", "in a forward", "rank 1",
+         (Start(End.STOPPED, (0,), "stopped after step 5", ("term:forward:1:4",)), finishes())),
+    _hang("stopped in a forward", "rank 1", "stop:forward:1:4", "rank 1 does not answer"),
+    _hang("stopped in a forward", "rank 0", "stop:forward:0:4", "rank 0, which keeps"),
+    _hang("asleep, loading data", "rank 1", "sleep:data:1:4", "rank 1 hangs"),
+    Cell("full disk", "log", "rank 0",
+         (fails("the trajectory log cannot be written", "fill_log:scalars:0:3"),
+          finishes(before=empty_log_disk)),
+         disk=Disk("log_disk", 64), variant="long"),
+    Cell("full disk", "checkpoint", "rank 0",
+         (finishes("no checkpoint at step 3", "fill:scalars:0:1", "free:scalars:0:6"),),
+         disk=Disk("disk", 60_000)),
+    Cell("full disk", "NVMe anchor, at the start", "rank 0",
+         (fails("is too small: this rank needs", codes=BAD_INPUT), finishes(before=enlarge_disk)),
+         disk=Disk("nvme", 1000)),
+    Cell("corrupted NVMe anchor", "gradient", "rank 1",
+         (finishes("rebuilt exactly", "corrupt_gradient:forward:1:4"),)),
+    Cell("corrupted NVMe anchor", "point", "rank 0",
+         (fails("rebuilds the anchor exactly", "corrupt_point:forward:0:4"), finishes()),
          variant="point on nvme"),
-    Cell("log", "its last record torn", "manually", ("kill:scalars:0:5",), between=tear_the_last_record,
-         says="the last record is torn"),
-    Cell("log", "a byte flipped", "manually", ("kill:scalars:0:5",), between=flip_a_byte_of_the_log,
-         refused_again="its checksum is wrong", mend=flip_a_byte_of_the_log),
-    Cell("checkpoint", "the newest damaged", "manually", ("kill:scalars:0:7",), between=damage_the_newest_checkpoint,
-         says="its fingerprint is not the one it was saved with"),
-    Cell("other seed", "start", "rank 1", ("other:seed:1:0",), stops="rank 1: the configuration differs"),
-    Cell("other data", "start", "rank 1", ("other:data:1:0",), stops="rank 1: the training data differs"),
-    Cell("other code", "start", "rank 1", ("other:code:1:0",), stops="rank 1: the code"),
-    Cell("other weights", "start, replicated", "rank 1", ("other:weights:1:0",), stops="rank 1: the model", variant="stage 0"),
-    Cell("other record", "a step", "rank 1", ("other_record:record:1:4",), stops="rank 1: what was applied up to step 6 differs"),
+    Cell("log", "its last record torn", "manually",
+         (killed("kill:scalars:0:5"),
+          finishes("the last record is torn", before=tear_the_last_record))),
+    Cell("log", "a byte flipped", "manually",
+         (killed("kill:scalars:0:5"),
+          Start(End.ERROR, BAD_INPUT, "its checksum is wrong", before=flip_a_byte_of_the_log),
+          finishes(before=flip_a_byte_of_the_log))),
+    Cell("checkpoint", "the newest damaged", "manually",
+         (killed("kill:scalars:0:7"),
+          finishes("its fingerprint is not the one it was saved with",
+                   before=damage_the_newest_checkpoint))),
+    _differs("seed", "rank 1: the configuration differs"),
+    _differs("data", "rank 1: the training data differs"),
+    _differs("code", "rank 1: the code", prepare=change_the_code),
+    _differs("weights", "rank 1: the model", prepare=change_the_weights, phase="start, replicated",
+             variant="stage 0"),
+    Cell("other record", "a step", "rank 1",
+         (fails("rank 1: what was applied up to step 6 differs", "other_record:record:1:4"),
+          finishes())),
 ]  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """outcome: what became of the first start; identical: whether the run's end was that of an
-    undisturbed one.
-    """
-
-    outcome: str
-    identical: bool
-    seconds: float
-    said: str
-
-
-def undisturbed(folder: Path, variant: str) -> Path:
-    """The folder of a run that nothing happens to, made once."""
-    here = folder / f"undisturbed {variant}"
-    run = here / "disk" / "run"
-    if not (run / "model").exists():
-        prepare(here, variant)
-        started = start(here, Cell("none", "", "", variant=variant), strike=False)
-        assert started.code == 0, started.said[-4000:]
-    return run
-
-
-def run_cell(cell: Cell, folder: Path) -> Outcome:
-    """Strike a run, start it again, and compare.
-
-    Raises AssertionError where something expected is not said or done.
-    """
-    expected = undisturbed(folder, cell.variant)
-    here = folder / re.sub(r"\W+", "-", cell.name)
-    shutil.rmtree(here, ignore_errors=True)
-    prepare(here, cell.variant)
-    if "other:code:1:0" in cell.strikes:
-        change_the_code(here)
-    if "other:weights:1:0" in cell.strikes:
-        change_the_weights(here)
-    with (
-        _disk(here / "disk", cell.disk_kib),
-        _disk(here / "small", cell.small_kib),
-        _disk(here / "nvme", cell.nvme_kib),
-    ):
-        if cell.small_kib is not None:
-            (here / "disk" / "run").mkdir()
-            (here / "disk" / "run" / "trajectory.log").symlink_to(here / "small" / "trajectory.log")
-        return _run_cell(cell, here, expected)
-
-
-@contextlib.contextmanager
-def _disk(path: Path, kib: int | None) -> Any:
-    path.mkdir(exist_ok=True)
-    if kib is not None:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kib}k", "none", path], check=True)
-    try:
-        yield
-    finally:
-        if kib is not None:
-            subprocess.run(["umount", "-l", path], check=True)
-
-
-def _run_cell(cell: Cell, here: Path, expected: Path) -> Outcome:
-    run = here / "disk" / "run"
-    starts = [start(here, cell, strike=True)]
-    assert all((here / mark).exists() for mark in cell.marks[:1]), (
-        f"{cell.name}: the fault did not strike:\n{starts[0].said[-3000:]}"
-    )
-    outcome = _outcome(cell, starts[0])
-    if cell.between is not None:
-        cell.between(run)
-    if cell.refused_again:
-        starts.append(start(here, cell, strike=False))
-        assert starts[-1].code != 0, starts[-1].said[-3000:]
-        assert cell.refused_again in starts[-1].said, starts[-1].said[-3000:]
-        outcome += f", then refused: {cell.refused_again}"
-    if cell.mend is not None:
-        cell.mend(run)
-    unlike_others = cell.fault.startswith("other ") and cell.phase.startswith("start")
-    again = Cell(cell.fault, cell.phase, cell.rank, variant=cell.variant) if unlike_others else cell
-    for _ in range(cell.restarts):
-        starts.append(start(here, again, strike=False))
-    said = "\n".join(started.said for started in starts)
-    assert starts[-1].code == 0, f"{cell.name}: the last start failed:\n{starts[-1].said[-3000:]}"
-    assert all((here / mark).exists() for mark in cell.marks), (
-        f"{cell.name}: a fault did not strike"
-    )
-    assert cell.says in said, f"{cell.name}: {cell.says!r} was not said:\n{said[-6000:]}"
-    return Outcome(outcome, same(run, expected), sum(started.seconds for started in starts), said)
-
-
-def _outcome(cell: Cell, first: Started) -> str:
-    if cell.stops:
-        assert first.code != 0, first.said[-3000:]
-        assert cell.stops in first.said, (
-            f"{cell.name}: {cell.stops!r} was not said:\n{first.said[-4000:]}"
-        )
-        return f"stops: {cell.stops} ..."
-    if cell.restarts == 0:
-        assert first.code == 0, first.said[-3000:]
-        return f"goes on, says: {cell.says} ..."
-    if cell.code is not None:
-        assert first.code == cell.code, f"exit code {first.code}, not {cell.code}"
-    else:
-        assert first.code != 0, "the exit code is 0 though a rank was killed"
-    how = "finishes the step, saves, ends" if cell.fault == "SIGTERM" else "ends"
-    return f"{how} with exit code {first.code}"
-
-
-def same(run: Path, expected: Path) -> bool:
-    """Whether two runs have the same weights and logs, byte by byte, and no step's metrics twice."""
-    names = ("model/model.safetensors", "trajectory.log")
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    steps = [record["step"] for record in records if record["kind"] == "train"]
-    ordered = steps == sorted(set(steps))
-    return ordered and all(
-        (run / name).read_bytes() == (expected / name).read_bytes() for name in names
-    )

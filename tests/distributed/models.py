@@ -1,5 +1,6 @@
-"""Small models, data and configurations for the tests on several ranks, and how the tests look at
-an engine.
+"""Small models, data and configurations for the tests on several ranks.
+
+Also functions that read the state of an engine.
 """
 
 from __future__ import annotations
@@ -19,12 +20,16 @@ from zods.kernels import combine_
 from zods.training.engine import ZerothOrderEngine
 
 VOCABULARY = 11
-WIDE = 1030  # of two ranks each holds more than the MiB per weight that DeepSpeed asks for on NVMe
+# with this width each of two ranks has more than 1 MiB per weight, which DeepSpeed needs for NVMe
+WIDE = 1030
 
 
 class Awkward(nn.Module):
-    """Parameters of 1, 3, 5 and 7 elements, a tied and a frozen one, and one with more than 1 MiB
-    on each of 4 ranks, which is what DeepSpeed asks of a parameter that it is to keep on NVMe."""
+    """Parameters of 1, 3, 5 and 7 elements, a tied, a frozen and a large one.
+
+    The large one has more than 1 MiB on each of 4 ranks. DeepSpeed keeps only such parameters on
+    NVMe.
+    """
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -50,7 +55,7 @@ class Awkward(nn.Module):
 
 
 class Tiny(nn.Module):
-    """A classifier of five words with a tied head and a frozen layer; hardly a size is even."""
+    """A classifier of five words with a tied head and a frozen layer. Most sizes are odd."""
 
     def __init__(self, seed: int = 0, inner: int = 13) -> None:
         super().__init__()
@@ -79,9 +84,9 @@ def tiny_data(size: int = 24) -> list[dict[str, Tensor]]:
 
 
 class Wide(nn.Module):
-    """Weights that go to NVMe, biases that do not.
+    """A model whose weights go to NVMe, and whose biases do not.
 
-    has_unused: whether there is a weight that no forward uses.
+    has_unused: whether it has a weight that no forward uses.
     """
 
     def __init__(self, num_layers: int = 3, has_unused: bool = True) -> None:
@@ -135,7 +140,7 @@ def configuration(
     top: dict[str, Any] | None = None,
     **zeroth_order: Any,
 ) -> dict[str, Any]:
-    """A DeepSpeed configuration with a section "zeroth_order"; `top` is merged in last."""
+    """A DeepSpeed configuration with a section "zeroth_order". `top` is merged in last."""
     zero: dict[str, Any] = {"stage": stage}
     if offload != "none":
         zero["offload_param"] = {"device": offload}
@@ -159,12 +164,15 @@ def collate(examples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def global_batch(data: Sequence[Any], step: int, size: int) -> list[Any]:
-    """The examples of one step: the next `size`, from the start again at the end."""
+    """The next `size` examples, which are those of one step. After the last comes the first."""
     return [data[i % len(data)] for i in range(step * size, (step + 1) * size)]
 
 
 def train(engine: ZerothOrderEngine, data: Sequence[Any], steps: Iterable[int]) -> list[float]:
-    """The three-line loop over `global_batch` of each step, this rank's part of it; the losses."""
+    """Train by the three-line loop, and return the losses.
+
+    Each step uses this rank's part of its `global_batch`.
+    """
     losses = []
     micro = engine.train_micro_batch_size_per_gpu()
     for step in steps:
@@ -180,7 +188,10 @@ def train(engine: ZerothOrderEngine, data: Sequence[Any], steps: Iterable[int]) 
 
 
 def whole(engine: ZerothOrderEngine) -> dict[str, Tensor]:
-    """Copies of all parameters, frozen ones too, gathered one by one; all ranks call it together."""
+    """Copies of all parameters, frozen ones too, gathered one by one.
+
+    All ranks call it together.
+    """
     copies = {}
     engine.flush()
     for name, param in engine.module.named_parameters():
@@ -190,7 +201,7 @@ def whole(engine: ZerothOrderEngine) -> dict[str, Tensor]:
 
 
 def anchor_point(engine: ZerothOrderEngine) -> dict[str, Tensor]:
-    """The anchor point of every trainable parameter, as evaluations see it, whole."""
+    """The anchor point of every trainable parameter, whole and as evaluations see it."""
     copies = {}
     engine.flush()
     for shard in engine.sharded_parameters:
@@ -211,23 +222,24 @@ def anchor_point(engine: ZerothOrderEngine) -> dict[str, Tensor]:
     return copies
 
 
-def local_slices(engine: ZerothOrderEngine) -> dict[str, Tensor]:
-    """Copies of this rank's slices, where they are stored."""
+def local_shards(engine: ZerothOrderEngine) -> dict[str, Tensor]:
+    """Copies of this rank's shards, from their storage."""
     engine.flush()
     return {
-        shard.name: local.clone() for shard, local in engine.sharded_parameters.visit(write=False)
+        shard.name: local.clone()
+        for shard, local in engine.sharded_parameters.iterate_with_read_ahead(write=False)
     }
 
 
 def stored_digest(engine: Any) -> str:
-    """A digest of all that this rank stores of the parameters, padding included."""
+    """A digest of all bytes of the parameters that this rank stores, padding included."""
     return sha256(
         {name: getattr(p, "ds_tensor", p).detach() for name, p in engine.module.named_parameters()}
     )
 
 
 def sha256(tensors: dict[str, Tensor]) -> str:
-    """Of names, dtypes and every bit."""
+    """A digest of the tensors' names, dtypes, shapes and bits."""
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -236,7 +248,10 @@ def sha256(tensors: dict[str, Tensor]) -> str:
 
 
 def state(engine: Any) -> dict[str, Any]:
-    """All that a run goes on from, to the bit; all ranks call it together."""
+    """The whole state from which a run continues, to the bit.
+
+    All ranks call it together.
+    """
     anchor, loader = engine.anchor, engine.training_dataloader
     selected = {} if engine.selection is None else {"selection": engine.selection.state_dict()}
     return {
@@ -261,7 +276,7 @@ def state(engine: Any) -> dict[str, Any]:
 
 
 def batches_ahead(engine: Any) -> list[Any]:
-    """The examples that the loader will give in the next five steps, over all ranks."""
+    """The examples of the next five steps, over all ranks."""
     seen = []
     for _, batch in zip(
         range(5 * engine.gradient_accumulation_steps()),
@@ -275,5 +290,5 @@ def batches_ahead(engine: Any) -> list[Any]:
 
 
 def numpy_of(tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """What can be sent to another process."""
+    """The tensors as arrays, which can be sent to another process."""
     return {name: tensor.detach().double().numpy() for name, tensor in tensors.items()}

@@ -1,5 +1,6 @@
-"""Ranks for tests: `run_ranks` runs a function on N gloo ranks, `launch` a script through the real
-launcher.
+"""Ranks for tests.
+
+`run_ranks` runs a function on N gloo ranks. `launch` runs a script through the real launcher.
 """
 
 from __future__ import annotations
@@ -25,28 +26,29 @@ import pytest
 from zods.comm import build_locks
 
 REPOSITORY = Path(__file__).parents[2]
-ENVIRONMENT = {  # of every rank
+ENVIRONMENT = {  # the environment of every rank
     "DS_ACCELERATOR": "cpu",
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
     "PYTHONWARNINGS": "ignore",
 }
-# seconds after which a test gives up; a slow and busy machine takes ten times what a quiet one does
+# Seconds after which a test gives up. A slow and busy machine takes ten times as long as a quiet
+# one.
 LIMIT = 600.0
 COMPILERS = {name: os.environ.get(name) for name in ("CC", "CXX")}
-# Ranks are forked from a server that has imported these, and done nothing else: importing them
-# takes seconds.
+# Ranks are forked from a server that has only imported these modules. Importing them takes seconds.
 PRELOADED = ["pytest", "torch", "torch._dynamo", "deepspeed", "zods", "tests.distributed.models"]
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """`function(*args)` on `world_size` ranks, processes of one torch thread with an initialised
-    gloo group.
+    """Run `function(*args)` on `world_size` ranks.
 
-    function: of a module's top level; what it takes and returns is pickled. Returns each rank's
-    return value, in rank order. The test fails with the ranks' tracebacks where one raises or dies,
-    and where one takes longer than LIMIT seconds. No process is left behind.
+    A rank is a process of one torch thread with an initialised gloo group.
+
+    function: a function of a module's top level. Its arguments and its result are pickled. Returns
+    the ranks' results, in rank order. The test fails with the ranks' tracebacks if a rank raises or
+    dies, or if a rank takes longer than LIMIT seconds. No process is left behind.
     """
     os.environ.update(ENVIRONMENT)
     restore_compilers()
@@ -80,9 +82,9 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list
 
 
 def _collect(pipes: list[Any], processes: list[Any]) -> dict[int, tuple[bool, Any]]:
-    """Per rank (it ended well, its value or what went wrong).
+    """Wait for the ranks: (whether the rank ended well, its result or the error) by rank.
 
-    Kills what still runs when it returns.
+    Ranks that still run at the end are killed.
     """
     results: dict[int, tuple[bool, Any]] = {}
     deadline = time.monotonic() + LIMIT
@@ -98,9 +100,9 @@ def _collect(pipes: list[Any], processes: list[Any]) -> dict[int, tuple[bool, An
                 processes[rank].join(5)
                 results[rank] = (
                     False,
-                    f"died without a word, exit code {processes[rank].exitcode}",
+                    f"died without a message, exit code {processes[rank].exitcode}",
                 )
-            if not results[rank][0]:  # the others may wait for it for ever
+            if not results[rank][0]:  # the other ranks may wait for it for ever
                 deadline = min(deadline, time.monotonic() + 5)
     for rank, process in enumerate(processes):
         if rank not in results:
@@ -151,17 +153,16 @@ def _rank(
     if result[0]:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
-        atexit._run_exitfuncs()  # a forked process does not run them by itself
+        atexit._run_exitfuncs()  # a forked process does not run these functions itself
     else:
         sys.stdout.flush()
-        os._exit(1)  # the other ranks may be gone, or wait in a collective
+        os._exit(1)  # no teardown: the other ranks may have ended, or may wait in a collective
 
 
 def launch(script: Path, *args: Any, num_gpus: int = 2) -> tuple[int, str]:
-    """Run `script` through the `deepspeed` launcher on this host: (exit code, what all ranks
-    wrote).
+    """Run `script` through the `deepspeed` launcher on this host: (exit code, output of all ranks).
 
-    The test fails where it takes longer than LIMIT seconds; the launcher and its ranks are killed
+    The test fails if it takes longer than LIMIT seconds. The launcher and its ranks are killed
     then.
     """
     deepspeed = str(Path(sys.executable).parent / "deepspeed")
@@ -179,7 +180,7 @@ def launch(script: Path, *args: Any, num_gpus: int = 2) -> tuple[int, str]:
 
 
 def options_of(**values: Any) -> list[str]:
-    """Options of `zods.finetune` by name; True is an option without a value."""
+    """Options of `zods.finetune` by name. True stands for an option without a value."""
     return [
         word
         for name, value in values.items()
@@ -188,11 +189,10 @@ def options_of(**values: Any) -> list[str]:
 
 
 def run_command(command: list[str], cwd: Path, **variables: str) -> tuple[int, str]:
-    """Run a launcher's command in the environment of ranks, and `variables`: (exit code, what all
-    that it starts wrote).
+    """Run a launcher's command: (exit code, output of all processes).
 
-    The test fails where it takes longer than LIMIT seconds; all processes of its session are killed
-    then.
+    Its environment is that of ranks, with `variables`. The test fails if it takes longer than LIMIT
+    seconds. All processes of its session are killed then.
     """
     process = subprocess.Popen(
         command,
@@ -216,7 +216,10 @@ def run_command(command: list[str], cwd: Path, **variables: str) -> tuple[int, s
 
 
 def environment_of_ranks(**variables: str) -> dict[str, str]:
-    """The environment of a launcher's command: this process's, that of ranks, and `variables`."""
+    """The environment of a launcher's command.
+
+    It has the variables of this process, those of ranks, and `variables`.
+    """
     restore_compilers()
     environment = {**os.environ, **ENVIRONMENT, **variables}
     environment["PYTHONPATH"] = os.pathsep.join(
@@ -226,10 +229,10 @@ def environment_of_ranks(**variables: str) -> dict[str, str]:
 
 
 def restore_compilers() -> None:
-    """Have ranks build with the compiler of before: with another one they would build DeepSpeed's
-    operators anew.
+    """Restore the compilers' variables of this process's start.
 
-    PEFT 0.21 leaves CC and CXX at gcc where its CUDA extension for BOFT cannot be built.
+    PEFT 0.21 leaves CC and CXX at gcc if its CUDA extension for BOFT cannot be built. With another
+    compiler than before, ranks would build DeepSpeed's operators again.
     """
     for name, value in COMPILERS.items():
         if value is None:
@@ -239,7 +242,7 @@ def restore_compilers() -> None:
 
 
 def free_port() -> int:
-    """A port of this host that nothing listens on now."""
+    """A port of this host on which no process listens now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -247,10 +250,10 @@ def free_port() -> int:
 
 @contextmanager
 def master_port() -> Iterator[int]:
-    """A free port; DeepSpeed's CPU operator leaves 69 MB of shared memory per rank that bear its
-    number.
+    """A free port. Its shared memory is removed at the end.
 
-    Removes locks that a killed test left of a build, for the ranks would wait for them.
+    DeepSpeed's CPU operator leaves 69 MB of shared memory per rank, named by the port. Locks of a
+    build that a killed test left are removed at the start, because the ranks would wait for them.
     """
     for lock in build_locks.stale_locks():
         lock.unlink(missing_ok=True)

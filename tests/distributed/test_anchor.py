@@ -1,5 +1,6 @@
-"""The anchor of MeZO-SVRG on two ranks: a copy, not the live weights, wherever it is kept; and its
-refresh.
+"""The anchor of MeZO-SVRG on two ranks: where it is stored, and its refresh.
+
+The anchor point is a copy of the parameters and not the live weights, in every storage.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from tests.distributed.models import (
     anchor_point,
     collate,
     configuration,
-    local_slices,
+    local_shards,
     numpy_of,
     sha256,
     tiny_data,
@@ -100,7 +101,7 @@ def rank_of_copies(folder: Path) -> dict[Any, dict[str, Any]]:
                 for p in engine.sharded_parameters
             }
             result["gradient"] = sha256(kept) == sha256(made)
-            # change the live weights: the anchor stays
+            # Change the live weights. The anchor must stay.
             release_gathered(engine.deepspeed)
             engine.sharded_parameters.apply_(
                 Update((Term(5, 1.0),), decay=0.0), direction=Direction()
@@ -114,16 +115,16 @@ def rank_of_copies(folder: Path) -> dict[Any, dict[str, Any]]:
                 == sha256(kept),
                 changed != sha256(live),
             ]
-            # change the anchor: the live weights stay
+            # Change the anchor. The live weights must stay.
             release_gathered(engine.deepspeed)
-            slices = sha256(local_slices(engine))
+            shards = sha256(local_shards(engine))
             for shard in engine.sharded_parameters:
                 zeros = torch.zeros(shard.numel, dtype=shard.dtype)
                 engine.anchor.point.write(shard, zeros)
                 engine.anchor.gradient.write(shard, zeros)
             result["gone"] = all(not t.any() for t in anchor_point(engine).values())
             release_gathered(engine.deepspeed)
-            result["live stays"] = slices == sha256(local_slices(engine)) and changed == sha256(
+            result["live stays"] = shards == sha256(local_shards(engine)) and changed == sha256(
                 whole(engine)
             )
         found[stage, place, bf16] = result
@@ -143,9 +144,10 @@ def test_the_anchor_point_is_the_parameters_at_the_refresh_and_not_the_live_ones
                 if place != "terms":
                     assert np.array_equal(found["point"][name], expected), where
                     continue
-                # taken back from the parameters: exact up to the rounding of the 4 updates since,
-                # each at most one unit in the last place of numbers below 4 (stochastic rounding in
-                # bfloat16), and of the way back
+                # The anchor point is computed from the parameters by taking the updates back. It is
+                # exact up to the rounding of the 4 updates since the refresh, each at most one unit
+                # in the last place of numbers below 4 (stochastic rounding in bfloat16), and up to
+                # the rounding of taking them back.
                 unit = 2.0 ** (1 - 7 if bf16 else 1 - 23)
                 assert np.abs(found["point"][name] - expected).max() <= 5 * unit, where
             moved = max(
@@ -185,7 +187,7 @@ def test_the_stored_gradient_is_the_sum_of_its_terms(copies):
 
 def rank_of_refreshes(folder: Path, accumulation: int, evaluation: str) -> list[Any]:
     data = tiny_data(31)
-    # alone in the last micro-batch: it must not weigh more
+    # This example is alone in the last micro-batch. It must not weigh more.
     data[30] = {
         "ids": torch.full((5,), 3),
         "labels": torch.tensor(9),
@@ -211,7 +213,7 @@ def rank_of_refreshes(folder: Path, accumulation: int, evaluation: str) -> list[
     ],
 )
 def test_a_refresh_weights_every_example_equally(tmp_path, world_size, accumulation, evaluation):
-    """31 examples divide neither by the ranks nor by the micro-batch."""
+    """There are 31 examples, which neither the ranks nor the micro-batch divide."""
     data = tiny_data(31)
     data[30] = {"ids": torch.full((5,), 3), "labels": torch.tensor(9)}
     model = Tiny()
@@ -226,17 +228,18 @@ def test_a_refresh_weights_every_example_equally(tmp_path, world_size, accumulat
     plus, minus = dense.anchor_losses[0::2], dense.anchor_losses[1::2]
     expected = [(p - m) / 0.2 / 3 for p, m in zip(plus, minus, strict=True)]
     ranks = run_ranks(world_size, rank_of_refreshes, tmp_path, accumulation, evaluation)
-    points = 6 if evaluation == "stacked" else 1  # of one forward
+    points = 6 if evaluation == "stacked" else 1  # points of one forward
     for terms, largest, forwards, _ in ranks:
-        # float32 losses of about 3 are off by some 2^-22, which 2 eps = 0.2 makes 5 times that; a
-        # wrong weight of one example in 31 shows in the second digit
+        # Float32 losses of about 3 have errors of some 2^-22. Divided by 2 eps = 0.2 they are 5
+        # times larger. A wrong weight of one example in 31 changes the second digit.
         np.testing.assert_allclose([c for _, c in terms], expected, rtol=0, atol=2e-5)
         assert [s for s, _ in terms] == dense_seeds(dense)
         micro = 12 // world_size // accumulation
         assert largest == points * micro, "never more than one micro-batch is on the device"
         rounds = math.ceil(math.ceil(31 / micro) / world_size)
         extra = forwards - 6 // points * rounds
-        labels = math.ceil(VOCABULARY / min(4, micro))  # batches with other labels
+        # the number of batches with different labels
+        labels = math.ceil(VOCABULARY / min(4, micro))
         assert extra == {"sequential": 2, "stacked": 5}[evaluation] + labels, (
             "looks at the model, and the checks"
         )
@@ -255,15 +258,15 @@ def rank_of_nvme(folder: Path) -> dict[str, Any]:
     rank = engine.global_rank
     engine.refresh_anchor()
     found: dict[str, Any] = {}
-    # the bytes are in the files
+    # The bytes have to be in the files.
     for role in ("point", "gradient"):
         store = getattr(engine.anchor, role)
-        slices = {p.name: shard_of(store, p) for p in engine.sharded_parameters}
+        shards = {p.name: shard_of(store, p) for p in engine.sharded_parameters}
         files = [f for f in folder.rglob(f"{role}*") if f"rank{rank}" in str(f)]
         content = b"".join(f.read_bytes() for f in files)
-        found[role] = (len(files), all(t.numpy().tobytes() in content for t in slices.values()))
-    # reads go ahead: when a slice is asked for a second time round, it and the next one are already
-    # on their way
+        found[role] = (len(files), all(t.numpy().tobytes() in content for t in shards.values()))
+    # Reads are made ahead: in the second round, when a shard is asked for, the reads of it and of
+    # the next shard have already begun.
     store, events = engine.anchor.point, []
     begin_read, begin_write = store._file.begin_read, store._file.begin_write
     store._file.begin_read = lambda *a: (events.append("read"), begin_read(*a))
@@ -277,7 +280,7 @@ def rank_of_nvme(folder: Path) -> dict[str, Any]:
         shard_of(store, shard)
         counts.append((len(events), store._file.num_pending))
     found["ahead"] = counts
-    # writes go behind: they are under way when `write` returns, and nothing is lost
+    # Writes are asynchronous: they are under way when `write` returns, and nothing is lost.
     store._file.begin_write = lambda *a: begin_write(*a)
     pending = []
     for shard in shards:
@@ -287,7 +290,7 @@ def rank_of_nvme(folder: Path) -> dict[str, Any]:
     found["written"] = all(
         (shard_of(store, p) == p.ordinal).all().item() for p in [*shards, *reversed(shards)]
     )
-    # a slice that is being read ahead is written meanwhile
+    # A shard is written while it is being read ahead.
     for shard, following in itertools.pairwise(shards):
         shard_of(store, shard)
         store.write(following, torch.full((following.numel,), -1.0))
@@ -295,13 +298,13 @@ def rank_of_nvme(folder: Path) -> dict[str, Any]:
     return found
 
 
-def test_anchor_files_hold_the_slices_and_are_read_ahead_and_written_behind_and_removed_at_the_end(
+def test_anchor_files_hold_the_shards_are_read_ahead_written_behind_and_removed_at_the_end(
     tmp_path,
 ):
     for found in run_ranks(2, rank_of_nvme, tmp_path):
         assert found["point"] == found["gradient"] == (1, True)
-        # from the second round on every `read` begins one read, of the slice that follows, and
-        # returns before it is done
+        # From the second round on, every `read` begins the read of the next shard, and returns
+        # before that read is done.
         assert all(
             count == k + 1 and pending == 1 for k, (count, pending) in enumerate(found["ahead"])
         )
@@ -342,13 +345,13 @@ def test_the_number_of_buffers_their_size_and_the_tier_change_no_bit(tmp_path):
 
 
 def last_bytes(store: Any, shard: Any) -> list[int]:
-    """Where the last byte of each block of `shard` lies in the file."""
+    """The positions in the file of the last byte of each block of `shard`."""
     size = shard.dtype.itemsize
     return [store._offsets[shard.name] + stop * size - 1 for _, stop in store.blocks(shard)]
 
 
 def values_of(file: Path, store: Any, parameters: Any) -> bytes:
-    """What is in the file, without what pads its blocks."""
+    """The bytes of all values in the file, without the padding of its blocks."""
     store._file.wait()
     content = file.read_bytes()
     places = [(store._offsets[p.name], p.numel * p.dtype.itemsize) for p in parameters]
@@ -385,12 +388,12 @@ def rank_of_failing_drives(folder: Path, buffer_count: int, bf16: bool) -> dict[
     }
     found: dict[str, Any] = {"blocks": len(bits), "file": str(file), "damages": {}}
     for k, (name, damage) in enumerate(damages.items()):
-        # what is read ahead is read before the damage
+        # A read that was made ahead comes before the damage.
         values_of(file, store, engine.sharded_parameters)
         damage()
         warnings.texts.clear()
         for each in engines:
-            # the first step may have read its first block before
+            # the first step may have read the first block before the damage
             train(each, tiny_data(), range(2 * k, 2 * k + 2))
         equal = sha256(whole(engine)) == sha256(whole(twin))
         rebuilt = values_of(file, store, engine.sharded_parameters) == good
@@ -401,12 +404,12 @@ def rank_of_failing_drives(folder: Path, buffer_count: int, bf16: bool) -> dict[
 @pytest.mark.parametrize(
     ("world_size", "buffer_count", "bf16"), [(1, 1, False), (2, 3, False), (2, 2, True)]
 )
-def test_a_damaged_file_of_the_gradient_is_rebuilt_to_the_bit_and_the_run_goes_on_as_its_undisturbed_twin(
+def test_a_damaged_gradient_file_is_rebuilt_and_the_run_continues_as_its_undisturbed_twin(
     tmp_path, world_size, buffer_count, bf16
 ):
     for found in run_ranks(world_size, rank_of_failing_drives, tmp_path, buffer_count, bf16):
         blocks = found["blocks"]
-        # of the blocks of a cut file some lie before the cut
+        # Some blocks of a cut file lie before the cut.
         warned = {
             "nothing": 0,
             "one bit": 1,
@@ -496,8 +499,8 @@ def rank_of_mistakes(folder: Path, small: Path | None, read_only: Path | None) -
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     first = build(good, anchor=nvme)
     said["in use"] = refusal(build, good, anchor=nvme)
-    train(first, tiny_data(), range(2))  # the run that holds it goes on
-    # one rank alone cannot use its folder
+    train(first, tiny_data(), range(2))  # the run that uses the folder continues
+    # Only one rank cannot use its folder.
     mine = folder / f"own{torch.distributed.get_rank()}"
     if torch.distributed.get_rank() == 0:
         mine.mkdir()
@@ -506,7 +509,7 @@ def rank_of_mistakes(folder: Path, small: Path | None, read_only: Path | None) -
     if torch.distributed.get_rank() == 1:
         blocker = elsewhere / "zods_anchor"
         blocker.mkdir(exist_ok=True)
-        (blocker / "rank1").touch()  # where rank 1's folder is to be
+        (blocker / "rank1").touch()  # a file at the path of rank 1's folder
     torch.distributed.barrier()
     said["one rank"] = refusal(build, elsewhere, anchor=nvme)
     return said
@@ -514,7 +517,10 @@ def rank_of_mistakes(folder: Path, small: Path | None, read_only: Path | None) -
 
 @pytest.fixture
 def mounts(tmp_path: Path) -> Any:
-    """(a drive of 64 KiB, a read-only one), or None for each where this process may not mount."""
+    """Small file systems: a drive of 64 KiB and a read-only one.
+
+    Each is None where this process may not mount.
+    """
     made: list[Path | None] = []
     for name, options in (("small", "size=64k"), ("read_only", "ro,size=64k")):
         path = tmp_path / name

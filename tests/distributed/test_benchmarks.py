@@ -1,6 +1,4 @@
-"""Every benchmark of the README's table runs, at its smallest size, and prints one JSON object with
-what it promises.
-"""
+"""Every benchmark of the README runs at its smallest size and prints the promised JSON object."""
 
 from __future__ import annotations
 
@@ -20,34 +18,63 @@ from tests.distributed.ranks import ENVIRONMENT
 REPOSITORY = Path(__file__).parents[2]
 FOLDER = REPOSITORY / "benchmarks"
 
-# command of the README, without `python benchmarks/`: keys of the object, and of each row of it
+# Keys: the commands of the README, without `python benchmarks/`. Values: the keys of the JSON
+# object, and the keys of each of its rows.
 SMOKE: dict[str, tuple[set[str], set[str]]] = {
-    "step_time.py": ({"arguments", "kernels"}, {"method", "dtype", "evaluation", "ratio_to_floor", "step_s", "floor_s"}),
-    "zero3_step.py": (set(), {"ranks", "offload", "evaluation", "ratio_to_floor", "step_s", "gathered", "read", "written"}),
+    "step_time.py": (
+        {"arguments", "kernels"},
+        {"method", "dtype", "evaluation", "ratio_to_floor", "step_s", "floor_s"},
+    ),
+    "zero3_step.py": (
+        set(),
+        {
+            "ranks",
+            "offload",
+            "evaluation",
+            "ratio_to_floor",
+            "step_s",
+            "gathered",
+            "read",
+            "written",
+        },
+    ),
     "kernel_speed.py": ({"backend", "float32", "bfloat16"}, set()),
     "selection.py --part speed": (set(), {"part", "n", "k", "library", "seconds", "objective"}),
-    "selection.py --part "
-    "scaling": (set(), {"part", "n", "ranks", "seconds", "peak_memory_gib", "selection_bytes_per_rank"}),
-    "selection.py --part "
-    "quality": (set(), {"part", "features", "m", "agreement", "cost_forwards", "total_forwards"}),
+    "selection.py --part scaling": (
+        set(),
+        {"part", "n", "ranks", "seconds", "peak_memory_gib", "selection_bytes_per_rank"},
+    ),
+    "selection.py --part quality": (
+        set(),
+        {"part", "features", "m", "agreement", "cost_forwards", "total_forwards"},
+    ),
     "selection.py --part training": (set(), {"part", "what"}),
-    "quickstart.py": ({"mean_accuracy_gain"}, {"method", "seed", "accuracy_before", "accuracy_after", "zods_bytes_per_step"}),
+    "quickstart.py": (
+        {"mean_accuracy_gain"},
+        {"method", "seed", "accuracy_before", "accuracy_after", "zods_bytes_per_step"},
+    ),
     "sst2.py --model SMOLLM2 --data DATA/sst2": (
         {"model"},
         {"stage", "ranks", "dtype", "evaluation", "first_step_s", "step_s", "peak_memory_mib"},
     ),
-    "anchor_memory.py": (set(), {"place", "parameters", "peak_rss_bytes", "added_bytes_per_parameter"}),
+    "anchor_memory.py": (
+        set(),
+        {"place", "parameters", "peak_rss_bytes", "added_bytes_per_parameter"},
+    ),
     "trajectory.py --part log": ({"log"}, set()),
     "trajectory.py --part whole replay": ({"whole", "replay"}, set()),
     "trajectory.py --part restart": ({"restart"}, set()),
-    "faults.py": (set(), {"fault", "phase", "rank", "outcome", "identical", "seconds"}),
-}  # fmt: skip
+    "faults.py": (
+        {"commit"},
+        {"cell", "fault", "kind", "struck", "exit_code", "outcome", "restarts", "identical"},
+    ),
+}
 DEFAULT = {"step_time.py", "kernel_speed.py", "trajectory.py --part log"}  # the others take minutes
-NOT_IN_THE_README = {"selection.py --part scaling"}  # its figures stand in benchmarks/results only
+NOT_IN_THE_README = {"selection.py --part scaling"}  # its figures are in benchmarks/results only
 
 
-def shown() -> set[str]:
-    """Commands in the last column of the README's table of figures."""
+def readme_commands() -> set[str]:
+    """The commands in the last column of the README's table of figures."""
     text = (REPOSITORY / "README.md").read_text()
     rows = re.findall(r"^\|.*\|([^|]*)\|$", text[text.index("## Figures") :], re.MULTILINE)
     quoted = {command for row in rows for command in re.findall(r"`([^`]+)`", row)}
@@ -58,14 +85,14 @@ def shown() -> set[str]:
 
 
 def test_every_command_of_the_readme_has_a_smoke_run():
-    assert shown() | NOT_IN_THE_README == set(SMOKE)
+    assert readme_commands() | NOT_IN_THE_README == set(SMOKE)
 
 
 def test_every_benchmark_is_in_the_readme():
     scripts = {
         path.name for path in FOLDER.glob("*.py") if "add_smoke_option(parser)" in path.read_text()
     } | {"anchor_memory.py"}
-    assert scripts == {command.split()[0] for command in shown()}
+    assert scripts == {command.split()[0] for command in readme_commands()}
 
 
 @pytest.mark.parametrize(
@@ -75,14 +102,15 @@ def test_every_benchmark_is_in_the_readme():
         for command in SMOKE
     ],
 )
-def test_a_benchmark_runs_at_its_smallest_size_and_prints_what_it_promises(
+def test_a_benchmark_runs_at_its_smallest_size_and_prints_the_promised_keys(
     command: str, tmp_path: Path
 ):
     script, *options = shlex.split(command)
     told = subprocess.run(
         [sys.executable, FOLDER / script, *options, "--smoke"],
         cwd=tmp_path,
-        # as a shell in which the environment is active: `deepspeed` is found beside this Python
+        # The path is that of a shell in which the environment is active: `deepspeed` is found
+        # beside this Python.
         env={
             **os.environ,
             **ENVIRONMENT,

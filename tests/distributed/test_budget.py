@@ -1,4 +1,4 @@
-"""What a run says or refuses about the size of its stack and the rank of its directions."""
+"""Messages about the size of a run's stack, and about the rank of its directions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.distributed.ranks import run_ranks
 from tests.helpers import LogTexts
 
 DIRECTIONS = 4
-ROWS = 4  # of a micro-batch on each of two ranks
+ROWS = 4  # rows of a micro-batch on each of two ranks
 
 
 def build(**arguments: Any) -> Any:
@@ -24,7 +24,10 @@ def build(**arguments: Any) -> Any:
 
 
 def rank_of_budgets() -> dict[str, Any]:
-    """The rows of each forward of a step, and its loss, by budget; and what too small a one says."""
+    """By budget, the rows of each forward of a step, and the step's loss.
+
+    Also the error message of a budget that is too small.
+    """
     found: dict[str, Any] = {}
     engine = build(stream_memory_gb=1e-9)
     try:
@@ -38,7 +41,7 @@ def rank_of_budgets() -> dict[str, Any]:
         hook = engine.module.register_forward_pre_hook(
             lambda _m, _a, kw, rows=rows: rows.append(len(kw["input_ids"])), with_kwargs=True
         )
-        # in the second and the third step the form is checked once more
+        # The second and the third step check the form once more.
         train(engine, opt_data(), range(3))
         rows.clear()
         (loss,) = train(engine, opt_data(), [3])
@@ -71,7 +74,7 @@ def test_a_budget_too_small_for_a_pair_says_what_a_pair_needs(budgets):
 
 
 def rank_of_ranks() -> list[str]:
-    """The warnings of a run with a rank that is above the smaller side of one of its matrices."""
+    """The warnings of a run whose rank is above the smaller side of one of its matrices."""
     said = LogTexts(level=logging.WARNING)
     engine = build(direction={"distribution": "low_rank", "rank": 19})
     train(engine, opt_data(), range(2))

@@ -1,5 +1,6 @@
-"""Save and resume, on as many ranks or another number; damaged checkpoints, crashes and full disks;
-the export.
+"""Checkpoints: save and load on the same or another number of ranks, and export.
+
+Also damaged checkpoints, crashes in a save, and full disks.
 """
 
 from __future__ import annotations
@@ -37,15 +38,15 @@ from tests.distributed.models import (
 from tests.distributed.ranks import run_ranks
 from tests.helpers import flip
 from zods.core.estimators import Term, Update
-from zods.training.checkpoint import newest_checkpoints
+from zods.training.checkpoint_files import newest_checkpoints
 
 BATCH = 12
 WARMUP = {
     "type": "WarmupLR",
     "params": {"warmup_max_lr": 2e-2, "warmup_num_steps": 12, "warmup_type": "linear"},
 }
-# name: arguments of `configuration`; each of these runs is saved in the middle of an epoch and of
-# an anchor's life
+# Arguments of `configuration` by name. Each of these runs is saved in the middle of an epoch, and
+# between two refreshes of the anchor.
 RUNS: dict[str, dict[str, Any]] = {
     "point stored": {"anchor": {"point": "cpu", "gradient": "cpu"}},
     "point on nvme": {"anchor": {"point": "nvme", "gradient": "nvme"}},
@@ -58,7 +59,7 @@ SECTION = {
     "eps": 1e-2,
     "lr": 2e-2,
     "anchor_interval": 5,
-    # so low that it acts at the end of every epoch but the first
+    # The threshold is so low that annealing acts at the end of every epoch but the first.
     "anneal": {
         "alpha": 3.0,
         "threshold": 1e-3,
@@ -78,8 +79,9 @@ def build(name: str, folder: Path, **changed: Any) -> Any:
 
 
 def apply_given(engine: Any) -> str:
-    """Three updates with given scalars, the stored anchor gradient among them; the digest of the
-    weights.
+    """Make three updates with given scalars, and return the digest of the weights.
+
+    The stored anchor gradient is a part of the updates.
     """
     for step in range(3):
         terms = (Term(2**64 - 5 - step, 1e-3), Term(99, -0.02 / (step + 1)))
@@ -113,7 +115,7 @@ def rank_of_resumers(folder: Path) -> dict[str, Any]:
     found = {}
     for name in RUNS:
         engine = build(name, folder)
-        engine.train_batch()  # something else before
+        engine.train_batch()  # a step that the loaded checkpoint has to undo
         _, client = engine.load_checkpoint(folder / name)
         found[name] = {"client": client, "loaded": state(engine)}
         found[name]["losses"] = [engine.train_batch() for _ in range(8)]
@@ -147,7 +149,9 @@ def resumed(request: pytest.FixtureRequest, saved: Any) -> tuple[int, dict[str, 
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_saved_on_two_ranks_stands_where_it_stood_on_one_two_and_three(saved, resumed, name):
+def test_a_checkpoint_of_two_ranks_restores_the_whole_state_on_one_two_and_three(
+    saved, resumed, name
+):
     before, after = saved[1][name], resumed[1][name]
     assert after["client"] == {"note": name}
     assert before["saved"]["step"] == 7
@@ -170,8 +174,9 @@ def test_the_next_batches_after_a_resume_are_the_same_examples(saved, resumed, n
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_resumed_run_goes_on_as_the_undisturbed_one(saved, resumed, name):
-    """On the same number of ranks to the bit; on another the losses differ by the rounding of other
-    sums.
+    """On the same number of ranks the results have the same bits.
+
+    On another number the losses differ by rounding, because sums are made in another order.
     """
     world_size, runs = resumed
     undisturbed, again = saved[1][name], runs[name]
@@ -179,7 +184,7 @@ def test_a_resumed_run_goes_on_as_the_undisturbed_one(saved, resumed, name):
         assert again["losses"] == undisturbed["losses"]
         assert again["end"] == undisturbed["end"]
         return
-    # 8 bits of mantissa in activations and losses; 24 bits
+    # bfloat16 activations and losses have a mantissa of 8 bits, float32 ones of 24 bits.
     tolerance = 0.05 if name == "bf16" else 1e-3
     np.testing.assert_allclose(again["losses"], undisturbed["losses"], rtol=tolerance)
     for key in ("step", "counters", "anchor step", "loader", "lr", "scheduler"):
@@ -209,7 +214,7 @@ def rank_of_movers(folder: Path, at: Path) -> dict[str, Any]:
     return found
 
 
-def test_a_checkpoint_moves_between_stages_and_anchor_places(saved, tmp_path):
+def test_a_checkpoint_loads_with_another_stage_and_another_anchor_storage(saved, tmp_path):
     folder, before = saved
     found = run_ranks(2, rank_of_movers, folder, tmp_path)[0]
     for move, (name, now, point, expected) in found.items():
@@ -219,7 +224,7 @@ def test_a_checkpoint_moves_between_stages_and_anchor_places(saved, tmp_path):
         for (
             key,
             value,
-            # taken back from the weights: within a few roundings of numbers below 2
+            # The point is computed from the weights: within a few roundings of numbers below 2.
         ) in expected.items():
             np.testing.assert_allclose(point[key], value, rtol=0, atol=8 * 2.0**-23)
 
@@ -243,7 +248,7 @@ def edit_state(folder: Path, **changes: Any) -> None:
 
 
 def rewrite(file: Path, change: Callable[[dict[str, Any], dict[str, str]], Any]) -> None:
-    """Write a file of tensors again, with tensors and metadata changed."""
+    """Write a file of tensors again with changed tensors and metadata."""
     tensors = load_file(file)
     with safe_open(file, framework="pt") as opened:
         metadata = opened.metadata()
@@ -391,15 +396,15 @@ def test_a_checkpoint_of_another_run_is_one_clear_error_on_all_ranks_and_changes
 
 
 def rank_of_interruptions(folder: Path) -> dict[str, Any]:
-    import zods.training.checkpoint
+    import zods.training.checkpoint_files
 
     engine = build("point stored", folder)
     engine.train_batch()
     engine.save_checkpoint(folder / "run")
     old = state(engine)
     found: dict[str, Any] = {}
-    original = zods.training.checkpoint.save_file
-    for tag in (None, "global_step1"):  # a new tag; and the one that `latest` names
+    original = zods.training.checkpoint_files.save_file
+    for tag in (None, "global_step1"):  # a new tag, then the tag that `latest` names
         engine.train_batch()
 
         def failing(tensors: Any, path: Any, metadata: Any) -> None:
@@ -408,10 +413,10 @@ def rank_of_interruptions(folder: Path) -> dict[str, Any]:
                 raise OSError(28, "No space left on device")
             original(tensors, path, metadata)
 
-        zods.training.checkpoint.save_file = failing
+        zods.training.checkpoint_files.save_file = failing
         with pytest.raises(OSError, match="No space left") as error:
             engine.save_checkpoint(folder / "run", tag=tag)
-        zods.training.checkpoint.save_file = original
+        zods.training.checkpoint_files.save_file = original
         found[str(tag)] = str(error.value)
         found[f"{tag} left"] = sorted(entry.name for entry in (folder / "run").iterdir())
         torch.distributed.barrier()
@@ -438,7 +443,7 @@ def test_an_interrupted_save_is_an_error_on_all_ranks_and_leaves_latest_on_the_o
 
 
 def rank_of_flips(folder: Path, at: Path) -> dict[str, Any]:
-    """What a load says of one flipped bit in each 7th byte of the files."""
+    """The errors of loads with one flipped bit, in each 7th byte of the files."""
     engine = build("point stored", at)
     engine.train_batch()
     before = state(engine)
@@ -497,7 +502,7 @@ def test_one_flipped_bit_anywhere_in_the_files_is_an_error_on_all_ranks_that_nam
 
 
 class WithScalar(Tiny):
-    """Its scalar has no element on the second of two ranks."""
+    """A model with a scalar parameter, whose shard on the second of two ranks is empty."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -519,7 +524,7 @@ def rank_of_empty_slices(folder: Path) -> tuple[int, str]:
     return elements, str(error.value)
 
 
-def test_the_fingerprint_of_a_slice_without_elements_is_verified_too(tmp_path):
+def test_the_fingerprint_of_an_empty_shard_is_verified_too(tmp_path):
     first, second = run_ranks(2, rank_of_empty_slices, tmp_path)
     assert first == second
     assert first[0] == 0
@@ -527,7 +532,7 @@ def test_the_fingerprint_of_a_slice_without_elements_is_verified_too(tmp_path):
 
 # --- crashes --------------------------------------------------------------------------------------
 
-# of `os`: where a crash is tried
+# The functions of `os` in which a crash is tried.
 STEPS_OF_A_SAVE = (
     "mkdir",
     "rename",
@@ -539,12 +544,13 @@ STEPS_OF_A_SAVE = (
 
 
 class Crash(BaseException):
-    """Nothing catches it, as nothing catches a power cut."""
+    """A crash that no code catches, as with a power cut."""
 
 
 def counted(monkeypatch: pytest.MonkeyPatch, crash_at: int | None) -> list[str]:
-    """The operations of `os` that change names or flush, as they come, with a Crash in place of
-    number `crash_at`.
+    """Record the operations of `os` that change names or flush.
+
+    crash_at: the number of the operation that is replaced by a Crash.
     """
     events: list[str] = []
 
@@ -578,7 +584,7 @@ def rank_of_crashes(folder: Path) -> dict[str, Any]:
     engine.train_batch()
     states[3] = state(engine)
     found = {}
-    for tag in ("global_step3", "global_step2"):  # a new one; the one that `latest` names
+    for tag in ("global_step3", "global_step2"):  # a new tag, then the tag that `latest` names
         for crash_at in range(1000):
             run = folder / f"{tag}-{crash_at}"
             shutil.copytree(folder / "before", run)
@@ -600,7 +606,7 @@ def rank_of_crashes(folder: Path) -> dict[str, Any]:
             assert loaded[0] in (2, 3)
             assert loaded[1:] == sorted(loaded[1:], reverse=True)
             assert loaded[0] in loaded[1:]
-            twin.save_checkpoint(run)  # goes on, and cleans up
+            twin.save_checkpoint(run)  # the run continues, and cleans up
             left = [entry.name for entry in run.iterdir()]
             assert not [
                 name for name in left if name.startswith(".") and name != ".latest.partial"
@@ -612,13 +618,14 @@ def rank_of_crashes(folder: Path) -> dict[str, Any]:
     return found
 
 
-def test_a_crash_at_any_moment_of_a_save_leaves_only_whole_checkpoints_and_a_latest_that_loads(
+def test_a_crash_at_any_moment_of_a_save_leaves_whole_checkpoints_and_a_latest_that_loads(
     tmp_path,
 ):
     (found,) = run_ranks(1, rank_of_crashes, tmp_path)
     for tag, events in found.items():
         assert len(events) > 15, tag
-        # what has reached the disk before which name: a power cut loses what is not flushed
+        # Check that each file is flushed before it gets its name: a power cut loses data that are
+        # not flushed.
         files = {
             f"fsync {role}-rank00000-of-00001.safetensors"
             for role in ("parameters", "anchor_point")
@@ -651,7 +658,7 @@ def rank_of_keepers(folder: Path) -> dict[str, Any]:
     def names() -> list[str]:
         torch.distributed.barrier()
         found = sorted(entry.name for entry in run.iterdir())
-        torch.distributed.barrier()  # before the next save begins
+        torch.distributed.barrier()  # all ranks have looked before the next save begins
         return found
 
     if engine.global_rank == 0:
@@ -681,7 +688,7 @@ def rank_of_keepers(folder: Path) -> dict[str, Any]:
     # older than the newest of the same step
     engine.save_checkpoint(run, "global_step3", {}, keep=1)
     found["one"] = names()
-    # what cannot be removed does not fail the save, and is no checkpoint
+    # A folder that cannot be removed does not make the save fail, and is not a checkpoint.
     original = shutil.rmtree
 
     def failing(path: Path, ignore_errors: bool = False) -> None:
@@ -744,7 +751,7 @@ def rank_of_full_disks(folder: Path, drive: Path | None) -> list[Any]:
     engine.train_batch()
     found: list[Any] = []
     filler, limits = run.parent / "filler", resource.getrlimit(resource.RLIMIT_FSIZE)
-    for pages in range(12):  # that are left; a save needs a page for each of six files
+    for pages in range(12):  # the pages that are left; a save needs one for each of six files
         torch.distributed.barrier()
         if drive is None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (600 * pages, limits[1]))
@@ -784,7 +791,7 @@ def drive(tmp_path: Path) -> Iterator[Path | None]:
 
 
 @pytest.mark.parametrize("limit", ["drive", "file size"])
-def test_a_full_disk_is_an_error_on_all_ranks_and_what_was_saved_before_stays_good(
+def test_a_full_disk_is_an_error_on_all_ranks_and_earlier_checkpoints_stay_whole(
     tmp_path, drive, limit
 ):
     if limit == "drive" and drive is None:
@@ -811,7 +818,7 @@ def rank_of_exports(folder: Path) -> dict[str, Any]:
             engine = zods.initialize(model=tiny_opt(), config=config)[0]
             train(engine, opt_data(), range(3))
             engine.save_pretrained(folder / f"{bf16}-{stage}")
-            train(engine, opt_data(), range(1))  # the engine goes on
+            train(engine, opt_data(), range(1))  # the engine can continue
             twin = zods.initialize(model=tiny_opt(), config=config)[0]
             train(twin, opt_data(), range(3))
             found[bf16, stage] = sha256(whole(twin))

@@ -1,5 +1,7 @@
-"""The form of evaluation: chosen on a few examples, compared again on later batches, and left where
-it does not fit.
+"""The choice of the form of evaluation.
+
+The form is chosen on a few examples and compared again on later batches. A form that does not fit
+is left.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ POINTS = [Point(5, 0.01), Point(5, -0.01)]
 
 
 class PenaltyForAWord(awkward.Classifier):
-    """Its loss has a term that only batches with a certain word show."""
+    """A model whose loss has a further term for batches with a certain word."""
 
     def forward(self, ids: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
         outputs = super().forward(ids, labels)
@@ -48,7 +50,7 @@ class ClassWeights(awkward.Classifier):
 
 
 class Experts(awkward.Classifier):
-    """Each example goes to one expert, and experts without examples are not called."""
+    """A model that sends each example to one expert. Experts without examples are not called."""
 
     def build(self) -> None:
         self.router = nn.Linear(awkward.WIDTH, 4)
@@ -64,7 +66,7 @@ class Experts(awkward.Classifier):
 
 
 class AsOftenAsNeeded(awkward.Classifier):
-    """Goes on until its state is large enough, which is decided for the whole batch."""
+    """A model that repeats a layer until the state of the whole batch is large enough."""
 
     def body(self, x: Tensor) -> Tensor:
         for _ in range(8):
@@ -75,14 +77,14 @@ class AsOftenAsNeeded(awkward.Classifier):
 
 
 class Noisy(awkward.Classifier):
-    """Draws random numbers in eval mode."""
+    """A model that draws random numbers in eval mode."""
 
     def body(self, x: Tensor) -> Tensor:
         return super().body(x + 0.1 * torch.randn_like(x))
 
 
 def chaotic() -> nn.Module:
-    """A Gemma whose norms have large weights, so that rounding errors grow from layer to layer."""
+    """A Gemma whose norms have large weights, so that rounding errors grow with each layer."""
     torch.manual_seed(0)
     shape = {
         "hidden_size": 64,
@@ -122,8 +124,9 @@ def without_word(batch: dict[str, Tensor], word: int = 39) -> dict[str, Tensor]:
 
 
 def said_by(engine: Any, batches: list[Any]) -> dict[str, Any]:
-    """The largest relative error of a batch's losses, the forms that they were evaluated in, and
-    what was said.
+    """Evaluate batches, in the form chosen and in separate forwards.
+
+    Returns the largest relative error of the losses, the forms of evaluation, and the messages.
     """
     said, logger = LogTexts(), logging.getLogger("zods")
     logger.setLevel(logging.INFO)
@@ -158,7 +161,7 @@ def later() -> dict[str, Any]:
     return run_ranks(1, rank_of_later_batches)[0]
 
 
-def test_a_term_of_the_loss_that_a_later_batch_shows_is_noticed_and_said_once(later):
+def test_a_term_of_the_loss_that_only_a_later_batch_has_is_reported_once(later):
     found = later["penalty"]
     assert found["forms"][:2] == ["stacked", "lockstep"]
     assert max(found["errors"]) < 1e-5
@@ -172,20 +175,20 @@ def test_class_weights_are_noticed_though_the_first_batch_holds_one_class(later)
     assert max(found["errors"]) < 1e-5
 
 
-def test_experts_that_are_called_as_the_router_says_have_each_point_s_own_loss(later):
+def test_routed_experts_give_each_point_its_own_loss(later):
     found = later["experts"]
     assert found["forms"][-1] == "sequential"
     assert max(found["errors"]) < 1e-5
     assert sum("sequential" in text for text in found["said"]) == 1
 
 
-def test_a_model_that_branches_on_what_its_weights_make_is_not_stacked(later):
-    """In a stack its decision would be about all points together."""
+def test_a_model_that_branches_on_its_activations_is_not_stacked(later):
+    """In a stack the model would decide once for all points together."""
     assert "stacked" not in later["adaptive"]["forms"]
     assert max(later["adaptive"]["errors"]) < 1e-5
 
 
-def test_a_model_that_is_random_in_eval_mode_is_called_so(later):
+def test_a_model_that_is_random_in_eval_mode_is_reported(later):
     (text,) = [text for text in later["noisy"]["said"] if "random" in text]
     assert "random in eval mode" in text
     assert later["noisy"]["forms"] == ["sequential"]
@@ -208,8 +211,9 @@ def rank_of_chaos() -> dict[str, str]:
 
 
 def test_a_chaotic_model_is_stacked_where_only_rounding_errors_tell_it_from_separate_forwards():
-    """What mixes examples is refused at any distance of the points, for rounding errors do not
-    explain it.
+    """A model that mixes examples is refused even for points that are far apart.
+
+    Rounding errors do not explain its difference.
     """
     (found,) = run_ranks(1, rank_of_chaos)
     refused = "chaotic, rounding not allowed for"
@@ -232,7 +236,7 @@ def rank_of_modes() -> dict[str, list[float]]:
     return found
 
 
-def test_dropout_is_off_in_a_step_whatever_mode_the_model_was_put_in():
+def test_dropout_is_off_in_a_step_in_either_mode_of_the_model():
     (found,) = run_ranks(1, rank_of_modes)
     assert found["nobody"] == found["user"] == found["user, in a part"]
 
@@ -252,7 +256,7 @@ def test_a_model_can_be_given_to_another_engine_when_the_first_is_closed():
     assert not wrapped
 
 
-def test_the_first_examples_are_taken_of_a_dict_of_tensors_with_a_row_for_each():
+def test_the_first_examples_are_taken_from_a_dict_of_tensors_with_a_row_per_example():
     rows = {"ids": torch.arange(12).view(6, 2), "labels": torch.arange(6), "use_cache": False}
     cut = first_examples(rows, 4)
     assert torch.equal(cut["ids"], rows["ids"][:4])
@@ -280,13 +284,15 @@ def rank_of_zero_gradients() -> list[str]:
     return [text for text in said.texts if "exactly 0" in text]
 
 
-def test_a_projected_gradient_of_exactly_0_is_said_once():
+def test_a_projected_gradient_of_exactly_0_is_reported_once():
     assert [len(said) for said in run_ranks(2, rank_of_zero_gradients)] == [1, 0]
 
 
 def rank_of_a_rank_that_leaves_the_form() -> dict[str, Any]:
-    """Experts whose router may send a rank's examples elsewhere at different points, while the
-    other rank's stay together.
+    """Steps with experts that stop fitting the stacked form on one rank.
+
+    At different points the router may send this rank's examples to different experts. It keeps the
+    other rank's examples together.
     """
     engine = engine_of(Experts(), stage=0, agreement_interval=1, eps=0.1)
     rank, forms = torch.distributed.get_rank(), []
@@ -299,14 +305,14 @@ def rank_of_a_rank_that_leaves_the_form() -> dict[str, Any]:
     return {"forms": forms, "head": engine.trajectory.head}
 
 
-def test_a_form_that_a_later_batch_of_one_rank_does_not_fit_is_left_by_all_ranks_together():
+def test_all_ranks_leave_a_form_together_that_does_not_fit_a_later_batch_of_one_rank():
     first, second = run_ranks(2, rank_of_a_rank_that_leaves_the_form)
     assert first == second
     assert first["forms"][0] != first["forms"][-1] == "sequential"
 
 
-def rank_of_hooks_of_a_later_day() -> list[float]:
-    """Steps before and after a hook that uses a parameter of its module was registered."""
+def rank_of_later_hooks() -> list[float]:
+    """The steps before and after a hook is registered that uses a parameter of its module."""
     model = awkward.Classifier()
     model.block.extra = nn.Parameter(torch.randn(awkward.WIDTH))
     for name, param in model.named_parameters():
@@ -322,7 +328,7 @@ def rank_of_hooks_of_a_later_day() -> list[float]:
 
 
 def test_a_hook_that_is_registered_between_steps_sees_perturbed_parameters():
-    (slopes,) = run_ranks(1, rank_of_hooks_of_a_later_day)
+    (slopes,) = run_ranks(1, rank_of_later_hooks)
     assert slopes[0] == 0.0
     assert all(slopes[1:])
 

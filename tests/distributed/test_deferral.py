@@ -1,5 +1,6 @@
-"""Offloaded parameters: how often each is read and written in a step, and that an update which
-waits is never missed.
+"""Offloaded parameters: the reads and writes of a step, and deferred updates.
+
+A deferred update must never be missed by a reader of the parameters.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from tests.distributed.models import Wide, collate, configuration, sha256, train
 from tests.distributed.ranks import run_ranks
 
 OFFLOADS = ("cpu", "nvme")
-# not on NVMe: DeepSpeed 0.19.8 fails in the forward, with parameters of another dtype
+# Not on NVMe: DeepSpeed 0.19.8 fails in the forward, with parameters of another dtype.
 KEPT = "kept gathered"
 RUNS: dict[str, dict[str, Any]] = {
     "mezo": {},
@@ -74,12 +75,12 @@ class Counting:
 
 
 def rank_of_counts(folder: Path) -> dict[str, list[tuple[list[int], list[int]]]]:
-    """Reads and writes in each of three steps, of the files of the weights in use."""
+    """The reads and writes of the weights' files in each of three steps."""
     found = {}
     for name in ("mezo", "rademacher, decay, bfloat16", "low rank", "in lockstep", "svrg, terms"):
         arguments = {**RUNS[name], "anchor_interval": 100} if "svrg" in name else RUNS[name]
         engine = build("nvme", folder / name, **arguments)
-        train(engine, wide_data(), range(5))  # in steps 1, 2 and 4 the form is checked once more
+        train(engine, wide_data(), range(5))  # steps 1, 2 and 4 check the form once more
         weights = [layer.weight for layer in engine.module.layers]
         swapper = weights[0].nvme_swapper
         paths = [swapper.get_path(weight) for weight in weights]
@@ -109,7 +110,7 @@ def test_a_parameter_on_nvme_is_read_once_and_written_once_per_step(tmp_path, wo
 
 
 def seen_by_readers(engine: Any, folder: Path) -> dict[str, Any]:
-    """What each reader of the parameters finds, right after a step."""
+    """The results of each reader of the parameters, right after a step."""
     data, found = wide_data(), {}
 
     def step() -> None:
@@ -161,20 +162,20 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, A
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_offloaded_parameters_end_at_the_same_bits_whoever_reads_them(runs, name):
+def test_offloaded_parameters_have_the_same_bits_for_every_reader(runs, name):
     for rank in runs:
         plain = rank[name]["none"]
         assert plain[3]["loaded"] == plain[3]["saved"] != plain[1]
         assert all(found == plain for found in rank[name].values()), name
 
 
-def test_an_update_waits_where_parameters_are_offloaded(tmp_path):
-    (waiting,) = run_ranks(1, rank_of_waiting, tmp_path)
+def test_an_update_is_deferred_where_parameters_are_offloaded(tmp_path):
+    (waiting,) = run_ranks(1, rank_of_deferred_update, tmp_path)
     assert waiting == {"none": False, "cpu": True, "nvme": True}
 
 
-def rank_of_waiting(folder: Path) -> dict[str, bool]:
-    """Whether what is stored is still that of before the step."""
+def rank_of_deferred_update(folder: Path) -> dict[str, bool]:
+    """Whether the stored bytes are still those of before the step."""
     found = {}
     for offload in ("none", "cpu", "nvme"):
         engine = build(offload, folder / offload)
@@ -182,7 +183,7 @@ def rank_of_waiting(folder: Path) -> dict[str, bool]:
         def stored(engine: Any = engine) -> dict[str, Tensor]:
             return {
                 shard.name: local.clone()
-                for shard, local in engine.sharded_parameters.visit(write=False)
+                for shard, local in engine.sharded_parameters.iterate_with_read_ahead(write=False)
             }
 
         zods.params.zero3_adapter.release_gathered(engine.deepspeed)

@@ -1,8 +1,7 @@
-"""Under torch's elastic agent: a rank that dies is started again with the others, and the run ends
-as if nothing had been.
+"""A run under torch's elastic agent: a dead rank is started again with the others.
 
-DeepSpeed 0.19.8 has no elastic agent any more ("Elastic training has been removed"); torchrun is
-what there is.
+The run ends as the undisturbed one. DeepSpeed 0.19.8 has no elastic agent any more ("Elastic
+training has been removed"), so torchrun is used.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ CONFIG = {
         "anchor": {"point": "terms", "gradient": "cpu"},
     },
 }
-# Runs zods.finetune, and where the marker is not there yet, kills this process, rank 1, before the
-# third step's record.
+# Runs zods.finetune. If the marker does not exist, rank 1 makes it and kills itself before the
+# record of the third step.
 DYING = """
 import os, runpy, signal, sys
 from pathlib import Path
@@ -60,8 +59,8 @@ def torchrun(folder: Path, output: str, marker: Path, nproc: int = 2) -> str:
     )
     command = [sys.executable, "-m", "torch.distributed.run", *elastic]
     command += [str(folder / "dying.py"), str(marker), *options]
-    # torch 2.13 otherwise gives a second start the store of the first, with the addresses of its
-    # ranks in it
+    # Without this variable torch 2.13 gives the second start the store of the first one, which
+    # still has the addresses of the first start's ranks.
     variables = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "TMPDIR": str(folder)}
     code, said = run_command(command, folder, **variables)
     assert code == 0, said[-4000:]
@@ -78,7 +77,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_torchs_agent_starts_a_dead_rank_again_and_the_run_ends_as_if_nothing_had_been(folder):
+def test_torchs_agent_starts_a_dead_rank_again_and_the_run_ends_as_the_undisturbed_one(folder):
     (folder / "never").touch()
     torchrun(folder, "undisturbed", folder / "never")
     said = torchrun(folder, "disturbed", folder / "once")

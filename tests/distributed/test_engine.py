@@ -1,4 +1,4 @@
-"""Real steps on two ranks against the dense reference, and the face of the engine."""
+"""Real steps on two ranks against the dense reference, and the engine's interface."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.distributed.models import (
     collate,
     configuration,
     global_batch,
-    local_slices,
+    local_shards,
     numpy_of,
     opt_data,
     sha256,
@@ -54,7 +54,7 @@ STORAGES = [
     ("device", "cpu"),
     ("nvme", "device"),
 ]
-# name: (model, arguments of `configuration`)
+# (model, arguments of `configuration`) by name
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mezo": ("tiny", {**COMMON, "method": "mezo"}),
     "mezo-stage-0": ("tiny", {**COMMON, "method": "mezo", "stage": 0}),
@@ -147,7 +147,7 @@ def rank_of_cases(folder: Path) -> dict[str, Any]:
             "before": numpy_of(before),
             "after": numpy_of(whole(engine)),
             "losses": losses,
-            "slices": [shard.name for shard in engine.sharded_parameters],
+            "shards": [shard.name for shard in engine.sharded_parameters],
             "refreshed": engine.anchor_step,
             "training": any(module.training for module in engine.module.modules()),
         }
@@ -162,7 +162,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 def dense_run(name: str) -> tuple[DenseReference, list[float]]:
-    """Twenty steps of the reference in float64 from the same float32 parameters."""
+    """Make twenty steps of the reference in float64, from the same float32 parameters."""
     kind, arguments = CASES[name]
     make, make_data = MODELS[kind]
     model, data = make(), make_data()
@@ -184,11 +184,14 @@ def dense_run(name: str) -> tuple[DenseReference, list[float]]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_twenty_steps_agree_with_the_dense_reference(cases, name):
-    """Tolerance. The reference is float64, a float32 loss of size L is wrong by a few units in the
-    last place, 2^-23 L; a projected gradient by that over 2 eps. A step moves an element by lr |z|
-    times it, |z| < 4, for the evaluations at theta and at the anchor. The float32 additions to a
-    parameter of size 1 round by 2^-24 each, and nothing amplifies these in so few steps. Times 8
-    for errors that add up in the forward: still 100 times below how far an element moves.
+    """Compare within a tolerance that rounding explains.
+
+    The reference is float64. A float32 loss of size L has an error of a few units in the last
+    place, 2^-23 L. A projected gradient has that error over 2 eps. A step moves an element by lr
+    |z| times the projected gradient, |z| < 4, for the evaluations at theta and at the anchor. The
+    float32 additions to a parameter of size 1 round by 2^-24 each, and nothing amplifies these
+    errors in so few steps. A factor of 8 allows for errors that add up in the forward. The
+    tolerance is still 100 times below the distance that an element moves.
     """
     dense, dense_losses = dense_run(name)
     arguments = CASES[name][1]
@@ -206,17 +209,17 @@ def test_twenty_steps_agree_with_the_dense_reference(cases, name):
         np.testing.assert_allclose(found["losses"], dense_losses, rtol=0, atol=40 * tolerance)
 
 
-def test_a_frozen_parameter_keeps_its_bits_and_has_no_slice(cases):
+def test_a_frozen_parameter_keeps_its_bits_and_has_no_shard(cases):
     for name, (kind, _) in CASES.items():
         for rank in cases:
             if kind == "tiny":
                 found = rank[name]
-                assert not any("frozen" in shard for shard in found["slices"])
+                assert not any("frozen" in shard for shard in found["shards"])
                 for key in ("frozen.weight", "frozen.bias"):
                     assert np.array_equal(found["before"][key], found["after"][key])
 
 
-def test_a_tied_head_has_one_slice_and_moves(cases):
+def test_a_tied_head_has_one_shard_and_moves(cases):
     for name, key in (
         ("svrg-cpu-cpu", "embed.weight"),
         ("opt-mezo", "model.decoder.embed_tokens.weight"),
@@ -226,7 +229,7 @@ def test_a_tied_head_has_one_slice_and_moves(cases):
             assert (
                 sum(
                     shard.endswith(("head.weight", "embed.weight", "embed_tokens.weight"))
-                    for shard in found["slices"]
+                    for shard in found["shards"]
                 )
                 == 1
             )
@@ -278,8 +281,8 @@ def test_accumulated_micro_batches_are_one_big_batch():
     one, three = run_ranks(2, rank_of_accumulation)[0]
     assert (one[0], three[0]) == (5, 5)
     assert three[1] == 15
-    # the losses are means over other groups of examples: they differ by float32 rounding, and so
-    # does what follows
+    # The losses are means over other groups of examples. They differ by float32 rounding, and so do
+    # the parameters.
     np.testing.assert_allclose(one[2], three[2], rtol=1e-5)
     for key, value in one[3].items():
         np.testing.assert_allclose(value, three[3][key], rtol=0, atol=1e-4)
@@ -293,7 +296,7 @@ def test_accumulated_micro_batches_are_one_big_batch():
 
 
 class Announced(nn.Module):
-    """A model whose loss is what the batch says: the mean of `losses`, whatever the parameters."""
+    """A model whose loss is given by the batch: the mean of `losses`, for any parameters."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -330,7 +333,8 @@ def rank_of_schedules(folder: Path) -> dict[str, Any]:
         found["lrs"].append(engine.last_step.lr)
         found["moved"].append(not torch.equal(before, whole(engine)["embed.weight"]))
 
-    # three epochs of two steps, the second one worse than the first, the third as the second
+    # Three epochs of two steps. The losses of the second epoch are higher than those of the first;
+    # the third epoch has the losses of the second.
     data = announced(*[1.0] * 16)
     anneal = {"alpha": 4.0, "threshold": 1.05}
     config = configuration(BATCH, method="mezo", lr=0.5, anneal=anneal)
@@ -348,7 +352,7 @@ def rank_of_schedules(folder: Path) -> dict[str, Any]:
 def test_scheduler_annealing_and_monitor_follow_the_steps(tmp_path):
     first, second = run_ranks(2, rank_of_schedules, tmp_path)
     assert first == second
-    # DeepSpeed's scheduler on its own
+    # the expected values, by DeepSpeed's scheduler alone
     bare = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.5)
     scheduler = WarmupLR(
         bare, warmup_min_lr=0.0, warmup_max_lr=0.5, warmup_num_steps=4, warmup_type="linear"
@@ -362,8 +366,8 @@ def test_scheduler_annealing_and_monitor_follow_the_steps(tmp_path):
     assert first["moved"] == [lr > 0 for lr in expected], (
         "a step moves the parameters by the scheduler's step size"
     )
-    # the third epoch's mean is above 1.05 times the second's, and only that one's; it acts from its
-    # end on
+    # Only the third epoch's mean is above 1.05 times the mean of the epoch before it. Annealing
+    # acts from the end of that epoch on.
     assert first["annealed"] == pytest.approx([0.5] * 5 + [0.125] * 3)
     rows = {f.stem: list(csv.reader(f.open())) for f in (tmp_path / "run").glob("*.csv")}
     losses = next(rows[stem] for stem in rows if stem.endswith("loss"))[1:]
@@ -384,7 +388,7 @@ def rank_of_nonfinite_losses() -> dict[str, Any]:
 
     def step(bad: bool) -> None:
         original = engine.module.frozen.bias
-        if bad and rank == 1:  # one rank's loss is enough
+        if bad and rank == 1:  # a non-finite loss on one rank is enough
             hook = engine.module.register_forward_hook(
                 lambda *io: {k: v + math.inf for k, v in io[-1].items()}
             )
@@ -414,7 +418,7 @@ def rank_of_nonfinite_losses() -> dict[str, Any]:
     return found
 
 
-def test_a_step_with_a_non_finite_loss_on_one_rank_is_skipped_and_counted_and_some_in_a_row_are_an_error():
+def test_a_step_with_a_non_finite_loss_on_one_rank_is_skipped_and_several_in_a_row_are_an_error():
     first, second = run_ranks(2, rank_of_nonfinite_losses)
     assert first["same bits"] and second["same bits"]  # noqa: PT018
     assert first["counted"] == second["counted"] == (2, 3, True)
@@ -424,10 +428,10 @@ def test_a_step_with_a_non_finite_loss_on_one_rank_is_skipped_and_counted_and_so
     assert "max_nonfinite_steps" in first["error"]
 
 
-# --- the face of the engine -----------------------------------------------------------------------
+# --- the engine's interface -----------------------------------------------------------------------
 
 
-def rank_of_faces() -> dict[str, Any]:
+def rank_of_interface() -> dict[str, Any]:
     found: dict[str, Any] = {}
     data = tiny_data()
     config = configuration(BATCH, method="mezo", agreement_interval=3, **COMMON)
@@ -437,7 +441,7 @@ def rank_of_faces() -> dict[str, Any]:
     found["tuple"] = (len(loader), scheduler is None, optimizer.param_groups[0]["lr"])
     batch = collate(data[:4])
 
-    # another loss than the forward's
+    # a loss that is not the forward's
     loss = engine(batch)
     for wrong in (loss * 2, loss.clone(), torch.tensor(1.0)):
         with pytest.raises(ValueError, match="not the loss"):
@@ -448,7 +452,7 @@ def rank_of_faces() -> dict[str, Any]:
     with pytest.raises(RuntimeError, match=r"without engine\.backward"):
         engine.step()
 
-    # eval mode
+    # In eval mode the model's own output is returned.
     at = whole(engine)
     alone = Tiny()
     alone.load_state_dict({**alone.state_dict(), **at}, strict=True)
@@ -459,14 +463,14 @@ def rank_of_faces() -> dict[str, Any]:
     engine.train()
     found["eval"] = torch.equal(outputs["logits"], expected["logits"])
 
-    # eval_batch: the mean over all ranks' batches
+    # eval_batch returns the mean over the batches of all ranks.
     halves = [collate(data[:4]), collate(data[4:8])]
     value = engine.eval_batch(iter([halves[engine.global_rank]]))
     with torch.no_grad():
         found["eval_batch"] = (value, alone(**collate(data[:8]))["loss"].item())
     found["unchanged"] = sha256(at) == sha256(whole(engine))
 
-    # train_batch does what the three lines do
+    # train_batch is equal to the three lines.
     twin, _, twin_loader, _ = zods.initialize(model=Tiny(), config=config, training_data=data)
     own = zods.initialize(model=Tiny(), config=config, training_data=data)[0]
     losses = []
@@ -479,7 +483,7 @@ def rank_of_faces() -> dict[str, Any]:
     found["train_batch"] = (losses, [own.train_batch() for _ in losses])
     found["twins"] = sha256(whole(twin)) == sha256(whole(own))
 
-    # a rank that applied something else
+    # One rank has applied another update.
     if engine.global_rank == 1:
         engine.trajectory.head = "something else"
     train(engine, data, [0])
@@ -491,8 +495,8 @@ def rank_of_faces() -> dict[str, Any]:
     return found
 
 
-def test_the_engine_has_the_face_of_deepspeeds_and_refuses_what_would_have_no_effect():
-    first, second = run_ranks(2, rank_of_faces)
+def test_the_engine_has_deepspeeds_interface_and_refuses_calls_without_effect():
+    first, second = run_ranks(2, rank_of_interface)
     for found in (first, second):
         assert found["tuple"] == (3, True, COMMON["lr"])
         assert not found["requires_grad"]
@@ -508,10 +512,11 @@ def test_the_engine_has_the_face_of_deepspeeds_and_refuses_what_would_have_no_ef
 
 
 def stored(engine: Any) -> list[str]:
-    """Digests of what lies on this rank, the padding too, of its slices, and of the whole as
-    gathered.
+    """Digests of the bytes that this rank stores.
+
+    They are taken of the storage with its padding, of the shards, and of the gathered parameters.
     """
-    return [stored_digest(engine), sha256(local_slices(engine)), sha256(whole(engine))]
+    return [stored_digest(engine), sha256(local_shards(engine)), sha256(whole(engine))]
 
 
 def rank_of_evaluations(folder: Path) -> list[tuple[str, int, list[str], list[str]]]:
@@ -578,7 +583,7 @@ def test_only_the_given_model_parameters_are_trained():
         assert {name for name, yes in moved.items() if yes} == {"hidden.weight", "norm.bias"}
 
 
-def test_the_installed_deepspeed_is_one_the_adapter_was_read_in():
+def test_the_adapter_was_written_for_the_installed_deepspeed():
     assert deepspeed.__version__.startswith("0.19"), (
-        "read zods/sharding.py against this version, then raise this line"
+        "read zods/params/zero3_adapter.py against this version, then raise this line"
     )

@@ -1,4 +1,4 @@
-"""Loops written for DeepSpeed's engine and for Hugging Face models run on the engine as they are."""
+"""Loops written for DeepSpeed's engine and for Hugging Face models run on the engine unchanged."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.distributed.models import (
     collate,
     configuration,
     global_batch,
-    local_slices,
+    local_shards,
     numpy_of,
     sha256,
     tiny_data,
@@ -87,7 +87,7 @@ def rank_of_loop(stage: int) -> dict[str, Any]:
     found["names"] = [name for name, _ in engine.named_parameters()] == [
         n for n, _ in Tiny().named_parameters()
     ]
-    found["face"] = (
+    found["interface"] = (
         engine.train_batch_size(),
         engine.zero_optimization_stage(),
         engine.global_steps,
@@ -120,7 +120,7 @@ def test_a_loop_on_outputs_trains_as_the_three_lines_do(ranks: int, stage: int):
         assert found["weights"] == found["expected"]
         assert all(isinstance(loss, float) for loss in found["losses"])
         assert found["names"]
-        assert found["face"] == (BATCH, stage, 3, None, SECTION["lr"], True, True, False, None)
+        assert found["interface"] == (BATCH, stage, 3, None, SECTION["lr"], True, True, False, None)
         expected = found["expected state"] if rank == 0 else {}
         assert list(found["state"]) == list(expected)
         assert all((found["state"][name] == expected[name]).all() for name in expected)
@@ -182,7 +182,7 @@ def rank_of_probes(stage: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("ranks", "stage"), RANKS)
-def test_a_forward_that_no_backward_follows_is_no_part_of_a_step(ranks: int, stage: int):
+def test_a_forward_without_a_backward_is_not_part_of_a_step(ranks: int, stage: int):
     for found in run_ranks(ranks, rank_of_probes, stage):
         for name in ("mezo", "svrg"):
             assert found[name, True] == found[name, False]
@@ -194,7 +194,7 @@ def test_a_forward_that_no_backward_follows_is_no_part_of_a_step(ranks: int, sta
 
 
 def rank_of_two_forwards(stage: int) -> dict[str, Any]:
-    """Steps with two forwards before each backward, and plain ones on the second one's batches."""
+    """Steps with two forwards before each backward, and plain steps on the second batches."""
     engine, plain = (build(Tiny(), stage=stage, agreement_interval=1) for _ in range(2))
     errors = []
     for step in range(3):
@@ -212,7 +212,10 @@ def rank_of_two_forwards(stage: int) -> dict[str, Any]:
 def test_of_two_forwards_before_one_backward_only_the_second_can_become_the_step(
     ranks: int, stage: int
 ):
-    refused = "ValueError: engine.backward(loss): this is not the loss that the last engine(batch) returned"
+    refused = (
+        "ValueError: engine.backward(loss): this is not the loss that the last engine(batch) "
+        "returned"
+    )
     for found in run_ranks(ranks, rank_of_two_forwards, stage):
         assert [text.partition(", or")[0] for text in found["errors"]] == [
             refused,
@@ -227,9 +230,10 @@ def test_of_two_forwards_before_one_backward_only_the_second_can_become_the_step
 
 
 def rank_of_successors(stage: int) -> dict[int, tuple[str, str, float]]:
-    """Three steps of a second engine on a first one's model, and of an engine on an equal model.
+    """Compare a second engine on a first one's model with an engine on an equal model.
 
-    By the number of steps that the second engine made before the first one was closed.
+    Returns the results of three steps, by the number of steps that the second engine made before
+    the first one was closed.
     """
     found = {}
     for closed_before in (0, 1, 3):
@@ -290,7 +294,7 @@ def test_a_second_engine_on_a_model_with_hooks_is_refused_while_the_first_is_ope
 
 
 class Masked(nn.Module):
-    """A language model that is called by position, and by keyword for what is seldom given."""
+    """A language model that is called by position, and by keyword for rare arguments."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -343,7 +347,7 @@ def test_positions_and_keywords_together_reach_the_model_in_training_and_evaluat
 
 
 class Odd(nn.Module):
-    """Parameters without dimensions, transposed and expanded ones."""
+    """A model with parameters that have no dimensions, are transposed or are expanded."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -377,7 +381,7 @@ def rank_of_odd_parameters(folder: Path, stage: int) -> dict[str, Any]:
     weights = whole(engine)
     return {
         "weights": numpy_of(weights),
-        "loaded": sha256(local_slices(twin)) == sha256(local_slices(engine)),
+        "loaded": sha256(local_shards(twin)) == sha256(local_shards(engine)),
         "shapes": {name: tuple(value.shape) for name, value in weights.items()},
     }
 
@@ -429,7 +433,7 @@ def test_a_compiled_model_trains_as_the_plain_one():
 
 
 def trained(engine: Any) -> str:
-    """The values of Tiny's trained parameters; a checkpoint has no frozen ones."""
+    """The values of Tiny's trained parameters. A checkpoint has no frozen ones."""
     weights = whole(engine)
     return sha256(
         {name: value for name, value in weights.items() if "frozen" not in name and name != "extra"}

@@ -1,6 +1,4 @@
-"""The losses of several points by the form of evaluation that "auto" chooses are those of separate
-forwards.
-"""
+"""The losses of several points, in the form that "auto" chooses, are those of separate forwards."""
 
 from __future__ import annotations
 
@@ -23,13 +21,13 @@ DIRECTIONS: dict[str, Any] = {
     "rank 1": {"distribution": "low_rank", "rank": 1},
     "rank 3": {"distribution": "low_rank", "rank": 3},
 }
-BATCHES: dict[str, Callable[[str], Any]] = {  # the first is what the form is chosen on
+BATCHES: dict[str, Callable[[str], Any]] = {  # The form is chosen on the first batch.
     "first": zoo_batch,
     "padded": functools.partial(zoo_batch, padded=True, seed=1),
     "longer": functools.partial(zoo_batch, size=3, length=23, padded=True, seed=2),
     "last, of one": functools.partial(zoo_batch, size=1, length=7, seed=3),
 }
-ASKED = {  # by ranks; a forward under ZeRO-3 takes long
+ASKED = {  # By the number of ranks, because a forward under ZeRO-3 takes long.
     1: [
         ("first", "two pairs"),
         ("first", "drifted"),
@@ -40,21 +38,27 @@ ASKED = {  # by ranks; a forward under ZeRO-3 takes long
     ],
     2: [("first", "two pairs"), ("longer", "drifted"), ("last, of one", "stored elsewhere")],
 }
-LOCKSTEP = {1: {"t5"}, 2: {"t5", "bert, masked", "mamba"}}  # by ranks; on 2 they are sharded
+# By the number of ranks. On 2 ranks the models are sharded.
+LOCKSTEP = {1: {"t5"}, 2: {"t5", "bert, masked", "mamba"}}
 
 
 @torch.no_grad()
 def evaluations(
     make: Callable[[], nn.Module], asked: Sequence[tuple[Any, str]], **arguments: Any
 ) -> dict[str, Any]:
-    """asked: (batch, which of POINTS), in turn. And whether all stored weights kept their bits."""
+    """Evaluate several points together and separately.
+
+    asked: (batch, key of POINTS) of each evaluation. Returns the comparisons, and whether all
+    stored weights kept their bits.
+    """
     engine = engine_of(make(), **arguments)
     before = stored_digest(engine)
     found = [compare(engine._evaluator, POINTS[what], batch) for batch, what in asked]
     return {"found": found, "kept": stored_digest(engine) == before}
 
 
-# (name, direction, LoRA, bf16), by ranks; the many cases are on one, where a forward is cheap
+# (name, direction, LoRA, bf16) by the number of ranks. Most cases run on one rank, where a forward
+# is cheap.
 CASES = {
     1: [
         *((name, direction, False, False) for name in ZOO for direction in DIRECTIONS),
@@ -100,10 +104,12 @@ def named(case: tuple[str, str, bool, bool]) -> str:
 
 
 def check(ranks: list[dict[Any, Any]], case: tuple[str, str, bool, bool]) -> None:
-    """Tolerance. The two differ in the order of float32 sums only: 1e-5 is 80 units in the last
-    place of a loss. In bf16 activations are rounded by up to 2^-9 of their size; a loss is the mean
-    over dozens of logits, the sizes of which it has, so one such rounding is room enough. The
-    points must be further apart than float32's tolerance by far.
+    """Compare within a tolerance that rounding explains.
+
+    The two differ only in the order of float32 sums: 1e-5 is 80 units in the last digit of a loss.
+    In bf16, activations are rounded by up to 2^-9 of their size. A loss is the mean over dozens of
+    logits and has their size, so one such rounding is enough. The losses of different points must
+    differ by far more than float32's tolerance.
     """
     name, _, _, bf16 = case
     tolerance = 2.0**-9 if bf16 else 1e-5

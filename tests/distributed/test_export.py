@@ -1,6 +1,4 @@
-"""What is exported loads back to the weights of the run, under the names that the model's own
-library gives them.
-"""
+"""An exported model loads back with the run's weights and the names of the model's own library."""
 
 from __future__ import annotations
 
@@ -42,13 +40,13 @@ METHODS: dict[str, Any] = {
         r=2, num_vectors=5, vector_length=4, topk=2, **TARGETS, **COMMON
     ),
 }
-# their modules read parameters of others outside a forward of these, which ZeRO-3 leaves empty
-# there
+# The modules of these models read parameters of other modules outside the forwards of those
+# modules. ZeRO-3 leaves the parameters empty there.
 NOT_AT_STAGE_3 = ("AdaLoRA", "VBLoRA")
 
 
 class Shared(nn.Module):
-    """One layer under three names, a buffer, and a buffer that is not saved."""
+    """A model with one layer under three names, a buffer, and a buffer that is not saved."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,5 +1,6 @@
-"""The command line through the real `deepspeed` launcher: a whole run on the quickstart's model,
-its resumption, mistakes.
+"""The command line through the real `deepspeed` launcher, on the quickstart's model.
+
+A whole run, its resumption, and mistakes.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def finetune(runs: Path, config: Path, output: str, *options: str) -> tuple[int, str]:
-    """A run in `runs`/`output`, on the data beside `config`."""
+    """Run into the folder `runs`/`output`, on the data beside `config`."""
     return launch(
         Path(zods.finetune.__file__),
         *options_of(
@@ -86,7 +87,7 @@ def run(folder: Path) -> Path:
     return folder / "run"
 
 
-def test_a_run_folder_holds_all_that_tells_of_the_run(run):
+def test_a_run_folder_has_the_configuration_the_versions_metrics_curves_and_the_log(run):
     config = json.loads((run / "config.json").read_text())
     assert config["zeroth_order"]["lr"] == 2e-4, "the command line overrides the JSON"
     about = json.loads((run / "run.json").read_text())
@@ -210,7 +211,7 @@ def test_bad_input_ends_with_one_message_and_leaves_no_folder(folder, options, m
     assert not (folder / "bad").exists()
 
 
-def test_a_run_in_a_file_without_a_launcher_has_one_rank_and_a_summary_of_what_was_used(
+def test_options_in_a_file_run_without_a_launcher_on_one_rank_with_a_summary_of_what_was_used(
     folder, tmp_path
 ):
     config = tmp_path / "mezo.json"
@@ -228,7 +229,7 @@ def test_a_run_in_a_file_without_a_launcher_has_one_rank_and_a_summary_of_what_w
         "train_file": str(folder / "train.jsonl"),
         "num_epochs": 1,
     }
-    (tmp_path / "run.yaml").write_text(json.dumps(run))  # JSON is YAML, too
+    (tmp_path / "run.yaml").write_text(json.dumps(run))  # JSON is valid YAML
     command = [
         sys.executable,
         "-m",
@@ -237,7 +238,7 @@ def test_a_run_in_a_file_without_a_launcher_has_one_rank_and_a_summary_of_what_w
         "--output_dir",
         str(tmp_path / "run"),
     ]
-    # of 24 examples, so that an epoch has two steps
+    # 16 of 24 examples are held out, so that an epoch has two steps.
     command += [
         "--held_out",
         "16",
@@ -267,9 +268,7 @@ def test_a_run_in_a_file_without_a_launcher_has_one_rank_and_a_summary_of_what_w
     )
 
 
-def test_a_head_for_another_number_of_classes_gives_way_to_a_new_one_that_is_replayed(
-    folder, tmp_path
-):
+def test_a_head_for_another_number_of_classes_is_replaced_and_replayed(folder, tmp_path):
     import transformers
 
     model = transformers.AutoModelForSequenceClassification.from_pretrained(MODEL, num_labels=3)
@@ -280,12 +279,13 @@ def test_a_head_for_another_number_of_classes_gives_way_to_a_new_one_that_is_rep
     )
     assert code == 0, output[-4000:]
     assert "is for 3 classes, the data have 2: a new head is drawn" in output
-    exported = safe_tensors(tmp_path / "run" / "model")
+    exported = exported_tensors(tmp_path / "run" / "model")
     assert exported["score.weight"].shape == (2, 160)
     log = str(tmp_path / "run" / "trajectory.log")
     replay(str(tmp_path / "three"), log, tmp_path / "replayed")
     assert all(
-        exported[name].equal(tensor) for name, tensor in safe_tensors(tmp_path / "replayed").items()
+        exported[name].equal(tensor)
+        for name, tensor in exported_tensors(tmp_path / "replayed").items()
     )
 
 
@@ -302,21 +302,23 @@ def test_an_exported_adapter_is_trained_on_and_replayed_from_its_base(folder, tm
     described = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     described["base_model_name_or_path"] = str(tmp_path / "base")
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(described))
-    # the adapter's comes from there
+    # The adapter uses the tokenizer of its base.
     transformers.AutoTokenizer.from_pretrained(MODEL).save_pretrained(tmp_path / "base")
     code, output = classify(
         folder, tmp_path, "--model", tmp_path / "adapter", "--train_file", folder / "train.jsonl"
     )
     assert code == 0, output[-4000:]
     before, after = (
-        safe_tensors(path) for path in (tmp_path / "adapter", tmp_path / "run" / "model")
+        exported_tensors(path) for path in (tmp_path / "adapter", tmp_path / "run" / "model")
     )
     assert before.keys() == after.keys()
-    for name in before:  # two small steps away, not drawn anew
+    # the adapter is two small steps away from the given one, so it was not drawn anew
+    for name in before:
         assert 0 < (before[name] - after[name]).abs().max() < 0.01
     replay(str(tmp_path / "base"), str(tmp_path / "run" / "trajectory.log"), tmp_path / "replayed")
     assert all(
-        after[name].equal(tensor) for name, tensor in safe_tensors(tmp_path / "replayed").items()
+        after[name].equal(tensor)
+        for name, tensor in exported_tensors(tmp_path / "replayed").items()
     )
     with pytest.raises(ValueError, match=r"an adapter; give its base model"):
         replay(
@@ -341,7 +343,7 @@ def test_a_model_that_sees_later_tokens_is_refused_by_all_ranks_in_one_line(fold
 
 
 def classify(folder: Path, runs: Path, *options: object) -> tuple[int, str]:
-    """Two steps of a classifier, exported to `runs`/run/model."""
+    """Make two steps of a classifier, exported to `runs`/run/model."""
     return launch(
         Path(zods.finetune.__file__),
         *options_of(
@@ -356,8 +358,8 @@ def classify(folder: Path, runs: Path, *options: object) -> tuple[int, str]:
     )
 
 
-def safe_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a folder's one file of weights."""
+def exported_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a folder's only file of weights."""
     (path,) = folder.glob("*.safetensors")
     return load_file(path)
 

@@ -1,5 +1,6 @@
-"""Checkpoints of first-order training: DeepSpeed's own, of which no code is run when they are
-loaded.
+"""Checkpoints of first-order training, which DeepSpeed writes.
+
+No code in their files is run when they are loaded.
 """
 
 from __future__ import annotations
@@ -40,12 +41,12 @@ def build(stage: int, bf16: bool) -> FirstOrderEngine:
 
 
 def go_on(engine: FirstOrderEngine) -> list[float]:
-    torch.manual_seed(9)  # of dropout, whose place no checkpoint holds
+    torch.manual_seed(9)  # dropout's random state is not in a checkpoint
     return [engine.train_batch() for _ in range(4)]
 
 
 class Malicious:
-    """Makes a file when it is unpickled."""
+    """An object that makes a file when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -55,7 +56,7 @@ class Malicious:
 
 
 def poison(file: Path, mark: Path) -> None:
-    """Add an object to a state that DeepSpeed saved, which its own load would run code for."""
+    """Add to a saved state an object whose code DeepSpeed's own load would run."""
     content = torch.load(file, weights_only=False)
     torch.save({**content, "extra": Malicious(mark)}, file)
     torch.load(file, weights_only=False)
@@ -85,7 +86,7 @@ def rank_of_schedule() -> dict[str, Any]:
     return {"used": used, "reported": reported, "run": engine.recorder.run_record(0).to_json()}
 
 
-def test_what_is_recorded_of_a_step_is_the_step_size_it_was_made_with():
+def test_the_recorded_step_size_is_the_one_that_the_step_used():
     (found,) = run_ranks(1, rank_of_schedule)
     assert found["reported"] == found["used"]
     assert len(set(found["used"])) > 2, "a warm-up"
@@ -174,7 +175,7 @@ def rank_of_unchecked_loads(folder: Path) -> tuple[str, bool]:
     return type(error.value).__name__, mark.exists()
 
 
-def test_every_load_of_deepspeed_is_one_of_data_even_of_files_that_were_not_looked_at_before(
+def test_deepspeeds_loads_run_no_code_even_of_files_that_were_not_checked_before(
     tmp_path,
 ):
     assert run_ranks(1, rank_of_unchecked_loads, tmp_path) == [("UnpicklingError", False)]
@@ -182,7 +183,7 @@ def test_every_load_of_deepspeed_is_one_of_data_even_of_files_that_were_not_look
 
 def rank_of_keepers(folder: Path) -> list[list[str]]:
     engine, found = build(1, False), []
-    (folder / "global_step9").mkdir(exist_ok=True)  # of a later step, as of a run that went back
+    (folder / "global_step9").mkdir(exist_ok=True)  # a later step, as after a run went back
     for _ in range(4):
         engine.train_batch()
         engine.save_checkpoint(folder, keep=2)

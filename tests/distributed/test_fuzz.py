@@ -1,5 +1,6 @@
-"""Mutated configurations, logs and folders of checkpoints: each is taken, or refused with one clear
-error. 10,000 in all.
+"""Mutated configurations, logs and checkpoint folders: accepted, or refused with one clear error.
+
+There are 10,000 mutations in all.
 """
 
 from __future__ import annotations
@@ -40,7 +41,10 @@ CONFIG["zeroth_order"] |= {
 
 
 def refusal(function: Callable[..., Any], *args: Any) -> str | None:
-    """The text of a clean error, or None where there is none; any other one is the test's."""
+    """The text of a ValueError or OSError that `function` raises, or None if it raises nothing.
+
+    Another exception makes the test fail.
+    """
     try:
         function(*args)
     except (ValueError, OSError) as error:
@@ -53,7 +57,7 @@ def cases(few: int, many: int) -> pytest.MarkDecorator:
 
 
 @cases(800, 4000)
-def test_configurations_are_taken_or_refused_with_one_clear_error(tmp_path, number):
+def test_configurations_are_accepted_or_refused_with_one_clear_error(tmp_path, number):
     rng = random.Random(1)
     text = json.dumps(CONFIG)
     refused = 0
@@ -62,7 +66,7 @@ def test_configurations_are_taken_or_refused_with_one_clear_error(tmp_path, numb
         for _ in range(rng.randint(1, 3)):
             config = mutated(rng, config)
         source: Any = config if isinstance(config, dict) else {"zeroth_order": config}
-        if k % 4 == 0:  # the text of a file
+        if k % 4 == 0:  # change the text of a file
             at = rng.randrange(len(text))
             changed = (
                 text[:at]
@@ -72,7 +76,7 @@ def test_configurations_are_taken_or_refused_with_one_clear_error(tmp_path, numb
             source = tmp_path / "config.json"
             source.write_text(changed)
         said = refusal(read_config if k % 3 else read_first_order_config, source, rng.randint(1, 4))
-        assert said != "", "an error without a word"
+        assert said != "", "an error without a message"
         refused += said is not None
     assert number / 4 < refused < number
 
@@ -97,7 +101,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @cases(600, 3000)
-def test_logs_are_read_as_far_as_they_are_whole_or_refused_with_their_place(run, number):
+def test_logs_are_read_up_to_a_torn_end_or_refused_with_the_line(run, number):
     rng = random.Random(2)
     data = (run / "trajectory.log").read_bytes()
     whole = parse_log(data, "log")
@@ -121,7 +125,7 @@ def test_logs_are_read_as_far_as_they_are_whole_or_refused_with_their_place(run,
 
 
 def rechecked(state: Any) -> str:
-    """A state.json with the checksum of what it holds."""
+    """A state.json whose checksum is that of its changed content."""
     if not isinstance(state, dict):
         return json.dumps(state)
     state = {key: value for key, value in state.items() if key != "checksum"}
@@ -130,7 +134,7 @@ def rechecked(state: Any) -> str:
 
 
 def rank_of_folders(run: Path, work: Path, number: int) -> tuple[int, int]:
-    """(resumed, refused): each folder is changed, and then resumed."""
+    """Change a folder and resume from it, `number` times. Returns (resumed, refused)."""
     rng = random.Random(3)
     config = configuration(
         12, method="mezo_svrg", lr=1e-2, anchor_interval=2, top={"scheduler": CONFIG["scheduler"]}
@@ -149,7 +153,7 @@ def rank_of_folders(run: Path, work: Path, number: int) -> tuple[int, int]:
         folder = work / str(k)
         shutil.copytree(run, folder)
         kind = rng.randrange(3)
-        if kind == 0:  # bytes of a file
+        if kind == 0:  # change bytes of a file
             path = folder / checkpoint / rng.choice(files).name
             changed = bytearray(path.read_bytes())
             at = rng.randrange(len(changed))
@@ -157,9 +161,9 @@ def rank_of_folders(run: Path, work: Path, number: int) -> tuple[int, int]:
                 [rng.randrange(256)]
             ) * rng.choice([0, 1, 8])
             path.write_bytes(changed)
-        elif kind == 1:  # what state.json holds
+        elif kind == 1:  # change the content of state.json
             (folder / checkpoint / "state.json").write_text(rechecked(mutated(rng, state)))
-        else:  # what the log holds
+        else:  # change the content of the log
             log = folder / "trajectory.log"
             log.write_bytes(with_a_record_mutated(rng, log.read_bytes()))
         engine.run.state.global_steps = 0
@@ -171,7 +175,7 @@ def rank_of_folders(run: Path, work: Path, number: int) -> tuple[int, int]:
             if kind == 2
             else refusal(engine.load_checkpoint, folder / "checkpoints")
         )
-        assert said != "", "an error without a word"
+        assert said != "", "an error without a message"
         resumed, refused = resumed + (said is None), refused + (said is not None)
         if engine.trajectory.file is not None:
             engine.trajectory.file.close()

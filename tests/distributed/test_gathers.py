@@ -1,5 +1,7 @@
-"""What a step gathers, counted where DeepSpeed calls torch; and what it applies, whatever the form
-of evaluation is, and with directions of each rank's own."""
+"""The bytes that a step gathers, counted where DeepSpeed calls torch, and the updates.
+
+The updates are the same for every form of evaluation, also with directions of each rank's own.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,7 @@ from zods.core.directions import derive_seed
 from zods.trajectory.log import read_log
 from zods.trajectory.updates import History, replay_
 
-GATHERS = {"stage3_param_persistence_threshold": 0}  # of every parameter, however small
+GATHERS = {"stage3_param_persistence_threshold": 0}  # gather every parameter, however small
 
 
 def gathering(batch: int, **arguments: Any) -> dict[str, Any]:
@@ -42,11 +44,12 @@ def gathering(batch: int, **arguments: Any) -> dict[str, Any]:
 
 
 class Counter:
-    """Bytes that all-gathers of DeepSpeed put together, whole parameters with their padding."""
+    """Counts the bytes of DeepSpeed's all-gathers: whole parameters with their padding."""
 
     def __init__(self) -> None:
         self.total = 0
-        backend = deepspeed_comm.cdb  # holds torch's function since its own start
+        # DeepSpeed has kept a reference to torch's function since its start
+        backend = deepspeed_comm.cdb
         into_tensor = backend.all_gather_function
 
         def counted(output_tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -61,7 +64,7 @@ class Counter:
 
 
 def padded_bytes(engine: Any) -> int:
-    """Of all parameters, each once, wherever it is used."""
+    """The bytes of all parameters with their padding. A shared parameter counts once."""
     world_size = torch.distributed.get_world_size()
     sizes = {
         id(p): p.ds_tensor.numel() * p.ds_tensor.element_size() for p in engine.module.parameters()
@@ -69,7 +72,7 @@ def padded_bytes(engine: Any) -> int:
     return world_size * sum(sizes.values())
 
 
-# name: (model, form asked for, form expected, further arguments)
+# (model, form asked for, form expected, further arguments) by name
 SVRG = {
     "method": "mezo_svrg",
     "anchor_interval": 100,
@@ -92,7 +95,8 @@ COUNTED: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "mamba": ("mamba", "auto", "lockstep", {}),
     "mamba, svrg": ("mamba", "auto", "lockstep", SVRG),
 }
-FORWARDS = {"mezo, sequential": 2, "svrg, sequential": 4}  # 1 for all others
+# the number of forwards in a step; 1 for all others
+FORWARDS = {"mezo, sequential": 2, "svrg, sequential": 4}
 
 
 def rank_of_counts() -> dict[str, tuple[str, list[float]]]:
@@ -105,8 +109,8 @@ def rank_of_counts() -> dict[str, tuple[str, list[float]]]:
         engine = zods.initialize(model=model, config=gathering(4, **arguments), training_data=data)[
             0
         ]
-        # step 0 chooses the form, steps 1, 2 and 4 check it, and DeepSpeed's prefetching learns the
-        # order
+        # Step 0 chooses the form, and steps 1, 2 and 4 check it. In these steps DeepSpeed's
+        # prefetching learns the order of the parameters.
         train(engine, data, range(5))
         ratios = []
         for step in range(5, 8):
@@ -137,8 +141,9 @@ COMMON = {"eps": 1e-2, "lr": 1e-3, "seed": 7}
 
 
 def rounding(losses: list[float], lr: float) -> float:
-    """How far two runs in float32 may be apart after STEPS: test_engine.py's bound for one against
-    float64, twice.
+    """The difference that two float32 runs may have after STEPS.
+
+    It is twice the bound of test_engine.py for a float32 run and a float64 one.
     """
     return 2 * STEPS * (lr * 4 * 2 * 8 * 2.0**-23 * max(losses) / (2 * COMMON["eps"]) + 2.0**-24)
 
@@ -244,8 +249,9 @@ def per_rank() -> list[dict[str, Any]]:
 
 
 def dense_step(dense: DenseReference, parts: list[Any]) -> None:
-    """theta - lr * the mean over ranks of each one's estimate: of its own directions, on its own
-    part of the batch.
+    """theta - lr * the mean over ranks of their estimates.
+
+    A rank's estimate is by its own directions, on its own part of the batch.
     """
     svrg, number = dense.method == "mezo_svrg", dense.num_directions
     if svrg and dense.steps % dense.anchor_interval == 0:
@@ -278,7 +284,7 @@ def dense_step(dense: DenseReference, parts: list[Any]) -> None:
 
 
 def part_of(rank: int, examples: list[Any], accumulation: int) -> Any:
-    """What one of two ranks is given of a step's examples, over all its micro-batches."""
+    """The examples of a step that one of two ranks is given, over all its micro-batches."""
     micro = len(examples) // (2 * accumulation)
     starts = [(k * 2 + rank) * micro for k in range(accumulation)]
     return collate([example for start in starts for example in examples[start : start + micro]])
@@ -286,8 +292,10 @@ def part_of(rank: int, examples: list[Any], accumulation: int) -> Any:
 
 @pytest.mark.parametrize("name", PER_RANK)
 def test_an_update_is_the_mean_of_each_ranks_estimate_on_its_own_part(per_rank, name):
-    """Within float32 rounding of a float64 reference; see `rounding`. Both ranks hold the same
-    bits, also where each stores the whole."""
+    """Compare with a float64 reference, within float32 rounding (see `rounding`).
+
+    Both ranks have the same bits, also where each rank stores whole parameters.
+    """
     arguments = dict(PER_RANK[name])
     accumulation = arguments.pop("accumulation", 1)
     for key in ("stage", "anchor"):

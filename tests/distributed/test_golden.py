@@ -1,8 +1,9 @@
-"""Logs and checkpoints of the first format, in tests/golden, are taken up on one and on two ranks.
+"""Runs of the first format, in tests/golden, are resumed on one and on two ranks.
 
-The expected results lie in tests/golden. `python -m tests.golden.make` writes them again, which
-means to break the format. The weights that a log or a checkpoint leads to are the same bits on
-every machine. Losses that are computed after it are not: another CPU adds in another order.
+The expected results are in tests/golden, too. `python -m tests.golden.make` writes them again,
+which breaks the compatibility with the first format. The weights that a log or a checkpoint gives
+have the same bits on every machine. The losses of further steps do not: another CPU adds in another
+order.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from zods.trajectory.records import Refresh, Step
 from zods.trajectory.replay import replay
 
 SAVED = [name for name, run in RUNS.items() if run.is_saved]
-# Of weights: a rounding of a loss (3e-7) over 2 eps = 0.02, times lr 0.2, times z below 5, is 2e-5
-# in a step, and the next step starts from there.
+# The tolerance of weights: a loss has a rounding error of 3e-7. Over 2 eps = 0.02, times lr 0.2,
+# times z below 5, it moves a weight by 2e-5 in a step. The next step starts from the moved weight.
 LOSS_TOLERANCE, WEIGHT_TOLERANCE = 1e-4, 1e-3
 
 
@@ -71,17 +72,17 @@ def world_size(request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture
 def runs(tmp_path: Path) -> Path:
-    """A copy of the runs: a run that is taken up appends to its log."""
+    """A copy of the golden runs, because a resumed run appends to its log."""
     return shutil.copytree(RUNS_FOLDER, tmp_path / "runs")
 
 
 def in_order(weights: dict[str, Any], name: str) -> dict[str, Any]:
-    """Weights of a file, in the order of the model's parameters."""
+    """The weights of a file, in the order of the model's parameters."""
     header = read_log(RUNS_FOLDER / name / LOG_NAME).header
     return {parameter.name: weights[parameter.name] for parameter in header.parameters}
 
 
-def test_a_run_of_the_first_format_is_taken_up_after_its_last_step_with_its_weights(
+def test_a_run_of_the_first_format_resumes_after_its_last_step_with_its_weights(
     runs: Path, world_size: int
 ):
     for found in run_ranks(world_size, rank_of_resumed, runs):
@@ -91,7 +92,7 @@ def test_a_run_of_the_first_format_is_taken_up_after_its_last_step_with_its_weig
             assert weights == sha256(in_order(load_file(RUNS_FOLDER / name / AFTER), name))
 
 
-def test_a_checkpoint_of_the_first_format_loads_and_goes_on_as_the_run_did(
+def test_a_checkpoint_of_the_first_format_loads_and_continues_as_the_run_did(
     runs: Path, tmp_path: Path, world_size: int
 ):
     ranks = run_ranks(world_size, rank_of_loaded, runs)

@@ -1,5 +1,6 @@
-"""Through the real `deepspeed` launcher with two ranks: the loop, the bytes it sends, and how
-mistakes end a run.
+"""The real `deepspeed` launcher with two ranks.
+
+The three-line loop, the bytes that it sends, and the end of a run with a mistake.
 """
 
 from __future__ import annotations
@@ -35,28 +36,30 @@ def test_the_three_line_loop_runs_svrg_on_zero_3_through_the_launcher(loop):
 
 
 def test_a_step_sends_less_than_one_kibibyte_counted_at_the_communication_layer(loop):
-    """With 2 directions (8 losses) per step, 4 at a refresh, in accumulated micro-batches, an
-    agreement check every 2.
+    """A step has 2 directions (8 losses), and a refresh 4, in accumulated micro-batches.
+
+    Every second step checks the agreement of the ranks.
     """
     for rank in loop:
-        for step, (zods, _, scalars, slices, reported) in enumerate(rank["terms"]["steps"]):
+        for step, (zods, _, scalars, shards, reported) in enumerate(rank["terms"]["steps"]):
             assert 0 < zods < 1024
             assert zods == scalars == reported, (
                 f"step {step}: the engine's own counter says otherwise"
             )
-            assert slices == 0
+            assert shards == 0
 
 
-def test_slices_of_a_stored_anchor_point_are_counted_apart_from_the_scalars(loop):
-    """Each module's slice is gathered once per micro-batch, whatever the number of points that need
-    it.
+def test_shards_of_a_stored_anchor_point_are_counted_apart_from_the_scalars(loop):
+    """Each module's shard is gathered once per micro-batch.
+
+    The number of points that need the shard does not matter.
     """
     for rank in loop:
-        for zods, _, scalars, slices, reported in rank["stored"]["steps"]:
+        for zods, _, scalars, shards, reported in rank["stored"]["steps"]:
             assert 0 < scalars < 1024
-            assert zods == scalars + slices
+            assert zods == scalars + shards
             assert reported == scalars
-            assert slices == 2 * 4 * rank["anchor_numel"], "two micro-batches"
+            assert shards == 2 * 4 * rank["anchor_numel"], "two micro-batches"
 
 
 def test_everything_that_is_sent_was_asked_for_by_zods_or_deepspeed(loop):

@@ -1,4 +1,4 @@
-"""The peak of a step against that of an inference forward over the same stack."""
+"""The peak memory of a step against that of an inference forward over the same stack."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from tests.distributed.ranks import run_ranks
 from zods.forward.peak_memory import peak_memory
 from zods.params.zero3_adapter import release_gathered
 
-# so large that the float32 logits of one chunk of the loss hardly count
+# So large that the float32 logits of one chunk of the loss hardly count.
 VOCABULARY, LENGTH, BATCH = 8000, 64, 32
 SVRG = {"method": "mezo_svrg", "anchor_interval": 100}
-RUNS: dict[str, tuple[int, dict[str, Any]]] = {  # points of a step, and the section
+# (the number of points of a step, the section) by name
+RUNS: dict[str, tuple[int, dict[str, Any]]] = {
     "mezo": (2, {}),
     "mezo, bfloat16": (2, {"bf16": True}),
     "four directions": (8, {"num_directions": 4}),
@@ -41,7 +42,7 @@ def model() -> OPTForCausalLM:
 
 
 def rank_of_peaks(stage: int) -> dict[str, tuple[int, int, int]]:
-    """(inference forward, step, largest module), bytes."""
+    """Measure the peaks in bytes: (inference forward, step, largest module)."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, VOCABULARY, (2 * BATCH, LENGTH), generator=generator)
     data = [
@@ -52,7 +53,7 @@ def rank_of_peaks(stage: int) -> dict[str, tuple[int, int, int]]:
         section = {"method": "mezo", "lr": 1e-4, "eps": 1e-3, "evaluation": "stacked", **arguments}
         config = configuration(BATCH, stage=stage, **section)
         engine = zods.initialize(model=model(), config=config, training_data=data)[0]
-        # in the second and the third step the form is checked once more
+        # The second and the third step check the form once more.
         train(engine, data, range(3))
         stack = collate(data[: engine.train_micro_batch_size_per_gpu()] * points)
         inputs = {key: value for key, value in stack.items() if key != "labels"}
@@ -62,7 +63,7 @@ def rank_of_peaks(stage: int) -> dict[str, tuple[int, int, int]]:
             with peak_memory(engine.device) as inference:
                 engine.deepspeed(**inputs, use_cache=False)
             release_gathered(engine.deepspeed)
-        # else what is kept from the first step does not count
+        # Empty the buffer for copies. A buffer kept from the first step would not count.
         engine._evaluator._forwards.perturbed.perturber.scratch.__init__()
         with peak_memory(engine.device) as step:
             train(engine, data, [3])

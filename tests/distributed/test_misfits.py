@@ -1,5 +1,6 @@
-"""Models that a form of evaluation cannot serve: right in another form, or refused; never silently
-wrong.
+"""Models that a form of evaluation cannot serve.
+
+Another form gives the right losses, or the model is refused. Losses are never silently wrong.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from tests.distributed.zoo import zoo_batch, zoo_model
 from zods.core.directions import Direction
 
 BATCHES = {
-    "first": awkward.words(2, 4),  # 4 words: the rows of the two streams that the check runs
+    # 4 words are as many as the rows of the two streams that the check runs
+    "first": awkward.words(2, 4),
     "as long as the stack": awkward.words(2, 8, seed=1),
     "twice as long as the stack": awkward.words(2, 16, seed=2),
     "larger": awkward.words(5, 7, seed=3),
@@ -30,7 +32,10 @@ BATCHES = {
 
 @torch.no_grad()
 def judged(make: type[nn.Module], batches: dict[str, Any], distribution: str) -> dict[str, Any]:
-    """By batch: the largest relative error of a loss, in the form chosen and in separate forwards."""
+    """The largest relative error of a loss by batch, in the form chosen.
+
+    It is measured against separate forwards.
+    """
     engine = engine_of(make(), direction=distribution)
     evaluator, direction, before = engine._evaluator, Direction(distribution), stored_digest(engine)
     errors: dict[str, float] = {}
@@ -46,7 +51,7 @@ def judged(make: type[nn.Module], batches: dict[str, Any], distribution: str) ->
     return {"form": evaluator.evaluation, "errors": errors, "kept": stored_digest(engine) == before}
 
 
-# The form that "auto" chooses: where parameters are stored whole, and where they are sharded
+# The form that "auto" chooses: where parameters are stored whole, and where they are sharded.
 FORMS = {
     "Classifier": ("stacked", "stacked"),
     "ReadsTransposed": ("stacked", "lockstep"),
@@ -87,8 +92,10 @@ def two_ranks() -> list[dict[tuple[str, str], Any]]:
 
 
 def check(ranks: list[dict[tuple[str, str], Any]], name: str) -> None:
-    """Tolerance: 80 units in the last place of a float32 loss, for sums in another order. The first
-    batch is evaluated after every form before the one chosen has failed on it."""
+    """Compare within 80 units in the last digit of a float32 loss, for sums in another order.
+
+    Every form before the chosen one fails on the first batch before the batch is evaluated.
+    """
     for rank in ranks:
         for (of, distribution), found in rank.items():
             if of == name:
@@ -109,7 +116,7 @@ def test_losses_are_those_of_whole_perturbed_copies_on_two_ranks(two_ranks, name
 
 # --- a form that was asked for ---
 
-# (model, form): what the error says
+# (model, form): the error's message
 REFUSED = {
     (
         "PositionsAlone",
@@ -162,7 +169,7 @@ def test_a_form_that_does_not_fit_is_refused_with_its_reason_and_leaves_the_mode
 
 @torch.no_grad()
 def rank_of_later_batches() -> dict[str, list[Any]]:
-    """In the form chosen on the first batch, against separate forwards."""
+    """Evaluate later batches in the form chosen on the first, and in separate forwards."""
     maskless = zoo_batch("mamba", 3, 9)
     del maskless["attention_mask"]
     by_mask = [zoo_batch("llama"), zoo_batch("llama", padded=True)]
@@ -211,8 +218,11 @@ def rank_of_autocast() -> dict[str, Any]:
 
 
 def test_autocast_inside_and_around_a_forward_is_kept_but_not_its_cache_of_weights():
-    """The cache maps a Parameter, whatever its data are meanwhile, to its first cast. Tolerance:
-    bfloat16 products of other shapes round otherwise; a stale weight shows as 3e-3."""
+    """Autocast's cache maps a Parameter to its first cast, even after its data have changed.
+
+    Tolerance: bfloat16 products of other shapes round differently. A stale weight gives an error of
+    3e-3.
+    """
     (found,) = run_ranks(1, rank_of_autocast)
     left_on, truth, losses = found["inside"]
     assert not left_on, "autocast is on for the whole process after a forward in lockstep"

@@ -1,5 +1,6 @@
-"""The loss of a step is that of its global batch, whatever micro-batches, ranks and forms of
-evaluation it is cut into.
+"""The loss of a step is that of its global batch.
+
+Micro-batches, ranks and forms of evaluation do not change it.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from zods.core.directions import derive_seed
 from zods.training.first_order import FirstOrderEngine
 
 VOCABULARY, LENGTH = 31, 256
-# label tokens of the examples; 8 to a step, 3 left over
+# The number of label tokens of each example. A step has 8 examples, and 3 are left over.
 LABELLED = (
     5,
     250,
@@ -47,18 +48,25 @@ LABELLED = (
 )
 BATCH, STEPS = 8, 2
 EPS, LR = 1e-2, 1e-3
-# with so large an eps a gradient near 0 does not decide a whole step
+# With so large an eps, a gradient near 0 does not determine a whole step.
 ADAMW = {
     "lr": 1e-2,
     "eps": 1e-2,
     "weight_decay": 0.01,
 }
-BERT = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-        "intermediate_size": 16, "max_position_embeddings": LENGTH, "initializer_range": 0.2}  # fmt: skip
+BERT = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "max_position_embeddings": LENGTH,
+    "initializer_range": 0.2,
+}
 
 
 class Smoothed(hf.LlamaForCausalLM):
-    """A causal language model with a loss of its own, the mean over the label tokens of a batch."""
+    """A causal language model with its own loss, the mean over the label tokens of a batch."""
 
     def forward(self, labels: Tensor | None = None, **inputs: Any) -> Any:
         outputs = super().forward(**inputs)
@@ -81,7 +89,7 @@ def t5() -> nn.Module:
 
 MODELS: dict[
     str, tuple[Callable[[], nn.Module], bool]
-] = {  # and whether position t predicts label t + 1
+] = {  # the model, and whether position t predicts label t + 1
     "causal": (llama, True),
     "masked": (lambda: hf.BertForMaskedLM(hf.BertConfig(**BERT)), False),
     "encoder-decoder": (t5, False),
@@ -99,7 +107,7 @@ def model_of(kind: str) -> nn.Module:
 
 
 def rows_of(kind: str) -> list[dict[str, Tensor]]:
-    """Examples with few label tokens that are hard, with many that are easy, and one without any."""
+    """Examples with few hard label tokens, with many easy ones, and one without any."""
     generator = torch.Generator().manual_seed(4)
     rows = []
     for number in LABELLED:
@@ -107,14 +115,14 @@ def rows_of(kind: str) -> list[dict[str, Tensor]]:
         if number > 5:
             ids[:] = 3
         labels = torch.full_like(ids, -100)
-        if kind == "masked":  # the first position, too, which has a label of its own here
+        if kind == "masked":  # here the first position has a label, too
             places = torch.randperm(LENGTH - 1, generator=generator)[: max(number - 1, 0)] + 1
             labels[places] = ids[places]
             labels[0] = ids[0] if number else -100
         elif number:
             labels[-number:] = ids[-number:]
         if kind == "encoder-decoder":
-            # decoders' labels begin at the first position
+            # the labels of decoders begin at the first position
             labels, ids = labels.roll(number), ids[:12]
         if kind == "classifier":
             labels = torch.tensor(number % 3 if number else -100)
@@ -127,7 +135,7 @@ def cuts(world_size: int) -> list[int]:
 
 
 SVRG = {"method": "mezo_svrg", "anchor_interval": 2, "anchor_directions": 2}
-# name: (model, mean, micro-batches or None for all, arguments of `configuration`)
+# (model, mean, micro-batches or None for all, arguments of `configuration`) by name
 CASES: dict[str, tuple[str, str, tuple[int, ...] | None, dict[str, Any]]] = {
     "tokens": ("causal", "tokens", None, {}),
     "examples": ("causal", "examples", None, {}),
@@ -186,7 +194,7 @@ def rank_of_cases() -> dict[str, dict[int, list[tuple[float, float]]]]:
     world_size = torch.distributed.get_world_size()
     found: dict[str, dict[int, Any]] = {}
     for name, (kind, mean, micros, arguments) in CASES.items():
-        if world_size == 4 and name not in ON_4_RANKS:  # a forward takes long there
+        if world_size == 4 and name not in ON_4_RANKS:  # a forward takes long on 4 ranks
             continue
         for micro in cuts(world_size):
             if micros is None or micro in micros:
@@ -196,7 +204,7 @@ def rank_of_cases() -> dict[str, dict[int, list[tuple[float, float]]]]:
 
 
 def one_by_one(batch: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """The examples of a batch that have a label."""
+    """The examples of a batch that have a label, one by one."""
     for place, labels in enumerate(batch["labels"]):
         if (labels != -100).any():
             yield {key: value[place : place + 1] for key, value in batch.items()}
@@ -204,7 +212,7 @@ def one_by_one(batch: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
 
 @functools.cache
 def dense_steps(kind: str, mean: str, svrg: bool) -> list[tuple[float, float]]:
-    """The reference in float64, on the global batch and on the whole set in one shard."""
+    """Steps of the float64 reference, on the undivided global batch and training set."""
     model, shifted = model_of(kind), MODELS[kind][1]
     params, model = named_parameters_of(model), model.double()
     loss = loss_of_module(
@@ -242,9 +250,11 @@ def ranks(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_losses_of_a_run_are_those_of_the_global_batch_in_one_piece(ranks, name):
-    """Tolerance. A token's loss in float32 is wrong by a few 2^-24 of its size, 3; a projected
-    gradient by that over 2 eps, some 1e-4, less where errors of many tokens cancel. The two means
-    differ by far more, which is checked as well.
+    """Compare within a tolerance that rounding explains.
+
+    A token's loss in float32 has an error of a few 2^-24 of its size, 3. A projected gradient has
+    that error over 2 eps, some 1e-4, or less where the errors of many tokens cancel. The two means
+    differ by far more. The test checks this as well.
     """
     kind, mean, _, arguments = CASES[name]
     expected = dense_steps(kind, mean, "method" in arguments)
@@ -262,7 +272,7 @@ def test_the_losses_of_a_run_are_those_of_the_global_batch_in_one_piece(ranks, n
 
 # --- directions of each rank's own ----------------------------------------------------------------
 
-PARTS = {  # places among the examples of the parts of two ranks
+PARTS = {  # The positions of two ranks' examples in the global batch.
     "uneven": ((0, 1, 2, 3), (4, 5, 6, 7)),
     "a rank without labels": ((0, 1, 4, 6), (7, 7, 7, 7)),
 }
@@ -282,9 +292,7 @@ def rank_of_own_directions() -> dict[tuple[str, str], Any]:
 
 
 def test_directions_of_each_rank_estimate_the_objective_of_the_global_batch():
-    """Rank r's direction counts by the share of the label tokens, or labelled examples, that its
-    part holds.
-    """
+    """The weight of a rank's direction is its share of the label tokens or labelled examples."""
     ranks = run_ranks(2, rank_of_own_directions)
     rows = rows_of("causal")
     for (name, parts), mean in product(PARTS.items(), ("tokens", "examples")):
@@ -318,7 +326,7 @@ def test_directions_of_each_rank_estimate_the_objective_of_the_global_batch():
             for (
                 key,
                 value,
-            ) in expected.items():  # LR times the tolerance of the gradient, and |z| < 4
+            ) in expected.items():  # the tolerance is LR times that of the gradient, and |z| < 4
                 assert np.abs(weights[key] - value.numpy()).max() < 1e-5, (name, mean, key)
 
 
@@ -348,7 +356,7 @@ def rank_refused(micro: int, mean: str) -> str:
     return "taken"
 
 
-def test_a_loss_of_its_own_for_several_examples_serves_no_mean_over_examples():
+def test_a_models_own_loss_of_several_examples_gives_no_mean_over_examples():
     for told in run_ranks(2, rank_refused, 2, "examples"):
         assert 'zeroth_order.loss_mean: "examples"' in told
         assert 'Use "tokens", or train_micro_batch_size_per_gpu 1.' in told
@@ -360,7 +368,7 @@ def test_a_loss_of_its_own_for_several_examples_serves_no_mean_over_examples():
 
 
 def rank_of_first_order(micro: int, stage: int, mean: str) -> list[float]:
-    """Losses of AdamW's steps on the same eight examples."""
+    """The losses of AdamW's steps on the same eight examples."""
     config = {
         "train_batch_size": BATCH,
         "train_micro_batch_size_per_gpu": micro,
@@ -394,8 +402,9 @@ def test_first_order_steps_are_those_of_plain_adamw_on_the_global_batch(mean):
 
 
 def rank_of_runs(folder: Path, until: dict[str, int], changed: dict[str, str]) -> dict[str, Any]:
-    """Runs of both means in folders of their own, up to so many steps: their losses, or what is
-    said instead.
+    """Run with each of the two means up to step `until`, in a folder for each.
+
+    Returns the losses, or the error's text.
     """
     found: dict[str, Any] = {}
     for mean, steps in until.items():
@@ -411,8 +420,8 @@ def rank_of_runs(folder: Path, until: dict[str, int], changed: dict[str, str]) -
     return found
 
 
-def test_a_run_resumed_on_other_ranks_goes_on_along_the_same_curve(tmp_path):
-    """The two means' curves are further apart than the tolerance by far."""
+def test_a_run_resumed_on_another_number_of_ranks_continues_the_same_curve(tmp_path):
+    """The curves of the two means differ by far more than the tolerance."""
     whole_run = {"tokens": 6, "examples": 6}
     (undisturbed,) = run_ranks(1, rank_of_runs, tmp_path / "whole", whole_run, {})
     (begun,) = run_ranks(1, rank_of_runs, tmp_path / "run", {"tokens": 3, "examples": 3}, {})
@@ -430,8 +439,9 @@ MODEL = REPOSITORY / "launch" / "quickstart" / "model"
 
 
 def finetune(folder: Path, output: str, num_gpus: int, *options: str) -> dict[int, float]:
-    """Losses of the steps in a run's folder, by step, after the command line was run on so many
-    ranks.
+    """Run the command line on `num_gpus` ranks.
+
+    Returns the losses in the run's folder by step.
     """
     code, said = launch(
         Path(zods.finetune.__file__),
@@ -455,8 +465,8 @@ def finetune(folder: Path, output: str, num_gpus: int, *options: str) -> dict[in
 
 
 @pytest.mark.slow
-def test_the_command_line_goes_on_along_the_same_curve_on_other_ranks(tmp_path):
-    """Instruction tuning with responses of one word and of dozens."""
+def test_the_command_line_continues_the_same_curve_on_another_number_of_ranks(tmp_path):
+    """Instruction tuning with responses of one word and of dozens of words."""
     words = ["value", "return", "name", "list", "of", "the"]
     rows = [
         {

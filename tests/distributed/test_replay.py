@@ -1,5 +1,6 @@
-"""What a run's weights were, from its log: by a dense replay, and by `python -m zods.trajectory
-replay`, to the bit.
+"""The weights of a run from its log, to the bit.
+
+They are replayed by a dense reference and by `python -m zods.trajectory replay`.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ from tests.distributed.models import (
 from tests.distributed.ranks import ENVIRONMENT, LIMIT, REPOSITORY, run_ranks
 from tests.distributed.zoo import ZOO, zoo_batch
 from tests.reference.replay import replayed
-from zods.cli import pretrained
+from zods.cli.load_model import load_model, save_configuration
+from zods.cli.pretrained import find_model
 from zods.config.deepspeed_json import read_config
 from zods.config.schema import parse_section
 from zods.kernels import fingerprint
@@ -68,7 +70,7 @@ def kept(point: str, gradient: str, **others: Any) -> dict[str, Any]:
 
 
 LOW_RANK = {"distribution": "low_rank", "rank": 2}
-# name: (ranks, model, arguments of `configuration`)
+# (ranks, model, arguments of `configuration`) by name
 RUNS: dict[str, tuple[int, str, dict[str, Any]]] = {
     "mezo": (2, "tiny", SECTION),
     "three directions, decay, micro-batches": (
@@ -158,7 +160,7 @@ CONTINUES = {"goes on on three ranks": "before it goes on"}
 
 
 class Fragile(Tiny):
-    """Its losses are no numbers while `broken`."""
+    """A model whose losses are not numbers while `broken` is set."""
 
     broken = False
 
@@ -185,7 +187,10 @@ def write_bases(folder: Path) -> None:
 
 
 def loaded(kind: str, bases: Path, config: dict[str, Any]) -> tuple[nn.Module, list[str]]:
-    """A model as the command line loads it; and the names of what its base lacks."""
+    """A model as the command line loads it.
+
+    Also the names of the weights that its base lacks.
+    """
     if kind in OWN:
         return OWN[kind](), []
     base, _, adapters = kind.partition(" with ")
@@ -208,7 +213,7 @@ def loaded(kind: str, bases: Path, config: dict[str, Any]) -> tuple[nn.Module, l
         num_epochs=1,
     )
     run = read_config(config, torch.distributed.get_world_size())
-    return pretrained.load_model(arguments, run, task, pretrained.find_model(arguments))
+    return load_model(arguments, run, task, find_model(arguments))
 
 
 def data_of(kind: str) -> list[dict[str, Tensor]]:
@@ -221,7 +226,10 @@ def data_of(kind: str) -> list[dict[str, Tensor]]:
 
 
 def break_some(engine: Any) -> None:
-    """The losses of step 2, and those of the refresh at step 3 but not of the step after it."""
+    """Break the losses of step 2, and those of the refresh at step 3.
+
+    The losses of the step after the refresh are whole.
+    """
     engine.module.broken = engine.global_steps == 2
     refresh = type(engine).refresh_anchor
 
@@ -249,7 +257,7 @@ def rank_of_runs(folder: Path, names: list[str]) -> None:
         save(engine, run / "start.safetensors")
         engine.resume(run, new=new)
         if new and engine.global_rank == 0:
-            pretrained.save_configuration(model, run / INITIAL.parent)
+            save_configuration(model, run / INITIAL.parent)
         for step in range(engine.global_steps, engine.global_steps + STEPS):
             if kind == "fragile":
                 break_some(engine)
@@ -269,10 +277,11 @@ def save(engine: Any, path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of all runs, each in a folder of its name, and of their bases."""
+    """The folder of all runs, each in a folder with its name, and of their base models."""
     folder = tmp_path_factory.mktemp("runs")
     write_bases(folder / "bases")
-    for world_size in (1, 2, 3, 4):  # a run that goes on has more ranks than the one before
+    # A run that continues another run has more ranks than that run.
+    for world_size in (1, 2, 3, 4):
         names = [name for name, (ranks, *_) in RUNS.items() if ranks == world_size]
         run_ranks(world_size, rank_of_runs, folder, names)
     return folder
@@ -283,7 +292,7 @@ def base_of(folder: Path, name: str) -> Path:
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    """In every bit."""
+    """Whether two sets of tensors are equal in every bit."""
     return one.keys() == other.keys() and all(
         a.dtype == b.dtype and a.shape == b.shape and a.view(torch.uint8).equal(b.view(torch.uint8))
         for a, b in ((one[key].view(-1), other[key].view(-1)) for key in one)
@@ -297,7 +306,7 @@ def by_reference(log: Log, base: dict[str, Tensor], until: int | None = None) ->
 
 
 def read(path: Path, kind: str) -> dict[str, Tensor]:
-    """The parameters of a folder, as one reads it who knows nothing of the run."""
+    """The parameters of a folder, read without any knowledge of the run."""
     if kind in OWN:
         tensors = load_file(path / "model.safetensors")
         return {name: tensors[name] for name, _ in OWN[kind]().named_parameters()}
@@ -350,17 +359,22 @@ def test_the_command_line_writes_the_weights_of_a_run_at_any_step(folder, name, 
                 cls.from_pretrained(base_of(folder, name), num_labels=3), tmp_path / when
             )
             found = peft.get_peft_model_state_dict(model)
-            assert same({key: found[key].to(value.dtype) for key, value in read(tmp_path / when, kind).items()},
-                        read(tmp_path / when, kind))  # fmt: skip
+            written = read(tmp_path / when, kind)
+            assert same(
+                {key: found[key].to(value.dtype) for key, value in written.items()}, written
+            )
 
 
 def adapter_config(path: Path) -> dict[str, Any]:
-    """Less what says that a saved adapter is not trained further until one asks for it."""
+    """The configuration of a saved adapter without its key `inference_mode`.
+
+    PEFT sets the key in a saved adapter, so that the adapter is only trained further on request.
+    """
     config = json.loads((path / "adapter_config.json").read_text())
     return {**config, "target_modules": sorted(config["target_modules"]), "inference_mode": None}
 
 
-def test_the_runs_had_what_they_are_to_show(folder):
+def test_the_runs_have_the_records_that_these_tests_need(folder):
     log = read_log(folder / "svrg, skipped, to nearest" / LOG_NAME)
     steps = {record.step: record for record in log.records if isinstance(record, Step)}
     refreshes = {
@@ -416,7 +430,7 @@ def test_several_processes_write_what_one_does(folder, name, world_size, tmp_pat
         assert same(read(tmp_path / "out", RUNS[name][1]), read(exported, RUNS[name][1]))
 
 
-def test_processes_that_run_at_once_do_not_meet(folder, tmp_path):
+def test_replays_at_the_same_time_do_not_disturb_each_other(folder, tmp_path):
     name = "opt, shards"
     files = (
         "--base",
@@ -442,7 +456,7 @@ def test_processes_that_run_at_once_do_not_meet(folder, tmp_path):
 
 
 def edited(base: Path, to: Path, change: Any) -> Path:
-    """A copy of a base with its one file of tensors changed."""
+    """A copy of a base with a change in its only file of tensors."""
     shutil.copytree(base, to)
     tensors = load_file(to / "model.safetensors")
     change(tensors)
@@ -574,7 +588,7 @@ def test_a_base_of_a_pytorch_file_is_replayed_in_memory(folder, tmp_path):
         assert same(read(tmp_path / name, "opt"), read(folder / name / "exported end", "opt"))
 
 
-def test_what_a_pytorch_file_would_run_is_not_run(folder, tmp_path, capsys):
+def test_code_in_a_pytorch_file_is_not_run(folder, tmp_path, capsys):
     mark = tmp_path / "mark"
     for name, change in (("code", {"x": Harmful(mark)}), ("torn", None), ("text", None)):
         base = as_pickle(base_of(folder, "opt"), tmp_path / name, **(change or {}))
@@ -597,9 +611,7 @@ def test_what_a_pytorch_file_would_run_is_not_run(folder, tmp_path, capsys):
 
 @pytest.fixture
 def small(tmp_path: Path) -> tuple[Path, list[bytes], list[dict[str, Tensor]]]:
-    """The folder of a base of two tensors, the lines of a log of it, and the weights after so many
-    of these lines.
-    """
+    """A base of two tensors, the lines of a log of it, and its weights after each line."""
     torch.manual_seed(2)
     base = {"matrix": torch.randn(3, 2), "bias": torch.randn(3)}
     (tmp_path / "base").mkdir()
@@ -630,7 +642,7 @@ def small(tmp_path: Path) -> tuple[Path, list[bytes], list[dict[str, Tensor]]]:
 
 
 def outcome(base: Path, data: bytes, capsys: Any) -> tuple[int | None, dict[str, Tensor], str]:
-    """(steps that the command says it made, weights that it wrote, error) for a log of these bytes."""
+    """Replay a log of these bytes: (steps that the command reports, weights it wrote, error)."""
     log, out = base.parent / "changed", base.parent / "out"
     log.write_bytes(data)
     shutil.rmtree(out, ignore_errors=True)
@@ -646,7 +658,7 @@ def outcome(base: Path, data: bytes, capsys: Any) -> tuple[int | None, dict[str,
 def test_a_log_cut_anywhere_gives_the_weights_after_its_whole_records(small, capsys):
     base, lines, states = small
     data, ends = b"".join(lines), [sum(map(len, lines[: k + 1])) for k in range(len(lines))]
-    steps = [0, 0, 0, 0, 1, 2, 3, 3, 4]  # after so many records
+    steps = [0, 0, 0, 0, 1, 2, 3, 3, 4]  # the number of steps after 0, 1, 2, ... records
     for length in range(len(data) + 1):
         made, weights, error = outcome(base, data[:length], capsys)
         whole_lines = sum(end <= length for end in ends)
@@ -662,7 +674,7 @@ def test_the_weights_at_a_step_do_not_depend_on_what_the_log_holds_after_it(
     small, tmp_path, capsys
 ):
     base, lines, states = small
-    for count in (7, 8, 9):  # up to step 3, then a refresh of the anchor, then step 4
+    for count in (7, 8, 9):  # up to step 3, then with a refresh of the anchor, then with step 4
         (tmp_path / "cut").write_bytes(b"".join(lines[:count]))
         command = ["replay", "--base", str(base), "--log", str(tmp_path / "cut"), "--until", "3"]
         assert main([*command, "--out", str(tmp_path / str(count))]) == 0

@@ -1,4 +1,7 @@
-"""Replicas: DeepSpeed worlds of their own that train one model together, come late, leave and die."""
+"""Replicas: several DeepSpeed worlds that train one model together.
+
+Replicas join late, leave and die.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,7 @@ def store_address() -> str:
 
 
 def at_once(runs: Sequence[tuple[int, Callable[..., Any], Any]]) -> list[list[Any]]:
-    """Worlds of ranks side by side: (world size, function, arguments) of each."""
+    """Run worlds of ranks at the same time: (world size, function, arguments) of each."""
     results: dict[int, Any] = {}
 
     def run(k: int, world_size: int, function: Callable[..., Any], args: Any) -> None:
@@ -90,7 +93,10 @@ def seen(engine: Any) -> dict[str, Any]:
 
 
 def rank_of_leader(name: str, folder: Path, store: str, pauses: dict[int, str]) -> dict[str, Any]:
-    """Trains, and waits at some steps until a file is there. pauses: step: the file."""
+    """Train as the leader, and wait at some steps until a file exists.
+
+    pauses: the file to wait for, by step.
+    """
     engine = build(name, {"store": store, "index": 0, "silence_timeout": 3.0})
     engine.resume(folder / "log")
     (folder / "begun").touch()
@@ -108,7 +114,10 @@ def rank_of_leader(name: str, folder: Path, store: str, pauses: dict[int, str]) 
 def rank_of_joiner(
     name: str, folder: Path, store: str, index: int, last: int, ready: str
 ) -> dict[str, Any]:
-    """Joins, and leaves after step `last`. `ready`: the file that it makes when it has joined."""
+    """Join, and leave after step `last`.
+
+    ready: the file to make when the replica has joined.
+    """
     waits_for(folder / "begun")
     engine = build(name, {"store": store, "index": index, "silence_timeout": 30.0})
     threading.Timer(1.0, (folder / ready).touch).start()
@@ -136,7 +145,7 @@ def rank_of_one(name: str, folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", [pytest.param("mezo", marks=pytest.mark.slow), *list(RUNS)[1:]])
-def test_a_replica_that_starts_late_joins_and_all_end_with_the_same_bits(name, tmp_path):
+def test_a_replica_that_starts_late_joins_and_all_replicas_end_with_the_same_bits(name, tmp_path):
     store = store_address()
     leader, joiner = at_once(
         [
@@ -160,7 +169,7 @@ def test_a_replica_that_starts_late_joins_and_all_end_with_the_same_bits(name, t
 
 
 def rank_of_one_that_dies(name: str, folder: Path, store: str, at: int) -> Any:
-    """Join, and die silently in the middle of a step."""
+    """Join, and die without a message in the middle of a step."""
     waits_for(folder / "begun")
     engine = build(name, {"store": store, "index": 3})
     threading.Timer(1.0, (folder / "ready").touch).start()
@@ -172,7 +181,7 @@ def rank_of_one_that_dies(name: str, folder: Path, store: str, at: int) -> Any:
 
 
 def rank_of_two_lives(name: str, folder: Path, store: str) -> list[dict[str, Any]]:
-    """Joins, leaves, and joins again with the same index."""
+    """Join, leave, and join again with the same index."""
     first = rank_of_joiner(name, folder, store, 1, 7, "ready")
     second = rank_of_joiner(name, folder, store, 1, STEPS, "back")
     return [first, second]
@@ -237,7 +246,7 @@ def rank_left_alone(folder: Path, store: str) -> str:
     return str(error.value).partition("(")[0]
 
 
-def test_where_the_leader_dies_the_others_say_so_and_its_log_is_whole(tmp_path):
+def test_when_the_leader_dies_the_others_report_it_and_its_log_is_whole(tmp_path):
     store, said = store_address(), []
     thread = threading.Thread(
         target=lambda: said.extend(run_ranks(2, rank_left_alone, tmp_path, store))
@@ -287,9 +296,7 @@ def rank_of_misfits(names: list[str], folder: Path, store: str) -> dict[str, str
 
 
 def rank_of_small_leader(folder: Path, store: str, accumulation: int) -> int:
-    """Leads with micro-batches of 2 examples where there are 6 of them; goes on until the others
-    have tried.
-    """
+    """Lead with micro-batches of 2 of the 6 examples, until the other replicas have tried."""
     section = {**COMMON, **RUNS["svrg"], "accumulation": accumulation, "replicas": {"store": store}}
     engine = zods.initialize(
         model=Tiny(), config=configuration(12, **section), training_data=tiny_data(40)
@@ -332,7 +339,7 @@ def test_a_replica_that_does_not_fit_is_refused_with_the_reason_and_the_others_g
         ),
     ],
 )
-def test_what_does_not_go_with_replicas_is_refused(changed, said):
+def test_options_that_replicas_do_not_support_are_refused(changed, said):
     with pytest.raises(ValueError, match=said):
         parse_section({"method": "mezo", **changed})
 

@@ -1,6 +1,8 @@
-"""A run that was stopped anywhere goes on from its log, and from a checkpoint where there is a
-whole one, as if nothing had been; on another number of ranks it stands at the same bits and goes on
-within rounding."""
+"""A run that was stopped anywhere resumes from its log and, if there is one, a whole checkpoint.
+
+On the same number of ranks it ends as the undisturbed run. On another number it resumes with the
+same bits, and continues within rounding.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,7 @@ from zods.training.resume import CHECKPOINTS, INITIAL, LOG_NAME
 from zods.trajectory.log import Log, read_log
 from zods.trajectory.records import Evaluation, Refresh, RunRecord
 
-# three steps to an epoch; checkpoints are written at those of SAVED
+# An epoch has three steps. Checkpoints are written at the steps of SAVED.
 BATCH, STEPS, SAVED = 24, 11, (4, 7)
 WARMUP = {
     "type": "WarmupLR",
@@ -47,7 +49,7 @@ SECTION = {
     "eps": 1e-2,
     "lr": 2e-2,
     "anchor_interval": 5,
-    # so low that it acts at the end of every epoch but the first
+    # The threshold is so low that annealing acts at the end of every epoch but the first.
     "anneal": {
         "alpha": 3.0,
         "threshold": 1e-3,
@@ -62,7 +64,7 @@ def kept(point: str, gradient: str, **others: Any) -> dict[str, Any]:
 
 SELECTOR = {"candidates": 32, "interval": 2, "strategy": "highest_loss", "warmup_steps": 1}
 LOW_RANK = {"distribution": "low_rank", "rank": 2}
-# name: arguments of `configuration`
+# Arguments of `configuration` by name.
 RUNS: dict[str, dict[str, Any]] = {
     "mezo, micro-batches": {**MEZO, "accumulation": 2, "weight_decay": 0.2},
     "device": kept("device", "device", anchor_directions=2),
@@ -76,7 +78,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "offloaded to nvme": {**MEZO, "offload": "nvme", "bf16": True, "anneal": None},
 }
 WORLD_SIZE = 2
-# models of which other numbers of ranks keep too little for NVMe
+# On other numbers of ranks these models have shards too small for NVMe.
 BARE = (
     "offloaded",
     "offloaded to nvme",
@@ -84,7 +86,7 @@ BARE = (
 
 
 def build(name: str, folder: Path, **changed: Any) -> Any:
-    """An engine of run `name` whose NVMe files are in a folder of `folder` of their own."""
+    """An engine of run `name`, whose NVMe files are in a new folder below `folder`."""
     given = {"batch": BATCH, **SECTION, "top": {"scheduler": WARMUP}, **RUNS[name], **changed}
     given = {key: value for key, value in given.items() if value is not None}
     data, model = given.pop("data", None), given.pop("model", None)
@@ -107,7 +109,7 @@ def go_on(engine: Any, until: int = STEPS) -> list[float]:
 
 
 def close(engine: Any) -> None:
-    """So that the next engine may log in its folder."""
+    """Close an engine, so that the next one may log in its folder."""
     engine.close()
     torch.distributed.barrier()
 
@@ -116,7 +118,10 @@ def close(engine: Any) -> None:
 
 
 def rank_of_runs(folder: Path) -> dict[str, Any]:
-    """Undisturbed runs, each with checkpoints; one of these is written between two micro-batches."""
+    """Undisturbed runs with checkpoints.
+
+    One checkpoint is written between two micro-batches.
+    """
     found: dict[str, Any] = {}
     for name in RUNS:
         engine = build(name, folder)
@@ -152,7 +157,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
 
 
 def stopped(run: Path, to: Path, num_records: int, checkpoints: tuple[int, ...] = ()) -> bytes:
-    """In `to` what a run leaves that dies when so many records are on the disk; returns its log."""
+    """Write to `to` the files of a run that dies with `num_records` records on the disk.
+
+    Returns the bytes of its log.
+    """
     log = read_log(run / LOG_NAME)
     data = (run / LOG_NAME).read_bytes()[: log.ends[num_records]]
     to.mkdir(parents=True)
@@ -165,12 +173,15 @@ def stopped(run: Path, to: Path, num_records: int, checkpoints: tuple[int, ...] 
 
 
 def after(log: Log, steps: int) -> int:
-    """The number of records that are there when so many steps are made."""
+    """The number of records in the log after `steps` steps."""
     return len(log.until(steps))
 
 
-def places(log: Log) -> dict[str, tuple[int, tuple[int, ...]]]:
-    """Where a run is stopped: (number of records, steps of the checkpoints that are there)."""
+def stops_of(log: Log) -> dict[str, tuple[int, tuple[int, ...]]]:
+    """The moments at which a run is stopped, by name.
+
+    Each is (number of records, steps of the existing checkpoints).
+    """
     last = max(
         k
         for k, record in enumerate(log.records)
@@ -234,9 +245,9 @@ def restarts(
     folder, at = tmp_path_factory.mktemp("restarts"), {}
     for name in RUNS:
         at[name] = {
-            where: folder / name / where for where in places(read_log(runs[0] / name / LOG_NAME))
+            where: folder / name / where for where in stops_of(read_log(runs[0] / name / LOG_NAME))
         }
-        for where, (num_records, checkpoints) in places(
+        for where, (num_records, checkpoints) in stops_of(
             read_log(runs[0] / name / LOG_NAME)
         ).items():
             stopped(runs[0] / name, at[name][where], num_records, checkpoints)
@@ -269,7 +280,7 @@ def test_a_run_stopped_anywhere_ends_with_the_bits_and_the_log_of_the_undisturbe
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_damaged_checkpoint_is_left_out_with_a_word_and_an_older_one_or_the_log_serves(
+def test_a_damaged_checkpoint_is_skipped_with_a_warning_and_an_older_one_or_the_log_is_used(
     restarts, name
 ):
     first = restarts[0][name]
@@ -334,14 +345,15 @@ def others(
 
 
 @pytest.mark.parametrize("name", [name for name in RUNS if name not in BARE])
-def test_on_other_ranks_a_run_stands_at_the_same_bits_and_goes_on_within_rounding(
+def test_on_another_number_of_ranks_a_run_resumes_with_the_same_bits_and_ends_within_rounding(
     runs, others, name
 ):
     undisturbed = runs[1][name]
     for where in ("the log alone", "after a checkpoint"):
         again = others[name][where]
         assert again["resumed"] == undisturbed["states"][8], where
-        tolerance = 0.05 if RUNS[name].get("bf16") else 1e-3  # as in test_checkpoint.py
+        # The tolerances are those of test_checkpoint.py.
+        tolerance = 0.05 if RUNS[name].get("bf16") else 1e-3
         np.testing.assert_allclose(again["losses"], undisturbed["losses"][8:], rtol=tolerance)
         for key in ("step", "counters", "anchor step", "loader", "lr", "scheduler"):
             assert again["end"][key] == undisturbed["states"][STEPS][key], (where, key)
@@ -352,7 +364,7 @@ def test_on_other_ranks_a_run_stands_at_the_same_bits_and_goes_on_within_roundin
 
 
 def headed(seed: int) -> Tiny:
-    """Tiny, but for a layer that is drawn with another seed."""
+    """Tiny with one layer that is drawn with another seed."""
     model = Tiny()
     torch.manual_seed(seed)
     torch.nn.init.normal_(model.hidden.weight)
@@ -379,7 +391,7 @@ def rank_of_heads(folder: Path) -> tuple[list[str], str]:
     return digests, str(error.value)
 
 
-def test_a_head_that_is_drawn_otherwise_is_taken_from_where_it_was_kept(tmp_path):
+def test_a_new_head_is_restored_from_the_run_folder_and_not_drawn_again(tmp_path):
     first, second = run_ranks(2, rank_of_heads, tmp_path)
     assert first == second
     assert len(first[0]) == 3
@@ -395,7 +407,7 @@ def rank_without_the_kernel(stop: Path, folder: Path) -> dict[str, Any]:
     return state(engine)
 
 
-def test_without_the_compiled_kernel_a_run_stands_at_the_same_bits(runs, tmp_path):
+def test_without_the_compiled_kernel_a_run_resumes_with_the_same_bits(runs, tmp_path):
     name = "point as terms, bf16"
     stopped(runs[0] / name, tmp_path / "run", after(read_log(runs[0] / name / LOG_NAME), 8))
     for rank in run_ranks(WORLD_SIZE, rank_without_the_kernel, tmp_path / "run", tmp_path):
@@ -403,8 +415,9 @@ def test_without_the_compiled_kernel_a_run_stands_at_the_same_bits(runs, tmp_pat
 
 
 def rank_of_another_configuration(folder: Path, name: str) -> list[str]:
-    """A run of five steps, a checkpoint after three; then the weights of one that goes on with
-    another configuration.
+    """Resume a run of five steps, with a checkpoint after three, with another configuration.
+
+    Returns the weights.
     """
     engine = build(name, folder, weight_decay=0.1, seed=1)
     engine.resume(folder / "run")
@@ -428,8 +441,11 @@ def rank_of_another_configuration(folder: Path, name: str) -> list[str]:
     return [*digests, sha256(whole(again))]
 
 
-def test_the_log_is_replayed_by_the_configuration_that_it_was_made_with(tmp_path):
-    """From a checkpoint, after which the log does not say it again, and from the base weights."""
+def test_the_log_is_replayed_with_the_configuration_that_it_was_made_with(tmp_path):
+    """From a checkpoint, and from the base weights.
+
+    After the checkpoint the log does not repeat the configuration.
+    """
     for before, after, further, again in run_ranks(
         2, rank_of_another_configuration, tmp_path, next(iter(RUNS))
     ):
@@ -454,7 +470,7 @@ def frozen_norm() -> Tiny:
 
 MISFITS: dict[
     str, tuple[dict[str, Any], tuple[str, ...]]
-] = {  # what the run is given instead; what is said
+] = {  # The run's changed arguments, and the error's message.
     "model": ({"model": another_layer}, ("another model", "back.bias")),
     "shape": (
         {"model": lambda: Tiny(inner=14)},
@@ -483,7 +499,7 @@ MISFITS: dict[
 
 @contextmanager
 def said(found: dict[str, Any], what: str, log: Path) -> Iterator[None]:
-    """Note what is raised, and whether the log is as it was."""
+    """Record a raised error, and whether the log is as it was."""
     torch.distributed.barrier()
     before = log.read_bytes()
     try:
@@ -502,7 +518,7 @@ def rank_of_mistakes(
         engine = build(name, folder, **made)
         with said(found, what, run / LOG_NAME):
             engine.resume(run)
-        if what == "batch":  # the same process may try again
+        if what == "batch":  # The same process may try again.
             with said(found, "batch again", run / LOG_NAME):
                 build(name, folder, **made).resume(run)
     for what, at in damaged.items():
@@ -513,7 +529,7 @@ def rank_of_mistakes(
     with said(found, "steps", run / LOG_NAME):
         engine.resume(run)
     engine = build(name, folder)
-    engine.resume(run)  # that no mistake has left anything
+    engine.resume(run)  # no mistake has left anything behind
     with said(found, "twice", run / LOG_NAME):
         engine.resume(run)
     found["at"] = engine.global_steps
@@ -521,7 +537,7 @@ def rank_of_mistakes(
     return found
 
 
-def test_a_run_that_the_log_is_not_of_is_one_error_on_all_ranks_and_leaves_the_log(runs, tmp_path):
+def test_the_log_of_another_run_is_one_error_on_all_ranks_and_stays_as_it_is(runs, tmp_path):
     data = (runs[0] / "device" / LOG_NAME).read_bytes()
     damages = {
         "a byte": data[:2000] + bytes([data[2000] ^ 1]) + data[2001:],

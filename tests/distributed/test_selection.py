@@ -1,5 +1,6 @@
-"""Selection on several ranks: the same choice however candidates are spread, in steps of both
-orders, stopped and resumed.
+"""Selection on several ranks, in zeroth-order and first-order steps, stopped and resumed.
+
+The choice does not depend on the way in which candidates are spread over the ranks.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ SLOW = pytest.mark.slow
 
 def features_of(kind: str, n: int) -> Tensor:
     generator = torch.Generator().manual_seed(n)
-    if kind == "ties":  # one dimension, few values
+    if kind == "ties":  # one dimension and few values, so that gains are equal
         return torch.randint(0, 5, (n, 1), generator=generator).float()
     features = torch.randn(n, 4, generator=generator)
     return (
@@ -53,13 +54,14 @@ def features_of(kind: str, n: int) -> Tensor:
 
 
 def split_of(how: str, n: int, world_size: int) -> list[list[int]]:
-    """Who owns which candidate."""
+    """The candidates that each rank owns."""
     ids = (
         torch.randperm(n, generator=torch.Generator().manual_seed(7)).tolist()
         if how == "permuted"
         else list(range(n))
     )
-    if how == "uneven":  # the first rank has most, the last nothing where there are more than two
+    # the first rank has most candidates; the last of more than two ranks has none
+    if how == "uneven":
         ends = [0, *[n - n // 5 + k for k in range(world_size - 1)], n]
         return [ids[a:b] for a, b in pairwise(ends)]
     if how == "one":
@@ -76,8 +78,9 @@ CASES = [
 
 
 def choose_on_ranks() -> list[tuple[Any, Any, int]]:
-    """For every case: features gathered from their owners, then chosen by all and by each rank for
-    its own candidates.
+    """For every case, gather the features from their owners and choose.
+
+    The choice is made by every rank for all candidates, and by every rank for its own candidates.
     """
     comm = Communicator(torch.device("cpu"))
     results = []
@@ -108,8 +111,9 @@ def choose_on_ranks() -> list[tuple[Any, Any, int]]:
     "world_size", [pytest.param(n, marks=SLOW if n in (2, 4) else []) for n in WORLDS]
 )
 def test_the_same_ids_on_any_number_of_ranks(world_size: int):
-    """Uneven and empty shards, ties, duplicates, permuted owners: gains and weights, too, to the
-    bit.
+    """Uneven and empty shards, ties, duplicates and permuted owners.
+
+    Gains and weights have the same bits, too.
     """
     of_ranks = run_ranks(world_size, choose_on_ranks)
     for case, *found in zip(CASES, *of_ranks, strict=True):
@@ -123,7 +127,7 @@ def test_the_same_ids_on_any_number_of_ranks(world_size: int):
 
 def gather() -> list[Any]:
     comm = Communicator(torch.device("cpu"))
-    rows = torch.arange(comm.rank * 6).view(-1, 3)  # 0, 2, 4, ... rows
+    rows = torch.arange(comm.rank * 6).view(-1, 3)  # a rank has twice as many rows as its number
     return [
         [part.tolist() for part in comm.gather_rows(rows)],
         [part.dtype for part in comm.gather_rows(rows.to(torch.int16))],
@@ -132,7 +136,7 @@ def gather() -> list[Any]:
     ]
 
 
-def test_rows_of_different_number_are_gathered():
+def test_different_numbers_of_rows_are_gathered():
     for rows, dtypes, empty, integers in run_ranks(3, gather):
         assert rows == [[], [[0, 1, 2], [3, 4, 5]], torch.arange(12).view(-1, 3).tolist()]
         assert dtypes == [torch.int16] * 3
@@ -144,7 +148,10 @@ def test_rows_of_different_number_are_gathered():
 
 
 def examples(size: int = 64, *, spoilt: bool = False) -> list[dict[str, Any]]:
-    """Two sources of different size; spoilt: some without labels, some whose loss is not finite."""
+    """Examples of two sources of different size.
+
+    spoilt: some have no labels, and some have a loss that is not finite.
+    """
     batch = zoo_batch("llama", size=size, length=12, padded=True, seed=3)
     rows = [{key: value[i] for key, value in batch.items()} for i in range(size)]
     for i, row in enumerate(rows):
@@ -235,8 +242,10 @@ def named(options: dict[str, Any]) -> str:
     "options", [*VARIANTS, *(pytest.param(options, marks=SLOW) for options in FURTHER)], ids=named
 )
 def test_zeroth_order_steps_choose_the_same_on_1_and_2_ranks(options: dict[str, Any]):
-    """On 4 steps; the first choice of per-rank directions only, since the later ones are at other
-    parameters.
+    """Compare the choices of 4 steps.
+
+    With per-rank directions only the first choice is compared, because the later ones are made with
+    other parameters.
     """
     alone, both = (run_ranks(n, zeroth_order_steps, 4, dict(options)) for n in (1, 2))
     assert both[0][0] == both[1][0]
@@ -250,8 +259,9 @@ def test_zeroth_order_steps_choose_the_same_on_1_and_2_ranks(options: dict[str, 
 
 
 def features_in_many_runs(_: int) -> Any:
-    """Ranks whose batches differ in length make as many forwards, or they would wait for each other
-    for ever.
+    """Ranks whose batches differ in length make the same number of forwards.
+
+    Otherwise they would wait for each other for ever.
     """
     features._STACK_ELEMENTS_ON_CPU = 20_000
     data = [
@@ -273,7 +283,7 @@ def padded(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
     }
 
 
-def test_differences_make_as_many_forwards_on_all_ranks():
+def test_finite_differences_make_the_same_number_of_forwards_on_all_ranks():
     (alone,), (first, second) = (
         run_ranks(1, features_in_many_runs, 0),
         run_ranks(2, features_in_many_runs, 0),
@@ -282,12 +292,12 @@ def test_differences_make_as_many_forwards_on_all_ranks():
 
 
 def large_selection(_: int) -> list[tuple[list[int], int]]:
-    """As many candidates as if their distances did not fit the memory of a rank."""
+    """Select as if the candidates' distances did not fit the memory of a rank."""
     facility_location._CACHE_BYTES = 1000
     return zeroth_order_steps(3, {})[0]
 
 
-def test_ranks_share_the_work_where_distances_do_not_fit():
+def test_ranks_share_the_work_where_distances_do_not_fit_the_memory():
     expected = run_ranks(1, zeroth_order_steps, 3, {})[0][0]
     for world_size in (1, 2, 4):
         assert run_ranks(world_size, large_selection, 0) == [expected] * world_size
@@ -306,8 +316,9 @@ def bytes_of_a_selection(options: dict[str, Any]) -> tuple[Any, Any, int]:
 
 
 def chosen_and_weighted(world_size_options: dict[str, Any]) -> dict[str, Any]:
-    """One step's losses at its points, as the engine reduces them, with what was chosen and its
-    weights.
+    """The losses of one step at its points, as the engine reduces them.
+
+    Also the chosen examples and their weights.
     """
     engine = zeroth_order_engine(examples(), selector={"weights": "cluster"}, **world_size_options)
     batches = iter(engine.training_dataloader)
@@ -340,7 +351,8 @@ def test_the_loss_of_a_step_is_the_weighted_mean_over_the_chosen(loss_mean: str)
     )
     for run in (one, *two):
         assert (run["ids"], run["weights"]) == (one["ids"], one["weights"])
-        assert run["loss"] == pytest.approx(expected, rel=1e-4)  # eps = 1e-3 away
+        # the losses are taken at points eps = 1e-3 away
+        assert run["loss"] == pytest.approx(expected, rel=1e-4)
     assert abs(sum(two[0]["tokens"]) - sum(two[1]["tokens"])) <= 12
 
 
@@ -350,7 +362,7 @@ def test_the_loss_of_a_step_is_the_weighted_mean_over_the_chosen(loss_mean: str)
 def run_and_save(
     steps: int, save_at: int, folder: Path, options: dict[str, Any]
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """The ids of each step; and as the log has them."""
+    """The chosen ids of each step, as the engine and as the log have them."""
     engine = zeroth_order_engine(examples(), **options)
     engine.resume(folder / "run")
     ids = []
@@ -393,7 +405,7 @@ def resume(steps: int, folder: Path, options: dict[str, Any], log: Path | None) 
 def test_a_run_stopped_and_resumed_on_another_number_of_ranks_selects_the_same(
     options, save_at, tmp_path: Path
 ):
-    """8 steps cross an epoch of 4 candidate batches."""
+    """The 8 steps cross an epoch of 4 candidate batches."""
     undisturbed, logged = run_ranks(2, run_and_save, 8, save_at, tmp_path, options)[0]
     assert logged == undisturbed
     whole = read_log(tmp_path / "run" / "trajectory.log")
@@ -438,8 +450,9 @@ def first_order_engine(stage: int, lora: bool, accumulation: int = 1) -> tuple[A
 def first_order_steps(
     stage: int, lora: bool, accumulation: int, loss_mean: str, own_loader: bool
 ) -> tuple[Any, ...]:
-    """A pass with weighted clusters: what was chosen, mean losses, and the norms of the parameters
-    at the end.
+    """Make a pass with weighted clusters.
+
+    Returns the chosen ids, the mean losses, and the norms of the parameters at the end.
     """
     engine, loader = first_order_engine(stage, lora, accumulation)
     if own_loader:
@@ -486,8 +499,9 @@ DEFAULT = {(0, 1, "tokens", True), (3, 1, "examples", False), (3, 2, "tokens", T
 def test_first_order_training_on_chosen_examples(
     stage: int, accumulation: int, loss_mean: str, lora: bool
 ):
-    """As plain AdamW on one process over the same weighted examples, whatever the ranks and
-    micro-batches.
+    """The steps are those of plain AdamW on one process over the same weighted examples.
+
+    Ranks and micro-batches do not change them.
     """
     expected_ids, expected_losses, expected_ends = plain_adamw(lora, loss_mean)
     for world_size in (1, 2):
@@ -508,8 +522,10 @@ def test_first_order_training_on_chosen_examples(
 def plain_adamw(
     lora: bool, loss_mean: str
 ) -> tuple[list[list[int]], list[float], dict[str, float]]:
-    """The reference: exact features one example at a time, greedy by source, one weighted loss over
-    the whole sub-batch.
+    """Train as the reference does.
+
+    It uses exact features one example at a time, the greedy choice by source, and one weighted loss
+    over the whole sub-batch.
     """
     from zods.core.directions import derive_seed
     from zods.selection.features import FeatureExtractor
@@ -561,8 +577,9 @@ def plain_adamw(
 
 
 def steps_with_few_usable(stage: int) -> tuple[list[list[int]], list[float]]:
-    """3 of 16 candidates have labels, 8 are to be chosen: some micro-batches count for nothing, on
-    some ranks all.
+    """Choose 8 of 16 candidates of which 3 have labels.
+
+    Some micro-batches count for nothing; on some ranks all of them.
     """
     engine, _ = first_order_engine(stage, False, 2)
     data = [
@@ -604,12 +621,14 @@ def test_where_few_candidates_are_usable_the_others_do_not_count(stage: int):
 
 
 def passes_with_a_stop(stop: int) -> tuple[list[list[int]], list[list[int]]]:
-    """What is chosen step by step in a pass, and in one that is stopped after `stop` steps and goes
-    on elsewhere.
-    """
+    """The choices of a pass, and of a pass that is stopped after `stop` steps and resumed."""
     engine, _ = first_order_engine(0, False, 2)
-    loader = DataLoader(examples(), batch_size=16 // engine.world_size, sampler=DistributedSampler(examples(), shuffle=False),
-                        collate_fn=collate)  # fmt: skip
+    loader = DataLoader(
+        examples(),
+        batch_size=16 // engine.world_size,
+        sampler=DistributedSampler(examples(), shuffle=False),
+        collate_fn=collate,
+    )
     options = {"candidates": 16, "interval": 2, "strategy": "random"}
     whole_pass, first, second = (zods.select(loader, engine, options) for _ in range(3))
     expected = [whole_pass.selection.selected_ids for _ in whole_pass]
@@ -626,13 +645,13 @@ def passes_with_a_stop(stop: int) -> tuple[list[list[int]], list[list[int]]]:
     "stop",
     [pytest.param(0, marks=SLOW), 1, pytest.param(2, marks=SLOW), 5, pytest.param(8, marks=SLOW)],
 )
-def test_a_pass_over_a_loader_goes_on_where_it_was_stopped(stop: int):
+def test_a_pass_over_a_loader_continues_where_it_was_stopped(stop: int):
     for expected, found in run_ranks(2, passes_with_a_stop, stop):
         assert len(expected) == 16
         assert found == expected
 
 
-def test_the_loader_of_deepspeed_serves_too():
+def test_deepspeeds_own_loader_works_too():
     for ids, losses, _ in run_ranks(2, first_order_steps, 3, False, 1, "tokens", False):
         assert len(ids) == 4
         assert all(math.isfinite(loss) for loss in losses)
@@ -642,7 +661,7 @@ def test_the_loader_of_deepspeed_serves_too():
 
 
 def mistakes() -> list[str]:
-    """What each is told; the same on all ranks, and none hangs."""
+    """The errors of mistakes. They are the same on all ranks, and no rank hangs."""
     data = examples()
     told = []
 
@@ -698,9 +717,10 @@ def mistakes() -> list[str]:
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_mistakes_are_told_on_all_ranks(world_size: int):
+def test_mistakes_are_reported_on_all_ranks(world_size: int):
     wanted = [
-        r"source_column: the training data has no column 'origin'; its columns are input_ids, .*source",
+        r"source_column: the training data has no column 'origin'; its columns are "
+        r"input_ids, .*source",
         r"selector\.candidates: found 7, of which 8",
         r"selector\.candidates: found 65, but there are 64",
         r"selector\.quotas: they sum to 9, must sum to 8",

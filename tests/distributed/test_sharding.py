@@ -1,5 +1,6 @@
-"""Slices of ZeRO-3: what a rank holds, and that updates do not depend on how parameters are cut and
-where they are.
+"""Shards of ZeRO-3: the elements that a rank stores, and updates of them.
+
+Updates do not depend on the way in which parameters are cut, or on where they are stored.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ WORLD_SIZES = (1, 2, 3, 4)
 LAYOUTS = [(0, "none"), (3, "none"), (3, "cpu"), (3, "nvme")]
 DTYPES = (torch.float32, torch.bfloat16)
 STEPS = 10
-GRADIENT = (Term(2**63 + 11, 0.25), Term(12, -0.5))  # what the anchor gradient consists of
+GRADIENT = (Term(2**63 + 11, 0.25), Term(12, -0.5))  # the terms of the anchor gradient
 DENSE_COEFFICIENT = -(2.0**-6)
 
 
 def given(step: int) -> tuple[list[int], list[float], float, int]:
-    """Seeds, coefficients, decay and rounding seed of one step: three terms, of very different
-    sizes.
+    """Seeds, coefficients, decay and rounding seed of one step.
+
+    Its three terms have very different sizes.
     """
     seeds = [1000 * step + 1, 2**64 - 1 - step, 77]
     return seeds, [0.01 * (step + 1), -3e-5, 1e-9 * 7**step], 1.0 - 1e-3 * step, 900 + step
@@ -48,8 +50,9 @@ def build(stage: int, offload: str, dtype: torch.dtype, nvme_path: Path, **secti
 
 
 def rank_of_layouts(folder: Path) -> dict[Any, dict[str, Any]]:
-    """For every layout and dtype: the slices, where they are, z, and the digest after ten given
-    steps.
+    """For every layout and dtype: the shards, where they are stored, z, and the digest.
+
+    The digest is that of the weights after ten given steps.
     """
     found = {}
     for stage, offload in LAYOUTS:
@@ -58,7 +61,7 @@ def rank_of_layouts(folder: Path) -> dict[Any, dict[str, Any]]:
             path.mkdir(parents=True, exist_ok=True)
             section = {"method": "mezo_svrg", "anchor": {"point": "terms", "gradient": "cpu"}}
             engine = build(stage, offload, dtype, path, **section)
-            slices = [
+            shards = [
                 (
                     p.name,
                     p.ordinal,
@@ -66,7 +69,7 @@ def rank_of_layouts(folder: Path) -> dict[Any, dict[str, Any]]:
                     p.numel,
                     local.float().numpy().copy() if p.whole_numel < 100 else None,
                 )
-                for p, local in engine.sharded_parameters.visit(write=False)
+                for p, local in engine.sharded_parameters.iterate_with_read_ahead(write=False)
             ]
             stored = {
                 p.name: getattr(p.param, "ds_tensor", p.param).device.type
@@ -84,7 +87,7 @@ def rank_of_layouts(folder: Path) -> dict[Any, dict[str, Any]]:
                 engine.sharded_parameters.apply_(
                     update, direction=Direction(), dense=engine.anchor.gradient.read
                 )
-                if step == 4:  # a forward in between leaves nothing behind
+                if step == 4:  # a forward between two steps leaves nothing behind
                     with torch.no_grad():
                         engine.deepspeed(torch.ones(2, 5, dtype=dtype))
                     zods.params.zero3_adapter.release_gathered(engine.deepspeed)
@@ -92,13 +95,13 @@ def rank_of_layouts(folder: Path) -> dict[Any, dict[str, Any]]:
             z = {}
             for distribution in ("gaussian", "rademacher"):
                 zods.params.zero3_adapter.release_gathered(engine.deepspeed)
-                for shard, local in engine.sharded_parameters.visit(write=True):
+                for shard, local in engine.sharded_parameters.iterate_with_read_ahead(write=True):
                     Direction(distribution).combine_(
                         local, shard, shard.offset, seeds=[4321], coefficients=[1.0]
                     )
                 z[distribution] = sha256(whole(engine))
             found[stage, offload, dtype] = {
-                "slices": slices,
+                "shards": shards,
                 "stored": stored,
                 "files": num_files,
                 "after": after,
@@ -122,7 +125,7 @@ def layouts(
 
 @pytest.fixture(scope="module")
 def dense() -> dict[torch.dtype, dict[str, Any]]:
-    """The same on whole parameters in one process, by the kernel alone."""
+    """The results on whole parameters in one process, by the kernel alone."""
     found = {}
     for dtype in DTYPES:
         params = {name: (k, p) for k, (name, p) in enumerate(Awkward(dtype).named_parameters())}
@@ -193,11 +196,11 @@ def test_a_direction_is_the_same_bits_for_every_layout_and_tier(
 
 
 @every_dtype
-def test_the_ranks_slices_are_each_whole_parameter_cut_once(layouts, dense, dtype):
+def test_the_ranks_shards_are_each_whole_parameter_cut_once(layouts, dense, dtype):
     initial = dense[dtype]["initial"]
     ordinals = {name: k for k, name in enumerate(initial)}
     for stage, offload in LAYOUTS[1:]:
-        by_rank = [rank[stage, offload, dtype]["slices"] for rank in layouts]
+        by_rank = [rank[stage, offload, dtype]["shards"] for rank in layouts]
         for shards in zip(*by_rank, strict=True):
             name = shards[0][0]
             assert all(shard[:2] == (name, ordinals[name]) for shard in shards)
@@ -210,21 +213,21 @@ def test_the_ranks_slices_are_each_whole_parameter_cut_once(layouts, dense, dtyp
                 joined = torch.cat([torch.from_numpy(shard[4]) for shard in shards])
                 assert torch.equal(joined, initial[name].float().view(-1))
     if len(layouts) == 4:
-        numels = [{p[0]: p[3] for p in rank[3, "none", dtype]["slices"]} for rank in layouts]
+        numels = [{p[0]: p[3] for p in rank[3, "none", dtype]["shards"]} for rank in layouts]
         assert [n["one"] for n in numels] == [1, 0, 0, 0]
         assert [n["five"] for n in numels] == [2, 2, 1, 0]
         assert [n["seven"] for n in numels] == [2, 2, 2, 1]
 
 
 @every_layout
-def test_a_tied_parameter_has_one_slice_and_a_frozen_one_none(layouts, stage, offload):
+def test_a_tied_parameter_has_one_shard_and_a_frozen_one_none(layouts, stage, offload):
     for rank in layouts:
-        names = [shard[0] for shard in rank[stage, offload, torch.float32]["slices"]]
+        names = [shard[0] for shard in rank[stage, offload, torch.float32]["shards"]]
         assert names == ["one", "three", "five", "seven", "big", "first.weight", "second.bias"]
 
 
 @every_dtype
-def test_with_nvme_the_large_slices_are_in_files_and_the_small_ones_in_memory(layouts, dtype):
+def test_with_nvme_the_large_shards_are_in_files_and_the_small_ones_in_memory(layouts, dtype):
     for rank in layouts:
         found = rank[3, "nvme", dtype]
         assert found["files"] >= 1
@@ -268,7 +271,7 @@ def rank_of_deepspeed_names(folder: Path) -> list[str]:
     offset = torch.distributed.get_rank() * param.ds_tensor.ds_numel
     expected = Awkward(torch.float32).big.data.view(-1)[offset : offset + param.ds_tensor.ds_numel]
     if not torch.equal(param.ds_tensor.data.view(-1)[: expected.numel()], expected):
-        missing.append("swap_in does not bring this rank's slice")
+        missing.append("swap_in does not bring this rank's shard")
     param.nvme_swapper.remove_partition_and_release_buffers([param])
     return missing
 

@@ -1,4 +1,7 @@
-"""Ranks that hang are named, and all end; and nothing is said of ranks that do not hang."""
+"""Ranks that hang are named, and all ranks end.
+
+There is no message about ranks that do not hang.
+"""
 
 from __future__ import annotations
 
@@ -34,8 +37,11 @@ TIMEOUT = 2.0
 
 @dataclass
 class Ended:
-    """codes: each rank's exit code, None of one that still runs or is stopped. said: by each.
-    seconds: for all the others.
+    """Ranks that have ended, and ranks that still run.
+
+    codes: the exit code of each rank, or None if the rank still runs or is stopped.
+    said: the output of each rank.
+    seconds: the time until all other ranks had ended.
     """
 
     codes: list[int | None]
@@ -51,11 +57,12 @@ def end_of(
     stays: int | None = None,
     between: Callable[[list[int]], None] = lambda pids: None,
 ) -> Ended:
-    """Run `function` on three ranks that may die, until all but rank `stays` have ended; kills what
-    is left after 30 s.
+    """Run `function` on three ranks that may die, until all but rank `stays` have ended.
 
-    store: "file" or "tcp", which rank 0's process keeps. between: called with the processes' ids
-    once all have started.
+    Ranks that are left after 30 s are killed.
+
+    store: "file", or "tcp", which rank 0's process keeps.
+    between: called with the process ids once all ranks have started.
     """
     os.environ.update(ENVIRONMENT)
     restore_compilers()
@@ -94,7 +101,7 @@ def _rank(rank: int, address: str, folder: Path, ready: Any, function: Callable[
     comm.gather_scalars([0.0])
     watchdog = Watchdog(comm, TIMEOUT)
     watchdog.beat("step 17, evaluate")
-    time.sleep(1.5)  # every attendant has its connection to the store
+    time.sleep(1.5)  # Give every attendant thread the time to connect to the store.
     watchdog.rest()
     ready.wait(LIMIT)
     function(watchdog, comm)
@@ -104,7 +111,10 @@ def _rank(rank: int, address: str, folder: Path, ready: Any, function: Callable[
 
 
 def check_end(ended: Ended, *, stays: int | None = None) -> str:
-    """The others ended with the code of a hang, in time, with one message, which is returned."""
+    """Check the end of the other ranks, and return their one message.
+
+    They end in time, with the exit code of a hang.
+    """
     others = [rank for rank in range(3) if rank != stays]
     assert [ended.codes[rank] for rank in others] == [EXIT_CODE] * len(others), ended.said
     assert ended.seconds < TIMEOUT + 11
@@ -147,12 +157,12 @@ def stopped_rank(rank: int, watchdog: Watchdog, comm: Communicator) -> None:
 
 def works_on(watchdog: Watchdog, comm: Communicator) -> None:
     watchdog.beat("step 18, evaluate")
-    time.sleep(1.5)  # stopped meanwhile
+    time.sleep(1.5)  # this process is stopped meanwhile
     time.sleep(0.8)
     comm.gather_scalars([1.0])
 
 
-def test_a_rank_that_sleeps_in_its_own_code_is_named_with_its_place(tmp_path: Path):
+def test_a_rank_that_sleeps_in_its_own_code_is_named_with_its_line(tmp_path: Path):
     said = check_end(end_of(sleeps_in_its_own_code, tmp_path, store="tcp"))
     assert "zods: rank 2 hangs: at step 18, evaluate, for " in said
     assert "in test_watchdog.py:" in said
@@ -187,9 +197,9 @@ def test_rank_0_is_named_when_it_is_stopped_with_the_store(tmp_path: Path):
         assert f"Rank {rank} is at step 18, evaluate, for " in ended.said[rank]
 
 
-def test_a_job_that_is_suspended_as_a_whole_and_resumed_hangs_not(tmp_path: Path):
+def test_a_job_that_is_suspended_as_a_whole_and_resumed_does_not_hang(tmp_path: Path):
     def suspend(pids: list[int]) -> None:
-        time.sleep(1.2)  # the beat has been seen
+        time.sleep(1.2)  # the clock has seen the beat by then
         for pid in pids:
             os.kill(pid, signal.SIGSTOP)
         time.sleep(2 * TIMEOUT)
@@ -211,8 +221,8 @@ def test_the_launcher_ends_with_the_code_of_a_hang():
 
 
 @pytest.mark.slow
-def test_a_watch_that_is_closed_does_not_miss_the_store():
-    """Which goes with rank 0."""
+def test_a_closed_watchdog_needs_no_store():
+    """The store ends with rank 0."""
     code, output = launch(SCRIPTS / "hanging.py", "ends")
     assert code == 0, output[-4000:]
     for sign in ("zods:", "TCPStore", "Traceback", "terminate"):
@@ -228,7 +238,7 @@ def slow_but_alive() -> str:
         comm.gather_scalars([1.0])
         watchdog.beat(f"step {step + 1}")
     watchdog.rest()
-    time.sleep(3.5)  # longer than the timeout, and nobody waits
+    time.sleep(3.5)  # longer than the timeout, and no rank waits
     comm.gather_scalars([1.0])
     watchdog.close()
     return "went on"
@@ -279,7 +289,7 @@ BUSY = replace(
 )
 
 
-def test_all_ranks_that_hang_are_named_with_their_places():
+def test_all_ranks_that_hang_are_named_with_their_lines():
     said = verdict({0: BUSY, 1: WAITS, 2: BUSY}, 3)
     place = "at step 3, evaluate, for 20 s, in data.py:104 __iter__"
     assert (
@@ -295,7 +305,7 @@ def test_ranks_that_do_not_answer_are_named_before_those_that_are_busy():
     assert "The others wait" not in said, "rank 1 does not"
 
 
-def test_ranks_that_all_wait_are_listed_with_their_places():
+def test_ranks_that_all_wait_are_listed_with_their_lines():
     said = verdict({0: WAITS, 1: replace(WAITS, frame="comm.py:9 barrier")}, 2)
     assert "all ranks wait for each other" in said
     assert "rank 0 at step 3, reduce, for 20 s, in comm.py:4 gather" in said

@@ -1,7 +1,7 @@
-"""Steps of the models of the zoo, on one rank without sharding and on two ranks under ZeRO-3,
-against the dense reference.
+"""Steps of the models of the zoo against the dense reference.
 
-A sample runs by default; `pytest -m zoo` runs all.
+They run on one rank without sharding, and on two ranks under ZeRO-3. A sample runs by default;
+`pytest -m zoo` runs all.
 """
 
 from __future__ import annotations
@@ -24,23 +24,24 @@ from tests.reference.dense import DenseReference, named_parameters_of
 from tests.reference.in_place import loss_in_place
 
 STEPS = 3
-DATASET = 2 * EXAMPLES  # examples of the training set that SVRG's anchor is taken over
-GROUP = 8  # models per set of processes
+# the number of examples of the training set, over which SVRG's anchor gradient is taken
+DATASET = 2 * EXAMPLES
+GROUP = 8  # the number of models that one set of processes runs
 LOW_RANK = {"distribution": "low_rank", "rank": 2}
 SVRG = {"anchor_interval": 2, "anchor_lr": 1e-3, "anchor_directions": 2, "seed": 3}
 TERMS = {"point": "terms", "gradient": "terms"}
-# Released after each module, as large parameters are; by default ZeRO-3 keeps such small ones
-# gathered
+# Parameters are released after each module, as large ones are. By default ZeRO-3 keeps such small
+# parameters gathered.
 RELEASED = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
-# kind of run: arguments of `configuration`, arguments of `DenseReference`
+# (arguments of `configuration`, arguments of `DenseReference`) by kind of run
 RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "gaussian": ({"method": "mezo"}, {"method": "mezo"}),
     "low rank": (
         {"method": "mezo", "direction": LOW_RANK},
         {"method": "mezo", "direction": "low_rank", "rank": 2},
     ),
-    # parts of the training set differ in length: the reference's mean over parts is that over
-    # examples
+    # The parts of the training set may differ in length, because the reference's mean is over
+    # examples and not over parts.
     "svrg": (
         {"method": "mezo_svrg", "loss_mean": "examples", "anchor": TERMS, **SVRG},
         {"method": "mezo_svrg", **SVRG},
@@ -54,8 +55,10 @@ def runs_of(subject: Subject) -> list[str]:
 
 
 class Trained(NamedTuple):
-    """The weights before and after a run; the loss and the projected gradient of each step; the
-    form of evaluation.
+    """The results of a run.
+
+    Weights before and after the run, the loss and the projected gradient of each step, and the form
+    of evaluation.
     """
 
     before: dict[str, Any]
@@ -66,7 +69,10 @@ class Trained(NamedTuple):
 
 
 def steps_of(subject: Subject, kind: str) -> dict[str, float]:
-    """The steps in bf16 are large, since its roundings are."""
+    """The sizes of a run's steps.
+
+    Steps in bf16 are large, because its roundings are.
+    """
     return (
         {"eps": 0.1, "lr": 10 * subject.lr}
         if kind == "bf16"
@@ -105,7 +111,7 @@ def trained(subject: Subject, kind: str) -> Trained:
 
 
 def rank_of_runs(names: Sequence[str]) -> dict[tuple[str, str], Trained | str]:
-    """The error's text where a run fails on all ranks."""
+    """Run each model. A run that fails on all ranks gives the error's text."""
     found: dict[tuple[str, str], Trained | str] = {}
     for name in names:
         for kind in runs_of(SUBJECTS[name]):
@@ -118,7 +124,10 @@ def rank_of_runs(names: Sequence[str]) -> dict[tuple[str, str], Trained | str]:
 
 
 def dense_run(subject: Subject, kind: str, num_parts: int) -> Trained:
-    """The same steps in one process; every batch in as many parts as there are ranks."""
+    """Make the same steps in one process.
+
+    Every batch is evaluated in as many parts as there are ranks.
+    """
     model, size = fresh(subject), EXAMPLES // num_parts
     if kind == "bf16":
         model = model.bfloat16().float()
@@ -151,7 +160,7 @@ Outcomes = Callable[[int, str], dict[str, list[Trained | str]]]
 
 @pytest.fixture(scope="session")
 def outcomes(request: pytest.FixtureRequest) -> Outcomes:
-    """(world size, name) -> kind: each rank's outcome.
+    """A function of (world size, name) that gives each rank's outcome by kind of run.
 
     The models of the selected tests are run in groups.
     """
@@ -175,7 +184,7 @@ def outcomes(request: pytest.FixtureRequest) -> Outcomes:
             except pytest.fail.Exception:
                 if len(group) == 1:
                     raise
-                # the others are not to fail with one
+                # A model that fails must not make the others fail.
                 groups.update({(world_size, of): [of] for of in group})
                 return outcome(world_size, name)
             known.update({(world_size, of): ranks for of in group})
@@ -195,16 +204,21 @@ def check(outcomes: Outcomes, name: str, world_size: int) -> None:
 
 
 def compare(found: Trained, expected: Trained, kind: str, eps: float, lr: float) -> None:
-    """Tolerance. Both run the same float32 forward, with its sums in another order. A loss of size
-    L is wrong by a few roundings of 2^-24 L (16 are allowed; 3 were seen), a projected gradient by
-    that of two losses over 2 eps. Nothing amplifies these in so few steps. In bf16 activations are
-    rounded by up to 2^-9 of their size; a loss is the mean over many of them, and two such
-    roundings are room enough. The largest projected gradient must be far above its tolerance, and
-    none is exactly 0.
+    """Compare within a tolerance that rounding explains.
+
+    Both run the same float32 forward, with its sums in another order. A loss of size L has an error
+    of a few roundings of 2^-24 L (16 are allowed, 3 were seen). A projected gradient has the error
+    of two losses over 2 eps. Nothing amplifies these errors in so few steps. In bf16 activations
+    are rounded by up to 2^-9 of their size. A loss is the mean over many of them, and two such
+    roundings are enough. The largest projected gradient must be far above its tolerance, and none
+    is exactly 0.
     """
     loss_tolerance = max(expected.losses) * (2.0**-8 if kind == "bf16" else 16 * 2.0**-24)
     grad_tolerance = loss_tolerance / eps
-    says = f"{kind}, {found.form}: projected gradients {found.projected_grads}, dense {expected.projected_grads}"
+    says = (
+        f"{kind}, {found.form}: projected gradients {found.projected_grads}, "
+        f"dense {expected.projected_grads}"
+    )
     assert all(found.projected_grads), says
     assert (
         max(map(abs, expected.projected_grads)) > (4 if kind == "bf16" else 20) * grad_tolerance
@@ -213,19 +227,21 @@ def compare(found: Trained, expected: Trained, kind: str, eps: float, lr: float)
         found.projected_grads, expected.projected_grads, 0, grad_tolerance, err_msg=says
     )
     np.testing.assert_allclose(found.losses, expected.losses, 0, loss_tolerance, err_msg=says)
-    number = 4 if kind == "svrg" else 1  # projected gradients in an update
-    # the directions of different steps are independent
+    number = 4 if kind == "svrg" else 1  # the number of projected gradients in an update
+    # The directions of different steps are independent.
     of_grads = math.sqrt(STEPS) * number * lr * grad_tolerance
     compare_weights(found, expected, of_grads, 2.0**-9 if kind == "bf16" else 2.0**-24)
 
 
 def compare_weights(found: Trained, expected: Trained, of_grads: float, rounding: float) -> None:
-    """Tolerance. A step moves an element by lr * projected_grad * z and rounds it. z^2 is 1 in the
-    mean over all elements; of_grads is lr times what the projected gradients of all steps may be
-    off by. Roundings are independent of each other. The root mean square over all elements is
-    compared: in bf16 many are rounded by as much as they move. And no element may be off by 12
-    times that plus its own roundings (of rank 2, the tail of z is longer than a Gaussian's). What
-    is not trained keeps its bits.
+    """Compare within a tolerance that rounding explains.
+
+    A step moves an element by lr * projected_grad * z and rounds it. z^2 is 1 in the mean over all
+    elements. of_grads is lr times the errors that the projected gradients of all steps may have.
+    Roundings are independent of each other. The root mean square over all elements is compared,
+    because in bf16 many elements are rounded by as much as they move. No element may have an error
+    of 12 times that plus its own roundings (with rank 2 the tail of z is longer than a Gaussian's).
+    A parameter that is not trained keeps its bits.
     """
     assert list(found.after) == list(expected.after)
     assert all(
@@ -237,8 +253,8 @@ def compare_weights(found: Trained, expected: Trained, of_grads: float, rounding
         assert np.array_equal(found.after[name], expected.before[name]), f"{name} is not trained"
     errors = {name: np.abs(found.after[name] - expected.after[name]) for name in trained}
     for name, error in errors.items():
-        room = 12 * of_grads + 2 * STEPS * rounding * np.abs(expected.after[name])
-        assert (error <= room).all(), (
+        allowed = 12 * of_grads + 2 * STEPS * rounding * np.abs(expected.after[name])
+        assert (error <= allowed).all(), (
             f"{name} is off by {error.max():.1e} of {np.abs(moved[name]).max():.1e}"
         )
     of_roundings = math.sqrt(STEPS) * rounding * rms([expected.after[name] for name in trained])

@@ -69,13 +69,16 @@ def zoo_model(name: str) -> nn.Module:
 def zoo_batch(
     name: str, size: int = 4, length: int = 16, *, padded: bool = False, seed: int = 0
 ) -> dict[str, Tensor]:
-    """padded: one row in two ends early."""
+    """A batch for the model `name`.
+
+    padded: every second row ends early.
+    """
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, VOCABULARY, (size, length), generator=generator)
     mask = torch.ones_like(ids)
     if padded:
         mask[::2, length // 2 :] = 0
-        # RoBERTa takes positions from where the padding token 1 is not
+        # RoBERTa counts positions of tokens other than the padding token 1.
         ids = ids.where(mask == 1, 1)
     classes = torch.randint(0, 3, (size,), generator=generator)
     labels = classes if name in CLASSIFIERS else ids.masked_fill(mask == 0, -100)
@@ -83,7 +86,7 @@ def zoo_batch(
 
 
 def with_adapters(name: str) -> nn.Module:
-    """Only LoRA's matrices are trainable; none of them zero."""
+    """A model of which only LoRA's matrices are trainable. None of them is zero."""
     return peft.get_peft_model(
         zoo_model(name), peft.LoraConfig(r=2, lora_alpha=128, init_lora_weights=False)
     )

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from tests.distributed.zoo import with_adapters, zoo_batch, zoo_model
 from zods.core.directions import Direction
 from zods.data.objectives import example_losses
-from zods.selection.features import FeatureExtractor, find_target
+from zods.selection.features import FeatureExtractor
+from zods.selection.target_matrix import find_target
 
 FAMILIES = ["opt", "llama", "mistral", "gpt2", "bert", "roberta", "phi", "qwen3"]
 TAKEN = {

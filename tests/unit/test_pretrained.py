@@ -11,7 +11,8 @@ import torch
 import transformers as hf
 from tiny_tasks import REVIEWS, TEXTS, make_task, make_tokenizer
 
-from zods.cli import pretrained
+from zods.cli import adapters
+from zods.cli.model_checks import check_adapter, check_causal, check_kind
 from zods.cli.options import (
     Arguments,
     DataArguments,
@@ -22,7 +23,7 @@ from zods.cli.options import (
     SelectionArguments,
     TaskArguments,
 )
-from zods.cli.pretrained import Pretrained, check_causal, check_kind, find_model
+from zods.cli.pretrained import Pretrained, find_model
 from zods.finetune import prepare_data
 
 SMALL = {
@@ -239,7 +240,7 @@ def test_adapters_are_put_into_every_type_of_model_and_the_head_is_trained_whole
     if config_class is hf.Phi3Config or config_class is hf.Olmo2Config:
         task = make_task("instruction")
     model = task.auto_class().from_config(small(config_class, pad_token_id=0))
-    model = pretrained._with_new_adapter(arguments, model, task, set())
+    model = adapters.with_new_adapter(arguments, model, task, set())
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert any("lora_A" in name for name in trained)
     assert not any(
@@ -258,7 +259,7 @@ def test_adapters_go_into_the_modules_that_are_named_and_an_unknown_one_is_an_er
 
     def trained(*names):
         model = task.auto_class().from_config(small(hf.LlamaConfig))
-        model = pretrained._with_new_adapter(
+        model = adapters.with_new_adapter(
             options("m", lora_rank=2, lora_target_modules=Names(",".join(names))),
             model,
             task,
@@ -303,9 +304,9 @@ def test_an_adapter_with_a_head_for_another_number_of_classes_is_refused_before_
         ValueError,
         match=r"adapter: its score.weight has the shape \(5, 16\), .*2 classes has \(2, 16\)",
     ):
-        pretrained.check_adapter(found, task, False)
+        check_adapter(found, task, False)
     (tmp_path / "fits").mkdir()
-    pretrained.check_adapter(
+    check_adapter(
         save_adapter(tmp_path / "fits", task, task_type=task_type, whole=["score"]), task, False
     )
 
@@ -323,9 +324,9 @@ def test_an_adapter_for_another_kind_of_task_is_refused_before_the_model_is_load
     }
     found = save_adapter(tmp_path, tasks[trained], task_type=task_type)
     with pytest.raises(ValueError, match=rf"is {task_type}, but --task {wanted} needs") as told:
-        pretrained.check_adapter(found, tasks[wanted], False)
+        check_adapter(found, tasks[wanted], False)
     assert "\n" not in str(told.value)
-    pretrained.check_adapter(found, tasks[trained], False)
+    check_adapter(found, tasks[trained], False)
 
 
 def test_an_adapter_without_the_head_that_its_base_lacks_is_refused(tmp_path):
@@ -334,17 +335,17 @@ def test_an_adapter_without_the_head_that_its_base_lacks_is_refused(tmp_path):
         folder = tmp_path / str(whole)
         folder.mkdir()
         found = save_adapter(folder, task, whole=whole)
-        pretrained.check_adapter(found, task, False)
+        check_adapter(found, task, False)
         model, info = task.auto_class().from_pretrained(
             found.base, output_loading_info=True, **task.model_kwargs()
         )
         if whole is not None:
-            pretrained._with_adapter(model, found.adapter, set(info["missing_keys"]))
+            adapters.with_trained_adapter(model, found.adapter, set(info["missing_keys"]))
             continue
         with pytest.raises(
             ValueError, match=r"neither the adapter nor its base .* score.weight.*--lora_rank"
         ):
-            pretrained._with_adapter(model, found.adapter, set(info["missing_keys"]))
+            adapters.with_trained_adapter(model, found.adapter, set(info["missing_keys"]))
 
 
 def test_an_adapter_of_a_base_of_another_width_is_refused_in_one_line(tmp_path):
@@ -354,7 +355,7 @@ def test_an_adapter_of_a_base_of_another_width_is_refused_in_one_line(tmp_path):
     with pytest.raises(
         ValueError, match=r"adapter's weights do not fit its base model: RuntimeError"
     ) as told:
-        pretrained._with_adapter(wider, found.adapter, set())
+        adapters.with_trained_adapter(wider, found.adapter, set())
     assert "\n" not in str(told.value)
 
 
@@ -414,5 +415,5 @@ def test_an_adapter_leaves_the_compilers_as_they_are(tmp_path, monkeypatch):
     model, info = task.auto_class().from_pretrained(
         found.base, output_loading_info=True, **task.model_kwargs()
     )
-    pretrained._with_adapter(model, found.adapter, set(info["missing_keys"]))
+    adapters.with_trained_adapter(model, found.adapter, set(info["missing_keys"]))
     assert (os.environ.get("CC"), os.environ.get("CXX")) == ("cc", None)

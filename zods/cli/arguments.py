@@ -26,11 +26,11 @@ from zods.cli.options import (
     ModelArguments,
     Names,
 )
+from zods.config.config_errors import nearest
 from zods.config.deepspeed_json import load_json
-from zods.config.mistakes import nearest
 from zods.config.schema import SECTION, SVRG_ONLY
 
-# overrides that also apply with an optimizer
+# Overrides that also apply with an optimizer
 FIRST_ORDER = (
     "lr",
     "weight_decay",
@@ -139,19 +139,25 @@ def _mistakes(arguments: Arguments) -> Iterator[str]:
         yield "give either --train_file or --dataset_name"
     for option in ("dataset_config", "train_split", "validation_split"):
         if getattr(data, option) is not None and data.dataset_name is None:
-            yield f"--{option} belongs to --dataset_name"
+            yield f"--{option} belongs to --dataset_name: give both, or leave --{option} out"
     if data.validation_file is not None and data.validation_split is not None:
         yield "give either --validation_file or --validation_split"
     if (model.replica is None) != (model.replica_store is None):
-        yield "--replica and --replica_store go together"
+        yield "--replica and --replica_store go together: give both or neither"
     if model.optimizer is not None and model.replica is not None:
-        yield "--replica belongs to zeroth-order steps, not to --optimizer"
+        yield "--replica belongs to zeroth-order steps, not to --optimizer: leave one of them out"
     if model.optimizer is not None:
         zeroth = [key for key in arguments.overrides.section() if key not in FIRST_ORDER]
         if zeroth:
-            yield f"--{zeroth[0]} belongs to zeroth-order steps, not to --optimizer"
+            yield (
+                f"--{zeroth[0]} belongs to zeroth-order steps, not to --optimizer: leave one of "
+                "them out"
+            )
     if model.lora_target_modules is not None and model.lora_rank is None:
-        yield "--lora_target_modules belongs to --lora_rank"
+        yield (
+            "--lora_target_modules belongs to --lora_rank: give both, or leave "
+            "--lora_target_modules out"
+        )
     if selection.select is not None and arguments.overrides.train_batch_size is not None:
         yield "--select K/N sets train_batch_size to K; leave --train_batch_size out"
     values = {**vars(model), **vars(data), **vars(arguments.task), **vars(arguments.run)}
@@ -225,7 +231,7 @@ def _load(path: Path) -> dict[Any, Any]:
     keys = [key.value for key, _ in node.value]
     twice = sorted({key for key in keys if keys.count(key) > 1})
     if twice:  # yaml would silently use the last one
-        raise ValueError(f"{path}: {', '.join(twice)} given twice.")
+        raise ValueError(f"{path}: {', '.join(twice)} given twice. Keep one of each.")
     return loaded
 
 
@@ -311,7 +317,7 @@ def _optimizer(config: dict[str, Any], rates: dict[str, float]) -> dict[str, Any
     params = {**optimizer.get("params", {}), **rates}
     if "lr" not in params:
         raise ValueError(
-            "--lr: missing; the step size of zeroth-order steps does not serve an optimizer. Give "
-            "one."
+            "--lr: missing; the step size of zeroth-order steps is not used with an optimizer. "
+            "Give a step size for the optimizer."
         )
     return {**optimizer, "params": params}

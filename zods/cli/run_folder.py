@@ -1,4 +1,4 @@
-"""Write and read the folder of a run.
+"""Write and read the folder of a run. Callers: `zods.finetune` and `zods.cli.plots`.
 
 config.json          the DeepSpeed JSON with "zeroth_order", every value resolved
 run.json             command, options with their values, versions, git commit, seed, ranks, device
@@ -100,7 +100,7 @@ class RunFolder:
             temporary.write_text("".join(kept), encoding="utf-8")
 
     def first_evaluation(self) -> dict[str, float]:
-        """The metrics measured before the first step.
+        """The held-out metrics before the first step.
 
         Empty on ranks other than 0, and where there was no such evaluation.
         """

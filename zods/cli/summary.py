@@ -23,9 +23,9 @@ def summarise(
     sent: int,
     gathered: int,
 ) -> dict[str, Any]:
-    """Compute the figures of a run as a flat dict, without those that do not apply to it.
+    """Compute the figures of a run as a flat dict. Figures that do not apply to the run are absent.
 
-    All ranks must call it.
+    All ranks must call it: peak memory is gathered from them.
 
     before, after: means over the held-out data. seconds: time of each step. sent: bytes that zods
     sent in all steps. gathered: bytes that ZeRO-3 gathered.

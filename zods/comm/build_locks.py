@@ -1,9 +1,9 @@
-"""Locks of builds by torch's extension loader: DeepSpeed builds its operators with it at their
-first use.
+"""Find stale locks of torch's extension loader, with which DeepSpeed builds its operators.
 
-torch guards a build with a file that exists while the build runs. A build that is killed leaves it
-behind, and every later run then waits for it in silence. The builder keeps the file open, so a lock
-that no process has open is stale. Used by `zods.comm.process` and launch/build_ops.py.
+torch guards a build with a lock file that exists while the build runs. A build that is killed
+leaves the file, and every later run waits for it without a message. The builder keeps the file
+open, so a lock that no process has open is stale. Used by `zods.comm.process` and
+launch/build_ops.py.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.utils import cpp_extension
 def holder(lock: Path) -> int | None:
     """The process on this machine that has `lock` open, or None.
 
-    Processes of other users show it to root only.
+    Only root sees the open files of other users' processes.
     """
     wanted = lock.stat()
     for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
@@ -30,9 +30,9 @@ def holder(lock: Path) -> int | None:
 
 
 def holders(folder: Path | None = None) -> dict[Path, int | None]:
-    """The locks below `folder`, and the process on this machine that holds each.
+    """The locks below `folder`, each with the process on this machine that holds it.
 
-    By default where torch builds extensions.
+    folder: default: where torch builds extensions.
     """
     if folder is None:
         folder = Path(
@@ -46,7 +46,5 @@ def holders(folder: Path | None = None) -> dict[Path, int | None]:
 
 
 def stale_locks() -> list[Path]:
-    """The locks that killed builds left where torch builds extensions: no process on this machine
-    holds them.
-    """
+    """The locks where torch builds extensions that no process on this machine holds."""
     return [lock for lock, process in holders().items() if process is None]

@@ -19,13 +19,13 @@ from zods.comm.store import Board
 
 
 class Disagreement(RuntimeError):
-    """Ranks have, or did, different things."""
+    """Ranks that must agree differ: in their configuration, model, data, or updates."""
 
 
 class RankFailure(RuntimeError):
-    """An exception on some ranks only, raised on all of them. rank: the first that failed.
+    """An exception of some ranks, raised on all of them. rank: the first that failed.
 
-    On that rank it has the exception as its cause.
+    On that rank the exception is the cause.
     """
 
     def __init__(self, rank: int, described: str) -> None:
@@ -65,8 +65,9 @@ class Communicator:
         return gathered
 
     def numbers(self, values: torch.Tensor) -> list[float]:
-        """A tensor's numbers. On a GPU this waits for the device, and so for ranks that collectives
-        still wait for.
+        """Read a tensor's numbers.
+
+        On a GPU this waits for the device, and so for the other ranks of its pending collectives.
         """
         return values.tolist()
 
@@ -129,9 +130,7 @@ class Communicator:
         return sent.cpu().numpy().tobytes()
 
     def board(self) -> Board:
-        """A new connection to what the ranks pin up for each other beside their collectives; for
-        one thread alone.
-        """
+        """A new connection to the ranks' board, which works without collectives. For one thread."""
         return Board()
 
     def check_agreement(self, digest: bytes, what: str) -> None:
@@ -153,12 +152,11 @@ class Communicator:
 
     @contextmanager
     def same_on_all_ranks(self) -> Iterator[None]:
-        """Run a block that may fail on some ranks only; then all ranks raise.
+        """Run a block that may fail on some ranks only, and raise on all ranks if it does.
 
-        A ValueError or OSError, which is meant for the user, is raised on all ranks as it is, with
-        the name of the rank if not all ranks failed. Any other exception is raised as it is if all
-        ranks raised it, and as a `RankFailure` otherwise. The block itself must not
-        communicate.
+        A ValueError or OSError, which is meant for the user, is raised on all ranks. Its message
+        names the rank if not all ranks failed. Any other exception is raised as it is if all ranks
+        raised it, and as a `RankFailure` otherwise. The block itself must not communicate.
         """
         failure: BaseException | None = None
         try:
@@ -187,8 +185,8 @@ _FOR_USERS = {"FileNotFoundError": FileNotFoundError, "OSError": OSError, "Value
 
 
 def _described(error: BaseException) -> tuple[str, str]:
-    """An exception as what is sent of it: the nearest type that is meant for users, else its own,
-    and its text.
+    """(type, text) of an exception, to be sent to other ranks. The type is the nearest one that is
+    meant for users, else the exception's own.
     """
     kind = next(
         (name for name, known in _FOR_USERS.items() if isinstance(error, known)),

@@ -1,8 +1,7 @@
-"""How the ranks of a run start, with any launcher or none; how a failed start is reported; how a
-process ends.
+"""Connect the ranks of a run, under any launcher or none; report a failed start; end a process.
 
-`deepspeed` and `torchrun` set the variables of torch; under mpirun and srun DeepSpeed asks mpi4py.
-A process that none of them started is a run of one rank. Used by `zods.initialize` and
+`deepspeed` and `torchrun` set torch's environment variables. Under mpirun and srun DeepSpeed asks
+mpi4py. A process that none of them started is a run of one rank. Used by `zods.initialize` and
 `zods.finetune`.
 """
 
@@ -30,8 +29,8 @@ from zods.comm.store import Board
 logger = logging.getLogger(__name__)
 
 TORCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-# Processes that mpirun (Open MPI, MPICH and Intel MPI, MVAPICH) or srun started; not set in a batch
-# script itself.
+# set for processes that mpirun (Open MPI, MPICH and Intel MPI, MVAPICH) or srun started, but not in
+# a batch script itself
 SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK", "SLURM_PROCID")
 # variables of clouds for which DeepSpeed has code of its own
@@ -51,9 +50,9 @@ def environment_rank() -> int:
 def connect_ranks(
     distributed_port: int = 29500, dist_init_required: bool | None = None
 ) -> Communicator:
-    """The ranks of this run, as the launcher started them; one rank where there is no launcher.
+    """Connect the ranks that the launcher started; one rank where there is no launcher.
 
-    Raises ValueError where the launcher's variables are incomplete, or mpi4py is needed and
+    Raises ValueError where the launcher's variables are incomplete, or where mpi4py is needed but
     missing.
     """
     if not is_connected() and dist_init_required is not False:
@@ -70,7 +69,7 @@ def connect_ranks(
 
 
 def report_stale_locks() -> None:
-    """Name the locks that killed builds left: the ranks would wait for them in silence."""
+    """Name the locks that killed builds left. The ranks would wait for them without a message."""
     for lock in build_locks.stale_locks():
         logger.error(
             "%s: no process of this machine holds it. A build of %s was killed and left it, and "
@@ -100,8 +99,7 @@ def _prepare_environment() -> None:
             f"{', '.join(given)} set in the environment, but not {', '.join(missing)}. Set all of "
             "them, or none for a run of one rank, or start the ranks with deepspeed or torchrun."
         )
-    # Assigned even where they are set: an address and port that an earlier run left belong to
-    # nobody.
+    # overwritten where they are set: an address and a port from an earlier run are of no use
     one_rank = {
         "RANK": "0",
         "WORLD_SIZE": "1",
@@ -128,13 +126,12 @@ def _free_port() -> int:
 
 
 def report_failure(error: Exception, program: str) -> int:
-    """Say once, on one of the ranks, why the run does not start; returns the process's exit code.
-    All failing ranks call it.
+    """Print why the run does not start, on one rank. Returns the process's exit code.
 
-    Before the ranks are connected every failing rank says it, with its number. After that the first
-    rank to fail says it: what the others raise then is a consequence, such as a lost connection.
-    Bad input is one line and code 2; an exception that nobody foresaw is one line with its type, a
-    traceback, and code 1.
+    All failing ranks call it. Once the ranks are connected, the first rank to fail prints the
+    message: the errors of other ranks are consequences, such as a lost connection. Before that,
+    every failing rank prints its own message, with its number. Bad input gives one line and code 2.
+    An unexpected exception gives a traceback, one line with its type, and code 1.
     """
     rank = environment_rank()
     bad_input = isinstance(error, (ValueError, OSError))
@@ -146,7 +143,6 @@ def report_failure(error: Exception, program: str) -> int:
         cause = error.__cause__ if isinstance(error, RankFailure) else error
         if not foreseen or (isinstance(error, RankFailure) and cause is not None):
             traceback.print_exception(cause)
-        # Before the ranks are connected each one speaks for itself: the others may not have failed.
         who = "" if connected or _world_size() == 1 else f"rank {rank}: "
         print(f"{program}: error: {who}{kind}{error}", file=sys.stderr, flush=True)
     _mark_said()
@@ -154,8 +150,8 @@ def report_failure(error: Exception, program: str) -> int:
 
 
 def _is_first(rank: int, speaker: int | None) -> bool:
-    """Whether this rank reports. speaker: the rank that has the traceback, where one is known to
-    have failed.
+    """Whether this rank reports the failure. speaker: the rank that has the traceback; None if no
+    rank is known to have failed.
     """
     try:
         board = Board()
@@ -165,7 +161,7 @@ def _is_first(rank: int, speaker: int | None) -> bool:
         while not board.has("said") and time.monotonic() < deadline:
             time.sleep(0.05)
         return not board.has("said") and board.first("failure")
-    except RuntimeError:  # rank 0's process, which keeps the board, has ended: it has said why
+    except RuntimeError:  # rank 0's process, which keeps the board, has reported and ended
         return False
 
 
@@ -178,12 +174,12 @@ def _mark_said() -> None:
 
 
 def end_process(code: int) -> NoReturn:
-    """End without the interpreter's teardown, and with code 0 all ranks together.
+    """End the process without the interpreter's teardown. With code 0, all ranks end together.
 
-    A rank that exits while others still communicate aborts them. And Gloo's threads can abort a
-    finished run: they may drop a tensor while the interpreter ends, which needs a lock that is gone
-    (PyTorch issue 190489). DeepSpeed keeps references to the process groups, so destroying them
-    does not end the threads.
+    A rank that exits while others communicate aborts them. In addition, Gloo's threads can abort a
+    finished run: they may drop a tensor during the teardown, which needs a lock that is gone
+    (PyTorch issue 190489). DeepSpeed keeps references to the process groups, so destroying the
+    groups does not end the threads.
     """
     if code == 0:
         dist.barrier()

@@ -1,5 +1,5 @@
-"""A run that is asked to stop learns it from one place: a signal, the end of what launched it, or
-the program itself.
+"""Requests to stop a run after its current step: by a signal, by the end of the launcher, or by the
+program itself.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ LAUNCHER = "deepspeed.launcher.launch"
 
 
 class StopRequest:
-    """Whether this process has been asked to stop. reason: None until someone asks; then what was
-    said first.
+    """A request to stop this process. reason: the first reason that was given; None until then.
 
-    Made early, it knows the process's launcher even if that is gone before anyone listens.
+    It remembers the process's launcher from when it was made, so make it early: the launcher may
+    end before `listen` is called.
     """
 
     def __init__(self) -> None:
@@ -28,23 +28,21 @@ class StopRequest:
         self._grandparent = _parent_of(self._parent) if _is_launcher(self._parent) else None
 
     def request(self, reason: str) -> None:
-        """Ask by program. Once there is a reason, another changes nothing."""
+        """Request the stop. Only the first reason is kept."""
         if self.reason is None:
             self.reason = reason
 
     def listen(self) -> None:
         """Take SIGTERM, and the end of this process's launcher, as requests to stop.
 
-        Call it once, in the main thread.
-
-        The launcher is the parent; and where that is DeepSpeed's launch.py, its own parent too: the
-        `deepspeed` command, which, if it is killed, leaves launch.py and the ranks running. That is
-        seen where there is a /proc. SIGTERM no longer ends this process; the processes that it
-        forks are ended as before.
+        Call it once, in the main thread. The launcher is the parent. Where the parent is
+        DeepSpeed's launch.py, its parent counts, too: if the `deepspeed` command is killed, it
+        leaves launch.py and the ranks running. This needs /proc. SIGTERM no longer ends this
+        process; it still ends processes that this process forks.
         """
         signal.signal(signal.SIGTERM, self._on_signal)
-        # A forked pool is ended with SIGTERM, and then waited for. Blocked meanwhile: Python drops
-        # what comes in between.
+        # A forked pool is ended with SIGTERM. The signal is blocked during the fork, because Python
+        # drops a signal that arrives before the child has its own handler.
         os.register_at_fork(before=_block, after_in_parent=_unblock, after_in_child=_default)
         threading.Thread(target=self._watch, name="zods-lineage", daemon=True).start()
 

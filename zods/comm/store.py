@@ -12,12 +12,11 @@ import torch.distributed as dist
 
 
 class Board:
-    """Short texts that any rank pins up and any rank reads, whatever their main threads do: keys of
-    the process group's store.
+    """Short texts that any thread of a rank writes and reads: keys in the process group's store.
 
-    It has a connection of its own, since a thread that waits on one keeps it to itself. Where a
-    launcher started the ranks, rank 0's process keeps the store: while that is stopped, every call
-    blocks, and once it is gone, they raise RuntimeError.
+    Each Board has a connection of its own, because a thread that waits on a connection blocks it
+    for others. Where a launcher started the ranks, rank 0's process keeps the store: while that
+    process is stopped, every call blocks; once it is gone, calls raise RuntimeError.
     """
 
     def __init__(self) -> None:
@@ -28,22 +27,22 @@ class Board:
         self._store.set(key, text)
 
     def has(self, *keys: str) -> bool:
-        """Whether all of them are pinned up."""
+        """Whether all keys are set."""
         return self._store.check(list(keys))
 
     def read(self, key: str) -> str | None:
-        """The text, or None if nothing is pinned up there. Does not wait for it."""
+        """The text of a key; None if it is not set. Does not wait."""
         return self._store.get(key).decode() if self.has(key) else None
 
     def first(self, key: str) -> bool:
-        """Whether nobody has asked this of `key` before, on any rank."""
+        """Whether this is the first call for `key` on any rank."""
         return self._store.add(key, 1) == 1
 
 
 def connect_store(address: str, *, keeps: bool, seconds: float) -> Any:
-    """A torch store at "host:port", kept by this process or another one's.
+    """Connect to a torch store at "host:port", or keep it there.
 
-    Raises ValueError where that fails.
+    keeps: this process is the store's server. seconds: timeout. Raises ValueError where it fails.
     """
     host, _, port = address.rpartition(":")
     try:

@@ -1,13 +1,13 @@
-"""A rank that hangs is named, and the run ends.
+"""Find the rank that hangs, name it, and end the run.
 
-The main thread says what it begins (`beat`). Where that takes longer than the timeout on some rank,
-all ranks' watchdog threads hold a roll call through the process group's store, which needs no main
-thread: each pins up what its main thread does. A rank hangs if it does not answer, or else if its
-main thread does not wait for other ranks. One message names such ranks; then every rank that
+The main thread reports what it begins (`beat`). If one such thing takes longer than the timeout on
+some rank, the watchdog threads of all ranks hold a roll call: each writes the state of its main
+thread to the process group's store. A rank hangs if it does not answer. If all answer, those hang
+whose main thread does not wait for other ranks. One message names them, and every rank that
 answered ends with EXIT_CODE.
 
-Two threads per process: one counts the seconds and never touches the store, whose calls block for
-ever while the process that keeps it (rank 0) is stopped; the other attends to the store.
+Each process has two threads. The clock counts seconds and never uses the store, because calls of
+the store block while the process that keeps it (rank 0) is stopped. The attendant uses the store.
 """
 
 from __future__ import annotations
@@ -28,10 +28,9 @@ from zods.comm.store import Board
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: not the user's mistake, try again
 LOOK_SECONDS = 1.0
-ANSWER_SECONDS = 4.0  # time for a rank to answer a call; it looks for one every LOOK_SECONDS
-VERDICT_SECONDS = 3.0  # the other ranks wait so long for the rank that reports
-# a rank stays so long after the verdict, until the others know the verdict, too; see `_end`
-LINGER_SECONDS = 1.5
+ANSWER_SECONDS = 4.0  # for a rank to answer a call; it looks for one every LOOK_SECONDS
+VERDICT_SECONDS = 3.0  # for the rank that reports to write the message
+LINGER_SECONDS = 1.5  # between the verdict and the process's end, for the others to read it
 STORE_SECONDS = 5.0  # time for the store to take this rank's answer
 WRITE_SECONDS = 2.0  # time for a write to standard output or error
 ROLL_CALL_SECONDS = ANSWER_SECONDS + VERDICT_SECONDS + LINGER_SECONDS + 2 * WRITE_SECONDS
@@ -40,10 +39,10 @@ AGAIN = "The run stops here; start it again with the same command to go on."
 
 
 class Watchdog:
-    """Times what the main thread does, on all ranks of `comm`. One per process.
+    """Times the main thread's work on each rank of `comm`. One per process.
 
-    timeout: seconds that one thing may take. Only time in which this process runs is counted: a job
-    that is suspended as a whole and resumed does not count as hanging.
+    timeout: seconds from one beat to the next. Time in which the process is stopped does not count:
+    a job that is suspended as a whole and resumed does not hang.
     """
 
     def __init__(self, comm: Communicator, timeout: float) -> None:
@@ -51,30 +50,30 @@ class Watchdog:
         self._stop: weakref.finalize | None = None
 
     def beat(self, what: str) -> None:
-        """The main thread begins `what`, e.g. "step 17, evaluate".
+        """Report that the main thread begins `what`, e.g. "step 17, evaluate".
 
-        The first beat starts the watch if there are others.
+        The first beat starts the threads, if there are other ranks.
         """
         self._watch.beat = _Beat(what, resting=False)
         if self._stop is None:
             self._start()
 
     def rest(self) -> None:
-        """Mark that no work is under way. This rank is not timed then, but it is named if others
+        """Report that no work is under way. This rank is then not timed, but it is named if others
         wait for it.
         """
         self._watch.beat = _Beat(self._watch.beat.what, resting=True)
 
     def close(self) -> None:
-        """The watch ends. To be called before any rank ends: the store goes with rank 0, and torch
-        complains where it is read.
+        """Stop the threads. Call it before any rank ends: the store ends with rank 0, and torch
+        warns where it is read afterwards.
         """
         if self._stop is not None:
             self._stop()
 
     def _start(self) -> None:
-        # Threads must end before the interpreter does: one that returns from a call of the store
-        # after that aborts the process. A finalizer is called then too, and where this object is
+        # The threads must end before the interpreter: a thread that returns from a call of the
+        # store later aborts the process. A finalizer runs in time, and also when this object is
         # dropped.
         self._stop = weakref.finalize(self, self._watch.stop)
         self._watch.start()
@@ -89,9 +88,9 @@ class _Beat(NamedTuple):
 class Answer:
     """A rank's answer to a roll call: the state of its main thread.
 
-    what: the last beat; seconds: since then; resting: after it. waits: for other ranks, in a
-    collective. frame: "file:line function" of the innermost frame outside the libraries. stack:
-    the same of all frames, innermost last.
+    what: the last beat. seconds: since that beat. resting: whether `rest` followed it. waits:
+    whether the main thread waits for other ranks, in a collective. frame: "file:line function" of
+    the innermost frame outside the libraries. stack: the same for all frames, innermost last.
     """
 
     what: str
@@ -102,13 +101,14 @@ class Answer:
     stack: list[str]
 
     def __str__(self) -> str:
-        return f"{'at rest after' if self.resting else 'at'} {self.what}, for {self.seconds:.0f} s, in {self.frame}"
+        at = "at rest after" if self.resting else "at"
+        return f"{at} {self.what}, for {self.seconds:.0f} s, in {self.frame}"
 
 
 class _Watch:
-    """What the threads share.
+    """The state that the threads share.
 
-    It does not refer to the Watchdog, so that this may be dropped while they run.
+    It has no reference to the Watchdog, so that the Watchdog can be dropped while the threads run.
     """
 
     def __init__(self, comm: Communicator, timeout: float) -> None:
@@ -140,10 +140,9 @@ class _Watch:
     def _count(self) -> None:
         """Run the clock thread: start a roll call if the main thread is late, and end the process
         if the attendant cannot.
-
         """
         while not self._over.wait(LOOK_SECONDS):
-            # looks are counted, not read off a clock, which goes on while the process is stopped
+            # seconds are counted here, because a clock also runs while the process is stopped
             beat = self.beat
             self._seconds = self._seconds + LOOK_SECONDS if beat is self._seen else 0.0
             self._seen = beat
@@ -175,9 +174,7 @@ class _Watch:
         _end()
 
     def _roll_call(self, board: Board) -> None:
-        """Answer, and let the lowest rank that answers report; the next one, where that one dies
-        over it.
-        """
+        """Answer. The lowest rank that answers reports; if it ends before it has, another does."""
         me, ranks = self.comm.rank, range(self.comm.world_size)
         board.pin(f"answer/{me}", json.dumps(asdict(self._answer())))
         self._answered.set()
@@ -216,7 +213,7 @@ class _Watch:
 def verdict(answers: Mapping[int, Answer], world_size: int) -> str:
     """The message that names the ranks that hang.
 
-    `answers`: of the ranks that answered, at least one.
+    answers: per rank that answered, at least one.
     """
     silent = [rank for rank in range(world_size) if rank not in answers]
     busy = [rank for rank, answer in answers.items() if not answer.waits]
@@ -237,7 +234,8 @@ def verdict(answers: Mapping[int, Answer], world_size: int) -> str:
     else:
         culprits, several = busy, len(busy) > 1
         if several:
-            said = f"{_names(busy)} hang: {'; '.join(f'rank {rank} {answers[rank]}' for rank in busy)}."
+            each = "; ".join(f"rank {rank} {answers[rank]}" for rank in busy)
+            said = f"{_names(busy)} hang: {each}."
         else:
             said = f"{_names(busy)} hangs: {answers[busy[0]]}."
     others = [rank for rank in answers if rank not in culprits]
@@ -253,11 +251,11 @@ def _names(ranks: list[int]) -> str:
 
 
 def _waits(modules: list[str]) -> bool:
-    """Whether a stack, of these modules from the outermost to the innermost, waits for other ranks.
+    """Whether a stack waits for other ranks. modules: of its frames, the innermost last.
 
-    What ZeRO-3 gathers is awaited on handles, without a frame of torch.distributed. On a GPU a
-    collective returns before it is done, and the main thread waits for the device where it needs
-    the numbers: those of zods' own in `zods.comm.communicator`.
+    ZeRO-3 waits for its gathers on handles, without a frame of torch.distributed. On a GPU a
+    collective returns before it is done; the main thread waits where it reads the numbers, for
+    those of zods in `zods.comm.communicator`.
     """
     sends = any(
         (module + ".").startswith(
@@ -270,7 +268,7 @@ def _waits(modules: list[str]) -> bool:
         )
         for module in modules
     )
-    # its wrappers may be innermost
+    # the innermost frames may be wrappers
     return sends or "deepspeed.runtime.zero.partition_parameters" in modules[-3:]
 
 
@@ -280,12 +278,12 @@ def _of_a_library(module: str) -> bool:
 
 
 def _described(frame: Any, line: int) -> str:
-    # Without the line's text: reading the file may hang, like what the main thread waits for.
+    # without the text of the line: to read the file may hang, too
     return f"{os.path.basename(frame.f_code.co_filename)}:{line} {frame.f_code.co_name}"
 
 
 def _until(condition: Callable[[], bool], seconds: float) -> bool:
-    """Whether the condition came true within that time."""
+    """Wait for a condition. Returns whether it came true in time."""
     deadline = time.monotonic() + seconds
     while not (met := condition()) and time.monotonic() < deadline:
         time.sleep(0.2)
@@ -297,8 +295,10 @@ def _say(text: str) -> None:
 
 
 def _within(seconds: float, function: Callable[..., Any], *args: Any) -> None:
-    """Call it, but wait no longer: nobody may read the pipe, and the main thread may hold the lock
-    of `sys.stdout`.
+    """Call a function in a thread, and wait for it at most so long.
+
+    A write can block for ever: nobody may read the pipe, or the main thread may hold the lock of
+    `sys.stdout`.
     """
     thread = threading.Thread(target=function, args=args, daemon=True)
     thread.start()
@@ -306,12 +306,15 @@ def _within(seconds: float, function: Callable[..., Any], *args: Any) -> None:
 
 
 def _end(text: str = "") -> NoReturn:
-    """End the process, with the main thread held: as other ranks end, its connections break, and
-    its errors would follow the message and give the launcher another exit code."""
+    """End the process, and keep its main thread from running until then.
+
+    When other ranks end, the main thread's connections break. Its errors would be printed after the
+    message, and would give the launcher another exit code.
+    """
     if text:
         _say(text)
     _within(WRITE_SECONDS, sys.stdout.flush)
-    # nobody takes the interpreter's lock from a thread that keeps it so long
+    # no other thread gets the interpreter's lock within that interval
     sys.setswitchinterval(2 * LINGER_SECONDS)
     until = time.monotonic() + LINGER_SECONDS
     while time.monotonic() < until:

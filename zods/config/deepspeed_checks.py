@@ -31,7 +31,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils import logger as deepspeed_logger
 from pydantic import BaseModel, ValidationError
 
-from zods.config.mistakes import nearest
+from zods.config.config_errors import nearest
 from zods.config.schema import SECTION
 
 VERSION = importlib.metadata.version("deepspeed")
@@ -205,7 +205,10 @@ def offload_mistakes(ds: Mapping[str, Any]) -> Iterator[str]:
             and offload.get("device") == "nvme"
             and not offload.get("nvme_path")
         ):
-            yield f"zero_optimization.{key}.nvme_path: missing; device is nvme."
+            yield (
+                f"zero_optimization.{key}.nvme_path: missing; device is nvme. Give a folder on the "
+                "drive."
+            )
 
 
 @contextmanager
@@ -279,7 +282,10 @@ def _unsupported_zero(zero: Mapping[str, Any]) -> Iterator[str]:
             f"Remove it; parameters are offloaded by offload_param, the anchor by {SECTION}.anchor."
         )
     if offload.get("device", "none") != "none" and stage != 3:
-        yield f"zero_optimization.offload_param: needs stage 3, found stage {stage}."
+        yield (
+            f"zero_optimization.offload_param: needs stage 3, found stage {stage}. Set stage to 3, "
+            "or remove offload_param."
+        )
     if zero.get("zero_hpz_partition_size", 1) != 1:
         yield (
             "zero_optimization.zero_hpz_partition_size: not supported: forwards would read a "

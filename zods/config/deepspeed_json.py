@@ -18,6 +18,7 @@ import hjson
 import torch
 
 from zods.config.auto_values import resolve_batch, resolve_precision, unresolved
+from zods.config.config_errors import Mistakes, collected
 from zods.config.deepspeed_checks import (
     key_mistakes,
     offload_mistakes,
@@ -25,7 +26,6 @@ from zods.config.deepspeed_checks import (
     section_mistakes,
     unsupported,
 )
-from zods.config.mistakes import Mistakes, collected
 from zods.config.schedules import ZerothOrderOptimizer, resolve_scheduler
 from zods.config.schema import (
     SECTION,
@@ -43,8 +43,8 @@ from zods.config.schema import (
 class RunConfig:
     """One configuration file, split into its parts.
 
-    deepspeed: what `deepspeed.initialize` gets: without "zeroth_order" and "scheduler", and with
-    the batch sizes resolved.
+    deepspeed: the configuration for `deepspeed.initialize`, without "zeroth_order" and "scheduler",
+    with the batch sizes resolved.
     scheduler: the section "scheduler", or None. zods builds the scheduler on its own step size.
     zeroth_order: the section "zeroth_order".
     """
@@ -79,8 +79,8 @@ class RunConfig:
 class FirstOrderConfig:
     """The configuration of a run with DeepSpeed's own optimizer.
 
-    deepspeed: what `deepspeed.initialize` gets. seed: the seed of the data order. loss_mean: as in
-    the section "zeroth_order".
+    deepspeed: the configuration for `deepspeed.initialize`. seed: the seed of the data order.
+    loss_mean: as in the section "zeroth_order".
     """
 
     deepspeed: dict[str, Any]
@@ -135,7 +135,9 @@ def load_json(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
         twice = sorted({key for key in keys if keys.count(key) > 1})
         if twice:
-            raise ValueError(f"configuration file {path}: {', '.join(twice)} given twice.")
+            raise ValueError(
+                f"configuration file {path}: {', '.join(twice)} given twice. Keep one of each."
+            )
         return dict(pairs)
 
     try:
@@ -223,7 +225,7 @@ def read_first_order_config(
 ) -> FirstOrderConfig:
     """Read, check and split a configuration with a section "optimizer".
 
-    Arguments and errors are those of `read_config`. The section "zeroth_order" may hold only
+    Arguments and errors are as in `read_config`. The section "zeroth_order" may hold only
     `selector`, `seed` and `loss_mean`.
     """
     whole = load_json(source)

@@ -103,8 +103,8 @@ def resolve_scheduler(
     if kind is None:
         allowed = ", ".join(lr_schedules.VALID_LR_SCHEDULES)
         found.append(
-            f"scheduler.type: found {scheduler['type']!r}, allowed are {allowed} and those of "
-            "torch.optim.lr_scheduler."
+            f"scheduler.type: found {scheduler['type']!r}, allowed are {allowed} and the classes "
+            "of torch.optim.lr_scheduler."
         )
     elif message := step_mistake(kind, "scheduler.type"):
         found.append(message)

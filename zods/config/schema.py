@@ -1,7 +1,7 @@
 """The section "zeroth_order" of the configuration, as frozen pydantic models, and its checks.
 
 The declaration of each key holds its type, bounds and choices. Every mistake is one line: the key,
-what was found and what is allowed. All mistakes are raised at once (`zods.config.mistakes`).
+what was found and what is allowed. All mistakes are raised at once (`zods.config.config_errors`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pydantic import (
     model_validator,
 )
 
-from zods.config.mistakes import AUTO, Mistakes, read_model
+from zods.config.config_errors import AUTO, Mistakes, read_model
 
 SECTION = "zeroth_order"
 Method = Literal["mezo", "mezo_svrg"]
@@ -117,7 +117,8 @@ class DirectionConfig(Section):
     def _check_rank(self) -> Self:
         if self.rank != 1 and self.distribution != "low_rank":
             raise ValueError(
-                f'rank: belongs to "low_rank", but distribution is "{self.distribution}".'
+                f'rank: belongs to "low_rank", but distribution is "{self.distribution}". Remove '
+                'rank, or set distribution to "low_rank".'
             )
         return self
 
@@ -136,7 +137,7 @@ class AnnealConfig(Section):
 class SelectorConfig(Section):
     """The selection of sub-batches that represent larger batches. See `zods.selection`.
 
-    The method is that of Nguyen et al. 2024 (arXiv:2407.19580v1).
+    The method is described in Nguyen et al. 2024 (arXiv:2407.19580v1).
     """
 
     candidates: Count  # size of a large batch; train_batch_size of them are chosen
@@ -187,7 +188,7 @@ class ReplicasConfig(Section):
 class ZerothOrderConfig(Section):
     """The section "zeroth_order".
 
-    Symbols in brackets are those of Gautam et al. 2024 (arXiv:2404.08080).
+    Symbols in brackets are from Gautam et al. 2024 (arXiv:2404.08080).
     """
 
     method: Method = "mezo_svrg"
@@ -285,7 +286,7 @@ def _selector_mistakes(
     if num_examples is not None and num_examples < config.candidates:
         yield (
             f"{path}.candidates: found {config.candidates}, but there are {num_examples} training "
-            "examples."
+            "examples. Give as many candidates or fewer."
         )
     if config.quotas is None:
         return
@@ -298,7 +299,10 @@ def _selector_mistakes(
         )
     total = sum(config.quotas.values())
     if total != budget:
-        yield f"{path}.quotas: they sum to {total}, must sum to {budget}, the train_batch_size."
+        yield (
+            f"{path}.quotas: they sum to {total}, must sum to {budget}, the train_batch_size. "
+            "Change one of them."
+        )
 
 
 def _replicas_mistakes(config: ZerothOrderConfig, replicas: ReplicasConfig) -> Iterator[str]:
@@ -313,7 +317,8 @@ def _replicas_mistakes(config: ZerothOrderConfig, replicas: ReplicasConfig) -> I
     if config.directions == "per_rank":
         yield (
             f'{SECTION}.replicas: needs directions "shared", because replicas may join and leave '
-            "during a run and the set of directions must stay the same."
+            "during a run and the set of directions must stay the same. Change directions, or "
+            "remove replicas."
         )
 
 

@@ -2,9 +2,9 @@
 
 A direction z is a function of its seed, and a seed is a function of (base seed, purpose, step,
 index). No rank sends a direction to another. `zods.kernels` defines every element
-z(seed, parameter, index). A low-rank direction is made of such elements: z = U V^T / sqrt(r) for a
-matrix, with the elements of U and V Gaussian, and Gaussian elements for other parameters.
-E[z z^T] = I.
+z(seed, parameter, index). In a low-rank direction the part for a matrix is z = U V^T / sqrt(r) with
+Gaussian elements of U and V, and the part for any other parameter is Gaussian. For every
+distribution E[z z^T] = I.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ class Direction:
     ) -> torch.Tensor:
         """Call `zods.kernels.combine_` with directions of this kind.
 
-        out: elements of `parameter` from index `offset` on. The other arguments are those of
+        out: elements of `parameter` from index `offset` on. The other arguments are as in
         `zods.kernels.combine_`.
         """
         others = {

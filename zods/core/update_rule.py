@@ -5,6 +5,7 @@ It uses no tensors. The engine calls it in a run, and `zods.trajectory.updates` 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -77,7 +78,8 @@ class StepRule:
         """Estimate the gradient from a step's losses.
 
         Returns the terms of the estimate and the mean projected gradient at the parameters. The
-        terms of MeZO-SVRG are the correction alone; the anchor gradient is not added here.
+        terms of MeZO-SVRG are the correction alone; the anchor gradient is not added here. There
+        are no terms where a loss or a coefficient is not finite: such a step is skipped.
 
         losses: one sequence per set of directions, with the losses at the points of the set. There
         is one set, or one per rank. Each rank's losses are weighted by its share of the global
@@ -86,6 +88,8 @@ class StepRule:
         Coefficients are rounded to float32, the log's precision. The noise of the estimate is many
         orders of magnitude larger.
         """
+        if not all(math.isfinite(loss) for of_set in losses for loss in of_set):
+            return (), math.nan
         n = self.config.num_directions
         coefficients: list[float] = []
         anchor_coefficients: list[float] = []
@@ -100,7 +104,18 @@ class StepRule:
             terms = estimators.svrg(seeds, coefficients, anchor_seeds, anchor_coefficients)
         else:
             terms = estimators.spsa(seeds, coefficients)
-        return estimators.in_float32(terms), sum(coefficients) / len(coefficients)
+        return _finite(estimators.in_float32(terms)), sum(coefficients) / len(coefficients)
+
+    def estimate_at_anchor(self, seeds: Sequence[int], losses: Sequence[float]) -> tuple[Term, ...]:
+        """Estimate the full-batch gradient at a refresh.
+
+        losses: over the training set, at the points of the directions `seeds`, in pairs. There are
+        no terms where a loss or a coefficient is not finite.
+        """
+        if not all(map(math.isfinite, losses)):
+            return ()
+        grads = estimators.projected_grads(losses[0::2], losses[1::2], self.config.eps)
+        return _finite(estimators.in_float32(estimators.spsa(seeds, grads)))
 
     def estimate_of(self, step: int, coefficients: Sequence[float]) -> tuple[Term, ...]:
         """The terms of an estimate, from the coefficients that a log holds.
@@ -160,3 +175,7 @@ class StepRule:
             anchor_grad_coefficient=anchor_coefficient,
             rounding_seed=self.rounding_seed("anchor_rounding", step),
         )
+
+
+def _finite(terms: tuple[Term, ...]) -> tuple[Term, ...]:
+    return terms if all(math.isfinite(term.coefficient) for term in terms) else ()

@@ -203,7 +203,8 @@ def num_examples(batch: Any) -> int:
         sizes = Counter(tensor.shape[0] for tensor in _tensors(batch))
     if not sizes:
         raise ValueError(
-            f"the batch holds no tensor with a batch dimension; it is {describe(batch)}"
+            f"the batch holds no tensor with a batch dimension; it is {describe(batch)}. Give "
+            "tensors whose first dimension is the number of examples"
         )
     return min(sizes, key=lambda size: (size == 1, -sizes[size], size))
 

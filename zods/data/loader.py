@@ -28,7 +28,7 @@ def check_dataset(dataset: Any, name: str) -> int:
             "__getitem__)."
         )
     if len(dataset) == 0:
-        raise ValueError(f"{name}: the dataset is empty.")
+        raise ValueError(f"{name}: the dataset is empty. Give at least one example.")
     return len(dataset)
 
 
@@ -55,7 +55,7 @@ class EpochLoader:
     position = 0
 
     def __len__(self) -> int:
-        """Micro-batches per epoch and rank."""
+        """The number of micro-batches per epoch and rank."""
         raise NotImplementedError
 
     def __iter__(self) -> Iterator[Any]:
@@ -122,7 +122,7 @@ class TrainingLoader(EpochLoader):
         self.split = (rank, world_size)
 
     def __len__(self) -> int:
-        """Micro-batches per epoch and rank."""
+        """The number of micro-batches per epoch and rank."""
         return len(self.dataset) // self.batch_size * self.accumulation  # type: ignore[arg-type]
 
     def _epoch_batches(self) -> Iterator[list[int]]:

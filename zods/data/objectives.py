@@ -2,8 +2,8 @@
 
 The loss does not depend on how the batch is split into micro-batches and ranks. Every micro-batch
 gives its mean loss (`batch_loss`) and the count that the mean is taken over (`loss_count`). Over
-all micro-batches and ranks, the objective is sum(count * mean) / sum(count). `Objective.mean` is
-one of
+all micro-batches and ranks, the objective is sum(count * mean) / sum(count).
+`Objective.loss_mean` is one of
 
 tokens    The sum of the losses of all label tokens, divided by the number of label tokens; the same
           as transformers computes with `num_items_in_batch`.
@@ -40,13 +40,13 @@ _CHUNK_ELEMENTS_ON_CPU = 1 << 20
 class Objective:
     """Definition of the mean loss, and the alignment of the model's labels.
 
-    mean: "tokens" or "examples". shifted: position t predicts label t + 1, so that a row's first
-    label never counts (causal language models); otherwise position t predicts label t (masked
+    loss_mean: "tokens" or "examples". shifted: position t predicts label t + 1, so that a row's
+    first label never counts (causal language models); otherwise position t predicts label t (masked
     language models, encoder-decoders). own: the model returns a loss that is not the cross entropy
     of its logits, so that the losses of single examples are not known.
     """
 
-    mean: str = "tokens"
+    loss_mean: str = "tokens"
     shifted: bool = True
     own: bool = False
 
@@ -92,7 +92,7 @@ def batch_loss(outputs: Any, batch: Any, objective: Objective = PLAIN) -> Tensor
         return weighted_sum(outputs, batch, objective) / loss_count(batch, objective).clamp(
             min=tiny
         )
-    if loss is not None and not needs_rows(batch, objective):
+    if loss is not None and not needs_row_losses(batch, objective):
         rounded = loss.dtype.itemsize < 4 and _is_classification(logits, labels)
         if rounded and torch.equal(functional.cross_entropy(logits, labels), loss):
             return functional.cross_entropy(logits.float(), labels).double()
@@ -106,7 +106,7 @@ def batch_loss(outputs: Any, batch: Any, objective: Objective = PLAIN) -> Tensor
             "so that forward returns a scalar loss"
         )
     sums, counts = row_sums(logits, labels, objective.shifted)
-    if objective.mean == "tokens":
+    if objective.loss_mean == "tokens":
         return sums.sum() / counts.sum()
     return (sums / counts)[counts > 0].mean()
 
@@ -122,7 +122,7 @@ def loss_count(batch: Any, objective: Objective = PLAIN) -> Tensor:
     counts = label_counts(labels, objective.shifted)
     if counts is None:
         return torch.tensor(float(num_examples(batch)), dtype=torch.float64)
-    if objective.mean == "examples":
+    if objective.loss_mean == "examples":
         counts = counts > 0
     return counts.double().sum() if weights is None else (counts * weights.double()).sum()
 
@@ -150,18 +150,19 @@ def own_loss(outputs: Any) -> Tensor | None:
     if loss is not None and not (isinstance(loss, Tensor) and loss.ndim == 0):
         found = f"of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(
-            f"the model's loss must be a 0-d tensor, the mean over the batch; it is {found}"
+            f"the model's loss must be a 0-d tensor, the mean over the batch; it is {found}. "
+            "Return such a loss from forward"
         )
     return loss
 
 
 def other_labels(batch: dict[str, Any], logits: Tensor) -> list[dict[str, Any]]:
-    """Copies of a batch with other labels, to tell a model's loss from a plain cross entropy.
+    """Copies of a batch with other labels, by which a loss differs from a plain cross entropy.
 
-    logits: of the batch. Labels (B,) are spread over up to 16 classes, B classes per batch. Labels
-    (B, L) that count are spread over the classes. If more than two labels of the first example
-    count, some of them are masked. The end of the first example's attention mask is cleared, for a
-    loss that counts tokens by the mask.
+    logits: the model's logits for the batch. Labels (B,) are spread over up to 16 classes, B
+    classes per batch. Labels (B, L) that count are spread over the classes. If more than two labels
+    of the first example count, some of them are masked. The end of the first example's attention
+    mask is cleared, for a loss that counts tokens by the mask.
     """
     labels, number = batch.get("labels"), logits.shape[-1]
     if (
@@ -198,11 +199,14 @@ def other_labels(batch: dict[str, Any], logits: Tensor) -> list[dict[str, Any]]:
     return [changed]
 
 
-def needs_rows(batch: Any, objective: Objective) -> bool:
-    """Whether the objective needs each row's loss, because the model's own mean is another."""
+def needs_row_losses(batch: Any, objective: Objective) -> bool:
+    """Whether the loss of each row is needed.
+
+    It is where the mean over examples is wanted, and the model returns a mean over tokens.
+    """
     labels = _entry(batch, "labels")
     return (
-        objective.mean == "examples"
+        objective.loss_mean == "examples"
         and label_counts(labels) is not None
         and labels.ndim > 1
         and len(labels) > 1
@@ -210,7 +214,7 @@ def needs_rows(batch: Any, objective: Objective) -> bool:
 
 
 def refusal_of_examples(size: int) -> str:
-    """Error message: the mean over examples is wanted, but `size` examples have one loss."""
+    """The error message for the mean over examples, where `size` examples have one loss."""
     return (
         'zeroth_order.loss_mean: "examples" needs the loss of each example, but the model gives '
         f"one for {size} together, and it is not the cross entropy of its logits. "
@@ -266,8 +270,8 @@ def weights_of(batch: Any) -> Tensor | None:
 def weighted_sum(outputs: Any, batch: Any, objective: Objective = PLAIN) -> Tensor:
     """The sum over a batch of each example's weight times its loss, 0-d float64.
 
-    tokens: an example's loss is the sum over its label tokens. examples: it is the mean over them.
-    An example of weight 0, or without any label token, contributes 0.
+    With "tokens" an example's loss is the sum over its label tokens, with "examples" the mean over
+    them. An example of weight 0, or without any label token, contributes 0.
 
     Raises ValueError if logits or labels are missing, or their shapes do not fit.
     """
@@ -279,7 +283,7 @@ def weighted_sum(outputs: Any, batch: Any, objective: Objective = PLAIN) -> Tens
         )
     sums, counts = row_sums(logits, labels, objective.shifted)
     counted = (weights != 0) & (counts > 0)
-    losses = sums[counted] if objective.mean == "tokens" else sums[counted] / counts[counted]
+    losses = sums[counted] if objective.loss_mean == "tokens" else sums[counted] / counts[counted]
     total = (losses * weights[counted]).sum()
     # If no example counts, the sum has no autograd graph. DeepSpeed's backward needs one, and
     # ZeRO-3 needs it on every rank.
@@ -306,7 +310,7 @@ def row_sums(logits: Tensor, labels: Tensor, shifted: bool = True) -> tuple[Tens
 def example_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """The loss of each example, (B,) float32: the mean over its own label tokens.
 
-    NaN for an example without label tokens. Shapes and errors are those of `row_sums`.
+    NaN for an example without label tokens. Shapes and errors are as in `row_sums`.
     """
     sums, counts = row_sums(logits, labels)
     return (sums / counts).float()

@@ -30,7 +30,7 @@ from zods.data.objectives import (
     batch_loss,
     fits_cross_entropy,
     logits_of,
-    needs_rows,
+    needs_row_losses,
     own_loss,
     refusal_of_examples,
     shift_probes,
@@ -121,7 +121,7 @@ class ModelForwards:
         separated by example.
         """
         batch_loss(outputs, batch)
-        found = Objective(self.objective.mean)
+        found = Objective(self.objective.loss_mean)
         if own_loss(outputs) is None:
             self.objective = found
             return
@@ -153,7 +153,7 @@ class ModelForwards:
                 "of single examples are made. Losses of another kind can be neither selected by "
                 "nor weighted."
             )
-        size = num_examples(batch) if needs_rows(batch, self.objective) else 0
+        size = num_examples(batch) if needs_row_losses(batch, self.objective) else 0
         largest = max(of_rank[0] for of_rank in self.comm.gather_scalars([float(size)]))
         if largest:
             raise ValueError(refusal_of_examples(int(largest)))
@@ -164,7 +164,7 @@ class ModelForwards:
         Raises ValueError if the shapes of logits and labels fit no cross entropy.
         """
         batch = without_weights(batch)  # a weighted loss is always computed from the logits
-        over_tokens = replace(self.objective, mean="tokens", own=False)
+        over_tokens = replace(self.objective, loss_mean="tokens", own=False)
         return batch_loss(outputs, batch, over_tokens), batch_loss(
             {"logits": logits_of(outputs)}, batch, over_tokens
         )

@@ -35,7 +35,7 @@ __all__ = [
     "summed_excess",
 ]
 
-# Minimum per thread: some 50 us of work, ten times the cost of waking a thread.
+# Minimum number of elements per thread: some 50 us of work, ten times the cost of waking a thread.
 _ELEMENTS_PER_THREAD = 2**16
 
 
@@ -81,9 +81,9 @@ def combine_(
         out: contiguous, float32 or bfloat16; read as flat. It may be `weight` or `dense` itself,
             but must not overlap them otherwise.
         weight, dense: contiguous, with out's number of elements, dtype and device; None means 0.
-        seeds: of the directions, in [0, 2^64).
+        seeds: seeds of the directions, in [0, 2^64).
         coefficients: one number per seed.
-        distribution: of the directions, one of DISTRIBUTIONS.
+        distribution: distribution of the directions, one of DISTRIBUTIONS.
         parameter: the parameter's ordinal, in [0, 2^31).
         offset: index of out's first element in the flat whole parameter, in [0, 2^62).
         factors: float32 (left, right), left (R, Q) and right (Q, columns). The whole parameter is a
@@ -125,8 +125,8 @@ def combine_(
         return out
     flat = [None if tensor is None else tensor.view(-1) for tensor in (mirror, weight, dense)]
     # ROCm's devices are named "cuda", too.
-    served_by = _gpu_module() if out.device.type == "cuda" else reference
-    served_by.combine_(out.view(-1), flat[0], flat[1], _float32(scale), list(seeds),
+    backend_module = _gpu_module() if out.device.type == "cuda" else reference
+    backend_module.combine_(out.view(-1), flat[0], flat[1], _float32(scale), list(seeds),
                        [_float32(c) for c in coefficients], distribution, parameter, offset,
                        factors, flat[2], _float32(dense_coefficient),
                        None if out.dtype == torch.float32 else rounding_seed)  # fmt: skip
@@ -290,7 +290,7 @@ def backend() -> str:
 
 @functools.cache
 def _gpu_module() -> ModuleType:
-    """The module of the Triton kernel. If Triton cannot run it, warn once; then the reference."""
+    """The module of the Triton kernel; after one warning the reference, if Triton cannot run."""
     try:
         module = importlib.import_module("zods.kernels.gpu")
         # A launch is needed: Triton's launcher may need a C compiler, which only a launch shows.

@@ -49,7 +49,7 @@ def link_flags(compiler_version: str) -> list[str]:
 
 @functools.cache
 def cpu_module() -> ModuleType | None:
-    """The compiled kernel. If it can be neither found nor built: None, after one warning."""
+    """The compiled kernel; None, after one warning, if it can neither be found nor built."""
     try:
         return importlib.import_module("zods.kernels._cpu")
     except ImportError:

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 class _Drift:
-    """The updates since the refresh, for the parameters that decay or for those that do not.
+    """The sum of the updates since the refresh, for parameters that all decay or all do not.
 
     theta = scale * anchor + sum_k coefficients[seed_k] * z(seed_k)
     """
@@ -121,7 +121,7 @@ class Anchor:
         """Set the anchor point to the current parameters."""
         self._drifts = {True: _Drift(), False: _Drift()}
         if self.point is not None:
-            for shard, local in self._parameters.visit(write=False):
+            for shard, local in self._parameters.iterate_with_read_ahead(write=False):
                 self.point.write(shard, local)
 
     def set_gradient(self, terms: Sequence[Term]) -> None:

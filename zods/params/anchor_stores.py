@@ -25,8 +25,8 @@ from zods.params.shards import Shard, ShardedParameters
 
 logger = logging.getLogger(__name__)
 
-# Bytes. Direct I/O needs file offsets and lengths that are multiples of it, for each thread of one
-# operation.
+# Bytes. Direct I/O needs file offsets and lengths that are multiples of this number, for each
+# thread of one operation.
 ALIGNMENT = 4096
 
 
@@ -173,7 +173,7 @@ class NvmeStore:
         offset = self._offset_of(shard, start)
         end = offset + (stop - start) * shard.dtype.itemsize
         damage = (
-            f"{self._path}: bytes {offset} to {end} (of {shard.name}) are not those that were "
+            f"{self._path}: bytes {offset} to {end} (of {shard.name}) are not the bytes that were "
             "written there"
         )
         if self._remake is not None:
@@ -263,14 +263,18 @@ class _AsyncFile:
     def _count_pending(self, status: int) -> None:
         if status != 0:
             raise OSError(
-                f"{self._path}: the anchor's file cannot be opened (async_io gave {status})."
+                f"{self._path}: the anchor's file cannot be opened (async_io returned {status}). "
+                "Look at the drive, and start again with the same command."
             )
         self.num_pending += 1
 
     def wait(self) -> None:
         pending, self.num_pending = self.num_pending, 0
         if pending and self._handle.wait() < pending:
-            raise OSError(f"{self._path}: reading or writing the anchor failed.")
+            raise OSError(
+                f"{self._path}: reading or writing the anchor failed. Look at the drive, and start "
+                "again with the same command."
+            )
 
     def close(self) -> None:
         self.wait()  # async_io aborts the process if operations are pending
@@ -322,7 +326,10 @@ def check_nvme(nvme_path: str, key: str) -> None:
         probe.write_bytes(b"x")
         probe.unlink()
     except OSError as error:
-        raise ValueError(f"{key}: {nvme_path} is not writable ({error.strerror}).") from error
+        raise ValueError(
+            f"{key}: {nvme_path} is not writable ({error.strerror}). Give a folder in which files "
+            "can be written."
+        ) from error
     if not AsyncIOBuilder().is_compatible(verbose=False):
         raise ValueError(
             f"{key}: DeepSpeed's async_io cannot be built: libaio is missing. Install it (Debian, "

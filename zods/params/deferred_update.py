@@ -36,8 +36,8 @@ class DeferredUpdate:
         The update must not use a stored anchor gradient. Gathered copies of the parameters must
         have been released before.
 
-        Parameters of DeepSpeed's leaf modules are updated at once: the ranks may use different ones
-        of them in a forward.
+        Parameters of DeepSpeed's leaf modules are updated at once, because the ranks may use
+        different parameters of such a module in a forward.
         """
         self.flush()
         self._update = update
@@ -59,7 +59,8 @@ class DeferredUpdate:
     def loaded(self, ordinals: Sequence[int]) -> None:
         """Apply the update to parameters that were just gathered, and to their stored shards.
 
-        ordinals: of the gathered parameters; those that do not wait for the update are left alone.
+        ordinals: ordinals of the gathered parameters. Parameters that do not wait for the update
+        are not changed.
         """
         for ordinal in ordinals:
             shard = self._waiting.get(ordinal)

@@ -61,7 +61,7 @@ class ShardedParameters:
     ) -> None:
         """Collect the shards of the parameters that require a gradient.
 
-        model_parameters: train only these among them; None: train all of them.
+        model_parameters: train only these; None: train all that require a gradient.
 
         Raises ValueError when no parameter is trainable, or when a trainable parameter is neither
         float32 nor bfloat16.
@@ -78,13 +78,13 @@ class ShardedParameters:
         self.frozen = [s for s in shards if s.ordinal not in trained]  # all other parameters
         if not self.shards:
             raise ValueError(
-                "model: no trainable parameter. Set requires_grad on those that are to be trained."
+                "model: no trainable parameter. Set requires_grad on the parameters to train."
             )
         odd = [f"{s.name} ({s.dtype})" for s in self.shards if s.dtype not in DTYPES]
         if odd:
             raise ValueError(
                 "model: trainable parameters must be float32 or bfloat16; found "
-                f"{', '.join(odd[:3])}."
+                f"{', '.join(odd[:3])}. Convert them, or set requires_grad to False."
             )
         self.numel = sum(s.whole_numel for s in self.shards)
 
@@ -94,15 +94,16 @@ class ShardedParameters:
     def __len__(self) -> int:
         return len(self.shards)
 
-    def visit(
+    def iterate_with_read_ahead(
         self, *, write: bool, shards: Sequence[Shard] | None = None
     ) -> Iterator[tuple[Shard, torch.Tensor]]:
         """Yield each shard with its elements: a 1-D tensor of `numel`, not a copy.
 
-        Shards on NVMe are loaded, and the next one is read in the background. Gathered copies of
-        the parameters must have been released before (`release_gathered`).
+        A shard on NVMe is loaded before it is yielded, and the next shard is read in the background
+        meanwhile. Gathered copies of the parameters must have been released before
+        (`release_gathered`).
         write: write shards on NVMe back, in the background; without it changes to them are lost.
-        shards: the shards to visit; None: all.
+        shards: the shards to yield; None: all.
         """
         shards = self.shards if shards is None else shards
         for shard, following in zip(shards, [*shards[1:], None], strict=True):
@@ -127,9 +128,9 @@ class ShardedParameters:
 
         dense: maps a shard to its part of the stored anchor gradient: blocks (start, elements) that
         together cover the shard. None where the update does not use a stored anchor gradient.
-        shards: as in `visit`.
+        shards: as in `iterate_with_read_ahead`.
         """
-        for shard, local in self.visit(write=True, shards=shards):
+        for shard, local in self.iterate_with_read_ahead(write=True, shards=shards):
             if shard.numel == 0:
                 continue
             sweeps = [update.sweep(shard.decays)]

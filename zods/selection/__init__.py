@@ -1,3 +1,4 @@
-"""Small sub-batches that stand for large ones: facility location over features of the examples'
-gradients, by source.
+"""Small sub-batches that represent large candidate batches.
+
+Examples are chosen source by source, by facility location over features of their gradients.
 """

@@ -1,12 +1,11 @@
-"""Baselines that the default selection is compared with: other choices, and the features of the
-paper.
+"""Baselines of the selection: simpler choices, and the features of the paper.
 
-choices   the longest examples, those of the highest loss, random ones; stochastic greedy and GreeDi,
-          which approximate the greedy choice of `zods.selection.facility_location`
-features  those of Nguyen et al. 2024, arXiv:2407.19580v1, section 4.3
+Choices: the longest examples, the examples of the highest loss, random examples; and two
+approximations of the greedy choice of `zods.selection.facility_location`: stochastic greedy
+(Mirzasoleiman et al. 2015, arXiv:1409.7938) and GreeDi (Mirzasoleiman et al. 2013).
+Features: section 4.3 of Nguyen et al. 2024, arXiv:2407.19580v1.
 
-`zods.selection.selector` calls them, on every rank with the same arguments. Stochastic greedy:
-Mirzasoleiman et al. 2015, arXiv:1409.7938. GreeDi: Mirzasoleiman et al. 2013.
+Caller: `zods.selection.selector`, on every rank with the same arguments.
 """
 
 from __future__ import annotations
@@ -36,17 +35,17 @@ EPSILON = 1e-8
 
 
 def longest_first(indices: Sequence[int], num_tokens: Sequence[int]) -> list[int]:
-    """Places by their number of tokens, the first of equals first."""
+    """Sort indices by number of tokens, the largest first; equals by index."""
     return sorted(indices, key=lambda i: (-num_tokens[i], i))
 
 
 def highest_loss_first(indices: Sequence[int], losses: Sequence[float]) -> list[int]:
-    """Places by their loss, the first of equals first."""
+    """Sort indices by loss, the highest first; equals by index."""
     return sorted(indices, key=lambda i: (-losses[i], i))
 
 
 def shuffled(indices: Sequence[int], seed: int) -> list[int]:
-    """Places in random order."""
+    """Put indices into random order."""
     order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(seed))
     return [indices[i] for i in order.tolist()]
 
@@ -55,10 +54,11 @@ def shuffled(indices: Sequence[int], seed: int) -> list[int]:
 
 
 def stochastic_greedy(problem: Problem, k: int, *, seed: int, epsilon: float = 0.01) -> Chosen:
-    """Choose min(k, n) candidates, each the best of n / k ln(1 / epsilon) drawn at random.
+    """Choose min(k, n) candidates, each as the best of a random sample.
 
-    The objective is (1 - 1/e - epsilon) of the optimum in expectation. The cost does not grow with
-    k.
+    A sample has n / k ln(1 / epsilon) of the remaining candidates. The objective is at least
+    (1 - 1/e - epsilon) of the optimum in expectation. The number of gains that are evaluated does
+    not grow with k.
     """
     check_budget(k)
     generator = torch.Generator().manual_seed(seed)
@@ -79,19 +79,23 @@ def greedi(
     parts: Sequence[Sequence[int]],
     quotas: Sequence[int],
 ) -> Chosen:
-    """Choose k candidates in two rounds: a quota of each part, by the part alone, then k of these.
+    """Choose k candidates in two rounds.
 
-    Returns the better of that choice and of those parts' own choices that have k candidates.
+    The first round chooses the quota of each part among the part only. The second round chooses k
+    of these. Returns the best of the second round's choice and of the parts' own choices that have
+    k candidates.
     """
     check_budget(k)
-    firsts = []
+    of_parts = []
     for part, quota in zip(parts, quotas, strict=True):
         ids = torch.tensor(part, dtype=torch.int64, device=problem.device)
-        firsts.append(ids[lazy_greedy(problem.among(ids), quota).ids].tolist() if len(part) else [])
-    union = sorted(i for first in firsts for i in first)
+        of_parts.append(
+            ids[lazy_greedy(problem.among(ids), quota).ids].tolist() if len(part) else []
+        )
+    union = sorted(i for first in of_parts for i in first)
     own = torch.tensor(union, dtype=torch.int64, device=problem.device)
     tried = [lazy_greedy(problem, k, own=own)]
-    tried += [choice(problem, first) for first in firsts if len(first) == k]
+    tried += [choice(problem, first) for first in of_parts if len(first) == k]
     return max(tried, key=lambda chosen: chosen.objective)
 
 
@@ -99,15 +103,15 @@ def greedi(
 
 
 class PaperFeatures:
-    """Features of the paper, and the moments of the gradients along the directions chosen so far.
+    """Features of the paper, and the Adam moments that they need.
 
-    All examples share one direction z of `parameter`: an example's gradient is estimated as g_i z,
-    with g_i one difference of losses. It is made what an Adam step would be from it, by the moments
-    of the gradients chosen so far, and cut to the `top` elements that are largest over the
-    candidates. So the features are a curve with one parameter; g_i tells examples apart.
+    All examples share one direction z of `parameter`. An example's gradient is estimated as g_i z,
+    with g_i one difference of losses. The estimate is normalised like an Adam step, with the
+    moments of the gradients of earlier selections. Of the result, the `top` elements are kept that
+    are largest over the candidates. So all features lie on a curve with the one parameter g_i.
 
-    history: (seed of z, mean g_i of the chosen) of every selection. The moments follow from it, so
-    that a checkpoint keeps nothing else.
+    history: (seed of z, mean g_i of the chosen examples) of every selection. The moments follow
+    from the history, so that a checkpoint stores only the history.
     """
 
     def __init__(self, parameter: Parameter, top: int) -> None:
@@ -116,7 +120,7 @@ class PaperFeatures:
         self.load([])
 
     def expand(self, differences: Tensor, seed: int) -> Tensor:
-        """(n, top) float32 of the candidates' derivatives (n,) along z(seed)."""
+        """Make features (n, top) float32 from the candidates' derivatives (n,) along z(seed)."""
         z = self._z(seed)
         total = torch.zeros(self._numel)
         for g in differences.tolist():
@@ -125,12 +129,12 @@ class PaperFeatures:
         return torch.stack([self._normalised(g * z[kept], kept) for g in differences.tolist()])
 
     def record(self, seed: int, mean: float) -> None:
-        """Take into the moments that the chosen have this mean derivative along z(seed)."""
+        """Update the moments with the mean derivative of the chosen examples along z(seed)."""
         self.history.append((seed, mean))
-        self._moments = self._moved(mean * self._z(seed), slice(None))
+        self._moments = self._updated_moments(mean * self._z(seed), slice(None))
 
     def load(self, history: list[tuple[int, float]]) -> None:
-        """Make the moments that follow from a history."""
+        """Compute the moments from a history."""
         self.history: list[tuple[int, float]] = []
         self._moments = (torch.zeros(self._numel), torch.zeros(self._numel))
         for seed, mean in history:
@@ -145,11 +149,11 @@ class PaperFeatures:
             offset=0,
         )
 
-    def _moved(self, gradient: Tensor, where: Tensor | slice) -> tuple[Tensor, Tensor]:
+    def _updated_moments(self, gradient: Tensor, where: Tensor | slice) -> tuple[Tensor, Tensor]:
         first, second = (moment[where] for moment in self._moments)
         return first.lerp(gradient, 1 - BETAS[0]), second.lerp(gradient.square(), 1 - BETAS[1])
 
     def _normalised(self, gradient: Tensor, where: Tensor | slice = slice(None)) -> Tensor:
-        first, second = self._moved(gradient, where)
+        first, second = self._updated_moments(gradient, where)
         step = len(self.history) + 1
         return first / (1 - BETAS[0] ** step) / ((second / (1 - BETAS[1] ** step)).sqrt() + EPSILON)

@@ -1,14 +1,17 @@
-"""Facility location: choose the k candidates that best stand for all items. Pure: no ranks, no
-modules.
+"""Facility location: choose the k candidates that best represent all candidates.
 
     F(S) = sum_i (D - min_{j in S} d(i, j)),   F(empty set) = 0,   D at least the largest distance
 
-is monotone and submodular, so greedy choice reaches (1 - 1/e) of the optimum (Nemhauser et al.
-1978); with similarities s = D - d it is F(S) = sum_i max_{j in S} s(i, j). Distances are integers
-here, of features taken to 16-bit integers, and sums of them are exact: a choice depends neither on
-the order of a sum nor on who computes it. Equal gains go to the lowest id.
+With similarities s = D - d this is F(S) = sum_i max_{j in S} s(i, j). F is monotone and submodular,
+so that a greedy choice reaches (1 - 1/e) of the optimum (Nemhauser et al. 1978). Gains are
+evaluated lazily (Minoux 1978).
 
-Lazy evaluation: Minoux 1978. Approximations for comparison are in `zods.selection.baselines`.
+Features are quantised to 16-bit integers, and distances are integers, so that sums of distances are
+exact. A choice depends neither on the order of a sum nor on the rank that computes it. Of
+candidates with equal gains, the lowest id is chosen.
+
+The module is pure: it knows no ranks and no modules. Callers: `zods.selection.selector`, and
+`zods.selection.baselines`, which has approximations for comparison.
 """
 
 from __future__ import annotations
@@ -29,9 +32,9 @@ MAX_CANDIDATES = (1 << 19) - 1  # a gain (43 bits) and an id fit one int64
 _LARGEST_FEATURE = (1 << 15) - 1
 _LARGEST_DISTANCE = (1 << 24) - 1  # float32 holds integers up to it exactly
 _UNIT_LENGTH = 1 << 20  # length of a vector, for the cosine metric
-_BLOCK = 1 << 21  # distances made at a time
-_CACHE_BYTES = 1 << 29  # all distances are kept where they take no more: 11,585 candidates
-_POOL = 16  # candidates out of which several may be picked between two looks at the rest
+_BLOCK = 1 << 21  # distances that are computed at a time
+_CACHE_BYTES = 1 << 29  # all distances are kept up to this size: 11,585 candidates
+_POOL = 16  # candidates of which several may be picked before the heap is looked at again
 
 Index = Tensor | slice
 Exchange = Callable[[list[int]], list[list[int]]]
@@ -41,9 +44,9 @@ Exchange = Callable[[list[int]], list[list[int]]]
 class Chosen:
     """Candidates in the order of choice.
 
-    ids: never one twice. gains: what each added to F, in the unit of the distances. objective: F.
-    weights: how many items each stands for, which are those that are not nearer to another (nor as
-    near to an earlier one).
+    ids: the candidates, each once. gains: increase of F by each candidate, in the unit of the
+    distances. objective: F. weights: number of items that each candidate represents. An item is
+    represented by the nearest chosen candidate, and by the earliest of equally near ones.
     """
 
     ids: list[int]
@@ -53,7 +56,10 @@ class Chosen:
 
 
 class Problem:
-    """Candidates, which are the items too, and their distances as integers. See `from_features`."""
+    """Candidates and their distances as integers. The candidates are also the items.
+
+    See `from_features`.
+    """
 
     def __init__(
         self,
@@ -64,8 +70,11 @@ class Problem:
         unit: float,
         device: torch.device,
     ) -> None:
-        """between: (candidates, items) -> their distances, integers in float32, d(i, j) = d(j, i).
-        largest: D. unit: what an integer 1 is worth."""
+        """between: maps (candidates, items) to their distances: integers in float32, symmetric.
+        largest: D. unit: the distance that the integer 1 stands for.
+
+        Raises ValueError for more than MAX_CANDIDATES candidates.
+        """
         if num_candidates > MAX_CANDIDATES:
             raise ValueError(
                 f"a choice is among at most {MAX_CANDIDATES:,} candidates and items, got "
@@ -77,19 +86,23 @@ class Problem:
         self._kept: Tensor | None = None
 
     def distances(self, candidates: Tensor) -> Tensor:
-        """(len(candidates), num_candidates), integers in float32; `candidates` are int64 ids."""
+        """Distances of candidates to all items: (len(candidates), num_candidates).
+
+        The distances are integers in float32. candidates: ids, int64.
+        """
         return (
             self._between(candidates, slice(None)) if self._kept is None else self._kept[candidates]
         )
 
     def gains(self, candidates: Tensor, nearest: Tensor) -> Tensor:
-        """What each candidate would add to F, int64.
+        """The increase of F by each candidate, int64.
 
-        nearest: (num_candidates,), each item's distance to those chosen."""
+        nearest: (num_candidates,), each item's distance to the nearest chosen candidate.
+        """
         if self._kept is not None:
             return summed_excess(nearest, self._kept, candidates)
-        # made beforehand: small tensors between large ones keep the allocator from using these
-        # again
+        # The result is allocated first: small tensors between large ones keep the allocator from
+        # reusing the memory of the large ones.
         found = torch.empty_like(candidates)
         size = max(1, _BLOCK // max(1, self.num_candidates))
         for start in range(0, len(candidates), size):
@@ -99,7 +112,7 @@ class Problem:
         return found
 
     def keep_distances(self) -> None:
-        """Make all distances once, where they are few enough to keep."""
+        """Compute all distances once and keep them, where they fit (`distances_fit`)."""
         if self._kept is not None or not distances_fit(self.num_candidates):
             return
         kept = torch.empty(self.num_candidates, self.num_candidates, device=self.device)
@@ -111,7 +124,7 @@ class Problem:
         self._kept = kept
 
     def among(self, ids: Tensor) -> Problem:
-        """The problem among these candidates alone. Its ids are indices in `ids`."""
+        """The problem restricted to these candidates. Its ids are indices in `ids`."""
 
         def between(candidates: Index, items: Index) -> Tensor:
             return self._between(ids[candidates], ids[items])
@@ -119,7 +132,7 @@ class Problem:
         return Problem(len(ids), between, largest=self.largest, unit=self.unit, device=self.device)
 
     def start(self) -> Tensor:
-        """Every item's distance when nothing is chosen."""
+        """Each item's distance when no candidate is chosen: D."""
         return torch.full((self.num_candidates,), float(self.largest), device=self.device)
 
 
@@ -131,10 +144,12 @@ def _gains(distances: Tensor, nearest: Tensor) -> Tensor:
 
 
 def from_features(features: Tensor, metric: str = "l2") -> Problem:
-    """Items that are the candidates, at the distance of their features (n, m), of any real dtype.
+    """Make the problem from features (n, m) of any real dtype.
 
     metric: one of METRICS; cosine is 1 - cos, and 1 where a vector is 0. D is twice the largest
-    norm (cosine: 2). Raises ValueError for features that are not finite, and for an unknown metric.
+    norm (cosine: 2).
+
+    Raises ValueError for features that are not finite, and for an unknown metric.
     """
     if features.ndim != 2:
         raise ValueError(f"features must be (n, m), got shape {tuple(features.shape)}")
@@ -148,8 +163,9 @@ def from_features(features: Tensor, metric: str = "l2") -> Problem:
 
 
 def quantised(features: Tensor, largest: float) -> Tensor:
-    """Features as int16; `largest` is the largest magnitude among all that are compared, on
-    whatever rank.
+    """Round features to int16.
+
+    largest: the largest magnitude among all features that are compared, on all ranks.
     """
     if largest == 0.0:
         return torch.zeros_like(features, dtype=torch.int16)
@@ -157,12 +173,12 @@ def quantised(features: Tensor, largest: float) -> Tensor:
 
 
 def dequantised(features: Tensor, largest: float) -> Tensor:
-    """Invert `quantised`, to within its rounding, in float32."""
+    """Invert `quantised` up to its rounding, in float32."""
     return (features.double() * (largest / _LARGEST_FEATURE)).float()
 
 
 def distances_fit(n: int) -> bool:
-    """Whether the distances of n candidates are kept in memory, once made."""
+    """Whether the distances of n candidates are few enough to be kept in memory."""
     return n * n * 4 <= _CACHE_BYTES
 
 
@@ -205,7 +221,7 @@ def from_quantised(features: Tensor, largest: float, metric: str) -> Problem:
 
 
 def _scale(largest: float) -> float:
-    """A power of two, so that scaling is exact, that takes distances to below 2^24."""
+    """The power of two that scales distances to below 2^24. Such a scaling is exact."""
     return 2.0 ** (24 - math.frexp(largest)[1]) if largest else 1.0
 
 
@@ -215,13 +231,13 @@ def _scale(largest: float) -> float:
 def lazy_greedy(
     problem: Problem, k: int, *, own: Tensor | None = None, exchange: Exchange | None = None
 ) -> Chosen:
-    """Choose min(k, n) candidates, each the one that adds most to F at its turn.
+    """Choose min(k, n) candidates, one after the other, each with the largest gain.
 
-    Few of the gains are made: a gain only falls, so an old one bounds a new one.
+    Few gains are evaluated: a candidate's gain only falls, so that an old gain bounds the new one.
 
-    own: the candidates that this rank evaluates (default all); exchange: gives every rank's list of
-    17 integers, in rank order, for this rank's. All ranks know all distances, together own all
-    candidates, and choose the same.
+    own: the candidates that this rank evaluates; None: all. exchange: sends this rank's list of 17
+    integers, and returns the lists of all ranks in rank order. All ranks know all distances.
+    Together they own all candidates, and they choose the same.
     """
     check_budget(k)
     if exchange is None:
@@ -233,7 +249,8 @@ def lazy_greedy(
     heapq.heapify(heap)
     size = _POOL
     while len(ids) < min(k, num_offered):
-        # this rank's best, exact now; all else is bounded by the first of the heap
+        # The gains of this rank's best candidates are evaluated now. The first entry of the heap
+        # bounds the gains of all others.
         oldest = own.new_tensor([_id(-heapq.heappop(heap)) for _ in range(min(size, len(heap)))])
         exact = (
             sorted(_negated(_packed(problem.gains(oldest, nearest), oldest))) if len(oldest) else []
@@ -245,32 +262,37 @@ def lazy_greedy(
         rows = [sent] if exchange is None else exchange(sent)
         offered = sorted((packed for row in rows for packed in row[1:] if packed), reverse=True)
         bound = max([row[0] for row in rows] + offered[_POOL : _POOL + 1])
-        # picks among the best of all ranks, while nothing else can be better
+        # Pick among the best candidates of all ranks, as long as no other can have a larger gain.
         pool = own.new_tensor([_id(packed) for packed in offered[:_POOL]])
         distances = problem.distances(pool)
-        now, picked = dict(zip(pool.tolist(), offered, strict=False)), set[int]()
-        while len(ids) < k and now and max(now.values()) > bound:
-            pick = max(now, key=lambda i: now[i])
+        gain_of, picked = dict(zip(pool.tolist(), offered, strict=False)), set[int]()
+        while len(ids) < k and gain_of and max(gain_of.values()) > bound:
+            pick = max(gain_of, key=lambda i: gain_of[i])
             picked.add(pick)
             ids.append(pick)
             nearest = torch.minimum(nearest, distances[pool.tolist().index(pick)])
             gains = _packed(_gains(distances, nearest), pool).tolist()
-            now = {i: gain for i, gain in zip(pool.tolist(), gains, strict=True) if i not in picked}
+            gain_of = {
+                i: gain for i, gain in zip(pool.tolist(), gains, strict=True) if i not in picked
+            }
         for packed in mine:
             if _id(packed) not in picked:
-                heapq.heappush(heap, -now.get(_id(packed), packed))
+                heapq.heappush(heap, -gain_of.get(_id(packed), packed))
         size = max(_POOL, size // 2) if picked else 2 * size
     return choice(problem, ids)
 
 
 def best(problem: Problem, candidates: Tensor, nearest: Tensor) -> int:
-    """The candidate that adds most to F, the lowest id of equals. nearest: as in `Problem.gains`."""
+    """The candidate with the largest gain; of equals the lowest id.
+
+    nearest: as in `Problem.gains`.
+    """
     gains = problem.gains(candidates, nearest)
     return _id(int(_packed(gains, candidates).max()))
 
 
 def choice(problem: Problem, ids: Sequence[int]) -> Chosen:
-    """Any candidates, in this order, as a choice: their gains, objective and weights."""
+    """Compute gains, objective and weights of given candidates, chosen in this order."""
     nearest = problem.start()
     owner = torch.zeros(problem.num_candidates, dtype=torch.int64, device=problem.device)
     candidates = torch.tensor(ids, dtype=torch.int64, device=problem.device)
@@ -301,6 +323,6 @@ def _id(packed: int) -> int:
 
 
 def check_budget(k: int) -> None:
-    """Raise ValueError where fewer than 0 candidates are to be chosen."""
+    """Raise ValueError where the number of candidates to choose is negative."""
     if k < 0:
         raise ValueError(f"a budget must be 0 or more, got {k}")

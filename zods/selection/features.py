@@ -1,27 +1,31 @@
-"""A few numbers for each example of a batch, whose distances are those of the examples' gradients.
+"""Features of examples: a few numbers each, whose distances approximate the distances of gradients.
 
-Feature k of example i is the derivative of its loss, the mean over its own labelled tokens, along
-direction k of one matrix: the value projection of the last block. So the features are a random
-projection of the gradient of that matrix.
+Feature k of example i is the derivative of the example's loss along direction k:
 
-zo     by differences of losses at points along the directions: one forward, in which all but the last block and the head run
-       once, and the last block and the head on stacks of the points
-exact  the same derivatives by automatic differentiation from the losses back to the output of that matrix, in one forward
-paper  by differences along one direction alone (Nguyen et al. 2024, arXiv:2407.19580v1); see
-       `zods.selection.baselines`
+    f_ik = <dL_i/dW, Z_k>,   Z_k = U_k V_k^T / sqrt(r)
 
-Only labelled tokens reach the head. Directions are low-rank, U V^T / sqrt(r), from seeds: the
-matrix's gradients, which would be large, are never made.
+W is one matrix: the value projection of the last block. L_i is the mean over the example's own
+labelled tokens. So the features are a random projection of the gradient of W. The directions are
+low-rank and made from seeds. The gradients of W would be large, and are never made.
+
+There are three kinds of features:
+
+    zo     differences of losses at points along the directions. All blocks but the last run once.
+           The last block and the head run on stacks of the points.
+    exact  the same derivatives, by automatic differentiation from the losses back to the output of
+           W, in one forward
+    paper  differences along one direction only (Nguyen et al. 2024, arXiv:2407.19580v1); see
+           `zods.selection.baselines`
+
+Only labelled tokens reach the head. Caller: `zods.selection.sub_batches`.
 """
 
 from __future__ import annotations
 
 import inspect
 import logging
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -32,112 +36,18 @@ from torch.utils._pytree import tree_map
 from zods.core.directions import Direction
 from zods.data.objectives import IGNORE_INDEX, example_losses, logits_of
 from zods.params.zero3_adapter import release_gathered
+from zods.selection.target_matrix import Target, find_target
 
 logger = logging.getLogger(__name__)
 
-# the value projection, by the names of models; the last ones make queries and keys, too
-VALUE_PROJECTIONS = (
-    "v_proj",
-    "value",
-    "v_lin",
-    "qkv_proj",
-    "query_key_value",
-    "Wqkv",
-    "c_attn",
-)
-_STACK_ELEMENTS = (
-    1 << 27
-)  # elements of the largest tensor when the last block runs on copies of the batch
-# larger ones are no faster there, and cost memory that is not in its cache
+# Elements of the largest tensor when the last block runs on copies of the batch
+_STACK_ELEMENTS = 1 << 27
+# On a CPU a larger stack is no faster, and does not fit the cache.
 _STACK_ELEMENTS_ON_CPU = 1 << 22
 
 
-@dataclass(frozen=True)
-class Target:
-    """The matrix whose gradients are compared. ordinal: its place in `named_parameters()`. shape:
-    of the whole.
-
-    input_first: the matrix is (inputs, outputs), as in transformers' Conv1D. blocks: those of the
-    model, in order; none where the matrix is in none. block: the place of the one that holds it.
-    """
-
-    name: str
-    module: nn.Module
-    ordinal: int
-    shape: tuple[int, ...]
-    input_first: bool
-    blocks: tuple[nn.Module, ...]
-    block: int
-
-
-def find_target(model: nn.Module, pattern: str | None = None) -> Target:
-    """The last matrix of a linear layer whose parameter's name `pattern` (a regular expression) is
-    found in.
-
-    None: the value projection of the last block; where an adapter (LoRA) is trained on it, the
-    adapter's second matrix, since the gradient of the first is 0 at the start. Raises ValueError
-    where there is none, naming some that there are.
-    """
-    modules = dict(model.named_modules())
-    found: dict[str, Target] = {}
-    for ordinal, (name, parameter) in enumerate(model.named_parameters()):
-        owner = modules[name.rpartition(".")[0]]
-        input_first = type(owner).__name__ == "Conv1D"
-        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-        if len(shape) == 2 and (input_first or isinstance(owner, nn.Linear)):
-            found[name] = Target(name, owner, ordinal, shape, input_first, *_blocks(model, name))
-    if pattern is not None:
-        try:
-            matching = [target for name, target in found.items() if re.search(pattern, name)]
-        except re.error as error:
-            raise ValueError(
-                f"selector.pattern: {pattern!r} is not a regular expression: {error}"
-            ) from None
-    else:
-        in_blocks = {name: target for name, target in found.items() if target.blocks}
-        matching = next(
-            filter(None, (_value_projections(in_blocks, kind) for kind in VALUE_PROJECTIONS)), []
-        )
-    if not matching:
-        what = (
-            "no value projection is known"
-            if pattern is None
-            else f"no linear layer's parameter matches {pattern!r}"
-        )
-        raise ValueError(
-            f"selector.pattern: {what}. Give a regular expression that is found in one of: "
-            f"{', '.join(list(found)[-8:])}."
-        )
-    return matching[-1]
-
-
-def _value_projections(targets: dict[str, Target], kind: str) -> list[Target]:
-    """Return the value projections of this name; if the last one has an adapter, the adapter alone."""
-    named = re.compile(rf"\.{kind}\.(base_layer\.)?weight$")
-    plain = [target for name, target in targets.items() if named.search(name)]
-    if not plain:
-        return []
-    layer = re.sub(r"(base_layer\.)?weight$", "", plain[-1].name)
-    adapters = [t for name, t in targets.items() if name.startswith(f"{layer}lora_B.")]
-    return [
-        target for target in adapters if next(target.module.parameters()).requires_grad
-    ] or plain
-
-
-def _blocks(model: nn.Module, name: str) -> tuple[tuple[nn.Module, ...], int]:
-    """The outermost list of modules around a parameter, and the place in it of the one that holds
-    the parameter.
-    """
-    parts = name.split(".")
-    for depth in range(1, len(parts)):
-        around = model.get_submodule(".".join(parts[:depth]))
-        if isinstance(around, nn.ModuleList):
-            return tuple(around), int(parts[depth])
-    return (), 0
-
-
 def without_cache(model: nn.Module) -> dict[str, Any]:
-    """Return the keywords by which a transformer's forward keeps no keys and values for generation."""
+    """The keyword arguments that switch off the cache of keys and values of a transformer."""
     inner: Any = model
     if hasattr(model, "get_base_model"):
         inner = inner.get_base_model()
@@ -147,10 +57,10 @@ def without_cache(model: nn.Module) -> dict[str, Any]:
 
 
 class FeatureExtractor:
-    """Features of the examples of a batch, on a model that may be under DeepSpeed (any ZeRO stage,
-    offloaded or not).
+    """Computes the features and losses of the examples of a batch.
 
-    deepspeed_engine: a DeepSpeedEngine, or None for a model that is not sharded.
+    The model may be under DeepSpeed, at any ZeRO stage, offloaded or not. deepspeed_engine: a
+    DeepSpeedEngine, or None for a model that is not sharded.
     """
 
     def __init__(
@@ -165,8 +75,8 @@ class FeatureExtractor:
         two_sided: bool = True,
         agree: Callable[[int], int] = int,
     ) -> None:
-        """agree: the largest of the ranks' values, so that all ranks of a sharded model make as
-        many forwards.
+        """agree: returns the largest of the ranks' values, so that all ranks of a sharded model
+        make the same number of forwards.
         """
         self._model, self._deepspeed = model, deepspeed_engine
         self.target = find_target(model, pattern)
@@ -178,11 +88,10 @@ class FeatureExtractor:
         logger.info("features: %s of %s %s", kind, self.target.name, self.target.shape)
 
     def __call__(self, batch: dict[str, Any], seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """(features (B, m) float32, losses (B,) float32) of a batch on the device; the loss of an
-        example without labels is NaN. seeds: of the m directions.
+        """Compute (features (B, m) float32, losses (B,) float32) of a batch on the device.
 
-        All ranks of a sharded model call it together. The model is left in the mode it was in,
-        nothing of it is changed.
+        seeds: seeds of the m directions. The loss of an example without labels is NaN. All ranks of
+        a sharded model must call it together. The model keeps its weights and its training mode.
         """
         with self._pass(batch) as pass_:
             return (
@@ -192,7 +101,7 @@ class FeatureExtractor:
             )
 
     def losses(self, batch: dict[str, Any]) -> Tensor:
-        """The losses alone, (B,) float32."""
+        """Compute the losses only, (B,) float32."""
         with self._pass(batch) as pass_:
             return pass_.losses()[0]
 
@@ -210,13 +119,11 @@ class FeatureExtractor:
                 release_gathered(self._deepspeed)
 
     def _exact(self, pass_: _Pass, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """<dL_i/dW, Z_k> = sum over tokens t of (delta_t .
+        """Compute <dL_i/dW, Z_k> = sum over tokens t of (delta_t . U_k) (x_t . V_k).
 
-        U_k) (x_t . V_k), delta the gradient of the matrix's output.
+        x_t is the matrix's input, and delta_t the gradient of its output.
         """
-        made: list[
-            Tensor
-        ] = []  # the input of the matrix and its output, from which the graph begins
+        made: list[Tensor] = []  # the matrix's input and its output, where the graph begins
 
         def begin_graph(inputs: Tensor, outputs: Tensor) -> Tensor:
             torch.set_grad_enabled(True)
@@ -236,7 +143,10 @@ class FeatureExtractor:
         return pass_.per_example(products.unflatten(-1, (len(seeds), -1)).sum(-1)), losses.detach()
 
     def _differences(self, pass_: _Pass, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """(L_i(W + eps Z_k) - L_i(W - eps Z_k)) / (2 eps), or with L_i(W) in place of the second."""
+        """Compute (L_i(W + eps Z_k) - L_i(W - eps Z_k)) / (2 eps).
+
+        One-sided differences are (L_i(W + eps Z_k) - L_i(W)) / eps.
+        """
         (losses,) = pass_.losses(record=True)
         signs = (1.0, -1.0) if self._two_sided else (1.0,)
         elements = _STACK_ELEMENTS_ON_CPU if losses.device.type == "cpu" else _STACK_ELEMENTS
@@ -260,7 +170,7 @@ class FeatureExtractor:
         return torch.cat(features, 1), losses
 
     def _moved(self, inputs: Tensor, seeds: Sequence[int]) -> Tensor:
-        """eps x Z_k^T for each direction: (K, B, L, outputs)."""
+        """Compute eps x Z_k^T for each of the K directions: (K, B, L, outputs)."""
         if not self._direction.has_factors(self.target):
             z = self._direction.combine_(
                 torch.empty(self.target.shape, device=inputs.device),
@@ -276,9 +186,7 @@ class FeatureExtractor:
     def _factors(
         self, seeds: Sequence[int], coefficient: float, device: torch.device
     ) -> tuple[Tensor, Tensor]:
-        """(U (outputs, K r), V (inputs, K r)): the directions as seen from the layer's outputs and
-        inputs.
-        """
+        """The factors of the directions, U (outputs, K r) and V (inputs, K r)."""
         rows = range(self.target.shape[0])
         left, right = self._direction.factors(
             self.target, seeds, [coefficient] * len(seeds), rows, device
@@ -287,8 +195,10 @@ class FeatureExtractor:
 
 
 class _Labelled(NamedTuple):
-    """The labelled tokens of a batch. positions: of what predicts them, in (B L). owners: their
-    examples.
+    """The labelled tokens of a batch.
+
+    positions: index in the flat (B L) of the position that predicts each token. targets: the
+    tokens. owners: index of each token's example.
     """
 
     positions: Tensor
@@ -297,14 +207,17 @@ class _Labelled(NamedTuple):
 
 
 class _Pass:
-    """Forwards of a model on one batch, whose head sees labelled tokens only."""
+    """Forwards of a model on one batch, in which the head runs on labelled tokens only."""
 
     def __init__(
         self, model: nn.Module, target: Target, head: nn.Module | None, batch: dict[str, Any]
     ) -> None:
         labels = batch.get("labels")
         if not isinstance(labels, Tensor):
-            raise ValueError(f"a batch to select from needs labels; it has {', '.join(batch)}.")
+            raise ValueError(
+                f"a batch to select from needs labels; it has {', '.join(batch)}. Add labels in "
+                "collate_fn."
+            )
         self._model, self._target, self._head, self._labels = model, target, head, labels
         self._inputs = without_cache(model) | {
             key: value for key, value in batch.items() if key != "labels"
@@ -321,9 +234,7 @@ class _Pass:
 
     @property
     def largest(self) -> int:
-        """Elements of the larger of the logits and the hidden states of the last block, per copy of
-        the batch.
-        """
+        """Elements of the largest tensor of the last block or the head, per copy of the batch."""
         vocabulary = getattr(self._head, "out_features", 1)
         labelled = 1 if self._labelled is None else len(self._labelled.positions)
         tokens = max(value.numel() for value in self._inputs.values() if isinstance(value, Tensor))
@@ -336,11 +247,11 @@ class _Pass:
         copies: int = 1,
         record: bool = False,
     ) -> Tensor:
-        """The losses of the examples, (copies, B): the last block and the head run on so many
-        copies of the batch.
+        """Compute the losses of the examples, (copies, B).
 
-        at_target: (input, output of the matrix's layer) -> the output to go on with. record: keep
-        what the block before the last returns; later calls begin with it.
+        copies: number of copies of the batch on which the last block and the head run. at_target:
+        maps the input and output of the matrix's layer to the output that is used instead. record:
+        keep the output of the block before the last, from which later calls start.
         """
         cut: list[bool] = []
 
@@ -366,12 +277,12 @@ class _Pass:
                 stack.callback(hook.remove)
             if self._head is not None:
                 stack.callback(self._head.register_forward_pre_hook(keep_labelled).remove)
-            stack.enter_context(self._beginning_at_last_block(record, copies))
+            stack.enter_context(self._skip_known_blocks(record, copies))
             logits = logits_of(self._model(**self._repeated(self._inputs, copies)))
         if logits is None:
             raise ValueError(
-                "the model gives no logits without labels, so the losses of single examples are "
-                "not known."
+                "the model returns no logits for a batch without labels, so that the losses of "
+                "single examples are not known. Return logits from forward."
             )
         with torch.set_grad_enabled(logits.requires_grad):
             if not cut or self._labelled is None:
@@ -381,27 +292,25 @@ class _Pass:
             tokens = functional.cross_entropy(
                 logits.flatten(0, 1).float(), targets.repeat(copies), reduction="none"
             )
-            # one place for each token, not one sum for each example: adding in place has no fixed
-            # order on a GPU
-            placed = tokens.new_zeros(copies, self._labels.numel()).index_copy(
+            # Each token is copied to its own element before the sum. Adding tokens of an example in
+            # place has no fixed order on a GPU.
+            by_position = tokens.new_zeros(copies, self._labels.numel()).index_copy(
                 1, positions, tokens.view(copies, -1)
             )
-            sums = placed.view(copies, *self._labels.shape).sum(2)
+            sums = by_position.view(copies, *self._labels.shape).sum(2)
             return sums / torch.bincount(owners, minlength=len(self._labels))
 
     def per_example(self, products: Tensor) -> Tensor:
-        """(B, m): the sums over each example's tokens of what was made of the matrix's inputs, (B,
-        L, m).
-        """
-        # its inputs are labelled tokens, (1, N, m)
+        """Sum `products` (B, L, m) over the tokens of each example: (B, m)."""
+        # The inputs of the head are labelled tokens only: `products` is (1, N, m).
         if self._target.module is self._head and self._labelled is not None:
-            placed = products.new_zeros(self._labels.numel(), products.shape[-1])
-            placed[self._labelled.positions] = products[0]
-            return placed.view(*self._labels.shape, -1).sum(1)
+            by_position = products.new_zeros(self._labels.numel(), products.shape[-1])
+            by_position[self._labelled.positions] = products[0]
+            return by_position.view(*self._labels.shape, -1).sum(1)
         return products.flatten(1, -2).sum(1)
 
     def _repeated(self, value: Any, copies: int) -> Any:
-        """Tensors that carry the batch, as many times; dicts, lists and tuples are followed."""
+        """Repeat the tensors whose first dimension is the batch, inside dicts, lists and tuples."""
 
         def repeat(leaf: Any) -> Any:
             carries = (
@@ -412,9 +321,10 @@ class _Pass:
         return value if copies == 1 else tree_map(repeat, value)
 
     @contextmanager
-    def _beginning_at_last_block(self, record: bool, copies: int) -> Iterator[None]:
-        """Blocks before the last do nothing where it is known what they give; else that is kept,
-        with `record`.
+    def _skip_known_blocks(self, record: bool, copies: int) -> Iterator[None]:
+        """Skip the blocks before the last where their output is known from an earlier forward.
+
+        record: keep the output for later forwards.
         """
         prefix = self._target.blocks[: self._target.block]
         if not prefix or (self._before_last is None and not record):

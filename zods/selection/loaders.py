@@ -1,5 +1,7 @@
-"""Loaders of chosen examples: over a dataset of one's own, and around a loader of first-order
-DeepSpeed training.
+"""Loaders of chosen examples, and the functions `zods.select` and `zods.weighted_loss`.
+
+`SelectingLoader` is the training loader of `zods.initialize`. `select` wraps a loader of
+first-order DeepSpeed training.
 """
 
 from __future__ import annotations
@@ -24,25 +26,25 @@ from zods.selection.sub_batches import Batch, SubBatches
 
 
 class SelectingLoader(EpochLoader):
-    """This rank's micro-batches of the chosen examples, epoch after epoch; resumable, with the
-    interface of `TrainingLoader`.
+    """This rank's micro-batches of chosen examples, epoch after epoch.
 
-    An epoch is a pass over the data in candidate batches, `interval` steps for each.
+    It is resumable and has the interface of `TrainingLoader`. An epoch is a pass over the data in
+    candidate batches, with `interval` steps for each.
     """
 
     def __init__(self, selection: SubBatches, comm: Communicator, seed: int) -> None:
         self.selection, self._comm, self._seed = selection, comm, seed
         self._config = selection.selector.config
         self.dataset, self.accumulation = selection.dataset, selection.accumulation
-        # None: examples are not the same each time
+        # None where reading an example again gives another result
         self.data_digest = sample_digest(selection.dataset)
 
     def collate_fn(self, rows: Sequence[Any]) -> Batch:
-        """A batch of any examples, without weights."""
+        """Collate any examples into a batch without weights."""
         return self.selection.collated(rows)
 
     def __len__(self) -> int:
-        """Micro-batches per epoch and rank."""
+        """The number of micro-batches per epoch and rank."""
         return (
             len(self.dataset) // self._config.candidates * self._config.interval * self.accumulation
         )
@@ -67,9 +69,7 @@ class SelectingLoader(EpochLoader):
         return self.selection.selected_ids
 
     def candidates(self, epoch_and_step: tuple[int, int]) -> list[int]:
-        """Ids, ascending, of which the sub-batch of the step that ends at `epoch_and_step` is
-        chosen.
-        """
+        """Ids, ascending, of the candidates of the step that ends at `epoch_and_step`."""
         order = epoch_order(
             len(self.dataset), self._config.candidates, self._seed, epoch_and_step[0]
         )
@@ -82,7 +82,7 @@ class SelectingLoader(EpochLoader):
         weights: Sequence[float],
         mean: float | None,
     ) -> None:
-        """Take over a selection that was made before, for the step that ends at `epoch_and_step`."""
+        """Restore the selection of the step that ends at `epoch_and_step`."""
         own_ids = self.candidates(epoch_and_step)[self._comm.rank :: self._comm.world_size]
         self.selection.restore_selection(own_ids, ids, weights, mean)
 
@@ -95,8 +95,10 @@ class SelectingLoader(EpochLoader):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on at the first step that `state` had not begun, on any number of ranks; raises
-        ValueError where the data or the sizes of batches are others."""
+        """Continue at the first step that `state` had not begun, on any number of ranks.
+
+        Raises ValueError if the data or the sizes of batches differ.
+        """
         for key, here in self._kind().items():
             if state.get(key) != here:
                 raise ValueError(
@@ -107,7 +109,7 @@ class SelectingLoader(EpochLoader):
         self.selection.load_state_dict(state)
 
     def _kind(self) -> dict[str, int]:
-        """Return the settings that must be equal for a step to be the same."""
+        """The settings on which the examples of a step depend."""
         return {
             "size": len(self.dataset),
             "candidates": self._config.candidates,
@@ -117,14 +119,14 @@ class SelectingLoader(EpochLoader):
 
 
 class SelectedBatches:
-    """The result of `select`: each iteration is a pass over the loader, resumable at any step.
+    """The result of `select`. Each iteration is a pass over the loader, resumable at any step.
 
-    selection: the last one's ids and report.
+    selection: makes the selections, and holds the ids and the report of the last one.
     """
 
     def __init__(self, loader: DataLoader, selection: SubBatches, comm: Communicator) -> None:
         self._batches: Any = loader.batch_sampler
-        self.position = 0  # micro-batches of the running pass that were handed out
+        self.position = 0  # number of micro-batches that were yielded in the current pass
         self.selection = selection
         self._config = selection.selector.config
         size = int(loader.batch_size or 0) * comm.world_size
@@ -137,7 +139,7 @@ class SelectedBatches:
         self._loads = self._config.candidates // size
 
     def __len__(self) -> int:
-        """Micro-batches of a pass over the loader, on this rank."""
+        """The number of micro-batches per pass over the loader, on this rank."""
         per_step = self.selection.accumulation * self._config.interval
         return len(self._batches) // self._loads * per_step
 
@@ -150,7 +152,7 @@ class SelectedBatches:
                 continue
             own_ids, ids = ids, []
             begins = (count // self._loads - 1) * per_choice
-            if self.position >= begins + per_choice:  # a pass that goes on where it was
+            if self.position >= begins + per_choice:  # was yielded before the pass was resumed
                 continue
             if self.position == begins:
                 self.selection.choose(own_ids)
@@ -161,7 +163,7 @@ class SelectedBatches:
         self.position = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of a pass over the loader, for the same order of its batches."""
+        """The state of a pass, valid for a loader that yields its batches in the same order."""
         return {
             "steps": self.position // self.selection.accumulation,
             **self.selection.state_dict(),
@@ -180,29 +182,34 @@ def select(
     seed: int = 42,
     loss_mean: str = "tokens",
 ) -> SelectedBatches:
-    """Wrap a loader of first-order DeepSpeed training: it yields micro-batches of chosen examples
-    instead of the loader's own.
+    """Wrap a loader of first-order DeepSpeed training, so that it yields chosen examples.
 
         for batch in zods.select(loader, engine, {"candidates": 128, "source_column": "source"}):
             loss = zods.weighted_loss(engine, batch)
             engine.backward(loss)
             engine.step()
 
-    loader: a torch DataLoader, or the one that `deepspeed.initialize` returns, over a map-style
-    dataset that every rank can read; its samplers decide who the candidates are. engine: a
-    DeepSpeedEngine; its train_batch_size is the number chosen. config: the keys of the section
-    "selector". Each item is a dict of the model's inputs and labels, on the CPU, and
-    `example_weights`. loss_mean: what a step's loss is the weighted mean over, "tokens" (the
-    chosen's label tokens) or "examples" (each the mean over its own label tokens); `weighted_loss`
-    is to be given the same.
+    Each batch is a dict of the model's inputs and labels on the CPU, with an entry
+    `example_weights`.
 
-    Raises ValueError, the same on all ranks, where the loader or the configuration does not serve.
+    Args:
+        loader: a torch DataLoader, or the loader that `deepspeed.initialize` returns, over a
+            map-style dataset that every rank can read. Its samplers determine the candidates.
+        engine: a DeepSpeedEngine. Its train_batch_size is the number of chosen examples.
+        config: the keys of the section "selector".
+        seed: base seed of the selector's directions and random choices.
+        loss_mean: a step's loss is the weighted mean over the label tokens of the chosen examples
+            ("tokens"), or over the examples ("examples"), each with the mean over its own label
+            tokens. Pass the same value to `weighted_loss`.
+
+    Raises:
+        ValueError: the same on all ranks, if the loader or the configuration cannot be used.
     """
     check_loss_mean(loss_mean)
     comm = Communicator(torch.device(engine.device))
     with comm.same_on_all_ranks():
         if isinstance(loader, DeepSpeedDataLoader):
-            loader = iter(loader).dataloader  # DeepSpeed's loader makes one for each pass
+            loader = iter(loader).dataloader  # DeepSpeed's loader makes a DataLoader per pass
         if not isinstance(loader, DataLoader) or loader.batch_sampler is None:
             raise ValueError(
                 f"loader: found {type(loader).__name__}, expected a DataLoader with batches of a "
@@ -225,11 +232,11 @@ def select(
 def weighted_loss(
     engine: DeepSpeedEngine, batch: Mapping[str, Any], loss_mean: str = "tokens"
 ) -> Tensor:
-    """The loss of one of `select`'s micro-batches on `engine`: the weighted sum of its examples'
-    losses, each the sum over the example's own label tokens, or with "examples" their mean.
+    """Compute the loss of a micro-batch of `select`, 0-d, with a graph.
 
-    loss_mean: as given to `select`. 0-d, with a graph; scaled for `engine.backward`, which takes
-    the mean over micro-batches and ranks.
+    It is the weighted sum of the losses of its examples. The loss of an example is the sum over its
+    label tokens, or with "examples" their mean. The weights are scaled for `engine.backward`, which
+    takes the mean over micro-batches and ranks. loss_mean: as passed to `select`.
     """
     check_loss_mean(loss_mean)
     moved = to_device(batch, engine.device)

@@ -1,6 +1,7 @@
 """Quotas of the sources, and the division of the chosen examples among ranks and micro-batches.
 
-Pure, in integers: the same on every rank.
+The functions are pure and compute in integers, so that every rank has the same result. Callers:
+`zods.selection.selector` and `zods.selection.sub_batches`.
 """
 
 from __future__ import annotations
@@ -9,14 +10,17 @@ from collections.abc import Mapping, Sequence
 
 
 def quotas_of(sizes: Mapping[str, int], budget: int) -> dict[str, int]:
-    """Return how many examples of each source are chosen from a candidate batch, `budget` in all
-    (or all there are).
+    """The number of examples of each source to choose from a candidate batch.
 
-    Sources below the mean size are kept whole, the others share what is left in proportion to their
-    sizes (Nguyen et al. 2024, section 4). Where those to be kept would leave nothing, none is kept
-    whole: all share the budget in proportion.
+    The sum is `budget`, or the number of all candidates if it is smaller. Sources below the mean
+    size are kept whole, and the others share the rest in proportion to their sizes (Nguyen et al.
+    2024, section 4). Where the small sources would use up the budget, no source is kept whole, and
+    all share the budget in proportion.
 
-    sizes: the candidates of each source. Sources are taken in the order of their names.
+    sizes: number of candidates of each source. Sources are taken in the order of their names.
+
+    >>> quotas_of({"code": 2, "math": 6, "web": 10}, budget=8)
+    {'code': 2, 'math': 2, 'web': 4}
     """
     names = sorted(sizes)
     total = sum(sizes.values())
@@ -31,8 +35,11 @@ def quotas_of(sizes: Mapping[str, int], budget: int) -> dict[str, int]:
 
 
 def capped_quotas(asked: Mapping[str, int], sizes: Mapping[str, int]) -> dict[str, int]:
-    """The quotas asked for, where a source has as many; what others lack is shared by those that
-    have more, in proportion to what they have left."""
+    """Cap the requested quotas at the sizes of the sources.
+
+    The sources that have more candidates than their quota share the missing examples, in proportion
+    to their remaining candidates.
+    """
     names = sorted(sizes)
     quotas = {name: min(asked.get(name, 0), sizes[name]) for name in names}
     lacking = min(sum(asked.values()), sum(sizes.values())) - sum(quotas.values())
@@ -44,8 +51,15 @@ def capped_quotas(asked: Mapping[str, int], sizes: Mapping[str, int]) -> dict[st
 
 
 def largest_remainder(sizes: Sequence[int], budget: int) -> list[int]:
-    """`budget`, at most the sum of `sizes`, shared in proportion to them: whole parts, then one
-    each to the largest remainders (the earlier of equals). No share exceeds its size."""
+    """Share `budget` in proportion to `sizes`, by the method of the largest remainder.
+
+    Each share is the integer part of its proportion. The rest of the budget goes, one each, to the
+    largest remainders; of equals, to the earlier. No share exceeds its size. budget: at most the
+    sum of `sizes`.
+
+    >>> largest_remainder([5, 3, 2], budget=4)
+    [2, 1, 1]
+    """
     total = max(1, sum(sizes))
     shares = [budget * size // total for size in sizes]
     by_remainder = sorted(range(len(sizes)), key=lambda i: (-(budget * sizes[i] % total), i))
@@ -57,11 +71,11 @@ def largest_remainder(sizes: Sequence[int], budget: int) -> list[int]:
 def deal(
     num_tokens: Sequence[int], num_ranks: int, accumulation: int, micro_batch: int
 ) -> list[list[list[int]]]:
-    """Examples, by their indices, as micro-batches: [rank][micro-batch] -> indices. Balanced by
-    tokens.
+    """Divide examples into micro-batches: [rank][micro-batch] -> indices of examples.
 
-    Those of like length go together, so that there is little padding and no rank waits for another
-    in a forward: sorted by length, cut into `accumulation` groups, each dealt out to the ranks in
+    Examples of similar length go into the same micro-batch, and ranks get similar numbers of
+    tokens, so that there is little padding and no rank waits long for another. The examples are
+    sorted by length and cut into `accumulation` groups. Each group is dealt out to the ranks in
     turn, forth and back. A micro-batch is empty only where there are too few examples.
     """
     longest_first = sorted(range(len(num_tokens)), key=lambda i: (-num_tokens[i], i))

@@ -1,8 +1,8 @@
-"""The choice of examples from a candidate batch, and their weights.
+"""Choose examples from a candidate batch, with their weights.
 
-Nguyen et al. 2024, arXiv:2407.19580v1 (later CoLM): small sources are kept whole, of each other
-source the examples are chosen that stand best for the rest of it. Everything here is the same on
-every rank, whoever made the features.
+Nguyen et al. 2024, arXiv:2407.19580v1 (later CoLM): small sources are kept whole. From each other
+source, the examples are chosen that best represent the rest of the source. All results are the same
+on every rank, whichever ranks computed the features. Caller: `zods.selection.sub_batches`.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ NEEDS = {  # the measurements of candidates that a strategy needs
 class CandidateBatch:
     """The candidates of all ranks, in the order of their ids.
 
-    ids: indices in the dataset, ascending. sources: a name for each, or None. num_tokens: of each.
-    losses: (n,), not finite for an example that is not to be chosen; None: not known. features: (n,
-    m) int16, `quantised` by `largest`; or None. owned: the indices of the candidates for which this
-    rank may evaluate gains; None: all. Of candidates that the plan does not want measured, losses
-    and features may be any finite numbers.
+    ids: indices in the dataset, ascending. num_tokens: number of tokens of each candidate. sources:
+    name of each candidate's source, or None. losses: (n,), not finite for an example that must not
+    be chosen; None: not known. features: (n, m) int16, `quantised` by `largest`; or None. owned:
+    indices of the candidates for which this rank evaluates gains; None: all. Candidates that the
+    plan does not measure may have any finite losses and features.
     """
 
     ids: Sequence[int]
@@ -75,9 +75,11 @@ class CandidateBatch:
 class Report:
     """The report of one selection.
 
-    quotas: of each source that had candidates. objective: of facility location, summed over the
-    sources; 0 for a strategy without it. matrix: whose gradients were compared, or "" where none
-    were. unusable: candidates without labels, or with a loss or features that are not finite.
+    step: number of selections before this one. unusable: number of candidates without labels, or
+    with a loss or features that are not finite. quotas: number of examples of each source that had
+    candidates. kept_whole: sources of which every usable candidate was chosen. objective: objective
+    of facility location, summed over the sources; 0 for a strategy without it. matrix: name of the
+    matrix whose gradients were compared; "" where none were.
     """
 
     step: int
@@ -90,11 +92,11 @@ class Report:
 
 
 class Selector:
-    """Chooses `budget` of the candidates of each batch.
+    """Chooses `budget` examples from each batch of candidates.
 
-    target: the matrix whose gradients the features tell of; needed for those of the paper.
-    num_parts: of GreeDi, the ranks there are. exchange: exchanges gains between ranks, each of
-    which evaluates those of the candidates it owns.
+    target: the matrix whose gradients the features project; needed for the features of the paper.
+    num_parts: number of parts of GreeDi, which is the number of ranks. exchange: exchanges gains
+    between ranks, as in `lazy_greedy`; None: every rank evaluates all gains.
     """
 
     def __init__(
@@ -110,9 +112,9 @@ class Selector:
         self.config, self.budget = config, budget
         self.step = 0  # selections made
         self._seed, self._num_parts, self._exchange = seed, num_parts, exchange
-        # derivative of the last chosen, for the features of the paper
+        # Mean derivative of the last chosen examples, for the features of the paper
         self.chosen_mean: float | None = None
-        self._said_kept = False
+        self._warned_of_small_sources = False
         self._paper: PaperFeatures | None = None
         if config.features == "paper" and NEEDS[config.strategy] == "features":
             assert target is not None
@@ -128,15 +130,15 @@ class Selector:
         )
 
     def direction_seeds(self) -> list[int]:
-        """The seeds of the directions for the features of the next selection."""
+        """Seeds of the directions for the features of the next selection."""
         count = 1 if self.config.features == "paper" else self.config.num_directions
         return [derive_seed(self._seed, "selection", self.step, k) for k in range(count)]
 
     def plan(self, batch: CandidateBatch) -> tuple[dict[str, int] | None, list[int]]:
-        """(quotas, indices to be measured) of a batch of which losses and features are not known.
+        """Plan the measurements of a batch whose losses and features are not known.
 
-        Sources that are kept whole need no measuring. Quotas are None where they follow from the
-        features.
+        Returns (quotas, indices of the candidates to measure). Sources that are kept whole are not
+        measured. The quotas are None where they follow from the features.
         """
         usable = self._usable(batch)
         if NEEDS[self.strategy] == "nothing":
@@ -155,11 +157,14 @@ class Selector:
     def select(
         self, batch: CandidateBatch, quotas: dict[str, int] | None = None
     ) -> tuple[list[int], list[float], Report]:
-        """(indices in `batch` of the chosen, in their order; a weight for each; what was done).
+        """Choose examples from a batch.
 
-        quotas: of the plan; where measuring has shown too few usable candidates in a source, others
-        have more. Fewer than the budget are chosen only where fewer are usable. Weights are 1, or
-        with "cluster" the number of usable candidates that an example stands for.
+        Returns (indices of the chosen examples in `batch`, ascending; their weights; the report).
+        Fewer examples than the budget are chosen only where fewer are usable. A weight is 1, or
+        with the setting "cluster" the number of usable candidates that an example represents.
+
+        quotas: quotas of the plan. Where a source turned out to have too few usable candidates,
+        other sources get larger quotas.
         """
         self.chosen_mean = None
         usable = self._usable(batch)
@@ -198,15 +203,16 @@ class Selector:
             self._paper.record(self.direction_seeds()[0], mean)
 
     def restore(self, mean: float | None) -> None:
-        """Take over a selection that was made before, of which only `chosen_mean` counts for those
-        to come.
+        """Restore a selection that was made before a restart.
+
+        mean: its `chosen_mean`, the only value on which later selections depend.
         """
         if mean is not None:
             self._record_mean(mean)
         self.step += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """What the next selections depend on, as JSON."""
+        """The state on which later selections depend, as JSON."""
         history = None if self._paper is None else [list(entry) for entry in self._paper.history]
         return {"step": self.step, "history": history}
 
@@ -232,7 +238,7 @@ class Selector:
     def _groups(
         self, batch: CandidateBatch, usable: list[int], problem: Problem | None
     ) -> dict[str, list[int]]:
-        """Places in `usable` by source, in the order of the sources' names."""
+        """Map each source to indices into `usable`, in the order of the sources' names."""
         if self.strategy not in BY_SOURCE:
             names = ["all"] * len(usable)
         elif batch.sources is not None:
@@ -254,8 +260,8 @@ class Selector:
         quotas = quotas_of(sizes, self.budget)
         total = sum(sizes.values())
         small = sum(size for size in sizes.values() if size * len(sizes) < total)
-        if small >= self.budget and total > self.budget and not self._said_kept:
-            self._said_kept = True
+        if small >= self.budget and total > self.budget and not self._warned_of_small_sources:
+            self._warned_of_small_sources = True
             logger.warning(
                 "selector: sources below the mean size have %d of %d candidates, which leaves "
                 "nothing of the %d to be chosen: no source is kept whole, all have a share in "
@@ -273,25 +279,27 @@ class Selector:
         k: int,
         name: str,
     ) -> tuple[list[int], list[float], float]:
-        """k of the members of a source: (indices in the batch, weights, objective)."""
+        """Choose k members of a source. Returns (indices in the batch, weights, objective)."""
         indices = [usable[i] for i in members]
         if problem is None:
             kept = self._ranked(batch, indices, name)[:k]
             return kept, [len(members) / k for _ in kept], 0.0
         whole = len(members) == problem.num_candidates
         part = problem if whole else problem.among(torch.tensor(members, device=problem.device))
-        chosen = self._facility(part, batch, indices, k, name)
+        chosen = self._choose_by_facility_location(part, batch, indices, k, name)
         return (
             [indices[i] for i in chosen.ids],
             [float(w) for w in chosen.weights],
             chosen.objective,
         )
 
-    def _facility(
+    def _choose_by_facility_location(
         self, problem: Problem, batch: CandidateBatch, indices: list[int], k: int, name: str
     ) -> Chosen:
-        """Choose by facility location. Every rank chooses by itself if all distances fit the
-        memory; otherwise each evaluates the candidates it owns.
+        """Choose by facility location.
+
+        If all distances fit the memory, every rank evaluates all candidates. Otherwise each rank
+        evaluates the candidates that it owns, and the ranks exchange gains.
         """
         if self.strategy == "stochastic_greedy":
             return stochastic_greedy(problem, k, seed=self._random_seed(name))
@@ -304,7 +312,7 @@ class Selector:
         return lazy_greedy(problem, k, own=owned.to(problem.device), exchange=self._exchange)
 
     def _ranked(self, batch: CandidateBatch, indices: list[int], name: str) -> list[int]:
-        """Places in the order in which a baseline takes them."""
+        """Sort `indices` into the order in which a baseline chooses them."""
         if self.strategy == "longest":
             return longest_first(indices, batch.num_tokens)
         if self.strategy == "highest_loss":
@@ -313,11 +321,11 @@ class Selector:
         return shuffled(indices, self._random_seed(name))
 
     def _random_seed(self, name: str) -> int:
-        """Return the seed for a source in this selection."""
+        """The seed for a source in this selection."""
         return derive_seed(self._seed, "selection", self.step, zlib.crc32(name.encode())) % 2**63
 
 
 def _derivatives(batch: CandidateBatch) -> Tensor:
-    """Return the values that `quantised` was given, for features with one number each."""
+    """The derivatives (n,) of the candidates, whose features have one number each."""
     assert batch.features is not None
     return dequantised(batch.features, batch.largest)[:, 0].cpu()

@@ -1,10 +1,11 @@
-"""From candidates to micro-batches: measure the candidates, choose, divide the chosen among the
-ranks.
+"""From candidates to micro-batches: measure the candidates, choose, divide the chosen among ranks.
 
-Every rank can read every example, by its index in the dataset: what is exchanged is features and
-losses, never examples. Candidates are measured in micro-batches that depend on
-train_micro_batch_size_per_gpu, not on who owns which; sources that are kept whole are not measured,
-so that an example of theirs is trained on whatever its loss is.
+Every rank can read every example by its index in the dataset. Ranks exchange features and losses,
+never examples. Candidates are measured in micro-batches that depend on
+train_micro_batch_size_per_gpu, and not on the rank that owns a candidate. Sources that are kept
+whole are not measured, so that their examples are trained on whatever their losses are.
+
+Caller: `zods.selection.loaders`.
 """
 
 from __future__ import annotations
@@ -34,9 +35,12 @@ Batch = dict[str, Any]
 
 
 def sources_of(dataset: Any, column: str | None, path: str) -> list[str] | None:
-    """The source of every example of a dataset, by its column.
+    """Read the source of every example from a column of the dataset.
 
-    Raises ValueError, naming the columns there are.
+    column: None: there are no sources, and the result is None. path: key of the configuration in
+    messages.
+
+    Raises ValueError if there is no such column.
     """
     if column is None:
         return None
@@ -55,15 +59,15 @@ def sources_of(dataset: Any, column: str | None, path: str) -> list[str] | None:
 
 
 def _label_counts(labels: Tensor) -> list[int]:
-    """The labels that count in each row; of labels that are not integers, 1."""
+    """The number of labels that count in each row; 1 where labels are not integers."""
     counts = label_counts(labels)
     return [1] * len(labels) if counts is None else counts.tolist()
 
 
 class SubBatches:
-    """Makes this rank's micro-batches of the examples chosen from a candidate batch.
+    """Makes this rank's micro-batches from the examples chosen from a candidate batch.
 
-    selected_ids, report: of the last selection.
+    selected_ids: ids of the last selection, ascending. report: its report.
     """
 
     def __init__(
@@ -78,9 +82,11 @@ class SubBatches:
         path: str,
         loss_mean: str = "tokens",
     ) -> None:
-        """path: of the configuration, for errors. loss_mean: as in `zods.data.objectives`.
+        """path: key of the selector's configuration in messages. loss_mean: as in
+        `zods.data.objectives`.
 
-        Raises ValueError where data, model and configuration do not fit."""
+        Raises ValueError where data, model and configuration do not fit each other.
+        """
         self.dataset, self._collate = dataset, collate_fn or default_collate
         self._comm = comm
         self._loss_mean = loss_mean
@@ -97,7 +103,7 @@ class SubBatches:
                 f"{path}.quotas: no example's source is {unknown[0]!r}; there are "
                 f"{', '.join(sorted(set(self._sources or [])))}."
             )
-        self._batch_of([0])  # whatever is wrong with it shows before anything is spent
+        self._batch_of([0])  # raises the errors of a batch before anything is spent
         self._extract: FeatureExtractor | None = None
         if NEEDS[config.strategy] != "nothing":
             self._extract = FeatureExtractor(
@@ -126,13 +132,14 @@ class SubBatches:
         self._num_labels: list[int] = []
 
     def choose(self, own_ids: Sequence[int]) -> None:
-        """Choose from all ranks' candidates; `own_ids`: those that this rank looks up first, in any
-        split over the ranks.
+        """Choose examples from the candidates of all ranks.
 
-        Raises RuntimeError on all ranks where not one candidate can be used.
+        own_ids: this rank's part of the candidates; any split over the ranks gives the same result.
+
+        Raises RuntimeError on all ranks if no candidate is usable.
         """
         began = time.perf_counter()
-        known = self._looked_up(own_ids)
+        known = self._token_and_label_counts(own_ids)
         if not self._loss_checked:
             check_own_loss(
                 self._model,
@@ -148,7 +155,7 @@ class SubBatches:
             ids,
             [known[i][0] for i in ids],
             sources=None if self._sources is None else [self._sources[i] for i in ids],
-            # without a label: not usable
+            # A candidate without a label is not usable.
             losses=torch.tensor([0.0 if known[i][1] else torch.nan for i in ids]),
         )
         quotas, wanted = self.selector.plan(batch)
@@ -169,17 +176,16 @@ class SubBatches:
         self._seconds += time.perf_counter() - began
 
     def take_seconds(self) -> float:
-        """Return the seconds that choosing has taken since the last call."""
+        """Return the seconds spent on selections since the last call, and reset them."""
         seconds, self._seconds = self._seconds, 0.0
         return seconds
 
     def micro_batches(self) -> list[Batch]:
-        """This rank's part of what was chosen, `accumulation` batches with an entry
-        `example_weights`.
+        """Make this rank's micro-batches: `accumulation` batches with an entry `example_weights`.
 
-        Weights are such that the mean of all micro-batches' `weighted_loss` is the weighted mean
-        over the chosen, of their label tokens or of the examples. Where there is no example for a
-        micro-batch, it has one of weight 0.
+        The weights are scaled so that the mean of `weighted_loss` over all micro-batches is the
+        weighted mean over the chosen examples, by label token or by example. A micro-batch for
+        which there is no example holds one example of weight 0.
         """
         dealt = deal(self._num_tokens, self._comm.world_size, self.accumulation, self._micro_batch)
         over_tokens = self._loss_mean == "tokens"
@@ -194,27 +200,31 @@ class SubBatches:
         return batches
 
     def collated(self, rows: Sequence[Any]) -> Batch:
-        """A batch, without weights. Raises ValueError where it is not a dict with labels."""
+        """Collate rows into a batch without weights.
+
+        Raises ValueError if the batch is no dict with a tensor `labels`.
+        """
         batch = self._collate(list(rows))
         if not isinstance(batch, Mapping) or not isinstance(batch.get("labels"), Tensor):
             found = ", ".join(batch) if isinstance(batch, Mapping) else type(batch).__name__
             raise ValueError(
-                f"selector: a batch must be a dict with tensors of labels; found {found}."
+                f'selector: a batch must be a dict with a tensor "labels"; found {found}. Return '
+                "such a dict from collate_fn."
             )
         return dict(batch)
 
     def _batch_of(self, ids: Sequence[int]) -> Batch:
         return self.collated([self.dataset[int(i)] for i in ids])
 
-    def _looked_up(self, own_ids: Sequence[int]) -> dict[int, tuple[int, int]]:
-        """The number of tokens, and of labels that count, of all ranks' candidates by id."""
+    def _token_and_label_counts(self, own_ids: Sequence[int]) -> dict[int, tuple[int, int]]:
+        """Map the id of every rank's candidates to (tokens, labels that count)."""
         rows: list[tuple[int, int, int]] = []
         with self._comm.same_on_all_ranks():
             for start in range(0, len(own_ids), self._micro_batch):
                 ids = own_ids[start : start + self._micro_batch]
                 batch = self._batch_of(ids)
                 mask = batch.get("attention_mask")
-                # without a mask each by itself: a batch's lengths are padded
+                # Without a mask, each example is collated alone: a batch is padded.
                 alone = (
                     []
                     if isinstance(mask, Tensor)
@@ -234,12 +244,11 @@ class SubBatches:
         return found
 
     def _measured(self, batch: CandidateBatch, wanted: list[int]) -> CandidateBatch:
-        """The batch with losses and features of the indices wanted; losses are not finite where
-        features are not.
+        """Add the losses and features of the candidates with the indices `wanted`.
 
-        Micro-batches of candidates of like length go to the ranks in turn.
+        A loss is NaN where a feature of the candidate is not finite. Candidates of similar length
+        form a micro-batch, and the ranks take the micro-batches in turn.
         """
-        assert self._extract is not None
         rank, world = self._comm.rank, self._comm.world_size
         order = sorted(wanted, key=lambda index: (-batch.num_tokens[index], index))
         chunks = [
@@ -249,8 +258,37 @@ class SubBatches:
         seeds = (
             self.selector.direction_seeds() if NEEDS[self.selector.strategy] == "features" else []
         )
+        features, losses = self._measured_here(batch, chunks, seeds)
+        largest, rows = self._exchanged(features, losses)
+        indices = torch.tensor(
+            [p for r in range(world) for chunk in chunks[r::world] for p in chunk]
+        )
+        of_all = rows.new_zeros(len(batch.ids), rows.shape[1])
+        of_all[indices.to(rows.device)] = rows
+        known = of_all[:, -2:].contiguous().view(torch.float32).squeeze(1).cpu()
+        owned = torch.tensor(
+            [index for chunk in chunks[rank::world] for index in chunk], dtype=torch.int64
+        )
+        assert batch.losses is not None
+        return replace(
+            batch,
+            losses=batch.losses + known,
+            features=of_all[:, :-2],
+            largest=largest,
+            owned=owned,
+        )
+
+    def _measured_here(
+        self, batch: CandidateBatch, chunks: list[list[int]], seeds: list[int]
+    ) -> tuple[Tensor, Tensor]:
+        """(features, losses) of this rank's chunks: every `world_size`-th of them.
+
+        A candidate whose loss or features are not finite gets the loss NaN and features 0.
+        """
+        assert self._extract is not None
+        rank, world = self._comm.rank, self._comm.world_size
         found = []
-        # all ranks make the same number of forwards, as ZeRO-3 needs
+        # All ranks make the same number of forwards, as ZeRO-3 needs.
         for first in range(0, len(chunks), world):
             mine = first + rank
             chunk = chunks[mine if mine < len(chunks) else 0]
@@ -270,35 +308,24 @@ class SubBatches:
         )
         features, losses = (torch.cat(parts) for parts in zip(nothing, *found, strict=True))
         finite = losses.isfinite() & features.isfinite().all(1)
-        features = features.where(finite[:, None], 0.0)
-        losses = losses.where(finite, torch.nan)
+        return features.where(finite[:, None], 0.0), losses.where(finite, torch.nan)
+
+    def _exchanged(self, features: Tensor, losses: Tensor) -> tuple[float, Tensor]:
+        """Gather the features and losses of all ranks.
+
+        Returns the largest magnitude of a feature, and the rows of all ranks in rank order: the
+        features as int16, then the float32 bits of the loss as two int16.
+        """
         own_largest = float(features.abs().max()) if features.numel() else 0.0
         largest = max(row[0] for row in self._comm.gather_scalars([own_largest]))
         sent = torch.cat(
             [quantised(features, largest), losses.float().view(-1, 1).view(torch.int16)], 1
         )
-        rows = torch.cat(self._comm.gather_rows(sent))
-        indices = torch.tensor(
-            [p for r in range(world) for chunk in chunks[r::world] for p in chunk]
-        )
-        of_all = rows.new_zeros(len(batch.ids), rows.shape[1])
-        of_all[indices.to(rows.device)] = rows
-        known = of_all[:, -2:].contiguous().view(torch.float32).squeeze(1).cpu()
-        owned = torch.tensor(
-            [index for chunk in chunks[rank::world] for index in chunk], dtype=torch.int64
-        )
-        assert batch.losses is not None
-        return replace(
-            batch,
-            losses=batch.losses + known,
-            features=of_all[:, :-2],
-            largest=largest,
-            owned=owned,
-        )
+        return largest, torch.cat(self._comm.gather_rows(sent))
 
     @property
     def chosen(self) -> tuple[list[int], list[float]]:
-        """Ids of the last chosen, ascending, and their weights."""
+        """(ids of the last selection, ascending; their weights)."""
         return self.selected_ids, self._weights
 
     def restore_selection(
@@ -308,10 +335,12 @@ class SubBatches:
         weights: Sequence[float],
         mean: float | None,
     ) -> None:
-        """Take over a selection that was made before: `ids` out of the candidates, of which all
-        ranks have `own_ids`.
+        """Restore a selection that was made before a restart.
+
+        own_ids: this rank's part of the candidates. ids, weights: the selection. mean: as in
+        `Selector.restore`.
         """
-        known = self._looked_up(own_ids)
+        known = self._token_and_label_counts(own_ids)
         self.selected_ids, self._weights = list(ids), list(weights)
         self._num_tokens, self._num_labels = [known[i][0] for i in ids], [known[i][1] for i in ids]
         self.selector.restore(mean)

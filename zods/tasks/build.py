@@ -1,8 +1,12 @@
-"""Build a task from its name and settings."""
+"""Build a task from its name and settings, and check that the training data fit it.
+
+Caller: `zods.finetune`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import datasets
 from transformers import PreTrainedTokenizerBase
@@ -63,9 +67,7 @@ def build_task(
         ValueError: an unknown name, a setting that the task does not use or cannot use, or a
             missing column.
     """
-    if name not in _SETTINGS:
-        raise ValueError(f"unknown task {name!r}; allowed are {', '.join(_SETTINGS)}")
-    given = {
+    settings = {
         "text_column": text_column,
         "text_pair_column": text_pair_column,
         "label_column": label_column,
@@ -74,42 +76,115 @@ def build_task(
         "prompt_column": prompt_column,
         "response_column": response_column,
     }
-    for setting, value in given.items():
+    _check_settings(name, settings)
+    pad_id = pad_token_id(tokenizer, num_embeddings)
+    if name == Classification.name:
+        return _build_classification(
+            tokenizer,
+            train_dataset,
+            source,
+            text_column=text_column or "text",
+            text_pair_column=text_pair_column,
+            label_column=label_column or "label",
+            max_length=max_length,
+            pad_id=pad_id,
+            has_token_types=has_token_types,
+            class_names=class_names or (),
+        )
+    if name == Prompted.name:
+        return _build_prompted(
+            tokenizer,
+            train_dataset,
+            source,
+            template=template,
+            label_column=label_column or "label",
+            label_words=label_words,
+            max_length=max_length,
+            pad_id=pad_id,
+        )
+    return _build_instruction(
+        tokenizer,
+        train_dataset,
+        source,
+        template=template,
+        prompt_column=prompt_column,
+        response_column=response_column,
+        max_length=max_length,
+        pad_id=pad_id,
+    )
+
+
+def _check_settings(name: str, settings: Mapping[str, Any]) -> None:
+    """Raise ValueError for an unknown task, and for a setting that the task does not use."""
+    if name not in _SETTINGS:
+        raise ValueError(f"unknown task {name!r}; allowed are {', '.join(_SETTINGS)}")
+    for setting, value in settings.items():
         if value is not None and setting not in _SETTINGS[name]:
             raise ValueError(
                 f"the task {name} does not use {setting} ({value!r}); it uses "
                 f"{', '.join(_SETTINGS[name])}"
             )
-    pad_id = pad_token_id(tokenizer, num_embeddings)
 
-    if name == Classification.name:
-        text_columns = (
-            (text_column or "text",)
-            if text_pair_column is None
-            else (text_column or "text", text_pair_column)
+
+def _build_classification(
+    tokenizer: PreTrainedTokenizerBase,
+    train_dataset: datasets.Dataset,
+    source: str,
+    *,
+    text_column: str,
+    text_pair_column: str | None,
+    label_column: str,
+    max_length: int,
+    pad_id: int,
+    has_token_types: bool,
+    class_names: Sequence[str],
+) -> Classification:
+    text_columns = (text_column,) if text_pair_column is None else (text_column, text_pair_column)
+    _check_columns(train_dataset, source, text_columns, [label_column])
+    num_special = tokenizer.num_special_tokens_to_add(pair=text_pair_column is not None)
+    if max_length < num_special + len(text_columns):
+        raise ValueError(
+            f"max_length {max_length} is too short: a text of one token has {num_special} "
+            f"special tokens. Give {num_special + len(text_columns)} or more"
         )
-        _check_columns(train_dataset, source, text_columns, [label_column or "label"])
-        num_special = tokenizer.num_special_tokens_to_add(pair=text_pair_column is not None)
-        if max_length < num_special + len(text_columns):
-            raise ValueError(
-                f"max_length {max_length} is too short: a text of one token has {num_special} "
-                "special tokens"
-            )
-        labels = Labels.of(train_dataset, label_column or "label").in_order_of(class_names or ())
-        return Classification(tokenizer, text_columns, labels, max_length, pad_id, has_token_types)
+    labels = Labels.of(train_dataset, label_column).in_order_of(class_names)
+    return Classification(tokenizer, text_columns, labels, max_length, pad_id, has_token_types)
 
-    if name == Prompted.name:
-        if template is None:
-            raise ValueError("the task prompted needs a template, such as '{text}\\nArea: {label}'")
-        parsed = Template.parse(template)
-        if parsed.answer != "label":
-            raise ValueError(
-                f"template {template!r} must end with {{label}}; it ends with {{{parsed.answer}}}"
-            )
-        _check_columns(train_dataset, source, parsed.columns, [label_column or "label"])
-        labels = Labels.of(train_dataset, label_column or "label", label_words)
-        return Prompted(tokenizer, parsed, labels, max_length, pad_id)
 
+def _build_prompted(
+    tokenizer: PreTrainedTokenizerBase,
+    train_dataset: datasets.Dataset,
+    source: str,
+    *,
+    template: str | None,
+    label_column: str,
+    label_words: Sequence[str] | None,
+    max_length: int,
+    pad_id: int,
+) -> Prompted:
+    if template is None:
+        raise ValueError("the task prompted needs a template, such as '{text}\\nArea: {label}'")
+    parsed = Template.parse(template)
+    if parsed.answer != "label":
+        raise ValueError(
+            f"template {template!r} must end with {{label}}; it ends with {{{parsed.answer}}}"
+        )
+    _check_columns(train_dataset, source, parsed.columns, [label_column])
+    labels = Labels.of(train_dataset, label_column, label_words)
+    return Prompted(tokenizer, parsed, labels, max_length, pad_id)
+
+
+def _build_instruction(
+    tokenizer: PreTrainedTokenizerBase,
+    train_dataset: datasets.Dataset,
+    source: str,
+    *,
+    template: str | None,
+    prompt_column: str | None,
+    response_column: str | None,
+    max_length: int,
+    pad_id: int,
+) -> Instruction:
     if template is None:
         template = f"{{{prompt_column or 'instruction'}}}\n{{{response_column or 'output'}}}"
     elif prompt_column is not None or response_column is not None:

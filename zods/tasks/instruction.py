@@ -37,9 +37,9 @@ from zods.tasks.task import (
 class Instruction:
     """Train by cross entropy on the tokens of the response and the end-of-sequence token.
 
-    A prompt that is too long loses tokens on its left; the cue before the response stays. Where the
-    response still does not fit, it is cut at its right, without an end-of-sequence token, and the
-    prompt keeps up to half of the length.
+    A prompt that is too long is truncated on the left; the cue before the response is kept. A
+    response that still does not fit is truncated on the right, without an end-of-sequence token,
+    and the prompt keeps up to half of the length.
     """
 
     name: ClassVar[str] = "instruction"
@@ -53,7 +53,7 @@ class Instruction:
         """Check the tokenizer and the length.
 
         Raises ValueError for a tokenizer without an end-of-sequence token, and for a max_length
-        that the cue fills.
+        that leaves no token for the response.
         """
         if self.tokenizer.eos_token_id is None:
             raise ValueError(
@@ -63,7 +63,7 @@ class Instruction:
         if self.max_length < needed:
             raise ValueError(
                 f"max_length {self.max_length} is too short for the end of the template and a "
-                f"token of the response; they need {needed} tokens"
+                f"token of the response; they need {needed} tokens. Raise max_length"
             )
 
     def auto_class(self) -> type[Any]:

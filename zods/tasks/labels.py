@@ -1,4 +1,7 @@
-"""The values of a label column, their names and their ids."""
+"""The values of a label column, their names and their ids.
+
+Callers: the tasks `Classification` and `Prompted`.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from zods.tasks.task import TEXT_DTYPES, check_columns
 
 logger = logging.getLogger(__name__)
 
-SHOWN = 20  # classes that are listed by name
+SHOWN = 20  # number of classes that the log lists by name
 
 
 @dataclass(frozen=True)

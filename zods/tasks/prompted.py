@@ -38,9 +38,9 @@ from zods.tasks.task import (
 class Prompted:
     """Train by cross entropy on the tokens of the right label word.
 
-    The prediction is the word with the highest mean log-probability. A prompt that is too long
-    loses tokens on its left, after the tokenizer's leading special token. The end of the prompt,
-    with the cue before the label, stays.
+    The prediction is the word with the highest mean log-probability. A prompt that is too long is
+    truncated on the left, after the tokenizer's leading special token. The end of the prompt, with
+    the cue before the label, is kept.
     """
 
     name: ClassVar[str] = "prompted"
@@ -69,7 +69,7 @@ class Prompted:
             if tuple(tokens) in seen:
                 raise ValueError(
                     f"label words {seen[tuple(tokens)]!r} and {name!r} have the same tokens "
-                    f"{tokens}"
+                    f"{tokens}; give each label a word of its own by label_words"
                 )
             seen[tuple(tokens)] = name
         needed = (
@@ -81,7 +81,7 @@ class Prompted:
         if self.max_length < needed:
             raise ValueError(
                 f"max_length {self.max_length} is too short for the end of the template and the "
-                f"longest label word; they need {needed} tokens"
+                f"longest label word; they need {needed} tokens. Raise max_length"
             )
 
     def auto_class(self) -> type[Any]:
@@ -146,7 +146,7 @@ class Prompted:
         """Sum the loss and the accuracy over the examples.
 
         An example's loss is the mean negative log-likelihood per token of the right word. Its
-        accuracy is 1 where the right word is the best one.
+        accuracy is 1 where the right word has the best score.
         """
         answers, num_word_tokens = targets[:, 0], targets[:, 1:]
         labels = answer_labels(inputs, num_word_tokens.flatten())

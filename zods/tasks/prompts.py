@@ -1,4 +1,7 @@
-"""Templates of prompts, and the tokens of a prompt and of its continuations."""
+"""Templates of prompts, and the tokens of a prompt and of its continuations.
+
+Callers: the tasks `Prompted` and `Instruction`.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ class Template:
     def parse(cls, text: str) -> Template:
         """Read a template in the format of `str.format`, with plain field names only.
 
-        {{ and }} stand for braces.
+        {{ and }} are replaced by single braces.
 
         Raises:
             ValueError: unbalanced braces, a field that is no plain name, text after the last field,

@@ -1,4 +1,7 @@
-"""Read examples from local files and from the hub, as one `datasets.Dataset`."""
+"""Read examples from local files and from the hub, as one `datasets.Dataset`.
+
+`zods.tasks.csv_files` and `zods.tasks.json_files` read the text formats. Caller: `zods.finetune`.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,10 @@ import datasets
 import pyarrow as pa
 from datasets.exceptions import DatasetGenerationError
 
+from zods.tasks.csv_files import read_csv
+from zods.tasks.json_files import read_json
+from zods.tasks.tables import NOT_TEXT, ROW, Table
 from zods.tasks.task import code_digest
-from zods.tasks.text_files import NOT_TEXT, ROW, read_table
 
 logger = logging.getLogger(__name__)
 
@@ -73,18 +78,7 @@ def load_examples(
         )
     if max_examples is not None and max_examples < 1:
         raise ValueError(f"max_examples must be at least 1; it is {max_examples}")
-    if file is not None:
-        if dataset_config is not None or split is not None:
-            raise ValueError(
-                f"a configuration or split belongs to a hub dataset, not to the file {file}"
-            )
-        dataset = _load_file(Path(file), column_names)
-    else:
-        if column_names is not None:
-            raise ValueError(
-                f"column_names is for .csv and .tsv files without a header, not for {dataset_name}"
-            )
-        dataset = _load_hub(dataset_name, dataset_config, split or "train")
+    dataset = _load_source(file, dataset_name, dataset_config, split, column_names)
     if keep_rows and ROW not in dataset.column_names:
         dataset = dataset.add_column(ROW, range(len(dataset)))
     if not keep_rows:
@@ -94,6 +88,27 @@ def load_examples(
     if max_examples is not None and max_examples < len(dataset):
         dataset = dataset.shuffle(seed=seed).select(range(max_examples))
     return dataset
+
+
+def _load_source(
+    file: str | Path | None,
+    dataset_name: str | None,
+    dataset_config: str | None,
+    split: str | None,
+    column_names: Sequence[str] | None,
+) -> datasets.Dataset:
+    """Load a file, or a dataset of the hub where `file` is None."""
+    if file is None:
+        if column_names is not None:
+            raise ValueError(
+                f"column_names is for .csv and .tsv files without a header, not for {dataset_name}"
+            )
+        return _load_hub(dataset_name, dataset_config, split or "train")
+    if dataset_config is not None or split is not None:
+        raise ValueError(
+            f"a configuration or split belongs to a hub dataset, not to the file {file}"
+        )
+    return _load_file(Path(file), column_names)
 
 
 def name_of_rows(
@@ -167,7 +182,7 @@ def _load_file(path: Path, column_names: Sequence[str] | None) -> datasets.Datas
             ".gz"
         )
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
+        raise FileNotFoundError(f"there is no file {path}. Correct the path")
     if column_names is not None and set(column_names) & {ROW, NOT_TEXT}:
         raise ValueError(f"column_names: {ROW} and {NOT_TEXT} are reserved. Give other names")
     if column_names is not None and extension not in (".csv", ".tsv"):
@@ -179,7 +194,7 @@ def _load_file(path: Path, column_names: Sequence[str] | None) -> datasets.Datas
             dataset = datasets.load_dataset(
                 "parquet", data_files=glob.escape(str(path)), split="train"
             )
-        # pyarrow and datasets raise types of their own, some without a message.
+        # pyarrow and datasets raise exceptions of many types, some without a message.
         except Exception as error:
             reason = str(error.__cause__ or error).strip()
             raise ValueError(
@@ -188,7 +203,7 @@ def _load_file(path: Path, column_names: Sequence[str] | None) -> datasets.Datas
     else:
         dataset = _build_from_text(path, extension, column_names)
     if len(dataset) == 0:
-        raise ValueError(f"{path} holds no examples")
+        raise ValueError(f"{path} holds no examples. Give a file with at least one row")
     return dataset
 
 
@@ -221,7 +236,7 @@ class _TextFile(datasets.ArrowBasedBuilder):
 
     def _generate_tables(self) -> Iterator[tuple[int, pa.Table]]:
         config = self.config
-        table = read_table(Path(config.path), config.extension, config.names)
+        table = _read_table(Path(config.path), config.extension, config.names)
         self.info.description = table.note
         schema = pa.schema([*table.types.items(), (ROW, pa.int64()), (NOT_TEXT, pa.string())])
         rows: list[tuple[Any, ...]] = []
@@ -232,6 +247,17 @@ class _TextFile(datasets.ArrowBasedBuilder):
                 rows = []
         if rows:
             yield -1, _arrow_table(rows, schema)
+
+
+def _read_table(path: Path, extension: str, column_names: Sequence[str] | None) -> Table:
+    """Check a .csv, .tsv, .json or .jsonl file (also .gz).
+
+    Raises:
+        ValueError: with all mistakes, by line.
+    """
+    if extension in (".csv", ".tsv"):
+        return read_csv(path, "," if extension == ".csv" else "\t", column_names)
+    return read_json(path, extension)
 
 
 def _arrow_table(rows: Sequence[tuple[Any, ...]], schema: pa.Schema) -> pa.Table:

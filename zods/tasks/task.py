@@ -14,8 +14,8 @@ from datasets.fingerprint import Hasher
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from zods.tasks.mistakes import Mistakes
-from zods.tasks.text_files import NOT_TEXT, ROW
+from zods.tasks.row_mistakes import Mistakes
+from zods.tasks.tables import NOT_TEXT, ROW
 
 logger = logging.getLogger(__name__)
 
@@ -181,7 +181,9 @@ def map_rows(
     """Tokenise a dataset in batches of rows.
 
     `make_rows` also returns the column "truncated", which is counted and dropped. Where a row may
-    turn out to be unusable, it returns the column "unusable" too: the reason, or "".
+    turn out to be unusable, it also returns the column "unusable", which holds the reason or "".
+
+    Raises ValueError that names all unusable rows.
     """
     prepared = dataset.map(
         _apply,
@@ -211,8 +213,8 @@ def _apply(batch: Columns, make_rows: Callable[[Columns], Columns], code: str) -
 def code_digest() -> str:
     """A digest of the code of this package.
 
-    `datasets` knows our functions by name only. Without the digest it would reuse the results of an
-    older version.
+    `datasets` identifies the functions of zods by name only. Without the digest it would reuse the
+    results of an older version.
     """
     return Hasher.hash([path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))])
 

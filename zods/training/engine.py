@@ -1,48 +1,42 @@
-"""The zeroth-order engine, with the interface of DeepSpeed's engine; `step()` reads as its phases.
+"""The zeroth-order engine, with the interface of DeepSpeed's engine.
 
-`engine(batch)` evaluates the loss at the step's points, `engine.backward(loss)` reduces the loss
-scalars over the ranks, `engine.step()` combines them into a record, logs it, and applies what it
-says to this rank's shards.
+`engine(batch)` evaluates the loss at the step's points. `engine.backward(loss)` reduces the loss
+scalars over the ranks. `engine.step()` combines them into a record, logs the record, and applies it
+to this rank's shards.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from zods.comm.communicator import Communicator, Disagreement
+from zods.comm.communicator import Communicator
 from zods.comm.stop_request import StopRequest
 from zods.comm.watchdog import Watchdog
 from zods.config.deepspeed_json import RunConfig
 from zods.config.schedules import ZerothOrderOptimizer
-from zods.core import estimators
 from zods.core.points import pairs
 from zods.core.update_rule import StepRule
-from zods.data.digest import digest_of
 from zods.data.loader import TrainingLoader
-from zods.forward.dataset_metrics import Measure, measure_whole
 from zods.forward.evaluator import Evaluator
 from zods.forward.model_forwards import ModelForwards
-from zods.params.anchor import Anchor
-from zods.params.deferred_update import DeferredUpdate
 from zods.params.shards import ShardedParameters
 from zods.selection.loaders import SelectingLoader
 from zods.training import checkpoint, resume
 from zods.training.engine_interface import EngineInterface
 from zods.training.join_leader import join_leader
-from zods.training.recorder import Recorder
+from zods.training.loss_exchange import LossExchange
 from zods.training.replicas import Replicas
-from zods.training.state import StepInFlight, TrainState
+from zods.training.state import StepInFlight
 from zods.training.step_outputs import StepLoss, StepReport
+from zods.training.step_reporter import StepReporter
 from zods.training.training_run import TrainingRun
 from zods.trajectory.records import Record, Refresh, Step
-from zods.trajectory.updates import direction_of
 
 logger = logging.getLogger(__name__)
 
@@ -50,14 +44,14 @@ logger = logging.getLogger(__name__)
 class ZerothOrderEngine(EngineInterface):
     """A model under DeepSpeed with zeroth-order steps. Made by `zods.initialize`.
 
-    module: the model. deepspeed: the DeepSpeedEngine that shards it. comm: what zods sends, with
-    byte counters. anchor: of MeZO-SVRG, else None. sharded_parameters: this rank's shards of the
-    trainable parameters. run: the parts of all this that steps change, and that a checkpoint
+    module: the model. deepspeed: the DeepSpeedEngine that shards it. comm: the ranks, with counters
+    of the bytes sent. anchor: the anchor of MeZO-SVRG, else None. sharded_parameters: this rank's
+    shards of the trainable parameters. run: the parts that steps change and that a checkpoint
     stores; its counters (`global_steps`, ...) are read-only attributes of the engine, too.
-    last_step: report of the last step, or None. trajectory: the chain of what was applied, and its
-    log (`resume`). stop: asks for an end after a step; should_stop: whether some rank was asked.
-    replicas: the other worlds that train with this one, else None. selection: what chooses the
-    sub-batches, with the last one's ids and report, where there is a selector.
+    last_step: the report of the last step, or None. trajectory: the chain of records, and their log
+    (`resume`). stop: the request to end after a step; should_stop: whether some rank was asked.
+    replicas: the worlds that train together, else None. selection: the choice of sub-batches, with
+    the ids and the report of the last one; None without a selector.
 
     In training the model stays in eval mode: both losses of a pair need the same function, so
     dropout is off.
@@ -88,59 +82,39 @@ class ZerothOrderEngine(EngineInterface):
         self.monitor = deepspeed_engine.monitor
         self.training = True
         self.last_step: StepReport | None = None
-        micro_batch = self.train_micro_batch_size_per_gpu()
-        self.recorder = Recorder(config, comm.world_size, training_loader, micro_batch)
+        zo = config.zeroth_order
+        self.run = TrainingRun.build(
+            config, deepspeed_engine, comm, parameters, optimizer, lr_scheduler, training_loader
+        )
+        self.anchor = self.run.anchor
+        self.recorder = self.run.recorder
         self.trajectory = self.recorder.trajectory
         self.stop = StopRequest()
         self.should_stop = False
-        self.replicas = (
-            None
-            if config.zeroth_order.replicas is None
-            else Replicas(config.zeroth_order.replicas, comm)
-        )
-        self._zo = config.zeroth_order
-        self._rule = StepRule(self._zo)
-        self._direction = direction_of(self._zo)
-        self._watchdog = Watchdog(comm, self._zo.hang_timeout)
-        self.anchor: Anchor | None = None
-        if self._zo.is_svrg:
-            aio = config.deepspeed.get("aio", {})
-            self.anchor = Anchor(
-                self._zo.anchor, parameters, comm, direction=self._direction, aio=aio
-            )
-        offload = (
-            config.deepspeed.get("zero_optimization", {})
-            .get("offload_param", {})
-            .get("device", "none")
-        )
-        deferred = None if offload == "none" else DeferredUpdate(parameters, self._direction)
-        self.run = TrainingRun(
-            config=config,
-            comm=comm,
-            deepspeed=deepspeed_engine,
-            parameters=parameters,
-            direction=self._direction,
-            anchor=self.anchor,
-            deferred=deferred,
-            optimizer=optimizer,
-            lr_scheduler=lr_scheduler,
-            loader=training_loader,
-            recorder=self.recorder,
-            state=TrainState(),
-        )
+        self.replicas = None if zo.replicas is None else Replicas(zo.replicas, comm)
+        self._zo = zo
+        self._rule = StepRule(zo)
+        self._exchange = LossExchange(comm, self.replicas, per_rank=zo.directions == "per_rank")
+        self._reporter = StepReporter(self.monitor, zo, comm)
+        self._watchdog = Watchdog(comm, zo.hang_timeout)
         self._evaluator = Evaluator(
             ModelForwards(
-                deepspeed_engine, comm, parameters, deferred, self._direction, self._zo.loss_mean
+                deepspeed_engine,
+                comm,
+                parameters,
+                self.run.deferred,
+                self.run.direction,
+                zo.loss_mean,
             ),
-            eps=self._zo.eps,
-            evaluation=self._zo.evaluation,
-            stream_memory_gb=self._zo.stream_memory_gb,
-            micro_batch=micro_batch,
-            most_points=self._zo.most_points,
+            eps=zo.eps,
+            evaluation=zo.evaluation,
+            stream_memory_gb=zo.stream_memory_gb,
+            micro_batch=self.train_micro_batch_size_per_gpu(),
+            most_points=zo.most_points,
             beat=lambda: self._watchdog.beat(f"step {self.global_steps}, forward"),
         )
         self._own_batches: Iterator[Any] | None = None
-        self._has_said_zero = self._is_closed = False
+        self._is_closed = False
         self._is_logged = False  # whether `resume` was called
         self._in_flight: StepInFlight | None = None
         deepspeed_engine.eval()
@@ -153,11 +127,11 @@ class ZerothOrderEngine(EngineInterface):
         return self.train_batch_size() // self.gradient_accumulation_steps()
 
     def get_lr(self) -> list[float]:
-        """The step size in force: the scheduler's, divided by what annealing asks."""
+        """The current step size: the scheduler's, divided by the divisor of annealing."""
         return [group["lr"] / self.annealing.divisor for group in self.optimizer.param_groups]
 
     def train(self, mode: bool = True) -> ZerothOrderEngine:
-        """Set the mode: in training mode `engine(batch)` evaluates a step's losses, otherwise it
+        """Set the mode. In training mode `engine(batch)` evaluates a step's losses; otherwise it
         returns the model's outputs.
         """
         if not mode:
@@ -177,7 +151,7 @@ class ZerothOrderEngine(EngineInterface):
         return self._evaluator.evaluation
 
     def stop_on(self, request: StopRequest) -> None:
-        """End where `request` asks for it, in place of the engine's own request."""
+        """Use `request` in place of the engine's own request to stop."""
         self.stop = request
 
     def close(self) -> None:
@@ -199,14 +173,16 @@ class ZerothOrderEngine(EngineInterface):
 
     @torch.no_grad()
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
-        """Evaluate a micro-batch. In training mode return the mean loss of this rank's micro-batch
-        around the parameters, a `StepLoss`, NaN if no label counts; otherwise return the model's
-        outputs.
+        """Evaluate a micro-batch.
 
-        Takes what the model's forward takes, or one batch of it (`zods.data.batch`). A loss becomes
-        part of the step when it is given to `backward`; one that is not (a probe) is left out. The
-        micro-batches of one step share the directions; a refresh of the anchor that is due comes
-        before the first. Raises ValueError where the model gives no loss.
+        Takes the inputs of the model's forward, or one batch of them (`zods.data.batch`). In
+        training mode, returns a `StepLoss`: the mean loss of this rank's micro-batch at the points
+        around the parameters, NaN if no label counts. Otherwise returns the model's outputs.
+
+        A loss becomes part of the step when it is given to `backward`. Without that, the forward
+        was a probe and has no effect. All micro-batches of a step share its directions. If the
+        anchor is due, it is refreshed before the first of them. Raises ValueError where the model
+        gives no loss.
         """
         if self._is_closed:
             raise RuntimeError(
@@ -232,8 +208,8 @@ class ZerothOrderEngine(EngineInterface):
         )
 
     def _begin_step(self) -> StepInFlight:
-        """Refresh the anchor where it is due, and choose the step's points: pairs at theta, then at
-        the anchor.
+        """Refresh the anchor if it is due, and make the step's points: pairs around the parameters,
+        then pairs around the anchor.
         """
         began, bytes_before = time.perf_counter(), self.comm.scalar_bytes
         zo, step = self._zo, self.global_steps
@@ -259,13 +235,13 @@ class ZerothOrderEngine(EngineInterface):
     # --- phase 2: reduce the scalars --------------------------------------------------------------
 
     def backward(self, loss: torch.Tensor) -> torch.Tensor:
-        """Make the forward that gave `loss` part of the step; at an accumulation boundary, sum
+        """Make the forward that returned `loss` part of the step. At an accumulation boundary, sum
         losses and counts over all ranks.
 
-        Sends 8 bytes per point and rank. Whether a rank was asked to stop travels with them. Raises
-        ValueError where `loss` is not what the last `engine(batch)` returned: a scaled or other
-        loss would have no effect, since the losses at the points are already known. Wrap the model
-        so that its forward returns that loss.
+        Sends 8 bytes per point and rank. Raises ValueError where the last `engine(batch)` did not
+        return `loss`: another loss, such as a scaled one, would have no effect, because the losses
+        at the points are already known. For another loss, wrap the model so that its forward
+        returns it.
         """
         step = self._in_flight
         if step is None or step.pending is None or loss is not step.pending[0]:
@@ -279,49 +255,28 @@ class ZerothOrderEngine(EngineInterface):
         step.pending = None
         if self.is_gradient_accumulation_boundary():
             self._watchdog.beat(f"step {self.global_steps}, backward")
-            of_all = self._reduce(
-                self.comm.numbers(torch.stack(step.sums).sum(0)), asked=self.stop.reason is not None
+            reduced = self._exchange.step_losses(
+                self.comm.numbers(torch.stack(step.sums).sum(0)),
+                step=self.global_steps,
+                head=self.trajectory.head,
+                rows=self._rows,
+                asked=self.stop.reason is not None,
+                left_form=self._evaluator.left_form,
             )
-            # An estimate is linear in its losses. With directions of each rank's own, a rank's
-            # losses are weighted by its share of what the loss is a mean over, so that the mean
-            # over the ranks is that of the global batch.
-            mean_count = sum(count for *_, count in of_all) / len(of_all)
-            step.reduced = [
-                [total / mean_count if mean_count else math.nan for total in row[:-1]]
-                for row in of_all
-            ]
-        return loss
-
-    def _reduce(self, sums: list[float], *, asked: bool) -> list[list[float]]:
-        """The sums of each set of directions; whether some rank was asked to stop, or could not
-        evaluate in the form chosen.
-        """
-        left = self._evaluator.left_form
-        if self.replicas is not None:
-            if self.comm.sum_over_ranks([float(left)])[0]:
+            step.reduced, self.should_stop = reduced.losses, reduced.should_stop
+            if reduced.left_form:
                 self._evaluator.leave_form()
-            tag, head = str(self.global_steps), self.trajectory.head
-            totals, self.should_stop = self.replicas.sum(
-                sums, tag, head, asked=asked, rows=self._rows
-            )
-            return [totals]
-        own, per_rank = [*sums, float(left), float(asked)], self._zo.directions == "per_rank"
-        of_all = self.comm.gather_scalars(own) if per_rank else [self.comm.sum_over_ranks(own)]
-        flags = [(row.pop(), row.pop()) for row in of_all]
-        self.should_stop = any(asked for asked, _ in flags)
-        if any(left for _, left in flags):
-            self._evaluator.leave_form()
-        return of_all
+        return loss
 
     # --- phases 3 to 5: combine, log, apply -------------------------------------------------------
 
     def step(self) -> None:
-        """At an accumulation boundary: combine the losses into an estimate, log it, apply it to
-        this rank's shards.
+        """At an accumulation boundary, combine the losses into an estimate, log the estimate, and
+        apply it to this rank's shards.
 
-        When it returns the step is on the disk, where there is a log; OSError where that failed. A
-        step with a non-finite loss is skipped and counted; RuntimeError after `max_nonfinite_steps`
-        in a row.
+        If the run has a log, the step is on the disk when this returns. A step with a non-finite
+        loss is skipped and counted. Raises OSError where the log cannot be written, and
+        RuntimeError after `max_nonfinite_steps` skipped steps in a row.
         """
         in_flight = self._in_flight
         if in_flight is None or len(in_flight.sums) <= in_flight.micro_steps:
@@ -337,23 +292,20 @@ class ZerothOrderEngine(EngineInterface):
         self.trajectory.wait()
         if self.replicas is not None and not self.should_stop:
             self._split_batches()
-        self._check_agreement()
-        self._report(record, in_flight, loss, projected_grad)
+        self.run.check_agreement()
+        selecting = 0.0 if self.selection is None else self.selection.take_seconds()
+        self.last_step = self._reporter.report(
+            self.run.state, record, in_flight, loss, projected_grad, selecting
+        )
         self._watchdog.rest()
-        if record.skipped:
-            self._refuse_more_skipped(in_flight.reduced)
-        elif projected_grad == 0.0:
-            self._say_zero_gradient()
+        self._reporter.warn(self.run.state, record, in_flight.reduced, projected_grad)
 
     def _combine(self, losses: Sequence[Sequence[float]]) -> tuple[Step, float, float]:
-        """The record of this step; the mean loss and the mean projected gradient at the parameters."""
-        coefficients: tuple[float, ...] = ()
-        projected_grad = math.nan
-        if all(math.isfinite(loss) for of_set in losses for loss in of_set):
-            estimate, projected_grad = self._rule.estimate(self.global_steps, losses)
-            coefficients = tuple(term.coefficient for term in estimate)
-        if not all(map(math.isfinite, coefficients)):
-            coefficients = ()
+        """Make the record of this step. Returns it with the mean loss and the mean projected
+        gradient around the parameters.
+        """
+        estimate, projected_grad = self._rule.estimate(self.global_steps, losses)
+        coefficients = tuple(term.coefficient for term in estimate)
         at_parameters = [
             loss for of_set in losses for loss in of_set[: 2 * self._zo.num_directions]
         ]
@@ -367,8 +319,8 @@ class ZerothOrderEngine(EngineInterface):
         return step, loss, projected_grad
 
     def _commit_everywhere(self, record: Record) -> None:
-        """Commit a record, and where another replica leads, that one's in its place, with what it
-        recorded before it.
+        """Commit a record. In a replica that follows, commit the leader's record instead, with the
+        records that the leader made before it.
         """
         if self.replicas is None or not self.recorder.follows:
             self.run.commit(record)
@@ -377,84 +329,15 @@ class ZerothOrderEngine(EngineInterface):
             self.run.commit(taken)
         self.run.commit(taken)
 
-    def _check_agreement(self) -> None:
-        """Every `agreement_interval` steps, check that all ranks have applied the same updates and
-        were given the same examples.
-
-        Raises Disagreement where they have not; the log then ends where they last had, for steps
-        since were made on weights that differ.
-        """
-        if self.global_steps % self._zo.agreement_interval:
-            return
-        loader, digest = self.training_dataloader, ""
-        if loader is not None and loader.data_digest is not None:
-            digest = digest_of(loader.dataset[i] for i in loader.last_examples())
-        try:
-            self.comm.check_agreement(
-                self.trajectory.head.encode(), f"what was applied up to step {self.global_steps}"
-            )
-            self.comm.check_agreement(
-                digest.encode(), f"the training data of step {self.global_steps}"
-            )
-        except Disagreement:
-            self.trajectory.cut_to_agreement()
-            raise
-        self.trajectory.agree(self.global_steps)
-
-    def _report(
-        self, record: Step, in_flight: StepInFlight, loss: float, projected_grad: float
-    ) -> None:
-        selecting = 0.0 if self.selection is None else self.selection.take_seconds()
-        seconds = time.perf_counter() - in_flight.began + selecting
-        sent = self.comm.scalar_bytes - in_flight.bytes_before
-        self.last_step = StepReport(
-            self.global_steps,
-            loss,
-            projected_grad,
-            record.lr,
-            sent,
-            seconds,
-            record.skipped,
-            selecting,
-        )
-        if self.monitor.enabled:
-            events = {"loss": loss, "lr": record.lr, "projected_grad": projected_grad}
-            self.monitor.write_events(
-                [(f"Train/Samples/{k}", v, self.global_samples) for k, v in events.items()]
-            )
-
-    def _say_zero_gradient(self) -> None:
-        if not self._has_said_zero and self.global_rank == 0:
-            logger.warning(
-                "step %d: the projected gradient is exactly 0, for the losses of a pair of points "
-                "are the same number. Either no parameter that is trained reaches the loss, or "
-                "eps (%g) is lost in rounding. This is said once.",
-                self.global_steps,
-                self._zo.eps,
-            )
-        self._has_said_zero = True
-
-    def _refuse_more_skipped(self, reduced: Sequence[Sequence[float]]) -> None:
-        losses = [loss for of_set in reduced for loss in of_set]
-        logger.warning("step %d skipped: losses %s are not all finite", self.global_steps, losses)
-        in_a_row = self.run.state.nonfinite_in_a_row
-        if in_a_row > self._zo.max_nonfinite_steps:
-            raise RuntimeError(
-                f"{in_a_row} steps in a row had non-finite losses (max_nonfinite_steps = "
-                f"{self._zo.max_nonfinite_steps}). Lower lr or eps, or look at the data. Last "
-                f"losses: {losses}."
-            )
-
     # --- the anchor -------------------------------------------------------------------------------
 
     @torch.no_grad()
     def refresh_anchor(self) -> None:
-        """Make the parameters the anchor, estimate the gradient there over the whole training set,
-        and step along it.
+        """Make the current parameters the anchor, estimate the gradient there over the whole
+        training set, and step along it.
 
-        The step at a refresh is theta <- theta - anchor_lr * g, as in algorithm 2 of Gautam et al.
-        2024. There it takes the place of a mini-batch step; here the mini-batch step that was due
-        follows it.
+        The step is theta <- theta - anchor_lr * g, as in algorithm 2 of Gautam et al. 2024. There
+        it replaces a mini-batch step; here the mini-batch step follows it.
         """
         assert self.anchor is not None
         assert self.training_dataloader is not None
@@ -462,9 +345,7 @@ class ZerothOrderEngine(EngineInterface):
         zo = self._zo
         seeds = self._rule.seeds("anchor", self.global_steps, zo.anchor_directions)
         loader, title = self.training_dataloader, f"anchor at step {self.global_steps}"
-        split, total = (self.global_rank, self.world_size), self.comm.sum_over_ranks
-        if self.replicas is not None:
-            split, total = self.replicas.split, self._total_of_refresh
+        split, total = self._exchange.refresh_split(self.global_steps, self.trajectory)
         losses = self._evaluator.whole_set_losses(
             pairs(seeds, zo.eps),
             loader.dataset,
@@ -477,13 +358,8 @@ class ZerothOrderEngine(EngineInterface):
         self._record_evaluation()
         scheduled = self.get_lr()[0] / zo.lr if zo.lr else 1.0 / self.annealing.divisor
         anchor_lr = zo.lr if zo.anchor_lr is None else zo.anchor_lr
-        coefficients: tuple[float, ...] = ()
-        if all(map(math.isfinite, losses)):
-            grads = estimators.projected_grads(losses[0::2], losses[1::2], zo.eps)
-            coefficients = tuple(
-                term.coefficient for term in estimators.in_float32(estimators.spsa(seeds, grads))
-            )
-        if not coefficients or not all(map(math.isfinite, coefficients)):
+        gradient = self._rule.estimate_at_anchor(seeds, losses)
+        if not gradient:
             if self.anchor_step is None:
                 raise RuntimeError(
                     "the first anchor: the loss over the training set is not finite. Look at the "
@@ -492,17 +368,13 @@ class ZerothOrderEngine(EngineInterface):
             logger.warning(
                 "anchor at step %d: losses are not finite; the last anchor stays", self.global_steps
             )
-            coefficients = ()
+        coefficients = tuple(term.coefficient for term in gradient)
         self._commit_everywhere(Refresh(self.global_steps, anchor_lr * scheduled, coefficients))
-
-    def _total_of_refresh(self, values: Sequence[float]) -> list[float]:
-        assert self.replicas is not None
-        return self.replicas.sum(values, f"{self.global_steps}, refresh", self.trajectory.head)[0]
 
     # --- resume, load -----------------------------------------------------------------------------
 
     def _split_batches(self) -> None:
-        """From the next step on, evaluate the part of each batch that falls to this rank among all
+        """From the next step on, take this rank's part of each batch among the ranks of all
         replicas.
         """
         assert self.replicas is not None
@@ -510,7 +382,9 @@ class ZerothOrderEngine(EngineInterface):
         self.training_dataloader.split = self.replicas.split
 
     def _adopt_evaluation(self) -> None:
-        """Evaluate as the log says, where that was chosen under the same conditions: the same bits."""
+        """Use the log's form of evaluation if it was chosen under the same conditions, so that the
+        losses have the same bits.
+        """
         self._evaluator.adopt(self.recorder.chosen_evaluation())
 
     def resume(
@@ -520,9 +394,9 @@ class ZerothOrderEngine(EngineInterface):
         checkpoints: str | Path | None = None,
         new: Collection[str] = (),
     ) -> None:
-        """Log every step in `folder`; where steps are logged there, go on after them.
+        """Log every step in `folder`. If the log there has steps, restore the run to its end first.
 
-        To be called before the first step.
+        Call it before the first step. See `zods.training.resume.resume`.
         """
         self._in_flight = None
         if resume.resume(self.run, folder, self.replicas, checkpoints=checkpoints, new=new):
@@ -550,8 +424,7 @@ class ZerothOrderEngine(EngineInterface):
         """
         if custom_load_fn is not None:
             raise ValueError(
-                "custom_load_fn: must be None; nothing of a checkpoint of zods is loaded by other "
-                "code."
+                "custom_load_fn: must be None; no other code loads a checkpoint of zods."
             )
         self.flush()
         wanted = checkpoint.Wanted(
@@ -575,10 +448,9 @@ class ZerothOrderEngine(EngineInterface):
     # --- whole batches ----------------------------------------------------------------------------
 
     def train_batch(self, data_iter: Iterator[Any] | None = None) -> float:
-        """Make one whole step: micro-batches from `data_iter` (default: the engine's own loader),
-        evaluated and applied.
+        """Make one whole step on micro-batches from `data_iter` (default: the engine's own loader).
 
-        Returns the global batch's mean loss.
+        Returns the mean loss of the global batch.
         """
         if data_iter is None:
             if self.training_dataloader is None:
@@ -594,40 +466,7 @@ class ZerothOrderEngine(EngineInterface):
         return self.last_step.loss
 
     def restart_loader(self) -> None:
-        """Let `train_batch` take up the loader where it stands now; iterators made before go on
-        where they were.
+        """Let `train_batch` continue at the loader's current position. Iterators that were made
+        earlier keep their own.
         """
         self._own_batches = None
-
-    @torch.no_grad()
-    def eval_batch(self, data_iter: Iterator[Any]) -> float:
-        """Mean loss at the parameters over `gradient_accumulation_steps` micro-batches of all
-        ranks.
-        """
-        self.flush()
-        return self._evaluator.mean_loss(
-            next(data_iter) for _ in range(self.gradient_accumulation_steps())
-        )
-
-    @torch.no_grad()
-    def evaluate(
-        self,
-        dataset: Any,
-        collate_fn: Callable[[list], tuple[dict[str, torch.Tensor], Any]],
-        measure: Measure,
-    ) -> dict[str, float]:
-        """Means over a whole dataset at the parameters, every example counted once, over all ranks.
-
-        collate_fn: rows -> (model inputs, targets). measure: (outputs, inputs, targets) -> name:
-        (sum, count).
-        """
-        self.flush()
-        micro_batch = self.train_micro_batch_size_per_gpu()
-        return measure_whole(
-            self._evaluator.outputs,
-            dataset,
-            collate_fn,
-            measure,
-            comm=self.comm,
-            micro_batch=micro_batch,
-        )

@@ -1,15 +1,15 @@
-"""The attributes that loops written for DeepSpeed's engine or for Hugging Face models use beside a
-step: sizes and counters, the module, its weights. `ZerothOrderEngine` inherits them.
+"""The interface of DeepSpeed's engine outside a step: sizes and counters, metrics, the module and
+its weights. `ZerothOrderEngine` inherits it.
 
-DeepSpeed's engine is the model (it inherits `torch.nn.Module`), so loops ask it for the model's
-attributes: what this class does not have is looked up in the module.
+DeepSpeed's engine inherits `torch.nn.Module`, so training loops use it as the model. For that
+reason an attribute that this class lacks is looked up in the module.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ import torch
 from zods.comm.communicator import Communicator
 from zods.config.deepspeed_json import RunConfig
 from zods.core.annealing import Annealing
+from zods.forward.dataset_metrics import Measure, measure_whole
+from zods.forward.evaluator import Evaluator
 from zods.params.zero3_adapter import is_sharded
 from zods.training import checkpoint
 from zods.training.export import save_16bit_model, save_pretrained, whole_state
@@ -33,9 +35,7 @@ _DTYPES_OF_A_RUN = (
 
 
 class EngineInterface:
-    """DeepSpeed's names on an engine. module: the model. deepspeed: the DeepSpeedEngine that shards
-    it.
-    """
+    """Attributes and methods under DeepSpeed's names."""
 
     module: torch.nn.Module
     deepspeed: Any
@@ -45,14 +45,18 @@ class EngineInterface:
     run: TrainingRun
     last_step: StepReport | None
     _in_flight: StepInFlight | None
+    _evaluator: Evaluator
 
     def flush(self) -> None:
-        """Apply what waits until its parameter is next loaded: before parameters are read other
-        than by a step. The engine's own methods do it where they need it."""
+        """Apply deferred updates, so that all stored parameters are up to date.
+
+        Call it before you read parameters yourself. The engine's own methods call it where they
+        need it.
+        """
         self.run.flush()
 
     def __getattr__(self, name: str) -> Any:
-        """An attribute of the module, where the engine has none of that name."""
+        """The module's attribute of this name, where the engine has none."""
         module = self.__dict__.get("module")
         if module is not None and not name.startswith("__"):
             with contextlib.suppress(AttributeError):
@@ -71,7 +75,7 @@ class EngineInterface:
 
     @property
     def micro_steps(self) -> int:
-        """Micro-batches so far, those of the step under way included for which `step()` was called."""
+        """Calls of `step()` so far, one per micro-batch."""
         of_step = 0 if self._in_flight is None else self._in_flight.micro_steps
         return self.global_steps * self.gradient_accumulation_steps() + of_step
 
@@ -138,9 +142,9 @@ class EngineInterface:
         return self.deepspeed.steps_per_print()
 
     def get_global_grad_norm(self) -> None:
-        """None, as DeepSpeed's before its first step: no gradient is made.
+        """Return None, as DeepSpeed's engine does before its first step: there is no gradient.
 
-        `last_step.projected_grad` is what a step measures.
+        `last_step.projected_grad` has the measured projected gradient.
         """
 
     def was_step_applied(self) -> bool:
@@ -148,11 +152,11 @@ class EngineInterface:
         return self.last_step is not None and not self.last_step.skipped
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Nothing: there are no gradients. Here so that a DeepSpeed loop runs unchanged."""
+        """Do nothing: there are no gradients. A DeepSpeed loop runs unchanged."""
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Nothing: micro-batches before the last one of a step send nothing anyway."""
+        """Do nothing: only the last micro-batch of a step communicates."""
         yield
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
@@ -163,10 +167,45 @@ class EngineInterface:
             "engine.compile(): the model is not compiled: a step changes weights while modules run"
         )
 
+    # --- losses and metrics at the parameters -----------------------------------------------------
+
+    @torch.no_grad()
+    def eval_batch(self, data_iter: Iterator[Any]) -> float:
+        """Mean loss at the parameters over `gradient_accumulation_steps` micro-batches of all
+        ranks.
+        """
+        self.flush()
+        return self._evaluator.mean_loss(
+            next(data_iter) for _ in range(self.gradient_accumulation_steps())
+        )
+
+    @torch.no_grad()
+    def evaluate(
+        self,
+        dataset: Any,
+        collate_fn: Callable[[list], tuple[dict[str, torch.Tensor], Any]],
+        measure: Measure,
+    ) -> dict[str, float]:
+        """Means over a whole dataset at the parameters, every example counted once, over all ranks.
+
+        collate_fn: rows -> (model inputs, targets). measure: (outputs, inputs, targets) -> name:
+        (sum, count).
+        """
+        self.flush()
+        micro_batch = self.train_micro_batch_size_per_gpu()
+        return measure_whole(
+            self._evaluator.outputs,
+            dataset,
+            collate_fn,
+            measure,
+            comm=self.comm,
+            micro_batch=micro_batch,
+        )
+
     # --- the module and its weights ---------------------------------------------------------------
 
     def parameters(self, recurse: bool = True) -> Iterator[torch.nn.Parameter]:
-        """The module's parameters, up to date; at stage 3 as DeepSpeed leaves them, for
+        """The module's parameters, up to date. At stage 3 they are sharded: read them under
         `deepspeed.zero.GatheredParameters`.
         """
         self.flush()
@@ -175,16 +214,15 @@ class EngineInterface:
     def named_parameters(
         self, *args: Any, **kwargs: Any
     ) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        """Yield the trained parameters with the module's names."""
+        """The module's `named_parameters`, up to date."""
         self.flush()
         return self.module.named_parameters(*args, **kwargs)
 
     def state_dict(self) -> dict[str, Any]:
-        """The module's state dict with whole tensors in host memory, on rank 0; an empty dict on
+        """The module's state dict, with whole tensors in host memory, on rank 0; an empty dict on
         the other ranks.
 
-        The same at stage 0 and stage 3. All ranks call it together; rank 0's memory must hold the
-        model.
+        All ranks call it together. The host memory of rank 0 must hold the model.
         """
         self.flush()
         return whole_state(self.deepspeed, self.comm)
@@ -205,9 +243,9 @@ class EngineInterface:
         return True
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's `generate`, at the parameters as they are.
+        """Call the module's `generate` at the current parameters.
 
-        At stage 3 all ranks go on until the last one is done.
+        At stage 3 all ranks generate until the last rank is done, because each gather needs all.
         """
         self.flush()
         self.module.eval()
@@ -217,7 +255,7 @@ class EngineInterface:
             return self.module.generate(*args, **kwargs)  # type: ignore[operator]
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
-        """The engine itself, where it is on that device and of that dtype. ValueError else."""
+        """Return the engine. Raises ValueError unless it has this device and dtype already."""
         device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
         here = self.comm.device
         if device is not None and (
@@ -278,7 +316,7 @@ class EngineInterface:
         """Write a checkpoint, with the keywords of DeepSpeed's method; see
         `zods.training.checkpoint.save_checkpoint`.
 
-        exclude_frozen_parameters: no checkpoint of zods has frozen parameters, whatever it says.
+        exclude_frozen_parameters: ignored; a checkpoint of zods never has frozen parameters.
         """
         self.flush()
         return checkpoint.save_checkpoint(

@@ -20,9 +20,9 @@ def whole_state(deepspeed_engine: Any, comm: Communicator) -> dict[str, Any]:
     """The state dict of the engine's module with whole tensors in host memory, on rank 0; an empty
     dict on the other ranks.
 
-    It has the names that the module's own `state_dict()` has, so that a parameter under two names
-    is there under both, as one tensor. Gathers one module at a time; rank 0's memory must hold the
-    model. All ranks call it together.
+    Its names are those of the module's own `state_dict()`. A parameter with two names is under
+    both, as one tensor. One module is gathered at a time. The host memory of rank 0 must hold the model.
+    All ranks call it together.
     """
     module = deepspeed_engine.module
     values: dict[int, torch.Tensor] = {}
@@ -82,10 +82,11 @@ def save_pretrained(deepspeed_engine: Any, comm: Communicator, save_dir: str | P
 
 @contextmanager
 def _runs_alone(module: torch.nn.Module | None) -> Iterator[None]:
-    """A module that one rank can run without the others: peft saves what its prompt encoders give,
-    and runs them for that.
+    """Let rank 0 run a module without the other ranks: peft runs its prompt encoders to save their
+    outputs.
 
-    Its parameters are gathered, and hooks, of which ZeRO-3's would gather again, are left out.
+    Inside, the module's parameters are gathered, and its hooks are removed, because ZeRO-3's hooks
+    would start another gather.
     """
     modules = [] if module is None else list(module.modules())
     hooks = [hooks for m in modules for hooks in (m._forward_pre_hooks, m._forward_hooks)]

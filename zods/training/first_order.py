@@ -1,8 +1,8 @@
-"""First-order training by DeepSpeed's own engine, with the interface of the zeroth-order engine
-that `zods.finetune` uses.
+"""First-order training by DeepSpeed's own engine, with the part of the zeroth-order engine's
+interface that `zods.finetune` uses.
 
-For comparison on equal terms: the same data in the same order, the same loss, sub-batches chosen or
-not.
+It is there for comparison: the same data in the same order, the same loss, with or without a
+selector.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from zods.training.step_outputs import StepReport
 from zods.trajectory.log import Log, parse_log
 from zods.trajectory.records import Header, Step
 
-# the classes, beside what torch allows, of which objects are in a checkpoint of DeepSpeed 0.19.8
+# classes of objects in a checkpoint of DeepSpeed 0.19.8, besides those that torch allows
 CLASSES_IN_CHECKPOINTS = [LossScaler, ZeroStageEnum, fragment_address]
 
 
@@ -59,8 +59,8 @@ class FirstOrderEngine:
         dataset: Any,
         collate_fn: Callable | None,
     ) -> None:
-        """Raises ValueError, the same on all ranks, where model, data and selector do not fit each
-        other.
+        """Raises ValueError, the same on all ranks, where model, data and selector do not fit
+        together.
         """
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.deepspeed = deepspeed.initialize(
@@ -115,7 +115,7 @@ class FirstOrderEngine:
         self.stop = request
 
     def close(self) -> None:
-        """Nothing: DeepSpeed's engine has no watch over the ranks."""
+        """Do nothing: DeepSpeed's engine has no watchdog."""
 
     @property
     def device(self) -> torch.device:
@@ -132,7 +132,7 @@ class FirstOrderEngine:
         """Make one optimizer step. Returns the mean loss of its examples, over all ranks."""
         self.deepspeed.train()
         began, sent = time.perf_counter(), self.comm.scalar_bytes
-        # this step's; DeepSpeed's step moves the schedule on to the next step
+        # read before the step: DeepSpeed's step advances the schedule
         lr = self.deepspeed.get_lr()[0]
         total = 0.0
         for batch in self._weighted_batches():
@@ -164,11 +164,10 @@ class FirstOrderEngine:
         return mean
 
     def _weighted_batches(self) -> list[dict[str, Any]]:
-        """This rank's micro-batches of a step, with weights by which the mean of their losses over
-        micro-batches and ranks, which is what DeepSpeed takes, is the mean over what all of them
-        hold.
+        """This rank's micro-batches of a step, with weights.
 
-        Raises RuntimeError on all ranks where none holds a label that counts.
+        DeepSpeed takes the mean of the losses over micro-batches and ranks. The weights make that
+        the mean over the global batch. Raises RuntimeError on all ranks where no label counts.
         """
         batches = [next(self._batches) for _ in range(self.gradient_accumulation_steps())]
         if self.selection is not None:
@@ -204,10 +203,10 @@ class FirstOrderEngine:
     def resume(
         self, folder: Path, *, checkpoints: Path | None = None, new: Collection[str] = ()
     ) -> None:
-        """Log what is selected in `folder`, and go on from the last checkpoint there, if there is
-        one: DeepSpeed's own.
+        """Log steps and sub-batches in `folder`. If there is a checkpoint of DeepSpeed, load the
+        last one first.
 
-        new: unused; a checkpoint of DeepSpeed's holds all weights.
+        new: unused; a checkpoint of DeepSpeed holds all weights.
         """
         checkpoints = folder / CHECKPOINTS if checkpoints is None else checkpoints
         file, data = open_log(self.comm, folder)
@@ -244,8 +243,9 @@ class FirstOrderEngine:
             )
 
     def save_checkpoint(self, save_dir: str | Path, keep: int | None = None) -> None:
-        """DeepSpeed's own checkpoint, with the loader's place and the selector's state. keep: the
-        last so many stay.
+        """Save a checkpoint of DeepSpeed, with the position in the data and the selector's state.
+
+        keep: number of checkpoints that stay, the last ones; None keeps all.
         """
         state = {"global_steps": self.global_steps, "loader": self.training_dataloader.state_dict()}
         tag = f"global_step{self.global_steps}"
@@ -254,7 +254,7 @@ class FirstOrderEngine:
             tags = [p for p in Path(save_dir).iterdir() if re.fullmatch(r"global_step\d+", p.name)]
             for old in sorted(tags, key=lambda p: int(p.name.removeprefix("global_step")))[:-keep]:
                 if old.name != tag:
-                    # no checkpoint any more, however far this gets
+                    # renamed first: an interrupted removal leaves no half checkpoint
                     removed = old.with_name(f".{old.name}.removed")
                     shutil.rmtree(removed, ignore_errors=True)
                     rename(old, removed)
@@ -262,10 +262,10 @@ class FirstOrderEngine:
                     shutil.rmtree(removed, ignore_errors=True)
 
     def load_checkpoint(self, load_dir: str | Path) -> None:
-        """The checkpoint that `latest` names. No code that a file of it names is run.
+        """Load the checkpoint that `latest` names, without running code that its files name.
 
         Raises ValueError or OSError, the same on all ranks and before anything is changed, where
-        there is none, or a file of it is truncated or holds more than data.
+        there is no checkpoint, or where a file of it is truncated or holds more than data.
         """
         with self.comm.same_on_all_ranks():
             files = _files_of_latest(Path(load_dir))
@@ -276,7 +276,10 @@ class FirstOrderEngine:
             _, client_state = self.deepspeed.load_checkpoint(str(load_dir), files[0].parent.name)
         with self.comm.same_on_all_ranks():
             if "zods" not in client_state:
-                raise ValueError(f"checkpoint {load_dir}: it is none of zods.finetune.")
+                raise ValueError(
+                    f"checkpoint {load_dir}: zods.finetune did not write it. Give the folder of "
+                    "one that it wrote."
+                )
             state = client_state["zods"]
             self.training_dataloader.load_state_dict(state["loader"])
         self.global_steps = state["global_steps"]
@@ -299,7 +302,7 @@ def _files_of_latest(load_dir: Path) -> list[Path]:
 
 @contextmanager
 def _only_data() -> Iterator[None]:
-    """Have torch.load run no code that a file names, whatever its caller asks: DeepSpeed asks for
+    """Keep torch.load from running code that a file names, also where DeepSpeed calls it with
     weights_only=False.
     """
     name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
@@ -317,17 +320,15 @@ def _only_data() -> Iterator[None]:
 def _check_only_data(path: Path) -> None:
     """Raise ValueError unless torch can load the file without running code.
 
-    Tensors' data are not read.
+    The data of tensors are not read.
     """
     with open(path, "rb") as file:
         try:
             torch.load(file, map_location="meta", weights_only=True)
-        except (
-            Exception
-        ) as error:  # a file that is no pickle or zip file raises nearly any kind of error
+        except Exception as error:  # what is not a pickle or zip file raises nearly any kind
             code = re.search(r"GLOBAL (\S+)", str(error))
             wrong = (
-                f"it names the code {code[1]}, of which no checkpoint has need; none was run"
+                f"it names the code {code[1]}, which no checkpoint needs; it was not run"
                 if code
                 else "damaged"
             )

@@ -14,9 +14,9 @@ _RETURNED_BYTES = 1 << 20
 def return_freed_memory(device: torch.device) -> None:
     """On a CPU, have glibc give blocks of 1 MiB and more back to the system when they are freed.
 
-    By default it soon keeps blocks of up to 32 MiB. Gathered parameters come and go between small
-    tensors, so that what is kept is cut up: of SmolLM2-135M on two ranks, 0.3 GB of each rank (see
-    benchmarks/results).
+    By default glibc comes to keep freed blocks of up to 32 MiB. Gathered parameters are allocated
+    between small tensors, so the kept memory is fragmented: 0.3 GB per rank for SmolLM2-135M on two
+    ranks (see benchmarks/results).
     """
     if device.type == "cpu" and sys.platform == "linux":
         library = ctypes.CDLL(None)

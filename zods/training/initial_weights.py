@@ -1,7 +1,7 @@
-"""Save and load the weights that the base model lacks: a new head, or adapters, as they were drawn.
+"""Save and load the first values of weights that the base model lacks: a new head, or adapters.
 
 They are kept beside the trajectory log, because another version of a library or another number of
-ranks may draw them differently. Called by `zods.training.resume`.
+ranks may draw other values. Called by `zods.training.resume`.
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ def load_initial_weights(run: TrainingRun, path: Path, header: Header) -> None:
                 if odd:
                     raise ValueError(f"{path}: {odd[0]} is not as in the log.")
                 shards = _shards_named(run, names)
-                for shard, local in run.parameters.visit(write=True, shards=shards):
+                for shard, local in run.parameters.iterate_with_read_ahead(
+                    write=True, shards=shards
+                ):
                     values = file.get_tensor(shard.name).to(shard.dtype).view(-1)
                     local.copy_(values[shard.offset : shard.offset + shard.numel])
         except SafetensorError as error:

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
-import json
 import logging
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -23,14 +19,14 @@ from zods.config.schedules import ZerothOrderOptimizer, build_scheduler, step_mi
 from zods.config.schema import SECTION, DirectionConfig, check_selector
 from zods.data.loader import TrainingLoader, check_dataset
 from zods.forward.wrapping import has_moved_hooks
-from zods.kernels import backend, fingerprint
+from zods.kernels import backend
 from zods.params.anchor_stores import check_nvme
 from zods.params.shards import ShardedParameters
 from zods.params.zero3_adapter import is_sharded
-from zods.selection.features import find_target
 from zods.selection.loaders import SelectingLoader
 from zods.selection.selector import NEEDS
 from zods.selection.sub_batches import SubBatches, sources_of
+from zods.selection.target_matrix import find_target
 from zods.training.engine import ZerothOrderEngine
 from zods.training.host_memory import return_freed_memory
 from zods.training.model_setup import (
@@ -39,11 +35,10 @@ from zods.training.model_setup import (
     scalars_as_vectors,
     without_compile,
 )
+from zods.training.rank_agreement import check_ranks_agree
 
 logger = logging.getLogger(__name__)
 
-PACKAGES = ("torch", "deepspeed", "transformers")
-PACKAGE = Path(__file__).parents[1]  # the folder of zods
 SELECTOR = f"{SECTION}.selector"
 
 
@@ -62,16 +57,17 @@ def initialize(
     mesh_param: Any = None,
     config_params: Any = None,
 ) -> tuple[ZerothOrderEngine, ZerothOrderOptimizer, TrainingLoader | SelectingLoader | None, Any]:
-    """Put a model under DeepSpeed with zeroth-order steps; `deepspeed.initialize` with a section
-    "zeroth_order".
+    """Make a zeroth-order engine from a model: `deepspeed.initialize` for a configuration with a
+    section "zeroth_order".
 
     model: any module whose forward returns a loss, an output with `loss`, or one with `logits` for
-    a batch with `labels`. It may be made under `deepspeed.zero.Init`; torch.compile is taken off
-    it. model_parameters: those to train (default: all that require a gradient), also as groups; see
-    `zods.training.model_setup.parameters_to_train`. training_data: a map-style dataset; needed for
-    "mezo_svrg" (the anchor is its full-batch gradient), "anneal" and "selector". lr_scheduler: a
-    scheduler on the returned optimizer, or a function that makes one from it. config: path or dict
-    (else `args.deepspeed_config`). optimizer, mpu and mesh_param must be None.
+    a batch with `labels`. It may be made under `deepspeed.zero.Init`. torch.compile is removed from
+    it. model_parameters: the parameters to train, also as groups (default: all that require a
+    gradient); see `zods.training.model_setup.parameters_to_train`. training_data: a map-style
+    dataset. "mezo_svrg" needs it for the full-batch gradient of its anchor; "anneal" and "selector"
+    need it, too. lr_scheduler: a scheduler on the returned optimizer, or a function that makes one
+    from it. config: path or dict (default: `args.deepspeed_config`). optimizer, mpu and mesh_param
+    must be None.
 
     Returns (engine, optimizer, training_dataloader, lr_scheduler). Raises ValueError or OSError on
     bad input, the same on all ranks.
@@ -86,9 +82,7 @@ def initialize(
         check_folders(run)
         if hasattr(lr_scheduler, "step"):
             _check_step(lr_scheduler)
-        loader: TrainingLoader | SelectingLoader | None = _training_loader(
-            run, comm, training_data, collate_fn
-        )
+        training_loader = _training_loader(run, comm, training_data, collate_fn)
         _check_selector(run, model, training_data)
         wanted = parameters_to_train(
             model,
@@ -98,25 +92,10 @@ def initialize(
         )
         lay_out_parameters(model)
         resolve_by_model(run, model, comm.world_size)
-    comm.check_agreement(json.dumps(run.to_dict(), sort_keys=True).encode(), "the configuration")
-    comm.check_agreement(
-        _fingerprint(model), "the model (parameter names, shapes, dtypes, trainable or not)"
-    )
-    comm.check_agreement(
-        _code_digest(), f"the code (of zods, or a version of {', '.join(PACKAGES)})"
-    )
-    if loader is not None:
-        data = f"{len(loader.dataset)} {loader.data_digest}"  # type: ignore[arg-type]
-        comm.check_agreement(data.encode(), "the training data")
-
-    if not any(is_sharded(p) for p in model.parameters()):
-        _check_weights(model, comm)
-    with scalars_as_vectors(model):
-        if run.zero_stage == 3:
-            return_freed_memory(comm.device)
-        ds_config = _prepared(run, model)
-        engine = deepspeed.initialize(model=model, config=ds_config, dist_init_required=False)[0]
+    check_ranks_agree(comm, run, model, training_loader)
+    engine = _sharded(run, model, comm)
     parameters = ShardedParameters(engine.module, rank=comm.rank, model_parameters=wanted)
+    loader: TrainingLoader | SelectingLoader | None = training_loader
     if run.zeroth_order.selector is not None:
         loader = _selecting_loader(run, comm, engine, training_data, collate_fn)
     zo_optimizer = ZerothOrderOptimizer([p.param for p in parameters], lr=run.zeroth_order.lr)
@@ -144,7 +123,7 @@ def initialize(
 
 
 def _source(args: Any, config: Any, config_params: Any) -> Any:
-    """The configuration given, of the three ways there are."""
+    """The configuration: `config`, `config_params` or `args.deepspeed_config`."""
     source = config if config is not None else config_params
     if source is None:
         source = getattr(args, "deepspeed_config", None)
@@ -154,12 +133,12 @@ def _source(args: Any, config: Any, config_params: Any) -> Any:
 
 
 def _checked_model(model: torch.nn.Module | None, **others: Any) -> torch.nn.Module:
-    """The model. Raises ValueError where there is none, or what only first-order training takes was
-    given.
+    """Return the model. Raises ValueError where it is missing, or where one of `others`, the
+    arguments for first-order training, is given.
     """
     if model is None:
         raise ValueError("model: missing. Give a torch.nn.Module.")
-    # closing the other engine would move them out of this one's forwards
+    # closing the other engine would take the hooks out of this engine's forwards
     if has_moved_hooks(model):
         raise ValueError(
             "model: another zods engine runs the hooks of its modules. Call close() of that "
@@ -175,8 +154,8 @@ def _checked_model(model: torch.nn.Module | None, **others: Any) -> torch.nn.Mod
 
 
 def _say_reduced_ranks(direction: DirectionConfig, parameters: ShardedParameters) -> None:
-    """Matrices whose smaller side is below the rank of low-rank directions get that rank, full for
-    them.
+    """Warn of matrices whose smaller side is below `direction.rank`: their directions get the rank
+    of that side.
     """
     small = [p for p in parameters if len(p.shape) == 2 and min(p.shape) < direction.rank]
     if direction.distribution == "low_rank" and small:
@@ -188,9 +167,7 @@ def _say_reduced_ranks(direction: DirectionConfig, parameters: ShardedParameters
 
 
 def check_folders(run: RunConfig | FirstOrderConfig) -> None:
-    """Raise ValueError where a folder for NVMe offload cannot be used on this rank, before anything
-    is loaded.
-    """
+    """Raise ValueError where this rank cannot use a folder for NVMe offload."""
     for key in ("offload_param", "offload_optimizer"):
         offload = run.deepspeed.get("zero_optimization", {}).get(key) or {}
         if offload.get("device") == "nvme":
@@ -230,7 +207,7 @@ def _training_loader(
 
 
 def _check_selector(run: RunConfig, model: torch.nn.Module, training_data: Any) -> None:
-    """Raise ValueError where the model or the data is not what the selector's configuration says."""
+    """Raise ValueError where the model or the data does not fit the selector's configuration."""
     selector = run.zeroth_order.selector
     if selector is None:
         return
@@ -267,59 +244,30 @@ def _selecting_loader(
     return SelectingLoader(selection, comm, run.zeroth_order.seed)
 
 
-def _fingerprint(model: torch.nn.Module) -> bytes:
-    described = [
-        (name, tuple(getattr(p, "ds_shape", p.shape)), str(p.dtype), p.requires_grad)
-        for name, p in model.named_parameters()
-    ]
-    return hashlib.sha256(repr(described).encode()).digest()
-
-
-def _code_digest() -> bytes:
-    """A digest of all files of zods, and of the versions of the packages that it computes with."""
-    digest = hashlib.sha256(
-        repr({name: importlib.metadata.version(name) for name in PACKAGES}).encode()
-    )
-    for path in sorted(p for p in PACKAGE.rglob("*") if p.suffix in (".py", ".cpp")):
-        digest.update(path.read_bytes())
-    return digest.digest()
-
-
-def _check_weights(model: torch.nn.Module, comm: Communicator) -> None:
-    """Raise RuntimeError if a rank was given other weights.
-
-    DeepSpeed would silently take rank 0's. But a run whose base weights differ between ranks can be
-    neither resumed nor replayed.
-    """
-    own = [fingerprint(p.detach().contiguous().view(-1)) for p in model.parameters()]
-    comm.check_agreement(
-        repr(own).encode(),
-        "the model (its weights: load the same files, and seed torch before a new layer is made)",
-    )
-
-
-def _prepared(run: RunConfig, model: torch.nn.Module) -> dict[str, Any]:
-    """Cast and shard the model where DeepSpeed would do it otherwise than it stands in the JSON;
-    returns DeepSpeed's part.
+def _sharded(run: RunConfig, model: torch.nn.Module, comm: Communicator) -> Any:
+    """Shard the model and give it to DeepSpeed; returns DeepSpeed's engine.
 
     Replicated bf16 is cast here, because DeepSpeed's stage 0 keeps fp32 master weights. A model not
-    made under zero.Init is sharded here, because DeepSpeed 0.19.8 writes fp32 parameters to NVMe as
-    bf16 when it is given a dtype, as its engine does, on an accelerator without fp16.
+    made under zero.Init is sharded here, because DeepSpeed 0.19.8, on an accelerator without fp16,
+    writes fp32 parameters to NVMe as bf16 when it is given a dtype, as its engine does.
     """
     config = dict(run.deepspeed)
     bf16 = config.get("bf16", {}).get("enabled", False)
-    sharded = any(hasattr(p, "ds_tensor") for p in model.parameters())
-    if bf16 and not sharded:
-        model.bfloat16()
-    if run.zero_stage == 0 and bf16:
-        del config["bf16"]
-    if run.zero_stage == 3 and not sharded:
-        deepspeed.zero.Init(module=model, config_dict_or_path=config)
-    return config
+    is_new = not any(map(is_sharded, model.parameters()))
+    with scalars_as_vectors(model):
+        if run.zero_stage == 3:
+            return_freed_memory(comm.device)
+        if bf16 and is_new:
+            model.bfloat16()
+        if run.zero_stage == 0 and bf16:
+            del config["bf16"]
+        if run.zero_stage == 3 and is_new:
+            deepspeed.zero.Init(module=model, config_dict_or_path=config)
+        return deepspeed.initialize(model=model, config=config, dist_init_required=False)[0]
 
 
 def _scheduler(run: RunConfig, optimizer: ZerothOrderOptimizer, client: Any) -> Any:
-    """The client's scheduler, or the one of the configuration, on the zeroth-order step size."""
+    """The client's scheduler, else the configuration's; it sets the zeroth-order step size."""
     if client is None:
         return None if run.scheduler is None else build_scheduler(run.scheduler, optimizer)
     scheduler = client if hasattr(client, "step") else client(optimizer)
@@ -335,9 +283,9 @@ def _check_step(scheduler: Any) -> None:
 
 
 def resolve_by_model(run: RunConfig, model: torch.nn.Module, world_size: int) -> None:
-    """Resolve what of DeepSpeed's part follows from the model, in place.
+    """Set the values of DeepSpeed's part of the configuration that depend on the model, in place.
 
-    Raises ValueError where a value does not fit it.
+    Raises ValueError where a value does not fit the model.
     """
     overlaps = not get_accelerator().is_synchronized_device()
     resolve_model_auto(

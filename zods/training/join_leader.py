@@ -1,4 +1,4 @@
-"""Bring a replica to the step of the leading one, so that it takes part from there on."""
+"""Bring a replica to the leader's step, from which it takes part."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from zods.trajectory.records import Step
 
 
 def join_leader(run: TrainingRun, replicas: Replicas) -> None:
-    """Apply what the leader has published since its log was read, until this replica takes part."""
+    """Apply the records that the leader published after its log was read, until this replica takes
+    part.
+    """
     assert run.loader is not None
     while (record := replicas.to_catch_up(run.state.global_steps)) is not None:
         run.commit(record)

@@ -1,5 +1,6 @@
-"""Prepare what a user gives to `zods.initialize`: remove torch.compile from the module, lay out its
-parameters as DeepSpeed takes them, and find those to train in `model_parameters`."""
+"""Prepare the arguments of `zods.initialize`: remove torch.compile from the model, lay out its
+parameters for DeepSpeed, and find the parameters to train in `model_parameters`.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +21,10 @@ logger = logging.getLogger(__name__)
 
 
 def without_compile(model: torch.nn.Module) -> torch.nn.Module:
-    """The model with what `torch.compile` wrapped around it, or around a module in it, taken off.
+    """Remove torch.compile from a model and from the modules inside it. Returns the model.
 
-    A step puts other weights into each module while it runs, and Dynamo cannot trace that.
-    Parameters get their names without `_orig_mod.` again. Raises ValueError where `model` is no
-    module.
+    A step changes the weights of each module while it runs, which Dynamo cannot trace. The names of
+    parameters lose `_orig_mod.`. Raises ValueError where `model` is not a module.
     """
     if not isinstance(model, torch.nn.Module):
         raise ValueError(f"model: found {type(model).__name__}, expected a torch.nn.Module.")
@@ -57,7 +57,7 @@ def without_compile(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def _original(module: torch.nn.Module) -> torch.nn.Module | None:
-    """The module inside torch's OptimizedModule."""
+    """The module inside torch's OptimizedModule; None for any other module."""
     return module._modules.get("_orig_mod")
 
 
@@ -65,11 +65,10 @@ def _original(module: torch.nn.Module) -> torch.nn.Module | None:
 
 
 def lay_out_parameters(model: torch.nn.Module) -> None:
-    """Make every parameter that is not sharded contiguous: DeepSpeed 0.19.8 sends parameters as
-    bytes, which it cannot do with others.
+    """Make every parameter contiguous that is not sharded yet.
 
-    Raises ValueError where a parameter to train shares memory with another one: its update would
-    change both.
+    DeepSpeed 0.19.8 sends parameters as bytes, which fails for other layouts. Raises ValueError
+    where a parameter to train shares memory with another one, because its update would change both.
     """
     named = [
         (name, p)
@@ -77,8 +76,8 @@ def lay_out_parameters(model: torch.nn.Module) -> None:
         if not is_sharded(p) and p.numel() and not p.is_meta
     ]
     named.sort(key=lambda entry: entry[1].data_ptr())
-    for place, (name, param) in enumerate(named):
-        for other_name, other in named[place + 1 :]:
+    for k, (name, param) in enumerate(named):
+        for other_name, other in named[k + 1 :]:
             if other.data_ptr() >= param.data_ptr() + _span(param) * param.element_size():
                 break
             if (param.requires_grad or other.requires_grad) and _share_elements(param, other):
@@ -100,8 +99,9 @@ def _span(tensor: torch.Tensor) -> int:
 
 
 def _share_elements(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Return whether two tensors whose memory overlaps, `second` starting not before `first`, have
-    elements in common.
+    """Whether two tensors have elements in common.
+
+    Their memory ranges overlap, and `second` does not start before `first`.
     """
     distance, rest = divmod(second.data_ptr() - first.data_ptr(), first.element_size())
     if first.device != second.device:
@@ -120,8 +120,9 @@ def _share_elements(first: torch.Tensor, second: torch.Tensor) -> bool:
 
 @contextmanager
 def scalars_as_vectors(model: torch.nn.Module) -> Iterator[None]:
-    """Parameters without dimensions are vectors of one element inside: DeepSpeed 0.19.8 sends
-    parameters as bytes, which torch refuses for them."""
+    """Make 0-d parameters vectors of one element inside: DeepSpeed 0.19.8 views parameters as
+    bytes, which torch refuses for 0-d tensors.
+    """
     scalars: list[Any] = [p for p in model.parameters() if p.dim() == 0 and not is_sharded(p)]
     for param in scalars:
         param.data = param.data.view(1)
@@ -145,11 +146,11 @@ def parameters_to_train(
     lr: float,
     weight_decay: float,
 ) -> list[torch.nn.Parameter] | None:
-    """The parameters of `model_parameters`: parameters, (name, parameter) pairs, and groups of
-    either, mixed; None where that is None.
+    """The parameters in `model_parameters`; None for None.
 
-    Raises ValueError where one is not a parameter of the model, and where groups ask for different
-    options: all parameters have zods' one lr, and its weight decay, which vectors do not have.
+    model_parameters: parameters, (name, parameter) pairs, and groups of either, mixed. Raises
+    ValueError where one is not a parameter of the model, and where groups have different options:
+    zods has one lr for all parameters, and one weight decay for all but vectors, which have none.
     """
     if model_parameters is None:
         return None
@@ -158,8 +159,8 @@ def parameters_to_train(
     names = {id(p): name for name, p in model.named_parameters()}
     wanted: list[torch.nn.Parameter] = []
     groups: list[tuple[dict[str, Any], list[torch.nn.Parameter]]] = []
-    for place, item in enumerate(model_parameters):
-        where, options, members = f"model_parameters[{place}]", {}, [item]
+    for k, item in enumerate(model_parameters):
+        where, options, members = f"model_parameters[{k}]", {}, [item]
         if isinstance(item, Mapping):
             if "params" not in item:
                 raise ValueError(
@@ -209,8 +210,8 @@ def _check_options(
     lr: float,
     weight_decay: float,
 ) -> None:
-    """Raise ValueError where groups differ in what zods has one of; a warning where all have
-    another than zods.
+    """Raise ValueError where groups have different values of an option. Warn where all groups have
+    one value, but zods has another.
     """
     ours = {"lr": lr, "weight_decay": weight_decay}
     filled = [(options, params) for options, params in groups if params]
@@ -231,7 +232,8 @@ def _check_options(
         ):
             continue
         remedy = {
-            "weight_decay": f"zeroth_order.weight_decay ({weight_decay}) is that of all matrices; vectors have none",
+            "weight_decay": f"all matrices have zeroth_order.weight_decay ({weight_decay}); "
+            "vectors have none",
             "lr": f"all parameters have zeroth_order.lr ({lr})",
         }.get(key, "a zeroth-order step has no such option")
         raise ValueError(

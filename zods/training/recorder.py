@@ -1,5 +1,5 @@
-"""The records that the engine adds to its trajectory log, and those that a resumed engine takes
-over.
+"""The records of a run: those that the engine adds to its trajectory log, and those that a resumed
+engine takes over from it.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from zods.trajectory.updates import Change, History
 
 
 class Recorder:
-    """The chain of records on every rank, and the file of it on rank 0 where there is one.
+    """The chain of records, on every rank. Rank 0 also has its file, if there is one.
 
-    A record of the configuration, or of the form of evaluation, is made when it is not the last
-    one: a run that was stopped and goes on under the same conditions leaves no trace.
+    A record of the configuration or of the form of evaluation is written only if it differs from
+    the last one of its kind. So a restart under identical settings leaves the log unchanged.
     """
 
     def __init__(
@@ -41,16 +41,16 @@ class Recorder:
         self._run: RunRecord | None = None
         self._evaluation: Evaluation | None = None
         self._run_is_recorded = False
-        # how points were, when that was last looked at
+        # form and number of streams, when they were last checked
         self._evaluated: tuple[str, int] | None = None
         replicas = config.zeroth_order.replicas
-        # another replica records what is not a step's
+        # the leading replica makes the records that are not of a step
         self.follows = replicas is not None and replicas.index > 0
         self._selections = 0
 
     @property
     def gradient(self) -> tuple[Term, ...]:
-        """The terms of the anchor gradient in force."""
+        """The terms of the current anchor gradient."""
         return self._history.gradient
 
     def add(self, record: Record) -> Change | None:
@@ -84,9 +84,7 @@ class Recorder:
             self._evaluation = None
 
     def record_evaluation(self, step: int, form: str | None, streams: int) -> None:
-        """After a forward: how points are evaluated, where it is another way than that recorded
-        last.
-        """
+        """After a forward, record the form of evaluation if it differs from the last one."""
         if self.follows or form is None or self._evaluated == (form, streams):
             return
         self._evaluated = (form, streams)
@@ -114,7 +112,7 @@ class Recorder:
         return RunRecord(step, self._config.zeroth_order, batch, self._world_size, about, optimizer)
 
     def sub_batch(self) -> SubBatch | None:
-        """Return the sub-batch chosen for this step, unless it was recorded already."""
+        """The sub-batch chosen for this step; None if there is none, or if it is recorded already."""
         loader = self._loader
         if (
             not isinstance(loader, SelectingLoader)
@@ -132,14 +130,14 @@ class Recorder:
     # --- what is taken over -----------------------------------------------------------------------
 
     def take_over(self, records: Sequence[Record], head: str) -> None:
-        """Take over records that a log holds already, and have been done to the parameters."""
+        """Take over records that are in the log already and have been applied to the parameters."""
         for record in records:
             self._note(record)
         self.trajectory.head = head
         self._note_selections()
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON: the head of the chain and the last records of their kind."""
+        """The head of the chain and the last record of each kind, as JSON."""
         last = {"run": self._run, "evaluation": self._evaluation}
         return {
             "head": self.trajectory.head,
@@ -147,7 +145,7 @@ class Recorder:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], gradient: Sequence[Term]) -> None:
-        """gradient: the terms of the anchor gradient in force."""
+        """Restore `state_dict()`. gradient: the terms of the current anchor gradient."""
         self.trajectory.head = state["head"]
         self._run = self._evaluation = None
         for key in ("run", "evaluation"):

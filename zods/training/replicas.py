@@ -1,12 +1,13 @@
-"""Several DeepSpeed worlds, replicas, that train one model together over any link.
+"""Replicas: several DeepSpeed worlds that train one model together over any link.
 
-Each holds the whole model, sharded over its own ranks, and evaluates its part of every global
-batch. Between them only loss sums and records travel, through a store of torch's over TCP. Replica
-0 leads: it keeps the store and the log, adds up what the others post, and publishes every record,
-which the others apply as it stands. So all apply the same bits, whoever comes and goes: one that
-starts late reads the log from the store, replays it, follows what is published meanwhile, and takes
-part from the next step on; one that falls silent or leaves is left out, and the step is made of
-what the others gave.
+Each replica holds the whole model, sharded over its own ranks, and evaluates its part of every
+global batch. Only loss sums and records travel between replicas, through torch's TCP store.
+Replica 0 leads. It keeps the store and the log, adds the sums that the others post, and publishes
+every record. The others apply the published records, so all have the same bits.
+
+A replica that starts late reads the log from the store, replays it, applies the records that are
+published meanwhile, and takes part from the next step on. A replica that falls silent or leaves is
+left out: the step then uses the sums of the others.
 """
 
 from __future__ import annotations
@@ -30,36 +31,34 @@ logger = logging.getLogger(__name__)
 LEADER = 0
 BEAT_SECONDS = 1.0
 POLL_SECONDS = 0.002
-KEPT_SUMS = 1000  # in the store, for those who are late
-FAREWELL_SECONDS = (
-    60.0  # the leader stays so long at its end, for the others to read the last record
-)
+KEPT_SUMS = 1000  # in the store, for replicas that are late
+FAREWELL_SECONDS = 60.0  # at its end the leader waits at most so long for the others to read
 
 
 class Member(NamedTuple):
-    """replica: its index; ranks: how many it has."""
+    """A replica that takes part. replica: its index. ranks: its number of ranks."""
 
     replica: int
     ranks: int
 
 
 class Replicas:
-    """This replica among the others. All ranks of a replica call everything together; its rank 0
-    talks to the store.
+    """This replica among the others. All ranks of a replica call its methods together; rank 0 uses
+    the store.
 
-    members: who takes part in the running step, in the order in which their sums are added; the
-    same everywhere.
+    members: the replicas that take part in the current step, in the order in which their sums are
+    added. All replicas have the same list.
     """
 
     def __init__(self, config: ReplicasConfig, comm: Communicator) -> None:
-        """Raises ValueError, the same on all ranks, where the store cannot be reached, or not be
+        """Raises ValueError, the same on all ranks, where the store cannot be reached, or cannot be
         kept at that address.
         """
         self.index, self._config, self._comm = config.index, config, comm
         self.members = [Member(LEADER, comm.world_size)] if self.leads else []
         self._store: Any = None
-        self._num_records = 0  # records that were published, or taken over
-        # number of the request to join; at the leader, of the next request to be answered
+        self._num_records = 0  # records that were published or read
+        # the number of this replica's request to join; at the leader, of the next one to answer
         self._ticket: int | None = None
         self._kept: deque[list[str]] = deque()
         self._beats: dict[int, tuple[bytes, float]] = {}  # replica -> the last beat seen, and when
@@ -78,7 +77,7 @@ class Replicas:
 
     @property
     def split(self) -> tuple[int, int]:
-        """(this rank's index, their number) among the ranks of all members."""
+        """(index of this rank, number of ranks) among the ranks of all members."""
         before = sum(member.ranks for member in self.members[: self._index])
         return before + self._comm.rank, sum(member.ranks for member in self.members)
 
@@ -97,12 +96,13 @@ class Replicas:
         asked: bool = False,
         rows: int | None = None,
     ) -> tuple[list[float], bool]:
-        """(sums over the ranks of all members, whether this replica ends after this step).
+        """Sum values over the ranks of all members. Returns (sums, whether this replica ends after
+        this step).
 
-        tag: names this sum; of a step's last one it is the step. head: of this replica's chain,
-        which must be the leader's. asked: this rank was asked to stop; where the leader was, all
-        end. rows: examples of a micro-batch over all ranks, of which each must have one; given
-        where members may come and go after this.
+        tag: the name of this sum; the step for a step's losses. head: the head of this replica's
+        chain, which must be the leader's. asked: whether this rank was asked to stop; where the
+        leader was asked, all replicas end. rows: examples of a micro-batch over all ranks; each
+        rank needs one. It is given where members may join or leave after this sum.
 
         Raises RuntimeError, the same on all ranks, where the leader is gone or has refused this
         replica.
@@ -122,7 +122,7 @@ class Replicas:
         return answer["sums"], answer["stop"] or leaving > 0
 
     def _from_rank_0(self, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Return on all ranks what rank 0 reads from the store.
+        """Return rank 0's answer from the store on all ranks.
 
         Raises RuntimeError where the store is gone.
         """
@@ -130,7 +130,7 @@ class Replicas:
         if self._comm.rank == 0:
             try:
                 answer = make()
-            except RuntimeError as error:  # torch's, for a store that does not answer
+            except RuntimeError as error:  # torch raises it where the store does not answer
                 answer = {"lost": str(error).splitlines()[0]}
         answer = json.loads(self._comm.broadcast_bytes(json.dumps(answer).encode()))
         if "lost" in answer:
@@ -145,7 +145,7 @@ class Replicas:
         return self._awaited(f"sums/{tag}")
 
     def _awaited(self, key: str) -> Any:
-        """Wait for what the leader posts."""
+        """Wait for a key that the leader sets."""
         while not self._store.check([key]):
             time.sleep(POLL_SECONDS)
         return json.loads(self._store.get(key))
@@ -183,10 +183,10 @@ class Replicas:
         return answer
 
     def _posted(self, key: str, index: int) -> dict[str, Any] | None:
-        """Wait for what a replica posts; None if it falls silent before."""
+        """Wait for a replica's sums; None if the replica falls silent or starts again."""
         while not self._store.check([key]):
             beat = self._store.get(f"beat/{index}") if self._store.check([f"beat/{index}"]) else b""
-            if self._asks_anew(index):  # started again: what it was before is gone
+            if self._asks_anew(index):  # it was started again
                 return None
             if index not in self._beats or self._beats[index][0] != beat:
                 self._beats[index] = (beat, time.monotonic())
@@ -208,11 +208,11 @@ class Replicas:
         try:
             while not self._over.wait(BEAT_SECONDS):
                 store.add(f"beat/{self.index}", 1)
-        except RuntimeError:  # the store is gone, which the main thread sees, too
+        except RuntimeError:  # the store is gone; the main thread reports it
             return
 
     def _admitted(self, members: Sequence[Member], step: int, rows: int) -> list[Member]:
-        """Return the replicas that have asked to join and can, from `step` on."""
+        """Answer requests to join. Returns the replicas that take part from `step` on."""
         new: list[Member] = []
         answers: dict[int, dict[str, Any]] = {}
         ticket = self._ticket or 0
@@ -224,7 +224,8 @@ class Replicas:
                 answers[ticket] = {"refused": "its index is another's; give each replica its own"}
             elif ranks + member.ranks > rows:
                 answers[ticket] = {
-                    "refused": f"{ranks} ranks share micro-batches of {rows} examples; {member.ranks} more do not fit"
+                    "refused": f"{ranks} ranks share micro-batches of {rows} examples; "
+                    f"{member.ranks} more do not fit"
                 }
             else:
                 new.append(member)
@@ -232,25 +233,24 @@ class Replicas:
                 logger.info("replica %d (%d ranks) takes part from step %d on", *member, step)
             ticket += 1
         self._ticket = ticket
-        for (
-            of,
-            answer,
-        ) in answers.items():  # when all are known: who joins together knows of each other
+        # answered together, because each answer lists all members
+        for number, answer in answers.items():
             self._store.set(
-                f"joined/{of}", json.dumps({"refused": None, "members": [*members, *new], **answer})
+                f"joined/{number}",
+                json.dumps({"refused": None, "members": [*members, *new], **answer}),
             )
         return new
 
     # --- records ----------------------------------------------------------------------------------
 
     def publish(self, text: str) -> None:
-        """The leader's rank 0: a record, the header first, for the others to apply."""
+        """On the leader's rank 0, publish a record. The first one is the log's header."""
         self._store.set(f"record/{self._num_records}", text)
         self._num_records += 1
         self._store.set("records", json.dumps(self._num_records))
 
     def next_record(self) -> Record:
-        """Wait for the record after those that this replica has applied."""
+        """Wait for the next record that this replica is to apply."""
         record = self._from_rank_0(lambda: self._awaited(f"record/{self._num_records}"))
         self._num_records += 1
         return record_of(record)
@@ -258,7 +258,7 @@ class Replicas:
     # --- joining and leaving ----------------------------------------------------------------------
 
     def read_log(self) -> bytes:
-        """The log as the leader has it now, on all ranks."""
+        """Read the leader's log, on all ranks."""
 
         def read() -> dict[str, Any]:
             number = self._awaited("records")
@@ -272,11 +272,11 @@ class Replicas:
         return "".join(lines).encode()
 
     def to_catch_up(self, step: int) -> Record | None:
-        """The next record to apply for a replica that stands at `step`; None when it takes part
-        from there on.
+        """The next record to apply after `step` steps; None when this replica takes part from `step`
+        on.
 
-        It asks to join when there is nothing more to apply. Raises ValueError where the leader
-        refuses it.
+        When there is no further record, the replica asks to join. Raises ValueError where the
+        leader refuses.
         """
 
         def look() -> dict[str, Any]:
@@ -305,8 +305,8 @@ class Replicas:
         return None
 
     def close(self) -> None:
-        """Before the end: the leader, whose process keeps the store, waits until the others have
-        read what they need.
+        """Leave. The leader, which keeps the store, waits until the others have read the last
+        record.
         """
         self._over.set()
         if self._comm.rank != 0:

@@ -37,12 +37,13 @@ class TrainState:
 class StepInFlight:
     """The step under way, from its first forward until `step()` has applied it.
 
-    began: time.perf_counter() at its start. bytes_before: bytes that this rank had sent by then.
-    sums: for each micro-batch that was given to `backward`, a loss sum per point, then what the
+    began: time.perf_counter() at its start. bytes_before: bytes that this rank had sent before it.
+    sums: for each micro-batch given to `backward`, a loss sum per point, then the count that the
     loss is a mean over. pending: the loss and the sums of the last forward, not yet given to
-    `backward`. reduced: the losses at the points of each set of directions, over all ranks.
-    rechecks: whether its first forward compares the form of evaluation with a separate one.
-    micro_steps: calls of `step()` so far, all before the accumulation boundary.
+    `backward`. reduced: losses of all ranks, per set of directions and point; see
+    `zods.training.loss_exchange`. rechecks: whether the first forward compares the form of
+    evaluation with separate forwards. micro_steps: calls of `step()` so far, all before the
+    accumulation boundary.
     """
 
     points: list[Point]

@@ -9,11 +9,11 @@ import torch
 
 
 class StepLoss(torch.Tensor):
-    """The loss that `engine(batch)` returns in training mode: a 0-d tensor that can be read as a
-    model's outputs, too.
+    """The loss that `engine(batch)` returns in training mode: a 0-d tensor that also serves as the
+    model's outputs.
 
-    `outputs.loss`, `outputs["loss"]`, `outputs[0]` and `loss.mean()` are the loss itself, so that
-    `engine.backward` knows it again. All else that is computed from it is a plain tensor.
+    `outputs.loss`, `outputs["loss"]`, `outputs[0]` and `loss.mean()` return the loss itself, so
+    that `engine.backward` recognizes it. Any other computation gives a plain tensor.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -64,9 +64,8 @@ class StepReport:
     """The report of one step.
 
     loss: mean of the losses at theta +- eps z, over the global batch. projected_grad: mean over the
-    directions; None of a first-order step. scalar_bytes: sent by this rank. seconds: with the
-    refresh of the anchor and the choice of the sub-batch (selection_seconds), where the step began
-    with them.
+    directions; None for a first-order step. scalar_bytes: bytes that this rank sent. seconds: wall
+    time, including a refresh of the anchor and the choice of the sub-batch (selection_seconds).
     """
 
     step: int

@@ -1,8 +1,8 @@
 """The parts of a training run that its records change: parameters, anchor, schedules, loader,
 counters.
 
-The engine makes a record of each step, a resume reads records from a log: `TrainingRun` does what a
-record says for both. A checkpoint stores these parts and restores them.
+The engine makes a record of each step; a resume reads records from a log. Both apply them through
+`TrainingRun`. A checkpoint stores and restores these parts.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
-from zods.comm.communicator import Communicator
+from zods.comm.communicator import Communicator, Disagreement
 from zods.config.deepspeed_json import RunConfig
 from zods.core import annealing
 from zods.core.directions import Direction
 from zods.core.estimators import Update
+from zods.data.digest import digest_of
 from zods.data.loader import TrainingLoader
 from zods.params.anchor import Anchor
 from zods.params.deferred_update import DeferredUpdate
@@ -26,6 +27,7 @@ from zods.selection.loaders import SelectingLoader
 from zods.training.recorder import Recorder
 from zods.training.state import TrainState
 from zods.trajectory.records import Record, Refresh, Step
+from zods.trajectory.updates import direction_of
 
 
 @dataclass(frozen=True)
@@ -33,9 +35,9 @@ class TrainingRun:
     """One rank's parts of a run. All ranks call its methods together.
 
     deepspeed: the DeepSpeedEngine that shards the model. parameters: this rank's shards of the
-    trainable parameters. anchor: None unless the method is MeZO-SVRG. deferred: the update that
-    waits for its parameters to be loaded; None unless parameters are offloaded. lr_scheduler,
-    loader: None where the run has none.
+    trainable parameters. anchor: None unless the method is MeZO-SVRG. deferred: the update of
+    parameters that are not loaded; None unless parameters are offloaded. lr_scheduler, loader: may
+    be None.
     """
 
     config: RunConfig
@@ -51,11 +53,48 @@ class TrainingRun:
     recorder: Recorder
     state: TrainState
 
-    def commit(self, record: Record) -> None:
-        """Log a record, and do to the parameters and the anchor what it says.
+    @classmethod
+    def build(
+        cls,
+        config: RunConfig,
+        deepspeed_engine: Any,
+        comm: Communicator,
+        parameters: ShardedParameters,
+        optimizer: torch.optim.Optimizer,
+        lr_scheduler: Any,
+        loader: TrainingLoader | SelectingLoader | None,
+    ) -> TrainingRun:
+        """A run at step 0, with the anchor, the deferred update and the recorder that `config` asks
+        for.
+        """
+        zo, zero = config.zeroth_order, config.deepspeed.get("zero_optimization", {})
+        direction = direction_of(zo)
+        anchor = None
+        if zo.is_svrg:
+            aio = config.deepspeed.get("aio", {})
+            anchor = Anchor(zo.anchor, parameters, comm, direction=direction, aio=aio)
+        offloads = zero.get("offload_param", {}).get("device", "none") != "none"
+        micro_batch = config.deepspeed["train_micro_batch_size_per_gpu"]
+        return cls(
+            config=config,
+            comm=comm,
+            deepspeed=deepspeed_engine,
+            parameters=parameters,
+            direction=direction,
+            anchor=anchor,
+            deferred=DeferredUpdate(parameters, direction) if offloads else None,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            loader=loader,
+            recorder=Recorder(config, comm.world_size, loader, micro_batch),
+            state=TrainState(),
+        )
 
-        The record is on its way to the disk while it is applied: parameters live in memory, and a
-        run that ends in between is resumed from the log.
+    def commit(self, record: Record) -> None:
+        """Log a record, and apply it to the parameters and the anchor.
+
+        The record is written while it is applied. This is safe: parameters are in memory, so a run
+        that ends in between resumes from the log.
         """
         change = self.recorder.add(record)
         if isinstance(record, Refresh):
@@ -72,7 +111,7 @@ class TrainingRun:
     def apply(self, update: Update) -> None:
         """Apply an update to this rank's shards, or defer it where they are offloaded.
 
-        Gathered copies are dropped first, so that none goes stale.
+        Gathered copies are released first, because they would be out of date.
         """
         release_gathered(self.deepspeed)
         dense = None
@@ -90,13 +129,13 @@ class TrainingRun:
             self.anchor.record(update)
 
     def flush(self) -> None:
-        """Apply what is deferred, so that the stored parameters are up to date."""
+        """Apply the deferred update, so that the stored parameters are up to date."""
         if self.deferred is not None:
             release_gathered(self.deepspeed)
             self.deferred.flush()
 
     def advance(self, record: Step) -> None:
-        """Count a step that was made, and move the schedules on."""
+        """Count a step, and advance the schedules."""
         state = self.state
         state.global_steps = record.step + 1
         state.global_samples += self.config.deepspeed["train_batch_size"]
@@ -112,6 +151,29 @@ class TrainingRun:
             state.annealing = annealing.end_epoch(
                 state.annealing, alpha=anneal.alpha, threshold=anneal.threshold
             )
+
+    def check_agreement(self) -> None:
+        """Every `agreement_interval` steps, check that all ranks have applied the same updates and
+        were given the same examples.
+
+        Raises Disagreement where they have not. The log then ends at the last agreement, because
+        the steps since then were made on weights that differ.
+        """
+        step, trajectory, loader = self.state.global_steps, self.recorder.trajectory, self.loader
+        if step % self.config.zeroth_order.agreement_interval:
+            return
+        examples = ""
+        if loader is not None and loader.data_digest is not None:
+            examples = digest_of(loader.dataset[i] for i in loader.last_examples())
+        try:
+            self.comm.check_agreement(
+                trajectory.head.encode(), f"what was applied up to step {step}"
+            )
+            self.comm.check_agreement(examples.encode(), f"the training data of step {step}")
+        except Disagreement:
+            trajectory.cut_to_agreement()
+            raise
+        trajectory.agree(step)
 
     def _ends_epoch(self, record: Step) -> bool:
         return (

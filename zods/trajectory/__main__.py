@@ -9,6 +9,7 @@ import math
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from zods.trajectory.compare import differences, longer
 from zods.trajectory.log import Log, read_log
@@ -32,31 +33,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m zods.trajectory", description=__doc__, allow_abbrev=False
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    replay = commands.add_parser(
-        "replay", help="write the weights of a run, from base weights and its log"
-    )
-    replay.add_argument(
-        "--base",
-        required=True,
-        metavar="NAME_OR_FOLDER",
-        help="the model that the run started from",
-    )
-    replay.add_argument(
-        "--log",
-        required=True,
-        metavar="FILE",
-        help="with the run's folder `initial` beside it, if the run had one",
-    )
-    replay.add_argument(
-        "--out", required=True, metavar="FOLDER", help="to be read by from_pretrained"
-    )
-    replay.add_argument(
-        "--until", type=int, metavar="STEP", help="weights after so many steps (default: all)"
-    )
-    # A launcher sets --local_rank.
-    replay.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
-    replay.set_defaults(command=_replay)
+    _add_replay(commands)
 
     inspect = commands.add_parser("inspect", help="summarise the run of a log")
     inspect.add_argument("path", metavar="FILE")
@@ -88,6 +65,33 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--out", required=True, metavar="FILE")
     merge.set_defaults(command=_merge)
     return parser
+
+
+def _add_replay(commands: Any) -> None:
+    replay = commands.add_parser(
+        "replay", help="write the weights of a run, from base weights and its log"
+    )
+    replay.add_argument(
+        "--base",
+        required=True,
+        metavar="NAME_OR_FOLDER",
+        help="the model that the run started from",
+    )
+    replay.add_argument(
+        "--log",
+        required=True,
+        metavar="FILE",
+        help="with the run's folder `initial` beside it, if the run had one",
+    )
+    replay.add_argument(
+        "--out", required=True, metavar="FOLDER", help="to be read by from_pretrained"
+    )
+    replay.add_argument(
+        "--until", type=int, metavar="STEP", help="weights after so many steps (default: all)"
+    )
+    # A launcher sets --local_rank.
+    replay.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
+    replay.set_defaults(command=_replay)
 
 
 def _replay(base: str, log: str, out: str, until: int | None) -> int:
@@ -188,7 +192,7 @@ def _merge(left: str, right: str, out: str) -> int:
 
 def _read(path: str) -> Log:
     log = read_log(path)
-    log.say_torn()
+    log.warn_if_torn()
     return log
 
 

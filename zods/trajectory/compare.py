@@ -46,8 +46,8 @@ def _field_differences(where: str, one: dict[str, Any], other: dict[str, Any]) -
 def longer(left: Log, right: Log) -> Log:
     """The longer log, which must continue the other.
 
-    Raises ValueError, with the reason, if both logs have steps that the other lacks: such steps do
-    not commute.
+    Raises ValueError, with the reason, if each log has steps that are not in the other, because
+    steps do not commute.
     """
     first, second = sorted((left, right), key=lambda log: len(log.records))
     if second.heads[: len(first.heads)] == first.heads:

@@ -70,14 +70,18 @@ class Log:
         Raises ValueError if the log has fewer steps.
         """
         if not 0 <= num_steps <= self.num_steps:
-            raise ValueError(f"{self.path}: holds {self.num_steps} steps, asked for {num_steps}.")
+            raise ValueError(
+                f"{self.path}: holds {self.num_steps} steps, asked for {num_steps}. Ask for 0 to "
+                f"{self.num_steps}."
+            )
         return tuple(record for record in self.records if record.step < num_steps)
 
-    def say_torn(self) -> None:
-        """Log a warning if the last line is incomplete."""
+    def warn_if_torn(self) -> None:
+        """Log a warning if the last line is incomplete. The file is not changed."""
         if self.torn:
             logger.warning(
-                "%s: the last record is torn (%d bytes at byte %d): cut off; %d steps are whole",
+                "%s: the last record is torn (%d bytes at byte %d) and is left out; %d steps are "
+                "whole",
                 *(self.path, self.torn, self.ends[-1], self.num_steps),
             )
 
@@ -134,7 +138,7 @@ def parse_log(data: bytes, path: str | Path) -> Log:
         heads.append(head.decode())
         ends.append(start + len(line))
     if header is None:
-        raise ValueError(f"{path}: empty; it is no trajectory log.")
+        raise ValueError(f"{path}: empty; it is no trajectory log. Give the log of a run.")
     return Log(str(path), header, tuple(records), tuple(heads), tuple(ends), torn=0)
 
 

@@ -27,7 +27,7 @@ from typing import Any
 from zods.config.schema import SVRG_ONLY, ZerothOrderConfig, parse_section
 
 FORMAT = 1
-# The meaning of a log's numbers. It changes when the same log would give other weights.
+# Identifies the meaning of a log's numbers. It changes when the same log would give other weights.
 DEFINITION = (
     "philox4x32-10, blake2b seeds, float32 fused multiply-add, bfloat16 rounded stochastically; 1"
 )

@@ -46,7 +46,7 @@ def direction_of(section: ZerothOrderConfig) -> Direction:
 
 
 class History:
-    """Converter of records to changes; records must be passed in their order.
+    """Converter of records to changes. Records must be passed in their order.
 
     gradient: the terms of the anchor gradient in force.
     """
@@ -59,7 +59,7 @@ class History:
         self.gradient = tuple(gradient)
 
     def change(self, record: Record) -> Change | None:
-        """The change of the parameters that a record stands for; None if it changes none.
+        """The change of the parameters by a record; None if the record changes no parameter.
 
         Raises ValueError if the record contradicts the configuration in force.
         """
@@ -68,8 +68,8 @@ class History:
         if not isinstance(record, (Step, Refresh)) or not record.coefficients:
             if isinstance(record, Step) and record.coefficients is None:
                 raise ValueError(
-                    f"step {record.step}: of first-order training. Such a log tells what was "
-                    "selected only."
+                    f"step {record.step}: of first-order training. Such a log holds the selections "
+                    "only and cannot be replayed. Use the run's checkpoints."
                 )
             return None
         section = self._section
@@ -116,9 +116,9 @@ def replay_(
 ) -> torch.Tensor:
     """Apply changes, in their order and in place, to elements of a parameter.
 
-    elements: those of the flat parameter from index `offset` on, 1-D and contiguous. progress:
-    called with the number of elements times terms that were processed. Returns `elements`. The
-    result has the same bits as the run, which applied one change at a time.
+    elements: the elements of the flat parameter from index `offset` on, 1-D and contiguous.
+    progress: called with the number of elements times terms that were processed. Returns
+    `elements`. The result has the same bits as the run, which applied one change at a time.
     """
     decays = len(parameter.shape) >= 2
     segments = [

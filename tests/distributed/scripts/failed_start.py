@@ -1,6 +1,6 @@
-"""Starts that fail on one rank, each in another way.
+"""Starts that fail in different ways, most of them on one rank.
 
-Run by tests/distributed/test_failed_start.py through the launcher.
+tests/distributed/test_failed_start.py runs this script through the launcher.
 """
 
 import sys

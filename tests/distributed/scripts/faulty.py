@@ -1,11 +1,21 @@
-"""For the fault matrix: a run of zods.finetune that real faults strike, each once.
+"""A run of zods.finetune that real faults strike, each once. For the fault matrix.
 
-Usage: faulty.py FOLDER FAULT... -- options of zods.finetune. A fault is WHAT:WHERE:RANK:STEP, e.g.
-kill:scalars:1:4. FOLDER keeps marks of those that have struck: the run started again is not struck again by
-them.
+Usage: faulty.py FOLDER FAULT... [slow] -- OPTIONS_OF_FINETUNE
 
-WHAT: kill, stop, term (signals to the rank's own process), kill_all, sleep, corrupt_point,
-corrupt_gradient, fill, free (the disk), other_record; slow is no fault. WHERE: see `LOCATIONS`.
+A fault is WHAT:WHERE:RANK:STEP, e.g. kill:scalars:1:4. STEP -1 is any step.
+
+WHAT: kill, stop, term   send a signal to the rank's own process
+      kill_all           send SIGKILL to all ranks
+      sleep              never return
+      corrupt_point, corrupt_gradient   write over the anchor's file
+      fill, fill_log, free   fill the run's disk or its log's disk; remove the filling of the first
+      other_record       the rank applies another record
+      other              give the rank another seed, or other data, code or weights (named by WHERE)
+WHERE: see `LOCATIONS`; also data (a batch is loaded) and record (a record is applied).
+slow: every forward takes 0.4 s longer.
+
+FOLDER gets a mark file for each fault that has struck. When the run is started again, the fault
+does not strike again.
 """
 
 import json
@@ -18,28 +28,49 @@ from pathlib import Path
 own, options = sys.argv[1 : sys.argv.index("--")], sys.argv[sys.argv.index("--") + 1 :]
 local_rank = [option for option in own if option.startswith("--local_rank")]
 folder, *given = [option for option in own if option not in local_rank]
-FOLDER, FAULTS = Path(folder), [fault.split(":") for fault in given]
+FOLDER, FAULTS = Path(folder), [fault.split(":") for fault in given if fault != "slow"]
+SLOW = "slow" in given
 RANK, WORLD_SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-for what, where, rank, _ in FAULTS:  # another copy of the package, before the first import of it
-    if (what, where) == ("other", "code") and int(rank) == RANK:
-        sys.path.insert(0, str(FOLDER / "changed"))
+
+
+def differing():
+    """The differences between this rank's input and that of other ranks.
+
+    They apply to the first start only.
+    """
+    found = [
+        (where, FOLDER / "-".join((what, where, rank, step)))
+        for what, where, rank, step in FAULTS
+        if what == "other" and int(rank) == RANK
+    ]
+    new = [where for where, mark in found if not mark.exists()]
+    for _, mark in found:
+        mark.touch()
+    return new
+
+
+DIFFERING = differing()
+if "code" in DIFFERING:  # another copy of the package; it has to come before the first import
+    sys.path.insert(0, str(FOLDER / "changed"))
 
 import zods.finetune
 from zods.core.directions import Direction
 from zods.data.loader import TrainingLoader
 from zods.forward.evaluator import Evaluator
-from zods.training import checkpoint, resume
+from zods.training import checkpoint, checkpoint_files, resume
 from zods.training.engine import ZerothOrderEngine
+from zods.training.loss_exchange import LossExchange
 from zods.training.recorder import Recorder
 from zods.trajectory.log import LogFile
 
-STEP = [0]  # that is under way
-# of updates of a parameter since the last forward; those of a resume do not count
+STEP = [0]  # the step that is under way
+# The number of updates of a parameter since the last forward. It starts so low that the updates of
+# a resume do not count.
 CALLS = [-(10**6)]
 
 
 def do(what):
-    """What strikes this process, or what it uses, for real."""
+    """Inflict a fault on this process, or on something that it uses."""
     if what in ("kill", "stop", "term"):
         os.kill(
             os.getpid(),
@@ -58,9 +89,9 @@ def do(what):
         ) as file:
             file.seek(5000)
             file.write(b"nothing that was written here")
-    elif what in ("fill", "fill_small", "free"):
+    elif what in ("fill", "fill_log", "free"):
         disk = Path(options[options.index("--output_dir") + 1]).parent
-        filler = (FOLDER / "small" if what == "fill_small" else disk) / "filler"
+        filler = (FOLDER / "log_disk" if what == "fill_log" else disk) / "filler"
         if what == "free":
             filler.unlink()
             return
@@ -73,15 +104,11 @@ def do(what):
 
 
 def strike(where):
+    """Inflict the fault that is due here, if there is one. Returns its WHAT, or None."""
     for fault in FAULTS:
-        what, place, rank, step = fault
+        what, due, rank, step = fault
         mark = FOLDER / "-".join(fault)
-        if (
-            place == where
-            and int(rank) == RANK
-            and int(step) in (STEP[0], -1)
-            and not mark.exists()
-        ):
+        if due == where and int(rank) == RANK and int(step) in (STEP[0], -1) and not mark.exists():
             mark.touch()
             do(what)
             return what
@@ -89,6 +116,7 @@ def strike(where):
 
 
 def around(holder, name, before=None, after=None):
+    """Wrap a method: call `before` with its arguments, and strike at the location `after`."""
     original = getattr(holder, name)
 
     def replaced(*args, **kwargs):
@@ -105,8 +133,8 @@ def around(holder, name, before=None, after=None):
 def forward(engine, *_):
     if engine.training:
         STEP[0], CALLS[0] = engine.global_steps, 0
-        for what, *_rest in FAULTS:
-            time.sleep(0.4 if what == "slow" else 0.0)
+        if SLOW:
+            time.sleep(0.4)
         strike("forward")
 
 
@@ -135,17 +163,17 @@ def half_a_file(tensors, path, *_):
     strike("checkpoint")
 
 
-# WHERE: what is wrapped for it
+# WHERE: wraps the function in which the fault strikes
 LOCATIONS = {
     "forward": lambda: around(ZerothOrderEngine, "forward", before=forward),
     "scalars": lambda: around(
-        ZerothOrderEngine, "_reduce", before=lambda *_: strike("scalars"), after="after_scalars"
+        LossExchange, "step_losses", before=lambda *_: strike("scalars"), after="after_scalars"
     ),
     "application": lambda: around(Direction, "replay_", before=in_application),
     "log": lambda: around(LogFile, "_append", before=half_a_line),
-    "checkpoint": lambda: around(checkpoint, "save_file", before=half_a_file),
+    "checkpoint": lambda: around(checkpoint_files, "save_file", before=half_a_file),
     "rename": lambda: around(
-        checkpoint, "_put_in_place", before=lambda *_: strike("rename"), after="after_rename"
+        checkpoint, "put_in_place", before=lambda *_: strike("rename"), after="after_rename"
     ),
     "refresh": lambda: around(
         Evaluator, "whole_set_losses", before=lambda *_: strike("refresh"), after="after_refresh"
@@ -175,13 +203,13 @@ def main():
 
     TrainingLoader._epoch_batches, Recorder.add = loading, recording
     changed = list(options)
-    for what, where, rank, _ in FAULTS:
-        if what == "other" and int(rank) == RANK and where != "code":
-            changed += {
-                "seed": ["--seed", "43"],
-                "data": ["--train_file", str(FOLDER / "other.jsonl")],
-                "weights": ["--model", str(FOLDER / "other")],
-            }[where]
+    for where in DIFFERING:
+        changed += {
+            "code": [],
+            "seed": ["--seed", "43"],
+            "data": ["--train_file", str(FOLDER / "other.jsonl")],
+            "weights": ["--model", str(FOLDER / "other")],
+        }[where]
     sys.argv = [zods.finetune.__file__, *local_rank, *changed]
     zods.finetune.main()
 

@@ -1,7 +1,9 @@
-"""For test_watchdog.py: the last rank hangs in its own code while the others wait for it, or closes
-its watch and outlives rank 0.
+"""A rank that hangs, for test_watchdog.py.
 
 Usage: hanging.py hangs|ends
+
+hangs: the last rank hangs in its own code while the others wait for it. ends: the last rank closes
+its watchdog and outlives rank 0.
 """
 
 import sys
@@ -22,7 +24,7 @@ def main(kind):
     if kind == "hangs" and comm.rank == comm.world_size - 1:
         time.sleep(1000)
     comm.gather_scalars([1.0])
-    time.sleep(1.5)  # the threads look at the store
+    time.sleep(1.5)  # the watchdogs' threads read the store meanwhile
     watchdog.close()
     comm.gather_scalars([1.0])
     time.sleep(2.5 * comm.rank)

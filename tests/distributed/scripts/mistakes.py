@@ -1,8 +1,9 @@
-"""For test_launcher.py: wrong input, given to zods on two ranks.
+"""Wrong input for zods on two ranks, for test_launcher.py.
 
-Usage: mistakes.py OUTPUT_FOLDER: tries all, each rank writes what it was told to
-OUTPUT_FOLDER/rank<N>.json.
-       mistakes.py OUTPUT_FOLDER NAME: makes one mistake, and lets the error end the run.
+Usage: mistakes.py OUTPUT_FOLDER [NAME]
+
+Without NAME the script tries all mistakes, and each rank writes the errors to
+OUTPUT_FOLDER/rank<N>.json. With NAME it makes one mistake, and its error ends the run.
 """
 
 import json
@@ -22,7 +23,7 @@ NVME = {"method": "mezo_svrg", "anchor": {"point": "nvme", "gradient": "nvme"}}
 
 
 class Silent(nn.Module):
-    """Gives neither a loss nor logits."""
+    """Returns neither a loss nor logits."""
 
     def __init__(self):
         super().__init__()
@@ -90,7 +91,7 @@ def mistakes(output):
 
 
 def prepare(output):
-    """A checkpoint, and one that was cut."""
+    """Write a checkpoint, and a truncated one."""
     engine = step(start(configuration(8, **MEZO)))
     engine.save_checkpoint(output / "checkpoint")
     engine.save_checkpoint(output / "truncated")

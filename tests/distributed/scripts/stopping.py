@@ -1,7 +1,9 @@
-"""For test_stopping.py: listens, and writes what it learns.
+"""A process that listens for requests to stop, for test_stopping.py.
 
-Usage: stopping.py FOLDER. Writes FOLDER/listening with its process id and its parent's, once a
-forked process of its own has been ended with SIGTERM; then FOLDER/reason, and ends.
+Usage: stopping.py FOLDER
+
+Once a forked process of its own has been ended with SIGTERM, it writes its process id and its
+parent's to FOLDER/listening. When it is asked to stop, it writes FOLDER/reason and ends.
 """
 
 import json

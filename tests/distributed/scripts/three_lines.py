@@ -1,7 +1,8 @@
-"""For test_launcher.py: the three-line loop on ZeRO-3, with every collective counted where torch
-offers it.
+"""The three-line loop on ZeRO-3, with every collective of torch counted. For test_launcher.py.
 
-Usage: three_lines.py OUTPUT_FOLDER. Each rank writes what it saw to OUTPUT_FOLDER/rank<N>.json.
+Usage: three_lines.py OUTPUT_FOLDER
+
+Each rank writes its counts to OUTPUT_FOLDER/rank<N>.json.
 """
 
 import functools
@@ -13,13 +14,14 @@ from pathlib import Path
 import torch
 from torch.distributed import distributed_c10d
 
-SENT = {"zods": {}, "deepspeed": {}, "other": {}}  # calls and bytes by owner, then by collective
+SENT = {"zods": {}, "deepspeed": {}, "other": {}}  # (calls, bytes) by owner, then by collective
 counting = False
 
 
 def bytes_sent(name, args, kwargs):
-    """What this rank hands over for the others: as zods counts, its own contribution once per other
-    rank.
+    """The bytes that this rank sends in a collective.
+
+    They are counted as zods counts: the rank's own input, once per other rank.
     """
     world_size = torch.distributed.get_world_size()
     values = [*args, *kwargs.values()]
@@ -29,15 +31,18 @@ def bytes_sent(name, args, kwargs):
         for item in (value if isinstance(value, (list, tuple)) else [value])
     ]
     tensors = [item for item in flat if isinstance(item, torch.Tensor)]
-    # the output first, then the input, the smallest of the tensors
+    # The output comes before the input. The input is the smallest of the tensors.
     if name.startswith("all_gather"):
         tensors = [min(tensors, key=lambda t: t.numel())] if tensors else []
     return sum(t.nbytes for t in tensors) * (world_size - 1)
 
 
 def owner():
-    """Whose code asked for a collective: the nearest frame of zods or DeepSpeed, but all that
-    zods/comm asks for is zods', through whomever it goes."""
+    """The package whose code asked for a collective.
+
+    It is that of the nearest frame of zods or DeepSpeed. All that zods/comm asks for belongs to
+    zods, even if DeepSpeed's functions make the call.
+    """
     frame, found = sys._getframe(2), None
     while frame is not None:
         path = frame.f_code.co_filename.replace(os.sep, "/")
@@ -56,7 +61,7 @@ def count(module, name):
     @functools.wraps(function)
     def counted(*args, **kwargs):
         global counting
-        # a part of one counted; these call the others
+        # This call is a part of one that is counted already: some collectives call others.
         if counting or name.endswith(("_object", "_object_list")):
             return function(*args, **kwargs)
         entry = SENT[owner()].setdefault(name, [0, 0])
@@ -90,7 +95,7 @@ COLLECTIVES = [
     if callable(getattr(distributed_c10d, name))
     and not isinstance(getattr(distributed_c10d, name), type)
 ]
-for collective in COLLECTIVES:  # before anyone takes a name of them
+for collective in COLLECTIVES:  # before another module imports their names
     count(distributed_c10d, collective)
     if hasattr(torch.distributed, collective):
         setattr(torch.distributed, collective, getattr(distributed_c10d, collective))
@@ -155,7 +160,7 @@ def main(output):
             "loss": engine.last_step.loss,
         }
     found["sent"] = SENT
-    # a tied parameter is gathered where it is used
+    # a tied parameter is gathered by each module that uses it
     held = {id(p.param): p.padded_numel for p in engine.sharded_parameters}
     uses = [
         held[id(p)] for module in engine.module.modules() for p in module.parameters(recurse=False)

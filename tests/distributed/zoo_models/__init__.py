@@ -1,5 +1,6 @@
-"""A zoo of tiny models of many kinds; each is trained for a few steps by
-`tests/distributed/test_zoo.py`.
+"""A zoo of tiny models of many kinds.
+
+`tests/distributed/test_zoo.py` trains each for a few steps.
 """
 
 from __future__ import annotations

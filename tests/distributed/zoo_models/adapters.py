@@ -1,5 +1,6 @@
-"""Several methods of peft on one small Llama, and LoRA on other bases; only what a method adds is
-trained.
+"""Several methods of PEFT on one small Llama, and LoRA on other bases.
+
+Only the parameters that a method adds are trained.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def _causal(config: str, **arguments: Any) -> Subject:
 
 
 def _merged_then_another() -> nn.Module:
-    """Two adapters on one base, both active."""
+    """Two active adapters on one base."""
     model = peft.get_peft_model(_LLAMA(), peft.LoraConfig(r=2, **_TARGETS))  # type: ignore[arg-type]
     model.add_adapter("second", peft.LoraConfig(r=3, **_MORE))
     model.base_model.set_adapter(["default", "second"])
@@ -56,8 +57,8 @@ ADAPTERS: dict[str, Subject] = {
         "LoraConfig", r=2, target_modules=[], target_parameters=["mlp.gate_proj.weight"]
     ),
     "DoRA": _causal("LoraConfig", r=2, use_dora=True, **_TARGETS),
-    # peft gathers its matrices for a term of the loss, but only where transformers knows that
-    # ZeRO-3 is on
+    # PEFT gathers its matrices for a term of the loss, but only if transformers knows that ZeRO-3
+    # is on.
     "AdaLoRA": Subject(
         _with(
             _LLAMA,

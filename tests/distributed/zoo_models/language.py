@@ -1,5 +1,6 @@
-"""Language models of transformers: decoders, encoders, encoder-decoders, mixtures of experts,
-state-space models.
+"""Language models of transformers.
+
+Decoders, encoders, encoder-decoders, mixtures of experts, state-space models.
 """
 
 from __future__ import annotations
@@ -62,13 +63,13 @@ MAMBA = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": VOCABULARY, "s
 
 
 def _tokens(seed: int) -> tuple[Tensor, torch.Generator]:
-    """Every batch is longer than the one before."""
+    """Random tokens. Every batch is longer than the one before."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, VOCABULARY, (EXAMPLES, LENGTH + seed), generator=generator), generator
 
 
 def tokens(seed: int) -> dict[str, Tensor]:
-    """Every token is a label."""
+    """A batch in which every token is a label."""
     ids, _ = _tokens(seed)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
 
@@ -83,7 +84,7 @@ def classes(seed: int) -> dict[str, Tensor]:
 
 
 def masked(seed: int) -> dict[str, Tensor]:
-    """Every fourth word is masked, and these are the labels."""
+    """A batch in which every fourth word is masked. The masked words are the labels."""
     ids, _ = _tokens(seed)
     hidden = torch.zeros_like(ids, dtype=torch.bool)
     hidden[:, 2::4] = True
@@ -102,7 +103,7 @@ def spans(seed: int) -> dict[str, Tensor]:
 
 
 def pairs(seed: int) -> dict[str, Tensor]:
-    """Source and target of different lengths."""
+    """A batch whose sources and targets have different lengths."""
     ids, generator = _tokens(seed)
     target = torch.randint(3, VOCABULARY, (EXAMPLES, 7), generator=generator)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": target}
@@ -111,15 +112,19 @@ def pairs(seed: int) -> dict[str, Tensor]:
 def build(
     family: str, head: str = "ForCausalLM", config: str = "", **arguments: Any
 ) -> Callable[[], nn.Module]:
-    """The class `family` + `head` of transformers with its configuration, which is of that family
-    or of `config`.
+    """The class `family` + `head` of transformers with its configuration.
+
+    The configuration's class is that of the family, or of `config`.
     """
     return lambda: getattr(hf, family + head)(getattr(hf, f"{config or family}Config")(**arguments))
 
 
 def _gathered_as_one(make: Callable[[], nn.Module], kind: str) -> Callable[[], nn.Module]:
-    """Modules of this class are gathered with all below them: ZeRO-3 needs all ranks to gather the
-    same modules, and which experts are called depends on the batch."""
+    """Have modules of this class gathered with all modules below them.
+
+    ZeRO-3 needs all ranks to gather the same modules, and the batch decides which experts are
+    called.
+    """
 
     def made() -> nn.Module:
         model = make()
@@ -426,7 +431,7 @@ ENCODER_DECODERS: dict[str, Subject] = {
 
 
 def with_end(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """BART classifies at the last token that marks an end."""
+    """A batch with end marks, because BART classifies at the last end mark."""
     batch["input_ids"][:, -1] = TRANSLATOR["eos_token_id"]
     return batch
 

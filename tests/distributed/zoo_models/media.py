@@ -62,7 +62,7 @@ def large_images(seed: int) -> dict[str, Tensor]:
 
 
 def segments(seed: int) -> dict[str, Tensor]:
-    """A class for every pixel."""
+    """A batch with a class for every pixel."""
     pixels, generator = _images(seed, 32)
     return {
         "pixel_values": pixels,
@@ -82,7 +82,7 @@ def captioned(seed: int) -> dict[str, Any]:
 
 
 def described(seed: int) -> dict[str, Tensor]:
-    """Images whose text is to be written."""
+    """Images, with the texts to generate as labels."""
     return {"pixel_values": _images(seed)[0], "labels": tokens(seed)["input_ids"]}
 
 
@@ -144,7 +144,7 @@ def _both(kind: str) -> Any:
             text_config=text, vision_config={**_PATCHES, "projection_dim": 16}
         )
         config.projection_dim = 16
-        # the usual one makes rounding errors of the logits 14 times as large
+        # the usual scale makes rounding errors of the logits 14 times as large
         config.logit_scale_init_value = 1.0
         return getattr(hf, f"{kind}Model")(config)
 

@@ -1,5 +1,6 @@
-"""Plain torch models of usual layers: experts, recurrent, attention, convolutions, graphs; and
-unusual losses and batches.
+"""Plain torch models of usual layers, and unusual losses and batches.
+
+The layers are experts, recurrent ones, attention, convolutions, graphs.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from tests.distributed.zoo_models.subject import EXAMPLES, Subject
 
 
 class Experts(nn.Module):
-    """Experts in a ModuleList.
+    """Experts in a ModuleList. An expert without words is not called.
 
-    One that is given no words is not called, which depends on the batch and on the weights.
+    Which experts get words depends on the batch and on the weights.
     """
 
     def __init__(self, number: int) -> None:
@@ -38,8 +39,9 @@ class Experts(nn.Module):
 
 
 class Routed(Classifier):
-    """A mixture of experts, gathered as one module: ZeRO-3 needs all ranks to call the same
-    modules.
+    """A mixture of experts, gathered as one module.
+
+    ZeRO-3 needs all ranks to call the same modules.
     """
 
     number = 12
@@ -53,15 +55,16 @@ class Routed(Classifier):
 
 
 class RoutedToFewer(Routed):
-    """All experts are called on the first batch, so that another form of evaluation may be chosen
-    there.
+    """A mixture whose experts are all called on the first batch only.
+
+    So another form of evaluation may be chosen on that batch.
     """
 
     number = 8
 
 
 class StackedExperts(Classifier):
-    """Experts as one parameter of three dimensions, gathered per word."""
+    """Experts as one parameter of three dimensions, of which each word's part is gathered."""
 
     def build(self) -> None:
         self.router = nn.Linear(WIDTH, 4)
@@ -73,7 +76,7 @@ class StackedExperts(Classifier):
 
 
 class SharedBlock(Classifier):
-    """The same block several times, and twice under two names."""
+    """The same block several times, and under two names."""
 
     def build(self) -> None:
         self.alias = self.block
@@ -86,7 +89,7 @@ class SharedBlock(Classifier):
 
 
 class Checkpointed(Classifier):
-    """Activation checkpointing, in both of its ways."""
+    """Activation checkpointing in both of its modes."""
 
     def build(self) -> None:
         self.second = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH))
@@ -97,7 +100,7 @@ class Checkpointed(Classifier):
 
 
 class Counts(Classifier):
-    """Buffers that the forward writes: a counter, and a table that is made at the first call."""
+    """Buffers that the forward writes: a counter, and a table that the first call makes."""
 
     def build(self) -> None:
         self.register_buffer("calls", torch.zeros((), dtype=torch.long))
@@ -112,7 +115,7 @@ class Counts(Classifier):
 
 
 class Twice(Classifier):
-    """Two forwards of the root's own parts, and a frozen teacher; the loss is of all three."""
+    """Two forwards of the root's parts, and a frozen teacher. The loss is over all three."""
 
     def build(self) -> None:
         self.teacher = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()).requires_grad_(False)
@@ -129,9 +132,7 @@ class Twice(Classifier):
 
 
 class Repeated(nn.Module):
-    """A layer that is applied until a second one says that it is enough for the batch: adaptive
-    computation.
-    """
+    """Adaptive computation: a layer is repeated until a second one ends the loop for the batch."""
 
     limit = 0.86
 
@@ -149,7 +150,10 @@ class Repeated(nn.Module):
 
 
 class StopsEarly(Classifier):
-    """How often a layer runs depends on the weights. It is gathered once for all its runs."""
+    """A layer that runs a number of times that depends on the weights.
+
+    It is gathered once for all its runs.
+    """
 
     def build(self) -> None:
         self.repeated = Repeated()
@@ -160,7 +164,7 @@ class StopsEarly(Classifier):
 
 
 class Ragged(Classifier):
-    """The block is given a list of tensors of different lengths."""
+    """A block that is given a list of tensors of different lengths."""
 
     def build(self) -> None:
         self.block = OverList()
@@ -179,7 +183,7 @@ class OverList(nn.Module):
 
 
 class Vectorized(Classifier):
-    """Calls a child by vmap."""
+    """Calls a child through vmap."""
 
     def body(self, x: Tensor) -> Tensor:
         return torch.vmap(super().body)(x)
@@ -194,7 +198,7 @@ class ForwardMode(Classifier):
 
 
 class OneByOne(Classifier):
-    """The block sees one example at a time, without a batch dimension."""
+    """Gives the block one example at a time, without a batch dimension."""
 
     def body(self, x: Tensor) -> Tensor:
         return torch.stack([super(OneByOne, self).body(row) for row in x])
@@ -224,7 +228,7 @@ class Result(NamedTuple):
 
 
 class TupleOut(Classifier):
-    """Positions as inputs, a named tuple as output; a block that gives a tuple."""
+    """Positions as inputs, a named tuple as output, and a block that returns a tuple."""
 
     def build(self) -> None:
         self.lstm = nn.LSTM(WIDTH, WIDTH, num_layers=2, bidirectional=True)
@@ -237,14 +241,14 @@ class TupleOut(Classifier):
 
 
 class OneDict(Classifier):
-    """Its one input is a dict."""
+    """A model whose only input is a dict."""
 
     def forward(self, batch: dict[str, Tensor]) -> Any:
         return super().forward(batch["ids"], batch["labels"])["loss"]
 
 
 class ClassWeights(Classifier):
-    """A loss in which the classes count differently."""
+    """A loss with a weight for each class."""
 
     def forward(self, ids: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
         logits = super().forward(ids)["logits"]
@@ -255,13 +259,19 @@ class ClassWeights(Classifier):
 
 
 def one_class_first(seed: int) -> dict[str, Tensor]:
-    """All examples of the first batch are of class 0, so that class weights do not show there."""
+    """Batches of which the first has only examples of class 0.
+
+    So class weights have no effect on it.
+    """
     batch = words(seed)
     return {**batch, "labels": torch.zeros_like(batch["labels"]) if seed == 0 else batch["labels"]}
 
 
 class Energy(nn.Module):
-    """Forces are the gradient of an energy, taken inside the forward; the loss is over both."""
+    """A model of forces, which are the gradient of an energy inside the forward.
+
+    The loss is over energy and forces.
+    """
 
     def __init__(self) -> None:
         super().__init__()

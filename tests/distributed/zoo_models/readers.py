@@ -1,5 +1,6 @@
-"""Plain classifiers in which a weight is used in another way than by the forward of the module that
-owns it.
+"""Plain classifiers that use a weight in an unusual way.
+
+The weight is not used by the forward of the module that owns it.
 """
 
 from __future__ import annotations
@@ -17,19 +18,20 @@ WIDTH, CLASSES, WORDS, LENGTH = 12, 5, 23, 6
 
 
 def words(seed: int) -> dict[str, Tensor]:
-    """Every batch is longer than the one before."""
+    """Random words. Every batch is longer than the one before."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, WORDS, (EXAMPLES, LENGTH + seed), generator=generator)
     return {"ids": ids, "labels": torch.randint(0, CLASSES, (EXAMPLES,), generator=generator)}
 
 
 class Classifier(nn.Module):
-    """Embeds words, applies `block` in the way of its subclass, and classifies the mean over the
-    words.
+    """Embeds words, applies `block` as its subclass defines, and classifies.
+
+    It classifies the mean over the words.
     """
 
     num_words, width, num_classes = WORDS, WIDTH, CLASSES
-    smoothing = 0.0  # of the labels
+    smoothing = 0.0  # label smoothing
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,7 +60,7 @@ class Classifier(nn.Module):
 
 
 class Pruned(Classifier):
-    """A pre-hook of the block makes its weight from a parameter and a mask."""
+    """A pre-hook of the block computes its weight from a parameter and a mask."""
 
     def build(self) -> None:
         prune.l1_unstructured(self.block, "weight", amount=0.4)
@@ -200,8 +202,9 @@ class HandedByKeyword(HandedByPosition):
 
 
 class HandedTransformed(Classifier):
-    """A matrix goes through another module before it is used, as DeBERTa's relative embeddings
-    through a norm.
+    """A matrix goes through another module before it is used.
+
+    DeBERTa's relative embeddings go through a norm in this way.
     """
 
     def build(self) -> None:
@@ -213,7 +216,7 @@ class HandedTransformed(Classifier):
 
 
 class Scorer(nn.Module):
-    """Has a method beside its forward."""
+    """A module with a method beside its forward."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -239,7 +242,7 @@ class CallsMethod(Classifier):
 
 
 class ParameterContainers(Classifier):
-    """Parameters in a list and a dict, which have no forward."""
+    """Parameters in a list and in a dict, which have no forward."""
 
     def build(self) -> None:
         self.matrices = nn.ParameterList([torch.randn(WIDTH, WIDTH) / 4 for _ in range(2)])
@@ -295,8 +298,9 @@ class CustomFunction(Classifier):
 
 
 class IndexedTable(Classifier):
-    """The root reads rows of a table of a child by indexing, and its own 0-d and strided
-    parameters.
+    """The root indexes rows of a child's table.
+
+    It also reads its own 0-d and strided parameters.
     """
 
     def build(self) -> None:
@@ -335,7 +339,7 @@ READERS: dict[str, Subject] = {
     "lists and dicts of parameters": Subject(ParameterContainers, words),
     "weights in the loss": Subject(PenalizesWeights, words),
     "hypernetwork": Subject(Hyper, words),
-    # DeepSpeed's hook reads ds_status of the tensors
+    # DeepSpeed's hook reads ds_status of the tensors.
     "functional_call": Subject(FunctionalCall, words, sharded=False),
     "custom function": Subject(CustomFunction, words),
     "0-d, strided and indexed": Subject(IndexedTable, words, sample=True),

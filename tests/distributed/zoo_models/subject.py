@@ -1,4 +1,4 @@
-"""One model of the zoo with its batches, and how both are made the same in every process."""
+"""One model of the zoo with its batches, made in the same way in every process."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-EXAMPLES = 4  # of a global batch
+EXAMPLES = 4  # the number of examples of a global batch
 
 
 @dataclass(frozen=True)
 class Subject:
     """A model and its batches.
 
-    make: the model; it is given seeded random numbers. batch: seed -> a global batch of `EXAMPLES`
-    examples, a dict or a tuple of tensors with the examples on dim 0 (anything else in it belongs
-    to all examples), where every example holds as much as every other. trained: a regular
-    expression for the names of the parameters to train. eps, lr: of the steps. sample: in the
-    sample that the tests run by default. svrg, bf16: run in these ways too. sharded: DeepSpeed can
-    run it under ZeRO-3.
+    make: makes the model, with seeded random numbers.
+    batch: seed -> a global batch of `EXAMPLES` examples of equal size, a dict or a tuple of tensors
+        with the examples on dim 0. Anything else in it belongs to all examples.
+    trained: a regular expression for the names of the parameters to train.
+    eps, lr: of the steps.
+    sample: whether the tests run the model by default.
+    svrg, bf16: whether the model is also run in these ways.
+    sharded: whether DeepSpeed can run it under ZeRO-3.
     """
 
     make: Callable[[], nn.Module]
@@ -38,14 +40,15 @@ class Subject:
 
 
 def fresh(subject: Subject) -> nn.Module:
-    """The model in evaluation mode, the same bits at every call.
+    """The model in evaluation mode, with the same bits at every call.
 
-    Noise is added to all parameters, so that none is zero (as LoRA's, gates and biases are at the
-    start) and all layers matter to the loss.
+    Noise is added to all parameters. So no parameter is zero (as LoRA's matrices, gates and biases
+    are at the start), and all layers matter to the loss.
     """
     torch.manual_seed(0)
     threads = torch.get_num_threads()
-    # as in a rank: the QR decomposition of an orthogonal initialization depends on it
+    # as in a rank: the QR decomposition of an orthogonal initialization depends on the number of
+    # threads
     torch.set_num_threads(1)
     model = subject.make().eval()
     torch.set_num_threads(threads)
@@ -57,7 +60,7 @@ def fresh(subject: Subject) -> nn.Module:
 
 
 def part_of(batch: Any, start: int, stop: int) -> Any:
-    """Examples start to stop of a batch."""
+    """Examples `start` to `stop` of a batch."""
     if isinstance(batch, dict):
         return {key: part_of(value, start, stop) for key, value in batch.items()}
     if isinstance(batch, tuple):
@@ -66,7 +69,7 @@ def part_of(batch: Any, start: int, stop: int) -> Any:
 
 
 def joined(parts: Sequence[Any]) -> Any:
-    """Parts of a batch as one."""
+    """Join parts of a batch."""
     first = parts[0]
     if isinstance(first, dict):
         return {key: joined([part[key] for part in parts]) for key in first}
@@ -76,7 +79,7 @@ def joined(parts: Sequence[Any]) -> Any:
 
 
 def loss_of(outputs: Any, batch: Any) -> Tensor:
-    """The loss among a model's outputs; else the cross entropy of its logits."""
+    """The loss in a model's outputs, or else the cross entropy of its logits."""
     if isinstance(outputs, Tensor) and outputs.ndim == 0:
         return outputs
     if isinstance(outputs, tuple) and isinstance(outputs[0], Tensor) and outputs[0].ndim == 0:

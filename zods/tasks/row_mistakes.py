@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-SHOWN = 8  # row numbers of one mistake, and mistakes of different kinds, that a message lists
+SHOWN = 8  # a message lists at most this many mistakes, and row numbers per mistake
 
 
 class Mistakes:
-    """Row numbers by row name and mistake.
+    """The mistakes in rows, with the numbers of the rows.
 
     For example ("dev.csv, line", "blank text in 'text'") has the numbers 4, 6 and 9.
     """
@@ -33,14 +33,14 @@ class Mistakes:
             if problems:
                 raise ValueError("; ".join(problems))
             return
-        told = [
+        listed_mistakes = [
             f"{row_name} {listed(numbers)}: {what}"
             for (row_name, what), numbers in self._rows.items()
         ]
         more = sum(map(len, list(self._rows.values())[SHOWN:]))
         if more:
-            told = [*told[:SHOWN], f"and {more} more rows with mistakes"]
-        raise ValueError(f"{'; '.join([*problems, *told])}. {remedy}")
+            listed_mistakes = [*listed_mistakes[:SHOWN], f"and {more} more rows with mistakes"]
+        raise ValueError(f"{'; '.join([*problems, *listed_mistakes])}. {remedy}")
 
 
 def listed(numbers: Sequence[int]) -> str:

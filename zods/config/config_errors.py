@@ -107,7 +107,7 @@ class _Mistake:
         kind, value = self._entry["type"], self._entry["input"]
         here = ".".join([*([path] if path else []), *map(str, self._keys)])
         if kind == "missing":
-            return f"{here}: missing."
+            return f"{here}: missing. Give a value."
         if kind == "extra_forbidden":
             known = sorted(self._section.model_fields)
             hint = nearest(self._keys[-1], known)

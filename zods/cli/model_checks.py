@@ -1,0 +1,138 @@
+"""Check that a pretrained model and its adapter fit the task. Caller: `zods.finetune`.
+
+`check_kind` and `check_adapter` read the model's files before anything is loaded. `check_causal`
+compares predictions of the loaded model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
+
+from zods.cli.pretrained import (
+    Pretrained,
+    check_weight_files,
+    errors_in_one_line,
+    parameter_shapes,
+)
+from zods.tasks import Task
+
+
+def check_kind(pretrained: Pretrained, task: Task) -> None:
+    """Raise ValueError where the configuration shows that the model cannot be used for the task."""
+    auto_class, config = task.auto_class(), pretrained.config
+    own_code = auto_class.__name__ in (getattr(config, "auto_map", None) or {})
+    if not own_code and not {type(config), type(config.get_text_config())} & set(
+        auto_class._model_mapping.keys()
+    ):
+        kind = "encoder-decoder " if config.is_encoder_decoder else ""
+        raise ValueError(
+            f"--model {pretrained.base}: a {kind}model of type {config.model_type}, for which "
+            f"transformers has no {auto_class.__name__}, as --task {task.name} needs. Give another "
+            "model or another --task."
+        )
+    masked = (
+        type(config) in MODEL_FOR_MASKED_LM_MAPPING and getattr(config, "is_decoder", True) is False
+    )
+    if task.predicts_next_token and masked and not config.is_encoder_decoder:
+        raise ValueError(
+            _not_causal(
+                pretrained.base, f"a {config.model_type} model with is_decoder false", task.name
+            )
+        )
+
+
+def check_adapter(pretrained: Pretrained, task: Task, trust_remote_code: bool) -> None:
+    """Raise ValueError where an adapter's files show that it does not fit the task.
+
+    It does not fit where it was trained for another task type, or where its weights have other
+    shapes than the model.
+    """
+    if pretrained.adapter is None:
+        return
+    with errors_in_one_line(f"--model {pretrained.adapter}, a PEFT adapter"):
+        import peft
+
+        kind = peft.PeftConfig.from_pretrained(pretrained.adapter).task_type
+    needed = "CAUSAL_LM" if task.predicts_next_token else "SEQ_CLS"
+    if kind is not None and kind != needed:
+        raise ValueError(
+            f"--model {pretrained.adapter}: the task_type in its adapter_config.json is "
+            f"{getattr(kind, 'value', kind)}, but --task {task.name} needs an adapter of task_type "
+            f"{needed}. Give another adapter or another --task."
+        )
+    path = Path(pretrained.adapter) / "adapter_model.safetensors"
+    if not path.is_file():  # from the hub, or in another format: seen when it is loaded
+        return
+    check_weight_files(path.parent)
+    expected = parameter_shapes(pretrained, task, trust_remote_code)
+    with safe_open(path, framework="pt") as file:
+        found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    for name, shape in found.items():
+        name = name.removeprefix("base_model.model.")
+        if expected.get(name, shape) != shape:
+            classes = (
+                f" of {task.model_kwargs()['num_labels']} classes"
+                if not task.predicts_next_token
+                else ""
+            )
+            raise ValueError(
+                f"--model {pretrained.adapter}: its {name} has the shape {shape}, but the model "
+                f"for --task {task.name}{classes} has {expected[name]}. Give the base model that "
+                "the adapter was trained on, and data with as many classes as it was trained for, "
+                "or train new adapters with --lora_rank."
+            )
+
+
+def check_causal(
+    evaluate: Callable[..., dict[str, float]], pretrained: Pretrained, task: Task, rows: Any
+) -> None:
+    """Raise ValueError, on all ranks, where later tokens change the model's earlier predictions.
+
+    The configuration does not always show this. The check compares the predictions for two rows
+    whose first halves are the same, in one forward.
+
+    Args:
+        evaluate: the engine's method `evaluate`.
+        rows: prepared training data; the tokens of the two rows are taken from them.
+    """
+    if not task.predicts_next_token:
+        return
+    inputs_of = (task.collate([row])["input_ids"] for row in rows.select(range(min(8, len(rows)))))
+    tokens = sorted({token for input_ids in inputs_of for token in input_ids[0].tolist()})
+    if len(tokens) < 2:
+        return
+    first = [tokens[i % len(tokens)] for i in range(8)]
+    ids = torch.tensor([first, first[:4] + [tokens[(i + 1) % len(tokens)] for i in range(4, 8)]])
+
+    def measure(
+        outputs: Any, inputs: dict[str, Tensor], targets: Tensor
+    ) -> dict[str, tuple[float, float]]:
+        logits = outputs["logits"]
+        change = (logits[0] - logits[1]).abs().amax(-1).float()  # (8,)
+        # The first halves of a causal model's rows differ by rounding, if at all.
+        noise = 1e-4 if logits.dtype == torch.float32 else 1e-2
+        return {"leaks": (float(change[:4].max() > noise * change[4:].max()), 1)}
+
+    def collate(rows: Sequence[Any]) -> tuple[dict[str, Tensor], Tensor]:
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, torch.zeros(1)
+
+    if evaluate([0], collate, measure)["leaks"]:
+        raise ValueError(
+            _not_causal(pretrained.base, "its predictions depend on later tokens", task.name)
+        )
+
+
+def _not_causal(name: str, found: str, task: str) -> str:
+    return (
+        f"--model {name}: not a causal language model ({found}), so that with --task {task} it "
+        f"would see the answer that "
+        'it is to predict. Give a causal one (a masked one with "is_decoder": true in its '
+        "config.json is), or use --task classification."
+    )

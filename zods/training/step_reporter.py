@@ -1,0 +1,85 @@
+"""Report each step: to the caller, to DeepSpeed's monitor, and as warnings where it went wrong."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from zods.comm.communicator import Communicator
+from zods.config.schema import ZerothOrderConfig
+from zods.training.state import StepInFlight, TrainState
+from zods.training.step_outputs import StepReport
+from zods.trajectory.records import Step
+
+logger = logging.getLogger(__name__)
+
+
+class StepReporter:
+    def __init__(self, monitor: Any, config: ZerothOrderConfig, comm: Communicator) -> None:
+        """monitor: DeepSpeed's."""
+        self._monitor, self._config, self._comm = monitor, config, comm
+        self._has_warned_of_zero = False
+
+    def report(
+        self,
+        state: TrainState,
+        record: Step,
+        in_flight: StepInFlight,
+        loss: float,
+        projected_grad: float,
+        selection_seconds: float,
+    ) -> StepReport:
+        """Make the report of a step that was applied, and write it to the monitor.
+
+        state: after the step.
+        """
+        if self._monitor.enabled:
+            events = {"loss": loss, "lr": record.lr, "projected_grad": projected_grad}
+            self._monitor.write_events(
+                [(f"Train/Samples/{k}", v, state.global_samples) for k, v in events.items()]
+            )
+        return StepReport(
+            step=state.global_steps,
+            loss=loss,
+            projected_grad=projected_grad,
+            lr=record.lr,
+            scalar_bytes=self._comm.scalar_bytes - in_flight.bytes_before,
+            seconds=time.perf_counter() - in_flight.began + selection_seconds,
+            skipped=record.skipped,
+            selection_seconds=selection_seconds,
+        )
+
+    def warn(
+        self,
+        state: TrainState,
+        record: Step,
+        losses: Sequence[Sequence[float]],
+        projected_grad: float,
+    ) -> None:
+        """Warn of a step that was skipped, or whose projected gradient is exactly 0.
+
+        Raises RuntimeError after `max_nonfinite_steps` skipped steps in a row.
+        """
+        if record.skipped:
+            self._warn_of_skipped(state, [loss for of_set in losses for loss in of_set])
+        elif projected_grad == 0.0 and not self._has_warned_of_zero:
+            self._has_warned_of_zero = True
+            if self._comm.rank == 0:
+                logger.warning(
+                    "step %d: the projected gradient is exactly 0, because the losses of a pair of "
+                    "points are the same number. Either no parameter that is trained reaches the "
+                    "loss, or eps (%g) is lost in rounding. This is said once.",
+                    state.global_steps,
+                    self._config.eps,
+                )
+
+    def _warn_of_skipped(self, state: TrainState, losses: list[float]) -> None:
+        logger.warning("step %d skipped: losses %s are not all finite", state.global_steps, losses)
+        if state.nonfinite_in_a_row > self._config.max_nonfinite_steps:
+            raise RuntimeError(
+                f"{state.nonfinite_in_a_row} steps in a row had non-finite losses "
+                f"(max_nonfinite_steps = {self._config.max_nonfinite_steps}). Lower lr or eps, or "
+                f"look at the data. Last losses: {losses}."
+            )
