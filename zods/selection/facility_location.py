@@ -251,9 +251,9 @@ def lazy_greedy(
     while len(ids) < min(k, num_offered):
         # The gains of this rank's best candidates are evaluated now. The first entry of the heap
         # bounds the gains of all others.
-        oldest = own.new_tensor([_id(-heapq.heappop(heap)) for _ in range(min(size, len(heap)))])
+        stale = own.new_tensor([_id(-heapq.heappop(heap)) for _ in range(min(size, len(heap)))])
         exact = (
-            sorted(_negated(_packed(problem.gains(oldest, nearest), oldest))) if len(oldest) else []
+            sorted(_negated(_packed(problem.gains(stale, nearest), stale))) if len(stale) else []
         )
         for entry in exact[_POOL:]:
             heapq.heappush(heap, entry)
