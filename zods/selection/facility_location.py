@@ -70,8 +70,10 @@ class Problem:
         unit: float,
         device: torch.device,
     ) -> None:
-        """between: maps (candidates, items) to their distances: integers in float32, symmetric.
-        largest: D. unit: the distance that the integer 1 stands for.
+        """Check the number of candidates.
+
+        between: maps (candidates, items) to their distances: integers in float32, symmetric.
+        largest: D. unit: distance of the integer 1 in the unit of the features.
 
         Raises ValueError for more than MAX_CANDIDATES candidates.
         """

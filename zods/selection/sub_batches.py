@@ -82,7 +82,9 @@ class SubBatches:
         path: str,
         loss_mean: str = "tokens",
     ) -> None:
-        """path: key of the selector's configuration in messages. loss_mean: as in
+        """Check that data, model and configuration fit each other.
+
+        path: key of the selector's configuration in messages. loss_mean: as in
         `zods.data.objectives`.
 
         Raises ValueError where data, model and configuration do not fit each other.
@@ -286,7 +288,7 @@ class SubBatches:
     def _measured_here(
         self, batch: CandidateBatch, chunks: list[list[int]], seeds: list[int]
     ) -> tuple[Tensor, Tensor]:
-        """(features, losses) of this rank's chunks: every `world_size`-th of them.
+        """Measure this rank's chunks, which are every `world_size`-th. Returns (features, losses).
 
         A candidate whose loss or features are not finite gets the loss NaN and features 0.
         """
@@ -330,7 +332,7 @@ class SubBatches:
 
     @property
     def chosen(self) -> tuple[list[int], list[float]]:
-        """(ids of the last selection, ascending; their weights)."""
+        """The last selection: (ids, ascending; their weights)."""
         return self.selected_ids, self._weights
 
     def restore_selection(
