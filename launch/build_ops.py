@@ -1,8 +1,8 @@
 """Build the native parts once, before any rank starts.
 
-They are the kernels, DeepSpeed's communication operator for CPUs and, with `--async_io`, its
-operator for NVMe, which takes several times as long. Locks that a killed build left are removed
-first; see zods/comm/build_locks.py.
+The native parts are the kernels, DeepSpeed's communication operator for CPUs and, with
+`--async_io`, DeepSpeed's operator for NVMe, which takes several times as long. Locks that a killed
+build left are removed first (zods/comm/build_locks.py). Called by launch/setup.sh.
 """
 
 import os

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Set everything up and run the main job end to end, offline: two ranks, ZeRO-3, MeZO-SVRG, the anchor in host memory,
-# on a small pretrained decoder and the standard library's docstrings. Further arguments go to zods.finetune.
+# Set everything up and run the main job end to end, offline: MeZO-SVRG on two ranks with ZeRO-3, the anchor's gradient in
+# host memory. It trains a small pretrained decoder on docstrings and code of Python's standard library. Further arguments
+# go to zods.finetune.
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh" report
 rm -rf runs/quickstart
 bash launch/quickstart/train.sh runs/quickstart --plot "$@"

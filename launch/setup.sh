@@ -1,5 +1,6 @@
-# Sourced by the scripts beside it: a virtual environment in .venv with the pinned packages, and the native parts built once.
-# Sets nothing outside the project, except that as root on Debian or Ubuntu it installs missing system packages with apt.
+# Sourced by the other scripts of this folder. It makes a virtual environment in .venv with the pinned packages, and builds
+# the native parts once. It changes nothing outside the project, except that as root on Debian or Ubuntu it installs missing
+# system packages with apt.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # Usage: . launch/setup.sh EXTRAS [--async_io]    (--async_io builds DeepSpeed's operator for NVMe, too)
@@ -28,21 +29,21 @@ find_missing
 if [ ${#missing[@]} -gt 0 ]; then
   if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
     say "installing ${missing[*]}"
-    # one after the other where two clones are set up at once: apt-get does not wait for another one's lists
+    # The lock serialises two clones that are set up at the same time: apt-get does not wait for another's lists.
     DEBIAN_FRONTEND=noninteractive flock /var/lib/apt sh -c 'apt-get update -qq && apt-get install -y -qq "$@"' - "${missing[@]}" >/dev/null ||
       { say "apt-get could not install ${missing[*]}. Install them, then run this again."; exit 1; }
     find_missing
     if [ ${#missing[@]} -gt 0 ]; then
-      say "$python still lacks what ${missing[*]} should bring. Set PYTHON to a Python with headers and ensurepip, such as /usr/bin/python3."
+      say "$python still does not find ${missing[*]}. Set PYTHON to a Python with headers and ensurepip, such as /usr/bin/python3."
       exit 1
     fi
   else
-    say "system packages are missing. Debian, Ubuntu: sudo apt-get install -y ${missing[*]}   (elsewhere: what corresponds to them; then run this again)"
+    say "system packages are missing. Debian, Ubuntu: sudo apt-get install -y ${missing[*]}   (elsewhere: the corresponding packages). Then run this again."
     exit 1
   fi
 fi
 
-# .venv/zods-installing is there while packages are installed: what an interrupted installation left is not to be trusted.
+# The file .venv/zods-installing exists while packages are installed. It marks an interrupted installation, which is not used.
 unfinished=.venv/zods-installing
 if [ -e "$unfinished" ]; then
   say "making .venv anew: its installation was interrupted"
@@ -57,11 +58,11 @@ if [ ! -e .venv ]; then
   "$python" -m venv .venv
 fi
 
-# .venv/zods-installed: what was installed by which pins, and then the extras, one a line.
+# .venv/zods-installed holds a digest of the pins, and then the installed extras, one per line.
 install() {
   # Bytecode is compiled when a module is first imported: compiling all of torch takes longer than installing it.
   .venv/bin/python -m pip install -q --disable-pip-version-check --no-compile -c constraints.txt "$@" || {
-    say "installing failed, see above. Run this again when its cause is gone."
+    say "installing failed, see above. Remove the cause, and run this again."
     exit 1
   }
 }
@@ -71,7 +72,7 @@ if [ "$(head -n1 <<<"$installed")" != "$pins" ]; then installed="$pins"; fi
 if ! grep -qx "$extras" <<<"$installed"; then
   say "installing the pinned packages into .venv (a few minutes)"
   touch "$unfinished"
-  install torch # first: what the others then ask of it is already there
+  install torch # first, because other packages need it while they are installed
   install -e ".[$extras]"
   printf '%s\n%s\n' "$installed" "$extras" >.venv/zods-installed
 fi

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Set everything up and pass the tests: lint, formatting, types, then pytest.
-#   --fast  the unit tests only, without those marked launched (they start processes or compile)
-#   --all   every test: also those marked slow or zoo
+#   --fast  the unit tests only, without the tests marked launched, which start processes or compile
+#   --all   every test, also the tests marked slow or zoo
 # Further arguments go to pytest.
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh" test --async_io
 tier=()

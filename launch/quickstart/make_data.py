@@ -1,11 +1,10 @@
-"""Write the quickstart's data: is a line of the standard library's sources code, or text of its
-docstrings?
+"""Write the quickstart's data: snippets of the standard library, labelled as code or docstring.
 
     python make_data.py OUT_FOLDER
 
-The sources of the running Python are parsed, never imported. Three packages of ten, chosen by a
-hash of their name, are held out: their lines make the validation part, and no model was pretrained
-on them.
+The sources of the running Python are parsed, never imported. Three packages in ten, chosen by a
+hash of their name, are held out. Their snippets are the validation data, and the quickstart's model
+was not pretrained on them.
 """
 
 import argparse
@@ -19,7 +18,7 @@ from pathlib import Path
 
 LABELS = ("code", "text")
 NUM_TRAIN, NUM_VALIDATION = 128, 300
-MAX_CHARS = 100  # of an example, about 40 tokens
+MAX_CHARS = 100  # per example, about 40 tokens
 SKIPPED = {
     "site-packages",
     "dist-packages",
@@ -30,7 +29,7 @@ SKIPPED = {
     "lib2to3",
     "pydoc_data",
 }
-# in some installations only
+# Packages that only some installations have
 NOT_EVERYWHERE = {
     "tkinter",
     "turtle",
@@ -55,7 +54,7 @@ class Piece:
 
     @property
     def key(self) -> str:
-        """Equal for pieces that open alike."""
+        """A key that is equal for pieces with the same first characters."""
         return self.opening[:40]
 
     @property
@@ -64,14 +63,12 @@ class Piece:
 
 
 def hashed(text: str) -> int:
-    """The same number in every process and with every Python."""
+    """Hash a text to an integer, the same in every process and every version of Python."""
     return int(hashlib.sha256(text.encode()).hexdigest(), 16)
 
 
 def standard_library() -> Iterator[Piece]:
-    """Docstrings and function bodies in the sources of the running Python's standard library, in
-    the files' order.
-    """
+    """Yield docstrings and function bodies of the running Python's standard library, by file."""
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
@@ -95,8 +92,9 @@ def standard_library() -> Iterator[Piece]:
 
 
 def split(pieces: list[Piece]) -> tuple[list[Piece], list[Piece]]:
-    """(not held out, held out), one piece for each opening; one that opens like a held-out one is
-    in neither.
+    """Divide pieces into (not held out, held out), with one piece per key.
+
+    A piece that is not held out, but has the key of a held-out piece, is in neither part.
     """
     held_out = {piece.key: piece for piece in pieces if piece.is_held_out}
     others = {
@@ -106,7 +104,7 @@ def split(pieces: list[Piece]) -> tuple[list[Piece], list[Piece]]:
 
 
 def examples(pieces: list[Piece], count: int) -> list[dict[str, str]]:
-    """`count` examples, as many of each label, drawn by the hash of their text."""
+    """Draw `count` examples by the hash of their text, the same number for each label."""
     drawn = sorted(pieces, key=lambda piece: hashed(piece.key))
     by_label = [
         [piece for piece in drawn if piece.label == label][: count // len(LABELS)]

@@ -1,11 +1,10 @@
-"""Make the quickstart's model: a tokenizer and a small Llama, pretrained first-order on Python's
-own documentation and sources.
+"""Make the quickstart's model: a tokenizer and a small Llama, pretrained with AdamW.
 
     python pretrain.py OUT_FOLDER
 
-The text is `pydoc_data.topics` (the language reference) and what make_data.py does not hold out of
-the standard library. One row in five ends as the task's prompts do, with a label drawn at random:
-the model comes to know the form of an answer, and nothing of which answer is right.
+The text is `pydoc_data.topics` (the language reference) and the pieces of the standard library that
+make_data.py does not hold out. One row in five is a prompt of the task with a random label. So the
+model learns the form of an answer, but not which answer is right.
 """
 
 import argparse
@@ -27,7 +26,7 @@ MAX_WHOLE = 400  # characters of a docstring or function body
 def make_rows(
     tokenizer: PreTrainedTokenizerFast, pieces: list[Piece], rng: random.Random
 ) -> list[list[int]]:
-    """One epoch: all text cut into rows, and prompts with an answer drawn at random, shuffled."""
+    """Make one epoch: all text cut into rows, and prompts with a random answer, shuffled."""
     texts = [*topics.values(), *(piece.whole[:MAX_WHOLE] for piece in pieces)]
     rows = []
     for text in texts:

@@ -66,7 +66,7 @@ class SubBatch:
 
 @dataclass(frozen=True)
 class FractionOrCount:
-    """A part of the examples: a number where the text has only digits, a fraction otherwise."""
+    """A part of the examples: a count where the text has only digits, a fraction otherwise."""
 
     text: str
 
@@ -138,7 +138,7 @@ class ModelArguments:
     )
     replica_store: str | None = field(
         default=None,
-        metadata={"help": "where replica 0 keeps what they share", "metavar": "HOST:PORT"},
+        metadata={"help": "address of the store that replica 0 runs", "metavar": "HOST:PORT"},
     )
     optimizer: Literal["adamw"] | None = field(
         default=None,
@@ -340,7 +340,7 @@ class OverrideArguments:
     )
     anchor_directions: int | None = field(default=None, metadata={"help": "directions per refresh"})
     weight_decay: float | None = field(default=None, metadata={"help": "decoupled weight decay"})
-    seed: int | None = field(default=None, metadata={"help": "of directions and data order"})
+    seed: int | None = field(default=None, metadata={"help": "seed of directions and data order"})
     train_batch_size: int | None = field(default=None, metadata={"help": "as in the JSON"})
     train_micro_batch_size_per_gpu: int | None = field(
         default=None,

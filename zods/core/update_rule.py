@@ -46,22 +46,21 @@ class StepRule:
 
     config: StepSettings
 
-    def seeds(self, purpose: str, step: int, number: int, of: int = 0) -> list[int]:
-        """The seeds of set `of` of a step's directions; a set has `number` directions."""
-        return [
-            derive_seed(self.config.seed, purpose, step, of * number + k) for k in range(number)
-        ]
+    def seeds(self, purpose: str, step: int, number: int, set_index: int = 0) -> list[int]:
+        """The seeds of one set of a step's directions; a set has `number` directions."""
+        first = set_index * number
+        return [derive_seed(self.config.seed, purpose, step, first + k) for k in range(number)]
 
-    def step_seeds(self, step: int, of: int) -> tuple[list[int], list[int]]:
+    def step_seeds(self, step: int, set_index: int) -> tuple[list[int], list[int]]:
         """The seeds of a step's directions at the parameters and at the anchor.
 
-        of: the set of directions: the rank with "per_rank" directions, 0 with shared directions.
+        set_index: the rank with "per_rank" directions, 0 with shared directions.
         """
         number = self.config.num_directions
-        at_parameters = self.seeds("step", step, number, of)
+        at_parameters = self.seeds("step", step, number, set_index)
         shared = self.config.share_direction
         return at_parameters, at_parameters if shared else self.seeds(
-            "step_anchor", step, number, of
+            "step_anchor", step, number, set_index
         )
 
     def rounding_seed(self, purpose: str, step: int) -> int | None:
@@ -137,7 +136,7 @@ class StepRule:
         return self.config.is_svrg and not self.config.share_direction
 
     def _all_seeds(self, step: int, num_sets: int) -> tuple[list[int], list[int]]:
-        sets = [self.step_seeds(step, of) for of in range(num_sets)]
+        sets = [self.step_seeds(step, index) for index in range(num_sets)]
         return [seed for seeds, _ in sets for seed in seeds], [
             seed for _, seeds in sets for seed in seeds
         ]

@@ -72,7 +72,7 @@ class EpochLoader:
 
     @property
     def epoch_and_step(self) -> tuple[int, int]:
-        """(epoch, number of its steps whose micro-batches were all yielded)."""
+        """The epoch, and the number of its steps whose micro-batches were all yielded."""
         return self.epoch, self.position // self.accumulation
 
     def go_to(self, epoch_and_step: tuple[int, int]) -> None:

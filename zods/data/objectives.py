@@ -157,7 +157,7 @@ def own_loss(outputs: Any) -> Tensor | None:
 
 
 def other_labels(batch: dict[str, Any], logits: Tensor) -> list[dict[str, Any]]:
-    """Copies of a batch with other labels, by which a loss differs from a plain cross entropy.
+    """Copies of a batch with other labels, to compare a model's loss with a plain cross entropy.
 
     logits: the model's logits for the batch. Labels (B,) are spread over up to 16 classes, B
     classes per batch. Labels (B, L) that count are spread over the classes. If more than two labels

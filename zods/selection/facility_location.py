@@ -70,8 +70,10 @@ class Problem:
         unit: float,
         device: torch.device,
     ) -> None:
-        """between: maps (candidates, items) to their distances: integers in float32, symmetric.
-        largest: D. unit: the distance that the integer 1 stands for.
+        """Check the number of candidates.
+
+        between: maps (candidates, items) to their distances: integers in float32, symmetric.
+        largest: D. unit: distance of the integer 1 in the unit of the features.
 
         Raises ValueError for more than MAX_CANDIDATES candidates.
         """
@@ -251,9 +253,9 @@ def lazy_greedy(
     while len(ids) < min(k, num_offered):
         # The gains of this rank's best candidates are evaluated now. The first entry of the heap
         # bounds the gains of all others.
-        oldest = own.new_tensor([_id(-heapq.heappop(heap)) for _ in range(min(size, len(heap)))])
+        stale = own.new_tensor([_id(-heapq.heappop(heap)) for _ in range(min(size, len(heap)))])
         exact = (
-            sorted(_negated(_packed(problem.gains(oldest, nearest), oldest))) if len(oldest) else []
+            sorted(_negated(_packed(problem.gains(stale, nearest), stale))) if len(stale) else []
         )
         for entry in exact[_POOL:]:
             heapq.heappush(heap, entry)

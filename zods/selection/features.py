@@ -75,8 +75,13 @@ class FeatureExtractor:
         two_sided: bool = True,
         agree: Callable[[int], int] = int,
     ) -> None:
-        """agree: returns the largest of the ranks' values, so that all ranks of a sharded model
-        make the same number of forwards.
+        """Find the matrix whose gradients the features project.
+
+        kind: "exact", "zo" or "paper". rank: rank of the low-rank directions. pattern: as in
+        `find_target`. eps, two_sided: of the differences. agree: returns the largest of the ranks'
+        values, so that all ranks of a sharded model make the same number of forwards.
+
+        Raises ValueError where `pattern` matches no matrix.
         """
         self._model, self._deepspeed = model, deepspeed_engine
         self.target = find_target(model, pattern)

@@ -82,7 +82,9 @@ class SubBatches:
         path: str,
         loss_mean: str = "tokens",
     ) -> None:
-        """path: key of the selector's configuration in messages. loss_mean: as in
+        """Check that data, model and configuration fit each other.
+
+        path: key of the selector's configuration in messages. loss_mean: as in
         `zods.data.objectives`.
 
         Raises ValueError where data, model and configuration do not fit each other.
@@ -187,13 +189,15 @@ class SubBatches:
         weighted mean over the chosen examples, by label token or by example. A micro-batch for
         which there is no example holds one example of weight 0.
         """
-        dealt = deal(self._num_tokens, self._comm.world_size, self.accumulation, self._micro_batch)
+        indices_by_rank = deal(
+            self._num_tokens, self._comm.world_size, self.accumulation, self._micro_batch
+        )
         over_tokens = self._loss_mean == "tokens"
         counts = self._num_labels if over_tokens else [1] * len(self._weights)
         total = sum(weight * count for weight, count in zip(self._weights, counts, strict=True))
         scale = self._comm.world_size * self.accumulation / total
         batches = []
-        for indices in dealt[self._comm.rank]:
+        for indices in indices_by_rank[self._comm.rank]:
             batch = self._batch_of([self.selected_ids[index] for index in indices or [0]])
             weights = [self._weights[index] * scale for index in indices] or [0.0]
             batches.append({**batch, WEIGHTS: torch.tensor(weights)})
@@ -217,7 +221,10 @@ class SubBatches:
         return self.collated([self.dataset[int(i)] for i in ids])
 
     def _token_and_label_counts(self, own_ids: Sequence[int]) -> dict[int, tuple[int, int]]:
-        """Map the id of every rank's candidates to (tokens, labels that count)."""
+        """Map the id of each candidate of all ranks to (tokens, labels that count).
+
+        Raises ValueError if different ranks give the same candidates.
+        """
         rows: list[tuple[int, int, int]] = []
         with self._comm.same_on_all_ranks():
             for start in range(0, len(own_ids), self._micro_batch):
@@ -263,9 +270,9 @@ class SubBatches:
         indices = torch.tensor(
             [p for r in range(world) for chunk in chunks[r::world] for p in chunk]
         )
-        of_all = rows.new_zeros(len(batch.ids), rows.shape[1])
-        of_all[indices.to(rows.device)] = rows
-        known = of_all[:, -2:].contiguous().view(torch.float32).squeeze(1).cpu()
+        by_candidate = rows.new_zeros(len(batch.ids), rows.shape[1])
+        by_candidate[indices.to(rows.device)] = rows
+        known = by_candidate[:, -2:].contiguous().view(torch.float32).squeeze(1).cpu()
         owned = torch.tensor(
             [index for chunk in chunks[rank::world] for index in chunk], dtype=torch.int64
         )
@@ -273,7 +280,7 @@ class SubBatches:
         return replace(
             batch,
             losses=batch.losses + known,
-            features=of_all[:, :-2],
+            features=by_candidate[:, :-2],
             largest=largest,
             owned=owned,
         )
@@ -281,7 +288,7 @@ class SubBatches:
     def _measured_here(
         self, batch: CandidateBatch, chunks: list[list[int]], seeds: list[int]
     ) -> tuple[Tensor, Tensor]:
-        """(features, losses) of this rank's chunks: every `world_size`-th of them.
+        """Measure this rank's chunks, which are every `world_size`-th. Returns (features, losses).
 
         A candidate whose loss or features are not finite gets the loss NaN and features 0.
         """
@@ -290,23 +297,23 @@ class SubBatches:
         found = []
         # All ranks make the same number of forwards, as ZeRO-3 needs.
         for first in range(0, len(chunks), world):
-            mine = first + rank
-            chunk = chunks[mine if mine < len(chunks) else 0]
+            own = first + rank
+            chunk = chunks[own if own < len(chunks) else 0]
             inputs = to_device(
                 self._batch_of([batch.ids[index] for index in chunk]), self._comm.device
             )
             if seeds:
-                of_chunk = self._extract(inputs, seeds)
+                result = self._extract(inputs, seeds)
             else:
                 losses = self._extract.losses(inputs)
-                of_chunk = losses.new_empty(len(losses), 0), losses
-            if mine < len(chunks):
-                found.append(of_chunk)
-        nothing = (
+                result = losses.new_empty(len(losses), 0), losses
+            if own < len(chunks):
+                found.append(result)
+        empty = (
             torch.empty(0, len(seeds), device=self._comm.device),
             torch.empty(0, device=self._comm.device),
         )
-        features, losses = (torch.cat(parts) for parts in zip(nothing, *found, strict=True))
+        features, losses = (torch.cat(parts) for parts in zip(empty, *found, strict=True))
         finite = losses.isfinite() & features.isfinite().all(1)
         return features.where(finite[:, None], 0.0), losses.where(finite, torch.nan)
 
@@ -325,7 +332,7 @@ class SubBatches:
 
     @property
     def chosen(self) -> tuple[list[int], list[float]]:
-        """(ids of the last selection, ascending; their weights)."""
+        """The last selection: (ids, ascending; their weights)."""
         return self.selected_ids, self._weights
 
     def restore_selection(

@@ -115,7 +115,7 @@ class Labels:
                 )
 
     def ids(self, values: Sequence[Any]) -> list[int]:
-        """The ids of the labels of rows, all of which are known."""
+        """The ids of labels, which must all be known."""
         ids = self._ids()
         return [ids[value if value in ids else str(value)] for value in values]
 

@@ -20,7 +20,7 @@ from zods.tasks.task import Columns, Row, pad_inputs
 
 @dataclass(frozen=True)
 class Template:
-    """A prompt with fields, of which the last is the answer: "{text}\\nArea: {label}".
+    """A prompt with fields; the last field is the answer, as in "{text}\\nArea: {label}".
 
     Attributes:
         pieces: (literal text, the field that follows it), in order, without the answer.

@@ -184,9 +184,7 @@ def _merge(left: str, right: str, out: str) -> int:
         raise ValueError(f"--out {out}: exists. Give another name.")
     log = longer(_read(left), _read(right))
     made.write_bytes(Path(log.path).read_bytes()[: log.ends[-1]])
-    print(
-        f"{made}: {log.num_steps} steps, those of {log.path}, which the other is the beginning of"
-    )
+    print(f"{made}: the {log.num_steps} steps of {log.path}; the other log is the beginning of it")
     return 0
 
 

@@ -54,7 +54,7 @@ class History:
     def __init__(
         self, section: ZerothOrderConfig | None = None, gradient: Sequence[Term] = ()
     ) -> None:
-        """section, gradient: initial values, needed if the first record is not a run record."""
+        """Set the initial values, which are needed if the first record is not a run record."""
         self._section = section
         self.gradient = tuple(gradient)
 
