@@ -21,6 +21,7 @@ The exit code is 1 if a cell fails.
 import argparse
 import datetime
 import json
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -89,6 +90,8 @@ def main() -> None:
     )
     add_smoke_option(parser)
     arguments = parser.parse_args()
+    # so that a request to end kills the running ranks and unmounts the small file systems
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     cells = cells_of(arguments)
     report: dict = {
         "benchmark": "faults",
