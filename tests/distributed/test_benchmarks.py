@@ -79,7 +79,7 @@ def readme_commands() -> set[str]:
     rows = re.findall(r"^\|.*\|([^|]*)\|$", text[text.index("## Figures") :], re.MULTILINE)
     quoted = {command for row in rows for command in re.findall(r"`([^`]+)`", row)}
     assert all(command.startswith("python benchmarks/") for command in quoted), (
-        "one whole command to a pair of backticks"
+        "each pair of backticks holds one whole command"
     )
     return {command.removeprefix("python benchmarks/") for command in quoted}
 

@@ -176,7 +176,7 @@ def test_a_resumed_run_goes_on_as_the_undisturbed_one(saved, resumed, name):
     np.testing.assert_allclose(again["losses"], undisturbed["losses"], rtol=tolerance)
     for key in ("step", "counters", "anchor step", "loader", "lr", "scheduler"):
         assert again["end"][key] == undisturbed["end"][key], key
-    assert undisturbed["end"]["annealing"].divisor >= 3.0, "else annealing was not at work"
+    assert undisturbed["end"]["annealing"].divisor >= 3.0, "annealing must have acted"
 
 
 # --- another layout, another place ----------------------------------------------------------------
@@ -631,7 +631,9 @@ def test_a_crash_at_any_moment_of_a_save_leaves_whole_checkpoints_and_a_latest_t
             < parent[1]
         )
         removals = [k for k, event in enumerate(events) if event.startswith(("unlink", "rmdir"))]
-        assert parent[1] < min(removals), "what is removed goes when the new one is in its place"
+        assert parent[1] < min(removals), (
+            "old checkpoints are removed after the new one has its name"
+        )
 
 
 # --- old checkpoints ------------------------------------------------------------------------------

@@ -219,7 +219,7 @@ def test_options_in_a_file_run_without_a_launcher_on_one_rank_with_a_summary_of_
     )
     assert code == 0, output[-4000:]
     summary = list(read_metrics(tmp_path / "run"))[-1]
-    assert not [key for key in summary if key.startswith("anchor")], "of a method without an anchor"
+    assert not [key for key in summary if key.startswith("anchor")], "the method has no anchor"
     assert "anchor" not in output.partition("held-out")[2]
     assert re.search(rf"^evaluation +{summary['evaluation']}$", output, re.MULTILINE)
     written = json.loads((tmp_path / "run" / "config.json").read_text())

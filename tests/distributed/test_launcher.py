@@ -65,7 +65,7 @@ def test_shards_of_a_stored_anchor_point_are_counted_apart_from_the_scalars(loop
 
 def test_everything_that_is_sent_was_asked_for_by_zods_or_deepspeed(loop):
     for rank in loop:
-        assert set(rank["sent"]["zods"]) == {"all_gather"}, "the one collective that zods uses"
+        assert set(rank["sent"]["zods"]) == {"all_gather"}, "the only collective that zods uses"
         assert sum(size for _, size in rank["sent"]["deepspeed"].values()) > 0, "ZeRO-3 gathers"
 
 
@@ -123,6 +123,6 @@ def test_a_run_with_a_mistake_ends_soon_with_its_text_and_an_exit_code(tmp_path,
     said = {
         line.split("ValueError: ", 1)[1] for line in output.splitlines() if "ValueError: " in line
     }
-    assert len(said) == 1, "all ranks say one and the same"
+    assert len(said) == 1, "all ranks write the same message"
     for part in EXPECTED[mistake][1]:
         assert part in said.copy().pop()
