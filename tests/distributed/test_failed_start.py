@@ -152,8 +152,8 @@ def test_a_failed_start_is_reported_in_one_line_by_one_rank(way):
     said, code, traceback = WAYS[way]
     returned, output = launch(SCRIPT, way)
     assert returned == code, output[-4000:]
-    told = [line for line in output.splitlines() if "a program: error:" in line]
-    assert told == [f"a program: error: {said}"]
+    reported = [line for line in output.splitlines() if "a program: error:" in line]
+    assert reported == [f"a program: error: {said}"]
     assert output.count("Traceback (most recent call last)") == (traceback is not None), output[
         -4000:
     ]
@@ -195,8 +195,8 @@ def test_a_models_code_that_fails_on_one_rank_ends_the_run_with_the_name_of_that
         ),
     )
     assert code == 2, output[-4000:]
-    told = [line for line in output.splitlines() if "zods.finetune: error:" in line]
-    assert told == [
+    reported = [line for line in output.splitlines() if "zods.finetune: error:" in line]
+    assert reported == [
         f"zods.finetune: error: rank 1: --model {model}: TypeError: a driver is missing"
     ]
     assert not (tmp_path / "run").exists()

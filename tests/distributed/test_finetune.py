@@ -342,7 +342,7 @@ def test_options_that_do_not_fit_are_refused(options, message, capsys):
 
 
 def test_help_reads_without_a_launcher():
-    told = subprocess.run(
+    ended = subprocess.run(
         [sys.executable, "-m", "zods.finetune", "--help"],
         capture_output=True,
         text=True,
@@ -356,4 +356,4 @@ def test_help_reads_without_a_launcher():
         "--method",
         "--anchor_interval",
     ):
-        assert option in told.stdout
+        assert option in ended.stdout

@@ -358,9 +358,9 @@ def rank_refused(micro: int, mean: str) -> str:
 
 
 def test_a_models_own_loss_of_several_examples_gives_no_mean_over_examples():
-    for told in run_ranks(2, rank_refused, 2, "examples"):
-        assert 'zeroth_order.loss_mean: "examples"' in told
-        assert 'Use "tokens", or train_micro_batch_size_per_gpu 1.' in told
+    for refusals in run_ranks(2, rank_refused, 2, "examples"):
+        assert 'zeroth_order.loss_mean: "examples"' in refusals
+        assert 'Use "tokens", or train_micro_batch_size_per_gpu 1.' in refusals
     assert run_ranks(2, rank_refused, 1, "examples") == ["taken"] * 2
     assert run_ranks(2, rank_refused, 2, "tokens") == ["taken"] * 2
 
@@ -427,9 +427,12 @@ def test_a_run_resumed_on_another_number_of_ranks_continues_the_same_curve(tmp_p
     (undisturbed,) = run_ranks(1, rank_of_runs, tmp_path / "whole", whole_run, {})
     (begun,) = run_ranks(1, rank_of_runs, tmp_path / "run", {"tokens": 3, "examples": 3}, {})
     others = {"tokens": "examples", "examples": "tokens"}
-    for told in run_ranks(2, rank_of_runs, tmp_path / "run", whole_run, others):
+    for refusals in run_ranks(2, rank_of_runs, tmp_path / "run", whole_run, others):
         for mean, other in others.items():
-            assert f"made with zeroth_order.loss_mean = {mean}, this run has {other}." in told[mean]
+            assert (
+                f"made with zeroth_order.loss_mean = {mean}, this run has {other}."
+                in refusals[mean]
+            )
     for resumed in run_ranks(2, rank_of_runs, tmp_path / "run", whole_run, {}):
         for mean in whole_run:
             assert begun[mean] + resumed[mean] == pytest.approx(undisturbed[mean], abs=5e-5)
