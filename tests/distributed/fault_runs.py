@@ -132,7 +132,7 @@ def undisturbed(folder: Path, variant: str) -> Path:
     """The folder of a run without a fault, which is made at the first call."""
     here = folder / f"undisturbed {variant}"
     run = here / RUN
-    if not (run / "model").exists():
+    if not is_finished(run):
         prepare(here, variant)
         ended = start_run(here, variant)
         assert ended.code == 0, ended.output[-4000:]
