@@ -1,6 +1,6 @@
 """Strike runs of the command line with every fault of the matrix, and start them again.
 
-    python benchmarks/faults.py [--json FILE] [--markdown FILE] [--only TEXT...]
+    python benchmarks/faults.py [--json FILE] [--work FOLDER] [--markdown FILE] [--only TEXT...]
 
 Each fault is real: signals that kill, stop and end ranks and launchers at a given phase of a step,
 full disks (small file systems, which need root), files that are written over. The last line of the
@@ -13,7 +13,8 @@ identical   whether the run ended with the weights and the log of an undisturbed
 
 --json gets each row as soon as the cell has ended. A command that was interrupted, or that had
 failing cells, continues from this file: it runs the cells that have not passed there. All rows are
-of one commit, so the file of another commit is refused.
+of one commit, so the file of another commit is refused. --work keeps the undisturbed runs for the
+next command, which would make them again otherwise.
 
 The exit code is 1 if a cell fails.
 """
@@ -21,6 +22,7 @@ The exit code is 1 if a cell fails.
 import argparse
 import datetime
 import json
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -83,12 +85,15 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", type=Path, help="write the JSON object there row by row, too")
+    parser.add_argument("--work", type=Path, help="keep the runs there, in a folder of the commit")
     parser.add_argument("--markdown", type=Path, help="write the table there, too")
     parser.add_argument(
         "--only", nargs="+", default=[""], help="run the cells whose name has one of these texts"
     )
     add_smoke_option(parser)
     arguments = parser.parse_args()
+    # so that a request to end kills the running ranks and unmounts the small file systems
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     cells = cells_of(arguments)
     report: dict = {
         "benchmark": "faults",
@@ -98,10 +103,13 @@ def main() -> None:
         "rows": [],
     }
     rows = passed_rows(arguments.json, report)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        if arguments.work is not None:
+            folder = arguments.work.resolve() / (report["commit"] or "unknown")
         for number, cell in enumerate(cells, 1):
             if cell.name not in rows:
-                result = run_cell(cell, Path(folder))
+                result = run_cell(cell, folder)
                 rows[cell.name] = row = result.row()
                 print(result.failure, end="\n" * bool(result.failure), file=sys.stderr)
                 print(
@@ -113,8 +121,8 @@ def main() -> None:
                 )
             report["rows"] = [rows[cell.name] for cell in CELLS if cell.name in rows]
             if arguments.json is not None:
-                with atomic_write(arguments.json) as temporary:
-                    temporary.write_text(json.dumps(report, indent=1) + "\n")
+                with atomic_write(arguments.json) as partial:
+                    partial.write_text(json.dumps(report, indent=1) + "\n")
     if arguments.markdown is not None:
         arguments.markdown.write_text(markdown(report))
     print(json.dumps(report))

@@ -320,8 +320,8 @@ def replayed(base: Path, log: Path, out: Path) -> dict[str, float]:
         "--out",
         out,
     ]
-    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    steps, took, rate = told.split()[0], told.split()[3], told.split()[5]
+    words = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    steps, took, rate = words[0], words[3], words[5]
     return {
         "steps": int(steps),
         "seconds": float(took),

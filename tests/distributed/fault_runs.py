@@ -25,8 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.distributed.matrix import MODEL, RUN, Cell, Disk, End, Signal
-from tests.distributed.ranks import LIMIT, environment_of_ranks, master_port, options_of
+from tests.distributed.command_line import labelled_rows, prompted_options, write_inputs, write_rows
+from tests.distributed.matrix import RUN, Cell, Disk, End, Signal
+from tests.distributed.ranks import LIMIT, environment_of_ranks, master_port
 
 SCRIPT = Path(__file__).parent / "scripts" / "faulty.py"
 STEPS = 8
@@ -131,7 +132,7 @@ def undisturbed(folder: Path, variant: str) -> Path:
     """The folder of a run without a fault, which is made at the first call."""
     here = folder / f"undisturbed {variant}"
     run = here / RUN
-    if not (run / "model").exists():
+    if not is_finished(run):
         prepare(here, variant)
         ended = start_run(here, variant)
         assert ended.code == 0, ended.output[-4000:]
@@ -143,12 +144,9 @@ def prepare(folder: Path, variant: str) -> None:
     """Write the data and the configuration of a run into `folder`."""
     (folder / "disk").mkdir(parents=True, exist_ok=True)
     (folder / "nvme").mkdir(exist_ok=True)
-    rows = [
-        {"text": f"return the value of {i}", "label": ("code", "text")[i % 2]} for i in range(24)
-    ]
-    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = labelled_rows()
     rows[0]["text"] = "another example"
-    (folder / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(folder / "other.jsonl", rows)
     changed = VARIANTS[variant]
     anchor = {
         "point": "cpu",
@@ -168,7 +166,7 @@ def prepare(folder: Path, variant: str) -> None:
         "zero_optimization": {"stage": changed.get("stage", 3)},
         "zeroth_order": section,
     }
-    (folder / "config.json").write_text(json.dumps(config))
+    write_inputs(folder, config)
 
 
 @contextlib.contextmanager
@@ -237,13 +235,9 @@ def start_run(
 
 def _options(folder: Path, variant: str) -> list[str]:
     """The options of `zods.finetune`, which are the same in every start of a run."""
-    return options_of(
-        deepspeed_config=folder / "config.json",
-        model=MODEL,
-        output_dir=folder / RUN,
-        task="prompted",
-        template=r"{text}\nKind: {label}",
-        train_file=folder / "train.jsonl",
+    return prompted_options(
+        folder,
+        folder / RUN,
         max_length=32,
         max_steps=VARIANTS[variant].get("steps", STEPS),
         save_interval=3,

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from tests.distributed.command_line import MODEL
 from tests.distributed.ranks import REPOSITORY
 
-MODEL = REPOSITORY / "launch" / "quickstart" / "model"
 RUN = Path("disk/run")  # the run's folder in the folder of a cell
 
 # Exit codes of the `deepspeed` command, read in DeepSpeed 0.19.8:

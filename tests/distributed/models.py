@@ -22,6 +22,19 @@ from zods.training.engine import ZerothOrderEngine
 VOCABULARY = 11
 # with this width each of two ranks has more than 1 MiB per weight, which DeepSpeed needs for NVMe
 WIDE = 1030
+# a scheduler and a section "zeroth_order" whose state changes often
+WARMUP = {
+    "type": "WarmupLR",
+    "params": {"warmup_max_lr": 2e-2, "warmup_num_steps": 12, "warmup_type": "linear"},
+}
+ANNEALED_SVRG = {
+    "method": "mezo_svrg",
+    "eps": 1e-2,
+    "lr": 2e-2,
+    "anchor_interval": 5,
+    # The threshold is so low that annealing acts at the end of every epoch but the first.
+    "anneal": {"alpha": 3.0, "threshold": 1e-3},
+}
 
 
 class Awkward(nn.Module):

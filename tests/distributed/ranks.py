@@ -38,7 +38,10 @@ ENVIRONMENT = {  # the environment of every rank
 LIMIT = 600.0
 COMPILERS = {name: os.environ.get(name) for name in ("CC", "CXX")}
 # Ranks are forked from a server that has only imported these modules. Importing them takes seconds.
-PRELOADED = ["pytest", "torch", "torch._dynamo", "deepspeed", "zods", "tests.distributed.models"]
+PRELOADED = [
+    *("pytest", "torch", "torch._dynamo", "deepspeed", "zods"),
+    *("zods.finetune", "tests.distributed.models"),
+]
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:

@@ -153,7 +153,7 @@ def test_the_anchor_point_is_the_parameters_at_the_refresh_and_not_the_live_ones
             moved = max(
                 np.abs(found["live"][n] - found["at refresh"][n]).max() for n in found["live"]
             )
-            assert moved > 0.1, "else it could be the live ones"
+            assert moved > 0.1, "the live weights must have moved away from the anchor point"
 
 
 def test_changing_the_live_weights_does_not_change_the_stored_anchor(copies):
@@ -241,7 +241,7 @@ def test_a_refresh_weights_every_example_equally(tmp_path, world_size, accumulat
         # the number of batches with different labels
         labels = math.ceil(VOCABULARY / min(4, micro))
         assert extra == {"sequential": 2, "stacked": 5}[evaluation] + labels, (
-            "looks at the model, and the checks"
+            "the further forwards are those that choose and check the form"
         )
     assert all(rank[0] == ranks[0][0] for rank in ranks), "the same bits on all ranks"
 

@@ -79,7 +79,7 @@ def readme_commands() -> set[str]:
     rows = re.findall(r"^\|.*\|([^|]*)\|$", text[text.index("## Figures") :], re.MULTILINE)
     quoted = {command for row in rows for command in re.findall(r"`([^`]+)`", row)}
     assert all(command.startswith("python benchmarks/") for command in quoted), (
-        "one whole command to a pair of backticks"
+        "each pair of backticks holds one whole command"
     )
     return {command.removeprefix("python benchmarks/") for command in quoted}
 
@@ -106,7 +106,7 @@ def test_a_benchmark_runs_at_its_smallest_size_and_prints_the_promised_keys(
     command: str, tmp_path: Path
 ):
     script, *options = shlex.split(command)
-    told = subprocess.run(
+    ended = subprocess.run(
         [sys.executable, FOLDER / script, *options, "--smoke"],
         cwd=tmp_path,
         # The path is that of a shell in which the environment is active: `deepspeed` is found
@@ -121,8 +121,8 @@ def test_a_benchmark_runs_at_its_smallest_size_and_prints_the_promised_keys(
         text=True,
         check=False,
     )
-    assert told.returncode == 0, told.stderr[-4000:]
-    report: dict[str, Any] = json.loads(told.stdout.splitlines()[-1])
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    report: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
     keys, row_keys = SMOKE[command]
     assert set(report) >= keys | {"benchmark", "machine"}
     assert report["benchmark"] == script.removesuffix(".py")

@@ -22,6 +22,8 @@ from safetensors.torch import load_file, save_file
 
 import zods
 from tests.distributed.models import (
+    ANNEALED_SVRG,
+    WARMUP,
     Tiny,
     anchor_point,
     batches_ahead,
@@ -41,10 +43,6 @@ from zods.core.estimators import Term, Update
 from zods.training.checkpoint_files import newest_checkpoints
 
 BATCH = 12
-WARMUP = {
-    "type": "WarmupLR",
-    "params": {"warmup_max_lr": 2e-2, "warmup_num_steps": 12, "warmup_type": "linear"},
-}
 # Arguments of `configuration` by name. Each of these runs is saved in the middle of an epoch, and
 # between two refreshes of the anchor.
 RUNS: dict[str, dict[str, Any]] = {
@@ -54,21 +52,10 @@ RUNS: dict[str, dict[str, Any]] = {
     "bf16": {"bf16": True, "anchor": {"point": "cpu", "gradient": "terms"}},
     "stage 0": {"stage": 0, "anchor": {"point": "device", "gradient": "cpu"}},
 }
-SECTION = {
-    "method": "mezo_svrg",
-    "eps": 1e-2,
-    "lr": 2e-2,
-    "anchor_interval": 5,
-    # The threshold is so low that annealing acts at the end of every epoch but the first.
-    "anneal": {
-        "alpha": 3.0,
-        "threshold": 1e-3,
-    },
-}
 
 
 def build(name: str, folder: Path, **changed: Any) -> Any:
-    arguments = {**SECTION, **RUNS.get(name, {}), **changed}
+    arguments = {**ANNEALED_SVRG, **RUNS.get(name, {}), **changed}
     rank = torch.distributed.get_world_size() * 10 + len(list(folder.glob("nvme*")))
     torch.distributed.barrier()
     nvme = folder / f"nvme{rank}"
@@ -189,7 +176,7 @@ def test_a_resumed_run_goes_on_as_the_undisturbed_one(saved, resumed, name):
     np.testing.assert_allclose(again["losses"], undisturbed["losses"], rtol=tolerance)
     for key in ("step", "counters", "anchor step", "loader", "lr", "scheduler"):
         assert again["end"][key] == undisturbed["end"][key], key
-    assert undisturbed["end"]["annealing"].divisor >= 3.0, "else annealing was not at work"
+    assert undisturbed["end"]["annealing"].divisor >= 3.0, "annealing must have acted"
 
 
 # --- another layout, another place ----------------------------------------------------------------
@@ -332,7 +319,7 @@ def rank_of_damages(folders: dict[str, Path], at: Path) -> dict[str, Any]:
         "another batch": (Tiny(), {"batch": 8}),
     }
     for name, (model, changed) in others.items():
-        section = {"batch": BATCH, **SECTION, "top": {"scheduler": WARMUP}, **changed}
+        section = {"batch": BATCH, **ANNEALED_SVRG, "top": {"scheduler": WARMUP}, **changed}
         if section["method"] == "mezo":
             section = {k: v for k, v in section.items() if not k.startswith("anchor")}
         other = zods.initialize(
@@ -644,7 +631,9 @@ def test_a_crash_at_any_moment_of_a_save_leaves_whole_checkpoints_and_a_latest_t
             < parent[1]
         )
         removals = [k for k, event in enumerate(events) if event.startswith(("unlink", "rmdir"))]
-        assert parent[1] < min(removals), "what is removed goes when the new one is in its place"
+        assert parent[1] < min(removals), (
+            "old checkpoints are removed after the new one has its name"
+        )
 
 
 # --- old checkpoints ------------------------------------------------------------------------------

@@ -6,16 +6,13 @@ training has been removed"), so torchrun is used.
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from pathlib import Path
 
-import pytest
+from tests.distributed.command_line import finetune_on_ranks, prompted_options, write_inputs
+from tests.distributed.ranks import run_command
 
-from tests.distributed.ranks import REPOSITORY, options_of, run_command
-
-MODEL = REPOSITORY / "launch" / "quickstart" / "model"
 CONFIG = {
     "train_batch_size": 8,
     "zero_optimization": {"stage": 3},
@@ -42,23 +39,17 @@ runpy.run_module("zods.finetune", run_name="__main__")
 """
 
 
-def torchrun(folder: Path, output: str, marker: Path, nproc: int = 2) -> str:
+def options_of_run(folder: Path, output: str) -> list[str]:
+    others = {"max_steps": 5, "resume": "auto", "save_model": True}
+    return prompted_options(folder, folder / output, **others)
+
+
+def torchrun(folder: Path, output: str, marker: Path) -> str:
+    """Run DYING on two ranks, which the agent may start twice. Returns the output."""
     (folder / "dying.py").write_text(DYING)
-    elastic = ["--standalone", f"--nproc_per_node={nproc}", "--max_restarts=1"]
-    options = options_of(
-        deepspeed_config=folder / "config.json",
-        model=MODEL,
-        output_dir=folder / output,
-        task="prompted",
-        template=r"{text}\nKind: {label}",
-        train_file=folder / "train.jsonl",
-        max_length=48,
-        max_steps=5,
-        resume="auto",
-        save_model=True,
-    )
+    elastic = ["--standalone", "--nproc_per_node=2", "--max_restarts=1"]
     command = [sys.executable, "-m", "torch.distributed.run", *elastic]
-    command += [str(folder / "dying.py"), str(marker), *options]
+    command += [str(folder / "dying.py"), str(marker), *options_of_run(folder, output)]
     # Without this variable torch 2.13 gives the second start the store of the first one, which
     # still has the addresses of the first start's ranks.
     variables = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "TMPDIR": str(folder)}
@@ -67,23 +58,15 @@ def torchrun(folder: Path, output: str, marker: Path, nproc: int = 2) -> str:
     return said
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    rows = [
-        {"text": f"return the value of {i}", "label": ("code", "text")[i % 2]} for i in range(24)
-    ]
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    return tmp_path
-
-
-def test_torchs_agent_starts_a_dead_rank_again_and_the_run_ends_as_the_undisturbed_one(folder):
-    (folder / "never").touch()
-    torchrun(folder, "undisturbed", folder / "never")
-    said = torchrun(folder, "disturbed", folder / "once")
-    assert (folder / "once").exists()
+def test_torchs_agent_starts_a_dead_rank_again_and_the_run_ends_as_the_undisturbed_one(
+    tmp_path: Path,
+):
+    write_inputs(tmp_path, CONFIG)
+    finetune_on_ranks(2, options_of_run(tmp_path, "undisturbed"))
+    said = torchrun(tmp_path, "disturbed", tmp_path / "once")
+    assert (tmp_path / "once").exists()
     assert re.search(r"at step [23], [23] of them from the log", said), said[-4000:]
     for name in ("trajectory.log", "model/model.safetensors"):
-        assert (folder / "disturbed" / name).read_bytes() == (
-            folder / "undisturbed" / name
+        assert (tmp_path / "disturbed" / name).read_bytes() == (
+            tmp_path / "undisturbed" / name
         ).read_bytes()

@@ -500,7 +500,7 @@ def test_the_engine_has_deepspeeds_interface_and_refuses_calls_without_effect():
     for found in (first, second):
         assert found["tuple"] == (3, True, COMMON["lr"])
         assert not found["requires_grad"]
-        assert found["eval"], "eval mode gives the outputs at the parameters as they are"
+        assert found["eval"], "eval mode gives the outputs at the unperturbed parameters"
         assert found["eval_batch"][0] == pytest.approx(found["eval_batch"][1], rel=1e-6)
         assert found["unchanged"], "evaluation leaves the parameters as they were"
         assert found["train_batch"][0] == found["train_batch"][1]

@@ -267,7 +267,7 @@ def test_a_second_engine_on_a_model_makes_its_own_steps_whether_the_first_is_ope
     for found in run_ranks(ranks, rank_of_successors, stage):
         for second, alone, projected_grad in found.values():
             assert second == alone
-            assert abs(projected_grad) > 0.1, "else nothing was perturbed"
+            assert abs(projected_grad) > 0.1, "the parameters must have been perturbed"
 
 
 def rank_of_hooks() -> tuple[str, str]:

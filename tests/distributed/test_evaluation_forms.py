@@ -114,7 +114,7 @@ def check(ranks: list[dict[Any, Any]], case: tuple[str, str, bool, bool]) -> Non
     name, _, _, bf16 = case
     tolerance = 2.0**-9 if bf16 else 1e-5
     for rank in ranks:
-        assert rank[case]["kept"], "an evaluation changed what is stored"
+        assert rank[case]["kept"], "an evaluation changed the stored weights"
         for what, found in zip(ASKED[len(ranks)], rank[case]["found"], strict=True):
             assert found.form == ("lockstep" if name in LOCKSTEP[len(ranks)] else "stacked"), what
             assert found.error < tolerance, f"{what}: {found}"

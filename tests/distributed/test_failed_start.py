@@ -15,15 +15,13 @@ import pytest
 import torch
 
 import zods.finetune
+from tests.distributed.command_line import MODEL, write_rows
 from tests.distributed.models import Tiny, configuration, tiny_data
 from tests.distributed.ranks import launch, options_of, run_command, run_ranks
 from zods.comm.communicator import Communicator, RankFailure
 from zods.comm.process import RANKS, SIZES, TORCH, connect_ranks
 
 SCRIPT = Path(__file__).parent / "scripts" / "failed_start.py"
-MODEL = Path(__file__).parents[2] / "launch" / "quickstart" / "model"
-
-
 UNFORESEEN = [RuntimeError, KeyError, ImportError, AttributeError, AssertionError, MemoryError]
 FOR_USERS = [ValueError, OSError, FileNotFoundError, UnicodeError]
 ENDED = [KeyboardInterrupt, SystemExit]
@@ -150,12 +148,12 @@ DEFAULT = {"one rank, and the other waits for it"}
 @pytest.mark.parametrize(
     "way", [pytest.param(way, marks=[] if way in DEFAULT else pytest.mark.slow) for way in WAYS]
 )
-def test_a_failed_start_is_told_in_one_line_by_one_rank(way):
+def test_a_failed_start_is_reported_in_one_line_by_one_rank(way):
     said, code, traceback = WAYS[way]
     returned, output = launch(SCRIPT, way)
     assert returned == code, output[-4000:]
-    told = [line for line in output.splitlines() if "a program: error:" in line]
-    assert told == [f"a program: error: {said}"]
+    reported = [line for line in output.splitlines() if "a program: error:" in line]
+    assert reported == [f"a program: error: {said}"]
     assert output.count("Traceback (most recent call last)") == (traceback is not None), output[
         -4000:
     ]
@@ -163,7 +161,7 @@ def test_a_failed_start_is_told_in_one_line_by_one_rank(way):
         assert re.search(rf"^{traceback}: ", output, re.MULTILINE)
 
 
-def test_code_of_a_model_that_fails_on_one_rank_ends_the_run_with_the_name_of_that_rank(tmp_path):
+def test_a_models_code_that_fails_on_one_rank_ends_the_run_with_the_name_of_that_rank(tmp_path):
     model = tmp_path / "model"
     model.mkdir()
     settings = {
@@ -181,7 +179,7 @@ def test_code_of_a_model_that_fails_on_one_rank_ends_the_run_with_the_name_of_th
         "driver is missing')\n"
     )
     rows = [{"text": f"row {i}", "label": "ab"[i % 2]} for i in range(16)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(tmp_path / "rows.jsonl", rows)
     (tmp_path / "config.json").write_text(
         json.dumps({"train_batch_size": 4, "zeroth_order": {"method": "mezo"}})
     )
@@ -197,10 +195,11 @@ def test_code_of_a_model_that_fails_on_one_rank_ends_the_run_with_the_name_of_th
         ),
     )
     assert code == 2, output[-4000:]
-    told = [line for line in output.splitlines() if "zods.finetune: error:" in line]
-    assert told == [
+    reported = [line for line in output.splitlines() if "zods.finetune: error:" in line]
+    assert reported == [
         f"zods.finetune: error: rank 1: --model {model}: TypeError: a driver is missing"
     ]
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -211,9 +210,7 @@ def test_code_of_a_model_that_fails_on_one_rank_ends_the_run_with_the_name_of_th
         ({"RANK": "0", "LOCAL_RANK": "0"}, "but not WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
     ],
 )
-def test_a_launcher_that_cannot_be_understood_is_told_with_the_way_out(
-    monkeypatch, variables, said
-):
+def test_incomplete_variables_of_a_launcher_are_refused_with_a_remedy(monkeypatch, variables, said):
     for name in (*TORCH, *SIZES, *RANKS):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():

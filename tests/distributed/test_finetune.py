@@ -1,6 +1,6 @@
-"""The command line through the real `deepspeed` launcher, on the quickstart's model.
+"""The command line on the quickstart's model: a whole run, its resumption, and mistakes.
 
-A whole run, its resumption, and mistakes.
+One run goes through the real `deepspeed` launcher. The others are made on forked ranks.
 """
 
 from __future__ import annotations
@@ -17,14 +17,23 @@ import torch
 from safetensors.torch import load_file
 
 import zods.finetune
+from tests.distributed.command_line import (
+    MODEL,
+    finetune_on_ranks,
+    labelled_rows,
+    prompted_options,
+    refusals_on_ranks,
+    write_inputs,
+    write_rows,
+)
 from tests.distributed.ranks import launch, options_of, run_command
+from zods.cli.arguments import parse_arguments
 from zods.cli.run_folder import read_metrics
 from zods.comm.process import RANKS, SIZES, TORCH
 from zods.trajectory.log import read_log
 from zods.trajectory.records import Step
 from zods.trajectory.replay import replay
 
-MODEL = Path(__file__).parents[2] / "launch" / "quickstart" / "model"
 CONFIG = {
     "train_batch_size": 8,
     "zero_optimization": {"stage": 3},
@@ -40,48 +49,29 @@ CONFIG = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finetune")
-    rows = [
-        {"text": f"return the value of {i}", "label": ("code", "text")[i % 2]} for i in range(24)
-    ]
-    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    wrong = [*rows, {"text": "x", "label": "neither"}]
-    (folder / "wrong.jsonl").write_text("".join(json.dumps(row) + "\n" for row in wrong))
-    (folder / "config.json").write_text(json.dumps(CONFIG))
+    write_inputs(folder, CONFIG)
+    write_rows(folder / "wrong.jsonl", [*labelled_rows(), {"text": "x", "label": "neither"}])
     return folder
 
 
-def finetune(runs: Path, config: Path, output: str, *options: str) -> tuple[int, str]:
-    """Run into the folder `runs`/`output`, on the data beside `config`."""
-    return launch(
-        Path(zods.finetune.__file__),
-        *options_of(
-            deepspeed_config=config,
-            model=MODEL,
-            output_dir=runs / output,
-            task="prompted",
-            template=r"{text}\nKind: {label}",
-            train_file=config.parent / "train.jsonl",
-            max_length=48,
-        ),
-        *options,
-    )
+def finetune(options: list[str]) -> tuple[int, str]:
+    """Run the command line through the launcher: (exit code, output of all ranks)."""
+    return launch(Path(zods.finetune.__file__), *options)
 
 
 @pytest.fixture(scope="module")
 def run(folder: Path) -> Path:
-    options = (
-        "--max_steps",
-        "4",
-        "--save_interval",
-        "2",
-        "--eval_interval",
-        "2",
-        "--save_model",
-        "--plot",
-        "--lr",
-        "2e-4",
+    options = prompted_options(
+        folder,
+        folder / "run",
+        max_steps=4,
+        save_interval=2,
+        eval_interval=2,
+        save_model=True,
+        plot=True,
+        lr=2e-4,
     )
-    code, output = finetune(folder, folder / "config.json", "run", *options)
+    code, output = finetune(options)
     assert code == 0, output[-4000:]
     assert "held-out accuracy" in output
     return folder / "run"
@@ -126,18 +116,8 @@ def test_the_exported_model_loads_with_its_tokenizer(run):
 
 def test_a_resumed_run_ends_where_the_undisturbed_one_did(folder, run):
     (run / "checkpoints" / "latest").write_text("global_step2")
-    code, output = finetune(
-        folder,
-        folder / "config.json",
-        "resumed",
-        "--max_steps",
-        "4",
-        "--lr",
-        "2e-4",
-        "--resume",
-        str(run / "checkpoints"),
-    )
-    assert code == 0, output[-4000:]
+    others = {"max_steps": 4, "lr": 2e-4, "resume": run / "checkpoints"}
+    finetune_on_ranks(2, prompted_options(folder, folder / "resumed", **others))
     losses = {r["step"]: r["loss"] for r in read_metrics(run) if r["kind"] == "train"}
     resumed = {
         r["step"]: r["loss"] for r in read_metrics(folder / "resumed") if r["kind"] == "train"
@@ -145,22 +125,15 @@ def test_a_resumed_run_ends_where_the_undisturbed_one_did(folder, run):
     assert resumed == {step: losses[step] for step in (3, 4)}
 
 
-SELECT = ("--select", "4/8", "--source_column", "label", "--max_steps", "4", "--lr", "1e-3")
+SELECT = {"select": "4/8", "source_column": "label", "max_steps": 4, "lr": 1e-3}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lora", [(), ("--lora_rank", "2")], ids=["whole", "lora"])
+@pytest.mark.parametrize("lora", [{}, {"lora_rank": 2}], ids=["whole", "lora"])
 def test_first_order_training_with_selection_resumes_where_it_was(folder, lora, tmp_path):
-    first_order = ("--optimizer", "adamw", *SELECT, *lora)
-    code, output = finetune(
-        tmp_path,
-        folder / "config.json",
-        "whole",
-        *first_order,
-        "--save_interval",
-        "2",
-        "--save_model",
-    )
+    first_order = {"optimizer": "adamw", **SELECT, **lora}
+    saved = {"save_interval": 2, "save_model": True}
+    code, output = finetune(prompted_options(folder, tmp_path / "whole", **first_order, **saved))
     assert code == 0, output[-4000:]
     configured, *logged = read_log(tmp_path / "whole" / "trajectory.log").records
     assert configured.optimizer["params"]["lr"] == 1e-3
@@ -173,17 +146,14 @@ def test_first_order_training_with_selection_resumes_where_it_was(folder, lora, 
     assert len({record["loss"] for record in records}) == 4
     assert all(record["selection_seconds"] > 0 for record in records)
     (tmp_path / "whole" / "checkpoints" / "latest").write_text("global_step2")
-    resume = ("--resume", str(tmp_path / "whole" / "checkpoints"))
-    code, output = finetune(tmp_path, folder / "config.json", "resumed", *first_order, *resume)
-    assert code == 0, output[-4000:]
+    resume = {"resume": tmp_path / "whole" / "checkpoints"}
+    finetune_on_ranks(2, prompted_options(folder, tmp_path / "resumed", **first_order, **resume))
     assert list(read_log(tmp_path / "resumed" / "trajectory.log").records[1:]) == logged
 
 
 def test_zeroth_order_steps_log_what_was_selected(folder, tmp_path):
-    code, output = finetune(
-        tmp_path, folder / "config.json", "run", *SELECT, "--strategy", "structured_random"
-    )
-    assert code == 0, output[-4000:]
+    options = {**SELECT, "strategy": "structured_random"}
+    finetune_on_ranks(2, prompted_options(folder, tmp_path / "run", **options))
     steps = [
         r for r in read_log(tmp_path / "run" / "trajectory.log").records if isinstance(r, Step)
     ]
@@ -193,22 +163,20 @@ def test_zeroth_order_steps_log_what_was_selected(folder, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--select", "4/8", "--source_column", "origin"), "no column 'origin'"),
-        pytest.param(
-            ("--validation_file", "{folder}/wrong.jsonl"), "neither", marks=pytest.mark.slow
-        ),
-        pytest.param(("--model", "{folder}/nowhere"), "nowhere", marks=pytest.mark.slow),
+        ({"select": "4/8", "source_column": "origin"}, "no column 'origin'"),
+        ({"validation_file": "{folder}/wrong.jsonl"}, "neither"),
+        ({"model": "{folder}/nowhere"}, "nowhere"),
     ],
 )
-def test_bad_input_ends_with_one_message_and_leaves_no_folder(folder, options, message):
-    code, output = finetune(
-        folder, folder / "config.json", "bad", *(option.format(folder=folder) for option in options)
-    )
-    assert code != 0
-    told = [line for line in output.splitlines() if "zods.finetune: error:" in line]
-    assert len(told) == 1
-    assert message in told[0]
-    assert not (folder / "bad").exists()
+def test_bad_input_is_the_same_error_on_all_ranks_and_leaves_no_folder(
+    folder, tmp_path, options, message
+):
+    """The launcher's exit code for bad input is tested in test_failed_start.py."""
+    given = {name: value.format(folder=folder) for name, value in options.items()}
+    first, second = refusals_on_ranks(2, prompted_options(folder, tmp_path / "bad", **given))
+    assert first == second
+    assert message in first
+    assert not (tmp_path / "bad").exists()
 
 
 def test_options_in_a_file_run_without_a_launcher_on_one_rank_with_a_summary_of_what_was_used(
@@ -251,7 +219,7 @@ def test_options_in_a_file_run_without_a_launcher_on_one_rank_with_a_summary_of_
     )
     assert code == 0, output[-4000:]
     summary = list(read_metrics(tmp_path / "run"))[-1]
-    assert not [key for key in summary if key.startswith("anchor")], "of a method without an anchor"
+    assert not [key for key in summary if key.startswith("anchor")], "the method has no anchor"
     assert "anchor" not in output.partition("held-out")[2]
     assert re.search(rf"^evaluation +{summary['evaluation']}$", output, re.MULTILINE)
     written = json.loads((tmp_path / "run" / "config.json").read_text())
@@ -274,11 +242,8 @@ def test_a_head_for_another_number_of_classes_is_replaced_and_replayed(folder, t
     model = transformers.AutoModelForSequenceClassification.from_pretrained(MODEL, num_labels=3)
     model.save_pretrained(tmp_path / "three")
     transformers.AutoTokenizer.from_pretrained(MODEL).save_pretrained(tmp_path / "three")
-    code, output = classify(
-        folder, tmp_path, "--model", tmp_path / "three", "--train_file", folder / "train.jsonl"
-    )
-    assert code == 0, output[-4000:]
-    assert "is for 3 classes, the data have 2: a new head is drawn" in output
+    messages, _ = classify(folder, tmp_path / "run", tmp_path / "three")
+    assert any("is for 3 classes, the data have 2: a new head is drawn" in m for m in messages)
     exported = exported_tensors(tmp_path / "run" / "model")
     assert exported["score.weight"].shape == (2, 160)
     log = str(tmp_path / "run" / "trajectory.log")
@@ -304,10 +269,7 @@ def test_an_exported_adapter_is_trained_on_and_replayed_from_its_base(folder, tm
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(described))
     # The adapter uses the tokenizer of its base.
     transformers.AutoTokenizer.from_pretrained(MODEL).save_pretrained(tmp_path / "base")
-    code, output = classify(
-        folder, tmp_path, "--model", tmp_path / "adapter", "--train_file", folder / "train.jsonl"
-    )
-    assert code == 0, output[-4000:]
+    classify(folder, tmp_path / "run", tmp_path / "adapter")
     before, after = (
         exported_tensors(path) for path in (tmp_path / "adapter", tmp_path / "run" / "model")
     )
@@ -326,36 +288,32 @@ def test_an_exported_adapter_is_trained_on_and_replayed_from_its_base(folder, tm
         )
 
 
-def test_a_model_that_sees_later_tokens_is_refused_by_all_ranks_in_one_line(folder, tmp_path):
+def test_a_model_that_sees_later_tokens_is_refused_by_all_ranks(folder, tmp_path):
     import transformers
 
     config = transformers.XLNetConfig(vocab_size=2048, d_model=32, n_layer=1, n_head=2, d_inner=32)
     transformers.XLNetLMHeadModel(config).save_pretrained(tmp_path / "model")
     transformers.AutoTokenizer.from_pretrained(MODEL).save_pretrained(tmp_path / "model")
-    code, output = finetune(
-        folder, folder / "config.json", "leaks", "--model", str(tmp_path / "model")
-    )
-    told = [line for line in output.splitlines() if "zods.finetune: error:" in line]
-    assert code == 2, output[-4000:]
-    assert len(told) == 1
-    assert "not a causal language model" in told[0]
-    assert not (folder / "leaks" / "trajectory.log").exists()
+    options = prompted_options(folder, tmp_path / "run", model=tmp_path / "model")
+    first, second = refusals_on_ranks(2, options)
+    assert first == second
+    assert "not a causal language model" in first
+    assert not (tmp_path / "run" / "trajectory.log").exists()
 
 
-def classify(folder: Path, runs: Path, *options: object) -> tuple[int, str]:
-    """Make two steps of a classifier, exported to `runs`/run/model."""
-    return launch(
-        Path(zods.finetune.__file__),
-        *options_of(
-            deepspeed_config=folder / "config.json",
-            output_dir=runs / "run",
-            max_steps=2,
-            max_length=48,
-            method="mezo",
-            save_model=True,
-        ),
-        *options,
+def classify(folder: Path, output: Path, model: Path) -> list[list[str]]:
+    """Make two steps of a classifier on two ranks: the messages of each rank."""
+    options = options_of(
+        deepspeed_config=folder / "config.json",
+        model=model,
+        output_dir=output,
+        train_file=folder / "train.jsonl",
+        max_steps=2,
+        max_length=48,
+        method="mezo",
+        save_model=True,
     )
+    return finetune_on_ranks(2, options)
 
 
 def exported_tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -375,16 +333,16 @@ def exported_tensors(folder: Path) -> dict[str, torch.Tensor]:
         (("--lora_target_modules", "q_proj"), "--lora_target_modules belongs to --lora_rank"),
     ],
 )
-def test_options_that_do_not_fit_are_refused(options, message):
+def test_options_that_do_not_fit_are_refused(options, message, capsys):
     needed = ("--deepspeed_config", "c", "--model", "m", "--output_dir", "o", "--train_file", "t")
-    command = [sys.executable, "-m", "zods.finetune", *needed, *options]
-    told = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert told.returncode == 2
-    assert message in told.stderr
+    with pytest.raises(SystemExit) as caught:
+        parse_arguments([*needed, *options])
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_help_reads_without_a_launcher():
-    told = subprocess.run(
+    ended = subprocess.run(
         [sys.executable, "-m", "zods.finetune", "--help"],
         capture_output=True,
         text=True,
@@ -398,4 +356,4 @@ def test_help_reads_without_a_launcher():
         "--method",
         "--anchor_interval",
     ):
-        assert option in told.stdout
+        assert option in ended.stdout

@@ -60,7 +60,7 @@ def poison(file: Path, mark: Path) -> None:
     content = torch.load(file, weights_only=False)
     torch.save({**content, "extra": Malicious(mark)}, file)
     torch.load(file, weights_only=False)
-    assert mark.exists(), "else the file is harmless"
+    assert mark.exists(), "loading the file must run its code"
     mark.unlink()
 
 
@@ -154,13 +154,13 @@ def test_checkpoints_resume_to_the_bit_and_a_file_with_code_in_it_is_refused_and
         assert not found["ran"]
         assert found["steps"] == 1, "nothing was loaded"
         assert found["variable"] == "0"
-        assert not found["left"], "what is allowed at a load is allowed at that load only"
+        assert not found["left"], "types allowed for one load must not stay allowed"
         assert len(found["said"]) > 2
         for name, (kind, text) in found["said"].items():
             assert kind == "ValueError"
             assert name.split()[-1] in text or name == "no folder"
             assert "system" in text or "poisoned" not in name
-            assert "weights_only" not in text, "no advice to run it"
+            assert "weights_only" not in text, "the message must not advise to run the code"
 
 
 def rank_of_unchecked_loads(folder: Path) -> tuple[str, bool]:

@@ -120,7 +120,9 @@ def test_logs_are_read_up_to_a_torn_end_or_refused_with_the_line(run, number):
             assert said.startswith("log")
             continue
         found = parse_log(bytes(changed), "log")
-        assert found.heads == whole.heads[: len(found.heads)], "another log was taken for this one"
+        assert found.heads == whole.heads[: len(found.heads)], (
+            "a changed log was accepted as this one"
+        )
     assert refused > number / 3
 
 

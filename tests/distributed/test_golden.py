@@ -113,9 +113,7 @@ def test_a_checkpoint_of_the_first_format_loads_and_continues_as_the_run_did(
         weights = in_order(load_file(tmp_path / name / "model.safetensors"), name)
         after = load_file(RUNS_FOLDER / name / AFTER)
         moved = max((after[key] - value).abs().max() for key, value in weights.items())
-        assert moved > 20 * WEIGHT_TOLERANCE, (
-            "else the tolerance would not show a step that is left out"
-        )
+        assert moved > 20 * WEIGHT_TOLERANCE, "the tolerance must detect a step that is left out"
         for rank in ranks:
             found = rank[name]
             assert found["state"] == (SAVED_AT, log.heads[last + 1], refreshes[-1], {"note": name})

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.ranks import launch
+from tests.distributed.ranks import launch, run_ranks
+from tests.distributed.scripts.mistakes import rank_of_mistakes
 
 SCRIPTS = Path(__file__).parent / "scripts"
 
@@ -64,7 +65,7 @@ def test_shards_of_a_stored_anchor_point_are_counted_apart_from_the_scalars(loop
 
 def test_everything_that_is_sent_was_asked_for_by_zods_or_deepspeed(loop):
     for rank in loop:
-        assert set(rank["sent"]["zods"]) == {"all_gather"}, "the one collective that zods uses"
+        assert set(rank["sent"]["zods"]) == {"all_gather"}, "the only collective that zods uses"
         assert sum(size for _, size in rank["sent"]["deepspeed"].values()) > 0, "ZeRO-3 gathers"
 
 
@@ -95,25 +96,22 @@ EXPECTED = {
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("mistakes")
-    code, output = launch(SCRIPTS / "mistakes.py", folder)
-    assert code == 0, output[-4000:]
-    return read(folder)
+def errors(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run_ranks(2, rank_of_mistakes, tmp_path_factory.mktemp("mistakes"))
 
 
 @pytest.mark.parametrize("mistake", EXPECTED)
-def test_a_mistake_is_the_same_clear_error_on_all_ranks(told, mistake):
+def test_a_mistake_is_the_same_clear_error_on_all_ranks(errors, mistake):
     kind, parts = EXPECTED[mistake]
-    (kind_0, text_0), (kind_1, text_1) = (rank[mistake] for rank in told)
+    (kind_0, text_0), (kind_1, text_1) = (rank[mistake] for rank in errors)
     assert kind_0 == kind_1 == kind, f"{text_0} / {text_1}"
     assert text_1 == text_0
     for part in parts:
         assert part in text_0, text_0
 
 
-def test_every_mistake_of_the_script_is_expected(told):
-    assert set(told[0]) == set(EXPECTED)
+def test_every_mistake_of_the_script_is_expected(errors):
+    assert set(errors[0]) == set(EXPECTED)
 
 
 @pytest.mark.parametrize(
@@ -125,6 +123,6 @@ def test_a_run_with_a_mistake_ends_soon_with_its_text_and_an_exit_code(tmp_path,
     said = {
         line.split("ValueError: ", 1)[1] for line in output.splitlines() if "ValueError: " in line
     }
-    assert len(said) == 1, "all ranks say one and the same"
+    assert len(said) == 1, "all ranks write the same message"
     for part in EXPECTED[mistake][1]:
         assert part in said.copy().pop()

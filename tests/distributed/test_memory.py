@@ -88,5 +88,5 @@ def peaks(request: pytest.FixtureRequest) -> list[dict[str, tuple[int, int, int]
 def test_a_step_takes_little_more_memory_than_inference_over_the_same_stack(peaks, name):
     for rank in peaks:
         inference, step, largest = rank[name]
-        assert inference > 2 * largest, "else the allowance for copies would hide the rest"
+        assert inference > 2 * largest, "the allowance for copies must not hide the rest"
         assert step <= 1.3 * inference + 2 * largest

@@ -101,7 +101,7 @@ def check(ranks: list[dict[tuple[str, str], Any]], name: str) -> None:
             if of == name:
                 assert found["form"] == FORMS[name][len(ranks) - 1]
                 assert max(found["errors"].values()) < 1e-5, (distribution, found["errors"])
-                assert found["kept"], "an evaluation changed what is stored"
+                assert found["kept"], "an evaluation changed the stored weights"
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -161,7 +161,7 @@ def test_a_form_that_does_not_fit_is_refused_with_its_reason_and_leaves_the_mode
         assert f'"{case[1]}" does not fit this model' in text
         assert text == refusals[0][case][0], "the same on all ranks"
         assert right, "the forward after it is not that of the parameters"
-        assert kept, "a refused form changed what is stored"
+        assert kept, "a refused form changed the stored weights"
 
 
 # --- what only a later batch, or the thread's state, would show ---

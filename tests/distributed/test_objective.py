@@ -22,8 +22,9 @@ from torch.nn import functional
 
 import zods
 import zods.finetune
+from tests.distributed.command_line import MODEL, finetune_on_ranks, write_rows
 from tests.distributed.models import collate, configuration, numpy_of, sha256, whole
-from tests.distributed.ranks import REPOSITORY, launch, options_of, run_ranks
+from tests.distributed.ranks import options_of, run_ranks
 from tests.reference.dense import DenseReference, loss_of_module, named_parameters_of
 from tests.reference.objective import objective_of
 from zods.cli.run_folder import read_metrics
@@ -357,9 +358,9 @@ def rank_refused(micro: int, mean: str) -> str:
 
 
 def test_a_models_own_loss_of_several_examples_gives_no_mean_over_examples():
-    for told in run_ranks(2, rank_refused, 2, "examples"):
-        assert 'zeroth_order.loss_mean: "examples"' in told
-        assert 'Use "tokens", or train_micro_batch_size_per_gpu 1.' in told
+    for refusals in run_ranks(2, rank_refused, 2, "examples"):
+        assert 'zeroth_order.loss_mean: "examples"' in refusals
+        assert 'Use "tokens", or train_micro_batch_size_per_gpu 1.' in refusals
     assert run_ranks(2, rank_refused, 1, "examples") == ["taken"] * 2
     assert run_ranks(2, rank_refused, 2, "tokens") == ["taken"] * 2
 
@@ -426,37 +427,30 @@ def test_a_run_resumed_on_another_number_of_ranks_continues_the_same_curve(tmp_p
     (undisturbed,) = run_ranks(1, rank_of_runs, tmp_path / "whole", whole_run, {})
     (begun,) = run_ranks(1, rank_of_runs, tmp_path / "run", {"tokens": 3, "examples": 3}, {})
     others = {"tokens": "examples", "examples": "tokens"}
-    for told in run_ranks(2, rank_of_runs, tmp_path / "run", whole_run, others):
+    for refusals in run_ranks(2, rank_of_runs, tmp_path / "run", whole_run, others):
         for mean, other in others.items():
-            assert f"made with zeroth_order.loss_mean = {mean}, this run has {other}." in told[mean]
+            assert (
+                f"made with zeroth_order.loss_mean = {mean}, this run has {other}."
+                in refusals[mean]
+            )
     for resumed in run_ranks(2, rank_of_runs, tmp_path / "run", whole_run, {}):
         for mean in whole_run:
             assert begun[mean] + resumed[mean] == pytest.approx(undisturbed[mean], abs=5e-5)
     assert all(abs(a - b) > 1e-2 for a, b in zip(*undisturbed.values(), strict=True))
 
 
-MODEL = REPOSITORY / "launch" / "quickstart" / "model"
-
-
-def finetune(folder: Path, output: str, num_gpus: int, *options: str) -> dict[int, float]:
-    """Run the command line on `num_gpus` ranks.
-
-    Returns the losses in the run's folder by step.
-    """
-    code, said = launch(
-        Path(zods.finetune.__file__),
-        *options_of(
-            deepspeed_config=folder / "config.json",
-            model=MODEL,
-            output_dir=folder / output,
-            task="instruction",
-            train_file=folder / "train.jsonl",
-            max_length=96,
-        ),
-        *options,
-        num_gpus=num_gpus,
+def losses_of_run(folder: Path, output: str, world_size: int, **others: Any) -> dict[int, float]:
+    """Run the command line: the losses in the run's folder by step."""
+    options = options_of(
+        deepspeed_config=folder / "config.json",
+        model=MODEL,
+        output_dir=folder / output,
+        task="instruction",
+        train_file=folder / "train.jsonl",
+        max_length=96,
+        **others,
     )
-    assert code == 0, said[-4000:]
+    finetune_on_ranks(world_size, options)
     return {
         record["step"]: record["loss"]
         for record in read_metrics(folder / output)
@@ -475,12 +469,12 @@ def test_the_command_line_continues_the_same_curve_on_another_number_of_ranks(tm
         }
         for k in range(24)
     ]
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(tmp_path / "train.jsonl", rows)
     section = {"method": "mezo", "lr": 1e-4, "eps": 1e-2}
     config = {"train_batch_size": 8, "zero_optimization": {"stage": 3}, "zeroth_order": section}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    undisturbed = finetune(tmp_path, "whole", 1, "--max_steps", "5")
-    finetune(tmp_path, "run", 1, "--max_steps", "3")
-    resumed = finetune(tmp_path, "run", 2, "--max_steps", "5", "--resume", "auto")
+    undisturbed = losses_of_run(tmp_path, "whole", 1, max_steps=5)
+    losses_of_run(tmp_path, "run", 1, max_steps=3)
+    resumed = losses_of_run(tmp_path, "run", 2, max_steps=5, resume="auto")
     assert list(resumed) == list(undisturbed) == [1, 2, 3, 4, 5]
     assert resumed == pytest.approx(undisturbed, rel=1e-4)

@@ -392,7 +392,9 @@ def test_the_runs_have_the_records_that_these_tests_need(folder):
     names = {
         key.partition(".")[0] for key in load_file(folder / "bases" / "bert" / "model.safetensors")
     }
-    assert names == {"embeddings", "encoder", "pooler"}, "else its keys have the run's prefix"
+    assert names == {"embeddings", "encoder", "pooler"}, (
+        "the base's keys must not have the prefix of the run's"
+    )
 
 
 # --- several processes ----------------------------------------------------------------------------
@@ -694,7 +696,7 @@ def test_a_log_with_any_byte_changed_is_an_error_or_ends_before_its_last_record(
         if position < len(data) - len(lines[-1]):
             assert f"line {data[:position].count(10) + 1} " in error, position
         elif position == len(data) - 1:
-            assert "line 9 " in error, "a record is whole, and something follows it"
+            assert "line 9 " in error, "the last record is whole, and something follows it"
         else:
             assert made == 3, position
             assert same(weights, states[-2]), position

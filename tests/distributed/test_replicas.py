@@ -5,7 +5,6 @@ Replicas join late, leave and die.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import threading
@@ -19,8 +18,9 @@ import pytest
 import torch
 
 import zods.finetune
+from tests.distributed.command_line import prompted_options, write_inputs
 from tests.distributed.models import Tiny, configuration, numpy_of, sha256, tiny_data, whole
-from tests.distributed.ranks import LIMIT, REPOSITORY, free_port, launch, options_of, run_ranks
+from tests.distributed.ranks import LIMIT, free_port, launch, run_ranks
 from zods.config.schema import parse_section
 from zods.trajectory.log import read_log
 from zods.trajectory.records import Step
@@ -349,28 +349,19 @@ def test_options_that_replicas_do_not_support_are_refused(changed, said):
 
 @pytest.mark.slow
 def test_two_launches_of_the_command_line_train_one_model(tmp_path):
-    rows = [
-        {"text": f"return the value of {i}", "label": ("code", "text")[i % 2]} for i in range(24)
-    ]
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     section = {"lr": 1e-4, "anchor_interval": 50, "anchor": {"point": "terms", "gradient": "cpu"}}
     config = {"train_batch_size": 8, "zero_optimization": {"stage": 3}, "zeroth_order": section}
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    write_inputs(tmp_path, config)
     store, said = store_address(), {}
 
     def run(replica: int, ranks: int) -> None:
         said[replica] = launch(
             Path(zods.finetune.__file__),
-            *options_of(
-                deepspeed_config=tmp_path / "config.json",
-                model=REPOSITORY / "launch" / "quickstart" / "model",
-                task="prompted",
-                template=r"{text}\nKind: {label}",
-                train_file=tmp_path / "train.jsonl",
-                max_length=48,
+            *prompted_options(
+                tmp_path,
+                tmp_path / str(replica),
                 max_steps=100,
                 save_model=True,
-                output_dir=tmp_path / str(replica),
                 replica=replica,
                 replica_store=store,
             ),

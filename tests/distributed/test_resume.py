@@ -20,6 +20,8 @@ import torch
 import zods
 import zods.kernels
 from tests.distributed.models import (
+    ANNEALED_SVRG,
+    WARMUP,
     Tiny,
     Wide,
     batches_ahead,
@@ -40,21 +42,6 @@ from zods.trajectory.records import Evaluation, Refresh, RunRecord
 
 # An epoch has three steps. Checkpoints are written at the steps of SAVED.
 BATCH, STEPS, SAVED = 24, 11, (4, 7)
-WARMUP = {
-    "type": "WarmupLR",
-    "params": {"warmup_max_lr": 2e-2, "warmup_num_steps": 12, "warmup_type": "linear"},
-}
-SECTION = {
-    "method": "mezo_svrg",
-    "eps": 1e-2,
-    "lr": 2e-2,
-    "anchor_interval": 5,
-    # The threshold is so low that annealing acts at the end of every epoch but the first.
-    "anneal": {
-        "alpha": 3.0,
-        "threshold": 1e-3,
-    },
-}
 MEZO = {"method": "mezo", "anchor_interval": None, "anchor": None}
 
 
@@ -87,7 +74,7 @@ BARE = (
 
 def build(name: str, folder: Path, **changed: Any) -> Any:
     """An engine of run `name`, whose NVMe files are in a new folder below `folder`."""
-    given = {"batch": BATCH, **SECTION, "top": {"scheduler": WARMUP}, **RUNS[name], **changed}
+    given = {"batch": BATCH, **ANNEALED_SVRG, "top": {"scheduler": WARMUP}, **RUNS[name], **changed}
     given = {key: value for key, value in given.items() if value is not None}
     data, model = given.pop("data", None), given.pop("model", None)
     if name in BARE:

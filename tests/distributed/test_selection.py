@@ -663,14 +663,14 @@ def test_deepspeeds_own_loader_works_too():
 def mistakes() -> list[str]:
     """The errors of mistakes. They are the same on all ranks, and no rank hangs."""
     data = examples()
-    told = []
+    messages = []
 
     def attempt(make: Any) -> None:
         try:
             make()
-            told.append("taken")
+            messages.append("taken")
         except (ValueError, RuntimeError) as error:
-            told.append(f"{type(error).__name__}: {error}")
+            messages.append(f"{type(error).__name__}: {error}")
 
     def with_selector(rows: Any = data, **selector: Any) -> Any:
         return lambda: zeroth_order_engine(rows, selector=selector)
@@ -713,7 +713,7 @@ def mistakes() -> list[str]:
     attempt(lambda: zods.select(loader, engine, {"candidates": 17}))
     attempt(lambda: zods.select([1, 2], engine, {"candidates": 16}))
     attempt(lambda: zods.select(loader, engine, {"candidates": 16, "sources": "source"}))
-    return told
+    return messages
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -737,7 +737,7 @@ def test_mistakes_are_reported_on_all_ranks(world_size: int):
         r"loader: found list, expected a DataLoader",
         r"selector\.sources: unknown key\. Did you mean 'source_column'",
     ]
-    for told in run_ranks(world_size, mistakes):
-        assert len(told) == len(wanted)
-        for message, pattern in zip(told, wanted, strict=True):
+    for messages in run_ranks(world_size, mistakes):
+        assert len(messages) == len(wanted)
+        for message, pattern in zip(messages, wanted, strict=True):
             assert re.search(pattern, message), message

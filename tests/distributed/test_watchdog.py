@@ -302,7 +302,7 @@ def test_ranks_that_do_not_answer_are_named_before_those_that_are_busy():
     said = verdict({1: BUSY, 2: WAITS}, 4)
     assert "ranks 0, 3 do not answer: their processes are stopped" in said
     assert "hang" not in said
-    assert "The others wait" not in said, "rank 1 does not"
+    assert "The others wait" not in said, "rank 1 is busy"
 
 
 def test_ranks_that_all_wait_are_listed_with_their_lines():

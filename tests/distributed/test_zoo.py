@@ -246,7 +246,7 @@ def compare_weights(found: Trained, expected: Trained, of_grads: float, rounding
     assert list(found.after) == list(expected.after)
     assert all(
         np.array_equal(found.before[name], start) for name, start in expected.before.items()
-    ), "another start"
+    ), "the weights differ before the first step"
     moved = {name: after - expected.before[name] for name, after in expected.after.items()}
     trained = [name for name, movement in moved.items() if movement.any()]
     for name in moved.keys() - set(trained):

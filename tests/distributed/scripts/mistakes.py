@@ -1,12 +1,10 @@
 """Wrong input for zods on two ranks, for test_launcher.py.
 
-Usage: mistakes.py OUTPUT_FOLDER [NAME]
+Usage: mistakes.py OUTPUT_FOLDER NAME
 
-Without NAME the script tries all mistakes, and each rank writes the errors to
-OUTPUT_FOLDER/rank<N>.json. With NAME it makes one mistake, and its error ends the run.
+The script makes one mistake, and its error ends the run. `rank_of_mistakes` tries all of them.
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -15,7 +13,6 @@ from torch import nn
 
 import zods
 from tests.distributed.models import Tiny, collate, configuration, tiny_data
-from zods.comm.process import end_process
 from zods.config import optional_packages
 
 MEZO = {"method": "mezo"}
@@ -100,26 +97,22 @@ def prepare(output):
         content = file.read_bytes()
         file.write_bytes(content[: len(content) // 2])
     torch.distributed.barrier()
-    return engine.global_rank
 
 
-def main(output, name=None):
+def rank_of_mistakes(output):
+    """The error of each mistake: (type, text)."""
     optional_packages.MONITORS["comet"] = ("no_such_monitor", "no_such_monitor")
-    if name is not None:
-        mistakes(output)[name]()
-        return
-    rank = prepare(output)
-    told = {}
+    prepare(output)
+    errors = {}
     for mistake, make in mistakes(output).items():
         try:
             make()
-            told[mistake] = ["nothing", ""]
+            errors[mistake] = ("nothing", "")
         except Exception as error:
-            told[mistake] = [type(error).__name__, str(error)]
-    (output / f"rank{rank}.json").write_text(json.dumps(told))
-    end_process(0)
+            errors[mistake] = (type(error).__name__, str(error))
+    return errors
 
 
 if __name__ == "__main__":
     given = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
-    main(Path(given[0]), *given[1:])
+    mistakes(Path(given[0]))[given[1]]()
