@@ -341,10 +341,20 @@ def test_a_value_in_range_is_taken_as_it_is(key, value):
 
 @pytest.mark.parametrize(("key", "value"), REFUSED)
 def test_a_value_of_another_type_or_range_is_refused_by_its_key(key, value):
-    message = refused(config(nested(key, value)), f"{SECTION}.{key}: ")
+    with pytest.raises(ValueError, match=rf"{SECTION}\.{re.escape(key)}: ") as caught:
+        parse_section(nested(key, value))
+    message = str(caught.value)
     assert repr(value) in message or value == "auto"
     if value == "auto" and key not in SECTIONS:
         assert "leave it out for the default" in message
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_mistake_of_the_section_is_a_mistake_of_the_configuration_in_the_same_words(key):
+    for value in KEYS[key][1][:2]:
+        with pytest.raises(ValueError, match=r".") as caught:
+            parse_section(nested(key, value))
+        assert refused(config(nested(key, value))) == str(caught.value)
 
 
 def test_a_float_that_no_float_can_hold_is_refused():
@@ -1062,13 +1072,17 @@ def test_the_configuration_that_is_mutated_is_a_good_one():
     assert read_config(WHOLE, 2).deepspeed["train_micro_batch_size_per_gpu"] == 4
 
 
-@settings(FUZZ, max_examples=400)
-@given(mutations=MUTATIONS, world_size=st.sampled_from([1, 2, 8]))
-def test_any_mutated_configuration_is_read_or_refused(mutations, world_size):
-    assert_read_or_refused(mutated(mutations), world_size)
+@pytest.mark.parametrize("examples", [100, pytest.param(400, marks=pytest.mark.slow)])
+def test_any_mutated_configuration_is_read_or_refused(examples):
+    @settings(FUZZ, max_examples=examples)
+    @given(mutations=MUTATIONS, world_size=st.sampled_from([1, 2, 8]))
+    def check(mutations, world_size):
+        assert_read_or_refused(mutated(mutations), world_size)
+
+    check()
 
 
-@settings(FUZZ, max_examples=200)
+@settings(FUZZ, max_examples=100)
 @given(
     edits=st.lists(
         st.tuples(st.integers(0, 2000), st.integers(0, 3), st.binary(max_size=3)),

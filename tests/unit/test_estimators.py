@@ -310,13 +310,15 @@ class LogisticRegression:
     def grad(self, theta: Tensor) -> Tensor:
         return -(torch.sigmoid(-(self.x @ theta)) @ self.x) / NUM_EXAMPLES
 
-    def projected(self, theta: Tensor, x_dot_z: Tensor, examples: Tensor | None) -> list[float]:
-        """projected_grads at theta for each row of x_dot_z (points, examples), over all or the
-        row's `examples`.
+    @staticmethod
+    def projected(x_dot_theta: Tensor, x_dot_z: Tensor, examples: Tensor | None) -> list[float]:
+        """projected_grads at theta for each direction, over all examples or over `examples`.
+
+        x_dot_theta: (examples,). x_dot_z: (directions, examples). examples: (1, batch), indices.
         """
         losses = []
         for sign in (1, -1):
-            each = functional.softplus(-(self.x @ theta + sign * EPSILON * x_dot_z))
+            each = functional.softplus(-(x_dot_theta + sign * EPSILON * x_dot_z))
             losses.append((each if examples is None else each.gather(1, examples)).mean(1).tolist())
         return projected_grads(*losses, EPSILON)
 
@@ -329,6 +331,7 @@ def mean_squared_errors() -> dict[str, float]:
     anchor = torch.zeros(NUM_PARAMETERS, dtype=torch.float64)
     theta = anchor - 0.01 * problem.grad(anchor)
     grad = problem.grad(theta)
+    at_theta, at_anchor = problem.x @ theta, problem.x @ anchor
     generator = torch.Generator().manual_seed(1)
     sums: dict[str, float] = {}
     for draw in range(DRAWS):
@@ -338,10 +341,10 @@ def mean_squared_errors() -> dict[str, float]:
         directions = torch.stack([z(seed, NUM_PARAMETERS) for seed in rows])
         x_dot_z = directions @ problem.x.T
         batch = torch.randperm(NUM_EXAMPLES, generator=generator)[None, :BATCH]
-        c = problem.projected(theta, x_dot_z[:1], batch)
-        a = problem.projected(anchor, x_dot_z[:1], batch)
-        a_other = problem.projected(anchor, x_dot_z[1:2], batch)
-        c_g = problem.projected(anchor, x_dot_z[2:], None)
+        c = problem.projected(at_theta, x_dot_z[:1], batch)
+        a = problem.projected(at_anchor, x_dot_z[:1], batch)
+        a_other = problem.projected(at_anchor, x_dot_z[1:2], batch)
+        c_g = problem.projected(at_anchor, x_dot_z[2:], None)
         estimates = {
             "mezo": spsa([own], c),
             "shared, 1": svrg([own], c, [own], a) + spsa(of_g[:1], c_g[:1]),

@@ -31,9 +31,14 @@ def similarities_of(problem: fl.Problem) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("metric", fl.METRICS)
-@pytest.mark.parametrize("block", range(10))
+@pytest.mark.parametrize(
+    "block", [*range(3), *(pytest.param(block, marks=pytest.mark.slow) for block in range(3, 10))]
+)
 def test_greedy_lazy_and_brute_force_choose_the_same(metric: str, block: int):
-    """200 instances over the blocks for each metric, ties and duplicates among them."""
+    """Instances with ties and duplicates among them: 20 for each block and metric.
+
+    60 for a metric by default, which have all the sizes; 200 with the slow ones.
+    """
     for seed in range(20 * block, 20 * block + 20):
         n, m = 2 + seed % 23, 1 + seed % 5
         problem = fl.from_features(random_features(seed, n, m), metric)
@@ -43,7 +48,7 @@ def test_greedy_lazy_and_brute_force_choose_the_same(metric: str, block: int):
         assert fl.lazy_greedy(problem, k).ids == expected
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(6))  # all forms of `random_features`
 def test_lazy_chooses_what_greedy_does_where_several_looks_are_needed(seed: int):
     for metric in fl.METRICS:
         problem = fl.from_features(random_features(seed, 700, 3), metric)

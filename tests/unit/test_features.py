@@ -248,18 +248,26 @@ def spearman(a: Tensor, b: Tensor) -> float:
     return float(torch.corrcoef(ranks)[0, 1])
 
 
-def test_distances_of_features_are_in_the_order_of_those_of_the_gradients():
-    """On the quickstart's pretrained decoder, with prose of Python's manual, 2 to 48 labels each:
-    Spearman 0.95 at m = 64.
+@pytest.mark.parametrize(
+    ("kind", "num_texts"),
+    [("exact", 48), ("zo", 12), pytest.param("zo", 48, marks=pytest.mark.slow)],
+)
+def test_distances_of_features_are_in_the_order_of_those_of_the_gradients(
+    kind: str, num_texts: int
+):
+    """Spearman's correlation is at least 0.95 with 64 directions.
 
-    It is 0.92 where all examples have as many labels, so that all distances are much the same: any
-    64 random directions, dense ones too, give a distance to within one part in eleven.
+    The model is the quickstart's pretrained decoder, the texts are prose of Python's manual with 2
+    to 48 labels each. The correlation is 0.92 where all examples have the same number of labels:
+    all distances are then much the same, and any 64 random directions, dense ones too, give a
+    distance only to within one part in eleven.
     """
     model = transformers.AutoModelForCausalLM.from_pretrained(
         QUICKSTART, dtype=torch.float32
     ).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(QUICKSTART)
-    texts = [text[200:900] for text in pydoc_data.topics.topics.values() if len(text) > 900][:48]
+    texts = [text[200:900] for text in pydoc_data.topics.topics.values() if len(text) > 900]
+    texts = texts[:num_texts]
     batch = {"input_ids": torch.tensor([tokenizer(text)["input_ids"][:64] for text in texts])}
     batch |= {
         "attention_mask": torch.ones_like(batch["input_ids"]),
@@ -271,8 +279,6 @@ def test_distances_of_features_are_in_the_order_of_those_of_the_gradients():
     true = torch.cdist(*[gradients(model, find_target(model).name, batch).flatten(1)] * 2)[
         pairs[0], pairs[1]
     ]
-    for kind in ("zo", "exact"):
-        extract = FeatureExtractor(model, kind=kind, rank=4)
-        features, _ = extract(batch, range(64))
-        found = torch.cdist(features, features)[pairs[0], pairs[1]]
-        assert spearman(found, true) >= 0.95
+    features, _ = FeatureExtractor(model, kind=kind, rank=4)(batch, range(64))
+    found = torch.cdist(features, features)[pairs[0], pairs[1]]
+    assert spearman(found, true) >= 0.95

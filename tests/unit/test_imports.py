@@ -1,6 +1,7 @@
 """Which folder of zods may import which, and which other packages: the table, and its tests."""
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,7 @@ def name_of(file: Path) -> str:
     return str(file.relative_to(PACKAGE))
 
 
+@functools.cache
 def imported(tree: ast.AST) -> list[tuple[str, str | None]]:
     """(module, name taken from it or None) of every absolute import, those inside functions too."""
     found: list[tuple[str, str | None]] = []
@@ -82,6 +84,7 @@ def imports_of_zods(tree: ast.AST) -> list[tuple[str, list[str]]]:
     return found
 
 
+@functools.cache
 def dotted_names(tree: ast.AST) -> set[str]:
     """What is reached as an attribute of a name, e.g. `torch.distributed.barrier` and its
     beginnings.
@@ -98,6 +101,7 @@ def dotted_names(tree: ast.AST) -> set[str]:
     return found
 
 
+@functools.cache
 def parse(file: Path) -> ast.AST:
     return ast.parse(file.read_text(encoding="utf-8"), filename=str(file))
 

@@ -80,11 +80,9 @@ def test_a_rank_above_the_smaller_side_is_that_side(shape):
     assert (left.shape, right.shape) == ((shape[0], 2), (2, shape[1]))
 
 
-SEEDS = 20_000
-
-
+@pytest.mark.parametrize("num_seeds", [4000, pytest.param(20_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("rank", [1, 2])
-def test_second_moments_are_those_of_independent_standard_elements(rank):
+def test_second_moments_are_those_of_independent_standard_elements(rank, num_seeds):
     """E[z z^T] = I over the elements of a 2 x 3 matrix.
 
     Bound. With z_ij = sum_k u_ik v_jk / sqrt(r): Var(z_ij^2) = 2 + 6/r, and for two elements E[(z_a
@@ -94,12 +92,12 @@ def test_second_moments_are_those_of_independent_standard_elements(rank):
     """
     direction, parameter = Direction("low_rank", rank), Named((2, 3))
     samples = torch.stack(
-        [z(direction, parameter, seed).flatten() for seed in range(SEEDS)]
+        [z(direction, parameter, seed).flatten() for seed in range(num_seeds)]
     ).double()
-    moments = samples.T @ samples / SEEDS
-    bound = 5 * math.sqrt((2 + 6 / rank) / SEEDS)
-    assert (moments - torch.eye(6)).abs().max() < bound < 0.11
-    assert samples.mean(0).abs().max() < 5 / SEEDS**0.5
+    moments = samples.T @ samples / num_seeds
+    bound = 5 * math.sqrt((2 + 6 / rank) / num_seeds)
+    assert (moments - torch.eye(6)).abs().max() < bound < 0.25
+    assert samples.mean(0).abs().max() < 5 / num_seeds**0.5
 
 
 def test_directions_of_other_seeds_parameters_and_sides_are_uncorrelated():

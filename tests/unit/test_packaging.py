@@ -5,6 +5,7 @@ extra that needs it.
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import re
 import runpy
@@ -39,6 +40,7 @@ DISTRIBUTIONS = {
 }
 
 
+@functools.cache
 def declared(extra: str | None) -> set[str]:
     """Packages of the dependencies and of `extra`, with the extras that it names."""
     requirements = [Requirement(text) for text in PROJECT["dependencies"]]

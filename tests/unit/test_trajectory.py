@@ -196,12 +196,15 @@ def test_lost_doubled_and_moved_lines_are_found(tmp_path):
                 parse_log(b"".join([*rest, lines[-1]]), "log")
 
 
-def test_4000_logs_of_wrong_records_with_right_checksums_are_clean_errors_or_logs(tmp_path, capsys):
+@pytest.mark.parametrize("count", [500, pytest.param(4000, marks=pytest.mark.slow)])
+def test_logs_of_wrong_records_with_right_checksums_are_clean_errors_or_logs(
+    tmp_path, capsys, count
+):
     data = write(tmp_path / "log").read_bytes()
     texts = [line.split(" ", 1)[1] for line in data.decode().splitlines()]
     rng = random.Random(7)
     accepted = 0
-    for _ in range(4000):
+    for _ in range(count):
         changed = with_a_record_mutated(rng, data)
         if rng.random() < 0.1:
             odd = rng.choice(["[" * 5000, "NaN", "1e999", '{"step":0', "9" * 5000, ""])
@@ -213,7 +216,7 @@ def test_4000_logs_of_wrong_records_with_right_checksums_are_clean_errors_or_log
         accepted += code == 0
         assert code in (0, 2), said.err
         assert code == 0 or said.err.startswith("zods.trajectory: error: "), said.err
-    assert accepted < 2000, "else hardly anything is checked"
+    assert accepted < count / 2, "most changed logs are valid, so hardly any error is checked"
 
 
 @pytest.mark.launched
