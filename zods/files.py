@@ -7,6 +7,7 @@ checkpoints and run folders.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,34 @@ def atomic_write(path: Path) -> Iterator[Path]:
     sync(temporary)
     os.replace(temporary, path)
     sync(path.parent)
+
+
+@contextmanager
+def atomic_create(path: Path) -> Iterator[Path]:
+    """Create a file atomically and durably. Raises FileExistsError where `path` exists by the end.
+
+    Yields a temporary path in the same folder, to write to. Of several processes that create the
+    file at once, one succeeds.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield temporary
+        sync(temporary)
+        os.link(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync(path.parent)
+
+
+def check_still_named(descriptor: int, path: Path) -> None:
+    """Raise FileNotFoundError where an open file was removed: what is written to it would be lost."""
+    if os.fstat(descriptor).st_nlink == 0:
+        raise FileNotFoundError(
+            errno.ENOENT,
+            f"{path}: it was removed while this run writes to it, so that nothing more can be kept "
+            "there. Put the folder back from a copy and start again with the same command, or start "
+            "in another folder",
+        )
 
 
 def rename(source: Path, target: Path) -> None:

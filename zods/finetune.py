@@ -128,7 +128,12 @@ def start(
     with comm.same_on_all_ranks():
         if fork is not None and comm.rank == 0:
             copy_log(fork.parent.parent, fork if isinstance(run, RunConfig) else None, folder.path)
-    engine.resume(folder.path, checkpoints=None if fork is None else fork.parent, new=new)
+    engine.resume(
+        folder.path,
+        checkpoints=None if fork is None else fork.parent,
+        new=new,
+        must_be_new=arguments.model.resume is None,
+    )
     if comm.rank == 0 and new:
         save_configuration(model, folder.path / INITIAL.parent)
     folder.describe(

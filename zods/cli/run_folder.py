@@ -11,6 +11,7 @@ checkpoints/, model/ and curves.png where they were asked for
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import platform
@@ -20,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from zods.files import atomic_write
+from zods.files import atomic_write, check_still_named
 
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "numpy")
 
@@ -32,7 +33,9 @@ class RunFolder:
     """
 
     def __init__(self, path: str | Path, *, rank: int, resume: bool) -> None:
-        """Raise ValueError where the folder holds another run and `resume` is False."""
+        """Raise ValueError where the folder holds another run and `resume` is False, or where it
+        has lost the log of the run that is to be resumed.
+        """
         self.path = Path(path)
         self.rank = rank
         self._metrics: Any = None
@@ -44,6 +47,21 @@ class RunFolder:
             raise ValueError(
                 f"--output_dir {self.path}: holds another run. Give another folder, or --resume "
                 "auto to go on with it."
+            )
+        if rank == 0 and resume:
+            self._check_log()
+
+    def _check_log(self) -> None:
+        """Raise ValueError where steps are in metrics.jsonl, but the log is missing or empty."""
+        log, metrics = self.path / "trajectory.log", self.path / "metrics.jsonl"
+        if not metrics.exists() or (log.exists() and log.stat().st_size):
+            return
+        steps = [step for kind, step in _kinds_and_steps(metrics) if kind == "train"]
+        if steps:
+            raise ValueError(
+                f"{log}: {'empty' if log.exists() else 'missing'}, but metrics.jsonl beside it has "
+                f"{max(steps)} steps. Without its log the run cannot be resumed. Put the log back "
+                "from a copy, or start a new run in another --output_dir."
             )
 
     def describe(
@@ -116,8 +134,11 @@ class RunFolder:
         if self._metrics is None:
             return
         try:
+            check_still_named(self._metrics.fileno(), self.path / "metrics.jsonl")
             self._metrics.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
             self._metrics.flush()
+        except FileNotFoundError:  # the file was removed
+            raise
         except OSError as error:
             raise OSError(
                 error.errno,
@@ -125,6 +146,14 @@ class RunFolder:
                 "trajectory log holds is safe. Free some disk space, and start again with the "
                 "same command",
             ) from None
+
+
+def _kinds_and_steps(metrics: Path) -> Iterator[tuple[str, int]]:
+    """Yield (kind, step) of each whole line."""
+    for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # a crash cut the line
+            record = json.loads(line)
+            yield record["kind"], int(record["step"])
 
 
 def read_metrics(path: str | Path) -> Iterator[dict[str, Any]]:
