@@ -21,7 +21,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from zods.files import atomic_write, check_still_named
+from zods.files import atomic_write, check_still_named, make_folder
+from zods.trajectory.log import read_log
+from zods.trajectory.records import Step
 
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "numpy")
 
@@ -81,15 +83,15 @@ class RunFolder:
         arguments: options and their values. They are kept because the command may name a file of
         options that is changed later.
         step: number of steps made so far. Lines of metrics.jsonl for later steps are removed,
-        because these steps will be made again.
+        because these steps will be made again. A line that was lost for an earlier step, as in a
+        crash just after the step, is made again from the log.
         """
         if self.rank != 0:
             return
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._cut_metrics(step)
+        make_folder(self.path)
+        self._mend_metrics(step)
         # The file stays open as long as the run.
         self._metrics = open(self.path / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
-        (self.path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         about = {
             "command": sys.argv,
             "arguments": arguments,
@@ -99,9 +101,12 @@ class RunFolder:
             "git_commit": _git_commit(),
             "versions": versions(),
         }
-        (self.path / "run.json").write_text(json.dumps(about, indent=2) + "\n")
+        for name, content in (("config.json", config), ("run.json", about)):
+            with atomic_write(self.path / name) as temporary:
+                temporary.write_text(json.dumps(content, indent=2) + "\n")
 
-    def _cut_metrics(self, step: int) -> None:
+    def _mend_metrics(self, step: int) -> None:
+        """Remove lines for steps after `step`, and write those that are missing up to it."""
         path = self.path / "metrics.jsonl"
         if not path.exists():
             return
@@ -113,21 +118,25 @@ class RunFolder:
             except (ValueError, KeyError, TypeError):  # a crash cut the line
                 continue
             if not later and line.endswith("\n"):
-                kept.append(line)
+                kept.append(record)
+        present = {record["step"] for record in kept if record["kind"] == "train"}
+        if len(present) < step:
+            kept += [r for r in _from_log(self.path / "trajectory.log") if r["step"] not in present]
+            kept.sort(key=lambda record: (record["step"], record["kind"] != "train"))
         with atomic_write(path) as temporary:
-            temporary.write_text("".join(kept), encoding="utf-8")
+            temporary.write_text("".join(map(_line, kept)), encoding="utf-8")
 
-    def first_evaluation(self) -> dict[str, float]:
-        """The held-out metrics before the first step.
+    def evaluation_at(self, step: int) -> dict[str, float]:
+        """The held-out metrics after `step` steps.
 
         Empty on ranks other than 0, and where there was no such evaluation.
         """
         if self.rank != 0:
             return {}
-        first = next(
-            (r for r in read_metrics(self.path) if r["kind"] == "eval" and r["step"] == 0), {}
+        found = next(
+            (r for r in read_metrics(self.path) if r["kind"] == "eval" and r["step"] == step), {}
         )
-        return {name: value for name, value in first.items() if name not in ("kind", "step")}
+        return {name: value for name, value in found.items() if name not in ("kind", "step")}
 
     def record(self, kind: str, step: int, **values: Any) -> None:
         """Append one line to metrics.jsonl. kind: "train" or "eval"."""
@@ -135,7 +144,7 @@ class RunFolder:
             return
         try:
             check_still_named(self._metrics.fileno(), self.path / "metrics.jsonl")
-            self._metrics.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+            self._metrics.write(_line({"kind": kind, "step": step, **values}))
             self._metrics.flush()
         except FileNotFoundError:  # the file was removed
             raise
@@ -146,6 +155,26 @@ class RunFolder:
                 "trajectory log holds is safe. Free some disk space, and start again with the "
                 "same command",
             ) from None
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record) + "\n"
+
+
+def _from_log(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the metrics of each step in a log. What only the step itself could measure is None."""
+    for record in read_log(path).records:
+        if isinstance(record, Step):
+            yield {
+                "kind": "train",
+                "step": record.step + 1,
+                "loss": record.loss,
+                "projected_grad": None,
+                "lr": record.lr,
+                "seconds": None,
+                "scalar_bytes": None,
+                "skipped": record.skipped,
+            }
 
 
 def _kinds_and_steps(metrics: Path) -> Iterator[tuple[str, int]]:

@@ -23,10 +23,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from zods.comm.communicator import Communicator
-from zods.files import atomic_write, rename, sync
+from zods.files import atomic_write, rename, save_tensors, sync
 from zods.kernels import fingerprint
 from zods.params.shards import Shard
 
@@ -201,10 +200,7 @@ def write_tensors(
         shard.name: _fingerprint_text(values, min(shard.offset, shard.whole_numel))
         for shard, values in tensors.items()
     }
-    try:
-        save_file(named, path, fingerprints)
-    except SafetensorError as error:  # among other causes, a full disk
-        raise OSError(f"checkpoint {path}: {error}") from error
+    save_tensors(named, path, fingerprints)
     sync(path)
     return {path.name: _metadata_digest(fingerprints)}
 

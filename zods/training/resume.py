@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from zods.comm.communicator import Communicator
-from zods.files import atomic_create, atomic_write
+from zods.files import atomic_create, atomic_write, make_folder
 from zods.params.zero3_adapter import release_gathered
 from zods.selection.loaders import SelectingLoader
 from zods.training import checkpoint
@@ -327,9 +327,9 @@ def copy_log(run: Path, checkpoint_folder: Path | None, to: Path) -> None:
     log = parse_log(data, run / LOG_NAME)
     if checkpoint_folder is not None:
         data = data[: log.ends[log.heads.index(_head_of(checkpoint_folder, log))]]
-    to.mkdir(parents=True, exist_ok=True)
+    make_folder(to)
     if (run / INITIAL).is_file():
-        (to / INITIAL).parent.mkdir(exist_ok=True)
+        make_folder((to / INITIAL).parent)
         with atomic_write(to / INITIAL) as temporary:
             temporary.write_bytes((run / INITIAL).read_bytes())
     # the log comes last: a folder that has one has everything else

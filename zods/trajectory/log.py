@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from zods.files import check_still_named, sync
+from zods.files import check_still_named, make_folder, sync
 from zods.trajectory.records import Header, Record, RunRecord, Step, header_of, record_of
 
 logger = logging.getLogger(__name__)
@@ -256,7 +256,7 @@ class LogFile:
         the file cannot be opened.
         """
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path.parent)
         self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         self._lock()
         sync(self.path.parent)  # so that a new file's name survives a power cut
