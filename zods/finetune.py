@@ -128,7 +128,12 @@ def start(
     with comm.same_on_all_ranks():
         if fork is not None and comm.rank == 0:
             copy_log(fork.parent.parent, fork if isinstance(run, RunConfig) else None, folder.path)
-    engine.resume(folder.path, checkpoints=None if fork is None else fork.parent, new=new)
+    engine.resume(
+        folder.path,
+        checkpoints=None if fork is None else fork.parent,
+        new=new,
+        must_be_new=arguments.model.resume is None,
+    )
     if comm.rank == 0 and new:
         save_configuration(model, folder.path / INITIAL.parent)
     folder.describe(
@@ -208,15 +213,16 @@ def finetune(
     """Evaluate, train with evaluations and checkpoints, evaluate again, and report."""
     rank = engine.global_rank
     before = (
-        folder.first_evaluation()
-        if engine.global_steps
-        else evaluate(engine, task, held_out, folder)
+        folder.evaluation_at(0) if engine.global_steps else evaluate(engine, task, held_out, folder)
     )
     trained = train_steps(engine, arguments.run, task, held_out, folder)
     if engine.should_stop:
         save_and_print_how_to_resume(engine, arguments.run, folder)
         return
-    after = evaluate(engine, task, held_out, folder)
+    after: dict[str, float] = {}
+    if not trained.seconds:  # a finished run that is started again has this evaluation already
+        after = engine.comm.gather_objects(folder.evaluation_at(engine.global_steps))[0]
+    after = after or evaluate(engine, task, held_out, folder)
 
     if arguments.run.save_model:
         engine.save_pretrained(folder.path / "model")

@@ -583,7 +583,7 @@ def rank_of_crashes(folder: Path) -> dict[str, Any]:
                 except Crash:
                     crashed = True
             loaded = []
-            for at in [None, *newest_checkpoints(run)]:
+            for at in [None, *newest_checkpoints(run)[0]]:
                 if at is None:
                     twin.load_checkpoint(run)
                 else:
@@ -669,7 +669,7 @@ def rank_of_keepers(folder: Path) -> dict[str, Any]:
         engine.train_batch()
         engine.save_checkpoint(run, None, {}, keep=3)
         found["kept"].append(names())
-    found["newest"] = [at.name for at in newest_checkpoints(run)]
+    found["newest"] = [at.name for at in newest_checkpoints(run)[0]]
     engine.load_checkpoint(run, tag="global_step4")
     engine.train_batch()
     with pytest.raises(ValueError, match="keep is 0"):
@@ -690,20 +690,20 @@ def rank_of_keepers(folder: Path) -> dict[str, Any]:
     engine.save_checkpoint(run, "global_step7", {}, keep=1)
     shutil.rmtree = original
     found["failing"] = names()
-    found["newest then"] = [at.name for at in newest_checkpoints(run)]
+    found["newest then"] = [at.name for at in newest_checkpoints(run)[0]]
     engine.save_checkpoint(run, "global_step8", {}, keep=2)
     found["next"] = names()
     (run / "global_step8" / LAST).unlink(missing_ok=True)
     torch.distributed.barrier()
     whole_ones = []
-    for at in newest_checkpoints(run):
+    for at in newest_checkpoints(run)[0]:
         try:
             engine.load_checkpoint(at.parent, at.name)
             whole_ones.append(at.name)
         except ValueError:
             continue
     found["fell back to"] = whole_ones
-    found["of no folder"] = newest_checkpoints(run / "nothing")
+    found["of no folder"] = newest_checkpoints(run / "nothing")[0]
     return found
 
 

@@ -15,7 +15,7 @@ TOP = ""  # `import zods`: the names that users import
 # library that it may import). Each imports only what stands above it. docs/architecture.md says
 # what each is for.
 TABLE: dict[str, tuple[set[str], set[str]]] = {
-    "files": (set(), set()),
+    "files": (set(), {"safetensors"}),
     "config": (set(), {"deepspeed", "hjson", "pydantic", "torch"}),
     "kernels": (set(), {"torch", "triton"}),
     "core": ({"kernels"}, {"torch"}),

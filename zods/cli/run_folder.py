@@ -11,6 +11,7 @@ checkpoints/, model/ and curves.png where they were asked for
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import platform
@@ -20,7 +21,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from zods.files import atomic_write
+from zods.files import atomic_write, check_still_named, make_folder
+from zods.trajectory.log import read_log
+from zods.trajectory.records import Step
 
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "numpy")
 
@@ -32,7 +35,9 @@ class RunFolder:
     """
 
     def __init__(self, path: str | Path, *, rank: int, resume: bool) -> None:
-        """Raise ValueError where the folder holds another run and `resume` is False."""
+        """Raise ValueError where the folder holds another run and `resume` is False, or where it
+        has lost the log of the run that is to be resumed.
+        """
         self.path = Path(path)
         self.rank = rank
         self._metrics: Any = None
@@ -44,6 +49,21 @@ class RunFolder:
             raise ValueError(
                 f"--output_dir {self.path}: holds another run. Give another folder, or --resume "
                 "auto to go on with it."
+            )
+        if rank == 0 and resume:
+            self._check_log()
+
+    def _check_log(self) -> None:
+        """Raise ValueError where steps are in metrics.jsonl, but the log is missing or empty."""
+        log, metrics = self.path / "trajectory.log", self.path / "metrics.jsonl"
+        if not metrics.exists() or (log.exists() and log.stat().st_size):
+            return
+        steps = [step for kind, step in _kinds_and_steps(metrics) if kind == "train"]
+        if steps:
+            raise ValueError(
+                f"{log}: {'empty' if log.exists() else 'missing'}, but metrics.jsonl beside it has "
+                f"{max(steps)} steps. Without its log the run cannot be resumed. Put the log back "
+                "from a copy, or start a new run in another --output_dir."
             )
 
     def describe(
@@ -63,15 +83,15 @@ class RunFolder:
         arguments: options and their values. They are kept because the command may name a file of
         options that is changed later.
         step: number of steps made so far. Lines of metrics.jsonl for later steps are removed,
-        because these steps will be made again.
+        because these steps will be made again. A line that was lost for an earlier step, as in a
+        crash just after the step, is made again from the log.
         """
         if self.rank != 0:
             return
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._cut_metrics(step)
+        make_folder(self.path)
+        self._mend_metrics(step)
         # The file stays open as long as the run.
         self._metrics = open(self.path / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
-        (self.path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         about = {
             "command": sys.argv,
             "arguments": arguments,
@@ -81,9 +101,12 @@ class RunFolder:
             "git_commit": _git_commit(),
             "versions": versions(),
         }
-        (self.path / "run.json").write_text(json.dumps(about, indent=2) + "\n")
+        for name, content in (("config.json", config), ("run.json", about)):
+            with atomic_write(self.path / name) as temporary:
+                temporary.write_text(json.dumps(content, indent=2) + "\n")
 
-    def _cut_metrics(self, step: int) -> None:
+    def _mend_metrics(self, step: int) -> None:
+        """Remove lines for steps after `step`, and write those that are missing up to it."""
         path = self.path / "metrics.jsonl"
         if not path.exists():
             return
@@ -95,29 +118,36 @@ class RunFolder:
             except (ValueError, KeyError, TypeError):  # a crash cut the line
                 continue
             if not later and line.endswith("\n"):
-                kept.append(line)
+                kept.append(record)
+        present = {record["step"] for record in kept if record["kind"] == "train"}
+        if len(present) < step:
+            kept += [r for r in _from_log(self.path / "trajectory.log") if r["step"] not in present]
+            kept.sort(key=lambda record: (record["step"], record["kind"] != "train"))
         with atomic_write(path) as temporary:
-            temporary.write_text("".join(kept), encoding="utf-8")
+            temporary.write_text("".join(map(_line, kept)), encoding="utf-8")
 
-    def first_evaluation(self) -> dict[str, float]:
-        """The held-out metrics before the first step.
+    def evaluation_at(self, step: int) -> dict[str, float]:
+        """The held-out metrics after `step` steps.
 
         Empty on ranks other than 0, and where there was no such evaluation.
         """
         if self.rank != 0:
             return {}
-        first = next(
-            (r for r in read_metrics(self.path) if r["kind"] == "eval" and r["step"] == 0), {}
+        found = next(
+            (r for r in read_metrics(self.path) if r["kind"] == "eval" and r["step"] == step), {}
         )
-        return {name: value for name, value in first.items() if name not in ("kind", "step")}
+        return {name: value for name, value in found.items() if name not in ("kind", "step")}
 
     def record(self, kind: str, step: int, **values: Any) -> None:
         """Append one line to metrics.jsonl. kind: "train" or "eval"."""
         if self._metrics is None:
             return
         try:
-            self._metrics.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+            check_still_named(self._metrics.fileno(), self.path / "metrics.jsonl")
+            self._metrics.write(_line({"kind": kind, "step": step, **values}))
             self._metrics.flush()
+        except FileNotFoundError:  # the file was removed
+            raise
         except OSError as error:
             raise OSError(
                 error.errno,
@@ -125,6 +155,34 @@ class RunFolder:
                 "trajectory log holds is safe. Free some disk space, and start again with the "
                 "same command",
             ) from None
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record) + "\n"
+
+
+def _from_log(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the metrics of each step in a log. What only the step itself could measure is None."""
+    for record in read_log(path).records:
+        if isinstance(record, Step):
+            yield {
+                "kind": "train",
+                "step": record.step + 1,
+                "loss": record.loss,
+                "projected_grad": None,
+                "lr": record.lr,
+                "seconds": None,
+                "scalar_bytes": None,
+                "skipped": record.skipped,
+            }
+
+
+def _kinds_and_steps(metrics: Path) -> Iterator[tuple[str, int]]:
+    """Yield (kind, step) of each whole line."""
+    for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # a crash cut the line
+            record = json.loads(line)
+            yield record["kind"], int(record["step"])
 
 
 def read_metrics(path: str | Path) -> Iterator[dict[str, Any]]:

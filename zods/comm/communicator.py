@@ -117,6 +117,12 @@ class Communicator:
         self.selection_bytes += local.nbytes * (self.world_size - 1)
         return self._all_gather(local).tolist()
 
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every rank's value, of any type that can be pickled, in rank order."""
+        gathered: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gathered, value)
+        return gathered
+
     def broadcast_bytes(self, data: bytes) -> bytes:
         """Rank 0's `data`, on all ranks."""
         if self.world_size == 1:
@@ -163,8 +169,7 @@ class Communicator:
             yield
         except (Exception, KeyboardInterrupt, SystemExit) as error:
             failure = error
-        failures: list[Any] = [None] * self.world_size
-        dist.all_gather_object(failures, None if failure is None else _described(failure))
+        failures = self.gather_objects(None if failure is None else _described(failure))
         failing = [rank for rank, found in enumerate(failures) if found is not None]
         if not failing:
             return

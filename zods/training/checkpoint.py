@@ -106,13 +106,14 @@ def save_checkpoint(
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
         with comm.same_on_all_ranks():
+            own: dict[str, str] = {}
             if comm.rank == 0 or is_sharded(run.parameters.shards[0].param):
-                _write_shards(run, partial)
-            if comm.rank == 0:
-                (partial / "state.json").write_text(_state_text(run, client_state))
-                sync(partial / "state.json")
+                own = _write_shards(run, partial)
+        files = {name: digest for rank in comm.gather_objects(own) for name, digest in rank.items()}
         with comm.same_on_all_ranks():
             if comm.rank == 0:
+                (partial / "state.json").write_text(_state_text(run, client_state, files))
+                sync(partial / "state.json")
                 put_in_place(partial, final, save_latest)
                 remove_old(final, keep)
     except (ValueError, OSError):
@@ -150,13 +151,16 @@ def load_checkpoint(
         saved = read_state(folder)
         client_state = saved["client_state"]
         shards = _check_fits(run, folder, saved, wanted)
-        parameters = ShardFiles(folder, "parameters", shards)
+        digests = saved.get("files")
+        parameters = ShardFiles(folder, "parameters", shards, digests)
         loads_anchor = (
             wanted.optimizer and not wanted.module_only and saved["anchor_step"] is not None
         )
         anchor = run.anchor if loads_anchor else None
         has_point = anchor is not None and anchor.point is not None and saved["anchor_point_stored"]
-        point = ShardFiles(folder, "anchor_point", run.parameters.shards) if has_point else None
+        point = None
+        if has_point:
+            point = ShardFiles(folder, "anchor_point", run.parameters.shards, digests)
     release_gathered(run.deepspeed)
     with comm.same_on_all_ranks(), _as_written(folder):
         if run.loader is not None and saved["loader"] is not None and not wanted.module_only:
@@ -186,23 +190,26 @@ def _as_written(folder: str | Path) -> Iterator[None]:
         ) from error
 
 
-def _write_shards(run: TrainingRun, folder: Path) -> None:
-    """Write this rank's files; they are on the disk when it returns."""
+def _write_shards(run: TrainingRun, folder: Path) -> dict[str, str]:
+    """Write this rank's files, and sync them. Returns {file name: digest of its metadata}."""
     values = {
         p: local.detach().cpu().clone()
         for p, local in run.parameters.iterate_with_read_ahead(write=False)
     }
-    write_tensors(folder, "parameters", run.comm, values)
+    written = write_tensors(folder, "parameters", run.comm, values)
     anchor = run.anchor
     if anchor is not None and anchor.point is not None and run.state.anchor_step is not None:
         cpu = torch.device("cpu")
         values = {p: anchor.stored_point(p, cpu)[: p.numel] for p in run.parameters}
-        write_tensors(folder, "anchor_point", run.comm, values)
+        written |= write_tensors(folder, "anchor_point", run.comm, values)
+    return written
 
 
-def _state_text(run: TrainingRun, client_state: dict[str, Any]) -> str:
+def _state_text(run: TrainingRun, client_state: dict[str, Any], files: dict[str, str]) -> str:
+    """The text of `state.json`. files: the digests of `_write_shards`, of all ranks."""
     anchor, progress = run.anchor, run.state
     state = {
+        "files": files,
         "parameters": [[p.name, list(p.shape), str(p.dtype)] for p in run.parameters],
         "zeroth_order": run.config.zeroth_order.to_dict(),
         **{key: getattr(progress, key) for key in COUNTERS},

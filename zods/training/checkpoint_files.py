@@ -1,9 +1,10 @@
 """The files of a checkpoint: their names, what they hold, and how they are verified.
 
-A checkpoint is a folder. `state.json` has its own checksum. Each rank writes a safetensors file of
-its shards of the parameters, and one of its shards of the anchor point where the point is stored;
-a file's metadata has the fingerprint of each of its tensors. Shards follow one another in rank
-order, so that another number of ranks can cut them anew. Nothing is unpickled.
+A checkpoint is a folder. Each rank writes a safetensors file of its shards of the parameters, and
+one of its shards of the anchor point where the point is stored. A file's metadata has the
+fingerprint of each of its tensors. `state.json` has its own checksum, and a digest of each file's
+metadata: a file of another checkpoint does not fit. Shards follow one another in rank order, so
+that another number of ranks can cut them anew. Nothing is unpickled.
 
 A checkpoint that is written or removed has a name that starts with a dot, which the next save
 removes if a crash leaves it. Called by `zods.training.checkpoint`.
@@ -16,20 +17,20 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from zods.comm.communicator import Communicator
-from zods.files import atomic_write, rename, sync
+from zods.files import atomic_write, rename, save_tensors, sync
 from zods.kernels import fingerprint
 from zods.params.shards import Shard
 
-FORMAT = 2
+FORMAT = 3
+READABLE = (2, 3)  # format 2 has no digests of the files
 # tag; what became of the folder, see `put_in_place` and `remove_old`
 HIDDEN = re.compile(r"\.(.+)\.(partial|replaced|removed)")
 
@@ -64,21 +65,27 @@ def _folder_of(save_dir: Path, tag: str) -> Path:
     return replaced if replaced.is_dir() and not folder.exists() else folder
 
 
-def newest_checkpoints(save_dir: str | Path) -> list[Path]:
-    """The checkpoints in a folder that have a good `state.json`, the last step's first.
+def newest_checkpoints(save_dir: str | Path) -> tuple[list[Path], list[str]]:
+    """The checkpoints in a folder that have a good `state.json`, the last step's first, and for each
+    other folder the reason why it is left out.
 
     Their tensors are verified when `zods.training.checkpoint.load_checkpoint` loads one of them. A
     caller that finds one damaged goes on with the next.
     """
     entries = [entry.name for entry in Path(save_dir).iterdir()] if Path(save_dir).is_dir() else []
     tags = {found[1] if (found := HIDDEN.fullmatch(name)) else name for name in entries}
-    steps = {}
+    steps, left_out = {}, []
     for folder in (_folder_of(Path(save_dir), tag) for tag in tags):
         try:
             steps[folder] = int(read_state(folder)["global_steps"])
-        except (ValueError, OSError, KeyError, TypeError):
-            continue
-    return sorted(steps, key=lambda folder: (steps[folder], folder.name), reverse=True)
+        except (ValueError, OSError) as error:
+            if folder.is_dir():
+                left_out.append(str(error))
+        except (KeyError, TypeError) as error:
+            left_out.append(
+                f"checkpoint {folder}: its state.json is not as zods writes it ({error!r})"
+            )
+    return sorted(steps, key=lambda folder: (steps[folder], folder.name), reverse=True), left_out
 
 
 def put_in_place(partial: Path, final: Path, save_latest: bool) -> None:
@@ -101,7 +108,9 @@ def remove_old(written: Path, keep: int | None) -> None:
     A folder that cannot be removed is a warning only, because the new checkpoint is good.
     """
     save_dir = written.parent
-    numbered = [f for f in newest_checkpoints(save_dir) if re.fullmatch(r"global_step\d+", f.name)]
+    numbered = [
+        f for f in newest_checkpoints(save_dir)[0] if re.fullmatch(r"global_step\d+", f.name)
+    ]
     try:
         for folder in [] if keep is None else numbered[keep:]:
             if folder != written:
@@ -126,31 +135,39 @@ def latest_tag(load_dir: Path) -> str | None:
 
 
 def find_checkpoint(load_dir: Path, tag: str | None) -> Path:
-    """The folder of the checkpoint `tag`. Raises FileNotFoundError where it has no state.json."""
+    """The folder of the checkpoint `tag`, which may be missing.
+
+    tag: None where this rank found no file `latest`; then FileNotFoundError is raised.
+    """
     if tag is None:
         raise FileNotFoundError(
             f"checkpoint {load_dir}: no file `latest`, which other ranks find. All share one "
             "folder."
         )
-    folder = _folder_of(load_dir, tag)
-    if not (folder / "state.json").is_file():
-        raise FileNotFoundError(
-            f"checkpoint {folder}: no state.json. It is not a checkpoint of zods, or is incomplete."
-        )
-    return folder
+    return _folder_of(load_dir, tag)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """What `state.json` holds. Raises ValueError where it is damaged or of another format."""
+    """The content of a checkpoint's `state.json`.
+
+    Raises FileNotFoundError where it is missing, ValueError where it is damaged or of another
+    format.
+    """
+    path = folder / "state.json"
+    if not path.is_file():  # a named pipe would block the reader
+        raise FileNotFoundError(
+            f"checkpoint {folder}: no state.json. It is not a checkpoint of zods, or is incomplete."
+        )
     try:
-        state = json.loads((folder / "state.json").read_text())
+        state = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:
         raise ValueError(
             f"checkpoint {folder}/state.json: damaged or truncated: {error}"
         ) from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+    if not isinstance(state, dict) or state.get("format") not in READABLE:
         raise ValueError(
-            f"checkpoint {folder}: not of format {FORMAT}, which this version of zods reads."
+            f"checkpoint {folder}: not of format {' or '.join(map(str, READABLE))}, which this "
+            "version of zods reads."
         )
     if state.pop("checksum", None) != _checksum(state):
         raise ValueError(f"checkpoint {folder}/state.json: damaged: its checksum is wrong.")
@@ -172,8 +189,8 @@ def _checksum(state: Mapping[str, Any]) -> str:
 
 def write_tensors(
     folder: Path, role: str, comm: Communicator, tensors: Mapping[Shard, torch.Tensor]
-) -> None:
-    """Write this rank's shards, and sync the file.
+) -> dict[str, str]:
+    """Write this rank's shards, and sync the file. Returns {file name: digest of its metadata}.
 
     role: "parameters" or "anchor_point". tensors: 1-D, in host memory.
     """
@@ -183,11 +200,14 @@ def write_tensors(
         shard.name: _fingerprint_text(values, min(shard.offset, shard.whole_numel))
         for shard, values in tensors.items()
     }
-    try:
-        save_file(named, path, fingerprints)
-    except SafetensorError as error:  # among other causes, a full disk
-        raise OSError(f"checkpoint {path}: {error}") from error
+    save_tensors(named, path, fingerprints)
     sync(path)
+    return {path.name: _metadata_digest(fingerprints)}
+
+
+def _metadata_digest(fingerprints: Mapping[str, str]) -> str:
+    text = json.dumps(fingerprints, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def _fingerprint_text(values: torch.Tensor, offset: int) -> str:
@@ -198,16 +218,23 @@ def _fingerprint_text(values: torch.Tensor, offset: int) -> str:
 class ShardFiles:
     """The files of one role. Together they hold each parameter whole.
 
-    Opening them checks that no file is missing, and verifies by its fingerprint each saved shard
-    from which this rank takes elements. Nothing of this stays in memory.
+    Opening them checks that all are those that state.json names, and verifies by its fingerprint
+    each saved shard from which this rank takes elements. Nothing of this stays in memory.
     """
 
-    def __init__(self, folder: Path, role: str, shards: Sequence[Shard]) -> None:
-        self._files = [
-            _TensorFile(path) for path in sorted(folder.glob(f"{role}-rank*-of-*.safetensors"))
-        ]
+    def __init__(
+        self, folder: Path, role: str, shards: Sequence[Shard], digests: Mapping[str, str] | None
+    ) -> None:
+        """digests: state.json's digest of each file's metadata; None: it has none (format 2)."""
+        paths = sorted(folder.glob(f"{role}-rank*-of-*.safetensors"))
+        if digests is not None:
+            _check_names(folder, {path.name for path in paths}, role, digests)
+        self._files = [_TensorFile(path) for path in paths]
         if not self._files:
             raise ValueError(f"checkpoint {folder}: no file of the {role}. It is incomplete.")
+        if digests is not None:
+            for file in self._files:
+                file.check_belongs(digests[file.path.name])
         for shard in shards:
             found = sum(file.shard_of(shard).numel() for file in self._files)
             if found != shard.whole_numel:
@@ -247,6 +274,19 @@ class ShardFiles:
         return torch.cat(parts) if parts else torch.empty(0, dtype=shard.dtype)
 
 
+def _check_names(folder: Path, found: Collection[str], role: str, named: Collection[str]) -> None:
+    """Raise ValueError unless the files of a role are those that state.json names."""
+    expected = {name for name in named if name.startswith(f"{role}-rank")}
+    missing, odd = sorted(expected - set(found)), sorted(set(found) - expected)
+    if missing:
+        raise ValueError(f"checkpoint {folder}: {missing[0]} is missing. Load another checkpoint.")
+    if odd:
+        raise ValueError(
+            f"checkpoint {folder}: {odd[0]} is not one of its files. Remove it if you put it there, "
+            "or load another checkpoint."
+        )
+
+
 class _TensorFile:
     """A safetensors file whose metadata has the fingerprint of each tensor.
 
@@ -254,7 +294,7 @@ class _TensorFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
         self._readable = False
         try:
             self._file: Any = safe_open(path, framework="pt")
@@ -262,15 +302,23 @@ class _TensorFile:
         except SafetensorError as error:
             raise ValueError(f"checkpoint {path}: damaged or truncated: {error}") from error
 
+    def check_belongs(self, digest: str) -> None:
+        """Raise ValueError unless the metadata have this digest."""
+        if _metadata_digest(self._fingerprints) != digest:
+            raise ValueError(
+                f"checkpoint {self.path}: it does not belong to the state.json beside it: it is of "
+                "another checkpoint, or damaged. Load another checkpoint."
+            )
+
     def shard_of(self, shard: Shard) -> torch.Tensor:
         """The saved shard, 1-D, mapped from the file, not verified."""
         try:
             saved = self._file.get_tensor(shard.name)
         except SafetensorError as error:
-            raise ValueError(f"checkpoint {self._path}: {shard.name}: damaged: {error}") from error
+            raise ValueError(f"checkpoint {self.path}: {shard.name}: damaged: {error}") from error
         if saved.dtype != shard.dtype or saved.dim() != 1:
             raise ValueError(
-                f"checkpoint {self._path}: {shard.name}: damaged: {saved.dtype} of shape "
+                f"checkpoint {self.path}: {shard.name}: damaged: {saved.dtype} of shape "
                 f"{list(saved.shape)} instead of {shard.dtype} in one dimension."
             )
         return saved
@@ -279,12 +327,12 @@ class _TensorFile:
         """Compare a saved shard with its fingerprint. start: its start in the whole parameter."""
         if not self._readable:
             # an unreadable file raises here; read through the mapping it would end the process
-            with open(self._path, "rb") as file:
+            with open(self.path, "rb") as file:
                 while file.read(1 << 20):
                     pass
             self._readable = True
         if self._fingerprints.get(shard.name) != _fingerprint_text(self.shard_of(shard), start):
             raise ValueError(
-                f"checkpoint {self._path}: {shard.name}: damaged: its fingerprint is not the one "
+                f"checkpoint {self.path}: {shard.name}: damaged: its fingerprint is not the one "
                 "it was saved with. Load another checkpoint."
             )

@@ -393,13 +393,21 @@ class ZerothOrderEngine(EngineInterface):
         *,
         checkpoints: str | Path | None = None,
         new: Collection[str] = (),
+        must_be_new: bool = False,
     ) -> None:
         """Log every step in `folder`. If the log there has steps, restore the run to its end first.
 
         Call it before the first step. See `zods.training.resume.resume`.
         """
         self._in_flight = None
-        if resume.resume(self.run, folder, self.replicas, checkpoints=checkpoints, new=new):
+        if resume.resume(
+            self.run,
+            folder,
+            self.replicas,
+            checkpoints=checkpoints,
+            new=new,
+            must_be_new=must_be_new,
+        ):
             self._adopt_evaluation()
         if self.replicas is not None and self.recorder.follows:
             join_leader(self.run, self.replicas)

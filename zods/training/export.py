@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 
 from zods.comm.communicator import Communicator
+from zods.files import atomic_write, make_folder, save_tensors, sync_tree
 from zods.params.zero3_adapter import gathered, release_gathered
 
 
@@ -54,8 +55,9 @@ def save_16bit_model(deepspeed_engine: Any, comm: Communicator, path: Path) -> N
     state = whole_state(deepspeed_engine, comm)
     with comm.same_on_all_ranks():
         if comm.rank == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(state, path)
+            make_folder(path.parent)
+            with atomic_write(path) as temporary, _library_errors(path):
+                torch.save(state, temporary)
 
 
 def save_pretrained(deepspeed_engine: Any, comm: Communicator, save_dir: str | Path) -> None:
@@ -68,16 +70,32 @@ def save_pretrained(deepspeed_engine: Any, comm: Communicator, save_dir: str | P
     state, module = whole_state(deepspeed_engine, comm), deepspeed_engine.module
     with _runs_alone(getattr(module, "prompt_encoder", None)), comm.same_on_all_ranks():
         if comm.rank == 0:
-            Path(save_dir).mkdir(parents=True, exist_ok=True)
+            folder = Path(save_dir)
+            make_folder(folder)
             if hasattr(module, "save_pretrained"):
-                module.save_pretrained(save_dir, state_dict=state)
+                with _library_errors(folder):
+                    module.save_pretrained(save_dir, state_dict=state)
             else:
                 tensors = {
                     name: value.clone(memory_format=torch.contiguous_format)
                     for name, value in state.items()
                     if isinstance(value, torch.Tensor)
                 }
-                save_file(tensors, Path(save_dir) / "model.safetensors")
+                save_tensors(tensors, folder / "model.safetensors")
+            sync_tree(folder)
+
+
+@contextmanager
+def _library_errors(path: Path) -> Iterator[None]:
+    """Raise what torch and safetensors raise for a failed write as an OSError that names the path."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        raise OSError(f"{path}: cannot be written: {error}") from error
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 @contextmanager

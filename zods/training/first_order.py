@@ -34,8 +34,9 @@ from zods.forward.dataset_metrics import Measure, check_own_loss, measure_whole
 from zods.selection.loaders import SelectingLoader, weighted_loss
 from zods.selection.sub_batches import SubBatches
 from zods.training import export
+from zods.training.log_checks import check_not_lost
 from zods.training.recorder import Recorder
-from zods.training.resume import CHECKPOINTS, LOG_NAME, open_log
+from zods.training.resume import CHECKPOINTS, LOG_NAME, check_new, open_log
 from zods.training.step_outputs import StepReport
 from zods.trajectory.log import Log, parse_log
 from zods.trajectory.records import Header, Step
@@ -201,16 +202,25 @@ class FirstOrderEngine:
         )
 
     def resume(
-        self, folder: Path, *, checkpoints: Path | None = None, new: Collection[str] = ()
+        self,
+        folder: Path,
+        *,
+        checkpoints: Path | None = None,
+        new: Collection[str] = (),
+        must_be_new: bool = False,
     ) -> None:
         """Log steps and sub-batches in `folder`. If there is a checkpoint of DeepSpeed, load the
         last one first.
 
-        new: unused; a checkpoint of DeepSpeed holds all weights.
+        new: unused; a checkpoint of DeepSpeed holds all weights. must_be_new: refuse a log that has
+        content.
         """
         checkpoints = folder / CHECKPOINTS if checkpoints is None else checkpoints
         file, data = open_log(self.comm, folder)
+        if must_be_new:
+            check_new(self.comm, folder / LOG_NAME, data)
         with self.comm.same_on_all_ranks():
+            check_not_lost(folder / LOG_NAME, data, checkpoints)
             log = parse_log(data, folder / LOG_NAME) if b"\n" in data else None
             found = (checkpoints / "latest").is_file()
             if found and log is not None:

@@ -10,9 +10,8 @@ from collections.abc import Collection
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from zods.files import atomic_write
+from zods.files import atomic_write, make_folder, save_tensors
 from zods.params.shards import Shard
 from zods.params.zero3_adapter import gathered, release_gathered
 from zods.training.training_run import TrainingRun
@@ -35,9 +34,9 @@ def save_initial_weights(run: TrainingRun, path: Path, names: Collection[str]) -
     release_gathered(run.deepspeed)
     with run.comm.same_on_all_ranks():
         if run.comm.rank == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             with atomic_write(path) as temporary:
-                save_file(state, temporary)
+                save_tensors(state, temporary)
 
 
 def load_initial_weights(run: TrainingRun, path: Path, header: Header) -> None:

@@ -5,13 +5,45 @@ Called by `zods.training.resume` before anything is changed.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from zods.config.deepspeed_json import RunConfig
 from zods.kernels import fingerprint
 from zods.params.zero3_adapter import is_sharded, release_gathered
 from zods.training.training_run import TrainingRun
-from zods.trajectory.log import Log
+from zods.trajectory.log import Log, is_torn_first_line
 from zods.trajectory.records import Header, ParameterRecord
 from zods.trajectory.updates import stores_gradient
+
+
+def check_not_lost(path: Path, data: bytes, checkpoints: Path) -> None:
+    """Raise ValueError where a log without a whole line is not that of a new run.
+
+    A new run's log is empty, or has a part of its first line if the run was killed while it wrote
+    that line. In every other case its content was lost, or it is another program's file.
+    """
+    if b"\n" in data:
+        return
+    remedy = (
+        "Put the log back from a copy, or start a new run in another folder. To start this one from "
+        "step 0, remove the file{} first."
+    )
+    saved = sorted(
+        entry.name
+        for entry in (checkpoints.iterdir() if checkpoints.is_dir() else ())
+        if entry.is_dir() and not entry.name.startswith(".")
+    )
+    if saved:
+        raise ValueError(
+            f"{path}: {'not a trajectory log' if data else 'missing or empty'}, but {checkpoints} "
+            f"has checkpoints ({', '.join(saved[-3:])}), which no run can resume without its log. "
+            + remedy.format(f" and {checkpoints}")
+        )
+    if not is_torn_first_line(data):
+        raise ValueError(
+            f"{path}: found {len(data)} bytes that are not of a trajectory log: its content was "
+            "lost, or it is another program's file. " + remedy.format("")
+        )
 
 
 def describe(run: TrainingRun) -> Header:

@@ -18,13 +18,19 @@ import torch
 from tqdm import tqdm
 
 from zods.comm.communicator import Communicator
-from zods.files import atomic_write
+from zods.files import atomic_create, atomic_write, make_folder
 from zods.params.zero3_adapter import release_gathered
 from zods.selection.loaders import SelectingLoader
 from zods.training import checkpoint
 from zods.training.checkpoint_files import newest_checkpoints, read_state
 from zods.training.initial_weights import load_initial_weights, save_initial_weights
-from zods.training.log_checks import check_replica, check_run, check_same_model, describe
+from zods.training.log_checks import (
+    check_not_lost,
+    check_replica,
+    check_run,
+    check_same_model,
+    describe,
+)
 from zods.training.replicas import Replicas
 from zods.training.training_run import TrainingRun
 from zods.trajectory.log import Log, LogFile, parse_log
@@ -46,6 +52,7 @@ def resume(
     *,
     checkpoints: str | Path | None = None,
     new: Collection[str] = (),
+    must_be_new: bool = False,
 ) -> bool:
     """Log the run's steps in `folder`/trajectory.log. Where the log holds steps already, bring the
     run to the last of them first.
@@ -53,11 +60,13 @@ def resume(
     run: has made no step. replicas: the worlds that the run trains with. A replica that follows
     reads the leader's log, and calls `zods.training.join_leader` next. checkpoints: the folder of
     full checkpoints; default `folder`/checkpoints. new: names of parameters that the base weights
-    lack (a new head, LoRA); their first values are kept beside the log. Only rank 0 needs to see
-    the log. All ranks must see the checkpoints and `initial`.
+    lack (a new head, LoRA); their first values are kept beside the log. must_be_new: refuse a log
+    that has content. Only rank 0 needs to see the log. All ranks must see the checkpoints and
+    `initial`.
 
     Returns whether there was a log. Raises ValueError or OSError, the same on all ranks, where the
-    log is damaged, another run writes to it, or it is of another model, data, or batch size.
+    log is damaged or lost, another run writes to it, or it is of another model, data, or batch
+    size.
     """
     folder = Path(folder)
     if run.state.global_steps or not run.recorder.is_new:
@@ -72,6 +81,8 @@ def resume(
         file, data = open_log(run.comm, folder)
     try:
         checkpoints = folder / CHECKPOINTS if checkpoints is None else Path(checkpoints)
+        if must_be_new and not run.recorder.follows:
+            check_new(run.comm, folder / LOG_NAME, data)
         return _begin_or_continue(run, replicas, folder, file, data, checkpoints, new)
     except Exception:
         if file is not None:
@@ -96,6 +107,7 @@ def _begin_or_continue(
     header = describe(run)
     log = None
     with comm.same_on_all_ranks():
+        check_not_lost(folder / LOG_NAME, data, checkpoints)
         if b"\n" in data:
             log = drop_trailing_refresh(run.loader, parse_log(data, folder / LOG_NAME))
             check_run(run, log)
@@ -141,6 +153,16 @@ def drop_trailing_refresh(loader: Any, log: Log) -> Log:
     ):
         return log
     return replace(log, records=log.records[:-1], heads=log.heads[:-1], ends=log.ends[:-1])
+
+
+def check_new(comm: Communicator, path: Path, data: bytes) -> None:
+    """Raise ValueError, on all ranks, where a new run's log has content."""
+    with comm.same_on_all_ranks():
+        if data:
+            raise ValueError(
+                f"{path}: another run has written to it since this one was started. Give another "
+                "folder, or --resume auto to go on with that run."
+            )
 
 
 def open_log(comm: Communicator, folder: Path) -> tuple[LogFile | None, bytes]:
@@ -192,7 +214,10 @@ def _load_newest(run: TrainingRun, log: Log, folder: Path) -> int:
     names: list[str] = []
     with run.comm.same_on_all_ranks():
         if run.comm.rank == 0:
-            names = [path.name for path in newest_checkpoints(folder)]
+            found, left_out = newest_checkpoints(folder)
+            names = [path.name for path in found]
+            for reason in left_out:
+                logger.warning("%s It is left out; an older one or the log serves.", reason)
     # rank 0's list: a network file system may show other ranks another one
     names = json.loads(run.comm.broadcast_bytes(json.dumps(names).encode()))
     for path in (folder / name for name in names):
@@ -302,11 +327,17 @@ def copy_log(run: Path, checkpoint_folder: Path | None, to: Path) -> None:
     log = parse_log(data, run / LOG_NAME)
     if checkpoint_folder is not None:
         data = data[: log.ends[log.heads.index(_head_of(checkpoint_folder, log))]]
-    to.mkdir(parents=True, exist_ok=True)
+    make_folder(to)
     if (run / INITIAL).is_file():
-        (to / INITIAL).parent.mkdir(exist_ok=True)
+        make_folder((to / INITIAL).parent)
         with atomic_write(to / INITIAL) as temporary:
             temporary.write_bytes((run / INITIAL).read_bytes())
     # the log comes last: a folder that has one has everything else
-    with atomic_write(to / LOG_NAME) as temporary:
-        temporary.write_bytes(data)
+    try:
+        with atomic_create(to / LOG_NAME) as temporary:
+            temporary.write_bytes(data)
+    except FileExistsError:
+        raise ValueError(
+            f"{to / LOG_NAME}: another run has been started in this folder meanwhile. Give another "
+            "folder, or --resume auto to go on with that run."
+        ) from None

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from zods.files import atomic_write
 from zods.trajectory.compare import differences, longer
 from zods.trajectory.log import Log, read_log
 from zods.trajectory.records import Evaluation, Refresh, RunRecord, Step
@@ -183,7 +184,8 @@ def _merge(left: str, right: str, out: str) -> int:
     if made.exists():
         raise ValueError(f"--out {out}: exists. Give another name.")
     log = longer(_read(left), _read(right))
-    made.write_bytes(Path(log.path).read_bytes()[: log.ends[-1]])
+    with atomic_write(made) as temporary:
+        temporary.write_bytes(Path(log.path).read_bytes()[: log.ends[-1]])
     print(f"{made}: the {log.num_steps} steps of {log.path}; the other log is the beginning of it")
     return 0
 

@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from zods.files import sync
+from zods.files import check_still_named, make_folder, sync
 from zods.trajectory.records import Header, Record, RunRecord, Step, header_of, record_of
 
 logger = logging.getLogger(__name__)
@@ -165,6 +166,12 @@ def _continues_after_record(line: bytes, head: str) -> bool:
     return end < len(text) and text[:17] == f"{chained(head, text[17:end])} "
 
 
+def is_torn_first_line(data: bytes) -> bool:
+    """Whether a log without a newline has the beginning of a first line, or nothing."""
+    torn = re.fullmatch(rb"[0-9a-f]{0,15}|[0-9a-f]{16}( (\{.*)?)?", data) is not None
+    return torn and not _continues_after_record(data, START)
+
+
 def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no number")
 
@@ -249,7 +256,7 @@ class LogFile:
         the file cannot be opened.
         """
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path.parent)
         self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         self._lock()
         sync(self.path.parent)  # so that a new file's name survives a power cut
@@ -299,6 +306,7 @@ class LogFile:
             raise self._failed  # no record may follow one that could not be written
         length = self.length()
         try:
+            check_still_named(self._descriptor, self.path)
             written = os.write(self._descriptor, line)
             while written < len(line):
                 written += os.write(self._descriptor, line[written:])
@@ -313,6 +321,8 @@ class LogFile:
         for future in pending:
             try:
                 future.result()
+            except FileNotFoundError:  # the file was removed
+                raise
             except OSError as error:
                 raise OSError(
                     error.errno,

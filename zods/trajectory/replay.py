@@ -20,12 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from zods.core.directions import Direction
-from zods.files import atomic_write
+from zods.files import atomic_write, make_folder, save_tensors, sync_tree
 from zods.kernels import fingerprint
 from zods.trajectory.base_weights import (
     ADAPTER_CONFIG,
@@ -126,9 +125,10 @@ def replay(
                 for s in shard
             }
             with atomic_write(Path(out) / name) as temporary:
-                save_file(tensors, temporary, {"format": "pt"})
+                save_tensors(tensors, temporary, {"format": "pt"})
     if rank == 0:
         _write_rest(log.header, folder, initial, Path(out), files, adapters)
+        sync_tree(Path(out))
     return Done(steps, total, time.perf_counter() - began)
 
 
@@ -196,7 +196,7 @@ def _refuse_existing(out: Path, of_others: Collection[str] = ()) -> None:
     of_others: names of the files that other processes write. Raises ValueError if the folder holds
     other files with weights.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     held = sorted(
         path.name for path in out.iterdir() if any(path.match(pattern) for pattern in WEIGHTS)
     )
@@ -228,12 +228,14 @@ def _write_rest(
         values.pop("torch_dtype", None)
         dtype = next((p.dtype for p in header.parameters if p.trained), None)
         values |= {"dtype": dtype, "architectures": [header.model]}
-        (out / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+        with atomic_write(out / "config.json") as temporary:
+            temporary.write_text(json.dumps(values, indent=2) + "\n")
     if len(files) > 1:
         file_of_key = {stored.key: name for name, shard in files for stored in shard}
         total = sum(stored.nbytes for _, shard in files for stored in shard)
         text = json.dumps({"metadata": {"total_size": total}, "weight_map": file_of_key}, indent=2)
-        (out / INDEX).write_text(text + "\n")
+        with atomic_write(out / INDEX) as temporary:
+            temporary.write_text(text + "\n")
 
 
 def _replay_in_memory(
@@ -287,7 +289,11 @@ def _replay_in_memory(
                     progress.update,
                 )
                 live[parameter.name].data.copy_(values)
-    model.save_pretrained(out)
+    try:
+        model.save_pretrained(out)
+    except SafetensorError as error:  # among other causes, a full disk
+        raise OSError(f"--out {out}: cannot be written: {error}") from error
+    sync_tree(out)
     return Done(steps, total, time.perf_counter() - began)
 
 
