@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 class Evaluator:
-    """Computes losses and outputs of one model.
+    """Compute losses and outputs of one model.
 
     streams_per_forward: how many points one forward evaluates. left_form: whether a batch on this
     rank did not fit the form of evaluation. The other ranks do not know it yet.
@@ -128,7 +128,7 @@ class Evaluator:
         if form is self._forms.stacked and not (
             isinstance(batch, dict) and isinstance(batch.get("labels"), torch.Tensor)
         ):
-            # a separate forward reports what the batch lacks, or gives a loss without labels
+            # a separate forward reports the missing labels, or gives a loss without labels
             form = self._forms.sequential
         size = self.streams_per_forward
         parts = [points[k : k + size] for k in range(0, len(points), size)]

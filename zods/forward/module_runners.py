@@ -10,8 +10,8 @@ A stream is the forward of a batch at one point.
     LockstepRunner   as many forwards as streams, which wait for each other at every module
 
 With the last two, ZeRO-3 gathers a module's parameters once for all streams. The forms of
-evaluation (`zods.forward.forms`) use the runners; `PerturbedModules` hands each call of a wrapped
-module to the runner in use.
+evaluation (`zods.forward.forms`) own the runners. `PerturbedModules` passes each call of a wrapped
+module to the runner of the form in use.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from zods.forward.stacked import Arguments, Stacking
 
 
 class _Runner:
-    """What runners have in common."""
+    """Methods that all runners share."""
 
     every_module = False
 
@@ -55,7 +55,10 @@ class _Runner:
         centers: Centers,
         run: Callable[[int], Any],
     ) -> list[Any]:
-        """[run(k) for each stream k of a pair], each with the copies of its parameters in place."""
+        """Return [run(k) for each stream k of a pair].
+
+        Each call has the stream's copies of the module's parameters in place.
+        """
         gathered = self._modules.gathered(module)
         looked_up = None
         if isinstance(module, torch.nn.Embedding):
@@ -87,7 +90,7 @@ class PointRunner(_Runner):
 
     @contextmanager
     def at(self, point: Point | None) -> Iterator[None]:
-        """Have forwards inside run at `point`; None: the parameters as they are."""
+        """A context in which forwards run at `point`; None: the parameters as they are."""
         points, runner = ((), None) if point is None else ((point,), self)
         with self._modules.at(points, runner):
             yield
@@ -134,7 +137,7 @@ class LockstepRunner(PointRunner):
         self._shared_at: Any = None
 
     def run_all(self, points: Sequence[Point], call: Callable[[int], Any]) -> list[Any]:
-        """[call(k) for each point k], where call(k) is a forward on one batch.
+        """Return [call(k) for each point k], where call(k) is a forward on one batch.
 
         The forwards go together from one module that owns parameters to the next. Raises
         NotInLockstep where they do not call the same modules.
@@ -194,9 +197,9 @@ class StackRunner(_Runner):
 
     @contextmanager
     def recording(self, point: Point) -> Iterator[None]:
-        """Learn from a forward of one batch inside, at `point`, how a stack is to be split.
+        """A context in which a forward of one batch, at `point`, shows how to split a stack.
 
-        What was learned before is forgotten.
+        Earlier recordings are forgotten.
         """
         self._stacking.forget()
         with self._modules.at((point,), _Recording(self._modules, self._stacking)):
@@ -204,7 +207,7 @@ class StackRunner(_Runner):
 
     @contextmanager
     def at(self, points: Sequence[Point], num_examples: int) -> Iterator[None]:
-        """Have forwards inside run on a stack of one batch of `num_examples` for each point.
+        """A context for forwards on a stack of one batch of `num_examples` for each point.
 
         Raises NotStackable where a module cannot run on a stack.
         """

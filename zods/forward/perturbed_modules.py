@@ -112,7 +112,7 @@ class PerturbedModules:
     # --- which parameters a module uses -----------------------------------------------------------
 
     def gathered(self, module: torch.nn.Module) -> list[Perturbable]:
-        """The perturbed parameters that a module uses, as far as they are gathered now.
+        """Return the perturbed parameters that a module uses and that are gathered now.
 
         A parameter that another module owns may not be gathered yet.
         """
@@ -157,7 +157,10 @@ class PerturbedModules:
 
     @contextmanager
     def at(self, points: Sequence[Point], runner: ModuleRunner | None) -> Iterator[None]:
-        """Have `runner` run the modules of forwards inside, at the points that it is made for."""
+        """A context in which `runner` runs the modules, at the points.
+
+        runner: None: the modules run with the parameters as they are.
+        """
         self.perturber.points = tuple(points)
         # autocast's cache maps a Parameter to its first cast, even when its data have changed since
         autocast_cache = torch.is_autocast_cache_enabled()
@@ -172,7 +175,7 @@ class PerturbedModules:
 
     @contextmanager
     def run_by(self, runner: ModuleRunner | None) -> Iterator[None]:
-        """Have `runner` run the modules that are called inside."""
+        """A context in which `runner` runs the modules that are called."""
         outer, self._runner = self._runner, runner
         try:
             yield
@@ -193,9 +196,9 @@ class PerturbedModules:
 
     @contextmanager
     def loaded(self, module: torch.nn.Module) -> Iterator[None]:
-        """Apply deferred updates to a module's gathered parameters.
+        """A context in which a module's gathered parameters have all deferred updates.
 
-        At the end, wait until the parameters may be released.
+        At its end, wait until the parameters may be released.
         """
         try:
             if self._deferred is not None:

@@ -1,10 +1,10 @@
 """Split a module's inputs on a stack of batches into its streams, and join their outputs again.
 
-Some inputs carry the batch dimension, others (BERT's position ids) are the same for every stream.
-Which do is learned from two forwards, not guessed from sizes. An input carries the batch if its
-dim 0 is, in the forward of the stack, as many times as large as in the forward of one batch as
-there are streams. Such an input must have the same number of rows for every example. This is not so
-for the rows that a router sends to an expert, so a model with such experts cannot be stacked.
+Some inputs carry the batch dimension. Others (BERT's position ids) are the same for every stream.
+The difference is learned from two forwards, not guessed from sizes: an input carries the batch if
+its dim 0 grows by the number of streams from a forward of one batch to a forward of the stack. Such
+an input must have the same number of rows for every example. A router that sends rows to experts
+breaks this rule, because the examples of the rows are not known.
 
 `zods.forward.module_runners` uses it. The form of evaluation is `zods.forward.forms.Stacked`.
 """
@@ -26,7 +26,7 @@ class NotStackable(RuntimeError):
 
 
 class Stacking:
-    """Splits and joins the calls of modules. `begin` has to be called before every forward."""
+    """Split and join the calls of modules. `begin` has to be called before every forward."""
 
     def __init__(self, names: Mapping[torch.nn.Module, str]) -> None:
         """names: of the modules, for messages."""
