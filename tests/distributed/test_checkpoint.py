@@ -390,7 +390,7 @@ def rank_of_interruptions(folder: Path) -> dict[str, Any]:
     engine.save_checkpoint(folder / "run")
     old = state(engine)
     found: dict[str, Any] = {}
-    original = zods.training.checkpoint_files.save_file
+    original = zods.training.checkpoint_files.save_tensors
     for tag in (None, "global_step1"):  # a new tag, then the tag that `latest` names
         engine.train_batch()
 
@@ -400,10 +400,10 @@ def rank_of_interruptions(folder: Path) -> dict[str, Any]:
                 raise OSError(28, "No space left on device")
             original(tensors, path, metadata)
 
-        zods.training.checkpoint_files.save_file = failing
+        zods.training.checkpoint_files.save_tensors = failing
         with pytest.raises(OSError, match="No space left") as error:
             engine.save_checkpoint(folder / "run", tag=tag)
-        zods.training.checkpoint_files.save_file = original
+        zods.training.checkpoint_files.save_tensors = original
         found[str(tag)] = str(error.value)
         found[f"{tag} left"] = sorted(entry.name for entry in (folder / "run").iterdir())
         torch.distributed.barrier()

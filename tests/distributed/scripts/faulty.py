@@ -171,7 +171,7 @@ LOCATIONS = {
     ),
     "application": lambda: around(Direction, "replay_", before=in_application),
     "log": lambda: around(LogFile, "_append", before=half_a_line),
-    "checkpoint": lambda: around(checkpoint_files, "save_file", before=half_a_file),
+    "checkpoint": lambda: around(checkpoint_files, "save_tensors", before=half_a_file),
     "rename": lambda: around(
         checkpoint, "put_in_place", before=lambda *_: strike("rename"), after="after_rename"
     ),
