@@ -496,7 +496,7 @@ class WithScalar(Tiny):
         self.scalar = torch.nn.Parameter(torch.ones(1))
 
 
-def rank_of_empty_slices(folder: Path) -> tuple[int, str]:
+def rank_of_empty_shards(folder: Path) -> tuple[int, str]:
     config = configuration(BATCH, method="mezo", lr=1e-2)
     engine = zods.initialize(model=WithScalar(), config=config, training_data=tiny_data(40))[0]
     engine.save_checkpoint(folder)
@@ -506,13 +506,13 @@ def rank_of_empty_slices(folder: Path) -> tuple[int, str]:
     if engine.global_rank == 0:
         rewrite(file, lambda _, metadata: metadata.update({"scalar": "0"}))
     torch.distributed.barrier()
-    with pytest.raises(ValueError, match="scalar: damaged") as error:
+    with pytest.raises(ValueError, match="another checkpoint, or damaged") as error:
         engine.load_checkpoint(folder)
     return elements, str(error.value)
 
 
-def test_the_fingerprint_of_an_empty_shard_is_verified_too(tmp_path):
-    first, second = run_ranks(2, rank_of_empty_slices, tmp_path)
+def test_a_changed_fingerprint_of_an_empty_shard_is_an_error_too(tmp_path):
+    first, second = run_ranks(2, rank_of_empty_shards, tmp_path)
     assert first == second
     assert first[0] == 0
 

@@ -136,8 +136,8 @@ FLOATS = {
 NOT_WHOLE = [-1, 1.0, 2.5, 1e3, *NOT_NUMBERS]
 INTEGERS = {
     "anchor_interval": ([1, 2, 10**6], [0, None, *NOT_WHOLE]),
-    "num_directions": ([1, 16], [0, None, *NOT_WHOLE]),
-    "anchor_directions": ([1, 16], [0, None, *NOT_WHOLE]),
+    "num_directions": ([1, 16, 65536], [0, 65537, 10**9, None, *NOT_WHOLE]),
+    "anchor_directions": ([1, 16], [0, 65537, None, *NOT_WHOLE]),
     "seed": ([0, 1, 2**63 - 1], [2**63, 2**64, None, *NOT_WHOLE]),
     "agreement_interval": ([1, 1000], [0, None, *NOT_WHOLE]),
     "max_nonfinite_steps": ([0, 5], [None, *NOT_WHOLE]),
@@ -852,6 +852,30 @@ def test_a_key_given_twice_is_refused(tmp_path, text, key):
     path = tmp_path / "twice.json"
     path.write_text(text)
     refused(path, "twice.json", f"{key} given twice")
+
+
+@pytest.mark.parametrize("number", ["1e999", "-1e999", "1" + "0" * 5000])
+def test_a_number_that_python_cannot_hold_is_refused_with_the_file(tmp_path, number):
+    path = tmp_path / "large.json"
+    path.write_text('{"train_batch_size": 8, "zeroth_order": {"lr": %s}}' % number)
+    refused(path, "large.json", "not valid JSON")
+
+
+@pytest.mark.parametrize("nested", ["[" * 100_000, '{"a":' * 100_000])
+def test_deep_nesting_is_refused_with_the_file(tmp_path, nested):
+    path = tmp_path / "deep.json"
+    path.write_text(nested)
+    refused(path, "deep.json", "not valid JSON")
+
+
+@pytest.mark.parametrize("where", ["top", "section"])
+def test_a_section_of_50000_keys_is_refused_as_a_whole(tmp_path, where):
+    keys = {f"key{k}": k for k in range(50_000)}
+    whole = {**config(), **keys} if where == "top" else config(keys)
+    path = tmp_path / "many.json"
+    path.write_text(json.dumps(whole))
+    for source in (path, whole):
+        assert len(refused(source, "keys, at most 1000")) < 300
 
 
 def test_comments_are_allowed(tmp_path):

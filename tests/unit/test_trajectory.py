@@ -17,7 +17,7 @@ from zods.config.schema import parse_section
 from zods.trajectory import log as log_module
 from zods.trajectory.__main__ import main
 from zods.trajectory.compare import differences, longer
-from zods.trajectory.log import LogFile, Trajectory, parse_log, read_log
+from zods.trajectory.log import START, LogFile, Trajectory, chained, parse_log, read_log
 from zods.trajectory.records import (
     Evaluation,
     Header,
@@ -181,6 +181,19 @@ def test_every_flipped_byte_is_an_error_with_its_place_or_a_torn_end(tmp_path, m
         assert line == len(whole.records), f"byte {position}, not in the last line, went unnoticed"
         assert found.torn == len(data) - whole.ends[-2]
         assert found.records == whole.records[:-1]
+
+
+@pytest.mark.parametrize("key", ["loss", "lr"])
+def test_a_number_that_no_float_can_hold_is_an_error_with_its_place(key):
+    run = RunRecord(0, parse_section({"method": "mezo"}), 8, 1, {}).to_json()
+    step = {**Step(0, 0.5, 1e-6, (1.0,), (0, 1)).to_json(), key: 10**400}
+    data, head = b"", START
+    for record in (HEADER.to_json(), run, step):
+        text = json.dumps(record, separators=(",", ":"))
+        head = chained(head, text)
+        data += f"{head} {text}\n".encode()
+    with pytest.raises(ValueError, match=r"line 3 \(byte \d+\): not a record"):
+        parse_log(data, "log")
 
 
 def test_lost_doubled_and_moved_lines_are_found(tmp_path):

@@ -140,6 +140,8 @@ class _Mistake:
                 return f"{number}, must be above {bound}."
             if name == "ge":
                 return f"{number}, must be {bound} or more."
+            if name == "le":
+                return f"{number}, must be {bound} or less."
             if name == "lt":
                 # Only the seed has such a bound.
                 return f"{number}, must be below 2**{bound.bit_length() - 1}."

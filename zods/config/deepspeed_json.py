@@ -9,7 +9,8 @@ the command line and `zods.training`.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ from zods.config.schema import (
     parse_section,
     read_section,
 )
+
+MOST_KEYS = 1000  # of a section: each unknown key is a line of the error
 
 
 @dataclass(frozen=True)
@@ -118,32 +121,49 @@ class FirstOrderConfig:
         }
 
 
+def _check_sizes(name: str, sizes: Sequence[int]) -> None:
+    """Raise ValueError where a section is so large that it is no configuration."""
+    if sizes and max(sizes) > MOST_KEYS:
+        raise ValueError(
+            f"{name}: a section has {max(sizes)} keys, at most {MOST_KEYS} are read. Give a "
+            "DeepSpeed JSON, e.g. one of ds_configs/."
+        )
+
+
 def load_json(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     """Read a configuration from a path or a mapping, as a plain dict.
 
-    Raises FileNotFoundError, or ValueError where the file is not JSON or has a key twice.
+    Raises FileNotFoundError, or ValueError where the file is not JSON or has a key twice, or where
+    a section has more than MOST_KEYS keys.
     """
+    twice: list[str] = []
+    sizes: list[int] = []
+
+    def section(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        sizes.append(len(pairs))
+        twice.extend(key for key, number in Counter(key for key, _ in pairs).items() if number > 1)
+        return dict(pairs)
+
     if isinstance(source, Mapping):
-        return json.loads(json.dumps(source))
+        loaded = json.loads(json.dumps(source), object_pairs_hook=section)
+        _check_sizes("configuration", sizes)
+        return loaded
     path = Path(source)
     if not path.is_file():
         raise FileNotFoundError(
             f"configuration file {path}: not found. Give a DeepSpeed JSON, e.g. one of ds_configs/."
         )
 
-    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        twice = sorted({key for key in keys if keys.count(key) > 1})
-        if twice:
-            raise ValueError(
-                f"configuration file {path}: {', '.join(twice)} given twice. Keep one of each."
-            )
-        return dict(pairs)
-
     try:
-        loaded = hjson.loads(path.read_text(encoding="utf-8"), object_pairs_hook=no_duplicates)
-    except (hjson.HjsonDecodeError, UnicodeDecodeError, RecursionError) as error:
+        loaded = hjson.loads(path.read_text(encoding="utf-8"), object_pairs_hook=section)
+    # ValueError: text that is not JSON, and numbers of too many digits; OverflowError: 1e999
+    except (ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"configuration file {path}: not valid JSON: {error}") from error
+    _check_sizes(f"configuration file {path}", sizes)
+    if twice:
+        raise ValueError(
+            f"configuration file {path}: {', '.join(sorted(twice))} given twice. Keep one of each."
+        )
     if not isinstance(loaded, dict):
         raise ValueError(
             f"configuration file {path}: expected {{...}}, found {type(loaded).__name__}."

@@ -54,6 +54,8 @@ def _not_auto(value: str) -> str:
 
 
 Count = Annotated[int, Field(ge=1)]
+# each direction takes forwards, a seed and 6 bytes of the log
+NumDirections = Annotated[int, Field(ge=1, le=1 << 16)]
 Text = Annotated[str, AfterValidator(_not_auto)]
 
 
@@ -160,7 +162,7 @@ class SelectorConfig(Section):
     # exact: derivatives of an example's loss along directions of one matrix; zo and paper: the
     # same by finite differences
     features: Literal["exact", "zo", "paper"] = "exact"
-    num_directions: Count = 64
+    num_directions: NumDirections = 64
     rank: Count = 4  # of a direction
     # regular expression that is searched in the matrix's name; None: the last value projection
     pattern: Text | None = None
@@ -197,8 +199,8 @@ class ZerothOrderConfig(Section):
     # step size of the full-batch step at a refresh [eta_1]; None: the value of lr
     anchor_lr: Annotated[float | None, Field(ge=0.0)] = None
     anchor_interval: Count = 100  # steps between two refreshes [q]
-    num_directions: Count = 1  # directions per step
-    anchor_directions: Count = 1  # directions per refresh (K)
+    num_directions: NumDirections = 1  # directions per step
+    anchor_directions: NumDirections = 1  # directions per refresh (K)
     share_direction: bool = True  # the two estimates of a step use the same directions
     direction: DirectionConfig = DirectionConfig()  # the JSON may give the name alone
     # shared: all ranks evaluate the same directions; per_rank: each rank evaluates its own

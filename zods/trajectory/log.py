@@ -134,7 +134,7 @@ def parse_log(data: bytes, path: str | Path) -> Log:
                 header = header_of(values)
             else:
                 records.append(_checked_order(records, record_of(values)))
-        except (ValueError, RecursionError) as error:
+        except (ValueError, OverflowError, RecursionError) as error:
             _raise_damaged(path, number, start, f"not a record of this version of zods: {error}")
         heads.append(head.decode())
         ends.append(start + len(line))
