@@ -1,4 +1,4 @@
-"""What a fuzz changes: values as JSON has them, and the records of a trajectory log."""
+"""Random changes for fuzz tests: of JSON values, and of the records of a trajectory log."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def rechained(texts: Sequence[str]) -> bytes:
 
 
 def with_a_record_mutated(rng: random.Random, data: bytes) -> bytes:
-    """A log that holds something else in one place, with the right checksums."""
+    """A log with one record changed, and with the right checksums."""
     texts = [line.split(b" ", 1)[1].decode() for line in data.splitlines()]
     k = rng.randrange(len(texts))
     texts[k] = json.dumps(mutated(rng, json.loads(texts[k])))

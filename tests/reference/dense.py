@@ -28,7 +28,7 @@ Parameters = dict[str, Tensor]
 
 
 def half_seed(seed: int, side: int) -> int:
-    """Of U (0) and V (1) of a low-rank direction."""
+    """The seed of U (side 0) or of V (side 1) of a low-rank direction."""
     message = struct.pack("<QI", seed, side)
     return int.from_bytes(
         hashlib.blake2b(message, digest_size=8, person=b"zods-seed").digest(), "little"
@@ -45,8 +45,8 @@ class DenseReference:
     "zeroth_order" of that name.
 
     params: all named parameters in the order of `named_parameters()`, frozen ones included, in
-    float64 or float32. loss: the mean loss of a batch. whole_set: the batch that is the whole
-    training set (for mezo_svrg). trainable: names of those to train; None trains all.
+    float64 or float32. loss: the mean loss of a batch. whole_set: the whole training set as one
+    batch (for mezo_svrg). trainable: names of the parameters to train; None trains all.
     """
 
     params: Parameters

@@ -1,4 +1,4 @@
-"""The objective by the book: a global batch in one shard, token by token, in float64."""
+"""The objective written out: a global batch on one rank, token by token, in float64."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from torch.nn import functional
 
 
 def token_losses(logits: Tensor, labels: Tensor, shifted: bool) -> list[Tensor]:
-    """Of each example, the losses of its labels that are not -100. logits (B, C) with labels (B,),
-    or (B, L, V) with (B, L).
+    """The losses of each example's labels that are not -100.
+
+    logits: (B, C) with labels (B,), or (B, L, V) with labels (B, L).
     """
     found = []
     for scores, wanted in zip(logits.double(), labels, strict=True):
@@ -26,8 +27,9 @@ def token_losses(logits: Tensor, labels: Tensor, shifted: bool) -> list[Tensor]:
 def objective(
     losses: Sequence[Tensor], mean: str, weights: Sequence[float] | None = None
 ) -> Tensor:
-    """The weighted mean over all label tokens, or over the examples' own means; losses: of each
-    example's label tokens.
+    """The weighted mean over all label tokens, or over the means of the examples.
+
+    losses: for each example, the losses of its label tokens. mean: "tokens" or "examples".
     """
     weights = [1.0] * len(losses) if weights is None else weights
     pairs = [

@@ -25,8 +25,9 @@ Terms = list[tuple[int, float]]  # (seed, coefficient)
 def replayed(
     base: dict[str, Tensor], trained: set[str], records: Iterable[Record]
 ) -> dict[str, Tensor]:
-    """The parameters after `records`, in their dtypes. base: all of them, in the order of
-    `named_parameters()`.
+    """The parameters after `records`, in their dtypes.
+
+    base: all parameters before the first record, in the order of `named_parameters()`.
     """
     params = {name: value.clone() for name, value in base.items()}
     section = ZerothOrderConfig()
@@ -64,8 +65,9 @@ def replayed(
 
 
 def seeds_of_step(section: ZerothOrderConfig, step: Step) -> list[int]:
-    """Those of all ranks' directions at the parameters, then, where other ones are drawn there, at
-    the anchor.
+    """The seeds of all ranks' directions at the parameters, then those at the anchor.
+
+    The anchor has seeds of its own only where directions are not shared with it.
     """
     purposes = (
         ["step"] if section.share_direction or not section.is_svrg else ["step", "step_anchor"]

@@ -1,4 +1,4 @@
-"""Facility location by the book: what `zods.selection` is compared with."""
+"""Facility location written out: the reference that `zods.selection` is compared with."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ def z(
 
 
 def correlation(x: torch.Tensor, y: torch.Tensor) -> float:
-    """Of two standardised samples, in its own standard errors."""
+    """The correlation of two standardised samples, in units of its standard error."""
     return torch.dot(x, y).item() / x.numel() ** 0.5
 
 
@@ -75,21 +75,21 @@ def test_rademacher_takes_both_signs_equally_often():
 @pytest.mark.parametrize(
     ("distribution", "size"), [("gaussian", 64), ("gaussian", 2048), ("rademacher", 2048)]
 )
-def test_places_of_a_group_are_fair_and_uncorrelated(distribution, size):
+def test_positions_in_a_group_are_fair_and_uncorrelated(distribution, size):
     """Every bit of every word in every lane.
 
     Of two million correlations none passes seven standard errors (chance 5e-6).
     """
-    places = z(distribution, seed=5).view(-1, size)
-    num_groups = places.shape[0]
+    positions = z(distribution, seed=5).view(-1, size)
+    num_groups = positions.shape[0]
     # of 2048 sums, six standard errors: 4e-6
-    assert places.sum(0).abs().max() < 6 * num_groups**0.5
-    gram = places.T @ places / num_groups**0.5
+    assert positions.sum(0).abs().max() < 6 * num_groups**0.5
+    gram = positions.T @ positions / num_groups**0.5
     assert gram.fill_diagonal_(0).abs().max() < 7
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-def test_seeds_parameters_and_places_are_uncorrelated(distribution):
+def test_seeds_parameters_and_offsets_are_uncorrelated(distribution):
     names = [
         {"seed": 40},
         {"seed": 41},

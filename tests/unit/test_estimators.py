@@ -179,8 +179,9 @@ def reference(**settings) -> tuple[DenseReference, list[dict]]:
 
 
 def run_by_terms(run: DenseReference, batches: list[dict]) -> dict[str, Tensor]:
-    """The same steps as `run`'s, told in terms of zods.core.estimators; `run` lends its loss and
-    its settings only.
+    """The steps of `run`, computed with zods.core.estimators.
+
+    Only the loss and the settings of `run` are used.
     """
     theta = {name: value.clone() for name, value in run.params.items()}
     whole = run.whole_set
@@ -324,8 +325,9 @@ class LogisticRegression:
 
 
 def mean_squared_errors() -> dict[str, float]:
-    """Of five estimates, over DRAWS draws of batch and directions: the mean of |estimate -
-    gradient|^2 / |gradient|^2.
+    """The mean of |estimate - gradient|^2 / |gradient|^2 of five estimates.
+
+    The mean is over DRAWS draws of a batch and of directions.
     """
     problem = LogisticRegression()
     anchor = torch.zeros(NUM_PARAMETERS, dtype=torch.float64)

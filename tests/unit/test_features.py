@@ -1,5 +1,6 @@
-"""Features for selection: directional derivatives of single examples' losses, against autograd over
-the whole model.
+"""Features for selection are directional derivatives of single examples' losses.
+
+They are compared with autograd over the whole model.
 """
 
 from __future__ import annotations
@@ -55,8 +56,9 @@ def extractor(model: nn.Module, kind: str, **options) -> FeatureExtractor:
 
 
 def gradients(model: nn.Module, name: str, batch: dict[str, Tensor]) -> Tensor:
-    """Of every example's loss, by autograd over the whole model, one example at a time: (B,
-    *shape).
+    """The gradients of every example's loss, (B, *shape).
+
+    They come from autograd over the whole model, one example at a time.
     """
     parameter = dict(model.named_parameters())[name]
     needed = parameter.requires_grad
@@ -117,8 +119,8 @@ def test_differences_are_near_the_derivatives(family: str, two_sided: bool):
 
 
 @pytest.mark.parametrize("kind", ["llama", "opt", "gpt2"])
-def test_classifiers_on_decoders(kind: str):
-    """They pool by the tokens of their inputs."""
+def test_features_of_classifiers_on_decoders_are_autograd_over_the_whole_model(kind: str):
+    """Such models find the position to classify from the tokens of their inputs."""
     config = zoo_model(kind).config
     config.num_labels, config.pad_token_id = 3, 1
     torch.manual_seed(0)

@@ -32,7 +32,7 @@ GOLDEN = json.loads(DIRECTIONS.read_text())
 
 @pytest.fixture(params=["cpp", "reference"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What serves CPU tensors in a test."""
+    """The name of the implementation that computes CPU tensors in a test."""
     if request.param == "reference":
         monkeypatch.setattr(kernels, "cpu_module", lambda: None)
     elif kernels.backend() != "cpp":

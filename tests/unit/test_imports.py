@@ -1,4 +1,4 @@
-"""Which folder of zods may import which, and which other packages: the table, and its tests."""
+"""The table of what each folder of zods may import, and its tests."""
 
 import ast
 import functools
@@ -86,9 +86,7 @@ def imports_of_zods(tree: ast.AST) -> list[tuple[str, list[str]]]:
 
 @functools.cache
 def dotted_names(tree: ast.AST) -> set[str]:
-    """What is reached as an attribute of a name, e.g. `torch.distributed.barrier` and its
-    beginnings.
-    """
+    """The dotted names in a file, such as `torch.distributed.barrier`, and all their prefixes."""
     found = set()
     for node in ast.walk(tree):
         parts = []
@@ -201,7 +199,7 @@ def test_renames_and_syncs_are_found(code: str):
 
 
 def test_no_modules_import_each_other():
-    """Neither directly nor around a circle."""
+    """There is no cycle of imports of any length."""
     modules = {
         ".".join(f.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): f
         for f in files()
@@ -215,7 +213,7 @@ def test_no_modules_import_each_other():
         waiting[module] = {name for name in names if name in modules} - {module}
     while waiting:
         free = [module for module, others in waiting.items() if not others & set(waiting)]
-        assert free, f"a circle of imports among {sorted(waiting)}"
+        assert free, f"a cycle of imports among {sorted(waiting)}"
         waiting = {module: others for module, others in waiting.items() if module not in free}
 
 
@@ -237,7 +235,7 @@ def test_no_import_is_relative(file: Path):
 
 @pytest.mark.parametrize("file", files(), ids=name_of)
 def test_no_private_name_of_another_module_is_used(file: Path):
-    """Neither imported (`from zods.a import _b`) nor reached through the module (`a._b`)."""
+    """No import takes one (`from zods.a import _b`), and no code reads one as `a._b`."""
     tree = parse(file)
     taken = imports_of_zods(tree)
     private = [

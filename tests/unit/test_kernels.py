@@ -273,9 +273,9 @@ def test_slices_equal_the_whole_for_any_cut(distribution, dtype):
     whole = combine_(torch.empty_like(weight), weight=weight, offset=offset, **arguments)
     cuts = random.Random(0)
     for _ in range(5):
-        places = [0, *sorted(cuts.sample(range(1, numel), 6)), numel]
+        bounds = [0, *sorted(cuts.sample(range(1, numel), 6)), numel]
         parts = weight.clone()
-        for start, stop in itertools.pairwise(places):
+        for start, stop in itertools.pairwise(bounds):
             combine_(
                 parts[start:stop], weight=parts[start:stop], offset=offset + start, **arguments
             )

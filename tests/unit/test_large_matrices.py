@@ -29,7 +29,7 @@ def small_matrices_are_large(monkeypatch):
 
 
 class Scaled(nn.Embedding):
-    """As Gemma's: not the forward of an embedding."""
+    """An embedding with a forward of its own, as Gemma has."""
 
     def forward(self, ids: Tensor) -> Tensor:
         return super().forward(ids) * 0.5
@@ -86,7 +86,7 @@ def ids(seed: int = 0) -> Tensor:
 
 
 def perturbed(name: str, dtype: torch.dtype, distribution: str, point: Point, x: Tensor) -> Tensor:
-    """What a model whose parameters are changed for good gives."""
+    """The output of a model whose parameters are changed in place."""
     changed = model(name, dtype)
     direction = Direction(distribution)
     for shard in ShardedParameters(changed, rank=0):
@@ -125,7 +125,7 @@ def test_parts_of_a_large_matrix_have_the_values_of_the_whole_copy(name, dtype, 
 
 
 def bytes_of_a_pair(name: str, x: Tensor) -> int:
-    """What a stack of a pair takes more than two plain forwards."""
+    """The bytes that a stacked pair of points takes beyond two plain forwards."""
     module = model(name)
     forward_at = perturbed_forward(module, observe=False)
     stack = StackRunner(forward_at)

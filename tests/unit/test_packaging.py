@@ -1,5 +1,6 @@
-"""What is imported is declared in pyproject.toml, pinned in constraints.txt, and brought by the
-extra that needs it.
+"""Every imported package is declared in pyproject.toml and pinned in constraints.txt.
+
+A package that one feature needs is declared by the extra of that feature.
 """
 
 from __future__ import annotations
@@ -142,7 +143,7 @@ def test_features_whose_package_is_missing_are_told_at_once(monkeypatch):
 
 
 def test_every_package_that_is_installed_with_the_tests_is_pinned():
-    """By the metadata of the installed packages, so for this Python and platform."""
+    """The metadata of the installed packages tells them, for this Python and platform."""
     closure = runpy.run_path(str(REPOSITORY / ".ci" / "without_extras.py"))["closure"]
     requirements = [*PROJECT["dependencies"]]
     for of_extra in PROJECT["optional-dependencies"].values():

@@ -1,5 +1,7 @@
-"""`replay_` gives the bits of its sweeps one by one; `fingerprint` does not see the cut and sees
-every single change.
+"""`replay_` and `fingerprint`.
+
+`replay_` gives the bits of its sweeps applied one by one. The fingerprints of slices add up to the
+fingerprint of the whole, and every change of one element changes it.
 """
 
 import itertools
@@ -227,7 +229,7 @@ def test_wrong_use_of_replay_raises_before_anything_is_written(reference, change
 # --- fingerprint ---
 
 
-def by_hand(tensor: torch.Tensor, offset: int) -> int:
+def documented_sum(tensor: torch.Tensor, offset: int) -> int:
     size, total = tensor.element_size(), 0
     raw = bytes(tensor.flatten().view(torch.uint8).numpy())
     for i in range(tensor.numel()):
@@ -253,7 +255,7 @@ def values(numel: int, dtype: torch.dtype, seed: int = 1) -> torch.Tensor:
 def test_the_fingerprint_is_the_documented_sum(threads, dtype):
     for numel, offset in ((0, 5), (1, 0), (7, 2**62 - 1), (1001, 2**33)):
         tensor = values(numel, dtype)
-        expected = by_hand(tensor, offset)
+        expected = documented_sum(tensor, offset)
         assert fingerprint(tensor, offset) == expected
         assert plain.fingerprint(tensor, offset) == expected
     assert fingerprint(tensor.view(7, 143), offset) == expected  # read as flat
@@ -276,8 +278,8 @@ def test_cpp_and_reference_give_the_same_fingerprint(threads, monkeypatch, dtype
 def test_fingerprints_of_slices_add_up_to_that_of_the_whole(dtype):
     tensor, cuts = values(200_003, dtype), random.Random(0)
     for _ in range(5):
-        places = [0, *sorted(cuts.sample(range(1, len(tensor)), 6)), len(tensor)]
-        parts = [fingerprint(tensor[a:b], 99 + a) for a, b in itertools.pairwise(places)]
+        cut = [0, *sorted(cuts.sample(range(1, len(tensor)), 6)), len(tensor)]
+        parts = [fingerprint(tensor[a:b], 99 + a) for a, b in itertools.pairwise(cut)]
         assert sum(parts) % 2**64 == fingerprint(tensor, 99)
 
 

@@ -33,7 +33,7 @@ NEEDED = (
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """What launch/setup.sh reads, of a package that asks for nothing."""
+    """The files that launch/setup.sh reads, of a package without dependencies."""
     (tmp_path / "launch").mkdir()
     shutil.copy(REPOSITORY / "launch" / "setup.sh", tmp_path / "launch")
     (tmp_path / "constraints.txt").touch()
@@ -108,7 +108,7 @@ def python_is_gone(venv: Path) -> None:
 @pytest.mark.parametrize("leave", [interrupted, without_pip, python_is_gone])
 @pytest.mark.launched
 def test_a_broken_environment_is_made_anew(tree, leave):
-    """It ends in an error, for there is no index; the environment is a whole one by then."""
+    """The run ends in an error, because there is no index. By then the environment is complete."""
     leave(tree / ".venv")
     (tree / ".venv" / "leftover").touch()
     told = set_up(tree, os.environ["PATH"], PYTHON=sys.executable)
@@ -127,7 +127,7 @@ def test_a_broken_environment_is_made_anew(tree, leave):
 
 
 def locks(folder: Path) -> str:
-    """What build_ops says of the locks in a folder."""
+    """The messages of build_ops about the locks in a folder."""
     script = f"""
 import sys; from pathlib import Path
 sys.path.insert(0, {str(REPOSITORY / "launch")!r})

@@ -1,5 +1,6 @@
-"""A module at a perturbed point gives what its copy with perturbed parameters gives, and is
-afterwards as it was.
+"""A module at a perturbed point has the output of its copy with perturbed parameters.
+
+Afterwards the module is unchanged.
 """
 
 import functools
@@ -233,7 +234,7 @@ def before_forward(module: nn.Module, look) -> None:
 
 
 def stored(module: nn.Module) -> dict[str, tuple[int, Tensor]]:
-    """Where each parameter is stored, and its bits."""
+    """The address and the bits of each parameter."""
     return {
         name: (param.data_ptr(), bits(param))
         for name, param in module.named_parameters(remove_duplicate=False)
@@ -335,7 +336,7 @@ def test_a_parameter_owned_by_a_running_module_is_not_perturbed_twice(monkeypatc
 
 
 def test_a_point_at_another_source_starts_there_and_not_at_the_parameters():
-    """As the anchor does: scale * other + sum of terms + eps z."""
+    """The anchor is such a source: scale * other + sum of terms + eps z."""
     module, x = made(mlp), example()
     forward_at = perturbed_forward(module)
     others = {name: torch.randn_like(param) for name, param in module.named_parameters()}
@@ -476,8 +477,9 @@ def test_an_exception_that_a_module_handles_itself_leaves_the_rest_of_its_forwar
 
 
 def test_an_exception_that_a_module_handles_itself_leaves_no_copy_behind():
-    """What runs after it runs beside its own copies and its parents', not beside those of the
-    modules that failed.
+    """A module that runs after the failure finds its own copies and those of its parents alone.
+
+    The copies of the modules that failed are gone.
     """
     (module, _), x = broken(True, "forward"), example()
     home = {}

@@ -1,6 +1,4 @@
-"""The trajectory log: what is written is read back to the bit, and damage is never taken for a
-record.
-"""
+"""The trajectory log: records are read back to the bit, and damage is never read as a record."""
 
 import json
 import math
@@ -62,7 +60,7 @@ def write(path: Path, records=RECORDS, header=HEADER) -> Path:
 
 
 def without_paths(records):
-    """As they are read back: where the anchor's files were is not recorded."""
+    """The records as they are read back: the path of the anchor's files is not recorded."""
     anchor = {"point": "terms", "gradient": "nvme", "nvme_path": "(not recorded)"}
     section = parse_section({"method": "mezo_svrg", "anchor": anchor})
     return tuple(
@@ -209,27 +207,28 @@ def test_lost_doubled_and_moved_lines_are_found(tmp_path):
                 parse_log(b"".join([*rest, lines[-1]]), "log")
 
 
-@pytest.mark.parametrize("count", [500, pytest.param(4000, marks=pytest.mark.slow)])
-def test_logs_of_wrong_records_with_right_checksums_are_clean_errors_or_logs(
-    tmp_path, capsys, count
-):
+def test_4000_logs_of_wrong_records_with_right_checksums_are_clean_errors_or_logs(tmp_path, capsys):
+    """`parse_log` reads every log, the command line every 50th: it costs 80 times as much."""
     data = write(tmp_path / "log").read_bytes()
     texts = [line.split(" ", 1)[1] for line in data.decode().splitlines()]
     rng = random.Random(7)
     accepted = 0
-    for _ in range(count):
+    for count in range(4000):
         changed = with_a_record_mutated(rng, data)
         if rng.random() < 0.1:
             odd = rng.choice(["[" * 5000, "NaN", "1e999", '{"step":0', "9" * 5000, ""])
             k = rng.randrange(len(texts))
             changed = rechained([*texts[:k], odd, *texts[k + 1 :]])
-        (tmp_path / "changed").write_bytes(changed)
-        code = main(["verify", str(tmp_path / "changed")])
-        said = capsys.readouterr()
-        accepted += code == 0
-        assert code in (0, 2), said.err
-        assert code == 0 or said.err.startswith("zods.trajectory: error: "), said.err
-    assert accepted < count / 2, "most changed logs are valid, so hardly any error is checked"
+        log, error = parsed(changed)
+        accepted += log is not None
+        assert log is not None or error.startswith("log"), error
+        if count % 50 == 0:
+            (tmp_path / "changed").write_bytes(changed)
+            code = main(["verify", str(tmp_path / "changed")])
+            printed = capsys.readouterr().err
+            assert code == (2 if log is None else 0), printed
+            assert code == 0 or printed.startswith("zods.trajectory: error: "), printed
+    assert accepted < 2000, "most changed logs are valid, so hardly any error is checked"
 
 
 @pytest.mark.launched

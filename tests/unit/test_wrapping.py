@@ -37,7 +37,7 @@ X = torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
 
 
 def at_changed_weights(module: nn.Module, point: Point, x: Tensor = X) -> Tensor:
-    """What the module gives when its parameters are changed for good."""
+    """The output of the module when its parameters are changed in place."""
     for shard in ShardedParameters(module, rank=0):
         data = shard.param.data
         Direction().combine_(
