@@ -857,7 +857,7 @@ def test_a_key_given_twice_is_refused(tmp_path, text, key):
 @pytest.mark.parametrize("number", ["1e999", "-1e999", "1" + "0" * 5000])
 def test_a_number_that_python_cannot_hold_is_refused_with_the_file(tmp_path, number):
     path = tmp_path / "large.json"
-    path.write_text('{"train_batch_size": 8, "zeroth_order": {"lr": %s}}' % number)
+    path.write_text('{"train_batch_size": 8, "zeroth_order": {"lr": ' + number + "}}")
     refused(path, "large.json", "not valid JSON")
 
 
