@@ -7,7 +7,6 @@ shift
 python "$here/make_data.py" runs/data
 export DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_DATASETS_CACHE="$PWD/runs/cache"
 port="$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')"
-trap 'rm -f /dev/shm/deepspeed_allreduce_buffer_*_"$port"_*' EXIT   # DeepSpeed's CPU operator does not remove them
 deepspeed --num_gpus 2 --master_port "$port" --module zods.finetune \
   --deepspeed_config "$here/config.json" --model "$here/model" --output_dir "$out" \
   --task prompted --template '{text}\nKind: {label}' \

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -225,3 +226,24 @@ def test_a_checkpoint_of_mixed_files_is_an_error_and_a_resume_says_why_it_is_lef
             assert rank[name]["same end"], name
         (text,) = [text for text in ranks[0][name]["warnings"] if "left out" in text]
         assert said in text, name
+
+
+# --- shared memory --------------------------------------------------------------------------------
+
+
+def rank_of_shared_memory(folder: Path) -> tuple[list[str], list[str], float]:
+    port = os.environ["MASTER_PORT"]
+    buffers = Path("/dev/shm").glob
+    before = [path.name for path in buffers(f"deepspeed_allreduce_buffer_*_{port}_*")]
+    torch.distributed.barrier()
+    engine = build(folder)
+    torch.distributed.barrier()
+    after = [path.name for path in buffers(f"deepspeed_allreduce_buffer_*_{port}_*")]
+    return before, after, engine.train_batch()
+
+
+def test_a_run_leaves_no_buffer_of_deepspeed_in_shared_memory(tmp_path):
+    for before, after, loss in run_ranks(2, rank_of_shared_memory, tmp_path):
+        assert len(before) == 2, "DeepSpeed makes no such buffers any more"
+        assert after == []
+        assert loss > 0
