@@ -17,27 +17,35 @@ import torch
 
 from tests.distributed.models import collate, opt_data, tiny_opt
 from tests.distributed.ranks import run_ranks
+from tests.helpers import LogTexts, flip
 from zods.config.deepspeed_json import read_first_order_config
 from zods.training import first_order
-from zods.training.first_order import CLASSES_IN_CHECKPOINTS, FirstOrderEngine
+from zods.training.first_order import FirstOrderEngine
+from zods.training.first_order_checkpoint import CLASSES_IN_CHECKPOINTS, MANIFEST
+from zods.training.resume import CHECKPOINTS, LOG_NAME
 
 VARIABLE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
-def build(stage: int, bf16: bool) -> FirstOrderEngine:
+def build(
+    stage: int, bf16: bool, *, lr: float = 1e-3, data: Any = None, dropout: float = 0.1
+) -> FirstOrderEngine:
     config = {
         "train_batch_size": 8,
         "zero_optimization": {"stage": stage},
         "bf16": {"enabled": bf16},
         "optimizer": {
             "type": "AdamW",
-            "params": {"lr": 1e-3, "weight_decay": 0.01, "torch_adam": True},
+            "params": {"lr": lr, "weight_decay": 0.01, "torch_adam": True},
         },
-        "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 1e-3, "warmup_num_steps": 5}},
+        "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": lr, "warmup_num_steps": 5}},
         "steps_per_print": 10**9,
     }
     run = read_first_order_config(config, torch.distributed.get_world_size())
-    return FirstOrderEngine(tiny_opt(), run, opt_data(), collate)
+    model = tiny_opt()
+    for layer in model.model.decoder.layers:
+        layer.dropout = dropout
+    return FirstOrderEngine(model, run, data or opt_data(), collate)
 
 
 def go_on(engine: FirstOrderEngine) -> list[float]:
@@ -169,7 +177,7 @@ def rank_of_unchecked_loads(folder: Path) -> tuple[str, bool]:
     engine.save_checkpoint(folder)
     mark = folder / "ran"
     poison(next((folder / "global_step1").glob("*optim_states.pt")), mark)
-    first_order._check_only_data = lambda path: None
+    first_order.check = lambda folder, comm: None  # type: ignore[assignment]
     with pytest.raises(Exception, match="system") as error:
         build(3, False).load_checkpoint(folder)
     return type(error.value).__name__, mark.exists()
@@ -197,3 +205,133 @@ def rank_of_keepers(folder: Path) -> list[list[str]]:
 def test_old_checkpoints_are_removed_but_the_last_ones_and_the_one_just_written(tmp_path):
     expected = [[f"global_step{step}", "global_step9"] for step in range(1, 5)]
     assert run_ranks(2, rank_of_keepers, tmp_path) == [expected, expected]
+
+
+# --- checkpoints that a crash or a drive damaged ---------------------------------------------------
+
+
+def empty_latest(checkpoints: Path) -> None:
+    (checkpoints / "latest").write_text("")
+
+
+def no_latest(checkpoints: Path) -> None:
+    (checkpoints / "latest").unlink()
+
+
+def damaged_newest(checkpoints: Path) -> None:
+    file = sorted((checkpoints / "global_step4").glob("*optim_states.pt"))[-1]
+    flip(file, file.stat().st_size // 2)
+
+
+def mixed_newest(checkpoints: Path) -> None:
+    file = sorted((checkpoints / "global_step2").glob("*optim_states.pt"))[-1]
+    shutil.copy(file, checkpoints / "global_step4" / file.name)
+
+
+def file_missing(checkpoints: Path) -> None:
+    sorted((checkpoints / "global_step4").glob("*optim_states.pt"))[-1].unlink()
+
+
+def half_written_newest(checkpoints: Path) -> None:
+    (checkpoints / "global_step4" / MANIFEST).unlink()
+
+
+def damaged_manifest(checkpoints: Path) -> None:
+    (checkpoints / "global_step4" / MANIFEST).write_text("{")
+
+
+# {damage: (what does it, the step at which the run resumes, a part of the warning)}
+DAMAGES: dict[str, tuple[Callable[[Path], None], int, str]] = {
+    "latest empty": (empty_latest, 4, ""),
+    "latest missing": (no_latest, 4, ""),
+    "newest damaged": (damaged_newest, 2, "damaged, or of another checkpoint"),
+    "newest mixed": (mixed_newest, 2, "damaged, or of another checkpoint"),
+    "a file missing": (file_missing, 2, "is missing"),
+    "newest half written": (half_written_newest, 2, "not whole"),
+    "manifest damaged": (damaged_manifest, 2, "damaged"),
+}
+
+
+def close_log(engine: FirstOrderEngine) -> None:
+    """Close the log, so that the next engine may log in its folder."""
+    if engine.recorder.trajectory.file is not None:
+        engine.recorder.trajectory.file.close()
+    torch.distributed.barrier()
+
+
+def logged_run(folder: Path) -> list[float]:
+    """A run with checkpoints at steps 2 and 4; returns its losses from step 2 on."""
+    engine = build(1, False, dropout=0.0)
+    engine.resume(folder)
+    losses = []
+    for step in range(1, 7):
+        losses.append(engine.train_batch())
+        if step in (2, 4):
+            engine.save_checkpoint(folder / CHECKPOINTS)
+    close_log(engine)
+    return losses[2:]
+
+
+def rank_of_damages(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    losses = logged_run(folder / "run")
+    for name, (damage, _, _) in DAMAGES.items():
+        at = folder / name
+        if torch.distributed.get_rank() == 0:
+            shutil.copytree(folder / "run", at)
+            damage(at / CHECKPOINTS)
+        torch.distributed.barrier()
+        warnings = LogTexts("zods.training.first_order")
+        engine = build(1, False, dropout=0.0)
+        engine.resume(at)
+        began = engine.global_steps
+        resumed = [engine.train_batch() for _ in range(began, 6)]
+        found[name] = (began, list(warnings.texts), resumed == losses[began - 2 :])
+        close_log(engine)
+    return found
+
+
+def test_a_resume_uses_the_last_checkpoint_that_is_whole_and_says_which_are_not(tmp_path):
+    ranks = run_ranks(2, rank_of_damages, tmp_path)
+    for name, (_, step, said) in DAMAGES.items():
+        for rank in ranks:
+            assert rank[name][0] == step, name
+            assert rank[name][2], f"{name}: other losses"
+        texts = ranks[0][name][1]
+        assert any(said in text for text in texts) if said else not texts, f"{name}: {texts}"
+
+
+def rank_of_other_ranks(folder: Path) -> str:
+    with pytest.raises(ValueError, match="2 ranks") as error:
+        build(1, False, dropout=0.0).load_checkpoint(folder / CHECKPOINTS)
+    return str(error.value)
+
+
+def test_a_checkpoint_of_another_number_of_ranks_is_one_clear_error(tmp_path):
+    run_ranks(2, logged_run, tmp_path)
+    (text,) = run_ranks(1, rank_of_other_ranks, tmp_path)
+    assert "this run has 1" in text
+
+
+OTHERS = {
+    "another lr": ({"lr": 2e-3}, "made with the optimizer"),
+    "other data": ({"data": opt_data()[::-1]}, "other training data"),
+}
+
+
+def rank_of_others(folder: Path) -> dict[str, str]:
+    logged_run(folder)
+    said = {}
+    for name, (changed, _) in OTHERS.items():
+        before = (folder / LOG_NAME).read_bytes()
+        with pytest.raises(ValueError, match=LOG_NAME) as error:
+            build(1, False, dropout=0.0, **changed).resume(folder)
+        said[name] = str(error.value)
+        assert (folder / LOG_NAME).read_bytes() == before
+    return said
+
+
+def test_a_resume_with_another_optimizer_or_other_data_is_refused(tmp_path):
+    (said,) = run_ranks(1, rank_of_others, tmp_path)
+    for name, (_, text) in OTHERS.items():
+        assert text in said[name], name

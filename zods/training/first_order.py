@@ -7,21 +7,15 @@ selector.
 
 from __future__ import annotations
 
+import logging
 import math
-import os
-import re
-import shutil
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.runtime.fp16.loss_scaler import LossScaler
-from deepspeed.runtime.zero.config import ZeroStageEnum
-from deepspeed.utils.tensor_fragment import fragment_address
 
 from zods.comm.communicator import Communicator
 from zods.comm.stop_request import StopRequest
@@ -29,20 +23,30 @@ from zods.config.deepspeed_json import FirstOrderConfig
 from zods.data.batch import WEIGHTS
 from zods.data.loader import TrainingLoader
 from zods.data.objectives import Objective, loss_count
-from zods.files import rename, sync
 from zods.forward.dataset_metrics import Measure, check_own_loss, measure_whole
 from zods.selection.loaders import SelectingLoader, weighted_loss
 from zods.selection.sub_batches import SubBatches
 from zods.training import export
-from zods.training.log_checks import check_not_lost
+from zods.training.first_order_checkpoint import (
+    OtherRanks,
+    check,
+    checkpoints_in,
+    folder_of_step,
+    only_data,
+    remove_old,
+    seal,
+    unseal,
+    unsealed_in,
+    zods_state,
+)
+from zods.training.log_checks import check_not_lost, check_same_model
 from zods.training.recorder import Recorder
 from zods.training.resume import CHECKPOINTS, LOG_NAME, check_new, open_log
 from zods.training.step_outputs import StepReport
-from zods.trajectory.log import Log, parse_log
+from zods.trajectory.log import Log, LogFile, parse_log
 from zods.trajectory.records import Header, Step
 
-# classes of objects in a checkpoint of DeepSpeed 0.19.8, besides those that torch allows
-CLASSES_IN_CHECKPOINTS = [LossScaler, ZeroStageEnum, fragment_address]
+logger = logging.getLogger(__name__)
 
 
 class FirstOrderEngine:
@@ -209,24 +213,44 @@ class FirstOrderEngine:
         new: Collection[str] = (),
         must_be_new: bool = False,
     ) -> None:
-        """Log steps and sub-batches in `folder`. If there is a checkpoint of DeepSpeed, load the
-        last one first.
+        """Log steps and sub-batches in `folder`. If there are checkpoints of DeepSpeed, load the
+        last whole one first.
 
         new: unused; a checkpoint of DeepSpeed holds all weights. must_be_new: refuse a log that has
         content.
         """
         checkpoints = folder / CHECKPOINTS if checkpoints is None else checkpoints
         file, data = open_log(self.comm, folder)
-        if must_be_new:
-            check_new(self.comm, folder / LOG_NAME, data)
+        try:
+            if must_be_new:
+                check_new(self.comm, folder / LOG_NAME, data)
+            self._continue_log(file, data, folder / LOG_NAME, checkpoints)
+        except Exception:
+            if file is not None:
+                file.close()  # unlocks the log, so that the caller can try again
+            raise
+
+    def _continue_log(
+        self, file: LogFile | None, data: bytes, path: Path, checkpoints: Path
+    ) -> None:
+        """Load the last whole checkpoint, and continue the log after it. data: the log's content."""
+        header = self._header()
         with self.comm.same_on_all_ranks():
-            check_not_lost(folder / LOG_NAME, data, checkpoints)
-            log = parse_log(data, folder / LOG_NAME) if b"\n" in data else None
-            found = (checkpoints / "latest").is_file()
+            check_not_lost(path, data, checkpoints)
+            log = parse_log(data, path) if b"\n" in data else None
+            found = bool(checkpoints_in(checkpoints))
             if found and log is not None:
-                self._check_same_objective(log)
+                check_same_model(log.header, header, log.path)
+                self._check_same_optimizer(log)
         if found:
             self.load_checkpoint(checkpoints)
+        elif log is not None and log.num_steps and self.comm.rank == 0:
+            logger.warning(
+                "%s: %d steps, but no whole checkpoint in %s: the run starts again from step 0",
+                log.path,
+                log.num_steps,
+                checkpoints,
+            )
         with self.comm.same_on_all_ranks():
             kept = (
                 []
@@ -240,16 +264,34 @@ class FirstOrderEngine:
         if log is not None and goes_on:
             self.recorder.take_over(kept, log.heads[len(kept)])
         else:
-            self.recorder.trajectory.add(Header(type(self.module).__name__, ()))
+            self.recorder.trajectory.add(header)
         self.recorder.record_run(self.global_steps)
 
-    def _check_same_objective(self, log: Log) -> None:
-        """Raise ValueError where the log's steps were made on another mean of the loss."""
+    def _header(self) -> Header:
+        """The log's header. It has no parameters: the steps cannot be replayed."""
+        loader = self.training_dataloader
+        data = None
+        if loader.data_digest is not None:
+            data = len(loader.dataset), loader.data_digest  # type: ignore[arg-type]
+        return Header(type(self.module).__name__, (), data=data)
+
+    def _check_same_optimizer(self, log: Log) -> None:
+        """Raise ValueError where the log's steps were made with another optimizer or mean of the
+        loss.
+        """
         run = log.run_at_end()
-        if run is not None and run.section.loss_mean != self.config.loss_mean:
+        if run is None:
+            return
+        if run.section.loss_mean != self.config.loss_mean:
             raise ValueError(
                 f"{log.path}: made with zeroth_order.loss_mean = {run.section.loss_mean}, this run "
                 f"has {self.config.loss_mean}. Resume with the same."
+            )
+        if run.optimizer is not None and run.optimizer != self.config.optimizer:
+            raise ValueError(
+                f"{log.path}: made with the optimizer {run.optimizer}, this run has "
+                f"{self.config.optimizer}. A checkpoint restores the optimizer's settings, so that "
+                "these would be ignored. Resume with the same, or start a new run."
             )
 
     def save_checkpoint(self, save_dir: str | Path, keep: int | None = None) -> None:
@@ -258,90 +300,57 @@ class FirstOrderEngine:
         keep: number of checkpoints that stay, the last ones; None keeps all.
         """
         state = {"global_steps": self.global_steps, "loader": self.training_dataloader.state_dict()}
-        tag = f"global_step{self.global_steps}"
-        self.deepspeed.save_checkpoint(str(save_dir), tag, client_state={"zods": state})
-        if keep is not None and self.comm.rank == 0:
-            tags = [p for p in Path(save_dir).iterdir() if re.fullmatch(r"global_step\d+", p.name)]
-            for old in sorted(tags, key=lambda p: int(p.name.removeprefix("global_step")))[:-keep]:
-                if old.name != tag:
-                    # renamed first: an interrupted removal leaves no half checkpoint
-                    removed = old.with_name(f".{old.name}.removed")
-                    shutil.rmtree(removed, ignore_errors=True)
-                    rename(old, removed)
-                    sync(old.parent)
-                    shutil.rmtree(removed, ignore_errors=True)
+        folder = folder_of_step(Path(save_dir), self.global_steps)
+        unseal(folder, self.comm)
+        self.deepspeed.save_checkpoint(
+            str(save_dir), folder.name, client_state={"zods": state}, save_latest=False
+        )
+        seal(folder, self.comm)
+        with self.comm.same_on_all_ranks():
+            if keep is not None and self.comm.rank == 0:
+                remove_old(folder, keep)
 
     def load_checkpoint(self, load_dir: str | Path) -> None:
-        """Load the checkpoint that `latest` names, without running code that its files name.
+        """Load the last whole checkpoint in a folder, without running code that its files name.
 
-        Raises ValueError or OSError, the same on all ranks and before anything is changed, where
-        there is no checkpoint, or where a file of it is truncated or holds more than data.
+        A checkpoint that is damaged is left out with a warning, and an older one is used. Raises
+        ValueError or OSError, the same on all ranks and before anything is changed, where no
+        checkpoint is good, or where they are of another number of ranks.
         """
+        load_dir = Path(load_dir)
+        folder = self._last_good(load_dir)
+        with only_data():
+            _, client_state = self.deepspeed.load_checkpoint(str(load_dir), folder.name)
         with self.comm.same_on_all_ranks():
-            files = _files_of_latest(Path(load_dir))
-            with _only_data():
-                for path in files[self.comm.rank :: self.comm.world_size]:
-                    _check_only_data(path)
-        with _only_data():
-            _, client_state = self.deepspeed.load_checkpoint(str(load_dir), files[0].parent.name)
-        with self.comm.same_on_all_ranks():
-            if "zods" not in client_state:
-                raise ValueError(
-                    f"checkpoint {load_dir}: zods.finetune did not write it. Give the folder of "
-                    "one that it wrote."
-                )
-            state = client_state["zods"]
+            state = zods_state(client_state, folder)
             self.training_dataloader.load_state_dict(state["loader"])
         self.global_steps = state["global_steps"]
         self._batches = self.training_dataloader.forever()
 
+    def _last_good(self, load_dir: Path) -> Path:
+        """The last checkpoint whose files are as they were written."""
+        if self.comm.rank == 0:
+            for folder in unsealed_in(load_dir):
+                logger.warning("checkpoint %s: not whole; it is left out", folder)
+        names = self.comm.gather_objects([folder.name for folder in checkpoints_in(load_dir)])[0]
+        if not names:
+            raise ValueError(
+                f"checkpoint {load_dir}: no checkpoint of first-order training in it. Give a folder "
+                "of checkpoints."
+            )
+        for name in names:
+            try:
+                check(load_dir / name, self.comm)
+            except OtherRanks:
+                raise
+            except (ValueError, OSError) as error:
+                if name == names[-1]:
+                    raise
+                if self.comm.rank == 0:
+                    logger.warning("%s It is left out; an older one is used.", error)
+                continue
+            return load_dir / name
+        raise AssertionError("the last checkpoint either is good or raises")
+
     def save_pretrained(self, save_dir: str | Path) -> None:
         export.save_pretrained(self.deepspeed, self.comm, save_dir)
-
-
-def _files_of_latest(load_dir: Path) -> list[Path]:
-    latest = load_dir / "latest"
-    tag = latest.read_text(errors="replace").strip() if latest.is_file() else ""
-    files = sorted((load_dir / tag).glob("*.pt")) if tag else []
-    if not files:
-        raise ValueError(
-            f"checkpoint {load_dir}: DeepSpeed finds none in it. Give a folder of checkpoints."
-        )
-    return files
-
-
-@contextmanager
-def _only_data() -> Iterator[None]:
-    """Keep torch.load from running code that a file names, also where DeepSpeed calls it with
-    weights_only=False.
-    """
-    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        with torch.serialization.safe_globals(CLASSES_IN_CHECKPOINTS):
-            yield
-    finally:
-        os.environ.pop(name)
-        if before is not None:
-            os.environ[name] = before
-
-
-def _check_only_data(path: Path) -> None:
-    """Raise ValueError unless torch can load the file without running code.
-
-    The data of tensors are not read.
-    """
-    with open(path, "rb") as file:
-        try:
-            torch.load(file, map_location="meta", weights_only=True)
-        except Exception as error:  # what is not a pickle or zip file raises nearly any kind
-            code = re.search(r"GLOBAL (\S+)", str(error))
-            wrong = (
-                f"it names the code {code[1]}, which no checkpoint needs; it was not run"
-                if code
-                else "damaged"
-            )
-            raise ValueError(
-                f"checkpoint {path}: {wrong}. Load a checkpoint that zods.finetune wrote."
-            ) from error

@@ -1,0 +1,209 @@
+"""Checkpoints of first-order training: DeepSpeed's own, with a manifest of their files.
+
+DeepSpeed 0.19.8 does not sync the files of a checkpoint, and a crash can leave a folder half
+written or its file `latest` empty. So the manifest is written last, when all files are on the disk:
+a folder with a manifest is whole. The manifest has a digest of each file. DeepSpeed's files are
+pickles; nothing here, nor DeepSpeed's own load, runs code that a file names.
+
+Called by `zods.training.first_order`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+
+from zods.comm.communicator import Communicator
+from zods.files import atomic_write, rename, sync
+
+MANIFEST = "zods.json"
+# classes of objects in a checkpoint of DeepSpeed 0.19.8, besides those that torch allows
+CLASSES_IN_CHECKPOINTS = [LossScaler, ZeroStageEnum, fragment_address]
+
+
+class OtherRanks(ValueError):
+    """A checkpoint of another number of ranks. Older checkpoints do not help."""
+
+
+def folder_of_step(save_dir: Path, step: int) -> Path:
+    return save_dir / f"global_step{step}"
+
+
+def unseal(folder: Path, comm: Communicator) -> None:
+    """Remove the manifest of a checkpoint that is about to be written again."""
+    with comm.same_on_all_ranks():
+        if comm.rank == 0:
+            (folder / MANIFEST).unlink(missing_ok=True)
+
+
+def seal(folder: Path, comm: Communicator) -> None:
+    """Sync the files of a checkpoint, then write its manifest and the file `latest`.
+
+    All ranks call it together, when DeepSpeed has written all files.
+    """
+    own: dict[str, str] = {}
+    with comm.same_on_all_ranks():
+        for path in _files(folder)[comm.rank :: comm.world_size]:
+            sync(path)
+            own[path.name] = _digest(path)
+    digests = {name: digest for rank in comm.gather_objects(own) for name, digest in rank.items()}
+    with comm.same_on_all_ranks():
+        if comm.rank == 0:
+            with atomic_write(folder / MANIFEST) as temporary:
+                temporary.write_text(json.dumps({"ranks": comm.world_size, "files": digests}))
+            sync(folder.parent)
+            with atomic_write(folder.parent / "latest") as temporary:
+                temporary.write_text(folder.name)
+
+
+def remove_old(written: Path, keep: int) -> None:
+    """Remove all numbered checkpoints but the last `keep` ones and the one just written."""
+    save_dir = written.parent
+    for old in _numbered(save_dir)[keep:]:
+        if old != written:
+            # renamed first: an interrupted removal leaves no half checkpoint
+            removed = old.with_name(f".{old.name}.removed")
+            shutil.rmtree(removed, ignore_errors=True)
+            rename(old, removed)
+            sync(save_dir)
+            shutil.rmtree(removed, ignore_errors=True)
+
+
+def checkpoints_in(load_dir: Path) -> list[Path]:
+    """The checkpoints in a folder, the last step's first.
+
+    Those with a manifest; if there is none, the one that `latest` names, which an earlier version
+    wrote without a manifest.
+    """
+    sealed = [folder for folder in _numbered(load_dir) if (folder / MANIFEST).is_file()]
+    if sealed:
+        return sealed
+    latest = load_dir / "latest"
+    tag = latest.read_text(errors="replace").strip() if latest.is_file() else ""
+    return [load_dir / tag] if tag and _files(load_dir / tag) else []
+
+
+def unsealed_in(load_dir: Path) -> list[Path]:
+    """The numbered folders that a crash left half written."""
+    return [folder for folder in _numbered(load_dir) if folder not in checkpoints_in(load_dir)]
+
+
+def check(folder: Path, comm: Communicator) -> None:
+    """Check all files of a checkpoint. All ranks call it together.
+
+    Raises ValueError or OSError, the same on all ranks, where a file is damaged, is missing or does
+    not belong to the checkpoint, or holds more than data. Raises OtherRanks where the checkpoint is
+    of another number of ranks.
+    """
+    files = _files(folder)
+    with comm.same_on_all_ranks(), only_data():
+        for path in files[comm.rank :: comm.world_size]:
+            _check_only_data(path)
+    ranks, digests = comm.world_size, None
+    with comm.same_on_all_ranks():
+        if (folder / MANIFEST).is_file():
+            ranks, digests = _read_manifest(folder)
+    if ranks != comm.world_size:
+        raise OtherRanks(
+            f"checkpoint {folder}: made on {ranks} ranks, this run has {comm.world_size}. The "
+            f"states of DeepSpeed's optimizer load on as many ranks only: start {ranks}."
+        )
+    if digests is None:
+        return
+    with comm.same_on_all_ranks():
+        odd = sorted({path.name for path in files} ^ digests.keys())
+        if odd:
+            here = "not one of its files" if odd[0] not in digests else "missing"
+            raise ValueError(f"checkpoint {folder}: {odd[0]} is {here}.")
+        for path in files[comm.rank :: comm.world_size]:
+            if _digest(path) != digests[path.name]:
+                raise ValueError(
+                    f"checkpoint {path}: damaged, or of another checkpoint: it is not the file that "
+                    "was written."
+                )
+
+
+def _numbered(folder: Path) -> list[Path]:
+    found = [
+        path
+        for path in (folder.iterdir() if folder.is_dir() else ())
+        if re.fullmatch(r"global_step\d+", path.name)
+    ]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("global_step")), reverse=True)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.pt"))
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()[:16]
+
+
+def _read_manifest(folder: Path) -> tuple[int, dict[str, str]]:
+    """(number of ranks, {file name: digest})."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        return int(manifest["ranks"]), dict(manifest["files"])
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(f"checkpoint {folder}/{MANIFEST}: damaged: {error!r}.") from error
+
+
+@contextmanager
+def only_data() -> Iterator[None]:
+    """Keep torch.load from running code that a file names, also where DeepSpeed calls it with
+    weights_only=False.
+    """
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        with torch.serialization.safe_globals(CLASSES_IN_CHECKPOINTS):
+            yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
+
+
+def _check_only_data(path: Path) -> None:
+    """Raise ValueError unless torch can load the file without running code.
+
+    The data of tensors are not read.
+    """
+    with open(path, "rb") as file:
+        try:
+            torch.load(file, map_location="meta", weights_only=True)
+        except Exception as error:  # what is not a pickle or zip file raises nearly any kind
+            code = re.search(r"GLOBAL (\S+)", str(error))
+            wrong = (
+                f"it names the code {code[1]}, which no checkpoint needs; it was not run"
+                if code
+                else "damaged"
+            )
+            raise ValueError(
+                f"checkpoint {path}: {wrong}. Load a checkpoint that zods.finetune wrote."
+            ) from error
+
+
+def zods_state(client_state: Any, folder: Path) -> dict[str, Any]:
+    """The part of a checkpoint's client state that is of zods. ValueError where there is none."""
+    if not isinstance(client_state, dict) or "zods" not in client_state:
+        raise ValueError(
+            f"checkpoint {folder}: zods.finetune did not write it. Give the folder of one that it "
+            "wrote."
+        )
+    return client_state["zods"]
