@@ -19,6 +19,8 @@ from typing import Any
 import pytest
 import torch
 
+import zods
+from tests.distributed.models import Tiny, configuration, tiny_data
 from tests.distributed.ranks import (
     ENVIRONMENT,
     LIMIT,
@@ -246,6 +248,43 @@ def slow_but_alive() -> str:
 
 def test_slow_ranks_that_beat_and_resting_ranks_do_not_hang():
     assert run_ranks(2, slow_but_alive) == ["went on"] * 2
+
+
+def beats_of_evaluations(folder: Path) -> dict[str, list[str]]:
+    config = configuration(12, method="mezo", eps=1e-2, lr=2e-2)
+    engine = zods.initialize(model=Tiny(), config=config, training_data=tiny_data(40))[0]
+    seen: list[str] = []
+    engine._watchdog.beat = seen.append
+    engine._watchdog.rest = lambda: seen.append("rest")
+    found = {}
+
+    def collate(rows: list[Any]) -> tuple[Any, Any]:
+        batch = torch.utils.data.default_collate(rows)
+        return batch, None
+
+    def measure(outputs: Any, inputs: Any, targets: Any) -> dict[str, tuple[float, float]]:
+        return {"loss": (float(outputs["loss"]), 1.0)}
+
+    def failing(outputs: Any, inputs: Any, targets: Any) -> Any:
+        raise OSError("no metric")
+
+    engine.evaluate(tiny_data(24), collate, measure)
+    found["evaluate"], seen[:] = list(seen), []
+    engine.eval_batch(iter(engine.training_dataloader))
+    found["eval_batch"], seen[:] = list(seen), []
+    with pytest.raises(OSError, match="no metric"):
+        engine.evaluate(tiny_data(24), collate, failing)
+    found["failing"] = list(seen)
+    return found
+
+
+def test_evaluations_are_watched_batch_by_batch_and_rest_at_their_end(tmp_path: Path):
+    (found,) = run_ranks(1, beats_of_evaluations, tmp_path)
+    for name, seen in found.items():
+        assert "step 0, evaluation" in seen, name
+        assert seen[-1] == "rest", name
+        assert seen.count("rest") == 1, name
+    assert found["evaluate"].count("step 0, evaluation") == 1 + 2  # two micro-batches of 12
 
 
 def threads_of_a_watch() -> list[int]:

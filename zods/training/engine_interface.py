@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from zods.comm.communicator import Communicator
+from zods.comm.watchdog import Watchdog
 from zods.config.deepspeed_json import RunConfig
 from zods.core.annealing import Annealing
 from zods.forward.dataset_metrics import Measure, measure_whole
@@ -46,6 +47,7 @@ class EngineInterface:
     last_step: StepReport | None
     _in_flight: StepInFlight | None
     _evaluator: Evaluator
+    _watchdog: Watchdog
 
     def flush(self) -> None:
         """Apply deferred updates, so that all stored parameters are up to date.
@@ -175,9 +177,9 @@ class EngineInterface:
         ranks.
         """
         self.flush()
-        return self._evaluator.mean_loss(
-            next(data_iter) for _ in range(self.gradient_accumulation_steps())
-        )
+        batches = (next(data_iter) for _ in range(self.gradient_accumulation_steps()))
+        with self._watched_evaluation() as beat:
+            return self._evaluator.mean_loss(beat(batch) for batch in batches)
 
     @torch.no_grad()
     def evaluate(
@@ -192,15 +194,29 @@ class EngineInterface:
         (sum, count).
         """
         self.flush()
-        micro_batch = self.train_micro_batch_size_per_gpu()
-        return measure_whole(
-            self._evaluator.outputs,
-            dataset,
-            collate_fn,
-            measure,
-            comm=self.comm,
-            micro_batch=micro_batch,
-        )
+        with self._watched_evaluation() as beat:
+            return measure_whole(
+                lambda batch: self._evaluator.outputs(beat(batch)),
+                dataset,
+                collate_fn,
+                measure,
+                comm=self.comm,
+                micro_batch=self.train_micro_batch_size_per_gpu(),
+            )
+
+    @contextlib.contextmanager
+    def _watched_evaluation(self) -> Iterator[Callable[[Any], Any]]:
+        """Watch this rank while it evaluates. Yields a function that each batch passes through."""
+
+        def beat(batch: Any) -> Any:
+            self._watchdog.beat(f"step {self.global_steps}, evaluation")
+            return batch
+
+        beat(None)
+        try:
+            yield beat
+        finally:
+            self._watchdog.rest()
 
     # --- the module and its weights ---------------------------------------------------------------
 
