@@ -21,9 +21,11 @@ import zods.finetune
 from tests.distributed.command_line import prompted_options, write_inputs
 from tests.distributed.models import Tiny, configuration, numpy_of, sha256, tiny_data, whole
 from tests.distributed.ranks import LIMIT, free_port, launch, run_ranks
+from zods.comm.communicator import Communicator
 from zods.config.schema import parse_section
-from zods.trajectory.log import read_log
-from zods.trajectory.records import Step
+from zods.training.replicas import Replicas
+from zods.trajectory.log import parse_log, read_log, text_of
+from zods.trajectory.records import Header, RunRecord, Step
 
 STEPS = 12
 COMMON: dict[str, Any] = {"lr": 1e-2, "eps": 1e-2, "agreement_interval": 2}
@@ -342,6 +344,55 @@ def test_a_replica_that_does_not_fit_is_refused_with_the_reason_and_the_others_g
 def test_options_that_replicas_do_not_support_are_refused(changed, said):
     with pytest.raises(ValueError, match=said):
         parse_section({"method": "mezo", **changed})
+
+
+# --- round trips ----------------------------------------------------------------------------------
+
+
+class Counted:
+    """A store that counts its calls, each of which is a round trip."""
+
+    def __init__(self, store: Any) -> None:
+        self._store, self.calls = store, 0
+
+    def __getattr__(self, name: str) -> Any:
+        self.calls += 1
+        return getattr(self._store, name)
+
+
+def rank_of_a_late_replica(address: str) -> dict[str, Any]:
+    def replica(index: int) -> Replicas:
+        config = parse_section(
+            {"method": "mezo", "replicas": {"store": address, "index": index}}
+        ).replicas
+        assert config is not None
+        return Replicas(config, Communicator(torch.device("cpu")))
+
+    def publish(steps: range) -> None:
+        for step in steps:
+            leader.publish(text_of(Step(step, 0.5, 1e-6, (1.0,), (0, 1))))
+
+    leader, late = replica(0), replica(1)
+    leader.publish(text_of(Header("Model", ())))
+    leader.publish(text_of(RunRecord(0, parse_section({"method": "mezo"}), 8, 1, {})))
+    publish(range(2500))
+    late._store = counted = Counted(late._store)
+    log = parse_log(late.read_log(), "log")
+    for_log, counted.calls = counted.calls, 0
+    publish(range(2500, 4700))
+    caught_up = [late.to_catch_up(step).step for step in range(2500, 4700)]
+    calls, same = counted.calls, caught_up == list(range(2500, 4700))
+    late.close()
+    leader.close()
+    return {"steps": log.num_steps, "for the log": for_log, "to catch up": calls, "same": same}
+
+
+def test_a_late_replica_reads_records_in_blocks():
+    (found,) = run_ranks(1, rank_of_a_late_replica, store_address())
+    assert found["steps"] == 2500
+    assert found["same"]
+    assert found["for the log"] < 10
+    assert found["to catch up"] < 20
 
 
 # --- through the launcher -------------------------------------------------------------------------

@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 LEADER = 0
 BEAT_SECONDS = 1.0
 POLL_SECONDS = 0.002
+BLOCK = 1000  # records that are read from the store in one round trip
 KEPT_SUMS = 1000  # in the store, for replicas that are late
 FAREWELL_SECONDS = 60.0  # at its end the leader waits at most so long for the others to read
 
@@ -57,7 +58,8 @@ class Replicas:
         self.index, self._config, self._comm = config.index, config, comm
         self.members = [Member(LEADER, comm.world_size)] if self.leads else []
         self._store: Any = None
-        self._num_records = 0  # records that were published or read
+        self._num_records = 0  # records that were published or applied
+        self._ahead: deque[str] = deque()  # on rank 0, records that were read and not applied yet
         # the number of this replica's request to join; at the leader, of the next one to answer
         self._ticket: int | None = None
         self._kept: deque[list[str]] = deque()
@@ -262,7 +264,7 @@ class Replicas:
 
         def read() -> dict[str, Any]:
             number = self._awaited("records")
-            return {"texts": [self._store.get(f"record/{k}").decode() for k in range(number)]}
+            return {"texts": self._records(0, number)}
 
         head, lines = START, []
         for text in self._from_rank_0(read)["texts"]:
@@ -270,6 +272,14 @@ class Replicas:
             lines.append(f"{head} {text}\n")
         self._num_records = len(lines)
         return "".join(lines).encode()
+
+    def _records(self, first: int, end: int) -> list[str]:
+        """The JSON of records `first` to `end` - 1, which are published; on rank 0."""
+        texts: list[str] = []
+        for start in range(first, end, BLOCK):
+            keys = [f"record/{k}" for k in range(start, min(end, start + BLOCK))]
+            texts += [text.decode() for text in self._store.multi_get(keys)]
+        return texts
 
     def to_catch_up(self, step: int) -> Record | None:
         """The next record to apply after `step` steps; None when this replica takes part from `step`
@@ -281,13 +291,21 @@ class Replicas:
 
         def look() -> dict[str, Any]:
             while True:
+                # once it has asked to join, the answer comes before further records
+                if self._ahead and self._ticket is None:
+                    return {"record": json.loads(self._ahead.popleft())}
                 joined = f"joined/{self._ticket}"
                 if self._ticket is not None and self._store.check([joined]):
                     answer = json.loads(self._store.get(joined))
                     if answer["refused"] or answer["step"] == step:
                         return answer
-                if self._store.check([f"record/{self._num_records}"]):
-                    return {"record": json.loads(self._store.get(f"record/{self._num_records}"))}
+                if not self._ahead:
+                    published = self._awaited("records")
+                    self._ahead += self._records(
+                        self._num_records, min(published, self._num_records + BLOCK)
+                    )
+                if self._ahead:
+                    return {"record": json.loads(self._ahead.popleft())}
                 if self._ticket is None:
                     self._ticket = self._store.add("asking", 1) - 1
                     self._store.set(
