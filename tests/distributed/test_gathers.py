@@ -170,7 +170,7 @@ def rank_of_trajectories(folder: Path) -> dict[tuple[str, str], Any]:
             records = read_log(folder / f"{name}-{form}" / "trajectory.log").records
             changes = [change for record in records if (change := history.change(record))]
             for shard in engine.sharded_parameters:
-                replay_(replayed[shard.name].view(-1), shard, 0, changes, engine._direction)
+                replay_(replayed[shard.name].view(-1), shard, 0, changes, engine.run.direction)
             found[name, form] = {
                 "before": before,
                 "after": numpy_of(whole(engine)),

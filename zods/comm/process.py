@@ -68,20 +68,20 @@ def connect_ranks(
     )
     comm = Communicator(torch.device(get_accelerator().current_device_name()))
     if comm.device.type == "cpu":
-        _unlink_shared_memory(comm.rank)
+        _unlink_shared_memory(comm)
     return comm
 
 
-def _unlink_shared_memory(rank: int) -> None:
+def _unlink_shared_memory(comm: Communicator) -> None:
     """Remove the name of this rank's buffer in shared memory, 66 MiB.
 
     DeepSpeed's CPU operator (0.19.8) makes the buffer when ranks connect, and never removes it, so
     that each run would leave one per rank. The ranks of the machine keep it mapped. All ranks call
     this together, after they have connected.
     """
-    dist.barrier()  # until all have opened the buffers of the others
+    comm.gather_objects(None)  # when it returns, all ranks have opened the buffers of the others
     address = f"{os.environ.get('MASTER_ADDR')}_{os.environ.get('MASTER_PORT')}"
-    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{rank}"
+    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{comm.rank}"
     (Path("/dev/shm") / name).unlink(missing_ok=True)
 
 
