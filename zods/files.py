@@ -19,6 +19,23 @@ from safetensors.torch import save_file
 
 
 @contextmanager
+def write_errors(path: Path, *kinds: type[Exception]) -> Iterator[None]:
+    """Have the error of a write that fails inside, as for a full disk, be an OSError that names
+    `path`.
+
+    kinds: exceptions by which libraries report such a failure.
+    """
+    try:
+        yield
+    except kinds as error:
+        raise OSError(f"{path}: cannot be written: {error}") from error
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Replace a file atomically and durably.
 
@@ -28,15 +45,11 @@ def atomic_write(path: Path) -> Iterator[Path]:
     next write replaces it. An OSError that names no file names `path`.
     """
     temporary = path.with_name(f".{path.name}.partial")
-    try:
+    with write_errors(path):
         yield temporary
         sync(temporary)
         os.replace(temporary, path)
         sync(path.parent)
-    except OSError as error:
-        if error.errno is not None and error.filename is None:  # as for a full disk
-            error.filename = str(path)
-        raise
 
 
 @contextmanager
@@ -71,10 +84,8 @@ def save_tensors(
     tensors: dict[str, Any], path: Path, metadata: dict[str, str] | None = None
 ) -> None:
     """Write a safetensors file. Raises OSError, naming the file, where the library fails."""
-    try:
+    with write_errors(path, SafetensorError):
         save_file(tensors, path, metadata)
-    except SafetensorError as error:  # among other causes, a full disk
-        raise OSError(f"{path}: cannot be written: {error}") from error
 
 
 def make_folder(path: Path) -> None:

@@ -58,7 +58,7 @@ class RunFolder:
         log, metrics = self.path / "trajectory.log", self.path / "metrics.jsonl"
         if not metrics.exists() or (log.exists() and log.stat().st_size):
             return
-        steps = [step for kind, step in _kinds_and_steps(metrics) if kind == "train"]
+        steps = [r["step"] for r, _ in _readable_lines(metrics) if r["kind"] == "train"]
         if steps:
             raise ValueError(
                 f"{log}: {'empty' if log.exists() else 'missing'}, but metrics.jsonl beside it has "
@@ -110,15 +110,11 @@ class RunFolder:
         path = self.path / "metrics.jsonl"
         if not path.exists():
             return
-        kept = []
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
-            try:
-                record = json.loads(line)
-                later = record["step"] > step or step == 0 or record["kind"] == "summary"
-            except (ValueError, KeyError, TypeError):  # a crash cut the line
-                continue
-            if not later and line.endswith("\n"):
-                kept.append(record)
+        kept = [
+            record
+            for record, line in _readable_lines(path)
+            if line.endswith("\n") and 0 < step >= record["step"] and record["kind"] != "summary"
+        ]
         present = {record["step"] for record in kept if record["kind"] == "train"}
         if len(present) < step:
             kept += [r for r in _from_log(self.path / "trajectory.log") if r["step"] not in present]
@@ -177,12 +173,13 @@ def _from_log(path: Path) -> Iterator[dict[str, Any]]:
             }
 
 
-def _kinds_and_steps(metrics: Path) -> Iterator[tuple[str, int]]:
-    """Yield (kind, step) of each whole line."""
-    for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # a crash cut the line
+def _readable_lines(metrics: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield (record, line) of each line that a crash did not cut."""
+    for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        with contextlib.suppress(ValueError, KeyError, TypeError):
             record = json.loads(line)
-            yield record["kind"], int(record["step"])
+            if isinstance(record["step"], int) and "kind" in record:
+                yield record, line
 
 
 def read_metrics(path: str | Path) -> Iterator[dict[str, Any]]:

@@ -98,8 +98,24 @@ def put_in_place(partial: Path, final: Path, save_latest: bool) -> None:
     rename(partial, final)
     sync(final.parent)  # before `latest` names it
     if save_latest:
-        with atomic_write(final.parent / "latest") as temporary:
-            temporary.write_text(final.name)
+        write_latest(final)
+
+
+def write_latest(folder: Path) -> None:
+    """Let the file `latest` name a checkpoint."""
+    with atomic_write(folder.parent / "latest") as temporary:
+        temporary.write_text(folder.name)
+
+
+def hide_removed(folder: Path) -> Path:
+    """Rename a checkpoint that is to be removed; returns its hidden folder.
+
+    An interrupted removal then leaves no half checkpoint under the checkpoint's name.
+    """
+    hidden = hidden_folder(folder, "removed")
+    shutil.rmtree(hidden, ignore_errors=True)
+    rename(folder, hidden)
+    return hidden
 
 
 def remove_old(written: Path, keep: int | None) -> None:
@@ -114,9 +130,7 @@ def remove_old(written: Path, keep: int | None) -> None:
     try:
         for folder in [] if keep is None else numbered[keep:]:
             if folder != written:
-                # renamed first: an interrupted removal leaves no half checkpoint under its name
-                shutil.rmtree(hidden_folder(folder, "removed"), ignore_errors=True)
-                rename(folder, hidden_folder(folder, "removed"))
+                hide_removed(folder)
         sync(save_dir)
         for entry in save_dir.iterdir():
             if HIDDEN.fullmatch(entry.name) and entry.is_dir():

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 
 from zods.comm.communicator import Communicator
-from zods.files import atomic_write, make_folder, save_tensors, sync_tree
+from zods.files import atomic_write, make_folder, save_tensors, sync_tree, write_errors
 from zods.params.zero3_adapter import gathered, release_gathered
 
 
@@ -56,7 +56,7 @@ def save_16bit_model(deepspeed_engine: Any, comm: Communicator, path: Path) -> N
     with comm.same_on_all_ranks():
         if comm.rank == 0:
             make_folder(path.parent)
-            with atomic_write(path) as temporary, _library_errors(path):
+            with atomic_write(path) as temporary, write_errors(path, RuntimeError):
                 torch.save(state, temporary)
 
 
@@ -73,7 +73,7 @@ def save_pretrained(deepspeed_engine: Any, comm: Communicator, save_dir: str | P
             folder = Path(save_dir)
             make_folder(folder)
             if hasattr(module, "save_pretrained"):
-                with _library_errors(folder):
+                with write_errors(folder, SafetensorError, RuntimeError):
                     module.save_pretrained(save_dir, state_dict=state)
             else:
                 tensors = {
@@ -83,19 +83,6 @@ def save_pretrained(deepspeed_engine: Any, comm: Communicator, save_dir: str | P
                 }
                 save_tensors(tensors, folder / "model.safetensors")
             sync_tree(folder)
-
-
-@contextmanager
-def _library_errors(path: Path) -> Iterator[None]:
-    """Raise what torch and safetensors raise for a failed write as an OSError that names the path."""
-    try:
-        yield
-    except (SafetensorError, RuntimeError) as error:
-        raise OSError(f"{path}: cannot be written: {error}") from error
-    except OSError as error:
-        if error.errno is not None and error.filename is None:
-            error.filename = str(path)
-        raise
 
 
 @contextmanager

@@ -39,9 +39,9 @@ from zods.training.first_order_checkpoint import (
     unsealed_in,
     zods_state,
 )
-from zods.training.log_checks import check_not_lost, check_same_model
+from zods.training.log_checks import check_new, check_not_lost, check_same_model, describe_data
 from zods.training.recorder import Recorder
-from zods.training.resume import CHECKPOINTS, LOG_NAME, check_new, open_log
+from zods.training.resume import CHECKPOINTS, LOG_NAME, open_log
 from zods.training.step_outputs import StepReport
 from zods.trajectory.log import Log, LogFile, parse_log
 from zods.trajectory.records import Header, Step
@@ -269,10 +269,7 @@ class FirstOrderEngine:
 
     def _header(self) -> Header:
         """The log's header. It has no parameters: the steps cannot be replayed."""
-        loader = self.training_dataloader
-        data = None
-        if loader.data_digest is not None:
-            data = len(loader.dataset), loader.data_digest  # type: ignore[arg-type]
+        data = describe_data(self.training_dataloader)
         return Header(type(self.module).__name__, (), data=data)
 
     def _check_same_optimizer(self, log: Log) -> None:

@@ -26,7 +26,8 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
 from zods.comm.communicator import Communicator
-from zods.files import atomic_write, rename, sync
+from zods.files import atomic_write, sync
+from zods.training.checkpoint_files import hide_removed, latest_tag, write_latest
 
 MANIFEST = "zods.json"
 # classes of objects in a checkpoint of DeepSpeed 0.19.8, besides those that torch allows
@@ -64,8 +65,7 @@ def seal(folder: Path, comm: Communicator) -> None:
             with atomic_write(folder / MANIFEST) as temporary:
                 temporary.write_text(json.dumps({"ranks": comm.world_size, "files": digests}))
             sync(folder.parent)
-            with atomic_write(folder.parent / "latest") as temporary:
-                temporary.write_text(folder.name)
+            write_latest(folder)
 
 
 def remove_old(written: Path, keep: int) -> None:
@@ -73,10 +73,7 @@ def remove_old(written: Path, keep: int) -> None:
     save_dir = written.parent
     for old in _numbered(save_dir)[keep:]:
         if old != written:
-            # renamed first: an interrupted removal leaves no half checkpoint
-            removed = old.with_name(f".{old.name}.removed")
-            shutil.rmtree(removed, ignore_errors=True)
-            rename(old, removed)
+            removed = hide_removed(old)
             sync(save_dir)
             shutil.rmtree(removed, ignore_errors=True)
 
@@ -90,14 +87,14 @@ def checkpoints_in(load_dir: Path) -> list[Path]:
     sealed = [folder for folder in _numbered(load_dir) if (folder / MANIFEST).is_file()]
     if sealed:
         return sealed
-    latest = load_dir / "latest"
-    tag = latest.read_text(errors="replace").strip() if latest.is_file() else ""
+    tag = latest_tag(load_dir)
     return [load_dir / tag] if tag and _files(load_dir / tag) else []
 
 
 def unsealed_in(load_dir: Path) -> list[Path]:
     """The numbered folders that a crash left half written."""
-    return [folder for folder in _numbered(load_dir) if folder not in checkpoints_in(load_dir)]
+    whole = checkpoints_in(load_dir)
+    return [folder for folder in _numbered(load_dir) if folder not in whole]
 
 
 def check(folder: Path, comm: Communicator) -> None:

@@ -7,13 +7,26 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from zods.comm.communicator import Communicator
 from zods.config.deepspeed_json import RunConfig
+from zods.data.loader import TrainingLoader
 from zods.kernels import fingerprint
 from zods.params.zero3_adapter import is_sharded, release_gathered
+from zods.selection.loaders import SelectingLoader
 from zods.training.training_run import TrainingRun
 from zods.trajectory.log import Log, is_torn_first_line
 from zods.trajectory.records import Header, ParameterRecord
 from zods.trajectory.updates import stores_gradient
+
+
+def check_new(comm: Communicator, path: Path, data: bytes) -> None:
+    """Raise ValueError, on all ranks, where a new run's log has content."""
+    with comm.same_on_all_ranks():
+        if data:
+            raise ValueError(
+                f"{path}: another run has written to it since this one was started. Give another "
+                "folder, or --resume auto to go on with that run."
+            )
 
 
 def check_not_lost(path: Path, data: bytes, checkpoints: Path) -> None:
@@ -77,11 +90,15 @@ def describe(run: TrainingRun) -> Header:
         for name, param in run.deepspeed.module.named_parameters(remove_duplicate=False)
         if names[id(param)] != name
     }
-    loader = run.loader
-    data = None
-    if loader is not None and loader.data_digest is not None:
-        data = len(loader.dataset), loader.data_digest  # type: ignore[arg-type]
+    data = describe_data(run.loader)
     return Header(type(run.deepspeed.module).__name__, tuple(records), tied, data)
+
+
+def describe_data(loader: TrainingLoader | SelectingLoader | None) -> tuple[int, str] | None:
+    """(number of examples, digest) of the training data; None where there is no digest."""
+    if loader is None or loader.data_digest is None:
+        return None
+    return len(loader.dataset), loader.data_digest  # type: ignore[arg-type]
 
 
 def check_same_model(logged: Header, here: Header, path: str) -> None:

@@ -25,6 +25,7 @@ from zods.training import checkpoint
 from zods.training.checkpoint_files import newest_checkpoints, read_state
 from zods.training.initial_weights import load_initial_weights, save_initial_weights
 from zods.training.log_checks import (
+    check_new,
     check_not_lost,
     check_replica,
     check_run,
@@ -153,16 +154,6 @@ def drop_trailing_refresh(loader: Any, log: Log) -> Log:
     ):
         return log
     return replace(log, records=log.records[:-1], heads=log.heads[:-1], ends=log.ends[:-1])
-
-
-def check_new(comm: Communicator, path: Path, data: bytes) -> None:
-    """Raise ValueError, on all ranks, where a new run's log has content."""
-    with comm.same_on_all_ranks():
-        if data:
-            raise ValueError(
-                f"{path}: another run has written to it since this one was started. Give another "
-                "folder, or --resume auto to go on with that run."
-            )
 
 
 def open_log(comm: Communicator, folder: Path) -> tuple[LogFile | None, bytes]:

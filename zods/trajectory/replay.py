@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from zods.core.directions import Direction
-from zods.files import atomic_write, make_folder, save_tensors, sync_tree
+from zods.files import atomic_write, make_folder, save_tensors, sync_tree, write_errors
 from zods.kernels import fingerprint
 from zods.trajectory.base_weights import (
     ADAPTER_CONFIG,
@@ -289,10 +289,8 @@ def _replay_in_memory(
                     progress.update,
                 )
                 live[parameter.name].data.copy_(values)
-    try:
+    with write_errors(out, SafetensorError):
         model.save_pretrained(out)
-    except SafetensorError as error:  # among other causes, a full disk
-        raise OSError(f"--out {out}: cannot be written: {error}") from error
     sync_tree(out)
     return Done(steps, total, time.perf_counter() - began)
 
