@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 import traceback
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ from zods.config.deepspeed_json import (
 )
 from zods.config.optional_packages import check_packages
 from zods.config.schedules import with_provisional_length
+from zods.params.swap_files import in_own_folder
 from zods.selection.sub_batches import sources_of
 from zods.tasks import (
     Task,
@@ -116,14 +117,16 @@ def start(
     run, folder, fork, task = checked.run, checked.folder, checked.fork, checked.task
     if run.zero_stage == 3:
         return_freed_memory(comm.device)
-    model, new = load_model(arguments.model, run, task, checked.pretrained)
+    # config.json keeps the path that was given
+    used = replace(run, deepspeed=in_own_folder(run.deepspeed, comm, checked.sizes))
+    model, new = load_model(arguments.model, used, task, checked.pretrained)
     engine: ZerothOrderEngine | FirstOrderEngine
-    if isinstance(run, RunConfig):
+    if isinstance(used, RunConfig):
         engine = zods.initialize(
-            model=model, config=run.to_dict(), training_data=checked.train, collate_fn=task.collate
+            model=model, config=used.to_dict(), training_data=checked.train, collate_fn=task.collate
         )[0]
     else:
-        engine = FirstOrderEngine(model, run, checked.train, task.collate)
+        engine = FirstOrderEngine(model, used, checked.train, task.collate)
     check_causal(engine.evaluate, checked.pretrained, task, checked.train)
     with comm.same_on_all_ranks():
         if fork is not None and comm.rank == 0:
@@ -152,7 +155,8 @@ class CheckedInput:
     """The input of a run, checked before the model is loaded.
 
     fork: the checkpoint of another run from which this run starts; None where it starts from the
-    pretrained model or continues itself. train, held_out: prepared data.
+    pretrained model or continues itself. train, held_out: prepared data. sizes: the number of
+    elements of each parameter; empty unless parameters are offloaded to NVMe.
     """
 
     run: RunConfig | FirstOrderConfig
@@ -163,6 +167,7 @@ class CheckedInput:
     task: Task
     train: datasets.Dataset
     held_out: datasets.Dataset
+    sizes: list[int]
 
 
 def check_input(arguments: Arguments, comm: Communicator) -> CheckedInput:
@@ -196,10 +201,11 @@ def check_input(arguments: Arguments, comm: Communicator) -> CheckedInput:
     resolve_model_auto(
         run.deepspeed, hidden_size, overlaps=not get_accelerator().is_synchronized_device()
     )
+    sizes: list[int] = []
     if offloads_to_nvme(run.deepspeed):
         sizes = parameter_sizes(pretrained, task, arguments.model.trust_remote_code)
         resolve_offload_buffers(run.deepspeed, sizes, comm.world_size)
-    return CheckedInput(run, folder, fork, pretrained, tokenizer, task, train, held_out)
+    return CheckedInput(run, folder, fork, pretrained, tokenizer, task, train, held_out, sizes)
 
 
 def finetune(

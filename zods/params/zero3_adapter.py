@@ -4,9 +4,11 @@ All code of zods that uses undocumented parts of DeepSpeed is here. On a Paramet
 `ds_tensor` (the local shard with its padding), `ds_shape`, `ds_numel`, `ds_status` and
 `nvme_swapper`. Of ZeRO-3's coordinator it uses `fetch_sub_module` and `__prefetch_nvme`. Of the
 swapper it uses `swap_in`, `synchronize_reads`, `swap_out_and_release`, `swap_out_params`,
-`synchronize_writes`, `remove_partition_and_release_buffers` and `available_swap_in_buffers`. They
-were read in DeepSpeed 0.19.8. tests/distributed/test_sharding.py and test_deferral.py fail when
-they change. No DeepSpeed class is patched, and no attribute is set on a Parameter.
+`synchronize_writes`, `remove_partition_and_release_buffers`, `available_swap_in_buffers`,
+`get_path`, `use_gds` and the handles of async_io, which `zods.params.swap_files` replaces. They
+were read in DeepSpeed 0.19.8. tests/distributed/test_sharding.py, test_deferral.py and
+test_swap_files.py fail when they change. No DeepSpeed class is patched, and no attribute is set on
+a Parameter.
 
 A parameter that is not sharded (stage 0) is its own shard. Called by the other modules of
 `zods.params`, and by the modules that read or release gathered copies.
@@ -14,13 +16,14 @@ A parameter that is not sharded (stage 0) is its own shard. Called by the other 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import deepspeed
 import torch
 from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
+from deepspeed.runtime.swap_tensor.utils import MIN_AIO_BYTES
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
 
@@ -104,6 +107,19 @@ def local_shard(param: Any, numel: int) -> torch.Tensor:
 def on_nvme(param: Any) -> bool:
     """Whether the parameter's shard is stored on NVMe."""
     return is_sharded(param) and getattr(param.ds_tensor, "final_location", None) == "nvme"
+
+
+def smallest_on_nvme(aio: Mapping[str, Any]) -> int:
+    """The size, in bytes, below which DeepSpeed keeps a shard in host memory. aio: its section."""
+    return max(MIN_AIO_BYTES, aio.get("block_size", MIN_AIO_BYTES))
+
+
+def handles_of(swapper: Any) -> tuple[str, ...]:
+    """The attributes of a swapper that hold its handles of async_io.
+
+    Empty with GPUDirect Storage, whose buffers are on the device.
+    """
+    return () if swapper.use_gds else ("aio_read_handle", "aio_write_handle")
 
 
 def can_read_ahead(param: Any) -> bool:

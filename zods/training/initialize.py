@@ -22,6 +22,7 @@ from zods.forward.wrapping import has_moved_hooks
 from zods.kernels import backend
 from zods.params.anchor_stores import check_nvme
 from zods.params.shards import ShardedParameters
+from zods.params.swap_files import check_reads, in_own_folder, lock_folder
 from zods.params.zero3_adapter import is_sharded
 from zods.selection.loaders import SelectingLoader
 from zods.selection.selector import NEEDS
@@ -94,10 +95,12 @@ def initialize(
         resolve_by_model(run, model, comm.world_size)
     check_ranks_agree(comm, run, model, training_loader)
     engine = _sharded(run, model, comm)
+    check_reads(list(engine.module.parameters()))
     parameters = ShardedParameters(engine.module, rank=comm.rank, model_parameters=wanted)
     loader: TrainingLoader | SelectingLoader | None = training_loader
     if run.zeroth_order.selector is not None:
-        loader = _selecting_loader(run, comm, engine, training_data, collate_fn)
+        assert training_loader is not None
+        loader = _selecting_loader(run, comm, engine, training_loader)
     zo_optimizer = ZerothOrderOptimizer([p.param for p in parameters], lr=run.zeroth_order.lr)
     with comm.same_on_all_ranks():
         scheduler = _scheduler(run, zo_optimizer, lr_scheduler)
@@ -226,14 +229,14 @@ def _selecting_loader(
     run: RunConfig,
     comm: Communicator,
     deepspeed_engine: Any,
-    training_data: Any,
-    collate_fn: Callable | None,
+    loader: TrainingLoader,
 ) -> SelectingLoader:
+    """A loader that chooses from the data of `loader`."""
     assert run.zeroth_order.selector is not None
     with comm.same_on_all_ranks():
         selection = SubBatches(
-            training_data,
-            collate_fn,
+            loader.dataset,
+            loader.collate_fn,
             run.zeroth_order.selector,
             deepspeed_engine=deepspeed_engine,
             comm=comm,
@@ -241,7 +244,7 @@ def _selecting_loader(
             path=SELECTOR,
             loss_mean=run.zeroth_order.loss_mean,
         )
-    return SelectingLoader(selection, comm, run.zeroth_order.seed)
+    return SelectingLoader(selection, comm, run.zeroth_order.seed, loader.examples)
 
 
 def _sharded(run: RunConfig, model: torch.nn.Module, comm: Communicator) -> Any:
@@ -254,6 +257,11 @@ def _sharded(run: RunConfig, model: torch.nn.Module, comm: Communicator) -> Any:
     config = dict(run.deepspeed)
     bf16 = config.get("bf16", {}).get("enabled", False)
     is_new = not any(map(is_sharded, model.parameters()))
+    if is_new:
+        config = in_own_folder(config, comm, [p.numel() for p in model.parameters()])
+    else:
+        with comm.same_on_all_ranks():
+            lock_folder(config, comm.rank)
     with scalars_as_vectors(model):
         if run.zero_stage == 3:
             return_freed_memory(comm.device)
