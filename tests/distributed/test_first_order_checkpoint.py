@@ -28,7 +28,13 @@ VARIABLE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
 def build(
-    stage: int, bf16: bool, *, lr: float = 1e-3, data: Any = None, dropout: float = 0.1
+    stage: int,
+    bf16: bool,
+    *,
+    lr: float = 1e-3,
+    data: Any = None,
+    dropout: float = 0.1,
+    activation: str = "relu",
 ) -> FirstOrderEngine:
     config = {
         "train_batch_size": 8,
@@ -43,6 +49,7 @@ def build(
     }
     run = read_first_order_config(config, torch.distributed.get_world_size())
     model = tiny_opt()
+    model.config.activation_function = activation
     for layer in model.model.decoder.layers:
         layer.dropout = dropout
     return FirstOrderEngine(model, run, data or opt_data(), collate)
@@ -316,6 +323,7 @@ def test_a_checkpoint_of_another_number_of_ranks_is_one_clear_error(tmp_path):
 OTHERS = {
     "another lr": ({"lr": 2e-3}, "made with the optimizer"),
     "other data": ({"data": opt_data()[::-1]}, "other training data"),
+    "another configuration": ({"activation": "gelu"}, "activation_function"),
 }
 
 

@@ -455,6 +455,12 @@ def frozen_norm() -> Tiny:
     return model
 
 
+def with_other_example(index: int) -> Any:
+    data = tiny_data(80)
+    data[index] = {**data[index], "labels": 1 - data[index]["labels"] % 2}
+    return data
+
+
 MISFITS: dict[
     str, tuple[dict[str, Any], tuple[str, ...]]
 ] = {  # The run's changed arguments, and the error's message.
@@ -471,6 +477,7 @@ MISFITS: dict[
     "dtype": ({"bf16": True}, ("another dtype (float32 there, bfloat16 here)",)),
     "data": ({"data": lambda: tiny_data(79)}, ("other training data", "80 examples", "79")),
     "examples": ({"data": lambda: tiny_data(80)[::-1]}, ("other training data", "digest")),
+    "one example": ({"data": lambda: with_other_example(4)}, ("other training data", "digest")),
     "method": ({**MEZO, "anchor_directions": None}, ("zeroth_order.method = mezo_svrg", "mezo")),
     "direction": ({"direction": "rademacher"}, ("zeroth_order.direction", "rademacher")),
     "batch": (

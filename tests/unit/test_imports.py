@@ -20,7 +20,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "kernels": (set(), {"torch", "triton"}),
     "core": ({"kernels"}, {"torch"}),
     "comm": (set(), {"deepspeed", "torch"}),
-    "data": (set(), {"torch"}),
+    "data": (set(), {"pyarrow", "torch"}),
     "params": ({"config", "kernels", "core", "comm"}, {"deepspeed", "torch"}),
     "trajectory": (
         {"files", "config", "kernels", "core"},
@@ -40,7 +40,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
         {"deepspeed", "matplotlib", "peft", "safetensors", "torch", "transformers", "yaml"},
     ),
     "finetune": (
-        {TOP, "config", "comm", "selection", "training", "tasks", "cli"},
+        {TOP, "config", "comm", "params", "selection", "training", "tasks", "cli"},
         {"datasets", "deepspeed", "tqdm"},
     ),
 }  # fmt: skip

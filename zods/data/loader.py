@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from zods.data.digest import sample_digest
+from zods.data.digest import ExampleDigests
 
 
 def check_dataset(dataset: Any, name: str) -> int:
@@ -113,7 +113,7 @@ class TrainingLoader(EpochLoader):
                 f"{self.batch_size}. Use a smaller batch or more data."
             )
         self.dataset = dataset
-        self.data_digest = sample_digest(dataset)  # None: examples change between reads
+        self.examples = ExampleDigests(dataset)
         self.collate_fn = collate_fn
         self.seed = seed
         self.accumulation = accumulation

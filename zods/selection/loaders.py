@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from zods.comm.communicator import Communicator
 from zods.config.schema import check_loss_mean, parse_selector
 from zods.data.batch import WEIGHTS, to_device
-from zods.data.digest import sample_digest
+from zods.data.digest import ExampleDigests
 from zods.data.loader import EpochLoader, check_dataset, epoch_order
 from zods.data.objectives import Objective, weighted_sum
 from zods.selection.features import without_cache
@@ -32,12 +32,18 @@ class SelectingLoader(EpochLoader):
     candidate batches, with `interval` steps for each.
     """
 
-    def __init__(self, selection: SubBatches, comm: Communicator, seed: int) -> None:
+    def __init__(
+        self,
+        selection: SubBatches,
+        comm: Communicator,
+        seed: int,
+        examples: ExampleDigests | None = None,
+    ) -> None:
+        """examples: the digests of the dataset, where they are known; None: they are made."""
         self.selection, self._comm, self._seed = selection, comm, seed
         self._config = selection.selector.config
         self.dataset, self.accumulation = selection.dataset, selection.accumulation
-        # None where reading an example again gives another result
-        self.data_digest = sample_digest(selection.dataset)
+        self.examples = ExampleDigests(selection.dataset) if examples is None else examples
 
     def collate_fn(self, rows: Sequence[Any]) -> Batch:
         """Collate any examples into a batch without weights."""

@@ -27,6 +27,7 @@ from zods.forward.dataset_metrics import Measure, check_own_loss, measure_whole
 from zods.selection.loaders import SelectingLoader, weighted_loss
 from zods.selection.sub_batches import SubBatches
 from zods.training import export
+from zods.training.description import configuration_of, num_digested
 from zods.training.first_order_checkpoint import (
     OtherRanks,
     check,
@@ -39,7 +40,13 @@ from zods.training.first_order_checkpoint import (
     unsealed_in,
     zods_state,
 )
-from zods.training.log_checks import check_new, check_not_lost, check_same_model, describe_data
+from zods.training.log_checks import (
+    check_new,
+    check_not_lost,
+    check_same_model,
+    warn_of_changes,
+)
+from zods.training.rank_agreement import describe_data
 from zods.training.recorder import Recorder
 from zods.training.resume import CHECKPOINTS, LOG_NAME, open_log
 from zods.training.step_outputs import StepReport
@@ -234,15 +241,18 @@ class FirstOrderEngine:
         self, file: LogFile | None, data: bytes, path: Path, checkpoints: Path
     ) -> None:
         """Load the last whole checkpoint, and continue the log after it. data: the log's content."""
-        header = self._header()
         with self.comm.same_on_all_ranks():
             check_not_lost(path, data, checkpoints)
             log = parse_log(data, path) if b"\n" in data else None
+        header = self._header(None if log is None else log.header)
+        with self.comm.same_on_all_ranks():
             found = bool(checkpoints_in(checkpoints))
             if found and log is not None:
                 check_same_model(log.header, header, log.path)
                 self._check_same_optimizer(log)
         if found:
+            if log is not None and self.comm.rank == 0:
+                warn_of_changes(log, self.recorder.run_record(0))
             self.load_checkpoint(checkpoints)
         elif log is not None and log.num_steps and self.comm.rank == 0:
             logger.warning(
@@ -267,10 +277,14 @@ class FirstOrderEngine:
             self.recorder.trajectory.add(header)
         self.recorder.record_run(self.global_steps)
 
-    def _header(self) -> Header:
-        """The log's header. It has no parameters: the steps cannot be replayed."""
-        data = describe_data(self.training_dataloader)
-        return Header(type(self.module).__name__, (), data=data)
+    def _header(self, logged: Header | None) -> Header:
+        """The log's header. It has no parameters: the steps cannot be replayed.
+
+        logged: the header of the log that the run continues, if any.
+        """
+        data = describe_data(self.training_dataloader, self.comm, num_digested(logged))
+        config = configuration_of(self.module)
+        return Header(type(self.module).__name__, (), data=data, config=config)
 
     def _check_same_optimizer(self, log: Log) -> None:
         """Raise ValueError where the log's steps were made with another optimizer or mean of the

@@ -5,18 +5,21 @@ Called by `zods.training.resume` before anything is changed.
 
 from __future__ import annotations
 
+import json
+import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from zods.comm.communicator import Communicator
 from zods.config.deepspeed_json import RunConfig
-from zods.data.loader import TrainingLoader
-from zods.kernels import fingerprint
-from zods.params.zero3_adapter import is_sharded, release_gathered
-from zods.selection.loaders import SelectingLoader
+from zods.training.description import num_digested
 from zods.training.training_run import TrainingRun
 from zods.trajectory.log import Log, is_torn_first_line
-from zods.trajectory.records import Header, ParameterRecord
+from zods.trajectory.records import Header, RunRecord
 from zods.trajectory.updates import stores_gradient
+
+logger = logging.getLogger(__name__)
 
 
 def check_new(comm: Communicator, path: Path, data: bytes) -> None:
@@ -59,48 +62,6 @@ def check_not_lost(path: Path, data: bytes, checkpoints: Path) -> None:
         )
 
 
-def describe(run: TrainingRun) -> Header:
-    """Describe the model as it is now, and the training data. All ranks call it together."""
-    run.flush()
-    release_gathered(run.deepspeed)
-    parameters, comm = run.parameters, run.comm
-    shards = sorted([*parameters.shards, *parameters.frozen], key=lambda shard: shard.ordinal)
-    own = [
-        fingerprint(local, shard.offset)
-        for shard, local in parameters.iterate_with_read_ahead(write=False, shards=shards)
-    ]
-    by_rank = comm.gather_integers([value - (value >> 63 << 64) for value in own])
-    trained = {shard.ordinal for shard in parameters}
-    records = []
-    for shard, *values in zip(shards, *by_rank, strict=True):
-        whole = sum(values) % 2**64 if is_sharded(shard.param) else values[0] % 2**64
-        odd = [rank for rank, value in enumerate(values) if value != values[0]]
-        if odd and not is_sharded(shard.param):
-            raise RuntimeError(
-                f"rank {', '.join(map(str, odd))}: the weights of {shard.name} differ from rank "
-                "0's."
-            )
-        dtype = str(shard.dtype).removeprefix("torch.")
-        records.append(
-            ParameterRecord(shard.name, shard.shape, dtype, shard.ordinal in trained, whole)
-        )
-    names = {id(shard.param): shard.name for shard in shards}
-    tied = {
-        name: names[id(param)]
-        for name, param in run.deepspeed.module.named_parameters(remove_duplicate=False)
-        if names[id(param)] != name
-    }
-    data = describe_data(run.loader)
-    return Header(type(run.deepspeed.module).__name__, tuple(records), tied, data)
-
-
-def describe_data(loader: TrainingLoader | SelectingLoader | None) -> tuple[int, str] | None:
-    """(number of examples, digest) of the training data; None where there is no digest."""
-    if loader is None or loader.data_digest is None:
-        return None
-    return len(loader.dataset), loader.data_digest  # type: ignore[arg-type]
-
-
 def check_same_model(logged: Header, here: Header, path: str) -> None:
     """Raise ValueError, naming the first difference, where the base weights or the data differ."""
     remedy = "Start from the model that the log was made with."
@@ -123,11 +84,61 @@ def check_same_model(logged: Header, here: Header, path: str) -> None:
                 raise ValueError(
                     f"{path}: {there.name} has another {what}{found} in the log. {remedy}"
                 )
-    if logged.data is not None and here.data is not None and logged.data != here.data:
+    for key, there in (logged.config or {}).items():
+        now = (here.config or {}).get(key, there)  # another version of transformers may lack a key
+        if there != now:
+            raise ValueError(
+                f"{path}: the model's configuration differs: {key} is {_text(there)} in the log, "
+                f"{_text(now)} here. {remedy}"
+            )
+    if logged.data is None or here.data is None:
+        return
+    # the digests of earlier versions of zods cannot be compared
+    compared = slice(2 if num_digested(logged) is not None else 1)
+    if logged.data[compared] != here.data[compared]:
         raise ValueError(
             f"{path}: it is of other training data: {logged.data[0]} examples (digest "
             f"{logged.data[1]}), here {here.data[0]} ({here.data[1]}). Resume with the same data."
         )
+
+
+def _text(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:60] + "..."
+
+
+def warn_of_changes(log: Log, here: RunRecord) -> None:
+    """Say in one line which settings differ from those of the log's last steps.
+
+    here: the record of this run's configuration.
+    """
+    there = log.run_at_end()
+    changed = [] if there is None else _changes(there, here)
+    if changed:
+        logger.warning("%s: from here on with other settings: %s", log.path, "; ".join(changed))
+
+
+def _changes(there: RunRecord, here: RunRecord) -> list[str]:
+    """Each setting that differs, as "key: old -> new"."""
+    old, new = _flatten(there.to_json()), _flatten(here.to_json())
+    if there.code is None:  # a log of an earlier version
+        new = {key: value for key, value in new.items() if not key.startswith("code.")}
+    return [
+        f"{key.removeprefix('about.')}: {_text(old.get(key))} -> {_text(new.get(key))}"
+        for key in sorted(old.keys() | new.keys())
+        if key != "run" and old.get(key) != new.get(key)
+    ]
+
+
+def _flatten(values: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """The values of nested mappings, by their dotted paths."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{path}{key}.")
+        else:
+            flat[f"{path}{key}"] = value
+    return flat
 
 
 def check_run(run: TrainingRun, log: Log) -> None:

@@ -5,6 +5,7 @@ Called by `zods.initialize` before anything is sharded.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -17,6 +18,7 @@ from zods.config.deepspeed_json import RunConfig
 from zods.data.loader import TrainingLoader
 from zods.kernels import fingerprint
 from zods.params.zero3_adapter import is_sharded
+from zods.selection.loaders import SelectingLoader
 
 PACKAGES = ("torch", "deepspeed", "transformers")
 PACKAGE = Path(__file__).parents[1]  # the folder of zods
@@ -31,11 +33,10 @@ def check_ranks_agree(
         _description(model), "the model (parameter names, shapes, dtypes, trainable or not)"
     )
     comm.check_agreement(
-        _code_digest(), f"the code (of zods, or a version of {', '.join(PACKAGES)})"
+        repr(code_in_use()).encode(), f"the code (of zods, or a version of {', '.join(PACKAGES)})"
     )
     if loader is not None:
-        data = f"{len(loader.dataset)} {loader.data_digest}"  # type: ignore[arg-type]
-        comm.check_agreement(data.encode(), "the training data")
+        comm.check_agreement(repr(describe_data(loader, comm)).encode(), "the training data")
     if not any(map(is_sharded, model.parameters())):
         _check_weights(model, comm)
 
@@ -48,14 +49,34 @@ def _description(model: torch.nn.Module) -> bytes:
     return repr(described).encode()
 
 
-def _code_digest() -> bytes:
-    """A digest of all files of zods, and of the versions of the packages that it computes with."""
-    digest = hashlib.sha256(
-        repr({name: importlib.metadata.version(name) for name in PACKAGES}).encode()
-    )
+@functools.cache
+def code_in_use() -> dict[str, str]:
+    """The versions of the packages that compute a step, and a digest of all files of zods."""
+    digest = hashlib.blake2b(digest_size=8)
     for path in sorted(p for p in PACKAGE.rglob("*") if p.suffix in (".py", ".cpp")):
         digest.update(path.read_bytes())
-    return digest.digest()
+    return {
+        "zods": digest.hexdigest(),
+        **{name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+
+
+def describe_data(
+    loader: TrainingLoader | SelectingLoader | None,
+    comm: Communicator,
+    count: int | None = None,
+) -> tuple[int, str] | None:
+    """(number of examples, their digest) of the training data.
+
+    None where there is no loader, or where an example differs when it is read again. All ranks call
+    it together. count: the number of examples to digest; None: as many as rank 0 can read within
+    `SECONDS` of `zods.data.digest`.
+    """
+    if loader is None:
+        return None
+    affordable = int(comm.broadcast_bytes(str(loader.examples.affordable).encode()))
+    digest = loader.examples.digest(affordable if count is None else count)
+    return None if digest is None else (len(loader.examples), digest)
 
 
 def _check_weights(model: torch.nn.Module, comm: Communicator) -> None:

@@ -11,6 +11,7 @@ from zods.config.deepspeed_json import FirstOrderConfig, RunConfig
 from zods.core.estimators import Term
 from zods.data.loader import TrainingLoader
 from zods.selection.loaders import SelectingLoader
+from zods.training.rank_agreement import code_in_use
 from zods.trajectory.log import START, Trajectory
 from zods.trajectory.records import Evaluation, Record, RunRecord, Step, SubBatch, record_of
 from zods.trajectory.updates import Change, History
@@ -79,8 +80,10 @@ class Recorder:
             return
         self._run_is_recorded = True
         run = self.run_record(step)
-        if self._run is None or self._run.describes() != run.describes():
+        changed = self._run is None or self._run.describes() != run.describes()
+        if changed or (self._run is not None and self._run.code != run.code):
             self.add(run)
+        if changed:
             self._evaluation = None
 
     def record_evaluation(self, step: int, form: str | None, streams: int) -> None:
@@ -109,7 +112,15 @@ class Recorder:
         }
         batch = self._config.deepspeed["train_batch_size"]
         optimizer = self._config.optimizer if isinstance(self._config, FirstOrderConfig) else None
-        return RunRecord(step, self._config.zeroth_order, batch, self._world_size, about, optimizer)
+        return RunRecord(
+            step,
+            self._config.zeroth_order,
+            batch,
+            self._world_size,
+            about,
+            optimizer,
+            code_in_use(),
+        )
 
     def sub_batch(self) -> SubBatch | None:
         """The sub-batch chosen for this step; None if there is none, or if it is recorded already."""

@@ -23,6 +23,7 @@ from zods.params.zero3_adapter import release_gathered
 from zods.selection.loaders import SelectingLoader
 from zods.training import checkpoint
 from zods.training.checkpoint_files import newest_checkpoints, read_state
+from zods.training.description import describe
 from zods.training.initial_weights import load_initial_weights, save_initial_weights
 from zods.training.log_checks import (
     check_new,
@@ -30,7 +31,7 @@ from zods.training.log_checks import (
     check_replica,
     check_run,
     check_same_model,
-    describe,
+    warn_of_changes,
 )
 from zods.training.replicas import Replicas
 from zods.training.training_run import TrainingRun
@@ -105,7 +106,6 @@ def _begin_or_continue(
     file: None on ranks other than 0, and in a replica that follows.
     """
     comm, trajectory = run.comm, run.recorder.trajectory
-    header = describe(run)
     log = None
     with comm.same_on_all_ranks():
         check_not_lost(folder / LOG_NAME, data, checkpoints)
@@ -114,9 +114,10 @@ def _begin_or_continue(
             check_run(run, log)
             if run.recorder.follows:
                 check_replica(run.config, log)
-    if log is not None and log.header != header:
+    header = describe(run, None if log is None else log.header)
+    if log is not None and log.header.parameters != header.parameters:
         load_initial_weights(run, folder / INITIAL, log.header)
-        header = describe(run)
+        header = describe(run, log.header)
     with comm.same_on_all_ranks():
         if log is not None:
             check_same_model(log.header, header, str(folder / LOG_NAME))
@@ -132,6 +133,8 @@ def _begin_or_continue(
     else:
         if comm.rank == 0:
             log.warn_if_torn()
+            if not run.recorder.follows:
+                warn_of_changes(log, run.recorder.run_record(0))
         _catch_up(run, log, checkpoints)
         trajectory.file = file
         _publish(run, replicas, data[: log.ends[-1]])
@@ -222,7 +225,7 @@ def _load_newest(run: TrainingRun, log: Log, folder: Path) -> int:
             continue
         return log.heads.index(head)
     if names:  # a checkpoint that failed while it was loaded may have changed parameters
-        check_same_model(log.header, describe(run), log.path)
+        check_same_model(log.header, describe(run, log.header), log.path)
     return 0
 
 

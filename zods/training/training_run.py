@@ -163,7 +163,7 @@ class TrainingRun:
         if step % self.config.zeroth_order.agreement_interval:
             return
         examples = ""
-        if loader is not None and loader.data_digest is not None:
+        if loader is not None and loader.examples.repeatable:
             examples = digest_of(loader.dataset[i] for i in loader.last_examples())
         try:
             self.comm.check_agreement(

@@ -69,13 +69,15 @@ class Header:
     """The first record.
 
     model: name of the model's class. tied: other name of a tied parameter -> its name in
-    `parameters`. data: number of training examples, and a digest of some of them.
+    `parameters`. data: number of training examples, and their digest (`zods.data.digest`). config:
+    the model's configuration, as JSON; None where the model has none.
     """
 
     model: str
     parameters: tuple[ParameterRecord, ...]
     tied: dict[str, str] = field(default_factory=dict)
     data: tuple[int, str] | None = None
+    config: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -85,6 +87,7 @@ class Header:
             "parameters": [parameter.to_json() for parameter in self.parameters],
             "tied": self.tied,
             "data": None if self.data is None else list(self.data),
+            **({} if self.config is None else {"config": self.config}),
         }
 
 
@@ -94,7 +97,9 @@ class RunRecord:
 
     section: the section "zeroth_order". batch: train_batch_size. about: other information, for
     human readers. optimizer: DeepSpeed's section "optimizer" with first-order training, otherwise
-    None. With an optimizer, only the keys FIRST_ORDER of `section` are used and written.
+    None. With an optimizer, only the keys FIRST_ORDER of `section` are used and written. code: the
+    version of each package that computes, and a digest of zods's own files; None in logs of earlier
+    versions.
     """
 
     step: int
@@ -103,10 +108,11 @@ class RunRecord:
     world_size: int
     about: dict[str, Any] = field(default_factory=dict)
     optimizer: dict[str, Any] | None = None
+    code: dict[str, str] | None = None
 
     def describes(self) -> dict[str, Any]:
-        """The JSON without the step: equal for two records of the same configuration."""
-        return {**self.to_json(), "run": None}
+        """The JSON without step and code: equal for two records of the same configuration."""
+        return {**self.to_json(), "run": None, "code": None}
 
     def to_json(self) -> dict[str, Any]:
         section = self.section.to_dict()
@@ -124,6 +130,7 @@ class RunRecord:
             "world_size": self.world_size,
             "about": self.about,
             **({} if self.optimizer is None else {"optimizer": self.optimizer}),
+            **({} if self.code is None else {"code": self.code}),
             "zeroth_order": section,
         }
 
@@ -225,7 +232,8 @@ def packed(coefficients: Sequence[float]) -> str:
 
 def header_of(values: Any) -> Header:
     """Parse and check a header's JSON. Raises ValueError where it is not valid."""
-    get = _Reader(values, "header", ("definition", "model", "parameters", "tied", "data"))
+    known = ("definition", "model", "parameters", "tied", "data", "config")
+    get = _Reader(values, "header", known)
     if get("header", int) != FORMAT:
         raise ValueError(
             f"header: format {values['header']}; this version of zods reads format {FORMAT}"
@@ -241,7 +249,9 @@ def header_of(values: Any) -> Header:
     names = [parameter.name for parameter in parameters]
     if len(set(names)) < len(names):
         raise ValueError("header: a parameter is named twice")
-    return Header(get("model", str), parameters, tied, None if data is None else (data[0], data[1]))
+    examples = None if data is None else (data[0], data[1])
+    config = get("config", (dict, type(None)), None)
+    return Header(get("model", str), parameters, tied, examples, config)
 
 
 def record_of(values: Any) -> Record:
@@ -334,7 +344,8 @@ def _parameter(entry: Any) -> ParameterRecord:
 
 
 def _run(values: dict[str, Any]) -> RunRecord:
-    get = _Reader(values, "run", ("batch", "world_size", "about", "zeroth_order", "optimizer"))
+    known = ("batch", "world_size", "about", "zeroth_order", "optimizer", "code")
+    get = _Reader(values, "run", known)
     section, optimizer = get("zeroth_order", dict), get("optimizer", dict, None)
     if optimizer is not None:
         section = {"method": "mezo", **section}
@@ -348,6 +359,7 @@ def _run(values: dict[str, Any]) -> RunRecord:
         get.count("world_size", 1),
         get("about", dict),
         optimizer,
+        get("code", (dict, type(None)), None),
     )
 
 

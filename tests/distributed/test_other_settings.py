@@ -1,0 +1,155 @@
+"""A restart with another model's configuration is refused; what else it changes is said."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+
+import zods
+from tests.distributed.models import configuration, opt_data, tiny_opt
+from tests.distributed.ranks import run_ranks
+from tests.helpers import LogTexts
+from zods.training import recorder
+from zods.training.resume import LOG_NAME
+from zods.trajectory.log import read_log
+from zods.trajectory.records import RunRecord
+
+GIVEN = {"method": "mezo", "eps": 1e-2, "lr": 1e-3}
+STEPS = 2
+
+
+def with_adapter(alpha: int) -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=2, lora_alpha=alpha, target_modules=["q_proj"])
+    model = peft.get_peft_model(tiny_opt(), config)
+    for name, parameter in model.named_parameters():
+        if "lora" in name:
+            torch.nn.init.constant_(parameter, 0.01)
+    return model
+
+
+def with_config(**changed: Any) -> torch.nn.Module:
+    model = tiny_opt()
+    for name, value in changed.items():
+        setattr(model.config, name, value)
+    return model
+
+
+def logged(folder: Path, model: torch.nn.Module, **changed: Any) -> None:
+    """Resume, and train STEPS steps more."""
+    config = configuration(4, **{**GIVEN, **changed})
+    engine = zods.initialize(model=model, config=config, training_data=opt_data())[0]
+    try:
+        engine.resume(folder)
+        for _ in range(STEPS):
+            engine.train_batch()
+    finally:
+        engine.close()
+
+
+# --- the model's configuration --------------------------------------------------------------------
+
+# how the first run makes its model, how the second does, and what the error names
+MODELS: dict[str, tuple[Callable[[], Any], Callable[[], Any], str]] = {
+    "activation": (
+        tiny_opt,
+        lambda: with_config(activation_function="gelu"),
+        'activation_function is "relu" in the log, "gelu" here',
+    ),
+    "normalisation": (
+        tiny_opt,
+        lambda: with_config(do_layer_norm_before=False),
+        "do_layer_norm_before is true in the log, false here",
+    ),
+    "adapter": (
+        lambda: with_adapter(4),
+        lambda: with_adapter(8),
+        "adapter default: lora_alpha is 4 in the log, 8 here",
+    ),
+}
+
+
+def rank_of_other_models(folder: Path) -> dict[str, str]:
+    found = {}
+    for name, (first, second, _) in MODELS.items():
+        logged(folder / name, first())
+        before = (folder / name / LOG_NAME).read_bytes()
+        with pytest.raises(ValueError, match=LOG_NAME) as error:
+            logged(folder / name, second())
+        found[name] = str(error.value)
+        assert (folder / name / LOG_NAME).read_bytes() == before
+        logged(folder / name, first())
+    return found
+
+
+def test_a_model_with_another_configuration_is_refused(tmp_path):
+    (found,) = run_ranks(1, rank_of_other_models, tmp_path)
+    for name, (_, _, text) in MODELS.items():
+        assert text in found[name]
+
+
+# --- settings that a restart may change -----------------------------------------------------------
+
+CHANGED: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "nothing": ({}, []),
+    "step size and seed": (
+        {"lr": 2e-3, "seed": 7},
+        ["zeroth_order.lr: 0.001 -> 0.002; zeroth_order.seed: 42 -> 7"],
+    ),
+    "eps and decay": (
+        {"eps": 2e-2, "weight_decay": 0.1},
+        ["zeroth_order.eps: 0.01 -> 0.02; zeroth_order.weight_decay: 0.0 -> 0.1"],
+    ),
+    "schedule": (
+        {
+            "top": {
+                "scheduler": {
+                    "type": "WarmupLR",
+                    "params": {"warmup_max_lr": 1e-3, "warmup_num_steps": 5},
+                }
+            }
+        },
+        ["scheduler"],
+    ),
+}
+
+
+def rank_of_changed_settings(folder: Path) -> dict[str, list[str]]:
+    found = {}
+    for name, (changed, _) in CHANGED.items():
+        logged(folder / name, tiny_opt())
+        texts = LogTexts("zods.training.log_checks")
+        logged(folder / name, tiny_opt(), **changed)
+        found[name] = list(texts.texts)
+    return found
+
+
+def test_the_settings_that_a_restart_changes_are_said_in_one_line(tmp_path):
+    (found,) = run_ranks(1, rank_of_changed_settings, tmp_path)
+    for name, (_, texts) in CHANGED.items():
+        assert len(found[name]) == len(texts), found[name]
+        for said, text in zip(found[name], texts, strict=True):
+            assert text in said
+            assert LOG_NAME in said
+
+
+def rank_of_changed_code(folder: Path) -> tuple[list[str], list[Any]]:
+    logged(folder, tiny_opt())
+    texts = LogTexts("zods.training.log_checks")
+    used = recorder.code_in_use()
+    recorder.code_in_use = lambda: {**used, "torch": "9.0"}  # type: ignore[assignment]
+    logged(folder, tiny_opt())
+    records = [r for r in read_log(folder / LOG_NAME).records if isinstance(r, RunRecord)]
+    return texts.texts, [(r.step, r.code and r.code["torch"]) for r in records]
+
+
+def test_a_restart_with_other_code_is_said_and_recorded(tmp_path):
+    ((texts, codes),) = run_ranks(1, rank_of_changed_code, tmp_path)
+    (text,) = texts
+    assert f'code.torch: "{torch.__version__}" -> "9.0"' in text
+    assert codes == [(0, torch.__version__), (STEPS, "9.0")]
