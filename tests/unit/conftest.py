@@ -10,8 +10,8 @@ import torch
 def one_thread() -> Iterator[None]:
     """Compute with one thread, except in tests that set another number themselves.
 
-    Most tensors here are tiny, so several threads mostly wait for each other. On a busy machine
-    with two cores a test took up to nine times the CPU time.
+    Most tensors here are tiny, so several threads mostly wait for each other. With several threads
+    on a busy machine with two cores, a test took up to nine times the CPU time.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)

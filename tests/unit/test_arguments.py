@@ -1,4 +1,4 @@
-"""The command line of zods.finetune: where the configuration is named, and files that hold a run."""
+"""The command line of zods.finetune: its options, and files that hold the options of a run."""
 
 import json
 from types import NoneType, UnionType
@@ -10,7 +10,7 @@ from zods.cli.arguments import merged_config, parse_arguments
 from zods.cli.options import BATCH_OVERRIDES, OverrideArguments
 from zods.config.schema import ZerothOrderConfig
 
-NEEDED = ["--model", "m", "--output_dir", "o", "--train_file", "t"]
+REQUIRED = ["--model", "m", "--output_dir", "o", "--train_file", "t"]
 
 
 @pytest.mark.parametrize(
@@ -25,27 +25,27 @@ NEEDED = ["--model", "m", "--output_dir", "o", "--train_file", "t"]
         ["--local_rank", "0", "--deepspeed", "c.json"],
     ],
 )
-def test_the_configuration_is_named_as_scripts_for_deepspeed_name_it(options):
-    assert parse_arguments([*options, *NEEDED]).model.deepspeed_config == "c.json"
+def test_the_configuration_is_given_by_the_options_of_deepspeed_scripts(options):
+    assert parse_arguments([*options, *REQUIRED]).model.deepspeed_config == "c.json"
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ([], "required: --deepspeed_config"),
         (["--deepspeed"], "required: --deepspeed_config"),
         (["--deepspeed", "a.json", "--deepspeed_config", "b.json"], "give one of the two"),
     ],
 )
-def test_a_command_without_a_configuration_or_with_two_is_refused(options, said, capsys):
+def test_a_command_without_a_configuration_or_with_two_is_refused(options, message, capsys):
     with pytest.raises(SystemExit) as caught:
-        parse_arguments([*options, *NEEDED])
+        parse_arguments([*options, *REQUIRED])
     assert caught.value.code == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["run.yam"], "unrecognized arguments: run.yam"),
         (["--max_len", "5"], "unrecognized arguments: --max_len 5"),
@@ -57,17 +57,17 @@ def test_a_command_without_a_configuration_or_with_two_is_refused(options, said,
         (["--optimizer", "adamw", "--eps", "1"], "--eps belongs to zeroth-order steps"),
     ],
 )
-def test_a_wrong_option_is_named(options, said, capsys):
+def test_a_wrong_option_is_named(options, message, capsys):
     with pytest.raises(SystemExit) as caught:
-        parse_arguments([*options, *NEEDED, "--deepspeed_config", "c.json"])
+        parse_arguments([*options, *REQUIRED, "--deepspeed_config", "c.json"])
     assert caught.value.code == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def types_of(annotation: Any) -> set[Any]:
     """The types of an annotation.
 
-    A choice among texts is a text, whose value the section checks.
+    A Literal of strings counts as str, because the section of the configuration checks the value.
     """
     kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else [annotation]
     return {str if get_origin(kind) is Literal else kind for kind in kinds} - {NoneType}
@@ -79,7 +79,7 @@ def test_options_have_the_types_of_the_keys_that_they_override():
         assert types_of(options[name]) == types_of(keys[name]), name
 
 
-def test_values_of_the_command_line_become_those_that_are_used():
+def test_values_of_the_command_line_are_parsed():
     words = [
         "--select",
         "8/32",
@@ -91,12 +91,12 @@ def test_values_of_the_command_line_become_those_that_are_used():
         "--deepspeed",
         "c.json",
     ]
-    arguments = parse_arguments([*words, *NEEDED])
+    arguments = parse_arguments([*words, *REQUIRED])
     assert (arguments.selection.select.chosen, arguments.selection.select.candidates) == (8, 32)
     assert type(arguments.data.held_out.value) is int
     assert arguments.data.column_names == ("a", "b")
     assert (arguments.run.plot, arguments.run.save_model) == (True, False)
-    default = parse_arguments(["--deepspeed", "c.json", *NEEDED]).data.held_out.value
+    default = parse_arguments(["--deepspeed", "c.json", *REQUIRED]).data.held_out.value
     assert default == 0.1
 
 
@@ -128,19 +128,20 @@ dataset_name: d
 dataset_config: "2024"
 held_out: 20
 task: prompted
-template: '{text}\nIs {label}'  # read as on the command line
+template: '{text}\nIs {label}'  # escapes are read as on the command line
 label_words: ["no", "yes"]
 select: 8/32
 save_model: true
 plot: false
 max_steps:
 max_train_examples: 7
-lr: 1e-5  # which YAML reads as a text
+lr: 1e-5  # YAML reads 1e-5 as a string
 seed: 3
 """
-WORDS = [
-    "--deepspeed_config", "c.json", "--model", "m", "--output_dir=-o", "--dataset_name", "d", "--dataset_config", "2024",
-    "--held_out", "20", "--task", "prompted", "--template", r"{text}\nIs {label}", "--label_words", "no,yes",
+COMMAND_LINE = [
+    "--deepspeed_config", "c.json", "--model", "m", "--output_dir=-o",
+    "--dataset_name", "d", "--dataset_config", "2024", "--held_out", "20",
+    "--task", "prompted", "--template", r"{text}\nIs {label}", "--label_words", "no,yes",
     "--select", "8/32", "--save_model", "--max_train_examples", "7", "--lr", "1e-5", "--seed", "3",
 ]  # fmt: skip
 
@@ -161,18 +162,20 @@ def error_of(capsys, *words):
 @pytest.mark.parametrize(
     ("name", "content"), [("run.yaml", YAML), ("run.yml", YAML), ("run.json", RUN)]
 )
-def test_a_file_says_what_a_command_line_says(name, content, tmp_path):
-    assert parse_arguments([write(tmp_path, name, content)]) == parse_arguments(WORDS)
+def test_a_file_gives_the_same_arguments_as_a_command_line(name, content, tmp_path):
+    assert parse_arguments([write(tmp_path, name, content)]) == parse_arguments(COMMAND_LINE)
 
 
-def test_the_record_of_a_run_is_a_file_that_holds_it(tmp_path):
+def test_the_recorded_arguments_of_a_run_can_be_given_as_a_file(tmp_path):
     arguments = parse_arguments([write(tmp_path, "run.yaml", YAML)])
     assert parse_arguments([write(tmp_path, "recorded.json", arguments.to_dict())]) == arguments
 
 
 @pytest.mark.parametrize("launcher", [["--local_rank=1"], ["--local_rank", "1"]])
-def test_a_file_may_follow_what_the_launcher_adds(launcher, tmp_path):
-    assert parse_arguments([*launcher, write(tmp_path, "run.yaml", YAML)]) == parse_arguments(WORDS)
+def test_a_file_may_follow_the_option_that_the_launcher_adds(launcher, tmp_path):
+    assert parse_arguments([*launcher, write(tmp_path, "run.yaml", YAML)]) == parse_arguments(
+        COMMAND_LINE
+    )
 
 
 def test_options_override_the_file(tmp_path):
@@ -188,20 +191,16 @@ def test_options_override_the_file(tmp_path):
         "--seed",
         "-1",
     ]
-    assert parse_arguments([path, *changes]) == parse_arguments([*WORDS, *changes])
+    assert parse_arguments([path, *changes]) == parse_arguments([*COMMAND_LINE, *changes])
 
 
-@pytest.mark.parametrize("of_file", ["deepspeed", "deepspeed_config"])
-@pytest.mark.parametrize("of_command", ["--deepspeed", "--deepspeed_config"])
-def test_either_name_of_the_configuration_serves_in_the_file_and_overrides_it(
-    of_file, of_command, tmp_path
-):
-    path = write(
-        tmp_path, "run.yaml", f"{of_file}: a.json\nmodel: m\noutput_dir: o\ntrain_file: t\n"
-    )
+@pytest.mark.parametrize("key", ["deepspeed", "deepspeed_config"])
+@pytest.mark.parametrize("option", ["--deepspeed", "--deepspeed_config"])
+def test_both_names_of_the_configuration_work_in_a_file_and_override_it(key, option, tmp_path):
+    path = write(tmp_path, "run.yaml", f"{key}: a.json\nmodel: m\noutput_dir: o\ntrain_file: t\n")
     assert parse_arguments([path]).model.deepspeed_config == "a.json"
     assert parse_arguments([path, "--deepspeed"]).model.deepspeed_config == "a.json"
-    assert parse_arguments([path, of_command, "b.json"]).model.deepspeed_config == "b.json"
+    assert parse_arguments([path, option, "b.json"]).model.deepspeed_config == "b.json"
 
 
 def test_overrides_in_a_file_reach_the_configuration(tmp_path):
@@ -226,7 +225,7 @@ def test_overrides_in_a_file_reach_the_configuration(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["run.yaml", "run.json"])
-def test_all_mistakes_of_a_file_are_told_at_once(name, tmp_path, capsys):
+def test_all_mistakes_of_a_file_are_reported_at_once(name, tmp_path, capsys):
     wrong = {
         "max_step": 5,
         "lr": "fast",
@@ -243,33 +242,33 @@ def test_all_mistakes_of_a_file_are_told_at_once(name, tmp_path, capsys):
         "num_epochs": 1.5,
         "local_rank": 0,
     }
-    path = write(tmp_path, name, wrong)  # JSON is YAML, too
+    path = write(tmp_path, name, wrong)  # JSON is valid YAML, too
     first, *lines = error_of(capsys, path, "--model", "m").split("\n  ")
     assert first == f"{path}: 14 mistakes:"
-    said = dict(line.split(": ", 1) for line in lines)
-    assert said.keys() == wrong.keys()
-    assert said["max_step"] == "unknown key. Did you mean 'max_steps'?"
-    assert said["lr"] == "invalid float value: 'fast'"
-    assert said["eps"] == "found True (bool), expected a number"
-    assert said["max_length"] == "found 0, must be 1 or more"
-    assert said["task"].startswith("invalid choice: 'prompting' (choose from")
-    assert said["select"] == "found '9/3', expected K/N with 0 < K <= N, as in 64/128"
-    assert said["dataset_config"] == "found 2024 (int), expected a text (in quotes)"
-    assert said["label_words"].startswith("found False, expected names")
-    assert said["column_names"].startswith("found 'a,b', expected names without commas")
-    assert said["template"].startswith("found ['{text}', '{label}'] (list), expected a text")
-    assert said["plot"].startswith("Truthy value expected: got perhaps")
-    assert said["save_model"] == "found 2 (int), expected true or false"
-    assert said["num_epochs"] == "invalid int value: '1.5'"
+    messages = dict(line.split(": ", 1) for line in lines)
+    assert messages.keys() == wrong.keys()
+    assert messages["max_step"] == "unknown key. Did you mean 'max_steps'?"
+    assert messages["lr"] == "invalid float value: 'fast'"
+    assert messages["eps"] == "found True (bool), expected a number"
+    assert messages["max_length"] == "found 0, must be 1 or more"
+    assert messages["task"].startswith("invalid choice: 'prompting' (choose from")
+    assert messages["select"] == "found '9/3', expected K/N with 0 < K <= N, as in 64/128"
+    assert messages["dataset_config"] == "found 2024 (int), expected a text (in quotes)"
+    assert messages["label_words"].startswith("found False, expected names")
+    assert messages["column_names"].startswith("found 'a,b', expected names without commas")
+    assert messages["template"].startswith("found ['{text}', '{label}'] (list), expected a text")
+    assert messages["plot"].startswith("Truthy value expected: got perhaps")
+    assert messages["save_model"] == "found 2 (int), expected true or false"
+    assert messages["num_epochs"] == "invalid int value: '1.5'"
 
 
-def test_one_mistake_of_a_file_is_told_in_one_line(tmp_path, capsys):
+def test_one_mistake_of_a_file_is_reported_in_one_line(tmp_path, capsys):
     path = write(tmp_path, "run.yaml", "modle: m\n")
     assert error_of(capsys, path) == f"{path}: modle: unknown key. Did you mean 'model'?"
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "message"),
     [
         ("run.yaml", "lr: 1\nmodel: m\nlr: 2\n", "run.yaml: lr given twice"),
         ("run.json", '{"lr": 1, "model": "m", "lr": 2}', "run.json: lr given twice"),
@@ -284,11 +283,11 @@ def test_one_mistake_of_a_file_is_told_in_one_line(tmp_path, capsys):
         ("run.yaml", YAML + "deepspeed: b.json", "give one of the two"),
     ],
 )
-def test_a_file_that_cannot_be_a_run_is_refused(name, content, said, tmp_path, capsys):
-    assert said in error_of(capsys, write(tmp_path, name, content))
+def test_a_file_that_does_not_describe_a_run_is_refused(name, content, message, tmp_path, capsys):
+    assert message in error_of(capsys, write(tmp_path, name, content))
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path, capsys):
+def test_a_missing_file_is_named(tmp_path, capsys):
     assert error_of(capsys, str(tmp_path / "run.yaml")).startswith(
         f"{tmp_path / 'run.yaml'}: not found"
     )

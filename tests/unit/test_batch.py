@@ -1,4 +1,4 @@
-"""Whatever form a batch has, the model is given all of it, and its entries are found by name."""
+"""A model gets all entries of a batch of any type, and the entries are found by name."""
 
 from __future__ import annotations
 
@@ -26,28 +26,28 @@ class Example:
 
 
 class Named(nn.Module):
-    """Returns all that it was given."""
+    """A model that returns its arguments."""
 
     def forward(self, x: Any, labels: Any = None, *, mask: Any = None) -> Any:
         return x, labels, mask
 
 
-class OfOne(nn.Module):
+class OneArgument(nn.Module):
     def forward(self, batch: Any) -> Any:
         return batch
 
 
-class Unnamed(nn.Module):
+class AnyArguments(nn.Module):
     def forward(self, *inputs: Any, **options: Any) -> Any:
         return inputs, options
 
 
-class Open(nn.Module):
+class AnyKeywords(nn.Module):
     def forward(self, x: Any, **more: Any) -> Any:
         return x, more
 
 
-def given(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def received(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return call_model(model, Signature(model).bind(*args, **kwargs))
 
 
@@ -76,42 +76,44 @@ def given(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         "with weights",
     ],
 )
-def test_positions_keywords_and_containers_give_a_model_the_same(args: Any, kwargs: Any):
-    found = given(Named(), *args, **kwargs)
+def test_positions_keywords_and_containers_give_a_model_the_same_arguments(args: Any, kwargs: Any):
+    found = received(Named(), *args, **kwargs)
     assert all(one is other for one, other in zip(found, (X, Y, MASK), strict=True))
     bound = Signature(Named()).bind(*args, **kwargs)
     assert isinstance(bound, dict)
     assert bound["labels"] is Y
 
 
-def test_a_tuple_or_list_is_taken_apart_by_position():
+def test_a_tuple_or_list_is_unpacked_by_position():
     for batch in ((X, Y), [X, Y]):
         assert Signature(Named()).bind(batch) == {"x": X, "labels": Y}
 
 
-def test_a_batch_that_forward_does_not_name_is_its_one_argument():
-    one = OfOne()
+def test_a_forward_with_one_argument_gets_the_whole_batch():
+    one = OneArgument()
     for batch in ({"ids": X}, Example(X, Y, MASK), Batch(X, Y, MASK), ["a", "b"], X, "text"):
-        assert given(one, batch) is batch
-        assert given(one, (batch,)) is batch
+        assert received(one, batch) is batch
+        assert received(one, (batch,)) is batch
 
 
-def test_arguments_without_names_come_as_they_were_given():
-    inputs, options = given(Unnamed(), X, Y, mask=MASK)
+def test_a_forward_with_variable_arguments_gets_them_unchanged():
+    inputs, options = received(AnyArguments(), X, Y, mask=MASK)
     assert inputs[0] is X
     assert inputs[1] is Y
     assert options["mask"] is MASK
-    assert given(Unnamed(), {"x": X})[1]["x"] is X
+    assert received(AnyArguments(), {"x": X})[1]["x"] is X
 
 
-def test_a_forward_that_takes_any_keyword_is_given_texts_and_numbers_too():
-    x, more = given(Open(), {"x": X, "texts": ["a", "b", "c"], "flag": True, "none": None})
+def test_a_forward_that_takes_any_keyword_gets_values_that_are_not_tensors():
+    x, more = received(
+        AnyKeywords(), {"x": X, "texts": ["a", "b", "c"], "flag": True, "none": None}
+    )
     assert x is X
     assert more == {"texts": ["a", "b", "c"], "flag": True, "none": None}
 
 
-@pytest.mark.parametrize("model", [Named(), OfOne(), Unnamed(), Open()])
-def test_what_is_bound_can_be_bound_again(model: nn.Module):
+@pytest.mark.parametrize("model", [Named(), OneArgument(), AnyArguments(), AnyKeywords()])
+def test_bound_inputs_can_be_bound_again(model: nn.Module):
     signature = Signature(model)
     for batch in ({"x": X}, {"batch": X}, (X,), X):
         try:
@@ -132,7 +134,7 @@ def test_entries_that_forward_does_not_take_are_named_in_one_error():
         Signature(Named()).bind(X, ids=Y)
 
 
-def test_moving_a_batch_keeps_its_form_and_what_is_no_tensor():
+def test_moving_a_batch_keeps_its_type_and_the_values_that_are_not_tensors():
     meta = torch.device("meta")
     for batch in (
         Batch(X, Y, "a"),
@@ -161,7 +163,7 @@ def test_moving_a_batch_keeps_its_form_and_what_is_no_tensor():
 
 
 def test_the_number_of_examples_does_not_depend_on_the_order_of_the_entries():
-    """One row that serves all examples, and a table, may stand before the inputs and after them."""
+    """A row shared by all examples, and a table, may come before or after the inputs."""
     entries = {
         "position_ids": torch.zeros(1, 7),
         "mask": torch.zeros(4, 7),

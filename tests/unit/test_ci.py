@@ -1,5 +1,6 @@
-"""`.ci/run` on a small project with the same scripts, which only write down that they ran: what it
-tests, says and leaves.
+"""`.ci/run` on a small project: which parts it runs, what it prints, and which files it leaves.
+
+The project has the scripts that `.ci/run` calls. They only print that they ran.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import pytest
 REPOSITORY = Path(__file__).parents[2]
 FILES = {
     "launch/setup.sh": "echo preparing >&2\n",
-    # its environment has programs that do nothing
-    "launch/quickstart.sh": "mkdir -p .venv/bin runs/quickstart && echo x >runs/quickstart/curves.png\n"
+    # makes an environment whose programs do nothing
+    "launch/quickstart.sh": "mkdir -p .venv/bin runs/quickstart "
+    "&& echo x >runs/quickstart/curves.png\n"
     "echo 'python() { :; }; deepspeed() { :; }' >.venv/bin/activate\n"
     'echo "quickstart with $*"\n',
     "launch/test.sh": 'echo "ZODS_DATA=${ZODS_DATA:-}"; ls; echo "7 passed in 1.00s"\n',
@@ -56,11 +58,11 @@ def commit(project: Path) -> None:
 
 
 def run(project: Path) -> subprocess.CompletedProcess[str]:
-    """Checks that no temporary folder is left."""
+    """Run `.ci/run` and check that it leaves no temporary folder."""
     temporary = project.parent / "tmp"
     temporary.mkdir(exist_ok=True)
     environment = {key: value for key, value in os.environ.items() if key != "ZODS_DATA"}
-    told = subprocess.run(
+    result = subprocess.run(
         ["bash", project / ".ci" / "run"],
         env={**environment, "TMPDIR": str(temporary)},
         cwd=project.parent,
@@ -69,36 +71,36 @@ def run(project: Path) -> subprocess.CompletedProcess[str]:
         check=False,
     )
     assert not list(temporary.iterdir())
-    return told
+    return result
 
 
 @pytest.mark.launched
 def test_all_parts_run_and_stdout_ends_with_the_summary_of_the_tests(project: Path):
-    told = run(project)
-    assert told.returncode == 0, told.stderr
-    assert told.stdout.splitlines()[-1] == "7 passed in 1.00s"
-    assert "quickstart with --max_steps 3" in told.stderr
-    assert "quickstart: passed" in told.stderr
-    assert "zods without extras: passed" in told.stderr
+    result = run(project)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == "7 passed in 1.00s"
+    assert "quickstart with --max_steps 3" in result.stderr
+    assert "quickstart: passed" in result.stderr
+    assert "zods without extras: passed" in result.stderr
 
 
 @pytest.mark.launched
-def test_the_commit_is_tested_not_what_lies_in_the_folder(project: Path):
+def test_the_commit_is_tested_and_not_the_working_tree(project: Path):
     (project / "launch" / "test.sh").write_text("exit 1\n")
     (project / "untracked").touch()
     (project / ".venv").mkdir()
-    told = run(project)
-    assert told.returncode == 0, told.stderr
-    assert "uncommitted changes are not tested" in told.stderr
-    assert "untracked" not in told.stdout.split()
+    result = run(project)
+    assert result.returncode == 0, result.stderr
+    assert "uncommitted changes are not tested" in result.stderr
+    assert "untracked" not in result.stdout.split()
 
 
 @pytest.mark.parametrize(
     "script", ["launch/quickstart.sh", ".ci/without_extras.py", "launch/test.sh"]
 )
 @pytest.mark.launched
-def test_any_part_that_fails_is_said_and_the_exit_code(project: Path, script: str):
-    if script.endswith(".py"):  # the environment's python fails on it
+def test_a_failure_of_any_part_is_printed_and_sets_the_exit_code(project: Path, script: str):
+    if script.endswith(".py"):  # the environment's python fails on this script
         text = FILES["launch/quickstart.sh"].replace(
             "python() { :; }", 'python() { [ "$1" != .ci/without_extras.py ]; }'
         )
@@ -106,16 +108,16 @@ def test_any_part_that_fails_is_said_and_the_exit_code(project: Path, script: st
     else:
         (project / script).write_text(f"{FILES[script]}exit 3\n")
     commit(project)
-    told = run(project)
-    assert told.returncode == 1
-    assert told.stdout.splitlines()[-1] == "7 passed in 1.00s", (
-        "the tests run whatever became of the other parts"
+    result = run(project)
+    assert result.returncode == 1
+    assert result.stdout.splitlines()[-1] == "7 passed in 1.00s", (
+        "the tests must run even where another part fails"
     )
-    assert script == "launch/test.sh" or "FAILED" in told.stderr
+    assert script == "launch/test.sh" or "FAILED" in result.stderr
 
 
 @pytest.mark.launched
-def test_the_data_beside_the_project_are_named_to_the_tests(project: Path):
+def test_the_tests_get_the_folder_of_data_beside_the_project(project: Path):
     assert "ZODS_DATA=\n" in run(project).stdout
     data = project.parent / "shared" / "data"
     data.mkdir(parents=True)
@@ -123,9 +125,7 @@ def test_the_data_beside_the_project_are_named_to_the_tests(project: Path):
 
 
 @pytest.mark.launched
-def test_nothing_that_prepares_the_tests_goes_on_after_an_interruption(
-    project: Path, tmp_path: Path
-):
+def test_an_interruption_ends_the_processes_that_prepare_the_tests(project: Path, tmp_path: Path):
     started, go_on = tmp_path / "started", tmp_path / "go on"
     (project / "launch" / "setup.sh").write_text(f'sleep 300 &\necho $! >"{started}"\nwait\n')
     (project / "launch" / "quickstart.sh").write_text(
@@ -141,7 +141,7 @@ def test_nothing_that_prepares_the_tests_goes_on_after_an_interruption(
         wait_until(lambda: started.exists() and started.read_text().endswith("\n"))
         process.terminate()
     finally:
-        go_on.touch()  # bash looks at a signal when its command has ended
+        go_on.touch()  # bash handles a signal only when its running command has ended
         assert process.wait(30) == 130
     status = Path("/proc", started.read_text().strip(), "stat")
     wait_until(
@@ -153,5 +153,5 @@ def test_nothing_that_prepares_the_tests_goes_on_after_an_interruption(
 def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "it did not come to pass"
+        assert time.monotonic() < deadline, "the condition did not become true in time"
         time.sleep(0.05)

@@ -1,5 +1,7 @@
-"""Which rank sees which example when: the same set of examples on any number of ranks, each once,
-resumable anywhere.
+"""Division of the training data among ranks and steps.
+
+The global batches do not depend on the number of ranks. An epoch holds each example at most once.
+A run resumes at any step.
 """
 
 import itertools
@@ -32,8 +34,8 @@ def loaders(
     micro = batch // (ranks * accumulation)
     return [
         TrainingLoader(
-            Numbers(size), micro_batch=micro, accumulation=accumulation, rank=rank, world_size=ranks, seed=seed,
-            collate_fn=list,
+            Numbers(size), micro_batch=micro, accumulation=accumulation, rank=rank,
+            world_size=ranks, seed=seed, collate_fn=list,
         )
         for rank in range(ranks)
     ]  # fmt: skip
@@ -65,7 +67,7 @@ def test_an_epoch_holds_each_example_at_most_once(ranks, accumulation):
         assert len(set(seen)) == len(seen) == 96
 
 
-def test_an_epoch_that_divides_holds_every_example():
+def test_an_epoch_of_whole_batches_holds_every_example():
     batches = steps_of(loaders(96, 2), 8)
     assert sorted(itertools.chain(*batches)) == list(range(96))
 
@@ -87,7 +89,7 @@ def test_epochs_and_seeds_are_shuffled_differently():
     assert steps_of(loaders(96, 1, seed=1), 8) != first
 
 
-def test_an_iterator_ends_with_the_epoch_and_the_next_begins_another():
+def test_an_iterator_ends_with_its_epoch_and_the_next_iterator_begins_another_epoch():
     (loader,) = loaders(100, 1, accumulation=2)
     assert len(loader) == 16
     first, second = list(loader), list(loader)
@@ -96,7 +98,7 @@ def test_an_iterator_ends_with_the_epoch_and_the_next_begins_another():
     assert loader.epoch == 1
 
 
-def test_a_loop_left_in_the_middle_of_an_epoch_is_taken_up_there():
+def test_a_loop_left_in_the_middle_of_an_epoch_continues_there():
     (loader,), (whole,) = loaders(100, 1), loaders(100, 1)
     head = list(itertools.islice(loader, 3))
     assert head + list(loader) == list(whole)
@@ -116,7 +118,7 @@ def test_a_run_resumes_at_any_step_with_any_number_of_ranks(done, ranks, accumul
     assert head + steps_of(after, 10) == steps_of(loaders(100, 1), done + 10)
 
 
-def test_a_step_that_was_only_begun_is_repeated_on_resume():
+def test_an_unfinished_step_is_repeated_on_resume():
     (loader,) = loaders(100, 1, accumulation=3)
     whole = list(itertools.islice(loaders(100, 1, accumulation=3)[0].forever(), 12))
     list(itertools.islice(loader.forever(), 5))  # one step and two of three micro-batches
@@ -173,7 +175,7 @@ SIZES = [1, 2, 3, 4, 5, 7, 8, 9, 12, 31]
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 @pytest.mark.parametrize("micro_batch", [1, 2, 4, 50])
-def test_a_whole_pass_counts_every_example_exactly_once_in_as_many_rounds_on_every_rank(
+def test_a_whole_pass_counts_every_example_once_in_the_same_number_of_rounds_on_every_rank(
     ranks, micro_batch
 ):
     for size in SIZES:
@@ -187,7 +189,7 @@ def test_a_whole_pass_counts_every_example_exactly_once_in_as_many_rounds_on_eve
         rounds = {len(one) for one in passes} | {
             len(WholePass(Numbers(size), micro_batch, 0, ranks))
         }
-        assert len(rounds) == 1, f"{size} examples: ranks make {rounds} rounds"
+        assert len(rounds) == 1, f"{size} examples: ranks run {rounds} rounds, not the same number"
         assert all(0 < len(batch) <= micro_batch for one in passes for batch, _ in one)
 
 
@@ -199,14 +201,14 @@ def test_the_micro_batches_of_a_whole_pass_do_not_depend_on_the_ranks(ranks):
         assert counted == [list(range(start, min(start + 3, size))) for start in range(0, size, 3)]
 
 
-def test_a_rank_without_a_chunk_still_makes_its_forwards():
-    """One chunk, four ranks: three of them run a batch that does not count."""
+def test_a_rank_without_a_chunk_still_runs_its_forwards():
+    """With one chunk on four ranks, three ranks run a batch that does not count."""
     passes = [list(WholePass(Numbers(2), 8, rank, 4, list)) for rank in range(4)]
     assert [[counts for _, counts in one] for one in passes] == [[True], [False], [False], [False]]
     assert all(batch == [0, 1] for one in passes for batch, _ in one)
 
 
-def test_a_place_in_other_data_is_refused():
+def test_a_state_of_other_data_is_refused():
     loader = make_loader_of(list(range(40)))
     next(iter(loader))
     with pytest.raises(ValueError, match="24 examples, but the checkpoint was made with 40"):

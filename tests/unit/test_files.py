@@ -1,4 +1,4 @@
-"""Writes that a crash does not leave half done."""
+"""Writes and renames of files that a crash cannot leave incomplete."""
 
 import os
 from pathlib import Path
@@ -10,7 +10,7 @@ from zods.files import atomic_write, rename, sync
 
 @pytest.fixture
 def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The calls of `os` that rename or sync, in order."""
+    """The calls of `os` that rename or sync a file, in order."""
     events: list[str] = []
 
     def recorded(name: str) -> None:
@@ -28,7 +28,7 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return events
 
 
-def test_a_file_is_on_the_disk_before_it_has_its_name_and_the_name_after_it(
+def test_a_file_is_synced_before_it_is_renamed_and_its_folder_afterwards(
     tmp_path: Path, events: list[str]
 ):
     path = tmp_path / "weights"

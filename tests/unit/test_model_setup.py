@@ -1,5 +1,6 @@
-"""Models and parameters as users hand them over: compiled, in groups, laid out in memory in odd
-ways.
+"""Models and parameters as users pass them.
+
+Models may be compiled, and parameters may come in groups or in unusual memory layouts.
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_torch_compile_is_taken_off_wherever_it_is(way: str, caplog: pytest.LogCaptureFixture):
+def test_torch_compile_is_removed_wherever_it_was_applied(
+    way: str, caplog: pytest.LogCaptureFixture
+):
     names = [name for name, _ in Net().named_parameters()]
     with caplog.at_level(logging.INFO, "zods"):
         model = without_compile(WAYS[way](Net()))
@@ -66,7 +69,7 @@ def test_torch_compile_is_taken_off_wherever_it_is(way: str, caplog: pytest.LogC
     assert not caplog.records
 
 
-def test_what_is_no_module_is_refused():
+def test_a_model_that_is_no_module_is_refused():
     with pytest.raises(ValueError, match=r"model: found function, expected a torch\.nn\.Module"):
         without_compile(lambda x: x)
 
@@ -81,7 +84,7 @@ def chosen(net: nn.Module, given: Any, **zods: float) -> list[str]:
     return [name for name, p in net.named_parameters() if id(p) in ids]
 
 
-def test_parameters_pairs_and_groups_name_what_is_trained_also_mixed():
+def test_parameters_pairs_and_groups_choose_what_is_trained_alone_or_mixed():
     net = Net()
     first, second = net.layers
     both = ["layers.0.weight", "layers.1.bias"]
@@ -98,10 +101,10 @@ def test_parameters_pairs_and_groups_name_what_is_trained_also_mixed():
     assert len(chosen(net, net.parameters())) == 6
 
 
-def test_the_usual_two_groups_of_weight_decay_are_taken_where_zods_decays_the_same():
+def test_the_usual_two_groups_are_accepted_where_zods_has_their_weight_decay():
     net = Net()
     matrices, vectors = (
-        [p for p in net.parameters() if (p.ndim > 1) is many] for many in (True, False)
+        [p for p in net.parameters() if (p.ndim > 1) is is_matrix] for is_matrix in (True, False)
     )
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     assert len(chosen(net, groups, weight_decay=0.1)) == 6
@@ -125,7 +128,7 @@ def test_options_that_differ_between_groups_are_refused_by_name():
         chosen(net, [{"params": first.weight, "lr": 1.0}, second.weight])
 
 
-def test_options_that_all_groups_share_are_taken_with_a_warning_where_zods_has_another(
+def test_options_that_all_groups_share_are_ignored_with_a_warning_where_zods_has_another(
     caplog: pytest.LogCaptureFixture,
 ):
     net = Net()
@@ -158,7 +161,7 @@ def test_options_that_all_groups_share_are_taken_with_a_warning_where_zods_has_a
         (lambda net: [{"params": []}], "empty"),
     ],
 )
-def test_what_names_no_parameter_of_the_model_is_refused(given: Any, message: str):
+def test_parameters_that_do_not_belong_to_the_model_are_refused(given: Any, message: str):
     net = Net()
     with pytest.raises(ValueError, match=message):
         chosen(net, given(net))
@@ -167,14 +170,14 @@ def test_what_names_no_parameter_of_the_model_is_refused(given: Any, message: st
 # --- memory ---------------------------------------------------------------------------------------
 
 
-class Odd(nn.Module):
+class ModelOf(nn.Module):
     def __init__(self, **params: torch.Tensor) -> None:
         super().__init__()
         for name, value in params.items():
             self.register_parameter(name, nn.Parameter(value))
 
 
-def test_parameters_that_are_not_contiguous_become_so_with_the_same_values():
+def test_parameters_become_contiguous_and_keep_their_values():
     big = torch.randn(4, 6)
     values = {
         "transposed": torch.randn(3, 2).t(),
@@ -184,7 +187,7 @@ def test_parameters_that_are_not_contiguous_become_so_with_the_same_values():
         "right": big[:, 2:],
         "empty": torch.empty(0, 3),
     }
-    model = Odd(**values)
+    model = ModelOf(**values)
     lay_out_parameters(model)
     for name, param in model.named_parameters():
         assert param.is_contiguous()
@@ -207,12 +210,12 @@ def test_two_parameters_that_share_memory_are_refused_by_name(other: Any):
     with pytest.raises(
         ValueError, match=r"the parameters (first and second|second and first) share memory"
     ):
-        lay_out_parameters(Odd(first=weight, second=other(weight)))
-    frozen = Odd(first=weight, second=other(weight)).requires_grad_(False)
+        lay_out_parameters(ModelOf(first=weight, second=other(weight)))
+    frozen = ModelOf(first=weight, second=other(weight)).requires_grad_(False)
     lay_out_parameters(frozen)
 
 
-def test_a_tied_parameter_shares_nothing_with_itself():
+def test_a_tied_parameter_is_accepted():
     net = Net()
     net.layers[1].weight = net.layers[0].weight
     lay_out_parameters(net)

@@ -1,4 +1,4 @@
-"""Losses agree with transformers' own, and what cannot be a loss is an error that says so."""
+"""Losses agree with those of transformers, and outputs without a loss are an error."""
 
 from types import SimpleNamespace
 
@@ -51,7 +51,7 @@ def language_batch(num_rows=3, length=7):
     ],
     ids=["llama", "gpt2"],
 )
-def test_a_language_models_loss_from_logits_is_the_one_transformers_gives(make_model):
+def test_a_language_models_loss_from_logits_equals_that_of_transformers(make_model):
     torch.manual_seed(0)
     model, batch = make_model().eval(), language_batch()
     own = model(**batch).loss
@@ -60,7 +60,7 @@ def test_a_language_models_loss_from_logits_is_the_one_transformers_gives(make_m
     torch.testing.assert_close(from_logits, own.double(), rtol=1e-6, atol=0)
 
 
-def test_a_classifiers_loss_from_logits_is_the_one_transformers_gives():
+def test_a_classifiers_loss_from_logits_equals_that_of_transformers():
     torch.manual_seed(0)
     model = BertForSequenceClassification(BertConfig(**TINY, num_labels=3)).eval()
     batch = {"input_ids": language_batch()["input_ids"], "labels": torch.tensor([2, 0, 1])}
@@ -69,7 +69,7 @@ def test_a_classifiers_loss_from_logits_is_the_one_transformers_gives():
     torch.testing.assert_close(from_logits, own.double(), rtol=1e-6, atol=0)
 
 
-def test_the_models_own_loss_is_taken_wherever_it_stands_and_becomes_float64():
+def test_the_models_own_loss_is_found_in_all_forms_of_outputs_and_becomes_float64():
     loss, logits = torch.tensor(1.5, dtype=torch.bfloat16), torch.zeros(2, 3)
     batch = {"labels": torch.tensor([0, 1])}
     for outputs in (
@@ -82,18 +82,18 @@ def test_the_models_own_loss_is_taken_wherever_it_stands_and_becomes_float64():
         assert (found.item(), found.dtype, found.ndim) == (1.5, torch.float64, 0)
 
 
-def test_a_classification_loss_rounded_to_16_bits_is_taken_again_in_float32():
+def test_a_classification_loss_rounded_to_16_bits_is_computed_again_in_float32():
     torch.manual_seed(0)
     model = BertForSequenceClassification(BertConfig(**TINY, num_labels=3)).eval().bfloat16()
     batch = {"input_ids": language_batch()["input_ids"], "labels": torch.tensor([2, 0, 1])}
     outputs = model(**batch)
     assert outputs.loss.dtype == torch.bfloat16
     exact = torch.nn.functional.cross_entropy(outputs.logits.float(), batch["labels"])
-    assert exact != outputs.loss.float(), "the rounding shows"
+    assert exact != outputs.loss.float(), "the test needs a loss that changes when it is rounded"
     assert batch_loss(outputs, batch) == exact
 
 
-def test_a_loss_of_none_leaves_the_choice_to_the_logits():
+def test_where_the_loss_is_none_it_is_computed_from_the_logits():
     outputs = SimpleNamespace(loss=None, logits=torch.zeros(2, 4))
     assert batch_loss(outputs, {"labels": torch.tensor([0, 3])}).item() == pytest.approx(1.3862944)
 
@@ -123,12 +123,12 @@ def test_a_loss_of_none_leaves_the_choice_to_the_logits():
         ),
     ],
 )
-def test_outputs_without_a_loss_are_an_error_that_says_what_was_found(outputs, batch, message):
+def test_outputs_without_a_loss_are_an_error_that_describes_them(outputs, batch, message):
     with pytest.raises(ValueError, match=message):
         batch_loss(outputs, batch)
 
 
-def test_log_likelihood_is_the_sum_over_labelled_tokens_whatever_the_chunks(monkeypatch):
+def test_log_likelihood_is_the_sum_over_labelled_tokens_for_chunks_of_any_size(monkeypatch):
     labels = language_batch()["labels"]
     logits = torch.randn(3, 7, 50, generator=torch.Generator().manual_seed(2))
     expected = [
@@ -164,7 +164,7 @@ def test_no_float32_copy_of_all_logits_is_made(monkeypatch):
     assert largest.numel == 4000
 
 
-def test_infinities_and_nan_reach_their_own_row_only():
+def test_infinities_and_nan_affect_only_their_own_row():
     logits, labels = torch.zeros(3, 3, 5), torch.ones(3, 3, dtype=torch.int64)
     logits[0, 0, 1] = -torch.inf
     logits[1, 1, 2] = torch.nan
@@ -187,8 +187,9 @@ def test_the_loss_from_logits_can_be_differentiated():
 
 
 def test_a_classification_loss_in_bf16_is_not_rounded_to_bf16():
-    """Two points differ by less than bf16's last digit of a loss; the model's own loss would lose
-    the difference.
+    """The losses of two points may differ by less than the spacing of bf16 numbers.
+
+    A loss in bf16 would lose the difference.
     """
     logits = torch.tensor([[0.25, 0.5], [1.0, -0.5]], dtype=torch.bfloat16)
     labels = torch.tensor([0, 1])
@@ -199,9 +200,10 @@ def test_a_classification_loss_in_bf16_is_not_rounded_to_bf16():
     assert batch_loss({"loss": own, "logits": logits}, {"labels": labels}) == exact
 
 
-def uneven(shifted):
-    """Logits and labels of 1, 0, 6 and 3 label tokens; the last row's first label counts where
-    there is no shift.
+def uneven_batch(shifted):
+    """Logits and labels of four rows, with 1, 0, 6 and 3 label tokens.
+
+    Without the shift, the last row has one more label token, at its first position.
     """
     generator = torch.Generator().manual_seed(5)
     logits = 3 * torch.randn(4, 7, 9, generator=generator)
@@ -216,11 +218,11 @@ def uneven(shifted):
 @pytest.mark.parametrize("mean", ["tokens", "examples"])
 @pytest.mark.parametrize("shifted", [True, False])
 @pytest.mark.parametrize("weights", [None, [2.0, 1.0, 0.5, 3.0], [0.0, 1.0, 1.0, 0.0]])
-def test_the_objective_is_the_same_for_every_cut_of_a_batch(mean, shifted, weights):
-    """A part without any label token counts nothing."""
-    logits, labels = uneven(shifted)
+def test_the_objective_is_the_same_for_every_division_of_a_batch(mean, shifted, weights):
+    """A part without any label token has the weight zero."""
+    logits, labels = uneven_batch(shifted)
     expected = objective(token_losses(logits, labels, shifted), mean, weights)
-    of = Objective(mean, shifted)
+    definition = Objective(mean, shifted)
     for sizes in ([4], [1, 3], [2, 2], [3, 1], [1, 1, 1, 1]):
         total = count = 0.0
         for part_logits, part_labels, part_weights in zip(
@@ -233,9 +235,9 @@ def test_the_objective_is_the_same_for_every_cut_of_a_batch(mean, shifted, weigh
                 "labels": part_labels,
                 **({} if weights is None else {objectives.WEIGHTS: part_weights}),
             }
-            part_count = float(loss_count(batch, of))
+            part_count = float(loss_count(batch, definition))
             total += (
-                part_count * float(batch_loss({"logits": part_logits}, batch, of))
+                part_count * float(batch_loss({"logits": part_logits}, batch, definition))
                 if part_count
                 else 0.0
             )
@@ -243,7 +245,7 @@ def test_the_objective_is_the_same_for_every_cut_of_a_batch(mean, shifted, weigh
         assert total / count == pytest.approx(float(expected), rel=1e-6), sizes
 
 
-def test_what_a_micro_batch_weighs_is_what_its_loss_is_a_mean_over():
+def test_a_micro_batch_is_weighted_by_the_number_that_its_loss_is_a_mean_over():
     tokens = {
         "first": torch.zeros(50, 2),
         "labels": torch.tensor([[4, 1, -100], [-100, -100, -100], [1, 2, 3]]),
@@ -258,8 +260,8 @@ def test_what_a_micro_batch_weighs_is_what_its_loss_is_a_mean_over():
         assert float(loss_count({"pixels": torch.rand(5, 2)}, Objective(mean))) == 5
 
 
-def test_a_loss_is_told_from_the_cross_entropy_and_its_alignment():
-    logits, labels = uneven(False)
+def test_a_loss_is_compared_with_the_cross_entropy_of_a_given_shift():
+    logits, labels = uneven_batch(False)
     outputs = {True: logits[:, :-1], False: logits}
     for shifted, scores in outputs.items():
         wanted = labels[:, 1:] if shifted else labels
@@ -275,7 +277,7 @@ def test_a_loss_is_told_from_the_cross_entropy_and_its_alignment():
     )
 
 
-def test_the_probes_differ_in_the_first_label_alone():
+def test_the_probes_differ_only_in_the_first_label():
     without, with_first = shift_probes(
         {"labels": torch.full((2, 3), -100), "ids": torch.zeros(2, 3)}
     )
@@ -285,7 +287,7 @@ def test_the_probes_differ_in_the_first_label_alone():
         assert shift_probes({"labels": other}) is None
 
 
-def test_the_mean_over_examples_of_a_loss_that_does_not_tell_them_apart_is_refused():
+def test_the_mean_over_examples_is_refused_where_a_model_gives_one_loss_for_all():
     own, batch = {"loss": torch.tensor(1.0)}, {"labels": torch.ones(2, 3, dtype=torch.int64)}
     with pytest.raises(ValueError, match=r'"examples" needs .* gives one for 2 .*"tokens"'):
         batch_loss(own, batch, Objective("examples", own=True))

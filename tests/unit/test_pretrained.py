@@ -1,5 +1,7 @@
-"""What a model's configuration tells before it is loaded: classes, token types, an adapter's base,
-and whether it is causal.
+"""Checks of models and adapters, most of them before a model is loaded.
+
+A model's configuration gives its classes, its token types, whether it is causal, and the base of
+an adapter.
 """
 
 import json
@@ -27,14 +29,15 @@ from zods.cli.pretrained import Pretrained, find_model
 from zods.finetune import prepare_data
 
 SMALL = {
-    "vocab_size": 450, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16,
-    "d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 16, "n_embd": 16, "dim": 16, "hidden_dim": 16, "n_layers": 1,
-    "n_heads": 2, "emb_dim": 16, "embedding_size": 16, "num_key_value_heads": 2, "d_kv": 8, "d_ff": 16, "num_layers": 1,
+    "vocab_size": 450, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "intermediate_size": 16, "d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 16, "n_embd": 16,
+    "dim": 16, "hidden_dim": 16, "n_layers": 1, "n_heads": 2, "emb_dim": 16, "embedding_size": 16,
+    "num_key_value_heads": 2, "d_kv": 8, "d_ff": 16, "num_layers": 1,
 }  # fmt: skip
 
 
 def small(config_class, **settings):
-    """A configuration of a tiny model; sizes go by several names."""
+    """The configuration of a tiny model, with the sizes of SMALL that its type knows."""
     known = config_class().to_dict().keys() | set(config_class.attribute_map)
     return config_class(**{key: value for key, value in SMALL.items() if key in known} | settings)
 
@@ -44,7 +47,7 @@ def options(model, **given):
 
 
 class OneProcess:
-    """The part of an engine that `check_causal` uses."""
+    """A substitute for the engine, with the method that `check_causal` calls."""
 
     def __init__(self, model):
         self.model = model.eval()
@@ -73,7 +76,7 @@ class OneProcess:
         (hf.XLMConfig, False),
     ],
 )
-def test_token_types_go_to_models_in_which_they_are_no_words(config_class, has_types):
+def test_token_types_go_to_models_that_do_not_embed_them_as_words(config_class, has_types):
     config = small(config_class)
     assert Pretrained("x", config, None).has_token_types == (
         has_types and getattr(config, "type_vocab_size", 2) > 1
@@ -82,21 +85,21 @@ def test_token_types_go_to_models_in_which_they_are_no_words(config_class, has_t
     ids = torch.arange(5, 13)[None]
     if not Pretrained("x", config, None).has_token_types:
         return
-    with torch.no_grad():  # what is given is used, and no word of the vocabulary
+    with torch.no_grad():  # the types are used, and not embedded as words
         zero, one = (
             model(input_ids=ids, token_type_ids=torch.full_like(ids, kind))[0] for kind in (0, 1)
         )
         plain = model(input_ids=ids)[0]
     assert torch.allclose(zero, plain, atol=1e-6)
-    # XLNet's are relative
+    # XLNet compares the types of two tokens, so the same type everywhere changes nothing
     assert config_class is hf.XLNetConfig or not torch.allclose(one, zero, atol=1e-6)
 
 
-def test_token_types_go_to_funnel_which_has_no_size_of_a_type_vocabulary():
+def test_token_types_go_to_funnel_whose_configuration_has_no_type_vocab_size():
     assert Pretrained("x", hf.FunnelConfig(), None).has_token_types
 
 
-def test_class_names_are_those_of_a_head_in_its_order():
+def test_class_names_are_those_of_the_models_head_in_its_order():
     names = {0: "c", 1: "b", 2: "a"}
     head = {"architectures": ["BertForSequenceClassification"]}
 
@@ -177,15 +180,15 @@ def test_a_model_is_causal_where_later_tokens_do_not_change_earlier_predictions(
             check_causal(*arguments)
 
 
-def test_an_encoder_decoder_is_refused_in_one_line():
+def test_an_encoder_decoder_is_refused_with_an_error_of_one_line():
     with pytest.raises(
         ValueError, match=r"encoder-decoder model of type t5, .*no AutoModelForCausalLM"
-    ) as told:
+    ) as caught:
         check_kind(Pretrained("m", small(hf.T5Config), None), make_task("instruction"))
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(caught.value)
 
 
-def test_an_adapter_leads_to_its_base_and_takes_no_new_adapters(tmp_path):
+def test_an_adapter_names_its_base_and_cannot_get_a_new_adapter(tmp_path):
     peft = pytest.importorskip("peft")
     small(hf.LlamaConfig).save_pretrained(tmp_path / "base")
     peft.LoraConfig(base_model_name_or_path=str(tmp_path / "base")).save_pretrained(
@@ -206,9 +209,9 @@ def test_an_adapter_whose_base_cannot_be_read_is_an_error_of_one_line_that_names
     peft.LoraConfig(base_model_name_or_path=base).save_pretrained(tmp_path)
     with pytest.raises(
         ValueError, match=rf"{tmp_path}: its adapter_config.json names .*{base or 'no base model'}"
-    ) as told:
+    ) as caught:
         find_model(options(tmp_path))
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -216,9 +219,9 @@ def test_an_adapter_whose_base_cannot_be_read_is_an_error_of_one_line_that_names
 )
 def test_a_configuration_that_cannot_be_read_is_an_error_of_one_line(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
-    with pytest.raises(ValueError, match=f"--model {tmp_path}: ") as told:
+    with pytest.raises(ValueError, match=f"--model {tmp_path}: ") as caught:
         find_model(options(tmp_path))
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_truncated_file_of_weights_is_named_before_the_model_is_loaded(tmp_path):
@@ -233,7 +236,7 @@ def test_a_truncated_file_of_weights_is_named_before_the_model_is_loaded(tmp_pat
 @pytest.mark.parametrize(
     "config_class", [hf.LlamaConfig, hf.Olmo2Config, hf.Phi3Config, hf.DistilBertConfig]
 )
-def test_adapters_are_put_into_every_type_of_model_and_the_head_is_trained_whole(config_class):
+def test_adapters_are_added_to_every_type_of_model_and_the_whole_head_is_trained(config_class):
     pytest.importorskip("peft")
     task = make_task("classification", "bert")
     arguments = options("m", lora_rank=2)
@@ -253,7 +256,7 @@ def test_adapters_are_put_into_every_type_of_model_and_the_head_is_trained_whole
         )
 
 
-def test_adapters_go_into_the_modules_that_are_named_and_an_unknown_one_is_an_error():
+def test_adapters_are_added_to_the_named_modules_and_an_unknown_name_is_an_error():
     pytest.importorskip("peft")
     task = make_task("instruction")
 
@@ -274,9 +277,11 @@ def test_adapters_go_into_the_modules_that_are_named_and_an_unknown_one_is_an_er
         trained("up_proj", "o_prj")
 
 
-def save_adapter(folder, task, *, classes=2, task_type=None, whole=None, settings=None):
-    """A base without a head and an adapter on it (settings: default LoRA), in `folder`; returns
-    what `find_model` finds.
+def save_adapter(folder, task, *, classes=2, task_type=None, modules_to_save=None, settings=None):
+    """Save a base model without a head, and an adapter on it, in `folder`.
+
+    settings: the configuration of peft (default: LoRA on q_proj). Returns the result of
+    `find_model`.
     """
     peft = pytest.importorskip("peft")
     config = small(hf.LlamaConfig, pad_token_id=0)
@@ -285,7 +290,7 @@ def save_adapter(folder, task, *, classes=2, task_type=None, whole=None, setting
     model = task.auto_class().from_config(config)
     if settings is None:
         settings = peft.LoraConfig(
-            r=2, target_modules=["q_proj"], modules_to_save=whole, task_type=task_type
+            r=2, target_modules=["q_proj"], modules_to_save=modules_to_save, task_type=task_type
         )
     peft.get_peft_model(model, settings).save_pretrained(folder / "adapter")
     path = folder / "adapter" / "adapter_config.json"
@@ -299,7 +304,7 @@ def test_an_adapter_with_a_head_for_another_number_of_classes_is_refused_before_
     tmp_path, task_type
 ):
     task = make_task("classification", "bert")
-    found = save_adapter(tmp_path, task, classes=5, task_type=task_type, whole=["score"])
+    found = save_adapter(tmp_path, task, classes=5, task_type=task_type, modules_to_save=["score"])
     with pytest.raises(
         ValueError,
         match=r"adapter: its score.weight has the shape \(5, 16\), .*2 classes has \(2, 16\)",
@@ -307,7 +312,9 @@ def test_an_adapter_with_a_head_for_another_number_of_classes_is_refused_before_
         check_adapter(found, task, False)
     (tmp_path / "fits").mkdir()
     check_adapter(
-        save_adapter(tmp_path / "fits", task, task_type=task_type, whole=["score"]), task, False
+        save_adapter(tmp_path / "fits", task, task_type=task_type, modules_to_save=["score"]),
+        task,
+        False,
     )
 
 
@@ -323,23 +330,23 @@ def test_an_adapter_for_another_kind_of_task_is_refused_before_the_model_is_load
         for name in (trained, wanted)
     }
     found = save_adapter(tmp_path, tasks[trained], task_type=task_type)
-    with pytest.raises(ValueError, match=rf"is {task_type}, but --task {wanted} needs") as told:
+    with pytest.raises(ValueError, match=rf"is {task_type}, but --task {wanted} needs") as caught:
         check_adapter(found, tasks[wanted], False)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(caught.value)
     check_adapter(found, tasks[trained], False)
 
 
 def test_an_adapter_without_the_head_that_its_base_lacks_is_refused(tmp_path):
     task = make_task("classification", "bert")
-    for whole in (None, ["score"]):
-        folder = tmp_path / str(whole)
+    for modules_to_save in (None, ["score"]):
+        folder = tmp_path / str(modules_to_save)
         folder.mkdir()
-        found = save_adapter(folder, task, whole=whole)
+        found = save_adapter(folder, task, modules_to_save=modules_to_save)
         check_adapter(found, task, False)
         model, info = task.auto_class().from_pretrained(
             found.base, output_loading_info=True, **task.model_kwargs()
         )
-        if whole is not None:
+        if modules_to_save is not None:
             adapters.with_trained_adapter(model, found.adapter, set(info["missing_keys"]))
             continue
         with pytest.raises(
@@ -348,15 +355,15 @@ def test_an_adapter_without_the_head_that_its_base_lacks_is_refused(tmp_path):
             adapters.with_trained_adapter(model, found.adapter, set(info["missing_keys"]))
 
 
-def test_an_adapter_of_a_base_of_another_width_is_refused_in_one_line(tmp_path):
+def test_an_adapter_for_a_base_of_another_width_is_refused_with_an_error_of_one_line(tmp_path):
     task = make_task("classification", "bert")
     found = save_adapter(tmp_path, task)
     wider = task.auto_class().from_config(small(hf.LlamaConfig, hidden_size=32, pad_token_id=0))
     with pytest.raises(
         ValueError, match=r"adapter's weights do not fit its base model: RuntimeError"
-    ) as told:
+    ) as caught:
         adapters.with_trained_adapter(wider, found.adapter, set())
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(caught.value)
 
 
 def prepared_for(config, tokenizer, folder):
@@ -374,7 +381,7 @@ def prepared_for(config, tokenizer, folder):
     return task, list(train)
 
 
-def test_data_prepared_for_a_head_have_ids_in_its_order(tmp_path):
+def test_data_prepared_for_a_pretrained_head_have_label_ids_in_its_order(tmp_path):
     names = {0: "fine", 1: "dull"}
     config = small(hf.BertConfig, id2label=names, architectures=["BertForSequenceClassification"])
     task, rows = prepared_for(config, make_tokenizer("bert"), tmp_path)
@@ -382,8 +389,8 @@ def test_data_prepared_for_a_head_have_ids_in_its_order(tmp_path):
     assert [row["answer"] for row in rows] == [1, 0, 1, 0]
 
 
-def test_data_prepared_for_a_model_have_token_types_only_where_it_tells_segments_apart(tmp_path):
-    tokenizer = make_tokenizer("bert")  # which gives them
+def test_data_prepared_for_a_model_have_token_types_only_where_it_embeds_them(tmp_path):
+    tokenizer = make_tokenizer("bert")  # this tokenizer gives token types
     assert "token_type_ids" in prepared_for(small(hf.BertConfig), tokenizer, tmp_path)[1][0]
     assert "token_type_ids" not in prepared_for(small(hf.GPT2Config), tokenizer, tmp_path)[1][0]
 
@@ -398,9 +405,10 @@ def test_data_prepared_for_a_model_are_padded_with_a_token_that_it_embeds(tmp_pa
     assert batch["input_ids"].max() < size
 
 
-def test_an_adapter_leaves_the_compilers_as_they_are(tmp_path, monkeypatch):
-    """BOFT's too, for which peft builds an extension with gcc: DeepSpeed's operators would be built
-    anew with it.
+def test_loading_an_adapter_leaves_the_compiler_variables_as_they_are(tmp_path, monkeypatch):
+    """peft sets CC and CXX to gcc when it builds the extension of BOFT.
+
+    With them, DeepSpeed would build its operators again.
     """
     peft = pytest.importorskip("peft")
     task = make_task("classification", "bert")

@@ -1,6 +1,4 @@
-"""Commands that the documents show can be given: their files exist, and their options are ones that
-are read.
-"""
+"""The commands that the documents show work: their files exist, and their options are known."""
 
 from __future__ import annotations
 
@@ -20,7 +18,7 @@ REQUIRED = ("--deepspeed_config", "c", "--model", "m", "--output_dir", "o", "--t
 
 
 def commands(document: str) -> list[str]:
-    """Indented and quoted lines of commands, each with its continuation lines, without comments."""
+    """The indented and the quoted commands of a document, on one line each, without comments."""
     text = (REPOSITORY / document).read_text().replace("\\\n", " ")
     indented = re.findall(r"^ {4,}((?:deepspeed|bash|python|torchrun) .*)$", text, re.MULTILINE)
     quoted = re.findall(r"`([A-Z_]+=\S+ )?((?:deepspeed|bash|python|torchrun) [^`]+)`", text)
@@ -36,9 +34,7 @@ SHOWN = [
 
 
 def arguments_after(words: list[str], name: str) -> list[str]:
-    """The options behind `name`, without what stands for anything ("...") or for optional parts
-    ("[--until STEP]").
-    """
+    """The words after `name`, without "..." and without the brackets of "[--until STEP]"."""
     return [word.strip("[]") for word in words[words.index(name) + 1 :] if word != "..."]
 
 
@@ -47,7 +43,7 @@ def shown_run_file() -> str:
     return (REPOSITORY / "README.md").read_text().partition("```yaml\n")[2].partition("```")[0]
 
 
-def test_the_shown_run_file_says_what_the_first_shown_command_says(tmp_path: Path):
+def test_the_shown_run_file_gives_the_same_arguments_as_the_first_shown_command(tmp_path: Path):
     (tmp_path / "run.yaml").write_text(shown_run_file())
     command = next(shown for shown in commands("README.md") if "zods.finetune" in shown)
     given = arguments_after(shlex.split(command), "zods.finetune")
@@ -66,16 +62,16 @@ def test_the_documents_show_commands():
 @pytest.mark.parametrize("command", SHOWN)
 def test_files_of_shown_commands_exist(command: str):
     words = shlex.split(command)
-    shown_in_its_folder = {path.name for path in (REPOSITORY / "launch" / "quickstart").iterdir()}
+    quickstart_files = {path.name for path in (REPOSITORY / "launch" / "quickstart").iterdir()}
     for word in words:
         if re.fullmatch(r"[\w/]+\.(py|sh|json)", word) and not word.startswith("runs/"):
-            assert (REPOSITORY / word).exists() or word in shown_in_its_folder, word
+            assert (REPOSITORY / word).exists() or word in quickstart_files, word
 
 
 @pytest.mark.parametrize(
     "command", [shown for shown in SHOWN if "zods.finetune" in shown.values[0]]
 )
-def test_options_of_shown_finetune_commands_are_read(
+def test_options_of_shown_finetune_commands_are_parsed(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     (tmp_path / "run.yaml").write_text(shown_run_file())
@@ -91,26 +87,27 @@ def test_options_of_shown_finetune_commands_are_read(
 @pytest.mark.parametrize(
     "command", [shown for shown in SHOWN if "zods.trajectory" in shown.values[0]]
 )
-def test_options_of_shown_trajectory_commands_are_read(
+def test_options_of_shown_trajectory_commands_are_parsed(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    # where the files it names are not: an error, but not one of the options
+    # In this folder the files of the command are missing, so main returns 2. An unknown option
+    # would raise SystemExit.
     monkeypatch.chdir(tmp_path)
     given = arguments_after(shlex.split(command), "zods.trajectory")
     assert trajectory(["1" if word == "STEP" else word for word in given]) == 2
 
 
-def test_the_quickstarts_command_is_read():
+def test_the_command_of_the_quickstart_is_parsed():
     text = (REPOSITORY / "launch" / "quickstart" / "train.sh").read_text().replace("\\\n", " ")
     command = re.search(r'zods\.finetune (.*) "\$@"', text)
     assert command is not None
     assert parse_arguments(shlex.split(command[1])).task.task == "prompted"
 
 
-def test_the_helps_example_is_read(
+def test_the_example_of_the_help_is_parsed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setenv("COLUMNS", "10000")  # no line is broken
+    monkeypatch.setenv("COLUMNS", "10000")  # wide enough that argparse breaks no line
     with pytest.raises(SystemExit):
         parse_arguments(["--help"])
     words = shlex.split(capsys.readouterr().out.partition("Example: ")[2])

@@ -1,5 +1,6 @@
-"""Schedulers of the configuration: every class of torch and DeepSpeed follows lr, or is refused
-before the start.
+"""Learning-rate schedulers of the configuration.
+
+Every scheduler class of torch and DeepSpeed follows lr, or is refused before the start.
 """
 
 import inspect
@@ -16,7 +17,7 @@ from zods.config.schedules import (
     with_provisional_length,
 )
 
-NEEDED = {  # parameters without a default, and those that keep the schedules of this test short
+NEEDED = {  # parameters without a default, and parameters that shorten the schedules
     "CosineAnnealingLR": {"T_max": 5},
     "CosineAnnealingWarmRestarts": {"T_0": 3},
     "CyclicLR": {"base_lr": "auto", "step_size_up": 3},
@@ -30,7 +31,7 @@ NEEDED = {  # parameters without a default, and those that keep the schedules of
     "OneCycle": {"cycle_min_lr": "auto", "cycle_first_step_size": 3},
     "LRRangeTest": {"lr_range_test_step_size": 2},
 }
-# made of functions or other schedulers
+# made of functions or of other schedulers, which JSON cannot hold
 OBJECTS = (
     "ChainedScheduler",
     "LambdaLR",
@@ -78,10 +79,10 @@ def step_sizes(name: str, lr: float, **params) -> list[float]:
 def test_every_schedule_scales_with_lr(name):
     sizes = step_sizes(name, 0.25)
     assert step_sizes(name, 0.5) == pytest.approx([2 * size for size in sizes]), (
-        "it has a step size of its own"
+        "the schedule has its own step size"
     )
-    if name != "LRRangeTest":  # which grows from lr until training fails: that is its purpose
-        assert max(sizes) <= 0.25 * (1 + 1e-9)  # some are products of rounded factors
+    if name != "LRRangeTest":  # it grows from lr on purpose, until training fails
+        assert max(sizes) <= 0.25 * (1 + 1e-9)  # some schedules multiply rounded factors
 
 
 @pytest.mark.parametrize("name", [*OBJECTS, *WITH_ARGUMENT])
@@ -114,7 +115,7 @@ PEAKS = [
 
 
 @pytest.mark.parametrize(("name", "key"), PEAKS)
-def test_a_peak_that_is_another_number_than_lr_is_refused_with_both(name, key):
+def test_a_peak_that_differs_from_lr_is_refused_and_both_are_named(name, key):
     assert key not in NEEDED[name]
     read_config(config(name, 3e-4, **{key: 3e-4}), 1)
     with pytest.raises(
@@ -128,7 +129,7 @@ def test_a_peak_that_is_another_number_than_lr_is_refused_with_both(name, key):
     ("name", "key"),
     [("WarmupLR", "warmup_min_lr"), ("CosineAnnealingLR", "eta_min"), ("OneCycle", "cycle_min_lr")],
 )
-def test_a_floor_above_lr_is_refused_with_both(name, key):
+def test_a_floor_above_lr_is_refused_and_both_are_named(name, key):
     read_config(config(name, 1e-3, **{key: 1e-4}), 1)
     with pytest.raises(
         ValueError,
@@ -154,7 +155,7 @@ def test_a_schedule_follows_the_optimizer_of_a_first_order_run_in_the_same_way()
 
 
 @pytest.mark.parametrize(
-    ("name", "params", "said"),
+    ("name", "params", "message"),
     [
         ("WarmupLr", {}, "scheduler.type: found 'WarmupLr'"),
         ("Optimizer", {}, "scheduler.type: found 'Optimizer'"),
@@ -165,10 +166,12 @@ def test_a_schedule_follows_the_optimizer_of_a_first_order_run_in_the_same_way()
         ("CosineAnnealingLR", {"T_max": 0}, "CosineAnnealingLR refused"),
     ],
 )
-def test_a_scheduler_that_cannot_be_made_is_refused_with_the_configuration(name, params, said):
+def test_a_scheduler_that_cannot_be_made_is_refused_when_the_configuration_is_read(
+    name, params, message
+):
     with pytest.raises(ValueError, match=r"^scheduler") as caught:
         read_config(config(name, 1e-4, **params), 1)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -195,11 +198,11 @@ def test_a_cycle_that_ends_above_zero_may_be_shorter_than_the_run():
     read_config(config("OneCycle", 1e-4, cycle_min_lr=1e-5), 1, total_steps=100)
 
 
-def test_with_a_provisional_length_the_rest_of_a_configuration_is_checked_before_the_steps_are_known():
+def test_a_provisional_length_lets_a_configuration_be_checked_before_the_steps_are_known():
     source = config("WarmupDecayLR", 1e-4, total_num_steps="auto")
     read_config(with_provisional_length(source), 1)
     assert source["scheduler"]["params"]["total_num_steps"] == "auto"
     source["zeroth_order"]["epss"] = 1
-    with pytest.raises(ValueError, match="epss") as told:
+    with pytest.raises(ValueError, match="epss") as caught:
         read_config(with_provisional_length(source), 1)
-    assert "auto" not in str(told.value)
+    assert "auto" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""Quotas, and the dealing out of what was chosen."""
+"""Quotas of sources, and division of the chosen examples among ranks and micro-batches."""
 
 import pytest
 from hypothesis import given
@@ -13,7 +13,7 @@ SIZES = st.dictionaries(st.sampled_from("abcdefgh"), st.integers(0, 40), min_siz
 
 
 def test_small_sources_are_kept_whole_and_the_others_share_the_rest():
-    # mean 25: c and d are below it and stay; 50 - 6 = 44 are shared 60 : 34
+    # The mean size is 25. c and d are smaller and kept whole. a and b share 50 - 6 = 44 as 60 : 34.
     assert quotas_of({"a": 60, "b": 34, "c": 4, "d": 2}, 50) == {"a": 28, "b": 16, "c": 4, "d": 2}
 
 
@@ -35,20 +35,20 @@ def test_quotas_fit_the_sources_and_fill_the_budget(sizes: dict[str, int], budge
 
 
 @given(SIZES, st.dictionaries(st.sampled_from("abcdefgh"), st.integers(0, 40)))
-def test_quotas_asked_for_are_met_where_there_are_as_many(
-    sizes: dict[str, int], asked: dict[str, int]
+def test_requested_quotas_are_met_where_the_sources_are_large_enough(
+    sizes: dict[str, int], wanted: dict[str, int]
 ):
-    quotas = capped_quotas(asked, sizes)
-    assert sum(quotas.values()) == min(sum(asked.values()), sum(sizes.values()))
+    quotas = capped_quotas(wanted, sizes)
+    assert sum(quotas.values()) == min(sum(wanted.values()), sum(sizes.values()))
     assert all(
-        min(asked.get(name, 0), sizes[name]) <= quotas[name] <= sizes[name] for name in sizes
+        min(wanted.get(name, 0), sizes[name]) <= quotas[name] <= sizes[name] for name in sizes
     )
-    if all(asked.get(name, 0) <= sizes[name] for name in sizes) and set(asked) <= set(sizes):
-        assert quotas == {name: asked.get(name, 0) for name in sorted(sizes)}
+    if all(wanted.get(name, 0) <= sizes[name] for name in sizes) and set(wanted) <= set(sizes):
+        assert quotas == {name: wanted.get(name, 0) for name in sorted(sizes)}
 
 
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=9).filter(sum), st.data())
-def test_the_largest_remainders_get_what_is_left(sizes: list[int], data: st.DataObject):
+def test_the_largest_remainders_get_the_rest_of_the_budget(sizes: list[int], data: st.DataObject):
     budget = data.draw(st.integers(0, sum(sizes)))
     shares = largest_remainder(sizes, budget)
     assert shares == reference.largest_remainder(sizes, budget)
@@ -76,10 +76,8 @@ def test_every_example_is_dealt_once_and_no_micro_batch_overflows(
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_ranks_get_as_many_tokens(ranks: int):
-    """Lengths as skewed as they get: each rank's tokens are within one part in twenty of the
-    mean's.
-    """
+def test_ranks_get_nearly_the_same_number_of_tokens(ranks: int):
+    """For very uneven lengths, the number of tokens of each rank is within 5% of the mean."""
     tokens = [1 + (37 * i * i) % 400 for i in range(64)]
     dealt = deal(tokens, ranks, 64 // ranks // 4, 4)
     loads = [sum(tokens[index] for batch in rank for index in batch) for rank in dealt]

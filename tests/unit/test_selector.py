@@ -1,4 +1,4 @@
-"""The policy on candidates whose features are given."""
+"""The selector on candidates with given features."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def selector(budget: int = 20, seed: int = 1, **options) -> Selector:
     return Selector(parse_selector({"candidates": 40, **options}, "selector"), budget, seed=seed)
 
 
-def test_small_sources_are_kept_and_the_others_chosen_by_facility_location():
+def test_small_sources_are_kept_whole_and_facility_location_chooses_from_the_others():
     batch = batch_of()
     indices, weights, report = selector().select(batch)
     sizes = {name: batch.sources.count(name) for name in "abcd"}
@@ -50,7 +50,7 @@ def test_small_sources_are_kept_and_the_others_chosen_by_facility_location():
         assert sorted(expected) == [index for index in indices if batch.sources[index] == name]
 
 
-def test_cluster_weights_count_what_each_stands_for():
+def test_cluster_weights_count_the_candidates_that_each_choice_represents():
     batch = batch_of()
     indices, weights, report = selector(weights="cluster").select(batch)
     assert sum(weights) == 40
@@ -63,7 +63,7 @@ def test_cluster_weights_count_what_each_stands_for():
             assert of_source == [1.0] * 4
 
 
-def test_without_a_column_clusters_of_features_are_the_sources():
+def test_without_a_source_column_clusters_of_features_are_the_sources():
     centres = torch.tensor([[0.0, 0], [50, 0], [0, 50]]).repeat_interleave(
         torch.tensor([20, 17, 3]), 0
     )
@@ -82,18 +82,20 @@ def test_without_a_column_clusters_of_features_are_the_sources():
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("weights", ["uniform", "cluster"])
 @pytest.mark.parametrize("sources", ["aaaabbbcd", None])
-def test_every_strategy_chooses_the_budget_once_each_and_again_the_same(strategy, weights, sources):
+def test_every_strategy_chooses_the_budget_without_repetition_and_reproducibly(
+    strategy, weights, sources
+):
     options = {"strategy": strategy, "weights": weights}
     batch = batch_of(sources=sources)
-    indices, of_each, report = selector(**options).select(batch)
+    indices, chosen_weights, report = selector(**options).select(batch)
     assert len(indices) == len(set(indices)) == sum(report.quotas.values()) == 20
     assert indices == sorted(indices)
-    assert len(of_each) == 20
-    assert math.isclose(sum(of_each), 40 if weights == "cluster" else 20)
+    assert len(chosen_weights) == 20
+    assert math.isclose(sum(chosen_weights), 40 if weights == "cluster" else 20)
     assert selector(**options).select(batch)[0] == indices
 
 
-def test_baselines_are_what_they_say():
+def test_baselines_choose_as_their_names_say():
     batch = batch_of()
     longest, _, _ = selector(strategy="longest").select(batch)
     assert min(batch.num_tokens[i] for i in longest) >= max(
@@ -107,7 +109,7 @@ def test_baselines_are_what_they_say():
     assert selector(strategy="random").select(batch)[2].quotas == {"all": 20}
 
 
-def test_selections_differ_from_step_to_step_and_follow_from_the_state():
+def test_selections_differ_from_step_to_step_and_are_determined_by_the_state():
     batch = batch_of()
     first = selector(strategy="random")
     chosen = [first.select(batch)[0] for _ in range(3)]
@@ -129,12 +131,12 @@ def test_warm_up_is_structured_random():
 def test_warm_up_counts_steps_not_selections():
     batch = batch_of()
     warm, plain = selector(warmup_steps=3, interval=2), selector(strategy="structured_random")
-    # steps 0 to 3
+    # two selections, which serve steps 0 to 3
     assert [warm.select(batch)[0] for _ in range(2)] == [plain.select(batch)[0] for _ in range(2)]
     assert warm.strategy == "greedy"
 
 
-def test_unusable_candidates_are_never_chosen_and_counted():
+def test_unusable_candidates_are_counted_and_never_chosen():
     batch = batch_of()
     batch.losses[[0, 1, 4, 7, 39]] = math.nan
     batch.losses[5] = math.inf
@@ -159,7 +161,7 @@ def test_only_sources_that_are_not_kept_whole_need_measuring():
     assert selector().plan(batch_of(sources=None))[1] == list(range(40))
 
 
-def test_what_a_source_lacks_after_measuring_goes_to_the_others():
+def test_other_sources_fill_the_quota_that_a_source_cannot_fill_after_measuring():
     batch = batch_of()
     quotas, _ = selector().plan(batch)
     of_b = [i for i in range(40) if batch.sources[i] == "b"]
@@ -168,11 +170,11 @@ def test_what_a_source_lacks_after_measuring_goes_to_the_others():
     assert report.quotas == {"a": 9, "b": 3, "c": 4, "d": 4}
 
 
-def test_quotas_of_the_configuration():
+def test_quotas_of_the_configuration_are_used():
     batch = batch_of()
-    asked = {"a": 15, "d": 5}
-    indices, _, report = selector(source_column="source", quotas=asked).select(batch)
-    # d has 4; what lacks goes to b, which has most left
+    requested = {"a": 15, "d": 5}
+    indices, _, report = selector(source_column="source", quotas=requested).select(batch)
+    # d has only 4 of the 5. b has the most candidates left, and fills the rest.
     assert report.quotas == {
         "a": 15,
         "b": 1,
@@ -182,11 +184,11 @@ def test_quotas_of_the_configuration():
     assert len(indices) == 20
 
 
-def test_sources_that_leave_nothing_are_said_once(caplog: pytest.LogCaptureFixture):
-    batch, chooser = batch_of(), selector(budget=8)
+def test_the_warning_that_no_source_is_kept_whole_is_given_once(caplog: pytest.LogCaptureFixture):
+    batch, chosen_selector = batch_of(), selector(budget=8)
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
-            report = chooser.select(batch)[2]
+            report = chosen_selector.select(batch)[2]
     assert report.quotas == {"a": 4, "b": 2, "c": 1, "d": 1}
     assert len([r for r in caplog.records if "no source is kept whole" in r.message]) == 1
 
@@ -195,7 +197,7 @@ class Matrix:
     ordinal, shape = 3, (4, 5)
 
 
-def test_features_of_the_paper_are_normalised_by_the_moments_of_the_chosen():
+def test_features_of_the_paper_are_normalised_by_the_moments_of_earlier_selections():
     features, z = PaperFeatures(Matrix(), top=20), {}
     for seed in (11, 12, 13):
         z[seed] = Direction().combine_(torch.empty(20), Matrix(), seeds=[seed], coefficients=[1.0])
@@ -233,5 +235,5 @@ def test_a_selector_with_features_of_the_paper_resumes_from_its_state():
     assert resumed.select(batch) == running.select(batch)
 
 
-def test_every_strategy_says_what_it_needs():
+def test_every_strategy_declares_what_it_needs():
     assert set(NEEDS) == set(STRATEGIES)

@@ -1,4 +1,4 @@
-"""The loss of a training forward is a number that can also be read as a model's outputs."""
+"""The loss of a training forward: a tensor that can also be read as a model's outputs."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ def loss() -> StepLoss:
     return torch.tensor(2.5).as_subclass(StepLoss)
 
 
-def test_what_names_the_loss_among_outputs_is_the_loss_itself(loss: StepLoss):
+def test_the_loss_among_the_outputs_is_the_loss_itself(loss: StepLoss):
     assert loss.loss is loss
     assert loss[0] is loss
     assert loss["loss"] is loss
     assert loss.mean() is loss
 
 
-def test_what_is_computed_from_the_loss_is_a_plain_tensor(loss: StepLoss):
+def test_values_computed_from_the_loss_are_plain_tensors(loss: StepLoss):
     total = torch.zeros(())
     total += loss
     found = [
@@ -53,7 +53,7 @@ def test_a_saved_loss_is_loaded_without_code_of_zods(loss: StepLoss):
     assert torch.load(file, weights_only=True)["loss"] == 2.5
 
 
-def test_outputs_that_training_does_not_give_are_refused_with_the_way_to_get_them(loss: StepLoss):
+def test_other_outputs_raise_an_error_that_says_how_to_get_them(loss: StepLoss):
     for kind, read in (
         (AttributeError, lambda: loss.logits),
         (IndexError, lambda: loss[1]),

@@ -1,4 +1,4 @@
-"""A run learns that it shall stop from SIGTERM and from the end of what launched it."""
+"""SIGTERM and the end of the launcher request that a run stops."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RUN = "import subprocess, sys; subprocess.run([sys.executable, *sys.argv[1:]])"
 
 @contextmanager
 def started(*command: str) -> Iterator[subprocess.Popen]:
-    """The process, in a session of its own that is killed at the end."""
+    """Start a process in a session of its own, and kill the session at the end."""
     process = subprocess.Popen(
         command, env=environment_of_ranks(), start_new_session=True, stdout=subprocess.DEVNULL
     )
@@ -44,7 +44,7 @@ def wait_for(file: Path) -> str:
 
 
 @pytest.mark.launched
-def test_sigterm_asks_and_a_second_one_changes_nothing(tmp_path: Path):
+def test_sigterm_requests_a_stop_and_a_second_one_changes_nothing(tmp_path: Path):
     with started(sys.executable, str(SCRIPT), str(tmp_path)) as process:
         wait_for(tmp_path / "listening")
         process.send_signal(signal.SIGTERM)
@@ -61,7 +61,9 @@ def test_a_forked_process_still_ends_on_sigterm(tmp_path: Path):
 
 
 @pytest.mark.launched
-def test_the_end_of_the_parent_asks_but_not_that_of_any_grandparent(tmp_path: Path):
+def test_the_end_of_the_parent_requests_a_stop_and_the_end_of_a_grandparent_does_not(
+    tmp_path: Path,
+):
     with started(sys.executable, "-c", RUN, "-c", RUN, str(SCRIPT), str(tmp_path)) as grandparent:
         listening = json.loads(wait_for(tmp_path / "listening"))
         grandparent.kill()

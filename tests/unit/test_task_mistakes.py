@@ -1,13 +1,20 @@
-"""A wrong setting, column, row or label is an error that names it, what was found and what is
-allowed.
-"""
+"""Errors of wrong settings, columns, rows and labels: what was found, and what is allowed."""
 
 import json
 import re
 
 import datasets
 import pytest
-from tiny_tasks import CLASSES, OF_MODEL, ORDERS, REVIEWS, WORDS, make_task, make_tokenizer, reviews
+from tiny_tasks import (
+    CLASSES,
+    MODEL_ARGUMENTS,
+    ORDERS,
+    REVIEWS,
+    WORDS,
+    make_task,
+    make_tokenizer,
+    reviews,
+)
 
 from zods.cli.options import DataArguments
 from zods.finetune import load_parts
@@ -142,15 +149,13 @@ def test_an_unlabelled_row_of_a_hub_dataset_is_an_error():
 def test_a_tokenizer_without_the_tokens_a_task_needs_is_an_error():
     tokenizer = make_tokenizer("bert")
     with pytest.raises(ValueError, match="no eos token"):
-        build_task("instruction", tokenizer, ORDERS, max_length=8, **OF_MODEL)
+        build_task("instruction", tokenizer, ORDERS, max_length=8, **MODEL_ARGUMENTS)
     tokenizer.pad_token = None
     with pytest.raises(ValueError, match="neither a pad token nor an eos token"):
-        build_task("classification", tokenizer, REVIEWS, max_length=8, **OF_MODEL)
+        build_task("classification", tokenizer, REVIEWS, max_length=8, **MODEL_ARGUMENTS)
 
 
-def test_mistakes_of_all_sources_are_told_at_once_by_the_lines_of_their_files(
-    tmp_path, monkeypatch
-):
+def test_mistakes_of_all_files_are_reported_at_once_with_their_lines(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     rows = [{"text": f"t{i}", "label": "ab"[i % 2]} for i in range(20)]
     bad = {
@@ -166,9 +171,9 @@ def test_mistakes_of_all_sources_are_told_at_once_by_the_lines_of_their_files(
     (tmp_path / "dev.csv").write_text('text,label\n"two\nlines",a\nfine,c\n,b\nfine,c\n')
     held_out = load_examples(file=tmp_path / "dev.csv", seed=0, keep_rows=True)
     task = make_task("classification", "bert", train)
-    with pytest.raises(ValueError, match="blank text") as told:
+    with pytest.raises(ValueError, match="blank text") as caught:
         check_rows(task, [(train, "train.jsonl, line"), (held_out, "dev.csv, line")])
-    parts = set(str(told.value).removesuffix(". Mend these rows or remove them").split("; "))
+    parts = set(str(caught.value).removesuffix(". Mend these rows or remove them").split("; "))
     assert "train.jsonl, line 6, 19: blank text in 'text'" in parts
     assert "train.jsonl, line 10: no text in column 'text'" in parts
     assert "train.jsonl, line 14, 15: no label in column 'label'" in parts
@@ -176,7 +181,7 @@ def test_mistakes_of_all_sources_are_told_at_once_by_the_lines_of_their_files(
     assert "dev.csv, line 4, 6: column 'label' has the label 'c'" in parts
 
 
-def test_a_missing_column_is_named_with_its_source_beside_the_mistakes_of_the_others():
+def test_a_missing_column_is_reported_together_with_the_mistakes_of_other_files():
     task = make_task("classification", "bert", reviews())
     with pytest.raises(
         ValueError,
@@ -185,7 +190,7 @@ def test_a_missing_column_is_named_with_its_source_beside_the_mistakes_of_the_ot
         check_rows(task, [(reviews(text=["a", ""]), "train.csv, line"), (ORDERS, "dev.csv, line")])
 
 
-def test_what_makes_training_and_validation_files_unreadable_is_told_together(tmp_path):
+def test_mistakes_of_training_and_validation_files_are_reported_together(tmp_path):
     (tmp_path / "train.csv").write_text("text,label\na,b,c\n")
     (tmp_path / "dev.json").write_text('{"rows": []}')
     files = DataArguments(
@@ -197,7 +202,7 @@ def test_what_makes_training_and_validation_files_unreadable_is_told_together(tm
         load_parts(files, seed=0)
 
 
-def test_one_text_among_the_labels_of_a_file_leaves_its_integers_labels():
+def test_integers_stay_labels_beside_a_label_that_is_no_integer():
     task = make_task("classification", "bert", reviews(label=[0, 1]))
     data = datasets.Dataset.from_dict({"text": ["a", "b", "c"], "label": ["0", "1", "one"]})
     with pytest.raises(ValueError, match=r"^row 2: column 'label' has the label 'one'"):
@@ -205,7 +210,7 @@ def test_one_text_among_the_labels_of_a_file_leaves_its_integers_labels():
     assert task.prepare(data.select([1, 0]))["answer"][:] == [1, 0]
 
 
-def test_a_value_that_is_no_text_is_named_where_the_rest_of_the_column_is(tmp_path, monkeypatch):
+def test_a_value_that_is_no_text_is_named_in_a_column_of_texts(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     rows = [{"instruction": "say one", "output": "one"}] * 4
     rows[2] = {"instruction": ["say", "two"], "output": "two"}
@@ -243,13 +248,13 @@ def test_escapes_of_a_template_are_read_as_in_python(written, read):
 @pytest.mark.parametrize(
     ("text", "found"), [(r"{a}\d{b}", r"\d"), ("{a}\\", "\\"), (r"\x41", r"\x"), (r"\\\{", r"\{")]
 )
-def test_another_escape_is_an_error_that_names_it(text, found):
+def test_an_unknown_escape_is_an_error_that_names_it(text, found):
     with pytest.raises(ValueError, match=re.escape(f"--template: found {found!r}, allowed are")):
         read_escapes(text, "--template")
 
 
 @pytest.mark.parametrize("name", ["classification", "prompted", "instruction"])
-def test_a_pad_token_that_the_model_does_not_embed_gives_way_to_one_that_it_does(name):
+def test_a_pad_token_that_the_model_does_not_embed_is_replaced_by_one_that_it_embeds(name):
     kind = "bert" if name == "classification" else "gpt2"
     task = make_task(name, kind)
     size = len(task.tokenizer)
@@ -262,7 +267,7 @@ def test_a_pad_token_that_the_model_does_not_embed_gives_way_to_one_that_it_does
         task.tokenizer,
         data,
         max_length=64,
-        **{**OF_MODEL, **settings, "num_embeddings": size},
+        **{**MODEL_ARGUMENTS, **settings, "num_embeddings": size},
     )
     rows = list(task.prepare(data))
     batch = task.collate(rows)
@@ -285,14 +290,14 @@ def test_a_token_of_the_data_beyond_the_embedding_is_named_with_both_sizes(name)
         check_token_ids(task.prepare(data), size, task.tokenizer)
 
 
-def test_the_classes_found_are_told_with_their_numbers(caplog):
+def test_the_classes_found_are_logged_with_their_counts(caplog):
     with caplog.at_level("INFO"):
         make_task("classification", dataset=reviews(label=["x", "y"]))
     assert "2 classes in column 'label': x (1), y (1)" in caplog.text
 
 
 @pytest.mark.parametrize(
-    ("name", "settings", "said"),
+    ("name", "settings", "message"),
     [
         (
             "classification",
@@ -317,14 +322,14 @@ def test_the_classes_found_are_told_with_their_numbers(caplog):
         ),
     ],
 )
-def test_all_wrong_columns_are_told_at_once_with_the_file_and_its_own_columns(
-    tmp_path, monkeypatch, name, settings, said
+def test_all_wrong_columns_are_reported_at_once_with_the_file_and_its_columns(
+    tmp_path, monkeypatch, name, settings, message
 ):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "train.jsonl").write_text('{"text": "a", "n": 1}')
     data = load_examples(file=tmp_path / "train.jsonl", seed=0, keep_rows=True)
     tokenizer = make_tokenizer("llama")
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         build_task(
-            name, tokenizer, data, max_length=8, **OF_MODEL, **settings, source="train.jsonl"
+            name, tokenizer, data, max_length=8, **MODEL_ARGUMENTS, **settings, source="train.jsonl"
         )

@@ -1,5 +1,6 @@
-"""Every format gives the same rows, and what cannot be read is an error that names the file and the
-line.
+"""Files and hub datasets of the tasks.
+
+Every format gives the same rows. The error of an unreadable file names the file and the line.
 """
 
 import csv
@@ -58,7 +59,7 @@ def test_parquet_gives_the_rows_it_was_made_of(tmp_path):
     assert load_examples(file=tmp_path / "data.parquet", seed=0).to_list() == ROWS
 
 
-def test_column_names_make_the_first_line_of_a_headerless_file_a_row(tmp_path):
+def test_with_column_names_the_first_line_of_a_file_is_a_row(tmp_path):
     path = write(tmp_path / "data.tsv", '"good\t1\nbad"\t0\n')
     rows = load_examples(file=path, column_names=["text", "label"], seed=0).to_list()
     assert rows == [{"text": '"good', "label": 1}, {"text": 'bad"', "label": 0}]
@@ -79,7 +80,8 @@ def test_column_names_make_the_first_line_of_a_headerless_file_a_row(tmp_path):
         (
             "a.csv",
             "a,b\nx,1\ny,2,3\n",
-            r"a\.csv, line 3: 3 fields\. Each row needs 2 fields, one for each name in the header \(a, b\)",
+            r"a\.csv, line 3: 3 fields\. Each row needs 2 fields, one for each name in the header "
+            r"\(a, b\)",
         ),
         ("a.csv", "a,b\n", r"a\.csv holds no examples"),
         ("a.jsonl", "", r"a\.jsonl holds no examples"),
@@ -143,7 +145,7 @@ def test_all_rows_that_cannot_be_read_are_named_by_line_at_once(tmp_path, name, 
 
 
 @pytest.mark.parametrize(
-    ("text", "keys", "way"),
+    ("text", "keys", "remedy"),
     [
         (
             '{"rows": [{"a": 1}, {"a": 2}], "version": 1}',
@@ -154,9 +156,10 @@ def test_all_rows_that_cannot_be_read_are_named_by_line_at_once(tmp_path, name, 
         ('{"0": {"a": 1},\n "1": {"a": 2}}', "'0', '1'", ""),
     ],
 )
-def test_a_json_file_that_is_one_object_is_refused_whatever_its_lines(tmp_path, text, keys, way):
+def test_a_json_file_that_is_one_object_is_refused_whatever_its_lines(tmp_path, text, keys, remedy):
     with pytest.raises(
-        ValueError, match=rf"one JSON object with the keys {keys}; a list of rows is needed.*{way}"
+        ValueError,
+        match=rf"one JSON object with the keys {keys}; a list of rows is needed.*{remedy}",
     ):
         load_examples(file=write(tmp_path / "a.json", text), seed=0)
 
@@ -204,9 +207,7 @@ def test_a_file_of_another_encoding_is_named_with_line_byte_and_conversion(
         load_examples(file=tmp_path / name, column_names=columns, seed=0)
 
 
-def test_quotes_of_a_tsv_are_undone_where_they_enclose_a_field_and_are_characters_elsewhere(
-    tmp_path, caplog
-):
+def test_quotes_of_a_tsv_are_removed_around_a_field_and_are_characters_elsewhere(tmp_path, caplog):
     lines = ['say "hi"\t0', '"all ""of"" it"\t1', '"so" he said\t0', "it's\t1", '"\t0', '""\t1']
     rows = load_examples(
         file=write(tmp_path / "a.tsv", "text\tlabel\n" + "\n".join(lines)), seed=0
@@ -225,12 +226,13 @@ def test_a_tsv_with_quoted_tabs_and_line_ends_is_read_back_as_csv_wrote_it(tmp_p
     assert not caplog.text
 
 
-def test_row_names_of_r_are_left_out_and_said(tmp_path, caplog):
+def test_row_names_written_by_r_are_dropped_with_a_warning(tmp_path, caplog):
     written = '"text","label"\n"1","Poor, but short",0\n"2","Good",1\n'
     rows = load_examples(file=write(tmp_path / "a.csv", written), seed=0).to_list()
     assert rows == [{"text": "Poor, but short", "label": 0}, {"text": "Good", "label": 1}]
     assert "is a row name and is left out" in caplog.text
-    with pytest.raises(ValueError, match=r"line 2, 3: 3 fields"):  # not unique: no names
+    # names that repeat are no row names
+    with pytest.raises(ValueError, match=r"line 2, 3: 3 fields"):
         load_examples(file=write(tmp_path / "b.csv", written.replace('"2"', '"1"')), seed=0)
 
 
@@ -239,7 +241,7 @@ DEEP = "[" * 200_000 + "]" * 200_000
 
 @pytest.mark.parametrize("extension", [".jsonl", ".json"])
 @pytest.mark.parametrize(
-    ("row", "said"),
+    ("row", "message"),
     [
         (
             '{"text": "smile \\ud83d", "label": 0}',
@@ -260,10 +262,10 @@ DEEP = "[" * 200_000 + "]" * 200_000
     ],
     ids=["text", "inner key", "column", "deep", "less deep", "row", "not text"],
 )
-def test_json_that_no_table_can_hold_is_named_with_its_line(tmp_path, extension, row, said):
+def test_json_that_no_table_can_hold_is_named_with_its_line(tmp_path, extension, row, message):
     rows = ['{"text": "a", "label": 0}', row]
     text = "\n".join(rows) if extension == ".jsonl" else "[" + ",\n".join(rows) + "]"
-    with pytest.raises(ValueError, match=rf"a{extension}, line 2: .*{said}"):
+    with pytest.raises(ValueError, match=rf"a{extension}, line 2: .*{message}"):
         load_examples(file=write(tmp_path / f"a{extension}", text), seed=0)
 
 
@@ -332,14 +334,14 @@ def test_nested_json_gets_one_type_over_all_rows(tmp_path):
     assert examples[2]["m"] is None
 
 
-def test_numbers_that_could_not_be_written_back_stay_text(tmp_path):
+def test_numbers_that_would_change_when_written_back_stay_text(tmp_path):
     text = f"zip,big,word,date\n01234,{2**63},nan,2020-01-01\n99999,1,1_000,2020-01-02\n"
     examples = load_examples(file=write(tmp_path / "a.csv", text), seed=0)
     assert examples[0] == {"zip": "01234", "big": str(2**63), "word": "nan", "date": "2020-01-01"}
 
 
 @pytest.mark.parametrize("name", ["a[1].csv", "a*.jsonl", "what?.tsv", "[x]*.parquet"])
-def test_a_path_is_a_path_and_no_pattern(tmp_path, name):
+def test_a_path_is_not_read_as_a_pattern(tmp_path, name):
     if name.endswith("parquet"):
         datasets.Dataset.from_list([{"a": 7}]).to_parquet(tmp_path / name)
     else:
@@ -348,14 +350,14 @@ def test_a_path_is_a_path_and_no_pattern(tmp_path, name):
     assert load_examples(file=tmp_path / name, seed=0).to_list() == [{"a": 7}]
 
 
-def test_a_changed_file_is_read_anew(tmp_path):
+def test_a_changed_file_is_read_again(tmp_path):
     for value in ("1", "2"):
         assert load_examples(file=write(tmp_path / "a.csv", f"a\n{value}\n"), seed=0)["a"][
             0
         ] == int(value)
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path):
+def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no file .*gone\.jsonl"):
         load_examples(file=tmp_path / "gone.jsonl", seed=0)
 
@@ -380,7 +382,7 @@ def test_column_names_for_a_format_that_has_its_own_are_an_error(tmp_path):
         load_examples(file=write(tmp_path / "a.jsonl", '{"a": 1}'), column_names=["a"], seed=0)
 
 
-def test_a_hub_dataset_out_of_reach_is_named_with_the_reason_and_the_remedy(monkeypatch):
+def test_an_unreachable_hub_dataset_is_named_with_the_reason_and_the_remedy(monkeypatch):
     def unreachable(name, config, split):
         assert (name, config, split) == ("nyu-mll/glue", "sst2", "train")
         raise ConnectionError("no route to the hub")
@@ -392,7 +394,7 @@ def test_a_hub_dataset_out_of_reach_is_named_with_the_reason_and_the_remedy(monk
         load_examples(dataset_name="nyu-mll/glue", dataset_config="sst2", seed=0)
 
 
-def test_a_folder_of_files_loads_by_its_name_with_the_split_asked_for(tmp_path):
+def test_a_folder_of_files_loads_by_its_name_with_the_requested_split(tmp_path):
     folder = tmp_path / "set"
     folder.mkdir()
     write(folder / "train.jsonl", '{"a": 1}')
@@ -403,7 +405,7 @@ def test_a_folder_of_files_loads_by_its_name_with_the_split_asked_for(tmp_path):
         load_examples(dataset_name=str(folder), split="dev", seed=0)
 
 
-def test_max_examples_draws_by_the_seed_and_not_the_first_ones(tmp_path):
+def test_max_examples_draws_examples_by_the_seed_and_not_the_first_ones(tmp_path):
     path = write(tmp_path / "a.jsonl", "\n".join(f'{{"a": {i}}}' for i in range(100)))
 
     def drawn(seed, max_examples=20):
@@ -416,7 +418,7 @@ def test_max_examples_draws_by_the_seed_and_not_the_first_ones(tmp_path):
 
 
 @pytest.mark.parametrize(("size", "count"), [(3, 3), (0.25, 3), (0.01, 1)])
-def test_held_out_and_the_rest_share_nothing_and_lose_nothing(size, count):
+def test_held_out_examples_and_the_rest_do_not_overlap_and_lose_no_example(size, count):
     dataset = datasets.Dataset.from_dict({"a": list(range(12))})
     rest, held_out = split_held_out(dataset, size, seed=3)
     assert len(held_out) == count
@@ -426,7 +428,7 @@ def test_held_out_and_the_rest_share_nothing_and_lose_nothing(size, count):
 
 
 @pytest.mark.parametrize("size", [0, 12, -1, 0.0, 1.0, 1.5])
-def test_a_held_out_size_that_leaves_a_side_empty_is_an_error(size):
+def test_a_held_out_size_that_leaves_one_part_empty_is_an_error(size):
     with pytest.raises(ValueError, match=f"cannot hold out {size} of 12"):
         split_held_out(datasets.Dataset.from_dict({"a": list(range(12))}), size, seed=0)
 

@@ -1,5 +1,6 @@
-"""Batches label what is to be learnt and nothing else; losses are transformers' own; ranks get the
-same rows.
+"""Tasks: prepared rows, batches, losses and metrics.
+
+Batches label only the answer. Losses equal those of transformers. All processes get the same rows.
 """
 
 import json
@@ -46,7 +47,7 @@ from zods.tasks.prompts import Template, tokenize_continuations
     "template",
     [TEMPLATE, "{text} It was{label}", "{text}\nIt was  {label}", "It was {text}:{label}"],
 )
-def test_the_label_word_and_only_it_is_labelled(kind, template):
+def test_only_the_label_word_is_labelled(kind, template):
     task = make_task("prompted", kind, template=template)
     batch = task.collate(list(task.prepare(REVIEWS)))
     assert [text.strip() for text in labelled_text(task, batch)] == [
@@ -63,7 +64,7 @@ def test_the_label_word_and_only_it_is_labelled(kind, template):
         assert ids[mask.bool()].tolist() == task.tokenizer(whole)["input_ids"]
 
 
-def test_the_response_and_the_end_of_sequence_are_labelled_and_nothing_else():
+def test_only_the_response_and_the_end_of_sequence_are_labelled():
     for kind in ("gpt2", "llama", "sentencepiece"):
         task = make_task("instruction", kind)
         batch = task.collate(list(task.prepare(ORDERS)))
@@ -79,7 +80,7 @@ def test_a_token_that_merges_prompt_and_answer_belongs_to_the_answer_for_all_wor
     assert [tokenizer.decode(answer) for answer in answers] == [f" gr{word}" for word in words]
 
 
-def test_padding_is_on_the_right_masked_and_not_labelled():
+def test_padding_is_on_the_right_and_is_masked_and_not_labelled():
     for name in ("prompted", "instruction"):
         task = make_task(name, "gpt2")
         rows = list(task.prepare(ORDERS if name == "instruction" else REVIEWS))
@@ -108,7 +109,7 @@ def test_classification_tokens_are_the_tokenizers_own_for_texts_and_pairs():
 
 
 @pytest.mark.parametrize("max_length", range(7, 14))
-def test_a_long_prompt_loses_its_left_and_keeps_bos_cue_and_answer(max_length, caplog):
+def test_a_long_prompt_is_cut_at_the_left_and_keeps_bos_cue_and_answer(max_length, caplog):
     task = make_task("prompted", max_length=max_length)
     longest = len(task.tokenizer(TEXTS[1] + "\nIt was terrible")["input_ids"])
     assert longest > 13
@@ -122,7 +123,7 @@ def test_a_long_prompt_loses_its_left_and_keeps_bos_cue_and_answer(max_length, c
     assert caplog.text.count("of 4 examples were cut") == 1
 
 
-def test_a_response_survives_its_prompt_and_is_cut_at_the_right_only_where_it_cannot_fit():
+def test_a_response_is_cut_after_its_prompt_at_the_right_and_only_where_it_cannot_fit():
     numbers = "one two three four five six"
     long = datasets.Dataset.from_dict(
         {"instruction": ["say " * 30 + "this"] * 2, "output": ["one", numbers * 9]}
@@ -130,7 +131,7 @@ def test_a_response_survives_its_prompt_and_is_cut_at_the_right_only_where_it_ca
     task = make_task("instruction", dataset=long, max_length=20)
     short, cut = task.collate(list(task.prepare(long)))["labels"]
     assert task.tokenizer.decode(short[short != -100]) == "one</s>"
-    assert (cut != -100).sum() == 20 - 1 - 9  # BOS, and a prompt of half the rest
+    assert (cut != -100).sum() == 20 - 1 - 9  # all but BOS and a prompt of half of the other tokens
     assert cut[-1] != task.tokenizer.eos_token_id
     for row in task.prepare(long):
         assert len(row["input_ids"]) == 20
@@ -150,13 +151,13 @@ def test_a_cut_example_keeps_bos_and_cue_whatever_the_length_of_its_response():
         assert prompt.endswith("s\nIt was:\n")
 
 
-def test_nothing_is_said_to_be_cut_where_nothing_was(caplog):
+def test_no_cut_is_reported_where_nothing_was_cut(caplog):
     for name, data in (("prompted", REVIEWS), ("classification", REVIEWS), ("instruction", ORDERS)):
         make_task(name, "bert" if name == "classification" else "llama").prepare(data)
     assert "were cut" not in caplog.text
 
 
-def test_training_and_evaluation_losses_are_the_ones_transformers_gives_row_by_row():
+def test_training_and_evaluation_losses_equal_those_of_transformers_row_by_row():
     for name, data in (("prompted", REVIEWS), ("instruction", ORDERS)):
         task, model = make_task(name), llama()
         rows = list(task.prepare(data))
@@ -202,7 +203,7 @@ def test_token_accuracy_counts_each_example_once_whatever_its_length():
     assert task.measure({"logits": logits}, inputs, targets)["accuracy"] == (1.0, 2)
 
 
-def test_classification_metrics_and_loss_are_the_ones_transformers_gives_after_a_round_trip(
+def test_classification_metrics_and_loss_equal_those_of_transformers_after_a_round_trip(
     tmp_path,
 ):
     tiny = {"num_labels": 4, "vocab_size": 450}
@@ -287,14 +288,14 @@ def test_label_ids_are_sorted_where_the_head_has_other_classes(head):
     assert task.model_kwargs()["id2label"] == {0: "bad", 1: "good"}
 
 
-def test_made_up_class_names_of_a_head_order_data_that_are_labelled_with_them():
-    names = [f"LABEL_{i}" for i in range(12)]  # which are in another order as text
+def test_default_class_names_of_a_head_order_the_labels_of_data_that_use_them():
+    names = [f"LABEL_{i}" for i in range(12)]  # sorted as text they have another order
     data = datasets.Dataset.from_dict({"text": names, "label": names[::-1]})
     task = make_task("classification", "bert", data, class_names=names)
     assert [row["answer"] for row in task.prepare(data)] == list(range(12))[::-1]
 
 
-def test_token_types_are_for_models_that_have_them():
+def test_only_models_that_embed_token_types_get_them():
     pairs = REVIEWS.add_column("second", ["why", "", "so what", "it was terrible"])
     with_types = make_task("classification", "bert", pairs, text_pair_column="second")
     without = make_task(
@@ -313,7 +314,7 @@ def test_token_types_are_for_models_that_have_them():
     }
 
 
-def test_braces_and_blank_optional_fields_of_a_template_are_text():
+def test_doubled_braces_of_a_template_are_text_and_one_of_its_fields_may_be_blank():
     data = datasets.Dataset.from_dict(
         {"q": ["two", "six"], "hint": ["", "say"], "a": ["one", "two"]}
     )
@@ -343,7 +344,7 @@ with open(output, "w") as file:
 
 
 @pytest.mark.launched
-def test_processes_that_prepare_the_same_data_at_once_get_the_same_rows_in_the_same_file(tmp_path):
+def test_processes_that_prepare_data_at_the_same_time_get_the_same_rows_in_the_same_file(tmp_path):
     REVIEWS.to_json(tmp_path / "reviews.jsonl")
     ORDERS.to_json(tmp_path / "orders.jsonl")
     here = Path(__file__).parent
@@ -365,7 +366,7 @@ def test_processes_that_prepare_the_same_data_at_once_get_the_same_rows_in_the_s
     assert all(file.startswith(str(tmp_path / "cache")) for file, _ in first)
 
 
-def test_a_change_of_the_tasks_code_makes_the_rows_anew(tmp_path, monkeypatch):
+def test_a_change_of_the_tasks_code_prepares_the_rows_again(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     ORDERS.to_parquet(tmp_path / "orders.parquet")
     data = load_examples(file=tmp_path / "orders.parquet", seed=0)

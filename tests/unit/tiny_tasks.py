@@ -1,4 +1,7 @@
-"""Tiny data, tokenizers and models for the tests of the tasks, made here: nothing is downloaded."""
+"""Tiny data, tokenizers and models for the tests of the tasks.
+
+All of them are made here; nothing is downloaded.
+"""
 
 import datasets
 import torch
@@ -30,8 +33,10 @@ WORDS = ["terrible", "great"]
 
 
 def make_tokenizer(kind):
-    """A tiny one: "gpt2" is byte-level BPE, "llama" the same with BOS, "sentencepiece" has word
-    marks, "bert" pairs.
+    """Make a tiny tokenizer.
+
+    kind: "gpt2" is byte-level BPE, and "llama" adds a BOS token to it. "sentencepiece" marks the
+    starts of words. "bert" is WordPiece, with token types for pairs of texts.
     """
     corpus = [*TEXTS, "It was great It was terrible say one two three four five six Area :"] * 5
     special = ["<s>", "</s>", "[PAD]", "[UNK]"]
@@ -66,8 +71,8 @@ def make_tokenizer(kind):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", bos_token="<s>")
 
 
-# what `build_task` is told of a model
-OF_MODEL = {
+# arguments of `build_task` that describe the model
+MODEL_ARGUMENTS = {
     "num_embeddings": None,
     "has_token_types": True,
     "class_names": None,
@@ -80,7 +85,11 @@ def make_task(name, kind="llama", dataset=None, max_length=64, **settings):
     if dataset is None:
         dataset = ORDERS if name == "instruction" else REVIEWS
     return build_task(
-        name, make_tokenizer(kind), dataset, max_length=max_length, **{**OF_MODEL, **settings}
+        name,
+        make_tokenizer(kind),
+        dataset,
+        max_length=max_length,
+        **{**MODEL_ARGUMENTS, **settings},
     )
 
 
