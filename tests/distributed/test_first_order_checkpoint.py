@@ -214,7 +214,7 @@ def test_old_checkpoints_are_removed_but_the_last_ones_and_the_one_just_written(
     assert run_ranks(2, rank_of_keepers, tmp_path) == [expected, expected]
 
 
-# --- checkpoints that a crash or a drive damaged ---------------------------------------------------
+# --- checkpoints that a crash or a drive damaged --------------------------------------------------
 
 
 def empty_latest(checkpoints: Path) -> None:

@@ -588,7 +588,8 @@ def test_batch_sizes_are_resolved_or_refused(ranks, given, expected):
 
 
 def test_batch_sizes_that_do_not_multiply_out_are_told_with_their_product():
-    refused(config(train_batch_size=24, train_micro_batch_size_per_gpu=4, gradient_accumulation_steps=2),
+    refused(config(train_batch_size=24, train_micro_batch_size_per_gpu=4,
+                   gradient_accumulation_steps=2),
             "found 24", "(4)", "(2)", "(2) = 16", world_size=2)  # fmt: skip
 
 

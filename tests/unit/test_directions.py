@@ -1,4 +1,4 @@
-"""Seeds of directions: unrelated where they must differ, the same for ever where they must agree."""
+"""Seeds of directions: unrelated where they must differ, and fixed where they must agree."""
 
 import itertools
 import subprocess
@@ -64,7 +64,8 @@ def test_directions_of_derived_seeds_are_uncorrelated():
     """
     keys = [("step", 0, 0), ("step", 0, 1), ("step", 1, 0), ("step_anchor", 0, 0), ("anchor", 0, 0)]
     z = torch.stack([
-        direction(20_000, seed=derive_seed(1, *key), distribution="gaussian", parameter=0, offset=0) for key in keys
+        direction(20_000, seed=derive_seed(1, *key), distribution="gaussian", parameter=0, offset=0)
+        for key in keys
     ])  # fmt: skip
     cosines = torch.corrcoef(z) - torch.eye(len(keys))
     assert cosines.abs().max() < 6 / 20_000**0.5

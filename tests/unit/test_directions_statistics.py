@@ -180,7 +180,8 @@ def test_many_small_updates_arrive_in_bfloat16_by_stochastic_rounding_only():
     for stochastic in (True, False):
         weight = before.clone()
         for step in range(500):
-            combine_(weight, weight=weight, seeds=[2], coefficients=[1e-6], distribution="rademacher", parameter=0, offset=0,
+            combine_(weight, weight=weight, seeds=[2], coefficients=[1e-6],
+                     distribution="rademacher", parameter=0, offset=0,
                      rounding_seed=step if stochastic else None)  # fmt: skip
         arrived[stochastic] = (
             torch.dot(weight.float() - before.float(), intent) / intent.square().sum()

@@ -172,8 +172,8 @@ def reference(**settings) -> tuple[DenseReference, list[dict]]:
     ]
     settings = {"eps": 1e-3, "lr": 0.02, "anchor_interval": 4, **settings}
     run = DenseReference(
-        named_parameters_of(whole), loss_of_module(whole, mean_loss), {"input": inputs, "labels": labels}, trainable,
-        **settings,
+        named_parameters_of(whole), loss_of_module(whole, mean_loss),
+        {"input": inputs, "labels": labels}, trainable, **settings,
     )  # fmt: skip
     return run, batches
 

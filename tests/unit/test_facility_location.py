@@ -12,7 +12,11 @@ from zods.selection.baselines import greedi, stochastic_greedy
 
 
 def random_features(seed: int, n: int, m: int) -> torch.Tensor:
-    """Clustered, on a coarse grid in every other case (many ties), with duplicates in every third."""
+    """Clustered features.
+
+    An odd seed puts them on a coarse grid, which makes many ties. A seed that is a multiple of 3
+    adds duplicates.
+    """
     generator = torch.Generator().manual_seed(seed)
     features = torch.randn(n, m, generator=generator) + 3 * torch.randint(
         0, 3, (n, 1), generator=generator

@@ -26,11 +26,18 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
         {"files", "config", "kernels", "core"},
         {"huggingface_hub", "safetensors", "torch", "tqdm", "transformers"},
     ),
-    "forward": ({"kernels", "core", "comm", "data", "params"}, {"deepspeed", "greenlet", "torch", "tqdm"}),
-    "selection": ({"config", "kernels", "core", "comm", "data", "params", "forward"}, {"deepspeed", "torch"}),
+    "forward": (
+        {"kernels", "core", "comm", "data", "params"},
+        {"deepspeed", "greenlet", "torch", "tqdm"},
+    ),
+    "selection": (
+        {"config", "kernels", "core", "comm", "data", "params", "forward"},
+        {"deepspeed", "torch"},
+    ),
     "training": (
         {
-            "files", "config", "kernels", "core", "comm", "data", "params", "trajectory", "forward", "selection",
+            "files", "config", "kernels", "core", "comm", "data", "params", "trajectory", "forward",
+            "selection",
         },
         {"deepspeed", "safetensors", "torch", "tqdm"},
     ),
@@ -156,7 +163,7 @@ def test_only_comm_reaches_torch_distributed(file: Path):
 
 
 def renames_and_syncs(tree: ast.AST) -> set[str]:
-    """The calls that rename or sync a file: of `os`, of `shutil`, and of a path with one argument."""
+    """The calls of `os`, of `shutil` and of a path with one argument that rename or sync a file."""
     reached = {f"{module}.{name}" for module, name in imported(tree)} | dotted_names(tree)
     methods = {
         f"path.{node.func.attr}"
@@ -258,7 +265,10 @@ def test_no_private_name_of_another_module_is_used(file: Path):
 
 @pytest.mark.launched
 def test_importing_zods_and_its_trajectory_imports_no_deepspeed():
-    code = "import sys, zods, zods.trajectory.__main__; sys.exit(str({'deepspeed', 'transformers'} & set(sys.modules)))"
+    code = (
+        "import sys, zods, zods.trajectory.__main__; "
+        "sys.exit(str({'deepspeed', 'transformers'} & set(sys.modules)))"
+    )
     ended = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False
     )
@@ -271,7 +281,7 @@ def test_the_package_itself_imports_only_what_users_import():
 
 
 def test_no_file_imports_a_module_of_tests():
-    """Shared helpers have modules of their own, so that a file of tests can be moved or run alone."""
+    """Shared helpers have their own modules, so that a file of tests can be moved or run alone."""
     found = []
     for path in sorted(PACKAGE.parent.glob("tests/**/*.py")):
         for node in ast.walk(ast.parse(path.read_text())):

@@ -21,12 +21,13 @@ from zods.kernels import DISTRIBUTIONS, combine_, direction, reference
 SEEDS, COEFFICIENTS = [1, 2**64 - 1, 0xDEADBEEF12345678], [1e-3, -0.7, 2.0]
 
 
-def by_reference(numel, dtype, *, weight=None, scale=1.0, seeds=(), coefficients=(), distribution="gaussian", parameter,
-                 offset, factors=None, dense=None, dense_coefficient=0.0, rounding_seed=None, mirror=None):  # fmt: skip
+def by_reference(numel, dtype, *, weight=None, scale=1.0, seeds=(), coefficients=(),
+                 distribution="gaussian", parameter, offset, factors=None, dense=None,
+                 dense_coefficient=0.0, rounding_seed=None, mirror=None):  # fmt: skip
     out = torch.empty(numel, dtype=dtype)
     rounded = torch.tensor([scale, dense_coefficient, *coefficients], dtype=torch.float32).tolist()
-    reference.combine_(out, mirror, weight, rounded[0], list(seeds), rounded[2:], distribution, parameter, offset,
-                       factors, dense, rounded[1], rounding_seed)  # fmt: skip
+    reference.combine_(out, mirror, weight, rounded[0], list(seeds), rounded[2:], distribution,
+                       parameter, offset, factors, dense, rounded[1], rounding_seed)  # fmt: skip
     return out
 
 
@@ -69,8 +70,8 @@ def test_fma_rounds_once():
     # Products of two odd multiples of 2^-12 are ties of float32; the sign of a far smaller c must
     # decide them.
     odd = 1 + (2 * torch.arange(512) + 1) * 2.0**-12
-    a, b, c = torch.cat([a, odd, odd, odd]), torch.cat([b, odd, odd, -odd]), torch.cat([c, *odd.new_tensor(
-        [[1e-30], [-1e-30], [1e-30]]).expand(3, 512)])  # fmt: skip
+    a, b, c = torch.cat([a, odd, odd, odd]), torch.cat([b, odd, odd, -odd]), torch.cat([
+        c, *odd.new_tensor([[1e-30], [-1e-30], [1e-30]]).expand(3, 512)])  # fmt: skip
     exact = torch.tensor(
         [fmaf(*abc) for abc in zip(a.tolist(), b.tolist(), c.tolist(), strict=True)]
     )
@@ -206,9 +207,11 @@ def test_cpp_and_reference_add_the_same_low_rank_matrix(cpp, numel, columns):
         rows = (offset + numel) // columns - offset // columns + 1
         factors = normal(rows * 3, 1).view(rows, 3), normal(3 * columns, 2).view(3, columns)
         for dtype, rounding_seed in ((torch.float32, None), (torch.bfloat16, 99)):
-            arguments = {"weight": normal(numel, 1, dtype), "scale": 0.99, "dense": normal(numel, 2, dtype),
-                         "dense_coefficient": -0.1, "seeds": [4], "coefficients": [0.5], "factors": factors,
-                         "parameter": 3, "offset": offset, "rounding_seed": rounding_seed}  # fmt: skip
+            arguments = {"weight": normal(numel, 1, dtype), "scale": 0.99,
+                         "dense": normal(numel, 2, dtype), "dense_coefficient": -0.1,
+                         "seeds": [4], "coefficients": [0.5], "factors": factors,
+                         "parameter": 3, "offset": offset,
+                         "rounding_seed": rounding_seed}  # fmt: skip
             expected = by_reference(numel, dtype, **arguments)
             assert torch.equal(
                 bits(combine_(torch.empty(numel, dtype=dtype), **arguments)), bits(expected)
@@ -232,8 +235,9 @@ def test_a_mirror_is_the_same_with_the_last_coefficient_negated(distribution, se
     numel, coefficients = 9001, COEFFICIENTS[: len(seeds)]
     mirrored = [*coefficients[:-1], -coefficients[-1]]
     for dtype in (torch.float32, torch.bfloat16):
-        arguments = {"weight": normal(numel, 4, dtype), "scale": 0.9, "seeds": seeds, "distribution": distribution,
-                     "parameter": 5, "offset": 2**34 - 4000}  # fmt: skip
+        arguments = {"weight": normal(numel, 4, dtype), "scale": 0.9, "seeds": seeds,
+                     "distribution": distribution, "parameter": 5,
+                     "offset": 2**34 - 4000}  # fmt: skip
         expected = [combine_(torch.empty(numel, dtype=dtype), coefficients=c, **arguments)
                     for c in (coefficients, mirrored)]  # fmt: skip
         mirror = torch.empty(numel, dtype=dtype)
@@ -408,7 +412,7 @@ def test_wrong_use_raises_before_anything_is_written(change, message):
 
 FINGERPRINT = """
 import hashlib, sys, warnings
-sys.modules["zods.kernels._cpu"] = None  # a kernel made ahead of time would hide what is tested here
+sys.modules["zods.kernels._cpu"] = None  # an ahead-of-time kernel would prevent the build
 from zods.kernels import DISTRIBUTIONS, backend, direction
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
@@ -422,8 +426,9 @@ print("RESULT", name, digest, len(messages), " ".join(messages).replace(chr(10),
 
 def start(folder: Path, **environment: str) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-c", FINGERPRINT], stdout=subprocess.PIPE, text=True, start_new_session=True,
-        cwd=Path(__file__).parents[2], env={**os.environ, "TORCH_EXTENSIONS_DIR": str(folder), **environment},
+        [sys.executable, "-c", FINGERPRINT], stdout=subprocess.PIPE, text=True,
+        start_new_session=True, cwd=Path(__file__).parents[2],
+        env={**os.environ, "TORCH_EXTENSIONS_DIR": str(folder), **environment},
     )  # fmt: skip
 
 

@@ -52,7 +52,10 @@ def side(seed: int, which: int) -> int:
 def test_z_of_a_matrix_is_the_product_of_two_gaussian_factors_over_the_root_of_the_rank(
     shape, rank, seed
 ):
-    """Tolerance: `rank` products of numbers below 7, each rounded twice by 2^-24, and the root's."""
+    """The tolerance covers the rounding of `rank` products and of the root.
+
+    The products are of numbers below 7, each rounded twice by 2^-24.
+    """
     parameter = Named(shape, 3)
     left = gaussian(shape[0] * rank, side(seed, 0), 3).view(-1, rank).double()
     right = gaussian(rank * shape[1], side(seed, 1), 3).view(rank, -1).double()

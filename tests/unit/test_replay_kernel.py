@@ -60,9 +60,11 @@ def some_sweeps(count: int, *, rounding: bool, directions: bool = True) -> list[
 
 def one_by_one(out, sweeps, *, factors=None, dense=None, **common):
     for s, sweep in enumerate(sweeps):
-        combine_(out, weight=out, scale=sweep.scale, seeds=sweep.seeds, coefficients=sweep.coefficients,
+        combine_(out, weight=out, scale=sweep.scale, seeds=sweep.seeds,
+                 coefficients=sweep.coefficients,
                  factors=None if factors is None else (factors[0][s], factors[1][s]),
-                 dense=dense if sweep.dense_coefficient != 0 else None, dense_coefficient=sweep.dense_coefficient,
+                 dense=dense if sweep.dense_coefficient != 0 else None,
+                 dense_coefficient=sweep.dense_coefficient,
                  rounding_seed=sweep.rounding_seed, **common)  # fmt: skip
     return out
 

@@ -158,7 +158,7 @@ class Recurrent(nn.Module):
 
 
 class ReadByTheParentToo(nn.Module):
-    """The child runs, and its weight is read outside of its forward as well: a manually tied head."""
+    """A model that runs a child and also reads its weight outside its forward: a tied head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -524,7 +524,7 @@ def test_an_interrupt_in_a_forward_leaves_every_stored_bit():
 
 
 def test_one_module_has_a_perturbed_copy_at_a_time(monkeypatch):
-    """Bytes of copies alive, watched at each new one: at most one module's, however deep the model."""
+    """Measure the bytes of live copies at each new copy: at most one module's, at any depth."""
     module, x = made(lambda: mlp(depth=12)), example()
     forward_at = perturbed_forward(module)
     memory: dict[int, tuple[StorageWeakRef, int]] = {}
