@@ -33,7 +33,7 @@ from zods.training.resume import CHECKPOINTS
 
 
 def rank_of_run(name: str, folder: Path) -> None:
-    """Make the run `name`, and write its log, a checkpoint where one is kept, and its last weights."""
+    """Make the run `name`. Write its log, its last weights, and a checkpoint where one is kept."""
     engine = build(name)
     engine.resume(folder)
     while engine.global_steps < STEPS:

@@ -38,8 +38,9 @@ def gpu():
     return gpu
 
 
-def check(gpu, numel, dtype, *, weight=None, scale=1.0, seeds=(), coefficients=(), distribution="gaussian", parameter=3,
-          offset=0, factors=None, dense=None, dense_coefficient=0.0, rounding_seed=None, mirror=False, in_place=False,
+def check(gpu, numel, dtype, *, weight=None, scale=1.0, seeds=(), coefficients=(),
+          distribution="gaussian", parameter=3, offset=0, factors=None, dense=None,
+          dense_coefficient=0.0, rounding_seed=None, mirror=False, in_place=False,
           same=lambda a, b: torch.equal(bits(a), bits(b))):  # fmt: skip
     """gpu.combine_ and, on the CPU, reference.combine_ write the same to `out` and the mirror."""
     scale, dense_coefficient, *coefficients = torch.tensor(
@@ -53,7 +54,8 @@ def check(gpu, numel, dtype, *, weight=None, scale=1.0, seeds=(), coefficients=(
         out = w if in_place else torch.empty(numel + 1, dtype=dtype, device=device)[1:]
         mirrored = torch.empty(numel, dtype=dtype, device=device) if mirror else None
         combine(out, mirrored, w, scale, list(seeds), coefficients, distribution, parameter, offset,
-                None if left is None else (left, right), d, dense_coefficient, rounding_seed)  # fmt: skip
+                None if left is None else (left, right), d, dense_coefficient,
+                rounding_seed)  # fmt: skip
         written.append([t.cpu() for t in (out, mirrored) if t is not None])
     assert all(same(*pair) for pair in zip(*written, strict=True))
 
@@ -72,7 +74,8 @@ def test_the_kernel_in_the_interpreter():
             "newer triton"
         )
     tests = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__], cwd=Path(__file__).parents[2],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+        cwd=Path(__file__).parents[2],
         env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert tests.returncode == 0, tests.stdout + tests.stderr
@@ -105,9 +108,10 @@ def test_triton_and_reference_add_the_same_low_rank_matrix(gpu, numel, columns):
     ):
         rows = (offset + numel) // columns - offset // columns + 1
         factors = normal(rows * 3, 1).view(rows, 3), normal(3 * columns, 2).view(3, columns)
-        check(gpu, numel, dtype, weight=normal(numel, 1, dtype), scale=0.99, dense=normal(numel, 2, dtype),
-              dense_coefficient=-0.1, seeds=[4], coefficients=[0.5], factors=factors, offset=offset,
-              rounding_seed=rounding_seed, mirror=mirror)  # fmt: skip
+        check(gpu, numel, dtype, weight=normal(numel, 1, dtype), scale=0.99,
+              dense=normal(numel, 2, dtype), dense_coefficient=-0.1, seeds=[4], coefficients=[0.5],
+              factors=factors, offset=offset, rounding_seed=rounding_seed,
+              mirror=mirror)  # fmt: skip
 
 
 def test_triton_and_reference_agree_over_many_gaussians(gpu):
@@ -139,7 +143,8 @@ def test_values_bfloat16_cannot_hold_and_subnormals_are_as_in_the_reference(gpu,
         )
         # a NaN of float32 may have any payload
         check(gpu, 450, torch.float32, weight=values, scale=scale,
-              same=lambda a, b: torch.equal(bits(a.nan_to_num(1.5)), bits(b.nan_to_num(1.5))))  # fmt: skip
+              same=lambda a, b: torch.equal(
+                  bits(a.nan_to_num(1.5)), bits(b.nan_to_num(1.5))))  # fmt: skip
     # any payload, any sign
     nans = torch.tensor([0x7FFF, -1, 0x7F81] * 300, dtype=torch.int16).view(torch.bfloat16)
     check(gpu, 900, torch.bfloat16, weight=nans, rounding_seed=rounding_seed)
@@ -148,7 +153,8 @@ def test_values_bfloat16_cannot_hold_and_subnormals_are_as_in_the_reference(gpu,
 @pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
 def test_gpu_tensors_are_served_by_triton(gpu):
     assert kernels._gpu_module() is gpu
-    made = [kernels.direction(9001, seed=5, distribution="gaussian", parameter=1, offset=7, device=device)
+    made = [kernels.direction(9001, seed=5, distribution="gaussian", parameter=1, offset=7,
+                              device=device)
             for device in ("cpu", DEVICE)]  # fmt: skip
     assert torch.equal(bits(made[0]), bits(made[1].cpu()))
 

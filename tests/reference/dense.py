@@ -145,7 +145,7 @@ class DenseReference:
             self.params[name] = self.params[name] - anchor_lr * grad
 
     def step(self, batch: Any) -> float:
-        """One step on `batch`, the global batch; returns the mean of the losses at theta +- eps z."""
+        """Make a step on the global batch. Returns the mean of the losses at theta +- eps z."""
         if self.method == "mezo_svrg" and self.steps % self.anchor_interval == 0:
             self.refresh()
         self.losses = []
@@ -167,7 +167,7 @@ class DenseReference:
 
 
 def named_parameters_of(module: torch.nn.Module, dtype: torch.dtype = torch.float64) -> Parameters:
-    """Copies of a module's parameters, for `DenseReference.params`; one that is tied is there once."""
+    """Copies of a module's parameters, for `DenseReference.params`; tied parameters are one."""
     return {name: param.detach().to(dtype, copy=True) for name, param in module.named_parameters()}
 
 
