@@ -293,17 +293,21 @@ class _Pass:
             if not cut or self._labelled is None:
                 labels = self._labels.repeat(copies, *[1] * (self._labels.ndim - 1))
                 return example_losses(logits, labels).view(copies, -1)
-            positions, targets, owners = self._labelled
-            tokens = functional.cross_entropy(
-                logits.flatten(0, 1).float(), targets.repeat(copies), reduction="none"
-            )
-            # Each token is copied to its own element before the sum. Adding tokens of an example in
-            # place has no fixed order on a GPU.
-            by_position = tokens.new_zeros(copies, self._labels.numel()).index_copy(
-                1, positions, tokens.view(copies, -1)
-            )
-            sums = by_position.view(copies, *self._labels.shape).sum(2)
-            return sums / torch.bincount(owners, minlength=len(self._labels))
+            return self._losses_of_labelled(self._labelled, logits, copies)
+
+    def _losses_of_labelled(self, labelled: _Labelled, logits: Tensor, copies: int) -> Tensor:
+        """Compute the losses of the examples, (copies, B), from logits of the labelled tokens."""
+        positions, targets, owners = labelled
+        tokens = functional.cross_entropy(
+            logits.flatten(0, 1).float(), targets.repeat(copies), reduction="none"
+        )
+        # Each token is copied to its own element before the sum. Adding tokens of an example in
+        # place has no fixed order on a GPU.
+        by_position = tokens.new_zeros(copies, self._labels.numel()).index_copy(
+            1, positions, tokens.view(copies, -1)
+        )
+        sums = by_position.view(copies, *self._labels.shape).sum(2)
+        return sums / torch.bincount(owners, minlength=len(self._labels))
 
     def per_example(self, products: Tensor) -> Tensor:
         """Sum `products` (B, L, m) over the tokens of each example: (B, m)."""

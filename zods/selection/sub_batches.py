@@ -64,6 +64,31 @@ def _label_counts(labels: Tensor) -> list[int]:
     return [1] * len(labels) if counts is None else counts.tolist()
 
 
+def _check_quotas(quotas: Mapping[str, int], sources: Sequence[str], path: str) -> None:
+    """Raise ValueError where a quota is for a source that no example has."""
+    unknown = sorted(set(quotas) - set(sources))
+    if unknown:
+        raise ValueError(
+            f"{path}.quotas: no example's source is {unknown[0]!r}; there are "
+            f"{', '.join(sorted(set(sources)))}."
+        )
+
+
+def _feature_extractor(
+    config: SelectorConfig, deepspeed_engine: Any, comm: Communicator
+) -> FeatureExtractor:
+    return FeatureExtractor(
+        deepspeed_engine.module,
+        deepspeed_engine,
+        kind=config.features,
+        rank=config.rank,
+        pattern=config.pattern,
+        eps=config.eps,
+        two_sided=config.two_sided,
+        agree=lambda value: max(of_rank[0] for of_rank in comm.gather_integers([value])),
+    )
+
+
 class SubBatches:
     """Makes this rank's micro-batches from the examples chosen from a candidate batch.
 
@@ -99,25 +124,11 @@ class SubBatches:
         budget = self._micro_batch * self.accumulation * comm.world_size
         check_selector(config, path, budget, check_dataset(dataset, "training_data"))
         self._sources = sources_of(dataset, config.source_column, path)
-        unknown = sorted(set(config.quotas or {}) - set(self._sources or []))
-        if unknown:
-            raise ValueError(
-                f"{path}.quotas: no example's source is {unknown[0]!r}; there are "
-                f"{', '.join(sorted(set(self._sources or [])))}."
-            )
+        _check_quotas(config.quotas or {}, self._sources or [], path)
         self._batch_of([0])  # raises the errors of a batch before anything is spent
         self._extract: FeatureExtractor | None = None
         if NEEDS[config.strategy] != "nothing":
-            self._extract = FeatureExtractor(
-                self._model,
-                deepspeed_engine,
-                kind=config.features,
-                rank=config.rank,
-                pattern=config.pattern,
-                eps=config.eps,
-                two_sided=config.two_sided,
-                agree=lambda value: max(of_rank[0] for of_rank in comm.gather_integers([value])),
-            )
+            self._extract = _feature_extractor(config, deepspeed_engine, comm)
         self.selector = Selector(
             config,
             budget,

@@ -77,41 +77,15 @@ def build_task(
         "response_column": response_column,
     }
     _check_settings(name, settings)
-    pad_id = pad_token_id(tokenizer, num_embeddings)
+    used: dict[str, Any] = {setting: settings[setting] for setting in _SETTINGS[name]}
+    common = tokenizer, train_dataset, source, max_length, pad_token_id(tokenizer, num_embeddings)
     if name == Classification.name:
         return _build_classification(
-            tokenizer,
-            train_dataset,
-            source,
-            text_column=text_column or "text",
-            text_pair_column=text_pair_column,
-            label_column=label_column or "label",
-            max_length=max_length,
-            pad_id=pad_id,
-            has_token_types=has_token_types,
-            class_names=class_names or (),
+            *common, **used, has_token_types=has_token_types, class_names=class_names or ()
         )
     if name == Prompted.name:
-        return _build_prompted(
-            tokenizer,
-            train_dataset,
-            source,
-            template=template,
-            label_column=label_column or "label",
-            label_words=label_words,
-            max_length=max_length,
-            pad_id=pad_id,
-        )
-    return _build_instruction(
-        tokenizer,
-        train_dataset,
-        source,
-        template=template,
-        prompt_column=prompt_column,
-        response_column=response_column,
-        max_length=max_length,
-        pad_id=pad_id,
-    )
+        return _build_prompted(*common, **used)
+    return _build_instruction(*common, **used)
 
 
 def _check_settings(name: str, settings: Mapping[str, Any]) -> None:
@@ -130,15 +104,17 @@ def _build_classification(
     tokenizer: PreTrainedTokenizerBase,
     train_dataset: datasets.Dataset,
     source: str,
-    *,
-    text_column: str,
-    text_pair_column: str | None,
-    label_column: str,
     max_length: int,
     pad_id: int,
+    *,
+    text_column: str | None,
+    text_pair_column: str | None,
+    label_column: str | None,
     has_token_types: bool,
     class_names: Sequence[str],
 ) -> Classification:
+    label_column = label_column or "label"
+    text_column = text_column or "text"
     text_columns = (text_column,) if text_pair_column is None else (text_column, text_pair_column)
     _check_columns(train_dataset, source, text_columns, [label_column])
     num_special = tokenizer.num_special_tokens_to_add(pair=text_pair_column is not None)
@@ -155,13 +131,14 @@ def _build_prompted(
     tokenizer: PreTrainedTokenizerBase,
     train_dataset: datasets.Dataset,
     source: str,
-    *,
-    template: str | None,
-    label_column: str,
-    label_words: Sequence[str] | None,
     max_length: int,
     pad_id: int,
+    *,
+    template: str | None,
+    label_column: str | None,
+    label_words: Sequence[str] | None,
 ) -> Prompted:
+    label_column = label_column or "label"
     if template is None:
         raise ValueError("the task prompted needs a template, such as '{text}\\nArea: {label}'")
     parsed = Template.parse(template)
@@ -178,12 +155,12 @@ def _build_instruction(
     tokenizer: PreTrainedTokenizerBase,
     train_dataset: datasets.Dataset,
     source: str,
+    max_length: int,
+    pad_id: int,
     *,
     template: str | None,
     prompt_column: str | None,
     response_column: str | None,
-    max_length: int,
-    pad_id: int,
 ) -> Instruction:
     if template is None:
         template = f"{{{prompt_column or 'instruction'}}}\n{{{response_column or 'output'}}}"

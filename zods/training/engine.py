@@ -97,22 +97,7 @@ class ZerothOrderEngine(EngineInterface):
         self._exchange = LossExchange(comm, self.replicas, per_rank=zo.directions == "per_rank")
         self._reporter = StepReporter(self.monitor, zo, comm)
         self._watchdog = Watchdog(comm, zo.hang_timeout)
-        self._evaluator = Evaluator(
-            ModelForwards(
-                deepspeed_engine,
-                comm,
-                parameters,
-                self.run.deferred,
-                self.run.direction,
-                zo.loss_mean,
-            ),
-            eps=zo.eps,
-            evaluation=zo.evaluation,
-            stream_memory_gb=zo.stream_memory_gb,
-            micro_batch=self.train_micro_batch_size_per_gpu(),
-            most_points=zo.most_points,
-            beat=lambda: self._watchdog.beat(f"step {self.global_steps}, forward"),
-        )
+        self._evaluator = self._make_evaluator()
         self._own_batches: Iterator[Any] | None = None
         self._is_closed = False
         self._is_logged = False  # whether `resume` was called
@@ -125,6 +110,26 @@ class ZerothOrderEngine(EngineInterface):
     def _rows(self) -> int:
         """Examples of a micro-batch, over all ranks."""
         return self.train_batch_size() // self.gradient_accumulation_steps()
+
+    def _make_evaluator(self) -> Evaluator:
+        zo = self._zo
+        forwards = ModelForwards(
+            self.deepspeed,
+            self.comm,
+            self.sharded_parameters,
+            self.run.deferred,
+            self.run.direction,
+            zo.loss_mean,
+        )
+        return Evaluator(
+            forwards,
+            eps=zo.eps,
+            evaluation=zo.evaluation,
+            stream_memory_gb=zo.stream_memory_gb,
+            micro_batch=self.train_micro_batch_size_per_gpu(),
+            most_points=zo.most_points,
+            beat=lambda: self._watchdog.beat(f"step {self.global_steps}, forward"),
+        )
 
     def get_lr(self) -> list[float]:
         """The current step size: the scheduler's, divided by the divisor of annealing."""

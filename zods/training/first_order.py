@@ -88,39 +88,44 @@ class FirstOrderEngine:
         self.last_step: StepReport | None = None
         self.stop = StopRequest()
         self.should_stop = False
-        self.selection: SubBatches | None = None
         self._loss_checked = False
-        micro_batch, accumulation = (
-            self.deepspeed.train_micro_batch_size_per_gpu(),
-            self.gradient_accumulation_steps(),
-        )
         with self.comm.same_on_all_ranks():
-            if config.selector is None:
-                self.training_dataloader: TrainingLoader | SelectingLoader = TrainingLoader(
-                    dataset,
-                    micro_batch=micro_batch,
-                    accumulation=accumulation,
-                    rank=self.comm.rank,
-                    world_size=self.comm.world_size,
-                    seed=config.seed,
-                    collate_fn=collate_fn,
-                )
-            else:
-                self.selection = SubBatches(
-                    dataset,
-                    collate_fn,
-                    config.selector,
-                    deepspeed_engine=self.deepspeed,
-                    comm=self.comm,
-                    seed=config.seed,
-                    path="selector",
-                    loss_mean=config.loss_mean,
-                )
-                self.training_dataloader = SelectingLoader(self.selection, self.comm, config.seed)
-        self._batches: Iterator[Any] = self.training_dataloader.forever()
+            loader = self._make_loader(dataset, collate_fn)
+        self.training_dataloader = loader
+        self.selection = loader.selection if isinstance(loader, SelectingLoader) else None
+        self._batches: Iterator[Any] = loader.forever()
         self.recorder = Recorder(
-            config, self.comm.world_size, self.training_dataloader, micro_batch
+            config,
+            self.comm.world_size,
+            loader,
+            self.deepspeed.train_micro_batch_size_per_gpu(),
         )
+
+    def _make_loader(
+        self, dataset: Any, collate_fn: Callable | None
+    ) -> TrainingLoader | SelectingLoader:
+        config = self.config
+        if config.selector is None:
+            return TrainingLoader(
+                dataset,
+                micro_batch=self.deepspeed.train_micro_batch_size_per_gpu(),
+                accumulation=self.gradient_accumulation_steps(),
+                rank=self.comm.rank,
+                world_size=self.comm.world_size,
+                seed=config.seed,
+                collate_fn=collate_fn,
+            )
+        selection = SubBatches(
+            dataset,
+            collate_fn,
+            config.selector,
+            deepspeed_engine=self.deepspeed,
+            comm=self.comm,
+            seed=config.seed,
+            path="selector",
+            loss_mean=config.loss_mean,
+        )
+        return SelectingLoader(selection, self.comm, config.seed)
 
     def stop_on(self, request: StopRequest) -> None:
         """See `ZerothOrderEngine.stop_on`."""

@@ -16,7 +16,7 @@ from zods.config.auto_values import hidden_size_of, resolve_model_auto, resolve_
 from zods.config.deepspeed_json import FirstOrderConfig, RunConfig, read_config
 from zods.config.optional_packages import check_packages
 from zods.config.schedules import ZerothOrderOptimizer, build_scheduler, step_mistake
-from zods.config.schema import SECTION, DirectionConfig, check_selector
+from zods.config.schema import SECTION, ZerothOrderConfig, check_selector
 from zods.data.loader import TrainingLoader, check_dataset
 from zods.forward.wrapping import has_moved_hooks
 from zods.kernels import backend
@@ -75,21 +75,15 @@ def initialize(
     """
     comm = connect_ranks(distributed_port=distributed_port, dist_init_required=dist_init_required)
     with comm.same_on_all_ranks():
-        model = without_compile(
-            _checked_model(model, optimizer=optimizer, mpu=mpu, mesh_param=mesh_param)
-        )
-        run = read_config(_source(args, config, config_params), comm.world_size)
-        check_packages(run.deepspeed)
-        check_folders(run)
+        model = _checked_model(model, optimizer=optimizer, mpu=mpu, mesh_param=mesh_param)
+        run = _read_run(args, config, config_params, comm.world_size)
+        zo = run.zeroth_order
         if hasattr(lr_scheduler, "step"):
             _check_step(lr_scheduler)
         training_loader = _training_loader(run, comm, training_data, collate_fn)
         _check_selector(run, model, training_data)
         wanted = parameters_to_train(
-            model,
-            model_parameters,
-            lr=run.zeroth_order.lr,
-            weight_decay=run.zeroth_order.weight_decay,
+            model, model_parameters, lr=zo.lr, weight_decay=zo.weight_decay
         )
         lay_out_parameters(model)
         resolve_by_model(run, model, comm.world_size)
@@ -98,10 +92,10 @@ def initialize(
     check_reads(list(engine.module.parameters()))
     parameters = ShardedParameters(engine.module, rank=comm.rank, model_parameters=wanted)
     loader: TrainingLoader | SelectingLoader | None = training_loader
-    if run.zeroth_order.selector is not None:
+    if zo.selector is not None:
         assert training_loader is not None
         loader = _selecting_loader(run, comm, engine, training_loader)
-    zo_optimizer = ZerothOrderOptimizer([p.param for p in parameters], lr=run.zeroth_order.lr)
+    zo_optimizer = ZerothOrderOptimizer([p.param for p in parameters], lr=zo.lr)
     with comm.same_on_all_ranks():
         scheduler = _scheduler(run, zo_optimizer, lr_scheduler)
     zo_engine = ZerothOrderEngine(
@@ -114,29 +108,31 @@ def initialize(
         training_loader=loader,
     )
     if comm.rank == 0:
-        logger.info(
-            "zods: %s on %d ranks, %d trainable elements, kernels: %s",
-            run.zeroth_order.method,
-            comm.world_size,
-            parameters.numel,
-            backend(),
-        )
-        _say_reduced_ranks(run.zeroth_order.direction, parameters)
+        _log_start(zo, comm.world_size, parameters)
     return zo_engine, zo_optimizer, loader, scheduler
 
 
-def _source(args: Any, config: Any, config_params: Any) -> Any:
-    """The configuration: `config`, `config_params` or `args.deepspeed_config`."""
+def _read_run(args: Any, config: Any, config_params: Any, world_size: int) -> RunConfig:
+    """Read the configuration: `config`, `config_params` or `args.deepspeed_config`.
+
+    Raises ValueError where it is missing or wrong, where it needs a package that is not installed,
+    and where this rank cannot use one of its folders; OSError where its file cannot be read.
+    """
     source = config if config is not None else config_params
     if source is None:
         source = getattr(args, "deepspeed_config", None)
     if source is None:
         raise ValueError("config: missing. Give a path or dict, or args with deepspeed_config.")
-    return source
+    run = read_config(source, world_size)
+    check_packages(run.deepspeed)
+    check_folders(run)
+    return run
 
 
 def _checked_model(model: torch.nn.Module | None, **others: Any) -> torch.nn.Module:
-    """Return the model. Raises ValueError where it is missing, or where one of `others`, the
+    """Return the model without torch.compile.
+
+    Raises ValueError where it is missing or another engine uses it, and where one of `others`, the
     arguments for first-order training, is given.
     """
     if model is None:
@@ -153,13 +149,23 @@ def _checked_model(model: torch.nn.Module | None, **others: Any) -> torch.nn.Mod
                 f"{name}: must be None; a zeroth-order step has no optimizer states and shards by "
                 "ZeRO-3 only."
             )
-    return model
+    return without_compile(model)
 
 
-def _say_reduced_ranks(direction: DirectionConfig, parameters: ShardedParameters) -> None:
-    """Warn of matrices whose smaller side is below `direction.rank`: their directions get the rank
-    of that side.
+def _log_start(zo: ZerothOrderConfig, world_size: int, parameters: ShardedParameters) -> None:
+    """Log what is trained, and warn of directions whose rank is reduced.
+
+    The directions of a matrix whose smaller side is below `direction.rank` have the rank of that
+    side.
     """
+    logger.info(
+        "zods: %s on %d ranks, %d trainable elements, kernels: %s",
+        zo.method,
+        world_size,
+        parameters.numel,
+        backend(),
+    )
+    direction = zo.direction
     small = [p for p in parameters if len(p.shape) == 2 and min(p.shape) < direction.rank]
     if direction.distribution == "low_rank" and small:
         named = ", ".join(f"{p.name} ({min(p.shape)})" for p in small[:5])

@@ -83,11 +83,7 @@ def replay(
     """
     log = read_log(log_path)
     log.warn_if_torn()
-    records = log.records if until is None else log.until(until)
-    history = History()
-    changes = [change for record in records if (change := history.change(record)) is not None]
-    run = log.run_at_end()  # all run records have the same direction
-    direction = Direction() if run is None else direction_of(run.section)
+    changes, direction = _changes_of(log, until)
     steps = log.num_steps if until is None else until
     folder, initial = folder_of(base), Path(log_path).parent / "initial"
     try:
@@ -130,6 +126,15 @@ def replay(
         _write_rest(log.header, folder, initial, Path(out), files, adapters)
         sync_tree(Path(out))
     return Done(steps, total, time.perf_counter() - began)
+
+
+def _changes_of(log: Log, until: int | None) -> tuple[list[Change], Direction]:
+    """The changes of the parameters in the first `until` steps, and the form of the directions."""
+    records = log.records if until is None else log.until(until)
+    history = History()
+    changes = [change for record in records if (change := history.change(record)) is not None]
+    run = log.run_at_end()  # all run records have the same direction
+    return changes, Direction() if run is None else direction_of(run.section)
 
 
 def _files_to_write(
@@ -255,19 +260,10 @@ def _replay_in_memory(
     """
     kind = _model_class(log.header.model, unfit)
     _refuse_existing(out)
-    trained = [p for p in log.header.parameters if p.trained]
-    dtype = dtype_of(trained[0]) if trained else torch.float32
-    model = _load_whole(kind, folder, initial, dtype, unfit)
+    model = _model_of_log(kind, log.header, folder, initial, unfit)
     live = dict(model.named_parameters())
-    if list(live) != [p.name for p in log.header.parameters]:
-        raise ValueError(
-            f"--base {folder}: its {log.header.model} has other parameters than the log names."
-        )
-    for key, file in (files_of_keys(initial) if initial.is_dir() else {}).items():
-        with safe_open(file, framework="pt") as opened:
-            live[key].data = opened.get_tensor(key).to(live[key].dtype)
     began = time.perf_counter()
-    total = sum(p.numel for p in trained) * num_terms(changes)
+    total = sum(p.numel for p in log.header.parameters if p.trained) * num_terms(changes)
     with (
         torch.no_grad(),
         tqdm(total=total, unit="terms", unit_scale=True, desc="replay") as progress,
@@ -303,6 +299,25 @@ def _model_class(name: str, unfit: str) -> Any:
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise ValueError(f"{unfit} Nor can it be loaded whole: {name} is no model of transformers.")
     return kind
+
+
+def _model_of_log(kind: Any, header: Header, folder: Path, initial: Path, unfit: str) -> Any:
+    """Load the base model whole, with the weights in `initial`.
+
+    Raises ValueError where it cannot be loaded, or has other parameters than the log.
+    """
+    trained = [p for p in header.parameters if p.trained]
+    dtype = dtype_of(trained[0]) if trained else torch.float32
+    model = _load_whole(kind, folder, initial, dtype, unfit)
+    live = dict(model.named_parameters())
+    if list(live) != [p.name for p in header.parameters]:
+        raise ValueError(
+            f"--base {folder}: its {header.model} has other parameters than the log names."
+        )
+    for key, file in (files_of_keys(initial) if initial.is_dir() else {}).items():
+        with safe_open(file, framework="pt") as opened:
+            live[key].data = opened.get_tensor(key).to(live[key].dtype)
+    return model
 
 
 def _load_whole(kind: Any, folder: Path, initial: Path, dtype: torch.dtype, unfit: str) -> Any:
