@@ -12,4 +12,5 @@ esac
 ruff check . >&2
 ruff format --check . >&2
 mypy >&2
-python -m pytest "${tier[@]}" "$@"
+# two processes: a test with two ranks leaves a core idle for much of its time
+python -m pytest -n 2 --dist loadfile "${tier[@]}" "$@"
