@@ -1,4 +1,5 @@
-"""Write files durably. No other module of the package renames or syncs files.
+"""Write files durably, and refuse what is no regular file. No other module of the package renames or
+syncs files.
 
 After a crash or a power cut a file is complete or absent. To guarantee this, a file is written
 under a temporary name, synced and renamed, and then its folder is synced. Callers: logs,
@@ -9,6 +10,8 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +19,30 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+
+KINDS = {  # of files from which a reader could wait for ever, or read without end
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def check_regular(*paths: Path) -> None:
+    """Raise OSError where a path is a named pipe, a socket or a device.
+
+    Call it before a file of a user is opened. A path that is missing, or a folder, passes: opening
+    it raises an error of its own.
+    """
+    for path in paths:
+        try:
+            kind = KINDS.get(stat.S_IFMT(os.stat(path).st_mode))
+        except (OSError, ValueError):  # ValueError: a zero byte in the name
+            continue
+        if kind is not None:
+            raise OSError(
+                f"{path}: it is {kind}, and a regular file is needed. Give one, or remove it"
+            )
 
 
 @contextmanager
@@ -41,15 +68,58 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
     Yields a temporary path in the same folder, to write to. At the end of the block the temporary
     file is synced and renamed to `path`; a symbolic link of that name is replaced, not followed.
-    Where the block fails, the old content of `path` stays. The temporary file stays too, and the
-    next write replaces it. An OSError that names no file names `path`.
+    Where the block fails, the old content of `path` stays, and the temporary file is removed, so
+    that a full disk does not stay full. An OSError that names no file names `path`.
     """
     temporary = path.with_name(f".{path.name}.partial")
     with write_errors(path):
-        yield temporary
-        sync(temporary)
+        temporary.unlink(missing_ok=True)  # a link of that name is not written through
+        try:
+            yield temporary
+            sync(temporary)
+        except BaseException as error:
+            temporary.unlink(missing_ok=True)
+            if isinstance(error, OSError) and str(temporary) in (error.filename, error.filename2):
+                error.filename = str(path)
+                del error.filename2
+            raise
         os.replace(temporary, path)
         sync(path.parent)
+
+
+@contextmanager
+def atomic_files(folder: Path, *kinds: type[Exception]) -> Iterator[Path]:
+    """Write several files into a folder, each atomically and durably. The folder is made where it is
+    missing.
+
+    Yields a temporary folder, for a library that chooses the names of its files. At the end of the
+    block the files are synced and moved to `folder`. Where the block fails, no file in `folder`
+    changes. Raises OSError that names `folder`. kinds: as for `write_errors`.
+    """
+    temporary = folder / ".partial"  # in the folder, which may be the root of a file system
+    with write_errors(folder, *kinds):
+        make_folder(folder)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        try:
+            yield temporary
+            sync_tree(temporary)
+            for parent, _, names in os.walk(temporary):
+                target = folder / Path(parent).relative_to(temporary)
+                make_folder(target)
+                for name in names:
+                    os.replace(Path(parent) / name, target / name)
+                sync(target)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        sync(folder)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file's content atomically and durably."""
+    check_regular(source)
+    with atomic_write(target) as temporary:
+        shutil.copyfile(source, temporary)
 
 
 @contextmanager
@@ -60,13 +130,14 @@ def atomic_create(path: Path) -> Iterator[Path]:
     file at once, one succeeds.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        yield temporary
-        sync(temporary)
-        os.link(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync(path.parent)
+    with write_errors(path):
+        try:
+            yield temporary
+            sync(temporary)
+            os.link(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync(path.parent)
 
 
 def check_still_named(descriptor: int, path: Path) -> None:
@@ -100,7 +171,8 @@ def sync_tree(folder: Path) -> None:
     """Flush a folder, all that is in it, and its name to the disk."""
     for parent, _, names in os.walk(folder):
         for name in names:
-            sync(Path(parent) / name)
+            if stat.S_ISREG(os.lstat(Path(parent) / name).st_mode):  # a named pipe would wait
+                sync(Path(parent) / name)
         sync(Path(parent))
     sync(folder.parent)
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import zods
 from zods.cli.arguments import merged_config, parse_arguments
-from zods.cli.load_model import load_model, save_configuration
+from zods.cli.load_model import load_model, save_configuration, save_tokenizer
 from zods.cli.model_checks import check_adapter, check_causal, check_kind
 from zods.cli.options import Arguments, DataArguments, RunArguments
 from zods.cli.plots import plot_curves
@@ -137,16 +137,17 @@ def start(
         new=new,
         must_be_new=arguments.model.resume is None,
     )
-    if comm.rank == 0 and new:
-        save_configuration(model, folder.path / INITIAL.parent)
-    folder.describe(
-        run.to_dict(),
-        arguments=arguments.to_dict(),
-        seed=run.seed,
-        world_size=comm.world_size,
-        device=str(comm.device),
-        step=engine.global_steps,
-    )
+    with comm.same_on_all_ranks():
+        if comm.rank == 0 and new:
+            save_configuration(model, folder.path / INITIAL.parent)
+        folder.describe(
+            run.to_dict(),
+            arguments=arguments.to_dict(),
+            seed=run.seed,
+            world_size=comm.world_size,
+            device=str(comm.device),
+            step=engine.global_steps,
+        )
     return engine, task, checked.held_out, folder, checked.tokenizer
 
 
@@ -232,8 +233,9 @@ def finetune(
 
     if arguments.run.save_model:
         engine.save_pretrained(folder.path / "model")
-        if rank == 0:
-            tokenizer.save_pretrained(folder.path / "model")
+        with engine.comm.same_on_all_ranks():
+            if rank == 0:
+                save_tokenizer(tokenizer, folder.path / "model")
     summary = summarise(
         engine,
         before,

@@ -16,12 +16,12 @@ TOP = ""  # `import zods`: the names that users import
 # what each is for.
 TABLE: dict[str, tuple[set[str], set[str]]] = {
     "files": (set(), {"safetensors"}),
-    "config": (set(), {"deepspeed", "hjson", "pydantic", "torch"}),
+    "config": ({"files"}, {"deepspeed", "hjson", "pydantic", "torch"}),
     "kernels": (set(), {"torch", "triton"}),
     "core": ({"kernels"}, {"torch"}),
     "comm": (set(), {"deepspeed", "torch"}),
     "data": (set(), {"pyarrow", "torch"}),
-    "params": ({"config", "kernels", "core", "comm"}, {"deepspeed", "torch"}),
+    "params": ({"files", "config", "kernels", "core", "comm"}, {"deepspeed", "torch"}),
     "trajectory": (
         {"files", "config", "kernels", "core"},
         {"huggingface_hub", "safetensors", "torch", "tqdm", "transformers"},
@@ -41,7 +41,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
         },
         {"deepspeed", "safetensors", "torch", "tqdm"},
     ),
-    "tasks": ({"data"}, {"datasets", "pyarrow", "torch", "transformers"}),
+    "tasks": ({"files", "data"}, {"datasets", "pyarrow", "torch", "transformers"}),
     "cli": (
         {"files", "config", "trajectory", "training", "tasks"},
         {"deepspeed", "matplotlib", "peft", "safetensors", "torch", "transformers", "yaml"},

@@ -6,11 +6,14 @@ an adapter.
 
 import json
 import os
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import save_file
 from tiny_tasks import REVIEWS, TEXTS, make_task, make_tokenizer
 
 from zods.cli import adapters
@@ -25,7 +28,7 @@ from zods.cli.options import (
     SelectionArguments,
     TaskArguments,
 )
-from zods.cli.pretrained import Pretrained, find_model
+from zods.cli.pretrained import Pretrained, check_weight_files, find_model
 from zods.finetune import prepare_data
 
 SMALL = {
@@ -425,3 +428,59 @@ def test_loading_an_adapter_leaves_the_compiler_variables_as_they_are(tmp_path, 
     )
     adapters.with_trained_adapter(model, found.adapter, set(info["missing_keys"]))
     assert (os.environ.get("CC"), os.environ.get("CXX")) == ("cc", None)
+
+
+def test_an_adapter_without_peft_is_one_line_with_the_remedy(tmp_path, monkeypatch):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    monkeypatch.setitem(sys.modules, "peft", None)  # as where it is not installed
+    with pytest.raises(ValueError, match=r"a PEFT adapter: needs the package peft.*zods\[lora\]"):
+        find_model(options(tmp_path))
+
+
+class Harmful:
+    """An object that makes a file when it is unpickled."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return Path.touch, (self.mark,)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        ("none", None),
+        ("code", r"it names the code \S+, which no tensor needs; it was not run"),
+        ("cut", "damaged or truncated"),
+        ("text", "damaged or truncated"),
+        ("empty", "damaged or truncated"),
+        ("pipe", "it is a named pipe"),
+        ("unused", None),
+    ],
+)
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "adapter_model.bin"])
+def test_weights_in_a_pickle_are_data_or_an_error_of_one_line_and_no_code_runs(
+    tmp_path, name, damage, said
+):
+    path, mark = tmp_path / name, tmp_path / "mark"
+    content = {"weight": torch.ones(1000), **({"x": Harmful(mark)} if damage == "code" else {})}
+    torch.save(content, path)
+    if damage == "cut":
+        os.truncate(path, 1000)
+    elif damage in ("text", "unused"):
+        path.write_text("version https://git-lfs.github.com/spec/v1")
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "pipe":
+        path.unlink()
+        os.mkfifo(path)
+    if damage == "unused":  # transformers and peft prefer safetensors
+        save_file({"weight": torch.ones(3)}, path.with_suffix(".safetensors"))
+    if said is None:
+        check_weight_files(tmp_path)
+    else:
+        with pytest.raises((ValueError, OSError), match=rf"{name}: {said}") as told:
+            check_weight_files(tmp_path)
+        assert "\n" not in str(told.value)
+    assert not mark.exists()

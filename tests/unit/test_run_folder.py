@@ -1,13 +1,26 @@
 """The folder of a run: nothing in it is lost, adopted or overwritten unnoticed."""
 
 import json
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
+from tests.disks import Syncs, fill, small_disk, within
+from tests.distributed.command_line import MODEL
+from zods.cli.load_model import save_tokenizer
+from zods.cli.plots import main as plot
+from zods.cli.pretrained import check_weight_files
 from zods.cli.run_folder import RunFolder, read_metrics
+from zods.config.deepspeed_json import load_json
 from zods.config.schema import parse_section
-from zods.training.resume import LOG_NAME, copy_log
+from zods.tasks import load_examples
+from zods.training.checkpoint_files import latest_tag, newest_checkpoints
+from zods.training.resume import INITIAL, LOG_NAME, copy_log
+from zods.trajectory.base_weights import files_of_keys
 from zods.trajectory.log import LogFile, Trajectory, read_log
 from zods.trajectory.records import Header, RunRecord, Step
 
@@ -94,3 +107,139 @@ def test_of_two_forks_into_one_folder_the_second_is_refused(run, tmp_path):
         copy_log(run, None, tmp_path / "fork")
     assert (tmp_path / "fork" / LOG_NAME).read_bytes() == content
     assert [path.name for path in (tmp_path / "fork").iterdir()] == [LOG_NAME]
+
+
+# --- on the disk ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def syncs() -> Iterator[Syncs]:
+    syncs = Syncs()
+    yield syncs
+    syncs.close()
+
+
+def test_all_that_a_run_writes_at_its_start_and_all_but_the_lines_of_steps_are_synced(
+    tmp_path, syncs
+):
+    folder = described(tmp_path / "runs" / "new", 0)
+    assert syncs.unsynced(tmp_path / "runs") == []
+    folder.record("eval", 0, accuracy=0.5)
+    assert syncs.unsynced(tmp_path / "runs") == []
+    folder.record("train", 1, loss=0.5)  # can be made again from the log
+    assert syncs.unsynced(tmp_path / "runs") == ["runs/new/metrics.jsonl"]
+    folder.record("summary", 1)
+    assert syncs.unsynced(tmp_path / "runs") == []
+
+
+def test_a_fork_is_synced(run, tmp_path, syncs):
+    (run / INITIAL).parent.mkdir()
+    (run / INITIAL).write_bytes(b"weights")
+    copy_log(run, None, tmp_path / "forks" / "new")
+    assert (tmp_path / "forks" / "new" / INITIAL).read_bytes() == b"weights"
+    assert syncs.unsynced(tmp_path / "forks") == []
+
+
+def tokenizer_saved(folder: Path) -> None:
+    save_tokenizer(AutoTokenizer.from_pretrained(MODEL), folder / "model")
+
+
+def described_anew(folder: Path) -> None:
+    described(folder / "run", 0)
+
+
+def error_of(write: Callable[[], Any]) -> str | None:
+    try:
+        write()
+    except OSError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.launched
+@pytest.mark.parametrize(
+    ("write", "names"),
+    [
+        (described_anew, {"config.json", "run.json", "metrics.jsonl"}),
+        (tokenizer_saved, {"tokenizer.json", "tokenizer_config.json"}),
+    ],
+)
+def test_a_full_disk_is_an_error_that_names_the_path_and_leaves_no_half_file(
+    tmp_path, write: Callable[[Path], Any], names
+):
+    write(tmp_path / "whole")
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "whole").rglob("*.json*")}
+    assert names <= whole.keys()
+    with small_disk(tmp_path / "disk", 8192) as disk:
+        full = 0
+        for pages in (0, 1, 2, 3, 4, 8, 16, 2000):
+            fill(disk, pages)
+            said = error_of(lambda: write(disk))
+            assert said is None or ("No space left" in said and str(disk) in said)
+            full += said is not None
+            for path in disk.rglob("*.json*"):
+                assert path.read_bytes() == whole[path.name], (pages, path)
+            if pages < 2000:
+                for path in list(disk.rglob("*.json*")):
+                    path.unlink()
+        assert full >= 2
+        assert {path.name for path in disk.rglob("*.json*")} == whole.keys()
+
+
+@pytest.mark.launched
+def test_metrics_on_a_full_disk_are_an_error_that_names_the_file(tmp_path):
+    with small_disk(tmp_path / "disk", 64) as disk:
+        folder = described(disk / "run", 0)
+        fill(disk, 0)
+        with pytest.raises(OSError, match=r"run/metrics\.jsonl.*No space left.*same command"):
+            folder.record("eval", 0, text="x" * 10_000)
+
+
+# --- files that are none --------------------------------------------------------------------------
+
+READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
+    "a log": (LOG_NAME, lambda at: read_log(at / LOG_NAME)),
+    "a log to go on with": (LOG_NAME, lambda at: LogFile(at / LOG_NAME)),
+    "a log to copy": (LOG_NAME, lambda at: copy_log(at, None, at / "fork")),
+    "metrics": ("metrics.jsonl", lambda at: list(read_metrics(at))),
+    "metrics of a run that goes on": ("metrics.jsonl", lambda at: described(at, 1)),
+    "metrics without a log": ("metrics.jsonl", lambda at: RunFolder(at, rank=0, resume=True)),
+    "a configuration": ("config.json", lambda at: load_json(at / "config.json")),
+    "data": ("rows.jsonl", lambda at: load_examples(file=at / "rows.jsonl", seed=1)),
+    "compressed data": ("rows.csv.gz", lambda at: load_examples(file=at / "rows.csv.gz", seed=1)),
+    "weights": ("model.safetensors", check_weight_files),
+    "weights of a base": ("model.safetensors", files_of_keys),
+    "an index": ("model.safetensors.index.json", files_of_keys),
+    "latest": ("latest", latest_tag),
+}
+
+
+@pytest.mark.parametrize("what", READERS)
+def test_a_named_pipe_in_a_files_place_is_an_error_and_no_wait(tmp_path, what):
+    name, read = READERS[what]
+    os.mkfifo(tmp_path / name)
+    with within(10), pytest.raises(OSError, match=f"{name}: it is a named pipe"):
+        read(tmp_path)
+
+
+def test_a_checkpoint_whose_state_is_a_named_pipe_is_left_out_with_the_reason(tmp_path):
+    (tmp_path / "global_step2").mkdir()
+    os.mkfifo(tmp_path / "global_step2" / "state.json")
+    with within(10):
+        found, (reason,) = newest_checkpoints(tmp_path)
+    assert found == []
+    assert "state.json: it is a named pipe" in reason
+
+
+@pytest.mark.parametrize(
+    "line", ["{", "[1]", "[" * 100_000, "\0", '{"kind": "train"}', '{"step": 1' + "0" * 5000 + "}"]
+)
+def test_lines_that_are_no_metrics_are_left_out_by_a_run_and_named_by_the_plot(run, line, capsys):
+    path = run / "metrics.jsonl"
+    content = path.read_text()
+    path.write_text(line + "\n" + content)
+    assert plot([str(run)]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert f"{path}, line 1: no record" in error
+    described(run, 3)
+    assert path.read_text() == content

@@ -19,6 +19,7 @@ from tiny_tasks import (
 from zods.cli.options import DataArguments
 from zods.finetune import load_parts
 from zods.tasks import build_task, check_rows, check_token_ids, load_examples, read_escapes
+from zods.tasks import task as task_module
 
 
 @pytest.mark.parametrize(
@@ -333,3 +334,42 @@ def test_all_wrong_columns_are_reported_at_once_with_the_file_and_its_columns(
         build_task(
             name, tokenizer, data, max_length=8, **MODEL_ARGUMENTS, **settings, source="train.jsonl"
         )
+
+
+# --- long texts -----------------------------------------------------------------------------------
+
+
+def test_a_text_too_long_to_be_tokenised_is_named_with_its_line_and_the_limit():
+    """A tokenizer takes 200 bytes per character, so that one line can take all memory."""
+    rows = reviews(text=["a", "b" * (task_module.MOST_CHARACTERS + 1)], __row__=[4, 9])
+    for name in ("classification", "prompted"):
+        with pytest.raises(
+            ValueError,
+            match=r"a.csv, line 9: a text of 1000001 characters in column 'text', at most 1000000",
+        ):
+            check_rows(make_task(name), [(rows, "a.csv, line")])
+    fits = reviews(text=["a", "b " * (task_module.MOST_CHARACTERS // 2)])
+    check_rows(make_task("classification"), [(fits, "row")])
+
+
+def test_rows_are_tokenised_in_parts_of_a_bounded_number_of_characters(monkeypatch):
+    monkeypatch.setattr(task_module, "AT_ONCE", 25)
+    lengths = [3, 20, 2, 1, 30, 40, 0, 25, 1]
+    seen = []
+
+    def make_rows(batch):
+        seen.append([len(text) for text in batch["text"]])
+        return {"size": seen[-1], "truncated": [False] * len(seen[-1])}
+
+    rows = datasets.Dataset.from_dict({"text": ["x" * size for size in lengths]})
+    prepared = task_module.map_rows(rows, make_rows, 8, "row")
+    assert prepared["size"][:] == lengths
+    assert seen == [[3, 20, 2], [1], [30], [40], [0, 25], [1]]
+
+
+@pytest.mark.parametrize("name", ["classification", "prompted", "instruction"])
+def test_the_parts_do_not_change_the_rows(monkeypatch, name):
+    dataset = ORDERS if name == "instruction" else REVIEWS
+    whole = make_task(name).prepare(dataset)
+    monkeypatch.setattr(task_module, "AT_ONCE", 1)
+    assert make_task(name).prepare(dataset).to_dict() == whole.to_dict()

@@ -261,10 +261,11 @@ DEEP = "[" * 200_000 + "]" * 200_000
             '{"text": ' + '{"a": ' * 400 + "1" + "}" * 401,
             "column 'text' holds JSON .* more than 100 deep",
         ),
+        ('{"text": 1' + "0" * 5000 + "}", "a number of more digits than Python converts"),
         ('{"text": "a", "__row__": 4}', "column name __row__ is reserved"),
         ('{"__not_text__": "a"}', "column name __not_text__ is reserved"),
     ],
-    ids=["text", "inner key", "column", "deep", "less deep", "row", "not text"],
+    ids=["text", "inner key", "column", "deep", "less deep", "digits", "row", "not text"],
 )
 def test_json_that_no_table_can_hold_is_named_with_its_line(tmp_path, extension, row, message):
     rows = ['{"text": "a", "label": 0}', row]
@@ -450,3 +451,11 @@ def test_the_real_math_mix_loses_no_line():
     dataset = load_examples(file=data_folder() / "math_mix.jsonl", seed=0)
     assert len(dataset) == 4048
     assert {"instruction", "output", "source"} <= set(dataset.column_names)
+
+
+def test_a_cell_of_more_digits_than_python_converts_is_text(tmp_path):
+    digits = "1" + "0" * 5000
+    path = write(tmp_path / "a.csv", f"id,deep\n1,{DEEP}\n{digits},b\n")
+    examples = load_examples(file=path, seed=0)
+    assert examples["id"][:] == ["1", digits]
+    assert examples["deep"][:] == [DEEP, "b"]

@@ -29,6 +29,7 @@ from zods.cli.options import (
 from zods.config.config_errors import nearest
 from zods.config.deepspeed_json import load_json
 from zods.config.schema import SECTION, SVRG_ONLY
+from zods.files import check_regular
 
 # Overrides that also apply with an optimizer
 FIRST_ORDER = (
@@ -183,6 +184,10 @@ def _read_file(parser: argparse.ArgumentParser, name: str) -> dict[str, str]:
     process ends.
     """
     path = Path(name)
+    try:
+        check_regular(path)
+    except OSError as error:
+        parser.error(str(error))
     if not path.is_file():
         parser.error(
             f"{name}: not found. Give a YAML or JSON file with options as keys, or leave it out"

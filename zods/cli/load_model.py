@@ -18,6 +18,7 @@ from zods.cli.adapters import with_new_adapter, with_trained_adapter
 from zods.cli.options import ModelArguments
 from zods.cli.pretrained import Pretrained
 from zods.config.deepspeed_json import FirstOrderConfig, RunConfig
+from zods.files import atomic_files
 from zods.tasks import Task
 from zods.trajectory.base_weights import name_in_files
 
@@ -84,9 +85,17 @@ def save_configuration(model: Any, folder: Path) -> None:
 
     The base model's configuration does not describe it. A replay needs it to write the model.
     """
-    if hasattr(model, "peft_config"):
-        base = type(model.get_base_model())  # by which peft's AutoPeftModel finds the class
-        mapping = {"base_model_class": base.__name__, "parent_library": base.__module__}
-        model.peft_config["default"].save_pretrained(folder, auto_mapping_dict=mapping)
-    elif getattr(model, "config", None) is not None:
-        model.config.save_pretrained(folder)
+    with atomic_files(folder) as temporary:
+        if hasattr(model, "peft_config"):
+            base = type(model.get_base_model())  # by which peft's AutoPeftModel finds the class
+            mapping = {"base_model_class": base.__name__, "parent_library": base.__module__}
+            model.peft_config["default"].save_pretrained(temporary, auto_mapping_dict=mapping)
+        elif getattr(model, "config", None) is not None:
+            model.config.save_pretrained(temporary)
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Save the tokenizer beside an exported model. Raises OSError that names the folder."""
+    # the library tokenizers raises a bare Exception for a full disk
+    with atomic_files(folder, Exception) as temporary:
+        tokenizer.save_pretrained(temporary)

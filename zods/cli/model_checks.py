@@ -68,9 +68,9 @@ def check_adapter(pretrained: Pretrained, task: Task, trust_remote_code: bool) -
             f"{needed}. Give another adapter or another --task."
         )
     path = Path(pretrained.adapter) / "adapter_model.safetensors"
+    check_weight_files(path.parent)
     if not path.is_file():  # from the hub, or in another format: seen when it is loaded
         return
-    check_weight_files(path.parent)
     expected = parameter_shapes(pretrained, task, trust_remote_code)
     with safe_open(path, framework="pt") as file:
         found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118

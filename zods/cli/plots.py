@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
 from zods.cli.run_folder import read_metrics
+from zods.files import atomic_write
 
 
 def plot_curves(folder: str | Path) -> Path:
@@ -39,7 +41,8 @@ def plot_curves(folder: str | Path) -> Path:
         axes.grid(alpha=0.3)
         axes.legend()
     path = Path(folder) / "curves.png"
-    figure.savefig(path, dpi=120)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
     plt.close(figure)
     return path
 
@@ -55,11 +58,17 @@ def _smoothed(records: list[dict[str, Any]], key: str) -> tuple[list[int], list[
     return steps, [sum(span) / len(span) for span in spans]
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", help="a run's folder, with metrics.jsonl")
-    print(plot_curves(parser.parse_args().folder))
+    folder = parser.parse_args(argv).folder
+    try:
+        print(plot_curves(folder))
+    except (ValueError, OSError) as error:
+        print(f"zods.cli.plots: error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

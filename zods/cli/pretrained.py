@@ -18,8 +18,12 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from zods.cli.options import ModelArguments
+from zods.config.optional_packages import LORA, missing_package
+from zods.files import check_regular
 from zods.tasks import Task
+from zods.training.first_order_checkpoint import flaw_of_pickle
 
+PICKLES = ("pytorch_model*.bin", "adapter_model.bin")  # names of files of weights
 # Models that use token types in attention, and have no type vocabulary in the configuration
 RELATIVE_SEGMENTS = ("xlnet", "funnel")
 
@@ -104,6 +108,8 @@ def find_model(arguments: ModelArguments) -> Pretrained:
         raise ValueError(
             f"--lora_rank: {name} is an adapter, which is trained as it is. Leave --lora_rank out."
         )
+    if missing := missing_package(f"--model {name}, a PEFT adapter", *LORA):
+        raise ValueError(missing)
     with errors_in_one_line(f"--model {name}, a PEFT adapter"):
         import peft  # an extra
 
@@ -167,12 +173,22 @@ def _build_on_meta(pretrained: Pretrained, task: Task, trust_remote_code: bool) 
 
 
 def check_weight_files(folder: Path) -> None:
-    """Raise ValueError for a damaged or truncated file of weights.
+    """Raise ValueError for a damaged or truncated file of weights, and for a pickle that holds more
+    than data.
 
     The check is made before loading, when all ranks read the files. Later, only the ranks that read
     the file would raise an error.
     """
-    for path in sorted(folder.glob("*.safetensors")) if folder.is_dir() else []:
+    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    patterns = PICKLES if folder.is_dir() and not files else ()  # else they are not read
+    for path in sorted(path for pattern in patterns for path in folder.glob(pattern)):
+        check_regular(path)
+        if flaw := flaw_of_pickle(path):
+            raise ValueError(
+                f"{path}: {flaw}. Copy or download the file again, or give another model."
+            )
+    for path in files:
+        check_regular(path)
         try:
             with safe_open(path, framework="pt"):
                 pass

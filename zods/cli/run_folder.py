@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from zods.files import atomic_write, check_still_named, make_folder
+from zods.files import atomic_write, check_regular, check_still_named, make_folder, sync
 from zods.trajectory.log import read_log
 from zods.trajectory.records import Step
 
@@ -109,6 +109,8 @@ class RunFolder:
         """Remove lines for steps after `step`, and write those that are missing up to it."""
         path = self.path / "metrics.jsonl"
         if not path.exists():
+            with atomic_write(path) as temporary:  # which does not follow a link, as open() would
+                temporary.touch()
             return
         kept = [
             record
@@ -142,6 +144,8 @@ class RunFolder:
             check_still_named(self._metrics.fileno(), self.path / "metrics.jsonl")
             self._metrics.write(_line({"kind": kind, "step": step, **values}))
             self._metrics.flush()
+            if kind != "train":  # that of a step can be made again from the log
+                sync(self._metrics.fileno())
         except FileNotFoundError:  # the file was removed
             raise
         except OSError as error:
@@ -175,17 +179,30 @@ def _from_log(path: Path) -> Iterator[dict[str, Any]]:
 
 def _readable_lines(metrics: Path) -> Iterator[tuple[dict[str, Any], str]]:
     """Yield (record, line) of each line that a crash did not cut."""
+    check_regular(metrics)
     for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
-        with contextlib.suppress(ValueError, KeyError, TypeError):
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
             record = json.loads(line)
             if isinstance(record["step"], int) and "kind" in record:
                 yield record, line
 
 
 def read_metrics(path: str | Path) -> Iterator[dict[str, Any]]:
-    """Yield the records of a run folder's metrics.jsonl."""
-    with open(Path(path) / "metrics.jsonl", encoding="utf-8") as file:
-        yield from map(json.loads, file)
+    """Yield the records of a run folder's metrics.jsonl.
+
+    Raises OSError, or ValueError with the line that is no record.
+    """
+    metrics = Path(path) / "metrics.jsonl"
+    check_regular(metrics)
+    with open(metrics, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                record = json.loads(line)
+                if not isinstance(record, dict) or not {"kind", "step"} <= record.keys():
+                    raise ValueError("no object with the keys kind and step")
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{metrics}, line {number}: no record: {error}") from error
+            yield record
 
 
 def versions() -> dict[str, str]:

@@ -38,6 +38,7 @@ from zods.config.schema import (
     parse_section,
     read_section,
 )
+from zods.files import check_regular
 
 MOST_KEYS = 1000  # of a section: each unknown key is a line of the error
 
@@ -145,10 +146,14 @@ def load_json(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
         return dict(pairs)
 
     if isinstance(source, Mapping):
-        loaded = json.loads(json.dumps(source), object_pairs_hook=section)
+        try:
+            loaded = json.loads(json.dumps(source), object_pairs_hook=section)
+        except RecursionError as error:
+            raise ValueError(f"configuration: sections inside each other: {error}") from error
         _check_sizes("configuration", sizes)
         return loaded
     path = Path(source)
+    check_regular(path)
     if not path.is_file():
         raise FileNotFoundError(
             f"configuration file {path}: not found. Give a DeepSpeed JSON, e.g. one of ds_configs/."

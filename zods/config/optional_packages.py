@@ -34,14 +34,22 @@ def check_packages(config: Mapping[str, Any], *, plot: bool = False, lora: bool 
         asked["--plot"] = PLOTS
     if lora:
         asked["--lora_rank"] = LORA
-    missing = [
+    missing = filter(None, (missing_package(what, *needed) for what, needed in asked.items()))
+    if text := " ".join(missing):
+        raise ValueError(text)
+
+
+def missing_package(what: str, package: str, install: str) -> str:
+    """The message where a package that `what` needs is not installed; empty where it is.
+
+    install: what pip installs it by.
+    """
+    if importlib.util.find_spec(package) is not None:
+        return ""
+    return (
         f"{what}: needs the package {package}, which is not installed. Install it (pip install "
         f"'{install}') or leave {what} out."
-        for what, (package, install) in asked.items()
-        if importlib.util.find_spec(package) is None
-    ]
-    if missing:
-        raise ValueError(" ".join(missing))
+    )
 
 
 def _is_enabled(section: Any) -> bool:

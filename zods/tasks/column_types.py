@@ -33,7 +33,8 @@ def type_of_cell(text: str, so_far: pa.DataType) -> pa.DataType:
     if text in _BOOLEANS:
         found = BOOLEAN
     elif _INTEGER.fullmatch(text):
-        found = INTEGER if -(2**63) <= int(text) < 2**63 else TEXT
+        # Python converts no text of more than 4300 digits
+        found = INTEGER if len(text) < 21 and -(2**63) <= int(text) < 2**63 else TEXT
     elif _FLOAT.fullmatch(text):
         found = FLOAT
     else:

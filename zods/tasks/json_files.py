@@ -26,6 +26,7 @@ from zods.tasks.tables import RESERVED, Table
 from zods.tasks.text_lines import read_lines
 
 DEEPEST = 100  # allowed nesting of lists and objects
+TOO_MANY_DIGITS = "a number of more digits than Python converts"
 TOO_DEEP = f"JSON lists or objects inside each other, more than {DEEPEST} deep"
 
 
@@ -82,6 +83,9 @@ def _json_lines(path: Path, mistakes: Mistakes) -> Iterator[tuple[int, dict[str,
             continue
         except RecursionError:
             mistakes.add(f"{path}, line", number, TOO_DEEP)
+            continue
+        except ValueError:  # Python converts no text of more than 4300 digits
+            mistakes.add(f"{path}, line", number, TOO_MANY_DIGITS)
             continue
         if wrong := _unusable_row(row):
             mistakes.add(f"{path}, line", number, wrong)
@@ -152,8 +156,9 @@ def _list_items(path: Path, mistakes: Mistakes) -> Iterator[tuple[int, dict[str,
         mistakes.add(
             f"{path}, line", error.lineno, f"malformed JSON: {error.msg} at column {error.colno}"
         )
-    except RecursionError:
-        mistakes.add(f"{path}, line", text.count("\n", 0, position) + 1, TOO_DEEP)
+    except (RecursionError, ValueError) as error:
+        what = TOO_DEEP if isinstance(error, RecursionError) else TOO_MANY_DIGITS
+        mistakes.add(f"{path}, line", text.count("\n", 0, position) + 1, what)
 
 
 def _after_space(text: str, position: int) -> int:
@@ -170,13 +175,13 @@ def _refuse_one_object(path: Path, extension: str, first: str) -> None:
         is_lines = extension == ".jsonl" or sum(1 for line in read_lines(path) if line.strip()) > 1
     except json.JSONDecodeError:
         is_lines = False
-    except RecursionError:
+    except (RecursionError, ValueError):
         return  # the mistake is reported when the rows are read
     if is_lines:
         return
     try:
         value = json.loads("".join(read_lines(path)))
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         return  # the file holds JSON lines, some of them malformed
     if isinstance(value, dict):
         keys = ", ".join(map(repr, list(value)[:5])) + (", ..." if len(value) > 5 else "")

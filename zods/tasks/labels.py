@@ -110,7 +110,7 @@ class Labels:
                 )
                 yield (
                     position,
-                    f"column {self.column!r} has the label {value!r}; the {len(self.values)} "
+                    f"column {self.column!r} has the label {value!r:.100}; the {len(self.values)} "
                     f"labels of the training data are {known[:500]}",
                 )
 

@@ -17,6 +17,7 @@ import datasets
 import pyarrow as pa
 from datasets.exceptions import DatasetGenerationError
 
+from zods.files import check_regular
 from zods.tasks.csv_files import read_csv
 from zods.tasks.json_files import read_json
 from zods.tasks.tables import NOT_TEXT, ROW, Table
@@ -181,6 +182,7 @@ def _load_file(path: Path, column_names: Sequence[str] | None) -> datasets.Datas
             f"{path}: unknown extension {extension!r}; allowed are {', '.join(FORMATS)}, also with "
             ".gz"
         )
+    check_regular(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}. Correct the path")
     if column_names is not None and set(column_names) & {ROW, NOT_TEXT}:

@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 Row = dict[str, Any]
 Columns = dict[str, list[Any]]
 TEXT_DTYPES = ("string", "large_string")
+# A tokenizer takes about 200 bytes of memory per character, whatever it then truncates.
+MOST_CHARACTERS = 1_000_000  # of a text
+AT_ONCE = 1_000_000  # characters that are tokenised together, at least one row
 TOKEN_COLUMNS = ("input_ids", "prompt", "words")  # columns of prepared rows that hold token ids
 
 
@@ -147,7 +150,8 @@ def row_numbers(dataset: datasets.Dataset) -> Sequence[int]:
 
 
 def text_mistakes(dataset: datasets.Dataset, columns: Sequence[str]) -> Iterator[tuple[int, str]]:
-    """Yield (position, mistake) of each row where a text is missing or all texts are blank.
+    """Yield (position, mistake) of each row where a text is missing or too long, or all texts are
+    blank.
 
     One of several texts may be blank.
     """
@@ -167,6 +171,15 @@ def text_mistakes(dataset: datasets.Dataset, columns: Sequence[str]) -> Iterator
                 )
             elif None in texts:
                 yield position, f"no text in column {columns[texts.index(None)]!r}"
+            elif max(map(len, texts)) > MOST_CHARACTERS:
+                column, longest = max(
+                    zip(columns, map(len, texts), strict=True), key=lambda named: named[1]
+                )
+                yield (
+                    position,
+                    f"a text of {longest} characters in column {column!r}, at most "
+                    f"{MOST_CHARACTERS} are tokenised",
+                )
             elif not any(text.strip() for text in texts):
                 yield position, f"blank text in {', '.join(map(repr, columns))}"
             position += 1
@@ -207,7 +220,27 @@ def map_rows(
 
 
 def _apply(batch: Columns, make_rows: Callable[[Columns], Columns], code: str) -> Columns:
-    return make_rows(batch)
+    """Make the rows of a batch, in parts of at most AT_ONCE characters."""
+    made: Columns = {}
+    for part in _parts(batch):
+        rows = {name: values[part] for name, values in batch.items()}
+        for name, values in make_rows(rows).items():
+            made.setdefault(name, []).extend(values)
+    return made
+
+
+def _parts(batch: Columns) -> Iterator[slice]:
+    sizes = [
+        sum(len(value) for value in row if isinstance(value, str))
+        for row in zip(*batch.values(), strict=True)
+    ]
+    start, held = 0, 0
+    for position, size in enumerate(sizes):
+        if position > start and held + size > AT_ONCE:
+            yield slice(start, position)
+            start, held = position, 0
+        held += size
+    yield slice(start, len(sizes))
 
 
 def code_digest() -> str:

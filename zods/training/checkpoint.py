@@ -19,7 +19,7 @@ import torch
 
 from zods.config.schema import ZerothOrderConfig
 from zods.core.annealing import Annealing
-from zods.files import sync
+from zods.files import make_folder, sync
 from zods.params.anchor import Anchor
 from zods.params.shards import Shard, ShardedParameters
 from zods.params.zero3_adapter import is_sharded, release_gathered
@@ -104,7 +104,8 @@ def save_checkpoint(
         with comm.same_on_all_ranks():
             if comm.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir(parents=True)
+                make_folder(final.parent)
+                partial.mkdir()
         with comm.same_on_all_ranks():
             own: dict[str, str] = {}
             if comm.rank == 0 or is_sharded(run.parameters.shards[0].param):

@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from zods.comm.communicator import Communicator
-from zods.files import atomic_write, rename, save_tensors, sync
+from zods.files import atomic_write, check_regular, rename, save_tensors, sync
 from zods.kernels import fingerprint
 from zods.params.shards import Shard
 
@@ -145,6 +145,7 @@ def remove_old(written: Path, keep: int | None) -> None:
 def latest_tag(load_dir: Path) -> str | None:
     """The tag in the file `latest`; None where there is no such file."""
     latest = load_dir / "latest"
+    check_regular(latest)
     return latest.read_text(errors="replace").strip() if latest.is_file() else None
 
 
@@ -168,7 +169,8 @@ def read_state(folder: Path) -> dict[str, Any]:
     format.
     """
     path = folder / "state.json"
-    if not path.is_file():  # a named pipe would block the reader
+    check_regular(path)
+    if not path.is_file():
         raise FileNotFoundError(
             f"checkpoint {folder}: no state.json. It is not a checkpoint of zods, or is incomplete."
         )
@@ -241,6 +243,7 @@ class ShardFiles:
     ) -> None:
         """digests: state.json's digest of each file's metadata; None: it has none (format 2)."""
         paths = sorted(folder.glob(f"{role}-rank*-of-*.safetensors"))
+        check_regular(*paths)
         if digests is not None:
             _check_names(folder, {path.name for path in paths}, role, digests)
         self._files = [_TensorFile(path) for path in paths]

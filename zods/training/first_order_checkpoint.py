@@ -26,7 +26,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
 from zods.comm.communicator import Communicator
-from zods.files import atomic_write, sync
+from zods.files import atomic_write, check_regular, make_folder, sync
 from zods.training.checkpoint_files import hide_removed, latest_tag, write_latest
 
 MANIFEST = "zods.json"
@@ -43,9 +43,10 @@ def folder_of_step(save_dir: Path, step: int) -> Path:
 
 
 def unseal(folder: Path, comm: Communicator) -> None:
-    """Remove the manifest of a checkpoint that is about to be written again."""
+    """Make the folder of checkpoints, and remove the manifest of one that is written again."""
     with comm.same_on_all_ranks():
         if comm.rank == 0:
+            make_folder(folder.parent)
             (folder / MANIFEST).unlink(missing_ok=True)
 
 
@@ -106,6 +107,7 @@ def check(folder: Path, comm: Communicator) -> None:
     """
     files = _files(folder)
     with comm.same_on_all_ranks(), only_data():
+        check_regular(*files)
         for path in files[comm.rank :: comm.world_size]:
             _check_only_data(path)
     ranks, digests = comm.world_size, None
@@ -177,7 +179,13 @@ def only_data() -> Iterator[None]:
 
 
 def _check_only_data(path: Path) -> None:
-    """Raise ValueError unless torch can load the file without running code.
+    """Raise ValueError unless torch can load the file without running code."""
+    if flaw := flaw_of_pickle(path):
+        raise ValueError(f"checkpoint {path}: {flaw}. Load a checkpoint that zods.finetune wrote.")
+
+
+def flaw_of_pickle(path: Path) -> str:
+    """The reason why torch cannot load a file without running code; empty where it can.
 
     The data of tensors are not read.
     """
@@ -186,14 +194,12 @@ def _check_only_data(path: Path) -> None:
             torch.load(file, map_location="meta", weights_only=True)
         except Exception as error:  # what is not a pickle or zip file raises nearly any kind
             code = re.search(r"GLOBAL (\S+)", str(error))
-            wrong = (
-                f"it names the code {code[1]}, which no checkpoint needs; it was not run"
+            return (
+                f"it names the code {code[1]}, which no tensor needs; it was not run"
                 if code
-                else "damaged"
+                else "damaged or truncated"
             )
-            raise ValueError(
-                f"checkpoint {path}: {wrong}. Load a checkpoint that zods.finetune wrote."
-            ) from error
+    return ""
 
 
 def zods_state(client_state: Any, folder: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from zods.files import atomic_write, make_folder, save_tensors
+from zods.files import atomic_write, check_regular, make_folder, save_tensors
 from zods.params.shards import Shard
 from zods.params.zero3_adapter import gathered, release_gathered
 from zods.training.training_run import TrainingRun
@@ -45,6 +45,7 @@ def load_initial_weights(run: TrainingRun, path: Path, header: Header) -> None:
     Raises ValueError, the same on all ranks, where the file is damaged or does not fit the log.
     """
     with run.comm.same_on_all_ranks():
+        check_regular(path)
         if not path.is_file():
             return
         shapes = {parameter.name: list(parameter.shape) for parameter in header.parameters}

@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from zods.comm.communicator import Communicator
-from zods.files import atomic_create, atomic_write, make_folder
+from zods.files import atomic_create, check_regular, copy_file, make_folder
 from zods.params.zero3_adapter import release_gathered
 from zods.selection.loaders import SelectingLoader
 from zods.training import checkpoint
@@ -317,6 +317,7 @@ def copy_log(run: Path, checkpoint_folder: Path | None, to: Path) -> None:
 
     Raises ValueError or OSError where the checkpoint does not belong to the log.
     """
+    check_regular(run / LOG_NAME)
     data = (run / LOG_NAME).read_bytes()
     log = parse_log(data, run / LOG_NAME)
     if checkpoint_folder is not None:
@@ -324,8 +325,7 @@ def copy_log(run: Path, checkpoint_folder: Path | None, to: Path) -> None:
     make_folder(to)
     if (run / INITIAL).is_file():
         make_folder((to / INITIAL).parent)
-        with atomic_write(to / INITIAL) as temporary:
-            temporary.write_bytes((run / INITIAL).read_bytes())
+        copy_file(run / INITIAL, to / INITIAL)
     # the log comes last: a folder that has one has everything else
     try:
         with atomic_create(to / LOG_NAME) as temporary:

@@ -8,12 +8,14 @@ against it when they are read. Callers: `zods.trajectory.replay`, and `zods.cli`
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from zods.files import check_regular
 from zods.kernels import fingerprint
 from zods.trajectory.records import Header, ParameterRecord
 
@@ -67,19 +69,49 @@ def files_of_keys(folder: Path) -> dict[str, Path]:
     """Map the key of every tensor in a model's folder to the tensor's file."""
     files = sorted(folder.glob("*.safetensors"))
     index = folder / INDEX
+    check_regular(*files, index)
     try:
         if index.is_file():
             names = json.loads(index.read_text())["weight_map"]
             files = sorted({folder / Path(name).name for name in names.values()})
+        check_regular(*files)
         found: dict[str, Path] = {}
         for path in files:
             with safe_open(path, framework="pt") as file:
                 found |= dict.fromkeys(file.keys(), path)
         return found
-    except (SafetensorError, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (
+        *(SafetensorError, OSError, ValueError, KeyError, AttributeError, TypeError),
+        RecursionError,
+    ) as error:
         raise ValueError(
             f"--base {folder}: damaged: {error}. Copy or download the model again."
         ) from error
+
+
+def copyable_files(folder: Path) -> dict[Path, str]:
+    """Map each file of a model's folder to the reason why it may not be copied; "" where it may.
+
+    In a snapshot of the hub's cache all files are links to the cache's blobs, and their content may
+    be copied. That of a link to any other place may not: it is not of the model.
+    """
+    root = folder.resolve()
+    roots = [root]
+    if root.parent.name == "snapshots":
+        roots.append(root.parent.parent / "blobs")
+    found = {}
+    for path in folder.iterdir():
+        target = Path(os.path.realpath(path))
+        inside = any(target.is_relative_to(allowed) for allowed in roots)
+        if not path.is_dir():
+            found[path] = (
+                "no regular file"
+                if not path.is_file()
+                else ""
+                if inside
+                else f"a link to {target}, outside of the model's folder"
+            )
+    return found
 
 
 def stored_tensors(header: Header, folder: Path, initial: Path) -> list[StoredTensor]:

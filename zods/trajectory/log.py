@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from zods.files import check_still_named, make_folder, sync
+from zods.files import check_regular, check_still_named, make_folder, sync
 from zods.trajectory.records import Header, Record, RunRecord, Step, header_of, record_of
 
 logger = logging.getLogger(__name__)
@@ -94,6 +94,7 @@ def _steps(records: Sequence[Record]) -> int:
 
 def read_log(path: str | Path) -> Log:
     """Read a log file and check every line. Raises OSError, or ValueError with line and byte."""
+    check_regular(Path(path))
     return parse_log(Path(path).read_bytes(), path)
 
 
@@ -257,6 +258,7 @@ class LogFile:
         """
         self.path = Path(path)
         make_folder(self.path.parent)
+        check_regular(self.path)
         self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         self._lock()
         sync(self.path.parent)  # so that a new file's name survives a power cut

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import logging
 import pickle
-import shutil
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,13 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from zods.core.directions import Direction
-from zods.files import atomic_write, make_folder, save_tensors, sync_tree, write_errors
+from zods.files import (
+    atomic_files,
+    atomic_write,
+    copy_file,
+    make_folder,
+    save_tensors,
+)
 from zods.kernels import fingerprint
 from zods.trajectory.base_weights import (
     ADAPTER_CONFIG,
@@ -32,6 +37,7 @@ from zods.trajectory.base_weights import (
     StoredTensor,
     Unfit,
     base_weights,
+    copyable_files,
     dtype_of,
     files_of_keys,
     folder_of,
@@ -44,6 +50,7 @@ from zods.trajectory.updates import Change, History, direction_of, num_terms, re
 logger = logging.getLogger(__name__)
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.index.json")
+CONFIG = "config.json"
 SHARD_BYTES = 1 << 30  # size of a written file, which is held in memory until it is written
 
 
@@ -103,6 +110,7 @@ def replay(
     size = min(shard_bytes, -(-sum(s.nbytes for s in written) // world_size))
     files = _files_to_write(written, size, adapters)
     mine = files[rank::world_size]
+    config = None if adapters else _read_config(log.header, folder, initial)
     own = {name for name, _ in mine} | ({INDEX} if rank == 0 else set())
     _refuse_existing(Path(out), {*(name for name, _ in files), INDEX} - own)
     began = time.perf_counter()
@@ -123,8 +131,7 @@ def replay(
             with atomic_write(Path(out) / name) as temporary:
                 save_tensors(tensors, temporary, {"format": "pt"})
     if rank == 0:
-        _write_rest(log.header, folder, initial, Path(out), files, adapters)
-        sync_tree(Path(out))
+        _write_rest(config, folder, initial, Path(out), files, adapters)
     return Done(steps, total, time.perf_counter() - began)
 
 
@@ -211,36 +218,56 @@ def _refuse_existing(out: Path, of_others: Collection[str] = ()) -> None:
 
 
 def _write_rest(
-    header: Header,
+    config: dict[str, Any] | None,
     folder: Path,
     initial: Path,
     out: Path,
     files: Sequence[tuple[str, list[StoredTensor]]],
     adapters: bool,
 ) -> None:
-    """Write the files beside the weights: configurations, tokenizer, index."""
+    """Write the files beside the weights: configurations, tokenizer, index.
+
+    config: the content of config.json; None: there is none to write.
+    """
+    folder = initial if adapters else folder
+    for path, reason in sorted(copyable_files(folder).items()):
+        if not (path.name == ADAPTER_CONFIG if adapters else _is_beside_weights(path)):
+            continue
+        if reason:
+            logger.warning("%s: not copied: it is %s.", path, reason)
+        elif path.name != CONFIG:
+            copy_file(path, out / path.name)
     if adapters:
-        shutil.copy(initial / ADAPTER_CONFIG, out)
         return
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and not any(path.match(pattern) for pattern in WEIGHTS):
-            shutil.copy(path, out)
-    config = (
-        initial / "config.json" if (initial / "config.json").is_file() else folder / "config.json"
-    )
-    if config.is_file():
-        values = json.loads(config.read_text())
-        values.pop("torch_dtype", None)
-        dtype = next((p.dtype for p in header.parameters if p.trained), None)
-        values |= {"dtype": dtype, "architectures": [header.model]}
-        with atomic_write(out / "config.json") as temporary:
-            temporary.write_text(json.dumps(values, indent=2) + "\n")
+    if config is not None:
+        with atomic_write(out / CONFIG) as temporary:
+            temporary.write_text(json.dumps(config, indent=2) + "\n")
     if len(files) > 1:
         file_of_key = {stored.key: name for name, shard in files for stored in shard}
         total = sum(stored.nbytes for _, shard in files for stored in shard)
         text = json.dumps({"metadata": {"total_size": total}, "weight_map": file_of_key}, indent=2)
         with atomic_write(out / INDEX) as temporary:
             temporary.write_text(text + "\n")
+
+
+def _is_beside_weights(path: Path) -> bool:
+    return not any(path.match(pattern) for pattern in WEIGHTS)
+
+
+def _read_config(header: Header, folder: Path, initial: Path) -> dict[str, Any] | None:
+    """The content of config.json for the replayed model; None where the model has none of its own."""
+    path = next((path for path in (initial / CONFIG, folder / CONFIG) if path.is_file()), None)
+    if path is None or copyable_files(path.parent)[path]:
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected {{...}}, found {type(values).__name__}.")
+    values.pop("torch_dtype", None)
+    dtype = next((p.dtype for p in header.parameters if p.trained), None)
+    return {**values, "dtype": dtype, "architectures": [header.model]}
 
 
 def _replay_in_memory(
@@ -285,9 +312,8 @@ def _replay_in_memory(
                     progress.update,
                 )
                 live[parameter.name].data.copy_(values)
-    with write_errors(out, SafetensorError):
-        model.save_pretrained(out)
-    sync_tree(out)
+    with atomic_files(out, SafetensorError) as temporary:
+        model.save_pretrained(temporary)
     return Done(steps, total, time.perf_counter() - began)
 
 
@@ -328,7 +354,7 @@ def _load_whole(kind: Any, folder: Path, initial: Path, dtype: torch.dtype, unfi
     """
     import transformers
 
-    config = initial if (initial / "config.json").is_file() else folder
+    config = initial if (initial / CONFIG).is_file() else folder
     try:
         return kind.from_pretrained(
             folder,
