@@ -5,6 +5,9 @@ This module only composes the parts of the package.
 
 from __future__ import annotations
 
+from zods.comm.stop_request import StopRequest  # first: it remembers the launcher
+
+# isort: split
 import logging
 import sys
 import traceback
@@ -28,7 +31,6 @@ from zods.cli.run_folder import RunFolder
 from zods.cli.summary import summarise, table
 from zods.comm.communicator import Communicator, RankFailure
 from zods.comm.process import connect_ranks, end_process, environment_rank, report_failure
-from zods.comm.stop_request import StopRequest
 from zods.config.auto_values import (
     hidden_size_of,
     offloads_to_nvme,
@@ -64,8 +66,9 @@ logger = logging.getLogger(__name__)
 
 
 def main() -> None:
-    arguments = parse_arguments()
     stop_request = StopRequest()
+    stop_request.guard_start()
+    arguments = parse_arguments()
     rank = environment_rank()
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.ERROR, format="%(name)s: %(message)s"
