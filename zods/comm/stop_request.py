@@ -44,6 +44,10 @@ class Lineage:
         return self._was_lost or os.getppid() != self._parent or runner_is_gone
 
 
+class StopRequested(Exception):
+    """Raised, on all ranks, out of an evaluation or a refresh that a request to stop ended."""
+
+
 class StopRequest:
     """A request to stop this process. reason: the first reason that was given; None until then."""
 
