@@ -5,6 +5,10 @@ This module only composes the parts of the package.
 
 from __future__ import annotations
 
+# first: it remembers the launcher
+from zods.comm.stop_request import StopRequest, StopRequested
+
+# isort: split
 import logging
 import sys
 import traceback
@@ -28,7 +32,6 @@ from zods.cli.run_folder import RunFolder
 from zods.cli.summary import summarise, table
 from zods.comm.communicator import Communicator, RankFailure
 from zods.comm.process import connect_ranks, end_process, environment_rank, report_failure
-from zods.comm.stop_request import StopRequest
 from zods.config.auto_values import (
     hidden_size_of,
     offloads_to_nvme,
@@ -60,13 +63,15 @@ from zods.training.first_order import FirstOrderEngine
 from zods.training.host_memory import return_freed_memory
 from zods.training.initialize import check_folders
 from zods.training.resume import CHECKPOINTS, INITIAL, copy_log
+from zods.training.step_outputs import StepReport
 
 logger = logging.getLogger(__name__)
 
 
 def main() -> None:
-    arguments = parse_arguments()
     stop_request = StopRequest()
+    stop_request.guard_start()
+    arguments = parse_arguments()
     rank = environment_rank()
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.ERROR, format="%(name)s: %(message)s"
@@ -219,17 +224,17 @@ def finetune(
 ) -> None:
     """Evaluate, train with evaluations and checkpoints, evaluate again, and report."""
     rank = engine.global_rank
-    before = (
-        folder.evaluation_at(0) if engine.global_steps else evaluate(engine, task, held_out, folder)
-    )
-    trained = train_steps(engine, arguments.run, task, held_out, folder)
-    if engine.should_stop:
+    try:
+        before = (
+            folder.evaluation_at(0)
+            if engine.global_steps
+            else evaluate(engine, task, held_out, folder)
+        )
+        trained = train_steps(engine, arguments.run, task, held_out, folder)
+        after = evaluate_unless_done(engine, task, held_out, folder)
+    except StopRequested:
         save_and_print_how_to_resume(engine, arguments.run, folder)
         return
-    after: dict[str, float] = {}
-    if not trained.seconds:  # a finished run that is started again has this evaluation already
-        after = engine.comm.gather_objects(folder.evaluation_at(engine.global_steps))[0]
-    after = after or evaluate(engine, task, held_out, folder)
 
     if arguments.run.save_model:
         engine.save_pretrained(folder.path / "model")
@@ -363,6 +368,19 @@ def evaluate(
     return metrics
 
 
+def evaluate_unless_done(
+    engine: ZerothOrderEngine | FirstOrderEngine,
+    task: Task,
+    held_out: datasets.Dataset,
+    folder: RunFolder,
+) -> dict[str, float]:
+    """Evaluate, unless an earlier start of the run has evaluated after the same step."""
+    done: dict[str, float] = engine.comm.gather_objects(folder.evaluation_at(engine.global_steps))[
+        0
+    ]
+    return done or evaluate(engine, task, held_out, folder)
+
+
 @dataclass
 class Trained:
     """Measurements of the steps: seconds of each, and bytes that all steps sent."""
@@ -379,55 +397,61 @@ def train_steps(
     held_out: datasets.Dataset,
     folder: RunFolder,
 ) -> Trained:
-    """Train to the last step, with evaluations and checkpoints between the steps."""
+    """Train to the last step, with evaluations and checkpoints between the steps.
+
+    Raises StopRequested, on all ranks, where one is asked to stop.
+    """
     assert engine.training_dataloader is not None
     last = run.max_steps or run.num_epochs * engine.training_dataloader.steps_per_epoch
     trained = Trained()
     progress = tqdm(
         total=last, initial=engine.global_steps, desc="steps", disable=engine.global_rank != 0
     )
-    while engine.global_steps < last:
-        gathered = _logged_bytes()
-        engine.train_batch()
-        report = engine.last_step
-        assert report is not None
-        trained.seconds.append(report.seconds)
-        trained.scalar_bytes += report.scalar_bytes
-        trained.zero3_bytes += _logged_bytes() - gathered
-        folder.record(
-            "train",
-            report.step,
-            loss=report.loss,
-            projected_grad=report.projected_grad,
-            lr=report.lr,
-            seconds=report.seconds,
-            scalar_bytes=report.scalar_bytes,
-            skipped=report.skipped,
-            **({} if engine.selection is None else {"selection_seconds": report.selection_seconds}),
-        )
-        slope = (
-            ""
-            if report.projected_grad is None
-            else f"projected_grad {report.projected_grad:+.2e}, "
-        )
-        progress.set_postfix_str(f"loss {report.loss:.4f}, {slope}{report.seconds:.3f} s/step")
-        progress.update()
-        if (
-            run.eval_interval
-            and engine.global_steps % run.eval_interval == 0
-            and report.step < last
-        ):
-            metrics = evaluate(engine, task, held_out, folder)
-            if engine.global_rank == 0:
-                progress.write(
-                    f"step {engine.global_steps}: held out: {_text(metrics)}", file=sys.stderr
-                )
-        if run.save_interval and engine.global_steps % run.save_interval == 0:
-            save(engine, run, folder)
-        if engine.should_stop:
-            break
-    progress.close()
+    with progress:
+        while engine.global_steps < last:
+            step = engine.global_steps
+            if run.eval_interval and step and step % run.eval_interval == 0:
+                metrics = evaluate_unless_done(engine, task, held_out, folder)
+                if engine.global_rank == 0:
+                    progress.write(f"step {step}: held out: {_text(metrics)}", file=sys.stderr)
+            report = train_one_step(engine, trained, folder)
+            slope = (
+                ""
+                if report.projected_grad is None
+                else f"projected_grad {report.projected_grad:+.2e}, "
+            )
+            progress.set_postfix_str(f"loss {report.loss:.4f}, {slope}{report.seconds:.3f} s/step")
+            progress.update()
+            if engine.should_stop:
+                raise StopRequested
+            if run.save_interval and engine.global_steps % run.save_interval == 0:
+                save(engine, run, folder)
     return trained
+
+
+def train_one_step(
+    engine: ZerothOrderEngine | FirstOrderEngine, trained: Trained, folder: RunFolder
+) -> StepReport:
+    """Make a step, and add its measurements to `trained` and to metrics.jsonl."""
+    gathered = _logged_bytes()
+    engine.train_batch()
+    report = engine.last_step
+    assert report is not None
+    trained.seconds.append(report.seconds)
+    trained.scalar_bytes += report.scalar_bytes
+    trained.zero3_bytes += _logged_bytes() - gathered
+    folder.record(
+        "train",
+        report.step,
+        loss=report.loss,
+        projected_grad=report.projected_grad,
+        lr=report.lr,
+        seconds=report.seconds,
+        scalar_bytes=report.scalar_bytes,
+        skipped=report.skipped,
+        **({} if engine.selection is None else {"selection_seconds": report.selection_seconds}),
+    )
+    return report
 
 
 def save(
@@ -454,8 +478,9 @@ def save(
 def save_and_print_how_to_resume(
     engine: ZerothOrderEngine | FirstOrderEngine, run: RunArguments, folder: RunFolder
 ) -> None:
-    """Save after a request to stop before the last step, and print how to continue."""
-    save(engine, run, folder)
+    """Save after a request to stop, and print how to continue."""
+    if engine.global_steps:
+        save(engine, run, folder)
     if engine.global_rank == 0:
         print(
             f"stopped after step {engine.global_steps} "

@@ -35,6 +35,26 @@ def started(*command: str) -> Iterator[subprocess.Popen]:
         process.wait()
 
 
+def deepspeed(port: int, *arguments: str) -> list[str]:
+    """The command that starts one rank."""
+    launcher = str(Path(sys.executable).parent / "deepspeed")
+    return [launcher, "--num_gpus", "1", "--master_port", str(port), *arguments]
+
+
+def is_alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_for_end(process: int, seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while is_alive(process):
+        assert time.monotonic() < deadline, f"process {process} goes on"
+        time.sleep(0.05)
+
+
 def wait_for(file: Path) -> str:
     deadline = time.monotonic() + 120
     while not file.exists():
@@ -75,23 +95,71 @@ def test_the_end_of_the_parent_requests_a_stop_and_the_end_of_a_grandparent_does
 
 @pytest.mark.launched
 def test_the_end_of_the_deepspeed_command_asks_though_its_launch_py_goes_on(tmp_path: Path):
-    deepspeed = str(Path(sys.executable).parent / "deepspeed")
+    with master_port() as port, started(*deepspeed(port, str(SCRIPT), str(tmp_path))) as runner:
+        launch_py = json.loads(wait_for(tmp_path / "listening"))["parent"]
+        assert launch_py != runner.pid
+        runner.kill()
+        assert wait_for(tmp_path / "reason") == "the launcher is gone"
+        os.kill(launch_py, 0)  # it is there
+
+
+@pytest.mark.launched
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_rank_ends_whose_deepspeed_command_ended_while_the_rank_imported(tmp_path, number):
+    with (
+        master_port() as port,
+        started(*deepspeed(port, str(SCRIPT), str(tmp_path), "starting")) as runner,
+    ):
+        rank = json.loads(wait_for(tmp_path / "importing"))["pid"]
+        runner.send_signal(number)
+        runner.wait()
+        (tmp_path / "imported").touch()
+        wait_for_end(rank)
+
+
+@pytest.mark.launched
+@pytest.mark.parametrize("killed", ["runner", "launch.py"])
+def test_a_rank_ends_whose_launcher_was_killed_before_the_rank_ran_python(tmp_path, killed):
+    """launch.py starts a shell, which runs Python in its place after the kill."""
+    (tmp_path / "imported").touch()
+    shell = tmp_path / "rank.sh"
+    shell.write_text(
+        f"#!/bin/sh\necho $$ $PPID >{tmp_path}/t; mv {tmp_path}/t {tmp_path}/forked\n"
+        f"while ! [ -e {tmp_path}/killed ]; do sleep 0.1; done\n"
+        f"exec {sys.executable} {SCRIPT} {tmp_path} starting\n"
+    )
+    shell.chmod(0o755)
+    with master_port() as port, started(*deepspeed(port, "--no_python", str(shell))) as runner:
+        rank, launch_py = map(int, wait_for(tmp_path / "forked").split())
+        os.kill(runner.pid if killed == "runner" else launch_py, signal.SIGKILL)
+        runner.wait()
+        (tmp_path / "killed").touch()
+        wait_for(tmp_path / "importing")
+        wait_for_end(rank)
+
+
+@pytest.mark.launched
+def test_a_deepspeed_command_goes_on_when_the_shell_that_started_it_ends(tmp_path):
     with master_port() as port:
-        command = [
-            deepspeed,
-            "--num_gpus",
-            "1",
-            "--master_port",
-            str(port),
-            str(SCRIPT),
-            str(tmp_path),
-        ]
-        with started(*command) as runner:
-            launch_py = json.loads(wait_for(tmp_path / "listening"))["parent"]
-            assert launch_py != runner.pid
-            runner.kill()
-            assert wait_for(tmp_path / "reason") == "the launcher is gone"
-            os.kill(launch_py, 0)  # it is there
+        command = " ".join(deepspeed(port, str(SCRIPT), str(tmp_path), "starting"))
+        with started("sh", "-c", f"{command} & sleep 1") as shell:
+            assert shell.wait() == 0
+            rank = json.loads(wait_for(tmp_path / "importing"))["pid"]
+            (tmp_path / "imported").touch()
+            wait_for(tmp_path / "guarding")
+            time.sleep(2)
+            assert is_alive(rank)
+
+
+@pytest.mark.launched
+def test_a_process_that_no_launcher_started_goes_on_as_an_orphan(tmp_path):
+    (tmp_path / "imported").touch()
+    with started("sh", "-c", f"sleep 1; {sys.executable} {SCRIPT} {tmp_path} starting &"):
+        rank = json.loads(wait_for(tmp_path / "importing"))
+        assert rank["parent"] != os.getpid()
+        wait_for(tmp_path / "guarding")
+        time.sleep(2)
+        assert is_alive(rank["pid"])
 
 
 def test_the_first_reason_stays():

@@ -24,9 +24,9 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, NoReturn
 
 from zods.comm.communicator import Communicator
+from zods.comm.stop_request import EXIT_CODE
 from zods.comm.store import Board
 
-EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: not the user's mistake, try again
 LOOK_SECONDS = 1.0
 ANSWER_SECONDS = 4.0  # for a rank to answer a call; it looks for one every LOOK_SECONDS
 VERDICT_SECONDS = 3.0  # for the rank that reports to write the message

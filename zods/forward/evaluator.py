@@ -234,16 +234,19 @@ class Evaluator:
         micro_batch: int,
         split: tuple[int, int],
         total: Callable[[Sequence[float]], Sequence[float]],
+        before_each: Callable[[], None],
     ) -> list[float]:
         """Compute the mean losses over a whole dataset under the objective; NaN if no label counts.
 
         title: of the progress bar. micro_batch: examples per forward and rank. split: (index of
         this rank, number of ranks) among the ranks that divide the dataset. All of them use
-        micro-batches of one size. total: adds up values over these ranks.
+        micro-batches of one size. total: adds up values over these ranks. before_each: called
+        before each micro-batch.
         """
         rounds = WholePass(dataset, micro_batch, *split, collate_fn)
         sums = torch.zeros(len(points) + 1, dtype=torch.float64, device=self._comm.device)
         for batch, counted in tqdm(rounds, desc=title, leave=False, disable=self._comm.rank != 0):
+            before_each()
             found = self.loss_sums(points, self.inputs(batch))
             if counted:
                 sums += found

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from zods.comm.communicator import Communicator
-from zods.comm.stop_request import StopRequest
+from zods.comm.stop_request import StopRequest, StopRequested
 from zods.comm.watchdog import Watchdog
 from zods.config.deepspeed_json import RunConfig
 from zods.config.schedules import ZerothOrderOptimizer
@@ -102,6 +102,8 @@ class ZerothOrderEngine(EngineInterface):
         self._is_closed = False
         self._is_logged = False  # whether `resume` was called
         self._in_flight: StepInFlight | None = None
+        self._loader_state: dict[str, Any] = {}  # after the last step
+        self._remember_loader()
         deepspeed_engine.eval()
 
     # --- modes ------------------------------------------------------------------------------------
@@ -187,7 +189,7 @@ class ZerothOrderEngine(EngineInterface):
         A loss becomes part of the step when it is given to `backward`. Without that, the forward
         was a probe and has no effect. All micro-batches of a step share its directions. If the
         anchor is due, it is refreshed before the first of them. Raises ValueError where the model
-        gives no loss.
+        gives no loss, and StopRequested as `refresh_anchor` does.
         """
         if self._is_closed:
             raise RuntimeError(
@@ -302,6 +304,7 @@ class ZerothOrderEngine(EngineInterface):
         self.last_step = self._reporter.report(
             self.run.state, record, in_flight, loss, projected_grad, selecting
         )
+        self._remember_loader()
         self._watchdog.rest()
         self._reporter.warn(self.run.state, record, in_flight.reduced, projected_grad)
 
@@ -342,7 +345,9 @@ class ZerothOrderEngine(EngineInterface):
         training set, and step along it.
 
         The step is theta <- theta - anchor_lr * g, as in algorithm 2 of Gautam et al. 2024. There
-        it replaces a mini-batch step; here the mini-batch step follows it.
+        it replaces a mini-batch step; here the mini-batch step follows it. Raises StopRequested,
+        on all ranks, where one is asked to stop meanwhile. Nothing of the refresh is then left, and
+        the training loader stands after the last step.
         """
         assert self.anchor is not None
         assert self.training_dataloader is not None
@@ -351,15 +356,23 @@ class ZerothOrderEngine(EngineInterface):
         seeds = self._rule.seeds("anchor", self.global_steps, zo.anchor_directions)
         loader, title = self.training_dataloader, f"anchor at step {self.global_steps}"
         split, total = self._exchange.refresh_split(self.global_steps, self.trajectory)
-        losses = self._evaluator.whole_set_losses(
-            pairs(seeds, zo.eps),
-            loader.dataset,
-            loader.collate_fn,
-            title=title,
-            micro_batch=self._rows // split[1],
-            split=split,
-            total=total,
-        )
+        try:
+            with self._polled() as poll:
+                losses = self._evaluator.whole_set_losses(
+                    pairs(seeds, zo.eps),
+                    loader.dataset,
+                    loader.collate_fn,
+                    title=title,
+                    micro_batch=self._rows // split[1],
+                    split=split,
+                    total=total,
+                    before_each=poll,
+                )
+        except StopRequested:
+            loader.load_state_dict(self._loader_state)  # the step's first batch may be loaded
+            self.restart_loader()
+            self._watchdog.rest()
+            raise
         self._record_evaluation()
         scheduled = self.get_lr()[0] / zo.lr if zo.lr else 1.0 / self.annealing.divisor
         anchor_lr = zo.lr if zo.anchor_lr is None else zo.anchor_lr
@@ -418,6 +431,7 @@ class ZerothOrderEngine(EngineInterface):
             join_leader(self.run, self.replicas)
             self._split_batches()
         self.restart_loader()
+        self._remember_loader()
         self._is_logged = True
 
     def load_checkpoint(
@@ -456,6 +470,7 @@ class ZerothOrderEngine(EngineInterface):
         if loaded[0] is not None and not load_module_only:
             self._adopt_evaluation()
         self._in_flight = None
+        self._remember_loader()
         return loaded
 
     # --- whole batches ----------------------------------------------------------------------------
@@ -477,6 +492,11 @@ class ZerothOrderEngine(EngineInterface):
             self.step()
         assert self.last_step is not None
         return self.last_step.loss
+
+    def _remember_loader(self) -> None:
+        """Keep the loader's state at the end of a step, for a refresh that is abandoned."""
+        if self.anchor is not None and self.training_dataloader is not None:
+            self._loader_state = self.training_dataloader.state_dict()
 
     def restart_loader(self) -> None:
         """Let `train_batch` continue at the loader's current position. Iterators that were made

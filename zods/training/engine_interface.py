@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from zods.comm.communicator import Communicator
+from zods.comm.stop_request import StopRequest, StopRequested
 from zods.comm.watchdog import Watchdog
 from zods.config.deepspeed_json import RunConfig
 from zods.core.annealing import Annealing
@@ -24,8 +25,10 @@ from zods.forward.evaluator import Evaluator
 from zods.params.zero3_adapter import is_sharded
 from zods.training import checkpoint
 from zods.training.export import save_16bit_model, save_pretrained, whole_state
+from zods.training.replicas import Replicas
 from zods.training.state import StepInFlight
 from zods.training.step_outputs import StepReport
+from zods.training.stop_poll import StopPoll
 from zods.training.training_run import TrainingRun
 
 logger = logging.getLogger(__name__)
@@ -44,6 +47,9 @@ class EngineInterface:
     comm: Communicator
     optimizer: torch.optim.Optimizer
     run: TrainingRun
+    stop: StopRequest
+    should_stop: bool
+    replicas: Replicas | None
     last_step: StepReport | None
     _in_flight: StepInFlight | None
     _evaluator: Evaluator
@@ -191,18 +197,40 @@ class EngineInterface:
         """Means over a whole dataset at the parameters, every example counted once, over all ranks.
 
         collate_fn: rows -> (model inputs, targets). measure: (outputs, inputs, targets) -> name:
-        (sum, count).
+        (sum, count). Raises StopRequested, on all ranks, where one is asked to stop meanwhile.
         """
         self.flush()
-        with self._watched_evaluation() as beat:
+        with self._watched_evaluation() as beat, self._polled() as poll:
+
+            def outputs_of(batch: Any) -> Any:
+                poll()
+                return self._evaluator.outputs(beat(batch))
+
             return measure_whole(
-                lambda batch: self._evaluator.outputs(beat(batch)),
+                outputs_of,
                 dataset,
                 collate_fn,
                 measure,
                 comm=self.comm,
                 micro_batch=self.train_micro_batch_size_per_gpu(),
             )
+
+    @contextlib.contextmanager
+    def _polled(self) -> Iterator[Callable[[], None]]:
+        """Let requests to stop end a pass over a dataset. Yields a function to call before each of
+        its micro-batches.
+
+        Where several replicas train together, a request waits for the next step: with its losses
+        the others learn who leaves.
+        """
+        if self.replicas is not None:
+            yield lambda: None
+            return
+        try:
+            yield StopPoll(self.comm, lambda: self.stop.reason is not None)
+        except StopRequested:
+            self.should_stop = True
+            raise
 
     @contextlib.contextmanager
     def _watched_evaluation(self) -> Iterator[Callable[[Any], Any]]:

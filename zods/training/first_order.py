@@ -18,7 +18,7 @@ import deepspeed
 import torch
 
 from zods.comm.communicator import Communicator
-from zods.comm.stop_request import StopRequest
+from zods.comm.stop_request import StopRequest, StopRequested
 from zods.config.deepspeed_json import FirstOrderConfig
 from zods.data.batch import WEIGHTS
 from zods.data.loader import TrainingLoader
@@ -50,6 +50,7 @@ from zods.training.rank_agreement import describe_data
 from zods.training.recorder import Recorder
 from zods.training.resume import CHECKPOINTS, LOG_NAME, open_log
 from zods.training.step_outputs import StepReport
+from zods.training.stop_poll import StopPoll
 from zods.trajectory.log import Log, LogFile, parse_log
 from zods.trajectory.records import Header, Step
 
@@ -209,13 +210,19 @@ class FirstOrderEngine:
         """Means over a whole dataset; see `ZerothOrderEngine.evaluate`."""
         self.deepspeed.eval()
         micro_batch = self.deepspeed.train_micro_batch_size_per_gpu()
+        poll = StopPoll(self.comm, lambda: self.stop.reason is not None)
 
         def outputs_of(inputs: dict[str, Any]) -> Any:
+            poll()
             return self.deepspeed(**inputs)
 
-        return measure_whole(
-            outputs_of, dataset, collate_fn, measure, comm=self.comm, micro_batch=micro_batch
-        )
+        try:
+            return measure_whole(
+                outputs_of, dataset, collate_fn, measure, comm=self.comm, micro_batch=micro_batch
+            )
+        except StopRequested:
+            self.should_stop = True
+            raise
 
     def resume(
         self,

@@ -1,8 +1,12 @@
 """A process that listens for requests to stop, for test_stopping.py.
 
-Usage: stopping.py FOLDER
+Usage: stopping.py FOLDER [starting]
 
-Once a forked process of its own has been ended with SIGTERM, it writes its process id and its
+With "starting" it writes its process id and its parent's to FOLDER/importing, and waits for
+FOLDER/imported, in place of the imports of a run. Then it watches its launcher, as a run does that
+loads its model, and writes FOLDER/guarding.
+
+Otherwise, once a forked process of its own has been ended with SIGTERM, it writes its process id and its
 parent's to FOLDER/listening. When it is asked to stop, it writes FOLDER/reason and ends.
 """
 
@@ -16,6 +20,21 @@ from pathlib import Path
 from zods.comm.stop_request import StopRequest
 
 
+def write(file, text):
+    temporary = file.with_name("temporary")
+    temporary.write_text(text)
+    temporary.rename(file)
+
+
+def start(folder):
+    write(folder / "importing", json.dumps({"pid": os.getpid(), "parent": os.getppid()}))
+    while not (folder / "imported").exists():
+        time.sleep(0.05)
+    StopRequest().guard_start()
+    write(folder / "guarding", "")
+    time.sleep(300)
+
+
 def main(folder):
     stop = StopRequest()
     stop.listen()
@@ -23,17 +42,14 @@ def main(folder):
     child.start()
     child.terminate()
     child.join()
-    temporary = folder / "temporary"
-    temporary.write_text(
-        json.dumps({"pid": os.getpid(), "parent": os.getppid(), "child": child.exitcode})
-    )
-    temporary.rename(folder / "listening")
+    known = {"pid": os.getpid(), "parent": os.getppid(), "child": child.exitcode}
+    write(folder / "listening", json.dumps(known))
     while stop.reason is None:
         time.sleep(0.05)
     time.sleep(0.5)  # a second signal may come
-    temporary.write_text(stop.reason)
-    temporary.rename(folder / "reason")
+    write(folder / "reason", stop.reason)
 
 
 if __name__ == "__main__":
-    main(Path(next(a for a in sys.argv[1:] if not a.startswith("--local_rank"))))
+    given = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
+    (start if given[1:] == ["starting"] else main)(Path(given[0]))
