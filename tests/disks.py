@@ -1,4 +1,4 @@
-"""Helpers of tests about files: what is not synced, small file systems, and waits that never end."""
+"""Helpers of tests about files: missing syncs, small file systems, and waits that never end."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def is_alive(process: int) -> bool:
 def wait_for_end(process: int, seconds: float = 20) -> None:
     deadline = time.monotonic() + seconds
     while is_alive(process):
-        assert time.monotonic() < deadline, f"process {process} goes on"
+        assert time.monotonic() < deadline, f"process {process} has not ended"
         time.sleep(0.05)
 
 
@@ -94,13 +94,13 @@ def test_the_end_of_the_parent_requests_a_stop_and_the_end_of_a_grandparent_does
 
 
 @pytest.mark.launched
-def test_the_end_of_the_deepspeed_command_asks_though_its_launch_py_goes_on(tmp_path: Path):
+def test_the_end_of_the_deepspeed_command_requests_a_stop_while_launch_py_runs(tmp_path: Path):
     with master_port() as port, started(*deepspeed(port, str(SCRIPT), str(tmp_path))) as runner:
         launch_py = json.loads(wait_for(tmp_path / "listening"))["parent"]
         assert launch_py != runner.pid
         runner.kill()
         assert wait_for(tmp_path / "reason") == "the launcher is gone"
-        os.kill(launch_py, 0)  # it is there
+        os.kill(launch_py, 0)  # raises ProcessLookupError where the process has ended
 
 
 @pytest.mark.launched
@@ -162,7 +162,7 @@ def test_a_process_that_no_launcher_started_goes_on_as_an_orphan(tmp_path):
         assert is_alive(rank["pid"])
 
 
-def test_the_first_reason_stays():
+def test_the_first_reason_is_kept():
     stop = StopRequest()
     assert stop.reason is None
     stop.request("the budget is spent")

@@ -6,7 +6,7 @@ With "starting" it writes its process id and its parent's to FOLDER/importing, a
 FOLDER/imported, in place of the imports of a run. Then it watches its launcher, as a run does that
 loads its model, and writes FOLDER/guarding.
 
-Otherwise, once a forked process of its own has been ended with SIGTERM, it writes its process id and its
+Otherwise it forks a process and ends it with SIGTERM. Then it writes its process id and its
 parent's to FOLDER/listening. When it is asked to stop, it writes FOLDER/reason and ends.
 """
 
