@@ -71,8 +71,8 @@ class Siblings:
             cause = (
                 " The kernel has killed a process for lack of host memory since this run began."
                 if proc.oom_kills() > self._oom_kills
-                else " That is usually the kernel, for lack of host memory (see `dmesg`), or a batch "
-                "system at its limit."
+                else " That is usually the kernel, for lack of host memory (see `dmesg`), or a "
+                "batch system at its limit."
             )
             cause += (
                 " To need less: a smaller train_micro_batch_size_per_gpu, NVMe in place of "
