@@ -6,7 +6,7 @@ This module only composes the parts of the package.
 from __future__ import annotations
 
 # first: it remembers the launcher
-from zods.comm.stop_request import StopRequest, StopRequested
+from zods.comm.stop_request import EXIT_CODE, StopRequest, StopRequested
 
 # isort: split
 import logging
@@ -32,6 +32,7 @@ from zods.cli.run_folder import RunFolder
 from zods.cli.summary import summarise, table
 from zods.comm.communicator import Communicator, RankFailure
 from zods.comm.process import connect_ranks, end_process, environment_rank, report_failure
+from zods.comm.siblings import Siblings
 from zods.config.auto_values import (
     hidden_size_of,
     offloads_to_nvme,
@@ -67,10 +68,14 @@ from zods.training.step_outputs import StepReport
 
 logger = logging.getLogger(__name__)
 
+REPORT_SECONDS = 1.0  # for the report of a rank that was killed, before this one ends
+
 
 def main() -> None:
     stop_request = StopRequest()
     stop_request.guard_start()
+    siblings = Siblings()
+    siblings.watch()
     arguments = parse_arguments()
     rank = environment_rank()
     logging.basicConfig(
@@ -79,12 +84,16 @@ def main() -> None:
     try:
         run = start(arguments)
     except Exception as error:
+        if isinstance(error, RuntimeError):
+            siblings.wait_for_report(REPORT_SECONDS)
         end_process(report_failure(error, "zods.finetune"))
     run[0].stop_on(stop_request)
     stop_request.listen()
     try:
-        finetune(arguments, *run)
+        finished = finetune(arguments, *run)
     except Exception as error:  # e.g. a full disk, ranks that disagree, a failed rank
+        if isinstance(error, RuntimeError):
+            siblings.wait_for_report(REPORT_SECONDS)
         # All ranks raise the same ValueError of zods, so that one rank prints it.
         if isinstance(error, ValueError) and _is_our_own(error):
             end_process(report_failure(error, "zods.finetune"))
@@ -94,7 +103,7 @@ def main() -> None:
             traceback.print_exc()
         end_process(1)
     run[0].close()
-    end_process(0)
+    end_process(0 if finished else EXIT_CODE)
 
 
 def _is_our_own(error: Exception) -> bool:
@@ -221,8 +230,10 @@ def finetune(
     held_out: datasets.Dataset,
     folder: RunFolder,
     tokenizer: Any,
-) -> None:
-    """Evaluate, train with evaluations and checkpoints, evaluate again, and report."""
+) -> bool:
+    """Evaluate, train with evaluations and checkpoints, evaluate again, and report. Returns whether
+    the run is finished, and not stopped on request.
+    """
     rank = engine.global_rank
     try:
         before = (
@@ -234,7 +245,7 @@ def finetune(
         after = evaluate_unless_done(engine, task, held_out, folder)
     except StopRequested:
         save_and_print_how_to_resume(engine, arguments.run, folder)
-        return
+        return False
 
     if arguments.run.save_model:
         engine.save_pretrained(folder.path / "model")
@@ -254,6 +265,7 @@ def finetune(
         print(table(summary))
         if arguments.run.plot:
             print(f"curves: {plot_curves(folder.path)}")
+    return True
 
 
 def latest_checkpoint(run: Path) -> Path:

@@ -32,7 +32,7 @@ RUN = Path("disk/run")  # the run's folder in the folder of a cell
 RANK_KILLED = (247, 1)
 BAD_INPUT = (2,)
 FAILED = (1,)
-HANGING = (75,)  # zods.comm.watchdog.EXIT_CODE
+TO_BE_CONTINUED = (75,)  # zods.comm.stop_request.EXIT_CODE, after a request to stop or a hang
 
 
 class End(StrEnum):
@@ -134,8 +134,8 @@ class Cell:
         return [*driver, *self.starts[0].marks]
 
 
-def killed(*strikes: str) -> Start:
-    return Start(End.KILLED, RANK_KILLED, strikes=strikes)
+def killed(*strikes: str, says: str = "") -> Start:
+    return Start(End.KILLED, RANK_KILLED, says, strikes)
 
 
 def fails(says: str, *strikes: str, codes: tuple[int, ...] = FAILED) -> Start:
@@ -219,7 +219,8 @@ def _kills_in_each_phase() -> list[Cell]:
         step = 2 if where == "checkpoint" else 3 if "refresh" in where else 4
         for rank in (0, 1):
             strike = f"kill:{where}:{rank}:{step}"
-            cells.append(Cell("kill -9", phase, f"rank {rank}", (killed(strike), finishes())))
+            first = killed(strike, says=f"zods: rank {rank} (process ")
+            cells.append(Cell("kill -9", phase, f"rank {rank}", (first, finishes())))
     return cells
 
 
@@ -242,7 +243,7 @@ def _terminate(target: str, rank: str, code: int) -> Cell:
 
 
 def _hang(phase: str, rank: str, strike: str, says: str) -> Cell:
-    return Cell("hang", phase, rank, (fails(says, strike, codes=HANGING), finishes()))
+    return Cell("hang", phase, rank, (fails(says, strike, codes=TO_BE_CONTINUED), finishes()))
 
 
 def _differs(
@@ -267,9 +268,9 @@ CELLS: list[Cell] = [
     _kill_launcher("launch.py", "launch.py", 0),
     _terminate("runner", "the runner", -signal.SIGTERM),
     _terminate("launch.py", "launch.py", 1),
-    _terminate("ranks", "all ranks", 0),
+    _terminate("ranks", "all ranks", *TO_BE_CONTINUED),
     Cell("SIGTERM", "in a forward", "rank 1",
-         (Start(End.STOPPED, (0,), "stopped after step 5", ("term:forward:1:4",)), finishes())),
+         (Start(End.STOPPED, TO_BE_CONTINUED, "stopped after step 5", ("term:forward:1:4",)), finishes())),
     _hang("stopped in a forward", "rank 1", "stop:forward:1:4", "rank 1 does not answer"),
     _hang("stopped in a forward", "rank 0", "stop:forward:0:4", "rank 0, which keeps"),
     _hang("asleep, loading data", "rank 1", "sleep:data:1:4", "rank 1 hangs"),

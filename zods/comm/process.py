@@ -25,6 +25,7 @@ from deepspeed.accelerator import get_accelerator
 
 from zods.comm import build_locks
 from zods.comm.communicator import Communicator, Disagreement, RankFailure, is_connected
+from zods.comm.stop_request import EXIT_CODE
 from zods.comm.store import Board
 
 logger = logging.getLogger(__name__)
@@ -191,14 +192,15 @@ def _mark_said() -> None:
 
 
 def end_process(code: int) -> NoReturn:
-    """End the process without the interpreter's teardown. With code 0, all ranks end together.
+    """End the process without the interpreter's teardown. With code 0, and after a request to stop,
+    all ranks end together.
 
     A rank that exits while others communicate aborts them. In addition, Gloo's threads can abort a
     finished run: they may drop a tensor during the teardown, which needs a lock that is gone
     (PyTorch issue 190489). DeepSpeed keeps references to the process groups, so destroying the
     groups does not end the threads.
     """
-    if code == 0:
+    if code in (0, EXIT_CODE):
         dist.barrier()
         dist.destroy_process_group()
     atexit._run_exitfuncs()  # trackers upload what they hold

@@ -12,8 +12,9 @@ import signal
 import sys
 import threading
 import time
-from pathlib import Path
 from typing import Any, NoReturn
+
+from zods.comm import proc
 
 LOOK_SECONDS = 0.5
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: the same command continues the run
@@ -33,13 +34,13 @@ class Lineage:
     def __init__(self) -> None:
         self.process = os.getpid()
         self._parent = os.getppid()
-        self._grandparent = _parent_of(self._parent) if _is_launcher(self._parent) else None
+        self._grandparent = proc.parent(self._parent) if _is_launcher(self._parent) else None
         self._was_lost = OF_THE_LAUNCHER in os.environ and _has_no_launcher(self.process)
 
     def is_lost(self) -> bool:
         """Whether the launcher has ended, now or before this object was made."""
         runner_is_gone = (
-            self._grandparent is not None and _parent_of(self._parent) != self._grandparent
+            self._grandparent is not None and proc.parent(self._parent) != self._grandparent
         )
         return self._was_lost or os.getppid() != self._parent or runner_is_gone
 
@@ -121,38 +122,9 @@ def _default() -> None:
     _unblock()
 
 
-def _arguments(process: int) -> list[str]:
-    try:
-        return Path(f"/proc/{process}/cmdline").read_text(errors="replace").split("\0")
-    except OSError:
-        return []
-
-
 def _is_launcher(process: int) -> bool:
     path = LAUNCHER.replace(".", "/") + ".py"
-    return any(a == LAUNCHER or a.endswith(path) for a in _arguments(process))
-
-
-def _stat(process: int) -> list[str] | None:
-    """The fields of /proc/PID/stat from the third on; None where the process is gone, or there is
-    no /proc.
-    """
-    try:
-        status = Path(f"/proc/{process}/stat").read_text(errors="replace")
-    except OSError:
-        return None
-    # the name, in parentheses, may contain any character
-    return status.rpartition(")")[2].split()
-
-
-def _parent_of(process: int) -> int | None:
-    fields = _stat(process)
-    return None if fields is None else int(fields[1])
-
-
-def _session_of(process: int) -> int | None:
-    fields = _stat(process)
-    return None if fields is None else int(fields[3])
+    return any(a == LAUNCHER or a.endswith(path) for a in proc.arguments(process))
 
 
 def _has_no_launcher(process: int) -> bool:
@@ -164,15 +136,15 @@ def _has_no_launcher(process: int) -> bool:
     while not _is_launcher(process):
         if _is_adopted(process):
             return True
-        parent = _parent_of(process)
+        parent = proc.parent(process)
         if not parent:  # unknown, or the first process of a container
             return False
         process = parent
-    if _parent_of(process) == INIT:
+    if proc.parent(process) == INIT:
         # In a container the `deepspeed` command, a program of Python, may be process 1 itself. With
         # --node_rank launch.py may have been started by another program.
-        started_by_hand = any(a.startswith("--node_rank") for a in _arguments(process))
-        runs_python = "python" in os.path.basename(_arguments(INIT)[0] if _arguments(INIT) else "")
+        started_by_hand = any(a.startswith("--node_rank") for a in proc.arguments(process))
+        runs_python = any("python" in os.path.basename(a) for a in proc.arguments(INIT)[:1])
         return not started_by_hand and not runs_python
     return _is_adopted(process)
 
@@ -182,13 +154,13 @@ def _is_adopted(process: int) -> bool:
 
     A process has the session of the process that started it, unless it leads a session of its own.
     """
-    parent = _parent_of(process)
-    if parent == INIT:
+    starter = proc.parent(process)
+    if starter == INIT:
         return True
-    session = _session_of(process)
-    if not parent or session in (None, process):
+    session = proc.session(process)
+    if not starter or session in (None, process):
         return False
-    return _session_of(parent) not in (None, session)
+    return proc.session(starter) not in (None, session)
 
 
 _AT_IMPORT = Lineage()
