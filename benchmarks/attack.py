@@ -83,7 +83,7 @@ def file_attacks(number: int) -> list[Attack]:
 def attacks_of(arguments: argparse.Namespace) -> list[Attack]:
     kills = trials(arguments.trials, quick=arguments.quick)
     listed = [attack for attack in ATTACKS if attack.quick or not arguments.quick]
-    chosen = [*listed, *file_attacks(arguments.files), *kills]
+    chosen = [*kills, *listed, *file_attacks(arguments.files)]
     if arguments.smoke:
         chosen = [attack for attack in chosen if attack.name in SMOKE_ATTACKS]
     if os.geteuid() != 0:
