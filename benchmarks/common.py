@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import socket
 import subprocess
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from transformers import OPTConfig, OPTForCausalLM
 
 import zods
 from zods.cli.run_folder import versions
+from zods.files import atomic_write
 from zods.training.engine import ZerothOrderEngine
 
 
@@ -118,3 +121,68 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         **versions(),
     }
+
+
+class Report:
+    """The JSON object of a benchmark whose rows take long, and its file.
+
+    Rows that have passed in an earlier, interrupted command are read from the file. All rows are of
+    one commit, so the file of another commit is refused.
+    """
+
+    def __init__(
+        self, head: dict[str, Any], path: Path | None, *, key: str, passed: Callable[[dict], bool]
+    ) -> None:
+        """head: the object without rows. path: the file; None: there is none. key: the key of a row
+        that names it. passed: whether a row has passed, so that it is not made again.
+        """
+        self.head, self.path, self.key, self.passed = head, path, key, passed
+        self.rows: list[dict[str, Any]] = []
+        self._earlier: dict[str, dict[str, Any]] = {}
+        if path is not None and path.exists():
+            earlier = json.loads(path.read_text())
+            if earlier["commit"] != head["commit"]:
+                raise SystemExit(
+                    f"--json {path}: has rows of commit {earlier['commit']}, this is "
+                    f"{head['commit']}. Give another file."
+                )
+            self._earlier = {row[key]: row for row in earlier["rows"]}
+
+    def done(self, name: str) -> dict[str, Any] | None:
+        """The row of this name, if it has passed in an earlier command."""
+        row = self._earlier.get(name)
+        return row if row is not None and self.passed(row) else None
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Add a row, and write the file. Rows of an earlier command stay there until their turn."""
+        self.rows.append(row)
+        self._earlier.pop(row[self.key], None)
+        if self.path is not None:
+            later = [row for row in self._earlier.values() if self.passed(row)]
+            whole = {**self.head, "rows": [*self.rows, *later]}
+            with atomic_write(self.path) as partial:
+                partial.write_text(json.dumps(whole, indent=1) + "\n")
+
+    def markdown(self, title: str, text: str, columns: Sequence[str]) -> str:
+        """The rows as a table. text: what the rows are, for the line above the table."""
+        head, host = self.head, self.head["machine"]
+        versions_text = ", ".join(f"{name} {host[name]}" for name in ("torch", "deepspeed"))
+        lines = [
+            columns,
+            ["---"] * len(columns),
+            *(
+                [str(row[column]).replace("|", "\\|").replace("\n", " ") for column in columns]
+                for row in self.rows
+            ),
+        ]
+        return (
+            f"# {title}\n\n`python benchmarks/{head['benchmark']}.py`, {head['date']}, commit "
+            f"{head['commit']}: {text}, {host['cpu']}, {versions_text}.\n\n"
+            + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        )
+
+    def print_and_exit(self) -> None:
+        """Print the JSON object. Ends with code 1 if a row has not passed."""
+        print(json.dumps({**self.head, "rows": self.rows}))
+        if not all(map(self.passed, self.rows)):
+            raise SystemExit(1)

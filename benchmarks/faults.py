@@ -21,7 +21,6 @@ The exit code is 1 if a cell fails.
 
 import argparse
 import datetime
-import json
 import signal
 import sys
 import tempfile
@@ -29,11 +28,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from common import add_smoke_option, commit, machine
+from common import Report, add_smoke_option, commit, machine
 
 from tests.distributed.fault_runs import run_cell
 from tests.distributed.matrix import CELLS, Cell
-from zods.files import atomic_write
 
 COLUMNS = (
     *("fault", "phase", "rank", "kind", "struck", "exit_code"),
@@ -41,36 +39,8 @@ COLUMNS = (
 )
 
 
-def markdown(report: dict) -> str:
-    host = report["machine"]
-    versions = ", ".join(f"{name} {host[name]}" for name in ("torch", "deepspeed"))
-    lines = [
-        COLUMNS,
-        ["---"] * len(COLUMNS),
-        *([str(row[column]) for column in COLUMNS] for row in report["rows"]),
-    ]
-    return (
-        f"# Faults\n\n`python benchmarks/faults.py`, {report['date']}, commit {report['commit']}: "
-        f"{len(report['rows'])} cells, two ranks, {host['cpu']}, {versions}.\n\n"
-        + "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    )
-
-
 def passed(row: dict) -> bool:
     return row["struck"] and row["identical"]
-
-
-def passed_rows(path: Path | None, report: dict) -> dict[str, dict]:
-    """The rows of the cells that have passed in an earlier, interrupted command, by cell."""
-    if path is None or not path.exists():
-        return {}
-    earlier = json.loads(path.read_text())
-    if earlier["commit"] != report["commit"]:
-        raise SystemExit(
-            f"--json {path}: has rows of commit {earlier['commit']}, this is {report['commit']}. "
-            "Give another file."
-        )
-    return {row["cell"]: row for row in earlier["rows"] if passed(row)}
 
 
 def cells_of(arguments: argparse.Namespace) -> list[Cell]:
@@ -95,22 +65,26 @@ def main() -> None:
     # so that a request to end kills the running ranks and unmounts the small file systems
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     cells = cells_of(arguments)
-    report: dict = {
-        "benchmark": "faults",
-        "date": datetime.date.today().isoformat(),
-        "commit": commit(),
-        "machine": machine(),
-        "rows": [],
-    }
-    rows = passed_rows(arguments.json, report)
+    report = Report(
+        {
+            "benchmark": "faults",
+            "date": datetime.date.today().isoformat(),
+            "commit": commit(),
+            "machine": machine(),
+        },
+        arguments.json,
+        key="cell",
+        passed=passed,
+    )
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         if arguments.work is not None:
-            folder = arguments.work.resolve() / (report["commit"] or "unknown")
+            folder = arguments.work.resolve() / (report.head["commit"] or "unknown")
         for number, cell in enumerate(cells, 1):
-            if cell.name not in rows:
+            row = report.done(cell.name)
+            if row is None:
                 result = run_cell(cell, folder)
-                rows[cell.name] = row = result.row()
+                row = result.row()
                 print(result.failure, end="\n" * bool(result.failure), file=sys.stderr)
                 print(
                     f"{number} of {len(cells)}: {cell.name}: {row['outcome']}, "
@@ -119,15 +93,11 @@ def main() -> None:
                     file=sys.stderr,
                     flush=True,
                 )
-            report["rows"] = [rows[cell.name] for cell in CELLS if cell.name in rows]
-            if arguments.json is not None:
-                with atomic_write(arguments.json) as partial:
-                    partial.write_text(json.dumps(report, indent=1) + "\n")
+            report.add(row)
     if arguments.markdown is not None:
-        arguments.markdown.write_text(markdown(report))
-    print(json.dumps(report))
-    if not all(map(passed, report["rows"])):
-        raise SystemExit(1)
+        text = f"{len(report.rows)} cells, two ranks"
+        arguments.markdown.write_text(report.markdown("Faults", text, COLUMNS))
+    report.print_and_exit()
 
 
 if __name__ == "__main__":

@@ -68,6 +68,10 @@ SMOKE: dict[str, tuple[set[str], set[str]]] = {
         {"commit"},
         {"cell", "fault", "kind", "struck", "exit_code", "outcome", "restarts", "identical"},
     ),
+    "attack.py": (
+        {"commit", "command"},
+        {"attack", "outcome", "silent", "traceback", "passed", "seed", "seconds"},
+    ),
 }
 DEFAULT = {"step_time.py", "kernel_speed.py", "trajectory.py --part log"}  # the others take minutes
 NOT_IN_THE_README = {"selection.py --part scaling"}  # its figures are in benchmarks/results only

@@ -1,0 +1,126 @@
+"""What the runs of `benchmarks/attack.py` have left, and the verdicts on them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Attack:
+    """An attack, which `strike` makes in a folder, with a seed.
+
+    quick: whether it is part of --quick. is_root: whether it needs root.
+    """
+
+    name: str
+    strike: Callable[[Path, int], Verdict]
+    quick: bool = False
+    is_root: bool = False
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How an attack ended.
+
+    silent: differences from the undisturbed run that nobody was told. traceback: tracebacks in the
+    output. failure: another expectation that was not met, or "". details: what helps to find the
+    reason.
+    """
+
+    outcome: str
+    silent: int = 0
+    traceback: int = 0
+    failure: str = ""
+    details: str = ""
+
+    def row(self) -> dict[str, Any]:
+        """The row of the report, without the attack's name."""
+        return {
+            "outcome": f"FAILED: {self.failure}" if self.failure else self.outcome,
+            "silent": self.silent,
+            "traceback": self.traceback,
+            "passed": not (self.silent or self.traceback or self.failure),
+            **({"details": self.details} if self.details else {}),
+        }
+
+
+def failed(failure: str, output: str) -> Verdict:
+    """The verdict on an attack after which an expectation was not met."""
+    return Verdict("", 0, tracebacks(output), failure, output[-6000:])
+
+
+def compare(folder: Path, expected: Path, what: str, output: str) -> Verdict:
+    """The verdict on a finished run that has to be as the undisturbed one."""
+    found, seen = differences(folder, expected), tracebacks(output)
+    details = output[-3000:] if seen else ""
+    if not found:
+        return Verdict(f"{what}: as undisturbed", 0, seen, details=details)
+    details = f"{first_difference(folder, expected)}\n{details}"
+    return Verdict(f"{what}: SILENT, other {', '.join(found)}", 1, seen, details=details)
+
+
+def metrics_of(folder: Path) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl, without an incomplete last line."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def is_finished(folder: Path) -> bool:
+    return any(record["kind"] == "summary" for record in metrics_of(folder))
+
+
+def compared(record: dict[str, Any]) -> dict[str, Any]:
+    """What is the same in two runs with the same bits: no times, sizes and counts of bytes."""
+    if record["kind"] == "train":
+        return {key: record[key] for key in ("kind", "step", "loss", "lr", "skipped")}
+    kept = ("kind", "step", "steps")
+    return {
+        key: value
+        for key, value in record.items()
+        if record["kind"] == "eval" or key in kept or key.endswith(("_before", "_after"))
+    }
+
+
+def differences(folder: Path, expected: Path) -> list[str]:
+    """The parts of a finished run that differ from those of the undisturbed run."""
+    found = []
+    for weights in sorted((expected / "model").glob("*.safetensors")):
+        other = folder / "model" / weights.name
+        if not other.exists() or other.read_bytes() != weights.read_bytes():
+            found.append("weights")
+    log = "trajectory.log"
+    if not (folder / log).exists() or (folder / log).read_bytes() != (expected / log).read_bytes():
+        found.append("log")
+    ours, theirs = (list(map(compared, metrics_of(of))) for of in (folder, expected))
+    if ours != theirs:
+        found.append("metrics")
+    return found
+
+
+def first_difference(folder: Path, expected: Path) -> str:
+    """The first records of the metrics that differ, for the report on a failure."""
+    ours, theirs = (list(map(compared, metrics_of(of))) for of in (folder, expected))
+    for k in range(max(len(ours), len(theirs))):
+        pair = [of[k] if k < len(of) else None for of in (ours, theirs)]
+        if pair[0] != pair[1]:
+            return f"metrics: {json.dumps(pair[0])} instead of {json.dumps(pair[1])}"
+    return ""
+
+
+def tracebacks(output: str) -> int:
+    return output.count("Traceback (most recent call last)")
+
+
+def message(output: str) -> str:
+    """The line of an output that says why the run ended, or "".
+
+    A rank that lost its connection says so after the rank that has the reason.
+    """
+    found = re.findall(r"^(?:zods\.\w+|deepspeed --module zods\.finetune): error: .*", output, re.M)
+    return next((line for line in found if "closed by peer" not in line), (found or [""])[0])
