@@ -1,11 +1,13 @@
 """The command line of zods.finetune: its options, and files that hold the options of a run."""
 
 import json
+import os
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import pytest
 
+from tests.disks import within
 from zods.cli.arguments import merged_config, parse_arguments
 from zods.cli.options import BATCH_OVERRIDES, OverrideArguments
 from zods.config.schema import ZerothOrderConfig
@@ -291,3 +293,34 @@ def test_a_missing_file_is_named(tmp_path, capsys):
     assert error_of(capsys, str(tmp_path / "run.yaml")).startswith(
         f"{tmp_path / 'run.yaml'}: not found"
     )
+
+
+def aliases(depth):
+    """A value of 10 ** depth parts, in a few lines of YAML."""
+    lines = ["seed: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    for level in range(1, depth):
+        lines.append(f"k{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 10)}]")
+    return "\n".join([*lines, f"max_steps: *a{depth - 1}"])
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (aliases(9), "max_steps: found [[["),
+        ("lr: " + "[" * 100_000, "not valid YAML: maximum recursion depth"),
+        ("\n".join(f"k{i}: 1" for i in range(1001)), "1001 keys, at most 1000 are read"),
+        ("seed: 1" + "0" * 5000, "not valid YAML: Exceeds the limit"),
+        ("seed: 0x1" + "0" * 5000, "seed: "),
+    ],
+    ids=["aliases", "deep", "keys", "digits", "hexadecimal digits"],
+)
+def test_a_hostile_file_of_options_is_one_short_error(tmp_path, capsys, content, said):
+    error = error_of(capsys, write(tmp_path, "run.yaml", content))
+    assert said in error
+    assert len(error) < 20_000
+
+
+def test_a_named_pipe_in_the_place_of_a_file_of_options_is_refused(tmp_path, capsys):
+    os.mkfifo(tmp_path / "run.yaml")
+    with within(10):
+        assert "run.yaml: it is a named pipe" in error_of(capsys, str(tmp_path / "run.yaml"))

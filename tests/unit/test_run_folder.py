@@ -235,6 +235,7 @@ def test_a_checkpoint_whose_state_is_a_named_pipe_is_left_out_with_the_reason(tm
     "line", ["{", "[1]", "[" * 100_000, "\0", '{"kind": "train"}', '{"step": 1' + "0" * 5000 + "}"]
 )
 def test_lines_that_are_no_metrics_are_left_out_by_a_run_and_named_by_the_plot(run, line, capsys):
+    pytest.importorskip("matplotlib")
     path = run / "metrics.jsonl"
     content = path.read_text()
     path.write_text(line + "\n" + content)
@@ -243,3 +244,12 @@ def test_lines_that_are_no_metrics_are_left_out_by_a_run_and_named_by_the_plot(r
     assert f"{path}, line 1: no record" in error
     described(run, 3)
     assert path.read_text() == content
+
+
+def test_steps_without_a_loss_are_left_out_of_the_plot(run):
+    pytest.importorskip("matplotlib")
+    folder = described(run, 3)
+    folder.record("train", 4, loss=None)  # as it is made again from the log where it was infinite
+    folder.record("eval", 4)
+    assert plot([str(run)]) == 0
+    assert (run / "curves.png").stat().st_size > 0

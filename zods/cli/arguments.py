@@ -8,7 +8,9 @@ module reads them, checks them together, and merges them with the DeepSpeed JSON
 from __future__ import annotations
 
 import argparse
+import reprlib
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +29,7 @@ from zods.cli.options import (
     Names,
 )
 from zods.config.config_errors import nearest
-from zods.config.deepspeed_json import load_json
+from zods.config.deepspeed_json import MOST_KEYS, load_json
 from zods.config.schema import SECTION, SVRG_ONLY
 from zods.files import check_regular
 
@@ -226,6 +228,8 @@ def _load(path: Path) -> dict[Any, Any]:
     try:
         text = path.read_text(encoding="utf-8")
         node = yaml.compose(text, Loader=yaml.SafeLoader)
+        if isinstance(node, yaml.MappingNode) and len(node.value) > MOST_KEYS:
+            raise ValueError(f"{len(node.value)} keys, at most {MOST_KEYS} are read")
         loaded = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
@@ -233,8 +237,8 @@ def _load(path: Path) -> dict[Any, Any]:
         raise ValueError(
             f"{path}: expected options as keys (lr: 1e-6), found {type(loaded).__name__}."
         )
-    keys = [key.value for key, _ in node.value]
-    twice = sorted({key for key in keys if keys.count(key) > 1})
+    counts = Counter(key.value for key, _ in node.value)
+    twice = sorted(key for key, number in counts.items() if number > 1)
     if twice:  # yaml would silently use the last one
         raise ValueError(f"{path}: {', '.join(twice)} given twice. Keep one of each.")
     return loaded
@@ -254,7 +258,7 @@ def _text(action: argparse.Action, value: Any) -> str:
         odd = [name for name in names if not isinstance(name, str) or "," in name]
         if odd:
             raise ValueError(
-                f"found {odd[0]!r}, expected names without commas, as texts (in quotes)"
+                f"found {_short(odd[0])}, expected names without commas, as texts (in quotes)"
             )
         return ",".join(names)
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -265,8 +269,15 @@ def _text(action: argparse.Action, value: Any) -> str:
     else:
         expected, fits = "a text (in quotes)", False
     if not fits:
-        raise ValueError(f"found {value!r} ({type(value).__name__}), expected {expected}")
+        raise ValueError(f"found {_short(value)} ({type(value).__name__}), expected {expected}")
     return str(value)
+
+
+def _short(value: Any) -> str:
+    """A value as text. The whole text of a few aliases in a YAML file could fill all memory."""
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring, short.maxother = 3, 200, 200
+    return short.repr(value)
 
 
 # --- the configuration that follows from the options ----------------------------------------------

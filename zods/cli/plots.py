@@ -48,7 +48,9 @@ def plot_curves(folder: str | Path) -> Path:
 
 
 def _series(records: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    return [r["step"] for r in records], [r[key] for r in records]
+    """The steps and values of a metric, of the records that have it as a number."""
+    kept = [r for r in records if isinstance(r.get(key), (int, float))]
+    return [r["step"] for r in kept], [r[key] for r in kept]
 
 
 def _smoothed(records: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:

@@ -21,7 +21,7 @@ from zods.config.schema import AnchorConfig
 from zods.core.directions import Direction
 from zods.core.estimators import Term, Update
 from zods.core.points import Center
-from zods.params.anchor_stores import MemoryStore, NvmeStore, ShardStore
+from zods.params.anchor_stores import MemoryStore, NvmeStore, ShardStore, remove_leftovers
 from zods.params.shards import Shard, ShardedParameters
 from zods.params.zero3_adapter import is_sharded
 
@@ -76,6 +76,8 @@ class Anchor:
             # A damaged point cannot be rebuilt: the parameters have changed since, with rounding.
             self.point = self._make_store("point", aio, None)
             self.gradient = self._make_store("gradient", aio, self._gradient_block)
+            if config.nvme_path is not None:
+                remove_leftovers(Path(config.nvme_path) / "zods_anchor", comm.world_size)
 
     def _make_store(
         self,

@@ -6,6 +6,7 @@ async_io. Called by `zods.params.anchor`.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import itertools
@@ -20,6 +21,7 @@ from typing import Any, Protocol
 import torch
 from deepspeed.ops.op_builder import AsyncIOBuilder
 
+from zods.files import check_regular
 from zods.kernels import fingerprint
 from zods.params.shards import Shard, ShardedParameters
 
@@ -279,6 +281,7 @@ class _AsyncFile:
     def close(self) -> None:
         self.wait()  # async_io aborts the process if operations are pending
         self._path.unlink(missing_ok=True)
+        _remove_empty(self._path.parent)
 
 
 def _allocate(path: Path, size: int) -> Any:
@@ -286,6 +289,9 @@ def _allocate(path: Path, size: int) -> Any:
 
     Raises ValueError where another run holds the lock or the space is too small, OSError otherwise.
     """
+    check_regular(path)
+    if path.is_symlink():  # its target is not of zods, and would be truncated
+        path.unlink()
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open(path, "ab")  # noqa: SIM115 (kept open for its lock)
     try:
@@ -308,6 +314,29 @@ def _allocate(path: Path, size: int) -> Any:
             "terms."
         ) from error
     return file
+
+
+def _remove_empty(folder: Path) -> None:
+    """Remove a rank's folder where it is empty."""
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def remove_leftovers(folder: Path, world_size: int) -> None:
+    """Remove the files that a killed run on more ranks has left for ranks that this run lacks.
+
+    folder: has one folder per rank. A file that a live run has locked stays. All ranks may call it
+    at the same time.
+    """
+    for of_rank in folder.glob("rank*"):
+        number = of_rank.name.removeprefix("rank")
+        if not number.isdecimal() or int(number) < world_size:
+            continue
+        for path in filter(Path.is_file, of_rank.glob("*.bin")):
+            with contextlib.suppress(OSError), open(path, "rb") as file:  # else it is in use
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+        _remove_empty(of_rank)
 
 
 def check_nvme(nvme_path: str, key: str) -> None:

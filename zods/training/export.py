@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 
 from zods.comm.communicator import Communicator
-from zods.files import atomic_write, make_folder, save_tensors, sync_tree, write_errors
+from zods.files import atomic_files, atomic_write, make_folder, save_tensors, write_errors
 from zods.params.zero3_adapter import gathered, release_gathered
 
 
@@ -70,19 +70,16 @@ def save_pretrained(deepspeed_engine: Any, comm: Communicator, save_dir: str | P
     state, module = whole_state(deepspeed_engine, comm), deepspeed_engine.module
     with _runs_alone(getattr(module, "prompt_encoder", None)), comm.same_on_all_ranks():
         if comm.rank == 0:
-            folder = Path(save_dir)
-            make_folder(folder)
-            if hasattr(module, "save_pretrained"):
-                with write_errors(folder, SafetensorError, RuntimeError):
-                    module.save_pretrained(save_dir, state_dict=state)
-            else:
-                tensors = {
-                    name: value.clone(memory_format=torch.contiguous_format)
-                    for name, value in state.items()
-                    if isinstance(value, torch.Tensor)
-                }
-                save_tensors(tensors, folder / "model.safetensors")
-            sync_tree(folder)
+            with atomic_files(Path(save_dir), SafetensorError, RuntimeError) as folder:
+                if hasattr(module, "save_pretrained"):
+                    module.save_pretrained(folder, state_dict=state)
+                else:
+                    tensors = {
+                        name: value.clone(memory_format=torch.contiguous_format)
+                        for name, value in state.items()
+                        if isinstance(value, torch.Tensor)
+                    }
+                    save_tensors(tensors, folder / "model.safetensors")
 
 
 @contextmanager
