@@ -10,10 +10,9 @@ import contextlib
 import json
 import os
 import random
-import re
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from tests.distributed.attack_runs import (
     LIMIT,
     LOG,
     RUN,
-    Ended,
     Hooks,
     World,
     copy_of,
@@ -38,11 +36,10 @@ from tests.distributed.attack_runs import (
 from tests.distributed.attack_verdicts import (
     Attack,
     Verdict,
-    differences,
-    first_difference,
-    is_finished,
+    judged,
     message,
     metrics_of,
+    together,
     tracebacks,
 )
 from tests.distributed.command_line import MODEL, write_rows
@@ -51,47 +48,6 @@ from tests.helpers import flip
 PACE = 0.3  # seconds that a step takes longer, so that an attack arrives during the steps
 MEZO, ADAMW = "MeZO", "AdamW, stage 1"
 CHECKPOINTS = Path(RUN) / "checkpoints"
-
-
-def judged(
-    ended: Ended, folder: Path, expected: Path, *, told: str = "", must_differ: bool = False
-) -> Verdict:
-    """The verdict on a start that may refuse its input, or finish as the undisturbed run.
-
-    told: a pattern in the output that announces another result. must_differ: the result of the
-    undisturbed run would show that a change was ignored.
-    """
-    seen, said = tracebacks(ended.output), message(ended.output)
-    details = ended.output[-6000:]
-    if ended.hung:
-        return Verdict("", 0, seen, "hangs", details)
-    if not ended.succeeded:
-        failure = "" if said else f"ended with {ended.codes} without a message"
-        return Verdict(f"refused: {said}", 0, seen, failure, details if seen or failure else "")
-    if not is_finished(folder):
-        silent = int("stopped after step" not in ended.output)
-        outcome = "SILENT: exit code 0, and the run is lost" if silent else "stopped, said"
-        return Verdict(outcome, silent, seen, details=details)
-    found = differences(folder, expected)
-    if not found and must_differ:
-        return Verdict("SILENT: goes on, and ignores the change", 1, seen, details=details)
-    if not found:
-        return Verdict("as undisturbed", 0, seen, details=details if seen else "")
-    if told and re.search(told, ended.output):
-        return Verdict(f"goes on, said; other {', '.join(found)}", 0, seen)
-    details = f"{first_difference(folder, expected)}\n{details}"
-    return Verdict(f"SILENT: exit code 0, other {', '.join(found)}", 1, seen, details=details)
-
-
-def together(verdicts: Sequence[Verdict]) -> Verdict:
-    """One verdict for several starts."""
-    return Verdict(
-        "; ".join(verdict.outcome for verdict in verdicts if verdict.outcome),
-        sum(verdict.silent for verdict in verdicts),
-        sum(verdict.traceback for verdict in verdicts),
-        "; ".join(verdict.failure for verdict in verdicts if verdict.failure),
-        "\n".join(verdict.details for verdict in verdicts if verdict.details),
-    )
 
 
 def wait_for_steps(folder: Path, number: int, world: World) -> None:

@@ -14,6 +14,7 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,8 +28,6 @@ from tests.distributed.attack_runs import (
     RUN,
     Hooks,
     World,
-    children_of,
-    launched,
     options,
     prepare,
     run,
@@ -36,6 +35,7 @@ from tests.distributed.attack_runs import (
 )
 from tests.distributed.attack_verdicts import (
     Attack,
+    Ended,
     Verdict,
     compare,
     failed,
@@ -45,7 +45,7 @@ from tests.distributed.attack_verdicts import (
     tracebacks,
 )
 from tests.distributed.command_line import MODEL
-from tests.distributed.ranks import free_port
+from tests.distributed.ranks import environment_of_ranks, free_port, master_port
 
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM)
 MOST_STARTS = 5  # after the last signal
@@ -142,6 +142,67 @@ def launcher_trial(work: Path, target: str, number: signal.Signals, seed: int) -
             failure = f"{what}: it does not go on: {message(again.output) or again.codes}"
             return failed(failure, output)
     return compare(here / RUN, expected / RUN, what, output)
+
+
+def launched(
+    folder: Path,
+    words: list[str],
+    strike: Callable[[subprocess.Popen[Any]], None],
+    orphans_may_take: float = 120.0,
+) -> Ended:
+    """Start the run by the `deepspeed` command, call `strike`, and wait for all its processes.
+
+    The start counts as hanging if processes are left `orphans_may_take` seconds after the command
+    has ended.
+    """
+    began, command = time.monotonic(), str(Path(sys.executable).parent / "deepspeed")
+    with master_port() as port, open(folder / "output-launcher", "w+") as output:
+        process = subprocess.Popen(
+            [*(command, "--num_gpus", "2", "--master_port", str(port)),
+             *("--module", "zods.finetune"), *words],
+            **{"env": environment_of_ranks(), "cwd": folder, "stdout": output},
+            **{"stderr": subprocess.STDOUT, "start_new_session": True},
+        )  # fmt: skip
+        try:
+            strike(process)
+            hung = not _ended(process, LIMIT)
+            deadline = time.monotonic() + orphans_may_take
+            while (left := session_members(process.pid)) and time.monotonic() < deadline:
+                time.sleep(0.1)
+            hung = hung or bool(left)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        output.seek(0)
+        code = process.returncode
+        return Ended((code,), output.read(), time.monotonic() - began, hung)
+
+
+def _ended(process: subprocess.Popen[Any], seconds: float) -> bool:
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
+
+
+def session_members(session: int) -> list[int]:
+    """The living processes of a session."""
+    found = subprocess.run(["pgrep", "-s", str(session)], capture_output=True, text=True)
+    return [pid for pid in map(int, found.stdout.split()) if not _is_zombie(pid)]
+
+
+def _is_zombie(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    return True
+
+
+def children_of(pid: int) -> list[int]:
+    with contextlib.suppress(OSError):
+        return [int(c) for c in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return []
 
 
 def _targets(runner: int, target: str) -> list[int]:

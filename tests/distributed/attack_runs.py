@@ -1,8 +1,7 @@
 """Runs of the command line for `benchmarks/attack.py`: their kinds, starts of them, comparisons.
 
 A start forks the ranks from a server that has the imports made, and each rank runs the main program
-of `zods.finetune` as it would under a launcher: own signals, messages and exit codes. `launched`
-goes through the real `deepspeed` command instead.
+of `zods.finetune` as it would under a launcher: own signals, messages and exit codes.
 """
 
 from __future__ import annotations
@@ -22,12 +21,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.distributed.attack_verdicts import is_finished
+from tests.distributed.attack_verdicts import Ended, is_finished
 from tests.distributed.command_line import MODEL, prompted_options, write_rows
 from tests.distributed.ranks import (
     ENVIRONMENT,
     PRELOADED,
-    environment_of_ranks,
     master_port,
     restore_compilers,
 )
@@ -176,24 +174,6 @@ def make_wide_model(folder: Path) -> None:
 
 
 @dataclass(frozen=True)
-class Ended:
-    """A start that has ended.
-
-    codes: exit codes of the ranks, or of the `deepspeed` command. hung: whether it had to be killed
-    when it had taken LIMIT seconds.
-    """
-
-    codes: tuple[int, ...]
-    output: str
-    seconds: float
-    hung: bool = False
-
-    @property
-    def succeeded(self) -> bool:
-        return not self.hung and not any(self.codes)
-
-
-@dataclass(frozen=True)
 class Hooks:
     """What is done to a rank's steps. pace: seconds that each takes longer. die_at: rank 0 kills
     itself before it makes this step. fill: a folder whose disk is full when the model is exported.
@@ -218,7 +198,7 @@ class World:
     ) -> None:
         """words: the command line's words. program: "finetune" or "trajectory"."""
         self._stack = contextlib.ExitStack()
-        self._folder, self._began = folder, time.monotonic()
+        self._began = time.monotonic()
         port = self._stack.enter_context(master_port())
         self._output = folder / f"output-{port}-{time.monotonic_ns()}"
         restore_compilers()
@@ -351,70 +331,6 @@ def small_disk(folder: Path, mib: int) -> Iterator[Path]:
         yield folder
     finally:
         subprocess.run(["umount", "-l", folder], check=True)
-
-
-# --- the real launcher ----------------------------------------------------------------------------
-
-
-def launched(
-    folder: Path,
-    words: list[str],
-    strike: Callable[[subprocess.Popen[Any]], None],
-    orphans_may_take: float = 120.0,
-) -> Ended:
-    """Start the run by the `deepspeed` command, call `strike`, and wait for all its processes.
-
-    The start counts as hanging if processes are left `orphans_may_take` seconds after the command
-    has ended.
-    """
-    began, command = time.monotonic(), str(Path(sys.executable).parent / "deepspeed")
-    with master_port() as port, open(folder / "output-launcher", "w+") as output:
-        process = subprocess.Popen(
-            [*(command, "--num_gpus", "2", "--master_port", str(port)),
-             *("--module", "zods.finetune"), *words],
-            **{"env": environment_of_ranks(), "cwd": folder, "stdout": output},
-            **{"stderr": subprocess.STDOUT, "start_new_session": True},
-        )  # fmt: skip
-        try:
-            strike(process)
-            hung = not _ended(process, LIMIT)
-            deadline = time.monotonic() + orphans_may_take
-            while (left := session_members(process.pid)) and time.monotonic() < deadline:
-                time.sleep(0.1)
-            hung = hung or bool(left)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        output.seek(0)
-        code = process.returncode
-        return Ended((code,), output.read(), time.monotonic() - began, hung)
-
-
-def _ended(process: subprocess.Popen[Any], seconds: float) -> bool:
-    try:
-        process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        return False
-    return True
-
-
-def session_members(session: int) -> list[int]:
-    """The living processes of a session."""
-    found = subprocess.run(["pgrep", "-s", str(session)], capture_output=True, text=True)
-    return [pid for pid in map(int, found.stdout.split()) if not _is_zombie(pid)]
-
-
-def _is_zombie(pid: int) -> bool:
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    return True
-
-
-def children_of(pid: int) -> list[int]:
-    with contextlib.suppress(OSError):
-        return [int(c) for c in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    return []
 
 
 # --- runs that several attacks start from -------------------------------------------------------

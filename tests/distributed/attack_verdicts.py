@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,24 @@ class Verdict:
         }
 
 
+@dataclass(frozen=True)
+class Ended:
+    """A start that has ended.
+
+    codes: exit codes of the ranks, or of the `deepspeed` command. hung: whether it had to be killed
+    when it had taken LIMIT seconds.
+    """
+
+    codes: tuple[int, ...]
+    output: str
+    seconds: float
+    hung: bool = False
+
+    @property
+    def succeeded(self) -> bool:
+        return not self.hung and not any(self.codes)
+
+
 def failed(failure: str, output: str) -> Verdict:
     """The verdict on an attack after which an expectation was not met."""
     return Verdict("", 0, tracebacks(output), failure, output[-6000:])
@@ -62,6 +80,47 @@ def compare(folder: Path, expected: Path, what: str, output: str) -> Verdict:
         return Verdict(f"{what}: as undisturbed", 0, seen, details=details)
     details = f"{first_difference(folder, expected)}\n{details}"
     return Verdict(f"{what}: SILENT, other {', '.join(found)}", 1, seen, details=details)
+
+
+def judged(
+    ended: Ended, folder: Path, expected: Path, *, told: str = "", must_differ: bool = False
+) -> Verdict:
+    """The verdict on a start that may refuse its input, or finish as the undisturbed run.
+
+    told: a pattern in the output that announces another result. must_differ: the result of the
+    undisturbed run would show that a change was ignored.
+    """
+    seen, said = tracebacks(ended.output), message(ended.output)
+    details = ended.output[-6000:]
+    if ended.hung:
+        return Verdict("", 0, seen, "hangs", details)
+    if not ended.succeeded:
+        failure = "" if said else f"ended with {ended.codes} without a message"
+        return Verdict(f"refused: {said}", 0, seen, failure, details if seen or failure else "")
+    if not is_finished(folder):
+        silent = int("stopped after step" not in ended.output)
+        outcome = "SILENT: exit code 0, and the run is lost" if silent else "stopped, said"
+        return Verdict(outcome, silent, seen, details=details)
+    found = differences(folder, expected)
+    if not found and must_differ:
+        return Verdict("SILENT: goes on, and ignores the change", 1, seen, details=details)
+    if not found:
+        return Verdict("as undisturbed", 0, seen, details=details if seen else "")
+    if told and re.search(told, ended.output):
+        return Verdict(f"goes on, said; other {', '.join(found)}", 0, seen)
+    details = f"{first_difference(folder, expected)}\n{details}"
+    return Verdict(f"SILENT: exit code 0, other {', '.join(found)}", 1, seen, details=details)
+
+
+def together(verdicts: Sequence[Verdict]) -> Verdict:
+    """One verdict for several starts."""
+    return Verdict(
+        "; ".join(verdict.outcome for verdict in verdicts if verdict.outcome),
+        sum(verdict.silent for verdict in verdicts),
+        sum(verdict.traceback for verdict in verdicts),
+        "; ".join(verdict.failure for verdict in verdicts if verdict.failure),
+        "\n".join(verdict.details for verdict in verdicts if verdict.details),
+    )
 
 
 def metrics_of(folder: Path) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.attack_damage import ATTACKS, judged
+from tests.distributed.attack_damage import ATTACKS
 from tests.distributed.attack_files import FILES
 from tests.distributed.attack_kills import trials
 from tests.distributed.attack_mutations import (
@@ -22,8 +22,8 @@ from tests.distributed.attack_mutations import (
     is_no_safetensors,
     is_no_text,
 )
-from tests.distributed.attack_runs import KINDS, Ended
-from tests.distributed.attack_verdicts import first_difference
+from tests.distributed.attack_runs import KINDS
+from tests.distributed.attack_verdicts import Ended, first_difference, judged
 from tests.distributed.command_line import MODEL
 
 
