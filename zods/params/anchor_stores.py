@@ -292,8 +292,11 @@ def _allocate(path: Path, size: int) -> Any:
     check_regular(path)
     if path.is_symlink():  # its target is not of zods, and would be truncated
         path.unlink()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = open(path, "ab")  # noqa: SIM115 (kept open for its lock)
+    file = None
+    while file is None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # a run that ends has removed the folder
+            file = open(path, "ab")  # noqa: SIM115 (kept open for its lock)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
