@@ -73,7 +73,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f".{path.name}.partial")
     with write_errors(path):
-        temporary.unlink(missing_ok=True)  # a link of that name is not written through
+        if os.path.lexists(temporary):  # a link of that name is not written through
+            temporary.unlink()
         try:
             yield temporary
             sync(temporary)
