@@ -45,6 +45,11 @@ METHODS: dict[str, Any] = {
 NOT_AT_STAGE_3 = ("AdaLoRA", "VBLoRA")
 
 
+# in the folder of an export: files of an earlier export in two parts, and a file of the user
+OLDER = ("model-00001-of-00002.safetensors", "model.safetensors.index.json")
+NOTES = "notes.txt"
+
+
 class Shared(nn.Module):
     """A model with one layer under three names, a buffer, and a buffer that is not saved."""
 
@@ -86,6 +91,10 @@ def rank_of_exports(folder: Path, stage: int) -> dict[str, Any]:
         for _ in range(2):
             engine.backward(engine(batch_of(engine.module)))
             engine.step()
+        if name == "tied" and engine.global_rank == 0:
+            (folder / name).mkdir()
+            for file in (*OLDER, NOTES):
+                (folder / name / file).touch()
         engine.save_pretrained(folder / name)
         engine.eval()
         outputs = engine(batch_of(engine.module))
@@ -131,6 +140,14 @@ def test_a_tied_model_of_transformers_loads_back(exports: Any):
         assert (param.detach().numpy() == found["tied"]["weights"][name]).all()
     logits = model.eval()(**batch_of(model)).logits
     assert logits.detach().numpy() == pytest.approx(found["tied"]["value"], abs=1e-5)
+
+
+def test_an_export_removes_the_weights_of_an_earlier_one_and_no_other_file(exports: Any):
+    _, found = exports
+    files = found["tied"]["files"]
+    assert "model.safetensors" in files
+    assert NOTES in files
+    assert not set(OLDER) & set(files)
 
 
 def test_an_adapter_loads_back_and_has_the_tensors_that_peft_itself_saves(

@@ -16,6 +16,8 @@ from zods.comm.communicator import Communicator
 from zods.files import atomic_files, atomic_write, make_folder, save_tensors, write_errors
 from zods.params.zero3_adapter import gathered, release_gathered
 
+WEIGHTS = "model*.safetensors*"  # files of transformers: weights, and their index
+
 
 def whole_state(deepspeed_engine: Any, comm: Communicator) -> dict[str, Any]:
     """The state dict of the engine's module with whole tensors in host memory, on rank 0; an empty
@@ -64,8 +66,9 @@ def save_pretrained(deepspeed_engine: Any, comm: Communicator, save_dir: str | P
     """Export the whole model as a folder that `from_pretrained` reads, in the dtype of the run.
 
     Gathers one module at a time to rank 0, whose host memory must hold the model. A module that is
-    not of transformers or peft is written as `model.safetensors`. All ranks call it together;
-    ValueError or OSError on all where it fails.
+    not of transformers or peft is written as `model.safetensors`. Files of weights that an earlier
+    export left are removed. All ranks call it together; ValueError or OSError on all where it
+    fails.
     """
     state, module = whole_state(deepspeed_engine, comm), deepspeed_engine.module
     with _runs_alone(getattr(module, "prompt_encoder", None)), comm.same_on_all_ranks():
@@ -80,6 +83,11 @@ def save_pretrained(deepspeed_engine: Any, comm: Communicator, save_dir: str | P
                         if isinstance(value, torch.Tensor)
                     }
                     save_tensors(tensors, folder / "model.safetensors")
+                written = {path.name for path in folder.iterdir()}
+            for path in Path(save_dir).glob(WEIGHTS):
+                # from_pretrained would prefer an older model.safetensors to new shards
+                if path.name not in written:
+                    path.unlink()
 
 
 @contextmanager
