@@ -265,7 +265,9 @@ def replica_trial(work: Path, victim: str, seed: int) -> Verdict:
             ended = worlds.pop(name).wait()
             output += f"--- {name}, codes {ended.codes}\n{ended.output}"
             said = message(ended.output) or f"codes {ended.codes}"
-            early = "no store can be reached" in said or "Start this one again" in said
+            # what a follower is told to do then is what happens here
+            asked = ("no store can be reached", "Start this one again", "Start it again")
+            early = any(text in said for text in asked)
             if name == victim == "follower" and ended.codes[0] > 0 and not early:
                 refused = said
             # a follower that finds no leader any more cannot end well
