@@ -33,6 +33,7 @@ from zods.cli.summary import summarise, table
 from zods.comm.communicator import Communicator, RankFailure
 from zods.comm.process import connect_ranks, end_process, environment_rank, report_failure
 from zods.comm.siblings import Siblings
+from zods.comm.watchdog import Watchdog
 from zods.config.auto_values import (
     hidden_size_of,
     offloads_to_nvme,
@@ -47,6 +48,7 @@ from zods.config.deepspeed_json import (
 )
 from zods.config.optional_packages import check_packages
 from zods.config.schedules import with_provisional_length
+from zods.config.schema import ZerothOrderConfig
 from zods.params.swap_files import in_own_folder
 from zods.selection.sub_batches import sources_of
 from zods.tasks import (
@@ -126,14 +128,20 @@ def start(
     Returns (engine, task, held-out data, run folder, tokenizer).
     """
     comm = connect_ranks()
-    with comm.same_on_all_ranks():
-        checked = check_input(arguments, comm)
-    run, folder, fork, task = checked.run, checked.folder, checked.fork, checked.task
-    if run.zero_stage == 3:
-        return_freed_memory(comm.device)
-    # config.json keeps the path that was given
-    used = replace(run, deepspeed=in_own_folder(run.deepspeed, comm, checked.sizes))
-    model, new = load_model(arguments.model, used, task, checked.pretrained)
+    watchdog = Watchdog(comm, ZerothOrderConfig().load_timeout)
+    watchdog.beat("the start, configuration")
+    try:
+        with comm.same_on_all_ranks():
+            checked = check_input(arguments, comm, watchdog)
+        run, folder, fork, task = checked.run, checked.folder, checked.fork, checked.task
+        if run.zero_stage == 3:
+            return_freed_memory(comm.device)
+        watchdog.beat("the start, loading of the model", run.zeroth_order.load_timeout)
+        # config.json keeps the path that was given
+        used = replace(run, deepspeed=in_own_folder(run.deepspeed, comm, checked.sizes))
+        model, new = load_model(arguments.model, used, task, checked.pretrained)
+    finally:
+        watchdog.close()  # the engine has its own
     engine: ZerothOrderEngine | FirstOrderEngine
     if isinstance(used, RunConfig):
         engine = zods.initialize(
@@ -185,7 +193,7 @@ class CheckedInput:
     sizes: list[int]
 
 
-def check_input(arguments: Arguments, comm: Communicator) -> CheckedInput:
+def check_input(arguments: Arguments, comm: Communicator, watchdog: Watchdog) -> CheckedInput:
     """Read and check the configuration, the model's files and the data.
 
     Raises ValueError or OSError.
@@ -197,6 +205,7 @@ def check_input(arguments: Arguments, comm: Communicator) -> CheckedInput:
     run: RunConfig | FirstOrderConfig = read(
         known, comm.world_size, total_steps=arguments.run.max_steps
     )
+    watchdog.beat("the start, checks of the input", run.zeroth_order.load_timeout)
     check_folders(run)
     folder = RunFolder(
         arguments.model.output_dir, rank=comm.rank, resume=arguments.model.resume == "auto"
