@@ -12,14 +12,12 @@ from zods.comm.stop_request import EXIT_CODE, StopRequest, StopRequested
 import logging
 import sys
 import traceback
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import datasets
 from deepspeed.accelerator import get_accelerator
-from deepspeed.comm.comm import comms_logger
-from tqdm import tqdm
 
 import zods
 from zods.cli.arguments import merged_config, parse_arguments
@@ -30,9 +28,11 @@ from zods.cli.plots import plot_curves
 from zods.cli.pretrained import Pretrained, find_model, parameter_sizes, read_tokenizer
 from zods.cli.run_folder import RunFolder
 from zods.cli.summary import summarise, table
+from zods.cli.training_loop import evaluate, evaluate_unless_done, save, train_steps
 from zods.comm.communicator import Communicator, RankFailure
 from zods.comm.process import connect_ranks, end_process, environment_rank, report_failure
 from zods.comm.siblings import Siblings
+from zods.comm.watchdog import Watchdog
 from zods.config.auto_values import (
     hidden_size_of,
     offloads_to_nvme,
@@ -47,6 +47,7 @@ from zods.config.deepspeed_json import (
 )
 from zods.config.optional_packages import check_packages
 from zods.config.schedules import with_provisional_length
+from zods.config.schema import ZerothOrderConfig
 from zods.params.swap_files import in_own_folder
 from zods.selection.sub_batches import sources_of
 from zods.tasks import (
@@ -64,7 +65,6 @@ from zods.training.first_order import FirstOrderEngine
 from zods.training.host_memory import return_freed_memory
 from zods.training.initialize import check_folders
 from zods.training.resume import CHECKPOINTS, INITIAL, copy_log
-from zods.training.step_outputs import StepReport
 
 logger = logging.getLogger(__name__)
 
@@ -126,14 +126,20 @@ def start(
     Returns (engine, task, held-out data, run folder, tokenizer).
     """
     comm = connect_ranks()
-    with comm.same_on_all_ranks():
-        checked = check_input(arguments, comm)
-    run, folder, fork, task = checked.run, checked.folder, checked.fork, checked.task
-    if run.zero_stage == 3:
-        return_freed_memory(comm.device)
-    # config.json keeps the path that was given
-    used = replace(run, deepspeed=in_own_folder(run.deepspeed, comm, checked.sizes))
-    model, new = load_model(arguments.model, used, task, checked.pretrained)
+    watchdog = Watchdog(comm, ZerothOrderConfig().load_timeout)
+    watchdog.beat("the start, configuration")
+    try:
+        with comm.same_on_all_ranks():
+            checked = check_input(arguments, comm, watchdog)
+        run, folder, fork, task = checked.run, checked.folder, checked.fork, checked.task
+        if run.zero_stage == 3:
+            return_freed_memory(comm.device)
+        watchdog.beat("the start, loading of the model", run.zeroth_order.load_timeout)
+        # config.json keeps the path that was given
+        used = replace(run, deepspeed=in_own_folder(run.deepspeed, comm, checked.sizes))
+        model, new = load_model(arguments.model, used, task, checked.pretrained)
+    finally:
+        watchdog.close()  # the engine has its own
     engine: ZerothOrderEngine | FirstOrderEngine
     if isinstance(used, RunConfig):
         engine = zods.initialize(
@@ -185,7 +191,7 @@ class CheckedInput:
     sizes: list[int]
 
 
-def check_input(arguments: Arguments, comm: Communicator) -> CheckedInput:
+def check_input(arguments: Arguments, comm: Communicator, watchdog: Watchdog) -> CheckedInput:
     """Read and check the configuration, the model's files and the data.
 
     Raises ValueError or OSError.
@@ -197,6 +203,7 @@ def check_input(arguments: Arguments, comm: Communicator) -> CheckedInput:
     run: RunConfig | FirstOrderConfig = read(
         known, comm.world_size, total_steps=arguments.run.max_steps
     )
+    watchdog.beat("the start, checks of the input", run.zeroth_order.load_timeout)
     check_folders(run)
     folder = RunFolder(
         arguments.model.output_dir, rank=comm.rank, resume=arguments.model.resume == "auto"
@@ -369,124 +376,6 @@ def load_parts(data: DataArguments, seed: int) -> list[tuple[datasets.Dataset, s
     return parts
 
 
-def evaluate(
-    engine: ZerothOrderEngine | FirstOrderEngine,
-    task: Task,
-    held_out: datasets.Dataset,
-    folder: RunFolder,
-) -> dict[str, float]:
-    metrics = engine.evaluate(held_out, task.collate_eval, task.measure)
-    folder.record("eval", engine.global_steps, **metrics)
-    return metrics
-
-
-def evaluate_unless_done(
-    engine: ZerothOrderEngine | FirstOrderEngine,
-    task: Task,
-    held_out: datasets.Dataset,
-    folder: RunFolder,
-) -> dict[str, float]:
-    """Evaluate, unless an earlier start of the run has evaluated after the same step."""
-    done: dict[str, float] = engine.comm.gather_objects(folder.evaluation_at(engine.global_steps))[
-        0
-    ]
-    return done or evaluate(engine, task, held_out, folder)
-
-
-@dataclass
-class Trained:
-    """Measurements of the steps: seconds of each, and bytes that all steps sent."""
-
-    seconds: list[float] = field(default_factory=list)
-    scalar_bytes: int = 0
-    zero3_bytes: int = 0
-
-
-def train_steps(
-    engine: ZerothOrderEngine | FirstOrderEngine,
-    run: RunArguments,
-    task: Task,
-    held_out: datasets.Dataset,
-    folder: RunFolder,
-) -> Trained:
-    """Train to the last step, with evaluations and checkpoints between the steps.
-
-    Raises StopRequested, on all ranks, where one is asked to stop.
-    """
-    assert engine.training_dataloader is not None
-    last = run.max_steps or run.num_epochs * engine.training_dataloader.steps_per_epoch
-    trained = Trained()
-    progress = tqdm(
-        total=last, initial=engine.global_steps, desc="steps", disable=engine.global_rank != 0
-    )
-    with progress:
-        while engine.global_steps < last:
-            step = engine.global_steps
-            if run.eval_interval and step and step % run.eval_interval == 0:
-                metrics = evaluate_unless_done(engine, task, held_out, folder)
-                if engine.global_rank == 0:
-                    progress.write(f"step {step}: held out: {_text(metrics)}", file=sys.stderr)
-            report = train_one_step(engine, trained, folder)
-            slope = (
-                ""
-                if report.projected_grad is None
-                else f"projected_grad {report.projected_grad:+.2e}, "
-            )
-            progress.set_postfix_str(f"loss {report.loss:.4f}, {slope}{report.seconds:.3f} s/step")
-            progress.update()
-            if engine.should_stop:
-                raise StopRequested
-            if run.save_interval and engine.global_steps % run.save_interval == 0:
-                save(engine, run, folder)
-    return trained
-
-
-def train_one_step(
-    engine: ZerothOrderEngine | FirstOrderEngine, trained: Trained, folder: RunFolder
-) -> StepReport:
-    """Make a step, and add its measurements to `trained` and to metrics.jsonl."""
-    gathered = _logged_bytes()
-    engine.train_batch()
-    report = engine.last_step
-    assert report is not None
-    trained.seconds.append(report.seconds)
-    trained.scalar_bytes += report.scalar_bytes
-    trained.zero3_bytes += _logged_bytes() - gathered
-    folder.record(
-        "train",
-        report.step,
-        loss=report.loss,
-        projected_grad=report.projected_grad,
-        lr=report.lr,
-        seconds=report.seconds,
-        scalar_bytes=report.scalar_bytes,
-        skipped=report.skipped,
-        **({} if engine.selection is None else {"selection_seconds": report.selection_seconds}),
-    )
-    return report
-
-
-def save(
-    engine: ZerothOrderEngine | FirstOrderEngine, run: RunArguments, folder: RunFolder
-) -> None:
-    """Save a full checkpoint.
-
-    Where it cannot be written, a run of zeroth-order steps continues, because its log is sufficient
-    to resume. Raises OSError in first-order training.
-    """
-    try:
-        engine.save_checkpoint(folder.path / CHECKPOINTS, keep=run.save_total_limit)
-    except OSError as error:
-        if isinstance(engine, FirstOrderEngine):
-            raise
-        if engine.global_rank == 0:
-            logger.warning(
-                "no checkpoint at step %d: %s. The run goes on: its log is whole.",
-                engine.global_steps,
-                error,
-            )
-
-
 def save_and_print_how_to_resume(
     engine: ZerothOrderEngine | FirstOrderEngine, run: RunArguments, folder: RunFolder
 ) -> None:
@@ -499,19 +388,6 @@ def save_and_print_how_to_resume(
             f"({engine.stop.reason or 'another rank was asked to'}). To go on: the same command "
             "with --resume auto"
         )
-
-
-def _text(metrics: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-
-
-def _logged_bytes() -> int:
-    """Count the bytes of all collectives that DeepSpeed's communication logger has seen.
-
-    The count is 0 where the logger is off.
-    """
-    sizes = comms_logger.get_raw_data().values()
-    return sum(size * record[0] for by_size in sizes for size, record in by_size.items())
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import gc
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -20,6 +21,8 @@ import pytest
 import torch
 
 import zods
+import zods.finetune
+from tests.distributed.command_line import prompted_options, write_inputs
 from tests.distributed.models import Tiny, configuration, tiny_data
 from tests.distributed.ranks import (
     ENVIRONMENT,
@@ -28,10 +31,15 @@ from tests.distributed.ranks import (
     launch,
     master_port,
     restore_compilers,
+    run_command,
     run_ranks,
 )
+from zods.cli.arguments import parse_arguments
 from zods.comm.communicator import Communicator
-from zods.comm.watchdog import AGAIN, EXIT_CODE, Answer, Watchdog, verdict
+from zods.comm.stop_request import EXIT_CODE
+from zods.comm.watchdog import AGAIN, Answer, Watchdog, verdict
+from zods.forward.evaluator import Evaluator
+from zods.training import checkpoint, resume
 
 SCRIPTS = Path(__file__).parent / "scripts"
 TIMEOUT = 2.0
@@ -305,8 +313,107 @@ def test_the_threads_start_at_the_first_beat_and_end_with_the_watchdog():
     assert run_ranks(2, threads_of_a_watch) == [[0, 2, 2, 0]] * 2
 
 
-def test_a_single_rank_is_not_watched():
-    assert run_ranks(1, threads_of_a_watch) == [[0, 0, 0, 0]]
+def test_a_single_rank_has_a_clock_and_nobody_to_ask():
+    assert run_ranks(1, threads_of_a_watch) == [[0, 1, 1, 0]]
+
+
+def test_a_single_rank_that_hangs_reports_itself_with_its_stack():
+    code, output = run_command([sys.executable, str(SCRIPTS / "hanging.py"), "alone"], SCRIPTS)
+    assert code == EXIT_CODE, output[-4000:]
+    assert output.count("zods:") == 1
+    assert "zods: rank 0 hangs: at step 17, evaluate, for " in output
+    assert "in hanging.py:" in output
+    assert "__getitem__" in output
+    assert "The others wait" not in output
+
+
+def rests_outside_of_zods() -> str:
+    watchdog = Watchdog(Communicator(torch.device("cpu")), 0.5)
+    watchdog.beat("step 0, forward")  # which an exception has ended
+    time.sleep(4)
+    watchdog.close()
+    return "goes on"
+
+
+def test_a_single_rank_whose_program_handles_an_error_does_not_hang():
+    assert run_ranks(1, rests_outside_of_zods) == ["goes on"]
+
+
+# --- what is watched beside steps -----------------------------------------------------------------
+
+
+def stops(function: Callable[..., Any], rank: int) -> Callable[..., Any]:
+    """Make a function stop the process of a rank."""
+
+    def stopping(*args: Any, **kwargs: Any) -> Any:
+        if torch.distributed.get_rank() == rank:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return function(*args, **kwargs)
+
+    return stopping
+
+
+def rank_of_stopped_run(options: list[str], where: str) -> None:
+    holder, name = {
+        "load_model": (zods.finetune, "load_model"),
+        "resume": (resume, "describe"),
+        "checkpoint": (checkpoint, "write_tensors"),
+        "evaluation": (Evaluator, "outputs"),
+    }[where]
+    arguments = parse_arguments(options)
+    if where != "evaluation":
+        setattr(holder, name, stops(getattr(holder, name), 1))
+    run = zods.finetune.start(arguments)
+    if where == "evaluation":
+        setattr(holder, name, stops(getattr(holder, name), 1))
+    zods.finetune.finetune(arguments, *run)
+
+
+@pytest.mark.parametrize(
+    ("where", "timeouts"),
+    [
+        ("load_model", {"hang_timeout": 300, "load_timeout": 20}),
+        ("checkpoint", {"hang_timeout": 10, "load_timeout": 300}),
+        pytest.param(
+            *("resume", {"hang_timeout": 300, "load_timeout": 20}), marks=pytest.mark.slow
+        ),
+        pytest.param(
+            *("evaluation", {"hang_timeout": 10, "load_timeout": 300}), marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_a_rank_that_is_stopped_outside_of_steps_is_named(
+    tmp_path: Path, where: str, timeouts: dict[str, float]
+):
+    section = {"method": "mezo", "lr": 1e-4, **timeouts}
+    write_inputs(
+        tmp_path,
+        {"train_batch_size": 8, "zero_optimization": {"stage": 3}, "zeroth_order": section},
+    )
+    options = prompted_options(tmp_path, tmp_path / "run", max_steps=1, save_interval=1)
+    with pytest.raises(pytest.fail.Exception, match="exit code 75") as failed:
+        run_ranks(2, rank_of_stopped_run, options, where)
+    said = str(failed.value)
+    assert said.count("zods: rank 1 does not answer: its process is stopped") == 1, said
+    assert "The others wait for it." in said
+
+
+def bytes_of_checkpoint(folder: Path) -> list[int]:
+    config = configuration(12, method="mezo_svrg", anchor={"point": "cpu", "gradient": "cpu"})
+    engine = zods.initialize(model=Tiny(), config=config, training_data=tiny_data(40))[0]
+    engine.train_batch()
+    written = engine.save_checkpoint(folder)
+    engine.close()
+    sizes = [file.stat().st_size for file in written.glob(f"*-rank{engine.global_rank:05d}-*")]
+    return [checkpoint.bytes_per_rank(engine.run), sum(sizes)]
+
+
+def test_the_time_for_a_checkpoint_is_the_same_on_all_ranks_and_grows_with_its_files(tmp_path):
+    ranks = run_ranks(3, bytes_of_checkpoint, tmp_path)
+    assert len({expected for expected, _ in ranks}) == 1
+    for expected, written in ranks:
+        assert written < 2 * expected + 20_000  # with headers
+        assert expected < 2 * written
 
 
 # --- the message ----------------------------------------------------------------------------------

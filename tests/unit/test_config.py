@@ -74,6 +74,7 @@ DEFAULTS = {
     "agreement_interval": 10,
     "max_nonfinite_steps": 10,
     "hang_timeout": 600.0,
+    "load_timeout": 3600.0,
     "anchor": {
         "point": "cpu",
         "gradient": "cpu",
@@ -127,6 +128,7 @@ FLOATS = {
     "anchor_lr": ([None, 0, 1e-3], [-1e-9, *NOT_NUMBERS]),
     "stream_memory_gb": ([None, 0.5, 80], [0, -1, *NOT_NUMBERS]),
     "hang_timeout": ([0.5, 600], [0, -1, None, *NOT_NUMBERS]),
+    "load_timeout": ([0.5, 600], [0, -1, None, *NOT_NUMBERS]),
     "replicas.silence_timeout": ([0.5, 30], [0, -1, None, *NOT_NUMBERS]),
     "weight_decay": ([0, 0.1, 1], [-0.1, None, *NOT_NUMBERS]),
     "anneal.alpha": ([1.01, 2, 5.0], [1, 1.0, 0.5, 0, -5, None, *NOT_NUMBERS]),

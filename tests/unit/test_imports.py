@@ -43,8 +43,10 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     ),
     "tasks": ({"files", "data"}, {"datasets", "pyarrow", "torch", "transformers"}),
     "cli": (
-        {"files", "config", "trajectory", "training", "tasks"},
-        {"deepspeed", "matplotlib", "peft", "safetensors", "torch", "transformers", "yaml"},
+        {"files", "config", "comm", "trajectory", "training", "tasks"},
+        {
+            "datasets", "deepspeed", "matplotlib", "peft", "safetensors", "torch", "tqdm", "transformers", "yaml",
+        },
     ),
     "finetune": (
         {TOP, "config", "comm", "params", "selection", "training", "tasks", "cli"},

@@ -1,10 +1,10 @@
 """Find the rank that hangs, name it, and end the run.
 
-The main thread reports what it begins (`beat`). If one such thing takes longer than the timeout on
+The main thread reports what it begins (`beat`). If one such thing takes longer than its limit on
 some rank, the watchdog threads of all ranks hold a roll call: each writes the state of its main
 thread to the process group's store. A rank hangs if it does not answer. If all answer, those hang
 whose main thread does not wait for other ranks. One message names them, and every rank that
-answered ends with EXIT_CODE.
+answered ends with EXIT_CODE. A run of one rank reports itself.
 
 Each process has two threads. The clock counts seconds and never uses the store, because calls of
 the store block while the process that keeps it (rank 0) is stopped. The attendant uses the store.
@@ -13,13 +13,15 @@ the store block while the process that keeps it (rank 0) is stopped. The attenda
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import threading
 import time
 import traceback
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, NoReturn
 
@@ -33,28 +35,32 @@ VERDICT_SECONDS = 3.0  # for the rank that reports to write the message
 LINGER_SECONDS = 1.5  # between the verdict and the process's end, for the others to read it
 STORE_SECONDS = 5.0  # time for the store to take this rank's answer
 WRITE_SECONDS = 2.0  # time for a write to standard output or error
+SLOWEST_DISK = 10e6  # bytes per second that a rank can write, at least
 ROLL_CALL_SECONDS = ANSWER_SECONDS + VERDICT_SECONDS + LINGER_SECONDS + 2 * WRITE_SECONDS
 
 AGAIN = "The run stops here; start it again with the same command to go on."
 
 
 class Watchdog:
-    """Times the main thread's work on each rank of `comm`. One per process.
+    """Times the main thread's work on each rank of `comm`. One per process is open at a time.
 
-    timeout: seconds from one beat to the next. Time in which the process is stopped does not count:
-    a job that is suspended as a whole and resumed does not hang.
+    timeout: seconds from one beat to the next, where the beat has no limit of its own. Time in
+    which the process is stopped does not count: a job that is suspended as a whole and resumed does
+    not hang.
     """
 
     def __init__(self, comm: Communicator, timeout: float) -> None:
-        self._watch = _Watch(comm, timeout)
+        self.timeout = timeout
+        self._watch = _Watch(comm)
         self._stop: weakref.finalize | None = None
 
-    def beat(self, what: str) -> None:
+    def beat(self, what: str, limit: float | None = None) -> None:
         """Report that the main thread begins `what`, e.g. "step 17, evaluate".
 
-        The first beat starts the threads, if there are other ranks.
+        limit: seconds that it may take, the same on all ranks; default: the timeout. The first beat
+        starts the threads.
         """
-        self._watch.beat = _Beat(what, resting=False)
+        self._watch.beat = _Beat(what, False, self.timeout if limit is None else limit)
         if self._stop is None:
             self._start()
 
@@ -63,6 +69,22 @@ class Watchdog:
         wait for it.
         """
         self._watch.beat = _Beat(self._watch.beat.what, resting=True)
+
+    @contextmanager
+    def watching(
+        self, what: str, *, limit: float | None = None, num_bytes: int = 0
+    ) -> Iterator[None]:
+        """Watch a block, and rest after it.
+
+        what, limit: as of `beat`. num_bytes: that the slowest rank writes in the block; they add to
+        the limit.
+        """
+        seconds = self.timeout if limit is None else limit
+        self.beat(what, seconds + num_bytes / SLOWEST_DISK)
+        try:
+            yield
+        finally:
+            self.rest()
 
     def close(self) -> None:
         """Stop the threads. Call it before any rank ends: the store ends with rank 0, and torch
@@ -82,6 +104,7 @@ class Watchdog:
 class _Beat(NamedTuple):
     what: str
     resting: bool
+    limit: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -111,9 +134,8 @@ class _Watch:
     It has no reference to the Watchdog, so that the Watchdog can be dropped while the threads run.
     """
 
-    def __init__(self, comm: Communicator, timeout: float) -> None:
+    def __init__(self, comm: Communicator) -> None:
         self.comm = comm
-        self.timeout = timeout
         self.beat = _Beat("the start", resting=True)
         # the beat that the clock saw last, and for how long
         self._seen, self._seconds = self.beat, 0.0
@@ -128,7 +150,7 @@ class _Watch:
     def start(self) -> None:
         if self.comm.world_size > 1:
             self._attendant.start()
-            self._clock.start()
+        self._clock.start()
 
     def stop(self) -> None:
         self._over.set()
@@ -146,10 +168,13 @@ class _Watch:
             beat = self.beat
             self._seconds = self._seconds + LOOK_SECONDS if beat is self._seen else 0.0
             self._seen = beat
-            if self._seconds > self.timeout and not beat.resting:
+            if self._seconds > beat.limit and not beat.resting and self._is_at_work():
                 break
         else:
             return
+        if self.comm.world_size == 1:
+            _say(verdict({0: self._answer()}, 1))
+            _end()
         self._late.set()
         if self._answered.wait(STORE_SECONDS):
             self._attendant.join(ROLL_CALL_SECONDS)
@@ -157,6 +182,16 @@ class _Watch:
             "zods: rank 0, which keeps the process group's store, does not answer: its process is "
             f"stopped or gone, or its host is. Rank {self.comm.rank} is {self._answer()}. {AGAIN}"
         )
+
+    def _is_at_work(self) -> bool:
+        """Whether the main thread may hang. With one rank an exception may have ended what it did;
+        then it is outside of zods, perhaps at a prompt.
+        """
+        innermost = sys._current_frames().get(threading.main_thread().ident or 0)
+        modules = [
+            frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_stack(innermost)
+        ]
+        return self.comm.world_size > 1 or any(module.startswith("zods.") for module in modules)
 
     def _attend(self) -> None:
         """Run the attendant thread: wait for a call, this rank's or another's, and answer it."""
@@ -216,7 +251,8 @@ def verdict(answers: Mapping[int, Answer], world_size: int) -> str:
     answers: per rank that answered, at least one.
     """
     silent = [rank for rank in range(world_size) if rank not in answers]
-    busy = [rank for rank, answer in answers.items() if not answer.waits]
+    # a single rank may wait for other replicas, or for itself
+    busy = [rank for rank, answer in answers.items() if not answer.waits or world_size == 1]
     if not silent and not busy:
         each = "\n".join(f"  rank {rank} {answer}" for rank, answer in answers.items())
         return (

@@ -79,18 +79,24 @@ class RunConfig:
         return {**whole, SECTION: section}
 
 
+# of the section "zeroth_order"
+FIRST_ORDER_KEYS = ("selector", "seed", "loss_mean", "hang_timeout", "load_timeout")
+
+
 @dataclass(frozen=True)
 class FirstOrderConfig:
     """The configuration of a run with DeepSpeed's own optimizer.
 
     deepspeed: the configuration for `deepspeed.initialize`. seed: the seed of the data order.
-    loss_mean: as in the section "zeroth_order".
+    loss_mean, hang_timeout, load_timeout: as in the section "zeroth_order".
     """
 
     deepspeed: dict[str, Any]
     selector: SelectorConfig | None
     seed: int
     loss_mean: LossMean = "tokens"
+    hang_timeout: float = 600.0
+    load_timeout: float = 3600.0
 
     @property
     def zero_stage(self) -> int:
@@ -106,20 +112,16 @@ class FirstOrderConfig:
 
     @property
     def zeroth_order(self) -> ZerothOrderConfig:
-        """A section "zeroth_order" with the seed, the selector and the mean of the loss.
+        """A section "zeroth_order" with the keys that hold for first-order training, too.
 
         Its other keys have no effect. The section `optimizer` has the step size.
         """
-        return ZerothOrderConfig(
-            method="mezo", seed=self.seed, selector=self.selector, loss_mean=self.loss_mean
-        )
+        held = {key: getattr(self, key) for key in FIRST_ORDER_KEYS}
+        return ZerothOrderConfig(method="mezo", **held)
 
     def to_dict(self) -> dict[str, Any]:
-        section = None if self.selector is None else self.selector.model_dump()
-        return {
-            **self.deepspeed,
-            SECTION: {"seed": self.seed, "selector": section, "loss_mean": self.loss_mean},
-        }
+        section = self.zeroth_order.to_dict()
+        return {**self.deepspeed, SECTION: {key: section[key] for key in FIRST_ORDER_KEYS}}
 
 
 def _check_sizes(name: str, sizes: Sequence[int]) -> None:
@@ -250,8 +252,8 @@ def read_first_order_config(
 ) -> FirstOrderConfig:
     """Read, check and split a configuration with a section "optimizer".
 
-    Arguments and errors are as in `read_config`. The section "zeroth_order" may hold only
-    `selector`, `seed` and `loss_mean`.
+    Arguments and errors are as in `read_config`. The section "zeroth_order" may hold only the
+    keys FIRST_ORDER_KEYS.
     """
     whole = load_json(source)
     found: list[str] = []
@@ -260,7 +262,7 @@ def read_first_order_config(
     if not isinstance(values, Mapping):
         found.append(f"{SECTION}: found {values!r}, expected a section {{...}}.")
     else:
-        extra = sorted(set(values) - {"selector", "seed", "loss_mean"})
+        extra = sorted(set(values) - set(FIRST_ORDER_KEYS))
         found += [
             f"{SECTION}.{key}: belongs to zeroth-order steps. With an optimizer leave it out."
             for key in extra
@@ -287,4 +289,4 @@ def read_first_order_config(
     _check_selection(whole, section, found)
     if found or section is None:
         raise Mistakes(found)
-    return FirstOrderConfig(whole, section.selector, section.seed, section.loss_mean)
+    return FirstOrderConfig(whole, **{key: getattr(section, key) for key in FIRST_ORDER_KEYS})

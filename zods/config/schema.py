@@ -225,6 +225,8 @@ class ZerothOrderConfig(Section):
     # seconds that one forward, or the work after it, may take; then the watchdog names the ranks
     # that hang
     hang_timeout: PositiveFloat = 600.0
+    # seconds that each part of the start may take: reading the data, loading, sharding, resuming
+    load_timeout: PositiveFloat = 3600.0
     anchor: AnchorConfig = AnchorConfig()
     selector: SelectorConfig | None = None
     replicas: ReplicasConfig | None = None

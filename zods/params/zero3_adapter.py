@@ -16,7 +16,7 @@ A parameter that is not sharded (stage 0) is its own shard. Called by the other 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -43,6 +43,11 @@ class Partition(NamedTuple):
 def is_sharded(param: torch.nn.Parameter) -> bool:
     """Whether ZeRO-3 shards the parameter."""
     return hasattr(param, "ds_tensor")
+
+
+def bytes_of(params: Iterable[torch.nn.Parameter]) -> int:
+    """The bytes of whole parameters, however they are sharded."""
+    return sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in params)
 
 
 def partition_of(param: Any, rank: int) -> Partition:

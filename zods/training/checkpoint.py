@@ -22,7 +22,7 @@ from zods.core.annealing import Annealing
 from zods.files import make_folder, sync
 from zods.params.anchor import Anchor
 from zods.params.shards import Shard, ShardedParameters
-from zods.params.zero3_adapter import is_sharded, release_gathered
+from zods.params.zero3_adapter import bytes_of, is_sharded, release_gathered
 from zods.training.checkpoint_files import (
     ShardFiles,
     find_checkpoint,
@@ -123,6 +123,15 @@ def save_checkpoint(
                 shutil.rmtree(partial, ignore_errors=True)
         raise
     return final
+
+
+def bytes_per_rank(run: TrainingRun) -> int:
+    """About as many bytes as the rank with the largest files writes into a checkpoint; the same on
+    all ranks.
+    """
+    params = [shard.param for shard in run.parameters.shards]
+    copies = 2 if run.anchor is not None and run.anchor.point is not None else 1
+    return copies * bytes_of(params) // (run.comm.world_size if is_sharded(params[0]) else 1)
 
 
 def load_checkpoint(

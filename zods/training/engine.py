@@ -67,6 +67,7 @@ class ZerothOrderEngine(EngineInterface):
         optimizer: ZerothOrderOptimizer,
         lr_scheduler: Any,
         training_loader: TrainingLoader | SelectingLoader | None,
+        watchdog: Watchdog,
     ) -> None:
         self.deepspeed = deepspeed_engine
         self.module: torch.nn.Module = deepspeed_engine.module
@@ -84,7 +85,14 @@ class ZerothOrderEngine(EngineInterface):
         self.last_step: StepReport | None = None
         zo = config.zeroth_order
         self.run = TrainingRun.build(
-            config, deepspeed_engine, comm, parameters, optimizer, lr_scheduler, training_loader
+            config,
+            deepspeed_engine,
+            comm,
+            parameters,
+            optimizer,
+            lr_scheduler,
+            training_loader,
+            watchdog,
         )
         self.anchor = self.run.anchor
         self.recorder = self.run.recorder
@@ -96,7 +104,7 @@ class ZerothOrderEngine(EngineInterface):
         self._rule = StepRule(zo)
         self._exchange = LossExchange(comm, self.replicas, per_rank=zo.directions == "per_rank")
         self._reporter = StepReporter(self.monitor, zo, comm)
-        self._watchdog = Watchdog(comm, zo.hang_timeout)
+        self._watchdog = watchdog
         self._evaluator = self._make_evaluator()
         self._own_batches: Iterator[Any] | None = None
         self._is_closed = False
@@ -418,14 +426,16 @@ class ZerothOrderEngine(EngineInterface):
         Call it before the first step. See `zods.training.resume.resume`.
         """
         self._in_flight = None
-        if resume.resume(
-            self.run,
-            folder,
-            self.replicas,
-            checkpoints=checkpoints,
-            new=new,
-            must_be_new=must_be_new,
-        ):
+        with self._watchdog.watching("the start, resume", limit=self._zo.load_timeout):
+            was_logged = resume.resume(
+                self.run,
+                folder,
+                self.replicas,
+                checkpoints=checkpoints,
+                new=new,
+                must_be_new=must_be_new,
+            )
+        if was_logged:
             self._adopt_evaluation()
         if self.replicas is not None and self.recorder.follows:
             join_leader(self.run, self.replicas)
@@ -466,7 +476,8 @@ class ZerothOrderEngine(EngineInterface):
                 "replay over a load. Load before engine.resume(), or begin another run's folder."
             )
         self.restart_loader()
-        loaded = checkpoint.load_checkpoint(self.run, load_dir, tag, wanted)
+        with self._watchdog.watching("load_checkpoint", limit=self._zo.load_timeout):
+            loaded = checkpoint.load_checkpoint(self.run, load_dir, tag, wanted)
         if loaded[0] is not None and not load_module_only:
             self._adopt_evaluation()
         self._in_flight = None

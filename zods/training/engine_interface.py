@@ -22,7 +22,7 @@ from zods.config.deepspeed_json import RunConfig
 from zods.core.annealing import Annealing
 from zods.forward.dataset_metrics import Measure, measure_whole
 from zods.forward.evaluator import Evaluator
-from zods.params.zero3_adapter import is_sharded
+from zods.params.zero3_adapter import bytes_of, is_sharded
 from zods.training import checkpoint
 from zods.training.export import save_16bit_model, save_pretrained, whole_state
 from zods.training.replicas import Replicas
@@ -363,13 +363,17 @@ class EngineInterface:
         exclude_frozen_parameters: ignored; a checkpoint of zods never has frozen parameters.
         """
         self.flush()
-        return checkpoint.save_checkpoint(
-            self.run, save_dir, tag, client_state or {}, keep, save_latest=save_latest
-        )
+        with self._watchdog.watching(
+            f"step {self.global_steps}, checkpoint", num_bytes=checkpoint.bytes_per_rank(self.run)
+        ):
+            return checkpoint.save_checkpoint(
+                self.run, save_dir, tag, client_state or {}, keep, save_latest=save_latest
+            )
 
     def save_pretrained(self, save_dir: str | Path) -> None:
         """Export the whole model as a folder that `from_pretrained` reads; see
         `zods.training.export`.
         """
         self.flush()
-        save_pretrained(self.deepspeed, self.comm, save_dir)
+        with self._watchdog.watching("the export", num_bytes=bytes_of(self.module.parameters())):
+            save_pretrained(self.deepspeed, self.comm, save_dir)

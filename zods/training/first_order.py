@@ -19,11 +19,13 @@ import torch
 
 from zods.comm.communicator import Communicator
 from zods.comm.stop_request import StopRequest, StopRequested
+from zods.comm.watchdog import Watchdog
 from zods.config.deepspeed_json import FirstOrderConfig
 from zods.data.batch import WEIGHTS
 from zods.data.loader import TrainingLoader
 from zods.data.objectives import Objective, loss_count
 from zods.forward.dataset_metrics import Measure, check_own_loss, measure_whole
+from zods.params.zero3_adapter import bytes_of
 from zods.selection.loaders import SelectingLoader, weighted_loss
 from zods.selection.sub_batches import SubBatches
 from zods.training import export
@@ -95,6 +97,9 @@ class FirstOrderEngine:
         self.training_dataloader = loader
         self.selection = loader.selection if isinstance(loader, SelectingLoader) else None
         self._batches: Iterator[Any] = loader.forever()
+        section = config.zeroth_order
+        self._watchdog = Watchdog(self.comm, section.hang_timeout)
+        self._load_timeout = section.load_timeout
         self.recorder = Recorder(
             config,
             self.comm.world_size,
@@ -133,7 +138,8 @@ class FirstOrderEngine:
         self.stop = request
 
     def close(self) -> None:
-        """Do nothing: DeepSpeed's engine has no watchdog."""
+        """Stop the watchdog. Call it before any rank ends."""
+        self._watchdog.close()
 
     @property
     def device(self) -> torch.device:
@@ -148,12 +154,17 @@ class FirstOrderEngine:
 
     def train_batch(self) -> float:
         """Make one optimizer step. Returns the mean loss of its examples, over all ranks."""
+        with self._watchdog.watching(f"step {self.global_steps}"):
+            return self._train_batch()
+
+    def _train_batch(self) -> float:
         self.deepspeed.train()
         began, sent = time.perf_counter(), self.comm.scalar_bytes
         # read before the step: DeepSpeed's step advances the schedule
         lr = self.deepspeed.get_lr()[0]
         total = 0.0
         for batch in self._weighted_batches():
+            self._watchdog.beat(f"step {self.global_steps}")
             loss = weighted_loss(self.deepspeed, batch, self.config.loss_mean)
             self.deepspeed.backward(loss)
             self.deepspeed.step()
@@ -212,14 +223,23 @@ class FirstOrderEngine:
         micro_batch = self.deepspeed.train_micro_batch_size_per_gpu()
         poll = StopPoll(self.comm, lambda: self.stop.reason is not None)
 
+        what = f"step {self.global_steps}, evaluation"
+
         def outputs_of(inputs: dict[str, Any]) -> Any:
             poll()
+            self._watchdog.beat(what)
             return self.deepspeed(**inputs)
 
         try:
-            return measure_whole(
-                outputs_of, dataset, collate_fn, measure, comm=self.comm, micro_batch=micro_batch
-            )
+            with self._watchdog.watching(what):
+                return measure_whole(
+                    outputs_of,
+                    dataset,
+                    collate_fn,
+                    measure,
+                    comm=self.comm,
+                    micro_batch=micro_batch,
+                )
         except StopRequested:
             self.should_stop = True
             raise
@@ -243,7 +263,8 @@ class FirstOrderEngine:
         try:
             if must_be_new:
                 check_new(self.comm, folder / LOG_NAME, data)
-            self._continue_log(file, data, folder / LOG_NAME, checkpoints)
+            with self._watchdog.watching("the start, resume", limit=self._load_timeout):
+                self._continue_log(file, data, folder / LOG_NAME, checkpoints)
         except Exception:
             if file is not None:
                 file.close()  # unlocks the log, so that the caller can try again
@@ -324,14 +345,17 @@ class FirstOrderEngine:
         """
         state = {"global_steps": self.global_steps, "loader": self.training_dataloader.state_dict()}
         folder = folder_of_step(Path(save_dir), self.global_steps)
-        unseal(folder, self.comm)
-        self.deepspeed.save_checkpoint(
-            str(save_dir), folder.name, client_state={"zods": state}, save_latest=False
-        )
-        seal(folder, self.comm)
-        with self.comm.same_on_all_ranks():
-            if keep is not None and self.comm.rank == 0:
-                remove_old(folder, keep)
+        # float32 weights and two moments of each parameter, and its 16-bit weights
+        num_bytes = 4 * bytes_of(self.module.parameters())
+        with self._watchdog.watching(f"step {self.global_steps}, checkpoint", num_bytes=num_bytes):
+            unseal(folder, self.comm)
+            self.deepspeed.save_checkpoint(
+                str(save_dir), folder.name, client_state={"zods": state}, save_latest=False
+            )
+            seal(folder, self.comm)
+            with self.comm.same_on_all_ranks():
+                if keep is not None and self.comm.rank == 0:
+                    remove_old(folder, keep)
 
     def load_checkpoint(self, load_dir: str | Path) -> None:
         """Load the last whole checkpoint in a folder, without running code that its files name.
@@ -376,4 +400,5 @@ class FirstOrderEngine:
         raise AssertionError("the last checkpoint either is good or raises")
 
     def save_pretrained(self, save_dir: str | Path) -> None:
-        export.save_pretrained(self.deepspeed, self.comm, save_dir)
+        with self._watchdog.watching("the export", num_bytes=bytes_of(self.module.parameters())):
+            export.save_pretrained(self.deepspeed, self.comm, save_dir)

@@ -12,6 +12,7 @@ from deepspeed.accelerator import get_accelerator
 
 from zods.comm.communicator import Communicator
 from zods.comm.process import connect_ranks
+from zods.comm.watchdog import Watchdog
 from zods.config.auto_values import hidden_size_of, resolve_model_auto, resolve_offload_buffers
 from zods.config.deepspeed_json import FirstOrderConfig, RunConfig, read_config
 from zods.config.optional_packages import check_packages
@@ -87,6 +88,8 @@ def initialize(
         )
         lay_out_parameters(model)
         resolve_by_model(run, model, comm.world_size)
+    watchdog = Watchdog(comm, run.zeroth_order.hang_timeout)
+    watchdog.beat("the start, comparison and sharding of the model", run.zeroth_order.load_timeout)
     check_ranks_agree(comm, run, model, training_loader)
     engine = _sharded(run, model, comm)
     check_reads(list(engine.module.parameters()))
@@ -106,7 +109,9 @@ def initialize(
         optimizer=zo_optimizer,
         lr_scheduler=scheduler,
         training_loader=loader,
+        watchdog=watchdog,
     )
+    watchdog.rest()
     if comm.rank == 0:
         _log_start(zo, comm.world_size, parameters)
     return zo_engine, zo_optimizer, loader, scheduler

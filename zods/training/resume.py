@@ -292,10 +292,12 @@ def _apply(run: TrainingRun, changes: Sequence[Change], refreshed_at: int | None
     release_gathered(run.deepspeed)
     total = num_terms(changes) * sum(shard.numel for shard in parameters)
     quiet = run.comm.rank != 0
+    limit = run.config.zeroth_order.load_timeout
     with tqdm(
         total=total, desc="log", unit="terms", unit_scale=True, disable=quiet, leave=False
     ) as progress:
         for shard, local in parameters.iterate_with_read_ahead(write=True):
+            run.watchdog.beat(f"the start, the log's steps on {shard.name}", limit)
             replay_(local, shard, shard.offset, before, run.direction, progress.update)
             if refreshed_at is not None and anchor is not None and anchor.point is not None:
                 anchor.point.write(shard, local)

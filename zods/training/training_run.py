@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from zods.comm.communicator import Communicator, Disagreement
+from zods.comm.watchdog import Watchdog
 from zods.config.deepspeed_json import RunConfig
 from zods.core import annealing
 from zods.core.directions import Direction
@@ -52,6 +53,7 @@ class TrainingRun:
     loader: TrainingLoader | SelectingLoader | None
     recorder: Recorder
     state: TrainState
+    watchdog: Watchdog
 
     @classmethod
     def build(
@@ -63,6 +65,7 @@ class TrainingRun:
         optimizer: torch.optim.Optimizer,
         lr_scheduler: Any,
         loader: TrainingLoader | SelectingLoader | None,
+        watchdog: Watchdog,
     ) -> TrainingRun:
         """A run at step 0, with the anchor, the deferred update and the recorder that `config` asks
         for.
@@ -88,6 +91,7 @@ class TrainingRun:
             loader=loader,
             recorder=Recorder(config, comm.world_size, loader, micro_batch),
             state=TrainState(),
+            watchdog=watchdog,
         )
 
     def commit(self, record: Record) -> None:

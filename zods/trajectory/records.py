@@ -116,7 +116,7 @@ class RunRecord:
 
     def to_json(self) -> dict[str, Any]:
         section = self.section.to_dict()
-        del section["replicas"]  # no bit depends on it
+        del section["replicas"], section["load_timeout"]  # no bit depends on them
         section["anchor"] = {
             key: value for key, value in section["anchor"].items() if key not in NOT_RECORDED
         }
