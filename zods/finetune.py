@@ -205,8 +205,12 @@ def check_input(arguments: Arguments, comm: Communicator, watchdog: Watchdog) ->
     )
     watchdog.beat("the start, checks of the input", run.zeroth_order.load_timeout)
     check_folders(run)
+    replicas = run.zeroth_order.replicas
     folder = RunFolder(
-        arguments.model.output_dir, rank=comm.rank, resume=arguments.model.resume == "auto"
+        arguments.model.output_dir,
+        rank=comm.rank,
+        resume=arguments.model.resume == "auto",
+        has_log=replicas is None or replicas.index == 0,
     )
     fork = (
         None

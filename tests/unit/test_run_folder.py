@@ -54,6 +54,16 @@ def run(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_a_replica_that_follows_is_started_again_with_its_metrics_and_without_a_log(run):
+    before = list(read_metrics(run))
+    (run / LOG_NAME).unlink()
+    with pytest.raises(ValueError, match="missing"):
+        RunFolder(run, rank=0, resume=True)
+    folder = RunFolder(run, rank=0, resume=True, has_log=False)
+    folder.describe({}, arguments={}, seed=1, world_size=1, device="cpu", step=50)
+    assert list(read_metrics(run)) == before
+
+
 def test_lines_of_metrics_that_a_crash_lost_are_made_again_from_the_log(run):
     whole = list(read_metrics(run))
     steps = read_log(run / LOG_NAME).num_steps

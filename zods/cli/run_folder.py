@@ -34,12 +34,15 @@ class RunFolder:
     Rank 0 writes; on other ranks the methods do nothing. A resumed run continues in its folder.
     """
 
-    def __init__(self, path: str | Path, *, rank: int, resume: bool) -> None:
-        """Raise ValueError where the folder holds another run and `resume` is False, or where it
-        has lost the log of the run that is to be resumed.
+    def __init__(self, path: str | Path, *, rank: int, resume: bool, has_log: bool = True) -> None:
+        """has_log: whether the run keeps a log in the folder; a replica that follows does not.
+
+        Raises ValueError where the folder holds another run and `resume` is False, or where it has
+        lost the log of the run that is to be resumed.
         """
         self.path = Path(path)
         self.rank = rank
+        self._has_log = has_log
         self._metrics: Any = None
         if (
             rank == 0
@@ -50,7 +53,7 @@ class RunFolder:
                 f"--output_dir {self.path}: holds another run. Give another folder, or --resume "
                 "auto to go on with it."
             )
-        if rank == 0 and resume:
+        if rank == 0 and resume and has_log:
             self._check_log()
 
     def _check_log(self) -> None:
@@ -84,7 +87,7 @@ class RunFolder:
         options that is changed later.
         step: number of steps made so far. Lines of metrics.jsonl for later steps are removed,
         because these steps will be made again. A line that was lost for an earlier step, as in a
-        crash just after the step, is made again from the log.
+        crash just after the step, is made again from the log, if the folder has it.
         """
         if self.rank != 0:
             return
@@ -118,7 +121,7 @@ class RunFolder:
             if line.endswith("\n") and 0 < step >= record["step"] and record["kind"] != "summary"
         ]
         present = {record["step"] for record in kept if record["kind"] == "train"}
-        if len(present) < step:
+        if len(present) < step and self._has_log:
             kept += [r for r in _from_log(self.path / "trajectory.log") if r["step"] not in present]
             kept.sort(key=lambda record: (record["step"], record["kind"] != "train"))
         with atomic_write(path) as temporary:
