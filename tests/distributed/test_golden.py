@@ -1,7 +1,7 @@
-"""Runs of the first format, in tests/golden, are resumed on one and on two ranks.
+"""Runs of an earlier version, in tests/golden, are resumed on one and on two ranks.
 
 The expected results are in tests/golden, too. `python -m tests.golden.make` writes them again,
-which breaks the compatibility with the first format. The weights that a log or a checkpoint gives
+which breaks the compatibility with an earlier version. The weights that a log or a checkpoint gives
 have the same bits on every machine. The losses of further steps do not: another CPU adds in another
 order.
 """
@@ -82,7 +82,7 @@ def in_order(weights: dict[str, Any], name: str) -> dict[str, Any]:
     return {parameter.name: weights[parameter.name] for parameter in header.parameters}
 
 
-def test_a_run_of_the_first_format_resumes_after_its_last_step_with_its_weights(
+def test_a_run_of_an_earlier_version_resumes_after_its_last_step_with_its_weights(
     runs: Path, world_size: int
 ):
     for found in run_ranks(world_size, rank_of_resumed, runs):
@@ -92,7 +92,7 @@ def test_a_run_of_the_first_format_resumes_after_its_last_step_with_its_weights(
             assert weights == sha256(in_order(load_file(RUNS_FOLDER / name / AFTER), name))
 
 
-def test_a_checkpoint_of_the_first_format_loads_and_continues_as_the_run_did(
+def test_a_checkpoint_of_an_earlier_version_loads_and_continues_as_the_run_did(
     runs: Path, tmp_path: Path, world_size: int
 ):
     ranks = run_ranks(world_size, rank_of_loaded, runs)

@@ -129,6 +129,7 @@ class GoldenRun:
 
 
 RUNS = {
+    # logs of format 1 and checkpoints of format 2
     "mezo": GoldenRun(
         2, {**MEZO, "bf16": True, "direction": {"distribution": "low_rank", "rank": 2}}
     ),
@@ -152,6 +153,13 @@ RUNS = {
             "direction": "rademacher",
             "share_direction": False,
         },
+    ),
+    # a log whose header describes all examples, and whose records name the code; a checkpoint of
+    # format 3, which names its files
+    "mezo_svrg_described": GoldenRun(
+        2,
+        {**SVRG, "anchor": {"point": "cpu", "gradient": "cpu"}, "anchor_directions": 2},
+        is_saved=True,
     ),
 }
 

@@ -1,4 +1,6 @@
-"""Write the files of this folder again: `python -m tests.golden.make`, in the repository's root.
+"""Write files of this folder: `python -m tests.golden.make [RUN ...]`, in the repository's root.
+
+With names of runs it adds those runs. Without a name it writes all files again.
 
 Every later version must read the files of today. To write them again means to break the format or
 the definition of a direction: the logs and checkpoints that users have are then no longer read, or
@@ -10,6 +12,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -46,7 +49,16 @@ def rank_of_run(name: str, folder: Path) -> None:
     engine.close()
 
 
-def main() -> None:
+def main(names: list[str]) -> None:
+    if not names:
+        write_common()
+    for name in names or RUNS:
+        (RUNS_FOLDER / name).mkdir(parents=True)
+        run_ranks(RUNS[name].num_ranks, rank_of_run, name, RUNS_FOLDER / name)
+
+
+def write_common() -> None:
+    """Write the directions and the base weights, and remove the runs."""
     DIRECTIONS.write_text(
         json.dumps({"words": digest_of_words(), "directions": digests_of_directions()}, indent=1)
         + "\n"
@@ -55,10 +67,7 @@ def main() -> None:
         shutil.rmtree(folder, ignore_errors=True)
     BASE.mkdir()
     save_file(dict(Small().named_parameters()), BASE / "model.safetensors")
-    for name, run in RUNS.items():
-        (RUNS_FOLDER / name).mkdir(parents=True)
-        run_ranks(run.num_ranks, rank_of_run, name, RUNS_FOLDER / name)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

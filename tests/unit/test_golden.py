@@ -1,4 +1,4 @@
-"""Directions keep their bits, and logs of the first format replay to the weights of their runs.
+"""Directions keep their bits, and logs of an earlier version replay to the weights of their runs.
 
 The expected results lie in tests/golden. `python -m tests.golden.make` writes them again, which
 means to break the format or the definition of a direction.
@@ -53,7 +53,7 @@ def test_every_backend_makes_the_directions_of_the_golden_file_to_the_bit():
 
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("name", RUNS)
-def test_a_log_of_the_first_format_replays_to_the_weights_of_its_run_to_the_bit(
+def test_a_log_of_an_earlier_version_replays_to_the_weights_of_its_run_to_the_bit(
     name: str, tmp_path: Path
 ):
     replay(BASE, RUNS_FOLDER / name / LOG_NAME, tmp_path)
@@ -68,7 +68,7 @@ def test_a_log_of_the_first_format_replays_to_the_weights_of_its_run_to_the_bit(
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_every_record_of_a_log_of_the_first_format_is_written_as_it_was_read(name: str):
+def test_every_record_of_a_log_of_an_earlier_version_is_written_as_it_was_read(name: str):
     log = read_log(RUNS_FOLDER / name / LOG_NAME)
     lines = (RUNS_FOLDER / name / LOG_NAME).read_text().splitlines()
     assert log.num_steps == STEPS
