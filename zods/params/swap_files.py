@@ -51,7 +51,7 @@ def in_own_folder(
     has too little space for the parameters.
     """
     zero = dict(deepspeed.get("zero_optimization", {}))
-    name = comm.broadcast_bytes((PREFIX + secrets.token_hex(4)).encode()).decode()
+    name = PREFIX + comm.gather_objects(secrets.token_hex(4))[0]
     with comm.same_on_all_ranks():
         for key in KEYS:
             offload = zero.get(key) or {}

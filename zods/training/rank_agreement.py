@@ -74,7 +74,7 @@ def describe_data(
     """
     if loader is None:
         return None
-    affordable = int(comm.broadcast_bytes(str(loader.examples.affordable).encode()))
+    affordable = comm.gather_objects(loader.examples.affordable)[0]
     digest = loader.examples.digest(affordable if count is None else count)
     return None if digest is None else (len(loader.examples), digest)
 
