@@ -40,7 +40,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from common import Report, add_smoke_option, commit, machine
+from common import Report, add_report_options, add_smoke_option, commit, machine
 
 from tests.distributed.attack_damage import ATTACKS
 from tests.distributed.attack_files import FILES, hostile_files, make_specimens
@@ -108,9 +108,7 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", type=Path, help="write the JSON object there row by row, too")
-    parser.add_argument("--work", type=Path, help="keep the runs there, in a folder of the commit")
-    parser.add_argument("--markdown", type=Path, help="write the table there, too")
+    add_report_options(parser)
     parser.add_argument(
         "--only", nargs="+", default=[""], help="make the attacks whose name has one of these texts"
     )

@@ -123,6 +123,13 @@ def machine() -> dict[str, Any]:
     }
 
 
+def add_report_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a benchmark with a `Report`."""
+    parser.add_argument("--json", type=Path, help="write the JSON object there row by row, too")
+    parser.add_argument("--work", type=Path, help="keep the runs there, in a folder of the commit")
+    parser.add_argument("--markdown", type=Path, help="write the table there, too")
+
+
 class Report:
     """The JSON object of a benchmark whose rows take long, and its file.
 

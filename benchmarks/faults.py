@@ -28,7 +28,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from common import Report, add_smoke_option, commit, machine
+from common import Report, add_report_options, add_smoke_option, commit, machine
 
 from tests.distributed.fault_runs import run_cell
 from tests.distributed.matrix import CELLS, Cell
@@ -54,9 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", type=Path, help="write the JSON object there row by row, too")
-    parser.add_argument("--work", type=Path, help="keep the runs there, in a folder of the commit")
-    parser.add_argument("--markdown", type=Path, help="write the table there, too")
+    add_report_options(parser)
     parser.add_argument(
         "--only", nargs="+", default=[""], help="run the cells whose name has one of these texts"
     )

@@ -9,13 +9,14 @@ checkpoints and run folders.
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -158,6 +159,30 @@ def save_tensors(
     """Write a safetensors file. Raises OSError, naming the file, where the library fails."""
     with write_errors(path, SafetensorError):
         save_file(tensors, path, metadata)
+
+
+def try_lock(file: IO[Any] | int) -> bool:
+    """Lock an open file until it is closed. Returns False where another process holds the lock."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def allocate(file: IO[Any], size: int) -> int | None:
+    """Allocate the first `size` bytes of an open file on the disk.
+
+    Returns None, or the free bytes of the disk where they are too few. Raises OSError where the
+    allocation fails for another reason.
+    """
+    try:
+        os.posix_fallocate(file.fileno(), 0, max(size, 1))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        return shutil.disk_usage(Path(file.name).parent).free
+    return None
 
 
 def make_folder(path: Path) -> None:

@@ -7,12 +7,9 @@ async_io. Called by `zods.params.anchor`.
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import itertools
 import logging
 import os
-import shutil
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -21,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from deepspeed.ops.op_builder import AsyncIOBuilder
 
-from zods.files import check_regular
+from zods.files import allocate, check_regular, try_lock
 from zods.kernels import fingerprint
 from zods.params.shards import Shard, ShardedParameters
 
@@ -297,25 +294,22 @@ def _allocate(path: Path, size: int) -> Any:
         path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):  # a run that ends has removed the folder
             file = open(path, "ab")  # noqa: SIM115 (kept open for its lock)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+    if not try_lock(file):
         raise ValueError(
             f"zeroth_order.anchor.nvme_path: {path} is used by another run. Give each its own."
-        ) from error
+        )
     os.truncate(path, size)
     try:
-        os.posix_fallocate(file.fileno(), 0, max(size, 1))
-    except OSError as error:
+        free = allocate(file, size)
+        if free is not None:
+            raise ValueError(
+                f"zeroth_order.anchor.nvme_path: {path.parent} is too small: this rank needs "
+                f"{size} bytes for {path.name}, {free} are free. Use another drive, more ranks, or "
+                "keep it as terms."
+            )
+    except (ValueError, OSError):
         path.unlink()
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        free = shutil.disk_usage(path.parent).free
-        raise ValueError(
-            f"zeroth_order.anchor.nvme_path: {path.parent} is too small: this rank needs {size} "
-            f"bytes for {path.name}, {free} are free. Use another drive, more ranks, or keep it as "
-            "terms."
-        ) from error
+        raise
     return file
 
 
@@ -336,9 +330,9 @@ def remove_leftovers(folder: Path, world_size: int) -> None:
         if not number.isdecimal() or int(number) < world_size:
             continue
         for path in filter(Path.is_file, of_rank.glob("*.bin")):
-            with contextlib.suppress(OSError), open(path, "rb") as file:  # else it is in use
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                path.unlink()
+            with contextlib.suppress(OSError), open(path, "rb") as file:
+                if try_lock(file):
+                    path.unlink()
         _remove_empty(of_rank)
 
 

@@ -10,7 +10,6 @@ unchecked. A `CheckedHandle` compares what is read with what was written. Called
 from __future__ import annotations
 
 import atexit
-import errno
 import fcntl
 import os
 import secrets
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 
 from zods.comm.communicator import Communicator
+from zods.files import allocate, try_lock
 from zods.kernels import fingerprint
 from zods.params.zero3_adapter import handles_of, on_nvme, smallest_on_nvme
 
@@ -123,11 +123,7 @@ def _remove_unused(nvme_path: Path) -> None:
 
 def _is_held(lock: Path) -> bool:
     with open(lock, "ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        return False
+        return not try_lock(file)
 
 
 def _lock(path: Path) -> bool:
@@ -135,9 +131,7 @@ def _lock(path: Path) -> bool:
     if path in _held:
         return True
     file = open(path, "ab")  # noqa: SIM115 (kept open for its lock)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if not try_lock(file):
         file.close()
         return False
     _held[path] = file
@@ -158,17 +152,13 @@ def _shard_bytes(deepspeed: Mapping[str, Any], numels: Iterable[int], world_size
 def _reserve(path: Path, size: int) -> None:
     """Create a file of `size` bytes on the drive. Raises ValueError where there is no space."""
     with open(path, "wb") as file:
-        try:
-            os.posix_fallocate(file.fileno(), 0, max(size, 1))
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise
-            free = shutil.disk_usage(path.parent).free
+        free = allocate(file, size)
+        if free is not None:
             raise ValueError(
                 f"zero_optimization.offload_param.nvme_path: {path.parent.parent} is too small: "
                 f"this rank's parameters need {size} bytes, {free} are free. Use another drive or "
                 "more ranks."
-            ) from error
+            )
 
 
 # --- reads ----------------------------------------------------------------------------------------

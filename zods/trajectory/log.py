@@ -8,7 +8,6 @@ head, and checkpoints store it. Called by the modules of `zods.training` and by 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -21,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from zods.files import check_regular, check_still_named, make_folder, sync
+from zods.files import check_regular, check_still_named, make_folder, sync, try_lock
 from zods.trajectory.records import Header, Record, RunRecord, Step, header_of, record_of
 
 logger = logging.getLogger(__name__)
@@ -268,16 +267,13 @@ class LogFile:
 
     def _lock(self) -> None:
         deadline, said = time.monotonic() + LOCK_SECONDS, False
-        while True:
-            try:
-                return fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    os.close(self._descriptor)
-                    raise ValueError(
-                        f"{self.path}: another run writes to it. Wait for that one to end, stop "
-                        "it, or give another folder."
-                    ) from None
+        while not try_lock(self._descriptor):
+            if time.monotonic() > deadline:
+                os.close(self._descriptor)
+                raise ValueError(
+                    f"{self.path}: another run writes to it. Wait for that one to end, stop it, or "
+                    "give another folder."
+                )
             if not said:
                 logger.warning(
                     "%s: another run writes to it; waiting up to %.0f s for its end",
