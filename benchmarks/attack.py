@@ -51,7 +51,7 @@ from tests.distributed.command_line import MODEL
 
 COLUMNS = ("attack", "outcome", "silent", "traceback", "passed", "seconds")
 WHOLE = {"trials": 100, "files": 1000}
-QUICK = {"trials": 8, "files": 240}
+QUICK = {"trials": 4, "files": 92}
 SMOKE = {"trials": 1, "files": 0}
 SMOKE_ATTACKS = ("the log is lost", "kill trial 1: MeZO")
 

@@ -29,7 +29,7 @@ from zods.cli.pretrained import Pretrained, find_model, parameter_sizes, read_to
 from zods.cli.run_folder import RunFolder
 from zods.cli.summary import summarise, table
 from zods.cli.training_loop import evaluate, evaluate_unless_done, save, train_steps
-from zods.comm.communicator import Communicator, RankFailure
+from zods.comm.communicator import Communicator, RankFailure, is_lost_connection
 from zods.comm.process import connect_ranks, end_process, environment_rank, report_failure
 from zods.comm.siblings import Siblings
 from zods.comm.watchdog import Watchdog
@@ -115,7 +115,7 @@ def _is_our_own(error: Exception) -> bool:
     if isinstance(error, RankFailure):
         return error.__cause__ is None
     innermost = list(traceback.walk_tb(error.__traceback__))[-1][0]
-    return innermost.f_globals.get("__name__", "").startswith("zods.") or "peer" in str(error)
+    return is_lost_connection(error) or innermost.f_globals.get("__name__", "").startswith("zods.")
 
 
 def start(

@@ -374,7 +374,7 @@ def _restart(
 
 
 _LR = r"lr\b.*(0\.002|2e-0?3)"
-_SWAP = "zero_stage_3/**/rank0/*.swp"
+_SWAP = "zods_run_*/**/rank0/*.swp"
 ATTACKS: list[Attack] = [
     *(
         Attack(f"second start: {name}", lambda work, seed, n=name: second_start(work, seed, n), quick)

@@ -95,7 +95,8 @@ def _checked(folder: Path, words: Sequence[str], loads: bool = False) -> str:
     arguments = parse_arguments(list(words))
     try:
         one_rank: Any = SimpleNamespace(rank=0, world_size=1)
-        checked = check_input(arguments, one_rank)
+        watchdog: Any = SimpleNamespace(beat=lambda what, limit: None)
+        checked = check_input(arguments, one_rank, watchdog)
         found = [
             checked.run.to_dict(), arguments.to_dict(), checked.train.to_dict(),
             checked.held_out.to_dict(), checked.pretrained.config.to_dict(),
@@ -201,15 +202,16 @@ def _read_first_order(folder: Path) -> str:
     import torch
 
     from zods.comm.communicator import Communicator
-    from zods.training.first_order_checkpoint import check, checkpoints_in
+    from zods.training.first_order_checkpoint import check, checkpoints_in, unsealed_in
 
     torch.distributed.init_process_group(
         "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
     )
     try:
         found = checkpoints_in(folder / "first order")
-        if not found:
-            raise ValueError("no checkpoint")
+        left_out = unsealed_in(folder / "first order")
+        if not found or left_out:
+            raise ValueError(f"not whole: {left_out}")
         check(found[0], Communicator(torch.device("cpu")))
     except (ValueError, OSError) as error:
         print(f"zods: error: {error}")

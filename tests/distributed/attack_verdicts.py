@@ -69,13 +69,13 @@ class Ended:
 
 def failed(failure: str, output: str) -> Verdict:
     """The verdict on an attack after which an expectation was not met."""
-    return Verdict("", 0, tracebacks(output), failure, output[-6000:])
+    return Verdict("", 0, tracebacks(output), failure, _excerpt(output))
 
 
 def compare(folder: Path, expected: Path, what: str, output: str) -> Verdict:
     """The verdict on a finished run that has to be as the undisturbed one."""
     found, seen = differences(folder, expected), tracebacks(output)
-    details = output[-3000:] if seen else ""
+    details = _excerpt(output) if seen else ""
     if not found:
         return Verdict(f"{what}: as undisturbed", 0, seen, details=details)
     details = f"{first_difference(folder, expected)}\n{details}"
@@ -91,7 +91,7 @@ def judged(
     undisturbed run would show that a change was ignored.
     """
     seen, said = tracebacks(ended.output), message(ended.output)
-    details = ended.output[-6000:]
+    details = _excerpt(ended.output)
     if ended.hung:
         return Verdict("", 0, seen, "hangs", details)
     if not ended.succeeded:
@@ -172,8 +172,18 @@ def first_difference(folder: Path, expected: Path) -> str:
     return ""
 
 
+TRACEBACK = "Traceback (most recent call last)"
+
+
 def tracebacks(output: str) -> int:
-    return output.count("Traceback (most recent call last)")
+    return output.count(TRACEBACK)
+
+
+def _excerpt(output: str) -> str:
+    """The first traceback of an output with its surroundings, and the end of the output."""
+    at = output.find(TRACEBACK)
+    around = f"{output[max(0, at - 500) : at + 4000]}\n...\n" if at >= 0 else ""
+    return around + output[-6000:]
 
 
 def message(output: str) -> str:

@@ -161,6 +161,14 @@ def test_a_failed_start_is_reported_in_one_line_by_one_rank(way):
         assert re.search(rf"^{traceback}: ", output, re.MULTILINE)
 
 
+def test_a_rank_that_is_killed_at_the_start_leaves_no_traceback_of_the_others():
+    returned, output = launch(SCRIPT, "one rank is killed, and the other waits for it")
+    assert returned != 0
+    reported = [line for line in output.splitlines() if "a program: error:" in line]
+    assert [line for line in reported if "peer" not in line] == []
+    assert "Traceback (most recent call last)" not in output, output[-4000:]
+
+
 def test_a_models_code_that_fails_on_one_rank_ends_the_run_with_the_name_of_that_rank(tmp_path):
     model = tmp_path / "model"
     model.mkdir()

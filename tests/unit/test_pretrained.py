@@ -227,6 +227,20 @@ def test_a_configuration_that_cannot_be_read_is_an_error_of_one_line(tmp_path, c
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("content", "is_refused"), [('["x"]', True), ('"x"', True), ("no JSON", False), ("{}", False)]
+)
+def test_a_generation_config_that_transformers_cannot_use_is_named(tmp_path, content, is_refused):
+    hf.GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=16).save_pretrained(tmp_path)
+    path = tmp_path / "generation_config.json"
+    path.write_text(content)
+    if is_refused:
+        with pytest.raises(ValueError, match=f"^{path}: cannot be read: [^\n]+$"):
+            find_model(ModelArguments(model=str(tmp_path), output_dir="run"))
+    else:
+        find_model(ModelArguments(model=str(tmp_path), output_dir="run"))
+
+
 def test_a_truncated_file_of_weights_is_named_before_the_model_is_loaded(tmp_path):
     hf.LlamaForCausalLM(small(hf.LlamaConfig)).save_pretrained(tmp_path)
     find_model(options(tmp_path))

@@ -77,6 +77,14 @@ def test_lines_of_metrics_that_a_crash_lost_are_made_again_from_the_log(run):
     assert mended[-1]["seconds"] is None
 
 
+def test_a_line_of_metrics_that_stands_twice_is_kept_once(run):
+    whole = list(read_metrics(run))
+    twice = [line for line in whole for _ in range(2)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in twice))
+    described(run, read_log(run / LOG_NAME).num_steps)
+    assert list(read_metrics(run)) == whole
+
+
 def test_metrics_of_steps_that_are_made_again_are_removed(run):
     described(run, 1)
     assert [(line["kind"], line["step"]) for line in read_metrics(run)] == [

@@ -5,6 +5,7 @@ Callers: `zods.finetune`, `zods.cli.model_checks` and `zods.cli.load_model`.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -103,6 +104,7 @@ def find_model(arguments: ModelArguments) -> Pretrained:
                 name, trust_remote_code=arguments.trust_remote_code
             )
         check_weight_files(Path(name))
+        _check_generation_config(Path(name))
         return Pretrained(name, config, None)
     if arguments.lora_rank is not None:
         raise ValueError(
@@ -126,6 +128,7 @@ def find_model(arguments: ModelArguments) -> Pretrained:
             base, trust_remote_code=arguments.trust_remote_code
         )
     check_weight_files(Path(base))
+    _check_generation_config(Path(base))
     return Pretrained(base, config, name)
 
 
@@ -196,6 +199,19 @@ def check_weight_files(folder: Path) -> None:
             raise ValueError(
                 f"{path}: damaged or truncated: {error}. Copy or download the file again."
             ) from None
+
+
+def _check_generation_config(folder: Path) -> None:
+    """Raise ValueError, before the weights are loaded, where transformers cannot use a model's
+    generation_config.json.
+
+    transformers leaves out a file that is not JSON, and raises TypeError where it is no object.
+    """
+    path = folder / "generation_config.json"
+    if path.exists():
+        check_regular(path)
+        with errors_in_one_line(f"{path}: cannot be read"), contextlib.suppress(OSError):
+            transformers.GenerationConfig.from_pretrained(folder)
 
 
 @contextmanager

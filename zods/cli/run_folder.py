@@ -120,6 +120,8 @@ class RunFolder:
             for record, line in _readable_lines(path)
             if line.endswith("\n") and 0 < step >= record["step"] and record["kind"] != "summary"
         ]
+        # a damaged file may have a line twice
+        kept = list({(record["step"], str(record["kind"])): record for record in kept}.values())
         present = {record["step"] for record in kept if record["kind"] == "train"}
         if len(present) < step and self._has_log:
             kept += [r for r in _from_log(self.path / "trajectory.log") if r["step"] not in present]

@@ -33,6 +33,16 @@ class RankFailure(RuntimeError):
         super().__init__(f"rank {rank}: {described}")
 
 
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether an exception says that another rank, or rank 0's store, has ended.
+
+    Gloo (torch 2.13) raises a plain RuntimeError then, e.g. "Connection closed by peer".
+    """
+    return isinstance(error, (dist.DistNetworkError, dist.DistStoreError)) or (
+        isinstance(error, RuntimeError) and "peer" in str(error)
+    )
+
+
 def is_connected() -> bool:
     """Whether this process is one of the ranks of a process group."""
     return dist.is_initialized()

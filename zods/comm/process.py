@@ -24,7 +24,13 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from zods.comm import build_locks
-from zods.comm.communicator import Communicator, Disagreement, RankFailure, is_connected
+from zods.comm.communicator import (
+    Communicator,
+    Disagreement,
+    RankFailure,
+    is_connected,
+    is_lost_connection,
+)
 from zods.comm.stop_request import EXIT_CODE
 from zods.comm.store import Board
 
@@ -149,7 +155,8 @@ def report_failure(error: Exception, program: str) -> int:
     All failing ranks call it. Once the ranks are connected, the first rank to fail prints the
     message: the errors of other ranks are consequences, such as a lost connection. Before that,
     every failing rank prints its own message, with its number. Bad input gives one line and code 2.
-    An unexpected exception gives a traceback, one line with its type, and code 1.
+    A lost connection, as after the kill of another rank, gives one line and code 1. An unexpected
+    exception gives a traceback, one line with its type, and code 1.
     """
     rank = environment_rank()
     bad_input = isinstance(error, (ValueError, OSError))
@@ -157,6 +164,7 @@ def report_failure(error: Exception, program: str) -> int:
     connected = is_connected()
     if not connected or _is_first(rank, speaker):
         foreseen = bad_input or isinstance(error, (Disagreement, RankFailure))
+        foreseen = foreseen or is_lost_connection(error)
         kind = "" if foreseen else f"{type(error).__name__}: "
         cause = error.__cause__ if isinstance(error, RankFailure) else error
         if not foreseen or (isinstance(error, RankFailure) and cause is not None):

@@ -3,6 +3,8 @@
 tests/distributed/test_failed_start.py runs this script through the launcher.
 """
 
+import os
+import signal
 import sys
 
 from zods.comm.process import connect_ranks, end_process, environment_rank, report_failure
@@ -17,6 +19,10 @@ def start(way: str) -> None:
     if way == "one rank, and the other waits for it":
         if comm.rank == 1:
             raise AttributeError("no attribute 'rotary'")
+        comm.gather_scalars([1.0])
+    if way == "one rank is killed, and the other waits for it":
+        if comm.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
         comm.gather_scalars([1.0])
     if way == "one rank, in a block that ranks agree on":
         with comm.same_on_all_ranks():
