@@ -327,12 +327,12 @@ def truncate(pattern: str) -> Callable[[Path, random.Random], None]:
 # --- full disks -----------------------------------------------------------------------------------
 
 
-def full_disk_at_the_export(work: Path, seed: int) -> Verdict:
-    """The disk is full when the model is exported. With room the run can be started again."""
-    expected, here, kind = undisturbed(work, MEZO), fresh(work, MEZO), KINDS[MEZO]
-    with small_disk(here / "disk", 48) as disk:
+def full_disk(work: Path, seed: int, name: str, method: str) -> Verdict:
+    """The disk is full when a method of the engine writes. With room the run can be started again."""
+    expected, here, kind = undisturbed(work, name), fresh(work, name), KINDS[name]
+    with small_disk(here / "disk", 96) as disk:
         words = options(here, kind, output_dir=disk / RUN)
-        ended = run(here, words, kind.ranks, Hooks(fill=str(disk)))
+        ended = run(here, words, kind.ranks, Hooks(fill=str(disk), fill_at=method))
         first = judged(ended, disk / RUN, expected / RUN)
         named = str(disk) in message(ended.output)
         (disk / "filler").unlink(missing_ok=True)
@@ -435,7 +435,14 @@ ATTACKS: list[Attack] = [
         for name in (MEZO, ADAMW)
     ),
     Attack("config.json is a link", symlinked_config),
-    Attack("full disk at the export", full_disk_at_the_export, True, is_root=True),
+    *(
+        Attack(f"full disk at {method}: {name}",
+               lambda work, seed, n=name, m=method: full_disk(work, seed, n, m), quick, is_root=True)
+        for name, method, quick in (
+            (MEZO, "save_pretrained", True), (MEZO, "save_checkpoint", False),
+            (ADAMW, "save_pretrained", False), (ADAMW, "save_checkpoint", True),
+        )
+    ),
     *(
         Attack(f"full disk at {command}",
                lambda work, seed, c=command: full_disk_of_a_command(work, seed, c), True, is_root=True)

@@ -32,7 +32,7 @@ from tests.distributed.ranks import (
 
 STEPS = 8
 LIMIT = 240.0  # seconds of a start, after which it counts as hanging; a quiet machine takes 10
-GRACE = 30.0  # seconds that the other ranks have after one has failed; launch.py gives none
+GRACE = 10.0  # seconds that the other ranks have after one has failed; launch.py gives none
 RUN = "run"
 
 LOG = Path(RUN) / "trajectory.log"
@@ -176,12 +176,14 @@ def make_wide_model(folder: Path) -> None:
 @dataclass(frozen=True)
 class Hooks:
     """What is done to a rank's steps. pace: seconds that each takes longer. die_at: rank 0 kills
-    itself before it makes this step. fill: a folder whose disk is full when the model is exported.
+    itself before it makes this step. fill: a folder whose disk is full when the engine's method
+    `fill_at` is called.
     """
 
     pace: float = 0.0
     die_at: int | None = None
     fill: str | None = None
+    fill_at: str = "save_pretrained"
 
 
 class World:
@@ -295,7 +297,7 @@ def _hook(rank: int, hooks: Hooks) -> None:
         _wrap(engine, "train_batch", lambda self: _before_step(self, rank, hooks))
         if hooks.fill is not None:
             disk = Path(hooks.fill)
-            _wrap(engine, "save_pretrained", lambda self, disk=disk: fill_disk(disk, rank))
+            _wrap(engine, hooks.fill_at, lambda self, disk=disk: fill_disk(disk, rank))
 
 
 def _wrap(owner: Any, name: str, before: Callable[[Any], None]) -> None:

@@ -45,7 +45,8 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "cli": (
         {"files", "config", "comm", "trajectory", "training", "tasks"},
         {
-            "datasets", "deepspeed", "matplotlib", "peft", "safetensors", "torch", "tqdm", "transformers", "yaml",
+            "datasets", "deepspeed", "matplotlib", "numpy", "peft", "safetensors", "torch", "tqdm",
+            "transformers", "yaml",
         },
     ),
     "finetune": (

@@ -9,6 +9,7 @@ import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 from tiny_tasks import REVIEWS, TEXTS, make_task, make_tokenizer
 
 from zods.cli import adapters
+from zods.cli.load_model import load_model
 from zods.cli.model_checks import check_adapter, check_causal, check_kind
 from zods.cli.options import (
     Arguments,
@@ -420,6 +422,19 @@ def test_data_prepared_for_a_model_are_padded_with_a_token_that_it_embeds(tmp_pa
     batch = task.collate(rows)
     assert not batch["attention_mask"].all()
     assert batch["input_ids"].max() < size
+
+
+def test_a_new_head_follows_from_the_seed_also_where_the_seed_has_more_than_32_bits(tmp_path):
+    hf.LlamaModel(small(hf.LlamaConfig)).save_pretrained(tmp_path)
+    task = make_task("classification")
+    arguments = ModelArguments(model=str(tmp_path), output_dir="")
+
+    def head(seed: int) -> torch.Tensor:
+        run: Any = SimpleNamespace(seed=seed, zero_stage=0, deepspeed={})
+        return load_model(arguments, run, task, find_model(arguments))[0].score.weight
+
+    assert torch.equal(head(2**40), head(2**40))
+    assert not torch.equal(head(2**40), head(1))
 
 
 def test_loading_an_adapter_leaves_the_compiler_variables_as_they_are(tmp_path, monkeypatch):

@@ -6,12 +6,13 @@ Caller: `zods.finetune`.
 from __future__ import annotations
 
 import logging
+import random
 import re
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
-import transformers
 from transformers.integrations import HfDeepSpeedConfig
 
 from zods.cli.adapters import with_new_adapter, with_trained_adapter
@@ -35,7 +36,10 @@ def load_model(
     Returns the model, and the names of the parameters that are not in the base model's files: the
     parameters of a new head and of adapters.
     """
-    transformers.set_seed(run.seed)
+    # transformers.set_seed does the same, but its module imports peft: seconds
+    random.seed(run.seed)
+    numpy.random.seed(run.seed % 2**32)  # larger ones are refused
+    torch.manual_seed(run.seed)
     mismatched = pretrained.mismatched_head(task, arguments.trust_remote_code)
     options = task.model_kwargs()
     if mismatched:

@@ -28,9 +28,9 @@ def check_kind(pretrained: Pretrained, task: Task) -> None:
     """Raise ValueError where the configuration shows that the model cannot be used for the task."""
     auto_class, config = task.auto_class(), pretrained.config
     own_code = auto_class.__name__ in (getattr(config, "auto_map", None) or {})
-    if not own_code and not {type(config), type(config.get_text_config())} & set(
-        auto_class._model_mapping.keys()
-    ):
+    # `in`, for the mapping's keys() imports the configurations of all models: seconds
+    fits = any(type(c) in auto_class._model_mapping for c in (config, config.get_text_config()))
+    if not own_code and not fits:
         kind = "encoder-decoder " if config.is_encoder_decoder else ""
         raise ValueError(
             f"--model {pretrained.base}: a {kind}model of type {config.model_type}, for which "

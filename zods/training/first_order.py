@@ -35,6 +35,7 @@ from zods.training.first_order_checkpoint import (
     check,
     checkpoints_in,
     folder_of_step,
+    full_disk_as_os_error,
     only_data,
     remove_old,
     seal,
@@ -349,9 +350,10 @@ class FirstOrderEngine:
         num_bytes = 4 * bytes_of(self.module.parameters())
         with self._watchdog.watching(f"step {self.global_steps}, checkpoint", num_bytes=num_bytes):
             unseal(folder, self.comm)
-            self.deepspeed.save_checkpoint(
-                str(save_dir), folder.name, client_state={"zods": state}, save_latest=False
-            )
+            with full_disk_as_os_error(folder):
+                self.deepspeed.save_checkpoint(
+                    str(save_dir), folder.name, client_state={"zods": state}, save_latest=False
+                )
             seal(folder, self.comm)
             with self.comm.same_on_all_ranks():
                 if keep is not None and self.comm.rank == 0:

@@ -25,8 +25,8 @@ from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
-from zods.comm.communicator import Communicator
-from zods.files import atomic_write, check_regular, make_folder, sync
+from zods.comm.communicator import Communicator, is_lost_connection
+from zods.files import atomic_write, check_regular, make_folder, sync, write_errors
 from zods.training.checkpoint_files import hide_removed, latest_tag, write_latest
 
 MANIFEST = "zods.json"
@@ -48,6 +48,18 @@ def unseal(folder: Path, comm: Communicator) -> None:
         if comm.rank == 0:
             make_folder(folder.parent)
             (folder / MANIFEST).unlink(missing_ok=True)
+
+
+@contextmanager
+def full_disk_as_os_error(folder: Path) -> Iterator[None]:
+    """Have an error of torch's writer, which names no path, be an OSError that names `folder`."""
+    try:
+        with write_errors(folder):
+            yield
+    except RuntimeError as error:
+        if is_lost_connection(error):  # of a rank that could not write
+            raise
+        raise OSError(f"{folder}: cannot be written: {error}") from error
 
 
 def seal(folder: Path, comm: Communicator) -> None:
