@@ -22,7 +22,7 @@ from deepspeed.accelerator import get_accelerator
 import zods
 from zods.cli.arguments import merged_config, parse_arguments
 from zods.cli.load_model import load_model, save_configuration, save_tokenizer
-from zods.cli.model_checks import check_adapter, check_causal, check_kind
+from zods.cli.model_checks import check_adapter, check_causal, check_kind, check_shapes
 from zods.cli.options import Arguments, DataArguments, RunArguments
 from zods.cli.plots import plot_curves
 from zods.cli.pretrained import Pretrained, find_model, parameter_sizes, read_tokenizer
@@ -325,6 +325,7 @@ def prepare_data(
         source=row_name.rpartition(",")[0],
     )
     check_kind(pretrained, task)
+    check_shapes(pretrained, task, arguments.model.trust_remote_code)
     check_adapter(pretrained, task, arguments.model.trust_remote_code)
     check_rows(task, parts)
     if given:

@@ -303,9 +303,9 @@ def _hook(rank: int, hooks: Hooks) -> None:
 def _wrap(owner: Any, name: str, before: Callable[[Any], None]) -> None:
     original = getattr(owner, name)
 
-    def wrapped(self: Any, *args: Any) -> Any:
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
         before(self)
-        return original(self, *args)
+        return original(self, *args, **kwargs)
 
     setattr(owner, name, wrapped)
 

@@ -104,6 +104,15 @@ def test_a_run_folder_has_the_configuration_the_versions_metrics_curves_and_the_
     ]
 
 
+def test_log_and_metrics_take_less_than_300_bytes_per_step(run):
+    files = ((run / "trajectory.log", b' {"step":'), (run / "metrics.jsonl", b'"kind": "train"'))
+    lines = [
+        line for path, mark in files for line in path.read_bytes().splitlines() if mark in line
+    ]
+    assert len(lines) == 8
+    assert sum(len(line) + 1 for line in lines) < 4 * 300
+
+
 def test_the_exported_model_loads_with_its_tokenizer(run):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -310,9 +310,10 @@ def aliases(depth):
         ("lr: " + "[" * 100_000, "not valid YAML: maximum recursion depth"),
         ("\n".join(f"k{i}: 1" for i in range(1001)), "1001 keys, at most 1000 are read"),
         ("seed: 1" + "0" * 5000, "not valid YAML: Exceeds the limit"),
+        ("template: " + "x" * 2**20, "1048586 bytes; a file of options has at most 1048576"),
         ("seed: 0x1" + "0" * 5000, "seed: "),
     ],
-    ids=["aliases", "deep", "keys", "digits", "hexadecimal digits"],
+    ids=["aliases", "deep", "keys", "digits", "size", "hexadecimal digits"],
 )
 def test_a_hostile_file_of_options_is_one_short_error(tmp_path, capsys, content, said):
     error = error_of(capsys, write(tmp_path, "run.yaml", content))

@@ -19,7 +19,7 @@ from tiny_tasks import REVIEWS, TEXTS, make_task, make_tokenizer
 
 from zods.cli import adapters
 from zods.cli.load_model import load_model
-from zods.cli.model_checks import check_adapter, check_causal, check_kind
+from zods.cli.model_checks import check_adapter, check_causal, check_kind, check_shapes
 from zods.cli.options import (
     Arguments,
     DataArguments,
@@ -422,6 +422,22 @@ def test_data_prepared_for_a_model_are_padded_with_a_token_that_it_embeds(tmp_pa
     batch = task.collate(rows)
     assert not batch["attention_mask"].all()
     assert batch["input_ids"].max() < size
+
+
+@pytest.mark.parametrize("name", ["classification", "prompted"])
+def test_weights_of_another_size_than_the_configuration_says_are_named_before_loading(
+    tmp_path, name
+):
+    hf.LlamaForCausalLM(small(hf.LlamaConfig)).save_pretrained(tmp_path)
+    task = make_task(name)
+    found = find_model(options(tmp_path))
+    check_shapes(found, task, False)
+    found.config.intermediate_size *= 2
+    odd = r"mlp\.\w+\.weight has the shape \(\d+, \d+\), but \(\d+, \d+\) by the config\.json"
+    with pytest.raises(ValueError, match=odd):
+        check_shapes(found, task, False)
+    found.config.quantization_config = {"quant_method": "fp8"}
+    check_shapes(found, task, False)
 
 
 def test_a_new_head_follows_from_the_seed_also_where_the_seed_has_more_than_32_bits(tmp_path):

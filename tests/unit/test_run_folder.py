@@ -77,6 +77,15 @@ def test_lines_of_metrics_that_a_crash_lost_are_made_again_from_the_log(run):
     assert mended[-1]["seconds"] is None
 
 
+@pytest.mark.parametrize("step", [-1, 0, True, "2", None, 10**400])
+def test_a_line_of_metrics_with_an_impossible_step_is_made_again_from_the_log(run, step):
+    whole = list(read_metrics(run))
+    lines = [{**line, "step": step} if line["step"] == 2 else line for line in whole]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    described(run, read_log(run / LOG_NAME).num_steps)
+    assert [line["step"] for line in read_metrics(run)] == [line["step"] for line in whole]
+
+
 def test_a_line_of_metrics_that_stands_twice_is_kept_once(run):
     whole = list(read_metrics(run))
     twice = [line for line in whole for _ in range(2)]

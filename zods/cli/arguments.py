@@ -33,6 +33,7 @@ from zods.config.deepspeed_json import MOST_KEYS, load_json
 from zods.config.schema import SECTION, SVRG_ONLY
 from zods.files import check_regular
 
+MOST_BYTES = 1 << 20  # of a YAML file: the parser takes a minute for 50 MB
 # Overrides that also apply with an optimizer
 FIRST_ORDER = (
     "lr",
@@ -225,6 +226,10 @@ def _load(path: Path) -> dict[Any, Any]:
     """Read the content of a YAML or JSON file. Raises ValueError where it cannot be read."""
     if path.suffix == ".json":
         return load_json(path)
+    if path.stat().st_size > MOST_BYTES:
+        raise ValueError(
+            f"{path}: {path.stat().st_size} bytes; a file of options has at most {MOST_BYTES}."
+        )
     try:
         text = path.read_text(encoding="utf-8")
         node = yaml.compose(text, Loader=yaml.SafeLoader)

@@ -6,6 +6,7 @@ compares predictions of the loaded model.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,37 @@ def check_adapter(pretrained: Pretrained, task: Task, trust_remote_code: bool) -
                 "the adapter was trained on, and data with as many classes as it was trained for, "
                 "or train new adapters with --lora_rank."
             )
+
+
+def check_shapes(pretrained: Pretrained, task: Task, trust_remote_code: bool) -> None:
+    """Raise ValueError where a weight in the model's files has another size than its configuration
+    gives it.
+
+    transformers finds out when the model is loaded, and under ZeRO-3 on rank 0 alone. Only sizes
+    are compared, for it may transpose a weight. Models with code of their own and quantized ones
+    are left out: what they read from their files is not known.
+    """
+    config, folder = pretrained.config, Path(pretrained.base)
+    own_code = getattr(config, "auto_map", None)
+    if own_code or getattr(config, "quantization_config", None) is not None:
+        return
+    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    expected = parameter_shapes(pretrained, task, trust_remote_code) if files else {}
+    new = set(pretrained.mismatched_head(task, trust_remote_code))
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        odd = (
+            name
+            for name, shape in found.items()
+            if name in expected and math.prod(shape) != math.prod(expected[name])
+        )
+        for name in odd:
+            if name not in new:
+                raise ValueError(
+                    f"{path}: {name} has the shape {found[name]}, but {expected[name]} by the "
+                    "config.json beside it. Copy both files again from where the model is from."
+                )
 
 
 def check_causal(

@@ -188,7 +188,7 @@ def _readable_lines(metrics: Path) -> Iterator[tuple[dict[str, Any], str]]:
     for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
             record = json.loads(line)
-            if isinstance(record["step"], int) and "kind" in record:
+            if type(record["step"]) is int and record["step"] >= (record["kind"] == "train"):
                 yield record, line
 
 

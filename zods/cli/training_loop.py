@@ -111,10 +111,14 @@ def train_one_step(
         loss=report.loss,
         projected_grad=report.projected_grad,
         lr=report.lr,
-        seconds=report.seconds,
+        seconds=round(report.seconds, 6),
         scalar_bytes=report.scalar_bytes,
         skipped=report.skipped,
-        **({} if engine.selection is None else {"selection_seconds": report.selection_seconds}),
+        **(
+            {}
+            if engine.selection is None
+            else {"selection_seconds": round(report.selection_seconds, 6)}
+        ),
     )
     return report
 

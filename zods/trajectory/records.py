@@ -180,7 +180,9 @@ class SubBatch:
     def to_json(self) -> dict[str, Any]:
         bits = sum(1 << i for i in self.indices).to_bytes(-(-self.num_candidates // 8), "little")
         optional = {
-            "weights": None if self.weights is None else list(self.weights),
+            "weights": None
+            if self.weights is None
+            else [int(weight) if weight.is_integer() else weight for weight in self.weights],
             "mean": self.mean,
         }
         given = {key: value for key, value in optional.items() if value is not None}
