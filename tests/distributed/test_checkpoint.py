@@ -48,7 +48,11 @@ BATCH = 12
 RUNS: dict[str, dict[str, Any]] = {
     "point stored": {"anchor": {"point": "cpu", "gradient": "cpu"}},
     "point on nvme": {"anchor": {"point": "nvme", "gradient": "nvme"}},
-    "point as terms": {"anchor": {"point": "terms", "gradient": "terms"}, "weight_decay": 0.2},
+    "point as terms": {
+        "anchor": {"point": "terms", "gradient": "terms"},
+        "weight_decay": 0.2,
+        "normalize": True,
+    },
     "bf16": {"bf16": True, "anchor": {"point": "cpu", "gradient": "terms"}},
     "stage 0": {"stage": 0, "anchor": {"point": "device", "gradient": "cpu"}},
 }

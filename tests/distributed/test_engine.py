@@ -69,6 +69,20 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "mezo-accumulation": ("tiny", {**COMMON, "method": "mezo", "accumulation": 2}),
+    "mezo-normalized": (
+        "tiny",
+        {**COMMON, "method": "mezo", "normalize": True, "weight_decay": 0.3, "num_directions": 2},
+    ),
+    "svrg-normalized": ("tiny", {**SVRG, "normalize": True}),
+    "svrg-normalized-terms": (
+        "tiny",
+        {
+            **SVRG,
+            "normalize": True,
+            "share_direction": False,
+            "anchor": {"point": "terms", "gradient": "terms"},
+        },
+    ),
     "svrg-stage-0": ("tiny", {**SVRG, "stage": 0, "anchor": {"point": "cpu", "gradient": "nvme"}}),
     "svrg-own-directions": (
         "tiny",

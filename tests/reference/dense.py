@@ -65,12 +65,15 @@ class DenseReference:
     rank: int = 1
     seed: int = 42
     weight_decay: float = 0.0
+    normalize: bool = False
     steps: int = 0
     anchor: Parameters | None = field(default=None, init=False)
     anchor_grad: Parameters | None = field(default=None, init=False)
     # of the last step, in the order of its points
     losses: list[float] = field(default_factory=list, init=False)
     anchor_losses: list[float] = field(default_factory=list, init=False)  # of the last refresh
+    # of the estimates so far: the mean squares of their elements, if directions are orthogonal
+    squares: list[float] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
         self.params = {name: value.detach().clone() for name, value in self.params.items()}
@@ -141,6 +144,8 @@ class DenseReference:
         seeds = self.seeds("anchor", self.anchor_directions)
         self.anchor_grad = self.estimate(self.anchor, seeds, self.whole_set, self.anchor_losses)
         anchor_lr = self.lr if self.anchor_lr is None else self.anchor_lr
+        if self.normalize:
+            anchor_lr /= math.sqrt(sum(c * c for c in self.coefficients(self.anchor_losses)))
         for name, grad in self.anchor_grad.items():
             self.params[name] = self.params[name] - anchor_lr * grad
 
@@ -159,11 +164,40 @@ class DenseReference:
             )
             at_anchor = self.estimate(self.anchor, anchor_seeds, batch, self.losses)
             grad = {name: grad[name] - at_anchor[name] + self.anchor_grad[name] for name in grad}
+        self.squares.append(sum(c * c for c in self.all_coefficients()))
+        lr = self.lr / self.rms() if self.normalize else self.lr
         for name, value in grad.items():
             decay = 1 - self.lr * self.weight_decay if self.params[name].dim() >= 2 else 1.0
-            self.params[name] = decay * self.params[name] - self.lr * value
+            self.params[name] = decay * self.params[name] - lr * value
         self.steps += 1
         return sum(self.losses[: 2 * self.num_directions]) / (2 * self.num_directions)
+
+    def coefficients(self, losses: list[float]) -> list[float]:
+        """The coefficients of an estimate's terms, from its losses in pairs."""
+        number = len(losses) // 2
+        return [
+            (plus - minus) / (2 * self.eps) / number
+            for plus, minus in zip(losses[::2], losses[1::2], strict=True)
+        ]
+
+    def all_coefficients(self) -> list[float]:
+        """Those of the last step's estimate, with the anchor gradient's."""
+        if self.method == "mezo":
+            return self.coefficients(self.losses)
+        half = len(self.losses) // 2
+        here, there = self.coefficients(self.losses[:half]), self.coefficients(self.losses[half:])
+        at_anchor = self.coefficients(self.anchor_losses)
+        if not self.share_direction:
+            return [*here, *there, *at_anchor]
+        return [c - a for c, a in zip(here, there, strict=True)] + at_anchor
+
+    def rms(self) -> float:
+        """The root of the mean of the squares, in which a square that is k steps old has the
+        weight 0.99^k.
+        """
+        weights = [0.99**age for age in reversed(range(len(self.squares)))]
+        total = sum(w * square for w, square in zip(weights, self.squares, strict=True))
+        return math.sqrt(total / sum(weights))
 
 
 def named_parameters_of(module: torch.nn.Module, dtype: torch.dtype = torch.float64) -> Parameters:

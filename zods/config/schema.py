@@ -217,6 +217,9 @@ class ZerothOrderConfig(Section):
     # decoupled decay by lr * weight_decay per step, of parameters with two or more dimensions
     weight_decay: NonNegativeFloat = 0.0
     anneal: AnnealConfig | None = None
+    # divide each step by the running root mean square of the estimate's elements; lr is then the
+    # change of a weight in a step
+    normalize: bool = False
     stochastic_rounding: bool = True  # for updates of 16-bit parameters
     # steps between two checks that all ranks applied the same update
     agreement_interval: Count = 10

@@ -146,16 +146,18 @@ class StepRule:
         step: int,
         estimate: Sequence[Term],
         lr: float,
+        step_size: float,
         anchor_terms: Sequence[Term] = (),
         anchor_coefficient: float = 0.0,
     ) -> Update:
         """The update of a step.
 
+        step_size: the factor of the estimate; lr, or lr divided by the running size of estimates.
         anchor_terms, anchor_coefficient: the result of `estimators.along_gradient`; left out for
         MeZO.
         """
         return Update(
-            terms=(*estimators.descend(estimate, lr), *anchor_terms),
+            terms=(*estimators.descend(estimate, step_size), *anchor_terms),
             decay=1.0 - lr * self.config.weight_decay,
             anchor_grad_coefficient=anchor_coefficient,
             rounding_seed=self.rounding_seed("rounding", step),

@@ -21,6 +21,7 @@ from zods.comm.watchdog import Watchdog
 from zods.config.deepspeed_json import RunConfig
 from zods.config.schedules import ZerothOrderOptimizer
 from zods.core.points import pairs
+from zods.core.step_scale import StepScale, record_estimate
 from zods.core.update_rule import StepRule
 from zods.data.loader import TrainingLoader
 from zods.forward.evaluator import Evaluator
@@ -331,7 +332,9 @@ class ZerothOrderEngine(EngineInterface):
         )
         logged = loss if coefficients else None
         lr, sub_batch = self.get_lr()[0], self.recorder.sub_batch()
-        step = Step(self.global_steps, logged, lr, coefficients, epoch_and_step, sub_batch)
+        normalizes = self._zo.normalize and bool(coefficients)
+        rms = self.run.scale_with(coefficients).rms if normalizes else None
+        step = Step(self.global_steps, logged, lr, coefficients, epoch_and_step, sub_batch, rms)
         return step, loss, projected_grad
 
     def _commit_everywhere(self, record: Record) -> None:
@@ -353,7 +356,8 @@ class ZerothOrderEngine(EngineInterface):
         training set, and step along it.
 
         The step is theta <- theta - anchor_lr * g, as in algorithm 2 of Gautam et al. 2024. There
-        it replaces a mini-batch step; here the mini-batch step follows it. Raises StopRequested,
+        it replaces a mini-batch step; here the mini-batch step follows it. With "normalize" it is
+        divided by the root mean square of g alone. Raises StopRequested,
         on all ranks, where one is asked to stop meanwhile. Nothing of the refresh is then left, and
         the training loader stands after the last step.
         """
@@ -395,7 +399,10 @@ class ZerothOrderEngine(EngineInterface):
                 "anchor at step %d: losses are not finite; the last anchor stays", self.global_steps
             )
         coefficients = tuple(term.coefficient for term in gradient)
-        self._commit_everywhere(Refresh(self.global_steps, anchor_lr * scheduled, coefficients))
+        rms = record_estimate(StepScale(), coefficients).rms if zo.normalize else None
+        self._commit_everywhere(
+            Refresh(self.global_steps, anchor_lr * scheduled, coefficients, rms)
+        )
 
     # --- resume, load -----------------------------------------------------------------------------
 

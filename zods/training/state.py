@@ -12,6 +12,7 @@ import torch
 
 from zods.core.annealing import Annealing
 from zods.core.points import Point
+from zods.core.step_scale import StepScale
 from zods.training.step_outputs import StepLoss
 
 
@@ -22,7 +23,7 @@ class TrainState:
     global_steps, global_samples, skipped_steps: counters as DeepSpeed's. nonfinite_in_a_row: number
     of steps with a non-finite loss since the last step without one. anchor_step: the step of the
     anchor's last refresh; None where one is due before the next step. annealing: divides the step
-    sizes.
+    sizes. scale: the running size of the estimates, which divides the steps with "normalize".
     """
 
     global_steps: int = 0
@@ -31,6 +32,7 @@ class TrainState:
     nonfinite_in_a_row: int = 0
     anchor_step: int | None = None
     annealing: Annealing = field(default_factory=Annealing)
+    scale: StepScale = field(default_factory=StepScale)
 
 
 @dataclass

@@ -7,6 +7,7 @@ The engine makes a record of each step; a resume reads records from a log. Both 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from zods.config.deepspeed_json import RunConfig
 from zods.core import annealing
 from zods.core.directions import Direction
 from zods.core.estimators import Update
+from zods.core.step_scale import StepScale, record_estimate
 from zods.data.digest import digest_of
 from zods.data.loader import TrainingLoader
 from zods.params.anchor import Anchor
@@ -147,6 +149,7 @@ class TrainingRun:
         state.skipped_steps += record.skipped
         if not record.skipped:
             assert record.loss is not None
+            state.scale = self.scale_with(record.coefficients or ())
             state.annealing = annealing.record_loss(state.annealing, record.loss)
             if self.lr_scheduler is not None:
                 self.lr_scheduler.step()
@@ -155,6 +158,13 @@ class TrainingRun:
             state.annealing = annealing.end_epoch(
                 state.annealing, alpha=anneal.alpha, threshold=anneal.threshold
             )
+
+    def scale_with(self, coefficients: Sequence[float]) -> StepScale:
+        """The running size of the estimates with that of one more step, whose terms have these
+        coefficients besides those of the anchor gradient.
+        """
+        anchor = (term.coefficient for term in self.recorder.gradient)
+        return record_estimate(self.state.scale, (*coefficients, *anchor))
 
     def check_agreement(self) -> None:
         """Every `agreement_interval` steps, check that all ranks have applied the same updates and

@@ -117,6 +117,8 @@ class RunRecord:
     def to_json(self) -> dict[str, Any]:
         section = self.section.to_dict()
         del section["replicas"], section["load_timeout"]  # no bit depends on them
+        if not section["normalize"]:  # as in logs of versions that did not have it
+            del section["normalize"]
         section["anchor"] = {
             key: value for key, value in section["anchor"].items() if key not in NOT_RECORDED
         }
@@ -152,15 +154,26 @@ class Refresh:
     """A refresh of the anchor.
 
     coefficients: of the full-batch gradient. Empty if its losses were not finite: the previous
-    anchor then stays in force.
+    anchor then stays in force. rms: the gradient is divided by it for its step; None: it is not.
     """
 
     step: int
     lr: float
     coefficients: tuple[float, ...]
+    rms: float | None = None
+
+    @property
+    def step_size(self) -> float:
+        """The factor of the gradient in the update."""
+        return self.lr if self.rms is None else self.lr / self.rms
 
     def to_json(self) -> dict[str, Any]:
-        return {"refresh": self.step, "lr": self.lr, "c": packed(self.coefficients)}
+        return {
+            "refresh": self.step,
+            "lr": self.lr,
+            **({} if self.rms is None else {"rms": self.rms}),
+            "c": packed(self.coefficients),
+        }
 
 
 @dataclass(frozen=True)
@@ -195,7 +208,8 @@ class Step:
 
     loss: the mean over the global batch, None if it is not finite. coefficients: of the estimate.
     Empty if the step was skipped; None for a step of first-order training, which cannot be
-    replayed. at: (epoch, step in the epoch) of the loader after the step.
+    replayed. at: (epoch, step in the epoch) of the loader after the step. rms: the estimate is
+    divided by it (`zods.core.step_scale`); None: it is not.
     """
 
     step: int
@@ -204,6 +218,12 @@ class Step:
     coefficients: tuple[float, ...] | None
     at: tuple[int, int] | None = None
     sub_batch: SubBatch | None = None
+    rms: float | None = None
+
+    @property
+    def step_size(self) -> float:
+        """The factor of the estimate in the update."""
+        return self.lr if self.rms is None else self.lr / self.rms
 
     @property
     def skipped(self) -> bool:
@@ -211,6 +231,8 @@ class Step:
 
     def to_json(self) -> dict[str, Any]:
         record: dict[str, Any] = {"step": self.step, "loss": self.loss, "lr": self.lr}
+        if self.rms is not None:
+            record["rms"] = self.rms
         if self.at is not None:
             record["at"] = list(self.at)
         if self.coefficients is not None:
@@ -303,6 +325,15 @@ class _Reader:
     def number(self, key: str) -> float:
         return float(self(key, (int, float)))
 
+    def scale(self, key: str) -> float | None:
+        """A positive number, or None where there is none."""
+        if key not in self._values:
+            return None
+        value = self.number(key)
+        if value <= 0.0:
+            raise ValueError(f"{self._kind}: {key} is {value!r}")
+        return value
+
     def coefficients(self, key: str) -> tuple[float, ...]:
         data = _decoded(self(key, str), f"{self._kind}: {key}")
         if len(data) % 4:
@@ -371,12 +402,13 @@ def _evaluation(values: dict[str, Any]) -> Evaluation:
 
 
 def _refresh(values: dict[str, Any]) -> Refresh:
-    get = _Reader(values, "refresh", ("lr", "c"))
-    return Refresh(get.count("refresh"), get.number("lr"), get.coefficients("c"))
+    get = _Reader(values, "refresh", ("lr", "rms", "c"))
+    lr, coefficients = get.number("lr"), get.coefficients("c")
+    return Refresh(get.count("refresh"), lr, coefficients, get.scale("rms"))
 
 
 def _step(values: dict[str, Any]) -> Step:
-    get = _Reader(values, "step", ("loss", "lr", "at", "c", "sub"))
+    get = _Reader(values, "step", ("loss", "lr", "rms", "at", "c", "sub"))
     at = get("at", list, None)
     if at is not None and not (
         len(at) == 2 and all(type(value) is int and 0 <= value < 2**53 for value in at)
@@ -390,6 +422,7 @@ def _step(values: dict[str, Any]) -> Step:
         get.coefficients("c") if "c" in values else None,
         None if at is None else (at[0], at[1]),
         _sub_batch(values["sub"]) if "sub" in values else None,
+        get.scale("rms"),
     )
 
 

@@ -82,18 +82,19 @@ class History:
                     f"{section.method}."
                 )
             self.gradient = rule.anchor_gradient(record.step, record.coefficients)
-            along = estimators.along_gradient(self.gradient, stored, record.lr)
+            along = estimators.along_gradient(self.gradient, stored, record.step_size)
             return Change(rule.anchor_update(record.step, *along), self.gradient)
         try:
             estimate = rule.estimate_of(record.step, record.coefficients)
         except ValueError as error:
             raise ValueError(f"step {record.step}: {error}") from None
         along = (
-            estimators.along_gradient(self.gradient, stored, record.lr)
+            estimators.along_gradient(self.gradient, stored, record.step_size)
             if section.is_svrg
             else ((), 0.0)
         )
-        return Change(rule.update(record.step, estimate, record.lr, *along), self.gradient)
+        update = rule.update(record.step, estimate, record.lr, record.step_size, *along)
+        return Change(update, self.gradient)
 
 
 def num_terms(changes: Sequence[Change]) -> int:
