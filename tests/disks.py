@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,13 +14,14 @@ import pytest
 
 
 class Syncs:
-    """The times at which files and folders are synced, from now on.
+    """The states in which files and folders were last synced, from now on.
 
-    The calls of `os` in this process are recorded and made.
+    The calls of `os` in this process are recorded and made. A state is the time of the last change
+    and the size: the kernel's clock for changes is coarse, so that two changes may have one time.
     """
 
     def __init__(self) -> None:
-        self._at: dict[tuple[int, int], int] = {}  # (device, inode): nanoseconds
+        self._synced: dict[tuple[int, int], tuple[int, int]] = {}  # by (device, inode)
         self._originals = {name: getattr(os, name) for name in ("fsync", "fdatasync")}
         for name, original in self._originals.items():
             setattr(os, name, self._recorded(original))
@@ -30,7 +30,7 @@ class Syncs:
         def sync(descriptor: int) -> None:
             original(descriptor)
             of = os.fstat(descriptor)
-            self._at[of.st_dev, of.st_ino] = time.time_ns()
+            self._synced[of.st_dev, of.st_ino] = of.st_mtime_ns, of.st_size
 
         return sync
 
@@ -46,7 +46,8 @@ class Syncs:
         return sorted(
             str(path.relative_to(folder.parent))
             for path in found
-            if self._at.get((path.stat().st_dev, path.stat().st_ino), 0) < path.stat().st_mtime_ns
+            if self._synced.get(((of := path.stat()).st_dev, of.st_ino))
+            != (of.st_mtime_ns, of.st_size)
         )
 
 

@@ -167,8 +167,15 @@ def start(
             world_size=comm.world_size,
             device=str(comm.device),
             step=engine.global_steps,
+            has_begun=has_begun(engine),
         )
     return engine, task, checked.held_out, folder, checked.tokenizer
+
+
+def has_begun(engine: ZerothOrderEngine | FirstOrderEngine) -> bool:
+    """Whether the weights have been changed: by a step, or by the refresh of the anchor before it."""
+    is_refreshed = isinstance(engine, ZerothOrderEngine) and engine.anchor_step is not None
+    return engine.global_steps > 0 or is_refreshed
 
 
 @dataclass(frozen=True)
@@ -247,11 +254,8 @@ def finetune(
     """
     rank = engine.global_rank
     try:
-        before = (
-            folder.evaluation_at(0)
-            if engine.global_steps
-            else evaluate(engine, task, held_out, folder)
-        )
+        begun = has_begun(engine)
+        before = folder.evaluation_at(0) if begun else evaluate(engine, task, held_out, folder)
         trained = train_steps(engine, arguments.run, task, held_out, folder)
         after = evaluate_unless_done(engine, task, held_out, folder)
     except StopRequested:

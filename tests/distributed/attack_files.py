@@ -187,7 +187,7 @@ def _read_metrics(folder: Path) -> str:
 
     try:
         run = RunFolder(folder / RUN, rank=0, resume=True)
-        run.describe({}, arguments={}, seed=1, world_size=1, device="cpu", step=7)
+        run.describe({}, arguments={}, seed=1, world_size=1, device="cpu", step=7, has_begun=True)
         run.evaluation_at(0)
         records = list(read_metrics(folder / RUN))
     except (ValueError, OSError) as error:

@@ -31,7 +31,7 @@ from zods.cli.arguments import parse_arguments
 from zods.cli.run_folder import read_metrics
 from zods.comm.process import RANKS, SIZES, TORCH
 from zods.trajectory.log import read_log
-from zods.trajectory.records import Step
+from zods.trajectory.records import Refresh, Step
 from zods.trajectory.replay import replay
 
 CONFIG = {
@@ -132,6 +132,26 @@ def test_a_resumed_run_ends_where_the_undisturbed_one_did(folder, run):
         r["step"]: r["loss"] for r in read_metrics(folder / "resumed") if r["kind"] == "train"
     }
     assert resumed == {step: losses[step] for step in (3, 4)}
+
+
+def test_a_run_that_ended_between_its_first_refresh_and_step_keeps_its_first_evaluation(
+    folder, run
+):
+    whole = read_log(run / "trajectory.log")
+    refresh = next(k for k, record in enumerate(whole.records) if isinstance(record, Refresh))
+    cut = folder / "cut"
+    cut.mkdir()
+    log = (run / "trajectory.log").read_bytes()
+    (cut / "trajectory.log").write_bytes(log[: whole.ends[refresh + 1]])
+    first = next(line for line in (run / "metrics.jsonl").open() if '"eval"' in line)
+    (cut / "metrics.jsonl").write_text(first)
+    others = {"max_steps": 4, "eval_interval": 2, "lr": 2e-4, "resume": "auto"}
+    finetune_on_ranks(2, prompted_options(folder, cut, **others))
+    ours, theirs = (
+        [(r["kind"], r["step"], r["loss"]) for r in read_metrics(of) if r["kind"] != "summary"]
+        for of in (cut, run)
+    )
+    assert ours == theirs
 
 
 SELECT = {"select": "4/8", "source_column": "label", "max_steps": 4, "lr": 1e-3}

@@ -36,9 +36,11 @@ def write_log(path: Path, num_steps: int) -> None:
     trajectory.file.close()
 
 
-def described(folder: Path, step: int) -> RunFolder:
+def described(folder: Path, step: int, has_begun: bool = True) -> RunFolder:
     run = RunFolder(folder, rank=0, resume=True)
-    run.describe({}, arguments={}, seed=1, world_size=1, device="cpu", step=step)
+    run.describe(
+        {}, arguments={}, seed=1, world_size=1, device="cpu", step=step, has_begun=has_begun
+    )
     return run
 
 
@@ -60,7 +62,7 @@ def test_a_replica_that_follows_is_started_again_with_its_metrics_and_without_a_
     with pytest.raises(ValueError, match="missing"):
         RunFolder(run, rank=0, resume=True)
     folder = RunFolder(run, rank=0, resume=True, has_log=False)
-    folder.describe({}, arguments={}, seed=1, world_size=1, device="cpu", step=50)
+    folder.describe({}, arguments={}, seed=1, world_size=1, device="cpu", step=50, has_begun=True)
     assert list(read_metrics(run)) == before
 
 
@@ -75,6 +77,14 @@ def test_lines_of_metrics_that_a_crash_lost_are_made_again_from_the_log(run):
     for name in ("kind", "step", "loss", "lr"):
         assert mended[-1][name] == whole[-1][name]
     assert mended[-1]["seconds"] is None
+
+
+def test_the_evaluation_before_a_refresh_at_step_0_is_kept(run):
+    """The refresh has changed the weights, so that it cannot be made again."""
+    described(run, 0)
+    assert [(line["kind"], line["step"]) for line in read_metrics(run)] == [("eval", 0)]
+    described(run, 0, has_begun=False)
+    assert list(read_metrics(run)) == []
 
 
 @pytest.mark.parametrize("step", [-1, 0, True, "2", None, 10**400])

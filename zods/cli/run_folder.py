@@ -78,6 +78,7 @@ class RunFolder:
         world_size: int,
         device: str,
         step: int,
+        has_begun: bool,
     ) -> None:
         """Create the folder, write config.json and run.json, and open metrics.jsonl.
 
@@ -86,13 +87,15 @@ class RunFolder:
         arguments: options and their values. They are kept because the command may name a file of
         options that is changed later.
         step: number of steps made so far. Lines of metrics.jsonl for later steps are removed,
-        because these steps will be made again. A line that was lost for an earlier step, as in a
+        because these steps will be made again. has_begun: whether the weights have been changed; a
+        refresh of the anchor may have changed them before the first step. Otherwise the first
+        evaluation is made again, too. A line that was lost for an earlier step, as in a
         crash just after the step, is made again from the log, if the folder has it.
         """
         if self.rank != 0:
             return
         make_folder(self.path)
-        self._mend_metrics(step)
+        self._mend_metrics(step if has_begun else -1)
         # The file stays open as long as the run.
         self._metrics = open(self.path / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
         about = {
@@ -109,7 +112,9 @@ class RunFolder:
                 temporary.write_text(json.dumps(content, indent=2) + "\n")
 
     def _mend_metrics(self, step: int) -> None:
-        """Remove lines for steps after `step`, and write those that are missing up to it."""
+        """Remove lines for steps after `step`, and write those that are missing up to it. A step of
+        -1 removes all.
+        """
         path = self.path / "metrics.jsonl"
         if not path.exists():
             with atomic_write(path) as temporary:  # which does not follow a link, as open() would
@@ -118,7 +123,7 @@ class RunFolder:
         kept = [
             record
             for record, line in _readable_lines(path)
-            if line.endswith("\n") and 0 < step >= record["step"] and record["kind"] != "summary"
+            if line.endswith("\n") and record["step"] <= step and record["kind"] != "summary"
         ]
         # a damaged file may have a line twice
         kept = list({(record["step"], str(record["kind"])): record for record in kept}.values())
