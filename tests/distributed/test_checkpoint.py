@@ -53,7 +53,11 @@ RUNS: dict[str, dict[str, Any]] = {
         "weight_decay": 0.2,
         "normalize": True,
     },
-    "bf16": {"bf16": True, "anchor": {"point": "cpu", "gradient": "terms"}},
+    "bf16": {
+        "bf16": True,
+        "anchor": {"point": "cpu", "gradient": "terms"},
+        "anchor_weight": "auto",
+    },
     "stage 0": {"stage": 0, "anchor": {"point": "device", "gradient": "cpu"}},
 }
 

@@ -83,6 +83,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "anchor": {"point": "terms", "gradient": "terms"},
         },
     ),
+    "svrg-half-weight": ("tiny", {**SVRG, "anchor_weight": 0.5, "normalize": True}),
+    "svrg-auto-weight": ("tiny", {**SVRG, "anchor_weight": "auto", "num_directions": 2}),
+    "svrg-auto-weight-terms": (
+        "tiny",
+        {**SVRG, "anchor_weight": "auto", "anchor": {"point": "terms", "gradient": "terms"}},
+    ),
     "svrg-stage-0": ("tiny", {**SVRG, "stage": 0, "anchor": {"point": "cpu", "gradient": "nvme"}}),
     "svrg-own-directions": (
         "tiny",

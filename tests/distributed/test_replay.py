@@ -97,6 +97,13 @@ RUNS: dict[str, tuple[int, str, dict[str, Any]]] = {
     "normalized, decay": (2, "tiny", {"normalize": True, "weight_decay": 0.3}),
     "svrg, normalized": (3, "tiny", kept("cpu", "cpu", normalize=True, bf16=True)),
     "svrg, normalized, terms": (2, "tiny", kept("terms", "terms", normalize=True)),
+    "svrg, no weight": (2, "tiny", kept("cpu", "cpu", anchor_weight=0)),
+    "svrg, auto weight": (2, "tiny", kept("cpu", "cpu", anchor_weight="auto", num_directions=2)),
+    "svrg, auto weight, terms": (
+        2,
+        "tiny",
+        kept("terms", "terms", anchor_weight="auto", normalize=True, bf16=True),
+    ),
     "replicated": (2, "tiny", {"stage": 0, "bf16": True}),
     "skipped": (2, "fragile", SECTION),
     "svrg, device": (1, "tiny", kept("device", "device", anchor_directions=3)),

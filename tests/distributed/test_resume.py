@@ -59,7 +59,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "nvme, low rank": kept("nvme", "nvme", direction=LOW_RANK, share_direction=False),
     "terms, decay": kept("terms", "terms", weight_decay=0.2, num_directions=2),
     "point as terms, bf16": kept("terms", "cpu", bf16=True, direction=LOW_RANK),
-    "normalized": kept("terms", "cpu", normalize=True, anchor_directions=2),
+    "normalized": kept("terms", "cpu", normalize=True, anchor_directions=2, anchor_weight="auto"),
     "replicated": kept("cpu", "terms", stage=0, direction="rademacher", bf16=True),
     "selected": kept("cpu", "cpu", selector=SELECTOR, anneal=None),
     "offloaded": kept("cpu", "cpu", offload="cpu", anneal=None),

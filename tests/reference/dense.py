@@ -66,6 +66,7 @@ class DenseReference:
     seed: int = 42
     weight_decay: float = 0.0
     normalize: bool = False
+    anchor_weight: float | str = 1.0
     steps: int = 0
     anchor: Parameters | None = field(default=None, init=False)
     anchor_grad: Parameters | None = field(default=None, init=False)
@@ -74,6 +75,8 @@ class DenseReference:
     anchor_losses: list[float] = field(default_factory=list, init=False)  # of the last refresh
     # of the estimates so far: the mean squares of their elements, if directions are orthogonal
     squares: list[float] = field(default_factory=list, init=False)
+    # of the steps since the refresh: (c a, a a), each summed over directions
+    products: list[tuple[float, float]] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
         self.params = {name: value.detach().clone() for name, value in self.params.items()}
@@ -140,7 +143,7 @@ class DenseReference:
         it.
         """
         self.anchor = {name: value.clone() for name, value in self.params.items()}
-        self.anchor_losses = []
+        self.anchor_losses, self.products = [], []
         seeds = self.seeds("anchor", self.anchor_directions)
         self.anchor_grad = self.estimate(self.anchor, seeds, self.whole_set, self.anchor_losses)
         anchor_lr = self.lr if self.anchor_lr is None else self.anchor_lr
@@ -163,8 +166,16 @@ class DenseReference:
                 seeds if self.share_direction else self.seeds("step_anchor", self.num_directions)
             )
             at_anchor = self.estimate(self.anchor, anchor_seeds, batch, self.losses)
-            grad = {name: grad[name] - at_anchor[name] + self.anchor_grad[name] for name in grad}
+            w = self.weight()
+            grad = {
+                name: grad[name] - w * at_anchor[name] + w * self.anchor_grad[name] for name in grad
+            }
         self.squares.append(sum(c * c for c in self.all_coefficients()))
+        if self.method == "mezo_svrg":
+            here, there = self.halves()
+            self.products.append(
+                (sum(c * a for c, a in zip(here, there, strict=True)), sum(a * a for a in there))
+            )
         lr = self.lr / self.rms() if self.normalize else self.lr
         for name, value in grad.items():
             decay = 1 - self.lr * self.weight_decay if self.params[name].dim() >= 2 else 1.0
@@ -184,12 +195,27 @@ class DenseReference:
         """Those of the last step's estimate, with the anchor gradient's."""
         if self.method == "mezo":
             return self.coefficients(self.losses)
-        half = len(self.losses) // 2
-        here, there = self.coefficients(self.losses[:half]), self.coefficients(self.losses[half:])
-        at_anchor = self.coefficients(self.anchor_losses)
+        w, (here, there) = self.weight(), self.halves()
+        at_anchor = [w * g for g in self.coefficients(self.anchor_losses)]
         if not self.share_direction:
-            return [*here, *there, *at_anchor]
-        return [c - a for c, a in zip(here, there, strict=True)] + at_anchor
+            return [*here, *(w * a for a in there), *at_anchor]
+        return [c - w * a for c, a in zip(here, there, strict=True)] + at_anchor
+
+    def halves(self) -> tuple[list[float], list[float]]:
+        """The coefficients of the last step at the parameters, and those at the anchor."""
+        half = len(self.losses) // 2
+        return self.coefficients(self.losses[:half]), self.coefficients(self.losses[half:])
+
+    def weight(self) -> float:
+        """The weight of the anchor: given, or that of the least noise in the steps before this
+        one. A step that is k steps old has the weight 0.9^k in it.
+        """
+        if self.anchor_weight != "auto":
+            return float(self.anchor_weight)
+        ages = [0.9**age for age in reversed(range(len(self.products)))]
+        ca = sum(w * of[0] for w, of in zip(ages, self.products, strict=True))
+        aa = sum(w * of[1] for w, of in zip(ages, self.products, strict=True))
+        return min(1.0, max(0.0, ca / aa)) if aa else 1.0
 
     def rms(self) -> float:
         """The root of the mean of the squares, in which a square that is k steps old has the

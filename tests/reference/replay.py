@@ -51,16 +51,20 @@ def replayed(
             derive_seed(section.seed, purpose, record.step) if section.stochastic_rounding else None
         )
         stored = section.is_svrg and section.anchor.gradient != "terms"
-        if section.is_svrg and not stored:
-            terms = terms + gradient
-        terms = [(seed, -record.lr * coefficient) for seed, coefficient in terms]
+        size = record.lr if record.rms is None else record.lr / record.rms
+        along = size * record.weight if isinstance(record, Step) else size
+        if isinstance(record, Refresh):
+            terms = [] if stored else gradient
+        terms = [(seed, -size * coefficient) for seed, coefficient in terms]
+        if isinstance(record, Step) and section.is_svrg and not stored:
+            terms += [(seed, -along * coefficient) for seed, coefficient in gradient]
         for ordinal, (name, value) in enumerate(params.items()):
             if name not in trained:
                 continue
             dense = (
                 combined(section, torch.empty_like(value), ordinal, gradient) if stored else None
             )
-            combined(section, value, ordinal, terms, value, decay, dense, -record.lr, rounding_seed)
+            combined(section, value, ordinal, terms, value, decay, dense, -along, rounding_seed)
     return params
 
 

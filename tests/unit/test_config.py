@@ -62,6 +62,7 @@ DEFAULTS = {
     "num_directions": 1,
     "anchor_directions": 1,
     "share_direction": True,
+    "anchor_weight": 1.0,
     "direction": {"distribution": "gaussian", "rank": 1},
     "directions": "shared",
     "loss_mean": "tokens",
@@ -70,6 +71,7 @@ DEFAULTS = {
     "seed": 42,
     "weight_decay": 0.0,
     "anneal": None,
+    "normalize": False,
     "stochastic_rounding": True,
     "agreement_interval": 10,
     "max_nonfinite_steps": 10,
@@ -126,6 +128,10 @@ FLOATS = {
     "eps": ([1e-8, 1e-3, 1, 10.0], [0, 0.0, -1e-3, None, *NOT_NUMBERS]),
     "lr": ([0, 0.0, 1e-7, 1], [-1e-9, None, *NOT_NUMBERS]),
     "anchor_lr": ([None, 0, 1e-3], [-1e-9, *NOT_NUMBERS]),
+    "anchor_weight": (
+        [0, 0.5, 1],
+        [-0.1, 1.5, 2, None, *(n for n in NOT_NUMBERS if n != "auto")],
+    ),
     "stream_memory_gb": ([None, 0.5, 80], [0, -1, *NOT_NUMBERS]),
     "hang_timeout": ([0.5, 600], [0, -1, None, *NOT_NUMBERS]),
     "load_timeout": ([0.5, 600], [0, -1, None, *NOT_NUMBERS]),
@@ -158,7 +164,10 @@ INTEGERS = {
 NOT_BOOLEANS = [0, 1, None, "true", "false", "", [], {}, 1.0, "auto"]
 BOOLEANS = {
     key: ([True, False], NOT_BOOLEANS)
-    for key in ("share_direction", "stochastic_rounding", "anchor.pin_memory", "selector.two_sided")
+    for key in (
+        *("share_direction", "normalize", "stochastic_rounding"),
+        *("anchor.pin_memory", "selector.two_sided"),
+    )
 }
 NOT_NAMES = [None, "", 0, 1, True, [], {}, "auto", ["gaussian"]]
 NAMES = {

@@ -118,8 +118,10 @@ class _Mistake:
             return f"{here}: found {value!r}, expected {self._fields[-1].description}."
         if value == "auto":
             return f"{here}: {AUTO}"
-        if kind == "value_error":  # raised by a check of the model, which names the key
-            return f"{here}.{self._entry['ctx']['error']}"
+        if kind == "value_error":
+            error = self._entry["ctx"]["error"]
+            of_field = bool(self._fields) and _section_of(self._fields[-1]) is None
+            return f"{here}: {error}" if of_field else f"{here}.{error}"  # which names the key
         return f"{here}: {self._found(kind, value)}"
 
     def _found(self, kind: str, value: Any) -> str:

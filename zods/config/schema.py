@@ -16,6 +16,7 @@ from pydantic import (
     Field,
     NonNegativeFloat,
     NonNegativeInt,
+    PlainValidator,
     PositiveFloat,
     field_validator,
     model_validator,
@@ -51,6 +52,14 @@ def _not_auto(value: str) -> str:
     if value == "auto":
         raise ValueError(AUTO)
     return value
+
+
+def _weight(value: Any) -> Any:
+    if value == "auto":
+        return value
+    if type(value) in (int, float) and 0.0 <= value <= 1.0:
+        return float(value)
+    raise ValueError(f'found {value!r}, expected "auto" or a number from 0 to 1.')
 
 
 Count = Annotated[int, Field(ge=1)]
@@ -202,6 +211,8 @@ class ZerothOrderConfig(Section):
     num_directions: NumDirections = 1  # directions per step
     anchor_directions: NumDirections = 1  # directions per refresh (K)
     share_direction: bool = True  # the two estimates of a step use the same directions
+    # factor of the anchor's part of an estimate; 0: MeZO; auto: measured, less as the anchor ages
+    anchor_weight: Annotated[float | Literal["auto"], PlainValidator(_weight)] = 1.0
     direction: DirectionConfig = DirectionConfig()  # the JSON may give the name alone
     # shared: all ranks evaluate the same directions; per_rank: each rank evaluates its own
     # directions on its part of the batch
@@ -249,7 +260,10 @@ class ZerothOrderConfig(Section):
         return self.model_dump()
 
 
-SVRG_ONLY = ("anchor_lr", "anchor_interval", "anchor_directions", "share_direction", "anchor")
+SVRG_ONLY = (
+    *("anchor_lr", "anchor_interval", "anchor_directions", "anchor_weight"),
+    *("share_direction", "anchor"),
+)
 
 
 def check_loss_mean(value: str) -> None:
@@ -340,6 +354,11 @@ def _mistakes_between_keys(config: ZerothOrderConfig, given: Mapping[str, Any]) 
             f'{SECTION}: {", ".join(unused)} belong to method "mezo_svrg", but method is '
             f'"{config.method}". '
             "Remove them, or change the method."
+        )
+    if config.anchor_weight == "auto" and not config.share_direction:
+        yield (
+            f'{SECTION}.anchor_weight: "auto" needs share_direction: the weight is measured by the '
+            "two estimates along one direction. Give a number, or remove share_direction."
         )
     if config.replicas is not None:
         yield from _replicas_mistakes(config, config.replicas)

@@ -74,15 +74,18 @@ def svrg(
     coefficients: Sequence[float],
     anchor_seeds: Sequence[int],
     anchor_coefficients: Sequence[float],
+    weight: float = 1.0,
 ) -> list[Term]:
-    """The correction of MeZO-SVRG: mean_k c_k z_k - mean_k a_k z'_k.
+    """The correction of MeZO-SVRG: mean_k c_k z_k - w mean_k a_k z'_k.
 
-    The whole estimate is this correction plus the anchor gradient. When both means use the same
-    directions (anchor_seeds == seeds), there is one term per direction: (c_k - a_k) z_k.
+    The whole estimate is this correction plus w times the anchor gradient. When both means use the
+    same directions (anchor_seeds == seeds), there is one term per direction: (c_k - w a_k) z_k.
+    weight: w, see `zods.core.anchor_weight`.
     """
+    scaled = [weight * a for a in anchor_coefficients]
     if list(seeds) == list(anchor_seeds):
-        return spsa(seeds, [c - a for c, a in zip(coefficients, anchor_coefficients, strict=True)])
-    return spsa(seeds, coefficients) + spsa(anchor_seeds, [-a for a in anchor_coefficients])
+        return spsa(seeds, [c - a for c, a in zip(coefficients, scaled, strict=True)])
+    return spsa(seeds, coefficients) + spsa(anchor_seeds, [-a for a in scaled])
 
 
 def in_float32(terms: Sequence[Term]) -> tuple[Term, ...]:

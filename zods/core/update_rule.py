@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from zods.core import estimators
+from zods.core.anchor_weight import AnchorWeight, products
 from zods.core.directions import derive_seed
 from zods.core.estimators import Term, Update
 
@@ -34,6 +35,18 @@ class StepSettings(Protocol):
     def weight_decay(self) -> float: ...
     @property
     def stochastic_rounding(self) -> bool: ...
+
+
+class Estimate(NamedTuple):
+    """The estimate of a step.
+
+    terms: see `StepRule.estimate`. projected_grad: the mean projected gradient at the parameters.
+    products: of the projected gradients at the parameters and at the anchor.
+    """
+
+    terms: tuple[Term, ...]
+    projected_grad: float
+    products: AnchorWeight
 
 
 @dataclass(frozen=True)
@@ -72,13 +85,12 @@ class StepRule:
         )
 
     def estimate(
-        self, step: int, losses: Sequence[Sequence[float]]
-    ) -> tuple[tuple[Term, ...], float]:
+        self, step: int, losses: Sequence[Sequence[float]], anchor_weight: float = 1.0
+    ) -> Estimate:
         """Estimate the gradient from a step's losses.
 
-        Returns the terms of the estimate and the mean projected gradient at the parameters. The
-        terms of MeZO-SVRG are the correction alone; the anchor gradient is not added here. There
-        are no terms where a loss or a coefficient is not finite: such a step is skipped.
+        The terms of MeZO-SVRG are the correction alone; the anchor gradient is not added here.
+        There are no terms where a loss or a coefficient is not finite: such a step is skipped.
 
         losses: one sequence per set of directions, with the losses at the points of the set. There
         is one set, or one per rank. Each rank's losses are weighted by its share of the global
@@ -88,7 +100,7 @@ class StepRule:
         orders of magnitude larger.
         """
         if not all(math.isfinite(loss) for of_set in losses for loss in of_set):
-            return (), math.nan
+            return Estimate((), math.nan, AnchorWeight())
         n = self.config.num_directions
         coefficients: list[float] = []
         anchor_coefficients: list[float] = []
@@ -100,10 +112,16 @@ class StepRule:
             )
         seeds, anchor_seeds = self._all_seeds(step, len(losses))
         if self.config.is_svrg:
-            terms = estimators.svrg(seeds, coefficients, anchor_seeds, anchor_coefficients)
+            terms = estimators.svrg(
+                seeds, coefficients, anchor_seeds, anchor_coefficients, anchor_weight
+            )
         else:
             terms = estimators.spsa(seeds, coefficients)
-        return _finite(estimators.in_float32(terms)), sum(coefficients) / len(coefficients)
+        return Estimate(
+            _finite(estimators.in_float32(terms)),
+            sum(coefficients) / len(coefficients),
+            products(coefficients, anchor_coefficients) if self.config.is_svrg else AnchorWeight(),
+        )
 
     def estimate_at_anchor(self, seeds: Sequence[int], losses: Sequence[float]) -> tuple[Term, ...]:
         """Estimate the full-batch gradient at a refresh.

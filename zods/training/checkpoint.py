@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from zods.config.schema import ZerothOrderConfig
+from zods.core.anchor_weight import AnchorWeight
 from zods.core.annealing import Annealing
 from zods.core.step_scale import StepScale
 from zods.files import make_folder, sync
@@ -227,6 +228,7 @@ def _state_text(run: TrainingRun, client_state: dict[str, Any], files: dict[str,
         "recorder": run.recorder.state_dict(),
         "annealing": asdict(progress.annealing),
         "scale": asdict(progress.scale),
+        "anchor_weight": asdict(progress.anchor_weight),
         "lr": [group["lr"] for group in run.optimizer.param_groups],
         "scheduler": None if run.lr_scheduler is None else run.lr_scheduler.state_dict(),
         "loader": None if run.loader is None else run.loader.state_dict(),
@@ -323,8 +325,9 @@ def _load_state(run: TrainingRun, saved: dict[str, Any], wanted: Wanted) -> None
         saved["recorder"], () if run.anchor is None else run.anchor.gradient_terms
     )
     state.annealing = Annealing(**saved["annealing"]) if wanted.optimizer else Annealing()
-    scale = saved.get("scale", {}) if wanted.optimizer else {}  # earlier versions have none
-    state.scale = StepScale(**scale)
+    known = saved if wanted.optimizer else {}  # checkpoints of earlier versions have neither
+    state.scale = StepScale(**known.get("scale", {}))
+    state.anchor_weight = AnchorWeight(**known.get("anchor_weight", {}))
     state.anchor_step = saved["anchor_step"]
     if run.lr_scheduler is not None and wanted.scheduler:
         run.lr_scheduler.load_state_dict(saved["scheduler"])

@@ -321,8 +321,9 @@ class ZerothOrderEngine(EngineInterface):
         """Make the record of this step. Returns it with the mean loss and the mean projected
         gradient around the parameters.
         """
-        estimate, projected_grad = self._rule.estimate(self.global_steps, losses)
-        coefficients = tuple(term.coefficient for term in estimate)
+        weight = self.run.anchor_weight
+        terms, projected_grad, products = self._rule.estimate(self.global_steps, losses, weight)
+        coefficients = tuple(term.coefficient for term in terms)
         at_parameters = [
             loss for of_set in losses for loss in of_set[: 2 * self._zo.num_directions]
         ]
@@ -333,8 +334,14 @@ class ZerothOrderEngine(EngineInterface):
         logged = loss if coefficients else None
         lr, sub_batch = self.get_lr()[0], self.recorder.sub_batch()
         normalizes = self._zo.normalize and bool(coefficients)
-        rms = self.run.scale_with(coefficients).rms if normalizes else None
-        step = Step(self.global_steps, logged, lr, coefficients, epoch_and_step, sub_batch, rms)
+        rms = self.run.scale_with(coefficients, weight).rms if normalizes else None
+        measured = self._zo.anchor_weight == "auto" and bool(coefficients)
+        step = Step(
+            *(self.global_steps, logged, lr, coefficients, epoch_and_step, sub_batch),
+            rms=rms,
+            weight=weight,
+            products=products if measured else None,
+        )
         return step, loss, projected_grad
 
     def _commit_everywhere(self, record: Record) -> None:

@@ -250,7 +250,7 @@ def _read_tail(run: TrainingRun, tail: Sequence[Record]) -> tuple[list[Change], 
         for record in tail:
             change = run.recorder.change(record)
             if isinstance(record, Refresh):
-                run.state.anchor_step = record.step
+                run.begin_anchor(record)
                 refreshed_at = refreshed_at if change is None else len(changes)
             if isinstance(record, Step):
                 run.advance(record)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from zods.core.anchor_weight import AnchorWeight
 from zods.core.annealing import Annealing
 from zods.core.points import Point
 from zods.core.step_scale import StepScale
@@ -24,6 +25,7 @@ class TrainState:
     of steps with a non-finite loss since the last step without one. anchor_step: the step of the
     anchor's last refresh; None where one is due before the next step. annealing: divides the step
     sizes. scale: the running size of the estimates, which divides the steps with "normalize".
+    anchor_weight: the weight of the anchor in the next step, where it is measured.
     """
 
     global_steps: int = 0
@@ -33,6 +35,7 @@ class TrainState:
     anchor_step: int | None = None
     annealing: Annealing = field(default_factory=Annealing)
     scale: StepScale = field(default_factory=StepScale)
+    anchor_weight: AnchorWeight = field(default_factory=AnchorWeight)
 
 
 @dataclass

@@ -17,6 +17,7 @@ from zods.comm.communicator import Communicator, Disagreement
 from zods.comm.watchdog import Watchdog
 from zods.config.deepspeed_json import RunConfig
 from zods.core import annealing
+from zods.core.anchor_weight import AnchorWeight, record_products
 from zods.core.directions import Direction
 from zods.core.estimators import Update
 from zods.core.step_scale import StepScale, record_estimate
@@ -104,7 +105,7 @@ class TrainingRun:
         """
         change = self.recorder.add(record)
         if isinstance(record, Refresh):
-            self.state.anchor_step = record.step
+            self.begin_anchor(record)
         if change is None:
             return
         if isinstance(record, Refresh):
@@ -140,6 +141,12 @@ class TrainingRun:
             release_gathered(self.deepspeed)
             self.deferred.flush()
 
+    def begin_anchor(self, record: Refresh) -> None:
+        """Count from a refresh of the anchor; the next step takes the new anchor whole."""
+        self.state.anchor_step = record.step
+        if record.coefficients:
+            self.state.anchor_weight = AnchorWeight()
+
     def advance(self, record: Step) -> None:
         """Count a step, and advance the schedules."""
         state = self.state
@@ -149,7 +156,9 @@ class TrainingRun:
         state.skipped_steps += record.skipped
         if not record.skipped:
             assert record.loss is not None
-            state.scale = self.scale_with(record.coefficients or ())
+            state.scale = self.scale_with(record.coefficients or (), record.weight)
+            if record.products is not None:
+                state.anchor_weight = record_products(state.anchor_weight, record.products)
             state.annealing = annealing.record_loss(state.annealing, record.loss)
             if self.lr_scheduler is not None:
                 self.lr_scheduler.step()
@@ -159,12 +168,18 @@ class TrainingRun:
                 state.annealing, alpha=anneal.alpha, threshold=anneal.threshold
             )
 
-    def scale_with(self, coefficients: Sequence[float]) -> StepScale:
+    def scale_with(self, coefficients: Sequence[float], anchor_weight: float) -> StepScale:
         """The running size of the estimates with that of one more step, whose terms have these
         coefficients besides those of the anchor gradient.
         """
-        anchor = (term.coefficient for term in self.recorder.gradient)
+        anchor = (anchor_weight * term.coefficient for term in self.recorder.gradient)
         return record_estimate(self.state.scale, (*coefficients, *anchor))
+
+    @property
+    def anchor_weight(self) -> float:
+        """The weight of the anchor in the next step."""
+        given = self.config.zeroth_order.anchor_weight
+        return self.state.anchor_weight.value if given == "auto" else given
 
     def check_agreement(self) -> None:
         """Every `agreement_interval` steps, check that all ranks have applied the same updates and

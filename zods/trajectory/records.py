@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from zods.config.schema import SVRG_ONLY, ZerothOrderConfig, parse_section
+from zods.core.anchor_weight import AnchorWeight
 
 FORMAT = 1
 # Identifies the meaning of a log's numbers. It changes when the same log would give other weights.
@@ -117,8 +118,9 @@ class RunRecord:
     def to_json(self) -> dict[str, Any]:
         section = self.section.to_dict()
         del section["replicas"], section["load_timeout"]  # no bit depends on them
-        if not section["normalize"]:  # as in logs of versions that did not have it
-            del section["normalize"]
+        for key, default in (("normalize", False), ("anchor_weight", 1.0)):
+            if section[key] == default:  # as in logs of versions that did not have it
+                del section[key]
         section["anchor"] = {
             key: value for key, value in section["anchor"].items() if key not in NOT_RECORDED
         }
@@ -209,7 +211,8 @@ class Step:
     loss: the mean over the global batch, None if it is not finite. coefficients: of the estimate.
     Empty if the step was skipped; None for a step of first-order training, which cannot be
     replayed. at: (epoch, step in the epoch) of the loader after the step. rms: the estimate is
-    divided by it (`zods.core.step_scale`); None: it is not.
+    divided by it (`zods.core.step_scale`); None: it is not. weight: of the anchor. products: from
+    which the weights of later steps follow; None where the weight is a number of the configuration.
     """
 
     step: int
@@ -219,6 +222,8 @@ class Step:
     at: tuple[int, int] | None = None
     sub_batch: SubBatch | None = None
     rms: float | None = None
+    weight: float = 1.0
+    products: AnchorWeight | None = None
 
     @property
     def step_size(self) -> float:
@@ -233,6 +238,10 @@ class Step:
         record: dict[str, Any] = {"step": self.step, "loss": self.loss, "lr": self.lr}
         if self.rms is not None:
             record["rms"] = self.rms
+        if self.weight != 1.0:
+            record["w"] = self.weight
+        if self.products is not None:
+            record["ca"] = [self.products.ca, self.products.aa]
         if self.at is not None:
             record["at"] = list(self.at)
         if self.coefficients is not None:
@@ -408,7 +417,7 @@ def _refresh(values: dict[str, Any]) -> Refresh:
 
 
 def _step(values: dict[str, Any]) -> Step:
-    get = _Reader(values, "step", ("loss", "lr", "rms", "at", "c", "sub"))
+    get = _Reader(values, "step", ("loss", "lr", "rms", "w", "ca", "at", "c", "sub"))
     at = get("at", list, None)
     if at is not None and not (
         len(at) == 2 and all(type(value) is int and 0 <= value < 2**53 for value in at)
@@ -423,7 +432,19 @@ def _step(values: dict[str, Any]) -> Step:
         None if at is None else (at[0], at[1]),
         _sub_batch(values["sub"]) if "sub" in values else None,
         get.scale("rms"),
+        float(get("w", (int, float), 1.0)),
+        _products(get("ca", list, None)),
     )
+
+
+def _products(values: list[Any] | None) -> AnchorWeight | None:
+    if values is None:
+        return None
+    if len(values) != 2 or not all(
+        type(value) in (int, float) and math.isfinite(value) for value in values
+    ):
+        raise ValueError(f"step: ca is {values!r}")
+    return AnchorWeight(*map(float, values))
 
 
 def _sub_batch(values: Any) -> SubBatch:

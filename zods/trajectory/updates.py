@@ -89,7 +89,7 @@ class History:
         except ValueError as error:
             raise ValueError(f"step {record.step}: {error}") from None
         along = (
-            estimators.along_gradient(self.gradient, stored, record.step_size)
+            estimators.along_gradient(self.gradient, stored, record.step_size * record.weight)
             if section.is_svrg
             else ((), 0.0)
         )
