@@ -169,6 +169,7 @@ def rank_of_cases(folder: Path) -> dict[str, Any]:
             "losses": losses,
             "shards": [shard.name for shard in engine.sharded_parameters],
             "refreshed": engine.anchor_step,
+            "measured": engine.last_step.measured,
             "training": any(module.training for module in engine.module.modules()),
         }
         if engine.anchor is not None:
@@ -227,6 +228,18 @@ def test_twenty_steps_agree_with_the_dense_reference(cases, name):
         moved = max(np.abs(found["after"][k] - found["before"][k]).max() for k in found["after"])
         assert moved > 100 * tolerance
         np.testing.assert_allclose(found["losses"], dense_losses, rtol=0, atol=40 * tolerance)
+
+
+def test_a_step_reports_what_it_has_measured_for_its_update(cases):
+    measured = {name: cases[0][name]["measured"] for name in CASES}
+    assert measured["mezo"] == measured["svrg-cpu-cpu"] == {}
+    for name in ("mezo-normalized", "svrg-auto-weight"):
+        dense, _ = dense_run(name)
+        if "normalized" in name:
+            assert measured[name] == {"rms": pytest.approx(dense.rms(), rel=1e-2)}
+        else:
+            dense.products.pop()  # the weight of the last step follows from those before it
+            assert measured[name] == {"anchor_weight": pytest.approx(dense.weight(), rel=1e-2)}
 
 
 def test_a_frozen_parameter_keeps_its_bits_and_has_no_shard(cases):

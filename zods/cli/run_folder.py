@@ -184,6 +184,7 @@ def _from_log(path: Path) -> Iterator[dict[str, Any]]:
                 "seconds": None,
                 "scalar_bytes": None,
                 "skipped": record.skipped,
+                **record.measured,
             }
 
 

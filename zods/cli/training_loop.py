@@ -114,6 +114,7 @@ def train_one_step(
         seconds=round(report.seconds, 6),
         scalar_bytes=report.scalar_bytes,
         skipped=report.skipped,
+        **report.measured,
         **(
             {}
             if engine.selection is None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -66,6 +66,7 @@ class StepReport:
     loss: mean of the losses at theta +- eps z, over the global batch. projected_grad: mean over the
     directions; None for a first-order step. scalar_bytes: bytes that this rank sent. seconds: wall
     time, including a refresh of the anchor and the choice of the sub-batch (selection_seconds).
+    measured: "rms" (the estimate was divided by it) and "anchor_weight", where the step has them.
     """
 
     step: int
@@ -76,3 +77,4 @@ class StepReport:
     seconds: float
     skipped: bool
     selection_seconds: float = 0.0
+    measured: dict[str, float] = field(default_factory=dict)

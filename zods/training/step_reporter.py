@@ -35,12 +35,7 @@ class StepReporter:
 
         state: after the step.
         """
-        if self._monitor.enabled:
-            events = {"loss": loss, "lr": record.lr, "projected_grad": projected_grad}
-            self._monitor.write_events(
-                [(f"Train/Samples/{k}", v, state.global_samples) for k, v in events.items()]
-            )
-        return StepReport(
+        report = StepReport(
             step=state.global_steps,
             loss=loss,
             projected_grad=projected_grad,
@@ -49,7 +44,17 @@ class StepReporter:
             seconds=time.perf_counter() - in_flight.began + selection_seconds,
             skipped=record.skipped,
             selection_seconds=selection_seconds,
+            measured=record.measured,
         )
+        if self._monitor.enabled:
+            events = {"loss": loss, "lr": record.lr, "projected_grad": projected_grad}
+            self._monitor.write_events(
+                [
+                    (f"Train/Samples/{name}", value, state.global_samples)
+                    for name, value in {**events, **record.measured}.items()
+                ]
+            )
+        return report
 
     def warn(
         self,

@@ -231,6 +231,12 @@ class Step:
         return self.lr if self.rms is None else self.lr / self.rms
 
     @property
+    def measured(self) -> dict[str, float]:
+        """What the step measured for its update, by name: "rms" and "anchor_weight", if any."""
+        rms = {} if self.rms is None else {"rms": self.rms}
+        return rms if self.products is None else {**rms, "anchor_weight": self.weight}
+
+    @property
     def skipped(self) -> bool:
         return self.coefficients == ()
 
