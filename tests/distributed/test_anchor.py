@@ -192,7 +192,13 @@ def rank_of_refreshes(folder: Path, accumulation: int, evaluation: str) -> list[
         "ids": torch.full((5,), 3),
         "labels": torch.tensor(9),
     }
-    section = {"anchor_directions": 3, "seed": 3, "eps": 0.1, "evaluation": evaluation}
+    section = {
+        "anchor_directions": 3,
+        "anchor_split": False,
+        "seed": 3,
+        "eps": 0.1,
+        "evaluation": evaluation,
+    }
     engine = build(folder, 12, data, accumulation=accumulation, **section)
     seen = []
     engine.module.register_forward_pre_hook(
@@ -220,7 +226,7 @@ def test_a_refresh_weights_every_example_equally(tmp_path, world_size, accumulat
     params = named_parameters_of(model)
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     loss = loss_of_module(model.double(), lambda outputs, _: outputs["loss"])
-    section = {"eps": 0.1, "seed": 3, "anchor_directions": 3}
+    section = {"eps": 0.1, "seed": 3, "anchor_directions": 3, "anchor_split": False}
     dense = DenseReference(
         params=params, loss=loss, whole_set=collate(data), trainable=trainable, **section
     )
@@ -244,6 +250,24 @@ def test_a_refresh_weights_every_example_equally(tmp_path, world_size, accumulat
             "the further forwards are those that choose and check the form"
         )
     assert all(rank[0] == ranks[0][0] for rank in ranks), "the same bits on all ranks"
+
+
+def rank_of_split_refreshes(folder: Path) -> tuple[int, int, int]:
+    engine = build(folder, 12, tiny_data(32), anchor_directions=8, evaluation="sequential", eps=0.1)
+    engine.refresh_anchor()  # also chooses the form of evaluation
+    rows: list[int] = []
+    engine.module.register_forward_pre_hook(
+        lambda _m, _a, kw: rows.append(len(kw["ids"])), with_kwargs=True
+    )
+    engine.refresh_anchor()
+    return len(engine.anchor.gradient_terms), len(rows), sum(rows)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_refresh_of_several_directions_is_one_pass_over_the_training_set(tmp_path, world_size):
+    ranks = run_ranks(world_size, rank_of_split_refreshes, tmp_path)
+    # parts of four examples; a rank without examples repeats those of the other
+    assert ranks == [(8, 16, 64)] * world_size
 
 
 def dense_seeds(dense: DenseReference) -> list[int]:

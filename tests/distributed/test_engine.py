@@ -32,6 +32,8 @@ from tests.distributed.models import (
 )
 from tests.distributed.ranks import run_ranks
 from tests.reference.dense import DenseReference, loss_of_module, named_parameters_of
+from zods.core.directions import derive_seed
+from zods.data.loader import anchor_parts
 
 STEPS = 20
 BATCH = 8
@@ -42,6 +44,7 @@ SVRG = {
     "anchor_interval": 6,
     "anchor_lr": 2e-2,
     "anchor_directions": 2,
+    "anchor_split": False,
 }
 LOW_RANK = {"distribution": "low_rank", "rank": 2}
 STORAGES = [
@@ -83,6 +86,18 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "anchor": {"point": "terms", "gradient": "terms"},
         },
     ),
+    "svrg-split": ("tiny", {**SVRG, "anchor_directions": 3, "anchor_split": True}),
+    "svrg-split-examples": (
+        "tiny",
+        {
+            **SVRG,
+            "anchor_split": True,
+            "anchor_examples": 7,
+            "normalize": True,
+            "anchor": {"point": "terms", "gradient": "terms"},
+        },
+    ),
+    "svrg-examples": ("tiny", {**SVRG, "anchor_examples": 5}),
     "svrg-half-weight": ("tiny", {**SVRG, "anchor_weight": 0.5, "normalize": True}),
     "svrg-auto-weight": ("tiny", {**SVRG, "anchor_weight": "auto", "num_directions": 2}),
     "svrg-auto-weight-terms": (
@@ -197,8 +212,18 @@ def dense_run(name: str) -> tuple[DenseReference, list[float]]:
     trainable = {key for key, p in model.named_parameters() if p.requires_grad}
     params = named_parameters_of(model)
     loss = loss_of_module(model.double(), lambda outputs, _: outputs["loss"])
+    examples = section.pop("anchor_examples", None)
+    number = section.get("anchor_directions", 1) if section.get("anchor_split") else 1
+
+    def parts_of_refresh(step: int) -> list[tuple[Any, float]]:
+        seed = derive_seed(section["seed"], "anchor_examples", step)
+        indices = anchor_parts(len(data), examples=examples, parts=number, seed=seed)
+        parts = [collate([data[i] for i in part.tolist()]) for part in indices]
+        counts = [int((part["labels"] != -100).sum()) for part in parts]
+        return [(part, n / sum(counts)) for part, n in zip(parts, counts, strict=True)]
+
     dense = DenseReference(
-        params=params, loss=loss, whole_set=collate(data), trainable=trainable, **section
+        params=params, loss=loss, trainable=trainable, parts=parts_of_refresh, **section
     )
     return dense, [dense.step(collate(global_batch(data, step, BATCH))) for step in range(STEPS)]
 

@@ -32,7 +32,13 @@ from tests.reference.dense import DenseReference, loss_of_module, named_paramete
 
 BATCH = 8
 SECTION = {"method": "mezo", "eps": 1e-2, "lr": 1e-2, "seed": 7}
-SVRG = {**SECTION, "method": "mezo_svrg", "anchor_interval": 2, "anchor_directions": 2}
+SVRG = {
+    **SECTION,
+    "method": "mezo_svrg",
+    "anchor_interval": 2,
+    "anchor_directions": 2,
+    "anchor_split": False,
+}
 RANKS = [(1, 0), (2, 0), (2, 3)]
 
 

@@ -219,6 +219,7 @@ PER_RANK: dict[str, dict[str, Any]] = {
         "method": "mezo_svrg",
         "anchor_interval": 4,
         "anchor_directions": 2,
+        "anchor_split": False,
         "num_directions": 2,
     },
     "svrg, own directions": {

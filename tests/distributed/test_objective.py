@@ -135,7 +135,7 @@ def cuts(world_size: int) -> list[int]:
     return [micro for micro in (8, 4, 2, 1) if micro * world_size <= BATCH]
 
 
-SVRG = {"method": "mezo_svrg", "anchor_interval": 2, "anchor_directions": 2}
+SVRG = {"method": "mezo_svrg", "anchor_interval": 2, "anchor_directions": 2, "anchor_split": False}
 # (model, mean, micro-batches or None for all, arguments of `configuration`) by name
 CASES: dict[str, tuple[str, str, tuple[int, ...] | None, dict[str, Any]]] = {
     "tokens": ("causal", "tokens", None, {}),

@@ -28,7 +28,13 @@ STEPS = 3
 DATASET = 2 * EXAMPLES
 GROUP = 8  # the number of models that one set of processes runs
 LOW_RANK = {"distribution": "low_rank", "rank": 2}
-SVRG = {"anchor_interval": 2, "anchor_lr": 1e-3, "anchor_directions": 2, "seed": 3}
+SVRG = {
+    "anchor_interval": 2,
+    "anchor_lr": 1e-3,
+    "anchor_directions": 2,
+    "anchor_split": False,
+    "seed": 3,
+}
 TERMS = {"point": "terms", "gradient": "terms"}
 # Parameters are released after each module, as large ones are. By default ZeRO-3 keeps such small
 # parameters gathered.

@@ -135,7 +135,12 @@ RUNS = {
     ),
     "mezo_svrg": GoldenRun(
         2,
-        {**SVRG, "anchor": {"point": "cpu", "gradient": "cpu"}, "anchor_directions": 2},
+        {
+            **SVRG,
+            "anchor": {"point": "cpu", "gradient": "cpu"},
+            "anchor_directions": 2,
+            "anchor_split": False,
+        },
         is_saved=True,
     ),
     "mezo_svrg_one_rank": GoldenRun(
@@ -158,7 +163,12 @@ RUNS = {
     # format 3, which names its files
     "mezo_svrg_described": GoldenRun(
         2,
-        {**SVRG, "anchor": {"point": "cpu", "gradient": "cpu"}, "anchor_directions": 2},
+        {
+            **SVRG,
+            "anchor": {"point": "cpu", "gradient": "cpu"},
+            "anchor_directions": 2,
+            "anchor_split": False,
+        },
         is_saved=True,
     ),
 }

@@ -67,12 +67,17 @@ class DenseReference:
     weight_decay: float = 0.0
     normalize: bool = False
     anchor_weight: float | str = 1.0
+    anchor_split: bool = False
+    # from the step of a refresh to (batch, share in the mean) of each part of the examples; one
+    # part without anchor_split. None: the whole set
+    parts: Callable[[int], list[tuple[Any, float]]] | None = None
     steps: int = 0
     anchor: Parameters | None = field(default=None, init=False)
     anchor_grad: Parameters | None = field(default=None, init=False)
     # of the last step, in the order of its points
     losses: list[float] = field(default_factory=list, init=False)
     anchor_losses: list[float] = field(default_factory=list, init=False)  # of the last refresh
+    anchor_coefficients: list[float] = field(default_factory=list, init=False)
     # of the estimates so far: the mean squares of their elements, if directions are orthogonal
     squares: list[float] = field(default_factory=list, init=False)
     # of the steps since the refresh: (c a, a a), each summed over directions
@@ -145,10 +150,21 @@ class DenseReference:
         self.anchor = {name: value.clone() for name, value in self.params.items()}
         self.anchor_losses, self.products = [], []
         seeds = self.seeds("anchor", self.anchor_directions)
-        self.anchor_grad = self.estimate(self.anchor, seeds, self.whole_set, self.anchor_losses)
+        parts = [(self.whole_set, 1.0)] if self.parts is None else self.parts(self.steps)
+        if self.anchor_split:
+            self.anchor_grad, self.anchor_coefficients = {}, []
+            for seed, (batch, share) in zip(seeds, parts, strict=True):
+                grad = self.projected_grad(self.anchor, seed, batch, self.anchor_losses)
+                self.anchor_coefficients.append(share * grad)
+                for name, z in self.z(seed).items():
+                    self.anchor_grad[name] = self.anchor_grad.get(name, 0.0) + share * grad * z
+        else:
+            ((batch, _),) = parts
+            self.anchor_grad = self.estimate(self.anchor, seeds, batch, self.anchor_losses)
+            self.anchor_coefficients = self.coefficients(self.anchor_losses)
         anchor_lr = self.lr if self.anchor_lr is None else self.anchor_lr
         if self.normalize:
-            anchor_lr /= math.sqrt(sum(c * c for c in self.coefficients(self.anchor_losses)))
+            anchor_lr /= math.sqrt(sum(c * c for c in self.anchor_coefficients))
         for name, grad in self.anchor_grad.items():
             self.params[name] = self.params[name] - anchor_lr * grad
 
@@ -196,7 +212,7 @@ class DenseReference:
         if self.method == "mezo":
             return self.coefficients(self.losses)
         w, (here, there) = self.weight(), self.halves()
-        at_anchor = [w * g for g in self.coefficients(self.anchor_losses)]
+        at_anchor = [w * g for g in self.anchor_coefficients]
         if not self.share_direction:
             return [*here, *(w * a for a in there), *at_anchor]
         return [c - w * a for c, a in zip(here, there, strict=True)] + at_anchor

@@ -61,6 +61,8 @@ DEFAULTS = {
     "anchor_interval": 100,
     "num_directions": 1,
     "anchor_directions": 1,
+    "anchor_split": True,
+    "anchor_examples": None,
     "share_direction": True,
     "anchor_weight": 1.0,
     "direction": {"distribution": "gaussian", "rank": 1},
@@ -146,6 +148,7 @@ INTEGERS = {
     "anchor_interval": ([1, 2, 10**6], [0, None, *NOT_WHOLE]),
     "num_directions": ([1, 16, 65536], [0, 65537, 10**9, None, *NOT_WHOLE]),
     "anchor_directions": ([1, 16], [0, 65537, None, *NOT_WHOLE]),
+    "anchor_examples": ([None, 1, 10**9], [0, *NOT_WHOLE]),
     "seed": ([0, 1, 2**63 - 1], [2**63, 2**64, None, *NOT_WHOLE]),
     "agreement_interval": ([1, 1000], [0, None, *NOT_WHOLE]),
     "max_nonfinite_steps": ([0, 5], [None, *NOT_WHOLE]),
@@ -165,7 +168,7 @@ NOT_BOOLEANS = [0, 1, None, "true", "false", "", [], {}, 1.0, "auto"]
 BOOLEANS = {
     key: ([True, False], NOT_BOOLEANS)
     for key in (
-        *("share_direction", "normalize", "stochastic_rounding"),
+        *("share_direction", "normalize", "stochastic_rounding", "anchor_split"),
         *("anchor.pin_memory", "selector.two_sided"),
     )
 }

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from zods.data.loader import TrainingLoader, WholePass, check_dataset
+from zods.data.loader import TrainingLoader, WholePass, anchor_parts, check_dataset
 
 
 class Numbers(Dataset):
@@ -217,3 +217,28 @@ def test_a_state_of_other_data_is_refused():
 
 def make_loader_of(data):
     return TrainingLoader(data, micro_batch=4, accumulation=1, rank=0, world_size=1, seed=1)
+
+
+# --- parts of a refresh ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("size", "parts"), [(10, 1), (10, 3), (64, 64), (5, 8)])
+@pytest.mark.parametrize("examples", [None, 4, 100])
+def test_the_parts_of_a_refresh_are_disjoint_and_of_one_size(size, parts, examples):
+    found = anchor_parts(size, examples=examples, parts=parts, seed=3)
+    number = size if examples is None else min(size, examples)
+    together = torch.cat(found).tolist()
+    assert len(found) == parts
+    assert len(set(together)) == len(together) == number
+    assert set(together) <= set(range(size))
+    assert max(map(len, found)) - min(map(len, found)) <= 1
+
+
+def test_the_parts_of_a_refresh_are_drawn_by_the_seed():
+    draws = [anchor_parts(1000, examples=100, parts=2, seed=seed) for seed in (1, 1, 2**64 - 1)]
+    assert all(torch.equal(a, b) for a, b in zip(draws[0], draws[1], strict=True))
+    assert not torch.equal(draws[0][0], draws[2][0])
+
+
+def test_a_refresh_on_the_whole_set_takes_it_in_its_order():
+    assert anchor_parts(6, examples=None, parts=1, seed=3)[0].tolist() == list(range(6))

@@ -210,6 +210,11 @@ class ZerothOrderConfig(Section):
     anchor_interval: Count = 100  # steps between two refreshes [q]
     num_directions: NumDirections = 1  # directions per step
     anchor_directions: NumDirections = 1  # directions per refresh (K)
+    # true: each direction is evaluated on its own K-th of the examples, so that a refresh is one
+    # pass; false: each is evaluated on all of them
+    anchor_split: bool = True
+    # examples per refresh, drawn anew for each; None: the whole training set
+    anchor_examples: Annotated[int | None, Field(ge=1)] = None
     share_direction: bool = True  # the two estimates of a step use the same directions
     # factor of the anchor's part of an estimate; 0: MeZO; auto: measured, less as the anchor ages
     anchor_weight: Annotated[float | Literal["auto"], PlainValidator(_weight)] = 1.0
@@ -254,15 +259,16 @@ class ZerothOrderConfig(Section):
         """The largest number of points evaluated on one batch, in a step or in a refresh."""
         if not self.is_svrg:
             return 2 * self.num_directions
-        return 2 * max(2 * self.num_directions, self.anchor_directions)
+        together = 1 if self.anchor_split else self.anchor_directions
+        return 2 * max(2 * self.num_directions, together)
 
     def to_dict(self) -> dict[str, Any]:
         return self.model_dump()
 
 
 SVRG_ONLY = (
-    *("anchor_lr", "anchor_interval", "anchor_directions", "anchor_weight"),
-    *("share_direction", "anchor"),
+    *("anchor_lr", "anchor_interval", "anchor_directions", "anchor_split", "anchor_examples"),
+    *("anchor_weight", "share_direction", "anchor"),
 )
 
 

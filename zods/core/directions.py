@@ -23,7 +23,10 @@ from zods import kernels
 
 __all__ = ["PURPOSES", "Direction", "Parameter", "derive_seed"]
 
-PURPOSES = ("step", "step_anchor", "anchor", "rounding", "anchor_rounding", "selection")
+PURPOSES = (
+    *("step", "step_anchor", "anchor", "rounding", "anchor_rounding", "selection"),
+    "anchor_examples",
+)
 
 _FACTOR_BYTES = 1 << 26  # bytes of the low-rank factors that `replay_` makes at a time
 

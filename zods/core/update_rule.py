@@ -26,6 +26,8 @@ class StepSettings(Protocol):
     @property
     def num_directions(self) -> int: ...
     @property
+    def anchor_split(self) -> bool: ...
+    @property
     def directions(self) -> str: ...
     @property
     def is_svrg(self) -> bool: ...
@@ -126,13 +128,19 @@ class StepRule:
     def estimate_at_anchor(self, seeds: Sequence[int], losses: Sequence[float]) -> tuple[Term, ...]:
         """Estimate the full-batch gradient at a refresh.
 
-        losses: over the training set, at the points of the directions `seeds`, in pairs. There are
-        no terms where a loss or a coefficient is not finite.
+        losses: at the points of the directions `seeds`, in pairs, over the examples of the refresh.
+        With `anchor_split`, a direction's losses are the part of its own examples in the mean over
+        all; the gradient is then the sum over the directions, not their mean. There are no terms
+        where a loss or a coefficient is not finite.
         """
         if not all(map(math.isfinite, losses)):
             return ()
         grads = estimators.projected_grads(losses[0::2], losses[1::2], self.config.eps)
-        return _finite(estimators.in_float32(estimators.spsa(seeds, grads)))
+        if self.config.anchor_split:
+            terms = [Term(seed, c) for seed, c in zip(seeds, grads, strict=True)]
+        else:
+            terms = estimators.spsa(seeds, grads)
+        return _finite(estimators.in_float32(terms))
 
     def estimate_of(self, step: int, coefficients: Sequence[float]) -> tuple[Term, ...]:
         """The terms of an estimate, from the coefficients that a log holds.

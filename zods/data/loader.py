@@ -186,6 +186,20 @@ class TrainingLoader(EpochLoader):
         self.position = state["examples"] // self.batch_size * self.accumulation
 
 
+def anchor_parts(size: int, *, examples: int | None, parts: int, seed: int) -> list[torch.Tensor]:
+    """The example indices of each part of a refresh, int64.
+
+    examples: number of examples that are drawn at random; None takes all. parts: number of parts,
+    which differ by one example at most. seed: of the draw and of the division. Without either, the
+    order is that of the dataset.
+    """
+    number = size if examples is None else min(examples, size)
+    if number == size and parts == 1:
+        return [torch.arange(size)]
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(seed % 2**63))
+    return list(order[:number].tensor_split(parts))
+
+
 @dataclass(frozen=True)
 class WholePass:
     """One pass over a dataset, in micro-batches that are assigned to the ranks in turn.

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch.utils.data import Subset
 from tqdm import tqdm
 
 from zods.core.points import Point
@@ -224,9 +225,9 @@ class Evaluator:
         count = loss_count(batch, self._forwards.objective).to(losses.device)
         return torch.cat([torch.where(count > 0, losses * count, 0.0), count[None]])
 
-    def whole_set_losses(
+    def losses_over(
         self,
-        points: Sequence[Point],
+        parts: Sequence[tuple[Sequence[Point], torch.Tensor]],
         dataset: Any,
         collate_fn: Callable | None,
         *,
@@ -236,21 +237,40 @@ class Evaluator:
         total: Callable[[Sequence[float]], Sequence[float]],
         before_each: Callable[[], None],
     ) -> list[float]:
-        """Compute the mean losses over a whole dataset under the objective; NaN if no label counts.
+        """Compute the losses of parts of a dataset, each part at its own points.
 
-        title: of the progress bar. micro_batch: examples per forward and rank. split: (index of
-        this rank, number of ranks) among the ranks that divide the dataset. All of them use
-        micro-batches of one size. total: adds up values over these ranks. before_each: called
-        before each micro-batch.
+        A loss is the part's share in the mean over all parts under the objective: the mean itself
+        where there is one part. Returns the losses of all parts' points in order; NaN if no label
+        counts.
+
+        parts: (points, indices of the examples) of each part. title: of the progress bar.
+        micro_batch: examples per forward and rank. split: (index of this rank, number of ranks)
+        among the ranks that divide the dataset. All of them use micro-batches of one size. total:
+        adds up values over these ranks. before_each: called before each micro-batch.
         """
-        rounds = WholePass(dataset, micro_batch, *split, collate_fn)
-        sums = torch.zeros(len(points) + 1, dtype=torch.float64, device=self._comm.device)
-        for batch, counted in tqdm(rounds, desc=title, leave=False, disable=self._comm.rank != 0):
-            before_each()
-            found = self.loss_sums(points, self.inputs(batch))
-            if counted:
-                sums += found
-        *totals, count = total(sums.tolist())
+        passes = [
+            WholePass(Subset(dataset, indices.tolist()), micro_batch, *split, collate_fn)
+            for _, indices in parts
+        ]
+        sums: list[float] = []
+        count = 0.0
+        with tqdm(
+            total=sum(map(len, passes)), desc=title, leave=False, disable=self._comm.rank != 0
+        ) as bar:
+            for (points, _), rounds in zip(parts, passes, strict=True):
+                of_part = torch.zeros(
+                    len(points) + 1, dtype=torch.float64, device=self._comm.device
+                )
+                for batch, counted in rounds:
+                    before_each()
+                    found = self.loss_sums(points, self.inputs(batch))
+                    if counted:
+                        of_part += found
+                    bar.update()
+                *losses, counted_here = of_part.tolist()
+                sums += losses
+                count += counted_here
+        *totals, count = total([*sums, count])
         return [loss_sum / count if count else math.nan for loss_sum in totals]
 
     def mean_loss(self, batches: Iterator[Any]) -> float:

@@ -23,7 +23,7 @@ from zods.config.schedules import ZerothOrderOptimizer
 from zods.core.points import pairs
 from zods.core.step_scale import StepScale, record_estimate
 from zods.core.update_rule import StepRule
-from zods.data.loader import TrainingLoader
+from zods.data.loader import TrainingLoader, anchor_parts
 from zods.forward.evaluator import Evaluator
 from zods.forward.model_forwards import ModelForwards
 from zods.params.shards import ShardedParameters
@@ -359,14 +359,16 @@ class ZerothOrderEngine(EngineInterface):
 
     @torch.no_grad()
     def refresh_anchor(self) -> None:
-        """Make the current parameters the anchor, estimate the gradient there over the whole
-        training set, and step along it.
+        """Make the current parameters the anchor, estimate the gradient there over the training
+        set, or over `anchor_examples` of it, and step along it.
+
+        With `anchor_split`, each direction is evaluated on its own part of the examples.
 
         The step is theta <- theta - anchor_lr * g, as in algorithm 2 of Gautam et al. 2024. There
         it replaces a mini-batch step; here the mini-batch step follows it. With "normalize" it is
-        divided by the root mean square of g alone. Raises StopRequested,
-        on all ranks, where one is asked to stop meanwhile. Nothing of the refresh is then left, and
-        the training loader stands after the last step.
+        divided by the root mean square of g alone. Raises StopRequested, on all ranks, where one is
+        asked to stop meanwhile. Nothing of the refresh is then left, and the training loader stands
+        after the last step.
         """
         assert self.anchor is not None
         assert self.training_dataloader is not None
@@ -374,11 +376,19 @@ class ZerothOrderEngine(EngineInterface):
         zo = self._zo
         seeds = self._rule.seeds("anchor", self.global_steps, zo.anchor_directions)
         loader, title = self.training_dataloader, f"anchor at step {self.global_steps}"
+        sets = [[seed] for seed in seeds] if zo.anchor_split else [seeds]
+        points = [pairs(of_set, zo.eps) for of_set in sets]
+        examples = anchor_parts(
+            len(loader.dataset),  # type: ignore[arg-type]
+            examples=zo.anchor_examples,
+            parts=len(points),
+            seed=self._rule.seeds("anchor_examples", self.global_steps, 1)[0],
+        )
         split, total = self._exchange.refresh_split(self.global_steps, self.trajectory)
         try:
             with self._polled() as poll:
-                losses = self._evaluator.whole_set_losses(
-                    pairs(seeds, zo.eps),
+                losses = self._evaluator.losses_over(
+                    list(zip(points, examples, strict=True)),
                     loader.dataset,
                     loader.collate_fn,
                     title=title,

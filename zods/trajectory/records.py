@@ -34,6 +34,8 @@ DEFINITION = (
 )
 # Keys of the section "zeroth_order" that first-order training uses.
 FIRST_ORDER = ("seed", "selector", "loss_mean")
+# Keys that logs of earlier versions do not have, with what they meant there.
+EARLIER = {"normalize": False, "anchor_weight": 1.0, "anchor_split": False, "anchor_examples": None}
 # Keys of the subsection "anchor" that are not written: no bit depends on them.
 NOT_RECORDED = ("nvme_path", "buffer_count", "buffer_size", "pin_memory")
 
@@ -118,8 +120,8 @@ class RunRecord:
     def to_json(self) -> dict[str, Any]:
         section = self.section.to_dict()
         del section["replicas"], section["load_timeout"]  # no bit depends on them
-        for key, default in (("normalize", False), ("anchor_weight", 1.0)):
-            if section[key] == default:  # as in logs of versions that did not have it
+        for key, value in EARLIER.items():
+            if section[key] == value:
                 del section[key]
         section["anchor"] = {
             key: value for key, value in section["anchor"].items() if key not in NOT_RECORDED
@@ -397,6 +399,8 @@ def _run(values: dict[str, Any]) -> RunRecord:
     section, optimizer = get("zeroth_order", dict), get("optimizer", dict, None)
     if optimizer is not None:
         section = {"method": "mezo", **section}
+    if section.get("method") == "mezo_svrg":
+        section = {**EARLIER, **section}
     anchor = section.get("anchor")
     if isinstance(anchor, Mapping) and "nvme" in (anchor.get("point"), anchor.get("gradient")):
         section = {**section, "anchor": {**anchor, "nvme_path": "(not recorded)"}}

@@ -125,6 +125,7 @@ def main(output):
             anchor_interval=3,
             num_directions=2,
             anchor_directions=4,
+            anchor_split=False,
             agreement_interval=2,
             anchor=anchor,
         )
