@@ -11,9 +11,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from tests.reference.dense import DenseReference, loss_of_module, named_parameters_of
+from zods.config.schema import parse_section
 from zods.core.annealing import Annealing, end_epoch, record_loss
 from zods.core.directions import derive_seed
 from zods.core.estimators import Term, descend, projected_grads, spsa, svrg
+from zods.core.update_rule import StepRule
+from zods.data.loader import anchor_parts
 from zods.kernels import DISTRIBUTIONS, direction
 
 D = 50
@@ -378,6 +381,39 @@ def test_a_shared_direction_with_a_true_anchor_reduces_the_variance_and_independ
     assert mse["shared, 16"] == pytest.approx(2002 / 16, rel=0.25)
     assert mse["independent, 1"] >= mse["mezo"]
     assert mse["independent, 16"] >= mse["mezo"]
+
+
+@pytest.mark.parametrize("number", [4, 16])
+def test_split_directions_of_a_refresh_add_the_noise_of_their_examples(number):
+    """The error over |g|^2 is d / K for K directions on the whole set of n examples each.
+
+    With each on its own K-th of the set it is d (1 / K + N / n), with N the variance of examples'
+    gradients over the squared norm of their mean: 465 here, where labels are noisy, so that more
+    than one direction gains little. On prompted language models N is 2 to 8.
+    """
+    problem = LogisticRegression()
+    theta = torch.zeros(NUM_PARAMETERS, dtype=torch.float64)
+    gradients = -torch.sigmoid(-(problem.x @ theta))[:, None] * problem.x
+    grad, at_theta = gradients.mean(0), problem.x @ theta
+    noise = (gradients - grad).square().sum(1).mean() / grad.square().sum()
+    rule = StepRule(parse_section({"eps": EPSILON, "anchor_directions": number}))
+    error = 0.0
+    for draw in range(100):
+        seeds = rule.seeds("anchor", draw, number)
+        directions = torch.stack([z(seed, NUM_PARAMETERS) for seed in seeds])
+        parts = anchor_parts(NUM_EXAMPLES, examples=None, parts=number, seed=draw)
+        losses = [
+            functional.softplus(-(at_theta + sign * EPSILON * (problem.x @ direction)))[part].sum()
+            / NUM_EXAMPLES
+            for direction, part in zip(directions, parts, strict=True)
+            for sign in (1, -1)
+        ]
+        terms = rule.estimate_at_anchor(seeds, list(map(float, losses)))
+        assert [term.seed for term in terms] == seeds
+        weights = torch.tensor([term.coefficient for term in terms], dtype=torch.float64)
+        error += float((weights @ directions - grad).square().sum() / grad.square().sum()) / 100
+    expected = NUM_PARAMETERS * (1 / number + float(noise) / NUM_EXAMPLES)
+    assert error == pytest.approx(expected, rel=0.2)
 
 
 # --- annealing ---
