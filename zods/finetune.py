@@ -25,7 +25,13 @@ from zods.cli.load_model import load_model, save_configuration, save_tokenizer
 from zods.cli.model_checks import check_adapter, check_causal, check_kind, check_shapes
 from zods.cli.options import Arguments, DataArguments, RunArguments
 from zods.cli.plots import plot_curves
-from zods.cli.pretrained import Pretrained, find_model, parameter_sizes, read_tokenizer
+from zods.cli.pretrained import (
+    Pretrained,
+    check_generation_config,
+    find_model,
+    parameter_sizes,
+    read_tokenizer,
+)
 from zods.cli.run_folder import RunFolder
 from zods.cli.summary import summarise, table
 from zods.cli.training_loop import evaluate, evaluate_unless_done, save, train_steps
@@ -329,6 +335,8 @@ def prepare_data(
         source=row_name.rpartition(",")[0],
     )
     check_kind(pretrained, task)
+    if task.predicts_next_token:
+        check_generation_config(Path(pretrained.base))
     check_shapes(pretrained, task, arguments.model.trust_remote_code)
     check_adapter(pretrained, task, arguments.model.trust_remote_code)
     check_rows(task, parts)

@@ -263,6 +263,14 @@ def test_when_the_leader_dies_the_others_report_it_and_its_log_is_whole(tmp_path
 
 MISFITS: dict[str, tuple[dict[str, Any], int, str]] = {
     "another eps": ({"eps": 0.02}, 1, "zeroth_order.eps: 0.02, but 0.01 at the leading replica"),
+    "another division of a refresh": (
+        {"anchor_split": False},
+        1,
+        "zeroth_order.anchor_split: False, but True at the leading replica",
+    ),
+    "other examples of a refresh": ({"anchor_examples": 8}, 1, "zeroth_order.anchor_examples: 8,"),
+    "another weight of the anchor": ({"anchor_weight": 0.5}, 1, "zeroth_order.anchor_weight: 0.5,"),
+    "normalized steps": ({"normalize": True}, 1, "zeroth_order.normalize: True, but False"),
     "another batch": ({"batch": 24}, 1, "train_batch_size 12"),
     "another model": ({"seed_of_model": 1}, 1, "base weights"),
     "other data": ({"data": 44}, 1, "other training data"),

@@ -103,7 +103,9 @@ def check_shapes(pretrained: Pretrained, task: Task, trust_remote_code: bool) ->
     own_code = getattr(config, "auto_map", None)
     if own_code or getattr(config, "quantization_config", None) is not None:
         return
-    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    files = [folder / "model.safetensors"]  # which transformers prefers to shards
+    if not files[0].is_file():
+        files = sorted(folder.glob("model-*-of-*.safetensors")) if folder.is_dir() else []
     expected = parameter_shapes(pretrained, task, trust_remote_code) if files else {}
     new = set(pretrained.mismatched_head(task, trust_remote_code))
     for path in files:

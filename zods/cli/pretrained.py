@@ -104,7 +104,6 @@ def find_model(arguments: ModelArguments) -> Pretrained:
                 name, trust_remote_code=arguments.trust_remote_code
             )
         check_weight_files(Path(name))
-        _check_generation_config(Path(name))
         return Pretrained(name, config, None)
     if arguments.lora_rank is not None:
         raise ValueError(
@@ -128,7 +127,6 @@ def find_model(arguments: ModelArguments) -> Pretrained:
             base, trust_remote_code=arguments.trust_remote_code
         )
     check_weight_files(Path(base))
-    _check_generation_config(Path(base))
     return Pretrained(base, config, name)
 
 
@@ -201,9 +199,9 @@ def check_weight_files(folder: Path) -> None:
             ) from None
 
 
-def _check_generation_config(folder: Path) -> None:
-    """Raise ValueError, before the weights are loaded, where transformers cannot use a model's
-    generation_config.json.
+def check_generation_config(folder: Path) -> None:
+    """Raise ValueError, before the weights are loaded, where transformers cannot use the
+    generation_config.json of a model that generates.
 
     transformers leaves out a file that is not JSON, and raises TypeError where it is no object.
     """

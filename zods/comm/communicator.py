@@ -39,7 +39,7 @@ def is_lost_connection(error: BaseException) -> bool:
     Gloo (torch 2.13) raises a plain RuntimeError then, e.g. "Connection closed by peer".
     """
     return isinstance(error, (dist.DistNetworkError, dist.DistStoreError)) or (
-        isinstance(error, RuntimeError) and "peer" in str(error)
+        isinstance(error, RuntimeError) and "by peer" in str(error)
     )
 
 

@@ -197,7 +197,7 @@ def _training_loader(
     if training_data is None:
         if zo.is_svrg:
             raise ValueError(
-                'training_data: missing; method "mezo_svrg" takes its anchor over the whole '
+                'training_data: missing; method "mezo_svrg" takes its anchor over the '
                 "training set. Give a "
                 'map-style dataset to zods.initialize, or use method "mezo".'
             )

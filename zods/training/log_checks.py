@@ -16,7 +16,7 @@ from zods.config.deepspeed_json import RunConfig
 from zods.training.description import num_digested
 from zods.training.training_run import TrainingRun
 from zods.trajectory.log import Log, is_torn_first_line
-from zods.trajectory.records import Header, RunRecord
+from zods.trajectory.records import EARLIER, Header, RunRecord
 from zods.trajectory.updates import stores_gradient
 
 logger = logging.getLogger(__name__)
@@ -120,7 +120,8 @@ def warn_of_changes(log: Log, here: RunRecord) -> None:
 
 def _changes(there: RunRecord, here: RunRecord) -> list[str]:
     """Each setting that differs, as "key: old -> new"."""
-    old, new = _flatten(there.to_json()), _flatten(here.to_json())
+    left_out = {f"zeroth_order.{key}": value for key, value in EARLIER.items()}
+    old, new = (left_out | _flatten(record.to_json()) for record in (there, here))
     if there.code is None:  # a log of an earlier version
         new = {key: value for key, value in new.items() if not key.startswith("code.")}
     return [
@@ -198,6 +199,10 @@ def check_replica(config: RunConfig, log: Log) -> None:
         "num_directions",
         "anchor_interval",
         "anchor_directions",
+        "anchor_split",
+        "anchor_examples",
+        "anchor_weight",
+        "normalize",
         "share_direction",
         "seed",
         "loss_mean",
