@@ -73,9 +73,7 @@ def check_adapter(pretrained: Pretrained, task: Task, trust_remote_code: bool) -
     if not path.is_file():  # from the hub, or in another format: seen when it is loaded
         return
     expected = parameter_shapes(pretrained, task, trust_remote_code)
-    with safe_open(path, framework="pt") as file:
-        found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    for name, shape in found.items():
+    for name, shape in _shapes_in(path).items():
         name = name.removeprefix("base_model.model.")
         if expected.get(name, shape) != shape:
             classes = (
@@ -106,22 +104,24 @@ def check_shapes(pretrained: Pretrained, task: Task, trust_remote_code: bool) ->
     files = [folder / "model.safetensors"]  # which transformers prefers to shards
     if not files[0].is_file():
         files = sorted(folder.glob("model-*-of-*.safetensors")) if folder.is_dir() else []
-    expected = parameter_shapes(pretrained, task, trust_remote_code) if files else {}
+    if not files:
+        return
+    expected = parameter_shapes(pretrained, task, trust_remote_code)
     new = set(pretrained.mismatched_head(task, trust_remote_code))
     for path in files:
-        with safe_open(path, framework="pt") as file:
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        odd = (
-            name
-            for name, shape in found.items()
-            if name in expected and math.prod(shape) != math.prod(expected[name])
-        )
-        for name in odd:
-            if name not in new:
+        for name, shape in _shapes_in(path).items():
+            wanted = shape if name in new else expected.get(name, shape)
+            if math.prod(shape) != math.prod(wanted):
                 raise ValueError(
-                    f"{path}: {name} has the shape {found[name]}, but {expected[name]} by the "
-                    "config.json beside it. Copy both files again from where the model is from."
+                    f"{path}: {name} has the shape {shape}, but {wanted} by the config.json beside "
+                    "it. Copy both files again from where the model is from."
                 )
+
+
+def _shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors in a safetensors file, by name. The data are not read."""
+    with safe_open(path, framework="pt") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
 
 def check_causal(

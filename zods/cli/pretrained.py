@@ -5,10 +5,9 @@ Callers: `zods.finetune`, `zods.cli.model_checks` and `zods.cli.load_model`.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -208,7 +207,7 @@ def check_generation_config(folder: Path) -> None:
     path = folder / "generation_config.json"
     if path.exists():
         check_regular(path)
-        with errors_in_one_line(f"{path}: cannot be read"), contextlib.suppress(OSError):
+        with errors_in_one_line(f"{path}: cannot be read"), suppress(OSError):
             transformers.GenerationConfig.from_pretrained(folder)
 
 

@@ -163,8 +163,8 @@ def report_failure(error: Exception, program: str) -> int:
     speaker = error.rank if isinstance(error, RankFailure) else None
     connected = is_connected()
     if not connected or _is_first(rank, speaker):
-        foreseen = bad_input or isinstance(error, (Disagreement, RankFailure))
-        foreseen = foreseen or is_lost_connection(error)
+        agreed = isinstance(error, (Disagreement, RankFailure))
+        foreseen = bad_input or agreed or is_lost_connection(error)
         kind = "" if foreseen else f"{type(error).__name__}: "
         cause = error.__cause__ if isinstance(error, RankFailure) else error
         if not foreseen or (isinstance(error, RankFailure) and cause is not None):
