@@ -95,7 +95,9 @@ KINDS: dict[str, Kind] = {
             },
         }
     ),
-    "directions per rank": Kind({**SVRG, "directions": "per_rank", "num_directions": 2}),
+    "a direction per example": Kind(
+        {**SVRG, "examples_per_direction": 1, "num_directions": 2, "anchor_directions": 4}
+    ),
     "mean over examples": Kind({"loss_mean": "examples"}, {"gradient_accumulation_steps": 2}),
     "schedule, decay and annealing": Kind(
         {"weight_decay": 0.1, "anneal": {"alpha": 2.0, "threshold": 0.5}},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,8 @@ from tests.distributed.models import (
 from tests.distributed.ranks import run_ranks
 from tests.reference.dense import DenseReference, loss_of_module, named_parameters_of
 from zods.core.directions import derive_seed
-from zods.data.loader import anchor_parts
+from zods.core.example_groups import part_starts
+from zods.data.loader import anchor_order
 
 STEPS = 20
 BATCH = 8
@@ -217,8 +219,12 @@ def dense_run(name: str) -> tuple[DenseReference, list[float]]:
 
     def parts_of_refresh(step: int) -> list[tuple[Any, float]]:
         seed = derive_seed(section["seed"], "anchor_examples", step)
-        indices = anchor_parts(len(data), examples=examples, parts=number, seed=seed)
-        parts = [collate([data[i] for i in part.tolist()]) for part in indices]
+        order = anchor_order(len(data), examples=examples, shuffled=number > 1, seed=seed)
+        bounds = [*part_starts(len(order), number), len(order)]
+        parts = [
+            collate([data[i] for i in order[start:stop].tolist()])
+            for start, stop in itertools.pairwise(bounds)
+        ]
         counts = [int((part["labels"] != -100).sum()) for part in parts]
         return [(part, n / sum(counts)) for part, n in zip(parts, counts, strict=True)]
 

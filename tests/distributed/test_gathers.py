@@ -232,7 +232,8 @@ PER_RANK: dict[str, dict[str, Any]] = {
 def rank_of_per_rank() -> dict[str, Any]:
     found = {}
     for name, arguments in PER_RANK.items():
-        config = configuration(8, **COMMON, **arguments, directions="per_rank")
+        size = 8 // (2 * arguments.get("accumulation", 1))
+        config = configuration(8, **COMMON, **arguments, examples_per_direction=size)
         engine = zods.initialize(model=Tiny(), config=config, training_data=tiny_data())[0]
         losses = train(engine, tiny_data(), range(STEPS))
         after = whole(engine)

@@ -282,7 +282,7 @@ PARTS = {  # The positions of two ranks' examples in the global batch.
 def rank_of_own_directions() -> dict[tuple[str, str], Any]:
     found = {}
     for (name, parts), mean in product(PARTS.items(), ("tokens", "examples")):
-        engine = engine_of("causal", 4, loss_mean=mean, directions="per_rank")
+        engine = engine_of("causal", 4, loss_mean=mean, examples_per_direction=4)
         rows = rows_of("causal")
         engine.backward(engine(collate([rows[place] for place in parts[engine.global_rank]])))
         engine.step()

@@ -88,10 +88,15 @@ RUNS: dict[str, tuple[int, str, dict[str, Any]]] = {
         "tiny",
         {"direction": LOW_RANK, "bf16": True, "weight_decay": 0.3},
     ),
-    "directions of each rank": (
+    "a direction per example": (
         4,
         "tiny",
-        {"directions": "per_rank", "num_directions": 2, "bf16": True},
+        {"examples_per_direction": 1, "num_directions": 2, "bf16": True},
+    ),
+    "groups of examples, normalized": (
+        2,
+        "tiny",
+        {"examples_per_direction": 3, "normalize": True, "direction": LOW_RANK},
     ),
     "warm-up from zero": (2, "tiny", {"top": {"scheduler": WARMUP}, "direction": LOW_RANK}),
     "normalized, decay": (2, "tiny", {"normalize": True, "weight_decay": 0.3}),
@@ -120,10 +125,15 @@ RUNS: dict[str, tuple[int, str, dict[str, Any]]] = {
         "tiny",
         kept("terms", "nvme", share_direction=False, direction=LOW_RANK),
     ),
-    "svrg, directions of each rank": (
+    "svrg, groups of examples": (
         4,
         "tiny",
-        kept("cpu", "device", directions="per_rank", share_direction=False),
+        kept("cpu", "device", examples_per_direction=2, share_direction=False),
+    ),
+    "svrg, a direction per example, terms": (
+        2,
+        "tiny",
+        kept("terms", "terms", examples_per_direction=1, anchor_weight="auto", bf16=True),
     ),
     "svrg, replicated, rademacher": (
         2,

@@ -342,7 +342,6 @@ def test_a_replica_that_does_not_fit_is_refused_with_the_reason_and_the_others_g
     [
         ({"replicas": {"store": "somewhere"}}, 'expected "host:port"'),
         ({"replicas": {"store": "h:1", "indx": 1}}, "Did you mean 'index'"),
-        ({"replicas": {"store": "h:1"}, "directions": "per_rank"}, "per_rank|shared"),
         (
             {"replicas": {"store": "h:1"}, "selector": {"candidates": 24}},
             "cannot be used with a selector",

@@ -46,19 +46,23 @@ class DenseReference:
 
     params: all named parameters in the order of `named_parameters()`, frozen ones included, in
     float64 or float32. loss: the mean loss of a batch. whole_set: the whole training set as one
-    batch (for mezo_svrg). trainable: names of the parameters to train; None trains all.
+    batch (for mezo_svrg). trainable: names of the parameters to train; None trains all. count: of
+    what the loss of a batch is a mean over. rounded: rounds the coefficients of a step's terms.
     """
 
     params: Parameters
     loss: Loss
     whole_set: Any = None
     trainable: set[str] | None = None
+    count: Callable[[Any], float] = lambda batch: len(batch["labels"])
+    rounded: Callable[[list[float]], list[float]] = lambda coefficients: coefficients
     method: str = "mezo_svrg"
     eps: float = 1e-3
     lr: float = 1e-6
     anchor_lr: float | None = None
     anchor_interval: int = 100
     num_directions: int = 1
+    examples_per_direction: int | str = "all"
     anchor_directions: int = 1
     share_direction: bool = True
     direction: str = "gaussian"
@@ -74,8 +78,13 @@ class DenseReference:
     steps: int = 0
     anchor: Parameters | None = field(default=None, init=False)
     anchor_grad: Parameters | None = field(default=None, init=False)
-    # of the last step, in the order of its points
+    # of the last step, group by group, in pairs; at_anchor: at the anchor
     losses: list[float] = field(default_factory=list, init=False)
+    losses_at_anchor: list[float] = field(default_factory=list, init=False)
+    # of the last step, one per direction: its group's share in the mean loss times the projected
+    # gradient at the parameters (here) and at the anchor (there), over the directions of a group
+    here: list[float] = field(default_factory=list, init=False)
+    there: list[float] = field(default_factory=list, init=False)
     anchor_losses: list[float] = field(default_factory=list, init=False)  # of the last refresh
     anchor_coefficients: list[float] = field(default_factory=list, init=False)
     # of the estimates so far: the mean squares of their elements, if directions are orthogonal
@@ -140,8 +149,24 @@ class DenseReference:
                 total[name] = total.get(name, torch.zeros_like(z)) + grad * z / len(seeds)
         return total
 
-    def seeds(self, purpose: str, number: int) -> list[int]:
-        return [derive_seed(self.seed, purpose, self.steps, k) for k in range(number)]
+    def seeds(self, purpose: str, number: int, group: int = 0) -> list[int]:
+        return [
+            derive_seed(self.seed, purpose, self.steps, group * number + k) for k in range(number)
+        ]
+
+    def groups(self, batch: Any) -> list[tuple[Any, float]]:
+        """Cut a batch into groups of examples: (part, share in the mean loss) of each."""
+        if self.examples_per_direction == "all":
+            return [(batch, 1.0)]
+        size, number = int(self.examples_per_direction), len(batch["labels"])
+        parts = [
+            {
+                key: value[first : first + size] if len(value) == number else value
+                for key, value in batch.items()
+            }
+            for first in range(0, number, size)
+        ]
+        return [(part, self.count(part) / self.count(batch)) for part in parts]
 
     def refresh(self) -> None:
         """Copy the parameters as the anchor, estimate the full-batch gradient there, and step along
@@ -172,32 +197,48 @@ class DenseReference:
         """Make a step on the global batch. Returns the mean of the losses at theta +- eps z."""
         if self.method == "mezo_svrg" and self.steps % self.anchor_interval == 0:
             self.refresh()
-        self.losses = []
-        seeds = self.seeds("step", self.num_directions)
-        grad = self.estimate(self.params, seeds, batch, self.losses)
+        self.losses, self.losses_at_anchor, self.here, self.there = [], [], [], []
+        seeds: list[int] = []
+        anchor_seeds: list[int] = []
+        n, mean_loss = self.num_directions, 0.0
+        for group, (part, share) in enumerate(self.groups(batch)):
+            of_group = self.seeds("step", n, group)
+            seeds += of_group
+            self.here += [
+                share * self.projected_grad(self.params, seed, part, self.losses) / n
+                for seed in of_group
+            ]
+            mean_loss += share * sum(self.losses[-2 * n :]) / (2 * n)
+            if self.method == "mezo_svrg":
+                assert self.anchor is not None
+                if not self.share_direction:
+                    of_group = self.seeds("step_anchor", n, group)
+                anchor_seeds += of_group
+                self.there += [
+                    share * self.projected_grad(self.anchor, seed, part, self.losses_at_anchor) / n
+                    for seed in of_group
+                ]
+        if self.share_direction:
+            anchor_seeds = []
+        coefficients = self.rounded(self.step_coefficients())
+        grad = {name: torch.zeros_like(value) for name, value in self.z(0).items()}
+        for seed, c in zip(seeds + anchor_seeds, coefficients, strict=True):
+            for name, z in self.z(seed).items():
+                grad[name] = grad[name] + c * z
         if self.method == "mezo_svrg":
-            assert self.anchor is not None
             assert self.anchor_grad is not None
-            anchor_seeds = (
-                seeds if self.share_direction else self.seeds("step_anchor", self.num_directions)
-            )
-            at_anchor = self.estimate(self.anchor, anchor_seeds, batch, self.losses)
-            w = self.weight()
             grad = {
-                name: grad[name] - w * at_anchor[name] + w * self.anchor_grad[name] for name in grad
+                name: value + self.weight() * self.anchor_grad[name] for name, value in grad.items()
             }
-        self.squares.append(sum(c * c for c in self.all_coefficients()))
-        if self.method == "mezo_svrg":
-            here, there = self.halves()
-            self.products.append(
-                (sum(c * a for c, a in zip(here, there, strict=True)), sum(a * a for a in there))
-            )
+        self.squares.append(sum(c * c for c in [*coefficients, *self.weighted_anchor()]))
+        ca = sum(c * a for c, a in zip(self.here, self.there, strict=False))
+        self.products.append((ca, sum(a * a for a in self.there)))
         lr = self.lr / self.rms() if self.normalize else self.lr
         for name, value in grad.items():
             decay = 1 - self.lr * self.weight_decay if self.params[name].dim() >= 2 else 1.0
             self.params[name] = decay * self.params[name] - lr * value
         self.steps += 1
-        return sum(self.losses[: 2 * self.num_directions]) / (2 * self.num_directions)
+        return mean_loss
 
     def coefficients(self, losses: list[float]) -> list[float]:
         """The coefficients of an estimate's terms, from its losses in pairs."""
@@ -207,20 +248,18 @@ class DenseReference:
             for plus, minus in zip(losses[::2], losses[1::2], strict=True)
         ]
 
-    def all_coefficients(self) -> list[float]:
-        """Those of the last step's estimate, with the anchor gradient's."""
+    def step_coefficients(self) -> list[float]:
+        """The coefficients of the last step's terms, without those of the anchor gradient."""
         if self.method == "mezo":
-            return self.coefficients(self.losses)
-        w, (here, there) = self.weight(), self.halves()
-        at_anchor = [w * g for g in self.anchor_coefficients]
+            return self.here
+        at_anchor = [self.weight() * a for a in self.there]
         if not self.share_direction:
-            return [*here, *(w * a for a in there), *at_anchor]
-        return [c - w * a for c, a in zip(here, there, strict=True)] + at_anchor
+            return [*self.here, *(-a for a in at_anchor)]
+        return [c - a for c, a in zip(self.here, at_anchor, strict=True)]
 
-    def halves(self) -> tuple[list[float], list[float]]:
-        """The coefficients of the last step at the parameters, and those at the anchor."""
-        half = len(self.losses) // 2
-        return self.coefficients(self.losses[:half]), self.coefficients(self.losses[half:])
+    def weighted_anchor(self) -> list[float]:
+        """The coefficients of the anchor gradient in a step."""
+        return [self.weight() * g for g in self.anchor_coefficients]
 
     def weight(self) -> float:
         """The weight of the anchor: given, or that of the least noise in the steps before this

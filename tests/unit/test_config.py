@@ -66,7 +66,7 @@ DEFAULTS = {
     "share_direction": True,
     "anchor_weight": 1.0,
     "direction": {"distribution": "gaussian", "rank": 1},
-    "directions": "shared",
+    "examples_per_direction": "all",
     "loss_mean": "tokens",
     "evaluation": "auto",
     "stream_memory_gb": None,
@@ -176,7 +176,7 @@ NOT_NAMES = [None, "", 0, 1, True, [], {}, "auto", ["gaussian"]]
 NAMES = {
     "method": (["mezo_svrg"], ["MeZO", "svrg", "mezo-svrg", "adamw", *NOT_NAMES]),
     "direction.distribution": (list(DISTRIBUTIONS), ["normal", "Gaussian", "low rank", *NOT_NAMES]),
-    "directions": (["shared", "per_rank"], ["own", "rank", *NOT_NAMES]),
+    "examples_per_direction": (["all", 1, 4], ["one", 1.0, -1, *(n for n in NOT_NAMES if n != 1)]),
     "loss_mean": (["tokens", "examples"], ["token", "Tokens", "batch", *NOT_NAMES]),
     "evaluation": (
         ["auto", "stacked", "lockstep", "sequential"],
@@ -310,8 +310,7 @@ def test_mistakes_of_keys_are_told_in_the_order_of_the_file_and_those_between_ke
         "selector": {"rank": 0, "candidate": 1},
         "eps": 1,
         "lr": None,
-        "replicas": {"store": "host:1"},
-        "directions": "per_rank",
+        "replicas": {"store": "host"},
         "anneal": {"alpha": 1},
     }
     found: list[str] = []
@@ -324,8 +323,15 @@ def test_mistakes_of_keys_are_told_in_the_order_of_the_file_and_those_between_ke
         "lr",
         "anneal.alpha",
         "direction.rank",
-        "replicas",
+        "replicas.store",
     ]
+
+
+def test_a_key_of_earlier_versions_is_refused_with_what_takes_its_place():
+    with pytest.raises(
+        ValueError, match=r"zeroth_order.directions: a key of earlier versions\. Use "
+    ):
+        parse_section({"directions": "per_rank"})
 
 
 def test_a_text_that_is_no_unicode_is_refused_by_its_key():

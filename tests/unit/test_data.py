@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from zods.data.loader import TrainingLoader, WholePass, anchor_parts, check_dataset
+from zods.core.example_groups import divide, group_starts, part_starts, positions_of
+from zods.data.loader import TrainingLoader, WholePass, anchor_order, check_dataset, epoch_order
 
 
 class Numbers(Dataset):
@@ -183,29 +184,29 @@ def test_a_whole_pass_counts_every_example_once_in_the_same_number_of_rounds_on_
             list(WholePass(Numbers(size), micro_batch, rank, ranks, list)) for rank in range(ranks)
         ]
         counted = [
-            example for one in passes for batch, counts in one if counts for example in batch
+            example for one in passes for batch, _, counts in one if counts for example in batch
         ]
         assert sorted(counted) == list(range(size))
         rounds = {len(one) for one in passes} | {
             len(WholePass(Numbers(size), micro_batch, 0, ranks))
         }
         assert len(rounds) == 1, f"{size} examples: ranks run {rounds} rounds, not the same number"
-        assert all(0 < len(batch) <= micro_batch for one in passes for batch, _ in one)
+        assert all(0 < len(batch) <= micro_batch for one in passes for batch, *_ in one)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_the_micro_batches_of_a_whole_pass_do_not_depend_on_the_ranks(ranks):
     for size in SIZES:
         passes = [list(WholePass(Numbers(size), 3, rank, ranks, list)) for rank in range(ranks)]
-        counted = sorted(batch for one in passes for batch, counts in one if counts)
+        counted = sorted(batch for one in passes for batch, _, counts in one if counts)
         assert counted == [list(range(start, min(start + 3, size))) for start in range(0, size, 3)]
 
 
 def test_a_rank_without_a_chunk_still_runs_its_forwards():
     """With one chunk on four ranks, three ranks run a batch that does not count."""
     passes = [list(WholePass(Numbers(2), 8, rank, 4, list)) for rank in range(4)]
-    assert [[counts for _, counts in one] for one in passes] == [[True], [False], [False], [False]]
-    assert all(batch == [0, 1] for one in passes for batch, _ in one)
+    assert [[counts for *_, counts in one] for one in passes] == [[True], [False], [False], [False]]
+    assert all(batch == [0, 1] for one in passes for batch, *_ in one)
 
 
 def test_a_state_of_other_data_is_refused():
@@ -219,26 +220,71 @@ def make_loader_of(data):
     return TrainingLoader(data, micro_batch=4, accumulation=1, rank=0, world_size=1, seed=1)
 
 
-# --- parts of a refresh ---------------------------------------------------------------------------
+# --- the examples of a refresh --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("size", "parts"), [(10, 1), (10, 3), (64, 64), (5, 8)])
+@pytest.mark.parametrize("size", [10, 64, 5])
 @pytest.mark.parametrize("examples", [None, 4, 100])
-def test_the_parts_of_a_refresh_are_disjoint_and_of_one_size(size, parts, examples):
-    found = anchor_parts(size, examples=examples, parts=parts, seed=3)
-    number = size if examples is None else min(size, examples)
-    together = torch.cat(found).tolist()
-    assert len(found) == parts
-    assert len(set(together)) == len(together) == number
-    assert set(together) <= set(range(size))
-    assert max(map(len, found)) - min(map(len, found)) <= 1
+def test_a_refresh_takes_an_example_once(size, examples):
+    order = anchor_order(size, examples=examples, shuffled=True, seed=3).tolist()
+    assert len(set(order)) == len(order) == (size if examples is None else min(size, examples))
+    assert set(order) <= set(range(size))
 
 
-def test_the_parts_of_a_refresh_are_drawn_by_the_seed():
-    draws = [anchor_parts(1000, examples=100, parts=2, seed=seed) for seed in (1, 1, 2**64 - 1)]
-    assert all(torch.equal(a, b) for a, b in zip(draws[0], draws[1], strict=True))
-    assert not torch.equal(draws[0][0], draws[2][0])
+def test_the_order_of_a_refresh_is_drawn_by_the_seed():
+    draws = [
+        anchor_order(1000, examples=100, shuffled=False, seed=seed) for seed in (1, 1, 2**64 - 1)
+    ]
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
 
 
 def test_a_refresh_on_the_whole_set_takes_it_in_its_order():
-    assert anchor_parts(6, examples=None, parts=1, seed=3)[0].tolist() == list(range(6))
+    order = anchor_order(6, examples=None, shuffled=False, seed=3)
+    assert order.tolist() == list(range(6))
+
+
+# --- groups of examples ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("size", "parts"), [(10, 1), (10, 3), (64, 64), (5, 8)])
+def test_parts_are_those_of_tensor_split(size, parts):
+    expected = torch.arange(size).tensor_split(parts)
+    starts = part_starts(size, parts)
+    found: dict[int, list[int]] = {}
+    for group in divide(range(size), starts):
+        rows = range(size) if group.rows is None else group.rows
+        found[group.index] = list(rows)
+    assert [found.get(part, []) for part in range(parts)] == [part.tolist() for part in expected]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("size", [1, 4, 5, "all"])
+def test_an_examples_group_does_not_depend_on_the_ranks_or_micro_batches(size, ranks, accumulation):
+    starts = group_starts(24, size)
+    groups: dict[int, int] = {}
+    for micro in range(accumulation):
+        for rank in range(ranks):
+            positions = positions_of(24, accumulation, micro, (rank, ranks))
+            for group in divide(positions, starts):
+                for row in range(len(positions)) if group.rows is None else group.rows:
+                    groups[positions[row]] = group.index
+    assert groups == {i: 0 if size == "all" else i // size for i in range(24)}
+
+
+def test_the_examples_of_a_micro_batch_are_those_of_its_positions():
+    data = list(range(24))
+    for ranks, accumulation in ((1, 1), (2, 3), (4, 2)):
+        loaders = [
+            TrainingLoader(
+                data, micro_batch=24 // (ranks * accumulation), accumulation=accumulation,
+                rank=rank, world_size=ranks, seed=1,
+            )
+            for rank in range(ranks)
+        ]  # fmt: skip
+        order = epoch_order(24, 24, 1, 0)[0].tolist()
+        for rank, loader in enumerate(loaders):
+            for micro, batch in enumerate(loader):
+                positions = positions_of(24, accumulation, micro, (rank, ranks))
+                assert batch.tolist() == [order[position] for position in positions]

@@ -73,4 +73,8 @@ def test_every_record_of_a_log_of_an_earlier_version_is_written_as_it_was_read(n
     lines = (RUNS_FOLDER / name / LOG_NAME).read_text().splitlines()
     assert log.num_steps == STEPS
     written = [record.to_json() for record in (log.header, *log.records)]
-    assert written == [json.loads(line.partition(" ")[2]) for line in lines]
+    read = [json.loads(line.partition(" ")[2]) for line in lines]
+    for record in read:
+        # a key of earlier versions, with the meaning of the one that has taken its place
+        assert record.get("zeroth_order", {}).pop("directions", "shared") == "shared"
+    assert written == read

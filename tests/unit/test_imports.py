@@ -20,7 +20,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "kernels": (set(), {"torch", "triton"}),
     "core": ({"kernels"}, {"torch"}),
     "comm": (set(), {"deepspeed", "torch"}),
-    "data": (set(), {"pyarrow", "torch"}),
+    "data": ({"core"}, {"pyarrow", "torch"}),
     "params": ({"files", "config", "kernels", "core", "comm"}, {"deepspeed", "torch"}),
     "trajectory": (
         {"files", "config", "kernels", "core"},

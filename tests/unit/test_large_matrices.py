@@ -116,9 +116,9 @@ def test_parts_of_a_large_matrix_have_the_values_of_the_whole_copy(name, dtype, 
     torch.testing.assert_close(output_at(forward_at, module, x, point), expected[0], **tolerance)
     if distribution != "low_rank":
         stack = StackRunner(forward_at)
-        with stack.recording(point):
+        with stack.recording(point, len(x)):
             module(x)
-        with stack.at([point, Point(7, -EPS)], len(x)):
+        with stack.at([point, Point(7, -EPS)], [len(x)] * 2):
             stacked = module(x.repeat(2, 1)).chunk(2)
         for found, right in zip(stacked, expected, strict=True):
             torch.testing.assert_close(found, right, **tolerance)
@@ -133,12 +133,12 @@ def bytes_of_a_pair(name: str, x: Tensor) -> int:
     with torch.no_grad():
         with forward_at.observing():
             module(x)
-        with stack.recording(points[0]):
+        with stack.recording(points[0], len(x)):
             module(x)
         forward_at.perturber.scratch.__init__()  # as at the first step
         with peak_memory(torch.device("cpu")) as plain:
             module(x.repeat(2, 1))
-        with peak_memory(torch.device("cpu")) as at_points, stack.at(points, len(x)):
+        with peak_memory(torch.device("cpu")) as at_points, stack.at(points, [len(x)] * 2):
             module(x.repeat(2, 1))
     return at_points.bytes - plain.bytes
 

@@ -187,9 +187,9 @@ def test_a_gradient_taken_inside_a_forward_is_that_of_the_point(distribution):
     for point, right in zip(points, expected, strict=True):
         torch.testing.assert_close(output_at(forward_at, module, X, point), right)
     stack = StackRunner(forward_at)
-    with stack.recording(points[0]):
+    with stack.recording(points[0], len(X)):
         module(X)
-    with stack.at(points, len(X)):
+    with stack.at(points, [len(X)] * len(points)):
         stacked = module(X.repeat(2, 1))
     torch.testing.assert_close(stacked, torch.cat(expected))
 

@@ -27,6 +27,7 @@ from zods.cli.options import (
     FractionOrCount,
     ModelArguments,
     Names,
+    NumberOrName,
 )
 from zods.config.config_errors import nearest
 from zods.config.deepspeed_json import MOST_KEYS, load_json
@@ -269,7 +270,7 @@ def _text(action: argparse.Action, value: Any) -> str:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if action.const is True:
         expected, fits = "true or false", isinstance(value, bool)
-    elif action.type in (int, float, FractionOrCount):
+    elif action.type in (int, float, FractionOrCount, NumberOrName):
         expected, fits = "a number", is_number
     else:
         expected, fits = "a text (in quotes)", False

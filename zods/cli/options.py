@@ -8,6 +8,7 @@ One dataclass is one group of the help. A field's metadata are arguments of argp
 from __future__ import annotations
 
 import argparse
+import contextlib
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -79,6 +80,23 @@ class FractionOrCount:
     @property
     def value(self) -> float | int:
         return int(self.text) if self.text.isdigit() else float(self.text)
+
+
+@dataclass(frozen=True)
+class NumberOrName:
+    """A number, or a name such as "all"."""
+
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+    @property
+    def value(self) -> float | int | str:
+        for kind in (int, float):
+            with contextlib.suppress(ValueError):
+                return kind(self.text)
+        return self.text
 
 
 def _given(group: Any) -> dict[str, Any]:
@@ -322,7 +340,19 @@ class OverrideArguments:
         default=None,
         metadata={"help": "gaussian, rademacher or low_rank (rank 1; other ranks in the JSON)"},
     )
-    num_directions: int | None = field(default=None, metadata={"help": "directions per step"})
+    num_directions: int | None = field(
+        default=None, metadata={"help": "directions of each group of examples in a step"}
+    )
+    examples_per_direction: NumberOrName | None = field(
+        default=None,
+        metadata={"help": "size of the groups of examples that share directions, or all"},
+    )
+    normalize: bool | None = field(
+        default=None, metadata={"help": "divide each step by the running size of the estimates"}
+    )
+    anchor_weight: NumberOrName | None = field(
+        default=None, metadata={"help": "how much of the anchor a step takes: 0 to 1, or auto"}
+    )
     loss_mean: str | None = field(
         default=None,
         metadata={
@@ -353,7 +383,11 @@ class OverrideArguments:
 
     def section(self) -> dict[str, Any]:
         """The given keys of the section "zeroth_order"."""
-        return {key: value for key, value in _given(self).items() if key not in BATCH_OVERRIDES}
+        return {
+            key: value.value if isinstance(value, NumberOrName) else value
+            for key, value in _given(self).items()
+            if key not in BATCH_OVERRIDES
+        }
 
     def batch(self) -> dict[str, int]:
         """The given batch sizes."""
@@ -374,7 +408,9 @@ class Arguments:
     def to_dict(self) -> dict[str, Any]:
         """The options that have a value, in the form of a JSON file for `zods.finetune`."""
         return {
-            key: value.text if isinstance(value, (SubBatch, FractionOrCount)) else value
+            key: value.text
+            if isinstance(value, (SubBatch, FractionOrCount, NumberOrName))
+            else value
             for group in vars(self).values()
             for key, value in _given(group).items()
         }

@@ -109,6 +109,9 @@ class _Mistake:
         if kind == "missing":
             return f"{here}: missing. Give a value."
         if kind == "extra_forbidden":
+            replacement = getattr(self._section, "replaced", {}).get(self._keys[-1])
+            if replacement is not None:
+                return f"{here}: a key of earlier versions. {replacement}"
             known = sorted(self._section.model_fields)
             hint = nearest(self._keys[-1], known)
             return f"{here}: unknown key.{hint} Allowed keys are {', '.join(known)}."

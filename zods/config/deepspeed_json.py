@@ -34,6 +34,7 @@ from zods.config.schema import (
     LossMean,
     SelectorConfig,
     ZerothOrderConfig,
+    check_group_size,
     check_selector,
     parse_section,
     read_section,
@@ -216,7 +217,7 @@ def read_config(
         )
         found += wrong
     _check_deepspeed(whole, world_size, found)
-    _check_selection(whole, section, found)
+    _check_batch_size(whole, section, found)
     if found or section is None:
         raise Mistakes(found)
     return RunConfig(deepspeed=whole, scheduler=scheduler, zeroth_order=section)
@@ -237,12 +238,18 @@ def _check_deepspeed(whole: dict[str, Any], world_size: int, found: list[str]) -
         found.append(refused)
 
 
-def _check_selection(
+def _check_batch_size(
     whole: dict[str, Any], section: ZerothOrderConfig | None, found: list[str]
 ) -> None:
-    """Append the mistakes of the selector for this batch size, where both could be read."""
+    """Append the mistakes of the selector and of the groups of examples for this batch size, where
+    all could be read.
+    """
     batch = whole.get("train_batch_size")
-    if section is not None and section.selector is not None and type(batch) is int:
+    if section is None or type(batch) is not int:
+        return
+    with collected(found):
+        check_group_size(section, batch)
+    if section.selector is not None:
         with collected(found):
             check_selector(section.selector, f"{SECTION}.selector", batch)
 
@@ -286,7 +293,7 @@ def read_first_order_config(
         )
         found += wrong
     _check_deepspeed(whole, world_size, found)
-    _check_selection(whole, section, found)
+    _check_batch_size(whole, section, found)
     if found or section is None:
         raise Mistakes(found)
     return FirstOrderConfig(whole, **{key: getattr(section, key) for key in FIRST_ORDER_KEYS})

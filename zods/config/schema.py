@@ -7,7 +7,7 @@ what was found and what is allowed. All mistakes are raised at once (`zods.confi
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import (
     AfterValidator,
@@ -62,6 +62,12 @@ def _weight(value: Any) -> Any:
     raise ValueError(f'found {value!r}, expected "auto" or a number from 0 to 1.')
 
 
+def _size_of_group(value: Any) -> Any:
+    if value == "all" or (type(value) is int and value >= 1):
+        return value
+    raise ValueError(f'found {value!r}, expected "all" or a whole number of at least 1.')
+
+
 Count = Annotated[int, Field(ge=1)]
 # each direction takes forwards, a seed and 6 bytes of the log
 NumDirections = Annotated[int, Field(ge=1, le=1 << 16)]
@@ -75,6 +81,9 @@ class Section(BaseModel):
     """
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+
+    # keys of earlier versions, with what to do instead
+    replaced: ClassVar[dict[str, str]] = {}
 
 
 class AnchorConfig(Section):
@@ -202,6 +211,11 @@ class ZerothOrderConfig(Section):
     Symbols in brackets are from Gautam et al. 2024 (arXiv:2404.08080).
     """
 
+    replaced = {
+        "directions": 'Use examples_per_direction: "all" in place of "shared"; the number of '
+        'examples of a rank in place of "per_rank".'
+    }
+
     method: Method = "mezo_svrg"
     eps: PositiveFloat = 1e-3  # perturbation scale [mu]
     lr: NonNegativeFloat = 1e-6  # step size of a mini-batch step [eta_2]
@@ -219,9 +233,9 @@ class ZerothOrderConfig(Section):
     # factor of the anchor's part of an estimate; 0: MeZO; auto: measured, less as the anchor ages
     anchor_weight: Annotated[float | Literal["auto"], PlainValidator(_weight)] = 1.0
     direction: DirectionConfig = DirectionConfig()  # the JSON may give the name alone
-    # shared: all ranks evaluate the same directions; per_rank: each rank evaluates its own
-    # directions on its part of the batch
-    directions: Literal["shared", "per_rank"] = "shared"
+    # examples of a step's batch that share a direction, by their positions in it; all: one direction
+    # (num_directions of them) for the whole batch
+    examples_per_direction: Annotated[int | Literal["all"], PlainValidator(_size_of_group)] = "all"
     # mean over the global batch; tokens: of the losses of all label tokens; examples: of the mean
     # losses of the examples
     loss_mean: LossMean = "tokens"
@@ -289,6 +303,16 @@ def parse_selector(values: Any, path: str) -> SelectorConfig:
     return config
 
 
+def check_group_size(config: ZerothOrderConfig, batch: int) -> None:
+    """Raise ValueError where a group of examples is larger than a step's batch."""
+    size = config.examples_per_direction
+    if size != "all" and int(size) > batch:
+        raise ValueError(
+            f"{SECTION}.examples_per_direction: found {size}, but train_batch_size is {batch}. "
+            'Give as many or fewer, or "all".'
+        )
+
+
 def check_selector(
     config: SelectorConfig, path: str, budget: int, num_examples: int | None = None
 ) -> None:
@@ -340,12 +364,6 @@ def _replicas_mistakes(config: ZerothOrderConfig, replicas: ReplicasConfig) -> I
         yield (
             f"{SECTION}.replicas: cannot be used with a selector, because replicas do not exchange "
             "its features. Remove one of the two."
-        )
-    if config.directions == "per_rank":
-        yield (
-            f'{SECTION}.replicas: needs directions "shared", because replicas may join and leave '
-            "during a run and the set of directions must stay the same. Change directions, or "
-            "remove replicas."
         )
 
 

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
+
 from zods.kernels import Sweep
 
 
@@ -51,17 +53,15 @@ class Update:
         )
 
 
-def projected_grads(
-    losses_plus: Sequence[float], losses_minus: Sequence[float], eps: float
-) -> list[float]:
+def projected_grads(differences: Sequence[float], eps: float) -> list[float]:
     """The projected gradient (L(theta + eps z_k) - L(theta - eps z_k)) / (2 eps) for each k.
 
-    >>> projected_grads([1.5], [1.0], eps=0.25)
+    differences: L(theta + eps z_k) - L(theta - eps z_k).
+
+    >>> projected_grads([0.5], eps=0.25)
     [1.0]
     """
-    return [
-        (plus - minus) / (2 * eps) for plus, minus in zip(losses_plus, losses_minus, strict=True)
-    ]
+    return [difference / (2 * eps) for difference in differences]
 
 
 def spsa(seeds: Sequence[int], coefficients: Sequence[float]) -> list[Term]:
@@ -91,6 +91,13 @@ def svrg(
 def in_float32(terms: Sequence[Term]) -> tuple[Term, ...]:
     """The terms with their coefficients rounded to float32."""
     return tuple(Term(seed, ctypes.c_float(coefficient).value) for seed, coefficient in terms)
+
+
+def in_bfloat16(terms: Sequence[Term]) -> tuple[Term, ...]:
+    """The terms with their coefficients rounded to bfloat16."""
+    values = torch.tensor([coefficient for _, coefficient in terms], dtype=torch.float32)
+    rounded = values.bfloat16().tolist()
+    return tuple(Term(seed, c) for (seed, _), c in zip(terms, rounded, strict=True))
 
 
 def along_gradient(

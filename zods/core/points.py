@@ -7,8 +7,8 @@ parameter at a point when the parameter is used.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -32,22 +32,22 @@ def at_parameters(parameter: Any, live: torch.Tensor) -> Center:
 class Point:
     """The point center + coefficient * z(seed).
 
-    center: maps (parameter, its current whole data) to a `Center`.
+    center: maps (parameter, its current whole data) to a `Center`. rows: the examples of the batch
+    that are evaluated at this point; None: all.
     """
 
     seed: int
     coefficient: float
     center: Callable[[Any, torch.Tensor], Center] = field(default=at_parameters)
+    rows: tuple[int, ...] | None = None
 
     def is_mirror_of(self, other: Point) -> bool:
-        """Whether the points lie on opposite sides of the same center, at the same distance."""
-        return (self.seed, -self.coefficient, self.center) == (
-            other.seed,
-            other.coefficient,
-            other.center,
-        )
+        """Whether the points lie on opposite sides of the same center, at the same distance, and
+        have the same examples.
+        """
+        return replace(self, coefficient=-self.coefficient) == other
 
 
-def pairs(seeds: Sequence[int], eps: float, **center: Any) -> list[Point]:
-    """The points center + eps * z and center - eps * z for each seed, in this order."""
-    return [Point(seed, sign * eps, **center) for seed in seeds for sign in (1, -1)]
+def pair(seed: int, eps: float, **others: Any) -> list[Point]:
+    """The points center + eps * z and center - eps * z. others: fields of `Point`."""
+    return [Point(seed, sign * eps, **others) for sign in (1, -1)]

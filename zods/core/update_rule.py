@@ -28,7 +28,7 @@ class StepSettings(Protocol):
     @property
     def anchor_split(self) -> bool: ...
     @property
-    def directions(self) -> str: ...
+    def examples_per_direction(self) -> int | str: ...
     @property
     def is_svrg(self) -> bool: ...
     @property
@@ -66,16 +66,16 @@ class StepRule:
         first = set_index * number
         return [derive_seed(self.config.seed, purpose, step, first + k) for k in range(number)]
 
-    def step_seeds(self, step: int, set_index: int) -> tuple[list[int], list[int]]:
+    def step_seeds(self, step: int, group: int) -> tuple[list[int], list[int]]:
         """The seeds of a step's directions at the parameters and at the anchor.
 
-        set_index: the rank with "per_rank" directions, 0 with shared directions.
+        group: index of the group of examples that the directions belong to.
         """
         number = self.config.num_directions
-        at_parameters = self.seeds("step", step, number, set_index)
+        at_parameters = self.seeds("step", step, number, group)
         shared = self.config.share_direction
         return at_parameters, at_parameters if shared else self.seeds(
-            "step_anchor", step, number, set_index
+            "step_anchor", step, number, group
         )
 
     def rounding_seed(self, purpose: str, step: int) -> int | None:
@@ -87,32 +87,31 @@ class StepRule:
         )
 
     def estimate(
-        self, step: int, losses: Sequence[Sequence[float]], anchor_weight: float = 1.0
+        self, step: int, differences: Sequence[Sequence[float]], anchor_weight: float = 1.0
     ) -> Estimate:
-        """Estimate the gradient from a step's losses.
+        """Estimate the gradient from the differences of a step's losses.
 
         The terms of MeZO-SVRG are the correction alone; the anchor gradient is not added here.
         There are no terms where a loss or a coefficient is not finite: such a step is skipped.
 
-        losses: one sequence per set of directions, with the losses at the points of the set. There
-        is one set, or one per rank. Each rank's losses are weighted by its share of the global
-        batch, such that the mean over the ranks is the loss of the global batch.
+        differences: for each group of examples, L(center + eps z) - L(center - eps z) along each of
+        its directions: at the parameters, then at the anchor. A group's losses are weighted by its
+        share of the global batch, such that the mean over the groups is the loss of the global
+        batch.
 
-        Coefficients are rounded to float32, the log's precision. The noise of the estimate is many
-        orders of magnitude larger.
+        Coefficients are rounded to the log's precision. The noise of the estimate is orders of
+        magnitude larger.
         """
-        if not all(math.isfinite(loss) for of_set in losses for loss in of_set):
+        if not all(math.isfinite(value) for of_group in differences for value in of_group):
             return Estimate((), math.nan, AnchorWeight())
         n = self.config.num_directions
         coefficients: list[float] = []
         anchor_coefficients: list[float] = []
-        for of_set in losses:
-            grads = estimators.projected_grads(of_set[0::2], of_set[1::2], self.config.eps)
-            coefficients, anchor_coefficients = (
-                coefficients + grads[:n],
-                anchor_coefficients + grads[n:],
-            )
-        seeds, anchor_seeds = self._all_seeds(step, len(losses))
+        for of_group in differences:
+            grads = estimators.projected_grads(of_group, self.config.eps)
+            coefficients += grads[:n]
+            anchor_coefficients += grads[n:]
+        seeds, anchor_seeds = self._all_seeds(step, len(differences))
         if self.config.is_svrg:
             terms = estimators.svrg(
                 seeds, coefficients, anchor_seeds, anchor_coefficients, anchor_weight
@@ -120,27 +119,37 @@ class StepRule:
         else:
             terms = estimators.spsa(seeds, coefficients)
         return Estimate(
-            _finite(estimators.in_float32(terms)),
+            _finite(self._rounded(terms)),
             sum(coefficients) / len(coefficients),
             products(coefficients, anchor_coefficients) if self.config.is_svrg else AnchorWeight(),
         )
 
-    def estimate_at_anchor(self, seeds: Sequence[int], losses: Sequence[float]) -> tuple[Term, ...]:
+    def estimate_at_anchor(
+        self, seeds: Sequence[int], differences: Sequence[float]
+    ) -> tuple[Term, ...]:
         """Estimate the full-batch gradient at a refresh.
 
-        losses: at the points of the directions `seeds`, in pairs, over the examples of the refresh.
-        With `anchor_split`, a direction's losses are the part of its own examples in the mean over
-        all; the gradient is then the sum over the directions, not their mean. There are no terms
-        where a loss or a coefficient is not finite.
+        differences: of the losses over the examples of the refresh, for each of the directions
+        `seeds`. With `anchor_split`, a direction's losses are the part of its own examples in the
+        mean over all; the gradient is then the sum over the directions, not their mean. There are
+        no terms where a loss or a coefficient is not finite.
         """
-        if not all(map(math.isfinite, losses)):
+        if not all(map(math.isfinite, differences)):
             return ()
-        grads = estimators.projected_grads(losses[0::2], losses[1::2], self.config.eps)
+        grads = estimators.projected_grads(differences, self.config.eps)
         if self.config.anchor_split:
             terms = [Term(seed, c) for seed, c in zip(seeds, grads, strict=True)]
         else:
             terms = estimators.spsa(seeds, grads)
-        return _finite(estimators.in_float32(terms))
+        return _finite(self._rounded(terms))
+
+    def _rounded(self, terms: Sequence[Term]) -> tuple[Term, ...]:
+        return (estimators.in_bfloat16 if self.logs_16_bits else estimators.in_float32)(terms)
+
+    @property
+    def logs_16_bits(self) -> bool:
+        """Whether coefficients are rounded to bfloat16, because a step has many."""
+        return self.config.examples_per_direction != "all"
 
     def estimate_of(self, step: int, coefficients: Sequence[float]) -> tuple[Term, ...]:
         """The terms of an estimate, from the coefficients that a log holds.
@@ -149,10 +158,9 @@ class StepRule:
         """
         per_set = self.config.num_directions * (2 if self._draws_twice else 1)
         number, left_over = divmod(len(coefficients), per_set)
-        if left_over or (number > 1 and self.config.directions == "shared"):
+        if left_over or (number > 1 and self.config.examples_per_direction == "all"):
             raise ValueError(
-                f"{len(coefficients)} coefficients, expected {per_set} (times the ranks, if "
-                "per_rank)"
+                f"{len(coefficients)} coefficients, expected {per_set} for each group of examples"
             )
         seeds, anchor_seeds = self._all_seeds(step, number)
         return tuple(map(Term, seeds + (anchor_seeds if self._draws_twice else []), coefficients))

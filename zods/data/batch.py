@@ -13,7 +13,7 @@ import copy
 import dataclasses
 import inspect
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,9 @@ from torch import Tensor
 
 # Key of a batch's entry with one weight per example. The entry is not passed to the model.
 WEIGHTS = "example_weights"
+# Key of a batch's entry with the position of each example in the step's batch, where the examples
+# are not in the order of their positions. The entry is not passed to the model.
+POSITIONS = "example_positions"
 
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -99,7 +102,7 @@ class Signature:
         return self._bind_call(tuple(batch), {})
 
     def _bind_mapping(self, entries: Mapping[str, Any]) -> dict[str, Any]:
-        odd = [str(key) for key in entries if key not in self.names and key != WEIGHTS]
+        odd = [str(key) for key in without_weights(entries) if key not in self.names]
         if odd and not self._takes_any:
             raise ValueError(
                 f"the batch: {self._forward_name} takes no {', '.join(odd)}; it takes "
@@ -110,7 +113,7 @@ class Signature:
     def _bind_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | Inputs:
         if self._signature is None:
             return Inputs(args, kwargs)
-        own = {key: value for key, value in kwargs.items() if key != WEIGHTS}
+        own = without_weights(kwargs)
         try:
             bound = self._signature.bind_partial(*args, **own)
         except TypeError as error:
@@ -128,7 +131,7 @@ class Signature:
                 named |= value
             else:  # positional only: it cannot be passed by name
                 return Inputs(args, kwargs)
-        return {**named, **{key: value for key, value in kwargs.items() if key == WEIGHTS}}
+        return {**named, **{key: value for key, value in kwargs.items() if key not in own}}
 
 
 def _entries(batch: Any) -> dict[str, Any] | None:
@@ -156,29 +159,63 @@ def call_model(model: Any, batch: Any) -> Any:
 
 
 def without_weights(batch: Any) -> Any:
-    """Copy a mapping without the weights of its examples; return any other batch as it is."""
+    """Copy a mapping without the weights and positions of its examples; return any other batch as
+    it is.
+    """
     if not isinstance(batch, Mapping):
         return batch
-    return {key: value for key, value in batch.items() if key != WEIGHTS}
+    return {key: value for key, value in batch.items() if key not in (WEIGHTS, POSITIONS)}
+
+
+def positions_in(batch: Any) -> list[int] | None:
+    """The positions of a batch's examples in the step's batch, where the batch has them."""
+    found = batch.get(POSITIONS) if isinstance(batch, Mapping) else None
+    return None if found is None else found.tolist()
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
     """Copy a batch to the device: tensors, containers of tensors, objects with a method `to`."""
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
+
+    def move(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(device, non_blocking=True)
+        return value.to(device) if callable(getattr(value, "to", None)) else value
+
+    return _map_values(move, batch)
+
+
+def take_rows(batch: Any, rows: Sequence[int] | None) -> Any:
+    """Some examples of a batch, in containers as the batch's; None: the batch itself.
+
+    A tensor whose dim 0 is not the number of examples serves all of them, and is kept whole.
+    """
+    if rows is None:
+        return batch
+    size = num_examples(batch)
+
+    def take(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[0] != size:
+            return value
+        return value[torch.tensor(rows, device=value.device)]
+
+    return _map_values(take, batch)
+
+
+def _map_values(function: Callable[[Any], Any], batch: Any) -> Any:
+    """Apply a function to the values in nested containers, and return containers of the results."""
     if isinstance(batch, Mapping):
-        return {key: to_device(value, device) for key, value in batch.items()}
+        return {key: _map_values(function, value) for key, value in batch.items()}
     if isinstance(batch, Inputs):
-        return Inputs(to_device(batch.args, device), to_device(batch.kwargs, device))
+        return Inputs(_map_values(function, batch.args), _map_values(function, batch.kwargs))
     if isinstance(batch, (tuple, list)):
-        moved = [to_device(item, device) for item in batch]
-        return type(batch)(*moved) if hasattr(batch, "_fields") else type(batch)(moved)
+        made = [_map_values(function, item) for item in batch]
+        return type(batch)(*made) if hasattr(batch, "_fields") else type(batch)(made)
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        moved_batch = copy.copy(batch)
+        copied = copy.copy(batch)
         for name, value in (_entries(batch) or {}).items():
-            object.__setattr__(moved_batch, name, to_device(value, device))  # also if frozen
-        return moved_batch
-    return batch.to(device) if callable(getattr(batch, "to", None)) else batch
+            object.__setattr__(copied, name, _map_values(function, value))  # also if frozen
+        return copied
+    return function(batch)
 
 
 def num_examples(batch: Any) -> int:

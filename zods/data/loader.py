@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from zods.core.example_groups import positions_of
 from zods.data.digest import ExampleDigests
 
 
@@ -130,13 +131,8 @@ class TrainingLoader(EpochLoader):
         order = epoch_order(len(self.dataset), self.batch_size, self.seed, self.epoch)  # type: ignore[arg-type]
         for position in range(self.position, len(self)):
             step, micro = divmod(position, self.accumulation)
-            rank, number = self.split
-            yield (
-                order[step]
-                .tensor_split(self.accumulation)[micro]
-                .tensor_split(number)[rank]
-                .tolist()
-            )
+            positions = positions_of(self.batch_size, self.accumulation, micro, self.split)
+            yield order[step][positions.start : positions.stop].tolist()
 
     def __iter__(self) -> Iterator[Any]:
         if self.position == len(self):
@@ -186,27 +182,26 @@ class TrainingLoader(EpochLoader):
         self.position = state["examples"] // self.batch_size * self.accumulation
 
 
-def anchor_parts(size: int, *, examples: int | None, parts: int, seed: int) -> list[torch.Tensor]:
-    """The example indices of each part of a refresh, int64.
+def anchor_order(size: int, *, examples: int | None, shuffled: bool, seed: int) -> torch.Tensor:
+    """The example indices of a refresh, int64.
 
-    examples: number of examples that are drawn at random; None takes all. parts: number of parts,
-    which differ by one example at most. seed: of the draw and of the division. Without either, the
-    order is that of the dataset.
+    examples: number of examples that are drawn at random; None takes all. shuffled: whether the
+    order is random also where all are taken. seed: of the order.
     """
     number = size if examples is None else min(examples, size)
-    if number == size and parts == 1:
-        return [torch.arange(size)]
-    order = torch.randperm(size, generator=torch.Generator().manual_seed(seed % 2**63))
-    return list(order[:number].tensor_split(parts))
+    if number == size and not shuffled:
+        return torch.arange(size)
+    return torch.randperm(size, generator=torch.Generator().manual_seed(seed % 2**63))[:number]
 
 
 @dataclass(frozen=True)
 class WholePass:
     """One pass over a dataset, in micro-batches that are assigned to the ranks in turn.
 
-    Yields (micro-batch, counted). All ranks make the same number of forwards, as ZeRO-3 requires. A
-    rank without a micro-batch in the last round repeats the dataset's first one, with `counted`
-    False. The micro-batches themselves do not depend on the number of ranks.
+    Yields (micro-batch, positions of its examples in the dataset, counted). All ranks make the same
+    number of forwards, as ZeRO-3 requires. A rank without a micro-batch in the last round repeats
+    the dataset's first one, with `counted` False. The micro-batches themselves do not depend on the
+    number of ranks.
     """
 
     dataset: Dataset
@@ -220,20 +215,20 @@ class WholePass:
         chunks = -(-len(self.dataset) // self.micro_batch)  # type: ignore[arg-type]
         return -(-chunks // self.world_size)
 
-    def __iter__(self) -> Iterator[tuple[Any, bool]]:
+    def __iter__(self) -> Iterator[tuple[Any, Sequence[int], bool]]:
         size: int = len(self.dataset)  # type: ignore[arg-type]
         starts = [(r * self.world_size + self.rank) * self.micro_batch for r in range(len(self))]
-        chunks: Sequence[list[int]] = [
-            list(range(start, min(start + self.micro_batch, size)))
+        chunks = [
+            range(start, min(start + self.micro_batch, size))
             if start < size
-            else list(range(min(self.micro_batch, size)))
+            else range(min(self.micro_batch, size))
             for start in starts
         ]
         loader = DataLoader(
             self.dataset,
-            batch_sampler=chunks,
+            batch_sampler=[list(chunk) for chunk in chunks],
             collate_fn=self.collate_fn,
             generator=torch.Generator(),
         )
-        for start, batch in zip(starts, loader, strict=True):
-            yield batch, start < size
+        for start, chunk, batch in zip(starts, chunks, loader, strict=True):
+            yield batch, chunk, start < size

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from deepspeed.accelerator import get_accelerator
 from tqdm import tqdm
 
 from zods.core.points import Point
-from zods.data.batch import num_examples
+from zods.data.batch import num_examples, take_rows
 from zods.data.objectives import logits_of, other_labels
 from zods.forward.forms import CHECK_DISTANCE, Form, Forms
 from zods.forward.model_forwards import ModelForwards, logits_in
@@ -40,7 +41,8 @@ class ChooseForm:
 
     eps: distance of a step's points from the center. asked: the configuration's key `evaluation`.
     micro_batch: examples per forward and rank. most_points: the largest number of points that are
-    evaluated together. stream_memory_gb: memory for the points of one forward, in GiB; None: half
+    evaluated together. grouped: whether groups of a batch's rows have points of their own.
+    stream_memory_gb: memory for the points of one forward, in GiB; None: half
     of the free memory. streams_per_forward: how many points fit one forward of the chosen form.
     """
 
@@ -53,13 +55,14 @@ class ChooseForm:
         asked: str,
         micro_batch: int,
         most_points: int,
+        grouped: bool,
         stream_memory_gb: float | None,
     ) -> None:
         self._forwards, self._comm = forwards, forwards.comm
         self._forms = forms
         self._eps, self._asked = eps, asked
         self._micro_batch, self._most_points = micro_batch, most_points
-        self._stream_memory_gb = stream_memory_gb
+        self._grouped, self._stream_memory_gb = grouped, stream_memory_gb
         self.streams_per_forward = 2
 
     def choose(self, batch: Any) -> Form:
@@ -201,12 +204,17 @@ class ChooseForm:
         stacked, points = self._forms.stacked, _points(CHECK_DISTANCE)
         with peak_memory(self._comm.device) as of_one:
             first = logits_in(stacked.record(points[0], batch))
-        separate = [first, f.logits_at(points[1], f.without_loss(batch))]
+        alone = f.without_loss(batch)
+        separate = [first, f.logits_at(points[1], alone)]
         copies = f.perturbed.scratch_bytes
         with peak_memory(self._comm.device) as of_two:
             found = stacked.logits(points, batch)
         # the buffer for copies serves all points
         needed = of_two.bytes - of_one.bytes - (f.perturbed.scratch_bytes - copies)
+        if self._grouped:
+            halves = _on_halves(points, num_examples(batch))
+            separate += [f.logits_at(point, take_rows(alone, point.rows)) for point in halves]
+            found += stacked.logits(halves, batch)
         nested = sorted({type(module).__name__ for module in stacked.nested})
         if nested and f.is_sharded and self._asked == "auto":
             named = ", ".join(nested)
@@ -294,6 +302,14 @@ class ChooseForm:
 def _points(distance: float) -> list[Point]:
     """Make two points that have only their distance in common."""
     return [Point(seed, distance) for seed in (1, 2)]
+
+
+def _on_halves(points: Sequence[Point], num_examples: int) -> list[Point]:
+    """Give the first of two points the first half of a batch's rows, and the second the others."""
+    middle = max(1, num_examples // 2)
+    others = range(min(middle, num_examples - 1), num_examples)
+    halves = (tuple(range(middle)), tuple(others))
+    return [replace(point, rows=rows) for point, rows in zip(points, halves, strict=True)]
 
 
 def _error(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float | None:

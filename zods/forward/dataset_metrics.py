@@ -35,7 +35,8 @@ def measure_whole(
     {name: (sum, count)}. micro_batch: examples per forward and rank.
     """
     totals: dict[str, list[float]] = {}
-    for batch, counted in WholePass(dataset, micro_batch, comm.rank, comm.world_size, collate_fn):
+    rounds = WholePass(dataset, micro_batch, comm.rank, comm.world_size, collate_fn)
+    for batch, _, counted in rounds:
         inputs, targets = to_device(batch, comm.device)
         for name, (total, count) in measure(outputs_of(inputs), inputs, targets).items():
             sums = totals.setdefault(name, [0.0, 0.0])

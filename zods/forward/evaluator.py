@@ -9,14 +9,16 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils.data import Subset
 from tqdm import tqdm
 
+from zods.core.example_groups import Group, divide
 from zods.core.points import Point
-from zods.data.batch import Inputs
+from zods.data.batch import Inputs, take_rows
 from zods.data.loader import WholePass
 from zods.data.objectives import loss_count
 from zods.forward.choose_form import ChooseForm
@@ -27,6 +29,21 @@ from zods.forward.stacked import NotStackable
 from zods.params.zero3_adapter import release_gathered
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PairSums:
+    """The losses of a micro-batch at pairs of points, float64 on the device.
+
+    groups: indices of the groups of its rows. differences: (groups, sets of pairs), the loss sum at
+    the first point of a pair less that at the second. sums: (sets of pairs,), the loss sum over all
+    rows, mean of a pair's points. count: what a loss is the mean over, 0-d.
+    """
+
+    groups: list[int]
+    differences: torch.Tensor
+    sums: torch.Tensor
+    count: torch.Tensor
 
 
 class Evaluator:
@@ -45,11 +62,13 @@ class Evaluator:
         stream_memory_gb: float | None,
         micro_batch: int,
         most_points: int,
+        grouped: bool,
         beat: Callable[[], None],
     ) -> None:
         """eps: distance of a step's points from the center. evaluation, stream_memory_gb: the
         configuration's keys. micro_batch: examples per forward and rank. most_points: the largest
-        number of points that are evaluated together. beat: called before each batch of losses, so
+        number of points that are evaluated together. grouped: whether groups of a batch's rows have
+        points of their own. beat: called before each batch of losses, so
         that the watchdog can name a rank that hangs in it.
         """
         self.streams_per_forward = 2
@@ -63,6 +82,7 @@ class Evaluator:
             asked=evaluation,
             micro_batch=micro_batch,
             most_points=most_points,
+            grouped=grouped,
             stream_memory_gb=stream_memory_gb,
         )
         self._known: tuple[str, int] | None = None
@@ -100,14 +120,16 @@ class Evaluator:
     def losses(
         self, points: Sequence[Point | None], batch: Any, *, rechecks: bool = False
     ) -> torch.Tensor:
-        """Compute the mean losses of a batch at the points: (number of points,), in float64.
+        """Compute the mean losses at the points, each of its rows of a batch: (number of points,),
+        in float64.
 
         The first call also finds which modules use which parameters, and chooses the form of
         evaluation. Raises ValueError if the model gives no loss, or if the form that the
         configuration asks for does not fit the model.
 
-        points: None is the parameters as they are. batch: on the device. rechecks: compare the
-        losses of a stack with a separate forward, on all ranks together; see `_rechecked`.
+        points: None is the parameters as they are. Points with rows come in pairs, in sets that
+        cover the whole batch. batch: on the device. rechecks: compare the losses of a stack with a separate forward, on all ranks
+        together; see `_rechecked`.
         """
         batch = self._forwards.without_cache(batch)
         self._forwards.perturbed.move_new_hooks()
@@ -131,7 +153,8 @@ class Evaluator:
         ):
             # a separate forward reports the missing labels, or gives a loss without labels
             form = self._forms.sequential
-        size = self.streams_per_forward
+        # as many forwards on every rank, however its rows are grouped
+        size = self.streams_per_forward * len({point.rows for point in points})
         parts = [points[k : k + size] for k in range(0, len(points), size)]
         return torch.cat([form.losses(part, batch) for part in parts])
 
@@ -185,16 +208,17 @@ class Evaluator:
         """
         f = self._forwards
         outputs, differ = None, [False, False]
-        if float(loss_count(batch, f.objective)):  # else this rank has nothing to compare
+        part = take_rows(batch, points[0].rows)
+        if float(loss_count(part, f.objective)):  # else this rank has nothing to compare
             tolerance = 1e-3 if f.dtype == torch.float32 else 3e-2
-            outputs = f.outputs_at(points[0], batch)
-            pairs = (f.own_and_logits_loss(outputs, batch), (losses[0], f.mean_of(outputs, batch)))
+            outputs = f.outputs_at(points[0], part)
+            pairs = (f.own_and_logits_loss(outputs, part), (losses[0], f.mean_of(outputs, part)))
             differ = [
                 not torch.allclose(a, b, rtol=tolerance, atol=1e-2 * tolerance, equal_nan=True)
                 for a, b in pairs
             ]
         elif f.is_sharded:
-            f.outputs_at(points[0], batch)  # take part in the other ranks' all-gathers
+            f.outputs_at(points[0], part)  # take part in the other ranks' all-gathers
         misfits = self._comm.sum_over_ranks(list(map(float, differ)))
         if not any(misfits):
             return losses
@@ -204,7 +228,7 @@ class Evaluator:
         form = self._form = self._forms.lockstep if fits else self._forms.sequential
         reason = "it does not give the model's own loss on a later batch"
         if outputs is not None:
-            own, _ = f.own_and_logits_loss(outputs, batch)
+            own, _ = f.own_and_logits_loss(outputs, part)
             reason = (
                 f"on this batch the model's loss is {float(own):.6g}, "
                 f"from a stack {float(losses[0]):.6g}"
@@ -215,20 +239,52 @@ class Evaluator:
     def loss_sums(
         self, points: Sequence[Point | None], batch: Any, *, rechecks: bool = False
     ) -> torch.Tensor:
-        """Compute the sums of losses over a batch at the points, followed by the count.
+        """Compute the sums of losses at the points, each over its rows of a batch, followed by the
+        count of the whole batch.
 
         The count is the number of tokens or examples of which a loss is the mean. Returns (number
-        of points + 1,) in float64. All values are 0 if no label counts.
+        of points + 1,) in float64. A sum is 0 if no label counts.
         """
         self._beat()
         losses = self.losses(points, batch, rechecks=rechecks)
-        count = loss_count(batch, self._forwards.objective).to(losses.device)
-        return torch.cat([torch.where(count > 0, losses * count, 0.0), count[None]])
+        objective = self._forwards.objective
+        rows = [None if point is None else point.rows for point in points]
+        counts = {
+            some: loss_count(take_rows(batch, some), objective).to(losses.device)
+            for some in {None, *rows}
+        }
+        of_points = torch.stack([counts[some] for some in rows])
+        sums = torch.where(of_points > 0, losses * of_points, 0.0)
+        return torch.cat([sums, counts[None].unsqueeze(0)])
 
-    def losses_over(
+    def pair_sums(
         self,
-        parts: Sequence[tuple[Sequence[Point], torch.Tensor]],
+        groups: Sequence[Group],
+        sets: Sequence[Callable[[Group], Sequence[Point]]],
+        batch: Any,
+        *,
+        rechecks: bool = False,
+    ) -> PairSums:
+        """Compute the losses of a batch at pairs of points, which each group of rows has its own of.
+
+        sets: each maps a group to a pair of points, on its rows.
+        """
+        points = [point for pair_of in sets for group in groups for point in pair_of(group)]
+        found = self.loss_sums(points, batch, rechecks=rechecks)
+        by_pair = found[:-1].view(len(sets), len(groups), 2)
+        return PairSums(
+            [group.index for group in groups],
+            (by_pair[..., 0] - by_pair[..., 1]).T,
+            by_pair.sum((1, 2)) / 2,
+            found[-1],
+        )
+
+    def differences_over(
+        self,
         dataset: Any,
+        order: torch.Tensor,
+        starts: Sequence[int],
+        sets: Sequence[Callable[[Group], Sequence[Point]]],
         collate_fn: Callable | None,
         *,
         title: str,
@@ -237,41 +293,31 @@ class Evaluator:
         total: Callable[[Sequence[float]], Sequence[float]],
         before_each: Callable[[], None],
     ) -> list[float]:
-        """Compute the losses of parts of a dataset, each part at its own points.
+        """Compute differences of losses over many examples, each group of them at its own pairs of
+        points.
 
-        A loss is the part's share in the mean over all parts under the objective: the mean itself
-        where there is one part. Returns the losses of all parts' points in order; NaN if no label
-        counts.
+        A group's loss is its share in the mean over all examples under the objective. Returns
+        L(first of a pair) - L(second) for each group and set of pairs, group by group; NaN if no
+        label counts.
 
-        parts: (points, indices of the examples) of each part. title: of the progress bar.
-        micro_batch: examples per forward and rank. split: (index of this rank, number of ranks)
-        among the ranks that divide the dataset. All of them use micro-batches of one size. total:
-        adds up values over these ranks. before_each: called before each micro-batch.
+        order: indices of the examples. starts: position in `order` of the first example of each
+        group. sets: as in `pair_sums`. title: of the progress bar. micro_batch: examples per
+        forward and rank. split: (index of this rank, number of ranks) among the ranks that divide
+        the examples. All of them use micro-batches of one size. total: adds up values over these
+        ranks. before_each: called before each micro-batch.
         """
-        passes = [
-            WholePass(Subset(dataset, indices.tolist()), micro_batch, *split, collate_fn)
-            for _, indices in parts
-        ]
-        sums: list[float] = []
-        count = 0.0
-        with tqdm(
-            total=sum(map(len, passes)), desc=title, leave=False, disable=self._comm.rank != 0
-        ) as bar:
-            for (points, _), rounds in zip(parts, passes, strict=True):
-                of_part = torch.zeros(
-                    len(points) + 1, dtype=torch.float64, device=self._comm.device
-                )
-                for batch, counted in rounds:
-                    before_each()
-                    found = self.loss_sums(points, self.inputs(batch))
-                    if counted:
-                        of_part += found
-                    bar.update()
-                *losses, counted_here = of_part.tolist()
-                sums += losses
-                count += counted_here
-        *totals, count = total([*sums, count])
-        return [loss_sum / count if count else math.nan for loss_sum in totals]
+        rounds = WholePass(Subset(dataset, order.tolist()), micro_batch, *split, collate_fn)
+        sums = torch.zeros(len(starts), len(sets), dtype=torch.float64, device=self._comm.device)
+        count = torch.zeros((), dtype=torch.float64, device=self._comm.device)
+        progress = tqdm(rounds, desc=title, leave=False, disable=self._comm.rank != 0)
+        for batch, positions, counted in progress:
+            before_each()
+            found = self.pair_sums(divide(positions, starts), sets, self.inputs(batch))
+            if counted:
+                sums[found.groups] += found.differences
+                count += found.count
+        *totals, counted_everywhere = total([*sums.flatten().tolist(), float(count)])
+        return [value / counted_everywhere if counted_everywhere else math.nan for value in totals]
 
     def mean_loss(self, batches: Iterator[Any]) -> float:
         """Compute the mean loss at the parameters under the objective, over batches of all ranks.

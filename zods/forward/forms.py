@@ -1,7 +1,7 @@
 """The forms of evaluation: how the losses of a batch at several points are computed.
 
     sequential   one forward after the other
-    stacked      one forward of as many copies of the batch as points; losses from the logits
+    stacked      one forward of a stack with the rows of all points; losses from the logits
     lockstep     as many forwards as points, which wait for each other at every module
 
 On models that fit the form, all give the same losses up to rounding. How a module runs in each form
@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 
 from zods.core.points import Point
-from zods.data.batch import call_model, num_examples
+from zods.data.batch import call_model, num_examples, take_rows
 from zods.forward.model_forwards import ModelForwards, logits_in
 from zods.forward.module_runners import LockstepRunner, StackRunner
 from zods.forward.stacked import NotStackable
@@ -37,7 +37,7 @@ class Form(Protocol):
         ...
 
     def losses(self, points: Sequence[Point], batch: Any) -> torch.Tensor:
-        """Mean losses of a batch at the points: (number of points,)."""
+        """Mean losses at the points, each of its rows of a batch: (number of points,)."""
         ...
 
 
@@ -53,12 +53,12 @@ class Sequential:
         pass
 
     def losses(self, points: Sequence[Point], batch: Any) -> torch.Tensor:
-        """Mean losses of a batch at the points."""
+        """Mean losses at the points."""
         return torch.stack([self._forwards.loss_at(point, batch) for point in points])
 
 
 class Stacked:
-    """One forward of as many copies of the batch as points."""
+    """One forward of a stack with the rows of all points."""
 
     name = "stacked"
 
@@ -76,29 +76,39 @@ class Stacked:
 
     def record(self, point: Point, batch: Any) -> Any:
         """Outputs of one forward without labels, from which the form learns to split a stack."""
-        with self._runner.recording(point):
+        with self._runner.recording(point, num_examples(batch)):
             return self._forwards.outputs(self._forwards.without_loss(batch))
 
     def losses(self, points: Sequence[Point], batch: Any) -> torch.Tensor:
-        """Mean losses of a batch at the points.
+        """Mean losses at the points.
 
         Raises NotStackable where the batch or a module cannot be stacked.
         """
-        logits = self.logits(points, batch)
-        return torch.stack([self._forwards.mean_of({"logits": part}, batch) for part in logits])
+        parts = {point.rows: take_rows(batch, point.rows) for point in points}
+        return torch.stack(
+            [
+                self._forwards.mean_of({"logits": logits}, parts[point.rows])
+                for point, logits in zip(points, self.logits(points, batch), strict=True)
+            ]
+        )
 
     def logits(self, points: Sequence[Point], batch: Any) -> tuple[torch.Tensor, ...]:
-        """The logits of a batch at each point, from one forward of as many copies of it."""
+        """The logits at each point, from one forward of the points' rows of a batch."""
         if not isinstance(batch, dict) or "labels" not in batch:
             raise NotStackable("the batch is not a dict with labels")
         size = num_examples(batch)
+        rows = [range(size) if point.rows is None else point.rows for point in points]
+        stacked = [row for of_point in rows for row in of_point]
         stack = {
-            key: _repeated(value, len(points), size)
+            key: _stack(value, stacked, size)
             for key, value in self._forwards.without_loss(batch).items()
         }
-        with self._runner.at(points, size):
+        sizes = [len(of_point) for of_point in rows]
+        with self._runner.at(points, sizes):
             logits = logits_in(self._forwards.outputs(stack))
-        return logits.chunk(len(points))
+        if logits.shape[0] != len(stacked):
+            raise NotStackable(f"the logits of {len(stacked)} examples have {len(logits)} rows")
+        return logits.split(sizes)
 
 
 class Lockstep:
@@ -114,18 +124,20 @@ class Lockstep:
         stop_nvme_prefetch(self._forwards.deepspeed)
 
     def losses(self, points: Sequence[Point], batch: Any) -> torch.Tensor:
-        """Mean losses of a batch at the points.
+        """Mean losses at the points.
 
         Raises NotInLockstep where the forwards call different modules.
         """
         forwards = self._forwards
         forwards.into_eval_mode()
+        parts = {point.rows: take_rows(batch, point.rows) for point in points}
 
         def loss(k: int) -> torch.Tensor:
             # DeepSpeed's hooks on the whole model count forwards: they run once, in the first
             # stream
             call = forwards.deepspeed if k == 0 else forwards.module.forward
-            return forwards.mean_of(call_model(call, batch), batch)
+            part = parts[points[k].rows]
+            return forwards.mean_of(call_model(call, part), part)
 
         return torch.stack(self._runner.run_all(points, loss))
 
@@ -144,8 +156,10 @@ class Forms:
         return {form.name: form for form in forms}[name]
 
 
-def _repeated(value: Any, num_points: int, size: int) -> Any:
-    """Repeat an entry of a batch of `size` examples for each point; one row serves all examples."""
+def _stack(value: Any, rows: Sequence[int], size: int) -> Any:
+    """Take rows, with repetitions, of an entry of a batch of `size` examples; one row serves all
+    examples.
+    """
     if not isinstance(value, torch.Tensor) or value.ndim == 0 or value.shape[0] not in (1, size):
         return value
-    return value.expand(size, *value.shape[1:]).repeat(num_points, *[1] * (value.ndim - 1))
+    return value.expand(size, *value.shape[1:])[torch.tensor(rows, device=value.device)]

@@ -5,11 +5,12 @@ at the center, and adds the low-rank direction to the output:
 
     x (W + c U V^T)^T = x W^T + c (x V) U^T
 
- Called by `zods.forward.module_runners`.
+Called by `zods.forward.module_runners`.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -84,13 +85,15 @@ def run_low_rank(
     original: Callable,
     x: torch.Tensor,
     pairs: Sequence[Pair],
+    rows: Sequence[int],
 ) -> torch.Tensor:
     """Run a matrix module once for the streams that have the same center, then add the perturbation
     of each stream.
 
-    held: the module's perturbed parameters. x: the stack of all streams' inputs.
+    held: the module's perturbed parameters. x: the stack of all streams' inputs. rows: the number
+    of rows of each stream.
     """
-    size = x.shape[0] // len(perturber.points)
+    bounds = [0, *itertools.accumulate(rows)]
     centers: Centers = {}
     stored = {param: param.data for param in held}
     starts: list[dict[Any, Center]] = [
@@ -106,7 +109,7 @@ def run_low_rank(
             starts[i + 1][k].weight is starts[i][k].weight for k in held
         )
         if not same:
-            end = (pair[-1] + 1) * size
+            end = bounds[pair[-1] + 1]
             elsewhere = [
                 (p, starts[i][k].weight)
                 for k, p in held.items()
@@ -117,7 +120,7 @@ def run_low_rank(
             begin = end
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     for pair, start in zip(pairs, starts, strict=True):
-        part = slice(pair[0] * size, (pair[-1] + 1) * size)
+        part = slice(bounds[pair[0]], bounds[pair[-1] + 1])
         with perturber.scratch.scope():
             _add_perturbation(
                 perturber, module, held, product, output[part], x[part], pair, start, centers

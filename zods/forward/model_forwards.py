@@ -22,6 +22,7 @@ from zods.data.batch import (
     Signature,
     call_model,
     num_examples,
+    take_rows,
     to_device,
     without_weights,
 )
@@ -170,8 +171,9 @@ class ModelForwards:
         )
 
     def loss_at(self, point: Point | None, batch: Any) -> torch.Tensor:
-        """Return the mean loss at a point; None: at the parameters as they are."""
-        return self.mean_of(self.outputs_at(point, batch), batch)
+        """Return the mean loss of a point's rows; None: of all, at the parameters as they are."""
+        part = take_rows(batch, None if point is None else point.rows)
+        return self.mean_of(self.outputs_at(point, part), part)
 
     def logits_at(self, point: Point, batch: Any) -> torch.Tensor:
         """Return the logits at a point. Raises NotStackable if the outputs have none."""

@@ -1,10 +1,10 @@
 """How a module runs at several points, one class per form of evaluation.
 
-A stream is the forward of a batch at one point.
+A stream is the forward of a batch, or of some of its rows, at one point.
 
     PointRunner      one stream: the module runs once, with copies of its parameters at the point
-    StackRunner      all streams in one forward. The batch is repeated on dim 0. A module that uses
-                     parameters runs once per stream, on the stream's part of the stack. All other
+    StackRunner      all streams in one forward, stacked on dim 0. A module that uses parameters
+                     runs once per stream, on the stream's part of the stack. All other
                      modules see the whole stack. With low-rank directions a matrix module runs once
                      for all streams, and the perturbations are added to its output.
     LockstepRunner   as many forwards as streams, which wait for each other at every module
@@ -184,7 +184,7 @@ class LockstepRunner(PointRunner):
 
 
 class StackRunner(_Runner):
-    """Run modules on a stack of as many batches as points.
+    """Run modules on a stack of the points' rows of a batch.
 
     nested: modules that ran inside another one in the last stack, and so once per stream.
     """
@@ -196,24 +196,25 @@ class StackRunner(_Runner):
         self._pairs: list[Pair] = []
 
     @contextmanager
-    def recording(self, point: Point) -> Iterator[None]:
-        """A context in which a forward of one batch, at `point`, shows how to split a stack.
+    def recording(self, point: Point, num_examples: int) -> Iterator[None]:
+        """A context in which a forward of a batch of `num_examples`, at `point`, shows how to split
+        a stack.
 
         Earlier recordings are forgotten.
         """
-        self._stacking.forget()
+        self._stacking.begin_recording(num_examples)
         with self._modules.at((point,), _Recording(self._modules, self._stacking)):
             yield
 
     @contextmanager
-    def at(self, points: Sequence[Point], num_examples: int) -> Iterator[None]:
-        """A context for forwards on a stack of one batch of `num_examples` for each point.
+    def at(self, points: Sequence[Point], sizes: Sequence[int]) -> Iterator[None]:
+        """A context for forwards on a stack with a number of examples for each point.
 
         Raises NotStackable where a module cannot run on a stack.
         """
         self._pairs = _pairs(points)
         self.nested.clear()
-        self._stacking.begin(len(points), num_examples)
+        self._stacking.begin(sizes)
         with self._modules.at(points, self):
             yield
 
@@ -224,8 +225,9 @@ class StackRunner(_Runner):
             product = self._product(module, args, kwargs) if carries else None
             if product is not None and self._perturber.direction.distribution == "low_rank":
                 held = {p.param: p for p in self._modules.gathered(module)}
+                rows = self._stacking.rows_of_streams(args[0].shape[0])
                 return run_low_rank(
-                    self._perturber, module, held, product, original, args[0], self._pairs
+                    self._perturber, module, held, product, original, args[0], self._pairs, rows
                 )
             if product == "linear":
                 output = low_rank.empty_output(module, args[0])
@@ -257,7 +259,7 @@ class StackRunner(_Runner):
         """
         gathered = self._modules.gathered(module)
         weight = large_weight(self._perturber, module, gathered)
-        parts = output.chunk(len(inputs))
+        parts = output.split([len(x) for x in inputs])
 
         def run(stream: int) -> None:
             out = parts[stream].view(-1, output.shape[-1])

@@ -1,10 +1,11 @@
 """Split a module's inputs on a stack of batches into its streams, and join their outputs again.
 
-Some inputs carry the batch dimension. Others (BERT's position ids) are the same for every stream.
-The difference is learned from two forwards, not guessed from sizes: an input carries the batch if
-its dim 0 grows by the number of streams from a forward of one batch to a forward of the stack. Such
-an input must have the same number of rows for every example. A router that sends rows to experts
-breaks this rule, because the examples of the rows are not known.
+A stack holds the examples of several streams, one stream after the other. Some inputs carry the
+batch dimension. Others (BERT's position ids) are the same for every stream. The difference is
+learned from two forwards, not guessed from sizes: an input carries the batch if its dim 0 grows
+with the number of examples from a forward of one batch to a forward of a stack. Such an input must
+have the same number of rows for every example. A router that sends rows to experts breaks this
+rule, because the examples of the rows are not known.
 
 `zods.forward.module_runners` uses it. The form of evaluation is `zods.forward.forms.Stacked`.
 """
@@ -12,7 +13,7 @@ breaks this rule, because the examples of the rows are not known.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,17 +37,24 @@ class Stacking:
         # by module and call: whether each input carries the batch; None: not a tensor
         self._carry: dict[torch.nn.Module, list[list[bool | None]]] = defaultdict(list)
         self._num_calls: dict[torch.nn.Module, int] = defaultdict(int)
-        self._num_streams = self._num_examples = 1
+        self._examples_recorded = 1
+        self._sizes: Sequence[int] = ()  # examples of each stream
 
-    def begin(self, num_streams: int, num_examples: int) -> None:
-        """Prepare for a forward on a stack. num_examples: examples of one stream."""
-        self._num_streams, self._num_examples = num_streams, num_examples
+    def begin(self, sizes: Sequence[int]) -> None:
+        """Prepare for a forward on a stack. sizes: the number of examples of each stream."""
+        self._sizes = sizes
         self._num_calls.clear()
 
-    def forget(self) -> None:
-        """Forget all recorded calls."""
+    def begin_recording(self, num_examples: int) -> None:
+        """Forget all recorded calls, and prepare for a forward of a batch of `num_examples`."""
         self._recorded.clear()
         self._carry.clear()
+        self._examples_recorded = num_examples
+
+    def rows_of_streams(self, num_rows: int) -> list[int]:
+        """The number of rows of each stream in a tensor of `num_rows` rows for all streams."""
+        per_example = num_rows // sum(self._sizes)
+        return [size * per_example for size in self._sizes]
 
     def record(self, module: torch.nn.Module, arguments: Arguments) -> None:
         """Record a call in a forward of one batch."""
@@ -63,21 +71,25 @@ class Stacking:
         if call == len(self._carry[module]):
             self._learn(module, call, leaves)
         carry = self._carry[module][call]
-        streams: list[list[Any]] = [[] for _ in range(self._num_streams)]
+        streams: list[list[Any]] = [[] for _ in self._sizes]
+        num_examples = sum(self._sizes)
         if len(leaves) != len(carry):
             raise NotStackable(f"{self._names[module]} is not called as it was on the first batch")
         for leaf, carries in zip(leaves, carry, strict=True):
-            rows = self._num_streams * self._num_examples
             if isinstance(leaf, torch.Tensor) and carries is None:
-                carries = leaf.ndim > 0 and leaf.shape[0] == rows
+                carries = leaf.ndim > 0 and leaf.shape[0] == num_examples
             # an optional input may be None in this call
             carries = carries and _size(leaf) is not None
-            if carries and (_size(leaf) or 0) % rows:
+            if carries and (_size(leaf) or 0) % num_examples:
                 raise NotStackable(
-                    f"{self._names[module]} is given {_size(leaf)} rows of {rows} examples: which "
-                    "of them belong to which point is not known"
+                    f"{self._names[module]} is given {_size(leaf)} rows of {num_examples} "
+                    "examples: which of them belong to which point is not known"
                 )
-            parts = leaf.chunk(self._num_streams) if carries else [leaf] * self._num_streams
+            parts = (
+                leaf.split(self.rows_of_streams(leaf.shape[0]))
+                if carries
+                else [leaf] * len(self._sizes)
+            )
             for stream, part in zip(streams, parts, strict=True):
                 stream.append(part)
         return [tree_unflatten(stream, spec) for stream in streams], any(carry)
@@ -97,7 +109,8 @@ class Stacking:
         carry: list[bool | None] = []
         for before, leaf in zip(recorded[call], leaves, strict=True):
             now = _size(leaf)
-            if now is not None and now not in (before, self._num_streams * (before or 0)):
+            grown = (before or 0) * sum(self._sizes) / self._examples_recorded
+            if now is not None and now not in (before, grown):
                 raise NotStackable(
                     f"{self._names[module]} is given an input of {before} rows for a batch, {now} "
                     "for the stack"
@@ -122,8 +135,8 @@ class Stacking:
                     f"{self._names[module]} returns a tensor without a batch dimension"
                 )
             rows = (
-                part if carries else part.expand(self._num_examples, *part.shape[1:])
-                for part in parts
+                part if carries else part.expand(size, *part.shape[1:])
+                for part, size in zip(parts, self._sizes, strict=True)
             )
             joined.append(torch.cat(tuple(rows)))
         return tree_unflatten(joined, flat[0][1])

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from zods.comm.communicator import Communicator
 from zods.config.schema import check_loss_mean, parse_selector
-from zods.data.batch import WEIGHTS, to_device
+from zods.data.batch import POSITIONS, to_device, without_weights
 from zods.data.digest import ExampleDigests
 from zods.data.loader import EpochLoader, check_dataset, epoch_order
 from zods.data.objectives import Objective, weighted_sum
@@ -165,7 +165,8 @@ class SelectedBatches:
             batches = self.selection.micro_batches()
             while self.position < begins + per_choice:
                 self.position += 1
-                yield batches[(self.position - 1) % self.selection.accumulation]
+                batch = batches[(self.position - 1) % self.selection.accumulation]
+                yield {key: value for key, value in batch.items() if key != POSITIONS}
         self.position = 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -246,7 +247,7 @@ def weighted_loss(
     """
     check_loss_mean(loss_mean)
     moved = to_device(batch, engine.device)
-    inputs = {key: value for key, value in moved.items() if key not in ("labels", WEIGHTS)}
+    inputs = {key: value for key, value in without_weights(moved).items() if key != "labels"}
     return weighted_sum(
         engine(**inputs, **without_cache(engine.module)), moved, Objective(loss_mean)
     ).float()

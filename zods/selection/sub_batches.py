@@ -22,7 +22,7 @@ from torch.utils.data import default_collate
 
 from zods.comm.communicator import Communicator
 from zods.config.schema import SelectorConfig, check_selector
-from zods.data.batch import WEIGHTS, to_device
+from zods.data.batch import POSITIONS, WEIGHTS, to_device
 from zods.data.loader import check_dataset
 from zods.data.objectives import label_counts
 from zods.forward.dataset_metrics import check_own_loss
@@ -194,7 +194,8 @@ class SubBatches:
         return seconds
 
     def micro_batches(self) -> list[Batch]:
-        """Make this rank's micro-batches: `accumulation` batches with an entry `example_weights`.
+        """Make this rank's micro-batches: `accumulation` batches with the entries
+        `example_weights` and `example_positions` (among the chosen examples).
 
         The weights are scaled so that the mean of `weighted_loss` over all micro-batches is the
         weighted mean over the chosen examples, by label token or by example. A micro-batch for
@@ -211,7 +212,8 @@ class SubBatches:
         for indices in indices_by_rank[self._comm.rank]:
             batch = self._batch_of([self.selected_ids[index] for index in indices or [0]])
             weights = [self._weights[index] * scale for index in indices] or [0.0]
-            batches.append({**batch, WEIGHTS: torch.tensor(weights)})
+            positions = torch.tensor(indices or [0])
+            batches.append({**batch, WEIGHTS: torch.tensor(weights), POSITIONS: positions})
         return batches
 
     def collated(self, rows: Sequence[Any]) -> Batch:

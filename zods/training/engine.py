@@ -7,9 +7,10 @@ to this rank's shards.
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,20 @@ from zods.comm.stop_request import StopRequest, StopRequested
 from zods.comm.watchdog import Watchdog
 from zods.config.deepspeed_json import RunConfig
 from zods.config.schedules import ZerothOrderOptimizer
-from zods.core.points import pairs
+from zods.core.example_groups import Group, divide, group_starts, part_starts, positions_of
+from zods.core.points import Point, pair
 from zods.core.step_scale import StepScale, record_estimate
 from zods.core.update_rule import StepRule
-from zods.data.loader import TrainingLoader, anchor_parts
-from zods.forward.evaluator import Evaluator
+from zods.data.batch import num_examples, positions_in
+from zods.data.loader import TrainingLoader, anchor_order
+from zods.forward.evaluator import Evaluator, PairSums
 from zods.forward.model_forwards import ModelForwards
 from zods.params.shards import ShardedParameters
 from zods.selection.loaders import SelectingLoader
 from zods.training import checkpoint, resume
 from zods.training.engine_interface import EngineInterface
 from zods.training.join_leader import join_leader
-from zods.training.loss_exchange import LossExchange
+from zods.training.loss_exchange import LossExchange, ReducedLosses
 from zods.training.replicas import Replicas
 from zods.training.state import StepInFlight
 from zods.training.step_outputs import StepLoss, StepReport
@@ -103,7 +106,15 @@ class ZerothOrderEngine(EngineInterface):
         self.replicas = None if zo.replicas is None else Replicas(zo.replicas, comm)
         self._zo = zo
         self._rule = StepRule(zo)
-        self._exchange = LossExchange(comm, self.replicas, per_rank=zo.directions == "per_rank")
+        self._group_starts = group_starts(self.train_batch_size(), zo.examples_per_direction)
+        self._exchange = LossExchange(
+            comm,
+            self.replicas,
+            batch_size=self.train_batch_size(),
+            accumulation=self.gradient_accumulation_steps(),
+            examples_per_direction=zo.examples_per_direction,
+            in_order=self.selection is None,
+        )
         self._reporter = StepReporter(self.monitor, zo, comm)
         self._watchdog = watchdog
         self._evaluator = self._make_evaluator()
@@ -139,6 +150,7 @@ class ZerothOrderEngine(EngineInterface):
             stream_memory_gb=zo.stream_memory_gb,
             micro_batch=self.train_micro_batch_size_per_gpu(),
             most_points=zo.most_points,
+            grouped=zo.examples_per_direction != "all" or zo.anchor_split,
             beat=lambda: self._watchdog.beat(f"step {self.global_steps}, forward"),
         )
 
@@ -196,9 +208,10 @@ class ZerothOrderEngine(EngineInterface):
         around the parameters, NaN if no label counts. Otherwise returns the model's outputs.
 
         A loss becomes part of the step when it is given to `backward`. Without that, the forward
-        was a probe and has no effect. All micro-batches of a step share its directions. If the
-        anchor is due, it is refreshed before the first of them. Raises ValueError where the model
-        gives no loss, and StopRequested as `refresh_anchor` does.
+        was a probe and has no effect. Examples have directions by their position in the step's
+        batch: the first micro-batch has the first positions. If the anchor is due, it is refreshed
+        before the first of them. Raises ValueError where the model gives no loss, and StopRequested
+        as `refresh_anchor` does.
         """
         if self._is_closed:
             raise RuntimeError(
@@ -211,9 +224,11 @@ class ZerothOrderEngine(EngineInterface):
         if self._in_flight is None:
             self._in_flight = self._begin_step()
         rechecks, self._in_flight.rechecks = self._in_flight.rechecks, False
-        sums = self._evaluator.loss_sums(self._in_flight.points, batch, rechecks=rechecks)
+        groups = self._groups(batch, micro=len(self._in_flight.sums))
+        sums = self._evaluator.pair_sums(groups, self._point_pairs(), batch, rechecks=rechecks)
         self._record_evaluation()
-        loss = (sums[: 2 * self._zo.num_directions].mean() / sums[-1]).float().as_subclass(StepLoss)
+        mean = sums.sums[: self._zo.num_directions].mean() / sums.count
+        loss = mean.float().as_subclass(StepLoss)
         self._in_flight.pending = (loss, sums)
         self._watchdog.rest()
         return loss
@@ -224,9 +239,7 @@ class ZerothOrderEngine(EngineInterface):
         )
 
     def _begin_step(self) -> StepInFlight:
-        """Refresh the anchor if it is due, and make the step's points: pairs around the parameters,
-        then pairs around the anchor.
-        """
+        """Refresh the anchor if it is due, and begin a step."""
         began, bytes_before = time.perf_counter(), self.comm.scalar_bytes
         zo, step = self._zo, self.global_steps
         if self.replicas is not None and self.recorder.is_new:
@@ -239,14 +252,40 @@ class ZerothOrderEngine(EngineInterface):
             self.anchor_step is None or step - self.anchor_step >= zo.anchor_interval
         ):
             self.refresh_anchor()
-        own = self.global_rank if zo.directions == "per_rank" else 0
-        seeds, anchor_seeds = self._rule.step_seeds(step, own)
-        points = pairs(seeds, zo.eps)
-        if self.anchor is not None:
-            points += pairs(anchor_seeds, zo.eps, center=self.anchor.center)
-        return StepInFlight(
-            points, began, bytes_before, rechecks=step > 0 and step.bit_count() == 1
+        return StepInFlight(began, bytes_before, rechecks=step > 0 and step.bit_count() == 1)
+
+    def _groups(self, batch: Any, micro: int) -> list[Group]:
+        """The groups of a micro-batch's rows that share directions. micro: its number in the step."""
+        if len(self._group_starts) == 1:
+            return [Group(0, None)]
+        given = positions_in(batch)
+        if given is not None:
+            return divide(given, self._group_starts)
+        ranks = (self.comm.rank, self.comm.world_size)
+        split = ranks if self.replicas is None else self.replicas.split
+        own = positions_of(
+            self.train_batch_size(), self.gradient_accumulation_steps(), micro, split
         )
+        # a user's batch may have more rows than train_micro_batch_size_per_gpu
+        rows = [own[min(row, len(own) - 1)] for row in range(num_examples(batch))]
+        return divide(rows, self._group_starts)
+
+    def _point_pairs(self) -> list[Callable[[Group], list[Point]]]:
+        """The pairs of points of a step, for any group of rows: around the parameters, then around
+        the anchor.
+        """
+        zo, step = self._zo, self.global_steps
+
+        def pair_of(group: Group, k: int, at_anchor: bool) -> list[Point]:
+            seed = self._rule.step_seeds(step, group.index)[at_anchor][k]
+            center = {"center": self.anchor.center} if self.anchor and at_anchor else {}
+            return pair(seed, zo.eps, rows=group.rows, **center)
+
+        return [
+            functools.partial(pair_of, k=k, at_anchor=at_anchor)
+            for at_anchor in ((False, True) if zo.is_svrg else (False,))
+            for k in range(zo.num_directions)
+        ]
 
     # --- phase 2: reduce the scalars --------------------------------------------------------------
 
@@ -254,7 +293,7 @@ class ZerothOrderEngine(EngineInterface):
         """Make the forward that returned `loss` part of the step. At an accumulation boundary, sum
         losses and counts over all ranks.
 
-        Sends 8 bytes per point and rank. Raises ValueError where the last `engine(batch)` did not
+        See `zods.training.loss_exchange`. Raises ValueError where the last `engine(batch)` did not
         return `loss`: another loss, such as a scaled one, would have no effect, because the losses
         at the points are already known. For another loss, wrap the model so that its forward
         returns it.
@@ -272,17 +311,39 @@ class ZerothOrderEngine(EngineInterface):
         if self.is_gradient_accumulation_boundary():
             self._watchdog.beat(f"step {self.global_steps}, backward")
             reduced = self._exchange.step_losses(
-                self.comm.numbers(torch.stack(step.sums).sum(0)),
+                *self._summed(step.sums),
+                pairs=self._num_pairs,
                 step=self.global_steps,
                 head=self.trajectory.head,
                 rows=self._rows,
                 asked=self.stop.reason is not None,
                 left_form=self._evaluator.left_form,
             )
-            step.reduced, self.should_stop = reduced.losses, reduced.should_stop
+            step.reduced, self.should_stop = reduced, reduced.should_stop
             if reduced.left_form:
                 self._evaluator.leave_form()
         return loss
+
+    @property
+    def _num_pairs(self) -> int:
+        """The number of pairs of points of each group of examples."""
+        return self._zo.num_directions * (2 if self._zo.is_svrg else 1)
+
+    def _summed(self, sums: Sequence[PairSums]) -> tuple[dict[int, list[float]], float, float]:
+        """Add up micro-batches: (differences by group, loss sum at the parameters, count)."""
+        at_parameters = torch.stack([s.sums[: self._zo.num_directions].mean() for s in sums]).sum()
+        count = torch.stack([s.count for s in sums]).sum()
+        differences = torch.cat([s.differences.flatten() for s in sums])
+        *values, loss_sum, total = self.comm.numbers(
+            torch.cat([differences, torch.stack([at_parameters, count])])
+        )
+        by_group: dict[int, list[float]] = {}
+        pairs = self._num_pairs
+        for slot, group in enumerate(group for s in sums for group in s.groups):
+            of_group = values[slot * pairs : (slot + 1) * pairs]
+            before = by_group.get(group, [0.0] * pairs)
+            by_group[group] = [a + b for a, b in zip(before, of_group, strict=True)]
+        return by_group, loss_sum, total
 
     # --- phases 3 to 5: combine, log, apply -------------------------------------------------------
 
@@ -301,7 +362,9 @@ class ZerothOrderEngine(EngineInterface):
             in_flight.micro_steps += 1
             return
         self._watchdog.beat(f"step {self.global_steps}, step")
-        record, loss, projected_grad = self._combine(in_flight.reduced)
+        assert in_flight.reduced is not None
+        loss = in_flight.reduced.loss
+        record, projected_grad = self._combine(in_flight.reduced)
         self._commit_everywhere(record)
         self._in_flight = None
         self.run.advance(record)
@@ -315,23 +378,21 @@ class ZerothOrderEngine(EngineInterface):
         )
         self._remember_loader()
         self._watchdog.rest()
-        self._reporter.warn(self.run.state, record, in_flight.reduced, projected_grad)
+        self._reporter.warn(self.run.state, record, loss, projected_grad)
 
-    def _combine(self, losses: Sequence[Sequence[float]]) -> tuple[Step, float, float]:
-        """Make the record of this step. Returns it with the mean loss and the mean projected
-        gradient around the parameters.
+    def _combine(self, reduced: ReducedLosses) -> tuple[Step, float]:
+        """Make the record of this step. Returns it with the mean projected gradient around the
+        parameters.
         """
         weight = self.run.anchor_weight
-        terms, projected_grad, products = self._rule.estimate(self.global_steps, losses, weight)
+        terms, projected_grad, products = self._rule.estimate(
+            self.global_steps, reduced.differences, weight
+        )
         coefficients = tuple(term.coefficient for term in terms)
-        at_parameters = [
-            loss for of_set in losses for loss in of_set[: 2 * self._zo.num_directions]
-        ]
-        loss = sum(at_parameters) / len(at_parameters)
         epoch_and_step = (
             None if self.training_dataloader is None else self.training_dataloader.epoch_and_step
         )
-        logged = loss if coefficients else None
+        logged = reduced.loss if coefficients else None
         lr, sub_batch = self.get_lr()[0], self.recorder.sub_batch()
         normalizes = self._zo.normalize and bool(coefficients)
         rms = self.run.scale_with(coefficients, weight).rms if normalizes else None
@@ -341,8 +402,9 @@ class ZerothOrderEngine(EngineInterface):
             rms=rms,
             weight=weight,
             products=products if measured else None,
+            in_16_bits=self._rule.logs_16_bits,
         )
-        return step, loss, projected_grad
+        return step, projected_grad
 
     def _commit_everywhere(self, record: Record) -> None:
         """Commit a record. In a replica that follows, commit the leader's record instead, with the
@@ -376,20 +438,26 @@ class ZerothOrderEngine(EngineInterface):
         zo = self._zo
         seeds = self._rule.seeds("anchor", self.global_steps, zo.anchor_directions)
         loader, title = self.training_dataloader, f"anchor at step {self.global_steps}"
-        sets = [[seed] for seed in seeds] if zo.anchor_split else [seeds]
-        points = [pairs(of_set, zo.eps) for of_set in sets]
-        examples = anchor_parts(
+        order = anchor_order(
             len(loader.dataset),  # type: ignore[arg-type]
             examples=zo.anchor_examples,
-            parts=len(points),
+            shuffled=zo.anchor_split and len(seeds) > 1,
             seed=self._rule.seeds("anchor_examples", self.global_steps, 1)[0],
         )
+        parts = len(seeds) if zo.anchor_split else 1
+        sets = len(seeds) // parts  # pairs of points of each part
+
+        def pair_of(group: Group, k: int) -> list[Point]:
+            return pair(seeds[group.index * sets + k], zo.eps, rows=group.rows)
+
         split, total = self._exchange.refresh_split(self.global_steps, self.trajectory)
         try:
             with self._polled() as poll:
-                losses = self._evaluator.losses_over(
-                    list(zip(points, examples, strict=True)),
+                differences = self._evaluator.differences_over(
                     loader.dataset,
+                    order,
+                    part_starts(len(order), parts),
+                    [functools.partial(pair_of, k=k) for k in range(sets)],
                     loader.collate_fn,
                     title=title,
                     micro_batch=self._rows // split[1],
@@ -405,7 +473,7 @@ class ZerothOrderEngine(EngineInterface):
         self._record_evaluation()
         scheduled = self.get_lr()[0] / zo.lr if zo.lr else 1.0 / self.annealing.divisor
         anchor_lr = zo.lr if zo.anchor_lr is None else zo.anchor_lr
-        gradient = self._rule.estimate_at_anchor(seeds, losses)
+        gradient = self._rule.estimate_at_anchor(seeds, differences)
         if not gradient:
             if self.anchor_step is None:
                 raise RuntimeError(
@@ -418,7 +486,10 @@ class ZerothOrderEngine(EngineInterface):
         coefficients = tuple(term.coefficient for term in gradient)
         rms = record_estimate(StepScale(), coefficients).rms if zo.normalize else None
         self._commit_everywhere(
-            Refresh(self.global_steps, anchor_lr * scheduled, coefficients, rms)
+            Refresh(
+                *(self.global_steps, anchor_lr * scheduled, coefficients, rms),
+                in_16_bits=self._rule.logs_16_bits,
+            )
         )
 
     # --- resume, load -----------------------------------------------------------------------------

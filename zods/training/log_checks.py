@@ -197,6 +197,7 @@ def check_replica(config: RunConfig, log: Log) -> None:
     for key in (
         "eps",
         "num_directions",
+        "examples_per_direction",
         "anchor_interval",
         "anchor_directions",
         "anchor_split",

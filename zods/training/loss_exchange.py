@@ -7,10 +7,11 @@ form of evaluation that was chosen. The engine owns one `LossExchange`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from zods.comm.communicator import Communicator
+from zods.core.example_groups import divide, group_starts, positions_of
 from zods.training.replicas import Replicas
 from zods.trajectory.log import Trajectory
 
@@ -18,50 +19,111 @@ from zods.trajectory.log import Trajectory
 class ReducedLosses(NamedTuple):
     """The losses of a step over all ranks, the same on each.
 
-    losses: per set of directions (one set, or one per rank), the losses at its points, weighted so
-    that their mean over the sets is the loss of the global batch; NaN where nothing was counted.
-    should_stop: some rank was asked to stop. left_form: some rank left the form of evaluation.
+    differences: see `StepRule.estimate`. loss: the mean over the global batch and the points around
+    the parameters. Both are NaN where nothing was counted. should_stop: some rank was asked to
+    stop. left_form: some rank left the form of evaluation.
     """
 
-    losses: list[list[float]]
+    differences: list[list[float]]
+    loss: float
     should_stop: bool
     left_form: bool
 
 
 class LossExchange:
-    """Sends 8 bytes per point and rank."""
+    """Sends 8 bytes per pair of points of each group of examples, and 32 bytes.
 
-    def __init__(self, comm: Communicator, replicas: Replicas | None, *, per_rank: bool) -> None:
-        """per_rank: each rank has directions of its own, so its losses are not added to others'."""
-        self._comm, self._replicas, self._per_rank = comm, replicas, per_rank
+    A rank sends the groups that its examples belong to. With replicas, or where any rank may be
+    given any example, it sends all groups of the batch.
+    """
+
+    def __init__(
+        self,
+        comm: Communicator,
+        replicas: Replicas | None,
+        *,
+        batch_size: int,
+        accumulation: int,
+        examples_per_direction: int | str,
+        in_order: bool,
+    ) -> None:
+        """in_order: ranks are given the examples of a batch in the order of their positions."""
+        self._comm, self._replicas = comm, replicas
+        starts = group_starts(batch_size, examples_per_direction)
+        self._num_groups = len(starts)
+        self._groups_of_ranks = [
+            sorted(
+                {
+                    group.index
+                    for micro in range(accumulation)
+                    for group in divide(
+                        positions_of(batch_size, accumulation, micro, (rank, comm.world_size)),
+                        starts,
+                    )
+                }
+            )
+            if in_order and replicas is None
+            else list(range(len(starts)))
+            for rank in range(comm.world_size)
+        ]
 
     def step_losses(
         self,
-        sums: Sequence[float],
+        differences: Mapping[int, Sequence[float]],
+        loss_sum: float,
+        count: float,
         *,
+        pairs: int,
         step: int,
         head: str,
         rows: int,
         asked: bool,
         left_form: bool,
     ) -> ReducedLosses:
-        """Reduce a step's sums: a loss sum per point, then what the loss is a mean over.
+        """Reduce a step's sums.
 
-        head: of the chain of records, which all replicas must have. rows: examples of a micro-batch
-        over all ranks. asked, left_form: this rank's flags.
+        differences: of loss sums, one per pair of points, for this rank's groups. loss_sum: at the
+        parameters. count: what the loss is a mean over. pairs: of points per group. head: of the
+        chain of records, which all replicas must have. rows: examples of a micro-batch over all
+        ranks. asked, left_form: this rank's flags.
         """
+        nothing = [0.0] * pairs
+        most = max(map(len, self._groups_of_ranks))
+        own = [differences.get(group, nothing) for group in self._groups_of_ranks[self._comm.rank]]
+        own += [nothing] * (most - len(own))
+        sent = [*(value for of_group in own for value in of_group), loss_sum, count]
         if self._replicas is not None:
             left = self._comm.sum_over_ranks([float(left_form)])[0] > 0
-            total, should_stop = self._replicas.sum(sums, str(step), head, asked=asked, rows=rows)
-            return ReducedLosses(_weighted([total]), should_stop, left)
-        own = [*sums, float(left_form), float(asked)]
-        rows_of_all = (
-            self._comm.gather_scalars(own) if self._per_rank else [self._comm.sum_over_ranks(own)]
+            total, should_stop = self._replicas.sum(sent, str(step), head, asked=asked, rows=rows)
+            return self._reduced([total], pairs, should_stop, left)
+        received = self._comm.gather_scalars([*sent, float(left_form), float(asked)])
+        return self._reduced(
+            [of_rank[:-2] for of_rank in received],
+            pairs,
+            should_stop=any(of_rank[-1] for of_rank in received),
+            left_form=any(of_rank[-2] for of_rank in received),
         )
+
+    def _reduced(
+        self, received: Sequence[Sequence[float]], pairs: int, should_stop: bool, left_form: bool
+    ) -> ReducedLosses:
+        """Add what was received, in rank order."""
+        totals = [[0.0] * pairs for _ in range(self._num_groups)]
+        loss_sum = count = 0.0
+        for groups, (*values, loss_here, count_here) in zip(
+            self._groups_of_ranks, received, strict=False
+        ):
+            loss_sum, count = loss_sum + loss_here, count + count_here
+            for slot, group in enumerate(groups):
+                of_group = values[slot * pairs : (slot + 1) * pairs]
+                totals[group] = [a + b for a, b in zip(totals[group], of_group, strict=True)]
+        # an estimate is the mean over the groups
+        share = count / self._num_groups if count else math.nan
         return ReducedLosses(
-            _weighted([row[:-2] for row in rows_of_all]),
-            should_stop=any(row[-1] for row in rows_of_all),
-            left_form=any(row[-2] for row in rows_of_all),
+            [[value / share for value in of_group] for of_group in totals],
+            loss_sum / count if count else math.nan,
+            should_stop,
+            left_form,
         )
 
     def refresh_split(
@@ -75,16 +137,3 @@ class LossExchange:
             return (self._comm.rank, self._comm.world_size), self._comm.sum_over_ranks
         tag = f"{step}, refresh"
         return replicas.split, lambda values: replicas.sum(values, tag, trajectory.head)[0]
-
-
-def _weighted(sums: Sequence[Sequence[float]]) -> list[list[float]]:
-    """Mean losses from (loss sums, count) of each set of directions.
-
-    An estimate is linear in its losses. So the losses of a rank with directions of its own are
-    weighted by the rank's share of what the loss is a mean over: then the mean over the ranks is
-    that of the global batch.
-    """
-    mean_count = sum(count for *_, count in sums) / len(sums)
-    return [
-        [total / mean_count if mean_count else math.nan for total in totals] for *totals, _ in sums
-    ]

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
-
 from zods.core.anchor_weight import AnchorWeight
 from zods.core.annealing import Annealing
-from zods.core.points import Point
 from zods.core.step_scale import StepScale
+from zods.forward.evaluator import PairSums
+from zods.training.loss_exchange import ReducedLosses
 from zods.training.step_outputs import StepLoss
 
 
@@ -43,19 +42,17 @@ class StepInFlight:
     """The step under way, from its first forward until `step()` has applied it.
 
     began: time.perf_counter() at its start. bytes_before: bytes that this rank had sent before it.
-    sums: for each micro-batch given to `backward`, a loss sum per point, then the count that the
-    loss is a mean over. pending: the loss and the sums of the last forward, not yet given to
-    `backward`. reduced: losses of all ranks, per set of directions and point; see
-    `zods.training.loss_exchange`. rechecks: whether the first forward compares the form of
-    evaluation with separate forwards. micro_steps: calls of `step()` so far, all before the
+    sums: for each micro-batch given to `backward`, its losses at pairs of points. pending: the loss
+    and the sums of the last forward, not yet given to `backward`. reduced: the losses of all ranks,
+    None before `backward` has reduced them. rechecks: whether the first forward compares the form
+    of evaluation with separate forwards. micro_steps: calls of `step()` so far, all before the
     accumulation boundary.
     """
 
-    points: list[Point]
     began: float
     bytes_before: int
-    sums: list[torch.Tensor] = field(default_factory=list)
-    pending: tuple[StepLoss, torch.Tensor] | None = None
-    reduced: list[list[float]] = field(default_factory=list)
+    sums: list[PairSums] = field(default_factory=list)
+    pending: tuple[StepLoss, PairSums] | None = None
+    reduced: ReducedLosses | None = None
     rechecks: bool = False
     micro_steps: int = 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
 from typing import Any
 
 from zods.comm.communicator import Communicator
@@ -60,7 +59,7 @@ class StepReporter:
         self,
         state: TrainState,
         record: Step,
-        losses: Sequence[Sequence[float]],
+        loss: float,
         projected_grad: float,
     ) -> None:
         """Warn of a step that was skipped, or whose projected gradient is exactly 0.
@@ -68,7 +67,7 @@ class StepReporter:
         Raises RuntimeError after `max_nonfinite_steps` skipped steps in a row.
         """
         if record.skipped:
-            self._warn_of_skipped(state, [loss for of_set in losses for loss in of_set])
+            self._warn_of_skipped(state, loss)
         elif projected_grad == 0.0 and not self._has_warned_of_zero:
             self._has_warned_of_zero = True
             if self._comm.rank == 0:
@@ -80,11 +79,14 @@ class StepReporter:
                     self._config.eps,
                 )
 
-    def _warn_of_skipped(self, state: TrainState, losses: list[float]) -> None:
-        logger.warning("step %d skipped: losses %s are not all finite", state.global_steps, losses)
+    def _warn_of_skipped(self, state: TrainState, loss: float) -> None:
+        logger.warning(
+            "step %d skipped: a loss or a projected gradient is not finite; the mean loss is %s",
+            *(state.global_steps, loss),
+        )
         if state.nonfinite_in_a_row > self._config.max_nonfinite_steps:
             raise RuntimeError(
                 f"{state.nonfinite_in_a_row} steps in a row had non-finite losses "
                 f"(max_nonfinite_steps = {self._config.max_nonfinite_steps}). Lower lr or eps, or "
-                f"look at the data. Last losses: {losses}."
+                f"look at the data. The last mean loss: {loss}."
             )

@@ -11,7 +11,7 @@
                 and the selector's choice
 
 Seeds are not stored: they follow from the base seed and the step (`zods.core.update_rule`).
-Coefficients are float32, in base64. Called by the log, the replay and `zods.training`.
+Coefficients are in base64, of float32 or bfloat16 numbers. Called by the log, the replay and `zods.training`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,13 @@ DEFINITION = (
 # Keys of the section "zeroth_order" that first-order training uses.
 FIRST_ORDER = ("seed", "selector", "loss_mean")
 # Keys that logs of earlier versions do not have, with what they meant there.
-EARLIER = {"normalize": False, "anchor_weight": 1.0, "anchor_split": False, "anchor_examples": None}
+EARLIER = {
+    "normalize": False,
+    "examples_per_direction": "all",
+    "anchor_weight": 1.0,
+    "anchor_split": False,
+    "anchor_examples": None,
+}
 # Keys of the subsection "anchor" that are not written: no bit depends on them.
 NOT_RECORDED = ("nvme_path", "buffer_count", "buffer_size", "pin_memory")
 
@@ -159,12 +165,14 @@ class Refresh:
 
     coefficients: of the full-batch gradient. Empty if its losses were not finite: the previous
     anchor then stays in force. rms: the gradient is divided by it for its step; None: it is not.
+    in_16_bits: the coefficients are rounded to bfloat16.
     """
 
     step: int
     lr: float
     coefficients: tuple[float, ...]
     rms: float | None = None
+    in_16_bits: bool = False
 
     @property
     def step_size(self) -> float:
@@ -176,7 +184,7 @@ class Refresh:
             "refresh": self.step,
             "lr": self.lr,
             **({} if self.rms is None else {"rms": self.rms}),
-            "c": packed(self.coefficients),
+            **_coefficients(self.coefficients, self.in_16_bits),
         }
 
 
@@ -215,6 +223,7 @@ class Step:
     replayed. at: (epoch, step in the epoch) of the loader after the step. rms: the estimate is
     divided by it (`zods.core.step_scale`); None: it is not. weight: of the anchor. products: from
     which the weights of later steps follow; None where the weight is a number of the configuration.
+    in_16_bits: the coefficients are rounded to bfloat16.
     """
 
     step: int
@@ -226,6 +235,7 @@ class Step:
     rms: float | None = None
     weight: float = 1.0
     products: AnchorWeight | None = None
+    in_16_bits: bool = False
 
     @property
     def step_size(self) -> float:
@@ -253,7 +263,7 @@ class Step:
         if self.at is not None:
             record["at"] = list(self.at)
         if self.coefficients is not None:
-            record["c"] = packed(self.coefficients)
+            record |= _coefficients(self.coefficients, self.in_16_bits)
         if self.sub_batch is not None:
             record["sub"] = self.sub_batch.to_json()
         return record
@@ -269,6 +279,20 @@ def packed(coefficients: Sequence[float]) -> str:
     'AACAPw=='
     """
     return base64.b64encode(struct.pack(f"<{len(coefficients)}f", *coefficients)).decode()
+
+
+def _coefficients(values: Sequence[float], in_16_bits: bool) -> dict[str, str]:
+    return {"h": packed_16_bits(values)} if in_16_bits else {"c": packed(values)}
+
+
+def packed_16_bits(coefficients: Sequence[float]) -> str:
+    """Encode coefficients that are bfloat16 numbers as little-endian bfloat16 in base64.
+
+    >>> packed_16_bits([1.0])
+    'gD8='
+    """
+    data = struct.pack(f"<{len(coefficients)}f", *coefficients)
+    return base64.b64encode(b"".join(data[i + 2 : i + 4] for i in range(0, len(data), 4))).decode()
 
 
 def header_of(values: Any) -> Header:
@@ -351,16 +375,23 @@ class _Reader:
             raise ValueError(f"{self._kind}: {key} is {value!r}")
         return value
 
-    def coefficients(self, key: str) -> tuple[float, ...]:
+    def coefficients(self) -> tuple[tuple[float, ...], bool]:
+        """The coefficients, and whether they have 16 bits."""
+        in_16_bits = "h" in self._values
+        if in_16_bits and "c" in self._values:
+            raise ValueError(f"{self._kind}: c and h are given, expected one of them")
+        key, size = ("h", 2) if in_16_bits else ("c", 4)
         data = _decoded(self(key, str), f"{self._kind}: {key}")
-        if len(data) % 4:
+        if len(data) % size:
             raise ValueError(
                 f"{self._kind}: {key} holds {len(data)} bytes, no whole number of coefficients"
             )
+        if in_16_bits:  # the upper half of a float32
+            data = b"".join(b"\0\0" + data[i : i + 2] for i in range(0, len(data), 2))
         values = struct.unpack(f"<{len(data) // 4}f", data)
         if not all(map(math.isfinite, values)):
             raise ValueError(f"{self._kind}: {key} holds a coefficient that is not finite")
-        return values
+        return values, in_16_bits
 
 
 def _decoded(text: str, what: str) -> bytes:
@@ -399,8 +430,7 @@ def _run(values: dict[str, Any]) -> RunRecord:
     section, optimizer = get("zeroth_order", dict), get("optimizer", dict, None)
     if optimizer is not None:
         section = {"method": "mezo", **section}
-    if section.get("method") == "mezo_svrg":
-        section = {**EARLIER, **section}
+    section = _of_this_version(section, get.count("batch", 1), get.count("world_size", 1))
     anchor = section.get("anchor")
     if isinstance(anchor, Mapping) and "nvme" in (anchor.get("point"), anchor.get("gradient")):
         section = {**section, "anchor": {**anchor, "nvme_path": "(not recorded)"}}
@@ -415,35 +445,49 @@ def _run(values: dict[str, Any]) -> RunRecord:
     )
 
 
+def _of_this_version(section: dict[str, Any], batch: int, world_size: int) -> dict[str, Any]:
+    """The section "zeroth_order" of a log of any version, with the keys of this one."""
+    svrg = section.get("method") == "mezo_svrg"
+    earlier = {key: value for key, value in EARLIER.items() if svrg or key not in SVRG_ONLY}
+    section = {**earlier, **section}
+    # each rank had directions of its own
+    if section.pop("directions", None) == "per_rank":
+        section["examples_per_direction"] = batch // world_size
+    return section
+
+
 def _evaluation(values: dict[str, Any]) -> Evaluation:
     get = _Reader(values, "evaluation", ("form", "streams"))
     return Evaluation(get.count("evaluation"), get("form", str), get.count("streams", 1))
 
 
 def _refresh(values: dict[str, Any]) -> Refresh:
-    get = _Reader(values, "refresh", ("lr", "rms", "c"))
-    lr, coefficients = get.number("lr"), get.coefficients("c")
-    return Refresh(get.count("refresh"), lr, coefficients, get.scale("rms"))
+    get = _Reader(values, "refresh", ("lr", "rms", "c", "h"))
+    coefficients, in_16_bits = get.coefficients()
+    lr, rms = get.number("lr"), get.scale("rms")
+    return Refresh(get.count("refresh"), lr, coefficients, rms, in_16_bits)
 
 
 def _step(values: dict[str, Any]) -> Step:
-    get = _Reader(values, "step", ("loss", "lr", "rms", "w", "ca", "at", "c", "sub"))
+    get = _Reader(values, "step", ("loss", "lr", "rms", "w", "ca", "at", "c", "h", "sub"))
     at = get("at", list, None)
     if at is not None and not (
         len(at) == 2 and all(type(value) is int and 0 <= value < 2**53 for value in at)
     ):
         raise ValueError(f"step: at is {at!r}")
     loss = get("loss", (int, float, type(None)))
+    coefficients, in_16_bits = get.coefficients() if {"c", "h"} & set(values) else (None, False)
     return Step(
         get.count("step"),
         None if loss is None else float(loss),
         get.number("lr"),
-        get.coefficients("c") if "c" in values else None,
+        coefficients,
         None if at is None else (at[0], at[1]),
         _sub_batch(values["sub"]) if "sub" in values else None,
         get.scale("rms"),
         float(get("w", (int, float), 1.0)),
         _products(get("ca", list, None)),
+        in_16_bits,
     )
 
 

@@ -176,7 +176,7 @@ LOCATIONS = {
         checkpoint, "put_in_place", before=lambda *_: strike("rename"), after="after_rename"
     ),
     "refresh": lambda: around(
-        Evaluator, "losses_over", before=lambda *_: strike("refresh"), after="after_refresh"
+        Evaluator, "differences_over", before=lambda *_: strike("refresh"), after="after_refresh"
     ),
     "resume": lambda: around(resume, "replay_", before=lambda *_: strike("resume")),
 }
