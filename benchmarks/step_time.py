@@ -48,6 +48,7 @@ class Case(NamedTuple):
     dtype: str = "float32"
     evaluation: str = "auto"
     num_directions: int = 1
+    examples_per_direction: int | str = "all"
     batch_size: int = 8
     num_layers: int = 12
     anchor_age: int = 0
@@ -63,6 +64,7 @@ def smoke_cases() -> Iterator[Case]:
     yield Case(method="published", num_layers=0)
     yield Case(direction="rademacher", dtype="bfloat16", num_layers=0)
     yield Case(method="mezo_svrg", direction="low_rank", num_layers=0, anchor_age=2)
+    yield Case(direction="low_rank", num_layers=0, examples_per_direction=1)
 
 
 def quick_cases() -> Iterator[Case]:
@@ -71,6 +73,10 @@ def quick_cases() -> Iterator[Case]:
         for direction in ("rademacher", "gaussian", "low_rank"):
             yield Case(direction=direction, dtype=dtype)
         yield Case(method="mezo_svrg", direction="low_rank", dtype=dtype)
+        for batch_size in (8, 32):
+            yield Case(
+                direction="low_rank", dtype=dtype, batch_size=batch_size, examples_per_direction=1
+            )
     yield Case(method="published")
 
 
@@ -123,7 +129,11 @@ def zods_step(case: Case, batch: dict[str, torch.Tensor]) -> tuple[Callable[[], 
         "direction": case.direction,
         "evaluation": case.evaluation,
     }
-    section |= {"lr": 1e-9, "num_directions": case.num_directions}
+    section |= {
+        "lr": 1e-9,
+        "num_directions": case.num_directions,
+        "examples_per_direction": case.examples_per_direction,
+    }
     if case.method == "mezo_svrg":
         section |= {"anchor_interval": 10**6, "anchor": {"point": "terms", "gradient": "terms"}}
     engine = single_rank_engine(
@@ -231,6 +241,7 @@ def label(row: dict[str, Any]) -> str:
     parts = [row["method"].replace("mezo_svrg", "svrg"), row["direction"]]
     parts += [row["evaluation"]] if row["evaluation"] != "stacked" else []
     parts += [f"{row['num_directions']} directions"] if row["num_directions"] > 1 else []
+    parts += ["a direction per example"] if row["examples_per_direction"] == 1 else []
     parts += [f"batch {row['batch_size']}"] if row["batch_size"] != 8 else []
     parts += [f"{row['num_layers']} layers"] if row["num_layers"] != 12 else []
     parts += [f"{row['anchor_age']} updates since the refresh"] if row["anchor_age"] else []
