@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
+import signal
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,14 +19,18 @@ import transformers as hf
 from torch import Tensor, nn
 from torch.nn import functional
 
+import zods
 from tests.distributed import awkward
 from tests.distributed.forms import dense_losses, engine_of
+from tests.distributed.models import collate, configuration, opt_data, tiny_opt
 from tests.distributed.ranks import run_ranks
 from tests.helpers import LogTexts
+from zods.comm.communicator import is_lost_connection
 from zods.core.directions import Direction
 from zods.core.points import Point
 from zods.forward import choose_form
 from zods.forward.choose_form import first_examples
+from zods.forward.forms import Stacked
 
 POINTS = [Point(5, 0.01), Point(5, -0.01)]
 
@@ -345,3 +352,29 @@ def rank_of_a_closed_engine() -> str:
 
 def test_a_closed_engine_makes_no_steps():
     assert "the engine is closed" in run_ranks(1, rank_of_a_closed_engine)[0]
+
+
+def rank_of_lost_connection(found: Path) -> None:
+    # parameters are released after each module, as large ones are
+    released = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
+    config = configuration(4, method="mezo", top=released)
+    engine = zods.initialize(model=tiny_opt(), config=config)[0]
+    record = Stacked.record
+
+    def last(form: Stacked, *arguments: Any) -> Any:
+        outputs = record(form, *arguments)
+        if torch.distributed.get_rank() == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return outputs
+
+    Stacked.record = last
+    try:
+        engine(collate(opt_data(2)))
+    except Exception as error:
+        found.write_text(f"{is_lost_connection(error)}: {error!r}")
+
+
+def test_a_rank_that_is_killed_during_the_choice_is_a_lost_connection_and_no_misfit(tmp_path):
+    with pytest.raises(pytest.fail.Exception):
+        run_ranks(2, rank_of_lost_connection, tmp_path / "found")
+    assert (tmp_path / "found").read_text().startswith("True: ")

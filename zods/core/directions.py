@@ -88,30 +88,53 @@ class Direction:
         matrices c_k / sqrt(r) U_k, concatenated by columns. right: the K matrices V_k^T,
         concatenated by rows.
         """
-        columns = parameter.shape[1]
+        left, right = self.factor_stack(parameter, seeds, coefficients, rows, device)
+        return left.transpose(0, 1).flatten(1).contiguous(), right.flatten(0, 1)
+
+    def factor_stack(
+        self,
+        parameter: Parameter,
+        seeds: Sequence[int],
+        coefficients: Sequence[float],
+        rows: range,
+        device: torch.device | str,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Factors of each c_k z_k for some rows of a matrix.
+
+        Returns (left, right), of shapes (K, rows, r) and (K, r, columns), float32: c_k z_k is
+        left[k] @ right[k]. The other arguments are as in `factors`.
+        """
         rank = min(self.rank, *parameter.shape)
-        left = torch.empty(len(rows), len(seeds), rank, device=device)
-        right = torch.empty(len(seeds), rank, columns, device=device)
-        for k, (seed, coefficient) in enumerate(zip(seeds, coefficients, strict=True)):
-            sides = [_hash(struct.pack("<QI", seed, side)) for side in (0, 1)]
-            made = kernels.direction(
-                len(rows) * rank,
-                seed=sides[0],
+        of_sides = [[_hash(struct.pack("<QI", seed, side)) for seed in seeds] for side in (0, 1)]
+        left, right = (
+            kernels.directions(
+                number * rank,
+                seeds=of_side,
                 distribution="gaussian",
                 parameter=parameter.ordinal,
-                offset=rows.start * rank,
+                offset=start * rank,
                 device=device,
             )
-            left[:, k] = made.view(-1, rank) * (coefficient / math.sqrt(rank))
-            right[k] = kernels.direction(
-                rank * columns,
-                seed=sides[1],
-                distribution="gaussian",
-                parameter=parameter.ordinal,
-                offset=0,
-                device=device,
-            ).view(rank, columns)
-        return left.flatten(1), right.flatten(0, 1)
+            for of_side, number, start in zip(
+                of_sides, (len(rows), parameter.shape[1]), (rows.start, 0), strict=True
+            )
+        )
+        scales = torch.tensor([c / math.sqrt(rank) for c in coefficients], device=device)
+        left = left.view(-1, len(rows), rank) * scales.view(-1, 1, 1)
+        return left, right.view(-1, rank, parameter.shape[1])
+
+    def stack(
+        self, parameter: Parameter, seeds: Sequence[int], device: torch.device | str
+    ) -> torch.Tensor:
+        """z of a parameter without factors for each seed, (seeds, numel) float32."""
+        return kernels.directions(
+            math.prod(parameter.shape),
+            seeds=seeds,
+            distribution="gaussian" if self.distribution == "low_rank" else self.distribution,
+            parameter=parameter.ordinal,
+            offset=0,
+            device=device,
+        )
 
     def combine_(
         self,

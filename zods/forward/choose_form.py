@@ -20,6 +20,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from tqdm import tqdm
 
+from zods.comm.communicator import is_lost_connection
 from zods.core.points import Point
 from zods.data.batch import num_examples, take_rows
 from zods.data.objectives import logits_of, other_labels
@@ -151,6 +152,8 @@ class ChooseForm:
             else:
                 reason, needed = self._lockstep_misfit(batch)
         except Exception as error:  # a model may do anything in a form that it was not written for
+            if is_lost_connection(error):
+                raise
             reason = f"{type(error).__name__}: {str(error)[:300]}"
             release_gathered(f.deepspeed)
         any_far = stacked and self._comm.sum_over_ranks([float(far is not None)])[0]

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from zods.core.directions import Direction
 from zods.core.points import Center
 from zods.forward import low_rank
 from zods.forward.large_matrices import blocks
@@ -119,49 +120,88 @@ def run_low_rank(
                 outputs.append(original(x[begin:end]))
             begin = end
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    for pair, start in zip(pairs, starts, strict=True):
-        part = slice(bounds[pair[0]], bounds[pair[-1] + 1])
-        with perturber.scratch.scope():
-            _add_perturbation(
-                perturber, module, held, product, output[part], x[part], pair, start, centers
-            )
+    of_centers = itertools.groupby(
+        range(len(pairs)), key=lambda i: perturber.points[pairs[i][0]].center
+    )
+    for _, of_center in of_centers:
+        same_center = list(of_center)
+        _add_perturbations(
+            perturber, module, held, product, output, x,
+            [pairs[i] for i in same_center], bounds, starts[same_center[0]],
+        )  # fmt: skip
     return output
 
 
-def _add_perturbation(
+def _add_perturbations(
     perturber: Perturber,
     module: Any,
     held: Mapping[Any, Perturbable],
     product: low_rank.MatrixProduct,
     output: torch.Tensor,
     x: torch.Tensor,
-    pair: Pair,
+    pairs: Sequence[Pair],
+    bounds: Sequence[int],
     start: Mapping[Any, Center],
-    centers: Centers,
 ) -> None:
-    """Add the perturbations of the matrix and of the bias to a pair's output.
+    """Add the perturbations of the matrix and of the bias to the outputs of pairs with one center.
 
-    output: computed with the weights of the pair's centers; changed in place. start: the centers.
+    output: computed with the weights of the center; changed in place. bounds: the first row of each
+    stream in `x` and in `output`. start: the center.
     """
-    inner, outer, scale = [], [], 1.0
-    parameter = held.get(module.weight)
-    if parameter is not None:
-        center, point = start[module.weight], perturber.points[pair[0]]
-        seeds = (*center.seeds, point.seed)
-        coefficients = (*center.coefficients, point.coefficient)
-        rows = range(parameter.shape[0])
-        left, right = perturber.direction.factors(parameter, seeds, coefficients, rows, x.device)
-        mirrored = right.shape[0] // len(seeds) if len(pair) > 1 else 0
-        matrices = low_rank.projected(product, x, left, right, mirrored)
-        inner, outer, scale = [matrices[0]], [matrices[1]], center.scale
-    bias = getattr(module, "bias", None)
-    if bias is not None:
-        used, wanted = bias.data, [bias.data] * len(pair)
-        if (parameter := held.get(bias)) is not None:
-            used = start[bias].weight
-            wanted = [copies[0][1] for copies in perturber.copies([parameter], pair, centers)]
-        num_rows = output.numel() // output.shape[-1]
-        streams = torch.eye(len(pair), device=x.device)
-        inner.append(streams.repeat_interleave(num_rows // len(pair), 0))
-        outer.extend((value.float() - scale * used.float())[None] for value in wanted)
-    low_rank.add_(output, torch.cat(inner, 1), torch.cat(outer), scale)
+    points = [perturber.points[pair[0]] for pair in pairs]
+    seeds, coefficients = [p.seed for p in points], [p.coefficient for p in points]
+    direction, device = perturber.direction, x.device
+    weight, bias = held.get(module.weight), getattr(module, "bias", None)
+    scale, drift = 1.0, None
+    if weight is not None:
+        center, rows = start[module.weight], range(weight.shape[0])
+        scale = center.scale
+        if center.seeds:
+            drift = direction.factors(weight, center.seeds, center.coefficients, rows, device)
+        lefts, rights = direction.factor_stack(weight, seeds, coefficients, rows, device)
+    bias_drift = None if bias is None else _bias_drift(direction, bias, held, start, scale)
+    biases = direction.stack(held[bias], seeds, device) if bias in held else None
+    for k, pair in enumerate(pairs):
+        part = slice(bounds[pair[0]], bounds[pair[-1] + 1])
+        out, of_part = output[part], x[part]
+        ones = torch.ones(out.numel() // out.shape[-1], 1, device=device)
+        matrices = []
+        if drift is not None:
+            matrices.append(low_rank.projected(product, of_part, *drift, 0))
+        if bias_drift is not None:
+            matrices.append((ones, bias_drift[None]))
+        if weight is not None:
+            mirrored = rights.shape[1] if len(pair) > 1 else 0
+            matrices.append(low_rank.projected(product, of_part, lefts[k], rights[k], mirrored))
+        if biases is not None:
+            signs = ones.clone()
+            signs[len(ones) // len(pair) :] = -1.0
+            matrices.append((signs, coefficients[k] * biases[k][None]))
+        inner, outer = zip(*matrices, strict=True)
+        low_rank.add_(out, torch.cat(inner, 1), torch.cat(outer), scale)
+
+
+def _bias_drift(
+    direction: Direction,
+    bias: Any,
+    held: Mapping[Any, Perturbable],
+    start: Mapping[Any, Center],
+    scale: float,
+) -> torch.Tensor | None:
+    """The bias at the center, less `scale` times the bias that was added to the output, in float32;
+    None if this is 0.
+    """
+    parameter, center = held.get(bias), start.get(bias, Center(bias.data))
+    if center.scale == scale and not center.seeds:
+        return None
+    used = center.weight.float()
+    if parameter is None:
+        return (1.0 - scale) * used
+    return direction.combine_(
+        torch.empty_like(used),
+        parameter,
+        weight=used,
+        scale=center.scale - scale,
+        seeds=center.seeds,
+        coefficients=center.coefficients,
+    )

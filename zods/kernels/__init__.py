@@ -30,6 +30,7 @@ __all__ = [
     "backend",
     "combine_",
     "direction",
+    "directions",
     "fingerprint",
     "replay_",
     "summed_excess",
@@ -215,15 +216,47 @@ def direction(
     device: torch.device | str = "cpu",
 ) -> Tensor:
     """z(seed, parameter, offset + i) for 0 <= i < numel, as float32."""
-    out = torch.empty(numel, dtype=torch.float32, device=device)
-    return combine_(
-        out,
+    return directions(
+        numel,
         seeds=[seed],
-        coefficients=[1.0],
         distribution=distribution,
         parameter=parameter,
         offset=offset,
+        device=device,
+    )[0]
+
+
+def directions(
+    numel: int,
+    *,
+    seeds: Sequence[int],
+    distribution: str,
+    parameter: int,
+    offset: int,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """z(seeds[k], parameter, offset + i) for 0 <= i < numel and each k, (seeds, numel) float32."""
+    out = torch.empty(len(seeds), numel, dtype=torch.float32, device=device)
+    module = cpu_module() if out.device.type == "cpu" else None
+    if module is None:
+        for row, seed in zip(out, seeds, strict=True):
+            combine_(
+                row,
+                seeds=[seed],
+                coefficients=[1.0],
+                distribution=distribution,
+                parameter=parameter,
+                offset=offset,
+            )
+        return out
+    _check(out, {}, distribution, parameter, offset)
+    _check_terms(seeds, [1.0] * len(seeds), None)
+    num_threads = max(1, min(torch.get_num_threads(), out.numel() // _ELEMENTS_PER_THREAD))
+    module.directions(
+        *(out.data_ptr(), list(seeds), distribution == "rademacher", parameter, offset, numel),
+        num_threads,
     )
+    return out
 
 
 def summed_excess(nearest: Tensor, matrix: Tensor, rows: Tensor) -> Tensor:

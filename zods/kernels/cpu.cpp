@@ -376,6 +376,22 @@ void combine(uintptr_t out_address, uintptr_t mirror_address, uintptr_t weight_a
     for (const Sweep& sweep : sweeps) sweep_tile(slice, sweep, static_cast<uint64_t>(tile) * kTile);
 }
 
+// zods.kernels.directions: out[k][i] = z(seeds[k], parameter, offset + i).
+void directions(uintptr_t out_address, const std::vector<uint64_t>& seeds, bool rademacher, uint32_t parameter,
+                uint64_t offset, int64_t numel, int num_threads) {
+  const std::vector<PhiloxKey> keys(seeds.begin(), seeds.end());
+  const float one = 1.0f;
+  const int64_t first_tile = offset / kTile, stop_tile = (offset + numel + kTile - 1) / kTile;
+#pragma omp parallel for collapse(2) schedule(static) num_threads(num_threads)
+  for (size_t k = 0; k < keys.size(); ++k)
+    for (int64_t tile = first_tile; tile < stop_tile; ++tile) {
+      const Slice<float> slice{reinterpret_cast<float*>(out_address) + k * numel, nullptr, nullptr, nullptr,
+                               rademacher, parameter, offset, offset + numel, 0, 1};
+      sweep_tile(slice, Sweep{1.0f, &keys[k], &one, 1, nullptr, nullptr, std::nullopt, std::nullopt},
+                 static_cast<uint64_t>(tile) * kTile);
+    }
+}
+
 // zods.kernels.fingerprint; T is an unsigned integer of the elements' size.
 template <typename T>
 uint64_t fingerprint(uintptr_t address, uint64_t offset, int64_t numel, int num_threads) {
@@ -419,6 +435,7 @@ void summed_excess(uintptr_t matrix_address, const std::vector<int64_t>& rows, i
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("combine_float32", &combine<float>, pybind11::call_guard<pybind11::gil_scoped_release>());
   module.def("combine_bfloat16", &combine<uint16_t>, pybind11::call_guard<pybind11::gil_scoped_release>());
+  module.def("directions", &directions, pybind11::call_guard<pybind11::gil_scoped_release>());
   module.def("fingerprint_1", &fingerprint<uint8_t>, pybind11::call_guard<pybind11::gil_scoped_release>());
   module.def("fingerprint_2", &fingerprint<uint16_t>, pybind11::call_guard<pybind11::gil_scoped_release>());
   module.def("fingerprint_4", &fingerprint<uint32_t>, pybind11::call_guard<pybind11::gil_scoped_release>());
