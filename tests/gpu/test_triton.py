@@ -99,6 +99,17 @@ def test_triton_and_reference_give_the_same_bits(gpu, distribution, numel):
             check(gpu, numel, dtype, distribution=distribution, **arguments, **place)
 
 
+@pytest.mark.parametrize("numel", NUMELS)
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_triton_and_reference_make_the_same_directions_of_many_seeds(gpu, distribution, numel):
+    for offset in OFFSETS:
+        found, expected = (torch.empty(3, numel, device=device) for device in (DEVICE, "cpu"))
+        place = (TERMS["seeds"], distribution, 2**31 - 1, offset)
+        gpu.directions(found, *place)
+        reference.directions(expected, *place)
+        assert torch.equal(bits(found.cpu()), bits(expected))
+
+
 @pytest.mark.parametrize(
     ("numel", "columns"), [(0, 7), (5, 7), (1000, 7), (5003, 1), (5003, 3000), (5003, 6000)]
 )

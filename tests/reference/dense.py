@@ -47,7 +47,8 @@ class DenseReference:
     params: all named parameters in the order of `named_parameters()`, frozen ones included, in
     float64 or float32. loss: the mean loss of a batch. whole_set: the whole training set as one
     batch (for mezo_svrg). trainable: names of the parameters to train; None trains all. count: of
-    what the loss of a batch is a mean over. rounded: rounds the coefficients of a step's terms.
+    what the loss of a batch is a mean over. rounded: rounds the coefficients of the terms of
+    a step, or of a refresh.
     """
 
     params: Parameters
@@ -176,17 +177,19 @@ class DenseReference:
         self.anchor_losses, self.products = [], []
         seeds = self.seeds("anchor", self.anchor_directions)
         parts = [(self.whole_set, 1.0)] if self.parts is None else self.parts(self.steps)
-        if self.anchor_split:
-            self.anchor_grad, self.anchor_coefficients = {}, []
-            for seed, (batch, share) in zip(seeds, parts, strict=True):
-                grad = self.projected_grad(self.anchor, seed, batch, self.anchor_losses)
-                self.anchor_coefficients.append(share * grad)
-                for name, z in self.z(seed).items():
-                    self.anchor_grad[name] = self.anchor_grad.get(name, 0.0) + share * grad * z
-        else:
+        if not self.anchor_split:
             ((batch, _),) = parts
-            self.anchor_grad = self.estimate(self.anchor, seeds, batch, self.anchor_losses)
-            self.anchor_coefficients = self.coefficients(self.anchor_losses)
+            parts = [(batch, 1.0 / len(seeds))] * len(seeds)
+        self.anchor_coefficients = self.rounded(
+            [
+                share * self.projected_grad(self.anchor, seed, batch, self.anchor_losses)
+                for seed, (batch, share) in zip(seeds, parts, strict=True)
+            ]
+        )
+        self.anchor_grad = {name: torch.zeros_like(z) for name, z in self.z(0).items()}
+        for seed, c in zip(seeds, self.anchor_coefficients, strict=True):
+            for name, z in self.z(seed).items():
+                self.anchor_grad[name] = self.anchor_grad[name] + c * z
         anchor_lr = self.lr if self.anchor_lr is None else self.anchor_lr
         if self.normalize:
             anchor_lr /= math.sqrt(sum(c * c for c in self.anchor_coefficients))
@@ -239,14 +242,6 @@ class DenseReference:
             self.params[name] = decay * self.params[name] - lr * value
         self.steps += 1
         return mean_loss
-
-    def coefficients(self, losses: list[float]) -> list[float]:
-        """The coefficients of an estimate's terms, from its losses in pairs."""
-        number = len(losses) // 2
-        return [
-            (plus - minus) / (2 * self.eps) / number
-            for plus, minus in zip(losses[::2], losses[1::2], strict=True)
-        ]
 
     def step_coefficients(self) -> list[float]:
         """The coefficients of the last step's terms, without those of the anchor gradient."""

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from zods import kernels
 from zods.core.directions import Direction
 from zods.forward import low_rank
+from zods.forward.matrix_forwards import OutputPerturbations
 
 
 class Named(NamedTuple):
@@ -218,6 +219,34 @@ def test_factors_added_to_an_output_are_the_module_with_the_perturbed_weight(for
         halves.append(module(half) - (0 if bias is None else 0.1 * bias))
     assert (output - torch.cat(halves)).abs().max() < 2 * (6 + 2 * rank) * 40 * 2.0**-24
     assert (output[:2] - output[2:]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+@pytest.mark.parametrize("form", MODULES)
+def test_perturbations_of_several_pairs_are_the_same_together_as_one_by_one(form, mirrored):
+    """The sums are of the same numbers in another order."""
+    module, x = MODULES[form](), inputs(form)
+    pairs = 2
+    x = torch.cat([x, x.flip(0)])
+    parameter, direction = Named(tuple(module.weight.shape), 3), Direction("low_rank", 2)
+    rows, seeds = range(module.weight.shape[0]), [5, 6]
+    generator = torch.Generator().manual_seed(1)
+    outputs = module(x).detach()
+    width = outputs.shape[-1]
+    added = OutputPerturbations(
+        0.9,
+        direction.factors(parameter, [1, 2], [0.1, -0.2], rows, "cpu"),
+        direction.factor_stack(parameter, seeds, [0.3, 0.4], rows, "cpu"),
+        torch.randn(pairs, width, generator=generator),
+        torch.randn(width, generator=generator),
+    )
+    together, one_by_one = outputs.clone(), outputs.clone()
+    product = low_rank.product_of(module)
+    added.add_together(together, x, product, pairs, mirrored)
+    for k, (out, part) in enumerate(zip(one_by_one.chunk(pairs), x.chunk(pairs), strict=True)):
+        added.add_one(k, out, part, product, mirrored)
+    assert not torch.allclose(outputs, together)
+    torch.testing.assert_close(together, one_by_one, rtol=1e-5, atol=1e-5)
 
 
 def test_a_subclass_with_another_forward_has_no_product():

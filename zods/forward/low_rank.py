@@ -60,6 +60,23 @@ def projected(
     return inner, left.T if product == "linear" else right
 
 
+def projected_each(
+    product: MatrixProduct, x: torch.Tensor, left: torch.Tensor, right: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `projected` for K parts of `x` with factors of their own, (K, N, r) and (K, r, out).
+
+    x: (K times the examples of a part, ...). left: (K, rows of the weight, r). right:
+    (K, r, columns of the weight).
+    """
+    if product == "embedding":
+        indices = x.reshape(len(left), -1, 1).expand(-1, -1, left.shape[2])
+        return left.gather(1, indices), right
+    parts = x.reshape(len(left), -1, x.shape[-1])
+    factor = right.transpose(1, 2) if product == "linear" else left
+    outer = left.transpose(1, 2) if product == "linear" else right
+    return torch.bmm(parts, factor.to(x.dtype)).float(), outer
+
+
 def add_(output: torch.Tensor, inner: torch.Tensor, outer: torch.Tensor, scale: float) -> None:
     """output <- scale * output + inner @ outer in one sweep, with sums in float32.
 

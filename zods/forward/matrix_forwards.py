@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -152,33 +153,106 @@ def _add_perturbations(
     seeds, coefficients = [p.seed for p in points], [p.coefficient for p in points]
     direction, device = perturber.direction, x.device
     weight, bias = held.get(module.weight), getattr(module, "bias", None)
-    scale, drift = 1.0, None
+    scale, drift, factors, biases = 1.0, None, None, None
     if weight is not None:
         center, rows = start[module.weight], range(weight.shape[0])
         scale = center.scale
         if center.seeds:
             drift = direction.factors(weight, center.seeds, center.coefficients, rows, device)
-        lefts, rights = direction.factor_stack(weight, seeds, coefficients, rows, device)
-    bias_drift = None if bias is None else _bias_drift(direction, bias, held, start, scale)
-    biases = direction.stack(held[bias], seeds, device) if bias in held else None
-    for k, pair in enumerate(pairs):
-        part = slice(bounds[pair[0]], bounds[pair[-1] + 1])
-        out, of_part = output[part], x[part]
-        ones = torch.ones(out.numel() // out.shape[-1], 1, device=device)
+        factors = direction.factor_stack(weight, seeds, coefficients, rows, device)
+    if bias in held:
+        of_pairs = torch.tensor(coefficients, device=device).view(-1, 1)
+        biases = direction.stack(held[bias], seeds, device) * of_pairs
+    added = OutputPerturbations(
+        *(scale, drift, factors, biases),
+        bias_drift=None if bias is None else _bias_drift(direction, bias, held, start, scale),
+    )
+    rows_of_pairs = [(bounds[pair[0]], bounds[pair[-1] + 1]) for pair in pairs]
+    mirrored = {len(pair) > 1 for pair in pairs}
+    sizes = {end - begin for begin, end in rows_of_pairs}
+    # On a CPU, a product with thin matrices is slower in a batch than alone, above all in bfloat16.
+    if device.type != "cpu" and len(mirrored) == len(sizes) == 1:
+        part = slice(rows_of_pairs[0][0], rows_of_pairs[-1][1])
+        added.add_together(output[part], x[part], product, len(pairs), *mirrored)
+        return
+    for k, (pair, (begin, end)) in enumerate(zip(pairs, rows_of_pairs, strict=True)):
+        added.add_one(k, output[begin:end], x[begin:end], product, len(pair) > 1)
+
+
+@dataclass(frozen=True)
+class OutputPerturbations:
+    """What is added to the outputs of pairs with one center, in float32.
+
+    scale: of the output. drift: factors of the center's own terms. factors: (K, rows, r) and
+    (K, r, columns), of each pair's perturbation of the matrix. biases: (K, outputs), each pair's
+    perturbation of the bias. bias_drift: (outputs,), see `_bias_drift`.
+    """
+
+    scale: float
+    drift: tuple[torch.Tensor, torch.Tensor] | None
+    factors: tuple[torch.Tensor, torch.Tensor] | None
+    biases: torch.Tensor | None
+    bias_drift: torch.Tensor | None
+
+    def add_one(
+        self,
+        k: int,
+        out: torch.Tensor,
+        x: torch.Tensor,
+        product: low_rank.MatrixProduct,
+        mirrored: bool,
+    ) -> None:
+        """Add to the outputs of pair k. mirrored: the second half is the mirror's."""
+        ones = torch.ones(out.numel() // out.shape[-1], 1, device=x.device)
         matrices = []
-        if drift is not None:
-            matrices.append(low_rank.projected(product, of_part, *drift, 0))
-        if bias_drift is not None:
-            matrices.append((ones, bias_drift[None]))
-        if weight is not None:
-            mirrored = rights.shape[1] if len(pair) > 1 else 0
-            matrices.append(low_rank.projected(product, of_part, lefts[k], rights[k], mirrored))
-        if biases is not None:
+        if self.drift is not None:
+            matrices.append(low_rank.projected(product, x, *self.drift, 0))
+        if self.bias_drift is not None:
+            matrices.append((ones, self.bias_drift[None]))
+        if self.factors is not None:
+            left, right = (of_side[k] for of_side in self.factors)
+            last = right.shape[0] if mirrored else 0
+            matrices.append(low_rank.projected(product, x, left, right, last))
+        if self.biases is not None:
             signs = ones.clone()
-            signs[len(ones) // len(pair) :] = -1.0
-            matrices.append((signs, coefficients[k] * biases[k][None]))
+            if mirrored:
+                signs[len(ones) // 2 :] = -1.0
+            matrices.append((signs, self.biases[k][None]))
         inner, outer = zip(*matrices, strict=True)
-        low_rank.add_(out, torch.cat(inner, 1), torch.cat(outer), scale)
+        low_rank.add_(out, torch.cat(inner, 1), torch.cat(outer), self.scale)
+
+    def add_together(
+        self,
+        out: torch.Tensor,
+        x: torch.Tensor,
+        product: low_rank.MatrixProduct,
+        pairs: int,
+        mirrored: bool,
+    ) -> None:
+        """Add to the outputs of all pairs, which have the same number of rows, in one product.
+
+        The factors are rounded to the dtype of the output.
+        """
+        outputs = out.view(pairs, -1, out.shape[-1])
+        ones = torch.ones(outputs.shape[1], 1, device=x.device)
+        matrices = []
+        if self.drift is not None:
+            inner, outer = low_rank.projected(product, x, *self.drift, 0)
+            matrices.append((inner.view(pairs, outputs.shape[1], -1), outer.expand(pairs, -1, -1)))
+        if self.bias_drift is not None:
+            matrices.append((ones.expand(pairs, -1, -1), self.bias_drift.expand(pairs, 1, -1)))
+        signs = ones.clone()
+        if mirrored:
+            signs[len(ones) // 2 :] = -1.0
+        if self.factors is not None:
+            inner, outer = low_rank.projected_each(product, x, *self.factors)
+            matrices.append((inner * signs, outer))
+        if self.biases is not None:
+            matrices.append((signs.expand(pairs, -1, -1), self.biases[:, None]))
+        inner, outer = (
+            torch.cat(side, 2 - k) for k, side in enumerate(zip(*matrices, strict=True))
+        )
+        outputs.baddbmm_(inner.to(out.dtype), outer.to(out.dtype), beta=self.scale)
 
 
 def _bias_drift(

@@ -237,20 +237,13 @@ def directions(
 ) -> Tensor:
     """z(seeds[k], parameter, offset + i) for 0 <= i < numel and each k, (seeds, numel) float32."""
     out = torch.empty(len(seeds), numel, dtype=torch.float32, device=device)
-    module = cpu_module() if out.device.type == "cpu" else None
-    if module is None:
-        for row, seed in zip(out, seeds, strict=True):
-            combine_(
-                row,
-                seeds=[seed],
-                coefficients=[1.0],
-                distribution=distribution,
-                parameter=parameter,
-                offset=offset,
-            )
-        return out
     _check(out, {}, distribution, parameter, offset)
     _check_terms(seeds, [1.0] * len(seeds), None)
+    module = cpu_module() if out.device.type == "cpu" else None
+    if module is None:
+        backend_module = _gpu_module() if out.device.type == "cuda" else reference
+        backend_module.directions(out, list(seeds), distribution, parameter, offset)
+        return out
     num_threads = max(1, min(torch.get_num_threads(), out.numel() // _ELEMENTS_PER_THREAD))
     module.directions(
         *(out.data_ptr(), list(seeds), distribution == "rademacher", parameter, offset, numel),

@@ -165,6 +165,31 @@ def _combine(out, mirror, weight, scale, rounding_seed, seeds, coefficients, num
     _store(out, at, inside, value, noise)
 
 
+@triton.jit(do_not_specialize=["parameter"])
+def _directions(out, seeds, parameter, offset, numel, rademacher: tl.constexpr):
+    tile = tl.program_id(0).to(tl.int64) + offset // TILE
+    k = tl.program_id(1).to(tl.int64)
+    at = tile * TILE - offset + tl.arange(0, TILE)
+    z = _direction(tile, parameter, tl.load(seeds + k), rademacher)
+    tl.store(out + k * numel + at, tl.fma(z, 1.0, 0.0), (at >= 0) & (at < numel))
+
+
+def directions(
+    out: Tensor, seeds: list[int], distribution: str, parameter: int, offset: int
+) -> None:
+    """Write z(seeds[k], parameter, offset + i) into out[k, i]; out: (seeds, numel) float32."""
+    if out.numel() == 0:
+        return
+    numel = out.shape[1]
+    keys = torch.tensor(seeds, dtype=torch.uint64).view(torch.int64)
+    num_tiles = (offset + numel - 1) // TILE.value - offset // TILE.value + 1
+    with torch.cuda.device_of(out):
+        _directions[(num_tiles, len(seeds))](
+            out, keys.to(out.device, non_blocking=True), parameter, offset, numel,
+            distribution == "rademacher", enable_fp_fusion=False,
+        )  # fmt: skip
+
+
 def combine_(
     out: Tensor,
     mirror: Tensor | None,

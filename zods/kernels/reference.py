@@ -187,6 +187,17 @@ def to_bfloat16(value: Tensor, noise: Tensor | None) -> Tensor:
     return rounded.to(torch.int16).view(torch.bfloat16)
 
 
+def directions(
+    out: Tensor, seeds: list[int], distribution: str, parameter: int, offset: int
+) -> None:
+    """Write z(seeds[k], parameter, offset + i) into out[k, i]."""
+    for row, seed in zip(out, seeds, strict=True):
+        combine_(
+            *(row, None, None, 1.0, [seed], [1.0], distribution, parameter, offset),
+            *(None, None, 0.0, None),
+        )
+
+
 def combine_(
     out: Tensor,
     mirror: Tensor | None,
