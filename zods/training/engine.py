@@ -7,10 +7,9 @@ to this rank's shards.
 
 from __future__ import annotations
 
-import functools
 import logging
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,9 @@ from zods.comm.stop_request import StopRequest, StopRequested
 from zods.comm.watchdog import Watchdog
 from zods.config.deepspeed_json import RunConfig
 from zods.config.schedules import ZerothOrderOptimizer
-from zods.core.example_groups import Group, divide, group_starts, part_starts, positions_of
-from zods.core.points import Point, pair
-from zods.core.step_scale import StepScale, record_estimate
 from zods.core.update_rule import StepRule
-from zods.data.batch import num_examples, positions_in
-from zods.data.loader import TrainingLoader, anchor_order
-from zods.forward.evaluator import Evaluator, PairSums
+from zods.data.loader import TrainingLoader
+from zods.forward.evaluator import Evaluator
 from zods.forward.model_forwards import ModelForwards
 from zods.params.shards import ShardedParameters
 from zods.selection.loaders import SelectingLoader
@@ -35,12 +30,14 @@ from zods.training import checkpoint, resume
 from zods.training.engine_interface import EngineInterface
 from zods.training.join_leader import join_leader
 from zods.training.loss_exchange import LossExchange, ReducedLosses
+from zods.training.refresh import measure_refresh
 from zods.training.replicas import Replicas
 from zods.training.state import StepInFlight
 from zods.training.step_outputs import StepLoss, StepReport
+from zods.training.step_points import StepPoints
 from zods.training.step_reporter import StepReporter
 from zods.training.training_run import TrainingRun
-from zods.trajectory.records import Record, Refresh, Step
+from zods.trajectory.records import Record, Step
 
 logger = logging.getLogger(__name__)
 
@@ -106,12 +103,15 @@ class ZerothOrderEngine(EngineInterface):
         self.replicas = None if zo.replicas is None else Replicas(zo.replicas, comm)
         self._zo = zo
         self._rule = StepRule(zo)
-        self._group_starts = group_starts(self.train_batch_size(), zo.examples_per_direction)
+        sizes = {
+            "batch_size": self.train_batch_size(),
+            "accumulation": self.gradient_accumulation_steps(),
+        }
+        self._points = StepPoints(zo, self.anchor, **sizes)
         self._exchange = LossExchange(
             comm,
             self.replicas,
-            batch_size=self.train_batch_size(),
-            accumulation=self.gradient_accumulation_steps(),
+            **sizes,
             examples_per_direction=zo.examples_per_direction,
             in_order=self.selection is None,
         )
@@ -224,10 +224,14 @@ class ZerothOrderEngine(EngineInterface):
         if self._in_flight is None:
             self._in_flight = self._begin_step()
         rechecks, self._in_flight.rechecks = self._in_flight.rechecks, False
-        groups = self._groups(batch, micro=len(self._in_flight.sums))
-        sums = self._evaluator.pair_sums(groups, self._point_pairs(), batch, rechecks=rechecks)
+        ranks = (self.comm.rank, self.comm.world_size)
+        split = ranks if self.replicas is None else self.replicas.split
+        groups = self._points.groups(batch, len(self._in_flight.sums), split)
+        sums = self._evaluator.pair_sums(
+            groups, self._points.pairs(self.global_steps), batch, rechecks=rechecks
+        )
         self._record_evaluation()
-        mean = sums.sums[: self._zo.num_directions].mean() / sums.count
+        mean = self._points.loss_at_parameters(sums) / sums.count
         loss = mean.float().as_subclass(StepLoss)
         self._in_flight.pending = (loss, sums)
         self._watchdog.rest()
@@ -254,39 +258,6 @@ class ZerothOrderEngine(EngineInterface):
             self.refresh_anchor()
         return StepInFlight(began, bytes_before, rechecks=step > 0 and step.bit_count() == 1)
 
-    def _groups(self, batch: Any, micro: int) -> list[Group]:
-        """The groups of a micro-batch's rows that share directions. micro: its number in the step."""
-        if len(self._group_starts) == 1:
-            return [Group(0, None)]
-        given = positions_in(batch)
-        if given is not None:
-            return divide(given, self._group_starts)
-        ranks = (self.comm.rank, self.comm.world_size)
-        split = ranks if self.replicas is None else self.replicas.split
-        own = positions_of(
-            self.train_batch_size(), self.gradient_accumulation_steps(), micro, split
-        )
-        # a user's batch may have more rows than train_micro_batch_size_per_gpu
-        rows = [own[min(row, len(own) - 1)] for row in range(num_examples(batch))]
-        return divide(rows, self._group_starts)
-
-    def _point_pairs(self) -> list[Callable[[Group], list[Point]]]:
-        """The pairs of points of a step, for any group of rows: around the parameters, then around
-        the anchor.
-        """
-        zo, step = self._zo, self.global_steps
-
-        def pair_of(group: Group, k: int, at_anchor: bool) -> list[Point]:
-            seed = self._rule.step_seeds(step, group.index)[at_anchor][k]
-            center = {"center": self.anchor.center} if self.anchor and at_anchor else {}
-            return pair(seed, zo.eps, rows=group.rows, **center)
-
-        return [
-            functools.partial(pair_of, k=k, at_anchor=at_anchor)
-            for at_anchor in ((False, True) if zo.is_svrg else (False,))
-            for k in range(zo.num_directions)
-        ]
-
     # --- phase 2: reduce the scalars --------------------------------------------------------------
 
     def backward(self, loss: torch.Tensor) -> torch.Tensor:
@@ -311,8 +282,8 @@ class ZerothOrderEngine(EngineInterface):
         if self.is_gradient_accumulation_boundary():
             self._watchdog.beat(f"step {self.global_steps}, backward")
             reduced = self._exchange.step_losses(
-                *self._summed(step.sums),
-                pairs=self._num_pairs,
+                *self._points.total(step.sums, self.comm),
+                pairs=self._points.num_pairs,
                 step=self.global_steps,
                 head=self.trajectory.head,
                 rows=self._rows,
@@ -323,27 +294,6 @@ class ZerothOrderEngine(EngineInterface):
             if reduced.left_form:
                 self._evaluator.leave_form()
         return loss
-
-    @property
-    def _num_pairs(self) -> int:
-        """The number of pairs of points of each group of examples."""
-        return self._zo.num_directions * (2 if self._zo.is_svrg else 1)
-
-    def _summed(self, sums: Sequence[PairSums]) -> tuple[dict[int, list[float]], float, float]:
-        """Add up micro-batches: (differences by group, loss sum at the parameters, count)."""
-        at_parameters = torch.stack([s.sums[: self._zo.num_directions].mean() for s in sums]).sum()
-        count = torch.stack([s.count for s in sums]).sum()
-        differences = torch.cat([s.differences.flatten() for s in sums])
-        *values, loss_sum, total = self.comm.numbers(
-            torch.cat([differences, torch.stack([at_parameters, count])])
-        )
-        by_group: dict[int, list[float]] = {}
-        pairs = self._num_pairs
-        for slot, group in enumerate(group for s in sums for group in s.groups):
-            of_group = values[slot * pairs : (slot + 1) * pairs]
-            before = by_group.get(group, [0.0] * pairs)
-            by_group[group] = [a + b for a, b in zip(before, of_group, strict=True)]
-        return by_group, loss_sum, total
 
     # --- phases 3 to 5: combine, log, apply -------------------------------------------------------
 
@@ -435,31 +385,18 @@ class ZerothOrderEngine(EngineInterface):
         assert self.anchor is not None
         assert self.training_dataloader is not None
         self.flush()
-        zo = self._zo
-        seeds = self._rule.seeds("anchor", self.global_steps, zo.anchor_directions)
-        loader, title = self.training_dataloader, f"anchor at step {self.global_steps}"
-        order = anchor_order(
-            len(loader.dataset),  # type: ignore[arg-type]
-            examples=zo.anchor_examples,
-            shuffled=zo.anchor_split and len(seeds) > 1,
-            seed=self._rule.seeds("anchor_examples", self.global_steps, 1)[0],
-        )
-        parts = len(seeds) if zo.anchor_split else 1
-        sets = len(seeds) // parts  # pairs of points of each part
-
-        def pair_of(group: Group, k: int) -> list[Point]:
-            return pair(seeds[group.index * sets + k], zo.eps, rows=group.rows)
-
+        zo, loader = self._zo, self.training_dataloader
+        scheduled = self.get_lr()[0] / zo.lr if zo.lr else 1.0 / self.annealing.divisor
+        anchor_lr = zo.lr if zo.anchor_lr is None else zo.anchor_lr
         split, total = self._exchange.refresh_split(self.global_steps, self.trajectory)
         try:
             with self._polled() as poll:
-                differences = self._evaluator.differences_over(
-                    loader.dataset,
-                    order,
-                    part_starts(len(order), parts),
-                    [functools.partial(pair_of, k=k) for k in range(sets)],
-                    loader.collate_fn,
-                    title=title,
+                record = measure_refresh(
+                    zo,
+                    self._evaluator,
+                    loader,
+                    self.global_steps,
+                    anchor_lr * scheduled,
                     micro_batch=self._rows // split[1],
                     split=split,
                     total=total,
@@ -471,10 +408,7 @@ class ZerothOrderEngine(EngineInterface):
             self._watchdog.rest()
             raise
         self._record_evaluation()
-        scheduled = self.get_lr()[0] / zo.lr if zo.lr else 1.0 / self.annealing.divisor
-        anchor_lr = zo.lr if zo.anchor_lr is None else zo.anchor_lr
-        gradient = self._rule.estimate_at_anchor(seeds, differences)
-        if not gradient:
+        if not record.coefficients:
             if self.anchor_step is None:
                 raise RuntimeError(
                     "the first anchor: the loss over the training set is not finite. Look at the "
@@ -483,14 +417,7 @@ class ZerothOrderEngine(EngineInterface):
             logger.warning(
                 "anchor at step %d: losses are not finite; the last anchor stays", self.global_steps
             )
-        coefficients = tuple(term.coefficient for term in gradient)
-        rms = record_estimate(StepScale(), coefficients).rms if zo.normalize else None
-        self._commit_everywhere(
-            Refresh(
-                *(self.global_steps, anchor_lr * scheduled, coefficients, rms),
-                in_16_bits=self._rule.logs_16_bits,
-            )
-        )
+        self._commit_everywhere(record)
 
     # --- resume, load -----------------------------------------------------------------------------
 

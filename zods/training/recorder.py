@@ -13,7 +13,8 @@ from zods.data.loader import TrainingLoader
 from zods.selection.loaders import SelectingLoader
 from zods.training.rank_agreement import code_in_use
 from zods.trajectory.log import START, Trajectory
-from zods.trajectory.records import Evaluation, Record, RunRecord, Step, SubBatch, record_of
+from zods.trajectory.record_parser import record_of
+from zods.trajectory.records import Evaluation, Record, RunRecord, Step, SubBatch
 from zods.trajectory.updates import Change, History
 
 

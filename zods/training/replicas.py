@@ -24,7 +24,8 @@ from zods.comm.communicator import Communicator
 from zods.comm.store import connect_store
 from zods.config.schema import ReplicasConfig
 from zods.trajectory.log import START, chained
-from zods.trajectory.records import Record, record_of
+from zods.trajectory.record_parser import record_of
+from zods.trajectory.records import Record
 
 logger = logging.getLogger(__name__)
 

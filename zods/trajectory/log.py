@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from zods.files import check_regular, check_still_named, make_folder, sync, try_lock
-from zods.trajectory.records import Header, Record, RunRecord, Step, header_of, record_of
+from zods.trajectory.record_parser import header_of, record_of
+from zods.trajectory.records import Header, Record, RunRecord, Step
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,64 @@
+"""A refresh of the anchor: the losses of its pairs of points over the training set, as a record.
+
+With `anchor_split` the examples are divided into as many parts as there are directions, and each
+direction is evaluated on its own part: one pass. Otherwise all directions are evaluated on all
+examples. Called by the engine.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from zods.config.schema import ZerothOrderConfig
+from zods.core.example_groups import Group, part_starts
+from zods.core.points import Point, pair
+from zods.core.step_scale import StepScale, record_estimate
+from zods.core.update_rule import StepRule
+from zods.data.loader import TrainingLoader, anchor_order
+from zods.forward.evaluator import Evaluator
+from zods.selection.loaders import SelectingLoader
+from zods.trajectory.records import Refresh
+
+
+def measure_refresh(
+    config: ZerothOrderConfig,
+    evaluator: Evaluator,
+    loader: TrainingLoader | SelectingLoader,
+    step: int,
+    lr: float,
+    **how: Any,
+) -> Refresh:
+    """Evaluate the losses of a refresh before `step`, and make its record.
+
+    lr: step size of the step along the gradient. how: the keyword arguments of
+    `Evaluator.differences_over` from `micro_batch` on.
+    """
+    rule = StepRule(config)
+    seeds = rule.seeds("anchor", step, config.anchor_directions)
+    parts = len(seeds) if config.anchor_split else 1
+    sets = len(seeds) // parts  # pairs of points of each part
+    order = anchor_order(
+        len(loader.dataset),  # type: ignore[arg-type]
+        examples=config.anchor_examples,
+        shuffled=parts > 1,
+        seed=rule.seeds("anchor_examples", step, 1)[0],
+    )
+
+    def pair_of(group: Group, k: int) -> list[Point]:
+        return pair(seeds[group.index * sets + k], config.eps, rows=group.rows)
+
+    differences = evaluator.differences_over(
+        loader.dataset,
+        order,
+        part_starts(len(order), parts),
+        [functools.partial(pair_of, k=k) for k in range(sets)],
+        loader.collate_fn,
+        title=f"anchor at step {step}",
+        **how,
+    )
+    gradient = rule.estimate_at_anchor(seeds, differences)
+    coefficients = tuple(term.coefficient for term in gradient)
+    # divided by the size of this gradient alone
+    rms = record_estimate(StepScale(), coefficients).rms if config.normalize else None
+    return Refresh(step, lr, coefficients, rms, in_16_bits=rule.logs_16_bits)

@@ -1,0 +1,98 @@
+"""The points at which the examples of a step are evaluated, and the sums of their losses.
+
+A group of examples has `num_directions` directions of its own, and a pair of points along each: at
+the parameters, and for MeZO-SVRG another at the anchor. Called by the engine.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from zods.comm.communicator import Communicator
+from zods.config.schema import ZerothOrderConfig
+from zods.core.example_groups import Group, divide, group_starts, positions_of
+from zods.core.points import Point, pair
+from zods.core.update_rule import StepRule
+from zods.data.batch import num_examples, positions_in
+from zods.forward.evaluator import PairSums
+from zods.params.anchor import Anchor
+
+
+class StepPoints:
+    """The points of a run's steps.
+
+    num_pairs: pairs of points of each group of examples.
+    """
+
+    def __init__(
+        self,
+        config: ZerothOrderConfig,
+        anchor: Anchor | None,
+        *,
+        batch_size: int,
+        accumulation: int,
+    ) -> None:
+        """batch_size: examples of a step. accumulation: micro-batches of a step, on each rank."""
+        self._config, self._rule, self._anchor = config, StepRule(config), anchor
+        self._batch_size, self._accumulation = batch_size, accumulation
+        self._starts = group_starts(batch_size, config.examples_per_direction)
+        self.num_pairs = config.num_directions * (1 if anchor is None else 2)
+
+    def groups(self, batch: Any, micro: int, split: tuple[int, int]) -> list[Group]:
+        """The groups of a micro-batch's rows that share directions.
+
+        micro: its number in the step. split: (index of this rank, number of ranks) that share a
+        batch.
+        """
+        if len(self._starts) == 1:
+            return [Group(0, None)]
+        given = positions_in(batch)
+        if given is not None:
+            return divide(given, self._starts)
+        own = positions_of(self._batch_size, self._accumulation, micro, split)
+        # a user's batch may have more rows than train_micro_batch_size_per_gpu
+        rows = [own[min(row, len(own) - 1)] for row in range(num_examples(batch))]
+        return divide(rows, self._starts)
+
+    def pairs(self, step: int) -> list[Callable[[Group], list[Point]]]:
+        """Functions that map a group of rows to one of its pairs of points: at the parameters, then
+        at the anchor.
+        """
+
+        def pair_of(group: Group, k: int, at_anchor: bool) -> list[Point]:
+            seed = self._rule.step_seeds(step, group.index)[at_anchor][k]
+            center = {"center": self._anchor.center} if self._anchor and at_anchor else {}
+            return pair(seed, self._config.eps, rows=group.rows, **center)
+
+        return [
+            functools.partial(pair_of, k=k, at_anchor=at_anchor)
+            for at_anchor in (False, True)[: 1 if self._anchor is None else 2]
+            for k in range(self._config.num_directions)
+        ]
+
+    def loss_at_parameters(self, sums: PairSums) -> torch.Tensor:
+        """The sum of a micro-batch's losses, mean over the points around the parameters, 0-d."""
+        return sums.sums[: self._config.num_directions].mean()
+
+    def total(
+        self, sums: Sequence[PairSums], comm: Communicator
+    ) -> tuple[dict[int, list[float]], float, float]:
+        """Add up the micro-batches of a step: (differences by group, loss sum at the parameters,
+        count).
+        """
+        differences = torch.cat([s.differences.flatten() for s in sums])
+        at_parameters = torch.stack([self.loss_at_parameters(s) for s in sums]).sum()
+        count = torch.stack([s.count for s in sums]).sum()
+        *values, loss_sum, total = comm.numbers(
+            torch.cat([differences, torch.stack([at_parameters, count])])
+        )
+        by_group: dict[int, list[float]] = {}
+        for slot, group in enumerate(group for s in sums for group in s.groups):
+            of_group = values[slot * self.num_pairs : (slot + 1) * self.num_pairs]
+            before = by_group.get(group, [0.0] * self.num_pairs)
+            by_group[group] = [a + b for a, b in zip(before, of_group, strict=True)]
+        return by_group, loss_sum, total
