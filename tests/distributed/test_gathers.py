@@ -15,22 +15,16 @@ from deepspeed.comm import comm as deepspeed_comm
 
 import zods
 from tests.distributed.models import (
-    Tiny,
-    collate,
     configuration,
-    global_batch,
     numpy_of,
     opt_data,
     sha256,
-    tiny_data,
     tiny_opt,
     train,
     whole,
 )
 from tests.distributed.ranks import run_ranks
 from tests.distributed.zoo import with_adapters, zoo_batch, zoo_model
-from tests.reference.dense import DenseReference, loss_of_module, named_parameters_of
-from zods.core.directions import derive_seed
 from zods.trajectory.log import read_log
 from zods.trajectory.updates import History, replay_
 
@@ -206,121 +200,3 @@ def test_trajectories_do_not_depend_on_the_form_of_evaluation(trajectories, name
 def test_the_terms_applied_are_those_logged(trajectories):
     for rank in trajectories:
         assert all(found["replayed"] for found in rank.values())
-
-
-# --- directions per rank --------------------------------------------------------------------------
-
-PER_RANK: dict[str, dict[str, Any]] = {
-    "mezo": {"method": "mezo"},
-    "mezo, stage 0": {"method": "mezo", "stage": 0, "num_directions": 2},
-    "mezo, accumulation": {"method": "mezo", "accumulation": 2, "direction": "rademacher"},
-    "low rank": {"method": "mezo", "direction": {"distribution": "low_rank", "rank": 2}},
-    "svrg": {
-        "method": "mezo_svrg",
-        "anchor_interval": 4,
-        "anchor_directions": 2,
-        "anchor_split": False,
-        "num_directions": 2,
-    },
-    "svrg, own directions": {
-        **{"method": "mezo_svrg", "anchor_interval": 4, "share_direction": False},
-        "anchor": {"point": "terms", "gradient": "terms"},
-    },
-}
-
-
-def rank_of_per_rank() -> dict[str, Any]:
-    found = {}
-    for name, arguments in PER_RANK.items():
-        size = 8 // (2 * arguments.get("accumulation", 1))
-        config = configuration(8, **COMMON, **arguments, examples_per_direction=size)
-        engine = zods.initialize(model=Tiny(), config=config, training_data=tiny_data())[0]
-        losses = train(engine, tiny_data(), range(STEPS))
-        after = whole(engine)
-        found[name] = {
-            "after": numpy_of(after),
-            "digests": (sha256(after), engine.trajectory.head),
-            "losses": losses,
-        }
-    return found
-
-
-@pytest.fixture(scope="module")
-def per_rank() -> list[dict[str, Any]]:
-    return run_ranks(2, rank_of_per_rank)
-
-
-def dense_step(dense: DenseReference, parts: list[Any]) -> None:
-    """theta - lr * the mean over ranks of their estimates.
-
-    A rank's estimate is by its own directions, on its own part of the batch.
-    """
-    svrg, number = dense.method == "mezo_svrg", dense.num_directions
-    if svrg and dense.steps % dense.anchor_interval == 0:
-        dense.refresh()
-    total = (
-        dict(dense.anchor_grad)
-        if svrg
-        else {name: torch.zeros_like(p) for name, p in dense.params.items()}
-    )
-    for rank, part in enumerate(parts):
-        seeds, anchor_seeds = (
-            [
-                derive_seed(dense.seed, purpose, dense.steps, rank * number + k)
-                for k in range(number)
-            ]
-            for purpose in ("step", "step_anchor")
-        )
-        grad = dense.estimate(dense.params, seeds, part, dense.losses)
-        at = (
-            dense.estimate(dense.anchor, seeds if dense.share_direction else anchor_seeds, part, [])
-            if svrg
-            else {}
-        )
-        for name, value in grad.items():
-            total[name] = total[name] + (value - at.get(name, 0.0)) / len(parts)
-    dense.params = {
-        name: p - dense.lr * total[name] if name in total else p for name, p in dense.params.items()
-    }
-    dense.steps += 1
-
-
-def part_of(rank: int, examples: list[Any], accumulation: int) -> Any:
-    """The examples of a step that one of two ranks is given, over all its micro-batches."""
-    micro = len(examples) // (2 * accumulation)
-    starts = [(k * 2 + rank) * micro for k in range(accumulation)]
-    return collate([example for start in starts for example in examples[start : start + micro]])
-
-
-@pytest.mark.parametrize("name", PER_RANK)
-def test_an_update_is_the_mean_of_each_ranks_estimate_on_its_own_part(per_rank, name):
-    """Compare with a float64 reference, within float32 rounding (see `rounding`).
-
-    Both ranks have the same bits, also where each rank stores whole parameters.
-    """
-    arguments = dict(PER_RANK[name])
-    accumulation = arguments.pop("accumulation", 1)
-    for key in ("stage", "anchor"):
-        arguments.pop(key, None)
-    if isinstance(arguments.get("direction"), dict):
-        arguments |= {"direction": "low_rank", "rank": arguments["direction"]["rank"]}
-    model = Tiny()
-    trainable = {key for key, p in model.named_parameters() if p.requires_grad}
-    params = named_parameters_of(model)
-    loss = loss_of_module(model.double(), lambda outputs, _: outputs["loss"])
-    whole_set = collate(tiny_data())
-    dense = DenseReference(
-        params=params, loss=loss, whole_set=whole_set, trainable=trainable, **COMMON, **arguments
-    )
-    for step in range(STEPS):
-        examples = global_batch(tiny_data(), step, 8)
-        dense_step(dense, [part_of(rank, examples, accumulation) for rank in range(2)])
-    tolerance = rounding(dense.losses, COMMON["lr"])
-    for found in (rank[name] for rank in per_rank):
-        for key, expected in dense.params.items():
-            assert np.abs(found["after"][key] - expected.numpy()).max() <= tolerance, key
-        assert (
-            max(np.abs(found["after"][key] - params[key].numpy()).max() for key in params)
-            > 100 * tolerance
-        )
-        assert found["digests"] == per_rank[0][name]["digests"]
