@@ -6,6 +6,7 @@ No code in their files is run when they are loaded.
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -23,6 +24,8 @@ from zods.training import first_order
 from zods.training.first_order import FirstOrderEngine
 from zods.training.first_order_checkpoint import CLASSES_IN_CHECKPOINTS, MANIFEST
 from zods.training.resume import CHECKPOINTS, LOG_NAME
+from zods.trajectory.log import read_log
+from zods.trajectory.records import Step
 
 VARIABLE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
@@ -35,6 +38,7 @@ def build(
     data: Any = None,
     dropout: float = 0.1,
     activation: str = "relu",
+    seed: int = 1,
 ) -> FirstOrderEngine:
     config = {
         "train_batch_size": 8,
@@ -46,6 +50,7 @@ def build(
         },
         "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": lr, "warmup_num_steps": 5}},
         "steps_per_print": 10**9,
+        "zeroth_order": {"seed": seed},
     }
     run = read_first_order_config(config, torch.distributed.get_world_size())
     model = tiny_opt()
@@ -266,9 +271,9 @@ def close_log(engine: FirstOrderEngine) -> None:
     torch.distributed.barrier()
 
 
-def logged_run(folder: Path) -> list[float]:
+def logged_run(folder: Path, seed: int = 1) -> list[float]:
     """A run with checkpoints at steps 2 and 4; returns its losses from step 2 on."""
-    engine = build(1, False, dropout=0.0)
+    engine = build(1, False, dropout=0.0, seed=seed)
     engine.resume(folder)
     losses = []
     for step in range(1, 7):
@@ -343,3 +348,80 @@ def test_a_resume_with_another_optimizer_or_other_data_is_refused(tmp_path):
     (said,) = run_ranks(1, rank_of_others, tmp_path)
     for name, (_, text) in OTHERS.items():
         assert text in said[name], name
+
+
+# --- checkpoints of another log -------------------------------------------------------------------
+
+
+def cut_log(at: Path, steps: int) -> None:
+    """Lose the end of a log, at the end of a line."""
+    log = read_log(at / LOG_NAME)
+    os.truncate(at / LOG_NAME, log.ends[len(log.until(steps)) if steps else 0])
+
+
+def without_head(at: Path) -> None:
+    """Make the manifests those of an earlier version."""
+    for path in (at / CHECKPOINTS).glob(f"*/{MANIFEST}"):
+        manifest = json.loads(path.read_text())
+        manifest.pop("head", None)
+        path.write_text(json.dumps(manifest))
+
+
+def cut_log_without_head(at: Path) -> None:
+    without_head(at)
+    cut_log(at, 3)
+
+
+def of_another_run(at: Path) -> None:
+    shutil.rmtree(at / CHECKPOINTS)
+    shutil.copytree(at.parent / "other" / CHECKPOINTS, at / CHECKPOINTS)
+
+
+# {what happened: (what does it, the step at which the run resumes; None: it is refused)}
+LOGS: dict[str, tuple[Callable[[Path], None], int | None]] = {
+    "the log lost its end": (lambda at: cut_log(at, 3), 2),
+    "the log lost its end, no head": (cut_log_without_head, 2),
+    "no head": (without_head, 4),
+    "only the header left": (lambda at: cut_log(at, 0), None),
+    "another run": (of_another_run, None),
+}
+
+
+def rank_of_logs(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    losses = logged_run(folder / "run")
+    logged_run(folder / "other", seed=2)
+    for name, (damage, _) in LOGS.items():
+        at = folder / name
+        if torch.distributed.get_rank() == 0:
+            shutil.copytree(folder / "run", at)
+            damage(at)
+        torch.distributed.barrier()
+        before = (at / LOG_NAME).read_bytes()
+        warnings = LogTexts("zods.training.first_order")
+        engine = build(1, False, dropout=0.0)
+        try:
+            engine.resume(at)
+        except ValueError as error:
+            found[name] = (None, str(error), (at / LOG_NAME).read_bytes() == before)
+            continue
+        began = engine.global_steps
+        resumed = [engine.train_batch() for _ in range(began, 6)]
+        close_log(engine)
+        steps = [r.step for r in read_log(at / LOG_NAME).records if isinstance(r, Step)]
+        as_before = resumed == losses[began - 2 :] and steps == list(range(6))
+        found[name] = (began, "\n".join(warnings.texts), as_before)
+    return found
+
+
+def test_a_checkpoint_that_does_not_belong_to_the_log_is_not_used(tmp_path):
+    ranks = run_ranks(2, rank_of_logs, tmp_path)
+    for name, (_, step) in LOGS.items():
+        for rank in ranks:
+            assert rank[name][0] == step, f"{name}: {rank[name]}"
+            assert rank[name][2], name
+        said = ranks[0][name][1]
+        assert ("does not belong to" in said) == (name != "no head"), said
+        if step is None:
+            assert ranks[1][name][1] == said
+            assert "from a copy" in said

@@ -37,6 +37,7 @@ from zods.training.first_order_checkpoint import (
     folder_of_step,
     full_disk_as_os_error,
     only_data,
+    records_at,
     remove_old,
     seal,
     unseal,
@@ -47,6 +48,7 @@ from zods.training.log_checks import (
     check_new,
     check_not_lost,
     check_same_model,
+    check_same_optimizer,
     warn_of_changes,
 )
 from zods.training.rank_agreement import describe_data
@@ -274,42 +276,44 @@ class FirstOrderEngine:
     def _continue_log(
         self, file: LogFile | None, data: bytes, path: Path, checkpoints: Path
     ) -> None:
-        """Load the last whole checkpoint, and continue the log after it. data: the log's content."""
+        """Load the last whole checkpoint that belongs to the log, and continue the log after it.
+
+        data: the log's content.
+        """
         with self.comm.same_on_all_ranks():
             check_not_lost(path, data, checkpoints)
             log = parse_log(data, path) if b"\n" in data else None
         header = self._header(None if log is None else log.header)
+        kept = 0  # records of the log that the checkpoint stands for
+        if log is not None:
+            with self.comm.same_on_all_ranks():
+                found = bool(checkpoints_in(checkpoints))
+                if found:
+                    check_same_model(log.header, header, log.path)
+                    check_same_optimizer(log, self.config)
+            if found:
+                if self.comm.rank == 0:
+                    warn_of_changes(log, self.recorder.run_record(0))
+                folder, kept = self._last_good(checkpoints, log)
+                self._load(folder)
+            elif log.num_steps and self.comm.rank == 0:
+                logger.warning(
+                    "%s: %d steps, but no whole checkpoint in %s: the run starts again from step 0",
+                    log.path,
+                    log.num_steps,
+                    checkpoints,
+                )
         with self.comm.same_on_all_ranks():
-            found = bool(checkpoints_in(checkpoints))
-            if found and log is not None:
-                check_same_model(log.header, header, log.path)
-                self._check_same_optimizer(log)
-        if found:
-            if log is not None and self.comm.rank == 0:
-                warn_of_changes(log, self.recorder.run_record(0))
-            self.load_checkpoint(checkpoints)
-        elif log is not None and log.num_steps and self.comm.rank == 0:
-            logger.warning(
-                "%s: %d steps, but no whole checkpoint in %s: the run starts again from step 0",
-                log.path,
-                log.num_steps,
-                checkpoints,
-            )
-        with self.comm.same_on_all_ranks():
-            kept = (
-                []
-                if log is None
-                else [record for record in log.records if record.step < self.global_steps]
-            )
-            goes_on = log is not None and bool(kept)
             if file is not None:
-                file.cut(log.ends[len(kept)] if log is not None and goes_on else 0)
+                file.cut(log.ends[kept] if log is not None and kept else 0)
         self.recorder.trajectory.file = file
-        if log is not None and goes_on:
-            self.recorder.take_over(kept, log.heads[len(kept)])
+        if log is not None and kept:
+            self.recorder.take_over(log.records[:kept], log.heads[kept])
         else:
             self.recorder.trajectory.add(header)
         self.recorder.record_run(self.global_steps)
+        with self.comm.same_on_all_ranks():
+            self.recorder.trajectory.wait()
 
     def _header(self, logged: Header | None) -> Header:
         """The log's header. It has no parameters: the steps cannot be replayed.
@@ -319,25 +323,6 @@ class FirstOrderEngine:
         data = describe_data(self.training_dataloader, self.comm, num_digested(logged))
         config = configuration_of(self.module)
         return Header(type(self.module).__name__, (), data=data, config=config)
-
-    def _check_same_optimizer(self, log: Log) -> None:
-        """Raise ValueError where the log's steps were made with another optimizer or mean of the
-        loss.
-        """
-        run = log.run_at_end()
-        if run is None:
-            return
-        if run.section.loss_mean != self.config.loss_mean:
-            raise ValueError(
-                f"{log.path}: made with zeroth_order.loss_mean = {run.section.loss_mean}, this run "
-                f"has {self.config.loss_mean}. Resume with the same."
-            )
-        if run.optimizer is not None and run.optimizer != self.config.optimizer:
-            raise ValueError(
-                f"{log.path}: made with the optimizer {run.optimizer}, this run has "
-                f"{self.config.optimizer}. A checkpoint restores the optimizer's settings, so that "
-                "these would be ignored. Resume with the same, or start a new run."
-            )
 
     def save_checkpoint(self, save_dir: str | Path, keep: int | None = None) -> None:
         """Save a checkpoint of DeepSpeed, with the position in the data and the selector's state.
@@ -354,7 +339,7 @@ class FirstOrderEngine:
                 self.deepspeed.save_checkpoint(
                     str(save_dir), folder.name, client_state={"zods": state}, save_latest=False
                 )
-            seal(folder, self.comm)
+            seal(folder, self.comm, self.recorder.trajectory.head)
             with self.comm.same_on_all_ranks():
                 if keep is not None and self.comm.rank == 0:
                     remove_old(folder, keep)
@@ -366,18 +351,23 @@ class FirstOrderEngine:
         ValueError or OSError, the same on all ranks and before anything is changed, where no
         checkpoint is good, or where they are of another number of ranks.
         """
-        load_dir = Path(load_dir)
-        folder = self._last_good(load_dir)
+        self._load(self._last_good(Path(load_dir))[0])
+
+    def _load(self, folder: Path) -> None:
+        """Load a checkpoint whose files have been checked."""
         with only_data():
-            _, client_state = self.deepspeed.load_checkpoint(str(load_dir), folder.name)
+            _, client_state = self.deepspeed.load_checkpoint(str(folder.parent), folder.name)
         with self.comm.same_on_all_ranks():
             state = zods_state(client_state, folder)
             self.training_dataloader.load_state_dict(state["loader"])
         self.global_steps = state["global_steps"]
         self._batches = self.training_dataloader.forever()
 
-    def _last_good(self, load_dir: Path) -> Path:
-        """The last checkpoint whose files are as they were written."""
+    def _last_good(self, load_dir: Path, log: Log | None = None) -> tuple[Path, int]:
+        """The last checkpoint that belongs to the log and whose files are as they were written.
+
+        Returns (folder, number of the log's records that it stands for).
+        """
         if self.comm.rank == 0:
             for folder in unsealed_in(load_dir):
                 logger.warning("checkpoint %s: not whole; it is left out", folder)
@@ -389,16 +379,24 @@ class FirstOrderEngine:
             )
         for name in names:
             try:
+                with self.comm.same_on_all_ranks():
+                    kept = 0 if log is None else records_at(load_dir / name, log)
                 check(load_dir / name, self.comm)
             except OtherRanks:
                 raise
             except (ValueError, OSError) as error:
                 if name == names[-1]:
-                    raise
+                    if log is None:
+                        raise
+                    raise ValueError(
+                        f"{error} No checkpoint in {load_dir} can be used. Put the checkpoints or "
+                        f"{log.path} back from a copy, or start a new run in another folder. To "
+                        "start this one from step 0, remove the log and the checkpoints first."
+                    ) from error
                 if self.comm.rank == 0:
                     logger.warning("%s It is left out; an older one is used.", error)
                 continue
-            return load_dir / name
+            return load_dir / name, kept
         raise AssertionError("the last checkpoint either is good or raises")
 
     def save_pretrained(self, save_dir: str | Path) -> None:

@@ -2,8 +2,9 @@
 
 DeepSpeed 0.19.8 does not sync the files of a checkpoint, and a crash can leave a folder half
 written or its file `latest` empty. So the manifest is written last, when all files are on the disk:
-a folder with a manifest is whole. The manifest has a digest of each file. DeepSpeed's files are
-pickles; nothing here, nor DeepSpeed's own load, runs code that a file names.
+a folder with a manifest is whole. The manifest has a digest of each file, and the head of the log's
+chain, by which a checkpoint belongs to one log. DeepSpeed's files are pickles; nothing here, nor
+DeepSpeed's own load, runs code that a file names.
 
 Called by `zods.training.first_order`.
 """
@@ -17,6 +18,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from zods.comm.communicator import Communicator
 from zods.files import atomic_write, check_regular, make_folder, sync, write_errors
 from zods.training.checkpoint_files import hide_removed, latest_tag, write_latest
+from zods.trajectory.log import Log
 
 MANIFEST = "zods.json"
 WRITERS = ("PytorchStreamWriter", "inline_container")  # in messages of torch's writer, 2.13
@@ -37,6 +40,19 @@ CLASSES_IN_CHECKPOINTS = [LossScaler, ZeroStageEnum, fragment_address]
 
 class OtherRanks(ValueError):
     """A checkpoint of another number of ranks. Older checkpoints do not help."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of a manifest.
+
+    ranks: their number. files: file name -> digest. head: of the log's chain at the checkpoint;
+    None in manifests of earlier versions.
+    """
+
+    ranks: int
+    files: dict[str, str]
+    head: str | None = None
 
 
 def folder_of_step(save_dir: Path, step: int) -> Path:
@@ -63,10 +79,10 @@ def full_disk_as_os_error(folder: Path) -> Iterator[None]:
         raise OSError(f"{folder}: cannot be written: {error}") from error
 
 
-def seal(folder: Path, comm: Communicator) -> None:
+def seal(folder: Path, comm: Communicator, head: str) -> None:
     """Sync the files of a checkpoint, then write its manifest and the file `latest`.
 
-    All ranks call it together, when DeepSpeed has written all files.
+    All ranks call it together, when DeepSpeed has written all files. head: of the log's chain.
     """
     own: dict[str, str] = {}
     with comm.same_on_all_ranks():
@@ -77,7 +93,7 @@ def seal(folder: Path, comm: Communicator) -> None:
     with comm.same_on_all_ranks():
         if comm.rank == 0:
             with atomic_write(folder / MANIFEST) as temporary:
-                temporary.write_text(json.dumps({"ranks": comm.world_size, "files": digests}))
+                temporary.write_text(json.dumps(asdict(Manifest(comm.world_size, digests, head))))
             sync(folder.parent)
             write_latest(folder)
 
@@ -102,13 +118,36 @@ def checkpoints_in(load_dir: Path) -> list[Path]:
     if sealed:
         return sealed
     tag = latest_tag(load_dir)
-    return [load_dir / tag] if tag and _files(load_dir / tag) else []
+    return [folder for folder in _numbered(load_dir) if folder.name == tag and _files(folder)]
 
 
 def unsealed_in(load_dir: Path) -> list[Path]:
     """The numbered folders that a crash left half written."""
     whole = checkpoints_in(load_dir)
     return [folder for folder in _numbered(load_dir) if folder not in whole]
+
+
+def records_at(folder: Path, log: Log) -> int:
+    """The number of the log's records that a checkpoint stands for.
+
+    A checkpoint of an earlier version names no head. It is taken for one of this log where the log
+    has as many steps. Raises ValueError where the checkpoint does not belong to the log.
+    """
+    head = _read_manifest(folder).head if (folder / MANIFEST).is_file() else None
+    if head is None:
+        step = _step_of(folder)
+        if log.num_steps < step:
+            raise ValueError(
+                f"checkpoint {folder}: it does not belong to {log.path}, which has only "
+                f"{log.num_steps} steps."
+            )
+        return len(log.until(step))
+    if head not in log.heads:
+        raise ValueError(
+            f"checkpoint {folder}: it does not belong to {log.path}, which has {log.num_steps} "
+            f"steps: the log has not the head {head} that the checkpoint was made at."
+        )
+    return log.heads.index(head)
 
 
 def check(folder: Path, comm: Communicator) -> None:
@@ -123,17 +162,16 @@ def check(folder: Path, comm: Communicator) -> None:
         check_regular(*files)
         for path in files[comm.rank :: comm.world_size]:
             _check_only_data(path)
-    ranks, digests = comm.world_size, None
     with comm.same_on_all_ranks():
-        if (folder / MANIFEST).is_file():
-            ranks, digests = _read_manifest(folder)
+        manifest = _read_manifest(folder) if (folder / MANIFEST).is_file() else None
+    if manifest is None:
+        return
+    ranks, digests = manifest.ranks, manifest.files
     if ranks != comm.world_size:
         raise OtherRanks(
             f"checkpoint {folder}: made on {ranks} ranks, this run has {comm.world_size}. The "
             f"states of DeepSpeed's optimizer load on as many ranks only: start {ranks}."
         )
-    if digests is None:
-        return
     with comm.same_on_all_ranks():
         odd = sorted({path.name for path in files} ^ digests.keys())
         if odd:
@@ -153,7 +191,12 @@ def _numbered(folder: Path) -> list[Path]:
         for path in (folder.iterdir() if folder.is_dir() else ())
         if re.fullmatch(r"global_step\d+", path.name)
     ]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("global_step")), reverse=True)
+    return sorted(found, key=_step_of, reverse=True)
+
+
+def _step_of(folder: Path) -> int:
+    """The step in the name of a numbered checkpoint."""
+    return int(folder.name.removeprefix("global_step"))
 
 
 def _files(folder: Path) -> list[Path]:
@@ -165,11 +208,12 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "blake2b").hexdigest()[:16]
 
 
-def _read_manifest(folder: Path) -> tuple[int, dict[str, str]]:
-    """(number of ranks, {file name: digest})."""
+def _read_manifest(folder: Path) -> Manifest:
+    """Raises ValueError where the manifest is damaged."""
+    check_regular(folder / MANIFEST)
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        return int(manifest["ranks"]), dict(manifest["files"])
+        return Manifest(int(manifest["ranks"]), dict(manifest["files"]), manifest.get("head"))
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"checkpoint {folder}/{MANIFEST}: damaged: {error!r}.") from error
 

@@ -1,6 +1,6 @@
 """Check that a run continues the log that it is given: same model, data, batch and configuration.
 
-Called by `zods.training.resume` before anything is changed.
+Called by `zods.training.resume` and `zods.training.first_order` before anything is changed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from zods.comm.communicator import Communicator
-from zods.config.deepspeed_json import RunConfig
+from zods.config.deepspeed_json import FirstOrderConfig, RunConfig
 from zods.training.description import num_digested
 from zods.training.training_run import TrainingRun
 from zods.trajectory.log import Log, is_torn_first_line
@@ -180,6 +180,26 @@ def check_run(run: TrainingRun, log: Log) -> None:
         raise ValueError(
             f"{log.path}: made with{'out' if there.section.selector is None else ''} "
             "zeroth_order.selector."
+        )
+
+
+def check_same_optimizer(log: Log, config: FirstOrderConfig) -> None:
+    """Raise ValueError where the steps of a first-order log were made with another optimizer or mean
+    of the loss.
+    """
+    run = log.run_at_end()
+    if run is None:
+        return
+    if run.section.loss_mean != config.loss_mean:
+        raise ValueError(
+            f"{log.path}: made with zeroth_order.loss_mean = {run.section.loss_mean}, this run "
+            f"has {config.loss_mean}. Resume with the same."
+        )
+    if run.optimizer is not None and run.optimizer != config.optimizer:
+        raise ValueError(
+            f"{log.path}: made with the optimizer {run.optimizer}, this run has "
+            f"{config.optimizer}. A checkpoint restores the optimizer's settings, so that "
+            "these would be ignored. Resume with the same, or start a new run."
         )
 
 
