@@ -350,6 +350,23 @@ def test_a_resume_with_another_optimizer_or_other_data_is_refused(tmp_path):
         assert text in said[name], name
 
 
+def rank_of_earlier(folder: Path) -> tuple[int, list[str]]:
+    logged_run(folder)
+    for path in (folder / CHECKPOINTS).glob(f"*/{MANIFEST}"):
+        path.unlink()
+    warnings = LogTexts("zods.training.first_order_checkpoint")
+    engine = build(1, False, dropout=0.0)
+    engine.load_checkpoint(folder / CHECKPOINTS)
+    return engine.global_steps, list(warnings.texts)
+
+
+def test_a_checkpoint_without_a_manifest_is_loaded_with_a_warning(tmp_path):
+    ((step, said),) = run_ranks(1, rank_of_earlier, tmp_path)
+    assert step == 4
+    assert len(said) == 1
+    assert "without a check" in said[0]
+
+
 # --- checkpoints of another log -------------------------------------------------------------------
 
 

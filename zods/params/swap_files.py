@@ -3,8 +3,8 @@
 DeepSpeed 0.19.8 empties `nvme_path/zero_stage_3/...` while it loads a model, so a second run with
 the same path would destroy the parameters of the first. Each run therefore gets a new folder in
 `nvme_path`, which is removed when its last process ends. DeepSpeed also reads the files back
-unchecked. A `CheckedHandle` compares what is read with what was written. Called by
-`zods.initialize` and `zods.finetune`.
+unchecked. A `CheckedHandle` compares what is read with what was written. Optimizer states on NVMe
+are not compared. Called by `zods.initialize`, `zods.training.first_order` and `zods.finetune`.
 """
 
 from __future__ import annotations

@@ -5,9 +5,11 @@ All code of zods that uses undocumented parts of DeepSpeed is here. On a Paramet
 `nvme_swapper`. Of ZeRO-3's coordinator it uses `fetch_sub_module` and `__prefetch_nvme`. Of the
 swapper it uses `swap_in`, `synchronize_reads`, `swap_out_and_release`, `swap_out_params`,
 `synchronize_writes`, `remove_partition_and_release_buffers`, `available_swap_in_buffers`,
-`get_path`, `use_gds` and the handles of async_io, which `zods.params.swap_files` replaces. They
-were read in DeepSpeed 0.19.8. tests/distributed/test_sharding.py, test_deferral.py and
-test_swap_files.py fail when they change. No DeepSpeed class is patched, and no attribute is set on
+`get_path`, `use_gds` and the handles of async_io, which `zods.params.swap_files` replaces. Of
+ZeRO-3's optimizer it uses `swap_optimizer`, `optimizer_swapper.is_swappable_tensor` and
+`fp16_partitioned_groups_flat_numel`. They were read in DeepSpeed 0.19.8.
+tests/distributed/test_sharding.py, test_deferral.py, test_swap_files.py and
+test_first_order_nvme.py fail when they change. No DeepSpeed class is patched, and no attribute is set on
 a Parameter.
 
 A parameter that is not sharded (stage 0) is its own shard. Called by the other modules of
@@ -112,6 +114,18 @@ def local_shard(param: Any, numel: int) -> torch.Tensor:
 def on_nvme(param: Any) -> bool:
     """Whether the parameter's shard is stored on NVMe."""
     return is_sharded(param) and getattr(param.ds_tensor, "final_location", None) == "nvme"
+
+
+def optimizer_is_partly_on_nvme(optimizer: Any) -> bool:
+    """Whether DeepSpeed stores the states of some sub-groups on NVMe, and of others in memory.
+
+    A sub-group of fewer bytes than `smallest_on_nvme` stays in memory.
+    """
+    if not getattr(optimizer, "swap_optimizer", False):
+        return False
+    sizes = optimizer.fp16_partitioned_groups_flat_numel
+    is_swapped = optimizer.optimizer_swapper.is_swappable_tensor
+    return not all(is_swapped(numel=numel) for numel in sizes)
 
 
 def smallest_on_nvme(aio: Mapping[str, Any]) -> int:

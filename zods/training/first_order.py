@@ -25,7 +25,8 @@ from zods.data.batch import WEIGHTS
 from zods.data.loader import TrainingLoader
 from zods.data.objectives import Objective, loss_count
 from zods.forward.dataset_metrics import Measure, check_own_loss, measure_whole
-from zods.params.zero3_adapter import bytes_of
+from zods.params.swap_files import check_reads
+from zods.params.zero3_adapter import bytes_of, optimizer_is_partly_on_nvme
 from zods.selection.loaders import SelectingLoader, weighted_loss
 from zods.selection.sub_batches import SubBatches
 from zods.training import export
@@ -61,6 +62,12 @@ from zods.trajectory.records import Header, Step
 
 logger = logging.getLogger(__name__)
 
+PARTLY_ON_NVME = (
+    "zero_optimization.offload_optimizer.device: nvme: a sub-group of the parameters has less than "
+    "1 MiB on this rank, or than aio.block_size. DeepSpeed 0.19.8 does not restore such a sub-group "
+    "from a checkpoint: it would keep the base weights"
+)
+
 
 class FirstOrderEngine:
     """A model under DeepSpeed with its optimizer.
@@ -88,6 +95,8 @@ class FirstOrderEngine:
             dist_init_required=False,
         )[0]
         self.module = self.deepspeed.module
+        check_reads(list(self.module.parameters()))
+        self._partly_on_nvme = optimizer_is_partly_on_nvme(self.deepspeed.optimizer)
         self.comm = Communicator(torch.device(self.deepspeed.device))
         self.config = config
         self.global_steps = 0
@@ -95,6 +104,8 @@ class FirstOrderEngine:
         self.stop = StopRequest()
         self.should_stop = False
         self._loss_checked = False
+        if self._partly_on_nvme and self.comm.rank == 0:
+            logger.warning("%s. This run cannot be resumed. Give device cpu.", PARTLY_ON_NVME)
         with self.comm.same_on_all_ranks():
             loader = self._make_loader(dataset, collate_fn)
         self.training_dataloader = loader
@@ -355,6 +366,12 @@ class FirstOrderEngine:
 
     def _load(self, folder: Path) -> None:
         """Load a checkpoint whose files have been checked."""
+        with self.comm.same_on_all_ranks():
+            if self._partly_on_nvme:
+                raise ValueError(
+                    f"checkpoint {folder}: not loaded: {PARTLY_ON_NVME}. Start a new run with "
+                    "device cpu."
+                )
         with only_data():
             _, client_state = self.deepspeed.load_checkpoint(str(folder.parent), folder.name)
         with self.comm.same_on_all_ranks():

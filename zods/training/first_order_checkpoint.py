@@ -4,7 +4,8 @@ DeepSpeed 0.19.8 does not sync the files of a checkpoint, and a crash can leave 
 written or its file `latest` empty. So the manifest is written last, when all files are on the disk:
 a folder with a manifest is whole. The manifest has a digest of each file, and the head of the log's
 chain, by which a checkpoint belongs to one log. DeepSpeed's files are pickles; nothing here, nor
-DeepSpeed's own load, runs code that a file names.
+DeepSpeed's own load, runs code that a file names. Optimizer states on NVMe are files that DeepSpeed
+copies into the folder OFFLOADED of the checkpoint, without format or checksum.
 
 Called by `zods.training.first_order`.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -28,14 +30,18 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
 from zods.comm.communicator import Communicator
-from zods.files import atomic_write, check_regular, make_folder, sync, write_errors
+from zods.files import atomic_write, check_regular, make_folder, sync, sync_tree, write_errors
 from zods.training.checkpoint_files import hide_removed, latest_tag, write_latest
 from zods.trajectory.log import Log
 
 MANIFEST = "zods.json"
+PICKLE = ".pt"
+OFFLOADED = "offloaded_tensors"  # in the folder of a checkpoint
 WRITERS = ("PytorchStreamWriter", "inline_container")  # in messages of torch's writer, 2.13
 # classes of objects in a checkpoint of DeepSpeed 0.19.8, besides those that torch allows
 CLASSES_IN_CHECKPOINTS = [LossScaler, ZeroStageEnum, fragment_address]
+
+logger = logging.getLogger(__name__)
 
 
 class OtherRanks(ValueError):
@@ -46,8 +52,8 @@ class OtherRanks(ValueError):
 class Manifest:
     """The content of a manifest.
 
-    ranks: their number. files: file name -> digest. head: of the log's chain at the checkpoint;
-    None in manifests of earlier versions.
+    ranks: their number. files: path in the checkpoint -> digest. head: of the log's chain at the
+    checkpoint; None in manifests of earlier versions, which also lack the files in OFFLOADED.
     """
 
     ranks: int
@@ -60,11 +66,16 @@ def folder_of_step(save_dir: Path, step: int) -> Path:
 
 
 def unseal(folder: Path, comm: Communicator) -> None:
-    """Make the folder of checkpoints, and remove the manifest of one that is written again."""
+    """Make the folder of checkpoints, and remove the manifest of one that is written again.
+
+    DeepSpeed 0.19.8 cannot write the folder OFFLOADED where it exists, so it is removed, too.
+    """
     with comm.same_on_all_ranks():
         if comm.rank == 0:
             make_folder(folder.parent)
             (folder / MANIFEST).unlink(missing_ok=True)
+            if (folder / OFFLOADED).exists():
+                shutil.rmtree(folder / OFFLOADED)
 
 
 @contextmanager
@@ -88,10 +99,11 @@ def seal(folder: Path, comm: Communicator, head: str) -> None:
     with comm.same_on_all_ranks():
         for path in _files(folder)[comm.rank :: comm.world_size]:
             sync(path)
-            own[path.name] = _digest(path)
+            own[_name(path, folder)] = _digest(path)
     digests = {name: digest for rank in comm.gather_objects(own) for name, digest in rank.items()}
     with comm.same_on_all_ranks():
         if comm.rank == 0:
+            sync_tree(folder)  # the names of the files
             with atomic_write(folder / MANIFEST) as temporary:
                 temporary.write_text(json.dumps(asdict(Manifest(comm.world_size, digests, head))))
             sync(folder.parent)
@@ -155,16 +167,18 @@ def check(folder: Path, comm: Communicator) -> None:
 
     Raises ValueError or OSError, the same on all ranks, where a file is damaged, is missing or does
     not belong to the checkpoint, or holds more than data. Raises OtherRanks where the checkpoint is
-    of another number of ranks.
+    of another number of ranks. Logs a warning where an earlier version kept no digests.
     """
     files = _files(folder)
     with comm.same_on_all_ranks(), only_data():
         check_regular(*files)
         for path in files[comm.rank :: comm.world_size]:
-            _check_only_data(path)
+            if path.suffix == PICKLE:
+                _check_only_data(path)
     with comm.same_on_all_ranks():
         manifest = _read_manifest(folder) if (folder / MANIFEST).is_file() else None
     if manifest is None:
+        _warn_unchecked(folder, f"no {MANIFEST}", comm)
         return
     ranks, digests = manifest.ranks, manifest.files
     if ranks != comm.world_size:
@@ -173,16 +187,30 @@ def check(folder: Path, comm: Communicator) -> None:
             f"states of DeepSpeed's optimizer load on as many ranks only: start {ranks}."
         )
     with comm.same_on_all_ranks():
-        odd = sorted({path.name for path in files} ^ digests.keys())
+        named = {_name(path, folder): path for path in files}
+        if manifest.head is None and (folder / OFFLOADED).exists():
+            _warn_unchecked(folder / OFFLOADED, f"its files are not in {MANIFEST}", comm)
+            named = {name: path for name, path in named.items() if path.suffix == PICKLE}
+        odd = sorted(named.keys() ^ digests.keys())
         if odd:
             here = "not one of its files" if odd[0] not in digests else "missing"
             raise ValueError(f"checkpoint {folder}: {odd[0]} is {here}.")
-        for path in files[comm.rank :: comm.world_size]:
-            if _digest(path) != digests[path.name]:
+        for name, path in list(named.items())[comm.rank :: comm.world_size]:
+            if _digest(path) != digests[name]:
                 raise ValueError(
                     f"checkpoint {path}: damaged, or of another checkpoint: it is not the file that "
                     "was written."
                 )
+
+
+def _warn_unchecked(path: Path, reason: str, comm: Communicator) -> None:
+    if comm.rank == 0:
+        logger.warning(
+            "checkpoint %s: %s, as earlier versions of zods left it. It is loaded without a check: "
+            "damage to its files would not be noticed.",
+            path,
+            reason,
+        )
 
 
 def _numbered(folder: Path) -> list[Path]:
@@ -200,7 +228,14 @@ def _step_of(folder: Path) -> int:
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.pt"))
+    """The files that DeepSpeed wrote: the pickles, and the copies of states on NVMe."""
+    offloaded = (path for path in (folder / OFFLOADED).rglob("*") if not path.is_dir())
+    return sorted([*folder.glob(f"*{PICKLE}"), *offloaded])
+
+
+def _name(path: Path, folder: Path) -> str:
+    """The name of a checkpoint's file in the manifest."""
+    return path.relative_to(folder).as_posix()
 
 
 def _digest(path: Path) -> str:
