@@ -66,6 +66,8 @@ from zods.tasks import (
     read_escapes,
     split_held_out,
 )
+from zods.training import first_order_checkpoint
+from zods.training.checkpoint_files import latest_tag
 from zods.training.engine import ZerothOrderEngine
 from zods.training.first_order import FirstOrderEngine
 from zods.training.host_memory import return_freed_memory
@@ -228,7 +230,7 @@ def check_input(arguments: Arguments, comm: Communicator, watchdog: Watchdog) ->
     fork = (
         None
         if arguments.model.resume in (None, "auto")
-        else latest_checkpoint(Path(arguments.model.resume))
+        else checkpoint_to_fork(Path(arguments.model.resume), isinstance(run, FirstOrderConfig))
     )
     pretrained = find_model(arguments.model)
     tokenizer = read_tokenizer(arguments.model, pretrained)
@@ -289,19 +291,27 @@ def finetune(
     return True
 
 
-def latest_checkpoint(run: Path) -> Path:
-    """The latest checkpoint in a run's folder, or in a folder of checkpoints.
+def checkpoint_to_fork(run: Path, is_first_order: bool = False) -> Path:
+    """The checkpoint in a run's folder, or in a folder of checkpoints, from which a fork starts.
 
-    Raises FileNotFoundError where there is none.
+    In first-order training, the newest whole one; otherwise the one that `latest` names. Raises
+    FileNotFoundError where there is none.
     """
     folder = run / CHECKPOINTS if (run / CHECKPOINTS).is_dir() else run
-    latest = folder / "latest"
-    if not latest.is_file():
+    remedy = "Give the folder of a run with checkpoints, or auto."
+    if is_first_order:
+        whole = first_order_checkpoint.checkpoints_in(folder)
+        if not whole:
+            raise FileNotFoundError(
+                f"--resume {run}: no whole checkpoint of first-order training in {folder}. {remedy}"
+            )
+        return whole[0]
+    name = Path(latest_tag(folder) or "").name
+    if not name:
         raise FileNotFoundError(
-            f"--resume {run}: no file `latest` in {folder}. Give the folder of a run with "
-            "checkpoints, or auto."
+            f"--resume {run}: no file `latest` in {folder} that names a checkpoint. {remedy}"
         )
-    return folder / Path(latest.read_text(errors="replace").strip()).name
+    return folder / name
 
 
 def prepare_data(

@@ -170,11 +170,11 @@ def _state_of(folder: Path, name: str) -> str:
 
 
 def _read_latest(folder: Path) -> str:
-    from zods.finetune import latest_checkpoint
+    from zods.finetune import checkpoint_to_fork
     from zods.training.checkpoint_files import read_state
 
     try:
-        found = latest_checkpoint(folder / RUN)
+        found = checkpoint_to_fork(folder / RUN)
         return str(read_state(found)["global_steps"])
     except (ValueError, OSError) as error:
         print(f"zods: error: {error}")

@@ -20,6 +20,7 @@ from tests.distributed.models import collate, opt_data, tiny_opt
 from tests.distributed.ranks import run_ranks
 from tests.helpers import LogTexts, flip
 from zods.config.deepspeed_json import read_first_order_config
+from zods.finetune import checkpoint_to_fork
 from zods.training import first_order
 from zods.training.first_order import FirstOrderEngine
 from zods.training.first_order_checkpoint import CLASSES_IN_CHECKPOINTS, MANIFEST
@@ -311,6 +312,32 @@ def test_a_resume_uses_the_last_checkpoint_that_is_whole_and_says_which_are_not(
             assert rank[name][2], f"{name}: other losses"
         texts = ranks[0][name][1]
         assert any(said in text for text in texts) if said else not texts, f"{name}: {texts}"
+
+
+def rank_of_forks(folder: Path) -> dict[str, str]:
+    logged_run(folder)
+    checkpoints, found = folder / CHECKPOINTS, {}
+    for damage in (empty_latest, no_latest, half_written_newest):
+        damage(checkpoints)
+        found[damage.__name__] = checkpoint_to_fork(folder, is_first_order=True).name
+    shutil.rmtree(checkpoints / "global_step2")
+    for name, is_first_order in (("first order", True), ("zeroth order", False)):
+        empty_latest(checkpoints)
+        with pytest.raises(FileNotFoundError) as error:
+            checkpoint_to_fork(folder, is_first_order)
+        found[name] = str(error.value)
+    return found
+
+
+def test_a_fork_starts_from_the_newest_whole_checkpoint_whatever_latest_says(tmp_path):
+    (found,) = run_ranks(1, rank_of_forks, tmp_path)
+    assert found["empty_latest"] == found["no_latest"] == "global_step4"
+    assert found["half_written_newest"] == "global_step2"
+    assert (
+        f"no whole checkpoint of first-order training in {tmp_path}/checkpoints"
+        in (found["first order"])
+    )
+    assert "no file `latest`" in found["zeroth order"]
 
 
 def rank_of_other_ranks(folder: Path) -> str:
