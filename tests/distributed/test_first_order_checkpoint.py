@@ -40,6 +40,7 @@ def build(
     dropout: float = 0.1,
     activation: str = "relu",
     seed: int = 1,
+    clipping: float = 0.0,
 ) -> FirstOrderEngine:
     config = {
         "train_batch_size": 8,
@@ -50,6 +51,7 @@ def build(
             "params": {"lr": lr, "weight_decay": 0.01, "torch_adam": True},
         },
         "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": lr, "warmup_num_steps": 5}},
+        "gradient_clipping": clipping,
         "steps_per_print": 10**9,
         "zeroth_order": {"seed": seed},
     }
@@ -354,6 +356,8 @@ def test_a_checkpoint_of_another_number_of_ranks_is_one_clear_error(tmp_path):
 
 OTHERS = {
     "another lr": ({"lr": 2e-3}, "made with the optimizer"),
+    "clipping": ({"clipping": 0.5}, "made with gradient_clipping = 0.0, this run has 0.5"),
+    "precision": ({"bf16": True}, 'made with bf16 = null, this run has {"enabled": true}'),
     "other data": ({"data": opt_data()[::-1]}, "other training data"),
     "another configuration": ({"activation": "gelu"}, "activation_function"),
 }
@@ -365,7 +369,7 @@ def rank_of_others(folder: Path) -> dict[str, str]:
     for name, (changed, _) in OTHERS.items():
         before = (folder / LOG_NAME).read_bytes()
         with pytest.raises(ValueError, match=LOG_NAME) as error:
-            build(1, False, dropout=0.0, **changed).resume(folder)
+            build(**{"stage": 1, "bf16": False, "dropout": 0.0, **changed}).resume(folder)
         said[name] = str(error.value)
         assert (folder / LOG_NAME).read_bytes() == before
     return said

@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,11 @@ def test_a_first_order_run_records_its_optimizer_and_no_zeroth_order_step_size(t
     path = write(tmp_path / "log", [run, Step(0, 0.5, 3e-4, None)])
     assert read_log(path).records[0] == run
     assert run.to_json()["optimizer"] == optimizer
+    assert "updates" not in run.to_json(), "a record of an earlier version is written as it was"
+    clipped = replace(run, updates={"gradient_clipping": 1.0})
+    path = write(tmp_path / "clipped", [clipped, Step(0, 0.5, 3e-4, None)])
+    assert read_log(path).records[0] == clipped
+    assert clipped.describes() != run.describes()
     assert run.to_json()["zeroth_order"] == {"seed": 7, "selector": None, "loss_mean": "tokens"}
     assert (
         run.describes()

@@ -112,6 +112,20 @@ class FirstOrderConfig:
         return self.deepspeed["optimizer"]
 
     @property
+    def updates(self) -> dict[str, Any]:
+        """DeepSpeed's keys beside the optimizer that change the updates: "gradient_clipping", and
+        the sections of the precisions that are enabled.
+        """
+        sections = {
+            key: self.deepspeed.get(key) or {} for key in ("fp16", "bf16", "torch_autocast")
+        }
+        sections["bf16"] = sections["bf16"] or self.deepspeed.get("bfloat16") or {}
+        return {
+            "gradient_clipping": float(self.deepspeed.get("gradient_clipping") or 0.0),
+            **{key: section for key, section in sections.items() if section.get("enabled", False)},
+        }
+
+    @property
     def zeroth_order(self) -> ZerothOrderConfig:
         """A section "zeroth_order" with the keys that hold for first-order training, too.
 

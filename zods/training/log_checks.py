@@ -124,6 +124,8 @@ def _changes(there: RunRecord, here: RunRecord) -> list[str]:
     old, new = (left_out | _flatten(record.to_json()) for record in (there, here))
     if there.code is None:  # a log of an earlier version
         new = {key: value for key, value in new.items() if not key.startswith("code.")}
+    if there.updates is None:  # a log of an earlier version
+        new = {key: value for key, value in new.items() if not key.startswith("updates.")}
     return [
         f"{key.removeprefix('about.')}: {_text(old.get(key))} -> {_text(new.get(key))}"
         for key in sorted(old.keys() | new.keys())
@@ -184,8 +186,8 @@ def check_run(run: TrainingRun, log: Log) -> None:
 
 
 def check_same_optimizer(log: Log, config: FirstOrderConfig) -> None:
-    """Raise ValueError where the steps of a first-order log were made with another optimizer or mean
-    of the loss.
+    """Raise ValueError where the steps of a first-order log were made with another optimizer, mean
+    of the loss, clipping or precision.
     """
     run = log.run_at_end()
     if run is None:
@@ -201,6 +203,15 @@ def check_same_optimizer(log: Log, config: FirstOrderConfig) -> None:
             f"{config.optimizer}. A checkpoint restores the optimizer's settings, so that "
             "these would be ignored. Resume with the same, or start a new run."
         )
+    logged = config.updates if run.updates is None else run.updates  # None: of an earlier version
+    for key in sorted(logged.keys() | config.updates.keys()):
+        there, here = logged.get(key), config.updates.get(key)
+        if there != here:
+            raise ValueError(
+                f"{log.path}: made with {key} = {_text(there)}, this run has {_text(here)}. A "
+                "checkpoint restores the old value in some stages of ZeRO, so that this one would "
+                "be ignored. Resume with the same, or start a new run."
+            )
 
 
 def check_replica(config: RunConfig, log: Log) -> None:

@@ -112,7 +112,9 @@ class Recorder:
             "scheduler": self._config.scheduler,
         }
         batch = self._config.deepspeed["train_batch_size"]
-        optimizer = self._config.optimizer if isinstance(self._config, FirstOrderConfig) else None
+        optimizer = updates = None
+        if isinstance(self._config, FirstOrderConfig):
+            optimizer, updates = self._config.optimizer, self._config.updates
         return RunRecord(
             step,
             self._config.zeroth_order,
@@ -121,6 +123,7 @@ class Recorder:
             about,
             optimizer,
             code_in_use(),
+            updates,
         )
 
     def sub_batch(self) -> SubBatch | None:

@@ -126,7 +126,8 @@ def _inspect(path: str, step: int | None) -> int:
         print(f"data        {log.header.data[0]:,} examples, digest {log.header.data[1]}")
     for record in log.records:
         if isinstance(record, RunRecord):
-            written = {"optimizer": record.optimizer, **record.to_json()["zeroth_order"]}
+            updates = record.updates or {}
+            written = {"optimizer": record.optimizer, **updates, **record.to_json()["zeroth_order"]}
             section = {"batch": record.batch, **{k: v for k, v in written.items() if v is not None}}
             print(f"from step {record.step:<6} on {record.world_size} ranks: {json.dumps(section)}")
         if isinstance(record, Evaluation):

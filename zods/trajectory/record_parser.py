@@ -161,7 +161,7 @@ def _parameter(entry: Any) -> ParameterRecord:
 
 
 def _run(values: dict[str, Any]) -> RunRecord:
-    known = ("batch", "world_size", "about", "zeroth_order", "optimizer", "code")
+    known = ("batch", "world_size", "about", "zeroth_order", "optimizer", "code", "updates")
     get = _Reader(values, "run", known)
     section, optimizer = get("zeroth_order", dict), get("optimizer", dict, None)
     if optimizer is not None:
@@ -178,6 +178,7 @@ def _run(values: dict[str, Any]) -> RunRecord:
         get("about", dict),
         optimizer,
         get("code", (dict, type(None)), None),
+        get("updates", (dict, type(None)), None),
     )
 
 

@@ -108,7 +108,8 @@ class RunRecord:
     human readers. optimizer: DeepSpeed's section "optimizer" with first-order training, otherwise
     None. With an optimizer, only the keys FIRST_ORDER of `section` are used and written. code: the
     version of each package that computes, and a digest of zods's own files; None in logs of earlier
-    versions.
+    versions. updates: with an optimizer, DeepSpeed's other keys that change the updates; None in
+    logs of earlier versions.
     """
 
     step: int
@@ -118,6 +119,7 @@ class RunRecord:
     about: dict[str, Any] = field(default_factory=dict)
     optimizer: dict[str, Any] | None = None
     code: dict[str, str] | None = None
+    updates: dict[str, Any] | None = None
 
     def describes(self) -> dict[str, Any]:
         """The JSON without step and code: equal for two records of the same configuration."""
@@ -142,6 +144,7 @@ class RunRecord:
             "world_size": self.world_size,
             "about": self.about,
             **({} if self.optimizer is None else {"optimizer": self.optimizer}),
+            **({} if self.updates is None else {"updates": self.updates}),
             **({} if self.code is None else {"code": self.code}),
             "zeroth_order": section,
         }
