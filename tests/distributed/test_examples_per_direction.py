@@ -30,6 +30,8 @@ from zods.trajectory.records import Refresh, Step
 
 BATCH, LENGTH = 8, 6
 SECTION = {"method": "mezo", "eps": 1e-2, "lr": 1e-3, "seed": 5}
+# Parameters are released after each module, as large ones are.
+RELEASED = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
 LOW_RANK = {"direction": {"distribution": "low_rank", "rank": 2}}
 SVRG = {"method": "mezo_svrg", "anchor_interval": 8, "anchor_directions": 4}
 
@@ -84,6 +86,16 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {**LOW_RANK, "examples_per_direction": 1, "num_directions": 2, "stage": 0},
     ),
     "opt, sequential": ("opt", {"examples_per_direction": 1, "evaluation": "sequential"}),
+    # one of two ranks has rows of two groups
+    "opt, sequential, uneven": (
+        "opt",
+        {"examples_per_direction": 5, "evaluation": "sequential", "top": RELEASED},
+    ),
+    "opt, lockstep, uneven": (
+        "opt",
+        {"examples_per_direction": 5, "evaluation": "lockstep", "top": RELEASED},
+    ),
+    "opt, uneven": ("opt", {**LOW_RANK, "examples_per_direction": 5, "top": RELEASED}),
     "opt, lockstep": ("opt", {"examples_per_direction": 1, "evaluation": "lockstep"}),
     "opt, two at a time": (
         "opt",
@@ -175,7 +187,7 @@ def dense_run(
     model_name, keys = CASES[name]
     model = MODELS[model_name][0]()
     section = {**SECTION, **keys}
-    for key in ("evaluation", "stream_memory_gb", "accumulation", "stage"):
+    for key in ("evaluation", "stream_memory_gb", "accumulation", "stage", "top"):
         section.pop(key, None)
     if isinstance(section.get("direction"), dict):
         section |= {"direction": "low_rank", "rank": 2}

@@ -153,10 +153,24 @@ class Evaluator:
         ):
             # a separate forward reports the missing labels, or gives a loss without labels
             form = self._forms.sequential
+        if form is self._forms.sequential:
+            return self._losses_one_by_one(points, batch)
         # as many forwards on every rank, however its rows are grouped
         size = self.streams_per_forward * len({point.rows for point in points})
         parts = [points[k : k + size] for k in range(0, len(points), size)]
         return torch.cat([form.losses(part, batch) for part in parts])
+
+    def _losses_one_by_one(self, points: Sequence[Point], batch: Any) -> torch.Tensor:
+        """Compute losses in separate forwards, as many on every rank.
+
+        The rows of another rank may be in more groups, which have points of their own. ZeRO-3
+        gathers in every forward, so this rank then repeats its last one.
+        """
+        most = len(points)
+        if self._forwards.is_sharded and any(point.rows is not None for point in points):
+            most = int(max(of_rank[0] for of_rank in self._comm.gather_scalars([len(points)])))
+        repeated = [*points, *[points[-1]] * (most - len(points))]
+        return self._forms.sequential.losses(repeated, batch)[: len(points)]
 
     # --- how to evaluate --------------------------------------------------------------------------
 

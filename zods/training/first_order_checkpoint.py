@@ -157,7 +157,7 @@ def records_at(folder: Path, log: Log) -> int:
     if head not in log.heads:
         raise ValueError(
             f"checkpoint {folder}: it does not belong to {log.path}, which has {log.num_steps} "
-            f"steps: the log has not the head {head} that the checkpoint was made at."
+            f"steps: the head {head}, at which it was made, is not in the log."
         )
     return log.heads.index(head)
 
