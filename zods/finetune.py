@@ -177,6 +177,7 @@ def start(
             step=engine.global_steps,
             has_begun=has_begun(engine),
         )
+    engine.recorder.trajectory.before_cut = folder.remove_steps_after
     return engine, task, checked.held_out, folder, checked.tokenizer
 
 

@@ -173,6 +173,9 @@ LOGS: dict[str, Callable[[bytes], bytes | None]] = {
     "zeroed": lambda data: bytes(len(data)),
     "of another program": lambda data: b"notes on trajectories\n" * 20,
     "without newlines": lambda data: data.replace(b"\n", b" "),
+    "cut in its first line": lambda data: data[:100],
+    "cut after its header": lambda data: data.partition(b"\n")[0] + b"\n",
+    "without its last line": lambda data: b"".join(data.splitlines(keepends=True)[:-1]),
 }
 
 

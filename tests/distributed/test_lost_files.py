@@ -12,10 +12,16 @@ import pytest
 import torch
 
 import zods
+import zods.finetune
+from tests.distributed.command_line import finetune_on_ranks, prompted_options, write_inputs
 from tests.distributed.models import Tiny, configuration, state, tiny_data
 from tests.distributed.ranks import run_ranks
 from tests.helpers import LogTexts
+from zods.cli.arguments import parse_arguments
+from zods.cli.run_folder import read_metrics
 from zods.training.resume import CHECKPOINTS, LOG_NAME
+from zods.trajectory.log import read_log
+from zods.trajectory.records import Step
 
 SAVED = (2, 4)
 LAST = 5
@@ -111,6 +117,42 @@ def test_without_checkpoints_only_a_log_that_a_new_run_can_leave_starts_over(tmp
         kind, text, unchanged = found[how]
         assert (kind, unchanged) == ("ValueError", True), how
         assert "not of a trajectory log" in text
+
+
+def rank_of_a_disagreement(options: list[str]) -> tuple[str, list[int]]:
+    """Run the command line until rank 1 has applied another update at step 3. Returns the error, and
+    the steps of the metrics.
+    """
+    arguments = parse_arguments(options)
+    engine, *rest = zods.finetune.start(arguments)
+    commit = engine.run.recorder.add
+
+    def other_at_step_2(record: Any) -> Any:
+        change = commit(record)
+        if isinstance(record, Step) and record.step == 2 and engine.global_rank == 1:
+            engine.trajectory.head = "something else"
+        return change
+
+    engine.run.recorder.add = other_at_step_2
+    with pytest.raises(RuntimeError, match="rank 1: what was applied up to step 4") as error:
+        zods.finetune.finetune(arguments, engine, *rest)
+    engine.close()
+    metrics = read_metrics(arguments.model.output_dir)
+    return str(error.value), [r["step"] for r in metrics if r["kind"] == "train"]
+
+
+def test_after_a_disagreement_log_and_metrics_end_at_the_last_agreement_and_the_run_goes_on(
+    tmp_path,
+):
+    section = {"method": "mezo", "lr": 1e-3, "agreement_interval": 2}
+    config = {"train_batch_size": 8, "zero_optimization": {"stage": 3}, "zeroth_order": section}
+    write_inputs(tmp_path, config)
+    options = prompted_options(tmp_path, tmp_path / "run", resume="auto", max_steps=6)
+    (_, steps), _ = run_ranks(2, rank_of_a_disagreement, options)
+    assert steps == [1, 2]
+    assert read_log(tmp_path / "run" / LOG_NAME).num_steps == 2
+    finetune_on_ranks(2, options)
+    assert read_log(tmp_path / "run" / LOG_NAME).num_steps == 6
 
 
 def rank_of_a_foreign_file(folder: Path) -> tuple[str, str]:

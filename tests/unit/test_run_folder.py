@@ -112,13 +112,36 @@ def test_metrics_of_steps_that_are_made_again_are_removed(run):
     ]
 
 
-@pytest.mark.parametrize("damage", ["missing", "empty"])
-def test_metrics_of_steps_without_a_log_are_an_error(run, damage):
-    (run / LOG_NAME).unlink() if damage == "missing" else (run / LOG_NAME).write_bytes(b"")
+def first_lines(number: int) -> Callable[[bytes], bytes]:
+    """Keep the first lines of a log with 3 steps; the header and the run's record come first."""
+    return lambda data: b"".join(data.splitlines(keepends=True)[:number])
+
+
+LOST_STEPS: dict[str, Callable[[bytes], bytes | None]] = {
+    "missing": lambda data: None,
+    "empty": lambda data: b"",
+    "100 bytes without a whole line": lambda data: data[:100],
+    "0 steps": first_lines(1),
+    "1 steps": first_lines(3),
+    "2 steps": lambda data: data[:-20],
+}
+
+
+@pytest.mark.parametrize("found", LOST_STEPS)
+def test_metrics_of_steps_that_the_log_has_lost_are_an_error(run, found):
+    log = LOST_STEPS[found]((run / LOG_NAME).read_bytes())
+    (run / LOG_NAME).unlink()
+    if log is not None:
+        (run / LOG_NAME).write_bytes(log)
     before = (run / "metrics.jsonl").read_bytes()
-    with pytest.raises(ValueError, match=f"{damage}, but metrics.jsonl beside it has .* steps"):
+    with pytest.raises(
+        ValueError, match=f"{found}, but metrics.jsonl beside it has 3 steps"
+    ) as error:
         RunFolder(run, rank=0, resume=True)
+    assert "from a copy" in str(error.value)
+    assert ("remove metrics.jsonl" in str(error.value)) == (found in ("1 steps", "2 steps"))
     assert (run / "metrics.jsonl").read_bytes() == before
+    assert log is None or (run / LOG_NAME).read_bytes() == log
 
 
 def test_a_removed_file_of_metrics_is_an_error_at_the_next_line(run):

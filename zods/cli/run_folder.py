@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from zods.files import atomic_write, check_regular, check_still_named, make_folder, sync
-from zods.trajectory.log import read_log
+from zods.trajectory.log import parse_log, read_log
 from zods.trajectory.records import Step
 
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "numpy")
@@ -37,8 +37,8 @@ class RunFolder:
     def __init__(self, path: str | Path, *, rank: int, resume: bool, has_log: bool = True) -> None:
         """has_log: whether the run keeps a log in the folder; a replica that follows does not.
 
-        Raises ValueError where the folder holds another run and `resume` is False, or where it has
-        lost the log of the run that is to be resumed.
+        Raises ValueError where the folder holds another run and `resume` is False, or where the log
+        of the run that is to be resumed is lost, or steps at its end are.
         """
         self.path = Path(path)
         self.rank = rank
@@ -57,17 +57,29 @@ class RunFolder:
             self._check_log()
 
     def _check_log(self) -> None:
-        """Raise ValueError where steps are in metrics.jsonl, but the log is missing or empty."""
-        log, metrics = self.path / "trajectory.log", self.path / "metrics.jsonl"
-        if not metrics.exists() or (log.exists() and log.stat().st_size):
+        """Raise ValueError where metrics.jsonl has steps that the log has lost.
+
+        A step's record is on the disk before its line of metrics is written, and lines are removed
+        before the log is cut (`remove_steps_after`).
+        """
+        metrics = self.path / "metrics.jsonl"
+        if not metrics.exists():
             return
-        steps = [r["step"] for r, _ in _readable_lines(metrics) if r["kind"] == "train"]
-        if steps:
-            raise ValueError(
-                f"{log}: {'empty' if log.exists() else 'missing'}, but metrics.jsonl beside it has "
-                f"{max(steps)} steps. Without its log the run cannot be resumed. Put the log back "
-                "from a copy, or start a new run in another --output_dir."
-            )
+        # the metrics are read first: another run may be writing both
+        steps = {r["step"] for r, _ in _readable_lines(metrics) if r["kind"] == "train"}
+        logged, found = _logged_steps(self.path / "trajectory.log")
+        lost = {step for step in steps if step > logged}
+        # a damaged line of metrics may hold any number: one alone, after a gap, is left out
+        if not lost or (logged and len(lost) == 1 and logged + 1 not in lost):
+            return
+        go_on = (
+            f", or, to make the steps after {logged} again, remove metrics.jsonl" if logged else ""
+        )
+        raise ValueError(
+            f"{self.path / 'trajectory.log'}: {found}, but metrics.jsonl beside it has {max(steps)} "
+            "steps. The run cannot be resumed without the steps that its log has lost. Put the log "
+            f"back from a copy, or start a new run in another --output_dir{go_on}."
+        )
 
     def describe(
         self,
@@ -95,9 +107,7 @@ class RunFolder:
         if self.rank != 0:
             return
         make_folder(self.path)
-        self._mend_metrics(step if has_begun else -1)
-        # The file stays open as long as the run.
-        self._metrics = open(self.path / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        self._open_metrics(step if has_begun else -1)
         about = {
             "command": sys.argv,
             "arguments": arguments,
@@ -110,6 +120,19 @@ class RunFolder:
         for name, content in (("config.json", config), ("run.json", about)):
             with atomic_write(self.path / name) as temporary:
                 temporary.write_text(json.dumps(content, indent=2) + "\n")
+
+    def remove_steps_after(self, step: int) -> None:
+        """Remove the metrics of steps after `step`, before the log is cut there."""
+        if self._metrics is None:
+            return
+        self._metrics.close()
+        with contextlib.suppress(OSError):  # e.g. a full disk; the log has to be cut all the same
+            self._open_metrics(step)
+
+    def _open_metrics(self, step: int) -> None:
+        self._mend_metrics(step)
+        # The file stays open as long as the run.
+        self._metrics = open(self.path / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
 
     def _mend_metrics(self, step: int) -> None:
         """Remove lines for steps after `step`, and write those that are missing up to it. A step of
@@ -169,6 +192,21 @@ class RunFolder:
 
 def _line(record: dict[str, Any]) -> str:
     return json.dumps(record) + "\n"
+
+
+def _logged_steps(log: Path) -> tuple[int, str]:
+    """The number of steps in a log, 0 where it has no whole line, and what was found there."""
+    check_regular(log)
+    data = log.read_bytes() if log.exists() else None
+    if not data:
+        return 0, "missing" if data is None else "empty"
+    if b"\n" not in data:
+        return 0, f"{len(data)} bytes without a whole line"
+    whole = parse_log(data, log)
+    if (run := whole.run_at_end()) is not None and run.optimizer is not None and whole.num_steps:
+        # Of first-order training, the checkpoint that is loaded says where the log goes on.
+        return sys.maxsize, ""
+    return whole.num_steps, f"{whole.num_steps} steps"
 
 
 def _from_log(path: Path) -> Iterator[dict[str, Any]]:

@@ -198,12 +198,14 @@ class Trajectory:
 
     head: identifies all records so far; START before the first. file: None on a rank that writes no
     log. publish: called with the JSON of each record, for processes that wait for the records.
+    before_cut: called with the number of steps that stay, before the file is cut to an agreement.
     """
 
     def __init__(self) -> None:
         self.head = START
         self.file: LogFile | None = None
         self.publish: Callable[[str], None] = lambda _: None
+        self.before_cut: Callable[[int], None] = lambda _: None
         # (file length in bytes, number of steps in the file) when all ranks last agreed.
         self._agreed = (0, 0)
 
@@ -241,6 +243,7 @@ class Trajectory:
         """
         if self.file is not None:
             length, num_steps = self._agreed
+            self.before_cut(num_steps)
             self.file.cut(length)
             logger.error(
                 "%s: cut back to step %d, up to which all ranks agreed", self.file.path, num_steps
