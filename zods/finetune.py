@@ -31,6 +31,7 @@ from zods.cli.pretrained import (
     find_model,
     parameter_sizes,
     read_tokenizer,
+    tokenizer_digest,
 )
 from zods.cli.run_folder import RunFolder
 from zods.cli.summary import summarise, table
@@ -72,6 +73,7 @@ from zods.training.engine import ZerothOrderEngine
 from zods.training.first_order import FirstOrderEngine
 from zods.training.host_memory import return_freed_memory
 from zods.training.initialize import check_folders
+from zods.training.rank_agreement import code_of_model
 from zods.training.resume import CHECKPOINTS, INITIAL, copy_log
 
 logger = logging.getLogger(__name__)
@@ -155,6 +157,8 @@ def start(
         )[0]
     else:
         engine = FirstOrderEngine(model, used, checked.train, task.collate)
+    code = {**code_of_model(engine.module), "tokenizer": tokenizer_digest(checked.tokenizer)}
+    engine.recorder.note_code(code)
     check_causal(engine.evaluate, checked.pretrained, task, checked.train)
     with comm.same_on_all_ranks():
         if fork is not None and comm.rank == 0:
@@ -177,7 +181,7 @@ def start(
             step=engine.global_steps,
             has_begun=has_begun(engine),
         )
-    engine.recorder.trajectory.before_cut = folder.remove_steps_after
+    folder.follow_cuts(engine.recorder.trajectory)
     return engine, task, checked.held_out, folder, checked.tokenizer
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,8 @@ import pytest
 import torch
 
 import zods
-from tests.distributed.models import configuration, opt_data, tiny_opt
+from tests.distributed.command_line import MODEL, finetune_on_ranks, prompted_options, write_inputs
+from tests.distributed.models import configuration, opt_data, tiny_data, tiny_of_file, tiny_opt
 from tests.distributed.ranks import run_ranks
 from tests.helpers import LogTexts
 from zods.training import recorder
@@ -40,10 +43,10 @@ def with_config(**changed: Any) -> torch.nn.Module:
     return model
 
 
-def logged(folder: Path, model: torch.nn.Module, **changed: Any) -> None:
+def logged(folder: Path, model: torch.nn.Module, data: Any = None, **changed: Any) -> None:
     """Resume, and train STEPS steps more."""
     config = configuration(4, **{**GIVEN, **changed})
-    engine = zods.initialize(model=model, config=config, training_data=opt_data())[0]
+    engine = zods.initialize(model=model, config=config, training_data=data or opt_data())[0]
     try:
         engine.resume(folder)
         for _ in range(STEPS):
@@ -146,6 +149,53 @@ def rank_of_changed_code(folder: Path) -> tuple[list[str], list[Any]]:
     logged(folder, tiny_opt())
     records = [r for r in read_log(folder / LOG_NAME).records if isinstance(r, RunRecord)]
     return texts.texts, [(r.step, r.code and r.code["torch"]) for r in records]
+
+
+def rank_of_a_changed_model_file(folder: Path) -> list[str]:
+    """The second start's model is of a file with one more comment, the third's of that file again."""
+    texts = LogTexts("zods.training.log_checks")
+    for comment in ("", "# changed", "# changed"):
+        logged(folder, tiny_of_file(folder / "my_model.py", comment), data=tiny_data())
+    return texts.texts
+
+
+def test_a_restart_with_a_changed_file_of_the_model_is_said_once(tmp_path):
+    ((text,),) = run_ranks(1, rank_of_a_changed_model_file, tmp_path)
+    assert "code.model: " in text
+    assert text.count("->") == 1
+
+
+def rank_of_adapters(folder: Path) -> dict[str, str]:
+    logged(folder, with_adapter(4))
+    record = read_log(folder / LOG_NAME).run_at_end()
+    assert record is not None
+    assert record.code is not None
+    return record.code
+
+
+def test_the_code_of_a_run_with_adapters_has_the_version_of_peft(tmp_path):
+    (code,) = run_ranks(1, rank_of_adapters, tmp_path)
+    assert code["peft"] == peft.__version__
+    assert "model" not in code, "its classes are of transformers and peft"
+
+
+def test_a_restart_with_another_tokenizer_is_said(tmp_path):
+    section = {"method": "mezo", "lr": 1e-4}
+    config = {"train_batch_size": 8, "zero_optimization": {"stage": 3}, "zeroth_order": section}
+    write_inputs(tmp_path, config)
+    shutil.copytree(MODEL, tmp_path / "tokenizer")
+    options = prompted_options(
+        tmp_path, tmp_path / "run", tokenizer=tmp_path / "tokenizer", resume="auto", max_steps=1
+    )
+    (first,) = finetune_on_ranks(1, options)
+    rules = json.loads((tmp_path / "tokenizer" / "tokenizer.json").read_text())
+    vocabulary = rules["model"]["vocab"]
+    one, other = (token for token in vocabulary if token in ("\u00e9", "\u00f6"))  # not in the data
+    vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text(json.dumps(rules))
+    (second,) = finetune_on_ranks(1, options)
+    assert not [text for text in first if "code.tokenizer" in text]
+    assert len([text for text in second if "code.tokenizer" in text]) == 1
 
 
 def test_a_restart_with_other_code_is_said_and_recorded(tmp_path):

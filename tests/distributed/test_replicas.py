@@ -19,8 +19,17 @@ import torch
 
 import zods.finetune
 from tests.distributed.command_line import prompted_options, write_inputs
-from tests.distributed.models import Tiny, configuration, numpy_of, sha256, tiny_data, whole
+from tests.distributed.models import (
+    Tiny,
+    configuration,
+    numpy_of,
+    sha256,
+    tiny_data,
+    tiny_of_file,
+    whole,
+)
 from tests.distributed.ranks import LIMIT, free_port, launch, run_ranks
+from tests.helpers import LogTexts
 from zods.comm.communicator import Communicator
 from zods.config.schema import parse_section
 from zods.training.replicas import Replicas
@@ -334,6 +343,35 @@ def test_a_replica_that_does_not_fit_is_refused_with_the_reason_and_the_others_g
     for name in names:
         assert MISFITS[name][2] in said[0][name]
         assert len({rank[name] for rank in said}) == 1
+
+
+def rank_of_other_code(folder: Path, store: str) -> list[str]:
+    """A replica whose model is of a file with one more comment than the leader's."""
+    waits_for(folder / "begun")
+    model = tiny_of_file(folder / "my_model.py", "# changed")
+    section = {**COMMON, **RUNS["svrg"], "replicas": {"store": store, "index": 1}}
+    config = configuration(12, **section)
+    engine = zods.initialize(model=model, config=config, training_data=tiny_data(40))[0]
+    texts = LogTexts("zods.training.log_checks")
+    engine.resume(folder / "none")
+    engine.stop.request("the test ends here")
+    engine.train_batch()
+    (folder / "tried").touch()
+    engine.close()
+    return texts.texts
+
+
+def test_a_replica_with_other_code_says_so_in_one_line(tmp_path):
+    store = store_address()
+    _, ((text,),) = at_once(
+        [
+            (1, rank_of_small_leader, (tmp_path, store, 1)),
+            (1, rank_of_other_code, (tmp_path, store)),
+        ]
+    )
+    assert "runs other code than the leading one" in text
+    assert "code.model" in text
+    assert text.count("->") == 2
 
 
 @pytest.mark.parametrize(

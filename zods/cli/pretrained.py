@@ -6,6 +6,8 @@ Callers: `zods.finetune`, `zods.cli.model_checks` and `zods.cli.load_model`.
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -145,6 +147,18 @@ def read_tokenizer(arguments: ModelArguments, pretrained: Pretrained) -> Any:
         return transformers.AutoTokenizer.from_pretrained(
             name, trust_remote_code=arguments.trust_remote_code
         )
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """A digest of how texts become tokens: 16 hexadecimal digits."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        rules = tokenizer.get_vocab()
+    else:
+        rules = json.loads(backend.to_str())
+        rules["truncation"] = rules["padding"] = None  # set by each call
+    content = json.dumps([rules, tokenizer.chat_template], sort_keys=True)
+    return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
 
 
 def parameter_sizes(pretrained: Pretrained, task: Task, trust_remote_code: bool) -> list[int]:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from zods.files import atomic_write, check_regular, check_still_named, make_folder, sync
-from zods.trajectory.log import parse_log, read_log
+from zods.trajectory.log import Trajectory, parse_log, read_log
 from zods.trajectory.records import Step
 
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "numpy")
@@ -60,7 +60,7 @@ class RunFolder:
         """Raise ValueError where metrics.jsonl has steps that the log has lost.
 
         A step's record is on the disk before its line of metrics is written, and lines are removed
-        before the log is cut (`remove_steps_after`).
+        before the log is cut (`follow_cuts`).
         """
         metrics = self.path / "metrics.jsonl"
         if not metrics.exists():
@@ -121,8 +121,11 @@ class RunFolder:
             with atomic_write(self.path / name) as temporary:
                 temporary.write_text(json.dumps(content, indent=2) + "\n")
 
-    def remove_steps_after(self, step: int) -> None:
-        """Remove the metrics of steps after `step`, before the log is cut there."""
+    def follow_cuts(self, trajectory: Trajectory) -> None:
+        """Have the metrics of steps removed before these steps are cut from the log."""
+        trajectory.before_cut = self._remove_steps_after
+
+    def _remove_steps_after(self, step: int) -> None:
         if self._metrics is None:
             return
         self._metrics.close()

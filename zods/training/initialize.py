@@ -37,7 +37,7 @@ from zods.training.model_setup import (
     scalars_as_vectors,
     without_compile,
 )
-from zods.training.rank_agreement import check_ranks_agree
+from zods.training.rank_agreement import check_ranks_agree, code_of_model
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +111,7 @@ def initialize(
         training_loader=loader,
         watchdog=watchdog,
     )
+    zo_engine.recorder.note_code(code_of_model(engine.module))
     watchdog.rest()
     if comm.rank == 0:
         _log_start(zo, comm.world_size, parameters)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,14 +119,25 @@ def warn_of_changes(log: Log, here: RunRecord) -> None:
         logger.warning("%s: from here on with other settings: %s", log.path, "; ".join(changed))
 
 
+def warn_of_other_code(log: Log, here: RunRecord) -> None:
+    """Say in one line where this replica runs other code than the leader, whose log it is."""
+    there = log.run_at_end()
+    changed = [] if there is None else _changes(replace(here, code=there.code), here)
+    if changed:
+        logger.warning(
+            "zeroth_order.replicas: this replica runs other code than the leading one (there -> "
+            "here), so that their losses may differ: %s",
+            "; ".join(changed),
+        )
+
+
 def _changes(there: RunRecord, here: RunRecord) -> list[str]:
     """Each setting that differs, as "key: old -> new"."""
     left_out = {f"zeroth_order.{key}": value for key, value in EARLIER.items()}
     old, new = (left_out | _flatten(record.to_json()) for record in (there, here))
-    if there.code is None:  # a log of an earlier version
-        new = {key: value for key, value in new.items() if not key.startswith("code.")}
-    if there.updates is None:  # a log of an earlier version
-        new = {key: value for key, value in new.items() if not key.startswith("updates.")}
+    # a log of an earlier version lacks code, or parts of it, and updates
+    lacks = ["code.", *(["updates."] if there.updates is None else [])]
+    new = {key: new[key] for key in new if not key.startswith(tuple(lacks)) or key in old}
     return [
         f"{key.removeprefix('about.')}: {_text(old.get(key))} -> {_text(new.get(key))}"
         for key in sorted(old.keys() | new.keys())

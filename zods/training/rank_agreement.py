@@ -5,9 +5,11 @@ Called by `zods.initialize` before anything is sharded.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
+import inspect
 import json
 from pathlib import Path
 
@@ -22,6 +24,8 @@ from zods.selection.loaders import SelectingLoader
 
 PACKAGES = ("torch", "deepspeed", "transformers")
 PACKAGE = Path(__file__).parents[1]  # the folder of zods
+# packages whose version, or whose digest, stands for the code of their modules
+VERSIONED = (*PACKAGES, "peft", "zods")
 
 
 def check_ranks_agree(
@@ -33,7 +37,8 @@ def check_ranks_agree(
         _description(model), "the model (parameter names, shapes, dtypes, trainable or not)"
     )
     comm.check_agreement(
-        repr(code_in_use()).encode(), f"the code (of zods, or a version of {', '.join(PACKAGES)})"
+        repr({**code_in_use(), **code_of_model(model)}).encode(),
+        f"the code (of zods or the model, or a version of {', '.join(PACKAGES)}, peft)",
     )
     if loader is not None:
         comm.check_agreement(repr(describe_data(loader, comm)).encode(), "the training data")
@@ -59,6 +64,28 @@ def code_in_use() -> dict[str, str]:
         "zods": digest.hexdigest(),
         **{name: importlib.metadata.version(name) for name in PACKAGES},
     }
+
+
+def code_of_model(model: torch.nn.Module) -> dict[str, str]:
+    """The version of peft where the model has adapters, and a digest of the source files of its
+    modules that are not of a package above.
+
+    A module whose source cannot be found, as of a class that was typed in, is left out.
+    """
+    sources = set()
+    for kind in {type(module) for module in model.modules()}:
+        if kind.__module__.partition(".")[0] not in VERSIONED:
+            with contextlib.suppress(OSError, TypeError):
+                sources.add(Path(inspect.getsourcefile(kind) or "").read_bytes())
+    code = {}
+    if hasattr(model, "peft_config"):
+        code["peft"] = importlib.metadata.version("peft")
+    if sources:
+        digest = hashlib.blake2b(digest_size=8)
+        for source in sorted(sources):
+            digest.update(source)
+        code["model"] = digest.hexdigest()
+    return code
 
 
 def describe_data(

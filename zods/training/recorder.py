@@ -46,6 +46,7 @@ class Recorder:
         # form and number of streams, when they were last checked
         self._evaluated: tuple[str, int] | None = None
         replicas = config.zeroth_order.replicas
+        self._code = code_in_use()
         # the leading replica makes the records that are not of a step
         self.follows = replicas is not None and replicas.index > 0
         self._selections = 0
@@ -74,6 +75,13 @@ class Recorder:
             self._run = record
         elif isinstance(record, Evaluation):
             self._evaluation = record
+
+    def note_code(self, code: Mapping[str, str]) -> None:
+        """Add parts of the code that computes, such as the model's, to the record of the run.
+
+        Call it before the log is resumed.
+        """
+        self._code = {**self._code, **code}
 
     def record_run(self, step: int) -> None:
         """Record the configuration before a step, if it differs from the one recorded last."""
@@ -122,7 +130,7 @@ class Recorder:
             self._world_size,
             about,
             optimizer,
-            code_in_use(),
+            self._code,
             updates,
         )
 

@@ -32,6 +32,7 @@ from zods.training.log_checks import (
     check_run,
     check_same_model,
     warn_of_changes,
+    warn_of_other_code,
 )
 from zods.training.replicas import Replicas
 from zods.training.training_run import TrainingRun
@@ -133,8 +134,8 @@ def _begin_or_continue(
     else:
         if comm.rank == 0:
             log.warn_if_torn()
-            if not run.recorder.follows:
-                warn_of_changes(log, run.recorder.run_record(0))
+            warn = warn_of_other_code if run.recorder.follows else warn_of_changes
+            warn(log, run.recorder.run_record(0))
         _catch_up(run, log, checkpoints)
         trajectory.file = file
         _publish(run, replicas, data[: log.ends[-1]])

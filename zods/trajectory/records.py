@@ -107,9 +107,9 @@ class RunRecord:
     section: the section "zeroth_order". batch: train_batch_size. about: other information, for
     human readers. optimizer: DeepSpeed's section "optimizer" with first-order training, otherwise
     None. With an optimizer, only the keys FIRST_ORDER of `section` are used and written. code: the
-    version of each package that computes, and a digest of zods's own files; None in logs of earlier
-    versions. updates: with an optimizer, DeepSpeed's other keys that change the updates; None in
-    logs of earlier versions.
+    version of each package that computes, and digests of zods's own files, of the model's and of
+    the tokenizer; None in logs of earlier versions. updates: with an optimizer, DeepSpeed's other
+    keys that change the updates; None in logs of earlier versions.
     """
 
     step: int
