@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+import datetime
 import random
 import time
+from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 import torch
 
 from zods.data import digest
 from zods.data.digest import ExampleDigests
+from zods.data.loader import TrainingLoader, check_dataset
 
 SIZE = 120
 Rows = list[dict[str, Any]]
@@ -125,3 +131,67 @@ class Augmented(list):
 def test_examples_that_change_at_random_have_no_digest():
     assert whole(Augmented(range(100))) is None
     assert not ExampleDigests(Augmented(range(100))).repeatable
+
+
+def test_what_the_digest_does_not_cover_is_said_at_the_start(monkeypatch, caplog):
+    def said(dataset: Any, rank: int = 0) -> list[str]:
+        caplog.clear()
+        TrainingLoader(dataset, micro_batch=1, accumulation=1, rank=rank, world_size=2, seed=1)
+        return [record.getMessage() for record in caplog.records]
+
+    assert said(list(range(100))) == []
+    (text,) = said(Augmented(range(100)))
+    assert "differs when it is read again" in text
+    monkeypatch.setattr(digest, "SECONDS", 0.5)
+    (text,) = said(Slow(range(5000)))
+    assert "all 5000 examples" in text
+    assert said(Slow(range(5000)), rank=1) == []
+
+
+def test_a_stream_without_a_length_is_refused_with_the_remedy():
+    stream = datasets.IterableDataset.from_generator(lambda: iter([{"a": 1}]))
+    with pytest.raises(ValueError, match="load it whole, or save it to a file"):
+        check_dataset(stream, "training_data")
+
+
+@dataclass
+class Example:
+    text: str
+    when: datetime.date
+
+
+OTHER_TYPES: dict[str, tuple[Any, Any]] = {
+    "date": (datetime.date(2026, 1, 1), datetime.date(2026, 1, 2)),
+    "decimal": (Decimal("1.10"), Decimal("1.11")),
+    "set": ({"a", "b"}, {"a", "c"}),
+    "dataclass": (
+        Example("a", datetime.date(2026, 1, 1)),
+        Example("a", datetime.date(2026, 1, 2)),
+    ),
+    "array of objects": (np.array(["a", None], object), np.array(["b", None], object)),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_TYPES)
+def test_the_content_of_values_of_other_types_counts(kind):
+    one, other = OTHER_TYPES[kind]
+    assert whole([{"x": one}]) == whole([{"x": copy.deepcopy(one)}])
+    assert whole([{"x": one}]) != whole([{"x": other}])
+
+
+def test_the_content_and_the_shape_of_an_image_count():
+    image = pytest.importorskip("PIL.Image").new
+    images = [image("L", (2, 3), 1), image("L", (2, 3), 2), image("L", (3, 2), 1)]
+    digests = {whole([{"x": of}]) for of in [*images, image("L", (2, 3), 1)]}
+    assert len(digests) == len(images)
+
+
+def test_the_order_of_a_set_does_not_count():
+    assert list({0, 8}) != list({8, 0}), "the order of small sets depends on the insertion"
+    assert whole([{0, 8}]) == whole([{8, 0}])
+
+
+def test_the_digest_of_common_types_stays_as_it_was():
+    """A changed one would refuse the resume of earlier runs."""
+    row = {"ids": [1, 2], "text": "a", "n": 1.5, "none": None, "t": torch.ones(2), "a": np.ones(2)}
+    assert digest.digest_of([row]) == "05c8047640eb067d"

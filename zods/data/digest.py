@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import array
 import contextlib
+import dataclasses
+import datetime
+import decimal
+import enum
+import fractions
 import hashlib
 import time
+import uuid
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -15,6 +21,11 @@ import torch
 SECONDS = 20.0  # that a start may take to read all examples of a dataset that is not in memory
 SAMPLE = 64  # examples by which the time is measured
 ROWS = 1000  # rows of a table that are digested together
+# types whose values are shown whole by `repr`
+SHOWN = (
+    *(datetime.date, datetime.time, datetime.timedelta, decimal.Decimal, fractions.Fraction),
+    *(complex, bytearray, uuid.UUID, enum.Enum, range),
+)
 
 
 class ExampleDigests:
@@ -36,6 +47,20 @@ class ExampleDigests:
         self.affordable = len(dataset)
         if not _is_table(dataset) and seconds * len(dataset) > SECONDS:
             self.affordable = max(sample, int(SECONDS / seconds))
+
+    def limit(self) -> str | None:
+        """In one line, which examples no digest covers; None where all are covered."""
+        if not self.repeatable:
+            return (
+                "training data: an example differs when it is read again, as after random "
+                "augmentation, so that ranks and restarts do not compare their examples"
+            )
+        if self.affordable < len(self):
+            return (
+                f"training data: reading all {len(self)} examples would take more than "
+                f"{SECONDS:.0f} s, so that ranks and restarts compare {self.affordable} of them"
+            )
+        return None
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -62,8 +87,8 @@ class ExampleDigests:
 def digest_of(rows: Iterable[Any]) -> str:
     """A digest of examples, 16 hexadecimal digits.
 
-    It covers tensors, arrays, strings, numbers and containers of these. For a value of another type
-    it covers the type's name only.
+    It covers tensors, arrays, images, strings, numbers, dates, and dataclasses and containers of
+    these. For a value of another type it covers the type's name only.
     """
     hasher = hashlib.blake2b(digest_size=8)
     for row in rows:
@@ -90,10 +115,27 @@ def _update(hasher: Any, value: Any) -> None:
             _update(hasher, item)
     elif isinstance(value, (str, bytes, int, float, bool, type(None))):
         hasher.update(f"{type(value).__name__} {value!r};".encode())
-    elif hasattr(value, "tobytes"):  # an array or scalar of numpy
+    elif hasattr(value, "tobytes") and hasattr(value, "dtype"):  # an array or scalar of numpy
+        if value.dtype.hasobject:  # its bytes are addresses
+            _update(hasher, value.tolist())
+            return
         hasher.update(f"{value.dtype}{value.shape}".encode() + value.tobytes())
     else:
         hasher.update(type(value).__name__.encode())
+        _update_other(hasher, value)
+
+
+def _update_other(hasher: Any, value: Any) -> None:
+    """Update with the content of a value of a less common type, where it is known how to read it."""
+    if hasattr(value, "tobytes"):  # an image of PIL, an array of Python
+        form = [getattr(value, name, None) for name in ("mode", "size", "typecode")]
+        hasher.update(repr(form).encode() + value.tobytes())
+    elif isinstance(value, (set, frozenset)):
+        hasher.update("".join(sorted(digest_of([item]) for item in value)).encode())
+    elif dataclasses.is_dataclass(value):
+        _update(hasher, {f.name: getattr(value, f.name) for f in dataclasses.fields(value)})
+    elif isinstance(value, SHOWN):
+        hasher.update(repr(value).encode())
 
 
 # --- tables of Arrow ------------------------------------------------------------------------------

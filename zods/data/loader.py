@@ -7,6 +7,7 @@ resume at any step.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 from zods.core.example_groups import positions_of
 from zods.data.digest import ExampleDigests
 
+logger = logging.getLogger(__name__)
+
 
 def check_dataset(dataset: Any, name: str) -> int:
     """The number of examples of a map-style dataset.
@@ -26,7 +29,8 @@ def check_dataset(dataset: Any, name: str) -> int:
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise ValueError(
             f"{name}: found {type(dataset).__name__}, expected a map-style dataset (__len__, "
-            "__getitem__)."
+            "__getitem__). A stream of examples cannot be resumed: load it whole, or save it to a "
+            "file first."
         )
     if len(dataset) == 0:
         raise ValueError(f"{name}: the dataset is empty. Give at least one example.")
@@ -115,6 +119,8 @@ class TrainingLoader(EpochLoader):
             )
         self.dataset = dataset
         self.examples = ExampleDigests(dataset)
+        if rank == 0 and (limit := self.examples.limit()) is not None:
+            logger.warning(limit)
         self.collate_fn = collate_fn
         self.seed = seed
         self.accumulation = accumulation

@@ -6,6 +6,7 @@ first-order DeepSpeed training.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,8 @@ from zods.data.loader import EpochLoader, check_dataset, epoch_order
 from zods.data.objectives import Objective, weighted_sum
 from zods.selection.features import without_cache
 from zods.selection.sub_batches import Batch, SubBatches
+
+logger = logging.getLogger(__name__)
 
 
 class SelectingLoader(EpochLoader):
@@ -44,6 +47,8 @@ class SelectingLoader(EpochLoader):
         self._config = selection.selector.config
         self.dataset, self.accumulation = selection.dataset, selection.accumulation
         self.examples = ExampleDigests(selection.dataset) if examples is None else examples
+        if examples is None and comm.rank == 0 and (limit := self.examples.limit()) is not None:
+            logger.warning(limit)
 
     def collate_fn(self, rows: Sequence[Any]) -> Batch:
         """Collate any examples into a batch without weights."""
