@@ -151,13 +151,26 @@ def test_a_removed_file_of_metrics_is_an_error_at_the_next_line(run):
         folder.record("train", 2, loss=1.0)
 
 
-def test_a_symbolic_link_is_replaced_and_its_target_is_left_alone(tmp_path):
+@pytest.mark.parametrize("name", ["config.json", "run.json"])
+def test_a_symbolic_link_is_replaced_and_its_target_is_left_alone(tmp_path, name):
     (tmp_path / "precious").write_text("mine")
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.json").symlink_to(tmp_path / "precious")
+    (tmp_path / "run" / name).symlink_to(tmp_path / "precious")
     described(tmp_path / "run", 0)
     assert (tmp_path / "precious").read_text() == "mine"
-    assert json.loads((tmp_path / "run" / "config.json").read_text()) == {}
+    assert not (tmp_path / "run" / name).is_symlink()
+    assert isinstance(json.loads((tmp_path / "run" / name).read_text()), dict)
+
+
+@pytest.mark.parametrize("dangling", [True, False])
+def test_a_log_that_is_a_symbolic_link_is_written_to_the_file_elsewhere(tmp_path, dangling):
+    (tmp_path / "disk").mkdir()
+    if not dangling:
+        (tmp_path / "disk" / "log").touch()
+    (tmp_path / LOG_NAME).symlink_to(tmp_path / "disk" / "log")
+    write_log(tmp_path / LOG_NAME, 3)
+    assert (tmp_path / LOG_NAME).is_symlink()
+    assert read_log(tmp_path / "disk" / "log").num_steps == 3
 
 
 def test_of_two_forks_into_one_folder_the_second_is_refused(run, tmp_path):

@@ -254,7 +254,7 @@ class LogFile:
     """The file of a log, locked while it is open, so that no second run can append to it."""
 
     def __init__(self, path: str | Path) -> None:
-        """Open or create the file and lock it.
+        """Open or create the file and lock it. A symbolic link is followed: the log may lie elsewhere.
 
         Raises ValueError if another process holds the lock for longer than LOCK_SECONDS, OSError if
         the file cannot be opened.
@@ -264,7 +264,7 @@ class LogFile:
         check_regular(self.path)
         self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         self._lock()
-        sync(self.path.parent)  # so that a new file's name survives a power cut
+        sync(self.path.resolve().parent)  # so that a new file's name survives a power cut
         self._worker = ThreadPoolExecutor(1, "zods-log")
         self._pending: list[Future[None]] = []
         self._failed: OSError | None = None
