@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -897,6 +898,17 @@ def test_a_section_of_50000_keys_is_refused_as_a_whole(tmp_path, where):
     path.write_text(json.dumps(whole))
     for source in (path, whole):
         assert len(refused(source, "keys, at most 1000")) < 300
+
+
+def test_sections_of_together_50000_keys_are_refused_at_once(tmp_path):
+    """Each unknown key would be compared with all known ones."""
+    sections = {f"section{k}": {f"key{n}": n for n in range(500)} for k in range(100)}
+    path = tmp_path / "many.json"
+    path.write_text(json.dumps({**config(), **sections}))
+    for source in (path, {**config(), **sections}):
+        began = time.monotonic()
+        assert len(refused(source, "keys, at most 1000")) < 300
+        assert time.monotonic() < began + 10
 
 
 def test_comments_are_allowed(tmp_path):

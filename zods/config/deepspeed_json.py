@@ -41,7 +41,7 @@ from zods.config.schema import (
 )
 from zods.files import check_regular
 
-MOST_KEYS = 1000  # of a section: each unknown key is a line of the error
+MOST_KEYS = 1000  # of a configuration: each unknown key is a line of the error
 
 
 @dataclass(frozen=True)
@@ -140,11 +140,11 @@ class FirstOrderConfig:
 
 
 def _check_sizes(name: str, sizes: Sequence[int]) -> None:
-    """Raise ValueError where a section is so large that it is no configuration."""
-    if sizes and max(sizes) > MOST_KEYS:
+    """Raise ValueError where the sections are so large that they are no configuration."""
+    if sum(sizes) > MOST_KEYS:
         raise ValueError(
-            f"{name}: a section has {max(sizes)} keys, at most {MOST_KEYS} are read. Give a "
-            "DeepSpeed JSON, e.g. one of ds_configs/."
+            f"{name}: {sum(sizes)} keys, at most {MOST_KEYS} are read, with those of all sections. "
+            "Give a DeepSpeed JSON, e.g. one of ds_configs/."
         )
 
 
@@ -152,7 +152,7 @@ def load_json(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     """Read a configuration from a path or a mapping, as a plain dict.
 
     Raises FileNotFoundError, or ValueError where the file is not JSON or has a key twice, or where
-    a section has more than MOST_KEYS keys.
+    there are more than MOST_KEYS keys.
     """
     twice: list[str] = []
     sizes: list[int] = []
