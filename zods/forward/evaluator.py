@@ -85,6 +85,7 @@ class Evaluator:
             grouped=grouped,
             stream_memory_gb=stream_memory_gb,
         )
+        self._grouped = grouped
         self._known: tuple[str, int] | None = None
         self.left_form = False
 
@@ -167,7 +168,7 @@ class Evaluator:
         gathers in every forward, so this rank then repeats its last one.
         """
         most = len(points)
-        if self._forwards.is_sharded and any(point.rows is not None for point in points):
+        if self._forwards.is_sharded and self._grouped:
             most = int(max(of_rank[0] for of_rank in self._comm.gather_scalars([len(points)])))
         repeated = [*points, *[points[-1]] * (most - len(points))]
         return self._forms.sequential.losses(repeated, batch)[: len(points)]
