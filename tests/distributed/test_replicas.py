@@ -5,6 +5,7 @@ Replicas join late, leave and die.
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import threading
@@ -21,17 +22,22 @@ import zods.finetune
 from tests.distributed.command_line import prompted_options, write_inputs
 from tests.distributed.models import (
     Tiny,
+    Wide,
     configuration,
     numpy_of,
+    opt_data,
     sha256,
     tiny_data,
     tiny_of_file,
+    tiny_opt,
     whole,
+    wide_data,
 )
 from tests.distributed.ranks import LIMIT, free_port, launch, run_ranks
 from tests.helpers import LogTexts
 from zods.comm.communicator import Communicator
 from zods.config.schema import parse_section
+from zods.params.swap_files import PREFIX
 from zods.training.replicas import Replicas
 from zods.trajectory.log import parse_log, read_log, text_of
 from zods.trajectory.records import Header, RunRecord, Step
@@ -229,6 +235,98 @@ def test_a_replica_leaves_and_joins_again(tmp_path):
         assert second["joined"] >= 7
         assert second["weights"] == leader[0]["weights"]
     assert set(leader[0]["counts"]) == {1, 2}
+
+
+def rank_of_one_that_waits(folder: Path, store: str) -> None:
+    """Join a leader that makes no further step."""
+    waits_for(folder / "begun")
+    replica = {"store": store, "index": 1}
+    section = {**COMMON, **RUNS["mezo"], "replicas": replica, "load_timeout": 15.0}
+    config = configuration(12, **section)
+    engine = zods.initialize(model=Tiny(), config=config, training_data=tiny_data(40))[0]
+    engine.resume(folder / "none")
+
+
+def test_a_replica_that_waits_for_a_stopped_leader_ends_with_a_message(tmp_path):
+    store, found = store_address(), []
+    thread = threading.Thread(
+        target=lambda: found.extend(
+            run_ranks(1, rank_of_leader, "mezo", tmp_path, store, {1: "ready"})
+        )
+    )
+    thread.start()
+    try:
+        with pytest.raises(pytest.fail.Exception, match="joining the leading replica"):
+            run_ranks(1, rank_of_one_that_waits, tmp_path, store)
+    finally:
+        (tmp_path / "ready").touch()
+        thread.join()
+    assert found[0]["step"] == STEPS, "the leader goes on"
+
+
+def rank_on_one_drive(folder: Path, store: str, index: int) -> tuple[dict[str, Any], list[int]]:
+    """A replica with parameters on NVMe; all replicas have one nvme_path."""
+    if index:
+        waits_for(folder / "begun")
+    else:
+        (folder / "nvme").mkdir()
+    section = {**COMMON, "method": "mezo", "replicas": {"store": store, "index": index}}
+    config = configuration(4, offload="nvme", nvme_path=folder / "nvme", **section)
+    engine = zods.initialize(model=Wide(), config=config, training_data=wide_data())[0]
+    if index:
+        threading.Timer(1.0, (folder / "ready").touch).start()
+    engine.resume(folder / str(index))
+    (folder / "begun").touch()
+    in_use = []
+    while engine.global_steps < STEPS // 2:
+        if engine.global_steps == 1 and not index:
+            waits_for(folder / "ready")
+        if engine.global_steps == STEPS // 2 - 1:
+            engine.stop.request("the test ends here")
+        engine.train_batch()
+        in_use.append(len(list((folder / "nvme").glob(PREFIX + "*"))))
+    found = seen(engine)
+    engine.close()
+    return found, in_use
+
+
+def test_replicas_on_one_host_with_one_nvme_path_do_not_change_each_other(tmp_path):
+    store = store_address()
+    ((leader, in_use),), ((joiner, _),) = at_once(
+        [(1, rank_on_one_drive, (tmp_path, store, index)) for index in range(2)]
+    )
+    assert max(in_use) == 2, "each has a folder of its own"
+    assert (leader["weights"], leader["head"]) == (joiner["weights"], joiner["head"])
+
+
+def rank_of_other_configuration(folder: Path, store: str, index: int, **changed: Any) -> str:
+    if index:
+        waits_for(folder / "begun")
+    model = tiny_opt()
+    for name, value in changed.items():
+        setattr(model.config, name, value)
+    section = {**COMMON, "method": "mezo", "replicas": {"store": store, "index": index}}
+    config = configuration(4, **section)
+    engine = zods.initialize(model=model, config=config, training_data=opt_data())[0]
+    try:
+        engine.resume(folder / str(index))
+        (folder / "begun").touch()
+        waits_for(folder / "tried")
+        return ""
+    except ValueError as error:
+        return str(error)
+    finally:
+        (folder / "tried").touch()
+        engine.close()
+
+
+def test_a_replica_whose_model_has_another_configuration_is_refused(tmp_path):
+    store = store_address()
+    gelu = functools.partial(rank_of_other_configuration, activation_function="gelu")
+    _, (said,) = at_once(
+        [(1, rank_of_other_configuration, (tmp_path, store, 0)), (1, gelu, (tmp_path, store, 1))]
+    )
+    assert 'activation_function is "relu" in the log, "gelu" here' in said
 
 
 def rank_of_leader_that_dies(folder: Path, store: str) -> None:

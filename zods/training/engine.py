@@ -460,7 +460,9 @@ class ZerothOrderEngine(EngineInterface):
         if was_logged:
             self._adopt_evaluation()
         if self.replicas is not None and self.recorder.follows:
-            join_leader(self.run, self.replicas)
+            what = "the start, joining the leading replica"
+            with self._watchdog.watching(what, limit=self._zo.load_timeout):
+                join_leader(self.run, self.replicas)
             self._split_batches()
         self.restart_loader()
         self._remember_loader()
