@@ -134,6 +134,18 @@ def test_a_resumed_run_ends_where_the_undisturbed_one_did(folder, run):
     assert resumed == {step: losses[step] for step in (3, 4)}
 
 
+def test_a_finished_run_that_is_started_again_adds_no_second_final_evaluation(tmp_path):
+    section = {"method": "mezo", "lr": 1e-4}
+    config = {"train_batch_size": 8, "zero_optimization": {"stage": 3}, "zeroth_order": section}
+    write_inputs(tmp_path, config)
+    options = prompted_options(tmp_path, tmp_path / "run", max_steps=2, resume="auto")
+    for _ in range(2):
+        finetune_on_ranks(1, options)
+        lines = list(read_metrics(tmp_path / "run"))
+        assert [r["step"] for r in lines if r["kind"] == "eval"] == [0, 2]
+        assert [r["step"] for r in lines if r["kind"] == "train"] == [1, 2]
+
+
 def test_a_run_that_ended_between_its_first_refresh_and_step_keeps_its_first_evaluation(
     folder, run
 ):
