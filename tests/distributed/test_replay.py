@@ -405,8 +405,8 @@ def test_the_runs_have_the_records_that_these_tests_need(folder):
     assert list(refreshes) == [0, 3, 6]
     assert read_log(folder / "warm-up from zero" / LOG_NAME).records[2].lr == 0.0
     assert (
-        len(read_log(folder / "directions of each rank" / LOG_NAME).records[-1].coefficients)
-        == 4 * 2
+        len(read_log(folder / "a direction per example" / LOG_NAME).records[-1].coefficients)
+        == 12 * 2
     )
     assert (folder / "bases" / "opt in shards" / INDEX).is_file()
     names = {

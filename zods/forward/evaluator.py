@@ -154,24 +154,21 @@ class Evaluator:
         ):
             # a separate forward reports the missing labels, or gives a loss without labels
             form = self._forms.sequential
-        if form is self._forms.sequential:
-            return self._losses_one_by_one(points, batch)
+        groups = len({point.rows for point in points})
+        most = groups
+        if self._grouped and self._forwards.is_sharded and form is not self._forms.stacked:
+            # The rows of another rank may be in more groups, which have points of their own. Every
+            # rank makes as many forwards, because each of them gathers parameters.
+            most = int(max(of_rank[0] for of_rank in self._comm.gather_scalars([groups])))
+        if most > groups:
+            sets = [points[k : k + 2 * groups] for k in range(0, len(points), 2 * groups)]
+            lacking = 2 * (most - groups)
+            points = [p for of_set in sets for p in (*of_set, *[of_set[-1]] * lacking)]
         # as many forwards on every rank, however its rows are grouped
-        size = self.streams_per_forward * len({point.rows for point in points})
+        size = self.streams_per_forward * most
         parts = [points[k : k + size] for k in range(0, len(points), size)]
-        return torch.cat([form.losses(part, batch) for part in parts])
-
-    def _losses_one_by_one(self, points: Sequence[Point], batch: Any) -> torch.Tensor:
-        """Compute losses in separate forwards, as many on every rank.
-
-        The rows of another rank may be in more groups, which have points of their own. ZeRO-3
-        gathers in every forward, so this rank then repeats its last one.
-        """
-        most = len(points)
-        if self._forwards.is_sharded and self._grouped:
-            most = int(max(of_rank[0] for of_rank in self._comm.gather_scalars([len(points)])))
-        repeated = [*points, *[points[-1]] * (most - len(points))]
-        return self._forms.sequential.losses(repeated, batch)[: len(points)]
+        losses = torch.cat([form.losses(part, batch) for part in parts])
+        return losses.view(-1, 2 * most)[:, : 2 * groups].flatten() if most > groups else losses
 
     # --- how to evaluate --------------------------------------------------------------------------
 
