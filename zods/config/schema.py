@@ -269,6 +269,12 @@ class ZerothOrderConfig(Section):
         return self.method == "mezo_svrg"
 
     @property
+    def has_groups(self) -> bool:
+        """Whether rows of a micro-batch may have directions of their own, in a step or a refresh."""
+        split = self.is_svrg and self.anchor_split and self.anchor_directions > 1
+        return split or self.examples_per_direction != "all"
+
+    @property
     def most_points(self) -> int:
         """The largest number of points evaluated on one batch, in a step or in a refresh."""
         if not self.is_svrg:

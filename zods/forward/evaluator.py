@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from zods.core.example_groups import Group, divide
 from zods.core.points import Point
-from zods.data.batch import Inputs, take_rows
+from zods.data.batch import Inputs, num_examples, take_rows
 from zods.data.loader import WholePass
 from zods.data.objectives import loss_count
 from zods.forward.choose_form import ChooseForm
@@ -324,7 +324,14 @@ class Evaluator:
         progress = tqdm(rounds, desc=title, leave=False, disable=self._comm.rank != 0)
         for batch, positions, counted in progress:
             before_each()
-            found = self.pair_sums(divide(positions, starts), sets, self.inputs(batch))
+            inputs = self.inputs(batch)
+            if len(starts) > 1 and num_examples(inputs) != len(positions):
+                raise ValueError(
+                    f"zeroth_order.anchor_split: collate_fn makes {num_examples(inputs)} rows of "
+                    f"{len(positions)} examples, so the parts of a refresh cannot be told apart. "
+                    "Set it to false."
+                )
+            found = self.pair_sums(divide(positions, starts), sets, inputs)
             if counted:
                 sums[found.groups] += found.differences
                 count += found.count

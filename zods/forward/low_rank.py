@@ -69,7 +69,7 @@ def projected_each(
     (K, r, columns of the weight).
     """
     if product == "embedding":
-        indices = x.reshape(len(left), -1, 1).expand(-1, -1, left.shape[2])
+        indices = x.long().reshape(len(left), -1, 1).expand(-1, -1, left.shape[2])
         return left.gather(1, indices), right
     parts = x.reshape(len(left), -1, x.shape[-1])
     factor = right.transpose(1, 2) if product == "linear" else left

@@ -167,8 +167,9 @@ def _combine(out, mirror, weight, scale, rounding_seed, seeds, coefficients, num
 
 @triton.jit(do_not_specialize=["parameter"])
 def _directions(out, seeds, parameter, offset, numel, rademacher: tl.constexpr):
-    tile = tl.program_id(0).to(tl.int64) + offset // TILE
-    k = tl.program_id(1).to(tl.int64)
+    # seeds are on the first axis, which may be longer than 65,535
+    k = tl.program_id(0).to(tl.int64)
+    tile = tl.program_id(1).to(tl.int64) + offset // TILE
     at = tile * TILE - offset + tl.arange(0, TILE)
     z = _direction(tile, parameter, tl.load(seeds + k), rademacher)
     tl.store(out + k * numel + at, tl.fma(z, 1.0, 0.0), (at >= 0) & (at < numel))
@@ -184,7 +185,7 @@ def directions(
     keys = torch.tensor(seeds, dtype=torch.uint64).view(torch.int64)
     num_tiles = (offset + numel - 1) // TILE.value - offset // TILE.value + 1
     with torch.cuda.device_of(out):
-        _directions[(num_tiles, len(seeds))](
+        _directions[(len(seeds), num_tiles)](
             out, keys.to(out.device, non_blocking=True), parameter, offset, numel,
             distribution == "rademacher", enable_fp_fusion=False,
         )  # fmt: skip

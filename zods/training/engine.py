@@ -150,7 +150,7 @@ class ZerothOrderEngine(EngineInterface):
             stream_memory_gb=zo.stream_memory_gb,
             micro_batch=self.train_micro_batch_size_per_gpu(),
             most_points=zo.most_points,
-            grouped=zo.examples_per_direction != "all" or zo.anchor_split,
+            grouped=zo.has_groups,
             beat=lambda: self._watchdog.beat(f"step {self.global_steps}, forward"),
         )
 
