@@ -241,7 +241,7 @@ def rank_of_one_that_waits(folder: Path, store: str) -> None:
     """Join a leader that makes no further step."""
     waits_for(folder / "begun")
     replica = {"store": store, "index": 1}
-    section = {**COMMON, **RUNS["mezo"], "replicas": replica, "load_timeout": 15.0}
+    section = {**COMMON, **RUNS["mezo"], "replicas": replica, "load_timeout": 40.0}
     config = configuration(12, **section)
     engine = zods.initialize(model=Tiny(), config=config, training_data=tiny_data(40))[0]
     engine.resume(folder / "none")
