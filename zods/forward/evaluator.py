@@ -129,8 +129,8 @@ class Evaluator:
         configuration asks for does not fit the model.
 
         points: None is the parameters as they are. Points with rows come in pairs, in sets that
-        cover the whole batch. batch: on the device. rechecks: compare the losses of a stack with a separate forward, on all ranks
-        together; see `_rechecked`.
+        cover the whole batch. batch: on the device. rechecks: compare the losses of a stack with a
+        separate forward, on all ranks together; see `_rechecked`.
         """
         batch = self._forwards.without_cache(batch)
         self._forwards.perturbed.move_new_hooks()

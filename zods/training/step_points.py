@@ -63,8 +63,10 @@ class StepPoints:
         at the anchor.
         """
 
+        seeds_of = functools.cache(functools.partial(self._rule.step_seeds, step))
+
         def pair_of(group: Group, k: int, at_anchor: bool) -> list[Point]:
-            seed = self._rule.step_seeds(step, group.index)[at_anchor][k]
+            seed = seeds_of(group.index)[at_anchor][k]
             center = {"center": self._anchor.center} if self._anchor and at_anchor else {}
             return pair(seed, self._config.eps, rows=group.rows, **center)
 
