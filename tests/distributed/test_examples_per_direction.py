@@ -20,6 +20,7 @@ import zods
 from tests.distributed.models import collate, configuration, numpy_of, sha256, whole
 from tests.distributed.ranks import run_ranks
 from tests.distributed.zoo import with_adapters, zoo_batch, zoo_model
+from tests.helpers import LogTexts
 from tests.reference.dense import DenseReference, loss_of_module, named_parameters_of
 from zods.core.directions import derive_seed
 from zods.core.example_groups import part_starts
@@ -102,6 +103,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {**LOW_RANK, "examples_per_direction": 1, "num_directions": 3, "stream_memory_gb": 1e-4},
     ),
     "opt, svrg": ("opt", {**LOW_RANK, **SVRG, "examples_per_direction": 1}),
+    # groups and parts of a refresh that two ranks share
+    "opt, svrg, uneven": (
+        "opt",
+        {**LOW_RANK, **SVRG, "anchor_directions": 3, "examples_per_direction": 3},
+    ),
     "bert, svrg": ("bert", {**SVRG, "examples_per_direction": 4, "share_direction": False}),
     "opt, svrg, auto": (
         "opt",
@@ -207,7 +213,7 @@ def dense_run(
     def parts_of_refresh(step: int) -> list[tuple[Any, float]]:
         seed = derive_seed(SECTION["seed"], "anchor_examples", step)
         order = anchor_order(len(data), examples=None, shuffled=True, seed=seed).tolist()
-        bounds = [*part_starts(len(data), SVRG["anchor_directions"]), len(data)]
+        bounds = [*part_starts(len(data), section["anchor_directions"]), len(data)]
         parts = [
             collate([data[i] for i in order[start:stop]])
             for start, stop in itertools.pairwise(bounds)
@@ -292,8 +298,9 @@ class RowByRow(nn.Module):
 
 DIVISIONS = [(1, {}), (1, {"accumulation": 3}), (1, {"stage": 0}), (2, {}), (2, {"offload": "cpu"}),
              (2, {"accumulation": 2}), (3, {}), (4, {})]  # fmt: skip
-METHODS = {
+METHODS: dict[str, dict[str, Any]] = {
     "mezo": {"method": "mezo", "num_directions": 2},
+    "mezo, low rank": {"method": "mezo", "direction": {"distribution": "low_rank", "rank": 2}},
     "svrg": {"method": "mezo_svrg", "anchor_interval": 3, "anchor_directions": 4},
 }
 
@@ -325,7 +332,7 @@ def test_weights_do_not_depend_on_the_ranks_micro_batches_and_offload():
     """They have the same bits where the losses of single examples have."""
     results = [run_ranks(ranks, rank_of_division, options) for ranks, options in DIVISIONS]
     expected = results[0][0]
-    assert len(set(expected.values())) == len(expected) == 6
+    assert len(set(expected.values())) == len(expected) == 9
     for (ranks, options), found in zip(DIVISIONS, results, strict=True):
         assert all(of_rank == expected for of_rank in found), (ranks, options)
 
@@ -365,3 +372,138 @@ def test_limit_cases():
             np.abs(value - dict(RowByRow().named_parameters())[key].detach().numpy()).max() > 0.01
         )
     assert found["svrg without weight"] == found["mezo, 1"]
+
+
+def rank_of_resumed(folder: Path, steps: int) -> dict[str, Any]:
+    found = {}
+    for name, keys in METHODS.items():
+        section = {**SECTION, **keys, "lr": 1e-2, "examples_per_direction": 5}
+        engine = zods.initialize(
+            model=RowByRow(), config=configuration(12, **section), training_data=row_data()
+        )[0]
+        engine.resume(folder / name)
+        while engine.global_steps < steps:
+            engine.train_batch()
+        found[name] = sha256(whole(engine))
+        engine.close()
+    return found
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(tmp_path: Path):
+    """Groups that two ranks share have the same directions after a change of the ranks."""
+    expected = run_ranks(2, rank_of_resumed, tmp_path / "undisturbed", 7)[0]
+    for ranks, steps in ((2, 2), (3, 5), (1, 7)):
+        found = run_ranks(ranks, rank_of_resumed, tmp_path / "resumed", steps)[0]
+    assert found == expected
+
+
+# --- what has no meaning with groups --------------------------------------------------------------
+
+
+class ClassWeights(RowByRow):
+    """The weighted mean of the losses: an example alone has no weight."""
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        logits = super().forward(x)["logits"]
+        weights = torch.arange(1.0, 6.0, dtype=logits.dtype)
+        return {"logits": logits, "loss": functional.cross_entropy(logits, labels, weights)}
+
+
+class Contrastive(RowByRow):
+    """Each example is to be told from the others of its batch."""
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        features = super().forward(x)["logits"]
+        return {"loss": functional.cross_entropy(features @ x[:, :5].T, torch.arange(len(x)))}
+
+
+class Images(RowByRow):
+    """Takes a list of images."""
+
+    def forward(self, x: list[Tensor], labels: Tensor | None = None) -> dict[str, Tensor]:
+        logits = super().forward(torch.stack(x).flatten(1))["logits"]
+        return {"loss": functional.cross_entropy(logits, labels)}
+
+
+def row_batch(rows: int) -> dict[str, Any]:
+    return collate(row_data()[1 : rows + 1])
+
+
+def rank_of_refusals() -> list[str]:
+    def said(model: nn.Module, batch: Any, **keys: Any) -> str:
+        section = {**SECTION, "examples_per_direction": 1, **keys}
+        engine = zods.initialize(model=model, config=configuration(12, **section))[0]
+        try:
+            engine(batch)
+        except ValueError as error:
+            return str(error)
+        finally:
+            engine.close()
+        return "not refused"
+
+    batch, ranks = row_batch(6), torch.distributed.get_world_size()
+    assert ranks == 2
+    images = {"x": [row.view(4, 4) for row in batch["x"]], "labels": batch["labels"]}
+    positions = {**batch, "example_positions": torch.tensor([0, 1, 2, 3, 4, 12])}
+    return [
+        said(ClassWeights(), batch),
+        said(Contrastive(), batch),
+        said(RowByRow(), row_batch(7)),
+        said(RowByRow(), positions),
+        said(Nested(), batch, evaluation="stacked"),
+        said(ClassWeights(), batch, examples_per_direction="all"),
+        said(RowByRow(), row_batch(7), examples_per_direction="all"),
+        said(Nested(), batch, evaluation="stacked", examples_per_direction="all"),
+        said(Nested(), batch),
+        said(Images(), images),
+    ]
+
+
+class Nested(RowByRow):
+    """A module with a parameter of its own calls one with others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outer = nn.Linear(16, 16)
+        self.outer.inner = nn.Linear(16, 16)
+        self.outer.forward = self._outer
+
+    def _outer(self, x: Tensor) -> Tensor:
+        return functional.linear(self.outer.inner(x), self.outer.weight, self.outer.bias)
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        return super().forward(torch.tanh(self.outer(x)), labels)
+
+
+def test_groups_without_a_meaning_are_refused_on_all_ranks():
+    of_ranks = run_ranks(2, rank_of_refusals)
+    expected = [
+        *["from the two halves of the batch. Set examples_per_direction"] * 2,
+        "the batch: it has 7 examples, and train_micro_batch_size_per_gpu is 6",
+        "one position from 0 to 11 for each of 6 examples",
+        '"stacked" does not fit this model: Linear would be gathered once per point',
+        *["not refused"] * 5,
+    ]
+    for found in of_ranks:
+        assert len(found) == len(expected)
+        for text, part in zip(found, expected, strict=True):
+            assert part in text
+
+
+def rank_of_terms() -> list[str]:
+    said = []
+    for size in (1, "all"):
+        warnings = LogTexts("zods.training")
+        keys = {**METHODS["svrg"], "anchor_interval": 100, "anchor": {"point": "terms"}}
+        section = {**SECTION, **keys, "examples_per_direction": size}
+        zods.initialize(
+            model=RowByRow(), config=configuration(12, **section), training_data=row_data()
+        )[0].close()
+        said.append(" ".join(warnings.texts))
+    return said
+
+
+def test_a_point_that_takes_back_many_directions_is_told():
+    single, shared = run_ranks(1, rank_of_terms)[0]
+    assert "up to 1200 directions" in single
+    assert "directions here" not in shared

@@ -171,6 +171,29 @@ RUNS = {
         },
         is_saved=True,
     ),
+    # each rank had directions of its own, which later are groups of its 6 examples
+    "mezo_per_rank": GoldenRun(
+        2,
+        {
+            **MEZO,
+            "direction": {"distribution": "low_rank", "rank": 2},
+            "examples_per_direction": 6,
+        },
+    ),
+    # bfloat16 coefficients, the size of the estimates and the measured weight of the anchor
+    "mezo_svrg_groups": GoldenRun(
+        2,
+        {
+            **SVRG,
+            "lr": 0.01,
+            "anchor_lr": 0.01,
+            "anchor_directions": 4,
+            "anchor_weight": "auto",
+            "normalize": True,
+            "examples_per_direction": 5,
+        },
+        is_saved=True,
+    ),
 }
 
 

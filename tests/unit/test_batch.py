@@ -12,7 +12,15 @@ import torch
 from torch import Tensor, nn
 from transformers import BatchEncoding
 
-from zods.data.batch import WEIGHTS, Inputs, Signature, call_model, num_examples, to_device
+from zods.data.batch import (
+    WEIGHTS,
+    Inputs,
+    Signature,
+    call_model,
+    num_examples,
+    take_rows,
+    to_device,
+)
 
 X, MASK, Y = torch.arange(6.0).view(3, 2), torch.tensor([[1, 0]] * 3), torch.tensor([0, 1, 1])
 Batch = namedtuple("Batch", "x labels mask")
@@ -188,3 +196,19 @@ def test_the_number_of_examples_is_dim_0_of_a_tensor():
     for batch in ({}, {"n": torch.tensor(1)}, "text"):
         with pytest.raises(ValueError, match="no tensor with a batch dimension"):
             num_examples(batch)
+
+
+def test_rows_of_a_batch_are_those_of_its_tensors_and_of_its_lists_of_examples():
+    images = [torch.full((3, 2), float(i)) for i in range(3)]
+    positions, labels = torch.zeros(1, 4), torch.arange(3)
+    batch = {"images": images, "labels": labels, "sizes": [(1, 2), (3, 4)], "p": positions}
+    part = take_rows(batch, (2, 0))
+    assert part["images"] == [images[2], images[0]]
+    assert part["labels"].tolist() == [2, 0]
+    assert part["sizes"] == batch["sizes"]
+    assert part["p"] is positions
+    inputs = take_rows(Inputs((images, labels), {"scale": 2.0}), (1,))
+    assert inputs.args[0] == [images[1]]
+    assert inputs.args[1].tolist() == [1]
+    assert inputs.kwargs == {"scale": 2.0}
+    assert take_rows(batch, None) is batch

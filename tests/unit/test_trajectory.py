@@ -131,6 +131,25 @@ def test_a_step_takes_at_most_200_bytes(tmp_path, number):
     assert max(map(len, lines)) + len("0123456789abcdef \n") <= 200
 
 
+@pytest.mark.parametrize("number", [16, 256])
+def test_a_step_with_groups_takes_at_most_3_bytes_per_direction_and_150_more(number):
+    rng = random.Random(number)
+    steps = [
+        Step(
+            19_000 + k,
+            2 + rng.random(),
+            1e-6 * rng.random(),
+            tuple(float(2.0 ** rng.randint(-9, 9)) for _ in range(number)),
+            (37, 1000 + k),
+            rms=rng.random(),
+            in_16_bits=True,
+        )
+        for k in range(50)
+    ]
+    lines = [json.dumps(step.to_json(), separators=(",", ":")) for step in steps]
+    assert max(map(len, lines)) + len("0123456789abcdef \n") <= 150 + 3 * number
+
+
 def test_a_record_is_on_the_disk_when_wait_returns(tmp_path):
     trajectory = Trajectory()
     trajectory.file = LogFile(tmp_path / "log")

@@ -69,7 +69,7 @@ def _size_of_group(value: Any) -> Any:
 
 
 Count = Annotated[int, Field(ge=1)]
-# each direction takes forwards, a seed and 6 bytes of the log
+# each direction takes forwards, a seed and up to 6 bytes of the log
 NumDirections = Annotated[int, Field(ge=1, le=1 << 16)]
 Text = Annotated[str, AfterValidator(_not_auto)]
 

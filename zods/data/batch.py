@@ -187,7 +187,9 @@ def to_device(batch: Any, device: torch.device) -> Any:
 def take_rows(batch: Any, rows: Sequence[int] | None) -> Any:
     """Some examples of a batch, in containers as the batch's; None: the batch itself.
 
-    A tensor whose dim 0 is not the number of examples serves all of them, and is kept whole.
+    A tensor whose dim 0 is not the number of examples serves all of them, and is kept whole. An
+    entry that is a list with one item per example, such as images of several sizes, is cut as a
+    tensor is.
     """
     if rows is None:
         return batch
@@ -198,6 +200,15 @@ def take_rows(batch: Any, rows: Sequence[int] | None) -> Any:
             return value
         return value[torch.tensor(rows, device=value.device)]
 
+    def of_entry(value: Any) -> Any:
+        if isinstance(value, list) and len(value) == size:
+            return [value[row] for row in rows]
+        return _map_values(take, value)
+
+    if isinstance(batch, Mapping):
+        return {key: of_entry(value) for key, value in batch.items()}
+    if isinstance(batch, Inputs):
+        return Inputs(tuple(map(of_entry, batch.args)), of_entry(batch.kwargs))
     return _map_values(take, batch)
 
 

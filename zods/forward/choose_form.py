@@ -12,6 +12,7 @@ The evaluator calls `ChooseForm` on its first batch.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -23,7 +24,7 @@ from tqdm import tqdm
 from zods.comm.communicator import is_lost_connection
 from zods.core.points import Point
 from zods.data.batch import num_examples, take_rows
-from zods.data.objectives import logits_of, other_labels
+from zods.data.objectives import logits_of, loss_count, other_labels
 from zods.forward.forms import CHECK_DISTANCE, Form, Forms
 from zods.forward.model_forwards import ModelForwards, logits_in
 from zods.forward.peak_memory import peak_memory
@@ -99,6 +100,8 @@ class ChooseForm:
         if self._comm.sum_over_ranks([float(own_loss is not None)])[0]:
             own_loss = own_loss or "its loss is not the cross entropy of its logits on another rank"
             f.take_own_loss(batch)
+        if self._grouped and random is None:
+            self._check_halves(batch, f.mean_of(outputs, batch))
         if self._asked == "sequential" or (random is not None and self._asked == "auto"):
             return forms.sequential
         reasons: list[str] = []
@@ -136,6 +139,34 @@ class ChooseForm:
             f"{float(own):.6g} and {float(again):.6g}. The losses of a step's points differ by "
             "chance then: make its forward deterministic."
         )
+
+    def _check_halves(self, batch: Any, mean: torch.Tensor) -> None:
+        """Raise ValueError, on all ranks, where a batch's loss is not made of its examples' losses.
+
+        A group of examples is evaluated by itself. A contrastive loss, or a batch whose examples
+        cannot be told apart (a list of images), would have another loss then. Collective.
+
+        mean: the loss of the batch.
+        """
+        f = self._forwards
+        size = num_examples(batch)
+        total, count = 0.0, float(loss_count(batch, f.objective))
+        for rows in _halves(size):
+            part = take_rows(batch, rows)
+            of_part = float(loss_count(part, f.objective))
+            loss = float(f.mean_of(f.outputs(part), part))
+            total += of_part * loss if of_part else 0.0
+        found, whole = total / count if count and size > 1 else float(mean), float(mean)
+        tolerance = 1e-3 if f.dtype == torch.float32 else 3e-2
+        differs = not math.isclose(found, whole, rel_tol=tolerance, abs_tol=1e-2 * tolerance)
+        differs &= not (math.isnan(found) and math.isnan(whole))
+        if self._comm.sum_over_ranks([float(differs)])[0]:
+            raise ValueError(
+                "zeroth_order.examples_per_direction: the loss of a batch has to be the mean of "
+                f"its examples' losses. This model's loss of a batch is {whole:.6g}, and "
+                f"{found:.6g} from the two halves of the batch. Set examples_per_direction to "
+                '"all", and anchor_split to false.'
+            )
 
     def misfit(self, form: Form, batch: Any) -> str | None:
         """Return the reason why the losses of `form` are not those of separate forwards, or None.
@@ -219,7 +250,8 @@ class ChooseForm:
             separate += [f.logits_at(point, take_rows(alone, point.rows)) for point in halves]
             found += stacked.logits(halves, batch)
         nested = sorted({type(module).__name__ for module in stacked.nested})
-        if nested and f.is_sharded and self._asked == "auto":
+        # ranks whose rows are in different numbers of groups would gather them unequally often
+        if nested and f.is_sharded and (self._asked == "auto" or self._grouped):
             named = ", ".join(nested)
             return (
                 f"{named} would be gathered once per point, as a part of a module with its own "
@@ -238,12 +270,17 @@ class ChooseForm:
         """
         f = self._forwards
         points = _points(self._eps)
+        halves = _on_halves(points, num_examples(batch)) if self._grouped else []
         change = torch.finfo(f.dtype).eps * 4 * max(CHECK_DISTANCE, self._eps)
-        separate = [f.logits_at(point, alone).float() for point in points]
-        rounded = [
-            f.logits_at(Point(point.seed, point.coefficient + change), alone) for point in points
-        ]
+        separate, rounded = [], []
+        for point in (*points, *halves):
+            part = take_rows(alone, point.rows)
+            moved = replace(point, coefficient=point.coefficient + change)
+            separate.append(f.logits_at(point, part).float())
+            rounded.append(f.logits_at(moved, part))
         found = self._forms.stacked.logits(points, batch)
+        if halves:
+            found += self._forms.stacked.logits(halves, batch)
         size = sum(float(logits.norm()) for logits in separate)
         return tuple(
             sum(float((a.float() - b).norm()) for a, b in zip(others, separate, strict=True)) / size
@@ -309,10 +346,15 @@ def _points(distance: float) -> list[Point]:
 
 def _on_halves(points: Sequence[Point], num_examples: int) -> list[Point]:
     """Give the first of two points the first half of a batch's rows, and the second the others."""
+    halves = _halves(num_examples)
+    return [replace(point, rows=rows) for point, rows in zip(points, halves, strict=True)]
+
+
+def _halves(num_examples: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The rows of the two halves of a batch; of a single row, that row twice."""
     middle = max(1, num_examples // 2)
     others = range(min(middle, num_examples - 1), num_examples)
-    halves = (tuple(range(middle)), tuple(others))
-    return [replace(point, rows=rows) for point, rows in zip(points, halves, strict=True)]
+    return tuple(range(middle)), tuple(others)
 
 
 def _error(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float | None:

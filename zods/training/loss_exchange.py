@@ -110,9 +110,8 @@ class LossExchange:
         """Add what was received, in rank order."""
         totals = [[0.0] * pairs for _ in range(self._num_groups)]
         loss_sum = count = 0.0
-        for groups, (*values, loss_here, count_here) in zip(
-            self._groups_of_ranks, received, strict=False
-        ):
+        senders = self._groups_of_ranks[: len(received)]  # replicas: all as one
+        for groups, (*values, loss_here, count_here) in zip(senders, received, strict=True):
             loss_sum, count = loss_sum + loss_here, count + count_here
             for slot, group in enumerate(groups):
                 of_group = values[slot * pairs : (slot + 1) * pairs]

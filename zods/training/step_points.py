@@ -7,6 +7,7 @@ the parameters, and for MeZO-SVRG another at the anchor. Called by the engine.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,9 +18,13 @@ from zods.config.schema import ZerothOrderConfig
 from zods.core.example_groups import Group, divide, group_starts, positions_of
 from zods.core.points import Point, pair
 from zods.core.update_rule import StepRule
-from zods.data.batch import num_examples, positions_in
+from zods.data.batch import POSITIONS, num_examples, positions_in
 from zods.forward.evaluator import PairSums
 from zods.params.anchor import Anchor
+
+logger = logging.getLogger(__name__)
+
+MANY_TERMS = 1000  # of a point that is not stored; each is a pass over the parameters per forward
 
 
 class StepPoints:
@@ -41,22 +46,39 @@ class StepPoints:
         self._batch_size, self._accumulation = batch_size, accumulation
         self._starts = group_starts(batch_size, config.examples_per_direction)
         self.num_pairs = config.num_directions * (1 if anchor is None else 2)
+        most_terms = len(self._starts) * config.num_directions * config.anchor_interval
+        if anchor is not None and anchor.point is None and most_terms > MANY_TERMS:
+            logger.warning(
+                'zeroth_order.anchor.point: "terms" takes back every step since the refresh in each '
+                "forward, up to %d directions here. Use cpu or nvme, a smaller anchor_interval or "
+                "larger groups (examples_per_direction).",
+                most_terms,
+            )
 
     def groups(self, batch: Any, micro: int, split: tuple[int, int]) -> list[Group]:
         """The groups of a micro-batch's rows that share directions.
 
         micro: its number in the step. split: (index of this rank, number of ranks) that share a
-        batch.
+        batch. Raises ValueError where it has more rows than a micro-batch of this configuration.
         """
         if len(self._starts) == 1:
             return [Group(0, None)]
-        given = positions_in(batch)
+        rows, given = num_examples(batch), positions_in(batch)
         if given is not None:
+            if len(given) != rows or not all(0 <= one < self._batch_size for one in given):
+                raise ValueError(
+                    f"the batch: {POSITIONS} has {given}; expected one position from 0 to "
+                    f"{self._batch_size - 1} for each of {rows} examples."
+                )
             return divide(given, self._starts)
         own = positions_of(self._batch_size, self._accumulation, micro, split)
-        # a user's batch may have more rows than train_micro_batch_size_per_gpu
-        rows = [own[min(row, len(own) - 1)] for row in range(num_examples(batch))]
-        return divide(rows, self._starts)
+        if rows > len(own):
+            raise ValueError(
+                f"the batch: it has {rows} examples, and train_micro_batch_size_per_gpu is "
+                f"{len(own)}. With examples_per_direction {self._config.examples_per_direction} "
+                "give as many or fewer: an example's direction follows from its position."
+            )
+        return divide(own[:rows], self._starts)
 
     def pairs(self, step: int) -> list[Callable[[Group], list[Point]]]:
         """Functions that map a group of rows to one of its pairs of points: at the parameters, then
