@@ -163,6 +163,7 @@ def start(
     with comm.same_on_all_ranks():
         if fork is not None and comm.rank == 0:
             copy_log(fork.parent.parent, fork if isinstance(run, RunConfig) else None, folder.path)
+    folder.follow_cuts(engine.recorder.trajectory)
     engine.resume(
         folder.path,
         checkpoints=None if fork is None else fork.parent,
@@ -181,7 +182,6 @@ def start(
             step=engine.global_steps,
             has_begun=has_begun(engine),
         )
-    folder.follow_cuts(engine.recorder.trajectory)
     return engine, task, checked.held_out, folder, checked.tokenizer
 
 

@@ -19,6 +19,7 @@ import torch
 from tests.distributed.models import collate, opt_data, tiny_opt
 from tests.distributed.ranks import run_ranks
 from tests.helpers import LogTexts, flip
+from zods.cli.run_folder import RunFolder
 from zods.config.deepspeed_json import read_first_order_config
 from zods.finetune import checkpoint_to_fork
 from zods.training import first_order
@@ -314,6 +315,28 @@ def test_a_resume_uses_the_last_checkpoint_that_is_whole_and_says_which_are_not(
             assert rank[name][2], f"{name}: other losses"
         texts = ranks[0][name][1]
         assert any(said in text for text in texts) if said else not texts, f"{name}: {texts}"
+
+
+def rank_of_restart(folder: Path) -> None:
+    logged_run(folder)
+    rank = torch.distributed.get_rank()
+    if rank == 0:
+        shutil.rmtree(folder / CHECKPOINTS)
+        lines = [json.dumps({"kind": "train", "step": step}) + "\n" for step in range(1, 7)]
+        (folder / "metrics.jsonl").write_text("".join(lines))
+    torch.distributed.barrier()
+    engine = build(1, False, dropout=0.0)
+    RunFolder(folder, rank=rank, resume=True).follow_cuts(engine.recorder.trajectory)
+    engine.resume(folder)
+    assert engine.global_steps == 0
+    close_log(engine)  # the run ends before `RunFolder.describe`
+    RunFolder(folder, rank=rank, resume=True)
+
+
+def test_a_restart_from_step_0_that_is_killed_can_be_started_again(tmp_path):
+    """The metrics have no steps that the log has not."""
+    run_ranks(2, rank_of_restart, tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
 def rank_of_forks(folder: Path) -> dict[str, str]:

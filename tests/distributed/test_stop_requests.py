@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import pytest
 import torch
 
@@ -39,6 +40,13 @@ CONFIG: dict[str, Any] = {
 }
 SELECTOR = {"candidates": 12, "interval": 1, "strategy": "random"}
 STEPS = 4
+FIRST_ORDER = ["--optimizer", "adamw", "--lr", "1e-3"]
+# what each batch of a pass calls
+PASSES: dict[str, tuple[type, str]] = {
+    "evaluation": (Evaluator, "outputs"),
+    "refresh": (Evaluator, "loss_sums"),
+    "first order": (deepspeed.DeepSpeedEngine, "forward"),
+}
 
 
 def options(folder: Path, output: str) -> list[str]:
@@ -83,8 +91,8 @@ def rank_of_run(given: list[str], where: str | None, step: int) -> dict[str, Any
         return len(calls) == 2
 
     if where is not None:
-        name = {"evaluation": "outputs", "refresh": "loss_sums"}[where]
-        setattr(Evaluator, name, striking(getattr(Evaluator, name), due))
+        owner, name = PASSES[where]
+        setattr(owner, name, striking(getattr(owner, name), due))
     zods.finetune.finetune(parse_arguments(given), engine, *others)
     engine.close()
     return {"stopped": engine.should_stop, "reason": request.reason, "calls": len(calls)}
@@ -113,14 +121,26 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def test_a_pass_that_sigterm_ends_leaves_no_trace_and_the_next_start_repeats_it(
     folder: Path, where: str, step: int
 ):
-    given = options(folder, f"{where}-{step}")
+    check_pass(folder, options(folder, f"{where}-{step}"), where, step)
+
+
+@pytest.mark.parametrize("step", [2, pytest.param(0, marks=pytest.mark.slow)])
+def test_an_evaluation_of_first_order_training_that_sigterm_ends_is_repeated(tmp_path, step: int):
+    write_inputs(tmp_path, {"train_batch_size": 8, "zero_optimization": {"stage": 3}})
+    run_ranks(2, rank_of_run, [*options(tmp_path, "undisturbed"), *FIRST_ORDER], None, 0)
+    given = [*options(tmp_path, f"first order-{step}"), *FIRST_ORDER]
+    check_pass(tmp_path, given, "first order", step)
+
+
+def check_pass(folder: Path, given: list[str], where: str, step: int) -> None:
+    """Send SIGTERM in a pass after `step`, start again, and compare with the undisturbed run."""
     found = run_ranks(2, rank_of_run, given, where, step)
     assert [rank["stopped"] for rank in found] == [True, True]
     assert [rank["reason"] for rank in found] == [None, "SIGTERM"]
     assert found[1]["calls"] == 2, "the pass ends at the next batch"
     run, undisturbed = folder / f"{where}-{step}", folder / "undisturbed"
     records = list(read_metrics(run))
-    if where == "evaluation":
+    if where != "refresh":
         assert not [r for r in records if r["kind"] == "eval" and r["step"] == step]
     assert not any(r["kind"] == "summary" for r in records)
     if step:

@@ -122,17 +122,21 @@ class RunFolder:
                 temporary.write_text(json.dumps(content, indent=2) + "\n")
 
     def follow_cuts(self, trajectory: Trajectory) -> None:
-        """Have the metrics of steps removed before these steps are cut from the log."""
+        """Have the metrics of steps removed before these steps are cut from the log. Call it before
+        the run is resumed.
+        """
         trajectory.before_cut = self._remove_steps_after
 
     def _remove_steps_after(self, step: int) -> None:
-        if self._metrics is None:
+        """Remove the lines of metrics.jsonl for steps after `step`; -1 removes all."""
+        if self.rank != 0:
             return
-        self._metrics.close()
         with contextlib.suppress(OSError):  # e.g. a full disk; the log has to be cut all the same
             self._open_metrics(step)
 
     def _open_metrics(self, step: int) -> None:
+        if self._metrics is not None:
+            self._metrics.close()
         self._mend_metrics(step)
         # The file stays open as long as the run.
         self._metrics = open(self.path / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115

@@ -316,6 +316,7 @@ class FirstOrderEngine:
                 )
         with self.comm.same_on_all_ranks():
             if file is not None:
+                self.recorder.trajectory.before_cut(self.global_steps if kept else -1)
                 file.cut(log.ends[kept] if log is not None and kept else 0)
         self.recorder.trajectory.file = file
         if log is not None and kept:

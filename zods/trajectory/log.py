@@ -198,7 +198,8 @@ class Trajectory:
 
     head: identifies all records so far; START before the first. file: None on a rank that writes no
     log. publish: called with the JSON of each record, for processes that wait for the records.
-    before_cut: called with the number of steps that stay, before the file is cut to an agreement.
+    before_cut: called with the number of steps that stay (-1: not even the header), before the file
+    is cut to an agreement or to a checkpoint.
     """
 
     def __init__(self) -> None:
