@@ -57,6 +57,10 @@ SMOKE: dict[str, tuple[set[str], set[str]]] = {
         {"model"},
         {"stage", "ranks", "dtype", "evaluation", "first_step_s", "step_s", "peak_memory_mib"},
     ),
+    "startup.py": (
+        {"examples", "model_bytes"},
+        {"tokenised", "start_s", "data_s", "weights_s", "code_s", "share"},
+    ),
     "anchor_memory.py": (
         set(),
         {"place", "parameters", "peak_rss_bytes", "added_bytes_per_parameter"},
