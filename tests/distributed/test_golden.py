@@ -123,3 +123,27 @@ def test_a_checkpoint_of_an_earlier_version_loads_and_continues_as_the_run_did(
                 np.testing.assert_allclose(
                     found["after"][key], value, atol=WEIGHT_TOLERANCE, err_msg=key
                 )
+
+
+def rank_of_groups(folder: Path) -> list[float]:
+    engine = build("mezo_per_rank")
+    engine.resume(folder)
+    losses = [engine.train_batch() for _ in range(STEPS)]
+    engine.close()
+    return losses
+
+
+def test_groups_of_a_ranks_examples_have_the_directions_that_each_rank_had(
+    tmp_path: Path, world_size: int
+):
+    """The coefficients are those of the earlier version, rounded to bfloat16."""
+    losses = run_ranks(world_size, rank_of_groups, tmp_path)[0]
+    earlier, now = (
+        [record for record in read_log(path / LOG_NAME).records if isinstance(record, Step)]
+        for path in (RUNS_FOLDER / "mezo_per_rank", tmp_path)
+    )
+    assert len(now) == len(earlier) == STEPS
+    np.testing.assert_allclose(losses, [step.loss for step in earlier], rtol=1e-3)
+    np.testing.assert_allclose(now[0].coefficients, earlier[0].coefficients, rtol=2.0**-8)
+    for step, before in zip(now, earlier, strict=True):
+        np.testing.assert_allclose(step.coefficients, before.coefficients, rtol=0.02, atol=0.02)
