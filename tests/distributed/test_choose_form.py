@@ -149,9 +149,27 @@ def said_by(engine: Any, batches: list[Any]) -> dict[str, Any]:
     return {"errors": errors, "forms": forms, "said": said.texts}
 
 
+def forms_of_groups(model: nn.Module, batches: list[Any]) -> list[str | None]:
+    """The forms of batches whose halves have points of their own."""
+    engine = engine_of(model, examples_per_direction=2)
+    points = [
+        Point(seed, sign * 0.01, rows=rows)
+        for seed, rows in ((5, (0, 1)), (6, (2, 3)))
+        for sign in (1, -1)
+    ]
+    forms = []
+    for number, batch in enumerate(batches):
+        with torch.no_grad():
+            engine._evaluator.losses(points, batch, rechecks=number > 0)
+        forms.append(engine.evaluation)
+    return forms
+
+
 def rank_of_later_batches() -> dict[str, Any]:
     later = [awkward.words(4, 6, seed=k) for k in range(1, 9)]
     one_word = {**awkward.words(4, 6), "ids": torch.full((4, 6), 39)}
+    plain = without_word(awkward.words(4, 6))
+    in_last_row = {**plain, "ids": torch.cat([plain["ids"][:3], one_word["ids"][3:]])}
     return {
         "penalty": said_by(
             engine_of(PenaltyForAWord()), [without_word(awkward.words(4, 6)), one_word, *later]
@@ -160,6 +178,7 @@ def rank_of_later_batches() -> dict[str, Any]:
         "experts": said_by(engine_of(Experts()), later),
         "adaptive": said_by(engine_of(AsOftenAsNeeded()), later),
         "noisy": said_by(engine_of(Noisy()), later[:1]),
+        "groups": forms_of_groups(PenaltyForAWord(), [plain, plain, in_last_row]),
     }
 
 
@@ -174,6 +193,10 @@ def test_a_term_of_the_loss_that_only_a_later_batch_has_is_reported_once(later):
     assert max(found["errors"]) < 1e-5
     (warning,) = [text for text in found["said"] if "from now on" in text]
     assert "on this batch the model's loss is" in warning
+
+
+def test_a_term_of_the_loss_is_noticed_in_any_group_of_rows(later):
+    assert later["groups"] == ["stacked", "stacked", "lockstep"]
 
 
 def test_class_weights_are_noticed_though_the_first_batch_holds_one_class(later):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -219,18 +219,23 @@ class Evaluator:
         only. Collective: all ranks call it together.
         """
         f = self._forwards
-        outputs, differ = None, [False, False]
-        part = take_rows(batch, points[0].rows)
-        if float(loss_count(part, f.objective)):  # else this rank has nothing to compare
-            tolerance = 1e-3 if f.dtype == torch.float32 else 3e-2
-            outputs = f.outputs_at(points[0], part)
-            pairs = (f.own_and_logits_loss(outputs, part), (losses[0], f.mean_of(outputs, part)))
-            differ = [
-                not torch.allclose(a, b, rtol=tolerance, atol=1e-2 * tolerance, equal_nan=True)
-                for a, b in pairs
-            ]
-        elif f.is_sharded:
-            f.outputs_at(points[0], part)  # take part in the other ranks' all-gathers
+        # The whole batch shows whether its loss is that of its logits, and the rows of a point
+        # whether the stack gives the loss of a separate forward.
+        parts = [replace(points[0], rows=None), points[0]] if self._grouped else points[:1]
+        found: tuple[torch.Tensor, torch.Tensor] | None = None
+        differ = [False, False]
+        for point in parts:
+            part = take_rows(batch, point.rows)
+            counts = float(loss_count(part, f.objective))  # else this rank has nothing to compare
+            if not counts and not f.is_sharded:
+                continue
+            outputs = f.outputs_at(point, part)  # also to take part in the other ranks' all-gathers
+            if not counts:
+                continue
+            found = f.own_and_logits_loss(outputs, part)
+            differ[0] |= not self._agree(*found)
+            if point is parts[-1]:
+                differ[1] = not self._agree(losses[0], f.mean_of(outputs, part))
         misfits = self._comm.sum_over_ranks(list(map(float, differ)))
         if not any(misfits):
             return losses
@@ -239,14 +244,18 @@ class Evaluator:
         fits = self._chooser.misfit(self._forms.lockstep, batch) is None
         form = self._form = self._forms.lockstep if fits else self._forms.sequential
         reason = "it does not give the model's own loss on a later batch"
-        if outputs is not None:
-            own, _ = f.own_and_logits_loss(outputs, part)
+        if found is not None:
             reason = (
-                f"on this batch the model's loss is {float(own):.6g}, "
-                f"from a stack {float(losses[0]):.6g}"
+                f"on this batch the model's loss is {float(found[0]):.6g}, from its logits "
+                f"{float(found[1]):.6g}, from a stack {float(losses[0]):.6g}"
             )
         logger.warning("evaluation: %s from now on, no longer stacked: %s", form.name, reason)
         return self._losses_together(form, points, batch)
+
+    def _agree(self, a: torch.Tensor, b: torch.Tensor) -> bool:
+        """Whether two losses are equal up to the rounding of a forward."""
+        tolerance = 1e-3 if self._forwards.dtype == torch.float32 else 3e-2
+        return torch.allclose(a, b, rtol=tolerance, atol=1e-2 * tolerance, equal_nan=True)
 
     def loss_sums(
         self, points: Sequence[Point | None], batch: Any, *, rechecks: bool = False
