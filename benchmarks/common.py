@@ -75,11 +75,15 @@ def launcher(ranks: int) -> list[str]:
 
 
 def single_rank_engine(
-    model: torch.nn.Module, section: dict[str, Any], data: Any = None, **ds: Any
+    model: torch.nn.Module,
+    section: dict[str, Any],
+    data: Any = None,
+    collate_fn: Callable | None = None,
+    **ds: Any,
 ) -> ZerothOrderEngine:
     """Start zods with `model` in this process alone, as the only rank.
 
-    data: the training data; None: two batches of tokens.
+    data: the training data; None: two batches of tokens. ds: keys of DeepSpeed's configuration.
     """
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
     os.environ.setdefault("MASTER_PORT", str(free_port()))
@@ -94,8 +98,11 @@ def single_rank_engine(
         rows = token_batch(num_rows, 64)
         data = [{key: value[i] for key, value in rows.items()} for i in range(num_rows)]
     return zods.initialize(
-        model=model, training_data=data, config={**config, "zeroth_order": section}
-    )[0]  # type: ignore[arg-type]
+        model=model,
+        training_data=data,
+        collate_fn=collate_fn,
+        config={**config, "zeroth_order": section},
+    )[0]
 
 
 def commit() -> str:

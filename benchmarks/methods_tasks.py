@@ -1,0 +1,180 @@
+"""The tasks of `methods.py`: prompted classification, its examples and its model."""
+
+from __future__ import annotations
+
+import json
+import random
+import runpy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from zods.data.objectives import sequence_log_likelihood
+from zods.tasks.build import build_task
+from zods.tasks.task import Task
+
+QUICKSTART = Path(__file__).parents[1] / "launch" / "quickstart"
+MAX_LENGTH = 96  # tokens of an example
+EVAL_BATCH = 32  # examples of a forward without training
+
+Example = dict[str, str]  # text, label
+TREC_WORDS = {
+    "ABBR": "abbreviation",
+    "DESC": "description",
+    "ENTY": "entity",
+    "HUM": "person",
+    "LOC": "location",
+    "NUM": "number",
+}
+
+
+@dataclass
+class Bench:
+    """A task, its examples as the task prepared them, and the model that is trained on it.
+
+    base: the parameters before training, by name.
+    """
+
+    name: str
+    task: Task
+    train: list[dict[str, Any]]
+    held_out: list[dict[str, Any]]
+    model: torch.nn.Module
+    base: dict[str, torch.Tensor]
+
+    @torch.no_grad()
+    def restore(self) -> torch.nn.Module:
+        """Write the parameters before training into the model, and return the model."""
+        for name, param in self.model.named_parameters():
+            param.copy_(self.base[name])
+        return self.model
+
+    @torch.no_grad()
+    def loss(self, forward: Callable[..., Any], rows: list[dict[str, Any]]) -> float:
+        """Mean over examples of the negative log-likelihood per token of the right word."""
+        return sum(self._losses(forward, rows)) / len(rows)
+
+    def _losses(self, forward: Callable[..., Any], rows: list[dict[str, Any]]) -> list[float]:
+        found: list[float] = []
+        for batch in _batches(rows):
+            inputs = self.task.collate(batch)
+            labels = inputs.pop("labels")
+            log_likelihood, counts = sequence_log_likelihood(forward(**inputs)["logits"], labels)
+            found += (-log_likelihood / counts).tolist()
+        return found
+
+    @torch.no_grad()
+    def accuracy(self, forward: Callable[..., Any], rows: list[dict[str, Any]]) -> float:
+        """Share of the examples whose right word has the highest log-probability per token."""
+        correct = 0.0
+        for batch in _batches(rows):
+            inputs, targets = self.task.collate_eval(batch)
+            correct += self.task.measure(forward(**inputs), inputs, targets)["accuracy"][0]
+        return correct / len(rows)
+
+
+def _batches(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    by_length = sorted(rows, key=lambda row: len(row["prompt"]))
+    return [by_length[i : i + EVAL_BATCH] for i in range(0, len(rows), EVAL_BATCH)]
+
+
+def quickstart(_: Path | None, num_train: int, num_held_out: int) -> list[list[Example]]:
+    make_data = runpy.run_path(str(QUICKSTART / "make_data.py"))
+    parts = make_data["split"](list(make_data["standard_library"]()))
+    return [
+        make_data["examples"](pieces, count)
+        for pieces, count in zip(parts, (num_train, num_held_out), strict=True)
+    ]
+
+
+def sst2(folder: Path, num_train: int, num_held_out: int) -> list[list[Example]]:
+    def read(name: str) -> list[Example]:
+        pairs = [line.split("\t") for line in (folder / name).read_text().split("\n") if line]
+        return [{"text": text, "label": ("terrible", "great")[int(y)]} for text, y in pairs]
+
+    return [_drawn(read("train.tsv"), num_train), _drawn(read("dev.tsv"), num_held_out)]
+
+
+def trec(folder: Path, num_train: int, num_held_out: int) -> list[list[Example]]:
+    def read(name: str) -> list[Example]:
+        return [
+            {"text": row["question"], "label": TREC_WORDS[row["label"]]}
+            for row in _json_lines(folder / name)
+        ]
+
+    return [_drawn(read("train.jsonl"), num_train), _drawn(read("test.jsonl"), num_held_out)]
+
+
+def ag_news(folder: Path, num_train: int, num_held_out: int) -> list[list[Example]]:
+    def read(name: str) -> list[Example]:
+        return [
+            {"text": f"{row['title']}. {row['text']}", "label": row["label"].replace("/", " ")}
+            for row in _json_lines(folder / name)
+        ]
+
+    return [_drawn(read("train.jsonl"), num_train), _drawn(read("test.jsonl"), num_held_out)]
+
+
+def _json_lines(path: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in path.read_text().split("\n") if line]
+
+
+def _drawn(examples: list[Example], count: int) -> list[Example]:
+    return random.Random(0).sample(examples, min(count, len(examples)))
+
+
+Reader = Callable[[Any, int, int], list[list[Example]]]
+TASKS: dict[str, tuple[str, Reader]] = {
+    "quickstart": ("{text}\nKind: {label}", quickstart),
+    "sst2": ("{text} It was {label}", sst2),
+    "trec": ("{text}\nType: {label}", trec),
+    "ag_news": ("{text}\nTopic: {label}", ag_news),
+}
+
+
+def load_bench(
+    name: str,
+    model_folder: Path | None,
+    data: Path | None,
+    *,
+    num_train: int,
+    num_held_out: int,
+    blocks: int | None,
+    dtype: torch.dtype,
+) -> Bench:
+    """Load a task. "quickstart" has a model and data of its own; the others take
+    `data`/name and the model in `model_folder`.
+
+    blocks: train only the matrices of the last `blocks` blocks; None: all parameters.
+    """
+    template, read = TASKS[name]
+    folder = QUICKSTART / "model" if name == "quickstart" else model_folder
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_cache=False).eval()
+    if blocks is not None:
+        model.requires_grad_(False)
+        for block in model.model.layers[-blocks:]:
+            for param in block.parameters():
+                param.requires_grad_(param.ndim == 2)
+    parts = [
+        datasets.Dataset.from_list(examples)
+        for examples in read(data and data / name, num_train, num_held_out)
+    ]
+    task = build_task(
+        "prompted",
+        tokenizer,
+        parts[0],
+        template=template,
+        max_length=MAX_LENGTH,
+        num_embeddings=model.config.vocab_size,
+        has_token_types=False,
+        class_names=None,
+    )
+    train, held_out = (list(task.prepare(part)) for part in parts)
+    base = {key: param.detach().clone() for key, param in model.named_parameters()}
+    return Bench(name, task, train, held_out, model, base)
