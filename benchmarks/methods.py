@@ -60,8 +60,8 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 FIRST_ORDER = ("adamw", "lora")
 GRIDS = {
-    "plain": (3e-4, 6e-4, 1.2e-3, 2.5e-3, 5e-3),
-    "normalized": (5e-5, 1e-4, 2e-4, 4e-4),
+    "plain": (7.5e-4, 1.5e-3, 3e-3, 6e-3),
+    "normalized": (5e-4, 1e-3, 2e-3, 4e-3),
     "adamw": (1e-5, 3e-5, 1e-4),
     "lora": (1e-4, 3e-4, 1e-3),
 }
@@ -419,7 +419,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--blocks", type=int, help="train the matrices of the last blocks only")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--study", action="store_true", help="measure gradient and curvature, too")
-    parser.add_argument("--study_examples", type=int, default=64)
+    parser.add_argument("--study_examples", type=int, default=256)
     parser.add_argument("--picture", type=Path, help="write the curves there (PNG)")
     add_report_options(parser)
     add_smoke_option(parser)
