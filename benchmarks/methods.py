@@ -14,8 +14,8 @@ lowest training loss is used with all seeds (kind "tuned"), and so is the defaul
 of its batch, one of MeZO-SVRG 4, a refresh 2 per training example, and a step of AdamW counts
 3 per example, because its backward costs about 2.
 
---study adds measurements of the gradient and of the curvature to each point of a run's curve, see
-`methods_study.py`. Prints one JSON object. --markdown and --picture write a table and curves.
+--study adds measurements of the gradient and of the curvature to each point of a run's curve (not
+of LoRA's), see `methods_study.py`. Prints one JSON object. --markdown and --picture write a table and curves.
 """
 
 from __future__ import annotations
@@ -197,7 +197,7 @@ def measured(run: Run, bench: Bench, points: int, study: Study | None) -> dict[s
     def add_point() -> float:
         forward.eval()
         loss = bench.loss(forward, bench.train[:NUM_MEASURED])
-        found = {} if study is None else study.at(forward)
+        found = {} if study is None or run.method == "lora" else study.at(forward)
         curve.append(
             {"forwards": forwards, "seconds": round(sum(times), 2), "train_loss": loss, **found}
         )

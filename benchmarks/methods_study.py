@@ -21,6 +21,8 @@ import torch
 from methods_tasks import Bench
 from torch import Tensor
 
+from zods.training.engine import ZerothOrderEngine
+
 NUM_PROBES, NUM_ITERATIONS = 8, 12
 NUM_CURVED = 64  # examples whose mean loss has the Hessian H
 STEP = 1e-3  # length of a difference, over the root mean square of its direction's elements
@@ -36,13 +38,10 @@ class Study:
         self.trained = [param for param in self.model.parameters() if param.requires_grad]
         self.generator = torch.Generator().manual_seed(0)
 
-    def at(self, forward: Any) -> dict[str, float]:
-        """Measure at the parameters of the benchmark's model. forward: the engine that trains it,
-        in eval mode.
-        """
-        if hasattr(forward, "flush"):
-            forward.flush()
-        self.model.load_state_dict(self.bench.model.state_dict())
+    def at(self, forward: ZerothOrderEngine | torch.nn.Module) -> dict[str, float]:
+        """Measure at the parameters of an engine in eval mode, or of a model."""
+        model = forward.module if isinstance(forward, ZerothOrderEngine) else forward
+        self.model.load_state_dict(model.state_dict())
         mean_square, square = self._gradients()
         trace, curvature = self._trace(), self._largest_eigenvalue()
         return {

@@ -61,6 +61,13 @@ SMOKE: dict[str, tuple[set[str], set[str]]] = {
         {"examples", "model_bytes"},
         {"tokenised", "start_s", "data_s", "weights_s", "code_s", "share"},
     ),
+    "methods.py --model SMOLLM2 --data DATA": (
+        {"commit", "arguments"},
+        {
+            *("task", "method", "examples_per_direction", "lr", "tuned", "seed", "forwards"),
+            *("seconds", "train_loss", "accuracy", "curve"),
+        },
+    ),
     "anchor_memory.py": (
         set(),
         {"place", "parameters", "peak_rss_bytes", "added_bytes_per_parameter"},
