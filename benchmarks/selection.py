@@ -13,6 +13,8 @@ quality   On a 12-block decoder of width 192 after 60 steps on the data. `agreem
           of the chosen examples, over the whole model. Costs are in forwards with their loss.
           `total_forwards` is the whole time of the features. `cost_forwards` leaves out the blocks
           before the last, which run once for any features.
+mixture   Synthetic gradients of six sources: `relative_error` of the mean gradient of 64 chosen of
+          128, by random, facility location and mean matching. Mean over ten mixtures.
 training  Step time and peak memory of AdamW on 128 examples, and on 64 chosen of 128. Held-out loss
           over steps, over examples passed through the model, and over seconds, for three seeds.
 
@@ -33,12 +35,15 @@ from typing import Any
 
 import torch
 from common import add_smoke_option, machine
+from selection_mixture import mixture
 from selection_models import Row
 from selection_quality import quality
 from selection_speed import scaling, speed
 from selection_training import training
 
 from zods.comm.process import end_process
+
+PARTS = ("speed", "scaling", "quality", "mixture", "training")
 
 
 def pictures(rows: list[Row], base: Path) -> None:
@@ -113,9 +118,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--part", choices=("speed", "scaling", "quality", "training"), help="default: all"
-    )
+    parser.add_argument("--part", choices=PARTS, help="default: all")
     parser.add_argument("--data", type=Path, help="default: Python's manual")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
@@ -129,13 +132,14 @@ def main() -> None:
     smoke = arguments.smoke
     if smoke:
         arguments.rounds = arguments.batches = arguments.steps = arguments.seeds = 1
-    wanted = (arguments.part,) if arguments.part else ("speed", "scaling", "quality", "training")
+    wanted = (arguments.part,) if arguments.part else PARTS
     parts: dict[str, Callable[[], list[Row]]] = {
         "speed": lambda: speed(arguments.rounds, (128,) if smoke else (128, 1000, 8000)),
         "scaling": lambda: (
             scaling((128,), (2,)) if smoke else scaling((1000, 8000, 100_000), (1, 2))
         ),
         "quality": lambda: quality(arguments.data, arguments.batches, smoke),
+        "mixture": lambda: mixture(1 if smoke else 10),
         "training": lambda: training(
             arguments.data, arguments.steps, arguments.seeds, arguments.rounds, smoke
         ),

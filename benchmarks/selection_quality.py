@@ -19,7 +19,7 @@ from zods.data.loader import epoch_order
 from zods.data.objectives import example_losses
 from zods.selection import facility_location as fl
 from zods.selection.features import FeatureExtractor
-from zods.selection.selector import CandidateBatch, Selector
+from zods.selection.selector import NEEDS, CandidateBatch, Selector
 from zods.selection.target_matrix import find_target
 
 FEATURES: list[Row] = [
@@ -34,7 +34,10 @@ SMOKE: list[Row] = [
     {"kind": "paper", "num_directions": 1},
     {"kind": "exact", "num_directions": 64},
 ]
-BASELINES = ("random", "structured_random", "longest", "highest_loss", "greedi")
+BASELINES = (
+    *("random", "structured_random", "longest", "highest_loss", "lowest_loss", "greedi"),
+    "mean_matching",
+)
 
 
 def quality(data: Path | None, batches: int, smoke: bool) -> list[Row]:
@@ -148,7 +151,7 @@ def judged_batch(
                 with_sources
             )
             label = f"exact, by source, {weighting} weights" if strategy == "greedy" else strategy
-            judge(label, 64 if strategy in ("greedy", "greedi") else 0, chosen, weights)
+            judge(label, 64 if NEEDS[strategy] == "features" else 0, chosen, weights)
     judge("whole gradients", 0, oracle, [1.0] * BUDGET)
     return judged
 

@@ -48,6 +48,7 @@ SMOKE: dict[str, tuple[set[str], set[str]]] = {
         set(),
         {"part", "features", "m", "agreement", "cost_forwards", "total_forwards"},
     ),
+    "selection.py --part mixture": (set(), {"part", "choice", "relative_error"}),
     "selection.py --part training": (set(), {"part", "what"}),
     "quickstart.py": (
         {"mean_accuracy_gain"},

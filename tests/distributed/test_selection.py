@@ -31,6 +31,7 @@ from zods.data.loader import TrainingLoader
 from zods.selection import facility_location, features
 from zods.selection import facility_location as fl
 from zods.selection.facility_location import from_features, lazy_greedy, quantised
+from zods.selection.mean_matching import mean_matching
 from zods.trajectory.log import read_log
 from zods.trajectory.records import Step
 
@@ -77,7 +78,7 @@ CASES = [
 ]
 
 
-def choose_on_ranks() -> list[tuple[Any, Any, int]]:
+def choose_on_ranks() -> list[tuple[Any, Any, list[int], int]]:
     """For every case, gather the features from their owners and choose.
 
     The choice is made by every rank for all candidates, and by every rank for its own candidates.
@@ -103,7 +104,8 @@ def choose_on_ranks() -> list[tuple[Any, Any, int]]:
             exchange=comm.gather_integers,
         )
         replicated = lazy_greedy(fl.from_quantised(by_id, largest, "l1"), k)
-        results.append((sharded, replicated, comm.selection_bytes))
+        matched = mean_matching(by_id, k) if n <= 128 else []
+        results.append((sharded, replicated, matched, comm.selection_bytes))
     return results
 
 
@@ -119,9 +121,12 @@ def test_the_same_ids_on_any_number_of_ranks(world_size: int):
     for case, *found in zip(CASES, *of_ranks, strict=True):
         kind, n, _ = case
         expected = reference.eager_greedy(from_features(features_of(kind, n), "l1"), n // 4)
-        for sharded, replicated, sent in found:
+        values = quantised(features_of(kind, n), float(features_of(kind, n).abs().max()))
+        means = reference.mean_matching(values.tolist(), n // 4) if n == 17 else found[0][2]
+        for sharded, replicated, matched, sent in found:
             assert sharded == expected, case
             assert replicated == expected, case
+            assert matched == means, case
             assert (sent > 0) == (world_size > 1)
 
 
@@ -211,6 +216,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"selector": {"features": "zo", "two_sided": False, "source_column": None, "num_clusters": 3}},
     {"selector": {"features": "paper", "metric": "l1"}},
     {"selector": {"metric": "cosine", "weights": "cluster"}},
+    {"selector": {"strategy": "mean_matching"}},
     {"selector": {"warmup_steps": 2, "interval": 2}},
     {
         "method": "mezo_svrg",
@@ -223,7 +229,9 @@ FURTHER: list[dict[str, Any]] = [
     {"stage": 0},
     {"selector": {"features": "zo"}},
     {"selector": {"strategy": "stochastic_greedy"}},
+    {"selector": {"strategy": "mean_matching", "features": "zo", "source_column": None}},
     {"selector": {"strategy": "highest_loss"}},
+    {"selector": {"strategy": "lowest_loss"}},
     {"selector": {"strategy": "longest"}},
     {"selector": {"strategy": "structured_random", "interval": 2}},
     {"spoilt": True},

@@ -1,4 +1,4 @@
-"""Facility location written out: the reference that `zods.selection` is compared with."""
+"""Facility location and mean matching written out: the references of `zods.selection`."""
 
 from __future__ import annotations
 
@@ -43,6 +43,53 @@ def optimum(similarities: Sequence[Sequence[int]], k: int) -> int:
     return max(
         objective(similarities, chosen) for chosen in combinations(range(len(similarities[0])), k)
     )
+
+
+def mean_error(features: Sequence[Sequence[int]], chosen: Sequence[int]) -> int:
+    """|| n sum_{j in chosen} x_j - k sum_i x_i ||^2 for all n features, k of them chosen."""
+    n, k = len(features), len(chosen)
+    return sum(
+        (n * sum(column[j] for j in chosen) - k * sum(column)) ** 2
+        for column in zip(*features, strict=True)
+    )
+
+
+def balanced_start(features: Sequence[Sequence[int]], k: int) -> list[int]:
+    """One candidate of each of k ranges of ids: the one after which the running sum is smallest."""
+    n, chosen = len(features), list[int]()
+    for group in range(k):
+        members = range(group * n // k, (group + 1) * n // k)
+
+        def running(j: int, end: int = members.stop) -> int:
+            return sum(
+                (n * sum(column[i] for i in [*chosen, j]) - k * sum(column[:end])) ** 2
+                for column in zip(*features, strict=True)
+            )
+
+        chosen.append(min(members, key=lambda j: (running(j), j)))
+    return chosen
+
+
+def best_swap(features: Sequence[Sequence[int]], chosen: Sequence[int], old: int) -> int:
+    """The candidate that leaves the smallest error in the place of `old`; `old` if none is better."""
+    others = [j for j in range(len(features)) if j not in chosen]
+    kept = [j for j in chosen if j != old]
+    best = min(others, key=lambda j: (mean_error(features, [*kept, j]), j), default=old)
+    better = mean_error(features, [*kept, best]) < mean_error(features, chosen)
+    return best if better else old
+
+
+def mean_matching(features: Sequence[Sequence[int]], k: int, sweeps: int = 10) -> list[int]:
+    """`balanced_start`, then in each sweep the best swap of each chosen candidate, by its id."""
+    chosen = balanced_start(features, k)
+    for _ in range(sweeps):
+        before = sorted(chosen)
+        for old in before:
+            new = best_swap(features, chosen, old)
+            chosen = [new if j == old else j for j in chosen]
+        if sorted(chosen) == before:
+            break
+    return sorted(chosen)
 
 
 def largest_remainder(sizes: Sequence[int], budget: int) -> list[int]:

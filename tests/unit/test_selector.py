@@ -12,6 +12,7 @@ from zods.config.schema import STRATEGIES, SelectorConfig, parse_selector
 from zods.core.directions import Direction
 from zods.selection.baselines import BETAS, EPSILON, PaperFeatures
 from zods.selection.facility_location import from_features, lazy_greedy, quantised
+from zods.selection.mean_matching import mean_matching
 from zods.selection.selector import NEEDS, CandidateBatch, Selector
 
 
@@ -48,6 +49,24 @@ def test_small_sources_are_kept_whole_and_facility_location_chooses_from_the_oth
         values = batch.features[members].double() * (batch.largest / 32767)
         expected = [members[i] for i in lazy_greedy(from_features(values), report.quotas[name]).ids]
         assert sorted(expected) == [index for index in indices if batch.sources[index] == name]
+
+
+def test_mean_matching_matches_the_mean_of_each_source():
+    batch = batch_of()
+    indices, weights, report = selector(strategy="mean_matching").select(batch)
+    assert report.quotas == {"a": 8, "b": 4, "c": 4, "d": 4}
+    assert weights == [1.0] * 20
+    for name in "ab":
+        members = [i for i in range(40) if batch.sources[i] == name]
+        expected = [members[i] for i in mean_matching(batch.features[members], report.quotas[name])]
+        assert expected == [index for index in indices if batch.sources[index] == name]
+
+
+def test_mean_matching_without_sources_matches_the_mean_of_all_candidates():
+    batch = batch_of(sources=None)
+    indices, _, report = selector(strategy="mean_matching").select(batch)
+    assert report.quotas == {"all": 20}
+    assert indices == mean_matching(batch.features, 20)
 
 
 def test_cluster_weights_count_the_candidates_that_each_choice_represents():
@@ -103,6 +122,8 @@ def test_baselines_choose_as_their_names_say():
     )
     highest, _, _ = selector(strategy="highest_loss").select(batch)
     assert highest == sorted(batch.losses.topk(20).indices.tolist())
+    lowest, _, _ = selector(strategy="lowest_loss").select(batch)
+    assert lowest == sorted(batch.losses.topk(20, largest=False).indices.tolist())
     structured, _, report = selector(strategy="structured_random").select(batch)
     assert report.quotas == selector().select(batch)[2].quotas
     assert structured != selector(strategy="structured_random", seed=2).select(batch)[0]
@@ -224,13 +245,15 @@ def test_features_of_the_paper_are_cut_to_the_largest_elements():
     assert torch.equal(cut, whole[:, kept])
 
 
-def test_a_selector_with_features_of_the_paper_resumes_from_its_state():
-    config = SelectorConfig(candidates=40, features="paper", top=8)
+@pytest.mark.parametrize("strategy", ["greedy", "mean_matching"])
+def test_a_selector_with_features_of_the_paper_resumes_from_its_state(strategy: str):
+    config = SelectorConfig(candidates=40, features="paper", top=8, strategy=strategy)
     batch = batch_of(m=1)
     running = Selector(config, 20, seed=1, target=Matrix())
     for _ in range(2):
         running.select(batch)
     resumed = Selector(config, 20, seed=1, target=Matrix())
+    assert len(running.state_dict()["history"]) == 2
     resumed.load_state_dict(running.state_dict())
     assert resumed.select(batch) == running.select(batch)
 

@@ -33,17 +33,20 @@ Strategy = Literal[
     "greedy",
     "stochastic_greedy",
     "greedi",
+    "mean_matching",
     "random",
     "structured_random",
     "longest",
     "highest_loss",
+    "lowest_loss",
 ]
 Metric = Literal["l1", "l2", "cosine"]
 METHODS: tuple[str, ...] = get_args(Method)
 DISTRIBUTIONS: tuple[str, ...] = get_args(Distribution)
 STORAGES: tuple[str, ...] = get_args(Storage)
 STRATEGIES: tuple[str, ...] = get_args(Strategy)
-BY_SOURCE = (*STRATEGIES[:3], "structured_random")
+FACILITY_LOCATION = ("greedy", "stochastic_greedy", "greedi")
+BY_SOURCE = (*FACILITY_LOCATION, "mean_matching", "structured_random")
 METRICS: tuple[str, ...] = get_args(Metric)
 
 
@@ -161,10 +164,13 @@ class SelectorConfig(Section):
     """
 
     candidates: Count  # size of a large batch; train_batch_size of them are chosen
-    strategy: Strategy = "greedy"  # facility location; or a baseline
+    # greedy: facility location; mean_matching: the mean feature is nearest to that of all; the
+    # others are baselines
+    strategy: Strategy = "greedy"
     # column that names an example's source; None: clusters of features are the sources
     source_column: Text | None = None
-    num_clusters: Count = 8  # without source_column; 1: all examples are one source
+    # facility location without source_column; 1: all examples are one source
+    num_clusters: Count = 8
     # number of examples chosen from each source; None: small sources are taken whole, and the
     # other sources in proportion to their size
     quotas: Annotated[

@@ -1,6 +1,6 @@
 """Baselines of the selection: simpler choices, and the features of the paper.
 
-Choices: the longest examples, the examples of the highest loss, random examples; and two
+Choices: the longest examples, the examples of the highest or lowest loss, random examples; and two
 approximations of the greedy choice of `zods.selection.facility_location`: stochastic greedy
 (Mirzasoleiman et al. 2015, arXiv:1409.7938) and GreeDi (Mirzasoleiman et al. 2013).
 Features: section 4.3 of Nguyen et al. 2024, arXiv:2407.19580v1.
@@ -42,6 +42,11 @@ def longest_first(indices: Sequence[int], num_tokens: Sequence[int]) -> list[int
 def highest_loss_first(indices: Sequence[int], losses: Sequence[float]) -> list[int]:
     """Sort indices by loss, the highest first; equals by index."""
     return sorted(indices, key=lambda i: (-losses[i], i))
+
+
+def lowest_loss_first(indices: Sequence[int], losses: Sequence[float]) -> list[int]:
+    """Sort indices by loss, the lowest first; equals by index."""
+    return sorted(indices, key=lambda i: (losses[i], i))
 
 
 def shuffled(indices: Sequence[int], seed: int) -> list[int]:

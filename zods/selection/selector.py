@@ -1,7 +1,8 @@
 """Choose examples from a candidate batch, with their weights.
 
 Nguyen et al. 2024, arXiv:2407.19580v1 (later CoLM): small sources are kept whole. From each other
-source, the examples are chosen that best represent the rest of the source. All results are the same
+source, the examples are chosen that best represent the rest of the source, or another strategy
+chooses. All results are the same
 on every rank, whichever ranks computed the features. Caller: `zods.selection.sub_batches`.
 """
 
@@ -16,13 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zods.config.schema import BY_SOURCE, SelectorConfig
+from zods.config.schema import BY_SOURCE, FACILITY_LOCATION, SelectorConfig
 from zods.core.directions import Parameter, derive_seed
 from zods.selection.baselines import (
     PaperFeatures,
     greedi,
     highest_loss_first,
     longest_first,
+    lowest_loss_first,
     shuffled,
     stochastic_greedy,
 )
@@ -36,6 +38,7 @@ from zods.selection.facility_location import (
     from_quantised,
     lazy_greedy,
 )
+from zods.selection.mean_matching import mean_matching
 from zods.selection.quotas import capped_quotas, largest_remainder, quotas_of
 
 logger = logging.getLogger(__name__)
@@ -44,10 +47,12 @@ NEEDS = {  # the measurements of candidates that a strategy needs
     "greedy": "features",
     "stochastic_greedy": "features",
     "greedi": "features",
+    "mean_matching": "features",
     "random": "nothing",
     "structured_random": "nothing",
     "longest": "nothing",
     "highest_loss": "losses",
+    "lowest_loss": "losses",
 }
 
 
@@ -168,9 +173,8 @@ class Selector:
         """
         self.chosen_mean = None
         usable = self._usable(batch)
-        problem = (
-            self._problem(batch, usable) if NEEDS[self.strategy] == "features" and usable else None
-        )
+        by_location = self.strategy in FACILITY_LOCATION and usable
+        problem = self._problem(batch, usable) if by_location else None
         groups = self._groups(batch, usable, problem)
         sizes = {name: len(members) for name, members in groups.items()}
         quotas = self._quotas(sizes) if quotas is None else capped_quotas(quotas, sizes)
@@ -187,7 +191,7 @@ class Selector:
             objective += gained
         chosen.sort()
         whole = [name for name in groups if quotas[name] == sizes[name]]
-        if self._paper is not None and problem is not None:
+        if self._paper is not None and NEEDS[self.strategy] == "features" and chosen:
             derivatives = _derivatives(batch)[[index for index, _ in chosen]]
             self._record_mean(float(derivatives.mean()))
         report = Report(
@@ -282,7 +286,11 @@ class Selector:
         """Choose k members of a source. Returns (indices in the batch, weights, objective)."""
         indices = [usable[i] for i in members]
         if problem is None:
-            kept = self._ranked(batch, indices, name)[:k]
+            kept = (
+                self._choose_by_mean(batch, indices, k)
+                if self.strategy == "mean_matching"
+                else self._ranked(batch, indices, name)[:k]
+            )
             return kept, [len(members) / k for _ in kept], 0.0
         whole = len(members) == problem.num_candidates
         part = problem if whole else problem.among(torch.tensor(members, device=problem.device))
@@ -292,6 +300,12 @@ class Selector:
             [float(w) for w in chosen.weights],
             chosen.objective,
         )
+
+    def _choose_by_mean(self, batch: CandidateBatch, indices: list[int], k: int) -> list[int]:
+        """Choose k of `indices` by mean matching. Features of the paper are taken as derivatives."""
+        assert batch.features is not None
+        own = torch.tensor(indices, device=batch.features.device)
+        return [indices[i] for i in mean_matching(batch.features[own], k)]
 
     def _choose_by_facility_location(
         self, problem: Problem, batch: CandidateBatch, indices: list[int], k: int, name: str
@@ -318,6 +332,9 @@ class Selector:
         if self.strategy == "highest_loss":
             assert batch.losses is not None
             return highest_loss_first(indices, batch.losses.tolist())
+        if self.strategy == "lowest_loss":
+            assert batch.losses is not None
+            return lowest_loss_first(indices, batch.losses.tolist())
         return shuffled(indices, self._random_seed(name))
 
     def _random_seed(self, name: str) -> int:
