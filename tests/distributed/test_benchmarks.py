@@ -50,6 +50,10 @@ SMOKE: dict[str, tuple[set[str], set[str]]] = {
     ),
     "selection.py --part mixture": (set(), {"part", "choice", "relative_error"}),
     "selection.py --part training": (set(), {"part", "what"}),
+    "selection.py --part recipes": (
+        set(),
+        {"part", "recipe", "arm", "seed", "steps", "seconds", "loss", "losses"},
+    ),
     "quickstart.py": (
         {"mean_accuracy_gain"},
         {"method", "seed", "accuracy_before", "accuracy_after", "zods_bytes_per_step"},
@@ -86,7 +90,8 @@ SMOKE: dict[str, tuple[set[str], set[str]]] = {
     ),
 }
 DEFAULT = {"step_time.py", "kernel_speed.py", "trajectory.py --part log"}  # the others take minutes
-NOT_IN_THE_README = {"selection.py --part scaling"}  # its figures are in benchmarks/results only
+# their figures are in benchmarks/results only
+NOT_IN_THE_README = {"selection.py --part scaling", "selection.py --part recipes"}
 
 
 def readme_commands() -> set[str]:
