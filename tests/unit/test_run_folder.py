@@ -117,19 +117,20 @@ def first_lines(number: int) -> Callable[[bytes], bytes]:
     return lambda data: b"".join(data.splitlines(keepends=True)[:number])
 
 
-LOST_STEPS: dict[str, Callable[[bytes], bytes | None]] = {
-    "missing": lambda data: None,
-    "empty": lambda data: b"",
-    "100 bytes without a whole line": lambda data: data[:100],
-    "0 steps": first_lines(1),
-    "1 steps": first_lines(3),
-    "2 steps": lambda data: data[:-20],
+LOST_STEPS: dict[str, tuple[str, Callable[[bytes], bytes | None]]] = {
+    "missing": ("missing", lambda data: None),
+    "empty": ("empty", lambda data: b""),
+    "no line": ("100 bytes without a whole line", lambda data: data[:100]),
+    "no step": ("0 steps", first_lines(1)),
+    "two steps": ("1 steps", first_lines(3)),
+    "two steps, one torn": ("1 steps", lambda data: first_lines(4)(data)[:-20]),
 }
 
 
-@pytest.mark.parametrize("found", LOST_STEPS)
-def test_metrics_of_steps_that_the_log_has_lost_are_an_error(run, found):
-    log = LOST_STEPS[found]((run / LOG_NAME).read_bytes())
+@pytest.mark.parametrize("name", LOST_STEPS)
+def test_metrics_of_steps_that_the_log_has_lost_are_an_error(run, name):
+    found, damage = LOST_STEPS[name]
+    log = damage((run / LOG_NAME).read_bytes())
     (run / LOG_NAME).unlink()
     if log is not None:
         (run / LOG_NAME).write_bytes(log)
@@ -139,9 +140,15 @@ def test_metrics_of_steps_that_the_log_has_lost_are_an_error(run, found):
     ) as error:
         RunFolder(run, rank=0, resume=True)
     assert "from a copy" in str(error.value)
-    assert ("remove metrics.jsonl" in str(error.value)) == (found in ("1 steps", "2 steps"))
+    assert ("remove metrics.jsonl" in str(error.value)) == (found == "1 steps")
     assert (run / "metrics.jsonl").read_bytes() == before
     assert log is None or (run / LOG_NAME).read_bytes() == log
+
+
+def test_metrics_of_a_step_whose_record_is_torn_are_removed_because_the_step_is_made_again(run):
+    (run / LOG_NAME).write_bytes((run / LOG_NAME).read_bytes()[:-20])
+    described(run, read_log(run / LOG_NAME).num_steps)
+    assert [line["step"] for line in read_metrics(run) if line["kind"] == "train"] == [1, 2]
 
 
 def test_a_removed_file_of_metrics_is_an_error_at_the_next_line(run):

@@ -202,7 +202,9 @@ def _line(record: dict[str, Any]) -> str:
 
 
 def _logged_steps(log: Path) -> tuple[int, str]:
-    """The number of steps in a log, 0 where it has no whole line, and what was found there."""
+    """The number of steps in a log, a torn one included, and what was found there; 0 where it has no
+    whole line.
+    """
     check_regular(log)
     data = log.read_bytes() if log.exists() else None
     if not data:
@@ -213,7 +215,8 @@ def _logged_steps(log: Path) -> tuple[int, str]:
     if (run := whole.run_at_end()) is not None and run.optimizer is not None and whole.num_steps:
         # Of first-order training, the checkpoint that is loaded says where the log goes on.
         return sys.maxsize, ""
-    return whole.num_steps, f"{whole.num_steps} steps"
+    # A torn record is that of a step which is made again, with the same bits.
+    return whole.num_steps + bool(whole.torn), f"{whole.num_steps} steps"
 
 
 def _from_log(path: Path) -> Iterator[dict[str, Any]]:
