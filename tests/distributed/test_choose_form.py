@@ -141,7 +141,7 @@ def said_by(engine: Any, batches: list[Any]) -> dict[str, Any]:
     errors, forms = [], []
     with torch.no_grad():
         for number, batch in enumerate(batches):
-            found = engine._evaluator.losses(POINTS, batch, rechecks=number > 0)
+            found = engine._evaluator.losses(POINTS, batch, rechecks=number > 0).means
             forms.append(engine.evaluation)
             truth = dense_losses(plain, POINTS, batch, Direction())
             errors.append(((found - truth) / truth).abs().max().item())

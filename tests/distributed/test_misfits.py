@@ -42,8 +42,8 @@ def judged(make: type[nn.Module], batches: dict[str, Any], distribution: str) ->
     for what, batch in batches.items():
         for points in (POINTS["two pairs"], POINTS["drifted"]):
             truth = dense_losses(make(), points, batch, direction)
-            together = evaluator.losses(points, batch)
-            separate = torch.cat([evaluator.losses([point], batch) for point in points])
+            together = evaluator.losses(points, batch).means
+            separate = torch.cat([evaluator.losses([point], batch).means for point in points])
             error = max(
                 ((found - truth) / truth).abs().max().item() for found in (together, separate)
             )
@@ -204,7 +204,7 @@ def rank_of_autocast() -> dict[str, Any]:
     points, found = POINTS["two pairs"], {}
     batch = awkward.words(2, 4)
     truth = dense_losses(awkward.InAutocast(), points, batch, Direction())
-    losses = engine_of(awkward.InAutocast())._evaluator.losses(points, batch)
+    losses = engine_of(awkward.InAutocast())._evaluator.losses(points, batch).means
     found["inside"] = (torch.is_autocast_enabled("cpu"), truth.tolist(), losses.tolist())
     batch = awkward.words(8, 6)
     for form in ("auto", "sequential"):
@@ -212,7 +212,7 @@ def rank_of_autocast() -> dict[str, Any]:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             truth = dense_losses(awkward.Classifier(), points, batch, Direction())
             engine(batch)
-            losses = engine._evaluator.losses(points, batch)
+            losses = engine._evaluator.losses(points, batch).means
             found[form] = (torch.is_autocast_cache_enabled(), truth.tolist(), losses.tolist())
     return found
 

@@ -44,6 +44,7 @@ def summarise(
     }
     if isinstance(engine, ZerothOrderEngine):
         summary["evaluation"] = engine.evaluation
+        summary |= engine.noise.summary()
     if engine.anchor:
         summary["anchor_gather_bytes_per_step"] = engine.comm.gather_bytes / steps
         summary["anchor_device_bytes"] = engine.anchor.device_bytes
@@ -87,6 +88,8 @@ def table(summary: dict[str, Any]) -> str:
             ("anchor per rank, on the device", f"{summary['anchor_device_bytes'] / mib:.1f} MiB"),
             ("anchor per rank, offloaded", f"{summary['anchor_offloaded_bytes'] / mib:.1f} MiB"),
         ]
+    if "advice" in summary:
+        rows += _noise(summary)
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
@@ -98,6 +101,25 @@ def _measured(summary: dict[str, Any], name: str) -> tuple[str, str]:
         f"held-out {name}",
         f"{'-' if before is None else f'{before:.3f}'} -> {summary[f'{name}_after']:.3f}",
     )
+
+
+def _noise(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """The noise of the estimates, and the advice that follows from it."""
+    scale = summary.get("noise_scale")
+    shares = {
+        name: summary[key]
+        for name, key in (
+            ("direction", "direction_noise"),
+            ("batch", "batch_noise"),
+            ("anchor staleness", "staleness"),
+        )
+        if key in summary
+    }
+    return [
+        ("noise scale (variance / square)", "not known" if scale is None else f"{scale:.3g}"),
+        ("  shares of noise", ", ".join(f"{n} {v:.0%}" for n, v in shares.items()) or "not known"),
+        ("  advice", summary["advice"]),
+    ]
 
 
 def _peak_memory_bytes(device: torch.device) -> int:

@@ -105,10 +105,22 @@ def batch_loss(outputs: Any, batch: Any, objective: Objective = PLAIN) -> Tensor
             f"{describe(outputs)} for a batch of {describe(batch)}; pass labels, or wrap the model "
             "so that forward returns a scalar loss"
         )
+    return losses_of_logits(logits, labels, objective)[0]
+
+
+def losses_of_logits(
+    logits: Tensor, labels: Tensor, objective: Objective = PLAIN
+) -> tuple[Tensor, Tensor]:
+    """The mean loss of a batch without weights, and the losses of its rows.
+
+    Returns (0-d float64, (B,) float64). The rows add up to the mean times the count of
+    `loss_count`. Shapes and errors are as in `row_sums`.
+    """
     sums, counts = row_sums(logits, labels, objective.shifted)
     if objective.loss_mean == "tokens":
-        return sums.sum() / counts.sum()
-    return (sums / counts)[counts > 0].mean()
+        return sums.sum() / counts.sum(), sums
+    means = sums / counts
+    return means[counts > 0].mean(), torch.where(counts > 0, means, 0.0)
 
 
 def loss_count(batch: Any, objective: Objective = PLAIN) -> Tensor:

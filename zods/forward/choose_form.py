@@ -214,7 +214,7 @@ class ChooseForm:
         separate = torch.stack([first, f.loss_at(points[1], batch)])
         copies = f.perturbed.scratch_bytes
         with peak_memory(self._comm.device) as of_two:
-            found = self._forms.lockstep.losses(points, batch)
+            found = self._forms.lockstep.losses(points, batch).means
         copies = f.perturbed.scratch_bytes - copies
         same = torch.allclose(found, separate, rtol=1e-6, atol=0.0, equal_nan=True)
         reason = None if same else "its losses differ from those of separate forwards"

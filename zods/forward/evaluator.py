@@ -10,7 +10,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import Subset
@@ -22,7 +22,7 @@ from zods.data.batch import Inputs, num_examples, take_rows
 from zods.data.loader import WholePass
 from zods.data.objectives import loss_count
 from zods.forward.choose_form import ChooseForm
-from zods.forward.forms import Form, Forms
+from zods.forward.forms import Form, Forms, PointLosses
 from zods.forward.lockstep import NotInLockstep
 from zods.forward.model_forwards import ModelForwards
 from zods.forward.stacked import NotStackable
@@ -37,13 +37,44 @@ class PairSums:
 
     groups: indices of the groups of its rows. differences: (groups, sets of pairs), the loss sum at
     the first point of a pair less that at the second. sums: (sets of pairs,), the loss sum over all
-    rows, mean of a pair's points. count: what a loss is the mean over, 0-d.
+    rows, mean of a pair's points. count: what a loss is the mean over, 0-d. units, squares: the
+    units of which differences are known, and (sets of pairs,), the sum over them of the squared
+    difference by the unit's number of rows. A unit is a row, or the rows of a group where the
+    losses of rows are not computed.
     """
 
     groups: list[int]
     differences: torch.Tensor
     sums: torch.Tensor
     count: torch.Tensor
+    units: int
+    squares: torch.Tensor
+
+
+@dataclass(frozen=True)
+class LossSums:
+    """Sums of losses at points, each over its rows of a batch, float64.
+
+    sums: (number of points,); 0 where no label counts. count: the number of tokens or examples of
+    which the loss of the whole batch is the mean, 0-d. rows: see `PointLosses`.
+    """
+
+    sums: torch.Tensor
+    count: torch.Tensor
+    rows: tuple[torch.Tensor, ...] | None
+
+
+class PassDifferences(NamedTuple):
+    """Differences of losses over many examples, the same on all ranks.
+
+    values: L(first of a pair) - L(second) for each group and set of pairs, group by group. A
+    group's loss is its share in the mean over all examples under the objective. NaN if no label
+    counts. squares, units: as in `PairSums`, summed over sets and in the unit of `values`.
+    """
+
+    values: list[float]
+    squares: float
+    units: int
 
 
 class Evaluator:
@@ -120,9 +151,8 @@ class Evaluator:
 
     def losses(
         self, points: Sequence[Point | None], batch: Any, *, rechecks: bool = False
-    ) -> torch.Tensor:
-        """Compute the mean losses at the points, each of its rows of a batch: (number of points,),
-        in float64.
+    ) -> PointLosses:
+        """Compute the losses at the points, each of its rows of a batch.
 
         The first call also finds which modules use which parameters, and chooses the form of
         evaluation. Raises ValueError if the model gives no loss, or if the form that the
@@ -137,7 +167,9 @@ class Evaluator:
         form = self._form = self._form or self._choose(batch)
         at = [point for point in points if point is not None]
         if len(at) < max(len(points), 2):
-            return torch.stack([self._forwards.loss_at(point, batch) for point in points])
+            return PointLosses(
+                torch.stack([self._forwards.loss_at(point, batch) for point in points])
+            )
         try:
             losses = self._losses_together(form, at, batch)
         except (NotStackable, NotInLockstep) as error:
@@ -147,7 +179,7 @@ class Evaluator:
             return self._rechecked(losses, at, batch)
         return losses
 
-    def _losses_together(self, form: Form, points: Sequence[Point], batch: Any) -> torch.Tensor:
+    def _losses_together(self, form: Form, points: Sequence[Point], batch: Any) -> PointLosses:
         """Compute losses in a form of evaluation, so many points at a time as fit one forward."""
         if form is self._forms.stacked and not (
             isinstance(batch, dict) and isinstance(batch.get("labels"), torch.Tensor)
@@ -167,8 +199,12 @@ class Evaluator:
         # as many forwards on every rank, however its rows are grouped
         size = self.streams_per_forward * most
         parts = [points[k : k + size] for k in range(0, len(points), size)]
-        losses = torch.cat([form.losses(part, batch) for part in parts])
-        return losses.view(-1, 2 * most)[:, : 2 * groups].flatten() if most > groups else losses
+        found = [form.losses(part, batch) for part in parts]
+        losses = torch.cat([of_part.means for of_part in found])
+        if most > groups:
+            return PointLosses(losses.view(-1, 2 * most)[:, : 2 * groups].flatten())
+        rows = tuple(of_point for of_part in found for of_point in of_part.rows or ())
+        return PointLosses(losses, rows or None)
 
     # --- how to evaluate --------------------------------------------------------------------------
 
@@ -211,14 +247,14 @@ class Evaluator:
         """Evaluate in separate forwards from now on. All ranks call it together."""
         self._form, self.left_form = self._forms.sequential, False
 
-    def _rechecked(self, losses: torch.Tensor, points: Sequence[Point], batch: Any) -> torch.Tensor:
+    def _rechecked(self, losses: PointLosses, points: Sequence[Point], batch: Any) -> PointLosses:
         """Compare a stack's losses with a separate forward, and return losses that are right.
 
         If they differ on any rank, all ranks leave the stacked form, and the losses are computed in
         another form. A special term of a loss, or a router, may have an effect on later batches
         only. Collective: all ranks call it together.
         """
-        f = self._forwards
+        f, first = self._forwards, losses.means[0]
         # The whole batch shows whether its loss is that of its logits, and the rows of a point
         # whether the stack gives the loss of a separate forward.
         parts = [replace(points[0], rows=None), points[0]] if self._grouped else points[:1]
@@ -235,7 +271,7 @@ class Evaluator:
             found = f.own_and_logits_loss(outputs, part)
             differ[0] |= not self._agree(*found)
             if point is parts[-1]:
-                differ[1] = not self._agree(losses[0], f.mean_of(outputs, part))
+                differ[1] = not self._agree(first, f.mean_of(outputs, part))
         misfits = self._comm.sum_over_ranks(list(map(float, differ)))
         if not any(misfits):
             return losses
@@ -247,7 +283,7 @@ class Evaluator:
         if found is not None:
             reason = (
                 f"on this batch the model's loss is {float(found[0]):.6g}, from its logits "
-                f"{float(found[1]):.6g}, from a stack {float(losses[0]):.6g}"
+                f"{float(found[1]):.6g}, from a stack {float(first):.6g}"
             )
         logger.warning("evaluation: %s from now on, no longer stacked: %s", form.name, reason)
         return self._losses_together(form, points, batch)
@@ -259,24 +295,19 @@ class Evaluator:
 
     def loss_sums(
         self, points: Sequence[Point | None], batch: Any, *, rechecks: bool = False
-    ) -> torch.Tensor:
-        """Compute the sums of losses at the points, each over its rows of a batch, followed by the
-        count of the whole batch.
-
-        The count is the number of tokens or examples of which a loss is the mean. Returns (number
-        of points + 1,) in float64. A sum is 0 if no label counts.
-        """
+    ) -> LossSums:
+        """Compute the sums of losses at the points."""
         self._beat()
         losses = self.losses(points, batch, rechecks=rechecks)
         objective = self._forwards.objective
         rows = [None if point is None else point.rows for point in points]
         counts = {
-            some: loss_count(take_rows(batch, some), objective).to(losses.device)
+            some: loss_count(take_rows(batch, some), objective).to(losses.means.device)
             for some in {None, *rows}
         }
         of_points = torch.stack([counts[some] for some in rows])
-        sums = torch.where(of_points > 0, losses * of_points, 0.0)
-        return torch.cat([sums, counts[None].unsqueeze(0)])
+        sums = torch.where(of_points > 0, losses.means * of_points, 0.0)
+        return LossSums(sums, counts[None], losses.rows)
 
     def pair_sums(
         self,
@@ -292,12 +323,24 @@ class Evaluator:
         """
         points = [point for pair_of in sets for group in groups for point in pair_of(group)]
         found = self.loss_sums(points, batch, rechecks=rechecks)
-        by_pair = found[:-1].view(len(sets), len(groups), 2)
+        by_pair = found.sums.view(len(sets), len(groups), 2)
+        differences = by_pair[..., 0] - by_pair[..., 1]
+        if found.rows is None:
+            whole = num_examples(batch)
+            sizes = [whole if group.rows is None else len(group.rows) for group in groups]
+            units = len(groups)
+            squares = differences.square() @ differences.new_tensor([1.0 / size for size in sizes])
+        else:
+            of_rows = torch.cat(found.rows[0::2]) - torch.cat(found.rows[1::2])
+            units = of_rows.numel() // len(sets)
+            squares = of_rows.square().view(len(sets), units).sum(1)
         return PairSums(
             [group.index for group in groups],
-            (by_pair[..., 0] - by_pair[..., 1]).T,
+            differences.T,
             by_pair.sum((1, 2)) / 2,
-            found[-1],
+            found.count,
+            units,
+            squares,
         )
 
     def differences_over(
@@ -313,13 +356,9 @@ class Evaluator:
         split: tuple[int, int],
         total: Callable[[Sequence[float]], Sequence[float]],
         before_each: Callable[[], None],
-    ) -> list[float]:
+    ) -> PassDifferences:
         """Compute differences of losses over many examples, each group of them at its own pairs of
         points.
-
-        A group's loss is its share in the mean over all examples under the objective. Returns
-        L(first of a pair) - L(second) for each group and set of pairs, group by group; NaN if no
-        label counts.
 
         order: indices of the examples. starts: position in `order` of the first example of each
         group. sets: as in `pair_sums`. title: of the progress bar. micro_batch: examples per
@@ -329,7 +368,8 @@ class Evaluator:
         """
         rounds = WholePass(Subset(dataset, order.tolist()), micro_batch, *split, collate_fn)
         sums = torch.zeros(len(starts), len(sets), dtype=torch.float64, device=self._comm.device)
-        count = torch.zeros((), dtype=torch.float64, device=self._comm.device)
+        count, squares = sums.new_zeros(()), sums.new_zeros(())
+        units = 0
         progress = tqdm(rounds, desc=title, leave=False, disable=self._comm.rank != 0)
         for batch, positions, counted in progress:
             before_each()
@@ -344,14 +384,25 @@ class Evaluator:
             if counted:
                 sums[found.groups] += found.differences
                 count += found.count
-        *totals, counted_everywhere = total([*sums.flatten().tolist(), float(count)])
-        return [value / counted_everywhere if counted_everywhere else math.nan for value in totals]
+                squares += found.squares.sum()
+                units += found.units
+        *totals, all_squares, all_units, counted_everywhere = total(
+            [*sums.flatten().tolist(), float(squares), units, float(count)]
+        )
+        if not counted_everywhere:
+            return PassDifferences([math.nan] * len(totals), math.nan, 0)
+        return PassDifferences(
+            [value / counted_everywhere for value in totals],
+            all_squares / counted_everywhere**2,
+            round(all_units),
+        )
 
     def mean_loss(self, batches: Iterator[Any]) -> float:
         """Compute the mean loss at the parameters under the objective, over batches of all ranks.
 
         batches: the same number on every rank. Returns NaN if no label counts.
         """
-        sums = torch.stack([self.loss_sums([None], self.inputs(batch)) for batch in batches]).sum(0)
+        found = (self.loss_sums([None], self.inputs(batch)) for batch in batches)
+        sums = torch.stack([torch.cat([one.sums, one.count[None]]) for one in found]).sum(0)
         total, count = self._comm.sum_over_ranks(sums.tolist())
         return total / count if count else math.nan

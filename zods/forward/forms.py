@@ -12,7 +12,7 @@ and the evaluator uses it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -27,6 +27,17 @@ from zods.params.zero3_adapter import stop_nvme_prefetch
 CHECK_DISTANCE = 0.02
 
 
+class PointLosses(NamedTuple):
+    """The losses of a batch at points, each of its rows of the batch, float64.
+
+    means: (number of points,). rows: for each point the losses of its rows, which add up to its
+    mean times its count (`zods.data.objectives`); None where a form does not compute them.
+    """
+
+    means: torch.Tensor
+    rows: tuple[torch.Tensor, ...] | None = None
+
+
 class Form(Protocol):
     """A form of evaluation of one model."""
 
@@ -36,8 +47,8 @@ class Form(Protocol):
         """Make the form ready for use on batches like `batch`. All ranks together."""
         ...
 
-    def losses(self, points: Sequence[Point], batch: Any) -> torch.Tensor:
-        """Mean losses at the points, each of its rows of a batch: (number of points,)."""
+    def losses(self, points: Sequence[Point], batch: Any) -> PointLosses:
+        """The losses at the points, each of its rows of a batch."""
         ...
 
 
@@ -52,9 +63,9 @@ class Sequential:
     def prepare(self, batch: Any) -> None:
         pass
 
-    def losses(self, points: Sequence[Point], batch: Any) -> torch.Tensor:
-        """Mean losses at the points."""
-        return torch.stack([self._forwards.loss_at(point, batch) for point in points])
+    def losses(self, points: Sequence[Point], batch: Any) -> PointLosses:
+        """The losses at the points."""
+        return PointLosses(torch.stack([self._forwards.loss_at(point, batch) for point in points]))
 
 
 class Stacked:
@@ -79,17 +90,19 @@ class Stacked:
         with self._runner.recording(point, num_examples(batch)):
             return self._forwards.outputs(self._forwards.without_loss(batch))
 
-    def losses(self, points: Sequence[Point], batch: Any) -> torch.Tensor:
-        """Mean losses at the points.
+    def losses(self, points: Sequence[Point], batch: Any) -> PointLosses:
+        """The losses at the points.
 
         Raises NotStackable where the batch or a module cannot be stacked.
         """
         parts = {point.rows: take_rows(batch, point.rows) for point in points}
-        return torch.stack(
-            [
-                self._forwards.mean_of({"logits": logits}, parts[point.rows])
-                for point, logits in zip(points, self.logits(points, batch), strict=True)
-            ]
+        losses = [
+            self._forwards.losses_of_logits(logits, parts[point.rows])
+            for point, logits in zip(points, self.logits(points, batch), strict=True)
+        ]
+        rows = tuple(of_rows for _, of_rows in losses if of_rows is not None)
+        return PointLosses(
+            torch.stack([mean for mean, _ in losses]), rows if len(rows) == len(losses) else None
         )
 
     def logits(self, points: Sequence[Point], batch: Any) -> tuple[torch.Tensor, ...]:
@@ -123,8 +136,8 @@ class Lockstep:
     def prepare(self, batch: Any) -> None:
         stop_nvme_prefetch(self._forwards.deepspeed)
 
-    def losses(self, points: Sequence[Point], batch: Any) -> torch.Tensor:
-        """Mean losses at the points.
+    def losses(self, points: Sequence[Point], batch: Any) -> PointLosses:
+        """The losses at the points.
 
         Raises NotInLockstep where the forwards call different modules.
         """
@@ -139,7 +152,7 @@ class Lockstep:
             part = parts[points[k].rows]
             return forwards.mean_of(call_model(call, part), part)
 
-        return torch.stack(self._runner.run_all(points, loss))
+        return PointLosses(torch.stack(self._runner.run_all(points, loss)))
 
 
 class Forms:

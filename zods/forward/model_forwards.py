@@ -31,10 +31,12 @@ from zods.data.objectives import (
     batch_loss,
     fits_cross_entropy,
     logits_of,
+    losses_of_logits,
     needs_row_losses,
     own_loss,
     refusal_of_examples,
     shift_probes,
+    weights_of,
 )
 from zods.forward.module_runners import PointRunner
 from zods.forward.perturbed_modules import PerturbedModules
@@ -111,6 +113,16 @@ class ModelForwards:
     def mean_of(self, outputs: Any, batch: Any) -> torch.Tensor:
         """Return the mean loss of outputs under the objective."""
         return batch_loss(outputs, batch, self.objective)
+
+    def losses_of_logits(
+        self, logits: torch.Tensor, batch: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the mean loss of logits under the objective, and the losses of the rows; None in
+        place of these for a batch with weights.
+        """
+        if weights_of(batch) is not None:
+            return self.mean_of({"logits": logits}, batch), None
+        return losses_of_logits(logits, batch["labels"], self.objective)
 
     def find_objective(self, outputs: Any, batch: Any) -> None:
         """Find how the model's labels are aligned, and whether its loss is the cross entropy of its

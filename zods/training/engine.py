@@ -30,6 +30,7 @@ from zods.training import checkpoint, resume
 from zods.training.engine_interface import EngineInterface
 from zods.training.join_leader import join_leader
 from zods.training.loss_exchange import LossExchange, ReducedLosses
+from zods.training.noise_meter import NoiseMeter
 from zods.training.refresh import measure_refresh
 from zods.training.replicas import Replicas
 from zods.training.state import StepInFlight
@@ -52,7 +53,8 @@ class ZerothOrderEngine(EngineInterface):
     last_step: the report of the last step, or None. trajectory: the chain of records, and their log
     (`resume`). stop: the request to end after a step; should_stop: whether some rank was asked.
     replicas: the worlds that train together, else None. selection: the choice of sub-batches, with
-    the ids and the report of the last one; None without a selector.
+    the ids and the report of the last one; None without a selector. noise: the noise of the
+    estimates, measured since the engine was made.
 
     In training the model stays in eval mode: both losses of a pair need the same function, so
     dropout is off.
@@ -108,6 +110,12 @@ class ZerothOrderEngine(EngineInterface):
             "accumulation": self.gradient_accumulation_steps(),
         }
         self._points = StepPoints(zo, self.anchor, **sizes)
+        self.noise = NoiseMeter(
+            zo,
+            batch_size=self.train_batch_size(),
+            population=None if training_loader is None else len(training_loader.dataset),  # type: ignore[arg-type]
+            selects=self.selection is not None,
+        )
         self._exchange = LossExchange(
             comm,
             self.replicas,
@@ -282,7 +290,7 @@ class ZerothOrderEngine(EngineInterface):
         if self.is_gradient_accumulation_boundary():
             self._watchdog.beat(f"step {self.global_steps}, backward")
             reduced = self._exchange.step_losses(
-                *self._points.total(step.sums, self.comm),
+                self._points.total(step.sums, self.comm),
                 pairs=self._points.num_pairs,
                 step=self.global_steps,
                 head=self.trajectory.head,
@@ -318,13 +326,21 @@ class ZerothOrderEngine(EngineInterface):
         self._commit_everywhere(record)
         self._in_flight = None
         self.run.advance(record)
+        if not record.skipped:
+            self.noise.add_step(in_flight.reduced, record, self.recorder.gradient)
         self.trajectory.wait()
         if self.replicas is not None and not self.should_stop:
             self._split_batches()
         self.run.check_agreement()
         selecting = 0.0 if self.selection is None else self.selection.take_seconds()
         self.last_step = self._reporter.report(
-            self.run.state, record, in_flight, loss, projected_grad, selecting
+            self.run.state,
+            record,
+            in_flight,
+            loss,
+            projected_grad,
+            selecting,
+            self.noise.report(self.global_steps),
         )
         self._remember_loader()
         self._watchdog.rest()
@@ -391,7 +407,7 @@ class ZerothOrderEngine(EngineInterface):
         split, total = self._exchange.refresh_split(self.global_steps, self.trajectory)
         try:
             with self._polled() as poll:
-                record = measure_refresh(
+                record, noise = measure_refresh(
                     zo,
                     self._evaluator,
                     loader,
@@ -418,6 +434,7 @@ class ZerothOrderEngine(EngineInterface):
                 "anchor at step %d: losses are not finite; the last anchor stays", self.global_steps
             )
         self._commit_everywhere(record)
+        self.noise.add_refresh(noise)
 
     # --- resume, load -----------------------------------------------------------------------------
 

@@ -7,12 +7,14 @@ form of evaluation that was chosen. The engine owns one `LossExchange`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from zods.comm.communicator import Communicator
 from zods.core.example_groups import divide, group_starts, positions_of
+from zods.core.noise_scale import Spread
 from zods.training.replicas import Replicas
+from zods.training.step_points import StepSums
 from zods.trajectory.log import Trajectory
 
 
@@ -20,18 +22,20 @@ class ReducedLosses(NamedTuple):
     """The losses of a step over all ranks, the same on each.
 
     differences: see `StepRule.estimate`. loss: the mean over the global batch and the points around
-    the parameters. Both are NaN where nothing was counted. should_stop: some rank was asked to
-    stop. left_form: some rank left the form of evaluation.
+    the parameters. Both are NaN where nothing was counted. spread: of the differences, in their
+    unit. should_stop: some rank was asked to stop. left_form: some rank left the form of
+    evaluation.
     """
 
     differences: list[list[float]]
     loss: float
+    spread: Spread
     should_stop: bool
     left_form: bool
 
 
 class LossExchange:
-    """Sends 8 bytes per pair of points of each group of examples, and 32 bytes.
+    """Sends 8 bytes per pair of points of each group of examples, and 48 bytes.
 
     A rank sends the groups that its examples belong to. With replicas, or where any rank may be
     given any example, it sends all groups of the batch.
@@ -69,9 +73,7 @@ class LossExchange:
 
     def step_losses(
         self,
-        differences: Mapping[int, Sequence[float]],
-        loss_sum: float,
-        count: float,
+        sums: StepSums,
         *,
         pairs: int,
         step: int,
@@ -82,16 +84,17 @@ class LossExchange:
     ) -> ReducedLosses:
         """Reduce a step's sums.
 
-        differences: of loss sums, one per pair of points, for this rank's groups. loss_sum: at the
-        parameters. count: what the loss is a mean over. pairs: of points per group. head: of the
-        chain of records, which all replicas must have. rows: examples of a micro-batch over all
-        ranks. asked, left_form: this rank's flags.
+        sums: of this rank. pairs: of points per group. head: of the chain of records, which all
+        replicas must have. rows: examples of a micro-batch over all ranks. asked, left_form: this
+        rank's flags.
         """
         nothing = [0.0] * pairs
         most = max(map(len, self._groups_of_ranks))
-        own = [differences.get(group, nothing) for group in self._groups_of_ranks[self._comm.rank]]
+        groups = self._groups_of_ranks[self._comm.rank]
+        own = [sums.differences.get(group, nothing) for group in groups]
         own += [nothing] * (most - len(own))
-        sent = [*(value for of_group in own for value in of_group), loss_sum, count]
+        sent = [value for of_group in own for value in of_group]
+        sent += [sums.loss_sum, sums.count, sums.squares, sums.units]
         if self._replicas is not None:
             left = self._comm.sum_over_ranks([float(left_form)])[0] > 0
             total, should_stop = self._replicas.sum(sent, str(step), head, asked=asked, rows=rows)
@@ -109,10 +112,13 @@ class LossExchange:
     ) -> ReducedLosses:
         """Add what was received, in rank order."""
         totals = [[0.0] * pairs for _ in range(self._num_groups)]
-        loss_sum = count = 0.0
+        loss_sum = count = squares = units = 0.0
         senders = self._groups_of_ranks[: len(received)]  # replicas: all as one
-        for groups, (*values, loss_here, count_here) in zip(senders, received, strict=True):
+        for groups, (*values, loss_here, count_here, squares_here, units_here) in zip(
+            senders, received, strict=True
+        ):
             loss_sum, count = loss_sum + loss_here, count + count_here
+            squares, units = squares + squares_here, units + units_here
             for slot, group in enumerate(groups):
                 of_group = values[slot * pairs : (slot + 1) * pairs]
                 totals[group] = [a + b for a, b in zip(totals[group], of_group, strict=True)]
@@ -121,6 +127,7 @@ class LossExchange:
         return ReducedLosses(
             [[value / share for value in of_group] for of_group in totals],
             loss_sum / count if count else math.nan,
+            Spread(squares / share**2, round(units)),
             should_stop,
             left_form,
         )

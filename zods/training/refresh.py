@@ -8,10 +8,12 @@ examples. Called by the engine.
 from __future__ import annotations
 
 import functools
+from itertools import pairwise
 from typing import Any
 
 from zods.config.schema import ZerothOrderConfig
 from zods.core.example_groups import Group, part_starts
+from zods.core.noise_scale import NoiseScale, Spread, measure
 from zods.core.points import Point, pair
 from zods.core.step_scale import StepScale, record_estimate
 from zods.core.update_rule import StepRule
@@ -28,8 +30,8 @@ def measure_refresh(
     step: int,
     lr: float,
     **how: Any,
-) -> Refresh:
-    """Evaluate the losses of a refresh before `step`, and make its record.
+) -> tuple[Refresh, NoiseScale]:
+    """Evaluate the losses of a refresh before `step`. Returns its record, and the noise measured.
 
     lr: step size of the step along the gradient. how: the keyword arguments of
     `Evaluator.differences_over` from `micro_batch` on.
@@ -48,17 +50,28 @@ def measure_refresh(
     def pair_of(group: Group, k: int) -> list[Point]:
         return pair(seeds[group.index * sets + k], config.eps, rows=group.rows)
 
+    starts = part_starts(len(order), parts)
     differences = evaluator.differences_over(
         loader.dataset,
         order,
-        part_starts(len(order), parts),
+        starts,
         [functools.partial(pair_of, k=k) for k in range(sets)],
         loader.collate_fn,
         title=f"anchor at step {step}",
         **how,
     )
-    gradient = rule.estimate_at_anchor(seeds, differences)
+    gradient = rule.estimate_at_anchor(seeds, differences.values)
     coefficients = tuple(term.coefficient for term in gradient)
     # divided by the size of this gradient alone
     rms = record_estimate(StepScale(), coefficients).rms if config.normalize else None
-    return Refresh(step, lr, coefficients, rms, in_16_bits=rule.logs_16_bits)
+    record = Refresh(step, lr, coefficients, rms, in_16_bits=rule.logs_16_bits)
+    noise = NoiseScale()
+    if coefficients:
+        n, values = len(order), differences.values
+        noise = measure(
+            [[n * value for value in values[k : k + sets]] for k in range(0, len(values), sets)],
+            [end - start for start, end in pairwise([*starts, n])],
+            Spread(n**2 * differences.squares, differences.units),
+            len(loader.dataset),  # type: ignore[arg-type]
+        )
+    return record, noise

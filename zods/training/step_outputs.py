@@ -66,7 +66,8 @@ class StepReport:
     loss: mean of the losses at theta +- eps z, over the global batch. projected_grad: mean over the
     directions; None for a first-order step. scalar_bytes: bytes that this rank sent. seconds: wall
     time, including a refresh of the anchor and the choice of the sub-batch (selection_seconds).
-    measured: "rms" (the estimate was divided by it) and "anchor_weight", where the step has them.
+    measured: "rms" (the estimate was divided by it), "anchor_weight", and the figures of
+    `NoiseMeter.report`, where they are known.
     """
 
     step: int

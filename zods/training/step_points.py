@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,6 +26,21 @@ from zods.params.anchor import Anchor
 logger = logging.getLogger(__name__)
 
 MANY_TERMS = 1000  # of a point that is not stored; each is a pass over the parameters per forward
+
+
+@dataclass(frozen=True)
+class StepSums:
+    """The sums of a step over the micro-batches of this rank, of losses and of their differences.
+
+    differences: for each group, one per pair of points. loss_sum: at the parameters. count: what
+    the loss is a mean over. squares, units: see `PairSums`; along the directions at the parameters.
+    """
+
+    differences: dict[int, list[float]]
+    loss_sum: float
+    count: float
+    squares: float
+    units: int
 
 
 class StepPoints:
@@ -102,21 +118,19 @@ class StepPoints:
         """The sum of a micro-batch's losses, mean over the points around the parameters, 0-d."""
         return sums.sums[: self._config.num_directions].mean()
 
-    def total(
-        self, sums: Sequence[PairSums], comm: Communicator
-    ) -> tuple[dict[int, list[float]], float, float]:
-        """Add up the micro-batches of a step: (differences by group, loss sum at the parameters,
-        count).
-        """
+    def total(self, sums: Sequence[PairSums], comm: Communicator) -> StepSums:
+        """Add up the micro-batches of a step."""
         differences = torch.cat([s.differences.flatten() for s in sums])
         at_parameters = torch.stack([self.loss_at_parameters(s) for s in sums]).sum()
         count = torch.stack([s.count for s in sums]).sum()
-        *values, loss_sum, total = comm.numbers(
-            torch.cat([differences, torch.stack([at_parameters, count])])
+        squares = torch.stack([s.squares[: self._config.num_directions].sum() for s in sums]).sum()
+        *values, loss_sum, total, of_units = comm.numbers(
+            torch.cat([differences, torch.stack([at_parameters, count, squares])])
         )
         by_group: dict[int, list[float]] = {}
         for slot, group in enumerate(group for s in sums for group in s.groups):
             of_group = values[slot * self.num_pairs : (slot + 1) * self.num_pairs]
             before = by_group.get(group, [0.0] * self.num_pairs)
             by_group[group] = [a + b for a, b in zip(before, of_group, strict=True)]
-        return by_group, loss_sum, total
+        units = sum(s.units for s in sums)
+        return StepSums(by_group, loss_sum, total, of_units, units)

@@ -29,10 +29,11 @@ class StepReporter:
         loss: float,
         projected_grad: float,
         selection_seconds: float,
+        noise: dict[str, float],
     ) -> StepReport:
         """Make the report of a step that was applied, and write it to the monitor.
 
-        state: after the step.
+        state: after the step. noise: figures of the estimates' noise.
         """
         report = StepReport(
             step=state.global_steps,
@@ -43,14 +44,14 @@ class StepReporter:
             seconds=time.perf_counter() - in_flight.began + selection_seconds,
             skipped=record.skipped,
             selection_seconds=selection_seconds,
-            measured=record.measured,
+            measured={**record.measured, **noise},
         )
         if self._monitor.enabled:
             events = {"loss": loss, "lr": record.lr, "projected_grad": projected_grad}
             self._monitor.write_events(
                 [
                     (f"Train/Samples/{name}", value, state.global_samples)
-                    for name, value in {**events, **record.measured}.items()
+                    for name, value in {**events, **report.measured}.items()
                 ]
             )
         return report
