@@ -184,8 +184,9 @@ def test_the_advice_for_mezo(noise_scale, examples, begins):
     ("staleness", "refresh_share", "batch", "begins"),
     [
         (0.0, 0.5, None, "fewer refreshes"),
+        (1e-320, 0.5, None, "fewer refreshes"),
         (0.5, 0.5, 0.3, "more directions"),
-        (0.4, 0.5, 0.55, "larger batch: most noise is that of the refreshes"),
+        (0.4, 0.5, 0.55, "larger batch: most noise is that of the examples"),
         (0.6, 0.5, 0.1, "larger batch: most noise is that of the corrections"),
         (0.9, 0.5, None, "more refreshes: anchor_interval near 33"),
         (1.0, 0.5, None, "more refreshes: anchor_interval near 1"),

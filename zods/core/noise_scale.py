@@ -172,14 +172,14 @@ def advise_svrg(staleness: float, interval: int, refresh_share: float, batch: fl
 
     staleness: its share in the second moment. interval: steps between two refreshes, q.
     refresh_share: the share of refreshes in the run's forwards. batch: the share of batch noise;
-    None: not known.
+    None: not known, or refreshes have the whole training set.
 
     The correction grows with the number of steps since the refresh, and a refresh is divided over q
     steps. With noise A + q c and forwards f + r / q per step, the product is least where
     staleness / (1 - staleness) = r / (f q), that is, where the shares are equal. The two ratios are
     proportional to q and to 1 / q, so the best q is q sqrt(r / (f q) (1 - staleness) / staleness).
     """
-    if not staleness > 0.0:
+    if staleness < 1e-6:
         return "fewer refreshes: the anchor does not age"
     odds = refresh_share / (1.0 - refresh_share) * (1.0 - staleness) / staleness
     best = max(1, round(interval * odds**0.5))
@@ -188,10 +188,10 @@ def advise_svrg(staleness: float, interval: int, refresh_share: float, batch: fl
     if best >= WORTHWHILE * interval:
         return f"fewer refreshes: anchor_interval near {best}"
     if batch is not None and 2.0 * batch > 1.0:
-        return "larger batch: most noise is that of the refreshes' examples (anchor_examples)"
+        return "larger batch: most noise is that of the examples of refreshes (anchor_examples)"
     if 2.0 * staleness > 1.0:
-        return "larger batch: most noise is that of the corrections"
-    return "more directions: most noise is that of the refreshes' (anchor_directions)"
+        return "larger batch: most noise is that of the corrections (train_batch_size)"
+    return "more directions: a larger anchor_directions"
 
 
 def _share(size: float, population: int | None) -> float:

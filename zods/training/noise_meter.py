@@ -124,7 +124,7 @@ class NoiseMeter:
             self.staleness.value,
             config.anchor_interval,
             of_refresh / (of_refresh + of_steps),
-            None if found is None else found.batch,
+            None if found is None or config.anchor_examples is None else found.batch,
         )
 
     def summary(self) -> dict[str, Any]:
