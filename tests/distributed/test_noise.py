@@ -15,7 +15,7 @@ from tests.distributed.zoo import zoo_batch, zoo_model
 from tests.reference.dense import DenseReference, loss_of_module, named_parameters_of
 from zods.core.directions import derive_seed
 from zods.core.example_groups import group_starts, part_starts
-from zods.core.noise_scale import NoiseScale, Spread, measure
+from zods.core.noise_scale import NoiseScale, Spread, measure, precision
 from zods.data.loader import anchor_order
 
 BATCH, LENGTH = 8, 6
@@ -99,7 +99,7 @@ class Dense:
         grad = self.reference.projected_grad(self.reference.params, seed, one, [])
         return grad * 2 * SECTION["eps"] * self.tokens[row]
 
-    def measure(
+    def measured(
         self,
         groups: list[list[int]],
         units: list[list[int]],
@@ -116,9 +116,10 @@ class Dense:
             for unit in units:
                 if unit[0] in group:
                     squares += sum(sum(x[r, s] for r in unit) ** 2 for s in of_group) / len(unit)
-        return measure(
-            sums, [len(group) for group in groups], Spread(squares, len(units)), population
-        )
+        spread = Spread(squares, len(units))
+        found = measure(sums, [len(group) for group in groups], spread, population)
+        weight = precision(len(rows) / len(groups), population)
+        return NoiseScale(weight * found.noise, weight * found.signal)
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +137,7 @@ def assert_equal(found: tuple[float, float], expected: NoiseScale) -> None:
     0.05: the relative error of a square is below 1e-3.
     """
     assert expected.noise > 0.0
-    assert found == pytest.approx((expected.noise, expected.signal), rel=1e-3, abs=1e-6)
+    assert found == pytest.approx((expected.noise, expected.signal), rel=1e-3, abs=1e-8)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -149,7 +150,7 @@ def test_a_step_measures_the_spread_of_examples_that_share_a_direction(ranks, de
         [derive_seed(SECTION["seed"], "step", 0, g * number + k) for k in range(number)]
         for g in range(len(groups))
     ]
-    expected = dense.measure(groups, units, seeds, None)
+    expected = dense.measured(groups, units, seeds, None)
     for found in ranks:
         assert_equal(found[name], expected)
 
@@ -169,6 +170,6 @@ def test_a_refresh_measures_the_spread_of_examples_that_share_a_direction(ranks,
     starts = [*part_starts(len(order), parts), len(order)]
     groups = [order[a:b] for a, b in itertools.pairwise(starts)]
     of_groups = [[seed] for seed in seeds] if splits else [seeds]
-    expected = dense.measure(groups, [[row] for row in order], of_groups, BATCH)
+    expected = dense.measured(groups, [[row] for row in order], of_groups, BATCH)
     for found in ranks:
         assert_equal(found[name], expected)

@@ -15,6 +15,7 @@ from zods.core.noise_scale import (
     advise,
     advise_svrg,
     measure,
+    precision,
     record_noise,
     record_staleness,
     shares,
@@ -136,6 +137,23 @@ def test_the_noise_scale_is_unknown_where_the_gradient_is_lost_in_noise():
 @pytest.mark.parametrize("squares", [math.inf, math.nan])
 def test_sums_that_are_not_finite_leave_no_trace(squares):
     assert measure([[1.0]], [2], Spread(squares, 2), None) == NoiseScale()
+
+
+def test_measurements_of_two_layouts_are_added_without_bias_and_the_better_one_counts_more():
+    """Whole refreshes beside steps of four examples, at a noise scale of 50.
+
+    A step's direction has an error 1 + 50 / 4 times larger. With equal weights that of 400 steps
+    would dominate: sqrt(2 * 400) * 13 / 600 = 0.6. The tolerance is four times the error of 200
+    directions of refreshes, sqrt(2 / 200) = 0.1.
+    """
+    generator = torch.Generator().manual_seed(4)
+    gradients = gradients_with(50.0, generator)
+    steps = measured(gradients, [4], 1, 1, 400, generator)
+    refreshes = measured(gradients, [POPULATION], 4, 1, 50, generator)
+    state = record_noise(NoiseScale(), steps, weight=precision(4, POPULATION))
+    state = record_noise(state, refreshes, weight=precision(POPULATION, POPULATION))
+    assert state.value == pytest.approx(50.0, rel=0.4)
+    assert precision(POPULATION, POPULATION) == 1.0
 
 
 def test_shares_add_up_to_one_and_are_those_of_a_simulated_estimate():

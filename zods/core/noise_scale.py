@@ -45,6 +45,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 DECAY = 0.998  # of the sums, per step: N varies slowly, and one step says little of it
+TYPICAL = 32.0  # noise scale for which measurements are weighted; 2 to 100 were seen
 # Advice is given where it promises at least so much less noise, or so many fewer forwards.
 WORTHWHILE = 1.5
 
@@ -101,9 +102,23 @@ def measure(
     return found if math.isfinite(found.noise + found.signal) else NoiseScale()
 
 
-def record_noise(state: NoiseScale, found: NoiseScale, decay: float = DECAY) -> NoiseScale:
+def record_noise(
+    state: NoiseScale, found: NoiseScale, *, weight: float = 1.0, decay: float = DECAY
+) -> NoiseScale:
     """Add what a step or, with a decay of 1, a refresh has measured."""
-    return NoiseScale(decay * state.noise + found.noise, decay * state.signal + found.signal)
+    return NoiseScale(
+        decay * state.noise + weight * found.noise, decay * state.signal + weight * found.signal
+    )
+
+
+def precision(examples: float, population: int | None) -> float:
+    """The weight of a measurement with so many examples per direction.
+
+    It is inverse to the variance of |g|^2 along one direction. The noise scale in it is a constant:
+    with the measured one, a first measurement that is too large would reduce the weight of all
+    later ones.
+    """
+    return (1.0 + TYPICAL * (1.0 - _share(examples, population)) / examples) ** -2
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from zods.core.noise_scale import (
     advise,
     advise_svrg,
     measure,
+    precision,
     record_noise,
     record_staleness,
     shares,
@@ -54,7 +55,8 @@ class NoiseMeter:
 
     def add_refresh(self, found: NoiseScale) -> None:
         """Add the noise that a refresh has measured."""
-        self.noise = record_noise(self.noise, found, decay=1.0)
+        weight = precision(self._refresh_examples / self._parts, self._population)
+        self.noise = record_noise(self.noise, found, weight=weight, decay=1.0)
 
     def add_step(self, reduced: ReducedLosses, record: Step, gradient: Sequence[Term]) -> None:
         """Add a step that is not skipped. gradient: the anchor's, without terms for MeZO."""
@@ -67,7 +69,8 @@ class NoiseMeter:
                 Spread(of_example**2 * reduced.spread.squares, reduced.spread.units),
                 self._population,
             )
-            self.noise = record_noise(self.noise, found)
+            weight = precision(of_example, self._population)
+            self.noise = record_noise(self.noise, found, weight=weight)
         if self._config.is_svrg:
             correction = math.fsum(c * c for c in record.coefficients or ())
             anchor = record.weight**2 * math.fsum(c * c for _, c in gradient)
