@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 
 import torch
@@ -14,6 +15,7 @@ from zods.selection import facility_location as fl
 from zods.selection.mean_matching import balanced_start, mean_matching, narrowed
 
 SOURCES, ELEMENTS, DIRECTIONS = 6, 4096, 64
+NOISE = (0.7, 2.0)  # of an example's gradient, where the centres have deviation 1
 
 
 def mixture(num_mixtures: int) -> list[Row]:
@@ -21,33 +23,34 @@ def mixture(num_mixtures: int) -> list[Row]:
 
     All choices but the last see 64 random projections of the gradients.
     """
-    errors: dict[str, list[float]] = {}
-    for seed in range(num_mixtures):
-        gradients, generator = gradients_of(seed)
+    errors: dict[tuple[float, str], list[float]] = {}
+    for noise, seed in itertools.product(NOISE, range(num_mixtures)):
+        gradients, generator = gradients_of(seed, noise)
         mean = gradients.mean(0)
         for name, ids in choices(gradients, generator).items():
             error = (gradients[ids].mean(0) - mean).norm() / mean.norm()
-            errors.setdefault(name, []).append(float(error))
+            errors.setdefault((noise, name), []).append(float(error))
     return [
         {
             "part": "mixture",
+            "noise": noise,
             "choice": name,
             "relative_error": statistics.mean(of_choice),
             "relative_errors": of_choice,
         }
-        for name, of_choice in errors.items()
+        for (noise, name), of_choice in errors.items()
     ]
 
 
-def gradients_of(seed: int) -> tuple[Tensor, torch.Generator]:
+def gradients_of(seed: int, noise: float) -> tuple[Tensor, torch.Generator]:
     """Gradients (128, 4096): a centre of their source and noise, times a log-normal length."""
     generator = torch.Generator().manual_seed(seed)
     centres = torch.randn(SOURCES, ELEMENTS, generator=generator)
     shares = torch.rand(SOURCES, generator=generator) + 0.2
     source = torch.multinomial(shares, CANDIDATES, True, generator=generator)
-    noise = torch.randn(CANDIDATES, ELEMENTS, generator=generator)
+    of_examples = torch.randn(CANDIDATES, ELEMENTS, generator=generator)
     lengths = (0.3 * torch.randn(CANDIDATES, 1, generator=generator)).exp()
-    return (centres[source] + 0.7 * noise) * lengths, generator
+    return (centres[source] + noise * of_examples) * lengths, generator
 
 
 def choices(gradients: Tensor, generator: torch.Generator) -> dict[str, list[int]]:
