@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import copy
 import datetime
+import itertools
 import math
 import statistics
 import sys
@@ -259,24 +260,24 @@ def variants(arguments: argparse.Namespace, task: str) -> Iterator[Run]:
         seed=arguments.tuning_seed,
         forwards=arguments.forwards,
     )
-    for method in arguments.methods:
-        for batch in arguments.batch:
-            if method in FIRST_ORDER:
-                yield replace(plain, method=method, batch=batch)
-                continue
-            for direction in arguments.direction:
-                for size in arguments.examples_per_direction:
-                    for normalize in arguments.normalize:
-                        for decay in arguments.decay:
-                            yield replace(
-                                plain,
-                                method=method,
-                                batch=batch,
-                                direction=direction,
-                                examples_per_direction=size,
-                                normalize=normalize,
-                                decay=decay,
-                            )
+    for method, batch in itertools.product(arguments.methods, arguments.batch):
+        of_method = replace(plain, method=method, batch=batch)
+        if method in FIRST_ORDER:
+            yield of_method
+            continue
+        for direction, size, normalize, decay in itertools.product(
+            arguments.direction,
+            arguments.examples_per_direction,
+            arguments.normalize,
+            arguments.decay,
+        ):
+            yield replace(
+                of_method,
+                direction=direction,
+                examples_per_direction=size,
+                normalize=normalize,
+                decay=decay,
+            )
 
 
 def grid(run: Run) -> tuple[float, ...]:
