@@ -447,6 +447,7 @@ def rank_of_refusals() -> list[str]:
     positions = {**batch, "example_positions": torch.tensor([0, 1, 2, 3, 4, 12])}
     return [
         said(ClassWeights(), batch),
+        said(ClassWeights(), {**batch, "labels": torch.ones_like(batch["labels"])}),
         said(Contrastive(), batch),
         said(RowByRow(), row_batch(7)),
         said(RowByRow(), positions),
@@ -478,7 +479,7 @@ class Nested(RowByRow):
 def test_groups_without_a_meaning_are_refused_on_all_ranks():
     of_ranks = run_ranks(2, rank_of_refusals)
     expected = [
-        *["from the two halves of the batch. Set examples_per_direction"] * 2,
+        *["from the two halves of the batch. With class weights"] * 3,
         "the batch: it has 7 examples, and train_micro_batch_size_per_gpu is 6",
         "one position from 0 to 11 for each of 6 examples",
         '"stacked" does not fit this model: Linear would be gathered once per point',

@@ -216,6 +216,22 @@ def test_the_advice_for_svrg(staleness, refresh_share, batch, begins):
     assert advise_svrg(staleness, 100, refresh_share, batch).startswith(begins)
 
 
+def test_directions_that_cost_nothing_or_are_shared_are_advised_for_svrg():
+    assert "anchor_directions costs no forwards" in advise_svrg(0.1, 100, 0.5, 0.1, splits=True)
+    said = advise_svrg(0.6, 100, 0.5, 0.1, examples=16.0)
+    assert said.startswith("more directions")
+    assert "examples_per_direction 1" in said
+
+
+def test_a_step_with_fewer_examples_than_configured_measures_nothing():
+    meter = meter_of(method="mezo")
+    spread = Spread(squares=10.0, units=4)
+    for examples, measured in ((3, False), (4, True)):
+        reduced = ReducedLosses([[1.0]], 0.5, spread, examples, False, False)
+        meter.add_step(reduced, Step(0, 0.5, 1e-3, (1.0,), None), ())
+        assert (meter.noise.noise != 0.0) == measured
+
+
 def test_the_advised_interval_has_the_least_noise_times_forwards():
     """Noise A + q c and forwards f + r / q, at an interval of 100."""
     a, c, f, r = 3.0, 0.2, 64.0, 512.0
@@ -230,7 +246,7 @@ def meter_of(**keys: object) -> NoiseMeter:
 
 
 def reduced(differences: list[list[float]], spread: Spread) -> ReducedLosses:
-    return ReducedLosses(differences, 1.0, spread, False, False)
+    return ReducedLosses(differences, 1.0, spread, 4, False, False)
 
 
 def step_of(*coefficients: float, weight: float = 1.0) -> Step:

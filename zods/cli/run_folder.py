@@ -159,7 +159,11 @@ class RunFolder:
         kept = list({(record["step"], str(record["kind"])): record for record in kept}.values())
         present = {record["step"] for record in kept if record["kind"] == "train"}
         if len(present) < step and self._has_log:
-            kept += [r for r in _from_log(self.path / "trajectory.log") if r["step"] not in present]
+            kept += [
+                record
+                for record in _from_log(self.path / "trajectory.log")
+                if record["step"] not in present and record["step"] <= step
+            ]
             kept.sort(key=lambda record: (record["step"], record["kind"] != "train"))
         with atomic_write(path) as temporary:
             temporary.write_text("".join(map(_line, kept)), encoding="utf-8")
@@ -215,7 +219,7 @@ def _logged_steps(log: Path) -> tuple[int, str]:
     if (run := whole.run_at_end()) is not None and run.optimizer is not None and whole.num_steps:
         # Of first-order training, the checkpoint that is loaded says where the log goes on.
         return sys.maxsize, ""
-    # A torn record is that of a step which is made again, with the same bits.
+    # A torn record may be that of a step, which is made again with the same bits.
     return whole.num_steps + bool(whole.torn), f"{whole.num_steps} steps"
 
 

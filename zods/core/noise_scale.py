@@ -182,12 +182,22 @@ def advise(noise_scale: float | None, examples: float) -> str:
     return "larger batch: a step's noise falls in proportion to train_batch_size"
 
 
-def advise_svrg(staleness: float, interval: int, refresh_share: float, batch: float | None) -> str:
+def advise_svrg(
+    staleness: float,
+    interval: int,
+    refresh_share: float,
+    batch: float | None,
+    *,
+    examples: float = 1.0,
+    splits: bool = False,
+) -> str:
     """One line of advice for a run of MeZO-SVRG.
 
     staleness: its share in the second moment. interval: steps between two refreshes, q.
     refresh_share: the share of refreshes in the run's forwards. batch: the share of batch noise;
-    None: not known, or refreshes have the whole training set.
+    None: not known, or refreshes have the whole training set. examples: number of examples of a
+    step that share a direction. splits: whether more directions of a refresh would cost no forwards
+    and would have more than their own noise to remove.
 
     The correction grows with the number of steps since the refresh, and a refresh is divided over q
     steps. With noise A + q c and forwards f + r / q per step, the product is least where
@@ -196,6 +206,8 @@ def advise_svrg(staleness: float, interval: int, refresh_share: float, batch: fl
     """
     if staleness < 1e-6:
         return "fewer refreshes: the anchor does not age"
+    if splits:
+        return "more directions: a larger anchor_directions costs no forwards"
     odds = refresh_share / (1.0 - refresh_share) * (1.0 - staleness) / staleness
     best = max(1, round(interval * odds**0.5))
     if best * WORTHWHILE <= interval:
@@ -204,6 +216,8 @@ def advise_svrg(staleness: float, interval: int, refresh_share: float, batch: fl
         return f"fewer refreshes: anchor_interval near {best}"
     if batch is not None and 2.0 * batch > 1.0:
         return "larger batch: most noise is that of the examples of refreshes (anchor_examples)"
+    if 2.0 * staleness > 1.0 and examples > 1.0:
+        return "more directions: most noise is that of the corrections (examples_per_direction 1)"
     if 2.0 * staleness > 1.0:
         return "larger batch: most noise is that of the corrections (train_batch_size)"
     return "more directions: a larger anchor_directions"

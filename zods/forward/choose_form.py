@@ -44,8 +44,8 @@ class ChooseForm:
     eps: distance of a step's points from the center. asked: the configuration's key `evaluation`.
     micro_batch: examples per forward and rank. most_points: the largest number of points that are
     evaluated together. grouped: whether groups of a batch's rows have points of their own.
-    stream_memory_gb: memory for the points of one forward, in GiB; None: half
-    of the free memory. streams_per_forward: how many points fit one forward of the chosen form.
+    stream_memory_gb: memory for the points of one forward, in GiB; None: half of the free memory.
+    streams_per_forward: how many points fit one forward of the chosen form.
     """
 
     def __init__(
@@ -102,6 +102,9 @@ class ChooseForm:
             f.take_own_loss(batch)
         if self._grouped and random is None:
             self._check_halves(batch, f.mean_of(outputs, batch))
+            # labels of the first batch may have equal weights in both halves
+            for other in halved_labels(batch, outputs) if f.objective.own else ():
+                self._check_halves(other, f.mean_of(f.outputs(other), other))
         if self._asked == "sequential" or (random is not None and self._asked == "auto"):
             return forms.sequential
         reasons: list[str] = []
@@ -162,10 +165,10 @@ class ChooseForm:
         differs &= not (math.isnan(found) and math.isnan(whole))
         if self._comm.sum_over_ranks([float(differs)])[0]:
             raise ValueError(
-                "zeroth_order.examples_per_direction: the loss of a batch has to be the mean of "
-                f"its examples' losses. This model's loss of a batch is {whole:.6g}, and "
-                f"{found:.6g} from the two halves of the batch. Set examples_per_direction to "
-                '"all", and anchor_split to false.'
+                "zeroth_order: examples_per_direction and anchor_split evaluate parts of a batch by "
+                f"themselves, but this model's loss of a batch is {whole:.6g}, and {found:.6g} from "
+                "the two halves of the batch. With class weights or a contrastive loss, set "
+                'examples_per_direction to "all" and, for mezo_svrg, anchor_split to false.'
             )
 
     def misfit(self, form: Form, batch: Any) -> str | None:
@@ -337,6 +340,22 @@ class ChooseForm:
                 "that much, a smaller micro-batch, or evaluation: sequential."
             )
         return 2 * min(max(1, int(budget / max(2 * needed, 1.0))), self._most_points // 2)
+
+
+def halved_labels(batch: Any, outputs: Any) -> list[dict[str, Any]]:
+    """Copies of a batch whose halves have other labels, if it has labels and the model logits."""
+    logits = logits_of(outputs)
+    if (
+        logits is None
+        or not isinstance(batch, dict)
+        or not isinstance(batch.get("labels"), torch.Tensor)
+    ):
+        return []
+    others = other_labels(batch, logits)
+    return [
+        {**other, "labels": other["labels"].sort().values} if other["labels"].ndim == 1 else other
+        for other in others
+    ]
 
 
 def _points(distance: float) -> list[Point]:

@@ -40,7 +40,7 @@ class PairSums:
     rows, mean of a pair's points. count: what a loss is the mean over, 0-d. units, squares: the
     units of which differences are known, and (sets of pairs,), the sum over them of the squared
     difference by the unit's number of rows. A unit is a row, or the rows of a group where the
-    losses of rows are not computed.
+    losses of rows are not computed. examples: number of rows.
     """
 
     groups: list[int]
@@ -49,6 +49,7 @@ class PairSums:
     count: torch.Tensor
     units: int
     squares: torch.Tensor
+    examples: int
 
 
 @dataclass(frozen=True)
@@ -268,10 +269,13 @@ class Evaluator:
             outputs = f.outputs_at(point, part)  # also to take part in the other ranks' all-gathers
             if not counts:
                 continue
-            found = f.own_and_logits_loss(outputs, part)
-            differ[0] |= not self._agree(*found)
+            compared = f.own_and_logits_loss(outputs, part)
+            agrees = self._agree(*compared)
+            differ[0] |= not agrees
             if point is parts[-1]:
                 differ[1] = not self._agree(first, f.mean_of(outputs, part))
+            if found is None or not agrees:
+                found = compared
         misfits = self._comm.sum_over_ranks(list(map(float, differ)))
         if not any(misfits):
             return losses
@@ -324,10 +328,10 @@ class Evaluator:
         points = [point for pair_of in sets for group in groups for point in pair_of(group)]
         found = self.loss_sums(points, batch, rechecks=rechecks)
         by_pair = found.sums.view(len(sets), len(groups), 2)
+        examples = num_examples(batch)
         differences = by_pair[..., 0] - by_pair[..., 1]
         if found.rows is None:
-            whole = num_examples(batch)
-            sizes = [whole if group.rows is None else len(group.rows) for group in groups]
+            sizes = [examples if group.rows is None else len(group.rows) for group in groups]
             units = len(groups)
             squares = differences.square() @ differences.new_tensor([1.0 / size for size in sizes])
         else:
@@ -341,6 +345,7 @@ class Evaluator:
             found.count,
             units,
             squares,
+            examples,
         )
 
     def differences_over(

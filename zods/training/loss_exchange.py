@@ -23,19 +23,20 @@ class ReducedLosses(NamedTuple):
 
     differences: see `StepRule.estimate`. loss: the mean over the global batch and the points around
     the parameters. Both are NaN where nothing was counted. spread: of the differences, in their
-    unit. should_stop: some rank was asked to stop. left_form: some rank left the form of
-    evaluation.
+    unit. examples: the number that was evaluated. should_stop: some rank was asked to stop.
+    left_form: some rank left the form of evaluation.
     """
 
     differences: list[list[float]]
     loss: float
     spread: Spread
+    examples: int
     should_stop: bool
     left_form: bool
 
 
 class LossExchange:
-    """Sends 8 bytes per pair of points of each group of examples, and 48 bytes.
+    """Sends 8 bytes per pair of points of each group of examples, and 56 bytes.
 
     A rank sends the groups that its examples belong to. With replicas, or where any rank may be
     given any example, it sends all groups of the batch.
@@ -94,7 +95,7 @@ class LossExchange:
         own = [sums.differences.get(group, nothing) for group in groups]
         own += [nothing] * (most - len(own))
         sent = [value for of_group in own for value in of_group]
-        sent += [sums.loss_sum, sums.count, sums.squares, sums.units]
+        sent += [sums.loss_sum, sums.count, sums.squares, sums.units, sums.examples]
         if self._replicas is not None:
             left = self._comm.sum_over_ranks([float(left_form)])[0] > 0
             total, should_stop = self._replicas.sum(sent, str(step), head, asked=asked, rows=rows)
@@ -112,13 +113,13 @@ class LossExchange:
     ) -> ReducedLosses:
         """Add what was received, in rank order."""
         totals = [[0.0] * pairs for _ in range(self._num_groups)]
-        loss_sum = count = squares = units = 0.0
+        loss_sum = count = squares = units = examples = 0.0
         senders = self._groups_of_ranks[: len(received)]  # replicas: all as one
-        for groups, (*values, loss_here, count_here, squares_here, units_here) in zip(
-            senders, received, strict=True
-        ):
+        for groups, of_rank in zip(senders, received, strict=True):
+            *values, loss_here, count_here, squares_here, units_here, examples_here = of_rank
             loss_sum, count = loss_sum + loss_here, count + count_here
             squares, units = squares + squares_here, units + units_here
+            examples += examples_here
             for slot, group in enumerate(groups):
                 of_group = values[slot * pairs : (slot + 1) * pairs]
                 totals[group] = [a + b for a, b in zip(totals[group], of_group, strict=True)]
@@ -128,6 +129,7 @@ class LossExchange:
             [[value / share for value in of_group] for of_group in totals],
             loss_sum / count if count else math.nan,
             Spread(squares / share**2, round(units)),
+            round(examples),
             should_stop,
             left_form,
         )

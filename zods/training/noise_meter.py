@@ -51,7 +51,8 @@ class NoiseMeter:
         self._selects = selects
         starts = group_starts(batch_size, config.examples_per_direction)
         self._sizes = [end - start for start, end in pairwise([*starts, batch_size])]
-        self._refresh_examples = config.anchor_examples or population or 0
+        asked = config.anchor_examples or population or 0
+        self._refresh_examples = asked if population is None else min(asked, population)
 
     def add_refresh(self, found: NoiseScale) -> None:
         """Add the noise that a refresh has measured."""
@@ -61,7 +62,9 @@ class NoiseMeter:
     def add_step(self, reduced: ReducedLosses, record: Step, gradient: Sequence[Term]) -> None:
         """Add a step that is not skipped. gradient: the anchor's, without terms for MeZO."""
         number = self._config.num_directions
-        if not self._selects:
+        found, weight = NoiseScale(), 0.0
+        # with fewer or more examples, as in a user's own batch, the sizes of the groups are unknown
+        if not self._selects and reduced.examples == self._batch_size:
             of_example = self._batch_size / len(self._sizes)  # see ReducedLosses.differences
             found = measure(
                 [[of_example * c for c in of_group[:number]] for of_group in reduced.differences],
@@ -70,7 +73,7 @@ class NoiseMeter:
                 self._population,
             )
             weight = precision(of_example, self._population)
-            self.noise = record_noise(self.noise, found, weight=weight)
+        self.noise = record_noise(self.noise, found, weight=weight)
         if self._config.is_svrg:
             correction = math.fsum(c * c for c in record.coefficients or ())
             anchor = record.weight**2 * math.fsum(c * c for _, c in gradient)
@@ -128,6 +131,10 @@ class NoiseMeter:
             config.anchor_interval,
             of_refresh / (of_refresh + of_steps),
             None if found is None or config.anchor_examples is None else found.batch,
+            examples=self._batch_size / len(self._sizes),
+            splits=config.anchor_split
+            and found is not None
+            and 2.0 * found.batch < found.direction,
         )
 
     def summary(self) -> dict[str, Any]:

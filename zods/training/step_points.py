@@ -34,6 +34,7 @@ class StepSums:
 
     differences: for each group, one per pair of points. loss_sum: at the parameters. count: what
     the loss is a mean over. squares, units: see `PairSums`; along the directions at the parameters.
+    examples: number of rows.
     """
 
     differences: dict[int, list[float]]
@@ -41,6 +42,7 @@ class StepSums:
     count: float
     squares: float
     units: int
+    examples: int
 
 
 class StepPoints:
@@ -133,4 +135,5 @@ class StepPoints:
             before = by_group.get(group, [0.0] * self.num_pairs)
             by_group[group] = [a + b for a, b in zip(before, of_group, strict=True)]
         units = sum(s.units for s in sums)
-        return StepSums(by_group, loss_sum, total, of_units, units)
+        examples = sum(s.examples for s in sums)
+        return StepSums(by_group, loss_sum, total, of_units, units, examples)
