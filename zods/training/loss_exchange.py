@@ -18,6 +18,9 @@ from zods.training.step_points import StepSums
 from zods.trajectory.log import Trajectory
 
 
+_STOP, _LEFT = 1, 2  # a rank's flags, in one number
+
+
 class ReducedLosses(NamedTuple):
     """The losses of a step over all ranks, the same on each.
 
@@ -36,7 +39,7 @@ class ReducedLosses(NamedTuple):
 
 
 class LossExchange:
-    """Sends 8 bytes per pair of points of each group of examples, and 56 bytes.
+    """Sends 8 bytes per pair of points of each group of examples, and 48 bytes.
 
     A rank sends the groups that its examples belong to. With replicas, or where any rank may be
     given any example, it sends all groups of the batch.
@@ -100,12 +103,13 @@ class LossExchange:
             left = self._comm.sum_over_ranks([float(left_form)])[0] > 0
             total, should_stop = self._replicas.sum(sent, str(step), head, asked=asked, rows=rows)
             return self._reduced([total], pairs, should_stop, left)
-        received = self._comm.gather_scalars([*sent, float(left_form), float(asked)])
+        received = self._comm.gather_scalars([*sent, _STOP * asked + _LEFT * left_form])
+        flags = [int(of_rank[-1]) for of_rank in received]
         return self._reduced(
-            [of_rank[:-2] for of_rank in received],
+            [of_rank[:-1] for of_rank in received],
             pairs,
-            should_stop=any(of_rank[-1] for of_rank in received),
-            left_form=any(of_rank[-2] for of_rank in received),
+            should_stop=any(of_rank & _STOP for of_rank in flags),
+            left_form=any(of_rank & _LEFT for of_rank in flags),
         )
 
     def _reduced(
