@@ -17,7 +17,6 @@ from zods.training.replicas import Replicas
 from zods.training.step_points import StepSums
 from zods.trajectory.log import Trajectory
 
-
 _STOP, _LEFT = 1, 2  # a rank's flags, in one number
 
 
