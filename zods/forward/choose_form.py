@@ -103,7 +103,7 @@ class ChooseForm:
         if self._grouped and random is None:
             self._check_halves(batch, f.mean_of(outputs, batch))
             # labels of the first batch may have equal weights in both halves
-            for other in halved_labels(batch, outputs) if f.objective.own else ():
+            for other in _halved_labels(batch, outputs) if f.objective.own else ():
                 self._check_halves(other, f.mean_of(f.outputs(other), other))
         if self._asked == "sequential" or (random is not None and self._asked == "auto"):
             return forms.sequential
@@ -146,8 +146,8 @@ class ChooseForm:
     def _check_halves(self, batch: Any, mean: torch.Tensor) -> None:
         """Raise ValueError, on all ranks, where a batch's loss is not made of its examples' losses.
 
-        A group of examples is evaluated by itself. A contrastive loss, or a batch whose examples
-        cannot be told apart (a list of images), would have another loss then. Collective.
+        A group of examples is evaluated by itself. A contrastive loss, or one with class weights,
+        would be another loss then. Collective.
 
         mean: the loss of the batch.
         """
@@ -342,7 +342,7 @@ class ChooseForm:
         return 2 * min(max(1, int(budget / max(2 * needed, 1.0))), self._most_points // 2)
 
 
-def halved_labels(batch: Any, outputs: Any) -> list[dict[str, Any]]:
+def _halved_labels(batch: Any, outputs: Any) -> list[dict[str, Any]]:
     """Copies of a batch whose halves have other labels, if it has labels and the model logits."""
     logits = logits_of(outputs)
     if (

@@ -2,7 +2,8 @@
 
 Nguyen et al. 2024, arXiv:2407.19580v1 (later CoLM): small sources are kept whole. From each other
 source, the examples are chosen that best represent the rest of the source, or another strategy
-chooses. All results are the same on every rank, whichever ranks computed the features. Caller: `zods.selection.sub_batches`.
+chooses. All results are the same on every rank, whichever ranks computed the features. Caller:
+`zods.selection.sub_batches`.
 """
 
 from __future__ import annotations
