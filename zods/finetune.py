@@ -22,12 +22,12 @@ from deepspeed.accelerator import get_accelerator
 import zods
 from zods.cli.arguments import merged_config, parse_arguments
 from zods.cli.load_model import load_model, save_configuration, save_tokenizer
-from zods.cli.model_checks import check_adapter, check_causal, check_kind, check_shapes
-from zods.cli.options import Arguments, DataArguments, RunArguments
+from zods.cli.model_checks import check_causal
+from zods.cli.options import Arguments, RunArguments
 from zods.cli.plots import plot_curves
+from zods.cli.prepared_data import PreparedData, prepare_data
 from zods.cli.pretrained import (
     Pretrained,
-    check_generation_config,
     find_model,
     parameter_sizes,
     read_tokenizer,
@@ -56,17 +56,7 @@ from zods.config.optional_packages import check_packages
 from zods.config.schedules import with_provisional_length
 from zods.config.schema import ZerothOrderConfig
 from zods.params.swap_files import in_own_folder
-from zods.selection.sub_batches import sources_of
-from zods.tasks import (
-    Task,
-    build_task,
-    check_rows,
-    check_token_ids,
-    load_examples,
-    name_of_rows,
-    read_escapes,
-    split_held_out,
-)
+from zods.tasks import Task
 from zods.training import first_order_checkpoint
 from zods.training.checkpoint_files import latest_tag
 from zods.training.engine import ZerothOrderEngine
@@ -141,7 +131,8 @@ def start(
     try:
         with comm.same_on_all_ranks():
             checked = check_input(arguments, comm, watchdog)
-        run, folder, fork, task = checked.run, checked.folder, checked.fork, checked.task
+        run, folder, fork, data = checked.run, checked.folder, checked.fork, checked.data
+        task = data.task
         if run.zero_stage == 3:
             return_freed_memory(comm.device)
         watchdog.beat("the start, loading of the model", run.zeroth_order.load_timeout)
@@ -153,13 +144,17 @@ def start(
     engine: ZerothOrderEngine | FirstOrderEngine
     if isinstance(used, RunConfig):
         engine = zods.initialize(
-            model=model, config=used.to_dict(), training_data=checked.train, collate_fn=task.collate
+            model=model,
+            config=used.to_dict(),
+            training_data=data.train,
+            collate_fn=task.collate,
+            target_data=data.target,
         )[0]
     else:
-        engine = FirstOrderEngine(model, used, checked.train, task.collate)
+        engine = FirstOrderEngine(model, used, data.train, task.collate, data.target)
     code = {**code_of_model(engine.module), "tokenizer": tokenizer_digest(checked.tokenizer)}
     engine.recorder.note_code(code)
-    check_causal(engine.evaluate, checked.pretrained, task, checked.train)
+    check_causal(engine.evaluate, checked.pretrained, task, data.train)
     with comm.same_on_all_ranks():
         if fork is not None and comm.rank == 0:
             copy_log(fork.parent.parent, fork if isinstance(run, RunConfig) else None, folder.path)
@@ -182,7 +177,7 @@ def start(
             step=engine.global_steps,
             has_begun=has_begun(engine),
         )
-    return engine, task, checked.held_out, folder, checked.tokenizer
+    return engine, task, data.held_out, folder, checked.tokenizer
 
 
 def has_begun(engine: ZerothOrderEngine | FirstOrderEngine) -> bool:
@@ -196,8 +191,8 @@ class CheckedInput:
     """The input of a run, checked before the model is loaded.
 
     fork: the checkpoint of another run from which this run starts; None where it starts from the
-    pretrained model or continues itself. train, held_out: prepared data. sizes: the number of
-    elements of each parameter; empty unless parameters are offloaded to NVMe.
+    pretrained model or continues itself. sizes: the number of elements of each parameter; empty
+    unless parameters are offloaded to NVMe.
     """
 
     run: RunConfig | FirstOrderConfig
@@ -205,9 +200,7 @@ class CheckedInput:
     fork: Path | None
     pretrained: Pretrained
     tokenizer: Any
-    task: Task
-    train: datasets.Dataset
-    held_out: datasets.Dataset
+    data: PreparedData
     sizes: list[int]
 
 
@@ -239,9 +232,9 @@ def check_input(arguments: Arguments, comm: Communicator, watchdog: Watchdog) ->
     )
     pretrained = find_model(arguments.model)
     tokenizer = read_tokenizer(arguments.model, pretrained)
-    task, train, held_out = prepare_data(arguments, tokenizer, run, pretrained)
+    data = prepare_data(arguments, tokenizer, run, pretrained)
     if arguments.run.max_steps is None:
-        steps = arguments.run.num_epochs * steps_per_epoch(run, len(train))
+        steps = arguments.run.num_epochs * steps_per_epoch(run, len(data.train))
         run = read(merged, comm.world_size, total_steps=max(1, steps))
     hidden_size = hidden_size_of(pretrained.config)
     resolve_model_auto(
@@ -249,9 +242,9 @@ def check_input(arguments: Arguments, comm: Communicator, watchdog: Watchdog) ->
     )
     sizes: list[int] = []
     if offloads_to_nvme(run.deepspeed):
-        sizes = parameter_sizes(pretrained, task, arguments.model.trust_remote_code)
+        sizes = parameter_sizes(pretrained, data.task, arguments.model.trust_remote_code)
         resolve_offload_buffers(run.deepspeed, sizes, comm.world_size)
-    return CheckedInput(run, folder, fork, pretrained, tokenizer, task, train, held_out, sizes)
+    return CheckedInput(run, folder, fork, pretrained, tokenizer, data, sizes)
 
 
 def finetune(
@@ -319,93 +312,11 @@ def checkpoint_to_fork(run: Path, is_first_order: bool = False) -> Path:
     return folder / name
 
 
-def prepare_data(
-    arguments: Arguments, tokenizer: Any, run: RunConfig | FirstOrderConfig, pretrained: Pretrained
-) -> tuple[Task, datasets.Dataset, datasets.Dataset]:
-    """Build the task, and check and tokenise its data.
-
-    Returns (task, training data, held-out data). The training data keep the selector's source
-    column, where one is named.
-    """
-    parts = load_parts(arguments.data, run.seed)
-    (train, row_name), *given = parts
-    settings = arguments.task
-    task = build_task(
-        settings.task,
-        tokenizer,
-        train,
-        text_column=settings.text_column,
-        text_pair_column=settings.text_pair_column,
-        label_column=settings.label_column,
-        template=None
-        if settings.template is None
-        else read_escapes(settings.template, "--template"),
-        label_words=settings.label_words,
-        prompt_column=settings.prompt_column,
-        response_column=settings.response_column,
-        max_length=settings.max_length,
-        num_embeddings=pretrained.num_embeddings,
-        has_token_types=pretrained.has_token_types,
-        class_names=pretrained.class_names,
-        source=row_name.rpartition(",")[0],
-    )
-    check_kind(pretrained, task)
-    if task.predicts_next_token:
-        check_generation_config(Path(pretrained.base))
-    check_shapes(pretrained, task, arguments.model.trust_remote_code)
-    check_adapter(pretrained, task, arguments.model.trust_remote_code)
-    check_rows(task, parts)
-    if given:
-        held_out, held_out_row_name = given[0]
-    else:
-        train, held_out = split_held_out(train, arguments.data.held_out.value, run.seed)
-        held_out_row_name = row_name
-    column = None if run.selector is None else run.selector.source_column
-    sources = None if column is None else sources_of(train, column, "selector")
-    train, held_out = task.prepare(train, row_name), task.prepare(held_out, held_out_row_name)
-    if pretrained.num_embeddings is not None:
-        for prepared in (train, held_out):
-            check_token_ids(prepared, pretrained.num_embeddings, tokenizer)
-    if column is not None:
-        train = train.add_column(column, sources)
-    return task, train, held_out
-
-
 def steps_per_epoch(run: RunConfig | FirstOrderConfig, num_examples: int) -> int:
     """Count the steps of a pass over the training data, as the loaders do."""
     if run.selector is not None:
         return num_examples // run.selector.candidates * run.selector.interval
     return num_examples // run.deepspeed["train_batch_size"]
-
-
-def load_parts(data: DataArguments, seed: int) -> list[tuple[datasets.Dataset, str]]:
-    """Load the training data and, where they are given, the held-out data.
-
-    Each dataset comes with the text before a row's number in messages. Raises ValueError with the
-    mistakes of both.
-    """
-    parts, wrong = [], []
-    for part, most in (("train", data.max_train_examples), ("validation", data.max_eval_examples)):
-        file, split = getattr(data, f"{part}_file"), getattr(data, f"{part}_split")
-        if part == "validation" and file is None and split is None:
-            continue
-        hub = {
-            "dataset_name": data.dataset_name,
-            "dataset_config": data.dataset_config,
-            "split": split,
-        }
-        source: dict[str, Any] = hub if file is None else {"file": file}
-        names = None if file is None else data.column_names
-        try:
-            examples = load_examples(
-                **source, column_names=names, max_examples=most, seed=seed, keep_rows=True
-            )
-            parts.append((examples, name_of_rows(**source)))
-        except (ValueError, OSError) as error:
-            wrong.append(str(error))
-    if wrong:
-        raise ValueError("; ".join(wrong))
-    return parts
 
 
 def save_and_print_how_to_resume(

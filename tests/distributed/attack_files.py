@@ -98,11 +98,13 @@ def _checked(folder: Path, words: Sequence[str], loads: bool = False) -> str:
         watchdog: Any = SimpleNamespace(beat=lambda what, limit: None)
         checked = check_input(arguments, one_rank, watchdog)
         found = [
-            checked.run.to_dict(), arguments.to_dict(), checked.train.to_dict(),
-            checked.held_out.to_dict(), checked.pretrained.config.to_dict(),
+            checked.run.to_dict(), arguments.to_dict(), checked.data.train.to_dict(),
+            checked.data.held_out.to_dict(), checked.pretrained.config.to_dict(),
         ]  # fmt: skip
         if loads:
-            model, _ = load_model(arguments.model, checked.run, checked.task, checked.pretrained)
+            model, _ = load_model(
+                arguments.model, checked.run, checked.data.task, checked.pretrained
+            )
             found += [digest(p.detach().float().numpy().tobytes()) for p in model.parameters()]
     except Exception as error:
         sys.exit(report_failure(error, "zods.finetune"))

@@ -201,9 +201,29 @@ def test_zeroth_order_steps_log_what_was_selected(folder, tmp_path):
     assert [len(set(record.sub_batch.indices)) for record in steps] == [4] * 4
 
 
+def test_examples_of_a_target_file_choose_and_belong_to_the_run(folder, tmp_path):
+    write_rows(tmp_path / "target.jsonl", labelled_rows()[:3])
+    write_rows(tmp_path / "other.jsonl", labelled_rows()[3:6])
+    by_target = {**SELECT, "strategy": "target", "target_file": tmp_path / "target.jsonl"}
+    finetune_on_ranks(2, prompted_options(folder, tmp_path / "run", **by_target))
+    log = read_log(tmp_path / "run" / "trajectory.log")
+    steps = [record for record in log.records if isinstance(record, Step)]
+    assert [len(set(record.sub_batch.indices)) for record in steps] == [4] * 4
+    changed = {**by_target, "target_file": tmp_path / "other.jsonl", "max_steps": 5}
+    options = prompted_options(folder, tmp_path / "run", **changed, resume="auto")
+    first, second = refusals_on_ranks(2, options)
+    assert first == second
+    assert "it is of other training or target data" in first
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({**SELECT, "strategy": "target"}, "Give target_data to zods.initialize"),
+        (
+            {**SELECT, "strategy": "target", "target_file": "{folder}/wrong.jsonl"},
+            "wrong.jsonl, line",
+        ),
         ({"select": "4/8", "source_column": "origin"}, "no column 'origin'"),
         ({"validation_file": "{folder}/wrong.jsonl"}, "neither"),
         ({"model": "{folder}/nowhere"}, "nowhere"),
@@ -213,7 +233,7 @@ def test_bad_input_is_the_same_error_on_all_ranks_and_leaves_no_folder(
     folder, tmp_path, options, message
 ):
     """The launcher's exit code for bad input is tested in test_failed_start.py."""
-    given = {name: value.format(folder=folder) for name, value in options.items()}
+    given = {name: str(value).format(folder=folder) for name, value in options.items()}
     first, second = refusals_on_ranks(2, prompted_options(folder, tmp_path / "bad", **given))
     assert first == second
     assert message in first

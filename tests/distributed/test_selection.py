@@ -193,7 +193,14 @@ def zeroth_order_engine(
         **{"method": "mezo", **options},
     )
     model = with_adapters("llama") if lora else zoo_model("llama")
-    return zods.initialize(model=model, training_data=data, collate_fn=collate, config=config)[0]
+    by_target = selector.get("strategy") == "target"
+    return zods.initialize(
+        model=model,
+        training_data=data,
+        collate_fn=collate,
+        config=config,
+        target_data=examples(70)[64:] if by_target else None,
+    )[0]
 
 
 def zeroth_order_steps(
@@ -217,6 +224,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"selector": {"features": "paper", "metric": "l1"}},
     {"selector": {"metric": "cosine", "weights": "cluster"}},
     {"selector": {"strategy": "mean_matching"}},
+    {"selector": {"strategy": "target"}},
     {"selector": {"warmup_steps": 2, "interval": 2}},
     {
         "method": "mezo_svrg",
@@ -230,6 +238,7 @@ FURTHER: list[dict[str, Any]] = [
     {"selector": {"features": "zo"}},
     {"selector": {"strategy": "stochastic_greedy"}},
     {"selector": {"strategy": "mean_matching", "features": "zo", "source_column": None}},
+    {"spoilt": True, "selector": {"strategy": "target", "features": "zo"}},
     {"selector": {"strategy": "highest_loss"}},
     {"selector": {"strategy": "lowest_loss"}},
     {"selector": {"strategy": "longest"}},
@@ -405,8 +414,9 @@ def resume(steps: int, folder: Path, options: dict[str, Any], log: Path | None) 
         pytest.param({"selector": {"features": "paper"}}, 3, marks=SLOW),
         pytest.param({"selector": {"interval": 3}}, 4, marks=SLOW),
         ({"selector": {"warmup_steps": 4}}, 3),
+        pytest.param({"selector": {"strategy": "target"}}, 3, marks=SLOW),
     ],
-    ids=["exact", "paper", "interval", "warm-up"],
+    ids=["exact", "paper", "interval", "warm-up", "target"],
 )
 def test_a_run_stopped_and_resumed_on_another_number_of_ranks_selects_the_same(
     options, save_at, tmp_path: Path
@@ -688,6 +698,21 @@ def mistakes() -> list[str]:
     attempt(with_selector(quotas={"rrae": 4, "common": 4}))
     attempt(with_selector(quotas={"rare": 4, "common": 4}, strategy="longest"))
     attempt(with_selector(pattern="no_such_layer"))
+
+    def with_target(rows: Any, **options: Any) -> Any:
+        return zods.initialize(
+            model=zoo_model("llama"),
+            training_data=data,
+            collate_fn=collate,
+            target_data=rows,
+            config=configuration(8, method="mezo", **options),
+        )[0]
+
+    by_target = {"selector": {"candidates": 16, "strategy": "target"}}
+    attempt(lambda: with_target(None, **by_target))
+    attempt(lambda: with_target([], **by_target))
+    attempt(lambda: with_target(data, selector={"candidates": 16}))
+    attempt(lambda: with_target(data))
     attempt(
         lambda: zods.initialize(
             model=zoo_model("llama"),
@@ -695,6 +720,7 @@ def mistakes() -> list[str]:
         )
     )
     unlabelled = [{**row, "labels": torch.full_like(row["labels"], -100)} for row in data]
+    attempt(with_target(unlabelled, **by_target).train_batch)
     engine = zeroth_order_engine(unlabelled)
     attempt(engine.train_batch)
     saved = zeroth_order_engine(data).training_dataloader.state_dict()
@@ -733,7 +759,12 @@ def test_mistakes_are_reported_on_all_ranks(world_size: int):
         r"selector\.quotas: no example's source is 'rrae'; there are common, other, rare",
         r"selector\.quotas: longest does not choose by source",
         r"selector\.pattern: no linear layer's parameter matches 'no_such_layer'",
+        r'strategy: "target" chooses .* Give target_data to zods.initialize',
+        r"target_data: the dataset is empty",
+        r'target_data: given, but zeroth_order.selector.strategy is "greedy"',
+        r"target_data: given without zeroth_order.selector",
         r"training_data: missing",
+        r"RuntimeError: selector: none of 8 target examples has a label",
         r"RuntimeError: selector: none of 16 candidates has a label and a finite loss",
         r"selector: interval is 2, but 1 in the checkpoint",
         r"zeroth_order\.selector: none, but the checkpoint was made with one",

@@ -1,7 +1,8 @@
-"""Facility location and mean matching written out: the references of `zods.selection`."""
+"""Facility location, mean matching and similarity to targets written out: the references of `zods.selection`."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import combinations
 
@@ -89,6 +90,24 @@ def mean_matching(features: Sequence[Sequence[int]], k: int, sweeps: int = 10) -
             chosen = [new if j == old else j for j in chosen]
         if sorted(chosen) == before:
             break
+    return sorted(chosen)
+
+
+def most_similar(
+    features: Sequence[Sequence[int]], targets: Sequence[Sequence[int]], k: int
+) -> list[int]:
+    """The targets take turns; each takes the candidate with the largest x . t / |x| that is left,
+    the lowest id of equals."""
+    chosen: list[int] = []
+    for turn in range(min(k, len(features))):
+        target = targets[turn % len(targets)]
+
+        def similarity(i: int, target: Sequence[int] = target) -> float:
+            product = sum(a * b for a, b in zip(features[i], target, strict=True))
+            return product / math.sqrt(max(1, sum(a * a for a in features[i])))
+
+        left = [i for i in range(len(features)) if i not in chosen]
+        chosen.append(min(left, key=lambda i: (-similarity(i), i)))
     return sorted(chosen)
 
 

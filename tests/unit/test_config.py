@@ -94,6 +94,7 @@ DEFAULTS = {
 SELECTOR_DEFAULTS = {
     "candidates": 16,
     "strategy": "greedy",
+    "target_file": None,
     "source_column": None,
     "num_clusters": 8,
     "quotas": None,
@@ -206,6 +207,7 @@ TEXTS = {
         ["host", ":1", "host:", "host:0", "host:65536", None, 1, True, [], {}, "auto"],
     ),
     "selector.source_column": ([None, "source"], [1, True, [], {}, "auto"]),
+    "selector.target_file": ([None, "target.jsonl"], [1, True, [], {}, "auto"]),
     "selector.pattern": ([None, "v_proj"], [1, True, [], {}, "auto"]),
     "selector.quotas": ([None], [1, True, [], {}]),
 }
@@ -266,6 +268,17 @@ def test_a_selector_is_refused_where_it_does_not_fit_the_batch():
         "source_column",
     )
     refused(config({"selector": quotas | {"quotas": {"a": -1}}}), "selector.quotas.a: found -1")
+    target = {"candidates": 9, "strategy": "target"}
+    refused(
+        config({"selector": {"candidates": 9, "target_file": "t.jsonl"}}),
+        "selector.target_file: given, but strategy is 'greedy'",
+    )
+    refused(
+        config({"selector": target | {"features": "paper"}}), 'selector.features: found "paper"'
+    )
+    refused(
+        config({"selector": quotas | target}), "selector.quotas: target does not choose by source"
+    )
     taken = read_config(config({"selector": quotas | {"quotas": {"a": 3, "b": 5}}}), 1)
     assert taken.zeroth_order.selector.quotas == {"a": 3, "b": 5}
     assert read_config(taken.to_dict(), 1) == taken

@@ -133,6 +133,15 @@ def test_examples_that_change_at_random_have_no_digest():
     assert not ExampleDigests(Augmented(range(100))).repeatable
 
 
+def test_the_digest_covers_the_examples_of_a_target():
+    data, targets = list(range(100)), [[1, 2], [3, 4]]
+    alone = ExampleDigests(data).digest(100)
+    both = ExampleDigests(data, targets).digest(100)
+    assert len({alone, both, ExampleDigests(data, [[1, 2], [3, 5]]).digest(100)}) == 3
+    assert ExampleDigests(data, [[1, 2], [3, 4]]).digest(100) == both
+    assert not ExampleDigests(data, Augmented(range(100))).repeatable
+
+
 def test_what_the_digest_does_not_cover_is_said_at_the_start(monkeypatch, caplog):
     def said(dataset: Any, rank: int = 0) -> list[str]:
         caplog.clear()

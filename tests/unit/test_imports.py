@@ -43,14 +43,14 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     ),
     "tasks": ({"files", "data"}, {"datasets", "pyarrow", "torch", "transformers"}),
     "cli": (
-        {"files", "config", "comm", "trajectory", "training", "tasks"},
+        {"files", "config", "comm", "trajectory", "selection", "training", "tasks"},
         {
             "datasets", "deepspeed", "matplotlib", "numpy", "peft", "safetensors", "torch", "tqdm",
             "transformers", "yaml",
         },
     ),
     "finetune": (
-        {TOP, "config", "comm", "params", "selection", "training", "tasks", "cli"},
+        {TOP, "config", "comm", "params", "training", "tasks", "cli"},
         {"datasets", "deepspeed", "tqdm"},
     ),
 }  # fmt: skip

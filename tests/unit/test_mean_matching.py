@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.reference import selection as reference
+from tests.unit.integer_features import CASES, features_of
 from zods.selection.facility_location import MAX_CANDIDATES, quantised
 from zods.selection.mean_matching import (
     balanced_start,
@@ -16,15 +17,6 @@ from zods.selection.mean_matching import (
     narrowed,
     swapped,
 )
-
-CASES = st.tuples(st.integers(0, 10_000), st.integers(1, 14), st.integers(1, 4), st.booleans())
-
-
-def features_of(seed: int, n: int, m: int, coarse: bool) -> torch.Tensor:
-    """Random int16 features; coarse: few values, which makes many ties."""
-    generator = torch.Generator().manual_seed(seed)
-    limit = 2 if coarse else 32767
-    return torch.randint(-limit, limit + 1, (n, m), generator=generator, dtype=torch.int16)
 
 
 def mixture(seed: int) -> torch.Tensor:

@@ -30,13 +30,13 @@ from zods.cli.options import (
     SelectionArguments,
     TaskArguments,
 )
+from zods.cli.prepared_data import prepare_data
 from zods.cli.pretrained import (
     Pretrained,
     check_generation_config,
     check_weight_files,
     find_model,
 )
-from zods.finetune import prepare_data
 
 SMALL = {
     "vocab_size": 450, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -400,8 +400,8 @@ def prepared_for(config, tokenizer, folder):
     groups = (SelectionArguments(), data, task, RunArguments(), OverrideArguments())
     arguments = Arguments(options("m"), *groups)
     run = SimpleNamespace(seed=0, selector=None)
-    task, train, _ = prepare_data(arguments, tokenizer, run, Pretrained("m", config, None))
-    return task, list(train)
+    data = prepare_data(arguments, tokenizer, run, Pretrained("m", config, None))
+    return data.task, list(data.train)
 
 
 def test_data_prepared_for_a_pretrained_head_have_label_ids_in_its_order(tmp_path):

@@ -14,6 +14,7 @@ from zods.selection.baselines import BETAS, EPSILON, PaperFeatures
 from zods.selection.facility_location import from_features, lazy_greedy, quantised
 from zods.selection.mean_matching import mean_matching
 from zods.selection.selector import NEEDS, CandidateBatch, Selector
+from zods.selection.target_similarity import most_similar
 
 
 def batch_of(
@@ -29,6 +30,7 @@ def batch_of(
         losses=torch.rand(n, generator=generator),
         features=quantised(features, largest),
         largest=largest,
+        targets=quantised(torch.randn(7, m, generator=generator), 5.0),
     )
 
 
@@ -67,6 +69,23 @@ def test_mean_matching_without_sources_matches_the_mean_of_all_candidates():
     indices, _, report = selector(strategy="mean_matching").select(batch)
     assert report.quotas == {"all": 20}
     assert indices == mean_matching(batch.features, 20)
+
+
+def test_the_targets_examples_choose_the_most_similar_of_all_candidates():
+    batch = batch_of()
+    indices, _, report = selector(strategy="target").select(batch)
+    assert report.quotas == {"all": 20}
+    assert indices == most_similar(batch.features, batch.targets, 20)
+
+
+def test_each_selection_takes_the_next_target_examples():
+    by_target = selector(budget=4, strategy="target")
+    assert by_target.target_ids(3) == [0, 1, 2]
+    found = []
+    for _ in range(3):
+        found.append(by_target.target_ids(10))
+        by_target.select(batch_of())
+    assert found == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 0, 1]]
 
 
 def test_cluster_weights_count_the_candidates_that_each_choice_represents():

@@ -194,6 +194,10 @@ class SelectionArguments:
         default=None,
         metadata={"help": "default: greedy", "choices": STRATEGIES},
     )
+    target_file: str | None = field(
+        default=None,
+        metadata={"help": "strategy target: a file of what the model should be good at"},
+    )
 
     def selector(self) -> dict[str, Any]:
         """The given keys of the section "selector"."""

@@ -34,6 +34,7 @@ Strategy = Literal[
     "stochastic_greedy",
     "greedi",
     "mean_matching",
+    "target",
     "random",
     "structured_random",
     "longest",
@@ -164,9 +165,11 @@ class SelectorConfig(Section):
     """
 
     candidates: Count  # size of a large batch; train_batch_size of them are chosen
-    # greedy: facility location; mean_matching: the mean feature is nearest to that of all; the
-    # others are baselines
+    # greedy: facility location; mean_matching: the mean feature is nearest to that of all; target:
+    # the most similar to target examples; the others are baselines
     strategy: Strategy = "greedy"
+    # target: a file of target examples, of the same form as the training file
+    target_file: Text | None = None
     # column that names an example's source; None: clusters of features are the sources
     source_column: Text | None = None
     # facility location without source_column; 1: all examples are one source
@@ -350,6 +353,16 @@ def _selector_mistakes(
         yield (
             f"{path}.candidates: found {config.candidates}, but there are {num_examples} training "
             "examples. Give as many candidates or fewer."
+        )
+    if config.target_file is not None and config.strategy != "target":
+        yield (
+            f"{path}.target_file: given, but strategy is {config.strategy!r}. Set strategy to "
+            '"target", or remove the file.'
+        )
+    if config.strategy == "target" and config.features == "paper":
+        yield (
+            f'{path}.features: found "paper", but strategy is "target", and along a single '
+            'direction all examples are equally similar. Use "exact" or "zo".'
         )
     if config.quotas is None:
         return

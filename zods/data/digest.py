@@ -12,7 +12,7 @@ import fractions
 import hashlib
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -29,20 +29,25 @@ SHOWN = (
 
 
 class ExampleDigests:
-    """Digests of a map-style dataset.
+    """Digests of a map-style dataset, and of the examples of a selector's target, if any.
 
     repeatable: whether examples are the same when they are read again. They are not where they are
     augmented at random. affordable: the number of examples to digest. It is all of them where the
     dataset is a table of Arrow, or where they are read within SECONDS.
     """
 
-    def __init__(self, dataset: Any) -> None:
+    def __init__(self, dataset: Any, target_data: Any = None) -> None:
         self._dataset = dataset
+        self._of_target: str | None = None  # digest of the target's examples
+        if target_data is not None:
+            self._of_target = digest_of(_rows(target_data))
         self._digests: dict[int, str] = {}  # number of examples -> digest
         sample = min(SAMPLE, len(dataset))
         first = self._of_rows(sample)
         began = time.perf_counter()
         self.repeatable = self._of_rows(sample) == first
+        if target_data is not None:
+            self.repeatable &= digest_of(_rows(target_data)) == self._of_target
         seconds = (time.perf_counter() - began) / sample
         self.affordable = len(dataset)
         if not _is_table(dataset) and seconds * len(dataset) > SECONDS:
@@ -76,12 +81,18 @@ class ExampleDigests:
         if count not in self._digests:
             whole = count == len(self) and _is_table(self._dataset)
             digest = _of_table(self._dataset) if whole else self._of_rows(count)
+            if self._of_target is not None:
+                digest = digest_of([digest, self._of_target])
             self._digests[count] = f"{count}:{digest}"
         return self._digests[count]
 
     def _of_rows(self, count: int) -> str:
         size = len(self._dataset)
         return digest_of(self._dataset[k * size // count] for k in range(count))
+
+
+def _rows(dataset: Any) -> Iterator[Any]:
+    return (dataset[i] for i in range(len(dataset)))
 
 
 def digest_of(rows: Iterable[Any]) -> str:

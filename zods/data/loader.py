@@ -109,7 +109,9 @@ class TrainingLoader(EpochLoader):
         world_size: int,
         seed: int,
         collate_fn: Callable | None = None,
+        target_data: Any = None,
     ) -> None:
+        """target_data: further examples that the digest of the data covers."""
         size = check_dataset(dataset, "training_data")
         self.batch_size = micro_batch * accumulation * world_size
         if size < self.batch_size:
@@ -118,7 +120,7 @@ class TrainingLoader(EpochLoader):
                 f"{self.batch_size}. Use a smaller batch or more data."
             )
         self.dataset = dataset
-        self.examples = ExampleDigests(dataset)
+        self.examples = ExampleDigests(dataset, target_data)
         if rank == 0 and (limit := self.examples.limit()) is not None:
             logger.warning(limit)
         self.collate_fn = collate_fn

@@ -46,7 +46,10 @@ class SelectingLoader(EpochLoader):
         self.selection, self._comm, self._seed = selection, comm, seed
         self._config = selection.selector.config
         self.dataset, self.accumulation = selection.dataset, selection.accumulation
-        self.examples = ExampleDigests(selection.dataset) if examples is None else examples
+        if examples is None:
+            self.examples = ExampleDigests(selection.dataset, selection.target_data)
+        else:
+            self.examples = examples
         if examples is None and comm.rank == 0 and (limit := self.examples.limit()) is not None:
             logger.warning(limit)
 
@@ -193,6 +196,7 @@ def select(
     *,
     seed: int = 42,
     loss_mean: str = "tokens",
+    target_data: Any = None,
 ) -> SelectedBatches:
     """Wrap a loader of first-order DeepSpeed training, so that it yields chosen examples.
 
@@ -213,6 +217,8 @@ def select(
         loss_mean: a step's loss is the weighted mean over the label tokens of the chosen examples
             ("tokens"), or over the examples ("examples"), each with the mean over its own label
             tokens. Pass the same value to `weighted_loss`.
+        target_data: a map-style dataset whose rows the loader's collate_fn takes, too; the examples
+            that the strategy "target" needs.
 
     Raises:
         ValueError: the same on all ranks, if the loader or the configuration cannot be used.
@@ -237,6 +243,7 @@ def select(
             seed=seed,
             path="selector",
             loss_mean=loss_mean,
+            target_data=target_data,
         )
         return SelectedBatches(loader, sub_batches, comm)
 

@@ -40,6 +40,7 @@ from zods.selection.facility_location import (
 )
 from zods.selection.mean_matching import mean_matching
 from zods.selection.quotas import capped_quotas, largest_remainder, quotas_of
+from zods.selection.target_similarity import most_similar
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ NEEDS = {  # the measurements of candidates that a strategy needs
     "stochastic_greedy": "features",
     "greedi": "features",
     "mean_matching": "features",
+    "target": "features",
     "random": "nothing",
     "structured_random": "nothing",
     "longest": "nothing",
@@ -62,9 +64,10 @@ class CandidateBatch:
 
     ids: indices in the dataset, ascending. num_tokens: number of tokens of each candidate. sources:
     name of each candidate's source, or None. losses: (n,), not finite for an example that must not
-    be chosen; None: not known. features: (n, m) int16, `quantised` by `largest`; or None. owned:
-    indices of the candidates for which this rank evaluates gains; None: all. Candidates that the
-    plan does not measure may have any finite losses and features.
+    be chosen; None: not known. features: (n, m) int16, `quantised` by `largest`; or None. targets:
+    features (T, m) int16 of target examples, for the strategy "target"; or None. owned: indices of
+    the candidates for which this rank evaluates gains; None: all. Candidates that the plan does not
+    measure may have any finite losses and features.
     """
 
     ids: Sequence[int]
@@ -73,6 +76,7 @@ class CandidateBatch:
     losses: Tensor | None = None
     features: Tensor | None = None
     largest: float = 0.0
+    targets: Tensor | None = None
     owned: Tensor | None = None
 
 
@@ -138,6 +142,14 @@ class Selector:
         """Seeds of the directions for the features of the next selection."""
         count = 1 if self.config.features == "paper" else self.config.num_directions
         return [derive_seed(self._seed, "selection", self.step, k) for k in range(count)]
+
+    def target_ids(self, number: int) -> list[int]:
+        """Indices of the target examples for the next selection, of a number of them.
+
+        A selection takes as many as it chooses candidates; the next selection goes on behind them.
+        """
+        used = min(number, self.budget)
+        return [(self.step * used + k) % number for k in range(used)]
 
     def plan(self, batch: CandidateBatch) -> tuple[dict[str, int] | None, list[int]]:
         """Plan the measurements of a batch whose losses and features are not known.
@@ -287,8 +299,8 @@ class Selector:
         indices = [usable[i] for i in members]
         if problem is None:
             kept = (
-                self._choose_by_mean(batch, indices, k)
-                if self.strategy == "mean_matching"
+                self._choose_by_features(batch, indices, k)
+                if self.strategy in ("mean_matching", "target")
                 else self._ranked(batch, indices, name)[:k]
             )
             return kept, [len(members) / k for _ in kept], 0.0
@@ -301,11 +313,19 @@ class Selector:
             chosen.objective,
         )
 
-    def _choose_by_mean(self, batch: CandidateBatch, indices: list[int], k: int) -> list[int]:
-        """Choose k of `indices` by mean matching. Features of the paper are taken as derivatives."""
+    def _choose_by_features(self, batch: CandidateBatch, indices: list[int], k: int) -> list[int]:
+        """Choose k of `indices` by mean matching, or by their similarity to the targets.
+
+        Mean matching takes features of the paper as derivatives.
+        """
         assert batch.features is not None
-        own = torch.tensor(indices, device=batch.features.device)
-        return [indices[i] for i in mean_matching(batch.features[own], k)]
+        own = batch.features[torch.tensor(indices, device=batch.features.device)]
+        if self.strategy == "mean_matching":
+            chosen = mean_matching(own, k)
+        else:
+            assert batch.targets is not None
+            chosen = most_similar(own, batch.targets, k)
+        return [indices[i] for i in chosen]
 
     def _choose_by_facility_location(
         self, problem: Problem, batch: CandidateBatch, indices: list[int], k: int, name: str

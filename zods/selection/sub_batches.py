@@ -1,9 +1,7 @@
 """From candidates to micro-batches: measure the candidates, choose, divide the chosen among ranks.
 
-Every rank can read every example by its index in the dataset. Ranks exchange features and losses,
-never examples. Candidates are measured in micro-batches that depend on
-train_micro_batch_size_per_gpu, and not on the rank that owns a candidate. Sources that are kept
-whole are not measured, so that their examples are trained on whatever their losses are.
+Every rank can read every example by its index in the dataset. Sources that are kept whole are not
+measured, so that their examples are trained on whatever their losses are.
 
 Caller: `zods.selection.loaders`.
 """
@@ -22,12 +20,12 @@ from torch.utils.data import default_collate
 
 from zods.comm.communicator import Communicator
 from zods.config.schema import SelectorConfig, check_selector
-from zods.data.batch import POSITIONS, WEIGHTS, to_device
+from zods.data.batch import POSITIONS, WEIGHTS
 from zods.data.loader import check_dataset
 from zods.data.objectives import label_counts
 from zods.forward.dataset_metrics import check_own_loss
-from zods.selection.facility_location import quantised
-from zods.selection.features import FeatureExtractor, without_cache
+from zods.selection.features import without_cache
+from zods.selection.measurement import Measurement
 from zods.selection.quotas import deal
 from zods.selection.selector import NEEDS, CandidateBatch, Report, Selector
 
@@ -74,19 +72,21 @@ def _check_quotas(quotas: Mapping[str, int], sources: Sequence[str], path: str) 
         )
 
 
-def _feature_extractor(
-    config: SelectorConfig, deepspeed_engine: Any, comm: Communicator
-) -> FeatureExtractor:
-    return FeatureExtractor(
-        deepspeed_engine.module,
-        deepspeed_engine,
-        kind=config.features,
-        rank=config.rank,
-        pattern=config.pattern,
-        eps=config.eps,
-        two_sided=config.two_sided,
-        agree=lambda value: max(of_rank[0] for of_rank in comm.gather_integers([value])),
-    )
+def check_target_data(config: SelectorConfig, target_data: Any, path: str) -> None:
+    """Raise ValueError unless there are target examples exactly where the strategy needs them."""
+    if config.strategy == "target":
+        if target_data is None:
+            raise ValueError(
+                f'{path}.strategy: "target" chooses the candidates that are most similar to target '
+                "examples, and there are none. Give target_data to zods.initialize or zods.select; "
+                "to zods.finetune, --target_file."
+            )
+        check_dataset(target_data, "target_data")
+    elif target_data is not None:
+        raise ValueError(
+            f'target_data: given, but {path}.strategy is "{config.strategy}". Set it to "target", '
+            "or remove the data."
+        )
 
 
 class SubBatches:
@@ -106,15 +106,18 @@ class SubBatches:
         seed: int,
         path: str,
         loss_mean: str = "tokens",
+        target_data: Any = None,
     ) -> None:
         """Check that data, model and configuration fit each other.
 
         path: key of the selector's configuration in messages. loss_mean: as in
-        `zods.data.objectives`.
+        `zods.data.objectives`. target_data: a dataset like the first one, for the strategy
+        "target".
 
         Raises ValueError where data, model and configuration do not fit each other.
         """
         self.dataset, self._collate = dataset, collate_fn or default_collate
+        self.target_data = target_data
         self._comm = comm
         self._loss_mean = loss_mean
         self._model: nn.Module = deepspeed_engine.module
@@ -125,15 +128,21 @@ class SubBatches:
         check_selector(config, path, budget, check_dataset(dataset, "training_data"))
         self._sources = sources_of(dataset, config.source_column, path)
         _check_quotas(config.quotas or {}, self._sources or [], path)
-        self._batch_of([0])  # raises the errors of a batch before anything is spent
-        self._extract: FeatureExtractor | None = None
+        check_target_data(config, target_data, path)
+        # raises the errors of a batch before anything is spent
+        self._batch_of([0])
+        if target_data is not None:
+            self._batch_of([0], target_data)
+        self._measure: Measurement | None = None
         if NEEDS[config.strategy] != "nothing":
-            self._extract = _feature_extractor(config, deepspeed_engine, comm)
+            self._measure = Measurement(
+                config, deepspeed_engine, comm, self.collated, self._micro_batch
+            )
         self.selector = Selector(
             config,
             budget,
             seed=seed,
-            target=None if self._extract is None else self._extract.target,
+            target=None if self._measure is None else self._measure.matrix,
             num_parts=comm.world_size,
             exchange=comm.gather_integers if comm.world_size > 1 else None,
         )
@@ -174,14 +183,16 @@ class SubBatches:
         quotas, wanted = self.selector.plan(batch)
         if wanted:
             batch = self._measured(batch, wanted)
+            if self.selector.strategy == "target":
+                batch = replace(batch, targets=self._measured_targets())
         indices, self._weights, self.report = self.selector.select(batch, quotas)
         if not indices:
             raise RuntimeError(
                 f"selector: none of {len(ids)} candidates has a label and a finite loss. Look at "
                 "the data."
             )
-        if wanted and self._extract is not None:
-            self.report = replace(self.report, matrix=self._extract.target.name)
+        if wanted and self._measure is not None:
+            self.report = replace(self.report, matrix=self._measure.matrix.name)
         self.selected_ids = [ids[index] for index in indices]
         self._comm.check_agreement(json.dumps(self.selected_ids).encode(), "what was selected")
         self._num_tokens = [batch.num_tokens[index] for index in indices]
@@ -230,8 +241,9 @@ class SubBatches:
             )
         return dict(batch)
 
-    def _batch_of(self, ids: Sequence[int]) -> Batch:
-        return self.collated([self.dataset[int(i)] for i in ids])
+    def _batch_of(self, ids: Sequence[int], dataset: Any = None) -> Batch:
+        rows = self.dataset if dataset is None else dataset
+        return self.collated([rows[int(i)] for i in ids])
 
     def _token_and_label_counts(self, own_ids: Sequence[int]) -> dict[int, tuple[int, int]]:
         """Map the id of each candidate of all ranks to (tokens, labels that count).
@@ -267,81 +279,45 @@ class SubBatches:
         """Add the losses and features of the candidates with the indices `wanted`.
 
         A loss is NaN where a feature of the candidate is not finite. Candidates of similar length
-        form a micro-batch, and the ranks take the micro-batches in turn.
+        form a micro-batch.
         """
-        rank, world = self._comm.rank, self._comm.world_size
         order = sorted(wanted, key=lambda index: (-batch.num_tokens[index], index))
-        chunks = [
-            order[start : start + self._micro_batch]
-            for start in range(0, len(order), self._micro_batch)
-        ]
-        seeds = (
-            self.selector.direction_seeds() if NEEDS[self.selector.strategy] == "features" else []
-        )
-        features, losses = self._measured_here(batch, chunks, seeds)
-        largest, rows = self._exchanged(features, losses)
-        indices = torch.tensor(
-            [p for r in range(world) for chunk in chunks[r::world] for p in chunk]
-        )
-        by_candidate = rows.new_zeros(len(batch.ids), rows.shape[1])
-        by_candidate[indices.to(rows.device)] = rows
-        known = by_candidate[:, -2:].contiguous().view(torch.float32).squeeze(1).cpu()
-        owned = torch.tensor(
-            [index for chunk in chunks[rank::world] for index in chunk], dtype=torch.int64
-        )
+        assert self._measure is not None
+        found = self._measure(self.dataset, [batch.ids[index] for index in order], self._seeds())
+        where = torch.tensor(order)
+        features = found.features.new_zeros(len(batch.ids), found.features.shape[1])
+        features[where.to(features.device)] = found.features
         assert batch.losses is not None
+        losses = batch.losses.clone()
+        losses[where] += found.losses
         return replace(
             batch,
-            losses=batch.losses + known,
-            features=by_candidate[:, :-2],
-            largest=largest,
-            owned=owned,
+            losses=losses,
+            features=features,
+            largest=found.largest,
+            owned=where[found.owned],
         )
 
-    def _measured_here(
-        self, batch: CandidateBatch, chunks: list[list[int]], seeds: list[int]
-    ) -> tuple[Tensor, Tensor]:
-        """Measure this rank's chunks, which are every `world_size`-th. Returns (features, losses).
+    def _seeds(self) -> list[int]:
+        """Seeds of the directions of the features, if the strategy needs features."""
+        needs_features = NEEDS[self.selector.strategy] == "features"
+        return self.selector.direction_seeds() if needs_features else []
 
-        A candidate whose loss or features are not finite gets the loss NaN and features 0.
+    def _measured_targets(self) -> Tensor:
+        """The features (T, m) int16 of the target examples of this selection.
+
+        Raises RuntimeError on all ranks if none of them has a gradient.
         """
-        assert self._extract is not None
-        rank, world = self._comm.rank, self._comm.world_size
-        found = []
-        # All ranks make the same number of forwards, as ZeRO-3 needs.
-        for first in range(0, len(chunks), world):
-            own = first + rank
-            chunk = chunks[own if own < len(chunks) else 0]
-            inputs = to_device(
-                self._batch_of([batch.ids[index] for index in chunk]), self._comm.device
+        ids = self.selector.target_ids(len(self.target_data))
+        assert self._measure is not None
+        features = self._measure(self.target_data, ids, self._seeds()).features
+        usable = features[features.any(1)]
+        if not len(usable):
+            raise RuntimeError(
+                f"selector: none of {len(ids)} target examples has a label and a finite gradient "
+                "that is not 0. Look at the target data."
             )
-            if seeds:
-                result = self._extract(inputs, seeds)
-            else:
-                losses = self._extract.losses(inputs)
-                result = losses.new_empty(len(losses), 0), losses
-            if own < len(chunks):
-                found.append(result)
-        empty = (
-            torch.empty(0, len(seeds), device=self._comm.device),
-            torch.empty(0, device=self._comm.device),
-        )
-        features, losses = (torch.cat(parts) for parts in zip(empty, *found, strict=True))
-        finite = losses.isfinite() & features.isfinite().all(1)
-        return features.where(finite[:, None], 0.0), losses.where(finite, torch.nan)
-
-    def _exchanged(self, features: Tensor, losses: Tensor) -> tuple[float, Tensor]:
-        """Gather the features and losses of all ranks.
-
-        Returns the largest magnitude of a feature, and the rows of all ranks in rank order: the
-        features as int16, then the float32 bits of the loss as two int16.
-        """
-        own_largest = float(features.abs().max()) if features.numel() else 0.0
-        largest = max(row[0] for row in self._comm.gather_scalars([own_largest]))
-        sent = torch.cat(
-            [quantised(features, largest), losses.float().view(-1, 1).view(torch.int16)], 1
-        )
-        return largest, torch.cat(self._comm.gather_rows(sent))
+        return usable
 
     @property
     def chosen(self) -> tuple[list[int], list[float]]:

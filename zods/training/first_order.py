@@ -83,8 +83,11 @@ class FirstOrderEngine:
         config: FirstOrderConfig,
         dataset: Any,
         collate_fn: Callable | None,
+        target_data: Any = None,
     ) -> None:
-        """Raises ValueError, the same on all ranks, where model, data and selector do not fit
+        """target_data: as in `zods.initialize`.
+
+        Raises ValueError, the same on all ranks, where model, data and selector do not fit
         together.
         """
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -107,7 +110,7 @@ class FirstOrderEngine:
         if self._partly_on_nvme and self.comm.rank == 0:
             logger.warning("%s. This run cannot be resumed. Give device cpu.", PARTLY_ON_NVME)
         with self.comm.same_on_all_ranks():
-            loader = self._make_loader(dataset, collate_fn)
+            loader = self._make_loader(dataset, collate_fn, target_data)
         self.training_dataloader = loader
         self.selection = loader.selection if isinstance(loader, SelectingLoader) else None
         self._batches: Iterator[Any] = loader.forever()
@@ -122,7 +125,7 @@ class FirstOrderEngine:
         )
 
     def _make_loader(
-        self, dataset: Any, collate_fn: Callable | None
+        self, dataset: Any, collate_fn: Callable | None, target_data: Any
     ) -> TrainingLoader | SelectingLoader:
         config = self.config
         if config.selector is None:
@@ -144,6 +147,7 @@ class FirstOrderEngine:
             seed=config.seed,
             path="selector",
             loss_mean=config.loss_mean,
+            target_data=target_data,
         )
         return SelectingLoader(selection, self.comm, config.seed)
 

@@ -27,7 +27,7 @@ from zods.params.swap_files import check_reads, in_own_folder, lock_folder
 from zods.params.zero3_adapter import is_sharded
 from zods.selection.loaders import SelectingLoader
 from zods.selection.selector import NEEDS
-from zods.selection.sub_batches import SubBatches, sources_of
+from zods.selection.sub_batches import SubBatches, check_target_data, sources_of
 from zods.selection.target_matrix import find_target
 from zods.training.engine import ZerothOrderEngine
 from zods.training.host_memory import return_freed_memory
@@ -58,6 +58,7 @@ def initialize(
     config: Any = None,
     mesh_param: Any = None,
     config_params: Any = None,
+    target_data: torch.utils.data.Dataset | None = None,
 ) -> tuple[ZerothOrderEngine, ZerothOrderOptimizer, TrainingLoader | SelectingLoader | None, Any]:
     """Make a zeroth-order engine from a model: `deepspeed.initialize` for a configuration with a
     section "zeroth_order".
@@ -68,8 +69,9 @@ def initialize(
     gradient); see `zods.training.model_setup.parameters_to_train`. training_data: a map-style
     dataset. "mezo_svrg" needs it for the full-batch gradient of its anchor; "anneal" and "selector"
     need it, too. lr_scheduler: a scheduler on the returned optimizer, or a function that makes one
-    from it. config: path or dict (default: `args.deepspeed_config`). optimizer, mpu and mesh_param
-    must be None.
+    from it. config: path or dict (default: `args.deepspeed_config`). target_data: a map-style dataset
+    whose rows `collate_fn` takes, too; the examples that the selector's strategy "target" needs.
+    optimizer, mpu and mesh_param must be None.
 
     Returns (engine, optimizer, training_dataloader, lr_scheduler). Raises ValueError or OSError on
     bad input, the same on all ranks.
@@ -81,8 +83,8 @@ def initialize(
         zo = run.zeroth_order
         if hasattr(lr_scheduler, "step"):
             _check_step(lr_scheduler)
-        training_loader = _training_loader(run, comm, training_data, collate_fn)
-        _check_selector(run, model, training_data)
+        _check_selector(run, model, training_data, target_data)
+        training_loader = _training_loader(run, comm, training_data, collate_fn, target_data)
         wanted = parameters_to_train(
             model, model_parameters, lr=zo.lr, weight_decay=zo.weight_decay
         )
@@ -97,7 +99,7 @@ def initialize(
     loader: TrainingLoader | SelectingLoader | None = training_loader
     if zo.selector is not None:
         assert training_loader is not None
-        loader = _selecting_loader(run, comm, engine, training_loader)
+        loader = _selecting_loader(run, comm, engine, training_loader, target_data)
     zo_optimizer = ZerothOrderOptimizer([p.param for p in parameters], lr=zo.lr)
     with comm.same_on_all_ranks():
         scheduler = _scheduler(run, zo_optimizer, lr_scheduler)
@@ -192,7 +194,11 @@ def check_folders(run: RunConfig | FirstOrderConfig) -> None:
 
 
 def _training_loader(
-    run: RunConfig, comm: Communicator, training_data: Any, collate_fn: Callable | None
+    run: RunConfig,
+    comm: Communicator,
+    training_data: Any,
+    collate_fn: Callable | None,
+    target_data: Any,
 ) -> TrainingLoader | None:
     zo = run.zeroth_order
     if training_data is None:
@@ -218,13 +224,18 @@ def _training_loader(
         world_size=comm.world_size,
         seed=zo.seed,
         collate_fn=collate_fn,
+        target_data=target_data,
     )
 
 
-def _check_selector(run: RunConfig, model: torch.nn.Module, training_data: Any) -> None:
+def _check_selector(
+    run: RunConfig, model: torch.nn.Module, training_data: Any, target_data: Any
+) -> None:
     """Raise ValueError where the model or the data does not fit the selector's configuration."""
     selector = run.zeroth_order.selector
     if selector is None:
+        if target_data is not None:
+            raise ValueError(f"target_data: given without {SELECTOR}, which chooses by it.")
         return
     if training_data is None:
         raise ValueError(
@@ -232,6 +243,7 @@ def _check_selector(run: RunConfig, model: torch.nn.Module, training_data: Any) 
             "zods.initialize."
         )
     check_selector(selector, SELECTOR, run.deepspeed["train_batch_size"], len(training_data))
+    check_target_data(selector, target_data, SELECTOR)
     sources_of(training_data, selector.source_column, SELECTOR)
     if NEEDS[selector.strategy] != "nothing":
         find_target(model, selector.pattern)
@@ -242,6 +254,7 @@ def _selecting_loader(
     comm: Communicator,
     deepspeed_engine: Any,
     loader: TrainingLoader,
+    target_data: Any,
 ) -> SelectingLoader:
     """A loader that chooses from the data of `loader`."""
     assert run.zeroth_order.selector is not None
@@ -255,6 +268,7 @@ def _selecting_loader(
             seed=run.zeroth_order.seed,
             path=SELECTOR,
             loss_mean=run.zeroth_order.loss_mean,
+            target_data=target_data,
         )
     return SelectingLoader(selection, comm, run.zeroth_order.seed, loader.examples)
 
