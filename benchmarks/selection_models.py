@@ -93,6 +93,7 @@ def first_order(
     lr: float,
     seed: int,
     selector: Row | None,
+    target: Any = None,
 ) -> FirstOrderEngine:
     config = {
         "train_batch_size": batch,
@@ -102,7 +103,8 @@ def first_order(
         "steps_per_print": 10**9,
         "zeroth_order": {"seed": seed, "selector": selector},
     }
-    return FirstOrderEngine(model, read_first_order_config(config, 1), rows, task.collate)
+    run = read_first_order_config(config, 1)
+    return FirstOrderEngine(model, run, rows, task.collate, target)
 
 
 def chosen_by(strategy: str, **options: Any) -> Row:

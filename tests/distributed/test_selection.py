@@ -241,6 +241,7 @@ FURTHER: list[dict[str, Any]] = [
     {"spoilt": True, "selector": {"strategy": "target", "features": "zo"}},
     {"selector": {"strategy": "highest_loss"}},
     {"selector": {"strategy": "lowest_loss"}},
+    {"selector": {"strategy": "target", "features": "hidden_states"}},
     {"selector": {"strategy": "longest"}},
     {"selector": {"strategy": "structured_random", "interval": 2}},
     {"spoilt": True},

@@ -189,7 +189,7 @@ NAMES = {
 }
 NAMES |= {
     "selector.strategy": (list(STRATEGIES), ["Greedy", "best", *NOT_NAMES]),
-    "selector.features": (["exact", "zo", "paper"], ["gradient", *NOT_NAMES]),
+    "selector.features": (["exact", "zo", "paper", "hidden_states"], ["gradient", *NOT_NAMES]),
     "selector.metric": (["l1", "l2", "cosine"], ["L1", *NOT_NAMES]),
     "selector.weights": (["uniform", "cluster"], ["Uniform", *NOT_NAMES]),
 }

@@ -145,6 +145,27 @@ def test_stacks_of_directions_give_what_single_ones_do(
     torch.testing.assert_close(stacked, single, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["opt", "llama", "gpt2", "qwen3", "llama+lora"])
+def test_hidden_states_are_the_mean_head_inputs_of_labelled_tokens(family: str):
+    model, batch = model_of(family), batch_of(family)
+    features, losses = extractor(model, "hidden_states")(batch, [1])
+    inputs: list[Tensor] = []
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    hook = head.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    with torch.no_grad():
+        logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+    hook.remove()
+    for i, labels in enumerate(batch["labels"]):
+        rows = [inputs[0][i, t] for t in range(len(labels) - 1) if labels[t + 1] != -100]
+        torch.testing.assert_close(features[i], torch.stack(rows).mean(0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(losses, example_losses(logits, batch["labels"]))
+
+
+def test_hidden_states_of_a_classifier_are_refused():
+    with pytest.raises(ValueError, match=r'features: "hidden_states" .* no output embeddings'):
+        extractor(zoo_model("bert"), "hidden_states")
+
+
 @pytest.mark.parametrize("kind", ["exact", "zo"])
 def test_an_example_has_the_same_features_in_any_batch(kind: str):
     """Padding, companions and the number of its labels change nothing: losses are means over an
@@ -202,7 +223,7 @@ def test_patterns_that_match_nothing_are_refused():
         find_target(zoo_model("mamba"))
 
 
-@pytest.mark.parametrize("kind", ["exact", "zo"])
+@pytest.mark.parametrize("kind", ["exact", "zo", "hidden_states"])
 def test_examples_without_labels_or_with_bad_losses_are_marked_and_the_others_are_not(kind: str):
     model, batch = zoo_model("llama"), batch_of("llama")
     expected, _ = extractor(model, kind)(batch, [1, 2, 3])

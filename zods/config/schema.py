@@ -187,8 +187,8 @@ class SelectorConfig(Section):
     interval: Count = 1  # steps made with a sub-batch before the next one is chosen
     metric: Metric = "l2"  # distance between features
     # exact: derivatives of an example's loss along directions of one matrix; zo and paper: the
-    # same by finite differences
-    features: Literal["exact", "zo", "paper"] = "exact"
+    # same by finite differences; hidden_states: inputs of the head, for comparison
+    features: Literal["exact", "zo", "paper", "hidden_states"] = "exact"
     num_directions: NumDirections = 64
     rank: Count = 4  # of a direction
     # regular expression that is searched in the matrix's name; None: the last value projection

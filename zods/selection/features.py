@@ -8,7 +8,7 @@ W is one matrix: the value projection of the last block. L_i is the mean over th
 labelled tokens. So the features are a random projection of the gradient of W. The directions are
 low-rank and made from seeds. The gradients of W would be large, and are never made.
 
-There are three kinds of features:
+There are three kinds of such features, and a fourth that is no derivative:
 
     zo     differences of losses at points along the directions. All blocks but the last run once.
            The last block and the head run on stacks of the points.
@@ -16,6 +16,9 @@ There are three kinds of features:
            W, in one forward
     paper  differences along one direction only (Nguyen et al. 2024, arXiv:2407.19580v1); see
            `zods.selection.baselines`
+    hidden_states
+           the mean input of the head over the labelled tokens, for comparison: examples that the
+           model represents alike need not have similar gradients
 
 Only labelled tokens reach the head. Caller: `zods.selection.sub_batches`.
 """
@@ -77,11 +80,12 @@ class FeatureExtractor:
     ) -> None:
         """Find the matrix whose gradients the features project.
 
-        kind: "exact", "zo" or "paper". rank: rank of the low-rank directions. pattern: as in
+        kind: "exact", "zo", "paper" or "hidden_states". rank: rank of the low-rank directions. pattern: as in
         `find_target`. eps, two_sided: of the differences. agree: returns the largest of the ranks'
         values, so that all ranks of a sharded model make the same number of forwards.
 
-        Raises ValueError where `pattern` matches no matrix.
+        Raises ValueError where `pattern` matches no matrix, and where the model has no head for
+        "hidden_states".
         """
         self._model, self._deepspeed = model, deepspeed_engine
         self.target = find_target(model, pattern)
@@ -90,20 +94,26 @@ class FeatureExtractor:
         self._eps, self._two_sided, self._agree = eps, two_sided, agree
         head = getattr(model, "get_output_embeddings", lambda: None)()
         self._head = head if isinstance(head, nn.Module) else None
+        if kind == "hidden_states" and self._head is None:
+            raise ValueError(
+                f'selector.features: "hidden_states" are the inputs of a language model\'s head, and '
+                f"{type(model).__name__} has no output embeddings. Use exact or zo."
+            )
         logger.info("features: %s of %s %s", kind, self.target.name, self.target.shape)
 
     def __call__(self, batch: dict[str, Any], seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Compute (features (B, m) float32, losses (B,) float32) of a batch on the device.
 
-        seeds: seeds of the m directions. The loss of an example without labels is NaN. All ranks of
-        a sharded model must call it together. The model keeps its weights and its training mode.
+        seeds: seeds of the m directions. Hidden states have no directions, and m is their size. The
+        loss of an example without labels is NaN. All ranks of a sharded model must call it
+        together. The model keeps its weights and its training mode.
         """
         with self._pass(batch) as pass_:
-            return (
-                self._exact(pass_, seeds)
-                if self._kind == "exact"
-                else self._differences(pass_, seeds)
-            )
+            if self._kind == "hidden_states":
+                return pass_.mean_head_inputs()
+            if self._kind == "exact":
+                return self._exact(pass_, seeds)
+            return self._differences(pass_, seeds)
 
     def losses(self, batch: dict[str, Any]) -> Tensor:
         """Compute the losses only, (B,) float32."""
@@ -229,6 +239,7 @@ class _Pass:
         }
         self._before_last: Any = None  # the output of the block before the last
         self._labelled: _Labelled | None = None
+        self._head_inputs: Tensor | None = None  # of the labelled tokens, (copies, N, inputs)
         if labels.ndim == 2:  # position t predicts label t + 1
             positions = (
                 functional.pad(labels[:, 1:] != IGNORE_INDEX, (0, 1)).flatten().nonzero().squeeze(1)
@@ -268,10 +279,10 @@ class _Pass:
             ):
                 return None
             cut.append(True)
-            return (
-                hidden.reshape(copies, -1, hidden.shape[-1])[:, self._labelled.positions],
-                *args[1:],
-            )
+            self._head_inputs = hidden.reshape(copies, -1, hidden.shape[-1])[
+                :, self._labelled.positions
+            ]
+            return (self._head_inputs, *args[1:])
 
         with ExitStack() as stack:
             if at_target is not None:
@@ -313,10 +324,29 @@ class _Pass:
         """Sum `products` (B, L, m) over the tokens of each example: (B, m)."""
         # The inputs of the head are labelled tokens only: `products` is (1, N, m).
         if self._target.module is self._head and self._labelled is not None:
-            by_position = products.new_zeros(self._labels.numel(), products.shape[-1])
-            by_position[self._labelled.positions] = products[0]
-            return by_position.view(*self._labels.shape, -1).sum(1)
+            return self._sums_of_labelled(products[0], self._labelled)
         return products.flatten(1, -2).sum(1)
+
+    def mean_head_inputs(self) -> tuple[Tensor, Tensor]:
+        """Compute the mean input of the head over each example's labelled tokens, and the losses.
+
+        Returns (B, inputs), (B,). Both are NaN for an example without labels.
+        """
+        (losses,) = self.losses()
+        if self._head_inputs is None or self._labelled is None:
+            raise ValueError(
+                'selector.features: "hidden_states" need labels of single tokens that the head '
+                "predicts. Use exact or zo."
+            )
+        sums = self._sums_of_labelled(self._head_inputs[0].float(), self._labelled)
+        counts = torch.bincount(self._labelled.owners, minlength=len(self._labels))
+        return sums / counts[:, None], losses
+
+    def _sums_of_labelled(self, values: Tensor, labelled: _Labelled) -> Tensor:
+        """Sum `values` (N, m) of the labelled tokens over the tokens of each example: (B, m)."""
+        by_position = values.new_zeros(self._labels.numel(), values.shape[-1])
+        by_position[labelled.positions] = values
+        return by_position.view(*self._labels.shape, -1).sum(1)
 
     def _repeated(self, value: Any, copies: int) -> Any:
         """Repeat the tensors whose first dimension is the batch, inside dicts, lists and tuples."""

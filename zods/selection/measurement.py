@@ -105,13 +105,9 @@ class Measurement:
             else:
                 losses = self._extract.losses(inputs)
                 result = losses.new_empty(len(losses), 0), losses
-            if own < len(chunks):
-                found.append(result)
-        empty = (
-            torch.empty(0, len(seeds), device=self._comm.device),
-            torch.empty(0, device=self._comm.device),
-        )
-        features, losses = (torch.cat(parts) for parts in zip(empty, *found, strict=True))
+            is_own = own < len(chunks)
+            found.append(result if is_own else (result[0][:0], result[1][:0]))
+        features, losses = (torch.cat(parts) for parts in zip(*found, strict=True))
         finite = losses.isfinite() & features.isfinite().all(1)
         return features.where(finite[:, None], 0.0), losses.where(finite, torch.nan)
 
