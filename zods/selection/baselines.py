@@ -39,14 +39,10 @@ def longest_first(indices: Sequence[int], num_tokens: Sequence[int]) -> list[int
     return sorted(indices, key=lambda i: (-num_tokens[i], i))
 
 
-def highest_loss_first(indices: Sequence[int], losses: Sequence[float]) -> list[int]:
-    """Sort indices by loss, the highest first; equals by index."""
-    return sorted(indices, key=lambda i: (-losses[i], i))
-
-
-def lowest_loss_first(indices: Sequence[int], losses: Sequence[float]) -> list[int]:
-    """Sort indices by loss, the lowest first; equals by index."""
-    return sorted(indices, key=lambda i: (losses[i], i))
+def by_loss(indices: Sequence[int], losses: Sequence[float], *, highest: bool) -> list[int]:
+    """Sort indices by loss, the highest or the lowest first; equals by index."""
+    sign = -1 if highest else 1
+    return sorted(indices, key=lambda i: (sign * losses[i], i))
 
 
 def shuffled(indices: Sequence[int], seed: int) -> list[int]:

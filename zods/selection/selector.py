@@ -21,10 +21,9 @@ from zods.config.schema import BY_SOURCE, FACILITY_LOCATION, SelectorConfig
 from zods.core.directions import Parameter, derive_seed
 from zods.selection.baselines import (
     PaperFeatures,
+    by_loss,
     greedi,
-    highest_loss_first,
     longest_first,
-    lowest_loss_first,
     shuffled,
     stochastic_greedy,
 )
@@ -349,12 +348,10 @@ class Selector:
         """Sort `indices` into the order in which a baseline chooses them."""
         if self.strategy == "longest":
             return longest_first(indices, batch.num_tokens)
-        if self.strategy == "highest_loss":
+        if self.strategy in ("highest_loss", "lowest_loss"):
             assert batch.losses is not None
-            return highest_loss_first(indices, batch.losses.tolist())
-        if self.strategy == "lowest_loss":
-            assert batch.losses is not None
-            return lowest_loss_first(indices, batch.losses.tolist())
+            highest = self.strategy == "highest_loss"
+            return by_loss(indices, batch.losses.tolist(), highest=highest)
         return shuffled(indices, self._random_seed(name))
 
     def _random_seed(self, name: str) -> int:
