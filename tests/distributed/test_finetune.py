@@ -213,7 +213,7 @@ def test_examples_of_a_target_file_choose_and_belong_to_the_run(folder, tmp_path
     options = prompted_options(folder, tmp_path / "run", **changed, resume="auto")
     first, second = refusals_on_ranks(2, options)
     assert first == second
-    assert "it is of other training or target data" in first
+    assert "it is of other training data (or other target data)" in first
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ def check_same_model(logged: Header, here: Header, path: str) -> None:
     compared = slice(2 if num_digested(logged) is not None else 1)
     if logged.data[compared] != here.data[compared]:
         raise ValueError(
-            f"{path}: it is of other training or target data: {logged.data[0]} examples (digest "
+            f"{path}: it is of other training data (or other target data): {logged.data[0]} examples (digest "
             f"{logged.data[1]}), here {here.data[0]} ({here.data[1]}). Resume with the same data."
         )
 
