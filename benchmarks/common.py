@@ -74,6 +74,15 @@ def launcher(ranks: int) -> list[str]:
     return ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(free_port())]
 
 
+# MeZO and MeZO-SVRG as their papers have them, where a section does not say otherwise
+SHARED_DIRECTION = {
+    "direction": "gaussian",
+    "examples_per_direction": "all",
+    "normalize": False,
+    "lr": 1e-6,
+}
+
+
 def single_rank_engine(
     model: torch.nn.Module,
     section: dict[str, Any],
@@ -83,7 +92,8 @@ def single_rank_engine(
 ) -> ZerothOrderEngine:
     """Start zods with `model` in this process alone, as the only rank.
 
-    data: the training data; None: two batches of tokens. ds: keys of DeepSpeed's configuration.
+    section: changes of SHARED_DIRECTION. data: the training data; None: two batches of tokens. ds:
+    keys of DeepSpeed's configuration.
     """
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
     os.environ.setdefault("MASTER_PORT", str(free_port()))
@@ -101,7 +111,7 @@ def single_rank_engine(
         model=model,
         training_data=data,
         collate_fn=collate_fn,
-        config={**config, "zeroth_order": section},
+        config={**config, "zeroth_order": {**SHARED_DIRECTION, **section}},
     )[0]
 
 

@@ -117,14 +117,8 @@ def learn() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         subprocess.run([sys.executable, QUICKSTART / "make_data.py", folder], check=True)
-        section = {
-            "method": "mezo",
-            "lr": 1.5e-3,
-            "direction": {"distribution": "low_rank", "rank": 1},
-            "examples_per_direction": 1,
-        }
-        config = {"train_batch_size": 16, "zero_optimization": {"stage": 3}}
-        (folder / "config.json").write_text(json.dumps({**config, "zeroth_order": section}))
+        config = {"train_batch_size": 16, "zero_optimization": {"stage": 3}, "zeroth_order": {}}
+        (folder / "config.json").write_text(json.dumps(config))
         options = {
             "deepspeed_config": folder / "config.json",
             "model": QUICKSTART / "model",

@@ -10,9 +10,9 @@ are made in this process, on one rank without sharding. An interrupted command c
 A variant is a method with each of --examples_per_direction, --direction and --normalize. For each
 variant, every step size of a grid is tried with one seed (rows of kind "grid"); the one with the
 lowest training loss is used with all seeds (kind "tuned"), and so is the default of zods
-(kind "default", without a grid). A forward is that of one example. A step of MeZO has 2 per example
-of its batch, one of MeZO-SVRG 4, a refresh 2 per training example, and a step of AdamW counts
-3 per example, because its backward costs about 2.
+(kind "default", without a grid, for steps that are normalized). A forward is that of one example. A
+step of MeZO has 2 per example of its batch, one of MeZO-SVRG 4, a refresh 2 per training example,
+and a step of AdamW counts 3 per example, because its backward costs about 2.
 
 --study adds measurements of the gradient and of the curvature to each point of a run's curve (not
 of LoRA's), see `methods_study.py`. Prints one JSON object. --markdown and --picture write a table and curves.
@@ -45,6 +45,7 @@ from common import (
 from methods_study import Study
 from methods_tasks import TASKS, Bench, load_bench
 
+from zods.config.schema import ZerothOrderConfig
 from zods.data.loader import TrainingLoader
 from zods.training.engine import ZerothOrderEngine
 
@@ -62,7 +63,7 @@ METHODS: dict[str, dict[str, Any]] = {
 FIRST_ORDER = ("adamw", "lora")
 GRIDS = {
     "plain": (7.5e-4, 1.5e-3, 3e-3, 6e-3),
-    "normalized": (5e-4, 1e-3, 2e-3, 4e-3),
+    "normalized": (1e-3, 2e-3, 4e-3, 8e-3),
     "adamw": (1e-5, 3e-5, 1e-4),
     "lora": (1e-4, 3e-4, 1e-3),
 }
@@ -113,7 +114,7 @@ class Run:
         }
         if self.is_svrg:
             section |= {"anchor_interval": self.interval}
-        return section if self.lr is None else {**section, "lr": self.lr}
+        return {**section, "lr": ZerothOrderConfig().lr if self.lr is None else self.lr}
 
     def forwards_of_step(self, step: int, num_train: int) -> int:
         if self.method in FIRST_ORDER:
@@ -132,7 +133,7 @@ class Run:
 
 def zeroth_order(run: Run, bench: Bench) -> tuple[ZerothOrderEngine, Callable[[], float]]:
     """An engine, and the call that makes a step and returns its loss."""
-    lr = run.section().get("lr", 1e-6)
+    lr = run.section()["lr"]
     schedule = {
         "type": "WarmupDecayLR",
         "params": {
@@ -303,7 +304,7 @@ def make_rows(arguments: argparse.Namespace, bench: Bench, report: Report) -> No
         return row
 
     for variant in variants(arguments, bench.name):
-        if "default" in arguments.kinds and variant.method not in FIRST_ORDER:
+        if "default" in arguments.kinds and variant.normalize:
             for seed in arguments.seeds:
                 row_of(replace(variant, seed=seed), "default")
         if "tuned" not in arguments.kinds and "grid" not in arguments.kinds:

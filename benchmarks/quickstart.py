@@ -1,6 +1,6 @@
 """Run the quickstart's job with several seeds and methods.
 
-    python benchmarks/quickstart.py [--seeds 1 2 3] [--methods mezo_svrg mezo]
+    python benchmarks/quickstart.py [--seeds 1 2 3] [--methods mezo mezo_svrg]
 
 Prints one JSON object.
 """
@@ -27,7 +27,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--methods", nargs="+", default=["mezo_svrg"])
+    parser.add_argument("--methods", nargs="+", default=["mezo"])
     add_smoke_option(parser)
     arguments = parser.parse_args()
     short = (

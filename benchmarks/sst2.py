@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import add_smoke_option, launcher, machine
+from common import SHARED_DIRECTION, add_smoke_option, launcher, machine
 
 from zods.cli.run_folder import read_metrics
 
@@ -63,7 +63,7 @@ def measure(
 ) -> dict[str, Any]:
     run = folder / f"stage{stage}-{'bf16' if bf16 else 'fp32'}"
     config = run.with_suffix(".json")
-    section = {"method": "mezo", "lr": 1e-6}
+    section = {**SHARED_DIRECTION, "method": "mezo", "lr": 1e-6}
     config.write_text(
         json.dumps(
             {

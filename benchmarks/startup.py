@@ -46,7 +46,7 @@ def write_inputs(folder: Path, examples: int, layers: int, width: int) -> None:
                 f"return the value of {i} in the table of {i * 7919 % 100003} numbers, then go on"
             )
             file.write(json.dumps({"text": text, "label": ("code", "text")[i % 2]}) + "\n")
-    section = {"method": "mezo", "lr": 1e-6}
+    section = {"method": "mezo"}
     ds = {"train_batch_size": 8, "zero_optimization": {"stage": 3}, "zeroth_order": section}
     (folder / "config.json").write_text(json.dumps(ds))
 

@@ -42,6 +42,7 @@ STARTED = time.time()
 
 import torch
 from common import (
+    SHARED_DIRECTION,
     add_smoke_option,
     free_port,
     machine,
@@ -62,7 +63,7 @@ from zods.trajectory.records import Evaluation, Header, ParameterRecord, Record,
 
 WEEK = 20_000  # steps of a long run
 STEP_SECONDS = 0.1
-BASE_SECTION = {"method": "mezo", "lr": 1e-6}
+BASE_SECTION = {**SHARED_DIRECTION, "method": "mezo", "lr": 1e-6}
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ SMOKE = Sizes(
 
 LOGGED: dict[str, dict[str, Any]] = {
     "mezo": {"method": "mezo"},
-    "mezo_svrg, defaults": {},
+    "mezo_svrg": {},
     "mezo, 16 directions": {"method": "mezo", "num_directions": 16},
     "mezo, 64 of 128 selected": {
         "method": "mezo",

@@ -26,7 +26,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import add_smoke_option, launcher, machine, opt_125m, tiny_opt, token_batch
+from common import (
+    SHARED_DIRECTION,
+    add_smoke_option,
+    launcher,
+    machine,
+    opt_125m,
+    tiny_opt,
+    token_batch,
+)
 from deepspeed.comm.comm import comms_logger
 
 import zods
@@ -68,7 +76,12 @@ def measured(
         "zero_optimization": zero,
         "comms_logger": {"enabled": True, "verbose": False, "prof_all": True},
         "steps_per_print": 10**9,
-        "zeroth_order": {"method": "mezo", "lr": 1e-9, "evaluation": evaluation},
+        "zeroth_order": {
+            **SHARED_DIRECTION,
+            "method": "mezo",
+            "lr": 1e-9,
+            "evaluation": evaluation,
+        },
     }
     engine = zods.initialize(model=model, config=config, training_data=[0] * BATCH)[0]
     size = BATCH // engine.world_size

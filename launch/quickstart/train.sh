@@ -11,4 +11,4 @@ deepspeed --num_gpus 2 --master_port "$port" --module zods.finetune \
   --deepspeed_config "$here/config.json" --model "$here/model" --output_dir "$out" \
   --task prompted --template '{text}\nKind: {label}' \
   --train_file runs/data/train.jsonl --validation_file runs/data/validation.jsonl \
-  --max_length 64 --max_steps 100 --eval_interval 20 "$@"
+  --max_length 64 --max_steps 400 --eval_interval 80 "$@"

@@ -27,6 +27,7 @@ from typing import Any
 
 from tests.distributed.command_line import labelled_rows, prompted_options, write_inputs, write_rows
 from tests.distributed.matrix import RUN, Cell, Disk, End, Signal
+from tests.distributed.models import OF_THE_PAPER
 from tests.distributed.ranks import LIMIT, environment_of_ranks, master_port
 
 SCRIPT = Path(__file__).parent / "scripts" / "faulty.py"
@@ -155,6 +156,7 @@ def prepare(folder: Path, variant: str) -> None:
         **changed.get("anchor", {}),
     }
     section = {
+        **OF_THE_PAPER,
         "lr": 1e-3,
         "anchor_interval": 3,
         "agreement_interval": 2,

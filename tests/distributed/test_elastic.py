@@ -11,12 +11,14 @@ import sys
 from pathlib import Path
 
 from tests.distributed.command_line import finetune_on_ranks, prompted_options, write_inputs
+from tests.distributed.models import OF_THE_PAPER
 from tests.distributed.ranks import run_command
 
 CONFIG = {
     "train_batch_size": 8,
     "zero_optimization": {"stage": 3},
     "zeroth_order": {
+        **OF_THE_PAPER,
         "lr": 1e-4,
         "anchor_interval": 3,
         "anchor": {"point": "terms", "gradient": "cpu"},

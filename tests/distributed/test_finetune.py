@@ -26,6 +26,7 @@ from tests.distributed.command_line import (
     write_inputs,
     write_rows,
 )
+from tests.distributed.models import OF_THE_PAPER
 from tests.distributed.ranks import launch, options_of, run_command
 from zods.cli.arguments import parse_arguments
 from zods.cli.run_folder import read_metrics
@@ -39,6 +40,7 @@ CONFIG = {
     "zero_optimization": {"stage": 3},
     "comms_logger": {"enabled": True, "prof_all": True, "verbose": False},
     "zeroth_order": {
+        **OF_THE_PAPER,
         "lr": 1e-4,
         "anchor_interval": 2,
         "anchor": {"point": "terms", "gradient": "cpu"},

@@ -21,6 +21,7 @@ import torch
 import zods.finetune
 from tests.distributed.command_line import prompted_options, write_inputs
 from tests.distributed.models import (
+    OF_THE_PAPER,
     Tiny,
     Wide,
     configuration,
@@ -542,7 +543,8 @@ def test_a_late_replica_reads_records_in_blocks():
 
 @pytest.mark.slow
 def test_two_launches_of_the_command_line_train_one_model(tmp_path):
-    section = {"lr": 1e-4, "anchor_interval": 50, "anchor": {"point": "terms", "gradient": "cpu"}}
+    anchor = {"anchor_interval": 50, "anchor": {"point": "terms", "gradient": "cpu"}}
+    section = {**OF_THE_PAPER, "lr": 1e-4, **anchor}
     config = {"train_batch_size": 8, "zero_optimization": {"stage": 3}, "zeroth_order": section}
     write_inputs(tmp_path, config)
     store, said = store_address(), {}

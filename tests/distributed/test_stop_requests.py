@@ -19,6 +19,7 @@ import torch
 
 import zods.finetune
 from tests.distributed.command_line import prompted_options, write_inputs
+from tests.distributed.models import OF_THE_PAPER
 from tests.distributed.ranks import run_ranks
 from zods.cli.arguments import parse_arguments
 from zods.cli.run_folder import read_metrics
@@ -32,6 +33,7 @@ CONFIG: dict[str, Any] = {
     "train_batch_size": 8,
     "zero_optimization": {"stage": 3},
     "zeroth_order": {
+        **OF_THE_PAPER,
         "lr": 1e-3,
         "anchor_interval": 2,
         "evaluation": "sequential",

@@ -69,17 +69,15 @@ def test_a_run_with_a_weight_of_zero_makes_the_steps_of_mezo():
 def test_another_weight_is_one_error_that_names_the_key(weight):
     said = f'zeroth_order.anchor_weight: found {weight!r}, expected "auto" or a number from 0 to 1.'
     with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
-        parse_section({"anchor_weight": weight})
+        parse_section({"method": "mezo_svrg", "anchor_weight": weight})
 
 
 def test_a_weight_is_read_as_a_number_or_auto():
-    assert [parse_section({"anchor_weight": w}).anchor_weight for w in (0, 0.5, "auto")] == [
-        0.0,
-        0.5,
-        "auto",
-    ]
+    svrg = {"method": "mezo_svrg"}
+    read = [parse_section({**svrg, "anchor_weight": w}).anchor_weight for w in (0, 0.5, "auto")]
+    assert read == [0.0, 0.5, "auto"]
 
 
 def test_a_measured_weight_needs_shared_directions():
     with pytest.raises(ValueError, match='anchor_weight: "auto" needs share_direction'):
-        parse_section({"anchor_weight": "auto", "share_direction": False})
+        parse_section({"method": "mezo_svrg", "anchor_weight": "auto", "share_direction": False})

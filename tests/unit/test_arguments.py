@@ -209,7 +209,10 @@ def test_both_names_of_the_configuration_work_in_a_file_and_override_it(key, opt
 
 
 def test_overrides_in_a_file_reach_the_configuration(tmp_path):
-    config = {"train_batch_size": 4, "zeroth_order": {"lr": 1.0, "anchor_interval": 2}}
+    config = {
+        "train_batch_size": 4,
+        "zeroth_order": {"method": "mezo_svrg", "lr": 1.0, "anchor_interval": 2},
+    }
     run = {
         "model": "m",
         "output_dir": "o",

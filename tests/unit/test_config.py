@@ -55,9 +55,9 @@ def refused(source, *parts: str, world_size: int = 1) -> str:
 # --- the section: defaults, types, ranges ---
 
 DEFAULTS = {
-    "method": "mezo_svrg",
+    "method": "mezo",
     "eps": 1e-3,
-    "lr": 1e-6,
+    "lr": 2e-3,
     "anchor_lr": None,
     "anchor_interval": 100,
     "num_directions": 1,
@@ -66,15 +66,15 @@ DEFAULTS = {
     "anchor_examples": None,
     "share_direction": True,
     "anchor_weight": 1.0,
-    "direction": {"distribution": "gaussian", "rank": 1},
-    "examples_per_direction": "all",
+    "direction": {"distribution": "low_rank", "rank": 1},
+    "examples_per_direction": 1,
     "loss_mean": "tokens",
     "evaluation": "auto",
     "stream_memory_gb": None,
     "seed": 42,
     "weight_decay": 0.0,
     "anneal": None,
-    "normalize": False,
+    "normalize": True,
     "stochastic_rounding": True,
     "agreement_interval": 10,
     "max_nonfinite_steps": 10,
@@ -176,7 +176,7 @@ BOOLEANS = {
 }
 NOT_NAMES = [None, "", 0, 1, True, [], {}, "auto", ["gaussian"]]
 NAMES = {
-    "method": (["mezo_svrg"], ["MeZO", "svrg", "mezo-svrg", "adamw", *NOT_NAMES]),
+    "method": (["mezo", "mezo_svrg"], ["MeZO", "svrg", "mezo-svrg", "adamw", *NOT_NAMES]),
     "direction.distribution": (list(DISTRIBUTIONS), ["normal", "Gaussian", "low rank", *NOT_NAMES]),
     "examples_per_direction": (["all", 1, 4], ["one", 1.0, -1, *(n for n in NOT_NAMES if n != 1)]),
     "loss_mean": (["tokens", "examples"], ["token", "Tokens", "batch", *NOT_NAMES]),
@@ -218,7 +218,10 @@ def nested(path: str, value) -> dict:
     """{"a": {"b": value}} for "a.b"."""
     first, _, rest = path.partition(".")
     needed = {"selector": {"candidates": 16}, "replicas": {"store": "host:1"}}.get(first, {})
-    return {first: {**needed, **nested(rest, value)} if rest else value}
+    others = {"method": "mezo_svrg"} if first in SVRG_ONLY else {}
+    if first == "normalize":
+        others["lr"] = 1e-6
+    return {**others, first: {**needed, **nested(rest, value)} if rest else value}
 
 
 def at(section: ZerothOrderConfig, path: str):
@@ -243,7 +246,8 @@ def test_defaults_are_those_documented():
         "selector": SELECTOR_DEFAULTS,
     }
     assert parse_section({"selector": None}).selector is None
-    assert parse_section({"anchor": {}}) == ZerothOrderConfig()
+    svrg = {"method": "mezo_svrg"}
+    assert parse_section({**svrg, "anchor": {}}) == parse_section(svrg)
     low_rank = DirectionConfig(distribution="low_rank", rank=1)
     assert parse_section({"direction": "low_rank"}).direction == low_rank
     assert parse_section(
@@ -320,7 +324,7 @@ def test_every_quota_that_is_wrong_is_told_and_the_sum_of_the_others_is_not():
 def test_mistakes_of_keys_are_told_in_the_order_of_the_file_and_those_between_keys_last():
     section = {
         "seed": -1,
-        "direction": {"rank": 2},
+        "direction": {"distribution": "gaussian", "rank": 2},
         "selector": {"rank": 0, "candidate": 1},
         "eps": 1,
         "lr": None,
@@ -440,6 +444,11 @@ def test_keys_of_svrg_are_refused_with_mezo(key):
     assert parse_section({"method": "mezo_svrg", key: value}).is_svrg
 
 
+def test_a_step_that_is_not_normalized_needs_a_step_size():
+    refused(config({"normalize": False}), f"{SECTION}.lr: missing", "0.002", "normalize")
+    assert parse_section({"normalize": False, "lr": 1e-6}).lr == 1e-6
+
+
 def test_mezo_takes_every_other_key():
     others = {key: value for key, value in DEFAULTS.items() if key not in (*SVRG_ONLY, "method")}
     assert not parse_section({"method": "mezo", **others}).is_svrg
@@ -448,10 +457,16 @@ def test_mezo_takes_every_other_key():
 @pytest.mark.parametrize("role", ["point", "gradient"])
 def test_nvme_needs_its_path_and_the_path_needs_nvme(role):
     key = f"{SECTION}.anchor.nvme_path"
-    refused(config({"anchor": {role: "nvme"}}), key, "missing")
-    refused(config({"anchor": {role: "nvme", "nvme_path": ""}}), key, "missing")
-    refused(config({"anchor": {role: "cpu", "nvme_path": "/drive"}}), key, "neither")
-    read = parse_section({"anchor": {role: "nvme", "nvme_path": "/drive"}})
+    refused(config({"method": "mezo_svrg", "anchor": {role: "nvme"}}), key, "missing")
+    refused(
+        config({"method": "mezo_svrg", "anchor": {role: "nvme", "nvme_path": ""}}), key, "missing"
+    )
+    refused(
+        config({"method": "mezo_svrg", "anchor": {role: "cpu", "nvme_path": "/drive"}}),
+        key,
+        "neither",
+    )
+    read = parse_section({"method": "mezo_svrg", "anchor": {role: "nvme", "nvme_path": "/drive"}})
     assert read.anchor.nvme_path == "/drive"
 
 
@@ -965,7 +980,8 @@ def test_the_dict_given_is_not_changed():
     [
         config({"method": "mezo", "lr": 1e-4}),
         config(
-            {"anneal": {"alpha": 2.0}, "anchor": {"point": "terms"}}, zero_optimization={"stage": 3}
+            {"method": "mezo_svrg", "anneal": {"alpha": 2.0}, "anchor": {"point": "terms"}},
+            zero_optimization={"stage": 3},
         ),
         config(
             scheduler={"type": "WarmupLR", "params": {"warmup_max_lr": "auto"}},
@@ -1047,6 +1063,7 @@ WHOLE = {
     "aio": {"block_size": 1048576},
     SECTION: {
         **DEFAULTS,
+        "method": "mezo_svrg",
         "anneal": ANNEAL_DEFAULTS,
         "anchor": {**DEFAULTS["anchor"], "point": "nvme", "nvme_path": "/a"},
     },

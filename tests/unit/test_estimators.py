@@ -396,7 +396,8 @@ def test_split_directions_of_a_refresh_add_the_noise_of_their_examples(number):
     gradients = -torch.sigmoid(-(problem.x @ theta))[:, None] * problem.x
     grad, at_theta = gradients.mean(0), problem.x @ theta
     noise = (gradients - grad).square().sum(1).mean() / grad.square().sum()
-    rule = StepRule(parse_section({"eps": EPSILON, "anchor_directions": number}))
+    svrg = {"method": "mezo_svrg", "direction": "gaussian", "examples_per_direction": "all"}
+    rule = StepRule(parse_section({**svrg, "eps": EPSILON, "anchor_directions": number}))
     error = 0.0
     for draw in range(100):
         seeds = rule.seeds("anchor", draw, number)
@@ -430,7 +431,8 @@ def errors_of_per_example_svrg(descents: int, walk: int) -> dict[str, float]:
     anchor = torch.zeros(NUM_PARAMETERS, dtype=torch.float64)
     for _ in range(descents):
         anchor = anchor - problem.grad(anchor)
-    rule = StepRule(parse_section({"eps": EPSILON, "examples_per_direction": 1}))
+    svrg = {"method": "mezo_svrg", "direction": "gaussian", "examples_per_direction": 1}
+    rule = StepRule(parse_section({**svrg, "eps": EPSILON}))
     generator = torch.Generator().manual_seed(1)
 
     def differences(at: Tensor, rows: Tensor, directions: Tensor) -> Tensor:

@@ -224,7 +224,7 @@ def test_directions_that_cost_nothing_or_are_shared_are_advised_for_svrg():
 
 
 def test_a_step_with_fewer_examples_than_configured_measures_nothing():
-    meter = meter_of(method="mezo")
+    meter = meter_of(method="mezo", examples_per_direction="all")
     spread = Spread(squares=10.0, units=4)
     for examples, measured in ((3, False), (4, True)):
         reduced = ReducedLosses([[1.0]], 0.5, spread, examples, False, False)
@@ -254,7 +254,7 @@ def step_of(*coefficients: float, weight: float = 1.0) -> Step:
 
 
 def test_a_step_of_mezo_has_the_noise_scale_and_two_shares():
-    meter = meter_of(method="mezo")
+    meter = meter_of(method="mezo", examples_per_direction="all")
     # the examples 1, 1, 3, 3: mean 2, squares 1 + 1 + 9 + 9
     meter.add_step(reduced([[2.0]], Spread(20.0 / 16, 4)), step_of(2.0), ())
     # in the unit of `differences`, a row is a quarter of an example
@@ -277,9 +277,8 @@ def test_a_direction_per_example_says_nothing_of_the_noise_scale_and_still_gives
 
 
 def test_a_step_of_svrg_has_the_staleness_of_its_correction_at_the_weight_it_used():
-    meter = NoiseMeter(
-        parse_section({"anchor_weight": 0.5}), batch_size=4, population=64, selects=False
-    )
+    svrg = {"method": "mezo_svrg", "anchor_weight": 0.5, "examples_per_direction": "all"}
+    meter = NoiseMeter(parse_section(svrg), batch_size=4, population=64, selects=False)
     meter.add_step(
         reduced([[2.0, 1.0]], Spread(1.0, 1)),
         step_of(3.0, weight=0.5),

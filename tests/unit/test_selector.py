@@ -80,12 +80,17 @@ def test_the_targets_examples_choose_the_most_similar_of_all_candidates():
 
 def test_each_selection_takes_the_next_target_examples():
     by_target = selector(budget=4, strategy="target")
-    assert by_target.target_ids(3) == [0, 1, 2]
-    found = []
+    of_many, of_few = [], []
     for _ in range(3):
-        found.append(by_target.target_ids(10))
+        of_many.append(by_target.target_ids(10))
+        of_few.append(by_target.target_ids(3))
         by_target.select(batch_of())
-    assert found == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 0, 1]]
+    assert of_many == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 0, 1]]
+    assert of_few == [
+        [0, 1, 2],
+        [1, 2, 0],
+        [2, 0, 1],
+    ]  # each is the first, with one turn more, once
 
 
 def test_cluster_weights_count_the_candidates_that_each_choice_represents():

@@ -96,7 +96,7 @@ def _parser() -> HfArgumentParser:
         "DeepSpeed ZeRO-3. A YAML or JSON file with options as keys may stand before the options, "
         "which override it.",
         epilog="Example: deepspeed --num_gpus 2 --module zods.finetune "
-        "--deepspeed_config ds_configs/svrg_zero3.json --model facebook/opt-1.3b --task prompted "
+        "--deepspeed_config ds_configs/mezo_zero3.json --model facebook/opt-1.3b --task prompted "
         "--template '{sentence} It was {label}' --label_words terrible,great --dataset_name glue "
         "--dataset_config sst2 --validation_split validation --max_steps 5000 "
         "--output_dir runs/sst2",
@@ -241,7 +241,7 @@ def _load(path: Path) -> dict[Any, Any]:
         raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(loaded, dict):
         raise ValueError(
-            f"{path}: expected options as keys (lr: 1e-6), found {type(loaded).__name__}."
+            f"{path}: expected options as keys (lr: 2e-3), found {type(loaded).__name__}."
         )
     counts = Counter(key.value for key, _ in node.value)
     twice = sorted(key for key, number in counts.items() if number > 1)

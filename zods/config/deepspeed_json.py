@@ -211,8 +211,7 @@ def read_config(
         section = read_section(whole.pop(SECTION), found)
     else:
         found.append(
-            f'configuration: no section "{SECTION}". Add one, e.g. "{SECTION}": {{"method": '
-            f'"mezo", "lr": 1e-6}}, or '
+            f'configuration: no section "{SECTION}". Add one, e.g. "{SECTION}": {{"lr": 2e-3}}, or '
             "call deepspeed.initialize for first-order training."
         )
     if whole.get("gradient_clipping") == "auto":

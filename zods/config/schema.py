@@ -129,7 +129,7 @@ class DirectionConfig(Section):
     matrix is U V^T / sqrt(rank), and the other parameters are gaussian.
     """
 
-    distribution: Distribution = "gaussian"
+    distribution: Distribution = "low_rank"
     rank: Count = 1  # of a low_rank direction
 
     @model_validator(mode="before")
@@ -225,9 +225,10 @@ class ZerothOrderConfig(Section):
         'examples of a rank in place of "per_rank".'
     }
 
-    method: Method = "mezo_svrg"
+    method: Method = "mezo"
     eps: PositiveFloat = 1e-3  # perturbation scale [mu]
-    lr: NonNegativeFloat = 1e-6  # step size of a mini-batch step [eta_2]
+    # step size of a mini-batch step [eta_2]; with normalize, the change of a weight in a step
+    lr: NonNegativeFloat = 2e-3
     # step size of the full-batch step at a refresh [eta_1]; None: the value of lr
     anchor_lr: Annotated[float | None, Field(ge=0.0)] = None
     anchor_interval: Count = 100  # steps between two refreshes [q]
@@ -244,7 +245,7 @@ class ZerothOrderConfig(Section):
     direction: DirectionConfig = DirectionConfig()  # the JSON may give the name alone
     # examples of a step's batch that share a direction, by their positions in it; all: one direction
     # (num_directions of them) for the whole batch
-    examples_per_direction: Annotated[int | Literal["all"], PlainValidator(_size_of_group)] = "all"
+    examples_per_direction: Annotated[int | Literal["all"], PlainValidator(_size_of_group)] = 1
     # mean over the global batch; tokens: of the losses of all label tokens; examples: of the mean
     # losses of the examples
     loss_mean: LossMean = "tokens"
@@ -256,9 +257,8 @@ class ZerothOrderConfig(Section):
     # decoupled decay by lr * weight_decay per step, of parameters with two or more dimensions
     weight_decay: NonNegativeFloat = 0.0
     anneal: AnnealConfig | None = None
-    # divide each step by the running root mean square of the estimate's elements; lr is then the
-    # change of a weight in a step
-    normalize: bool = False
+    # divide each step by the running root mean square of the estimate's elements
+    normalize: bool = True
     stochastic_rounding: bool = True  # for updates of 16-bit parameters
     # steps between two checks that all ranks applied the same update
     agreement_interval: Count = 10
@@ -362,7 +362,7 @@ def _selector_mistakes(
     if config.strategy == "target" and config.features == "paper":
         yield (
             f'{path}.features: found "paper", but strategy is "target", and along a single '
-            'direction all examples are equally similar. Use "exact" or "zo".'
+            "direction all examples are equally similar. Use another kind."
         )
     if config.quotas is None:
         return
@@ -403,6 +403,11 @@ def _mistakes_between_keys(config: ZerothOrderConfig, given: Mapping[str, Any]) 
             f'{SECTION}: {", ".join(unused)} belong to method "mezo_svrg", but method is '
             f'"{config.method}". '
             "Remove them, or change the method."
+        )
+    if not config.normalize and "lr" not in given:
+        yield (
+            f"{SECTION}.lr: missing; the default {config.lr:g} is for steps with normalize. Give a step "
+            "size: 1e-7 to 1e-5 where all parameters of a large model are trained."
         )
     if config.anchor_weight == "auto" and not config.share_direction:
         yield (

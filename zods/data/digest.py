@@ -46,9 +46,9 @@ class ExampleDigests:
         first = self._of_rows(sample)
         began = time.perf_counter()
         self.repeatable = self._of_rows(sample) == first
+        seconds = (time.perf_counter() - began) / sample
         if target_data is not None:
             self.repeatable &= digest_of(_rows(target_data)) == self._of_target
-        seconds = (time.perf_counter() - began) / sample
         self.affordable = len(dataset)
         if not _is_table(dataset) and seconds * len(dataset) > SECONDS:
             self.affordable = max(sample, int(SECONDS / seconds))

@@ -21,6 +21,8 @@ from zods.data.batch import to_device
 from zods.selection.facility_location import quantised
 from zods.selection.features import FeatureExtractor
 
+SMALLEST = torch.finfo(torch.float32).tiny
+
 
 class Measured(NamedTuple):
     """Measurements of n examples: features (n, m) int16 `quantised` by `largest`, losses (n,)
@@ -38,7 +40,8 @@ class Measured(NamedTuple):
 class Measurement:
     """Measures examples of a dataset; all ranks call it together.
 
-    matrix: the matrix whose gradients the features project.
+    matrix: the matrix whose gradients the features project. compares_gradients: whether features
+    are of gradients.
     """
 
     def __init__(
@@ -61,12 +64,17 @@ class Measurement:
             agree=lambda value: max(of_rank[0] for of_rank in comm.gather_integers([value])),
         )
         self.matrix = self._extract.target
+        self.compares_gradients = config.features != "hidden_states"
         self._comm, self._collate, self._micro_batch = comm, collate, micro_batch
 
-    def __call__(self, dataset: Any, ids: Sequence[int], seeds: Sequence[int]) -> Measured:
+    def __call__(
+        self, dataset: Any, ids: Sequence[int], seeds: Sequence[int], *, by_row: bool = False
+    ) -> Measured:
         """Measure the examples `ids` of a dataset; the ranks take micro-batches in turn.
 
-        seeds: of the directions of the features; none: only losses are measured.
+        seeds: of the directions of the features; none: only losses are measured. by_row: divide
+        the features of each example by their largest magnitude, so that one example with a large
+        gradient leaves the others all their digits.
         """
         world = self._comm.world_size
         chunks = [
@@ -74,6 +82,8 @@ class Measurement:
             for start in range(0, len(ids), self._micro_batch)
         ]
         features, losses = self._own(dataset, [[ids[k] for k in chunk] for chunk in chunks], seeds)
+        if by_row:
+            features = features / features.abs().amax(1, keepdim=True).clamp(min=SMALLEST)
         largest, rows = self._exchanged(features, losses)
         by_rank = [
             torch.tensor([k for chunk in chunks[rank::world] for k in chunk], dtype=torch.int64)

@@ -147,8 +147,8 @@ class Selector:
 
         A selection takes as many as it chooses candidates; the next selection goes on behind them.
         """
-        used = min(number, self.budget)
-        return [(self.step * used + k) % number for k in range(used)]
+        first = self.step * self.budget
+        return [(first + k) % number for k in range(min(number, self.budget))]
 
     def plan(self, batch: CandidateBatch) -> tuple[dict[str, int] | None, list[int]]:
         """Plan the measurements of a batch whose losses and features are not known.

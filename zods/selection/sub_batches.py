@@ -132,7 +132,9 @@ class SubBatches:
         # raises the errors of a batch before anything is spent
         self._batch_of([0])
         if target_data is not None:
-            self._batch_of([0], target_data)
+            for first in range(0, len(target_data), self._micro_batch):
+                ids = range(first, min(first + self._micro_batch, len(target_data)))
+                self._batch_of(ids, target_data)
         self._measure: Measurement | None = None
         if NEEDS[config.strategy] != "nothing":
             self._measure = Measurement(
@@ -191,7 +193,7 @@ class SubBatches:
                 f"selector: none of {len(ids)} candidates has a label and a finite loss. Look at "
                 "the data."
             )
-        if wanted and self._measure is not None:
+        if wanted and self._measure is not None and self._measure.compares_gradients:
             self.report = replace(self.report, matrix=self._measure.matrix.name)
         self.selected_ids = [ids[index] for index in indices]
         self._comm.check_agreement(json.dumps(self.selected_ids).encode(), "what was selected")
@@ -283,7 +285,12 @@ class SubBatches:
         """
         order = sorted(wanted, key=lambda index: (-batch.num_tokens[index], index))
         assert self._measure is not None
-        found = self._measure(self.dataset, [batch.ids[index] for index in order], self._seeds())
+        found = self._measure(
+            self.dataset,
+            [batch.ids[index] for index in order],
+            self._seeds(),
+            by_row=self.selector.strategy == "target",  # a cosine does not depend on lengths
+        )
         where = torch.tensor(order)
         features = found.features.new_zeros(len(batch.ids), found.features.shape[1])
         features[where.to(features.device)] = found.features
@@ -308,9 +315,11 @@ class SubBatches:
 
         Raises RuntimeError on all ranks if none of them has a gradient.
         """
+        number = str(len(self.target_data)).encode()
+        self._comm.check_agreement(number, "the number of target examples")
         ids = self.selector.target_ids(len(self.target_data))
         assert self._measure is not None
-        features = self._measure(self.target_data, ids, self._seeds()).features
+        features = self._measure(self.target_data, ids, self._seeds(), by_row=True).features
         usable = features[features.any(1)]
         if not len(usable):
             raise RuntimeError(

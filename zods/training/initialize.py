@@ -42,6 +42,9 @@ from zods.training.rank_agreement import check_ranks_agree, code_of_model
 logger = logging.getLogger(__name__)
 
 SELECTOR = f"{SECTION}.selector"
+SMALL_CHANGE = (
+    1e-5  # of a weight in a step; MeZO's step sizes, which multiply the estimate, are below
+)
 
 
 def initialize(
@@ -161,7 +164,7 @@ def _checked_model(model: torch.nn.Module | None, **others: Any) -> torch.nn.Mod
 
 
 def _log_start(zo: ZerothOrderConfig, world_size: int, parameters: ShardedParameters) -> None:
-    """Log what is trained, and warn of directions whose rank is reduced.
+    """Log what is trained, and warn of a very small step and of directions whose rank is reduced.
 
     The directions of a matrix whose smaller side is below `direction.rank` have the rank of that
     side.
@@ -173,6 +176,12 @@ def _log_start(zo: ZerothOrderConfig, world_size: int, parameters: ShardedParame
         parameters.numel,
         backend(),
     )
+    if zo.normalize and zo.lr < SMALL_CHANGE:
+        logger.warning(
+            "zeroth_order.lr is %g, and with normalize that is the change of a weight in a step. If "
+            "it is meant for the estimate itself, as in MeZO's code, set normalize to false.",
+            zo.lr,
+        )
     direction = zo.direction
     small = [p for p in parameters if len(p.shape) == 2 and min(p.shape) < direction.rank]
     if direction.distribution == "low_rank" and small:
@@ -242,7 +251,8 @@ def _check_selector(
             f"training_data: missing; {SELECTOR} chooses from it. Give a map-style dataset to "
             "zods.initialize."
         )
-    check_selector(selector, SELECTOR, run.deepspeed["train_batch_size"], len(training_data))
+    size = check_dataset(training_data, "training_data")
+    check_selector(selector, SELECTOR, run.deepspeed["train_batch_size"], size)
     check_target_data(selector, target_data, SELECTOR)
     sources_of(training_data, selector.source_column, SELECTOR)
     if NEEDS[selector.strategy] != "nothing":

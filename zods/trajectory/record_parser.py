@@ -164,9 +164,8 @@ def _run(values: dict[str, Any]) -> RunRecord:
     known = ("batch", "world_size", "about", "zeroth_order", "optimizer", "code", "updates")
     get = _Reader(values, "run", known)
     section, optimizer = get("zeroth_order", dict), get("optimizer", dict, None)
-    if optimizer is not None:
-        section = {"method": "mezo", **section}
-    section = _of_this_version(section, get.count("batch", 1), get.count("world_size", 1))
+    if optimizer is None:
+        section = _of_this_version(section, get.count("batch", 1), get.count("world_size", 1))
     anchor = section.get("anchor")
     if isinstance(anchor, Mapping) and "nvme" in (anchor.get("point"), anchor.get("gradient")):
         section = {**section, "anchor": {**anchor, "nvme_path": "(not recorded)"}}
