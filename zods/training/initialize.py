@@ -176,7 +176,7 @@ def _log_start(zo: ZerothOrderConfig, world_size: int, parameters: ShardedParame
         parameters.numel,
         backend(),
     )
-    if zo.normalize and zo.lr < SMALL_CHANGE:
+    if zo.normalize and 0.0 < zo.lr < SMALL_CHANGE:
         logger.warning(
             "zeroth_order.lr is %g, and with normalize that is the change of a weight in a step. If "
             "it is meant for the estimate itself, as in MeZO's code, set normalize to false.",
