@@ -80,6 +80,21 @@ def test_records_come_back_as_they_were_to_the_bit(tmp_path):
     assert "/drive" not in (tmp_path / "log").read_text()
 
 
+def test_keys_that_a_log_of_an_earlier_version_lacks_have_their_meaning_there(tmp_path):
+    section = parse_section(
+        {
+            "method": "mezo",
+            "direction": "gaussian",
+            "examples_per_direction": "all",
+            "normalize": False,
+            "lr": 1e-6,
+        }
+    )
+    run = RunRecord(0, section, 8, 1, {})
+    assert {"normalize", "examples_per_direction"}.isdisjoint(run.to_json()["zeroth_order"])
+    assert read_log(write(tmp_path / "log", [run])).records == (run,)
+
+
 def test_a_first_order_run_records_its_optimizer_and_no_zeroth_order_step_size(tmp_path):
     optimizer = {"type": "AdamW", "params": {"lr": 3e-4, "betas": [0.9, 0.99]}}
     section = parse_section({"method": "mezo", "seed": 7})

@@ -34,7 +34,8 @@ DEFINITION = (
 )
 # Keys of the section "zeroth_order" that first-order training uses.
 FIRST_ORDER = ("seed", "selector", "loss_mean")
-# Keys that logs of earlier versions do not have, with what they meant there.
+# Keys that logs of earlier versions do not have, with what they meant there. They are no longer the
+# defaults.
 EARLIER = {
     "normalize": False,
     "examples_per_direction": "all",
