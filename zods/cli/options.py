@@ -196,7 +196,7 @@ class SelectionArguments:
     )
     target_file: str | None = field(
         default=None,
-        metadata={"help": "strategy target: a file of what the model should be good at"},
+        metadata={"help": "strategy target: a file with examples of the target task"},
     )
 
     def selector(self) -> dict[str, Any]:

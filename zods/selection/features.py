@@ -80,9 +80,9 @@ class FeatureExtractor:
     ) -> None:
         """Find the matrix whose gradients the features project.
 
-        kind: "exact", "zo", "paper" or "hidden_states". rank: rank of the low-rank directions. pattern: as in
-        `find_target`. eps, two_sided: of the differences. agree: returns the largest of the ranks'
-        values, so that all ranks of a sharded model make the same number of forwards.
+        kind: "exact", "zo", "paper" or "hidden_states". rank: rank of the low-rank directions.
+        pattern: as in `find_target`. eps, two_sided: of the differences. agree: returns the largest
+        of the ranks' values, so that all ranks of a sharded model make the same number of forwards.
 
         Raises ValueError where `pattern` matches no matrix, and where the model has no head for
         "hidden_states".

@@ -1,4 +1,4 @@
-"""Choose the candidates most similar to target examples: what the model should become good at.
+"""Choose the candidates most similar to examples of a target task.
 
     s(x, t) = x . t / (|x| |t|)
 

@@ -42,9 +42,8 @@ from zods.training.rank_agreement import check_ranks_agree, code_of_model
 logger = logging.getLogger(__name__)
 
 SELECTOR = f"{SECTION}.selector"
-SMALL_CHANGE = (
-    1e-5  # of a weight in a step; MeZO's step sizes, which multiply the estimate, are below
-)
+# A change of a weight in a step. MeZO's step sizes, which multiply the estimate, are below it.
+SMALL_CHANGE = 1e-5
 
 
 def initialize(
