@@ -57,7 +57,7 @@ def refused(source, *parts: str, world_size: int = 1) -> str:
 DEFAULTS = {
     "method": "mezo",
     "eps": 1e-3,
-    "lr": 2e-3,
+    "lr": "auto",
     "anchor_lr": None,
     "anchor_interval": 100,
     "num_directions": 1,
@@ -130,7 +130,7 @@ NOT_NUMBERS = [
 ]
 FLOATS = {
     "eps": ([1e-8, 1e-3, 1, 10.0], [0, 0.0, -1e-3, None, *NOT_NUMBERS]),
-    "lr": ([0, 0.0, 1e-7, 1], [-1e-9, None, *NOT_NUMBERS]),
+    "lr": (["auto", 0, 0.0, 1e-7, 1], [-1e-9, None, *(v for v in NOT_NUMBERS if v != "auto")]),
     "anchor_lr": ([None, 0, 1e-3], [-1e-9, *NOT_NUMBERS]),
     "anchor_weight": (
         [0, 0.5, 1],
@@ -219,8 +219,6 @@ def nested(path: str, value) -> dict:
     first, _, rest = path.partition(".")
     needed = {"selector": {"candidates": 16}, "replicas": {"store": "host:1"}}.get(first, {})
     others = {"method": "mezo_svrg"} if first in SVRG_ONLY else {}
-    if first == "normalize":
-        others["lr"] = 1e-6
     return {**others, first: {**needed, **nested(rest, value)} if rest else value}
 
 
@@ -338,9 +336,9 @@ def test_mistakes_of_keys_are_told_in_the_order_of_the_file_and_those_between_ke
         "selector.rank",
         "selector.candidate",
         "selector.candidates",
-        "lr",
         "anneal.alpha",
         "direction.rank",
+        "lr",
         "replicas.store",
     ]
 
@@ -442,11 +440,6 @@ def test_keys_of_svrg_are_refused_with_mezo(key):
     value = DEFAULTS[key] if key != "anchor_lr" else 1e-3
     refused(config({"method": "mezo", key: value}), key, "mezo_svrg")
     assert parse_section({"method": "mezo_svrg", key: value}).is_svrg
-
-
-def test_a_step_that_is_not_normalized_needs_a_step_size():
-    refused(config({"normalize": False}), f"{SECTION}.lr: missing", "0.002", "normalize")
-    assert parse_section({"normalize": False, "lr": 1e-6}).lr == 1e-6
 
 
 def test_mezo_takes_every_other_key():

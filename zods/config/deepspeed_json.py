@@ -211,7 +211,7 @@ def read_config(
         section = read_section(whole.pop(SECTION), found)
     else:
         found.append(
-            f'configuration: no section "{SECTION}". Add one, e.g. "{SECTION}": {{"lr": 2e-3}}, or '
+            f'configuration: no section "{SECTION}". Add one, e.g. "{SECTION}": {{"method": "mezo"}}, or '
             "call deepspeed.initialize for first-order training."
         )
     if whole.get("gradient_clipping") == "auto":
@@ -224,9 +224,9 @@ def read_config(
         message.startswith(f"{SECTION}.lr:") for message in found
     )
     if scheduler is not None and section is not None and lr_is_known:
-        bare = ZerothOrderOptimizer([torch.nn.Parameter(torch.zeros(1))], lr=section.lr)
+        bare = ZerothOrderOptimizer([torch.nn.Parameter(torch.zeros(1))], lr=section.peak_lr)
         scheduler, wrong = resolve_scheduler(
-            scheduler, section.lr, f"{SECTION}.lr", bare, total_steps
+            scheduler, section.peak_lr, f"{SECTION}.lr", bare, total_steps
         )
         found += wrong
     _check_deepspeed(whole, world_size, found)

@@ -6,6 +6,7 @@ what was found and what is allowed. All mistakes are raised at once (`zods.confi
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
@@ -64,6 +65,14 @@ def _weight(value: Any) -> Any:
     if type(value) in (int, float) and 0.0 <= value <= 1.0:
         return float(value)
     raise ValueError(f'found {value!r}, expected "auto" or a number from 0 to 1.')
+
+
+def _step_size(value: Any) -> Any:
+    if value == "auto":
+        return value
+    if type(value) in (int, float) and 0.0 <= value <= sys.float_info.max:
+        return float(value)
+    raise ValueError(f'found {value!r}, expected "auto" or a number of at least 0.')
 
 
 def _size_of_group(value: Any) -> Any:
@@ -227,8 +236,9 @@ class ZerothOrderConfig(Section):
 
     method: Method = "mezo"
     eps: PositiveFloat = 1e-3  # perturbation scale [mu]
-    # step size of a mini-batch step [eta_2]; with normalize, the change of a weight in a step
-    lr: NonNegativeFloat = 2e-3
+    # step size of a mini-batch step [eta_2]; with normalize, the change of a weight in a step; auto:
+    # measured before the first step, from the noise of the gradient and the curvature of the loss
+    lr: Annotated[float | Literal["auto"], PlainValidator(_step_size)] = "auto"
     # step size of the full-batch step at a refresh [eta_1]; None: the value of lr
     anchor_lr: Annotated[float | None, Field(ge=0.0)] = None
     anchor_interval: Count = 100  # steps between two refreshes [q]
@@ -276,6 +286,11 @@ class ZerothOrderConfig(Section):
     @property
     def is_svrg(self) -> bool:
         return self.method == "mezo_svrg"
+
+    @property
+    def peak_lr(self) -> float:
+        """The step size that a schedule starts from; 1 where it is measured, and then multiplies."""
+        return 1.0 if self.lr == "auto" else self.lr
 
     @property
     def has_groups(self) -> bool:
@@ -403,11 +418,6 @@ def _mistakes_between_keys(config: ZerothOrderConfig, given: Mapping[str, Any]) 
             f'{SECTION}: {", ".join(unused)} belong to method "mezo_svrg", but method is '
             f'"{config.method}". '
             "Remove them, or change the method."
-        )
-    if not config.normalize and "lr" not in given:
-        yield (
-            f"{SECTION}.lr: missing; the default {config.lr:g} is for steps with normalize. Give a step "
-            "size: 1e-7 to 1e-5 where all parameters of a large model are trained."
         )
     if config.anchor_weight == "auto" and not config.share_direction:
         yield (

@@ -70,11 +70,13 @@ class PassDifferences(NamedTuple):
 
     values: L(first of a pair) - L(second) for each group and set of pairs, group by group. A
     group's loss is its share in the mean over all examples under the objective. NaN if no label
-    counts. squares, units: as in `PairSums`, summed over sets and in the unit of `values`.
+    counts. means: for each set, the mean loss over all examples and the points of their pairs.
+    squares, units: as in `PairSums`, in the unit of `values`.
     """
 
     values: list[float]
-    squares: float
+    means: list[float]
+    squares: list[float]
     units: int
 
 
@@ -260,6 +262,7 @@ class Evaluator:
         # whether the stack gives the loss of a separate forward.
         parts = [replace(points[0], rows=None), points[0]] if self._grouped else points[:1]
         found: tuple[torch.Tensor, torch.Tensor] | None = None
+        alone = first
         differ = [False, False]
         for point in parts:
             part = take_rows(batch, point.rows)
@@ -273,7 +276,8 @@ class Evaluator:
             agrees = self._agree(*compared)
             differ[0] |= not agrees
             if point is parts[-1]:
-                differ[1] = not self._agree(first, f.mean_of(outputs, part))
+                alone = f.mean_of(outputs, part)
+                differ[1] = not self._agree(first, alone, f.rounding_of_loss(outputs))
             if found is None or not agrees:
                 found = compared
         misfits = self._comm.sum_over_ranks(list(map(float, differ)))
@@ -287,15 +291,20 @@ class Evaluator:
         if found is not None:
             reason = (
                 f"on this batch the model's loss is {float(found[0]):.6g}, from its logits "
-                f"{float(found[1]):.6g}, from a stack {float(first):.6g}"
+                f"{float(found[1]):.6g}; the first point's loss is {float(alone):.6g} in a separate "
+                f"forward, {float(first):.6g} in a stack"
             )
         logger.warning("evaluation: %s from now on, no longer stacked: %s", form.name, reason)
         return self._losses_together(form, points, batch)
 
-    def _agree(self, a: torch.Tensor, b: torch.Tensor) -> bool:
-        """Whether two losses are equal up to the rounding of a forward."""
+    def _agree(self, a: torch.Tensor, b: torch.Tensor, rounding: float = 0.0) -> bool:
+        """Whether two losses are equal up to the rounding of a forward.
+
+        rounding: for losses of two forwards, the error that the rounding of logits makes.
+        """
         tolerance = 1e-3 if self._forwards.dtype == torch.float32 else 3e-2
-        return torch.allclose(a, b, rtol=tolerance, atol=1e-2 * tolerance, equal_nan=True)
+        atol = 1e-2 * tolerance + rounding
+        return torch.allclose(a, b, rtol=tolerance, atol=atol, equal_nan=True)
 
     def loss_sums(
         self, points: Sequence[Point | None], batch: Any, *, rechecks: bool = False
@@ -373,7 +382,8 @@ class Evaluator:
         """
         rounds = WholePass(Subset(dataset, order.tolist()), micro_batch, *split, collate_fn)
         sums = torch.zeros(len(starts), len(sets), dtype=torch.float64, device=self._comm.device)
-        count, squares = sums.new_zeros(()), sums.new_zeros(())
+        levels, squares = sums.new_zeros(len(sets)), sums.new_zeros(len(sets))
+        count = sums.new_zeros(())
         units = 0
         progress = tqdm(rounds, desc=title, leave=False, disable=self._comm.rank != 0)
         for batch, positions, counted in progress:
@@ -388,17 +398,19 @@ class Evaluator:
             found = self.pair_sums(divide(positions, starts), sets, inputs)
             if counted:
                 sums[found.groups] += found.differences
+                levels += found.sums
                 count += found.count
-                squares += found.squares.sum()
+                squares += found.squares
                 units += found.units
-        *totals, all_squares, all_units, counted_everywhere = total(
-            [*sums.flatten().tolist(), float(squares), units, float(count)]
+        *totals, all_units, counted = total(
+            [*sums.flatten().tolist(), *levels.tolist(), *squares.tolist(), units, float(count)]
         )
-        if not counted_everywhere:
-            return PassDifferences([math.nan] * len(totals), math.nan, 0)
+        unit = counted or math.nan
+        means = [value / unit for value in totals[: -len(sets)]]
         return PassDifferences(
-            [value / counted_everywhere for value in totals],
-            all_squares / counted_everywhere**2,
+            means[: sums.numel()],
+            means[sums.numel() :],
+            [value / unit**2 for value in totals[-len(sets) :]],
             round(all_units),
         )
 

@@ -7,9 +7,11 @@ to this rank's shards.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +39,9 @@ from zods.training.state import StepInFlight
 from zods.training.step_outputs import StepLoss, StepReport
 from zods.training.step_points import StepPoints
 from zods.training.step_reporter import StepReporter
+from zods.training.step_size import measure_step_size
 from zods.training.training_run import TrainingRun
-from zods.trajectory.records import Record, Step
+from zods.trajectory.records import Record, Step, StepSize
 
 logger = logging.getLogger(__name__)
 
@@ -163,8 +166,17 @@ class ZerothOrderEngine(EngineInterface):
         )
 
     def get_lr(self) -> list[float]:
-        """The current step size: the scheduler's, divided by the divisor of annealing."""
-        return [group["lr"] / self.annealing.divisor for group in self.optimizer.param_groups]
+        """The current step size: the scheduler's, divided by the divisor of annealing.
+
+        With an lr of "auto" the optimizer and the scheduler hold a factor of the measured step
+        size. It is NaN before the first forward of the first step, which measures it.
+        """
+        measured = 1.0
+        if self._zo.lr == "auto":
+            found = self.recorder.step_size
+            measured = math.nan if found is None else found.lr
+        divisor = self.annealing.divisor
+        return [measured * group["lr"] / divisor for group in self.optimizer.param_groups]
 
     def train(self, mode: bool = True) -> ZerothOrderEngine:
         """Set the mode. In training mode `engine(batch)` evaluates a step's losses; otherwise it
@@ -260,6 +272,7 @@ class ZerothOrderEngine(EngineInterface):
                 "share its log."
             )
         self.recorder.record_run(step)
+        self._measure_step_size()
         if self.anchor is not None and (
             self.anchor_step is None or step - self.anchor_step >= zo.anchor_interval
         ):
@@ -376,10 +389,15 @@ class ZerothOrderEngine(EngineInterface):
         """Commit a record. In a replica that follows, commit the leader's record instead, with the
         records that the leader made before it.
         """
-        if self.replicas is None or not self.recorder.follows:
+        if self.recorder.follows:
+            self._commit_leader(type(record))
+        else:
             self.run.commit(record)
-            return
-        while type(taken := self.replicas.next_record()) is not type(record):
+
+    def _commit_leader(self, kind: type[Record]) -> None:
+        """Commit the leader's records up to the next one of a kind."""
+        assert self.replicas is not None
+        while type(taken := self.replicas.next_record()) is not kind:
             self.run.commit(taken)
         self.run.commit(taken)
 
@@ -401,29 +419,24 @@ class ZerothOrderEngine(EngineInterface):
         assert self.anchor is not None
         assert self.training_dataloader is not None
         self.flush()
-        zo, loader = self._zo, self.training_dataloader
-        scheduled = self.get_lr()[0] / zo.lr if zo.lr else 1.0 / self.annealing.divisor
-        anchor_lr = zo.lr if zo.anchor_lr is None else zo.anchor_lr
+        self._measure_step_size()
+        zo, lr = self._zo, self.get_lr()[0]
+        if zo.anchor_lr is not None:  # it follows the schedule, too
+            scheduled = self.optimizer.param_groups[0]["lr"] / zo.peak_lr if zo.peak_lr else 1.0
+            lr = zo.anchor_lr * scheduled / self.annealing.divisor
         split, total = self._exchange.refresh_split(self.global_steps, self.trajectory)
-        try:
-            with self._polled() as poll:
-                record, noise = measure_refresh(
-                    zo,
-                    self._evaluator,
-                    loader,
-                    self.global_steps,
-                    anchor_lr * scheduled,
-                    micro_batch=self._rows // split[1],
-                    split=split,
-                    total=total,
-                    before_each=poll,
-                )
-        except StopRequested:
-            loader.load_state_dict(self._loader_state)  # the step's first batch may be loaded
-            self.restart_loader()
-            self._watchdog.rest()
-            raise
-        self._record_evaluation()
+        with self._pass_before_step() as poll:
+            record, noise = measure_refresh(
+                zo,
+                self._evaluator,
+                self.training_dataloader,
+                self.global_steps,
+                lr,
+                micro_batch=self._rows // split[1],
+                split=split,
+                total=total,
+                before_each=poll,
+            )
         if not record.coefficients:
             if self.anchor_step is None:
                 raise RuntimeError(
@@ -435,6 +448,50 @@ class ZerothOrderEngine(EngineInterface):
             )
         self._commit_everywhere(record)
         self.noise.add_refresh(noise)
+
+    def _measure_step_size(self) -> None:
+        """Measure and record the step size, where the configuration asks for it and it is not known.
+
+        A replica that follows takes that of the leader.
+        """
+        if self._zo.lr != "auto" or self.recorder.step_size is not None:
+            return
+        assert self.training_dataloader is not None
+        if self.recorder.follows:
+            self._commit_leader(StepSize)
+            return
+        self.flush()
+        with self._pass_before_step() as poll:
+            record = measure_step_size(
+                self._zo,
+                self._evaluator,
+                self.training_dataloader,
+                self.comm,
+                self.global_steps,
+                batch_size=self.train_batch_size(),
+                micro_batch=self.train_micro_batch_size_per_gpu(),
+                before_each=poll,
+            )
+        self.run.commit(record)
+        if self.comm.rank == 0:
+            logger.info("step %d: measured lr: %g", self.global_steps, record.lr)
+
+    @contextlib.contextmanager
+    def _pass_before_step(self) -> Iterator[Callable[[], None]]:
+        """Evaluate training examples between two steps. Yields a function to call before each
+        micro-batch, which raises StopRequested.
+        """
+        assert self.training_dataloader is not None
+        try:
+            with self._polled() as poll:
+                yield poll
+        except StopRequested:
+            # the step's first batch may be loaded
+            self.training_dataloader.load_state_dict(self._loader_state)
+            self.restart_loader()
+            self._watchdog.rest()
+            raise
+        self._record_evaluation()
 
     # --- resume, load -----------------------------------------------------------------------------
 
@@ -546,8 +603,9 @@ class ZerothOrderEngine(EngineInterface):
         return self.last_step.loss
 
     def _remember_loader(self) -> None:
-        """Keep the loader's state at the end of a step, for a refresh that is abandoned."""
-        if self.anchor is not None and self.training_dataloader is not None:
+        """Keep the loader's state at the end of a step, for a pass that is abandoned."""
+        passes = self.anchor is not None or self._zo.lr == "auto"
+        if passes and self.training_dataloader is not None:
             self._loader_state = self.training_dataloader.state_dict()
 
     def restart_loader(self) -> None:

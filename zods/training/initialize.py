@@ -69,8 +69,8 @@ def initialize(
     a batch with `labels`. It may be made under `deepspeed.zero.Init`. torch.compile is removed from
     it. model_parameters: the parameters to train, also as groups (default: all that require a
     gradient); see `zods.training.model_setup.parameters_to_train`. training_data: a map-style
-    dataset. "mezo_svrg" needs it for the full-batch gradient of its anchor; "anneal" and "selector"
-    need it, too. lr_scheduler: a scheduler on the returned optimizer, or a function that makes one
+    dataset. "mezo_svrg" needs it for the full-batch gradient of its anchor; "anneal", "selector" and
+    an lr of "auto", the default, need it, too. lr_scheduler: a scheduler on the returned optimizer, or a function that makes one
     from it. config: path or dict (default: `args.deepspeed_config`). target_data: a map-style dataset
     whose rows `collate_fn` takes, too; the examples that the selector's strategy "target" needs.
     optimizer, mpu and mesh_param must be None.
@@ -102,7 +102,7 @@ def initialize(
     if zo.selector is not None:
         assert training_loader is not None
         loader = _selecting_loader(run, comm, engine, training_loader, target_data)
-    zo_optimizer = ZerothOrderOptimizer([p.param for p in parameters], lr=zo.lr)
+    zo_optimizer = ZerothOrderOptimizer([p.param for p in parameters], lr=zo.peak_lr)
     with comm.same_on_all_ranks():
         scheduler = _scheduler(run, zo_optimizer, lr_scheduler)
     zo_engine = ZerothOrderEngine(
@@ -175,7 +175,7 @@ def _log_start(zo: ZerothOrderConfig, world_size: int, parameters: ShardedParame
         parameters.numel,
         backend(),
     )
-    if zo.normalize and 0.0 < zo.lr < SMALL_CHANGE:
+    if zo.normalize and zo.lr != "auto" and 0.0 < zo.lr < SMALL_CHANGE:
         logger.warning(
             "zeroth_order.lr is %g, and with normalize that is the change of a weight in a step. If "
             "it is meant for the estimate itself, as in MeZO's code, set normalize to false.",
@@ -221,6 +221,12 @@ def _training_loader(
         if zo.anneal is not None:
             raise ValueError(
                 "training_data: missing; zeroth_order.anneal compares the losses of its epochs."
+            )
+        if zo.lr == "auto":
+            raise ValueError(
+                'training_data: missing; with zeroth_order.lr "auto" the step size is measured on '
+                "some of its examples. Give a map-style dataset to zods.initialize, or a number for "
+                "lr."
             )
         return None
     check_dataset(training_data, "training_data")

@@ -143,7 +143,7 @@ def parameters_to_train(
     model: torch.nn.Module,
     model_parameters: Iterable[Any] | None,
     *,
-    lr: float,
+    lr: float | str,
     weight_decay: float,
 ) -> list[torch.nn.Parameter] | None:
     """The parameters in `model_parameters`; None for None.
@@ -207,7 +207,7 @@ def _parameter(member: Any, where: str, names: Mapping[int, str]) -> torch.nn.Pa
 
 def _check_options(
     groups: Sequence[tuple[dict[str, Any], list[torch.nn.Parameter]]],
-    lr: float,
+    lr: float | str,
     weight_decay: float,
 ) -> None:
     """Raise ValueError where groups have different values of an option. Warn where all groups have

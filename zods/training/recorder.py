@@ -14,7 +14,7 @@ from zods.selection.loaders import SelectingLoader
 from zods.training.rank_agreement import code_in_use
 from zods.trajectory.log import START, Trajectory
 from zods.trajectory.record_parser import record_of
-from zods.trajectory.records import Evaluation, Record, RunRecord, Step, SubBatch
+from zods.trajectory.records import Evaluation, Record, RunRecord, Step, StepSize, SubBatch
 from zods.trajectory.updates import Change, History
 
 
@@ -23,6 +23,8 @@ class Recorder:
 
     A record of the configuration or of the form of evaluation is written only if it differs from
     the last one of its kind. So a restart under identical settings leaves the log unchanged.
+
+    step_size: the measured step size in force, or None.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class Recorder:
         self._history = History(config.zeroth_order)
         self._run: RunRecord | None = None
         self._evaluation: Evaluation | None = None
+        self.step_size: StepSize | None = None
         self._run_is_recorded = False
         # form and number of streams, when they were last checked
         self._evaluated: tuple[str, int] | None = None
@@ -75,6 +78,8 @@ class Recorder:
             self._run = record
         elif isinstance(record, Evaluation):
             self._evaluation = record
+        elif isinstance(record, StepSize):
+            self.step_size = record
 
     def note_code(self, code: Mapping[str, str]) -> None:
         """Add parts of the code that computes, such as the model's, to the record of the run.
@@ -161,7 +166,7 @@ class Recorder:
 
     def state_dict(self) -> dict[str, Any]:
         """The head of the chain and the last record of each kind, as JSON."""
-        last = {"run": self._run, "evaluation": self._evaluation}
+        last = {"run": self._run, "evaluation": self._evaluation, "step_size": self.step_size}
         return {
             "head": self.trajectory.head,
             **{key: value and value.to_json() for key, value in last.items()},
@@ -170,9 +175,9 @@ class Recorder:
     def load_state_dict(self, state: Mapping[str, Any], gradient: Sequence[Term]) -> None:
         """Restore `state_dict()`. gradient: the terms of the current anchor gradient."""
         self.trajectory.head = state["head"]
-        self._run = self._evaluation = None
-        for key in ("run", "evaluation"):
-            if state[key] is not None:
+        self._run = self._evaluation = self.step_size = None
+        for key in ("run", "evaluation", "step_size"):
+            if state.get(key) is not None:  # earlier checkpoints have no step_size
                 self._note(record_of(state[key]))
         # the configuration with which the log continues
         section = self._config.zeroth_order if self._run is None else self._run.section

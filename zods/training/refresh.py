@@ -8,6 +8,7 @@ examples. Called by the engine.
 from __future__ import annotations
 
 import functools
+import math
 from itertools import pairwise
 from typing import Any
 
@@ -71,7 +72,7 @@ def measure_refresh(
         noise = measure(
             [[n * value for value in values[k : k + sets]] for k in range(0, len(values), sets)],
             [end - start for start, end in pairwise([*starts, n])],
-            Spread(n**2 * differences.squares, differences.units),
+            Spread(n**2 * math.fsum(differences.squares), differences.units),
             len(loader.dataset),  # type: ignore[arg-type]
         )
     return record, noise

@@ -14,7 +14,7 @@ from typing import Any
 from zods.files import atomic_write
 from zods.trajectory.compare import differences, longer
 from zods.trajectory.log import Log, read_log
-from zods.trajectory.records import Evaluation, Refresh, RunRecord, Step
+from zods.trajectory.records import Evaluation, Refresh, RunRecord, Step, StepSize
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -135,6 +135,8 @@ def _inspect(path: str, step: int | None) -> int:
                 f"from step {record.step:<6} evaluated {record.form}, {record.streams} points per "
                 "forward"
             )
+        if isinstance(record, StepSize):
+            print(f"from step {record.step:<6} lr {record.lr:g}, measured")
     steps = [record for record in log.records if isinstance(record, Step)]
     refreshes = sum(isinstance(record, Refresh) for record in log.records)
     print(

@@ -27,6 +27,7 @@ from zods.trajectory.records import (
     Refresh,
     RunRecord,
     Step,
+    StepSize,
     SubBatch,
 )
 
@@ -197,6 +198,15 @@ def _evaluation(values: dict[str, Any]) -> Evaluation:
     return Evaluation(get.count("evaluation"), get("form", str), get.count("streams", 1))
 
 
+def _step_size(values: dict[str, Any]) -> StepSize:
+    get = _Reader(values, "step_size", ("lr", "loss", "trace", "size", "share"))
+    figures = (get.number(key) for key in ("loss", "trace", "size", "share"))
+    lr = get.number("lr")
+    if not lr > 0.0:
+        raise ValueError(f"step_size: lr is {lr!r}")
+    return StepSize(get.count("step_size"), lr, *figures)
+
+
 def _refresh(values: dict[str, Any]) -> Refresh:
     get = _Reader(values, "refresh", ("lr", "rms", "c", "h"))
     coefficients, in_16_bits = get.coefficients()
@@ -263,5 +273,6 @@ _KINDS: dict[str, Callable[[dict[str, Any]], Record]] = {
     "step": _step,
     "refresh": _refresh,
     "evaluation": _evaluation,
+    "step_size": _step_size,
     "run": _run,
 }

@@ -5,6 +5,7 @@
     run         the configuration in force from this step on; written whenever it changes
     evaluation  the form of evaluation from this step on, so that a restarted run computes the same
                 bits
+    step_size   the step size that was measured, with `"lr": "auto"`
     refresh     a new anchor: the coefficients of its full-batch gradient, along which a step was
                 made
     step        the coefficients of a step's estimate, its loss and step size, the loader's position
@@ -164,6 +165,32 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class StepSize:
+    """The step size from a step on, where it is measured.
+
+    The schedule and annealing multiply it. loss, trace, size, share: what it follows from, see
+    `zods.core.step_size`.
+    """
+
+    step: int
+    lr: float
+    loss: float
+    trace: float
+    size: float
+    share: float
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "step_size": self.step,
+            "lr": self.lr,
+            "loss": self.loss,
+            "trace": self.trace,
+            "size": self.size,
+            "share": self.share,
+        }
+
+
+@dataclass(frozen=True)
 class Refresh:
     """A refresh of the anchor.
 
@@ -273,7 +300,7 @@ class Step:
         return record
 
 
-Record = RunRecord | Evaluation | Refresh | Step
+Record = RunRecord | Evaluation | StepSize | Refresh | Step
 
 
 def packed(coefficients: Sequence[float]) -> str:
