@@ -9,10 +9,11 @@ are made in this process, on one rank without sharding. An interrupted command c
 
 A variant is a method with each of --examples_per_direction, --direction and --normalize. For each
 variant, every step size of a grid is tried with one seed (rows of kind "grid"); the one with the
-lowest training loss is used with all seeds (kind "tuned"), and so is the default of zods
-(kind "default", without a grid, for steps that are normalized). A forward is that of one example. A
-step of MeZO has 2 per example of its batch, one of MeZO-SVRG 4, a refresh 2 per training example,
-and a step of AdamW counts 3 per example, because its backward costs about 2.
+lowest training loss is used with all seeds (kind "tuned"), and so is the default of zods (kind
+"default", for steps that are normalized), which measures its step size. The forwards of that
+measurement are counted, and the run has fewer steps. A forward is that of one example. A step of
+MeZO has 2 per example of its batch, one of MeZO-SVRG 4, a refresh 2 per training example, and a
+step of AdamW counts 3 per example, because its backward costs about 2.
 
 --study adds measurements of the gradient and of the curvature to each point of a run's curve (not
 of LoRA's), see `methods_study.py`. Prints one JSON object. --markdown and --picture write a table and curves.
@@ -48,6 +49,7 @@ from methods_tasks import TASKS, Bench, load_bench
 from zods.config.schema import ZerothOrderConfig
 from zods.data.loader import TrainingLoader
 from zods.training.engine import ZerothOrderEngine
+from zods.training.step_size import num_forwards
 
 # MeZO-SVRG: K directions of a refresh, each on its own part of the training examples
 SVRG = {"method": "mezo_svrg", "anchor_directions": 64}
@@ -67,6 +69,7 @@ GRIDS = {
     "adamw": (1e-5, 3e-5, 1e-4),
     "lora": (1e-4, 3e-4, 1e-3),
 }
+MEASURING = 1500  # forwards, about, that zods measures a step size with
 DIVERGED = 1.5  # a run ends where its training loss is this many times the one before training
 
 
@@ -102,6 +105,11 @@ class Run:
     def is_svrg(self) -> bool:
         return self.method.startswith("svrg")
 
+    @property
+    def is_measured(self) -> bool:
+        """Whether zods measures the step size."""
+        return self.lr is None and self.method not in FIRST_ORDER
+
     def section(self) -> dict[str, Any]:
         """The section "zeroth_order" of the configuration."""
         section = {
@@ -125,7 +133,7 @@ class Run:
 
     def num_steps(self, num_train: int) -> int:
         """The number of steps that the forwards allow, at least 1."""
-        step, left = 0, self.forwards
+        step, left = 0, self.forwards - (MEASURING if self.is_measured else 0)
         while (left := left - self.forwards_of_step(step, num_train)) >= 0:
             step += 1
         return max(step, 1)
@@ -133,11 +141,10 @@ class Run:
 
 def zeroth_order(run: Run, bench: Bench) -> tuple[ZerothOrderEngine, Callable[[], float]]:
     """An engine, and the call that makes a step and returns its loss."""
-    lr = run.section()["lr"]
     schedule = {
         "type": "WarmupDecayLR",
         "params": {
-            "warmup_max_lr": lr,
+            "warmup_max_lr": "auto",
             "warmup_num_steps": 2,
             "total_num_steps": run.num_steps(len(bench.train)) + 1,
         },
@@ -206,6 +213,8 @@ def measured(run: Run, bench: Bench, points: int, study: Study | None) -> dict[s
         return loss
 
     before = add_point()
+    if run.is_measured:
+        forwards += MEASURING
     for k in range(num_steps):
         began = time.perf_counter()
         try:
@@ -233,7 +242,12 @@ def measured(run: Run, bench: Bench, points: int, study: Study | None) -> dict[s
         "curve": [{**point, "train_loss": finite(point["train_loss"])} for point in curve],
     }
     if isinstance(forward, ZerothOrderEngine):
-        row["lr"] = forward.config.zeroth_order.lr
+        row["lr"] = run.lr
+        if run.is_measured:
+            found = forward.recorder.step_size
+            assert found is not None
+            row["lr"], row["lr_measured"] = found.lr, found.to_json()
+            row["forwards"] += num_forwards(found, forward.config.zeroth_order.eps) - MEASURING
         forward.close()
     return row
 
@@ -333,7 +347,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         lines.append(
             [
                 *(str(first[key]) for key in ("task", "variant", "kind")),
-                f"{first['lr']:g}" if first["lr"] is not None else "",
+                " ".join(sorted({f"{row['lr']:g}" for row in of_one if row["lr"] is not None})),
                 str(len(of_one)),
                 str(first["forwards"]),
                 f"{statistics.mean(row['seconds'] for row in of_one):.0f}",
@@ -349,7 +363,8 @@ def grouped(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """The rows that differ by their seed only."""
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for row in rows:
-        key = tuple(row[name] for name in ("task", "variant", "kind", "lr"))
+        lr = "measured" if "lr_measured" in row else row["lr"]
+        key = (*(row[name] for name in ("task", "variant", "kind")), lr)
         groups.setdefault(key, []).append(row)
     return list(groups.values())
 

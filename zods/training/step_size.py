@@ -108,7 +108,13 @@ def measure_step_size(
         suggest(around, *estimate, normalize=config.normalize)
         for estimate in _estimates(config, batch_size, population)
     )
-    return StepSize(step, rounded(lr), loss, around.trace, around.size, around.share)
+    return StepSize(step, rounded(lr), loss, distance, around.trace, around.size, around.share)
+
+
+def num_forwards(found: StepSize, eps: float) -> int:
+    """The number of forwards of one example that a measurement took, with enough examples."""
+    distances = 2 + round(math.log2(found.distance / eps))
+    return 2 * (NUM_DIRECTIONS * NUM_EXAMPLES + NUM_CURVED * MICRO_BATCH * distances)
 
 
 def _estimates(

@@ -198,9 +198,12 @@ def _evaluation(values: dict[str, Any]) -> Evaluation:
     return Evaluation(get.count("evaluation"), get("form", str), get.count("streams", 1))
 
 
+STEP_SIZE_FIGURES = ("loss", "distance", "trace", "size", "share")
+
+
 def _step_size(values: dict[str, Any]) -> StepSize:
-    get = _Reader(values, "step_size", ("lr", "loss", "trace", "size", "share"))
-    figures = (get.number(key) for key in ("loss", "trace", "size", "share"))
+    get = _Reader(values, "step_size", ("lr", *STEP_SIZE_FIGURES))
+    figures = (get.number(key) for key in STEP_SIZE_FIGURES)
     lr = get.number("lr")
     if not lr > 0.0:
         raise ValueError(f"step_size: lr is {lr!r}")

@@ -168,13 +168,14 @@ class Evaluation:
 class StepSize:
     """The step size from a step on, where it is measured.
 
-    The schedule and annealing multiply it. loss, trace, size, share: what it follows from, see
-    `zods.core.step_size`.
+    The schedule and annealing multiply it. loss, distance, trace, size, share: what it follows
+    from, see `zods.training.step_size` and `zods.core.step_size`.
     """
 
     step: int
     lr: float
     loss: float
+    distance: float
     trace: float
     size: float
     share: float
@@ -184,6 +185,7 @@ class StepSize:
             "step_size": self.step,
             "lr": self.lr,
             "loss": self.loss,
+            "distance": self.distance,
             "trace": self.trace,
             "size": self.size,
             "share": self.share,
