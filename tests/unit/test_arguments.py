@@ -9,7 +9,7 @@ import pytest
 
 from tests.disks import within
 from zods.cli.arguments import merged_config, parse_arguments
-from zods.cli.options import BATCH_OVERRIDES, NumberOrName, OverrideArguments
+from zods.cli.options import BATCH_OVERRIDES, NumberOrAuto, NumberOrName, OverrideArguments
 from zods.config.schema import ZerothOrderConfig
 
 REQUIRED = ["--model", "m", "--output_dir", "o", "--train_file", "t"]
@@ -51,7 +51,8 @@ def test_a_command_without_a_configuration_or_with_two_is_refused(options, messa
     [
         (["run.yam"], "unrecognized arguments: run.yam"),
         (["--max_len", "5"], "unrecognized arguments: --max_len 5"),
-        (["--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
+        (["--lr", "fast"], "argument --lr: found 'fast', expected a number or auto"),
+        (["--eps", "large"], "argument --eps: invalid float value: 'large'"),
         (["--lora_rank", "0"], "error: --lora_rank: found 0, must be 1 or more"),
         (["--task", "none"], "argument --task: invalid choice: 'none' (choose from"),
         (["--select", "8/4"], "argument --select: found '8/4', expected K/N"),
@@ -81,6 +82,8 @@ def test_options_have_the_types_of_the_keys_that_they_override():
         given, expected = types_of(options[name]), types_of(keys[name])
         if given == {NumberOrName}:
             given = types_of(get_type_hints(NumberOrName.value.fget)["return"]) & (expected | {str})
+        if given == {NumberOrAuto}:
+            given = types_of(get_type_hints(NumberOrAuto)["value"])
         assert given == expected, name
 
 
@@ -256,7 +259,7 @@ def test_all_mistakes_of_a_file_are_reported_at_once(name, tmp_path, capsys):
     messages = dict(line.split(": ", 1) for line in lines)
     assert messages.keys() == wrong.keys()
     assert messages["max_step"] == "unknown key. Did you mean 'max_steps'?"
-    assert messages["lr"] == "invalid float value: 'fast'"
+    assert messages["lr"] == "found 'fast', expected a number or auto"
     assert messages["eps"] == "found True (bool), expected a number"
     assert messages["max_length"] == "found 0, must be 1 or more"
     assert messages["task"].startswith("invalid choice: 'prompting' (choose from")

@@ -27,6 +27,7 @@ from zods.cli.options import (
     FractionOrCount,
     ModelArguments,
     Names,
+    NumberOrAuto,
     NumberOrName,
 )
 from zods.config.config_errors import nearest
@@ -270,7 +271,7 @@ def _text(action: argparse.Action, value: Any) -> str:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if action.const is True:
         expected, fits = "true or false", isinstance(value, bool)
-    elif action.type in (int, float, FractionOrCount, NumberOrName):
+    elif action.type in (int, float, FractionOrCount, NumberOrAuto, NumberOrName):
         expected, fits = "a number", is_number
     else:
         expected, fits = "a text (in quotes)", False
@@ -298,7 +299,7 @@ def merged_config(arguments: Arguments) -> dict[str, Any]:
         return config  # a later check refuses it
     given = arguments.overrides.section()
     if model.optimizer is not None:
-        rates: dict[str, float] = {
+        rates: dict[str, Any] = {
             key: given.pop(key) for key in ("lr", "weight_decay") if key in given
         }
         config["optimizer"] = _optimizer(config, rates)
@@ -328,7 +329,7 @@ def merged_config(arguments: Arguments) -> dict[str, Any]:
     return config
 
 
-def _optimizer(config: dict[str, Any], rates: dict[str, float]) -> dict[str, Any]:
+def _optimizer(config: dict[str, Any], rates: dict[str, Any]) -> dict[str, Any]:
     """Build the section "optimizer" from the JSON's own section, or for AdamW, with these rates."""
     optimizer = config.get("optimizer", {"type": "AdamW", "params": {"torch_adam": True}})
     if not isinstance(optimizer, dict) or str(optimizer.get("type")).lower() != "adamw":
@@ -337,9 +338,9 @@ def _optimizer(config: dict[str, Any], rates: dict[str, float]) -> dict[str, Any
             "them."
         )
     params = {**optimizer.get("params", {}), **rates}
-    if "lr" not in params:
+    if params.get("lr", "auto") == "auto":
         raise ValueError(
-            "--lr: missing; the step size of zeroth-order steps is not used with an optimizer. "
-            "Give a step size for the optimizer."
+            "--lr: missing, or auto; the step size of zeroth-order steps is not used with an "
+            "optimizer. Give a step size for the optimizer."
         )
     return {**optimizer, "params": params}

@@ -99,6 +99,25 @@ class NumberOrName:
         return self.text
 
 
+@dataclass(frozen=True)
+class NumberOrAuto:
+    """A number, or "auto"."""
+
+    text: str = field(compare=False)
+    value: float | Literal["auto"] = field(init=False)
+
+    def __post_init__(self) -> None:
+        try:
+            value: Any = self.text if self.text == "auto" else float(self.text)
+        except ValueError:
+            message = f"found {self.text!r}, expected a number or auto"
+            raise argparse.ArgumentTypeError(message) from None
+        object.__setattr__(self, "value", value)
+
+    def __str__(self) -> str:
+        return self.text
+
+
 def _given(group: Any) -> dict[str, Any]:
     """The options of a group that have a value."""
     return {key: value for key, value in vars(group).items() if value is not None}
@@ -338,7 +357,9 @@ class OverrideArguments:
         default=None,
         metadata={"help": f"{' or '.join(METHODS)}; mezo drops the keys that only mezo_svrg has"},
     )
-    lr: float | None = field(default=None, metadata={"help": "step size"})
+    lr: NumberOrAuto | None = field(
+        default=None, metadata={"help": "step size; auto, the default, measures it"}
+    )
     eps: float | None = field(default=None, metadata={"help": "perturbation scale"})
     direction: str | None = field(
         default=None,
@@ -388,7 +409,7 @@ class OverrideArguments:
     def section(self) -> dict[str, Any]:
         """The given keys of the section "zeroth_order"."""
         return {
-            key: value.value if isinstance(value, NumberOrName) else value
+            key: value.value if isinstance(value, (NumberOrAuto, NumberOrName)) else value
             for key, value in _given(self).items()
             if key not in BATCH_OVERRIDES
         }
@@ -413,7 +434,7 @@ class Arguments:
         """The options that have a value, in the form of a JSON file for `zods.finetune`."""
         return {
             key: value.text
-            if isinstance(value, (SubBatch, FractionOrCount, NumberOrName))
+            if isinstance(value, (SubBatch, FractionOrCount, NumberOrAuto, NumberOrName))
             else value
             for group in vars(self).values()
             for key, value in _given(group).items()

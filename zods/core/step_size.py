@@ -15,8 +15,8 @@ E[z z^T] = 1, by
 with the Hessian H. This is lowest for r* = q s^2 / (t tr H), the best change of a single step.
 
     tr H    from the mean loss at distance a along directions, whose excess over the loss at the
-            parameters is a^2 / 2 z^T H z. The median over directions is taken: the mean is that of
-            a few steep directions, which many small steps follow without harm.
+            parameters is a^2 / 2 z^T H z. The upper quartile over directions is taken: the mean is
+            that of a few steep directions, which many small steps follow without harm.
     q       along one direction m examples have U partial sums S_u of n = m / U examples. With
             R = (sum_u S_u)^2 / (U sum_u S_u^2), E[R] is about (1 + N / m) / (1 + N / n). R is at
             most 1 along every direction, so its mean over directions has no outliers. The squares
@@ -34,10 +34,10 @@ from dataclasses import dataclass
 
 # Share of r* that is taken: a run has many steps, and curvature grows. The best step sizes of grids
 # are compared with it in benchmarks/results/step_size_2026-11-29.md.
-DAMPING = 0.5
+DAMPING = 1.0
 # The noise scale that is assumed lies between these. It is small only until the first steps have
 # followed what the examples have in common. A larger one than the second is not told from so few.
-NOISE_SCALES = (8.0, 64.0)
+NOISE_SCALES = (12.0, 64.0)
 DIGITS = 2  # of the step size, which is known less well
 
 
