@@ -51,6 +51,8 @@ RUNS: dict[str, dict[str, Any]] = {
         "method": "mezo_svrg",
         "anchor_interval": 4,
         "anchor": {"point": "cpu", "gradient": "cpu"},
+        "lr": "auto",
+        "normalize": True,
     },
     "svrg as terms, bf16": {
         "method": "mezo_svrg",

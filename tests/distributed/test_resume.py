@@ -50,6 +50,7 @@ def kept(point: str, gradient: str, **others: Any) -> dict[str, Any]:
 
 
 SELECTOR = {"candidates": 32, "interval": 2, "strategy": "highest_loss", "warmup_steps": 1}
+WARMUP_OF_AUTO = {**WARMUP, "params": {**WARMUP["params"], "warmup_max_lr": "auto"}}
 LOW_RANK = {"distribution": "low_rank", "rank": 2}
 # Arguments of `configuration` by name.
 RUNS: dict[str, dict[str, Any]] = {
@@ -60,6 +61,9 @@ RUNS: dict[str, dict[str, Any]] = {
     "terms, decay": kept("terms", "terms", weight_decay=0.2, num_directions=2),
     "point as terms, bf16": kept("terms", "cpu", bf16=True, direction=LOW_RANK),
     "normalized": kept("terms", "cpu", normalize=True, anchor_directions=2, anchor_weight="auto"),
+    "measured step size": kept(
+        "terms", "cpu", normalize=True, lr="auto", top={"scheduler": WARMUP_OF_AUTO}
+    ),
     "replicated": kept("cpu", "terms", stage=0, direction="rademacher", bf16=True),
     "selected": kept("cpu", "cpu", selector=SELECTOR, anneal=None),
     "offloaded": kept("cpu", "cpu", offload="cpu", anneal=None),

@@ -107,7 +107,7 @@ def suggest(around: Surroundings, directions: int, examples: float, *, normalize
 
     >>> around = Surroundings(100.0, means=[0.0] * 9, mean_squares=[65.0] * 9, units=8, examples=8)
     >>> rounded(suggest(around, directions=65, examples=1, normalize=True))  # q is 1 / 65
-    0.005
+    0.01
     """
     share, size = around.share, around.size
     of_estimate = size * math.sqrt((share + (1.0 - share) / examples) / directions)
