@@ -206,3 +206,18 @@ def test_a_provisional_length_lets_a_configuration_be_checked_before_the_steps_a
     with pytest.raises(ValueError, match="epss") as caught:
         read_config(with_provisional_length(source), 1)
     assert "auto" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["WarmupLR", "OneCycle"])
+def test_a_schedule_is_a_factor_of_a_measured_step_size(name):
+    key = {"WarmupLR": "warmup_max_lr", "OneCycle": "cycle_max_lr"}[name]
+    floor = {"cycle_min_lr": 0.0} if name == "OneCycle" else {}
+    source = {
+        "train_batch_size": 8,
+        "scheduler": {"type": name, "params": {**floor}},
+        "zeroth_order": {"lr": "auto"},
+    }
+    assert read_config(source, 1).scheduler["params"][key] == 1.0
+    source["scheduler"]["params"][key] = 1e-3
+    with pytest.raises(ValueError, match=rf"{key}: found 0.001, but zeroth_order.lr \(.auto., of"):
+        read_config(source, 1)

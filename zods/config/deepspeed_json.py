@@ -225,8 +225,9 @@ def read_config(
     )
     if scheduler is not None and section is not None and lr_is_known:
         bare = ZerothOrderOptimizer([torch.nn.Parameter(torch.zeros(1))], lr=section.peak_lr)
+        measured = ' ("auto", of which the schedule is a factor)' if section.lr == "auto" else ""
         scheduler, wrong = resolve_scheduler(
-            scheduler, section.peak_lr, f"{SECTION}.lr", bare, total_steps
+            scheduler, section.peak_lr, f"{SECTION}.lr{measured}", bare, total_steps
         )
         found += wrong
     _check_deepspeed(whole, world_size, found)
