@@ -48,8 +48,9 @@ from methods_tasks import TASKS, Bench, load_bench
 
 from zods.config.schema import ZerothOrderConfig
 from zods.data.loader import TrainingLoader
+from zods.training import step_size
 from zods.training.engine import ZerothOrderEngine
-from zods.training.step_size import num_forwards
+from zods.trajectory.records import StepSize
 
 # MeZO-SVRG: K directions of a refresh, each on its own part of the training examples
 SVRG = {"method": "mezo_svrg", "anchor_directions": 64}
@@ -247,9 +248,16 @@ def measured(run: Run, bench: Bench, points: int, study: Study | None) -> dict[s
             found = forward.recorder.step_size
             assert found is not None
             row["lr"], row["lr_measured"] = found.lr, found.to_json()
-            row["forwards"] += num_forwards(found, forward.config.zeroth_order.eps) - MEASURING
+            row["forwards"] += measuring(found, forward.config.zeroth_order.eps) - MEASURING
         forward.close()
     return row
+
+
+def measuring(found: StepSize, eps: float) -> int:
+    """The number of forwards that measured a step size."""
+    distances = 2 + round(math.log2(found.distance / eps))
+    curved = step_size.NUM_CURVED * step_size.NUM_FEW * distances
+    return 2 * (step_size.NUM_DIRECTIONS * step_size.NUM_EXAMPLES + curved)
 
 
 NUM_MEASURED = 256  # training examples whose loss is measured

@@ -37,7 +37,13 @@ from zods.cli.run_folder import RunFolder
 from zods.cli.summary import summarise, table
 from zods.cli.training_loop import evaluate, evaluate_unless_done, save, train_steps
 from zods.comm.communicator import Communicator, RankFailure, is_lost_connection
-from zods.comm.process import connect_ranks, end_process, environment_rank, report_failure
+from zods.comm.process import (
+    connect_ranks,
+    end_process,
+    environment_rank,
+    report_failure,
+    write_exit_status,
+)
 from zods.comm.siblings import Siblings
 from zods.comm.watchdog import Watchdog
 from zods.config.auto_values import (
@@ -63,7 +69,11 @@ from zods.training.engine import ZerothOrderEngine
 from zods.training.first_order import FirstOrderEngine
 from zods.training.host_memory import return_freed_memory
 from zods.training.initialize import check_folders
-from zods.training.rank_agreement import code_of_model
+from zods.training.rank_agreement import (
+    check_code_and_configuration,
+    code_in_use,
+    code_of_model,
+)
 from zods.training.resume import CHECKPOINTS, INITIAL, copy_log
 
 logger = logging.getLogger(__name__)
@@ -76,7 +86,11 @@ def main() -> None:
     stop_request.guard_start()
     siblings = Siblings()
     siblings.watch()
-    arguments = parse_arguments()
+    try:
+        arguments = parse_arguments()
+    except SystemExit as ended:
+        write_exit_status(int(ended.code or 0))
+        raise
     rank = environment_rank()
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.ERROR, format="%(name)s: %(message)s"
@@ -131,6 +145,7 @@ def start(
     try:
         with comm.same_on_all_ranks():
             checked = check_input(arguments, comm, watchdog)
+        check_code_and_configuration(comm, checked.run, code_in_use())
         run, folder, fork, data = checked.run, checked.folder, checked.fork, checked.data
         task = data.task
         if run.zero_stage == 3:

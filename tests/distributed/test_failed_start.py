@@ -223,6 +223,7 @@ def test_incomplete_variables_of_a_launcher_are_refused_with_a_remedy(monkeypatc
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setitem(sys.modules, "mpi4py", None)  # as where it is not installed
     before = dict(os.environ)
     with pytest.raises(ValueError, match=said) as caught:
         connect_ranks()

@@ -154,7 +154,7 @@ def test_what_cannot_be_measured_is_told_and_a_request_to_stop_ends_a_measuremen
     no_data, not_finite, constant, after_stop = run_ranks(2, rank_of_mistakes)[0]
     assert "training_data: missing" in no_data
     assert "lr" in no_data
-    assert 'zeroth_order.lr: "auto" cannot be measured: the loss is nan' in not_finite
+    assert 'zeroth_order.lr: "auto" cannot be measured: the loss is not finite' in not_finite
     assert 'zeroth_order.lr: "auto" cannot be measured: the loss is 3.61' in constant
-    assert "rises by 0 " in constant
+    assert "rises by 0 at a distance of 2.048 " in constant
     assert after_stop == "None"

@@ -3,16 +3,21 @@
 torch guards a build with a lock file that exists while the build runs. A build that is killed
 leaves the file, and every later run waits for it without a message. The builder keeps the file
 open, so a lock that no process has open is stale. Used by `zods.comm.process` and
-launch/build_ops.py.
+launch/build_ops.py. `python -m zods.comm.build_locks` removes the stale locks that
+are older than any build.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import sys
+import time
 from pathlib import Path
 
 from torch.utils import cpp_extension
+
+SECONDS = 1800  # more than a build takes
 
 
 def holder(lock: Path) -> int | None:
@@ -48,3 +53,12 @@ def holders(folder: Path | None = None) -> dict[Path, int | None]:
 def stale_locks() -> list[Path]:
     """The locks where torch builds extensions that no process on this machine holds."""
     return [lock for lock, process in holders().items() if process is None]
+
+
+if __name__ == "__main__":
+    for stale in stale_locks():
+        with contextlib.suppress(FileNotFoundError):
+            # a younger one may be of another machine that shares the folder
+            if time.time() - stale.stat().st_mtime > SECONDS:
+                print(f"zods: removing {stale}, the lock of a killed build", file=sys.stderr)
+                stale.unlink()

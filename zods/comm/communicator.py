@@ -8,6 +8,7 @@ travel like a ZeRO-3 gather and are counted apart.
 from __future__ import annotations
 
 import hashlib
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -161,9 +162,11 @@ class Communicator:
         values = self._all_gather(local).view(-1).tolist()
         odd = [rank for rank, value in enumerate(values) if value != values[0]]
         if odd:
+            hosts = self.gather_objects(socket.gethostname())
+            several = len(set(hosts)) > 1
+            named = [f"{rank} (on {hosts[rank]})" if several else str(rank) for rank in odd]
             raise Disagreement(
-                f"rank {', '.join(map(str, odd))}: {what} differs from rank 0's. The run stops "
-                "here."
+                f"rank {', '.join(named)}: {what} differs from rank 0's. The run stops here."
             )
 
     @contextmanager

@@ -8,6 +8,7 @@ mpi4py. A process that none of them started is a run of one rank. Used by `zods.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import importlib.util
 import logging
 import os
@@ -199,6 +200,17 @@ def _mark_said() -> None:
             return
 
 
+def write_exit_status(code: int) -> None:
+    """On rank 0, write the status of this process's end to the file ZODS_EXIT_FILE, if the
+    environment has one.
+
+    The scripts in launch/ set it, because not every launcher returns the status of a rank.
+    """
+    if environment_rank() == 0 and "ZODS_EXIT_FILE" in os.environ:
+        with contextlib.suppress(OSError):
+            Path(os.environ["ZODS_EXIT_FILE"]).write_text(f"{code}\n")
+
+
 def end_process(code: int) -> NoReturn:
     """End the process without the interpreter's teardown. With code 0, and after a request to stop,
     all ranks end together.
@@ -211,6 +223,9 @@ def end_process(code: int) -> NoReturn:
     if code in (0, EXIT_CODE):
         dist.barrier()
         dist.destroy_process_group()
+        if mpi := sys.modules.get("mpi4py.MPI"):
+            mpi.Finalize()  # mpirun takes an end without it for a crash
+    write_exit_status(code)
     atexit._run_exitfuncs()  # trackers upload what they hold
     sys.stdout.flush()
     sys.stderr.flush()

@@ -15,8 +15,8 @@ E[z z^T] = 1, by
 with the Hessian H. This is lowest for r* = q s^2 / (t tr H), the best change of a single step.
 
     tr H    from the mean loss at distance a along directions, whose excess over the loss at the
-            parameters is a^2 / 2 z^T H z. The upper quartile over directions is taken: the mean is
-            that of a few steep directions, which many small steps follow without harm.
+            parameters is a^2 / 2 z^T H z. The second largest of 8 directions is taken: the mean of
+            many is that of a few steep ones, which many small steps follow without harm.
     q       along one direction m examples have U partial sums S_u of n = m / U examples. With
             R = (sum_u S_u)^2 / (U sum_u S_u^2), E[R] is about (1 + N / m) / (1 + N / n). R is at
             most 1 along every direction, so its mean over directions has no outliers. The squares
@@ -32,9 +32,6 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# Share of r* that is taken: a run has many steps, and curvature grows. The best step sizes of grids
-# are compared with it in benchmarks/results/step_size_2026-11-29.md.
-DAMPING = 1.0
 # The noise scale that is assumed lies between these. It is small only until the first steps have
 # followed what the examples have in common. A larger one than the second is not told from so few.
 NOISE_SCALES = (12.0, 64.0)
@@ -85,8 +82,7 @@ def curvature(wanted: float, distance: float, rises: Sequence[float]) -> float:
     """tr H, by the distance at which the loss has risen by `wanted`.
 
     rises: of the loss at `distance` (at least `wanted`), and before it at the halves of it (less),
-    the last two of which are used. Between them the rise is a power of the distance. A loss that
-    suddenly rises steeply has no more effect than this.
+    the last two of which are used. Between them the rise is a power of the distance.
 
     >>> curvature(2.0, 2.0, [0.1, 1.0, 4.0])  # 2 at a distance of sqrt(2)
     2.0
@@ -95,8 +91,8 @@ def curvature(wanted: float, distance: float, rises: Sequence[float]) -> float:
     if not halves:
         return 2.0 * there / distance**2
     squared, before = distance**2, halves[-1]
-    if there > wanted:
-        squared /= (there / wanted) ** (2.0 / math.log2(there / before)) if before > 0.0 else 2.0
+    if before > 0.0:
+        squared /= (there / wanted) ** (2.0 / math.log2(there / before))
     return 2.0 * wanted / squared
 
 
@@ -111,10 +107,10 @@ def suggest(around: Surroundings, directions: int, examples: float, *, normalize
     """
     share, size = around.share, around.size
     of_estimate = size * math.sqrt((share + (1.0 - share) / examples) / directions)
-    change = DAMPING * share * size**2 / (of_estimate * around.trace)
+    change = share * size**2 / (of_estimate * around.trace)
     return change if normalize else change / of_estimate
 
 
 def rounded(step_size: float) -> float:
-    """A step size with DIGITS digits, so that it does not depend on the order of sums."""
+    """A step size with DIGITS digits, which rarely depend on the order of sums."""
     return float(f"{step_size:.{DIGITS}g}")

@@ -277,7 +277,7 @@ class Evaluator:
             differ[0] |= not agrees
             if point is parts[-1]:
                 alone = f.mean_of(outputs, part)
-                differ[1] = not self._agree(first, alone, f.rounding_of_loss(outputs))
+                differ[1] = not self._agree(first, alone, f.rounding_of_loss(outputs, counts))
             if found is None or not agrees:
                 found = compared
         misfits = self._comm.sum_over_ranks(list(map(float, differ)))

@@ -7,6 +7,7 @@ The forms of evaluation in `zods.forward.forms` are built on them.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -182,13 +183,17 @@ class ModelForwards:
             {"logits": logits_of(outputs)}, batch, over_tokens
         )
 
-    def rounding_of_loss(self, outputs: Any) -> float:
-        """Return an error that rounding makes in the loss of a row with few labels.
+    def rounding_of_loss(self, outputs: Any, count: float) -> float:
+        """Return the difference that rounding may make between losses of two forwards.
 
-        The rounding is that of the largest logit. In bfloat16, logits near 20 make an error of 0.1.
+        count: number of labels that the loss is the mean over. In bfloat16, logits near 20 make a
+        difference of 0.3 for one label.
         """
-        largest = logits_in(outputs).amax(-1).abs().max()
-        return 2.0 * torch.finfo(self.dtype).eps * float(largest)
+        largest = logits_in(outputs).amax(-1).abs()
+        largest = largest[largest.isfinite()]
+        if not largest.numel():
+            return 0.0
+        return 2.0 * torch.finfo(self.dtype).eps * float(largest.max()) / math.sqrt(count)
 
     def loss_at(self, point: Point | None, batch: Any) -> torch.Tensor:
         """Return the mean loss of a point's rows; None: of all, at the parameters as they are."""

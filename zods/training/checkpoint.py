@@ -294,6 +294,14 @@ def _check_same_course(
             f"checkpoint {folder}: made {'without' if saved['scheduler'] is None else 'with'} a "
             "scheduler."
         )
+    if wanted.scheduler and run.lr_scheduler is not None:
+        measured = [values["lr"] == "auto" for values in (there, here)]
+        if measured[0] != measured[1]:
+            raise ValueError(
+                f"checkpoint {folder}: made with zeroth_order.lr = {there['lr']!r}, this run has "
+                f'{here["lr"]!r}. Its schedule holds factors where lr is "auto", and step sizes '
+                "otherwise."
+            )
 
 
 def _load_anchor(

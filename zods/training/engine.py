@@ -41,7 +41,7 @@ from zods.training.step_points import StepPoints
 from zods.training.step_reporter import StepReporter
 from zods.training.step_size import measure_step_size
 from zods.training.training_run import TrainingRun
-from zods.trajectory.records import Record, Step, StepSize
+from zods.trajectory.records import Record, Step
 
 logger = logging.getLogger(__name__)
 
@@ -389,15 +389,10 @@ class ZerothOrderEngine(EngineInterface):
         """Commit a record. In a replica that follows, commit the leader's record instead, with the
         records that the leader made before it.
         """
-        if self.recorder.follows:
-            self._commit_leader(type(record))
-        else:
+        if self.replicas is None or not self.recorder.follows:
             self.run.commit(record)
-
-    def _commit_leader(self, kind: type[Record]) -> None:
-        """Commit the leader's records up to the next one of a kind."""
-        assert self.replicas is not None
-        while type(taken := self.replicas.next_record()) is not kind:
+            return
+        while type(taken := self.replicas.next_record()) is not type(record):
             self.run.commit(taken)
         self.run.commit(taken)
 
@@ -422,6 +417,7 @@ class ZerothOrderEngine(EngineInterface):
         self._measure_step_size()
         zo, lr = self._zo, self.get_lr()[0]
         if zo.anchor_lr is not None:  # it follows the schedule, too
+            # with an lr of 0 the anchor's steps alone move the weights
             scheduled = self.optimizer.param_groups[0]["lr"] / zo.peak_lr if zo.peak_lr else 1.0
             lr = zo.anchor_lr * scheduled / self.annealing.divisor
         split, total = self._exchange.refresh_split(self.global_steps, self.trajectory)
@@ -452,14 +448,12 @@ class ZerothOrderEngine(EngineInterface):
     def _measure_step_size(self) -> None:
         """Measure and record the step size, where the configuration asks for it and it is not known.
 
-        A replica that follows takes that of the leader.
+        A replica that follows knows it from the log: it joins after the leader's first step.
         """
         if self._zo.lr != "auto" or self.recorder.step_size is not None:
             return
         assert self.training_dataloader is not None
-        if self.recorder.follows:
-            self._commit_leader(StepSize)
-            return
+        assert not self.recorder.follows
         self.flush()
         with self._pass_before_step() as poll:
             record = measure_step_size(
@@ -604,8 +598,8 @@ class ZerothOrderEngine(EngineInterface):
 
     def _remember_loader(self) -> None:
         """Keep the loader's state at the end of a step, for a pass that is abandoned."""
-        passes = self.anchor is not None or self._zo.lr == "auto"
-        if passes and self.training_dataloader is not None:
+        measures = self._zo.lr == "auto" and self.recorder.step_size is None
+        if (self.anchor is not None or measures) and self.training_dataloader is not None:
             self._loader_state = self.training_dataloader.state_dict()
 
     def restart_loader(self) -> None:

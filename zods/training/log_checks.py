@@ -256,6 +256,10 @@ def check_replica(config: RunConfig, log: Log) -> None:
                 f"zeroth_order.{key}: {getattr(here, key)}, but {getattr(there, key)} at the "
                 "leading replica. Give the same."
             )
+    if (there.lr == "auto") != (here.lr == "auto"):
+        raise ValueError(
+            f"zeroth_order.lr: {here.lr}, but {there.lr} at the leading replica. Give the same."
+        )
     accumulation = leading.batch // (leading.about.get("micro_batch", 1) * leading.world_size)
     own = config.deepspeed["gradient_accumulation_steps"]
     if accumulation != own:

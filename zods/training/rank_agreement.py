@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from zods.comm.communicator import Communicator
-from zods.config.deepspeed_json import RunConfig
+from zods.config.deepspeed_json import FirstOrderConfig, RunConfig
 from zods.data.loader import TrainingLoader
 from zods.kernels import fingerprint
 from zods.params.zero3_adapter import is_sharded
@@ -32,18 +32,28 @@ def check_ranks_agree(
     comm: Communicator, run: RunConfig, model: torch.nn.Module, loader: TrainingLoader | None
 ) -> None:
     """Raise Disagreement, on all ranks, where a rank differs from rank 0."""
-    comm.check_agreement(json.dumps(run.to_dict(), sort_keys=True).encode(), "the configuration")
+    check_code_and_configuration(comm, run, {**code_in_use(), **code_of_model(model)})
     comm.check_agreement(
         _description(model), "the model (parameter names, shapes, dtypes, trainable or not)"
-    )
-    comm.check_agreement(
-        repr({**code_in_use(), **code_of_model(model)}).encode(),
-        f"the code (of zods or the model, or a version of {', '.join(PACKAGES)}, peft)",
     )
     if loader is not None:
         comm.check_agreement(repr(describe_data(loader, comm)).encode(), "the training data")
     if not any(map(is_sharded, model.parameters())):
         _check_weights(model, comm)
+
+
+def check_code_and_configuration(
+    comm: Communicator, run: RunConfig | FirstOrderConfig, code: dict[str, str]
+) -> None:
+    """Raise Disagreement, on all ranks, where a rank's code or configuration differs from rank 0's.
+
+    code: names and versions of the code in use.
+    """
+    comm.check_agreement(json.dumps(run.to_dict(), sort_keys=True).encode(), "the configuration")
+    comm.check_agreement(
+        repr(code).encode(),
+        f"the code (of zods or the model, or a version of {', '.join(PACKAGES)}, peft)",
+    )
 
 
 def _description(model: torch.nn.Module) -> bytes:

@@ -17,6 +17,12 @@ from zods.trajectory.record_parser import record_of
 from zods.trajectory.records import Evaluation, Record, RunRecord, Step, StepSize, SubBatch
 from zods.trajectory.updates import Change, History
 
+# Keys of the section "zeroth_order" that a measured step size depends on.
+MEASURED_FOR = (
+    *("eps", "normalize", "num_directions", "examples_per_direction"),
+    *("anchor_directions", "anchor_split", "anchor_examples"),
+)
+
 
 class Recorder:
     """The chain of records, on every rank. Rank 0 also has its file, if there is one.
@@ -95,6 +101,10 @@ class Recorder:
         self._run_is_recorded = True
         run = self.run_record(step)
         changed = self._run is None or self._run.describes() != run.describes()
+        if self._run is not None and any(
+            getattr(self._run.section, key) != getattr(run.section, key) for key in MEASURED_FOR
+        ):
+            self.step_size = None
         if changed or (self._run is not None and self._run.code != run.code):
             self.add(run)
         if changed:

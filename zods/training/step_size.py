@@ -24,12 +24,12 @@ from zods.trajectory.records import StepSize
 
 NUM_DIRECTIONS = 16
 NUM_EXAMPLES = 16
-MICRO_BATCH = 8  # at most, so that the spread is known also where the losses of rows are not
-# For the curvature, the distance from the parameters is doubled until the loss has risen by this
-# share, in the upper quartile of some directions. At smaller distances the curvature of few examples varies
-# by more than its mean, and in 16 bits it is lost in rounding.
+MICRO_BATCH = 8  # over all ranks, at most; the losses of its parts give the spread of examples
+# For the curvature, the distance from the parameters is doubled until the loss of few examples has
+# risen by this share along two of some directions. At smaller distances the curvature of few
+# examples varies by more than its mean, and in 16 bits it is lost in rounding.
 RISE = 0.02
-NUM_CURVED = 8
+NUM_CURVED, NUM_FEW = 8, 8
 MOST_DOUBLINGS = 12
 
 
@@ -66,41 +66,46 @@ def measure_step_size(
             [pair_of],
             loader.collate_fn,
             title="step size",
-            micro_batch=min(micro_batch, MICRO_BATCH),
+            micro_batch=max(1, min(micro_batch, MICRO_BATCH // comm.world_size)),
             split=(comm.rank, comm.world_size),
             total=comm.sum_over_ranks,
             **how,
         )
 
-    def loss_at(distance: float) -> list[float]:
-        return [losses(seed, MICRO_BATCH, distance).means[0] for seed in seeds[:NUM_CURVED]]
+    def loss_at(distance: float, along: list[int]) -> list[float]:
+        return [losses(seed, NUM_FEW, distance).means[0] for seed in along]
 
-    at_parameters, distance = loss_at(0.0), config.eps
-    loss, rises = statistics.mean(at_parameters), list[float]()
-    for _ in range(MOST_DOUBLINGS):
-        excess = sorted(map(operator.sub, loss_at(distance), at_parameters))
-        rises.append(excess[NUM_CURVED * 3 // 4])
-        if not rises[-1] < RISE * abs(loss):
-            break
-        distance *= 2.0
-    found = [losses(seed, NUM_EXAMPLES, config.eps) for seed in seeds]
-    values = [part.values[0] for part in found]
-    if not all(map(math.isfinite, (*rises, *values))) or rises[-1] < RISE * abs(loss):
+    # some examples may have no label that counts
+    known = dict(zip(seeds[:NUM_CURVED], loss_at(0.0, seeds[:NUM_CURVED]), strict=True))
+    known = {seed: loss for seed, loss in known.items() if math.isfinite(loss)}
+    if len(known) < 2:
         raise RuntimeError(
-            f'zeroth_order.lr: "auto" cannot be measured: the loss is {loss:.4g}, and '
-            f"rises by {rises[-1]:.4g} at a distance of {distance:g} along random directions; it should "
-            f"rise by {RISE:.0%} at some distance from eps ({config.eps:g}) on. Look at the data, "
-            "lower eps, or give a number."
+            'zeroth_order.lr: "auto" cannot be measured: the loss is not finite. Look at the data.'
         )
-    if not any(part.squares[0] for part in found):
+    loss, rises = statistics.mean(known.values()), list[float]()
+    for k in range(MOST_DOUBLINGS):
+        distance = config.eps * 2**k
+        there = map(operator.sub, loss_at(distance, list(known)), known.values())
+        rises.append(sorted(math.inf if math.isnan(rise) else rise for rise in there)[-2])
+        if rises[-1] >= RISE * abs(loss) and rises[-1] > 0.0:
+            break
+    else:
         raise RuntimeError(
-            f"zeroth_order.eps ({config.eps:g}): too small for this model; the losses of all pairs of "
-            "points are the same numbers. Give a larger one."
+            f'zeroth_order.lr: "auto" cannot be measured: the loss is {loss:.4g}, and rises by '
+            f"{rises[-1]:.4g} at a distance of {distance:g} along random directions; {RISE:.0%} are "
+            "needed. Give a number."
+        )
+    found = [losses(seed, NUM_EXAMPLES, config.eps) for seed in seeds]
+    found = [part for part in found if math.isfinite(part.values[0]) and part.squares[0] > 0.0]
+    if math.isinf(rises[0]) or not found:
+        raise RuntimeError(
+            f"zeroth_order.eps ({config.eps:g}): too large for this model, the losses at its points "
+            "are not finite; or too small, and they are all the same. Give another one."
         )
     examples = min(NUM_EXAMPLES, population)
     around = Surroundings(
-        curvature(RISE * abs(loss), distance, rises),
-        [value / (2.0 * config.eps) for value in values],
+        curvature(RISE * abs(loss) or rises[-1], distance, rises),
+        [part.values[0] / (2.0 * config.eps) for part in found],
         [examples * part.squares[0] / (2.0 * config.eps) ** 2 for part in found],
         found[0].units,
         examples,
@@ -110,12 +115,6 @@ def measure_step_size(
         for estimate in _estimates(config, batch_size, population)
     )
     return StepSize(step, rounded(lr), loss, distance, around.trace, around.size, around.share)
-
-
-def num_forwards(found: StepSize, eps: float) -> int:
-    """The number of forwards of one example that a measurement took, with enough examples."""
-    distances = 2 + round(math.log2(found.distance / eps))
-    return 2 * (NUM_DIRECTIONS * NUM_EXAMPLES + NUM_CURVED * MICRO_BATCH * distances)
 
 
 def _estimates(

@@ -1,0 +1,190 @@
+"""The launchers in launch/: one job by each of them, on one host and on two; their exit statuses."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.command_line import prompted_options, write_inputs
+from tests.distributed.hosts import Hosts, hosts
+from tests.distributed.ranks import (
+    LIMIT,
+    REPOSITORY,
+    environment_of_ranks,
+    master_port,
+    run_command,
+)
+from zods.trajectory.log import read_log
+
+CONFIG = {
+    "train_batch_size": 8,
+    "zero_optimization": {"stage": 3},
+    "zeroth_order": {"lr": 1e-3, "evaluation": "stacked"},
+}
+STEPS = 20
+LAUNCH = REPOSITORY / "launch"
+ENDLESS = 10**6  # steps of a job that is interrupted
+
+
+def job(folder: Path, output: str, **others: Any) -> list[str]:
+    return prompted_options(
+        folder, folder / output, **{"max_steps": STEPS, "held_out": 4, "save_model": True, **others}
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("job")
+    write_inputs(made, CONFIG)
+    return made
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
+    with hosts(2, tmp_path_factory.mktemp("hosts") / "shared") as started:
+        (started.folder / "hostfile").write_text("node1 slots=1\nnode2 slots=1  # the second\n")
+        yield started
+
+
+def ended(folder: Path, output: str) -> tuple[str, bytes]:
+    """The head of a run's log, and its weights."""
+    log = read_log(folder / output / "trajectory.log")
+    assert log.num_steps == STEPS
+    return log.heads[-1], (folder / output / "model" / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def on_one_host(folder: Path) -> tuple[str, bytes]:
+    """What `torchrun` with two ranks on one host ends with."""
+    with master_port() as port:
+        command = ["bash", str(LAUNCH / "torchrun.sh"), "--nproc_per_node", "2"]
+        command += ["--master_port", str(port), "--", *job(folder, "torchrun")]
+        code, output = run_command(command, REPOSITORY)
+    assert code == 0, output[-4000:]
+    return ended(folder, "torchrun")
+
+
+def test_deepspeed_on_the_hosts_of_a_hostfile_ends_with_the_bits_of_one_host(
+    two, folder, on_one_host
+):
+    command = ["bash", "launch/deepspeed.sh", "--hostfile", str(two.folder / "hostfile"), "--"]
+    code, output = two.run(1, [*command, *job(folder, "hostfile")], ZODS_INTERFACE="eth0")
+    assert code == 0, output[-4000:]
+    assert "node2: " in output
+    assert ended(folder, "hostfile") == on_one_host
+
+
+def test_mpirun_on_two_hosts_ends_with_the_bits_of_one_host(two, folder, on_one_host):
+    command = ["bash", "launch/mpirun.sh", "--allow-run-as-root", "-n", "2"]
+    command += ["--host", "node1,node2", "--", *job(folder, "mpirun")]
+    code, output = two.run(1, command, ZODS_INTERFACE="eth0")
+    assert code == 0, output[-4000:]
+    assert ended(folder, "mpirun") == on_one_host
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        (None, "no such file"),
+        ("node1 slots=two\n", "line 1: found 'node1 slots=two', expected \"NAME slots=N\""),
+        ("node1 slots=1\nnode1 slots=1\n", "line 2: node1 is given twice"),
+        ("# nothing\n", "has no host"),
+        ("node1 slots=1\nnode7 slots=1\n", "node7: ssh: Could not resolve hostname node7"),
+    ],
+)
+def test_a_wrong_hostfile_or_host_is_named_before_anything_is_started(two, folder, lines, said):
+    wrong = two.folder / "wrong"
+    wrong.unlink(missing_ok=True)
+    if lines is not None:
+        wrong.write_text(lines)
+    command = ["bash", "launch/deepspeed.sh", "--hostfile", str(wrong), "--"]
+    code, output = two.run(1, [*command, *job(folder, "never")])
+    assert code == 2
+    assert said in output
+    assert not (folder / "never").exists()
+
+
+def test_a_host_with_other_files_of_zods_is_named(two, tmp_path):
+    """The second host sees an older file in the place of one of zods's."""
+    other = tmp_path / "other.py"
+    other.write_text("# an older version\n")
+    name = "zods/core/step_size.py"
+    assert two.run(2, ["mount", "--bind", str(other), str(REPOSITORY / name)])[0] == 0
+    try:
+        code, output = two.run(1, ["python", "-m", "zods.cli.hosts", str(two.folder / "hostfile")])
+    finally:
+        assert two.run(2, ["umount", str(REPOSITORY / name)])[0] == 0
+    assert code == 2
+    assert re.search(r"error: node2: zods's files is \w+, but \w+ on node1\. Install", output)
+
+
+# --- exit statuses ------------------------------------------------------------------------------------
+
+
+def started(folder: Path, output: str, launcher: list[str]) -> tuple[subprocess.Popen, Path]:
+    """A run that has made a step: (its launcher's script, what it prints)."""
+    log = folder / f"{output}.out"
+    process = subprocess.Popen(
+        ["bash", *launcher, "--", *job(folder, output, max_steps=ENDLESS)],
+        cwd=REPOSITORY,
+        env=environment_of_ranks(),
+        stdout=log.open("w"),
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    metrics = folder / output / "metrics.jsonl"
+    deadline = time.monotonic() + LIMIT
+    while not (metrics.exists() and '"train"' in metrics.read_text()):
+        assert time.monotonic() < deadline, log.read_text()[-4000:]
+        assert process.poll() is None, log.read_text()[-4000:]
+        time.sleep(0.1)
+    return process, log
+
+
+def test_a_run_under_torchrun_that_is_stopped_returns_the_status_to_be_continued(folder):
+    with master_port() as port:
+        launcher = [str(LAUNCH / "torchrun.sh"), "--nproc_per_node", "2"]
+        process, log = started(folder, "stopped", [*launcher, "--master_port", str(port)])
+        process.send_signal(signal.SIGTERM)
+        try:
+            assert process.wait(LIMIT) == 75, log.read_text()[-4000:]
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    assert "--resume auto" in log.read_text()
+
+
+def test_a_run_whose_launcher_was_killed_does_not_count_as_finished(folder):
+    with master_port() as port:
+        launcher = [str(LAUNCH / "deepspeed.sh"), "--num_gpus", "2", "--master_port", str(port)]
+        process, log = started(folder, "killed", launcher)
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            command = path.read_text(errors="replace") if path.exists() else ""
+            if "deepspeed.launcher.launch" in command and str(folder / "killed") in command:
+                os.kill(int(path.parent.name), signal.SIGKILL)
+        try:
+            assert process.wait(LIMIT) not in (0,), log.read_text()[-4000:]
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_a_mistake_in_the_options_has_a_status_of_its_own(folder):
+    command = ["bash", str(LAUNCH / "torchrun.sh"), "--nproc_per_node", "1", "--"]
+    code, output = run_command([*command, *job(folder, "wrong", max_steps=0)], REPOSITORY)
+    assert code == 2, output[-4000:]
+
+
+@pytest.mark.parametrize("name", ["deepspeed.sh", "mpirun.sh", "torchrun.sh"])
+def test_a_launcher_without_options_prints_its_usage(name):
+    code, output = run_command(["bash", str(LAUNCH / name), "--num_gpus", "1"], REPOSITORY)
+    assert code == 2
+    assert f"Usage: {name}" in output
