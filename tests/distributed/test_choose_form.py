@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import os
 import signal
+import types
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from zods.core.points import Point
 from zods.forward import choose_form
 from zods.forward.choose_form import first_examples
 from zods.forward.forms import Stacked
+from zods.forward.model_forwards import ModelForwards
 
 POINTS = [Point(5, 0.01), Point(5, -0.01)]
 
@@ -222,6 +225,34 @@ def test_a_model_that_is_random_in_eval_mode_is_reported(later):
     (text,) = [text for text in later["noisy"]["said"] if "random" in text]
     assert "random in eval mode" in text
     assert later["noisy"]["forms"] == ["sequential"]
+
+
+def rank_of_a_diverged_model() -> tuple[bool, str | None]:
+    """Whether the losses at a recheck are NaN, and the form after it."""
+    engine = engine_of(tiny_opt())
+    batch = collate(opt_data(4))
+    with torch.no_grad():
+        engine._evaluator.losses(POINTS, batch)
+        engine.module.model.decoder.layers[0].fc1.weight.fill_(math.nan)
+        found = engine._evaluator.losses(POINTS, batch, rechecks=True).means
+    return bool(found.isnan().all()), engine.evaluation
+
+
+def test_losses_that_are_not_numbers_pass_the_comparison_of_a_later_batch():
+    assert run_ranks(1, rank_of_a_diverged_model) == [(True, "stacked")]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "count", "allowed"),
+    [(torch.bfloat16, 1, 0.3125), (torch.bfloat16, 16, 0.078125), (torch.float32, 1, 4.8e-6)],
+)
+def test_the_rounding_of_a_loss_follows_from_the_largest_logit_and_the_labels(
+    dtype, count, allowed
+):
+    logits = torch.tensor([[-1e9, 20.0], [3.0, 4.0], [-math.inf, math.nan]])
+    forwards = types.SimpleNamespace(dtype=dtype)
+    found = ModelForwards.rounding_of_loss(forwards, {"logits": logits}, count)
+    assert found == pytest.approx(allowed, rel=0.01)
 
 
 def rank_of_chaos() -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,70 @@ def test_the_schedule_multiplies_the_measured_step_size_which_a_restart_keeps(tm
         lrs = [record.lr / step_size.lr for record in of_log if isinstance(record, Step)]
         # DeepSpeed's schedule has two steps at 0
         assert lrs == pytest.approx([0.0, 0.0, 0.5, 1.0, 6 / 7, 5 / 7])
+
+
+def rank_of_changes(folder: Path) -> dict[str, Any]:
+    """Restarts of a run with a checkpoint and a schedule under other settings."""
+    found: dict[str, Any] = {}
+    engine = build(**DEFAULT, normalize=True, top=DECAY)
+    engine.resume(folder / "run")
+    for _ in range(3):
+        engine.train_batch()
+    engine.save_checkpoint(folder / "run" / "checkpoints")
+    found["first"] = (engine.recorder.step_size, sha256(whole(engine)))
+    engine.close()
+    for name, changed in {"number": {"lr": 1e-3}, "raw": {"normalize": False}}.items():
+        torch.distributed.barrier()
+        if torch.distributed.get_rank() == 0:
+            shutil.copytree(folder / "run", folder / name)
+        torch.distributed.barrier()
+        engine = build(**{**DEFAULT, "normalize": True, "top": DECAY, **changed})
+        engine.resume(folder / name)
+        restored = sha256(whole(engine))
+        engine.train_batch()
+        found[name] = (restored, engine.recorder.step_size, engine.last_step.lr)
+        engine.close()
+    engine = build(**DEFAULT, normalize=True, top=DECAY, lr=1e-3)
+    with pytest.raises(ValueError, match=r".") as caught:
+        engine.load_checkpoint(folder / "run" / "checkpoints")
+    found["loaded"] = str(caught.value)
+    engine.close()
+    return found
+
+
+def test_a_restart_with_other_settings_mixes_no_step_sizes(tmp_path):
+    found = run_ranks(2, rank_of_changes, tmp_path)[0]
+    measured, weights = found["first"]
+    # the log brings the run back where the checkpoint holds factors in place of step sizes
+    restored, _, lr = found["number"]
+    assert (restored, lr) == (weights, 1e-3)
+    restored, again, lr = found["raw"]
+    assert restored == weights
+    assert again.step == 3
+    assert lr == again.lr != measured.lr
+    assert "made with zeroth_order.lr = 'auto', this run has 0.001" in found["loaded"]
+
+
+def rank_of_few_labels() -> list[float]:
+    """Three of four examples have no label that counts; then a training set of three examples."""
+    data = opt_data(40)
+    for k, example in enumerate(data):
+        if k % 4:
+            example["labels"] = torch.full_like(example["labels"], -100)
+    found = []
+    for examples, batch in ((data, BATCH), (opt_data(3), 2)):
+        config = configuration(batch, **{**DEFAULT, "lr": "auto", "normalize": True})
+        engine = zods.initialize(model=tiny_opt(), config=config, training_data=examples)[0]
+        engine._measure_step_size()
+        found.append(engine.recorder.step_size.lr)
+        engine.close()
+    return found
+
+
+def test_few_labels_or_examples_are_enough():
+    found = run_ranks(2, rank_of_few_labels)
+    assert found[0] == found[1]
+    assert all(1e-6 < lr < 1.0 for lr in found[0])
 
 
 def rank_of_mistakes() -> list[str]:
