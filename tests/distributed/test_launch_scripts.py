@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.distributed.command_line import prompted_options, write_inputs
 from tests.distributed.hosts import Hosts, hosts
@@ -21,10 +23,12 @@ from tests.distributed.ranks import (
     environment_of_ranks,
     master_port,
     run_command,
+    run_ranks,
 )
+from zods.comm.communicator import Communicator
 from zods.trajectory.log import read_log
 
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "train_batch_size": 8,
     "zero_optimization": {"stage": 3},
     "zeroth_order": {"lr": 1e-3, "evaluation": "stacked"},
@@ -88,6 +92,36 @@ def test_mpirun_on_two_hosts_ends_with_the_bits_of_one_host(two, folder, on_one_
     code, output = two.run(1, command, ZODS_INTERFACE="eth0")
     assert code == 0, output[-4000:]
     assert ended(folder, "mpirun") == on_one_host
+
+
+def test_scalars_through_mpi_give_the_same_bits(folder, on_one_host):
+    section = {**CONFIG["zeroth_order"], "comm": "mpi"}
+    (folder / "mpi.json").write_text(json.dumps({**CONFIG, "zeroth_order": section}))
+    command = [
+        "bash",
+        str(LAUNCH / "mpirun.sh"),
+        "--allow-run-as-root",
+        "--oversubscribe",
+        "-n",
+        "2",
+    ]
+    options = job(folder, "comm", deepspeed_config=folder / "mpi.json")
+    code, output = run_command([*command, "--", *options], REPOSITORY)
+    assert code == 0, output[-4000:]
+    assert ended(folder, "comm") == on_one_host
+
+
+def rank_without_mpirun() -> str:
+    with pytest.raises(ValueError, match=r".") as caught:
+        Communicator(torch.device("cpu")).use_mpi()
+    return str(caught.value)
+
+
+def test_mpi_for_ranks_that_mpirun_did_not_start_is_refused():
+    for said in run_ranks(2, rank_without_mpirun):
+        assert (
+            'zeroth_order.comm: "mpi", but MPI has 1 ranks and torch 2. Start the ranks by' in said
+        )
 
 
 @pytest.mark.parametrize(

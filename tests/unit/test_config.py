@@ -78,6 +78,7 @@ DEFAULTS = {
     "stochastic_rounding": True,
     "agreement_interval": 10,
     "max_nonfinite_steps": 10,
+    "comm": "torch",
     "hang_timeout": 600.0,
     "load_timeout": 3600.0,
     "anchor": {
@@ -184,6 +185,7 @@ NAMES = {
         ["auto", "stacked", "lockstep", "sequential"],
         ["Stacked", "both", *(n for n in NOT_NAMES if n != "auto")],
     ),
+    "comm": (["torch", "mpi"], ["MPI", "gloo", *NOT_NAMES]),
     "anchor.point": (["device", "cpu", "terms"], ["gpu", "CPU", "disk", "none", *NOT_NAMES]),
     "anchor.gradient": (["device", "cpu", "terms"], ["gpu", "cuda", "none", *NOT_NAMES]),
 }

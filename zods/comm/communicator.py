@@ -64,6 +64,35 @@ class Communicator:
         self.scalar_bytes = 0
         self.gather_bytes = 0
         self.selection_bytes = 0
+        self._mpi: Any = None
+
+    def use_mpi(self) -> None:
+        """Send numbers through MPI from now on, in host memory: no stream of a GPU waits for them.
+
+        Tensors of the model's size still go through torch. Raises ValueError where the ranks were
+        not started by mpirun, or where mpi4py is missing.
+        """
+        try:
+            from mpi4py import MPI
+        except ImportError as error:
+            raise ValueError(
+                f'zeroth_order.comm: "mpi" needs mpi4py ({error}). Install it, or use "torch".'
+            ) from None
+        world = MPI.COMM_WORLD
+        if (world.Get_size(), world.Get_rank()) != (self.world_size, self.rank):
+            raise ValueError(
+                f'zeroth_order.comm: "mpi", but MPI has {world.Get_size()} ranks and torch '
+                f'{self.world_size}. Start the ranks by mpirun (launch/mpirun.sh), or use "torch".'
+            )
+        self._mpi = world
+
+    def _gather_numbers(self, values: Sequence[Any], dtype: torch.dtype) -> torch.Tensor:
+        """Gather the values of each rank, as many on all ranks, as (world_size, count)."""
+        if self._mpi is None or self.world_size == 1:
+            return self._all_gather(torch.tensor(values, dtype=dtype, device=self.device))
+        gathered = torch.empty(self.world_size, len(values), dtype=dtype)
+        self._mpi.Allgather(torch.tensor(values, dtype=dtype).numpy(), gathered.numpy())
+        return gathered
 
     def _all_gather(self, local: torch.Tensor) -> torch.Tensor:
         """Gather `local`, 1-D and of the same size on all ranks, as (world_size, numel)."""
@@ -87,9 +116,8 @@ class Communicator:
 
         `values` has the same length on all ranks.
         """
-        local = torch.tensor(values, dtype=torch.float64, device=self.device)
-        self.scalar_bytes += local.nbytes * (self.world_size - 1)
-        return self._all_gather(local).tolist()
+        self.scalar_bytes += 8 * len(values) * (self.world_size - 1)
+        return self._gather_numbers(values, torch.float64).tolist()
 
     def sum_over_ranks(self, values: Sequence[float]) -> list[float]:
         """Sums over the ranks, in rank order and float64: the same bits on every rank."""
@@ -107,7 +135,7 @@ class Communicator:
 
     def gather_rows(self, local: torch.Tensor) -> list[torch.Tensor]:
         """Every rank's tensor, in rank order; they differ in dim 0 only, which may be 0."""
-        sizes = self._all_gather(torch.tensor([len(local)], device=self.device)).view(-1).tolist()
+        sizes = self._gather_numbers([len(local)], torch.int64).view(-1).tolist()
         row_bytes = local.element_size() * local.shape[1:].numel()
         padded = torch.zeros(max(sizes) * row_bytes, dtype=torch.uint8, device=self.device)
         mine = local.to(self.device).contiguous().view(-1).view(torch.uint8)
@@ -124,9 +152,8 @@ class Communicator:
 
         `values`, of 64 bits, has the same length on all ranks.
         """
-        local = torch.tensor(values, dtype=torch.int64, device=self.device)
-        self.selection_bytes += local.nbytes * (self.world_size - 1)
-        return self._all_gather(local).tolist()
+        self.selection_bytes += 8 * len(values) * (self.world_size - 1)
+        return self._gather_numbers(values, torch.int64).tolist()
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Every rank's value, of any type that can be pickled, in rank order."""
@@ -157,9 +184,8 @@ class Communicator:
         short = int.from_bytes(
             hashlib.blake2b(digest, digest_size=8).digest(), "little", signed=True
         )
-        local = torch.tensor([short], dtype=torch.int64, device=self.device)
-        self.scalar_bytes += local.nbytes * (self.world_size - 1)
-        values = self._all_gather(local).view(-1).tolist()
+        self.scalar_bytes += 8 * (self.world_size - 1)
+        values = self._gather_numbers([short], torch.int64).view(-1).tolist()
         odd = [rank for rank, value in enumerate(values) if value != values[0]]
         if odd:
             hosts = self.gather_objects(socket.gethostname())

@@ -274,6 +274,9 @@ class ZerothOrderConfig(Section):
     agreement_interval: Count = 10
     # number of consecutive steps that may be skipped because the loss is not finite
     max_nonfinite_steps: NonNegativeInt = 10
+    # what carries the scalars between ranks: torch.distributed (nccl, gloo), or MPI, with ranks that
+    # mpirun started
+    comm: Literal["torch", "mpi"] = "torch"
     # seconds that one forward, or the work after it, may take; then the watchdog names the ranks
     # that hang
     hang_timeout: PositiveFloat = 600.0

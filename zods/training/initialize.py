@@ -83,6 +83,8 @@ def initialize(
         model = _checked_model(model, optimizer=optimizer, mpu=mpu, mesh_param=mesh_param)
         run = _read_run(args, config, config_params, comm.world_size)
         zo = run.zeroth_order
+        if zo.comm == "mpi":
+            comm.use_mpi()
         if hasattr(lr_scheduler, "step"):
             _check_step(lr_scheduler)
         _check_selector(run, model, training_data, target_data)

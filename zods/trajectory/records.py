@@ -129,7 +129,8 @@ class RunRecord:
 
     def to_json(self) -> dict[str, Any]:
         section = self.section.to_dict()
-        del section["replicas"], section["load_timeout"]  # no bit depends on them
+        for key in ("replicas", "load_timeout", "comm"):  # no bit depends on them
+            del section[key]
         for key, value in EARLIER.items():
             if section[key] == value:
                 del section[key]
