@@ -24,12 +24,6 @@ find_missing() {
   has_libaio || missing+=(libaio-dev)
   has_headers || missing+=("python$version-dev")
   has_venv || missing+=("python$version-venv")
-  # for the tests' hosts in network namespaces, which need root
-  if [ "$extras" = test ] && [ "$(id -u)" = 0 ]; then
-    command -v ip >/dev/null || missing+=(iproute2)
-    command -v ssh >/dev/null || missing+=(openssh-client)
-    command -v pdsh >/dev/null || missing+=(pdsh)
-  fi
 }
 find_missing
 if [ ${#missing[@]} -gt 0 ]; then
@@ -83,12 +77,24 @@ if ! grep -qx "$extras" <<<"$installed"; then
   printf '%s\n%s\n' "$installed" "$extras" >.venv/zods-installed
 fi
 rm -f "$unfinished"
-# The program alone, in .venv: its package would start a server on this machine. Without it, tests of several hosts are skipped.
-if [ "$extras" = test ] && [ "$(id -u)" = 0 ] && [ ! -e .venv/openssh ] && ! PATH="$PATH:/usr/sbin" command -v sshd >/dev/null &&
-  command -v apt-get >/dev/null; then
-  mkdir .venv/openssh
-  (cd .venv/openssh && { apt-get download -qq openssh-server || { apt-get update -qq && apt-get download -qq openssh-server; }; } &&
-    dpkg -x openssh-server_*.deb . && rm openssh-server_*.deb) >/dev/null 2>&1 || say "openssh-server could not be downloaded"
+# What the tests on several hosts need, in network namespaces. Without it, or without root, they are skipped.
+add_hosts() {
+  local path="$PATH:/usr/sbin:/sbin" wanted=()
+  PATH="$path" command -v ip >/dev/null || wanted+=(iproute2)
+  command -v ssh >/dev/null || wanted+=(openssh-client)
+  command -v pdsh >/dev/null || wanted+=(pdsh)
+  if [ ${#wanted[@]} -gt 0 ]; then
+    DEBIAN_FRONTEND=noninteractive flock /var/lib/apt sh -c 'apt-get update -qq && apt-get install -y -qq "$@"' - "${wanted[@]}"
+  fi
+  # the program alone, in .venv: its package would start a server on this machine
+  if [ ! -e .venv/openssh ] && ! PATH="$path" command -v sshd >/dev/null; then
+    mkdir .venv/openssh
+    (cd .venv/openssh && { apt-get download openssh-server || { apt-get update && apt-get download openssh-server; }; } &&
+      dpkg -x openssh-server_*.deb . && rm openssh-server_*.deb)
+  fi
+}
+if [ "$extras" = test ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+  add_hosts >/dev/null 2>&1 || say "the tests on several hosts are skipped: pdsh or sshd could not be had"
 fi
 . .venv/bin/activate
 
