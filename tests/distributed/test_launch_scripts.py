@@ -86,29 +86,17 @@ def test_deepspeed_on_the_hosts_of_a_hostfile_ends_with_the_bits_of_one_host(
     assert ended(folder, "hostfile") == on_one_host
 
 
-def test_mpirun_on_two_hosts_ends_with_the_bits_of_one_host(two, folder, on_one_host):
+def test_mpirun_on_two_hosts_with_scalars_through_mpi_ends_with_the_bits_of_one_host(
+    two, folder, on_one_host
+):
+    section = {**CONFIG["zeroth_order"], "comm": "mpi"}
+    (folder / "mpi.json").write_text(json.dumps({**CONFIG, "zeroth_order": section}))
     command = ["bash", "launch/mpirun.sh", "--allow-run-as-root", "-n", "2"]
-    command += ["--host", "node1,node2", "--", *job(folder, "mpirun")]
+    command += ["--host", "node1,node2", "--"]
+    command += job(folder, "mpirun", deepspeed_config=folder / "mpi.json")
     code, output = two.run(1, command, ZODS_INTERFACE="eth0")
     assert code == 0, output[-4000:]
     assert ended(folder, "mpirun") == on_one_host
-
-
-def test_scalars_through_mpi_give_the_same_bits(folder, on_one_host):
-    section = {**CONFIG["zeroth_order"], "comm": "mpi"}
-    (folder / "mpi.json").write_text(json.dumps({**CONFIG, "zeroth_order": section}))
-    command = [
-        "bash",
-        str(LAUNCH / "mpirun.sh"),
-        "--allow-run-as-root",
-        "--oversubscribe",
-        "-n",
-        "2",
-    ]
-    options = job(folder, "comm", deepspeed_config=folder / "mpi.json")
-    code, output = run_command([*command, "--", *options], REPOSITORY)
-    assert code == 0, output[-4000:]
-    assert ended(folder, "comm") == on_one_host
 
 
 def rank_without_mpirun() -> str:
