@@ -16,7 +16,9 @@ done
 if [ -n "$hostfile" ]; then
   # deepspeed itself runs on this host alone where the file does not exist
   first="$(python -m zods.cli.hosts "$hostfile" --cwd "$PWD")" || exit $?
-  launcher+=(--master_addr "$(getent hosts "$first" | cut -d' ' -f1 | head -n1)")
+  if [[ " ${launcher[*]}" != *" --master_addr"* ]] && read -r address _ < <(getent ahostsv4 "$first"); then
+    launcher+=(--master_addr "$address") # deepspeed would ask the first host for `hostname -I`, whose first address may be another
+  fi
 fi
 # pdsh forwards few variables; deepspeed reads further ones from this file
 DS_ENV_FILE="$(mktemp)"
