@@ -19,7 +19,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "config": ({"files"}, {"deepspeed", "hjson", "pydantic", "torch"}),
     "kernels": (set(), {"torch", "triton"}),
     "core": ({"kernels"}, {"torch"}),
-    "comm": (set(), {"deepspeed", "torch"}),
+    "comm": (set(), {"deepspeed", "mpi4py", "torch"}),
     "data": ({"core"}, {"pyarrow", "torch"}),
     "params": ({"files", "config", "kernels", "core", "comm"}, {"deepspeed", "torch"}),
     "trajectory": (

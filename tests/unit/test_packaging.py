@@ -32,7 +32,7 @@ OWNERS = {  # folder: the extra whose packages its files may import, besides the
     "tests": "test",
 }
 # In zods, imported inside a function only, where a user has asked for it: the extra that brings it
-LAZY = {"matplotlib": "report", "peft": "lora"}
+LAZY = {"matplotlib": "report", "mpi4py": "mpi", "peft": "lora"}
 UNDECLARED = {"triton"}  # comes with torch's builds for GPUs, and is used nowhere else
 # where the name is not that of the import
 DISTRIBUTIONS = {
