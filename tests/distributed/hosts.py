@@ -171,10 +171,6 @@ class Hosts:
             pytest.fail(f"{' '.join(command)} still ran after {LIMIT} s:\n{output[-4000:]}")
         return process.returncode, output
 
-    def cut(self, number: int) -> None:
-        """Take a host's link down."""
-        self._ip(f"-n {self._tag}s link set {self._tag}v{number} down")
-
     def close(self) -> None:
         for process in self._processes:
             with contextlib.suppress(ProcessLookupError):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import operator
 import statistics
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from zods.comm.communicator import Communicator
@@ -72,29 +73,10 @@ def measure_step_size(
             **how,
         )
 
-    def loss_at(distance: float, along: list[int]) -> list[float]:
+    def loss_at(distance: float, along: Sequence[int]) -> list[float]:
         return [losses(seed, NUM_FEW, distance).means[0] for seed in along]
 
-    # some examples may have no label that counts
-    known = dict(zip(seeds[:NUM_CURVED], loss_at(0.0, seeds[:NUM_CURVED]), strict=True))
-    known = {seed: loss for seed, loss in known.items() if math.isfinite(loss)}
-    if len(known) < 2:
-        raise RuntimeError(
-            'zeroth_order.lr: "auto" cannot be measured: the loss is not finite. Look at the data.'
-        )
-    loss, rises = statistics.mean(known.values()), list[float]()
-    for k in range(MOST_DOUBLINGS):
-        distance = config.eps * 2**k
-        there = map(operator.sub, loss_at(distance, list(known)), known.values())
-        rises.append(sorted(math.inf if math.isnan(rise) else rise for rise in there)[-2])
-        if rises[-1] >= RISE * abs(loss) and rises[-1] > 0.0:
-            break
-    else:
-        raise RuntimeError(
-            f'zeroth_order.lr: "auto" cannot be measured: the loss is {loss:.4g}, and rises by '
-            f"{rises[-1]:.4g} at a distance of {distance:g} along random directions; {RISE:.0%} are "
-            "needed. Give a number."
-        )
+    loss, distance, rises = _rise(loss_at, seeds[:NUM_CURVED], config.eps)
     found = [losses(seed, NUM_EXAMPLES, config.eps) for seed in seeds]
     found = [part for part in found if math.isfinite(part.values[0]) and part.squares[0] > 0.0]
     if math.isinf(rises[0]) or not found:
@@ -115,6 +97,35 @@ def measure_step_size(
         for estimate in _estimates(config, batch_size, population)
     )
     return StepSize(step, rounded(lr), loss, distance, around.trace, around.size, around.share)
+
+
+def _rise(
+    loss_at: Callable[[float, Sequence[int]], list[float]], seeds: Sequence[int], eps: float
+) -> tuple[float, float, list[float]]:
+    """Find the distance from the parameters at which the loss has risen by the share RISE.
+
+    loss_at: the loss at a distance, along each of some directions. Returns (loss at the parameters,
+    distance, rises at it and before it at its halves down to eps).
+    """
+    # some examples may have no label that counts
+    known = dict(zip(seeds, loss_at(0.0, seeds), strict=True))
+    known = {seed: loss for seed, loss in known.items() if math.isfinite(loss)}
+    if len(known) < 2:
+        raise RuntimeError(
+            'zeroth_order.lr: "auto" cannot be measured: the loss is not finite. Look at the data.'
+        )
+    loss, rises = statistics.mean(known.values()), list[float]()
+    for k in range(MOST_DOUBLINGS):
+        distance = eps * 2**k
+        there = map(operator.sub, loss_at(distance, list(known)), known.values())
+        rises.append(sorted(math.inf if math.isnan(rise) else rise for rise in there)[-2])
+        if rises[-1] >= RISE * abs(loss) and rises[-1] > 0.0:
+            return loss, distance, rises
+    raise RuntimeError(
+        f'zeroth_order.lr: "auto" cannot be measured: the loss is {loss:.4g}, and rises by '
+        f"{rises[-1]:.4g} at a distance of {distance:g} along random directions; {RISE:.0%} are "
+        "needed. Give a number."
+    )
 
 
 def _estimates(
