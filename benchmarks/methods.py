@@ -154,7 +154,7 @@ def zeroth_order(run: Run, bench: Bench) -> tuple[ZerothOrderEngine, Callable[[]
         bench.restore(),
         run.section(),
         bench.train,
-        bench.task.collate,
+        bench.collate,
         train_batch_size=run.batch,
         bf16={"enabled": next(bench.model.parameters()).dtype == torch.bfloat16},
         **({"scheduler": schedule} if run.decay else {}),
@@ -168,7 +168,7 @@ def first_order(run: Run, bench: Bench) -> tuple[torch.nn.Module, Callable[[], f
     if run.method == "lora":
         import peft
 
-        adapter = peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
+        adapter = peft.LoraConfig(r=8, lora_alpha=16, target_modules=r".*_proj")
         model = peft.get_peft_model(model, adapter)  # type: ignore[arg-type,assignment]
     loader = TrainingLoader(
         bench.train,  # type: ignore[arg-type]
@@ -177,7 +177,7 @@ def first_order(run: Run, bench: Bench) -> tuple[torch.nn.Module, Callable[[], f
         rank=0,
         world_size=1,
         seed=run.seed,
-        collate_fn=bench.task.collate,
+        collate_fn=bench.collate,
     )
     batches = loader.forever()
     trained = [param for param in model.parameters() if param.requires_grad]

@@ -53,7 +53,7 @@ class Study:
         }
 
     def _gradient(self, rows: list[dict[str, Any]]) -> Tensor:
-        loss = self.model(**self.bench.task.collate(rows)).loss
+        loss = self.model(**self.bench.collate(rows)).loss
         return torch.cat([g.flatten() for g in torch.autograd.grad(loss, self.trained)])
 
     def _gradients(self) -> tuple[float, float]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import random
 import runpy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
+from methods_prefix import LastBlocks, only_labelled
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from zods.data.objectives import sequence_log_likelihood
@@ -37,15 +39,22 @@ TREC_WORDS = {
 class Bench:
     """A task, its examples as the task prepared them, and the model that is trained on it.
 
-    base: the parameters before training, by name.
+    only_labelled: the model computes logits only where a label follows. base: the parameters
+    before training, by name.
     """
 
     name: str
     task: Task
+    only_labelled: bool
     train: list[dict[str, Any]]
     held_out: list[dict[str, Any]]
     model: torch.nn.Module
-    base: dict[str, torch.Tensor]
+    base: dict[str, Tensor]
+
+    def collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """Collate rows to a training batch."""
+        batch = self.task.collate(rows)
+        return only_labelled(batch) if self.only_labelled else batch
 
     @torch.no_grad()
     def restore(self) -> torch.nn.Module:
@@ -62,7 +71,7 @@ class Bench:
     def _losses(self, forward: Callable[..., Any], rows: list[dict[str, Any]]) -> list[float]:
         found: list[float] = []
         for batch in _batches(rows):
-            inputs = self.task.collate(batch)
+            inputs = self.collate(batch)
             labels = inputs.pop("labels")
             log_likelihood, counts = sequence_log_likelihood(forward(**inputs)["logits"], labels)
             found += (-log_likelihood / counts).tolist()
@@ -176,5 +185,8 @@ def load_bench(
         class_names=None,
     )
     train, held_out = (list(task.prepare(part)) for part in parts)
+    has_prefix = blocks is not None and blocks < model.config.num_hidden_layers
+    if has_prefix:
+        model = LastBlocks(model, blocks).eval()
     base = {key: param.detach().clone() for key, param in model.named_parameters()}
-    return Bench(name, task, train, held_out, model, base)
+    return Bench(name, task, has_prefix, train, held_out, model, base)
