@@ -22,7 +22,7 @@ if [ -n "${ZODS_INTERFACE:-}" ]; then
 fi
 # Rank 0 writes the exit status there. Not every launcher passes it on: `deepspeed` returns 0 when its launch.py was killed,
 # torchrun returns 1 for any failure.
-export ZODS_EXIT_FILE="${TMPDIR:-/tmp}/zods-exit-$(id -u)-$(date +%s)-$$"
+export ZODS_EXIT_FILE="${TMPDIR:-/tmp}/zods-exit-$(id -u)-$(hostname)-$$-$RANDOM$RANDOM"
 forwarded=(ZODS_EXIT_FILE)
 for name in GLOO_SOCKET_IFNAME NCCL_SOCKET_IFNAME TORCH_EXTENSIONS_DIR DS_ACCELERATOR OMP_NUM_THREADS PYTHONPATH \
   HF_HOME HF_HUB_OFFLINE HF_DATASETS_CACHE TOKENIZERS_PARALLELISM CUDA_VISIBLE_DEVICES ${ZODS_ENV:-}; do

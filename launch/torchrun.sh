@@ -7,5 +7,7 @@
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 run torchrun "${launcher[@]}" --module zods.finetune "${options[@]}"
-if [ ! -e "$ZODS_EXIT_FILE" ] && [[ " ${launcher[*]} " =~ \ --node[_-]rank[\ =]([1-9]) ]]; then exit "$status"; fi
+if [ ! -e "$ZODS_EXIT_FILE" ] && [[ " --node_rank=${PET_NODE_RANK:-0} ${launcher[*]} " =~ \ --node[_-]rank[\ =]([1-9]) ]]; then
+  exit "$status"
+fi
 finish "$status"

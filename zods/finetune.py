@@ -36,6 +36,7 @@ from zods.cli.pretrained import (
 from zods.cli.run_folder import RunFolder
 from zods.cli.summary import summarise, table
 from zods.cli.training_loop import evaluate, evaluate_unless_done, save, train_steps
+from zods.comm.authenticated import read_token
 from zods.comm.communicator import Communicator, RankFailure, is_lost_connection
 from zods.comm.process import (
     connect_ranks,
@@ -234,6 +235,8 @@ def check_input(arguments: Arguments, comm: Communicator, watchdog: Watchdog) ->
     watchdog.beat("the start, checks of the input", run.zeroth_order.load_timeout)
     check_folders(run)
     replicas = run.zeroth_order.replicas
+    if replicas is not None and comm.rank == 0:
+        read_token(replicas.token_file)
     folder = RunFolder(
         arguments.model.output_dir,
         rank=comm.rank,

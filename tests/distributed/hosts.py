@@ -7,6 +7,7 @@ root, and the commands COMMANDS.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -15,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -145,7 +147,24 @@ class Hosts:
             time.sleep(0.05)
         raise TimeoutError("the host's first process did not start")
 
-    def popen(self, number: int, command: list[str], **variables: str) -> subprocess.Popen:
+    def cut_off(self, number: int) -> None:
+        """Take the host's link down."""
+        self._ip(f"-n {self._tag}s link set {self._tag}v{number} down")
+
+    def connect(self, number: int) -> None:
+        """Bring the host's link up again."""
+        self._ip(f"-n {self._tag}s link set {self._tag}v{number} up")
+
+    def traffic(self, number: int) -> tuple[int, int]:
+        """The bytes that the host has (received, sent), headers included."""
+        command = ["ip", "-n", f"{self._tag}s", "-s", "-j", "link", "show", f"{self._tag}v{number}"]
+        found = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)[0]
+        # the switch sends what the host receives
+        return found["stats64"]["tx"]["bytes"], found["stats64"]["rx"]["bytes"]
+
+    def popen(
+        self, number: int, command: list[str], output: Any = subprocess.PIPE, **variables: str
+    ) -> subprocess.Popen:
         """Start a command on a host, in the repository's folder, with the environment of ranks."""
         here = ["nsenter", "-t", str(self._first_process(number)), "-m", "-u", "-i", "-n", "-p"]
         environment = environment_of_ranks(
@@ -155,7 +174,7 @@ class Hosts:
             [*here, f"--wd={REPOSITORY}", *command],
             env=environment,
             text=True,
-            stdout=subprocess.PIPE,
+            stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )

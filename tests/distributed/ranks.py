@@ -32,6 +32,7 @@ ENVIRONMENT = {  # the environment of every rank
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
     "PYTHONWARNINGS": "ignore",
+    "ZODS_REPLICA_TOKEN": "of the tests, 0123456789",
 }
 # Seconds after which a test gives up. A slow and busy machine takes ten times as long as a quiet
 # one.

@@ -6,8 +6,11 @@ Replicas join late, leave and die.
 from __future__ import annotations
 
 import functools
+import math
 import os
+import random
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -36,6 +39,7 @@ from tests.distributed.models import (
 )
 from tests.distributed.ranks import LIMIT, free_port, launch, run_ranks
 from tests.helpers import LogTexts
+from zods.comm.authenticated import TOKEN_VARIABLE
 from zods.comm.communicator import Communicator
 from zods.config.schema import parse_section
 from zods.params.swap_files import PREFIX
@@ -113,12 +117,14 @@ def seen(engine: Any) -> dict[str, Any]:
     }
 
 
-def rank_of_leader(name: str, folder: Path, store: str, pauses: dict[int, str]) -> dict[str, Any]:
+def rank_of_leader(
+    name: str, folder: Path, store: str, pauses: dict[int, str], **replica: Any
+) -> dict[str, Any]:
     """Train as the leader, and wait at some steps until a file exists.
 
     pauses: the file to wait for, by step.
     """
-    engine = build(name, {"store": store, "index": 0, "silence_timeout": 3.0})
+    engine = build(name, {"store": store, "index": 0, "silence_timeout": 3.0, **replica})
     engine.resume(folder / "log")
     (folder / "begun").touch()
     counts = []
@@ -332,6 +338,52 @@ def test_a_replica_whose_model_has_another_configuration_is_refused(tmp_path):
     assert 'activation_function is "relu" in the log, "gelu" here' in said
 
 
+def rank_of_straggler(name: str, folder: Path, store: str) -> dict[str, Any]:
+    """Join, and be slow in two steps: in the middle of a step, and where a refresh is due."""
+    waits_for(folder / "begun")
+    engine = build(name, {"store": store, "index": 1, "silence_timeout": 30.0})
+    threading.Timer(1.0, (folder / "ready").touch).start()
+    engine.resume(folder / "none")
+    late, left_out = [6, 8], 0
+    while engine.global_steps < STEPS and not engine.should_stop:
+        if late and engine.global_steps >= late[0]:
+            late.pop(0)
+            threading.Timer(LATE + 1.0, (folder / f"back{len(late)}").touch).start()
+            time.sleep(LATE)
+        left_out += math.isnan(engine.train_batch())
+    found = {**seen(engine), "left out": left_out}
+    engine.close()
+    return found
+
+
+LATE = 3.0  # seconds
+
+
+def rank_of_hasty_leader(name: str, folder: Path, store: str) -> dict[str, Any]:
+    """Lead, wait for late replicas a fraction of LATE only, and until they are back."""
+    pauses = {5: "ready", 8: "back1", 10: "back0"}
+    return rank_of_leader(name, folder, store, pauses, straggler_timeout=LATE / 6)
+
+
+@pytest.mark.parametrize("name", ["svrg", "svrg as terms, bf16"])
+def test_a_straggler_is_left_out_and_catches_up_without_a_restart(name, tmp_path):
+    store = store_address()
+    leader, straggler = at_once(
+        [
+            (1, rank_of_hasty_leader, (name, tmp_path, store)),
+            (2, rank_of_straggler, (name, tmp_path, store)),
+        ]
+    )
+    assert {rank["weights"] for rank in [*leader, *straggler]} == {leader[0]["weights"]}
+    assert {rank["head"] for rank in [*leader, *straggler]} == {leader[0]["head"]}
+    assert {rank["step"] for rank in straggler} == {STEPS}
+    for rank in straggler:
+        assert rank["left out"] >= 1
+    counts = leader[0]["counts"]
+    assert set(counts) == {1, 2}
+    assert counts.index(2) < len(counts) - 1 - counts[::-1].index(1), "it was there before"
+
+
 def rank_of_leader_that_dies(folder: Path, store: str) -> None:
     engine = build("svrg", {"store": store})
     engine.resume(folder / "log")
@@ -342,32 +394,168 @@ def rank_of_leader_that_dies(folder: Path, store: str) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def leader_dies(folder: Path, store: str) -> None:
+    with pytest.raises(pytest.fail.Exception, match="exit code -9"):
+        run_ranks(1, rank_of_leader_that_dies, folder, store)
+
+
 def rank_left_alone(folder: Path, store: str) -> str:
     waits_for(folder / "begun")
-    engine = build("svrg", {"store": store, "index": 1})
+    engine = build("svrg", {"store": store, "index": 1, "leader_timeout": 2.0})
     engine.resume(folder / "none")
 
     def train_for_ever() -> None:
         while True:
             engine.train_batch()
 
-    with pytest.raises(RuntimeError, match="replica 1: the leading replica is gone") as error:
+    with pytest.raises(ValueError, match="the leading replica is gone for 2 s") as error:
         train_for_ever()
     engine.close()
     return str(error.value).partition("(")[0]
 
 
-def test_when_the_leader_dies_the_others_report_it_and_its_log_is_whole(tmp_path):
+def test_without_a_leader_the_others_end_after_leader_timeout_and_its_log_is_whole(tmp_path):
     store, said = store_address(), []
     thread = threading.Thread(
         target=lambda: said.extend(run_ranks(2, rank_left_alone, tmp_path, store))
     )
     thread.start()
-    with pytest.raises(pytest.fail.Exception, match="exit code -9"):
-        run_ranks(1, rank_of_leader_that_dies, tmp_path, store)
+    leader_dies(tmp_path, store)
     thread.join()
     assert said[0] == said[1]
     assert read_log(tmp_path / "log" / "trajectory.log").num_steps >= 1
+
+
+def touch_when_it_asks(engine: Any, path: Path) -> None:
+    """Make a file when the replica, which takes part now, asks the leader again to join."""
+    deadline = time.monotonic() + LIMIT
+    while not engine.replicas._follower._has_asked_to_join and time.monotonic() < deadline:
+        time.sleep(0.05)
+    path.touch()
+
+
+def rank_that_outlives_the_leader(folder: Path, store: str) -> dict[str, Any]:
+    waits_for(folder / "begun")
+    engine = build("svrg", {"store": store, "index": 1, "leader_timeout": LIMIT})
+    engine.resume(folder / "none")
+    if torch.distributed.get_rank() == 0:
+        threading.Thread(target=touch_when_it_asks, args=(engine, folder / "ready")).start()
+    left_out = 0
+    while engine.global_steps < STEPS and not engine.should_stop:
+        left_out += math.isnan(engine.train_batch())
+    found = {**seen(engine), "left out": left_out}
+    engine.close()
+    return found
+
+
+def test_the_others_survive_a_leader_that_is_killed_and_started_again(tmp_path):
+    store, found = store_address(), []
+    thread = threading.Thread(
+        target=lambda: found.extend(run_ranks(2, rank_that_outlives_the_leader, tmp_path, store))
+    )
+    thread.start()
+    leader_dies(tmp_path, store)
+    before = read_log(tmp_path / "log" / "trajectory.log").num_steps
+    # it goes on alone for some steps, and pauses until the other is there again
+    leader = run_ranks(1, rank_of_leader, "svrg", tmp_path, store, {before + 2: "ready"})
+    thread.join()
+    assert {rank["weights"] for rank in [*leader, *found]} == {leader[0]["weights"]}
+    assert {rank["head"] for rank in [*leader, *found]} == {leader[0]["head"]}
+    assert leader[0]["counts"][-1] == 2
+    assert found[0]["left out"] == 1
+
+
+def rank_of_another_past(folder: Path, store: str) -> str:
+    """Take part, until a leader with another log is at the same address."""
+    waits_for(folder / "begun")
+    engine = build("svrg", {"store": store, "index": 1, "leader_timeout": LIMIT})
+    engine.resume(folder / "none")
+
+    def train_for_ever() -> None:
+        while True:
+            engine.train_batch()
+
+    with pytest.raises(ValueError, match="replica 1: what it has applied is not in") as error:
+        train_for_ever()
+    (folder / "tried").touch()
+    engine.close()
+    return str(error.value)
+
+
+def test_a_leader_without_the_steps_that_others_have_applied_refuses_them(tmp_path):
+    store, said = store_address(), []
+    thread = threading.Thread(
+        target=lambda: said.extend(run_ranks(1, rank_of_another_past, tmp_path, store))
+    )
+    thread.start()
+    leader_dies(tmp_path, store)
+    (tmp_path / "log" / "trajectory.log").unlink()
+    assert run_ranks(1, rank_of_small_leader, tmp_path, store, 1) == [1]
+    thread.join()
+    assert "Start it again to join anew" in said[0]
+
+
+# --- strangers ------------------------------------------------------------------------------------
+
+
+def rank_with_another_token(folder: Path, store: str) -> str:
+    waits_for(folder / "begun")
+    os.environ[TOKEN_VARIABLE] = "not the token of the tests"
+    try:
+        build("svrg", {"store": store, "index": 1, "leader_timeout": 2.0})
+    except ValueError as error:
+        return str(error)
+    finally:
+        (folder / "tried").touch()
+    return ""
+
+
+def test_a_replica_with_another_token_is_refused_and_the_leader_goes_on(tmp_path):
+    store = store_address()
+    leader, (said,) = at_once(
+        [
+            (1, rank_of_small_leader, (tmp_path, store, 1)),
+            (1, rank_with_another_token, (tmp_path, store)),
+        ]
+    )
+    assert leader == [1]
+    assert "is the token the same?" in said
+
+
+def attack(address: str, until: threading.Event) -> None:
+    """Connect, say nonsense or nothing, and connect again."""
+    host, port = address.split(":")
+    kept: list[socket.socket] = []
+    number = 0
+    while not until.is_set():
+        number += 1
+        try:
+            kept.append(socket.create_connection((host, int(port)), timeout=1))
+            kept[-1].settimeout(1)
+            kept[-1].sendall(random.Random(number).randbytes(number % 200))
+        except OSError:
+            time.sleep(0.05)  # the leader does not listen, or has closed the connection
+        if len(kept) > 50:
+            kept.pop(0).close()
+
+
+def test_strangers_at_the_leaders_port_change_no_step_and_stop_nobody(tmp_path):
+    store, over = store_address(), threading.Event()
+    strangers = threading.Thread(target=attack, args=(store, over))
+    strangers.start()
+    try:
+        leader, joiner = at_once(
+            [
+                (1, rank_of_leader, ("mezo", tmp_path, store, {5: "ready"})),
+                (1, rank_of_joiner, ("mezo", tmp_path, store, 7, STEPS, "ready")),
+            ]
+        )
+    finally:
+        over.set()
+        strangers.join()
+    assert joiner[0]["weights"] == leader[0]["weights"]
+    first = leader[0]["counts"].index(2)
+    assert set(leader[0]["counts"][first:-1]) == {2}, "it took part to the end"
 
 
 MISFITS: dict[str, tuple[dict[str, Any], int, str]] = {
@@ -492,18 +680,7 @@ def test_options_that_replicas_do_not_support_are_refused(changed, said):
         parse_section({"method": "mezo", **changed})
 
 
-# --- round trips ----------------------------------------------------------------------------------
-
-
-class Counted:
-    """A store that counts its calls, each of which is a round trip."""
-
-    def __init__(self, store: Any) -> None:
-        self._store, self.calls = store, 0
-
-    def __getattr__(self, name: str) -> Any:
-        self.calls += 1
-        return getattr(self._store, name)
+# --- messages -------------------------------------------------------------------------------------
 
 
 def rank_of_a_late_replica(address: str) -> dict[str, Any]:
@@ -519,26 +696,74 @@ def rank_of_a_late_replica(address: str) -> dict[str, Any]:
             leader.publish(text_of(Step(step, 0.5, 1e-6, (1.0,), (0, 1))))
 
     leader, late = replica(0), replica(1)
+    leader.publish_log([])
     leader.publish(text_of(Header("Model", ())))
     leader.publish(text_of(RunRecord(0, parse_section({"method": "mezo"}), 8, 1, {})))
-    publish(range(2500))
-    late._store = counted = Counted(late._store)
+    publish(range(50_000))
     log = parse_log(late.read_log(), "log")
-    for_log, counted.calls = counted.calls, 0
-    publish(range(2500, 4700))
-    caught_up = [late.to_catch_up(step).step for step in range(2500, 4700)]
-    calls, same = counted.calls, caught_up == list(range(2500, 4700))
+    for_log = late.sent_bytes
+    publish(range(50_000, 52_000))
+    caught_up = [late.to_catch_up(step, log.heads[-1]).step for step in range(50_000, 52_000)]
     late.close()
     leader.close()
-    return {"steps": log.num_steps, "for the log": for_log, "to catch up": calls, "same": same}
+    return {
+        "steps": log.num_steps,
+        "for the log": for_log,
+        "to catch up": late.sent_bytes - for_log,
+        "same": caught_up == list(range(50_000, 52_000)),
+    }
 
 
 def test_a_late_replica_reads_records_in_blocks():
     (found,) = run_ranks(1, rank_of_a_late_replica, store_address())
-    assert found["steps"] == 2500
+    assert found["steps"] == 50_000
     assert found["same"]
-    assert found["for the log"] < 10
-    assert found["to catch up"] < 20
+    assert found["for the log"] < 1000
+    assert found["to catch up"] < 1000
+
+
+def rank_that_counts_bytes(folder: Path, store: str, index: int, directions: int) -> list[int]:
+    """Train with another replica, and count the bytes that this rank sends in each step."""
+    if index:
+        waits_for(folder / "begun")
+    section = {**COMMON, "method": "mezo", "num_directions": directions}
+    config = configuration(12, **section, replicas={"store": store, "index": index})
+    engine = zods.initialize(model=Tiny(), config=config, training_data=tiny_data(40))[0]
+    if index:
+        threading.Timer(1.0, (folder / "ready").touch).start()
+    engine.resume(folder / str(index))
+    (folder / "begun").touch()
+    sent = []
+    while engine.global_steps < STEPS:
+        if engine.global_steps == 2 and not index:
+            waits_for(folder / "ready")
+        if engine.global_steps == STEPS - 1:
+            engine.stop.request("the test ends here")
+        before = engine.replicas.sent_bytes
+        engine.train_batch()
+        sent.append(engine.replicas.sent_bytes - before)
+    engine.close()
+    return sent
+
+
+@pytest.mark.parametrize("directions", [1, 20])
+def test_a_step_sends_a_message_each_way_and_8_bytes_per_further_direction(directions, tmp_path):
+    store = store_address()
+    leader, follower = at_once(
+        [
+            (ranks, rank_that_counts_bytes, (tmp_path, store, k, directions))
+            for k, ranks in enumerate((1, 2))
+        ]
+    )
+    beat = 4 + 16 + 1
+    # length, HMAC, kind, tag, head, whether it ends, size of the members; five sums
+    fixed = 4 + 16 + 1 + 3 + 8 + 1 + 4 + 5 * 8
+    post, notice = fixed + 8 * directions, 4 + 16 + 1 + 4 + 8
+    own, of_others = min(follower[0][2:-2]), min(leader[0][-4:-2])
+    assert own <= post
+    assert of_others <= post + notice
+    assert own > post - beat
+    assert follower[1] == [0] * len(follower[1]), "rank 0 alone has the connection"
 
 
 # --- through the launcher -------------------------------------------------------------------------

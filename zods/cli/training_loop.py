@@ -80,28 +80,35 @@ def train_steps(
                 if engine.global_rank == 0:
                     progress.write(f"step {step}: held out: {_text(metrics)}", file=sys.stderr)
             report = train_one_step(engine, trained, folder)
-            slope = (
-                ""
-                if report.projected_grad is None
-                else f"projected_grad {report.projected_grad:+.2e}, "
-            )
-            progress.set_postfix_str(f"loss {report.loss:.4f}, {slope}{report.seconds:.3f} s/step")
-            progress.update()
-            if engine.should_stop:
+            if report is not None:
+                progress.set_postfix_str(_progress_text(report))
+            progress.update(engine.global_steps - step)
+            if engine.should_stop and engine.global_steps < last:
                 raise StopRequested
             if run.save_interval and engine.global_steps % run.save_interval == 0:
                 save(engine, run, folder)
     return trained
 
 
+def _progress_text(report: StepReport) -> str:
+    slope = (
+        "" if report.projected_grad is None else f"projected_grad {report.projected_grad:+.2e}, "
+    )
+    return f"loss {report.loss:.4f}, {slope}{report.seconds:.3f} s/step"
+
+
 def train_one_step(
     engine: ZerothOrderEngine | FirstOrderEngine, trained: Trained, folder: RunFolder
-) -> StepReport:
-    """Make a step, and add its measurements to `trained` and to metrics.jsonl."""
+) -> StepReport | None:
+    """Make a step, and add its measurements to `trained` and to metrics.jsonl.
+
+    Returns its report; None where this replica was left out and has made the leader's steps.
+    """
     gathered = _logged_bytes()
     engine.train_batch()
     report = engine.last_step
-    assert report is not None
+    if report is None:
+        return None
     trained.seconds.append(report.seconds)
     trained.scalar_bytes += report.scalar_bytes
     trained.zero3_bytes += _logged_bytes() - gathered

@@ -1,11 +1,7 @@
-"""Stores of short texts that ranks and replicas share, without a collective.
-
-`Board` uses the process group's store, `connect_store` opens one between replicas.
-"""
+"""Short texts that the ranks share through the process group's store, without a collective."""
 
 from __future__ import annotations
 
-import datetime
 from typing import Any
 
 import torch.distributed as dist
@@ -37,25 +33,3 @@ class Board:
     def first(self, key: str) -> bool:
         """Whether this is the first call for `key` on any rank."""
         return self._store.add(key, 1) == 1
-
-
-def connect_store(address: str, *, keeps: bool, seconds: float) -> Any:
-    """Connect to a torch store at "host:port", or keep it there.
-
-    keeps: this process is the store's server. seconds: timeout. Raises ValueError where it fails.
-    """
-    host, _, port = address.rpartition(":")
-    try:
-        return dist.TCPStore(
-            host,
-            int(port),
-            is_master=keeps,
-            wait_for_workers=False,
-            timeout=datetime.timedelta(seconds=seconds),
-        )
-    except (RuntimeError, OSError) as error:
-        what = "kept" if keeps else f"reached within {seconds:g} s"
-        raise ValueError(
-            f"zeroth_order.replicas.store: no store can be {what} at {address} "
-            f"({str(error).splitlines()[0]})."
-        ) from None

@@ -299,7 +299,7 @@ def _waits(modules: list[str]) -> bool:
                 "torch.distributed.",
                 "deepspeed.comm.",
                 "zods.comm.communicator.",
-                "zods.training.replicas.",
+                "zods.training.replica",
             )
         )
         for module in modules

@@ -217,10 +217,16 @@ class SelectorConfig(Section):
 class ReplicasConfig(Section):
     """Several DeepSpeed worlds that train one model together. See `zods.training.replicas`."""
 
-    store: Text  # "host:port"; replica 0 serves it and the others connect to it
+    store: Text  # "host:port"; replica 0 listens there and the others connect to it
     index: NonNegativeInt = 0  # unique for each replica; replica 0 leads
-    # seconds without a heartbeat after which a replica is dropped
+    # seconds without a heartbeat after which a replica is left out
     silence_timeout: PositiveFloat = 30.0
+    # seconds that a step waits for a replica after the leader's own sums; null: while it lives
+    straggler_timeout: PositiveFloat | None = None
+    # seconds that the others wait for a leader that has not started or is gone
+    leader_timeout: PositiveFloat = 300.0
+    # file with the run's secret token; null: the environment variable ZODS_REPLICA_TOKEN
+    token_file: Text | None = None
 
 
 class ZerothOrderConfig(Section):

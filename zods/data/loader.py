@@ -135,10 +135,16 @@ class TrainingLoader(EpochLoader):
         return len(self.dataset) // self.batch_size * self.accumulation  # type: ignore[arg-type]
 
     def _epoch_batches(self) -> Iterator[list[int]]:
-        """Yield the example indices of each micro-batch in the rest of the epoch, lazily."""
-        order = epoch_order(len(self.dataset), self.batch_size, self.seed, self.epoch)  # type: ignore[arg-type]
-        for position in range(self.position, len(self)):
-            step, micro = divmod(position, self.accumulation)
+        """Yield the example indices of each micro-batch in the rest of the epoch, lazily.
+
+        Between two of them `go_to` may change the position.
+        """
+        order, epoch = torch.empty(0), None
+        while self.position < len(self):
+            if epoch != self.epoch:
+                epoch = self.epoch
+                order = epoch_order(len(self.dataset), self.batch_size, self.seed, epoch)  # type: ignore[arg-type]
+            step, micro = divmod(self.position, self.accumulation)
             positions = positions_of(self.batch_size, self.accumulation, micro, self.split)
             yield order[step][positions.start : positions.stop].tolist()
 

@@ -34,7 +34,7 @@ from zods.training.join_leader import join_leader
 from zods.training.loss_exchange import LossExchange, ReducedLosses
 from zods.training.noise_meter import NoiseMeter
 from zods.training.refresh import measure_refresh
-from zods.training.replicas import Replicas
+from zods.training.replicas import LeftOut, Replicas
 from zods.training.state import StepInFlight
 from zods.training.step_outputs import StepLoss, StepReport
 from zods.training.step_points import StepPoints
@@ -53,7 +53,8 @@ class ZerothOrderEngine(EngineInterface):
     of the bytes sent. anchor: the anchor of MeZO-SVRG, else None. sharded_parameters: this rank's
     shards of the trainable parameters. run: the parts that steps change and that a checkpoint
     stores; its counters (`global_steps`, ...) are read-only attributes of the engine, too.
-    last_step: the report of the last step, or None. trajectory: the chain of records, and their log
+    last_step: the report of the last step; None before the first, and where a replica was left
+    out. trajectory: the chain of records, and their log
     (`resume`). stop: the request to end after a step; should_stop: whether some rank was asked.
     replicas: the worlds that train together, else None. selection: the choice of sub-batches, with
     the ids and the report of the last one; None without a selector. noise: the noise of the
@@ -243,6 +244,10 @@ class ZerothOrderEngine(EngineInterface):
             return self._evaluator.outputs(batch)
         if self._in_flight is None:
             self._in_flight = self._begin_step()
+        if self._in_flight.left_out is not None:
+            loss = torch.full((), math.nan).as_subclass(StepLoss)
+            self._in_flight.pending = (loss, None)
+            return loss
         rechecks, self._in_flight.rechecks = self._in_flight.rechecks, False
         ranks = (self.comm.rank, self.comm.world_size)
         split = ranks if self.replicas is None else self.replicas.split
@@ -273,11 +278,15 @@ class ZerothOrderEngine(EngineInterface):
             )
         self.recorder.record_run(step)
         self._measure_step_size()
+        in_flight = StepInFlight(began, bytes_before, rechecks=step > 0 and step.bit_count() == 1)
         if self.anchor is not None and (
             self.anchor_step is None or step - self.anchor_step >= zo.anchor_interval
         ):
-            self.refresh_anchor()
-        return StepInFlight(began, bytes_before, rechecks=step > 0 and step.bit_count() == 1)
+            try:
+                self.refresh_anchor()
+            except LeftOut as left:
+                in_flight.left_out = str(left)
+        return in_flight
 
     # --- phase 2: reduce the scalars --------------------------------------------------------------
 
@@ -300,21 +309,27 @@ class ZerothOrderEngine(EngineInterface):
             )
         step.sums.append(step.pending[1])
         step.pending = None
-        if self.is_gradient_accumulation_boundary():
+        if self.is_gradient_accumulation_boundary() and step.left_out is None:
             self._watchdog.beat(f"step {self.global_steps}, backward")
-            reduced = self._exchange.step_losses(
-                self._points.total(step.sums, self.comm),
-                pairs=self._points.num_pairs,
-                step=self.global_steps,
-                head=self.trajectory.head,
-                rows=self._rows,
-                asked=self.stop.reason is not None,
-                left_form=self._evaluator.left_form,
-            )
-            step.reduced, self.should_stop = reduced, reduced.should_stop
-            if reduced.left_form:
-                self._evaluator.leave_form()
+            try:
+                self._reduce(step)
+            except LeftOut as left:
+                step.left_out = str(left)
         return loss
+
+    def _reduce(self, step: StepInFlight) -> None:
+        reduced = self._exchange.step_losses(
+            self._points.total([sums for sums in step.sums if sums is not None], self.comm),
+            pairs=self._points.num_pairs,
+            step=self.global_steps,
+            head=self.trajectory.head,
+            rows=self._rows,
+            asked=self.stop.reason is not None,
+            left_form=self._evaluator.left_form,
+        )
+        step.reduced, self.should_stop = reduced, reduced.should_stop
+        if reduced.left_form:
+            self._evaluator.leave_form()
 
     # --- phases 3 to 5: combine, log, apply -------------------------------------------------------
 
@@ -323,7 +338,9 @@ class ZerothOrderEngine(EngineInterface):
         apply it to this rank's shards.
 
         If the run has a log, the step is on the disk when this returns. A step with a non-finite
-        loss is skipped and counted. Raises OSError where the log cannot be written, and
+        loss is skipped and counted. A replica that was left out makes the leader's steps instead,
+        until it takes part again; `global_steps` and the training loader then stand after the last
+        of them, and `should_stop` is set where the leader has ended. Raises OSError where the log cannot be written, and
         RuntimeError after `max_nonfinite_steps` skipped steps in a row.
         """
         in_flight = self._in_flight
@@ -333,10 +350,17 @@ class ZerothOrderEngine(EngineInterface):
             in_flight.micro_steps += 1
             return
         self._watchdog.beat(f"step {self.global_steps}, step")
+        if in_flight.left_out is not None:
+            self._catch_up(in_flight.left_out)
+            return
         assert in_flight.reduced is not None
         loss = in_flight.reduced.loss
         record, projected_grad = self._combine(in_flight.reduced)
-        self._commit_everywhere(record)
+        try:
+            self._commit_everywhere(record)
+        except LeftOut as left:
+            self._catch_up(str(left))
+            return
         self._in_flight = None
         self.run.advance(record)
         if not record.skipped:
@@ -386,15 +410,36 @@ class ZerothOrderEngine(EngineInterface):
         return step, projected_grad
 
     def _commit_everywhere(self, record: Record) -> None:
-        """Commit a record. In a replica that follows, commit the leader's record instead, with the
-        records that the leader made before it.
+        """Commit a record. In a replica that follows, commit the leader's records up to one of this
+        type.
         """
         if self.replicas is None or not self.recorder.follows:
             self.run.commit(record)
             return
-        while type(taken := self.replicas.next_record()) is not type(record):
+        taken: Record | None = None
+        while type(taken) is not type(record):
+            taken = self.replicas.next_record(record, self.trajectory.head)
             self.run.commit(taken)
-        self.run.commit(taken)
+
+    def _catch_up(self, reason: str) -> None:
+        """Drop the step under way, and make the leader's steps until this replica takes part
+        again.
+        """
+        assert self.replicas is not None
+        assert self._zo.replicas is not None
+        if self.comm.rank == 0:
+            logger.warning("replica %d was left out: %s", self.replicas.index, reason)
+        self._in_flight = self.last_step = None
+        limit = self._zo.load_timeout + self._zo.replicas.leader_timeout
+        with self._watchdog.watching("catching up with the leading replica", limit=limit):
+            join_leader(self.run, self.replicas)
+        if self.replicas.members:
+            self._split_batches()
+        else:
+            self.should_stop = True
+        self.restart_loader()
+        self._remember_loader()
+        self._watchdog.rest()
 
     # --- the anchor -------------------------------------------------------------------------------
 
@@ -531,6 +576,10 @@ class ZerothOrderEngine(EngineInterface):
             what = "the start, joining the leading replica"
             with self._watchdog.watching(what, limit=self._zo.load_timeout):
                 join_leader(self.run, self.replicas)
+            if not self.replicas.members:
+                raise ValueError(
+                    "zeroth_order.replicas: the leading replica ends. Its log has the run."
+                )
             self._split_batches()
         self.restart_loader()
         self._remember_loader()
@@ -581,7 +630,7 @@ class ZerothOrderEngine(EngineInterface):
     def train_batch(self, data_iter: Iterator[Any] | None = None) -> float:
         """Make one whole step on micro-batches from `data_iter` (default: the engine's own loader).
 
-        Returns the mean loss of the global batch.
+        Returns the mean loss of the global batch; NaN where this replica was left out of the step.
         """
         if data_iter is None:
             if self.training_dataloader is None:
@@ -593,8 +642,7 @@ class ZerothOrderEngine(EngineInterface):
         for _ in range(self.gradient_accumulation_steps()):
             self.backward(self.forward(next(data_iter)))
             self.step()
-        assert self.last_step is not None
-        return self.last_step.loss
+        return math.nan if self.last_step is None else self.last_step.loss
 
     def _remember_loader(self) -> None:
         """Keep the loader's state at the end of a step, for a pass that is abandoned."""

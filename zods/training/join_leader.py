@@ -8,11 +8,12 @@ from zods.trajectory.records import Step
 
 
 def join_leader(run: TrainingRun, replicas: Replicas) -> None:
-    """Apply the records that the leader published after its log was read, until this replica takes
-    part.
+    """Apply the records that the leader has made since this replica's last one, until this replica
+    takes part, or the leader makes no further step.
     """
     assert run.loader is not None
-    while (record := replicas.to_catch_up(run.state.global_steps)) is not None:
+    trajectory = run.recorder.trajectory
+    while (record := replicas.to_catch_up(run.state.global_steps, trajectory.head)) is not None:
         run.commit(record)
         if isinstance(record, Step):
             run.advance(record)

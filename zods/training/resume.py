@@ -179,8 +179,7 @@ def _publish(run: TrainingRun, replicas: Replicas | None, data: bytes) -> None:
     """On the leader's rank 0, publish the log so far, and each record that is added to it."""
     if replicas is None or not replicas.leads or run.comm.rank != 0:
         return
-    for line in data.decode().splitlines():
-        replicas.publish(line.partition(" ")[2])
+    replicas.publish_log([line.partition(" ")[2] for line in data.decode().splitlines()])
     run.recorder.trajectory.publish = replicas.publish
 
 

@@ -43,16 +43,19 @@ class StepInFlight:
 
     began: time.perf_counter() at its start. bytes_before: bytes that this rank had sent before it.
     sums: for each micro-batch given to `backward`, its losses at pairs of points. pending: the loss
-    and the sums of the last forward, not yet given to `backward`. reduced: the losses of all ranks,
+    and the sums of the last forward, not yet given to `backward`; both sums are None where the
+    replica does not take part. reduced: the losses of all ranks,
     None before `backward` has reduced them. rechecks: whether the first forward compares the form
     of evaluation with separate forwards. micro_steps: calls of `step()` so far, all before the
-    accumulation boundary.
+    accumulation boundary. left_out: why this replica does not take part in the step; None where it
+    does.
     """
 
     began: float
     bytes_before: int
-    sums: list[PairSums] = field(default_factory=list)
-    pending: tuple[StepLoss, PairSums] | None = None
+    sums: list[PairSums | None] = field(default_factory=list)
+    pending: tuple[StepLoss, PairSums | None] | None = None
     reduced: ReducedLosses | None = None
     rechecks: bool = False
     micro_steps: int = 0
+    left_out: str | None = None

@@ -8,6 +8,7 @@ head, and checkpoints store it. Called by the modules of `zods.training` and by 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -197,7 +198,7 @@ class Trajectory:
     """The chain of applied records, on every rank, and the file that rank 0 writes.
 
     head: identifies all records so far; START before the first. file: None on a rank that writes no
-    log. publish: called with the JSON of each record, for processes that wait for the records.
+    log. publish: called with the JSON of each record that is on the disk, in the file's thread.
     before_cut: called with the number of steps that stay (-1: not even the header), before the file
     is cut to an agreement or to a checkpoint.
     """
@@ -218,8 +219,9 @@ class Trajectory:
         text = text_of(record)
         self.head = chained(self.head, text)
         if self.file is not None:
-            self.file.begin_append(f"{self.head} {text}\n".encode())
-        self.publish(text)
+            self.file.begin_append(
+                f"{self.head} {text}\n".encode(), functools.partial(self.publish, text)
+            )
 
     def wait(self) -> None:
         """Block until all records are on the disk.
@@ -300,11 +302,14 @@ class LogFile:
         os.ftruncate(self._descriptor, length)
         sync(self._descriptor)
 
-    def begin_append(self, line: bytes) -> None:
-        """Start to append a line in the background; `wait` waits until it is on the disk."""
-        self._pending.append(self._worker.submit(self._append, line))
+    def begin_append(self, line: bytes, then: Callable[[], None]) -> None:
+        """Start to append a line in the background; `wait` waits until it is on the disk.
 
-    def _append(self, line: bytes) -> None:
+        then: called in the background when the line is on the disk.
+        """
+        self._pending.append(self._worker.submit(self._append, line, then))
+
+    def _append(self, line: bytes, then: Callable[[], None]) -> None:
         if self._failed is not None:
             raise self._failed  # no record may follow one that could not be written
         length = self.length()
@@ -318,6 +323,7 @@ class LogFile:
             self._failed = error
             os.ftruncate(self._descriptor, length)  # remove a partly written record
             raise
+        then()
 
     def wait(self) -> None:
         pending, self._pending = self._pending, []
