@@ -82,10 +82,26 @@ class Hosts:
     def start(self) -> None:
         """Raises Unavailable where sshd cannot serve here."""
         self._write_files()
+        self._ip(*(f"netns add {self._namespace(k + 1)}" for k in range(len(self.names))))
+        self._join()
+        for number in range(1, len(self.names) + 1):
+            self._start(number)
+
+    def _namespace(self, number: int) -> str:
+        return f"{self._tag}h{number}"
+
+    def _join(self) -> None:
+        """Give each host a network interface eth0, joined with the others' by a bridge."""
         self._ip(f"netns add {self._tag}s", f"-n {self._tag}s link add br0 type bridge")
         self._ip(f"-n {self._tag}s link set br0 up")
         for number in range(1, len(self.names) + 1):
-            self._start(number)
+            name, outer = self._namespace(number), f"{self._tag}v{number}"
+            self._ip(
+                f"link add {outer} type veth peer name eth0 netns {name}",
+                f"link set {outer} netns {self._tag}s",
+                f"-n {self._tag}s link set {outer} master br0",
+                f"-n {self._tag}s link set {outer} up",
+            )
 
     def _write_files(self) -> None:
         (self.folder / "ssh").mkdir(parents=True)
@@ -108,13 +124,8 @@ class Hosts:
             subprocess.run(["ip", *command.split()], check=True)
 
     def _start(self, number: int) -> None:
-        name, outer = f"{self._tag}h{number}", f"{self._tag}v{number}"
+        name = self._namespace(number)
         self._ip(
-            f"netns add {name}",
-            f"link add {outer} type veth peer name eth0 netns {name}",
-            f"link set {outer} netns {self._tag}s",
-            f"-n {self._tag}s link set {outer} master br0",
-            f"-n {self._tag}s link set {outer} up",
             f"-n {name} addr add 10.77.0.{number}/24 dev eth0",
             f"-n {name} link set eth0 up",
             f"-n {name} link set lo up",
@@ -157,10 +168,9 @@ class Hosts:
 
     def traffic(self, number: int) -> tuple[int, int]:
         """The bytes that the host has (received, sent), headers included."""
-        command = ["ip", "-n", f"{self._tag}s", "-s", "-j", "link", "show", f"{self._tag}v{number}"]
+        command = ["ip", "-n", self._namespace(number), "-s", "-j", "link", "show", "eth0"]
         found = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)[0]
-        # the switch sends what the host receives
-        return found["stats64"]["tx"]["bytes"], found["stats64"]["rx"]["bytes"]
+        return found["stats64"]["rx"]["bytes"], found["stats64"]["tx"]["bytes"]
 
     def popen(
         self, number: int, command: list[str], output: Any = subprocess.PIPE, **variables: str
@@ -195,8 +205,9 @@ class Hosts:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        for name in (f"{self._tag}s", *(f"{self._tag}h{k + 1}" for k in range(len(self.names)))):
-            subprocess.run(["ip", "netns", "delete", name], check=False)
+        for name in (f"{self._tag}s", *(self._namespace(k + 1) for k in range(len(self.names)))):
+            if Path("/run/netns", name).exists():
+                subprocess.run(["ip", "netns", "delete", name], check=False)
 
 
 @contextlib.contextmanager

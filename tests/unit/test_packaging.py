@@ -173,11 +173,12 @@ def test_pins_satisfy_the_declared_bounds():
             )
 
 
-def test_the_image_installs_what_the_scripts_install():
-    image = (REPOSITORY / "docker" / "Dockerfile").read_text()
-    installed = re.search(r'"\.\[([\w,]+)\]"', image)
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_the_image_installs_what_the_scripts_install(kind):
+    image = (REPOSITORY / "docker" / f"{kind}.Dockerfile").read_text()
+    installed = re.search(r"launch/setup.sh ([\w,]+) --async_io", image)
     assert installed is not None
-    extras_of_cli = {"report", "monitor", "lora"}
+    extras_of_cli = {"report", "monitor", "lora", "mpi"}
     assert set(installed[1].split(",")) == extras_of_cli, "what the command line's options need"
     for package in ("g++", "libaio-dev"):
         assert package in image

@@ -11,7 +11,6 @@ zods's files. It prints the name of the first host, which has rank 0. Called by 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib.metadata
 import json
 import re
@@ -21,6 +20,8 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from zods.comm.package_digest import package_digest
 
 PACKAGES = ("torch", "deepspeed", "transformers")
 SECONDS = 60  # for the answer of a host
@@ -51,19 +52,13 @@ def read_hostfile(path: Path) -> dict[str, int]:
 
 def description() -> dict[str, str]:
     """The versions on this host, without importing the packages."""
-    digest = hashlib.blake2b(digest_size=8)
-    package = Path(__file__).parents[1]
-    for path in sorted(package.rglob("*.*")):
-        if path.suffix in (".py", ".cpp"):
-            digest.update(path.relative_to(package).as_posix().encode())
-            digest.update(path.read_bytes())
     versions = {"python": ".".join(map(str, sys.version_info[:3]))}
     for name in PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = "missing"
-    return {**versions, "zods's files": digest.hexdigest()}
+    return {**versions, "zods's files": package_digest()}
 
 
 def described(host: str, cwd: Path) -> dict[str, str]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -116,6 +117,7 @@ class RunFolder:
             "device": device,
             "git_commit": _git_commit(),
             "versions": versions(),
+            "image": os.environ.get("ZODS_IMAGE"),
         }
         for name, content in (("config.json", config), ("run.json", about)):
             with atomic_write(self.path / name) as temporary:

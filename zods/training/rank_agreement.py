@@ -11,11 +11,13 @@ import hashlib
 import importlib.metadata
 import inspect
 import json
+import os
 from pathlib import Path
 
 import torch
 
 from zods.comm.communicator import Communicator
+from zods.comm.package_digest import package_digest
 from zods.config.deepspeed_json import FirstOrderConfig, RunConfig
 from zods.data.loader import TrainingLoader
 from zods.kernels import fingerprint
@@ -23,7 +25,6 @@ from zods.params.zero3_adapter import is_sharded
 from zods.selection.loaders import SelectingLoader
 
 PACKAGES = ("torch", "deepspeed", "transformers")
-PACKAGE = Path(__file__).parents[1]  # the folder of zods
 # packages whose version, or whose digest, stands for the code of their modules
 VERSIONED = (*PACKAGES, "peft", "zods")
 
@@ -66,13 +67,14 @@ def _description(model: torch.nn.Module) -> bytes:
 
 @functools.cache
 def code_in_use() -> dict[str, str]:
-    """The versions of the packages that compute a step, and a digest of all files of zods."""
-    digest = hashlib.blake2b(digest_size=8)
-    for path in sorted(p for p in PACKAGE.rglob("*") if p.suffix in (".py", ".cpp")):
-        digest.update(path.read_bytes())
+    """The versions of the packages that compute a step, a digest of all files of zods, and the name
+    of the container image, if there is one.
+    """
+    image = os.environ.get("ZODS_IMAGE")
     return {
-        "zods": digest.hexdigest(),
+        "zods": package_digest(),
         **{name: importlib.metadata.version(name) for name in PACKAGES},
+        **({"image": image} if image else {}),
     }
 
 
