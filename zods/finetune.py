@@ -32,6 +32,7 @@ from zods.cli.pretrained import (
     parameter_sizes,
     read_tokenizer,
     tokenizer_digest,
+    weight_files_digest,
 )
 from zods.cli.run_folder import RunFolder
 from zods.cli.summary import summarise, table
@@ -147,6 +148,10 @@ def start(
         with comm.same_on_all_ranks():
             checked = check_input(arguments, comm, watchdog)
         check_code_and_configuration(comm, checked.run, code_in_use())
+        comm.check_agreement(
+            weight_files_digest(checked.pretrained),
+            f"a file of weights in {checked.pretrained.base}",
+        )
         run, folder, fork, data = checked.run, checked.folder, checked.fork, checked.data
         task = data.task
         if run.zero_stage == 3:

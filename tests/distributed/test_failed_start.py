@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ import pytest
 import torch
 
 import zods.finetune
-from tests.distributed.command_line import MODEL, write_rows
+from tests.distributed.command_line import MODEL, prompted_options, write_inputs, write_rows
 from tests.distributed.models import Tiny, configuration, tiny_data
 from tests.distributed.ranks import launch, options_of, run_command, run_ranks
+from zods.cli.arguments import parse_arguments
 from zods.comm.communicator import Communicator, RankFailure
 from zods.comm.process import RANKS, SIZES, TORCH, connect_ranks
 
@@ -208,6 +210,28 @@ def test_a_models_code_that_fails_on_one_rank_ends_the_run_with_the_name_of_that
         f"zods.finetune: error: rank 1: --model {model}: TypeError: a driver is missing"
     ]
     assert not (tmp_path / "run").exists()
+
+
+def rank_of_other_weights(folder: Path) -> str:
+    rank = torch.distributed.get_rank()
+    arguments = parse_arguments(
+        list(map(str, prompted_options(folder, folder / "run", model=folder / f"model{rank}")))
+    )
+    with pytest.raises(RuntimeError, match=r".") as error:
+        zods.finetune.start(arguments)
+    return str(error.value)
+
+
+def test_other_base_weights_on_one_rank_are_refused_before_they_are_loaded(tmp_path):
+    config = {"train_batch_size": 8, "zero_optimization": {"stage": 3}, "zeroth_order": {}}
+    write_inputs(tmp_path, config)
+    for rank in range(2):
+        shutil.copytree(MODEL, tmp_path / f"model{rank}")
+    weights = tmp_path / "model1" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
+    for said in run_ranks(2, rank_of_other_weights, tmp_path):
+        assert said.startswith("rank 1: a file of weights in ")
+        assert "differs from rank 0's" in said
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from zods.tasks import Task
 from zods.training.first_order_checkpoint import flaw_of_pickle
 
 PICKLES = ("pytorch_model*.bin", "adapter_model.bin")  # names of files of weights
+SAMPLED_BYTES = 2**16  # at each end of a file of weights
 # Models that use token types in attention, and have no type vocabulary in the configuration
 RELATIVE_SEGMENTS = ("xlnet", "funnel")
 
@@ -210,6 +211,25 @@ def check_weight_files(folder: Path) -> None:
             raise ValueError(
                 f"{path}: damaged or truncated: {error}. Copy or download the file again."
             ) from None
+
+
+def weight_files_digest(pretrained: Pretrained) -> bytes:
+    """A digest of the local files of weights: their names, sizes, first and last bytes.
+
+    Ranks compare it before they load the weights, which are compared whole later.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for name in (pretrained.base, pretrained.adapter):
+        folder = Path(name or "")
+        patterns = ("*.safetensors", *PICKLES) if name and folder.is_dir() else ()
+        for path in sorted(path for pattern in patterns for path in folder.glob(pattern)):
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size} ".encode())
+            with path.open("rb") as file:
+                for start in (0, max(0, size - SAMPLED_BYTES)):
+                    file.seek(start)
+                    digest.update(file.read(SAMPLED_BYTES))
+    return digest.digest()
 
 
 def check_generation_config(folder: Path) -> None:
