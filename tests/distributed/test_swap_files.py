@@ -12,10 +12,13 @@ from typing import Any
 
 import deepspeed
 import pytest
+import torch
 
-import zods
+import zods.finetune
+from tests.distributed.command_line import prompted_options, refusals_on_ranks, write_inputs
 from tests.distributed.models import WIDE, Wide, configuration, state, wide_data
 from tests.distributed.ranks import run_ranks
+from zods.cli.arguments import parse_arguments
 from zods.params.swap_files import PREFIX
 
 STEPS = 4
@@ -190,3 +193,35 @@ def rank_of_handles(nvme: Path) -> list[str]:
 
 def test_deepspeed_still_has_the_names_that_the_checks_of_files_touch(tmp_path):
     assert run_ranks(1, rank_of_handles, tmp_path) == [[]]
+
+
+def rank_of_two_drives(folder: Path, options: list[str]) -> list[str]:
+    os.environ["LOCAL_RANK"] = str(torch.distributed.get_rank())
+    arguments = parse_arguments(options)
+    engine, *rest = zods.finetune.start(arguments)
+    drive = folder / f"drive{os.environ['LOCAL_RANK']}"
+    torch.distributed.barrier()
+    found = [str(path.relative_to(drive)) for path in drive.rglob("*") if path.is_file()]
+    zods.finetune.finetune(arguments, engine, *rest)
+    engine.close()
+    return found
+
+
+def test_each_rank_of_a_host_may_have_a_drive_of_its_own(tmp_path):
+    drive = f"{tmp_path}/drive{{local_rank}}"
+    offload = {"device": "nvme", "nvme_path": drive, "buffer_count": 5}
+    anchor = {"point": "nvme", "gradient": "nvme", "nvme_path": drive}
+    section = {"method": "mezo_svrg", "lr": 1e-5, "anchor": anchor}
+    zero = {"stage": 3, "offload_param": offload}
+    write_inputs(
+        tmp_path, {"train_batch_size": 8, "zero_optimization": zero, "zeroth_order": section}
+    )
+    options = [str(word) for word in prompted_options(tmp_path, tmp_path / "run", max_steps=2)]
+    said = refusals_on_ranks(2, options)
+    assert "drive0 is not a folder" in said[0]
+    for number in range(2):
+        (tmp_path / f"drive{number}").mkdir()
+    for rank, found in enumerate(run_ranks(2, rank_of_two_drives, tmp_path, options)):
+        anchors = [name for name in found if name.startswith("zods_anchor")]
+        assert sorted(anchors) == [f"zods_anchor/rank{rank}/{k}.bin" for k in ("gradient", "point")]
+        assert any(name.endswith(".tensor.swp") for name in found), "the parameters are there, too"

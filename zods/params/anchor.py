@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +20,13 @@ from zods.config.schema import AnchorConfig
 from zods.core.directions import Direction
 from zods.core.estimators import Term, Update
 from zods.core.points import Center
-from zods.params.anchor_stores import MemoryStore, NvmeStore, ShardStore, remove_leftovers
+from zods.params.anchor_stores import (
+    MemoryStore,
+    NvmeStore,
+    ShardStore,
+    nvme_folder,
+    remove_leftovers,
+)
 from zods.params.shards import Shard, ShardedParameters
 from zods.params.zero3_adapter import is_sharded
 
@@ -77,7 +82,7 @@ class Anchor:
             self.point = self._make_store("point", aio, None)
             self.gradient = self._make_store("gradient", aio, self._gradient_block)
             if config.nvme_path is not None:
-                remove_leftovers(Path(config.nvme_path) / "zods_anchor", comm.world_size)
+                remove_leftovers(nvme_folder(config.nvme_path) / "zods_anchor", comm.world_size)
 
     def _make_store(
         self,
@@ -91,7 +96,7 @@ class Anchor:
         if storage == "nvme":
             assert self._config.nvme_path is not None
             path = (
-                Path(self._config.nvme_path)
+                nvme_folder(self._config.nvme_path)
                 / "zods_anchor"
                 / f"rank{self._comm.rank}"
                 / f"{role}.bin"

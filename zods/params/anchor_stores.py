@@ -336,16 +336,21 @@ def remove_leftovers(folder: Path, world_size: int) -> None:
         _remove_empty(of_rank)
 
 
+def nvme_folder(nvme_path: str) -> Path:
+    """This rank's folder: `nvme_path` with the rank's number on its host for "{local_rank}"."""
+    return Path(nvme_path.replace("{local_rank}", os.environ.get("LOCAL_RANK", "0")))
+
+
 def check_nvme(nvme_path: str, key: str) -> None:
     """Check that `nvme_path` is a writable folder and that DeepSpeed's async_io can be used.
 
     Not a collective: it checks for the calling rank only. key: the configuration key, for messages.
     Raises ValueError where a check fails.
     """
-    folder = Path(nvme_path)
+    folder = nvme_folder(nvme_path)
     if not folder.is_dir():
         raise ValueError(
-            f"{key}: {nvme_path} is not a folder. Create it on the NVMe drive, or give another."
+            f"{key}: {folder} is not a folder. Create it on the NVMe drive, or give another."
         )
     probe = folder / f".zods-{os.getpid()}"
     try:
@@ -353,7 +358,7 @@ def check_nvme(nvme_path: str, key: str) -> None:
         probe.unlink()
     except OSError as error:
         raise ValueError(
-            f"{key}: {nvme_path} is not writable ({error.strerror}). Give a folder in which files "
+            f"{key}: {folder} is not writable ({error.strerror}). Give a folder in which files "
             "can be written."
         ) from error
     if not AsyncIOBuilder().is_compatible(verbose=False):

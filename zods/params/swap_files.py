@@ -24,6 +24,7 @@ import torch
 from zods.comm.communicator import Communicator
 from zods.files import allocate, try_lock
 from zods.kernels import fingerprint
+from zods.params.anchor_stores import nvme_folder
 from zods.params.zero3_adapter import handles_of, on_nvme, smallest_on_nvme
 
 KEYS = ("offload_param", "offload_optimizer")
@@ -56,7 +57,7 @@ def in_own_folder(
         for key in KEYS:
             offload = zero.get(key) or {}
             if offload.get("device") == "nvme":
-                folder = _new_folder(Path(offload["nvme_path"]), name, comm.rank)
+                folder = _new_folder(nvme_folder(offload["nvme_path"]), name, comm.rank)
                 zero[key] = {**offload, "nvme_path": str(folder)}
     reserved = []
     try:

@@ -13,6 +13,7 @@ import inspect
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -50,11 +51,19 @@ def check_code_and_configuration(
 
     code: names and versions of the code in use.
     """
-    comm.check_agreement(json.dumps(run.to_dict(), sort_keys=True).encode(), "the configuration")
+    configuration = _without_folders(run.to_dict())
+    comm.check_agreement(json.dumps(configuration, sort_keys=True).encode(), "the configuration")
     comm.check_agreement(
         repr(code).encode(),
         f"the code (of zods or the model, or a version of {', '.join(PACKAGES)}, peft)",
     )
+
+
+def _without_folders(config: Any) -> Any:
+    """A configuration without the folders on NVMe, which may be a rank's own."""
+    if not isinstance(config, dict):
+        return config
+    return {key: _without_folders(of) for key, of in config.items() if key != "nvme_path"}
 
 
 def _description(model: torch.nn.Module) -> bytes:
