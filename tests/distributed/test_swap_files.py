@@ -224,4 +224,4 @@ def test_each_rank_of_a_host_may_have_a_drive_of_its_own(tmp_path):
     for rank, found in enumerate(run_ranks(2, rank_of_two_drives, tmp_path, options)):
         anchors = [name for name in found if name.startswith("zods_anchor")]
         assert sorted(anchors) == [f"zods_anchor/rank{rank}/{k}.bin" for k in ("gradient", "point")]
-        assert any(name.endswith(".tensor.swp") for name in found), "the parameters are there, too"
+        assert any(name.endswith(f"/rank{rank}.lock") for name in found), "and the parameters"
