@@ -9,6 +9,7 @@ import functools
 import math
 import os
 import random
+import shutil
 import signal
 import socket
 import threading
@@ -22,7 +23,12 @@ import pytest
 import torch
 
 import zods.finetune
-from tests.distributed.command_line import prompted_options, write_inputs
+from tests.distributed.command_line import (
+    MODEL,
+    prompted_options,
+    refusals_on_ranks,
+    write_inputs,
+)
 from tests.distributed.models import (
     OF_THE_PAPER,
     Tiny,
@@ -520,6 +526,32 @@ def test_a_replica_with_another_token_is_refused_and_the_leader_goes_on(tmp_path
     )
     assert leader == [1]
     assert "is the token the same?" in said
+
+
+def rank_at_a_port(store: str) -> str:
+    with pytest.raises(ValueError, match=r".") as error:
+        build("mezo", {"store": store})
+    return str(error.value)
+
+
+def test_a_port_in_use_is_one_error_on_all_ranks():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        said = run_ranks(2, rank_at_a_port, f"127.0.0.1:{taken.getsockname()[1]}")
+    for text in said:
+        assert "replicas.store: the leading replica cannot listen at 127.0.0.1:" in text
+        assert "Address already in use" in text
+
+
+def test_the_command_line_reads_the_token_before_the_model_is_loaded(tmp_path):
+    replicas = {"token_file": str(tmp_path / "none")}
+    config = {"train_batch_size": 8, "zeroth_order": {"lr": 1e-4, "replicas": replicas}}
+    write_inputs(tmp_path, config)
+    options = {"replica": 0, "replica_store": store_address(), "model": tmp_path / "model"}
+    shutil.copytree(MODEL, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()  # loading would be another error
+    for said in refusals_on_ranks(2, prompted_options(tmp_path, tmp_path / "run", **options)):
+        assert "zeroth_order.replicas.token_file: " in said
+        assert "cannot be read" in said
 
 
 def attack(address: str, until: threading.Event) -> None:
