@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -97,6 +98,17 @@ def test_mpirun_on_two_hosts_with_scalars_through_mpi_ends_with_the_bits_of_one_
     code, output = two.run(1, command, ZODS_INTERFACE="eth0")
     assert code == 0, output[-4000:]
     assert ended(folder, "mpirun") == on_one_host
+
+
+@pytest.mark.skipif(shutil.which("numactl") is None, reason="--bind_cores_to_rank needs numactl")
+def test_ranks_that_are_bound_to_cores_end_with_the_same_bits(folder, on_one_host):
+    with master_port() as port:
+        command = ["bash", str(LAUNCH / "deepspeed.sh"), "--num_gpus", "2", "--bind_cores_to_rank"]
+        command += ["--master_port", str(port), "--", *job(folder, "bound")]
+        code, output = run_command(command, REPOSITORY)
+    assert code == 0, output[-4000:]
+    assert "numactl" in output
+    assert ended(folder, "bound") == on_one_host
 
 
 def rank_without_mpirun() -> str:
