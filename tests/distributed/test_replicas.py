@@ -432,11 +432,12 @@ def test_without_a_leader_the_others_end_after_leader_timeout_and_its_log_is_who
     assert read_log(tmp_path / "log" / "trajectory.log").num_steps >= 1
 
 
-def touch_when_it_asks(engine: Any, path: Path) -> None:
-    """Make a file when the replica, which takes part now, asks the leader again to join."""
-    deadline = time.monotonic() + LIMIT
-    while not engine.replicas._follower._has_asked_to_join and time.monotonic() < deadline:
+def touch_when_it_is_back(engine: Any, path: Path) -> None:
+    """Make a file when the replica has connected to another leader and has asked it to join."""
+    first, deadline = engine.replicas._follower._channel, time.monotonic() + LIMIT
+    while engine.replicas._follower._channel is first and time.monotonic() < deadline:
         time.sleep(0.05)
+    time.sleep(1.0)
     path.touch()
 
 
@@ -445,7 +446,7 @@ def rank_that_outlives_the_leader(folder: Path, store: str) -> dict[str, Any]:
     engine = build("svrg", {"store": store, "index": 1, "leader_timeout": LIMIT})
     engine.resume(folder / "none")
     if torch.distributed.get_rank() == 0:
-        threading.Thread(target=touch_when_it_asks, args=(engine, folder / "ready")).start()
+        threading.Thread(target=touch_when_it_is_back, args=(engine, folder / "ready")).start()
     left_out = 0
     while engine.global_steps < STEPS and not engine.should_stop:
         left_out += math.isnan(engine.train_batch())
@@ -750,7 +751,7 @@ def test_a_late_replica_reads_records_in_blocks():
     (found,) = run_ranks(1, rank_of_a_late_replica, store_address())
     assert found["steps"] == 50_000
     assert found["same"]
-    assert found["for the log"] < 1000
+    assert found["for the log"] < 3000, "tens of requests"
     assert found["to catch up"] < 1000
 
 

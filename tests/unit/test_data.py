@@ -128,6 +128,22 @@ def test_an_unfinished_step_is_repeated_on_resume():
     assert list(itertools.islice(resumed.forever(), 9)) == whole[3:]
 
 
+@pytest.mark.parametrize("target", [(0, 2), (1, 1), (2, 0)])
+def test_a_pass_follows_a_change_of_the_position_and_ends_with_its_epoch(target):
+    """A replica that was left out of steps goes to the leader's position."""
+    (loader,) = loaders(60, 1)
+    size = loader.steps_per_epoch
+    seen = []
+    for _ in loader:
+        seen.append(loader.epoch_and_step)
+        if len(seen) == 1:
+            loader.go_to(target)
+    rest = range(target[1] + 1, size + 1) if target[0] == 0 else ()
+    assert seen == [(0, 1), *((0, step) for step in rest)]
+    next(iter(loader))
+    assert loader.epoch_and_step == ((1, 1) if target[0] == 0 else (target[0], target[1] + 1))
+
+
 def test_a_loader_that_goes_back_to_an_earlier_state_repeats_what_followed():
     (loader,) = loaders(100, 1)
     steps_of([loader], 3)

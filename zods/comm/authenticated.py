@@ -22,7 +22,6 @@ import socket
 import struct
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,8 +34,8 @@ NONCE_BYTES, TAG_BYTES = 32, 16
 MOST_BYTES = 2**24  # of a message
 MOST_HELLO_BYTES = 1024  # of the first message, whose sender is not known yet
 HANDSHAKE_SECONDS = 10.0
-MOST_STRANGERS = 64  # connections whose first message has not come yet
-MOST_STRANGERS_OF_ONE = 8  # from one address
+MOST_STRANGERS = 256  # connections whose first message has not come yet
+MOST_STRANGERS_OF_ONE = 64  # from one address
 
 
 def read_token(file: str | None) -> bytes:
@@ -168,8 +167,8 @@ class Server:
     """Accepts connections, each in a thread of its own.
 
     A process that connects and does not prove within HANDSHAKE_SECONDS that it has the token is cut
-    off. There are at most MOST_STRANGERS such connections, and MOST_STRANGERS_OF_ONE from one
-    address; further ones are closed at once.
+    off. Of more than MOST_STRANGERS such connections, or MOST_STRANGERS_OF_ONE from one address,
+    the oldest is cut off: who has the token needs one round trip only.
     """
 
     def __init__(
@@ -187,10 +186,11 @@ class Server:
         the address cannot be used.
         """
         self._token, self._serve, self._silence = token, serve, silence
-        self._strangers: Counter[str] = Counter()  # by address
+        self._strangers: dict[socket.socket, str] = {}  # their addresses; the oldest first
         self._refused = 0
         self._lock = threading.Lock()
-        self._listener = socket.create_server(address, backlog=MOST_STRANGERS)
+        family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        self._listener = socket.create_server(address, family=family, backlog=MOST_STRANGERS)
         threading.Thread(target=self._accept, name="zods-accept", daemon=True).start()
 
     def close(self) -> None:
@@ -208,20 +208,24 @@ class Server:
                     return
                 time.sleep(0.1)  # no file descriptor is free, or the stranger is gone again
                 continue
-            with self._lock:
-                full = (
-                    self._strangers.total() >= MOST_STRANGERS
-                    or self._strangers[host] >= MOST_STRANGERS_OF_ONE
-                )
-                if not full:
-                    self._strangers[host] += 1
-            if full:
-                sock.close()
-                self._refuse(host, "too many connections at once")
-                continue
+            self._add_stranger(sock, host)
             threading.Thread(
                 target=self._run, args=(sock, host), name="zods-connection", daemon=True
             ).start()
+
+    def _add_stranger(self, sock: socket.socket, host: str) -> None:
+        with self._lock:
+            of_host = [other for other, address in self._strangers.items() if address == host]
+            oldest = None
+            if len(of_host) >= MOST_STRANGERS_OF_ONE:
+                oldest = of_host[0]
+            elif len(self._strangers) >= MOST_STRANGERS:
+                oldest = next(iter(self._strangers))
+            if oldest is not None:
+                del self._strangers[oldest]
+                with contextlib.suppress(OSError):  # its thread closes it
+                    oldest.shutdown(socket.SHUT_RDWR)
+            self._strangers[sock] = host
 
     def _run(self, sock: socket.socket, host: str) -> None:
         try:
@@ -232,8 +236,7 @@ class Server:
             return
         finally:
             with self._lock:
-                self._strangers[host] -= 1
-                self._strangers += Counter()  # drops the zeros
+                self._strangers.pop(sock, None)
         try:
             self._serve(channel, hello)
         finally:

@@ -409,6 +409,11 @@ def _replicas_mistakes(config: ZerothOrderConfig, replicas: ReplicasConfig) -> I
     host, _, port = replicas.store.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 2**16:
         yield f'{SECTION}.replicas.store: found {replicas.store!r}, expected "host:port".'
+    if host.strip("[]") in ("0.0.0.0", "::", "*"):
+        yield (
+            f"{SECTION}.replicas.store: found {replicas.store!r}, which is every network interface. "
+            "Give the address of one interface of the leading replica's host."
+        )
     if config.selector is not None:
         yield (
             f"{SECTION}.replicas: cannot be used with a selector, because replicas do not exchange "

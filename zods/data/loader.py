@@ -137,13 +137,11 @@ class TrainingLoader(EpochLoader):
     def _epoch_batches(self) -> Iterator[list[int]]:
         """Yield the example indices of each micro-batch in the rest of the epoch, lazily.
 
-        Between two of them `go_to` may change the position.
+        Between two of them `go_to` may change the position. They end where it changes the epoch.
         """
-        order, epoch = torch.empty(0), None
-        while self.position < len(self):
-            if epoch != self.epoch:
-                epoch = self.epoch
-                order = epoch_order(len(self.dataset), self.batch_size, self.seed, epoch)  # type: ignore[arg-type]
+        epoch = self.epoch
+        order = epoch_order(len(self.dataset), self.batch_size, self.seed, epoch)  # type: ignore[arg-type]
+        while self.epoch == epoch and self.position < len(self):
             step, micro = divmod(self.position, self.accumulation)
             positions = positions_of(self.batch_size, self.accumulation, micro, self.split)
             yield order[step][positions.start : positions.stop].tolist()

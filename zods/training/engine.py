@@ -107,6 +107,8 @@ class ZerothOrderEngine(EngineInterface):
         self.stop = StopRequest()
         self.should_stop = False
         self.replicas = None if zo.replicas is None else Replicas(zo.replicas, comm)
+        if self.replicas is not None:
+            self.replicas.stop_where(lambda: self.stop.reason is not None)
         self._zo = zo
         self._rule = StepRule(zo)
         sizes = {
@@ -431,8 +433,9 @@ class ZerothOrderEngine(EngineInterface):
             logger.warning("replica %d was left out: %s", self.replicas.index, reason)
         self._in_flight = self.last_step = None
         limit = self._zo.load_timeout + self._zo.replicas.leader_timeout
-        with self._watchdog.watching("catching up with the leading replica", limit=limit):
-            join_leader(self.run, self.replicas)
+        what = "catching up with the leading replica"
+        self._watchdog.beat(what, limit)
+        join_leader(self.run, self.replicas, lambda: self._watchdog.beat(what, limit))
         if self.replicas.members:
             self._split_batches()
         else:
@@ -453,8 +456,8 @@ class ZerothOrderEngine(EngineInterface):
         The step is theta <- theta - anchor_lr * g, as in algorithm 2 of Gautam et al. 2024. There
         it replaces a mini-batch step; here the mini-batch step follows it. With "normalize" it is
         divided by the root mean square of g alone. Raises StopRequested, on all ranks, where one is
-        asked to stop meanwhile. Nothing of the refresh is then left, and the training loader stands
-        after the last step.
+        asked to stop meanwhile, and LeftOut where this replica is left out. Nothing of the refresh is
+        then left, and the training loader stands after the last step.
         """
         assert self.anchor is not None
         assert self.training_dataloader is not None
@@ -574,8 +577,9 @@ class ZerothOrderEngine(EngineInterface):
             self._adopt_evaluation()
         if self.replicas is not None and self.recorder.follows:
             what = "the start, joining the leading replica"
-            with self._watchdog.watching(what, limit=self._zo.load_timeout):
-                join_leader(self.run, self.replicas)
+            limit = self._zo.load_timeout
+            with self._watchdog.watching(what, limit=limit):
+                join_leader(self.run, self.replicas, lambda: self._watchdog.beat(what, limit))
             if not self.replicas.members:
                 raise ValueError(
                     "zeroth_order.replicas: the leading replica ends. Its log has the run."

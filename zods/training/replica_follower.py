@@ -10,6 +10,7 @@ import secrets
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 from zods.comm.authenticated import Channel, connect
@@ -35,17 +36,28 @@ class Lost(Exception):
         self.connected = connected
 
 
+class NotReady(ConnectionError):
+    """The leader lives, and has not read its log yet."""
+
+
 class Refused(Exception):
     """The leader refuses this replica, or is gone for longer than `leader_timeout`."""
 
 
 class Follower:
+    """The connection of a replica's rank 0 to the leader.
+
+    asked: whether this replica was asked to stop; it then waits for the leader no longer.
+    """
+
     def __init__(
         self, config: ReplicasConfig, address: tuple[str, int], token: bytes, ranks: int
     ) -> None:
         """Raises ValueError where the leader refuses this replica, OSError where it cannot be
         reached within `leader_timeout`.
         """
+        self.asked: Callable[[], bool] = lambda: False
+        self._is_catching_up = False
         self._config, self._address, self._token = config, address, token
         self._hello = {"replica": config.index, "ranks": ranks, "process": secrets.token_hex(8)}
         self._ahead: deque[str] = deque()  # records that were read and not applied yet
@@ -77,7 +89,7 @@ class Follower:
             raise Refused(said["refused"])
         if said["again"]:
             channel.close()
-            raise ConnectionError("the leading replica is not ready yet")
+            raise NotReady("the leading replica is not ready yet")
         self._channel, self._inbox = channel, queue.SimpleQueue()
         self._ahead.clear()
         self._asks = self._has_asked_to_join = self._is_over = False
@@ -113,7 +125,9 @@ class Follower:
                 self._connect(number, head, min(left, self._config.silence_timeout))
                 return
             except OSError as error:
-                if time.monotonic() + RETRY_SECONDS > deadline:
+                if isinstance(error, NotReady):
+                    deadline = time.monotonic() + seconds
+                if time.monotonic() + RETRY_SECONDS > deadline or self.asked():
                     raise
                 if str(error) != said:
                     said = str(error)
@@ -141,7 +155,12 @@ class Follower:
 
     def _next(self) -> bytes:
         """Wait for a message. Raises Lost, or Refused."""
-        message = self._inbox.get()
+        message: bytes | OSError | None = None
+        while message is None:
+            with contextlib.suppress(queue.Empty):
+                message = self._inbox.get(timeout=RETRY_SECONDS)
+            if message is None and self._is_catching_up and self.asked():
+                raise Lost("it was asked to stop", connected=True)
         if isinstance(message, OSError):
             self._inbox.put(message)  # for the next call
             silent = f"silent for {self._config.silence_timeout:g} s"
@@ -149,7 +168,7 @@ class Follower:
             raise Lost(reason, connected=False)
         if message[:1] == messages.OUT:
             said = messages.unpacked(message)
-            self._has_asked_to_join = False
+            self._has_asked_to_join, self._joined = False, None
             if said["final"]:
                 raise Refused(said["reason"])
             raise Lost(said["reason"], connected=True)
@@ -164,6 +183,12 @@ class Follower:
             message = self._next()
             if message[:1] == messages.ANSWER and (answer := Sums.unpack(message)).tag == own.tag:
                 return answer
+            self._check_not_over(message)
+
+    def _check_not_over(self, message: bytes) -> None:
+        if message[:1] == messages.OVER:
+            self._is_over = True
+            raise Lost("the leading replica ends", connected=True)
 
     def next_record(self, number: int, head: str) -> str | None:
         """Wait until record `number` is in the leader's log. Returns its JSON; None where the chain
@@ -180,25 +205,35 @@ class Follower:
                 if noticed == number and (text or after == head):
                     return text or None
                 self._ask(number, waits=False)
+            self._check_not_over(message)
         return self._ahead.popleft()
 
     # --- catching up ------------------------------------------------------------------------------
 
-    def look(self, step: int, number: int, head: str) -> dict[str, Any]:
+    def next_event(self, step: int, number: int, head: str) -> dict[str, Any]:
         """Wait for what comes next for a replica that does not take part.
 
         step: the number of steps that were made. number, head: of records, and of their chain.
         Returns "record" (the JSON of the next one), "members" (this replica takes part with them
-        from this step on) or "over" (the leader makes no further step). Raises Refused.
+        from this step on) or "over" (the leader makes no further step, or this replica was asked to
+        stop). Raises Refused.
         """
-        while True:
-            try:
-                return self._look(step, number)
-            except Lost as lost:
-                if not lost.connected:
-                    self._reconnect(number, head, lost)
+        self._is_catching_up = True
+        try:
+            while not self.asked():
+                try:
+                    return self._next_event(step, number)
+                except Lost as lost:
+                    if not lost.connected:
+                        self._reconnect(number, head, lost)
+        except Refused:
+            if not self.asked():
+                raise
+        finally:
+            self._is_catching_up = False
+        return {"over": True}
 
-    def _look(self, step: int, number: int) -> dict[str, Any]:
+    def _next_event(self, step: int, number: int) -> dict[str, Any]:
         while True:
             joined = self._joined
             if joined is not None and (joined["refused"] or joined["step"] == step):
@@ -208,21 +243,24 @@ class Follower:
                 return {"members": joined["members"]}
             if self._ahead:
                 return {"record": self._ahead.popleft()}
-            if self._is_over:
-                return {"over": True}
             if not self._asks:
-                self._ask(number, waits=self._has_asked_to_join)
+                self._ask(number, waits=self._has_asked_to_join and not self._is_over)
             message = self._next()
             kind = message[:1]
             if kind == messages.RECORDS:
                 self._take_records(message, number)
-                if not self._ahead and not self._has_asked_to_join:
+                if self._ahead or self._asks:
+                    continue
+                if self._is_over:
+                    return {"over": True}
+                if not self._has_asked_to_join:
                     self._send(messages.JOIN)
                     self._has_asked_to_join = True
             elif kind == messages.JOINED:
                 self._joined = messages.unpacked(message)
             elif kind == messages.OVER:
-                self._is_over = True
+                # it asks once more, because there may be a further record
+                self._is_over, self._asks = True, False
 
     def read_records(self) -> list[str]:
         """All records that the leader has, at least one, the log's header first. Raises Refused."""
@@ -239,12 +277,15 @@ class Follower:
             message = self._next()
             if message[:1] != messages.RECORDS:
                 continue
-            found = messages.unpacked(message)[1:]
+            first, *found = messages.unpacked(message)
+            if first != len(texts):
+                continue
             if not found:
                 self._asks = False
                 return texts
             texts += found
-            self._ask(len(texts), waits=False)
+            # the header is followed by the record of the run
+            self._ask(len(texts), waits=len(texts) < 2)
 
     def _ask(self, number: int, *, waits: bool) -> None:
         self._send(messages.pack_ask(number, waits))

@@ -7,8 +7,10 @@ no replica ever applies a record that a restarted leader does not know.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import queue
 import struct
 import threading
 import time
@@ -25,9 +27,10 @@ logger = logging.getLogger(__name__)
 
 LEADER = 0
 BEAT_SECONDS = 1.0
-BLOCK_BYTES = 2**20  # of records in one message, about
+BLOCK_BYTES = 2**16  # of records in one message, about
+MOST_WAITING = 1000  # messages for a replica that does not read
 QUIET_SECONDS = 3 * BEAT_SECONDS  # after which a new connection may take a replica's place
-FAREWELL_SECONDS = 60.0  # at its end the leader waits at most so long for the others to read
+FAREWELL_SECONDS = 60.0  # at its end the leader waits at most so long for another to read on
 # Records that the replicas which take part make, too, by how their JSON begins
 MADE_BY_ALL = ('{"step":', '{"refresh":')
 
@@ -37,7 +40,10 @@ class Peer:
     """A connection of another replica.
 
     process: a random name of the replica's process. heard: when its last message came. post: its
-    last sums. asks: the first record it waits for. gone: the reason why the connection is lost.
+    last sums. awaited_record: the number of the record it waits for. gone: the reason why the
+    connection is lost.
+
+    Messages are sent by a thread of the connection, so that a bad link holds up nobody else.
     """
 
     channel: Channel
@@ -45,16 +51,33 @@ class Peer:
     process: str
     heard: float = field(default_factory=time.monotonic)
     post: Sums | None = None
-    asks: int | None = None
+    awaited_record: int | None = None
     wants_to_join: bool = False
     has_said_bye: bool = False
     gone: str | None = None
+    outgoing: queue.Queue[bytes | None] = field(default_factory=lambda: queue.Queue(MOST_WAITING))
 
     def send(self, message: bytes) -> None:
-        try:
-            self.channel.send(message)
-        except OSError as error:
-            self.gone = self.gone or str(error)
+        """Queue a message. It is dropped where the connection is lost."""
+        if self.gone is None:
+            try:
+                self.outgoing.put_nowait(message)
+            except queue.Full:
+                self.lose("it does not read")
+
+    def lose(self, reason: str) -> None:
+        """Give the connection up. Its receiving thread ends."""
+        self.gone = self.gone or reason
+        self.channel.close()
+
+    def write(self) -> None:
+        """Send what is queued, in a thread, until None is queued."""
+        while (message := self.outgoing.get()) is not None:
+            try:
+                self.channel.send(message)
+            except OSError as error:
+                self.lose(str(error))
+                return
 
 
 class Leader:
@@ -69,10 +92,12 @@ class Leader:
         self._changed = threading.Condition()  # guards what follows
         self._peers: list[Peer] = []  # connected
         self._taking_part: dict[int, Peer] = {}  # by index; without those that were left out
-        self._told: list[Peer] = []  # of records by notices
+        self._notified: list[Peer] = []  # of new records
         self._texts: list[str] = []
         self._heads: list[str] = []
         self._has_log = self._closes = False
+        self._num_requests = 0  # for records
+        self._sent_before = 0  # bytes, on connections that are lost
         self._ended = threading.Event()
         self._server = Server(address, token, self._serve, silence=config.silence_timeout)
         threading.Thread(target=self._beat, name="zods-replicas-beat", daemon=True).start()
@@ -80,7 +105,7 @@ class Leader:
     @property
     def sent_bytes(self) -> int:
         with self._changed:
-            return sum(peer.channel.sent_bytes for peer in self._peers)
+            return self._sent_before + sum(peer.channel.sent_bytes for peer in self._peers)
 
     # --- connections ------------------------------------------------------------------------------
 
@@ -93,14 +118,17 @@ class Leader:
             with self._changed:
                 refused = self._refusal(peer, int(said["records"]), said["head"])
                 again = said["records"] > 0 and not self._has_log
+                # before it is in the list, whose peers are sent beats
+                channel.send(json.dumps({"refused": refused, "again": again}).encode())
                 if not refused and not again:
                     self._peers.append(peer)
-            channel.send(json.dumps({"refused": refused, "again": again}).encode())
         except (OSError, ValueError, KeyError, TypeError) as error:
             logger.warning("replicas: a connection was closed: %s", error)
             return
         if refused or again:
             return
+        threading.Thread(target=peer.write, name="zods-replicas-write", daemon=True).start()
+        reason = "it sent nonsense"
         try:
             while not peer.has_said_bye:
                 message = channel.receive()
@@ -109,12 +137,18 @@ class Leader:
             reason = "it left"
         except TimeoutError:
             reason = f"silent for {self._config.silence_timeout:g} s"
-        except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+        except OSError as error:
             reason = str(error)
-        with self._changed:
-            peer.gone = peer.gone or reason
-            self._peers.remove(peer)
-            self._changed.notify_all()
+        except (ValueError, IndexError, struct.error):  # of a message that cannot be read
+            pass
+        finally:
+            with self._changed:
+                peer.lose(reason)
+                self._sent_before += channel.sent_bytes
+                self._peers.remove(peer)
+                self._changed.notify_all()
+            with contextlib.suppress(queue.Full):  # the thread ends at its next message
+                peer.outgoing.put_nowait(None)
 
     def _refusal(self, new: Peer, number: int, head: str) -> str | None:
         """Why a replica with `number` records cannot be served; None where it can."""
@@ -123,8 +157,7 @@ class Leader:
             if peer.member.replica == new.member.replica and peer.gone is None:
                 quiet = time.monotonic() - peer.heard > QUIET_SECONDS
                 if quiet or peer.process == new.process:
-                    peer.gone = "it connected again"
-                    peer.channel.close()
+                    peer.lose("it connected again")
                 else:
                     taken = True
         if taken:
@@ -140,19 +173,24 @@ class Leader:
         if kind == messages.ASK:
             first, waits = messages.unpack_ask(message)
             with self._changed:
+                self._num_requests += 1
+                self._changed.notify_all()
                 texts = self._block(first)
                 if not texts and waits:
-                    peer.asks = first
-                    return
-            peer.send(messages.pack_records(first, texts))
+                    peer.awaited_record = first
+                else:
+                    peer.send(messages.pack_records(first, texts))
             return
         with self._changed:
-            if kind == messages.POST:
+            if kind in (messages.POST, messages.JOIN) and self._closes:
+                peer.send(messages.OVER)
+            elif kind == messages.POST and peer not in self._taking_part.values():
+                reason = "it was left out before"
+                peer.send(messages.packed(messages.OUT, reason=reason, final=False))
+            elif kind == messages.POST:
                 peer.post = Sums.unpack(message)
             elif kind == messages.JOIN:
                 peer.wants_to_join = True
-                if self._closes:
-                    peer.send(messages.OVER)
             elif kind == messages.BYE:
                 peer.has_said_bye = True
             elif kind != messages.BEAT:
@@ -172,7 +210,8 @@ class Leader:
             with self._changed:
                 peers = list(self._peers)
             for peer in peers:
-                peer.send(messages.BEAT)
+                if peer.outgoing.empty():
+                    peer.send(messages.BEAT)
 
     # --- records ----------------------------------------------------------------------------------
 
@@ -182,6 +221,7 @@ class Leader:
             for text in texts:
                 self._append(text)
             self._has_log = True
+            self._answer_requests()
 
     def publish(self, text: str) -> None:
         """Publish a record that is on the disk. The first one is the log's header."""
@@ -190,12 +230,17 @@ class Leader:
             self._append(text)
             shown = "" if text.startswith(MADE_BY_ALL) else text
             notice = messages.pack_notice(number, self._heads[-1], shown)
-            for peer in self._told:
+            for peer in self._notified:
                 peer.send(notice)
-            for peer in self._peers:
-                if peer.asks is not None:
-                    peer.asks = None
-                    peer.send(messages.pack_records(number, [text]))
+            self._answer_requests()
+
+    def _answer_requests(self) -> None:
+        """Send records to those who wait for them."""
+        for peer in self._peers:
+            first = peer.awaited_record
+            if first is not None and (texts := self._block(first)):
+                peer.awaited_record = None
+                peer.send(messages.pack_records(first, texts))
 
     def _append(self, text: str) -> None:
         self._texts.append(text)
@@ -228,7 +273,7 @@ class Leader:
             answer = own._replace(values=_added(sums), members=changed)
             for peer in present.values():
                 peer.send(answer.pack(messages.ANSWER))
-            self._told = list({*present.values(), *self._taking_part.values()})
+            self._notified = list({*present.values(), *self._taking_part.values()})
             self.members = self.members if members is None else members
             return answer
 
@@ -299,9 +344,11 @@ class Leader:
         with self._changed:
             self._closes = True
             for peer in self._peers:
-                if peer.wants_to_join:
-                    peer.send(messages.OVER)
-            self._changed.wait_for(lambda: not self._peers, FAREWELL_SECONDS)
+                peer.send(messages.OVER)
+            served = -1
+            while self._peers and served != self._num_requests:  # another still reads records
+                served = self._num_requests
+                self._changed.wait_for(lambda: not self._peers, FAREWELL_SECONDS)
             peers = list(self._peers)
         self._ended.set()
         self._server.close()

@@ -54,6 +54,7 @@ class Replicas:
         self._leader: Leader | None = None
         self._follower: Follower | None = None
         self._num_records = 0  # that were applied
+        self._counted_bytes = 0
         with comm.same_on_all_ranks():
             if comm.rank == 0:
                 self._open(config)
@@ -77,6 +78,11 @@ class Replicas:
             ) from None
         except ValueError as error:
             raise ValueError(f"zeroth_order.replicas: replica {self.index}: {error}.") from None
+
+    def stop_where(self, asked: Callable[[], bool]) -> None:
+        """Wait for the leader no longer where `asked` returns True on rank 0."""
+        if self._follower is not None:
+            self._follower.asked = asked
 
     @property
     def leads(self) -> bool:
@@ -129,9 +135,15 @@ class Replicas:
             return self._follower.sum(post)._asdict()
 
         answer = self._from_rank_0(add)
+        self._count_bytes()
         if answer["members"] is not None:
             self.members = [Member(*member) for member in answer["members"]]
         return answer["values"], answer["ends"] or leaving > 0
+
+    def _count_bytes(self) -> None:
+        sent = self.sent_bytes
+        self._comm.scalar_bytes += sent - self._counted_bytes
+        self._counted_bytes = sent
 
     def _from_rank_0(self, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Return rank 0's answer on all ranks. Raises LeftOut or ValueError."""
@@ -199,17 +211,18 @@ class Replicas:
 
     def to_catch_up(self, step: int, head: str) -> Record | None:
         """The next record to apply after `step` steps; None when this replica takes part from `step`
-        on, or where the leader makes no further step: `members` is then empty.
+        on. It is also None where the leader makes no further step, or this replica was asked to
+        stop: `members` is then empty.
 
         head: of the chain of records so far. Raises ValueError where the leader refuses this
         replica, or is gone.
         """
 
-        def look() -> dict[str, Any]:
+        def read() -> dict[str, Any]:
             assert self._follower is not None
-            return self._follower.look(step, self._num_records, head)
+            return self._follower.next_event(step, self._num_records, head)
 
-        answer = self._from_rank_0(look)
+        answer = self._from_rank_0(read)
         if "record" in answer:
             self._num_records += 1
             return record_of(json.loads(answer["record"]))
