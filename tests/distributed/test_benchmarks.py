@@ -73,6 +73,14 @@ SMOKE: dict[str, tuple[set[str], set[str]]] = {
             *("seconds", "train_loss", "accuracy", "curve"),
         },
     ),
+    "slow_link.py": (
+        {"commit", "arguments"},
+        {"hosts", "training", "delay_ms", "rate_mbit", "step_s", "delays", "sent", "received"},
+    ),
+    "replica_exchange.py": (
+        {"commit"},
+        {"replicas", "exchange_s", "leader_sends", "follower_sends"},
+    ),
     "gpu_check.py": ({"device"}, {"part", "passed"}),
     "anchor_memory.py": (
         set(),
