@@ -144,7 +144,7 @@ def in_application(*_):
         strike("application")
 
 
-def half_a_line(file, line):
+def half_a_line(file, line, _then):
     for fault in FAULTS:
         due = (
             fault[1] == "log"
