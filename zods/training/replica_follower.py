@@ -120,7 +120,7 @@ class Follower:
         """Try to connect, again and again. Raises the last OSError, or Refused."""
         deadline, said = time.monotonic() + seconds, ""
         while True:
-            left = deadline - time.monotonic()
+            left = max(deadline - time.monotonic(), RETRY_SECONDS)
             try:
                 self._connect(number, head, min(left, self._config.silence_timeout))
                 return
