@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
 import platform
@@ -137,6 +138,18 @@ def machine() -> dict[str, Any]:
         "cpu": cpu.partition(":")[2].strip() or platform.processor(),
         "threads": torch.get_num_threads(),
         **versions(),
+    }
+
+
+def report_head(benchmark: str, arguments: argparse.Namespace | None = None) -> dict[str, Any]:
+    """The keys of a `Report` besides its rows."""
+    given = {key: str(value) for key, value in vars(arguments or argparse.Namespace()).items()}
+    return {
+        "benchmark": benchmark,
+        "date": datetime.date.today().isoformat(),
+        "commit": commit(),
+        "machine": machine(),
+        **({"arguments": given} if given else {}),
     }
 
 

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import datetime
 import itertools
 import math
 import statistics
@@ -39,8 +38,7 @@ from common import (
     Report,
     add_report_options,
     add_smoke_option,
-    commit,
-    machine,
+    report_head,
     single_rank_engine,
 )
 from methods_study import Study
@@ -470,14 +468,9 @@ def main() -> None:
         arguments.train_examples, arguments.held_out_examples = 32, 8
         arguments.batch, arguments.blocks, arguments.examples_per_direction = [8], 1, [1]
         arguments.study, arguments.study_examples, arguments.kinds = True, 2, ["tuned"]
-    head = {
-        "benchmark": "methods",
-        "date": datetime.date.today().isoformat(),
-        "commit": commit(),
-        "machine": machine(),
-        "arguments": {key: str(value) for key, value in vars(arguments).items()},
-    }
-    report = Report(head, arguments.json, key="run", passed=lambda row: True)
+    report = Report(
+        report_head("methods", arguments), arguments.json, key="run", passed=lambda row: True
+    )
     for task in arguments.tasks:
         if reason := left_out(task, arguments):
             print(f"{task} is left out: {reason}", file=sys.stderr)

@@ -13,12 +13,11 @@ without the headers of TCP and IP.
 from __future__ import annotations
 
 import argparse
-import datetime
 import statistics
 import threading
 import time
 
-from common import Report, add_report_options, add_smoke_option, commit, free_port, machine
+from common import Report, add_report_options, add_smoke_option, free_port, report_head
 
 from zods.config.schema import ReplicasConfig
 from zods.training.replica_follower import Follower, Lost
@@ -54,29 +53,21 @@ def follow(follower: Follower) -> None:
 
 def measured(replicas: int, steps: int) -> dict:
     """Make some steps with so many replicas."""
-    address = ("127.0.0.1", free_port())
-    store = f"{address[0]}:{address[1]}"
-    leader = Leader(ReplicasConfig(store=store), address, TOKEN, 1)
+    store = f"127.0.0.1:{free_port()}"
+    leader = Leader(ReplicasConfig(store=store), TOKEN, 1)
     leader.publish_log([])
     followers = [
-        Follower(ReplicasConfig(store=store, index=k), address, TOKEN, 1)
-        for k in range(1, replicas)
+        Follower(ReplicasConfig(store=store, index=k), TOKEN, 1) for k in range(1, replicas)
     ]
+    for follower in followers:
+        threading.Thread(target=follow, args=(follower,), daemon=True).start()
     all_there, head, step = False, START, 0
-    threads: list[threading.Thread] = []
     times: list[float] = []
     before = leader_before = 0
     while len(times) < steps:
         if not all_there and len(leader.members) == replicas:
             all_there, before = True, followers[0].sent_bytes
             leader_before = leader.sent_bytes
-        if not threads:
-            threads = [
-                threading.Thread(target=follow, args=(follower,), daemon=True)
-                for follower in followers
-            ]
-            for thread in threads:
-                thread.start()
         began = time.perf_counter()
         leader.sum(Sums(str(step), head, False, VALUES), rows=replicas)
         head = chained(head, record(step))
@@ -109,13 +100,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.smoke:
         arguments.replicas, arguments.steps = [3], 2
-    head = {
-        "benchmark": "replica_exchange",
-        "date": datetime.date.today().isoformat(),
-        "commit": commit(),
-        "machine": machine(),
-    }
-    report = Report(head, arguments.json, key="replicas", passed=lambda row: True)
+    report = Report(
+        report_head("replica_exchange"), arguments.json, key="replicas", passed=lambda row: True
+    )
     for replicas in arguments.replicas:
         report.add(report.done(replicas) or measured(replicas, arguments.steps))
     if arguments.markdown is not None:

@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
-import datetime
 import fcntl
 import heapq
 import json
@@ -44,9 +43,8 @@ from common import (
     Report,
     add_report_options,
     add_smoke_option,
-    commit,
-    machine,
     opt_125m,
+    report_head,
     single_rank_engine,
     tiny_opt,
     token_batch,
@@ -273,14 +271,9 @@ def main() -> None:
         return
     if arguments.smoke:
         arguments.hosts, arguments.steps, arguments.training = [2], 2, ["replicas, E=1"]
-    head = {
-        "benchmark": "slow_link",
-        "date": datetime.date.today().isoformat(),
-        "commit": commit(),
-        "machine": machine(),
-        "arguments": {key: str(value) for key, value in vars(arguments).items()},
-    }
-    report = Report(head, arguments.json, key="run", passed=lambda row: True)
+    report = Report(
+        report_head("slow_link", arguments), arguments.json, key="run", passed=lambda row: True
+    )
     reason = lacking()
     if reason is not None:
         print(f"nothing is measured: {reason}", file=sys.stderr)
@@ -294,10 +287,9 @@ def main() -> None:
                 row = report.done(name)
                 if row is None:
                     row = {"run": name, **measured(arguments, count, training, delay, rate)}
-                    without = row["step_s"] if without is None else without
-                    added = row["step_s"] - without
-                    row["delays"] = round(added / (delay / 1000), 2) if delay else 0.0
                 without = row["step_s"] if without is None else without
+                added = row["step_s"] - without
+                row["delays"] = round(added / (delay / 1000), 2) if delay else 0.0
                 report.add(row)
                 print(row, file=sys.stderr, flush=True)
     if arguments.markdown is not None:

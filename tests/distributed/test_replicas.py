@@ -405,19 +405,26 @@ def leader_dies(folder: Path, store: str) -> None:
         run_ranks(1, rank_of_leader_that_dies, folder, store)
 
 
-def rank_left_alone(folder: Path, store: str) -> str:
+def refusal_of_a_replica(folder: Path, store: str, seconds: float, match: str) -> str:
+    """Take part until a step is refused. seconds: to wait for a leader that is gone."""
     waits_for(folder / "begun")
-    engine = build("svrg", {"store": store, "index": 1, "leader_timeout": 2.0})
+    engine = build("svrg", {"store": store, "index": 1, "leader_timeout": seconds})
     engine.resume(folder / "none")
 
     def train_for_ever() -> None:
         while True:
             engine.train_batch()
 
-    with pytest.raises(ValueError, match="the leading replica is gone for 2 s") as error:
+    with pytest.raises(ValueError, match=match) as error:
         train_for_ever()
+    (folder / "tried").touch()
     engine.close()
-    return str(error.value).partition("(")[0]
+    return str(error.value)
+
+
+def rank_left_alone(folder: Path, store: str) -> str:
+    said = refusal_of_a_replica(folder, store, 2.0, "the leading replica is gone for 2 s")
+    return said.partition("(")[0]
 
 
 def test_without_a_leader_the_others_end_after_leader_timeout_and_its_log_is_whole(tmp_path):
@@ -474,19 +481,7 @@ def test_the_others_survive_a_leader_that_is_killed_and_started_again(tmp_path):
 
 def rank_of_another_past(folder: Path, store: str) -> str:
     """Take part, until a leader with another log is at the same address."""
-    waits_for(folder / "begun")
-    engine = build("svrg", {"store": store, "index": 1, "leader_timeout": LIMIT})
-    engine.resume(folder / "none")
-
-    def train_for_ever() -> None:
-        while True:
-            engine.train_batch()
-
-    with pytest.raises(ValueError, match="replica 1: what it has applied is not in") as error:
-        train_for_ever()
-    (folder / "tried").touch()
-    engine.close()
-    return str(error.value)
+    return refusal_of_a_replica(folder, store, LIMIT, "replica 1: what it has applied is not in")
 
 
 def test_a_leader_without_the_steps_that_others_have_applied_refuses_them(tmp_path):

@@ -34,15 +34,14 @@ class World:
 
     def __init__(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as free:
-            self.address = free.getsockname()
-        self.store = f"127.0.0.1:{self.address[1]}"
+            self.store = f"127.0.0.1:{free.getsockname()[1]}"
         self.heads = [START]
         self.step = 0
         self.followers: list[Follower] = []
         self.leader = self._lead(straggler_timeout=0.5, silence_timeout=3.0)
 
     def _lead(self, **others: Any) -> Leader:
-        return Leader(ReplicasConfig(store=self.store, **others), self.address, TOKEN, 1)
+        return Leader(ReplicasConfig(store=self.store, **others), TOKEN, 1)
 
     def follower(self, index: int = 1, **others: Any) -> Follower:
         config = ReplicasConfig(
@@ -50,7 +49,7 @@ class World:
             index=index,
             **{"silence_timeout": 3.0, "leader_timeout": 5.0} | others,
         )
-        self.followers.append(Follower(config, self.address, TOKEN, 1))
+        self.followers.append(Follower(config, TOKEN, 1))
         return self.followers[-1]
 
     def publish(self, text: str) -> None:

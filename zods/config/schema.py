@@ -228,6 +228,12 @@ class ReplicasConfig(Section):
     # file with the run's secret token; null: the environment variable ZODS_REPLICA_TOKEN
     token_file: Text | None = None
 
+    @property
+    def address(self) -> tuple[str, int]:
+        """The host and the port of `store`."""
+        host, _, port = self.store.rpartition(":")
+        return host.strip("[]"), int(port)
+
 
 class ZerothOrderConfig(Section):
     """The section "zeroth_order".

@@ -50,15 +50,13 @@ class Follower:
     asked: whether this replica was asked to stop; it then waits for the leader no longer.
     """
 
-    def __init__(
-        self, config: ReplicasConfig, address: tuple[str, int], token: bytes, ranks: int
-    ) -> None:
+    def __init__(self, config: ReplicasConfig, token: bytes, ranks: int) -> None:
         """Raises ValueError where the leader refuses this replica, OSError where it cannot be
         reached within `leader_timeout`.
         """
         self.asked: Callable[[], bool] = lambda: False
         self._is_catching_up = False
-        self._config, self._address, self._token = config, address, token
+        self._config, self._token = config, token
         self._hello = {"replica": config.index, "ranks": ranks, "process": secrets.token_hex(8)}
         self._ahead: deque[str] = deque()  # records that were read and not applied yet
         self._channel: Channel
@@ -77,7 +75,7 @@ class Follower:
         """Connect with `number` records applied. Raises OSError, or Refused."""
         hello = json.dumps({**self._hello, "records": number, "head": head}).encode()
         channel, answer = connect(
-            self._address,
+            self._config.address,
             self._token,
             hello,
             seconds=seconds,

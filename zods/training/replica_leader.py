@@ -83,9 +83,7 @@ class Peer:
 class Leader:
     """members: the replicas that share a step's batch, this one first."""
 
-    def __init__(
-        self, config: ReplicasConfig, address: tuple[str, int], token: bytes, ranks: int
-    ) -> None:
+    def __init__(self, config: ReplicasConfig, token: bytes, ranks: int) -> None:
         """Raises OSError where the address cannot be used."""
         self.members = [Member(LEADER, ranks)]
         self._config = config
@@ -99,7 +97,7 @@ class Leader:
         self._num_requests = 0  # for records
         self._sent_before = 0  # bytes, on connections that are lost
         self._ended = threading.Event()
-        self._server = Server(address, token, self._serve, silence=config.silence_timeout)
+        self._server = Server(config.address, token, self._serve, silence=config.silence_timeout)
         threading.Thread(target=self._beat, name="zods-replicas-beat", daemon=True).start()
 
     @property
@@ -364,9 +362,3 @@ def _post(peer: Peer) -> Sums:
 def _added(sums: Sequence[Sequence[float]]) -> list[float]:
     """Add in the order of the members, so that a repetition gives the same bits."""
     return [sum(values) for values in zip(*sums, strict=True)]
-
-
-def address_of(store: str) -> tuple[str, int]:
-    """("host", port) of "host:port"."""
-    host, _, port = store.rpartition(":")
-    return host.strip("[]"), int(port)

@@ -24,7 +24,7 @@ from zods.comm.authenticated import read_token
 from zods.comm.communicator import Communicator
 from zods.config.schema import ReplicasConfig
 from zods.training.replica_follower import Follower, Lost, Refused
-from zods.training.replica_leader import LEADER, Leader, address_of
+from zods.training.replica_leader import LEADER, Leader
 from zods.training.replica_messages import Member, Sums
 from zods.trajectory.log import START, chained, text_of
 from zods.trajectory.record_parser import record_of
@@ -60,12 +60,12 @@ class Replicas:
                 self._open(config)
 
     def _open(self, config: ReplicasConfig) -> None:
-        token, address = read_token(config.token_file), address_of(config.store)
+        token = read_token(config.token_file)
         try:
             if self.leads:
-                self._leader = Leader(config, address, token, self._comm.world_size)
+                self._leader = Leader(config, token, self._comm.world_size)
             else:
-                self._follower = Follower(config, address, token, self._comm.world_size)
+                self._follower = Follower(config, token, self._comm.world_size)
         except OSError as error:
             what = (
                 "the leading replica cannot listen"
