@@ -9,6 +9,7 @@ import functools
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -47,8 +48,9 @@ from tests.distributed.ranks import LIMIT, free_port, launch, run_ranks
 from tests.helpers import LogTexts
 from zods.comm.authenticated import TOKEN_VARIABLE
 from zods.comm.communicator import Communicator
-from zods.config.schema import parse_section
+from zods.config.schema import parse_section, parse_selector
 from zods.params.swap_files import PREFIX
+from zods.training.log_checks import check_same_selector
 from zods.training.replicas import Replicas
 from zods.trajectory.log import parse_log, read_log, text_of
 from zods.trajectory.records import Header, RunRecord, Step
@@ -71,6 +73,13 @@ RUNS: dict[str, dict[str, Any]] = {
         "bf16": True,
         "accumulation": 2,
         "examples_per_direction": 1,
+    },
+    "selected": {
+        "method": "mezo_svrg",
+        "anchor_interval": 4,
+        "accumulation": 2,
+        "examples_per_direction": 3,
+        "selector": {"candidates": 20, "interval": 2, "features": "zo", "num_directions": 4},
     },
 }
 
@@ -110,7 +119,9 @@ def waits_for(path: Path) -> None:
 def build(name: str, replica: dict[str, Any] | None) -> Any:
     section = {**COMMON, **RUNS[name], "replicas": replica}
     config = configuration(12, **section)
-    return zods.initialize(model=Tiny(), config=config, training_data=tiny_data(40))[0]
+    selects = "selector" in section
+    model, data = (tiny_opt(), opt_data(40)) if selects else (Tiny(), tiny_data(40))
+    return zods.initialize(model=model, config=config, training_data=data)[0]
 
 
 def seen(engine: Any) -> dict[str, Any]:
@@ -371,7 +382,7 @@ def rank_of_hasty_leader(name: str, folder: Path, store: str) -> dict[str, Any]:
     return rank_of_leader(name, folder, store, pauses, straggler_timeout=LATE / 6)
 
 
-@pytest.mark.parametrize("name", ["svrg", "svrg as terms, bf16"])
+@pytest.mark.parametrize("name", ["svrg", "svrg as terms, bf16", "selected"])
 def test_a_straggler_is_left_out_and_catches_up_without_a_restart(name, tmp_path):
     store = store_address()
     leader, straggler = at_once(
@@ -492,7 +503,9 @@ def test_a_leader_without_the_steps_that_others_have_applied_refuses_them(tmp_pa
     thread.start()
     leader_dies(tmp_path, store)
     (tmp_path / "log" / "trajectory.log").unlink()
-    assert run_ranks(1, rank_of_small_leader, tmp_path, store, 1) == [1]
+    # with the same seed its steps alone would be the same again
+    other = functools.partial(rank_of_small_leader, seed=7)
+    assert run_ranks(1, other, tmp_path, store, 1) == [1]
     thread.join()
     assert "Start it again to join anew" in said[0]
 
@@ -631,9 +644,10 @@ def rank_of_misfits(names: list[str], folder: Path, store: str) -> dict[str, str
     return said
 
 
-def rank_of_small_leader(folder: Path, store: str, accumulation: int) -> int:
+def rank_of_small_leader(folder: Path, store: str, accumulation: int, **changed: Any) -> int:
     """Lead with micro-batches of 2 of the 6 examples, until the other replicas have tried."""
-    section = {**COMMON, **RUNS["svrg"], "accumulation": accumulation, "replicas": {"store": store}}
+    section = {**COMMON, **RUNS["svrg"], "accumulation": accumulation, **changed}
+    section["replicas"] = {"store": store}
     engine = zods.initialize(
         model=Tiny(), config=configuration(12, **section), training_data=tiny_data(40)
     )[0]
@@ -697,15 +711,32 @@ def test_a_replica_with_other_code_says_so_in_one_line(tmp_path):
     [
         ({"replicas": {"store": "somewhere"}}, 'expected "host:port"'),
         ({"replicas": {"store": "h:1", "indx": 1}}, "Did you mean 'index'"),
-        (
-            {"replicas": {"store": "h:1"}, "selector": {"candidates": 24}},
-            "cannot be used with a selector",
-        ),
     ],
 )
-def test_options_that_replicas_do_not_support_are_refused(changed, said):
+def test_mistakes_in_the_section_of_replicas_are_refused(changed, said):
     with pytest.raises(ValueError, match=said):
         parse_section({"method": "mezo", **changed})
+
+
+@pytest.mark.parametrize(
+    ("leading", "own", "said"),
+    [
+        (None, {}, "zeroth_order.selector: given, but none at the leading replica"),
+        ({}, None, "zeroth_order.selector: none, but one at the leading replica"),
+        ({"interval": 2}, {}, "zeroth_order.selector.interval: 1, but 2 at the leading replica"),
+        ({"target_file": "/here/a.jsonl"}, {"target_file": "/there/a.jsonl"}, None),
+    ],
+)
+def test_all_replicas_choose_by_the_same_selector(leading, own, said):
+    selectors = [
+        None if of is None else parse_selector({"candidates": 24, "strategy": "target", **of}, "")
+        for of in (leading, own)
+    ]
+    if said is None:
+        check_same_selector(*selectors)
+        return
+    with pytest.raises(ValueError, match=re.escape(said)):
+        check_same_selector(*selectors)
 
 
 # --- messages -------------------------------------------------------------------------------------

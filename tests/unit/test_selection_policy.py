@@ -65,7 +65,7 @@ def test_every_example_is_dealt_once_and_no_micro_batch_overflows(
     tokens, ranks, accumulation, micro_batch
 ):
     tokens = tokens[: ranks * accumulation * micro_batch]
-    dealt = deal(tokens, ranks, accumulation, micro_batch)
+    dealt = deal(tokens, ranks, accumulation, ranks * micro_batch)
     assert sorted(index for rank in dealt for batch in rank for index in batch) == list(
         range(len(tokens))
     )
@@ -79,7 +79,7 @@ def test_every_example_is_dealt_once_and_no_micro_batch_overflows(
 def test_ranks_get_nearly_the_same_number_of_tokens(ranks: int):
     """For very uneven lengths, the number of tokens of each rank is within 5% of the mean."""
     tokens = [1 + (37 * i * i) % 400 for i in range(64)]
-    dealt = deal(tokens, ranks, 64 // ranks // 4, 4)
+    dealt = deal(tokens, ranks, 64 // ranks // 4, 4 * ranks)
     loads = [sum(tokens[index] for batch in rank for index in batch) for rank in dealt]
     assert max(loads) <= 1.05 * sum(tokens) / ranks
     assert min(loads) >= 0.95 * sum(tokens) / ranks

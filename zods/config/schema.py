@@ -420,11 +420,6 @@ def _replicas_mistakes(config: ZerothOrderConfig, replicas: ReplicasConfig) -> I
             f"{SECTION}.replicas.store: found {replicas.store!r}, which is every network interface. "
             "Give the address of one interface of the leading replica's host."
         )
-    if config.selector is not None:
-        yield (
-            f"{SECTION}.replicas: cannot be used with a selector, because replicas do not exchange "
-            "its features. Remove one of the two."
-        )
 
 
 def _mistakes_between_keys(config: ZerothOrderConfig, given: Mapping[str, Any]) -> Iterator[str]:

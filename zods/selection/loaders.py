@@ -57,6 +57,15 @@ class SelectingLoader(EpochLoader):
         """Collate any examples into a batch without weights."""
         return self.selection.collated(rows)
 
+    @property
+    def split(self) -> tuple[int, int]:
+        """As in `SubBatches`."""
+        return self.selection.split
+
+    @split.setter
+    def split(self, split: tuple[int, int]) -> None:
+        self.selection.split = split
+
     def __len__(self) -> int:
         """The number of micro-batches per epoch and rank."""
         return (
@@ -66,9 +75,11 @@ class SelectingLoader(EpochLoader):
     def __iter__(self) -> Iterator[Batch]:
         if self.position == len(self):
             self.epoch, self.position = self.epoch + 1, 0
-        order = epoch_order(len(self.dataset), self._config.candidates, self._seed, self.epoch)
+        epoch = self.epoch
+        order = epoch_order(len(self.dataset), self._config.candidates, self._seed, epoch)
         batches: list[Batch] = []
-        while self.position < len(self):
+        # `go_to` may change the epoch between two micro-batches
+        while self.epoch == epoch and self.position < len(self):
             step, micro = divmod(self.position, self.accumulation)
             if micro == 0 and step % self._config.interval == 0:
                 candidates = order[step // self._config.interval]

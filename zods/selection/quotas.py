@@ -69,7 +69,7 @@ def largest_remainder(sizes: Sequence[int], budget: int) -> list[int]:
 
 
 def deal(
-    num_tokens: Sequence[int], num_ranks: int, accumulation: int, micro_batch: int
+    num_tokens: Sequence[int], num_ranks: int, accumulation: int, rows: int
 ) -> list[list[list[int]]]:
     """Divide examples into micro-batches: [rank][micro-batch] -> indices of examples.
 
@@ -77,12 +77,13 @@ def deal(
     tokens, so that there is little padding and no rank waits long for another. The examples are
     sorted by length and cut into `accumulation` groups. Each group is dealt out to the ranks in
     turn, forth and back. A micro-batch is empty only where there are too few examples.
+
+    rows: examples of a micro-batch over all ranks.
     """
     longest_first = sorted(range(len(num_tokens)), key=lambda i: (-num_tokens[i], i))
     dealt: list[list[list[int]]] = [[] for _ in range(num_ranks)]
-    size = num_ranks * micro_batch
     for step in range(accumulation):
-        group = longest_first[step * size : (step + 1) * size]
+        group = longest_first[step * rows : (step + 1) * rows]
         for rank in range(num_ranks):
             turns = range(0, len(group), num_ranks)
             indices = [

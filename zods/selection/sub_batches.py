@@ -25,7 +25,7 @@ from zods.data.loader import check_dataset
 from zods.data.objectives import label_counts
 from zods.forward.dataset_metrics import check_own_loss
 from zods.selection.features import without_cache
-from zods.selection.measurement import Measurement
+from zods.selection.measurement import Measurement, Sharing
 from zods.selection.quotas import deal
 from zods.selection.selector import NEEDS, CandidateBatch, Report, Selector
 
@@ -92,7 +92,9 @@ def check_target_data(config: SelectorConfig, target_data: Any, path: str) -> No
 class SubBatches:
     """Makes this rank's micro-batches from the examples chosen from a candidate batch.
 
-    selected_ids: ids of the last selection, ascending. report: its report.
+    selected_ids: ids of the last selection, ascending. report: its report. split: (index of this
+    rank, number of ranks) among the ranks that share the chosen examples. It may change between
+    steps.
     """
 
     def __init__(
@@ -119,6 +121,7 @@ class SubBatches:
         self.dataset, self._collate = dataset, collate_fn or default_collate
         self.target_data = target_data
         self._comm = comm
+        self.split = (comm.rank, comm.world_size)
         self._loss_mean = loss_mean
         self._model: nn.Module = deepspeed_engine.module
         self._micro_batch: int = deepspeed_engine.train_micro_batch_size_per_gpu()
@@ -155,10 +158,16 @@ class SubBatches:
         self._num_tokens: list[int] = []
         self._num_labels: list[int] = []
 
+    def share_with(self, sharing: Sharing) -> None:
+        """Measure only this replica's part of the candidates."""
+        if self._measure is not None:
+            self._measure.sharing = sharing
+
     def choose(self, own_ids: Sequence[int]) -> None:
         """Choose examples from the candidates of all ranks.
 
-        own_ids: this rank's part of the candidates; any split over the ranks gives the same result.
+        own_ids: this rank's part of the candidates; any split over the ranks of this replica gives
+        the same result.
 
         Raises RuntimeError on all ranks if no candidate is usable.
         """
@@ -214,15 +223,15 @@ class SubBatches:
         weighted mean over the chosen examples, by label token or by example. A micro-batch for
         which there is no example holds one example of weight 0.
         """
-        indices_by_rank = deal(
-            self._num_tokens, self._comm.world_size, self.accumulation, self._micro_batch
-        )
+        index, num_ranks = self.split
+        rows = self.selector.budget // self.accumulation
+        indices_by_rank = deal(self._num_tokens, num_ranks, self.accumulation, rows)
         over_tokens = self._loss_mean == "tokens"
         counts = self._num_labels if over_tokens else [1] * len(self._weights)
         total = sum(weight * count for weight, count in zip(self._weights, counts, strict=True))
-        scale = self._comm.world_size * self.accumulation / total
+        scale = num_ranks * self.accumulation / total
         batches = []
-        for indices in indices_by_rank[self._comm.rank]:
+        for indices in indices_by_rank[index]:
             batch = self._batch_of([self.selected_ids[index] for index in indices or [0]])
             weights = [self._weights[index] * scale for index in indices] or [0.0]
             positions = torch.tensor(indices or [0])
@@ -289,6 +298,7 @@ class SubBatches:
             self.dataset,
             [batch.ids[index] for index in order],
             self._seeds(),
+            what=f"selection {self.selector.step}, candidates",
             by_row=self.selector.strategy == "target",  # a cosine does not depend on lengths
         )
         where = torch.tensor(order)
@@ -319,7 +329,10 @@ class SubBatches:
         self._comm.check_agreement(number, "the number of target examples")
         ids = self.selector.target_ids(len(self.target_data))
         assert self._measure is not None
-        features = self._measure(self.target_data, ids, self._seeds(), by_row=True).features
+        what = f"selection {self.selector.step}, targets"
+        features = self._measure(
+            self.target_data, ids, self._seeds(), what=what, by_row=True
+        ).features
         usable = features[features.any(1)]
         if not len(usable):
             raise RuntimeError(

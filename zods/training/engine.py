@@ -34,7 +34,7 @@ from zods.training.join_leader import join_leader
 from zods.training.loss_exchange import LossExchange, ReducedLosses
 from zods.training.noise_meter import NoiseMeter
 from zods.training.refresh import measure_refresh
-from zods.training.replicas import LeftOut, Replicas
+from zods.training.replicas import LeftOut, Replicas, SharedSelection
 from zods.training.state import StepInFlight
 from zods.training.step_outputs import StepLoss, StepReport
 from zods.training.step_points import StepPoints
@@ -109,6 +109,10 @@ class ZerothOrderEngine(EngineInterface):
         self.replicas = None if zo.replicas is None else Replicas(zo.replicas, comm)
         if self.replicas is not None:
             self.replicas.stop_where(lambda: self.stop.reason is not None)
+        self._shared_selection: SharedSelection | None = None
+        if self.replicas is not None and self.selection is not None:
+            self._shared_selection = SharedSelection(self.replicas, self.trajectory)
+            self.selection.share_with(self._shared_selection)
         self._zo = zo
         self._rule = StepRule(zo)
         sizes = {
@@ -281,8 +285,12 @@ class ZerothOrderEngine(EngineInterface):
         self.recorder.record_run(step)
         self._measure_step_size()
         in_flight = StepInFlight(began, bytes_before, rechecks=step > 0 and step.bit_count() == 1)
-        if self.anchor is not None and (
-            self.anchor_step is None or step - self.anchor_step >= zo.anchor_interval
+        if self._shared_selection is not None:
+            in_flight.left_out = self._shared_selection.left_out
+        if (
+            self.anchor is not None
+            and in_flight.left_out is None
+            and (self.anchor_step is None or step - self.anchor_step >= zo.anchor_interval)
         ):
             try:
                 self.refresh_anchor()
@@ -435,6 +443,10 @@ class ZerothOrderEngine(EngineInterface):
         limit = self._zo.load_timeout + self._zo.replicas.leader_timeout
         what = "catching up with the leading replica"
         self._watchdog.beat(what, limit)
+        if self._shared_selection is not None:
+            assert self.training_dataloader is not None
+            self._shared_selection.left_out = None
+            self.training_dataloader.load_state_dict(self._loader_state)
         join_leader(self.run, self.replicas, lambda: self._watchdog.beat(what, limit))
         if self.replicas.members:
             self._split_batches()
@@ -542,7 +554,7 @@ class ZerothOrderEngine(EngineInterface):
         replicas.
         """
         assert self.replicas is not None
-        assert isinstance(self.training_dataloader, TrainingLoader)
+        assert self.training_dataloader is not None
         self.training_dataloader.split = self.replicas.split
 
     def _adopt_evaluation(self) -> None:
@@ -651,7 +663,8 @@ class ZerothOrderEngine(EngineInterface):
     def _remember_loader(self) -> None:
         """Keep the loader's state at the end of a step, for a pass that is abandoned."""
         measures = self._zo.lr == "auto" and self.recorder.step_size is None
-        if (self.anchor is not None or measures) and self.training_dataloader is not None:
+        may_drop = self.anchor is not None or measures or self._shared_selection is not None
+        if may_drop and self.training_dataloader is not None:
             self._loader_state = self.training_dataloader.state_dict()
 
     def restart_loader(self) -> None:

@@ -17,10 +17,13 @@ def join_leader(run: TrainingRun, replicas: Replicas, beat: Callable[[], None]) 
     """
     assert run.loader is not None
     trajectory = run.recorder.trajectory
+    steps: list[Step] = []
     while (record := replicas.to_catch_up(run.state.global_steps, trajectory.head)) is not None:
         beat()
         run.commit(record)
         if isinstance(record, Step):
             run.advance(record)
+            steps.append(record)
             if record.at is not None:
                 run.loader.go_to(record.at)
+    run.restore_selections(steps)

@@ -14,6 +14,7 @@ from typing import Any
 
 from zods.comm.communicator import Communicator
 from zods.config.deepspeed_json import FirstOrderConfig, RunConfig
+from zods.config.schema import SelectorConfig
 from zods.training.description import num_digested
 from zods.training.training_run import TrainingRun
 from zods.trajectory.log import Log, is_torn_first_line
@@ -256,6 +257,7 @@ def check_replica(config: RunConfig, log: Log) -> None:
                 f"zeroth_order.{key}: {getattr(here, key)}, but {getattr(there, key)} at the "
                 "leading replica. Give the same."
             )
+    check_same_selector(there.selector, here.selector)
     if (there.lr == "auto") != (here.lr == "auto"):
         raise ValueError(
             f"zeroth_order.lr: {here.lr}, but {there.lr} at the leading replica. Give the same."
@@ -272,3 +274,23 @@ def check_replica(config: RunConfig, log: Log) -> None:
             f"zeroth_order.anchor.gradient: {here.anchor.gradient}, but {there.anchor.gradient} at "
             "the leading replica. Either both keep it as terms, or none does."
         )
+
+
+def check_same_selector(there: SelectorConfig | None, here: SelectorConfig | None) -> None:
+    """Raise ValueError where this replica would choose other examples than the leader. The path of
+    the target file may differ.
+    """
+    if there is None or here is None:
+        if there is not here:
+            given, leading = ("none", "one") if here is None else ("given", "none")
+            raise ValueError(
+                f"zeroth_order.selector: {given}, but {leading} at the leading replica. Give the "
+                "same."
+            )
+        return
+    for name in sorted(type(here).model_fields.keys() - {"target_file"}):
+        if getattr(there, name) != getattr(here, name):
+            raise ValueError(
+                f"zeroth_order.selector.{name}: {getattr(here, name)}, but {getattr(there, name)} "
+                "at the leading replica. Give the same."
+            )

@@ -172,7 +172,7 @@ class Recorder:
         for record in records:
             self._note(record)
         self.trajectory.head = head
-        self._note_selections()
+        self.note_selections()
 
     def state_dict(self) -> dict[str, Any]:
         """The head of the chain and the last record of each kind, as JSON."""
@@ -193,9 +193,9 @@ class Recorder:
         section = self._config.zeroth_order if self._run is None else self._run.section
         self._history = History(section, gradient)
         self._run_is_recorded, self._evaluated = False, None
-        self._note_selections()
+        self.note_selections()
 
-    def _note_selections(self) -> None:
+    def note_selections(self) -> None:
         """Mark the loader's selections so far as recorded."""
         if isinstance(self._loader, SelectingLoader):
             self._selections = self._loader.selection.selector.step

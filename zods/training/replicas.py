@@ -26,7 +26,7 @@ from zods.config.schema import ReplicasConfig
 from zods.training.replica_follower import Follower, Lost, Refused
 from zods.training.replica_leader import LEADER, Leader
 from zods.training.replica_messages import Member, Sums
-from zods.trajectory.log import START, chained, text_of
+from zods.trajectory.log import START, Trajectory, chained, text_of
 from zods.trajectory.record_parser import record_of
 from zods.trajectory.records import Record
 
@@ -35,6 +35,30 @@ logger = logging.getLogger(__name__)
 
 class LeftOut(Exception):
     """This replica does not take part in the step under way. Raised on all its ranks."""
+
+
+class SharedSelection:
+    """The replicas as a selector needs them, see `zods.selection.measurement.Sharing`.
+
+    A selection is made while a batch is loaded. Where this replica is left out meanwhile, the
+    loader gives any batch, and `left_out` has the reason until the engine drops the step.
+    """
+
+    def __init__(self, replicas: Replicas, trajectory: Trajectory) -> None:
+        self._replicas, self._trajectory = replicas, trajectory
+        self.left_out: str | None = None
+
+    @property
+    def split(self) -> tuple[int, int]:
+        return self._replicas.split
+
+    def sum(self, values: Sequence[float], what: str) -> list[float] | None:
+        if self.left_out is None:
+            try:
+                return self._replicas.sum(values, what, self._trajectory.head)[0]
+            except LeftOut as left:
+                self.left_out = str(left)
+        return None
 
 
 class Replicas:

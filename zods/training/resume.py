@@ -260,23 +260,8 @@ def _read_tail(run: TrainingRun, tail: Sequence[Record]) -> tuple[list[Change], 
         loader = run.loader
         if loader is not None and steps and steps[-1].at is not None:
             loader.go_to(steps[-1].at)
-    _restore_selections(loader, steps)
+    run.restore_selections(steps)
     return changes, refreshed_at
-
-
-def _restore_selections(loader: Any, steps: Sequence[Step]) -> None:
-    chosen = [step for step in steps if step.sub_batch is not None]
-    if not isinstance(loader, SelectingLoader) or not chosen:
-        return
-    for step in chosen[:-1]:
-        assert step.sub_batch is not None
-        loader.selection.selector.restore(step.sub_batch.mean)
-    last, at = chosen[-1].sub_batch, chosen[-1].at
-    assert last is not None
-    assert at is not None
-    candidates = loader.candidates(at)
-    ids = [candidates[i] for i in last.indices]
-    loader.restore_selection(at, ids, last.weights or [1.0] * len(ids), last.mean)
 
 
 @torch.no_grad()

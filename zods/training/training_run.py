@@ -135,6 +135,22 @@ class TrainingRun:
         if self.anchor is not None:
             self.anchor.record(update)
 
+    def restore_selections(self, steps: Sequence[Step]) -> None:
+        """Restore the selector to the end of these steps, which were made elsewhere or before."""
+        chosen = [step for step in steps if step.sub_batch is not None]
+        if not isinstance(self.loader, SelectingLoader) or not chosen:
+            return
+        for step in chosen[:-1]:
+            assert step.sub_batch is not None
+            self.loader.selection.selector.restore(step.sub_batch.mean)
+        last, at = chosen[-1].sub_batch, chosen[-1].at
+        assert last is not None
+        assert at is not None
+        candidates = self.loader.candidates(at)
+        ids = [candidates[i] for i in last.indices]
+        self.loader.restore_selection(at, ids, last.weights or [1.0] * len(ids), last.mean)
+        self.recorder.note_selections()
+
     def flush(self) -> None:
         """Apply the deferred update, so that the stored parameters are up to date."""
         if self.deferred is not None:
