@@ -61,19 +61,21 @@ fi
 # .venv/zods-installed holds a digest of the pins, and then the installed extras, one per line.
 install() {
   # Bytecode is compiled when a module is first imported: compiling all of torch takes longer than installing it.
-  .venv/bin/python -m pip install -q --disable-pip-version-check --no-compile -c constraints.txt "$@" || {
+  .venv/bin/python -m pip install -q --disable-pip-version-check --no-compile "$@" || {
     say "installing failed, see above. Remove the cause, and run this again."
     exit 1
   }
 }
-pins="$(cat constraints.txt pyproject.toml | sha256sum | cut -d' ' -f1)"
+pins="$(cat constraints.txt pyproject.toml launch/lock.txt | sha256sum | cut -d' ' -f1)"
 installed="$(cat .venv/zods-installed 2>/dev/null || true)"
 if [ "$(head -n1 <<<"$installed")" != "$pins" ]; then installed="$pins"; fi
 if ! grep -qx "$extras" <<<"$installed"; then
   say "installing the pinned packages into .venv (a few minutes)"
   touch "$unfinished"
-  install torch # first, because other packages need it while they are installed
-  install -e ".[$extras]"
+  .venv/bin/python launch/lock.py select "$extras" >.venv/requirements.txt
+  install --require-hashes --no-deps -r .venv/requirements.txt
+  install -c constraints.txt torch # see launch/lock.py
+  install --no-deps --no-build-isolation -e .
   printf '%s\n%s\n' "$installed" "$extras" >.venv/zods-installed
 fi
 rm -f "$unfinished"

@@ -66,25 +66,41 @@ def ended(folder: Path, output: str) -> tuple[str, bytes]:
     return log.heads[-1], (folder / output / "model" / "model.safetensors").read_bytes()
 
 
-@pytest.fixture(scope="module")
-def on_one_host(folder: Path) -> tuple[str, bytes]:
-    """What `torchrun` with two ranks on one host ends with."""
+def by_torchrun(folder: Path, ranks: int) -> tuple[str, bytes]:
+    """What `torchrun` with some ranks on one host ends with."""
     with master_port() as port:
-        command = ["bash", str(LAUNCH / "torchrun.sh"), "--nproc_per_node", "2"]
-        command += ["--master_port", str(port), "--", *job(folder, "torchrun")]
+        command = ["bash", str(LAUNCH / "torchrun.sh"), "--nproc_per_node", str(ranks)]
+        command += ["--master_port", str(port), "--", *job(folder, f"torchrun{ranks}")]
         code, output = run_command(command, REPOSITORY)
     assert code == 0, output[-4000:]
-    return ended(folder, "torchrun")
+    return ended(folder, f"torchrun{ranks}")
+
+
+@pytest.fixture(scope="module")
+def on_one_host(folder: Path) -> tuple[str, bytes]:
+    return by_torchrun(folder, 2)
+
+
+def by_hostfile(some: Hosts, folder: Path, output: str) -> tuple[str, bytes]:
+    command = ["bash", "launch/deepspeed.sh", "--hostfile", str(some.folder / "hostfile"), "--"]
+    code, said = some.run(1, [*command, *job(folder, output)], ZODS_INTERFACE="eth0")
+    assert code == 0, said[-4000:]
+    assert "node2: " in said
+    return ended(folder, output)
 
 
 def test_deepspeed_on_the_hosts_of_a_hostfile_ends_with_the_bits_of_one_host(
     two, folder, on_one_host
 ):
-    command = ["bash", "launch/deepspeed.sh", "--hostfile", str(two.folder / "hostfile"), "--"]
-    code, output = two.run(1, [*command, *job(folder, "hostfile")], ZODS_INTERFACE="eth0")
-    assert code == 0, output[-4000:]
-    assert "node2: " in output
-    assert ended(folder, "hostfile") == on_one_host
+    assert by_hostfile(two, folder, "hostfile") == on_one_host
+
+
+@pytest.mark.slow
+def test_four_hosts_end_with_the_bits_of_one_host(folder, tmp_path):
+    with hosts(4, tmp_path / "shared") as four:
+        names = (f"node{number}" for number in range(1, 5))
+        (four.folder / "hostfile").write_text("".join(f"{name} slots=1\n" for name in names))
+        assert by_hostfile(four, folder, "four") == by_torchrun(folder, 4)
 
 
 def test_mpirun_on_two_hosts_with_scalars_through_mpi_ends_with_the_bits_of_one_host(

@@ -324,3 +324,18 @@ def test_nobody_sets_an_attribute_of_an_engine(file: Path):
                   if isinstance(part, ast.Attribute)]  # fmt: skip
         found += [node.lineno for owner in owners if "engine" in owner.split(".")]
     assert not found, f"{name_of(file)} sets an attribute of an engine in lines {found}"
+
+
+@pytest.mark.parametrize("file", files(), ids=name_of)
+def test_nothing_reads_the_date_which_may_differ_by_hours_between_hosts(file: Path):
+    """Durations are measured by time.monotonic and time.perf_counter."""
+    if name_of(file) == "comm/build_locks.py":
+        return  # the age of a file of this host
+    dates = {"time.time", "time.time_ns", "datetime.now", "datetime.utcnow", "date.today"}
+    found = [
+        node.lineno
+        for node in ast.walk(parse(file))
+        if isinstance(node, ast.Attribute)
+        if ast.unparse(node).removeprefix("datetime.") in dates
+    ]
+    assert not found, f"{name_of(file)} reads the date in lines {found}"

@@ -14,7 +14,7 @@ import sys
 import textwrap
 import tomllib
 from collections.abc import Iterator
-from importlib.metadata import packages_distributions
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
 import pytest
@@ -171,6 +171,33 @@ def test_pins_satisfy_the_declared_bounds():
             assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), (
                 requirement
             )
+
+
+def test_the_lock_file_has_hashes_of_all_pinned_packages_but_torch():
+    lock = runpy.run_path(str(REPOSITORY / "launch" / "lock.py"))
+    blocks = lock["blocks"]((REPOSITORY / "launch" / "lock.txt").read_text())
+    lines = (REPOSITORY / "constraints.txt").read_text().splitlines()
+    pins = {line.lower().replace("_", "-") for line in lines if "==" in line}
+    locked = {re.match(r"\S+", block)[0] for block in blocks}
+    assert pins - locked == {f"torch=={version('torch').partition('+')[0]}"}
+    assert locked <= pins, "run: python launch/lock.py write"
+    for block in blocks:
+        assert re.search(r"--hash=sha256:[0-9a-f]{64}", block), block
+
+
+@pytest.mark.parametrize("extras", ["report", "report,monitor,lora,mpi", "test"])
+def test_the_lock_file_selects_what_the_extras_need(extras):
+    """The metadata of the installed packages tells it, for this Python and platform."""
+    closure = runpy.run_path(str(REPOSITORY / ".ci" / "without_extras.py"))["closure"]
+    requirements = [*PROJECT["dependencies"], f"zods[{extras}]"]
+    wanted = {
+        name for name in closure(requirements) if not re.match(r"nvidia-|cuda-|triton$", name)
+    }
+    lock = runpy.run_path(str(REPOSITORY / "launch" / "lock.py"))
+    selected = {
+        lock["name_of"](block) for block in lock["blocks"](lock["select"](extras.split(",")))
+    }
+    assert wanted - selected == {"torch", "zods"}
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])

@@ -35,9 +35,13 @@ NEEDED = (
 def tree(tmp_path: Path) -> Path:
     """The files that launch/setup.sh reads, of a package without dependencies."""
     (tmp_path / "launch").mkdir()
-    shutil.copy(REPOSITORY / "launch" / "setup.sh", tmp_path / "launch")
+    for name in ("setup.sh", "lock.py"):
+        shutil.copy(REPOSITORY / "launch" / name, tmp_path / "launch")
+    (tmp_path / "launch" / "lock.txt").touch()
     (tmp_path / "constraints.txt").touch()
-    (tmp_path / "pyproject.toml").touch()
+    (tmp_path / "pyproject.toml").write_text(
+        "[project]\ndependencies = []\n[project.optional-dependencies]\nreport = []\n"
+    )
     return tmp_path
 
 

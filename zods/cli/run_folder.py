@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from zods.files import atomic_write, check_regular, check_still_named, make_folder, sync
+from zods.training.rank_agreement import code_in_use
 from zods.trajectory.log import Trajectory, parse_log, read_log
 from zods.trajectory.records import Step
 
@@ -118,6 +119,7 @@ class RunFolder:
             "git_commit": _git_commit(),
             "versions": versions(),
             "image": os.environ.get("ZODS_IMAGE"),
+            "lock": code_in_use().get("lock"),
         }
         for name, content in (("config.json", config), ("run.json", about)):
             with atomic_write(self.path / name) as temporary:

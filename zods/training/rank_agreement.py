@@ -76,14 +76,16 @@ def _description(model: torch.nn.Module) -> bytes:
 
 @functools.cache
 def code_in_use() -> dict[str, str]:
-    """The versions of the packages that compute a step, a digest of all files of zods, and the name
-    of the container image, if there is one.
+    """The versions of the packages that compute a step, a digest of all files of zods, and, where
+    there are, the name of the container image and a digest of the lock file of a checkout.
     """
     image = os.environ.get("ZODS_IMAGE")
+    lock = Path(__file__).parents[2] / "launch" / "lock.txt"
     return {
         "zods": package_digest(),
         **{name: importlib.metadata.version(name) for name in PACKAGES},
         **({"image": image} if image else {}),
+        **({"lock": hashlib.sha256(lock.read_bytes()).hexdigest()[:16]} if lock.is_file() else {}),
     }
 
 
