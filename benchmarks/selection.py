@@ -42,7 +42,7 @@ from common import add_smoke_option, machine
 from selection_mixture import mixture
 from selection_models import Row
 from selection_quality import quality
-from selection_recipes import recipes
+from selection_recipes import ARMS, RECIPES, recipes
 from selection_speed import scaling, speed
 from selection_training import training
 
@@ -131,6 +131,8 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=40, help="of a training curve")
     parser.add_argument("--seconds", type=float, default=10.0, help="of a training of recipes")
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="of recipes")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path, metavar="BASE", help="write BASE.json and pictures")
     add_smoke_option(parser)
@@ -149,7 +151,14 @@ def main() -> None:
         "training": lambda: training(
             arguments.data, arguments.steps, arguments.seeds, arguments.rounds, smoke
         ),
-        "recipes": lambda: recipes(arguments.data, arguments.seconds, arguments.seeds, smoke),
+        "recipes": lambda: recipes(
+            arguments.data,
+            arguments.seconds,
+            arguments.seeds,
+            smoke,
+            arguments.recipes,
+            arguments.arms,
+        ),
     }
     rows = [row for part in wanted for row in parts[part]()]
     report = {

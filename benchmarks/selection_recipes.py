@@ -120,26 +120,36 @@ RECIPES = {
 # --- training -------------------------------------------------------------------------------------
 
 
-def recipes(data: Path | None, seconds: float, seeds: int, smoke: bool) -> list[Row]:
-    """Train every arm on every recipe, and print a table of held-out losses to stderr.
+def recipes(
+    data: Path | None,
+    seconds: float,
+    seeds: int,
+    smoke: bool,
+    names: Sequence[str] = tuple(RECIPES),
+    arms: Sequence[str] = tuple(ARMS),
+) -> list[Row]:
+    """Train arms on recipes, and print a table of held-out losses to stderr.
 
-    seconds: of each training. smoke: one step on short examples, two arms, a smaller model.
+    seconds: of each training. names: of the recipes. smoke: one step on short examples, two arms, a
+    smaller model.
     """
     single_process()
-    arms = {name: ARMS[name] for name in ("target", BASELINE)} if smoke else ARMS
+    if smoke:
+        arms = ("target", BASELINE)
     found = []
     for seed in range(seeds):
         train, held_out, target = split(data, 8 if smoke else 48, seed)
-        for recipe_name, recipe in RECIPES.items():
+        for recipe_name in names:
+            recipe = RECIPES[recipe_name]
             rows = recipe.make(train, 320 if smoke else 1280, random.Random(seed))
             random.Random(seed).shuffle(rows)
             judged = list(target)[-1:] if recipe.last_source_only else list(target)
             target_rows = [row for name in judged for row in target[name]]
             data_of_recipe = prepared_data(rows, held_out, target_rows, 64 if smoke else 128)
-            for arm, selector in arms.items():
+            for arm in arms:
                 model = decoder(32, 2, seed) if smoke else pretrained()
                 row = trained(
-                    model, recipe, data_of_recipe, selector, 1e-9 if smoke else seconds, seed
+                    model, recipe, data_of_recipe, ARMS[arm], 1e-9 if smoke else seconds, seed
                 )
                 found.append(
                     {"part": "recipes", "recipe": recipe_name, "arm": arm, "seed": seed, **row}

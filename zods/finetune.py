@@ -70,7 +70,7 @@ from zods.training.checkpoint_files import latest_tag
 from zods.training.engine import ZerothOrderEngine
 from zods.training.first_order import FirstOrderEngine
 from zods.training.host_memory import return_freed_memory
-from zods.training.initialize import check_folders
+from zods.training.initialize import check_names
 from zods.training.rank_agreement import (
     check_code_and_configuration,
     code_in_use,
@@ -238,7 +238,7 @@ def check_input(arguments: Arguments, comm: Communicator, watchdog: Watchdog) ->
         known, comm.world_size, total_steps=arguments.run.max_steps
     )
     watchdog.beat("the start, checks of the input", run.zeroth_order.load_timeout)
-    check_folders(run)
+    check_names(run)
     replicas = run.zeroth_order.replicas
     if replicas is not None and comm.rank == 0:
         read_token(replicas.token_file)

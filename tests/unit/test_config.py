@@ -69,6 +69,7 @@ DEFAULTS = {
     "direction": {"distribution": "low_rank", "rank": 1},
     "examples_per_direction": 1,
     "loss_mean": "tokens",
+    "objective": "loss",
     "evaluation": "auto",
     "stream_memory_gb": None,
     "seed": 42,
@@ -182,6 +183,10 @@ NAMES = {
     "method": (["mezo", "mezo_svrg"], ["MeZO", "svrg", "mezo-svrg", "adamw", *NOT_NAMES]),
     "direction.distribution": (list(DISTRIBUTIONS), ["normal", "Gaussian", "low rank", *NOT_NAMES]),
     "examples_per_direction": (["all", 1, 4], ["one", 1.0, -1, *(n for n in NOT_NAMES if n != 1)]),
+    "objective": (
+        ["loss", "accuracy", "token_accuracy"],
+        ["acc", "a.b", "a:b:c", ":f", *NOT_NAMES],
+    ),
     "loss_mean": (["tokens", "examples"], ["token", "Tokens", "batch", *NOT_NAMES]),
     "evaluation": (
         ["auto", "stacked", "lockstep", "sequential"],
@@ -224,6 +229,8 @@ def nested(path: str, value) -> dict:
     first, _, rest = path.partition(".")
     needed = {"selector": {"candidates": 16}, "replicas": {"store": "host:1"}}.get(first, {})
     others = {"method": "mezo_svrg"} if first in SVRG_ONLY else {}
+    if first == "objective":
+        others = {"lr": 1e-3}
     return {**others, first: {**needed, **nested(rest, value)} if rest else value}
 
 
@@ -1210,3 +1217,12 @@ def test_a_file_nested_too_deeply_is_refused(tmp_path):
 def test_a_mistyped_key_of_deepspeed_names_the_nearest(key, nearest):
     with pytest.raises(ValueError, match=rf"{key}: unknown key.*{nearest}"):
         read_config({"train_batch_size": 8, "zeroth_order": {"method": "mezo"}, key: {}}, 1)
+
+
+def test_an_objective_without_gradients_has_a_step_size_and_a_mean_over_examples():
+    with pytest.raises(
+        ValueError, match=r'zeroth_order.lr: "auto" measures the curvature of a smoo'
+    ):
+        parse_section({"objective": "accuracy"})
+    taken = parse_section({"objective": "accuracy", "lr": 1e-3})
+    assert (taken.averages, parse_section({}).averages) == ("examples", "tokens")

@@ -385,6 +385,13 @@ class OverrideArguments:
             "or over the means of its examples (examples)",
         },
     )
+    objective: str | None = field(
+        default=None,
+        metadata={
+            "help": "what training lowers or raises: loss; accuracy, token_accuracy or "
+            "package.module:function, which need no gradient"
+        },
+    )
     anchor_lr: float | None = field(
         default=None,
         metadata={"help": "step size of the full-batch step at a refresh"},

@@ -6,6 +6,7 @@ what was found and what is allowed. All mistakes are raised at once (`zods.confi
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
@@ -57,6 +58,15 @@ def _not_auto(value: str) -> str:
     if value == "auto":
         raise ValueError(AUTO)
     return value
+
+
+def _objective(value: str) -> str:
+    if value in ("loss", "accuracy", "token_accuracy") or re.fullmatch(r"[\w.]+:\w+", value):
+        return value
+    raise ValueError(
+        f'found {value!r}, expected "loss", "accuracy", "token_accuracy" or the name of a function '
+        '"package.module:function".'
+    )
 
 
 def _weight(value: Any) -> Any:
@@ -271,6 +281,10 @@ class ZerothOrderConfig(Section):
     # mean over the global batch; tokens: of the losses of all label tokens; examples: of the mean
     # losses of the examples
     loss_mean: LossMean = "tokens"
+    # loss: the cross entropy, or the model's own loss; accuracy, token_accuracy, or a function
+    # "package.module:name": the score of each example, which training raises on average; loss_mean
+    # is not used then
+    objective: Annotated[str, AfterValidator(_objective)] = "loss"
     # how the points of a step are evaluated: in one stacked forward, in lockstep, or one by one
     evaluation: Literal["auto", "stacked", "lockstep", "sequential"] = "auto"
     # memory for the points of one forward; None: half of the free memory
@@ -301,6 +315,11 @@ class ZerothOrderConfig(Section):
     @property
     def is_svrg(self) -> bool:
         return self.method == "mezo_svrg"
+
+    @property
+    def averages(self) -> LossMean:
+        """What a loss is a mean over: `loss_mean`, or "examples" for scores of examples."""
+        return self.loss_mean if self.objective == "loss" else "examples"
 
     @property
     def peak_lr(self) -> float:
@@ -433,6 +452,11 @@ def _mistakes_between_keys(config: ZerothOrderConfig, given: Mapping[str, Any]) 
             f'{SECTION}: {", ".join(unused)} belong to method "mezo_svrg", but method is '
             f'"{config.method}". '
             "Remove them, or change the method."
+        )
+    if config.objective != "loss" and config.lr == "auto":
+        yield (
+            f'{SECTION}.lr: "auto" measures the curvature of a smooth loss, but objective is '
+            f'"{config.objective}". Give a number, such as 1e-3 with normalize.'
         )
     if config.anchor_weight == "auto" and not config.share_direction:
         yield (

@@ -12,7 +12,8 @@ examples  The sum over examples of each example's mean over its own label tokens
 
 Labels of -100 do not count. With weights w_i of examples, the objective is
 sum_i w_i sum_t loss_it / sum_i w_i n_i for tokens, and sum_i w_i mean_i / sum_i w_i for examples.
-For labels of one dimension (classes) both means are the same. Called by the modules of
+For labels of one dimension (classes) both means are the same. With `Objective.score`, the loss of
+an example is minus its score, and the mean is over examples. Called by the modules of
 `zods.forward` and `zods.training`.
 """
 
@@ -27,8 +28,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from zods.data.batch import WEIGHTS, describe, num_examples
-
-IGNORE_INDEX = -100  # label of a token that is not scored, as in transformers
+from zods.data.scores import IGNORE_INDEX, Score
 
 # Logits that are converted to float32 at a time: 64 MiB. On CPU, fewer: they then stay in the
 # cache, which was seven times faster for bfloat16 logits.
@@ -43,12 +43,14 @@ class Objective:
     loss_mean: "tokens" or "examples". shifted: position t predicts label t + 1, so that a row's
     first label never counts (causal language models); otherwise position t predicts label t (masked
     language models, encoder-decoders). own: the model returns a loss that is not the cross entropy
-    of its logits, so that the losses of single examples are not known.
+    of its logits, so that the losses of single examples are not known. score: takes the place of
+    the cross entropy, see `zods.data.scores`.
     """
 
     loss_mean: str = "tokens"
     shifted: bool = True
     own: bool = False
+    score: Score | None = None
 
 
 PLAIN = Objective()
@@ -85,6 +87,8 @@ def batch_loss(outputs: Any, batch: Any, objective: Objective = PLAIN) -> Tensor
             and labels do not fit; or the mean over examples is wanted, but the model returns one
             loss for several examples.
     """
+    if objective.score is not None:
+        return scored_losses(outputs, batch, objective)[0]
     loss = own_loss(outputs)
     logits, labels = _entry(outputs, "logits"), _entry(batch, "labels")
     if weights_of(batch) is not None:
@@ -121,6 +125,30 @@ def losses_of_logits(
         return sums.sum() / counts.sum(), sums
     means = sums / counts
     return means[counts > 0].mean(), torch.where(counts > 0, means, 0.0)
+
+
+def scored_losses(outputs: Any, batch: Any, objective: Objective) -> tuple[Tensor, Tensor]:
+    """Minus the scores of a batch: their mean, 0-d float64, and those of its rows, (B,) float64.
+
+    The rows add up to the mean times the count of `loss_count`, over examples. Weights multiply
+    them, and rows without a label that counts are 0. The mean is NaN where no row counts.
+
+    Raises ValueError if there are no logits or labels, or by the score.
+    """
+    logits, labels = logits_of(outputs), _entry(batch, "labels")
+    counts = label_counts(labels, objective.shifted)
+    if logits is None or counts is None:
+        raise ValueError(
+            "zeroth_order.objective: a score needs logits and integer labels; the model returned "
+            f"{describe(outputs)} for {describe(batch)}"
+        )
+    assert objective.score is not None
+    weights, given = (counts > 0).double(), weights_of(batch)
+    if given is not None:
+        weights *= given.double()
+    scores = objective.score(logits, batch, objective.shifted)
+    rows = torch.where(weights != 0, -weights * scores, 0.0)
+    return rows.sum() / weights.sum(), rows
 
 
 def loss_count(batch: Any, objective: Objective = PLAIN) -> Tensor:

@@ -21,6 +21,7 @@ from zods.core.points import Point
 from zods.data.batch import Inputs, num_examples, take_rows
 from zods.data.loader import WholePass
 from zods.data.objectives import loss_count
+from zods.data.scores import Score
 from zods.forward.choose_form import ChooseForm
 from zods.forward.forms import Form, Forms, PointLosses
 from zods.forward.lockstep import NotInLockstep
@@ -98,12 +99,14 @@ class Evaluator:
         most_points: int,
         grouped: bool,
         beat: Callable[[], None],
+        score: Score | None = None,
     ) -> None:
         """eps: distance of a step's points from the center. evaluation, stream_memory_gb: the
         configuration's keys. micro_batch: examples per forward and rank. most_points: the largest
         number of points that are evaluated together. grouped: whether groups of a batch's rows have
         points of their own. beat: called before each batch of losses, so
-        that the watchdog can name a rank that hangs in it.
+        that the watchdog can name a rank that hangs in it. score: takes the place of the cross
+        entropy, by which the form of evaluation is chosen.
         """
         self.streams_per_forward = 2
         self._forwards, self._comm, self._beat = forwards, forwards.comm, beat
@@ -119,7 +122,7 @@ class Evaluator:
             grouped=grouped,
             stream_memory_gb=stream_memory_gb,
         )
-        self._grouped = grouped
+        self._grouped, self._score = grouped, score
         self._known: tuple[str, int] | None = None
         self.left_form = False
 
@@ -167,7 +170,10 @@ class Evaluator:
         """
         batch = self._forwards.without_cache(batch)
         self._forwards.perturbed.move_new_hooks()
-        form = self._form = self._form or self._choose(batch)
+        if self._form is None:
+            self._form = self._choose(batch)
+            self._forwards.objective = replace(self._forwards.objective, score=self._score)
+        form = self._form
         at = [point for point in points if point is not None]
         if len(at) < max(len(points), 2):
             return PointLosses(
@@ -277,7 +283,10 @@ class Evaluator:
             differ[0] |= not agrees
             if point is parts[-1]:
                 alone = f.mean_of(outputs, part)
-                differ[1] = not self._agree(first, alone, f.rounding_of_loss(outputs, counts))
+                # the score of an example may jump where two logits are equal up to rounding
+                differ[1] = self._score is None and not self._agree(
+                    first, alone, f.rounding_of_loss(outputs, counts)
+                )
             if found is None or not agrees:
                 found = compared
         misfits = self._comm.sum_over_ranks(list(map(float, differ)))

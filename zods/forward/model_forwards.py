@@ -36,6 +36,7 @@ from zods.data.objectives import (
     needs_row_losses,
     own_loss,
     refusal_of_examples,
+    scored_losses,
     shift_probes,
     weights_of,
 )
@@ -121,6 +122,8 @@ class ModelForwards:
         """Return the mean loss of logits under the objective, and the losses of the rows; None in
         place of these for a batch with weights.
         """
+        if self.objective.score is not None:
+            return scored_losses({"logits": logits}, batch, self.objective)
         if weights_of(batch) is not None:
             return self.mean_of({"logits": logits}, batch), None
         return losses_of_logits(logits, batch["labels"], self.objective)
@@ -178,7 +181,7 @@ class ModelForwards:
         Raises ValueError if the shapes of logits and labels fit no cross entropy.
         """
         batch = without_weights(batch)  # a weighted loss is always computed from the logits
-        over_tokens = replace(self.objective, loss_mean="tokens", own=False)
+        over_tokens = replace(self.objective, loss_mean="tokens", own=False, score=None)
         return batch_loss(outputs, batch, over_tokens), batch_loss(
             {"logits": logits_of(outputs)}, batch, over_tokens
         )

@@ -24,24 +24,25 @@ from zods.config.deepspeed_json import RunConfig
 from zods.config.schedules import ZerothOrderOptimizer
 from zods.core.update_rule import StepRule
 from zods.data.loader import TrainingLoader
+from zods.data.scores import find_score
 from zods.forward.evaluator import Evaluator
 from zods.forward.model_forwards import ModelForwards
 from zods.params.shards import ShardedParameters
 from zods.selection.loaders import SelectingLoader
 from zods.training import checkpoint, resume
 from zods.training.engine_interface import EngineInterface
-from zods.training.join_leader import join_leader
 from zods.training.loss_exchange import LossExchange, ReducedLosses
 from zods.training.noise_meter import NoiseMeter
 from zods.training.refresh import measure_refresh
-from zods.training.replicas import LeftOut, Replicas, SharedSelection
+from zods.training.replica_steps import ReplicaSteps
+from zods.training.replicas import LeftOut, Replicas
 from zods.training.state import StepInFlight
 from zods.training.step_outputs import StepLoss, StepReport
 from zods.training.step_points import StepPoints
 from zods.training.step_reporter import StepReporter
 from zods.training.step_size import measure_step_size
 from zods.training.training_run import TrainingRun
-from zods.trajectory.records import Record, Step
+from zods.trajectory.records import Refresh, Step
 
 logger = logging.getLogger(__name__)
 
@@ -107,12 +108,10 @@ class ZerothOrderEngine(EngineInterface):
         self.stop = StopRequest()
         self.should_stop = False
         self.replicas = None if zo.replicas is None else Replicas(zo.replicas, comm)
+        self._replica_steps: ReplicaSteps | None = None
         if self.replicas is not None:
             self.replicas.stop_where(lambda: self.stop.reason is not None)
-        self._shared_selection: SharedSelection | None = None
-        if self.replicas is not None and self.selection is not None:
-            self._shared_selection = SharedSelection(self.replicas, self.trajectory)
-            self.selection.share_with(self._shared_selection)
+            self._replica_steps = ReplicaSteps(self.run, self.replicas, watchdog)
         self._zo = zo
         self._rule = StepRule(zo)
         sizes = {
@@ -159,7 +158,7 @@ class ZerothOrderEngine(EngineInterface):
             self.sharded_parameters,
             self.run.deferred,
             self.run.direction,
-            zo.loss_mean,
+            zo.averages,
         )
         return Evaluator(
             forwards,
@@ -170,6 +169,7 @@ class ZerothOrderEngine(EngineInterface):
             most_points=zo.most_points,
             grouped=zo.has_groups,
             beat=lambda: self._watchdog.beat(f"step {self.global_steps}, forward"),
+            score=None if zo.objective == "loss" else find_score(zo.objective),
         )
 
     def get_lr(self) -> list[float]:
@@ -285,8 +285,8 @@ class ZerothOrderEngine(EngineInterface):
         self.recorder.record_run(step)
         self._measure_step_size()
         in_flight = StepInFlight(began, bytes_before, rechecks=step > 0 and step.bit_count() == 1)
-        if self._shared_selection is not None:
-            in_flight.left_out = self._shared_selection.left_out
+        if self._replica_steps is not None:
+            in_flight.left_out = self._replica_steps.left_out
         if (
             self.anchor is not None
             and in_flight.left_out is None
@@ -367,7 +367,7 @@ class ZerothOrderEngine(EngineInterface):
         loss = in_flight.reduced.loss
         record, projected_grad = self._combine(in_flight.reduced)
         try:
-            self._commit_everywhere(record)
+            self._commit(record)
         except LeftOut as left:
             self._catch_up(str(left))
             return
@@ -376,8 +376,8 @@ class ZerothOrderEngine(EngineInterface):
         if not record.skipped:
             self.noise.add_step(in_flight.reduced, record, self.recorder.gradient)
         self.trajectory.wait()
-        if self.replicas is not None and not self.should_stop:
-            self._split_batches()
+        if self._replica_steps is not None and not self.should_stop:
+            self._replica_steps.split_batches()
         self.run.check_agreement()
         selecting = 0.0 if self.selection is None else self.selection.take_seconds()
         self.last_step = self._reporter.report(
@@ -419,38 +419,17 @@ class ZerothOrderEngine(EngineInterface):
         )
         return step, projected_grad
 
-    def _commit_everywhere(self, record: Record) -> None:
-        """Commit a record. In a replica that follows, commit the leader's records up to one of this
-        type.
-        """
-        if self.replicas is None or not self.recorder.follows:
-            self.run.commit(record)
-            return
-        taken: Record | None = None
-        while type(taken) is not type(record):
-            taken = self.replicas.next_record(record, self.trajectory.head)
-            self.run.commit(taken)
+    def _commit(self, record: Step | Refresh) -> None:
+        """Log and apply a record, in all replicas the same one."""
+        (self._replica_steps or self.run).commit(record)
 
     def _catch_up(self, reason: str) -> None:
         """Drop the step under way, and make the leader's steps until this replica takes part
         again.
         """
-        assert self.replicas is not None
-        assert self._zo.replicas is not None
-        if self.comm.rank == 0:
-            logger.warning("replica %d was left out: %s", self.replicas.index, reason)
+        assert self._replica_steps is not None
         self._in_flight = self.last_step = None
-        limit = self._zo.load_timeout + self._zo.replicas.leader_timeout
-        what = "catching up with the leading replica"
-        self._watchdog.beat(what, limit)
-        if self._shared_selection is not None:
-            assert self.training_dataloader is not None
-            self._shared_selection.left_out = None
-            self.training_dataloader.load_state_dict(self._loader_state)
-        join_leader(self.run, self.replicas, lambda: self._watchdog.beat(what, limit))
-        if self.replicas.members:
-            self._split_batches()
-        else:
+        if not self._replica_steps.catch_up(reason, self._loader_state):
             self.should_stop = True
         self.restart_loader()
         self._remember_loader()
@@ -502,7 +481,7 @@ class ZerothOrderEngine(EngineInterface):
             logger.warning(
                 "anchor at step %d: losses are not finite; the last anchor stays", self.global_steps
             )
-        self._commit_everywhere(record)
+        self._commit(record)
         self.noise.add_refresh(noise)
 
     def _measure_step_size(self) -> None:
@@ -549,14 +528,6 @@ class ZerothOrderEngine(EngineInterface):
 
     # --- resume, load -----------------------------------------------------------------------------
 
-    def _split_batches(self) -> None:
-        """From the next step on, take this rank's part of each batch among the ranks of all
-        replicas.
-        """
-        assert self.replicas is not None
-        assert self.training_dataloader is not None
-        self.training_dataloader.split = self.replicas.split
-
     def _adopt_evaluation(self) -> None:
         """Use the log's form of evaluation if it was chosen under the same conditions, so that the
         losses have the same bits.
@@ -587,16 +558,8 @@ class ZerothOrderEngine(EngineInterface):
             )
         if was_logged:
             self._adopt_evaluation()
-        if self.replicas is not None and self.recorder.follows:
-            what = "the start, joining the leading replica"
-            limit = self._zo.load_timeout
-            with self._watchdog.watching(what, limit=limit):
-                join_leader(self.run, self.replicas, lambda: self._watchdog.beat(what, limit))
-            if not self.replicas.members:
-                raise ValueError(
-                    "zeroth_order.replicas: the leading replica ends. Its log has the run."
-                )
-            self._split_batches()
+        if self._replica_steps is not None:
+            self._replica_steps.join()
         self.restart_loader()
         self._remember_loader()
         self._is_logged = True
@@ -663,7 +626,8 @@ class ZerothOrderEngine(EngineInterface):
     def _remember_loader(self) -> None:
         """Keep the loader's state at the end of a step, for a pass that is abandoned."""
         measures = self._zo.lr == "auto" and self.recorder.step_size is None
-        may_drop = self.anchor is not None or measures or self._shared_selection is not None
+        may_drop = self.anchor is not None or measures
+        may_drop = may_drop or (self._replica_steps is not None and self._replica_steps.selects)
         if may_drop and self.training_dataloader is not None:
             self._loader_state = self.training_dataloader.state_dict()
 

@@ -19,6 +19,7 @@ from zods.config.optional_packages import check_packages
 from zods.config.schedules import ZerothOrderOptimizer, build_scheduler, step_mistake
 from zods.config.schema import SECTION, ZerothOrderConfig, check_selector
 from zods.data.loader import TrainingLoader, check_dataset
+from zods.data.scores import find_score
 from zods.forward.wrapping import has_moved_hooks
 from zods.kernels import backend
 from zods.params.anchor_stores import check_nvme
@@ -137,7 +138,7 @@ def _read_run(args: Any, config: Any, config_params: Any, world_size: int) -> Ru
         raise ValueError("config: missing. Give a path or dict, or args with deepspeed_config.")
     run = read_config(source, world_size)
     check_packages(run.deepspeed)
-    check_folders(run)
+    check_names(run)
     return run
 
 
@@ -193,8 +194,12 @@ def _log_start(zo: ZerothOrderConfig, world_size: int, parameters: ShardedParame
         )
 
 
-def check_folders(run: RunConfig | FirstOrderConfig) -> None:
-    """Raise ValueError where this rank cannot use a folder for NVMe offload."""
+def check_names(run: RunConfig | FirstOrderConfig) -> None:
+    """Raise ValueError where this rank cannot use a folder for NVMe offload, or import the
+    objective.
+    """
+    if run.zeroth_order.objective != "loss":
+        find_score(run.zeroth_order.objective)
     for key in ("offload_param", "offload_optimizer"):
         offload = run.deepspeed.get("zero_optimization", {}).get(key) or {}
         if offload.get("device") == "nvme":
@@ -284,7 +289,7 @@ def _selecting_loader(
             comm=comm,
             seed=run.zeroth_order.seed,
             path=SELECTOR,
-            loss_mean=run.zeroth_order.loss_mean,
+            loss_mean=run.zeroth_order.averages,
             target_data=target_data,
         )
     return SelectingLoader(selection, comm, run.zeroth_order.seed, loader.examples)

@@ -168,7 +168,7 @@ def check_run(run: TrainingRun, log: Log) -> None:
             f"{log.path}: made by first-order training with {there.optimizer.get('type')}, which "
             "zeroth-order steps cannot go on with. Give another --output_dir, or --optimizer."
         )
-    for key in ("method", "direction", "loss_mean"):
+    for key in ("method", "direction", "loss_mean", "objective"):
         logged, now = getattr(there.section, key), getattr(here.section, key)
         if logged != now:
             raise ValueError(
@@ -251,6 +251,7 @@ def check_replica(config: RunConfig, log: Log) -> None:
         "share_direction",
         "seed",
         "loss_mean",
+        "objective",
     ):
         if getattr(there, key) != getattr(here, key):
             raise ValueError(

@@ -61,7 +61,7 @@ def resume(
     run to the last of them first.
 
     run: has made no step. replicas: the worlds that the run trains with. A replica that follows
-    reads the leader's log, and calls `zods.training.join_leader` next. checkpoints: the folder of
+    reads the leader's log, and then catches up with it, see `zods.training.replica_steps`. checkpoints: the folder of
     full checkpoints; default `folder`/checkpoints. new: names of parameters that the base weights
     lack (a new head, LoRA); their first values are kept beside the log. must_be_new: refuse a log
     that has content. Only rank 0 needs to see the log. All ranks must see the checkpoints and

@@ -14,12 +14,15 @@ from zods.trajectory.records import Step
 
 logger = logging.getLogger(__name__)
 
+TIED_STEPS = 100
+
 
 class StepReporter:
     def __init__(self, monitor: Any, config: ZerothOrderConfig, comm: Communicator) -> None:
         """monitor: DeepSpeed's."""
         self._monitor, self._config, self._comm = monitor, config, comm
         self._has_warned_of_zero = False
+        self._ties: list[bool] = []  # of the last steps with scores: whether all pairs were equal
 
     def report(
         self,
@@ -63,12 +66,15 @@ class StepReporter:
         loss: float,
         projected_grad: float,
     ) -> None:
-        """Warn of a step that was skipped, or whose projected gradient is exactly 0.
+        """Warn of a step that was skipped, or whose projected gradient is exactly 0; with scores,
+        where most steps tell nothing.
 
         Raises RuntimeError after `max_nonfinite_steps` skipped steps in a row.
         """
         if record.skipped:
             self._warn_of_skipped(state, loss)
+        elif self._config.objective != "loss":
+            self._warn_of_ties(state, record)
         elif projected_grad == 0.0 and not self._has_warned_of_zero:
             self._has_warned_of_zero = True
             if self._comm.rank == 0:
@@ -79,6 +85,19 @@ class StepReporter:
                     state.global_steps,
                     self._config.eps,
                 )
+
+    def _warn_of_ties(self, state: TrainState, record: Step) -> None:
+        """Warn where most steps of the last TIED_STEPS had equal scores at all pairs of points."""
+        self._ties.append(not any(record.coefficients or ()))
+        if len(self._ties) == TIED_STEPS:
+            if 2 * sum(self._ties) > TIED_STEPS and self._comm.rank == 0:
+                logger.warning(
+                    "step %d: in %d of the last %d steps all pairs of points had the same score, so "
+                    "that the steps changed nothing. Raise eps (%g) or the batch, or give more "
+                    "num_directions.",
+                    *(state.global_steps, sum(self._ties), TIED_STEPS, self._config.eps),
+                )
+            self._ties.clear()
 
     def _warn_of_skipped(self, state: TrainState, loss: float) -> None:
         logger.warning(

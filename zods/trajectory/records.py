@@ -35,7 +35,7 @@ DEFINITION = (
 )
 # Keys of the section "zeroth_order" that first-order training uses.
 FIRST_ORDER = ("seed", "selector", "loss_mean")
-# Keys that logs of earlier versions do not have, with what they meant there. They are no longer the
+# Keys that logs of earlier versions do not have, with what they meant there. Most are no longer the
 # defaults.
 EARLIER = {
     "normalize": False,
@@ -43,6 +43,7 @@ EARLIER = {
     "anchor_weight": 1.0,
     "anchor_split": False,
     "anchor_examples": None,
+    "objective": "loss",
 }
 # Keys of the subsection "anchor" that are not written: no bit depends on them.
 NOT_RECORDED = ("nvme_path", "buffer_count", "buffer_size", "pin_memory")

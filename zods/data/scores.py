@@ -1,0 +1,85 @@
+"""Objectives without gradients: a score of each example, which training raises.
+
+A zeroth-order step needs losses at points only, so any number that can be computed from a model's
+outputs can be optimised, such as accuracy (Malladi et al. 2023, arXiv:2305.17333, section 3.3). The
+loss of an example is minus its score.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100  # label of a token that is not scored, as in transformers
+
+# (logits, batch with labels, whether position t predicts label t + 1) -> scores (B,)
+Score = Callable[[Tensor, Mapping[str, Any], bool], Tensor]
+
+
+def right_labels(logits: Tensor, labels: Tensor, shifted: bool) -> tuple[Tensor, Tensor]:
+    """Which labels have the highest logit, and which count, both bool (B,) or (B, L).
+
+    logits (B, C) with labels (B,), or (B, L, V) with (B, L). With `shifted` the results are
+    (B, L - 1).
+    """
+    if labels.ndim == 2 and shifted:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    return logits.argmax(-1) == labels, labels != IGNORE_INDEX
+
+
+def accuracy(logits: Tensor, batch: Mapping[str, Any], shifted: bool) -> Tensor:
+    """1 for an example whose label tokens all have the highest logit, else 0."""
+    right, counts = right_labels(logits, batch["labels"], shifted)
+    return (right | ~counts).view(len(right), -1).all(1).double()
+
+
+def token_accuracy(logits: Tensor, batch: Mapping[str, Any], shifted: bool) -> Tensor:
+    """The share of an example's label tokens that have the highest logit."""
+    right, counts = (
+        x.view(len(logits), -1) for x in right_labels(logits, batch["labels"], shifted)
+    )
+    return (right & counts).sum(1).double() / counts.sum(1).clamp(min=1)
+
+
+SCORES: dict[str, Score] = {"accuracy": accuracy, "token_accuracy": token_accuracy}
+
+
+def find_score(name: str) -> Score:
+    """The score with a name: "accuracy", "token_accuracy", or a function as "package.module:name".
+
+    The function is called as function(outputs, batch), with outputs["logits"], and returns scores
+    (B,). Both are on the device. It is called once for each point of a step.
+
+    Raises ValueError where there is no such function.
+    """
+    if name in SCORES:
+        return SCORES[name]
+    module, _, attribute = name.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f'zeroth_order.objective: "{name}" cannot be imported ({error}). Give the name of a '
+            "function that Python finds from the folder of the run, such as "
+            '"package.module:function".'
+        ) from None
+    if not callable(function):
+        raise ValueError(
+            f'zeroth_order.objective: "{name}" is {type(function).__name__}, expected a function.'
+        )
+
+    def score(logits: Tensor, batch: Mapping[str, Any], shifted: bool) -> Tensor:
+        found = function({"logits": logits}, batch)
+        if not isinstance(found, Tensor) or found.shape != (len(logits),):
+            what = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise ValueError(
+                f'zeroth_order.objective: "{name}" returned {what} for {len(logits)} examples, '
+                f"expected a tensor of shape ({len(logits)},): the score of each example."
+            )
+        return found.detach().to(torch.float64)
+
+    return score
