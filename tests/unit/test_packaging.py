@@ -136,9 +136,9 @@ def test_features_whose_package_is_missing_are_told_at_once(monkeypatch):
         ValueError,
         match=r"comet\.enabled: needs the package no_such_monitor.*--lora_rank: .*zods\[lora\]",
     ):
-        optional_packages.check_packages(config, plot=True, lora=True)
+        optional_packages.check_packages(config, plot=True, new_adapter="--lora_rank")
     optional_packages.check_packages(
-        {"comet": {"enabled": False}, "tensorboard": "wrong"}, plot=True, lora=False
+        {"comet": {"enabled": False}, "tensorboard": "wrong"}, plot=True
     )
 
 

@@ -1,13 +1,15 @@
-"""Put LoRA or other PEFT adapters into a loaded model. Caller: `zods.cli.load_model`.
+"""Put adapters of PEFT into a loaded model. Caller: `zods.cli.load_model`.
 
 PEFT is an extra, so that it is imported inside the functions.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -15,24 +17,38 @@ import torch
 
 from zods.cli.options import ModelArguments
 from zods.cli.pretrained import errors_in_one_line
+from zods.config.config_errors import nearest
+from zods.config.deepspeed_json import load_json
 from zods.tasks import Task
 from zods.trajectory.base_weights import name_in_files
 
+NEED_GRADIENTS = {"ADALORA": "chooses its ranks by gradients."}
 ALL_LINEAR = "all-linear"  # peft's name for all linear modules except the output layer
 
 
 def with_new_adapter(arguments: ModelArguments, model: Any, task: Task, new: set[str]) -> Any:
-    """Wrap the model with new LoRA adapters.
+    """Wrap the model with new adapters.
 
     new: names of the parameters that are not in the base model's files. The modules of these
     parameters and a classification head get no adapter: all their weights are trained, and saved
     with the adapter.
+
+    Raises ValueError where an adapter fits no module of the model.
     """
     import peft
 
-    rank = arguments.lora_rank
-    assert rank is not None
     whole = _modules_trained_whole(model, task, new)
+    rank = arguments.lora_rank
+    if rank is None:
+        assert arguments.peft_config is not None
+        config = read_peft_config(Path(arguments.peft_config))
+        if config.task_type is None:
+            config.task_type = "SEQ_CLS" if task.name == "classification" else "CAUSAL_LM"
+        if whole and hasattr(config, "modules_to_save"):
+            config.modules_to_save = [*whole, *(config.modules_to_save or [])]
+        what = f"--peft_config {arguments.peft_config}: it does not fit the model"
+        with errors_in_one_line(what), _preserve_compilers():
+            return peft.get_peft_model(model, config)
     targets = _target_modules(model, arguments.lora_target_modules)
     lora = peft.LoraConfig(
         r=rank,
@@ -42,6 +58,32 @@ def with_new_adapter(arguments: ModelArguments, model: Any, task: Task, new: set
         modules_to_save=whole or None,
     )
     return peft.get_peft_model(model, lora)
+
+
+def read_peft_config(path: Path) -> Any:
+    """Read the configuration of adapters from a JSON file, such as an adapter_config.json.
+
+    Raises ValueError or OSError that names the file, and the key where one is wrong.
+    """
+    import peft
+
+    values = load_json(path)
+    kinds = {str(kind.value): of for kind, of in peft.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    kind = values.pop("peft_type", None)
+    if kind not in kinds or kind in NEED_GRADIENTS:
+        raise ValueError(
+            f"--peft_config {path}: peft_type is {kind!r}; allowed are "
+            f"{', '.join(sorted(kinds.keys() - NEED_GRADIENTS.keys()))}."
+            + (f" {kind} {NEED_GRADIENTS[kind]}" if kind in NEED_GRADIENTS else "")
+        )
+    known = {field.name for field in dataclasses.fields(kinds[kind])}
+    for key in values:
+        if key not in known:
+            raise ValueError(
+                f"--peft_config {path}: {kind} has no key {key!r}.{nearest(key, sorted(known))}"
+            )
+    with errors_in_one_line(f"--peft_config {path}"):
+        return kinds[kind](**{**values, "inference_mode": False})
 
 
 def _modules_trained_whole(model: Any, task: Task, new: set[str]) -> list[str]:

@@ -164,6 +164,8 @@ def _mistakes(arguments: Arguments) -> Iterator[str]:
             "--lora_target_modules belongs to --lora_rank: give both, or leave "
             "--lora_target_modules out"
         )
+    if model.lora_rank is not None and model.peft_config is not None:
+        yield "give either --lora_rank or --peft_config"
     if selection.select is not None and arguments.overrides.train_batch_size is not None:
         yield "--select K/N sets train_batch_size to K; leave --train_batch_size out"
     values = {**vars(model), **vars(data), **vars(arguments.task), **vars(arguments.run)}

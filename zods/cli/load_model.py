@@ -71,7 +71,7 @@ def load_model(
     )
     del sharded
     new = set(info["missing_keys"])
-    if arguments.lora_rank is not None:
+    if arguments.new_adapter is not None:
         model = with_new_adapter(arguments, model, task, new)
     elif pretrained.adapter is not None:
         model = with_trained_adapter(model, pretrained.adapter, new)

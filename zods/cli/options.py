@@ -193,6 +193,21 @@ class ModelArguments:
             "metavar": "NAMES",
         },
     )
+    peft_config: str | None = field(
+        default=None,
+        metadata={
+            "help": "train adapters of any kind of peft: a JSON file with peft_type (LORA, IA3, "
+            "PREFIX_TUNING, ...) and the keys of its configuration",
+            "metavar": "FILE",
+        },
+    )
+
+    @property
+    def new_adapter(self) -> str | None:
+        """The option that asks for new adapters, or None."""
+        if self.lora_rank is not None:
+            return "--lora_rank"
+        return None if self.peft_config is None else "--peft_config"
 
 
 @dataclass(frozen=True, kw_only=True)

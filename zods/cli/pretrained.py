@@ -107,9 +107,9 @@ def find_model(arguments: ModelArguments) -> Pretrained:
             )
         check_weight_files(Path(name))
         return Pretrained(name, config, None)
-    if arguments.lora_rank is not None:
+    if option := arguments.new_adapter:
         raise ValueError(
-            f"--lora_rank: {name} is an adapter, which is trained as it is. Leave --lora_rank out."
+            f"{option}: {name} is an adapter, which is trained as it is. Leave {option} out."
         )
     if missing := missing_package(f"--model {name}, a PEFT adapter", *LORA):
         raise ValueError(missing)

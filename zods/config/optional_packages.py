@@ -18,11 +18,13 @@ MONITORS = {  # by section of the DeepSpeed JSON
 }
 
 
-def check_packages(config: Mapping[str, Any], *, plot: bool = False, lora: bool = False) -> None:
+def check_packages(
+    config: Mapping[str, Any], *, plot: bool = False, new_adapter: str | None = None
+) -> None:
     """Raise ValueError that lists the requested features whose package is not installed.
 
-    config: the DeepSpeed JSON. plot, lora: whether the run draws curves, and whether it trains LoRA
-    adapters. DeepSpeed imports a monitor's package on rank 0 only. Without this check, a missing
+    config: the DeepSpeed JSON. plot: whether the run draws curves. new_adapter: the option that
+    asks for adapters. DeepSpeed imports a monitor's package on rank 0 only. Without this check, a missing
     package would leave the other ranks waiting.
     """
     asked = {
@@ -32,8 +34,8 @@ def check_packages(config: Mapping[str, Any], *, plot: bool = False, lora: bool 
     }
     if plot:
         asked["--plot"] = PLOTS
-    if lora:
-        asked["--lora_rank"] = LORA
+    if new_adapter is not None:
+        asked[new_adapter] = LORA
     missing = filter(None, (missing_package(what, *needed) for what, needed in asked.items()))
     if text := " ".join(missing):
         raise ValueError(text)

@@ -1,0 +1,145 @@
+"""Adapters of every kind of PEFT: sharded, trained, saved as a folder of PEFT, from a file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import zods
+from tests.distributed.command_line import (
+    MODEL,
+    finetune_on_ranks,
+    prompted_options,
+    refusals_on_ranks,
+    write_inputs,
+)
+from tests.distributed.models import configuration, opt_data
+from tests.distributed.ranks import run_ranks
+from tests.distributed.zoo import zoo_model
+from zods.cli.run_folder import read_metrics
+
+peft = pytest.importorskip("peft")
+
+CAUSAL = {"task_type": "CAUSAL_LM"}
+VIRTUAL = {"num_virtual_tokens": 3, **CAUSAL}
+KINDS: dict[str, Any] = {
+    "LoRA": peft.LoraConfig(r=2, **CAUSAL),
+    "DoRA": peft.LoraConfig(r=2, use_dora=True, **CAUSAL),
+    "LoRA, embeddings saved": peft.LoraConfig(r=2, modules_to_save=["embed_tokens"], **CAUSAL),
+    "IA3": peft.IA3Config(**CAUSAL),
+    "prefix tuning": peft.PrefixTuningConfig(**VIRTUAL),
+    "prefix tuning with a projection": peft.PrefixTuningConfig(prefix_projection=True, **VIRTUAL),
+    "prompt tuning": peft.PromptTuningConfig(**VIRTUAL),
+    "p-tuning": peft.PromptEncoderConfig(encoder_hidden_size=8, **VIRTUAL),
+    "layer norms": peft.LNTuningConfig(**CAUSAL),
+    "VeRA": peft.VeraConfig(r=2, **CAUSAL),
+    "OFT": peft.OFTConfig(r=0, oft_block_size=4, **CAUSAL),
+    "LoHa": peft.LoHaConfig(r=2, **CAUSAL),
+    "LoKr": peft.LoKrConfig(r=2, **CAUSAL),
+    "tokens": peft.TrainableTokensConfig(token_indices=[1, 2], **CAUSAL),
+}
+STEPS = 3
+
+
+def data_of() -> list[dict[str, torch.Tensor]]:
+    rows = []
+    for row in opt_data(16):
+        ids = row["input_ids"] % 30
+        rows.append({**row, "input_ids": ids, "labels": ids})
+    return rows
+
+
+def rank_of_kinds(stage: int, folder: Path) -> dict[str, Any]:
+    """Train each kind of adapter, save it, and load it by peft into the base model."""
+    found = {}
+    data = data_of()
+    batch = {key: torch.stack([row[key] for row in data[:2]]) for key in data[0]}
+    for name, kind in KINDS.items():
+        torch.manual_seed(0)  # of the adapter's first values
+        model = peft.get_peft_model(zoo_model("llama"), kind)
+        section = {"direction": "low_rank", "examples_per_direction": 1, "normalize": True}
+        config = configuration(4, stage=stage, method="mezo", **{**section, "lr": 1e-2})
+        engine = zods.initialize(model=model, config=config, training_data=data)[0]
+        names = {shard.name for shard in engine.sharded_parameters}
+        losses = [engine.train_batch() for _ in range(STEPS)]
+        engine.save_pretrained(folder / name)
+        engine.eval()
+        logits = engine(batch).logits.float()
+        loaded = peft.PeftModel.from_pretrained(zoo_model("llama"), folder / name).eval()
+        with torch.no_grad():
+            again = loaded(**batch).logits
+        found[name] = {
+            "losses": losses,
+            "only adapters": names == {n for n, p in model.named_parameters() if p.requires_grad},
+            "loaded": float((logits - again).abs().max()),
+            "files": sorted(path.name for path in (folder / name).iterdir()),
+        }
+        engine.close()
+    return found
+
+
+def test_every_kind_of_adapter_is_sharded_trained_and_saved_as_peft_saves_it(tmp_path):
+    (whole,) = run_ranks(1, rank_of_kinds, 0, tmp_path / "whole")
+    sharded = run_ranks(2, rank_of_kinds, 3, tmp_path / "sharded")[0]
+    for name in KINDS:
+        assert sharded[name]["losses"] == pytest.approx(whole[name]["losses"], rel=1e-4), name
+        assert len(set(whole[name]["losses"])) == STEPS, f"{name}: the adapter is trained"
+        for found in (whole[name], sharded[name]):
+            assert found["only adapters"], name
+            assert found["loaded"] < 1e-5, name
+            assert {"adapter_config.json", "adapter_model.safetensors"} <= set(found["files"])
+
+
+def run_with(tmp_path: Path, config: dict[str, Any], ranks: int = 2) -> Path:
+    """A run of the command line with a file of peft."""
+    write_inputs(
+        tmp_path,
+        {"train_batch_size": 4, "zero_optimization": {"stage": 3}, "zeroth_order": {"lr": 1e-3}},
+    )
+    (tmp_path / "peft.json").write_text(json.dumps(config))
+    options = {"peft_config": tmp_path / "peft.json", "max_steps": 2, "save_model": True}
+    finetune_on_ranks(ranks, prompted_options(tmp_path, tmp_path / "run", **options))
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"peft_type": "IA3"},
+        {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 4},
+        # as peft itself saves it
+        {"peft_type": "LORA", "r": 2, "inference_mode": True, "task_type": "CAUSAL_LM"},
+    ],
+    ids=["IA3", "prefix", "LoRA"],
+)
+def test_the_command_line_trains_the_adapter_of_a_file(config, tmp_path):
+    run = run_with(tmp_path, config)
+    saved = json.loads((run / "model" / "adapter_config.json").read_text())
+    assert saved["peft_type"] == config["peft_type"]
+    losses = [line["loss"] for line in read_metrics(run) if line["kind"] == "train"]
+    assert len(losses) == 2
+    peft.AutoPeftModelForCausalLM.from_pretrained(run / "model")
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"r": 2}, "peft_type is None; allowed are "),
+        ({"peft_type": "lora"}, "peft_type is 'lora'; allowed are "),
+        ({"peft_type": "ADALORA"}, "ADALORA chooses its ranks by gradients"),
+        ({"peft_type": "LORA", "rank": 2}, "LORA has no key 'rank'."),
+        ({"peft_type": "LORA", "r": 2, "lora_alpa": 2}, "Did you mean 'lora_alpha'?"),
+        ({"peft_type": "LORA", "target_modules": ["no_such"]}, "no_such"),
+    ],
+)
+def test_a_file_that_gives_no_adapter_is_refused(config, said, tmp_path):
+    write_inputs(tmp_path, {"train_batch_size": 4, "zeroth_order": {"lr": 1e-3}})
+    (tmp_path / "peft.json").write_text(json.dumps(config))
+    options = {"peft_config": tmp_path / "peft.json", "model": MODEL}
+    (found,) = refusals_on_ranks(1, prompted_options(tmp_path, tmp_path / "run", **options))
+    assert "--peft_config " in found
+    assert said in found
