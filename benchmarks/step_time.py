@@ -41,6 +41,8 @@ class Case(NamedTuple):
     num_layers: of OPT-125M's shape; 0: the tiny model.
     anchor_age: for mezo_svrg, the number of updates since the refresh. An anchor point that is kept
         as terms takes these updates back.
+    adapted_layers: number of last layers with LoRA adapters, which alone are trained; 0: the whole
+        model is. The floor is the same forwards of the whole model.
     """
 
     method: str = "mezo"
@@ -52,6 +54,7 @@ class Case(NamedTuple):
     batch_size: int = 8
     num_layers: int = 12
     anchor_age: int = 0
+    adapted_layers: int = 0
 
     @property
     def num_forwards(self) -> int:
@@ -65,6 +68,7 @@ def smoke_cases() -> Iterator[Case]:
     yield Case(direction="rademacher", dtype="bfloat16", num_layers=0)
     yield Case(method="mezo_svrg", direction="low_rank", num_layers=0, anchor_age=2)
     yield Case(direction="low_rank", num_layers=0, examples_per_direction=1)
+    yield Case(direction="low_rank", num_layers=0, num_directions=2, adapted_layers=1)
 
 
 def quick_cases() -> Iterator[Case]:
@@ -78,6 +82,8 @@ def quick_cases() -> Iterator[Case]:
                 direction="low_rank", dtype=dtype, batch_size=batch_size, examples_per_direction=1
             )
     yield Case(method="published")
+    for num_directions in (1, 4):
+        yield Case(direction="low_rank", num_directions=num_directions, adapted_layers=3)
 
 
 def all_cases() -> Iterator[Case]:
@@ -97,6 +103,14 @@ def all_cases() -> Iterator[Case]:
 
 def model_of(case: Case) -> torch.nn.Module:
     return opt_125m(case.num_layers) if case.num_layers else tiny_opt()
+
+
+def adapted(model: Any, num_layers: int) -> torch.nn.Module:
+    """The model with LoRA adapters in its last layers."""
+    import peft
+
+    last = list(range(model.config.num_hidden_layers))[-num_layers:]
+    return peft.get_peft_model(model, peft.LoraConfig(r=8, layers_to_transform=last))
 
 
 def published_mezo_step(
@@ -136,8 +150,9 @@ def zods_step(case: Case, batch: dict[str, torch.Tensor]) -> tuple[Callable[[], 
     }
     if case.method == "mezo_svrg":
         section |= {"anchor_interval": 10**6, "anchor": {"point": "terms", "gradient": "terms"}}
+    model = model_of(case)
     engine = single_rank_engine(
-        model_of(case),
+        adapted(model, case.adapted_layers) if case.adapted_layers else model,
         section,
         train_batch_size=case.batch_size,
         bf16={"enabled": case.dtype == "bfloat16"},
@@ -244,6 +259,7 @@ def label(row: dict[str, Any]) -> str:
     parts += ["a direction per example"] if row["examples_per_direction"] == 1 else []
     parts += [f"batch {row['batch_size']}"] if row["batch_size"] != 8 else []
     parts += [f"{row['num_layers']} layers"] if row["num_layers"] != 12 else []
+    parts += [f"LoRA in {row['adapted_layers']} layers"] if row["adapted_layers"] else []
     parts += [f"{row['anchor_age']} updates since the refresh"] if row["anchor_age"] else []
     return ", ".join(part for part in parts if part)
 

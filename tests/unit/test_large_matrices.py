@@ -118,7 +118,7 @@ def test_parts_of_a_large_matrix_have_the_values_of_the_whole_copy(name, dtype, 
         stack = StackRunner(forward_at)
         with stack.recording(point, len(x)):
             module(x)
-        with stack.at([point, Point(7, -EPS)], [len(x)] * 2):
+        with stack.at([point, Point(7, -EPS)], [range(len(x))] * 2):
             stacked = module(x.repeat(2, 1)).chunk(2)
         for found, right in zip(stacked, expected, strict=True):
             torch.testing.assert_close(found, right, **tolerance)
@@ -138,7 +138,7 @@ def bytes_of_a_pair(name: str, x: Tensor) -> int:
         forward_at.perturber.scratch.__init__()  # as at the first step
         with peak_memory(torch.device("cpu")) as plain:
             module(x.repeat(2, 1))
-        with peak_memory(torch.device("cpu")) as at_points, stack.at(points, [len(x)] * 2):
+        with peak_memory(torch.device("cpu")) as at_points, stack.at(points, [range(len(x))] * 2):
             module(x.repeat(2, 1))
     return at_points.bytes - plain.bytes
 

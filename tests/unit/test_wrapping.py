@@ -189,7 +189,7 @@ def test_a_gradient_taken_inside_a_forward_is_that_of_the_point(distribution):
     stack = StackRunner(forward_at)
     with stack.recording(points[0], len(X)):
         module(X)
-    with stack.at(points, [len(X)] * len(points)):
+    with stack.at(points, [range(len(X))] * len(points)):
         stacked = module(X.repeat(2, 1))
     torch.testing.assert_close(stacked, torch.cat(expected))
 

@@ -116,12 +116,11 @@ class Stacked:
             key: _stack(value, stacked, size)
             for key, value in self._forwards.without_loss(batch).items()
         }
-        sizes = [len(of_point) for of_point in rows]
-        with self._runner.at(points, sizes):
+        with self._runner.at(points, rows):
             logits = logits_in(self._forwards.outputs(stack))
         if logits.shape[0] != len(stacked):
             raise NotStackable(f"the logits of {len(stacked)} examples have {len(logits)} rows")
-        return logits.split(sizes)
+        return logits.split([len(of_point) for of_point in rows])
 
 
 class Lockstep:

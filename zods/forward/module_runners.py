@@ -6,7 +6,8 @@ A stream is the forward of a batch, or of some of its rows, at one point.
     StackRunner      all streams in one forward, stacked on dim 0. A module that uses parameters
                      runs once per stream, on the stream's part of the stack. All other
                      modules see the whole stack. With low-rank directions a matrix module runs once
-                     for all streams, and the perturbations are added to its output.
+                     for all streams, and the perturbations are added to its output. Blocks before
+                     the first perturbed parameter run once for each row of the batch.
     LockstepRunner   as many forwards as streams, which wait for each other at every module
 
 With the last two, ZeRO-3 gathers a module's parameters once for all streams. The forms of
@@ -29,7 +30,8 @@ from zods.forward.lockstep import LockstepScheduler
 from zods.forward.matrix_forwards import Pair, multiply_in_blocks, plain_product, run_low_rank
 from zods.forward.parameter_copies import Centers
 from zods.forward.perturbed_modules import PerturbedModules
-from zods.forward.stacked import Arguments, Stacking
+from zods.forward.repeated_rows import RepeatedRows
+from zods.forward.stacked import Arguments, NotStackable, Stacking
 
 
 class _Runner:
@@ -39,6 +41,12 @@ class _Runner:
 
     def __init__(self, modules: PerturbedModules) -> None:
         self._modules, self._perturber = modules, modules.perturber
+
+    def run_frozen(
+        self, block: Any, original: Callable, args: tuple, kwargs: dict[str, Any]
+    ) -> Any:
+        """Run a block without perturbed parameters."""
+        return original(*args, **kwargs)
 
     def _product(
         self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]
@@ -194,6 +202,9 @@ class StackRunner(_Runner):
         self.nested: set[torch.nn.Module] = set()
         self._stacking = Stacking(modules.names)
         self._pairs: list[Pair] = []
+        self._repeated = RepeatedRows([])
+        self._not_by_rows: set[torch.nn.Module] = set()  # blocks that cannot run on some rows
+        self._are_equal = False  # whether all copies of a row have been computed alike so far
 
     @contextmanager
     def recording(self, point: Point, num_examples: int) -> Iterator[None]:
@@ -203,23 +214,39 @@ class StackRunner(_Runner):
         Earlier recordings are forgotten.
         """
         self._stacking.begin_recording(num_examples)
+        self._not_by_rows.clear()
         with self._modules.at((point,), _Recording(self._modules, self._stacking)):
             yield
 
     @contextmanager
-    def at(self, points: Sequence[Point], sizes: Sequence[int]) -> Iterator[None]:
-        """A context for forwards on a stack with a number of examples for each point.
+    def at(self, points: Sequence[Point], rows: Sequence[Sequence[int]]) -> Iterator[None]:
+        """A context for forwards on a stack with some rows of a batch for each point.
 
         Raises NotStackable where a module cannot run on a stack.
         """
         self._pairs = _pairs(points)
         self.nested.clear()
-        self._stacking.begin(sizes)
+        self._stacking.begin([len(of_point) for of_point in rows])
+        self._repeated = RepeatedRows([row for of_point in rows for row in of_point])
+        self._are_equal = True
         with self._modules.at(points, self):
             yield
 
+    def run_frozen(
+        self, block: Any, original: Callable, args: tuple, kwargs: dict[str, Any]
+    ) -> Any:
+        """Run a block on one copy of each row, while all copies are equal."""
+        if self._are_equal and block not in self._not_by_rows:
+            try:
+                arguments = self._stacking.carried(block, (args, kwargs))
+                return self._repeated.run_once(original, arguments)
+            except NotStackable:
+                self._not_by_rows.add(block)
+        return original(*args, **kwargs)
+
     def run(self, module: Any, original: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Run a module for all streams of a stack."""
+        self._are_equal = False
         with self._modules.loaded(module):
             streams, carries = self._stacking.split(module, (args, kwargs))
             product = self._product(module, args, kwargs) if carries else None
@@ -304,6 +331,13 @@ class _Recording(PointRunner):
         if not self._perturber.in_place:
             self._stacking.record(module, (args, kwargs))
         return super().run(module, original, args, kwargs)
+
+    def run_frozen(
+        self, block: Any, original: Callable, args: tuple, kwargs: dict[str, Any]
+    ) -> Any:
+        if not self._perturber.in_place:
+            self._stacking.record(block, (args, kwargs))
+        return super().run_frozen(block, original, args, kwargs)
 
 
 def _pairs(points: Sequence[Point]) -> list[Pair]:

@@ -42,6 +42,12 @@ class ModuleRunner(Protocol):
 
     every_module: bool
 
+    def run_frozen(
+        self, block: torch.nn.Module, original: Callable, args: tuple, kwargs: dict[str, Any]
+    ) -> Any:
+        """Return the output of a block without perturbed parameters."""
+        ...
+
     def run(
         self, module: torch.nn.Module, original: Callable, args: tuple, kwargs: dict[str, Any]
     ) -> Any:
@@ -58,7 +64,8 @@ class PerturbedModules:
     that each module uses. inside_leaves: modules inside DeepSpeed's leaf modules. DeepSpeed gathers
     everything inside a leaf module with the leaf. What runs there may differ from stream to stream
     (experts), so a stack is split at the leaf, and streams in lockstep wait only there. branches:
-    see `zods.forward.parameter_usage.Observer`.
+    see `zods.forward.parameter_usage.Observer`. frozen_blocks: the blocks (entries of a ModuleList)
+    without perturbed parameters, as below the adapters of the last blocks.
     """
 
     def __init__(
@@ -93,6 +100,16 @@ class PerturbedModules:
             # streams in lockstep wait for each other also at modules with frozen parameters
             if own or submodule in self._leaves:
                 self._wrap(submodule)
+        self.frozen_blocks = {
+            block
+            for blocks in module.modules()
+            if isinstance(blocks, torch.nn.ModuleList)
+            for block in blocks
+            if not any(self.held[inner] or inner in self._leaves for inner in block.modules())
+            and any(True for _ in block.parameters())
+        }
+        for block in self.frozen_blocks:
+            self._wrap(block)
 
     def _wrap(self, submodule: torch.nn.Module) -> None:
         if submodule not in self._wrapped:
@@ -152,6 +169,7 @@ class PerturbedModules:
         for module, parameters in observer.found.items():
             self._wrap(module)
             self.held[module] += parameters
+            self.frozen_blocks -= {b for b in self.frozen_blocks if module in set(b.modules())}
 
     # --- how a module runs ------------------------------------------------------------------------
 
@@ -186,6 +204,8 @@ class PerturbedModules:
         self, module: torch.nn.Module, original: Callable, args: tuple, kwargs: dict[str, Any]
     ) -> Any:
         runner = self._runner
+        if runner is not None and module in self.frozen_blocks:
+            return runner.run_frozen(module, original, args, kwargs)
         every_module = runner is not None and runner.every_module
         if not self.held[module] and module not in self._leaves and not every_module:
             return original(*args, **kwargs)

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 Arguments = tuple[tuple, dict[str, Any]]
 
@@ -65,26 +65,9 @@ class Stacking:
 
         Raises NotStackable where the stack cannot be split.
         """
-        leaves, spec = tree_flatten(arguments)
-        call = self._num_calls[module]
-        self._num_calls[module] += 1
-        if call == len(self._carry[module]):
-            self._learn(module, call, leaves)
-        carry = self._carry[module][call]
+        leaves, spec, carry = self.carried(module, arguments)
         streams: list[list[Any]] = [[] for _ in self._sizes]
-        num_examples = sum(self._sizes)
-        if len(leaves) != len(carry):
-            raise NotStackable(f"{self._names[module]} is not called as it was on the first batch")
         for leaf, carries in zip(leaves, carry, strict=True):
-            if isinstance(leaf, torch.Tensor) and carries is None:
-                carries = leaf.ndim > 0 and leaf.shape[0] == num_examples
-            # an optional input may be None in this call
-            carries = carries and _size(leaf) is not None
-            if carries and (_size(leaf) or 0) % num_examples:
-                raise NotStackable(
-                    f"{self._names[module]} is given {_size(leaf)} rows of {num_examples} "
-                    "examples: which of them belong to which point is not known"
-                )
             parts = (
                 leaf.split(self.rows_of_streams(leaf.shape[0]))
                 if carries
@@ -93,6 +76,36 @@ class Stacking:
             for stream, part in zip(streams, parts, strict=True):
                 stream.append(part)
         return [tree_unflatten(stream, spec) for stream in streams], any(carry)
+
+    def carried(
+        self, module: torch.nn.Module, arguments: Arguments
+    ) -> tuple[list[Any], TreeSpec, list[bool]]:
+        """Return the arguments as a flat list, how to unflatten it, and which of them carry the
+        batch.
+
+        Raises NotStackable where that is not known.
+        """
+        leaves, spec = tree_flatten(arguments)
+        call = self._num_calls[module]
+        self._num_calls[module] += 1
+        if call == len(self._carry[module]):
+            self._learn(module, call, leaves)
+        carry = self._carry[module][call]
+        num_examples = sum(self._sizes)
+        if len(leaves) != len(carry):
+            raise NotStackable(f"{self._names[module]} is not called as it was on the first batch")
+        found = []
+        for leaf, carries in zip(leaves, carry, strict=True):
+            if isinstance(leaf, torch.Tensor) and carries is None:
+                carries = leaf.ndim > 0 and leaf.shape[0] == num_examples
+            # an optional input may be None in this call
+            found.append(bool(carries) and _size(leaf) is not None)
+            if found[-1] and (_size(leaf) or 0) % num_examples:
+                raise NotStackable(
+                    f"{self._names[module]} is given {_size(leaf)} rows of {num_examples} "
+                    "examples: which of them belong to which point is not known"
+                )
+        return leaves, spec, found
 
     def _learn(self, module: torch.nn.Module, call: int, leaves: list[Any]) -> None:
         recorded = self._recorded[module]
