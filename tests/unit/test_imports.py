@@ -53,6 +53,10 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
         {TOP, "config", "comm", "params", "training", "tasks", "cli"},
         {"datasets", "deepspeed", "tqdm"},
     ),
+    "integrations": (
+        {"config", "comm", "data", "training"},
+        {"accelerate", "torch", "transformers"},
+    ),
 }  # fmt: skip
 PURE = ("files", "core", "data")
 # of DeepSpeed's communication, what sends nothing itself: its count of what ZeRO-3 sends, and its

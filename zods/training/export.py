@@ -71,7 +71,7 @@ def save_pretrained(deepspeed_engine: Any, comm: Communicator, save_dir: str | P
     fails.
     """
     state, module = whole_state(deepspeed_engine, comm), deepspeed_engine.module
-    with _runs_alone(getattr(module, "prompt_encoder", None)), comm.same_on_all_ranks():
+    with runs_alone(getattr(module, "prompt_encoder", None)), comm.same_on_all_ranks():
         if comm.rank == 0:
             with atomic_files(Path(save_dir), SafetensorError, RuntimeError) as folder:
                 if hasattr(module, "save_pretrained"):
@@ -91,7 +91,7 @@ def save_pretrained(deepspeed_engine: Any, comm: Communicator, save_dir: str | P
 
 
 @contextmanager
-def _runs_alone(module: torch.nn.Module | None) -> Iterator[None]:
+def runs_alone(module: torch.nn.Module | None) -> Iterator[None]:
     """Let rank 0 run a module without the other ranks: peft runs its prompt encoders to save their
     outputs.
 

@@ -1,0 +1,1 @@
+"""Other libraries' training loops with an engine of zods. Each library has one module."""
