@@ -16,6 +16,7 @@ from methods_prefix import LastBlocks, only_labelled
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from zods.data.evaluation import Forwards
 from zods.data.objectives import sequence_log_likelihood
 from zods.tasks.build import build_task
 from zods.tasks.task import Task
@@ -83,7 +84,8 @@ class Bench:
         correct = 0.0
         for batch in _batches(rows):
             inputs, targets = self.task.collate_eval(batch)
-            correct += self.task.measure(forward(**inputs), inputs, targets)["accuracy"][0]
+            outputs = inputs.run(Forwards(lambda part: forward(**part), len(inputs.input_ids)))
+            correct += self.task.measure(outputs, inputs, targets)["accuracy"][0]
         return correct / len(rows)
 
 

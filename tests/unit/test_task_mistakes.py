@@ -274,7 +274,9 @@ def test_a_pad_token_that_the_model_does_not_embed_is_replaced_by_one_that_it_em
     batch = task.collate(rows)
     assert not batch["attention_mask"].all()
     assert batch["input_ids"].max() < size
-    assert task.collate_eval(rows)[0]["input_ids"].max() < size
+    inputs = task.collate_eval(rows)[0]
+    ids = inputs.input_ids if name == "prompted" else inputs["input_ids"]
+    assert ids.max() < size
 
 
 @pytest.mark.parametrize("name", ["classification", "prompted", "instruction"])

@@ -24,6 +24,7 @@ from tiny_tasks import (
     llama,
     make_task,
     make_tokenizer,
+    outputs_of,
     reviews,
 )
 from transformers import (
@@ -164,8 +165,7 @@ def test_training_and_evaluation_losses_equal_those_of_transformers_row_by_row()
         with torch.no_grad():
             own = [model(**task.collate([row])).loss.item() for row in rows]
             inputs, targets = task.collate_eval(rows)
-            assert "labels" not in inputs
-            metrics = task.measure(model(**inputs), inputs, targets)
+            metrics = task.measure(outputs_of(model, inputs), inputs, targets)
             batch = task.collate(rows)
             training = batch_loss(
                 {"logits": model(batch["input_ids"], batch["attention_mask"]).logits}, batch
@@ -185,8 +185,8 @@ def test_the_predicted_word_has_the_highest_mean_log_probability():
                 model(**task.collate([{**row, "answer": word}])).loss.item() for word in (0, 1)
             ]
             inputs, _ = task.collate_eval([row])
-            outputs = model(**inputs)
-        assert len(outputs.logits) == 2
+            outputs = outputs_of(model, inputs)
+        assert len(outputs["num_tokens"]) == 2
         for word in (0, 1):
             _, targets = task.collate_eval([{**row, "answer": word}])
             metrics = task.measure(outputs, inputs, targets)

@@ -8,6 +8,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from zods.data.evaluation import Forwards, SeveralForwards
 from zods.tasks import build_task
 
 TEXTS = [
@@ -107,6 +108,14 @@ def llama():
         intermediate_size=16,
     )
     return LlamaForCausalLM(config).eval()
+
+
+def outputs_of(model, inputs, micro_batch=2):
+    """The outputs that `measure` takes, for inputs of `collate_eval`."""
+    if not isinstance(inputs, SeveralForwards):
+        assert "labels" not in inputs
+        return model(**inputs)
+    return inputs.run(Forwards(lambda part: model(**part), micro_batch))
 
 
 def reviews(**columns):

@@ -12,17 +12,18 @@ import torch
 
 from zods.comm.communicator import Communicator
 from zods.data.batch import to_device, without_weights
+from zods.data.evaluation import Forwards, SeveralForwards
 from zods.data.loader import WholePass
 from zods.data.objectives import batch_loss, logits_of, other_labels
 
-Measure = Callable[[Any, dict[str, torch.Tensor], Any], dict[str, tuple[float, float]]]
+Measure = Callable[[Any, Any, Any], dict[str, tuple[float, float]]]
 
 
 @torch.no_grad()
 def measure_whole(
     outputs_of: Callable[[Any], Any],
     dataset: Any,
-    collate_fn: Callable[[list], tuple[dict[str, torch.Tensor], Any]],
+    collate_fn: Callable[[list], tuple[Any, Any]],
     measure: Measure,
     *,
     comm: Communicator,
@@ -31,14 +32,22 @@ def measure_whole(
     """Compute means of metrics over a whole dataset and all ranks, every example counted once.
 
     Collective: all ranks call it together. outputs_of: maps model inputs to the model's outputs.
-    collate_fn: maps rows to (model inputs, targets). measure: maps (outputs, inputs, targets) to
-    {name: (sum, count)}. micro_batch: examples per forward and rank.
+    collate_fn: maps rows to (model inputs, targets). The inputs may be a `SeveralForwards`, on all
+    ranks. measure: maps (outputs, inputs, targets) to {name: (sum, count)}. micro_batch: most
+    sequences per forward and rank.
     """
+
+    def largest(number: int) -> int:
+        return int(max(of_rank[0] for of_rank in comm.gather_scalars([number])))
+
+    forwards = Forwards(outputs_of, micro_batch, largest)
     totals: dict[str, list[float]] = {}
     rounds = WholePass(dataset, micro_batch, comm.rank, comm.world_size, collate_fn)
     for batch, _, counted in rounds:
         inputs, targets = to_device(batch, comm.device)
-        for name, (total, count) in measure(outputs_of(inputs), inputs, targets).items():
+        several = isinstance(inputs, SeveralForwards)
+        outputs = inputs.run(forwards) if several else outputs_of(inputs)
+        for name, (total, count) in measure(outputs, inputs, targets).items():
             sums = totals.setdefault(name, [0.0, 0.0])
             if counted:
                 sums[0] += total

@@ -28,11 +28,13 @@ class Labels:
         column: name of the column.
         values: the labels as the data have them: text, integers or booleans.
         names: the labels as messages show them, and as the prompted task asks for them.
+        texts: other spellings of the labels in the data, in the order of the ids; or empty.
     """
 
     column: str
     values: tuple[Any, ...]
     names: tuple[str, ...]
+    texts: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -90,12 +92,47 @@ class Labels:
         )
         return labels
 
+    @classmethod
+    def declared(
+        cls,
+        dataset: datasets.Dataset,
+        column: str,
+        names: Sequence[str],
+        texts: Sequence[str] = (),
+    ) -> Labels:
+        """The labels that a published task declares, in the order of their ids.
+
+        names: their names. texts: their spellings in published files. Integers count from 0, or
+        from 1 where the training data have no 0 and have the largest label from 1. False and true
+        are 0 and 1.
+
+        Raises ValueError where the column is missing, or has another type.
+        """
+        check_columns(dataset, [column])
+        feature = dataset.features[column]
+        dtype = getattr(feature, "dtype", "")
+        if not dtype.startswith(("int", "uint")) and dtype not in (*TEXT_DTYPES, "bool"):
+            raise ValueError(
+                f"label column {column!r} must hold integers, booleans or text; it holds {feature}"
+            )
+        found = {str(value) for value in set(dataset[column][:])}
+        first = 1 if str(len(names)) in found and "0" not in found else 0
+        return cls(
+            column, tuple(range(first, first + len(names))), tuple(names), tuple(texts) or ()
+        )
+
     def in_order_of(self, names: Sequence[str]) -> Labels:
         """Reorder the ids by `names`; the same labels where `names` are other names."""
         if sorted(names) != sorted(self.names):
             return self
         values = dict(zip(self.names, self.values, strict=True))
-        return Labels(self.column, tuple(values[name] for name in names), tuple(names))
+        texts = dict(zip(self.names, self.texts or self.names, strict=True))
+        return Labels(
+            self.column,
+            tuple(values[name] for name in names),
+            tuple(names),
+            tuple(texts[name] for name in names) if self.texts else (),
+        )
 
     def mistakes(self, dataset: datasets.Dataset) -> Iterator[tuple[int, str]]:
         """Yield (position, mistake) of each row that has no label or an unknown label."""
@@ -125,6 +162,7 @@ class Labels:
         In a file with one text among its labels, integers become text, too.
         """
         texts = {str(value): label_id for label_id, value in enumerate(self.values)}
+        texts |= {text: label_id for label_id, text in enumerate(self.texts)}
         return texts | dict(zip(self.values, range(len(self.values)), strict=True))
 
 

@@ -7,40 +7,38 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import datasets
-import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from zods.data.objectives import sequence_log_likelihood
+from zods.data.evaluation import Candidates
+from zods.tasks.candidates import (
+    candidate_rows,
+    collate_candidates,
+    collate_right_candidates,
+    measure_candidates,
+)
 from zods.tasks.labels import Labels
 from zods.tasks.prompts import (
     Template,
-    answer_labels,
-    collate_answers,
-    fit_prompt,
     leading_special_tokens,
     num_tokens,
     tokenize_continuations,
-    unusable,
 )
-from zods.tasks.task import (
-    Columns,
-    Row,
-    check_rows,
-    check_text_columns,
-    map_rows,
-    pad_inputs,
-    text_mistakes,
-)
+from zods.tasks.task import Columns, Row, check_rows, check_text_columns, map_rows, text_mistakes
 
 
 @dataclass(frozen=True)
 class Prompted:
     """Train by cross entropy on the tokens of the right label word.
 
-    The prediction is the word with the highest mean log-probability. A prompt that is too long is
+    The prediction is the word with the best score. A prompt that is too long is
     truncated on the left, after the tokenizer's leading special token. The end of the prompt, with
     the cue before the label, is kept.
+
+    Attributes:
+        scoring: how label words are compared, see `measure_candidates`; by default by their mean
+            log-probability per token.
+        metric: "accuracy", or a further metric: "f1", "f1_macro" or "matthews".
     """
 
     name: ClassVar[str] = "prompted"
@@ -50,6 +48,8 @@ class Prompted:
     labels: Labels
     max_length: int
     pad_id: int
+    scoring: str = "mean"
+    metric: str = "accuracy"
 
     def __post_init__(self) -> None:
         """Check the label words and the length.
@@ -105,53 +105,26 @@ class Prompted:
         return map_rows(dataset, self._make_rows, self.max_length, row_name)
 
     def _make_rows(self, batch: Columns) -> Columns:
-        start = leading_special_tokens(self.tokenizer)
         texts = self.template.prompts(batch)
-        columns: Columns = {"prompt": [], "words": [], "truncated": []}
-        tokenized = tokenize_continuations(self.tokenizer, texts, [self.labels.names] * len(texts))
-        for prompt, words in tokenized:
-            limit = self.max_length - len(start) - max(map(len, words))
-            columns["prompt"].append(fit_prompt(start, prompt, limit))
-            columns["words"].append(words)
-            columns["truncated"].append(len(prompt) > limit)
-        answers = self.labels.ids(batch[self.labels.column])
-        return {**columns, "answer": answers, "unusable": unusable(columns["prompt"])}
+        rows = candidate_rows(
+            self.tokenizer,
+            texts,
+            [self.labels.names] * len(texts),
+            max_length=self.max_length,
+            cue=self.template.cue if self.scoring == "calibrated" else None,
+        )
+        return {**rows, "answer": self.labels.ids(batch[self.labels.column])}
 
     def collate(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """Collate `input_ids`, `attention_mask` and `labels`, all (B, L).
 
         A row is the prompt and the right word. Only the word is labelled.
         """
-        words = [row["words"][row["answer"]] for row in rows]
-        answers = [
-            {"input_ids": row["prompt"] + word, "num_answer_tokens": len(word)}
-            for row, word in zip(rows, words, strict=True)
-        ]
-        return collate_answers(answers, self.pad_id)
+        return collate_right_candidates(rows, self.pad_id)
 
-    def collate_eval(self, rows: Sequence[Row]) -> tuple[dict[str, Tensor], Tensor]:
-        """Collate (inputs (B W, L), targets (B, 1 + W)), with W words per row.
+    def collate_eval(self, rows: Sequence[Row]) -> tuple[Candidates, dict[str, Tensor]]:
+        return collate_candidates(rows, self.pad_id)
 
-        The inputs are each row with each of the words, row by row. The targets are the index of the
-        right word, and the number of tokens of each word.
-        """
-        inputs = pad_inputs(
-            [row["prompt"] + word for row in rows for word in row["words"]], self.pad_id
-        )
-        return inputs, torch.tensor([[row["answer"], *map(len, row["words"])] for row in rows])
-
-    def measure(
-        self, outputs: Any, inputs: dict[str, Tensor], targets: Tensor
-    ) -> dict[str, tuple[float, float]]:
-        """Sum the loss and the accuracy over the examples.
-
-        An example's loss is the mean negative log-likelihood per token of the right word. Its
-        accuracy is 1 where the right word has the best score.
-        """
-        answers, num_word_tokens = targets[:, 0], targets[:, 1:]
-        labels = answer_labels(inputs, num_word_tokens.flatten())
-        log_likelihood, counts = sequence_log_likelihood(outputs["logits"], labels)
-        scores = (log_likelihood / counts).view(num_word_tokens.shape)  # (B, W)
-        loss = -scores.gather(1, answers[:, None]).sum()
-        num_correct = (scores.argmax(1) == answers).sum()
-        return {"loss": (loss.item(), len(answers)), "accuracy": (float(num_correct), len(answers))}
+    def measure(self, outputs: Any, inputs: Any, targets: Any) -> dict[str, tuple[float, float]]:
+        """Sum the loss, the accuracy and the counts for `metric`; see `measure_candidates`."""
+        return measure_candidates(outputs, targets, self.scoring, self.metric)

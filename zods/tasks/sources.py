@@ -86,9 +86,14 @@ def load_examples(
         dataset = dataset.remove_columns(
             [name for name in (ROW, NOT_TEXT) if name in dataset.column_names]
         )
-    if max_examples is not None and max_examples < len(dataset):
-        dataset = dataset.shuffle(seed=seed).select(range(max_examples))
-    return dataset
+    return draw(dataset, max_examples, seed)
+
+
+def draw(dataset: datasets.Dataset, most: int | None, seed: int) -> datasets.Dataset:
+    """Draw `most` examples at random; all are kept where there are no more, or `most` is None."""
+    if most is None or most >= len(dataset):
+        return dataset
+    return dataset.shuffle(seed=seed).select(range(most))
 
 
 def _load_source(

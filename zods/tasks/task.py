@@ -14,6 +14,7 @@ from datasets.fingerprint import Hasher
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from zods.data.evaluation import SeveralForwards
 from zods.tasks.row_mistakes import Mistakes
 from zods.tasks.tables import NOT_TEXT, ROW
 
@@ -25,7 +26,13 @@ TEXT_DTYPES = ("string", "large_string")
 # A tokenizer takes about 200 bytes of memory per character, whatever it then truncates.
 MOST_CHARACTERS = 1_000_000  # of a text
 AT_ONCE = 1_000_000  # characters that are tokenised together, at least one row
-TOKEN_COLUMNS = ("input_ids", "prompt", "words")  # columns of prepared rows that hold token ids
+TOKEN_COLUMNS = (
+    "input_ids",
+    "prompt",
+    "words",
+    "bare_prompt",
+    "bare_words",
+)  # columns of prepared rows that hold token ids
 
 
 class Task(Protocol):
@@ -72,21 +79,21 @@ class Task(Protocol):
         It has `input_ids` and `attention_mask` (B, L), and `labels`, right-padded.
         """
 
-    def collate_eval(self, rows: Sequence[Row]) -> tuple[dict[str, Tensor], Tensor]:
+    def collate_eval(self, rows: Sequence[Row]) -> tuple[dict[str, Tensor] | SeveralForwards, Any]:
         """Collate prepared rows to (inputs of the model's forward, targets for `measure`).
 
-        The inputs have no labels, so that forward computes no loss.
+        The inputs have no labels, so that forward computes no loss. A task that scores candidates
+        or generates text returns a `SeveralForwards` in their place.
         """
 
-    def measure(
-        self, outputs: Any, inputs: dict[str, Tensor], targets: Tensor
-    ) -> dict[str, tuple[float, float]]:
+    def measure(self, outputs: Any, inputs: Any, targets: Any) -> dict[str, tuple[float, float]]:
         """Compute {metric: (sum, count)} of an evaluation batch, with "loss" and "accuracy".
 
         The counts are numbers of examples.
 
         Args:
-            outputs: the model's outputs, with `outputs["logits"]`.
+            outputs: the model's outputs, with `outputs["logits"]`, or the result of
+                `SeveralForwards.run`.
             inputs, targets: from `collate_eval`, on the device of the logits.
         """
 
@@ -249,7 +256,7 @@ def code_digest() -> str:
     `datasets` identifies the functions of zods by name only. Without the digest it would reuse the
     results of an older version.
     """
-    return Hasher.hash([path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))])
+    return Hasher.hash([path.read_bytes() for path in sorted(Path(__file__).parent.rglob("*.py"))])
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase, num_embeddings: int | None = None) -> int:

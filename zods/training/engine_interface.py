@@ -191,13 +191,14 @@ class EngineInterface:
     def evaluate(
         self,
         dataset: Any,
-        collate_fn: Callable[[list], tuple[dict[str, torch.Tensor], Any]],
+        collate_fn: Callable[[list], tuple[Any, Any]],
         measure: Measure,
     ) -> dict[str, float]:
         """Means over a whole dataset at the parameters, every example counted once, over all ranks.
 
-        collate_fn: rows -> (model inputs, targets). measure: (outputs, inputs, targets) -> name:
-        (sum, count). Raises StopRequested, on all ranks, where one is asked to stop meanwhile.
+        collate_fn: rows -> (model inputs, targets). The inputs may be a
+        `zods.data.evaluation.SeveralForwards`. measure: (outputs, inputs, targets) -> name: (sum,
+        count). Raises StopRequested, on all ranks, where one is asked to stop meanwhile.
         """
         self.flush()
         with self._watched_evaluation() as beat, self._polled() as poll:

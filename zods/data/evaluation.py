@@ -1,0 +1,130 @@
+"""Evaluation batches that need more than one forward: candidates to score, text to generate.
+
+A task's `collate_eval` returns one of these in place of the inputs of a single forward.
+`zods.forward.dataset_metrics` runs it. Parameters may be sharded over the ranks, so all ranks make
+the same number of forwards, and no forward has more sequences than a micro-batch.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from zods.data.objectives import sequence_log_likelihood
+
+
+@dataclass(frozen=True)
+class Forwards:
+    """The forwards of a model on this rank.
+
+    Attributes:
+        outputs: maps the inputs of a forward to the model's outputs.
+        micro_batch: largest number of sequences of a forward.
+        largest: maps a number to the largest of the numbers of all ranks; collective.
+    """
+
+    outputs: Callable[[dict[str, Tensor]], Any]
+    micro_batch: int
+    largest: Callable[[int], int] = int
+
+
+class SeveralForwards(ABC):
+    """Inputs that are evaluated in several forwards. A subclass is a dataclass of tensors."""
+
+    @abstractmethod
+    def run(self, forwards: Forwards) -> Any:
+        """Make the forwards. Returns what the task's `measure` takes as outputs. Collective."""
+
+
+@dataclass(frozen=True)
+class Candidates(SeveralForwards):
+    """Sequences whose labelled tokens are scored.
+
+    Attributes:
+        input_ids, attention_mask: (S, L) int64, padded on the right.
+        labels: (S, L) int64, -100 where a token is not scored.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+
+    def run(self, forwards: Forwards) -> dict[str, Tensor]:
+        """Score the sequences.
+
+        Returns `log_likelihood`, (S,) float64 sums over the labelled tokens, and `num_tokens`, (S,)
+        int64.
+        """
+        size, total = forwards.micro_batch, len(self.input_ids)
+        scored = []
+        for number in range(forwards.largest(-(-total // size))):
+            start = number * size
+            # A rank that is done repeats its first part, for the other ranks.
+            part = slice(start, start + size) if start < total else slice(size)
+            mask = self.attention_mask[part]
+            length = int(mask.sum(1).max())
+            outputs = forwards.outputs(
+                {
+                    "input_ids": self.input_ids[part, :length],
+                    "attention_mask": mask[:, :length],
+                }
+            )
+            if start < total:
+                labels = self.labels[part, :length]
+                scored.append(sequence_log_likelihood(outputs["logits"], labels))
+        log_likelihood, num_tokens = (torch.cat(column) for column in zip(*scored, strict=True))
+        return {"log_likelihood": log_likelihood, "num_tokens": num_tokens}
+
+
+@dataclass(frozen=True)
+class Generation(SeveralForwards):
+    """Prompts that are continued greedily, and right answers that are scored.
+
+    Every new token is a forward over the whole sequence, without a cache of keys and values.
+
+    Attributes:
+        input_ids, attention_mask: (B, L) int64, the prompts, padded on the right.
+        answers: the prompts with their right answers.
+        max_new_tokens: most tokens that are generated.
+        end, pad: ids of the end-of-sequence token and of padding.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    answers: Candidates
+    max_new_tokens: int
+    end: int
+    pad: int
+
+    def run(self, forwards: Forwards) -> dict[str, Tensor]:
+        """Score the answers and continue the prompts.
+
+        Returns the entries of `Candidates.run`, and `generated`, (B, T) int64, padded after the end
+        of sequence.
+        """
+        scored = self.answers.run(forwards)
+        ids, mask = self.input_ids, self.attention_mask
+        rows = torch.arange(len(ids), device=ids.device)
+        ends = mask.sum(1)  # position of the next token of each row
+        is_done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+        generated = []
+        for _ in range(self.max_new_tokens):
+            if not forwards.largest(int(not is_done.all())):
+                break
+            logits = forwards.outputs({"input_ids": ids, "attention_mask": mask})["logits"]
+            token = logits[rows, ends - 1].argmax(-1).masked_fill(is_done, self.pad)
+            generated.append(token)
+            is_done = is_done | (token == self.end)
+            if int(ends.max()) == ids.shape[1]:
+                ids = functional.pad(ids, (0, 1), value=self.pad)
+                mask = functional.pad(mask, (0, 1))
+            ids, mask = ids.clone(), mask.clone()
+            ids[rows, ends], mask[rows, ends] = token, 1
+            ends = ends + (~is_done).long()
+        return {**scored, "generated": torch.stack(generated, 1)}

@@ -1,0 +1,107 @@
+"""Questions with a text as answer, which is generated and compared with reference answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import datasets
+from torch import Tensor
+
+from zods.data.evaluation import Candidates, Generation
+from zods.tasks.instruction import Instruction
+from zods.tasks.metrics import exact_match, last_number_match, token_f1
+from zods.tasks.prompts import answer_labels, fit_prompt, leading_special_tokens
+from zods.tasks.task import Row, pad_inputs
+
+REFERENCES = "references"  # column with the right answers of a row, a list of texts
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Train as `Instruction`, and evaluate by greedy generation.
+
+    A generated answer ends at the end-of-sequence token, and, unless `metric` is "last_number", at
+    the first line break. The references are in the column REFERENCES, or else the response itself.
+
+    Attributes:
+        learning: the training on prompt and response.
+        max_new_tokens: most tokens of a generated answer; never more than half of `max_length`.
+            Prompts are truncated on the left to leave room for them.
+        metric: "f1" for exact match and F1 of words, as in SQuAD's official script; "last_number"
+            for exact match of the last number, as in GSM8K.
+    """
+
+    name: ClassVar[str] = "answers"
+    predicts_next_token: ClassVar[bool] = True
+    learning: Instruction
+    max_new_tokens: int = 50
+    metric: str = "f1"
+
+    def auto_class(self) -> type[Any]:
+        return self.learning.auto_class()
+
+    def model_kwargs(self) -> dict[str, Any]:
+        return self.learning.model_kwargs()
+
+    def mistakes(self, dataset: datasets.Dataset) -> Iterator[tuple[int, str]]:
+        yield from self.learning.mistakes(dataset)
+
+    def prepare(self, dataset: datasets.Dataset, row_name: str = "row") -> datasets.Dataset:
+        """Tokenise the rows as `Instruction` does, and keep REFERENCES."""
+        prepared = self.learning.prepare(dataset, row_name)
+        if REFERENCES in dataset.column_names:
+            references = dataset[REFERENCES][:]
+        else:
+            references = [[text] for text in dataset[self.learning.template.answer][:]]
+        return prepared.add_column(REFERENCES, references)
+
+    def collate(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """Collate `input_ids`, `attention_mask` and `labels`, all (B, L)."""
+        return self.learning.collate(rows)
+
+    def collate_eval(self, rows: Sequence[Row]) -> tuple[Generation, dict[str, Any]]:
+        """Collate (prompts and right answers, the references of each row)."""
+        answers, counts = self.learning.collate_eval(rows)
+        num_generated = max(1, min(self.max_new_tokens, self.learning.max_length // 2))
+        start = leading_special_tokens(self.learning.tokenizer)
+        limit = self.learning.max_length - num_generated - len(start)
+        prompts = [row["input_ids"][len(start) : -row["num_answer_tokens"]] for row in rows]
+        generation = Generation(
+            **pad_inputs(
+                [fit_prompt(start, prompt, limit) for prompt in prompts], self.learning.pad_id
+            ),
+            answers=Candidates(**answers, labels=answer_labels(answers, counts)),
+            max_new_tokens=num_generated,
+            end=self.learning.tokenizer.eos_token_id,
+            pad=self.learning.pad_id,
+        )
+        return generation, {REFERENCES: [row[REFERENCES] for row in rows]}
+
+    def measure(self, outputs: Any, inputs: Any, targets: Any) -> dict[str, tuple[float, float]]:
+        """Sum the loss of the right answers, and the metrics of the generated ones.
+
+        "accuracy" is the exact match.
+        """
+        losses = -outputs["log_likelihood"] / outputs["num_tokens"]
+        pairs = list(zip(self._texts(outputs["generated"]), targets[REFERENCES], strict=True))
+        size = float(len(pairs))
+        found = {"loss": (losses.sum().item(), size)}
+        if self.metric == "last_number":
+            return {**found, "accuracy": (sum(last_number_match(*pair) for pair in pairs), size)}
+        return {
+            **found,
+            "accuracy": (sum(exact_match(*pair) for pair in pairs), size),
+            "f1": (sum(token_f1(*pair) for pair in pairs), size),
+        }
+
+    def _texts(self, generated: Tensor) -> list[str]:
+        """The generated answers, up to where they end."""
+        tokenizer, texts = self.learning.tokenizer, []
+        for tokens in generated.tolist():
+            end = tokenizer.eos_token_id
+            kept = tokens[: tokens.index(end)] if end in tokens else tokens
+            text = str(tokenizer.decode(kept, skip_special_tokens=True)).strip()
+            texts.append(text if self.metric == "last_number" else text.partition("\n")[0])
+        return texts

@@ -1,0 +1,79 @@
+"""A user's own declaration of a task, from the content of a YAML file."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from zods.tasks.metrics import METRICS
+from zods.tasks.prompts import Template
+from zods.tasks.published.declaration import PublishedTask
+
+_IN_CODE = ("name", "rows", "document", "columns")
+_LISTS = ("train_files", "eval_files", "file_columns", "words", "labels", "unlabelled", "texts")
+
+
+def custom_task(content: Mapping[str, Any], source: str) -> PublishedTask:
+    """Declare a task from the keys of `PublishedTask`, of which only `template` is needed.
+
+    source: the file, for messages. Raises ValueError with all mistakes: unknown keys with the
+    nearest allowed one, values of another type, and a template or metric that cannot be used.
+    """
+    fields = {
+        field.name: field
+        for field in dataclasses.fields(PublishedTask)
+        if field.name not in _IN_CODE
+    }
+    wrong, values = [], {}
+    for key, value in content.items():
+        if key not in fields:
+            close = difflib.get_close_matches(str(key), list(fields), n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else f" Allowed are {', '.join(fields)}."
+            wrong.append(f"{key}: unknown key.{hint}")
+            continue
+        expected = _expected(key, value)
+        if expected:
+            wrong.append(f"{key}: found {value!r:.100}, expected {expected}")
+        values[key] = tuple(value) if key in _LISTS and isinstance(value, list) else value
+    if "template" not in content:
+        wrong.append("template: missing. Give a prompt such as '{text} It was {label}'")
+    if wrong:
+        raise ValueError("; ".join(f"{source}: {what}" for what in wrong))
+    try:
+        columns = Template.parse(values["template"]).columns
+        _check_kinds(values)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+    return PublishedTask(name="custom", columns=columns, **values)
+
+
+def _expected(key: str, value: Any) -> str:
+    """What the value of a key must be; empty where it is so."""
+    if key in _LISTS:
+        kinds: tuple[type, ...] = (str, int) if key == "unlabelled" else (str,)
+        is_list = isinstance(value, Sequence) and not isinstance(value, str)
+        fits = is_list and all(isinstance(item, kinds) for item in value)
+        return "" if fits else "a list of texts (in quotes)"
+    if key == "renamed":
+        return "" if isinstance(value, Mapping) else "old: new names of columns"
+    if key == "options":
+        return "" if isinstance(value, bool) else "true or false"
+    if key == "max_new_tokens":
+        return "" if isinstance(value, int) and value > 0 else "a number of tokens, 1 or more"
+    return "" if isinstance(value, str) else "a text (in quotes)"
+
+
+def _check_kinds(values: Mapping[str, Any]) -> None:
+    """Raise ValueError where keys of different kinds of tasks are mixed."""
+    kinds = [key for key in ("words", "options", "max_new_tokens") if values.get(key)]
+    if len(kinds) > 1:
+        raise ValueError(f"{' and '.join(kinds)} exclude each other: give one of them")
+    allowed = ("f1", "last_number") if "max_new_tokens" in kinds else METRICS
+    metric = values.get("metric", allowed[0])
+    if metric not in allowed:
+        raise ValueError(f"metric: found {metric!r}, allowed are {', '.join(allowed)}")
+    labels, words = values.get("labels") or (), values.get("words") or ()
+    if labels and len(labels) != len(words):
+        raise ValueError(f"labels has {len(labels)} texts, words {len(words)}: give as many")
