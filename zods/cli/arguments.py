@@ -34,6 +34,7 @@ from zods.config.config_errors import nearest
 from zods.config.deepspeed_json import MOST_KEYS, load_json
 from zods.config.schema import SECTION, SVRG_ONLY
 from zods.files import check_regular
+from zods.tasks import TASKS
 
 MOST_BYTES = 1 << 20  # of a YAML file: the parser takes a minute for 50 MB
 # Overrides that also apply with an optimizer
@@ -44,8 +45,8 @@ FIRST_ORDER = (
     "loss_mean",
 )
 USAGE = (
-    "%(prog)s --deepspeed_config FILE --model NAME (--train_file FILE | --dataset_name NAME) "
-    "--output_dir FOLDER [options]"
+    "%(prog)s --deepspeed_config FILE --model NAME (--task NAME | --train_file FILE | "
+    "--dataset_name NAME) --output_dir FOLDER [options]"
 )
 
 
@@ -97,10 +98,8 @@ def _parser() -> HfArgumentParser:
         "DeepSpeed ZeRO-3. A YAML or JSON file with options as keys may stand before the options, "
         "which override it.",
         epilog="Example: deepspeed --num_gpus 2 --module zods.finetune "
-        "--deepspeed_config ds_configs/mezo_zero3.json --model facebook/opt-1.3b --task prompted "
-        "--template '{sentence} It was {label}' --label_words terrible,great --dataset_name glue "
-        "--dataset_config sst2 --validation_split validation --max_steps 5000 "
-        "--output_dir runs/sst2",
+        "--deepspeed_config ds_configs/mezo_zero3.json --model facebook/opt-1.3b --task sst2 "
+        "--max_steps 5000 --output_dir runs/sst2",
         formatter_class=_HelpFormatter,
         allow_abbrev=False,
     )
@@ -141,8 +140,17 @@ def _one_of(
 def _mistakes(arguments: Arguments) -> Iterator[str]:
     """Yield a message for each conflict between options and for each number that is too small."""
     model, data, selection = arguments.model, arguments.data, arguments.selection
-    if (data.train_file is None) == (data.dataset_name is None):
-        yield "give either --train_file or --dataset_name"
+    if arguments.task.task.is_declared:
+        yield from _mistakes_of_declared(arguments)
+    else:
+        if (data.train_file is None) == (data.dataset_name is None):
+            yield "give either --train_file or --dataset_name"
+        for option, value in _only_declared(arguments).items():
+            if value:
+                yield (
+                    f"--{option} belongs to a task that brings its own data, not to --task "
+                    f"{arguments.task.task}: leave one of them out"
+                )
     for option in ("dataset_config", "train_split", "validation_split"):
         if getattr(data, option) is not None and data.dataset_name is None:
             yield f"--{option} belongs to --dataset_name: give both, or leave --{option} out"
@@ -175,6 +183,39 @@ def _mistakes(arguments: Arguments) -> Iterator[str]:
             yield f"--{option}: {wrong}"
 
 
+def _only_declared(arguments: Arguments) -> dict[str, Any]:
+    """The options that only tasks with their own data have."""
+    return {
+        "data_dir": arguments.data.data_dir,
+        "task_file": arguments.task.task_file,
+        "classification_head": arguments.task.classification_head,
+    }
+
+
+def _mistakes_of_declared(arguments: Arguments) -> Iterator[str]:
+    """Yield a message for each option that does not fit a task that brings its own data."""
+    task, data = arguments.task, arguments.data
+    if (task.task == "custom") != (task.task_file is not None):
+        yield "--task custom and --task_file go together: give both or neither"
+    if data.dataset_name is not None:
+        yield (
+            f"--dataset_name: --task {task.task} names its own data. Leave --dataset_name out, or "
+            "give --train_file or --data_dir for local data"
+        )
+    for option in (
+        "text_column",
+        "text_pair_column",
+        "label_column",
+        "prompt_column",
+        "response_column",
+    ):
+        if getattr(task, option) is not None:
+            yield f"--{option}: --task {task.task} names its own columns. Leave --{option} out"
+    for option in ("template", "label_words", "scoring"):
+        if task.classification_head and getattr(task, option) is not None:
+            yield f"--{option} and --classification_head exclude each other: leave one of them out"
+
+
 def _too_small(option: str, value: Any) -> str | None:
     if option not in MINIMUM or value is None or value >= MINIMUM[option]:
         return None
@@ -200,7 +241,7 @@ def _read_file(parser: argparse.ArgumentParser, name: str) -> dict[str, str]:
             f"{name}: not found. Give a YAML or JSON file with options as keys, or leave it out"
         )
     try:
-        content = _load(path)
+        content = load_mapping(path)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     options = {action.dest: action for action in parser._actions if action.dest != "help"}
@@ -226,8 +267,8 @@ def _read_file(parser: argparse.ArgumentParser, name: str) -> dict[str, str]:
     return texts
 
 
-def _load(path: Path) -> dict[Any, Any]:
-    """Read the content of a YAML or JSON file. Raises ValueError where it cannot be read."""
+def load_mapping(path: Path) -> dict[Any, Any]:
+    """Read keys and values of a YAML or JSON file. Raises ValueError where it cannot be read."""
     if path.suffix == ".json":
         return load_json(path)
     if path.stat().st_size > MOST_BYTES:
@@ -317,6 +358,9 @@ def merged_config(arguments: Arguments) -> dict[str, Any]:
             "index": model.replica,
         }
     selector = selection.selector()
+    declared = TASKS.get(arguments.task.task)
+    if selector and declared is not None and declared.source_column is not None:
+        selector.setdefault("source_column", declared.source_column)
     if selector:
         given["selector"] = {**(section.get("selector") or {}), **selector}
     config[SECTION] = {**section, **given}

@@ -12,7 +12,9 @@ import contextlib
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from zods.config.config_errors import nearest
 from zods.config.schema import METHODS, STRATEGIES
+from zods.tasks import KINDS, SCORINGS, TASKS
 
 BATCH_OVERRIDES = (
     "train_batch_size",
@@ -26,6 +28,7 @@ MINIMUM = {  # smallest allowed value
     "max_steps": 1,
     "max_train_examples": 1,
     "max_eval_examples": 1,
+    "shots": 1,
     "save_total_limit": 1,
     "eval_interval": 0,
     "save_interval": 0,
@@ -41,6 +44,24 @@ class Names(tuple[str, ...]):
 
     def __new__(cls, text: str) -> Names:
         return super().__new__(cls, (name.strip() for name in text.split(",")))
+
+
+class TaskName(str):
+    """The name of a kind of task, of a declared task, or "custom"."""
+
+    ALLOWED = (*KINDS, *TASKS, "custom")
+
+    def __new__(cls, text: str) -> TaskName:
+        if text not in cls.ALLOWED:
+            raise argparse.ArgumentTypeError(
+                f"found {text!r}, allowed are {', '.join(cls.ALLOWED)}.{nearest(text, cls.ALLOWED)}"
+            )
+        return super().__new__(cls, text)
+
+    @property
+    def is_declared(self) -> bool:
+        """Whether the name stands for data, prompt and metric, not only for a kind of task."""
+        return self not in KINDS
 
 
 @dataclass(frozen=True)
@@ -278,6 +299,16 @@ class DataArguments:
         default=None,
         metadata={"help": "columns of a CSV or TSV without a header, comma-separated"},
     )
+    data_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "a task with its own data: folder with the published files (default: the hub)"
+        },
+    )
+    shots: int | None = field(
+        default=None,
+        metadata={"help": "train on this many examples of each class, drawn by the seed"},
+    )
     max_train_examples: int | None = field(default=None, metadata={"help": "keep this many"})
     max_eval_examples: int | None = field(default=None, metadata={"help": "keep this many"})
 
@@ -288,11 +319,29 @@ class TaskArguments:
 
     _argument_group_name = "task"
 
-    task: Literal["classification", "prompted", "instruction"] = field(
-        default="classification",
+    task: TaskName = field(
+        default=TaskName("classification"),
         metadata={
-            "help": "train a classification head, label words after a prompt, or responses to a "
-            "prompt (default: %(default)s)",
+            "help": "classification: train a classification head; prompted: label words after a "
+            "prompt; instruction: responses to a prompt; or a task that brings its own data and "
+            f"prompt: {', '.join(TASKS)}; or custom, see --task_file (default: %(default)s)",
+            "metavar": "NAME",
+        },
+    )
+    task_file: str | None = field(
+        default=None,
+        metadata={"help": "custom: a YAML file with the keys of zods.tasks.PublishedTask"},
+    )
+    classification_head: bool = field(
+        default=False,
+        metadata={"help": "a task with label words: train a head, without a prompt"},
+    )
+    scoring: str | None = field(
+        default=None,
+        metadata={
+            "help": "log-likelihood by which label words or candidates are compared: per token, "
+            "its sum, or its sum less the sum without the text (default: mean)",
+            "choices": SCORINGS,
         },
     )
     text_column: str | None = field(

@@ -10,17 +10,25 @@ from typing import Any, NamedTuple
 
 import datasets
 
+from zods.cli.arguments import load_mapping
 from zods.cli.model_checks import check_adapter, check_kind, check_shapes
-from zods.cli.options import Arguments, DataArguments
+from zods.cli.options import Arguments, DataArguments, TaskArguments
 from zods.cli.pretrained import Pretrained, check_generation_config
 from zods.config.deepspeed_json import FirstOrderConfig, RunConfig
+from zods.files import check_regular
 from zods.selection.sub_batches import check_target_data, sources_of
 from zods.tasks import (
+    TASKS,
+    PublishedTask,
     Task,
+    build_published,
     build_task,
     check_rows,
     check_token_ids,
+    custom_task,
+    draw_shots,
     load_examples,
+    load_published,
     name_of_rows,
     read_escapes,
     split_held_out,
@@ -45,28 +53,15 @@ def prepare_data(
 ) -> PreparedData:
     """Build the task, and check and tokenise its data."""
     selector = run.selector
-    parts = load_parts(arguments.data, run.seed, None if selector is None else selector.target_file)
+    target_file = None if selector is None else selector.target_file
+    declared = declared_task(arguments.task)
+    if declared is None:
+        parts = load_parts(arguments.data, run.seed, target_file)
+    else:
+        parts = load_declared(declared, arguments.data, run.seed, target_file)
     train, row_name = parts["train"]
-    settings = arguments.task
-    task = build_task(
-        settings.task,
-        tokenizer,
-        train,
-        text_column=settings.text_column,
-        text_pair_column=settings.text_pair_column,
-        label_column=settings.label_column,
-        template=None
-        if settings.template is None
-        else read_escapes(settings.template, "--template"),
-        label_words=settings.label_words,
-        prompt_column=settings.prompt_column,
-        response_column=settings.response_column,
-        max_length=settings.max_length,
-        num_embeddings=pretrained.num_embeddings,
-        has_token_types=pretrained.has_token_types,
-        class_names=pretrained.class_names,
-        source=row_name.rpartition(",")[0],
-    )
+    source = row_name.rpartition(",")[0]
+    task = _build(arguments.task, declared, tokenizer, train, pretrained, source)
     check_kind(pretrained, task)
     if task.predicts_next_token:
         check_generation_config(Path(pretrained.base))
@@ -76,6 +71,9 @@ def prepare_data(
     if "validation" not in parts:
         train, held_out = split_held_out(train, arguments.data.held_out.value, run.seed)
         parts |= {"train": (train, row_name), "validation": (held_out, row_name)}
+    if arguments.data.shots is not None:
+        train = draw_shots(task, train, arguments.data.shots, run.seed)
+        parts["train"] = (train, row_name)
     if selector is not None:
         target = parts.get("target", (None, ""))[0]
         check_target_data(selector, target, "zeroth_order.selector")
@@ -88,6 +86,90 @@ def prepare_data(
     if column is not None:
         prepared["train"] = prepared["train"].add_column(column, sources)
     return PreparedData(task, prepared["train"], prepared["validation"], prepared.get("target"))
+
+
+def declared_task(settings: TaskArguments) -> PublishedTask | None:
+    """The declaration of a task that brings its own data; None for a kind of task.
+
+    Raises ValueError or OSError where the file of a custom task cannot be read.
+    """
+    if settings.task_file is None:
+        return TASKS.get(settings.task)
+    path = Path(settings.task_file)
+    check_regular(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"--task_file: there is no file {path}. Correct the path")
+    return custom_task(load_mapping(path), str(path))
+
+
+def _build(
+    settings: TaskArguments,
+    declared: PublishedTask | None,
+    tokenizer: Any,
+    train: datasets.Dataset,
+    pretrained: Pretrained,
+    source: str,
+) -> Task:
+    template = settings.template
+    common: dict[str, Any] = {
+        "template": None if template is None else read_escapes(template, "--template"),
+        "label_words": settings.label_words,
+        "scoring": settings.scoring,
+        "max_length": settings.max_length,
+        "num_embeddings": pretrained.num_embeddings,
+        "has_token_types": pretrained.has_token_types,
+        "class_names": pretrained.class_names,
+        "source": source,
+    }
+    if declared is not None:
+        head = settings.classification_head
+        return build_published(declared, tokenizer, train, classification_head=head, **common)
+    return build_task(
+        settings.task,
+        tokenizer,
+        train,
+        text_column=settings.text_column,
+        text_pair_column=settings.text_pair_column,
+        label_column=settings.label_column,
+        prompt_column=settings.prompt_column,
+        response_column=settings.response_column,
+        **common,
+    )
+
+
+def load_declared(
+    declared: PublishedTask, data: DataArguments, seed: int, target_file: str | None
+) -> dict[str, tuple[datasets.Dataset, str]]:
+    """Load the data of a declared task, as `load_parts` does.
+
+    Held-out data are left out where the training data are a file and no file of held-out data is
+    given. Raises ValueError with the mistakes of all parts.
+    """
+    wanted = [("train", data.train_file, data.max_train_examples)]
+    if data.train_file is None or data.validation_file is not None:
+        wanted.append(("validation", data.validation_file, data.max_eval_examples))
+    if target_file is not None:
+        wanted.append(("target", target_file, None))
+    parts, wrong = {}, []
+    for name, file, most in wanted:
+        try:
+            part = load_published(
+                declared,
+                held_out=name == "validation",
+                file=file,
+                folder=data.data_dir,
+                column_names=data.column_names if file is not None else None,
+                max_examples=most,
+                seed=seed,
+            )
+        except (ValueError, OSError) as error:
+            wrong.append(str(error))
+        else:
+            if part is not None:
+                parts[name] = part
+    if wrong:
+        raise ValueError("; ".join(wrong))
+    return parts
 
 
 def load_parts(

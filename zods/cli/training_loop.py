@@ -13,7 +13,7 @@ from tqdm import tqdm
 from zods.cli.options import RunArguments
 from zods.cli.run_folder import RunFolder
 from zods.comm.stop_request import StopRequested
-from zods.tasks import Task
+from zods.tasks import Task, with_derived
 from zods.training.engine import ZerothOrderEngine
 from zods.training.first_order import FirstOrderEngine
 from zods.training.resume import CHECKPOINTS
@@ -28,7 +28,7 @@ def evaluate(
     held_out: datasets.Dataset,
     folder: RunFolder,
 ) -> dict[str, float]:
-    metrics = engine.evaluate(held_out, task.collate_eval, task.measure)
+    metrics = with_derived(engine.evaluate(held_out, task.collate_eval, task.measure))
     folder.record("eval", engine.global_steps, **metrics)
     return metrics
 

@@ -1,17 +1,36 @@
 """Tasks: read examples, make batches of them for a model, and turn its outputs into metrics."""
 
-from zods.tasks.build import build_task
+from zods.tasks.build import KINDS, build_task
+from zods.tasks.candidates import SCORINGS
+from zods.tasks.metrics import with_derived
 from zods.tasks.prompts import read_escapes
+from zods.tasks.published import (
+    TASKS,
+    PublishedTask,
+    build_published,
+    custom_task,
+    load_published,
+)
+from zods.tasks.shots import draw_shots
 from zods.tasks.sources import load_examples, name_of_rows, split_held_out
 from zods.tasks.task import Task, check_rows, check_token_ids
 
 __all__ = [
+    "KINDS",
+    "SCORINGS",
+    "TASKS",
+    "PublishedTask",
     "Task",
+    "build_published",
     "build_task",
     "check_rows",
     "check_token_ids",
+    "custom_task",
+    "draw_shots",
     "load_examples",
+    "load_published",
     "name_of_rows",
     "read_escapes",
     "split_held_out",
+    "with_derived",
 ]

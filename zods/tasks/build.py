@@ -20,9 +20,10 @@ from zods.tasks.task import Task, check_text_columns, pad_token_id
 
 _SETTINGS = {
     Classification.name: ("text_column", "text_pair_column", "label_column"),
-    Prompted.name: ("template", "label_column", "label_words"),
+    Prompted.name: ("template", "label_column", "label_words", "scoring"),
     Instruction.name: ("template", "prompt_column", "response_column"),
 }
+KINDS = tuple(_SETTINGS)
 
 
 def build_task(
@@ -37,6 +38,7 @@ def build_task(
     label_words: Sequence[str] | None = None,
     prompt_column: str | None = None,
     response_column: str | None = None,
+    scoring: str | None = None,
     max_length: int,
     num_embeddings: int | None,
     has_token_types: bool,
@@ -56,6 +58,8 @@ def build_task(
             or their names.
         prompt_column, response_column: for instruction, instead of a template:
             "{prompt}\\n{response}"; by default "instruction" and "output".
+        scoring: for prompted: how label words are compared, "mean", "sum" or "calibrated"; see
+            `zods.tasks.candidates.measure_candidates`. "mean" by default.
         max_length: maximum length of an example, in tokens.
         num_embeddings: number of tokens that the model embeds; None where it is not known.
         has_token_types: for classification: whether the model embeds token types.
@@ -75,6 +79,7 @@ def build_task(
         "label_words": label_words,
         "prompt_column": prompt_column,
         "response_column": response_column,
+        "scoring": scoring,
     }
     _check_settings(name, settings)
     used: dict[str, Any] = {setting: settings[setting] for setting in _SETTINGS[name]}
@@ -137,6 +142,7 @@ def _build_prompted(
     template: str | None,
     label_column: str | None,
     label_words: Sequence[str] | None,
+    scoring: str | None,
 ) -> Prompted:
     label_column = label_column or "label"
     if template is None:
@@ -148,7 +154,7 @@ def _build_prompted(
         )
     _check_columns(train_dataset, source, parsed.columns, [label_column])
     labels = Labels.of(train_dataset, label_column, label_words)
-    return Prompted(tokenizer, parsed, labels, max_length, pad_id)
+    return Prompted(tokenizer, parsed, labels, max_length, pad_id, scoring or "mean")
 
 
 def _build_instruction(

@@ -79,12 +79,12 @@ def confusion_counts(
 def with_derived(means: Mapping[str, float]) -> dict[str, float]:
     """Replace the shares of pairs (label, predicted label) by the metrics that follow from them."""
     metrics = {name: value for name, value in means.items() if _COUNTED not in name}
-    shares: dict[str, Counter[tuple[int, int]]] = {}
+    shares: dict[str, dict[tuple[int, int], float]] = {}
     for name, value in means.items():
         metric, counted, pair = name.partition(_COUNTED)
         if counted:
             answer, predicted = map(int, pair.split(","))
-            shares.setdefault(metric, Counter())[answer, predicted] = value  # type: ignore[assignment]
+            shares.setdefault(metric, {})[answer, predicted] = value
     return metrics | {metric: _DERIVED[metric](pairs) for metric, pairs in shares.items()}
 
 

@@ -30,7 +30,7 @@ def build_published(
     classification_head: bool = False,
     template: str | None = None,
     label_words: Sequence[str] | None = None,
-    scoring: str = "mean",
+    scoring: str | None = None,
     source: str = "",
 ) -> Task:
     """Build a declared task for its training data, and check both before a model is loaded.
@@ -40,13 +40,19 @@ def build_published(
         max_length, num_embeddings, has_token_types, class_names, source: see `build_task`.
         classification_head: train a classification head on the texts, without a prompt.
         template, label_words: in place of those of the declaration.
-        scoring: how label words or candidates are compared, see `measure_candidates`.
+        scoring: how label words or candidates are compared, see `measure_candidates`; by default
+            "mean".
 
     Raises:
         ValueError: a setting that the task cannot use, or a missing column.
     """
     pad_id = pad_token_id(tokenizer, num_embeddings)
     words = label_words or declared.words
+    if scoring is not None and not (declared.words or declared.options):
+        raise ValueError(
+            f"the task {declared.name} does not use scoring ({scoring!r}): its answers are texts. "
+            "Leave it out"
+        )
     if label_words is not None and len(label_words) != len(declared.words):
         raise ValueError(
             f"label_words gives {len(label_words)} words; the task {declared.name} has "
@@ -61,10 +67,12 @@ def build_published(
         if declared.words:
             check_text_columns(train_dataset, parsed.columns, [declared.label_column])
             labels = Labels.declared(train_dataset, declared.label_column, words, declared.labels)
-            return Prompted(tokenizer, parsed, labels, max_length, pad_id, scoring, declared.metric)
+            return Prompted(
+                tokenizer, parsed, labels, max_length, pad_id, scoring or "mean", declared.metric
+            )
         if declared.options:
             check_text_columns(train_dataset, parsed.columns, [parsed.answer, "answer"])
-            return Options(tokenizer, parsed, max_length, pad_id, scoring)
+            return Options(tokenizer, parsed, max_length, pad_id, scoring or "mean")
         check_text_columns(train_dataset, [*parsed.columns, parsed.answer])
     except ValueError as error:
         raise ValueError(f"{source}: {error}" if source else str(error)) from None

@@ -26,7 +26,8 @@ def custom_task(content: Mapping[str, Any], source: str) -> PublishedTask:
         for field in dataclasses.fields(PublishedTask)
         if field.name not in _IN_CODE
     }
-    wrong, values = [], {}
+    wrong: list[str] = []
+    values: dict[str, Any] = {}
     for key, value in content.items():
         if key not in fields:
             close = difflib.get_close_matches(str(key), list(fields), n=1)

@@ -13,7 +13,7 @@ import datasets
 from zods.tasks.prompts import Template
 from zods.tasks.published.declaration import PublishedTask, Row
 from zods.tasks.sources import draw, load_examples, name_of_rows
-from zods.tasks.tables import NOT_TEXT, ROW
+from zods.tasks.tables import ROW
 from zods.tasks.task import Columns, check_columns, code_digest
 from zods.tasks.text_lines import read_lines
 
@@ -43,7 +43,7 @@ def load_published(
         max_examples: number of examples to draw at random by `seed`.
 
     Returns:
-        The examples, with the columns ROW and NOT_TEXT, and the text before a row's number in
+        The examples, with the column ROW, and the text before a row's number in
         messages. None where no held-out data are published, or the folder has none.
 
     Raises:
@@ -91,7 +91,11 @@ def _read_hub(task: PublishedTask, split: str, seed: int) -> Part:
             f"--task {task.name}: it has no data on the hub. Give --train_file, or --data_dir with "
             f"{task.files}"
         )
-    source = {"dataset_name": task.hub, "dataset_config": task.hub_config, "split": split}
+    source: dict[str, Any] = {
+        "dataset_name": task.hub,
+        "dataset_config": task.hub_config,
+        "split": split,
+    }
     try:
         dataset = load_examples(**source, seed=seed, keep_rows=True)
     except ValueError as error:

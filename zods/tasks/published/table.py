@@ -14,8 +14,6 @@ from zods.tasks.published.declaration import PublishedTask
 _GLUE, _SUPER_GLUE = "nyu-mll/glue", "aps/super_glue"
 _ENTAILED = ("entailment", "not_entailment")
 _THREE_WAY = ("entailment", "neutral", "contradiction")
-_TSV = {"train_files": ("train.tsv",), "eval_files": ("dev.tsv",)}
-_JSONL = {"train_files": ("train.jsonl",), "eval_files": ("val.jsonl", "dev.jsonl")}
 _TRUE_OR_NOT = '{premise}\nDoes this mean that "{hypothesis}" is true? '
 _PAIR = {"sentence1": "premise", "sentence2": "hypothesis"}
 
@@ -24,7 +22,8 @@ _DECLARED = (
         name="sst2",
         hub=_GLUE,
         hub_config="sst2",
-        **_TSV,
+        train_files=("train.tsv",),
+        eval_files=("dev.tsv",),
         columns=("sentence",),
         template="{sentence} It was {label}",
         words=("terrible", "great"),
@@ -106,7 +105,8 @@ _DECLARED = (
         name="qnli",
         hub=_GLUE,
         hub_config="qnli",
-        **_TSV,
+        train_files=("train.tsv",),
+        eval_files=("dev.tsv",),
         columns=("question", "sentence"),
         # "{question}? [MASK], {sentence}" in the paper
         template="{sentence}\nDoes this answer the question: {question} Yes or No?\n{label}",
@@ -131,7 +131,8 @@ _DECLARED = (
         name="cola",
         hub=_GLUE,
         hub_config="cola",
-        **_TSV,
+        train_files=("train.tsv",),
+        eval_files=("dev.tsv",),
         file_columns=("source", "label", "mark", "sentence"),
         columns=("sentence",),
         template="{sentence} This is {label}",
@@ -144,7 +145,8 @@ _DECLARED = (
         name="cb",
         hub=_SUPER_GLUE,
         hub_config="cb",
-        **_JSONL,
+        train_files=("train.jsonl",),
+        eval_files=("val.jsonl",),
         columns=("premise", "hypothesis"),
         template='Suppose {premise} Can we infer that "{hypothesis}"? Yes, No, or Maybe?\n{label}',
         words=("Yes", "No", "Maybe"),
@@ -156,7 +158,8 @@ _DECLARED = (
         name="boolq",
         hub=_SUPER_GLUE,
         hub_config="boolq",
-        **_JSONL,
+        train_files=("train.jsonl",),
+        eval_files=("val.jsonl",),
         renamed={"answer": "label"},
         columns=("passage", "question"),
         rows=rows.boolq,
@@ -169,7 +172,8 @@ _DECLARED = (
         name="wsc",
         hub=_SUPER_GLUE,
         hub_config="wsc",
-        **_JSONL,
+        train_files=("train.jsonl",),
+        eval_files=("val.jsonl",),
         columns=("text",),
         rows=rows.wsc,
         template="{text}\nIn the previous sentence, does the pronoun "
@@ -181,7 +185,8 @@ _DECLARED = (
         name="wic",
         hub=_SUPER_GLUE,
         hub_config="wic",
-        **_JSONL,
+        train_files=("train.jsonl",),
+        eval_files=("val.jsonl",),
         columns=("word", "sentence1", "sentence2"),
         template='Does the word "{word}" have the same meaning in these two sentences? Yes, No?\n'
         "{sentence1}\n{sentence2}\n{label}",
@@ -193,7 +198,8 @@ _DECLARED = (
         name="copa",
         hub=_SUPER_GLUE,
         hub_config="copa",
-        **_JSONL,
+        train_files=("train.jsonl",),
+        eval_files=("val.jsonl",),
         columns=("premise", "choice1", "choice2", "question", "label"),
         rows=rows.copa,
         template="{premise} {connector} {candidates}",
@@ -203,7 +209,8 @@ _DECLARED = (
         name="multirc",
         hub=_SUPER_GLUE,
         hub_config="multirc",
-        **_JSONL,
+        train_files=("train.jsonl",),
+        eval_files=("val.jsonl",),
         renamed={"paragraph": "passage"},
         columns=("passage",),
         rows=rows.multirc,
@@ -217,7 +224,8 @@ _DECLARED = (
         name="record",
         hub=_SUPER_GLUE,
         hub_config="record",
-        **_JSONL,
+        train_files=("train.jsonl",),
+        eval_files=("val.jsonl",),
         columns=("passage",),
         rows=rows.record,
         template="{passage}\n{query}{candidates}",
