@@ -54,7 +54,19 @@ def test_a_command_without_a_configuration_or_with_two_is_refused(options, messa
         (["--lr", "fast"], "argument --lr: found 'fast', expected a number or auto"),
         (["--eps", "large"], "argument --eps: invalid float value: 'large'"),
         (["--lora_rank", "0"], "error: --lora_rank: found 0, must be 1 or more"),
-        (["--task", "none"], "argument --task: invalid choice: 'none' (choose from"),
+        (["--task", "none"], "argument --task: found 'none', allowed are classification, prompted"),
+        (["--task", "stt2"], "Did you mean 'sst2'?"),
+        (["--task", "custom"], "--task custom and --task_file go together"),
+        (["--task_file", "t.yaml"], "--task_file belongs to a task that brings its own data"),
+        (["--data_dir", "d"], "--data_dir belongs to a task that brings its own data"),
+        (["--task", "rte", "--text_column", "a"], "--text_column: --task rte names its own col"),
+        (["--task", "rte", "--dataset_name", "a"], "--dataset_name: --task rte names its own data"),
+        (
+            ["--task", "rte", "--classification_head", "--scoring", "sum"],
+            "--scoring and --classification_head exclude each other",
+        ),
+        (["--scoring", "best"], "argument --scoring: invalid choice: 'best'"),
+        (["--shots", "0"], "--shots: found 0, must be 1 or more"),
         (["--select", "8/4"], "argument --select: found '8/4', expected K/N"),
         (["--held_out", "few"], "argument --held_out: invalid"),
         (["--optimizer", "adamw", "--eps", "1"], "--eps belongs to zeroth-order steps"),
@@ -106,6 +118,18 @@ def test_values_of_the_command_line_are_parsed():
     assert (arguments.run.plot, arguments.run.save_model) == (True, False)
     default = parse_arguments(["--deepspeed", "c.json", *REQUIRED]).data.held_out.value
     assert default == 0.1
+
+
+def test_a_declared_task_needs_no_data_and_selects_by_its_source(tmp_path):
+    config = tmp_path / "c.json"
+    config.write_text('{"train_batch_size": 4, "zeroth_order": {"lr": 1}}')
+    words = ["--deepspeed", str(config), "--model", "m", "--output_dir", "o", "--select", "2/4"]
+    task = parse_arguments([*words, "--task", "mathinstruct"])
+    assert task.task.task.is_declared
+    selector = merged_config(task)["zeroth_order"]["selector"]
+    assert selector == {"candidates": 4, "source_column": "source"}
+    given = parse_arguments([*words, "--task", "mathinstruct", "--source_column", "a"])
+    assert merged_config(given)["zeroth_order"]["selector"]["source_column"] == "a"
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -262,7 +286,8 @@ def test_all_mistakes_of_a_file_are_reported_at_once(name, tmp_path, capsys):
     assert messages["lr"] == "found 'fast', expected a number or auto"
     assert messages["eps"] == "found True (bool), expected a number"
     assert messages["max_length"] == "found 0, must be 1 or more"
-    assert messages["task"].startswith("invalid choice: 'prompting' (choose from")
+    assert messages["task"].startswith("found 'prompting', allowed are classification, ")
+    assert messages["task"].endswith("Did you mean 'prompted'?")
     assert messages["select"] == "found '9/3', expected K/N with 0 < K <= N, as in 64/128"
     assert messages["dataset_config"] == "found 2024 (int), expected a text (in quotes)"
     assert messages["label_words"].startswith("found False, expected names")
