@@ -31,10 +31,13 @@ def load(name, folder, held_out=False, **settings):
     )
 
 
-def build(name, data, **settings):
+def build(name, data, declared=None, **settings):
     tokenizer = make_tokenizer("llama")
     return build_published(
-        TASKS[name], tokenizer, data, **{**MODEL_ARGUMENTS, "max_length": 512, **settings}
+        declared or TASKS[name],
+        tokenizer,
+        data,
+        **{**MODEL_ARGUMENTS, "max_length": 512, **settings},
     )
 
 
