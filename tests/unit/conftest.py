@@ -1,7 +1,9 @@
 """Fixtures of the unit tests."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
+import datasets
 import pytest
 import torch
 
@@ -17,3 +19,9 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `datasets` cache what it reads in the test's folder."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")

@@ -1,21 +1,22 @@
 """Declared tasks: where their data come from, mistakes in them, few-shot samples, custom tasks."""
 
+import gzip
 import json
 import re
 from collections import Counter
 
 import datasets
 import pytest
-from test_published_tasks import _own_cache, build, load, texts_of  # noqa: F401
+from published_tasks import build, load, texts_of
 
 from tests.published import CASES, lines, write_files
 from zods.tasks import custom_task, draw_shots, load_published
 from zods.tasks.task import check_rows
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 
 def test_a_folder_of_the_task_and_a_compressed_file_are_found(tmp_path):
-    import gzip
-
     (tmp_path / "sst2").mkdir()
     with gzip.open(tmp_path / "sst2" / "train.tsv.gz", "wt") as file:
         file.write(CASES["sst2"].files["train.tsv"])

@@ -1,53 +1,16 @@
 """Declared tasks: data in their published forms, golden prompts, three steps and an evaluation."""
 
-import datasets
 import pytest
 import torch
-from tiny_tasks import MODEL_ARGUMENTS, llama, make_tokenizer, outputs_of
+from published_tasks import build, load, texts_of
+from tiny_tasks import llama, outputs_of
 
 from tests.published import CASES, write_files
 from zods.data.objectives import batch_loss
-from zods.tasks import TASKS, build_published, load_published, with_derived
+from zods.tasks import TASKS, with_derived
 from zods.tasks.task import check_rows
 
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-def load(name, folder, held_out=False, **settings):
-    return load_published(
-        TASKS[name],
-        held_out=held_out,
-        **{
-            "file": None,
-            "folder": folder,
-            "column_names": None,
-            "max_examples": None,
-            "seed": 0,
-            **settings,
-        },
-    )
-
-
-def build(name, data, declared=None, **settings):
-    tokenizer = make_tokenizer("llama")
-    return build_published(
-        declared or TASKS[name],
-        tokenizer,
-        data,
-        **{**MODEL_ARGUMENTS, "max_length": 512, **settings},
-    )
-
-
-def texts_of(task, row):
-    """(prompt with its special token, right answer, all candidates) of a prepared row."""
-    decode = make_tokenizer("llama").decode
-    if "words" in row:
-        whole = [decode(row["prompt"] + word) for word in row["words"]]
-        return whole[row["answer"]], whole
-    return decode(row["input_ids"]).removesuffix("</s>"), []
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def test_every_declared_task_has_a_case():
