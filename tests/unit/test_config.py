@@ -72,6 +72,7 @@ DEFAULTS = {
     "objective": "loss",
     "evaluation": "auto",
     "stream_memory_gb": None,
+    "fused_norm": "auto",
     "seed": 42,
     "weight_decay": 0.0,
     "anneal": None,
@@ -178,6 +179,10 @@ BOOLEANS = {
         *("anchor.pin_memory", "selector.two_sided"),
     )
 }
+BOOLEANS["fused_norm"] = (
+    ["auto", True, False],
+    ["apex", "true", *(value for value in NOT_BOOLEANS if value != "auto")],
+)
 NOT_NAMES = [None, "", 0, 1, True, [], {}, "auto", ["gaussian"]]
 NAMES = {
     "method": (["mezo", "mezo_svrg"], ["MeZO", "svrg", "mezo-svrg", "adamw", *NOT_NAMES]),
@@ -1035,10 +1040,10 @@ def test_every_shipped_configuration_loads(path, world_size):
         * run.deepspeed["gradient_accumulation_steps"]
         * world_size
     )
-    # only the form of evaluation and the step size are found later
+    # only the form of evaluation, fused norms and the step size are found later
     assert json.dumps(run.deepspeed).count("auto") == 0
     autos = {key for key, value in run.zeroth_order.to_dict().items() if value == "auto"}
-    assert autos <= {"evaluation", "lr"}
+    assert autos <= {"evaluation", "fused_norm", "lr"}
 
 
 @pytest.mark.parametrize("path", shipped(), ids=lambda path: path.name)

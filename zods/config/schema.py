@@ -91,6 +91,12 @@ def _size_of_group(value: Any) -> Any:
     raise ValueError(f'found {value!r}, expected "all" or a whole number of at least 1.')
 
 
+def _fused_norm(value: Any) -> Any:
+    if value == "auto" or type(value) is bool:
+        return value
+    raise ValueError(f'found {value!r}, expected "auto", true or false.')
+
+
 Count = Annotated[int, Field(ge=1)]
 # each direction takes forwards, a seed and up to 6 bytes of the log
 NumDirections = Annotated[int, Field(ge=1, le=1 << 16)]
@@ -289,6 +295,8 @@ class ZerothOrderConfig(Section):
     evaluation: Literal["auto", "stacked", "lockstep", "sequential"] = "auto"
     # memory for the points of one forward; None: half of the free memory
     stream_memory_gb: Annotated[float | None, Field(gt=0.0)] = None
+    # true: fused functions, of apex or else of torch, compute the norms; auto: so on a GPU
+    fused_norm: Annotated[Literal["auto"] | bool, PlainValidator(_fused_norm)] = "auto"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
     # decoupled decay by lr * weight_decay per step, of parameters with two or more dimensions
     weight_decay: NonNegativeFloat = 0.0

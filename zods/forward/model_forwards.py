@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -40,6 +40,7 @@ from zods.data.objectives import (
     shift_probes,
     weights_of,
 )
+from zods.forward.fused_norms import Compute
 from zods.forward.module_runners import PointRunner
 from zods.forward.perturbed_modules import PerturbedModules
 from zods.forward.stacked import NotStackable
@@ -65,13 +66,18 @@ class ModelForwards:
         deferred: DeferredUpdate | None,
         direction: Direction,
         loss_mean: str,
+        fused: Mapping[torch.nn.Module, Compute],
     ) -> None:
-        """loss_mean: whether a batch's loss is a mean over "tokens" or over "examples"."""
+        """loss_mean: whether a batch's loss is a mean over "tokens" or over "examples". fused:
+        functions that compute modules, see `zods.forward.fused_norms`.
+        """
         self.deepspeed, self.module = deepspeed_engine, deepspeed_engine.module
         self.comm = comm
         first = parameters.shards[0]
         self.is_sharded, self.dtype = is_sharded(first.param), first.dtype
-        self.perturbed = PerturbedModules(self.module, parameters.shards, direction, deferred)
+        self.perturbed = PerturbedModules(
+            self.module, parameters.shards, direction, deferred, fused
+        )
         self._point_runner = PointRunner(self.perturbed)
         # `find_objective` finds on the first batch how the model aligns its labels
         self.objective = Objective(loss_mean)

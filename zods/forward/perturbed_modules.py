@@ -11,7 +11,8 @@ not for the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -20,6 +21,7 @@ from deepspeed.utils.z3_leaf_module import z3_leaf_module
 
 from zods.core.directions import Direction
 from zods.core.points import Point
+from zods.forward.fused_norms import Compute, run_fused
 from zods.forward.parameter_copies import Perturber
 from zods.forward.parameter_usage import Observer, Perturbable
 from zods.forward.wrapping import WrappedForward, is_users
@@ -74,9 +76,11 @@ class PerturbedModules:
         parameters: Sequence[Perturbable],
         direction: Direction,
         deferred: Deferred | None = None,
+        fused: Mapping[torch.nn.Module, Compute] | None = None,
     ) -> None:
         """deferred: called with a module's gathered parameters before they are used, and again
-        before they may be released.
+        before they may be released. fused: functions that compute modules, see
+        `zods.forward.fused_norms`.
         """
         self.perturber = Perturber(direction)
         self.names = {
@@ -84,7 +88,7 @@ class PerturbedModules:
         }
         self.held: dict[torch.nn.Module, list[Perturbable]] = {}
         self.branches: set[str] = set()
-        self._deferred = deferred
+        self._deferred, self._fused = deferred, fused or {}
         self._runner: ModuleRunner | None = None  # None: the parameters as they are
         self._wrapped: dict[torch.nn.Module, WrappedForward] = {}
         self._num_hooks = 0  # hooks of all modules, when they were last counted
@@ -113,7 +117,11 @@ class PerturbedModules:
 
     def _wrap(self, submodule: torch.nn.Module) -> None:
         if submodule not in self._wrapped:
-            self._wrapped[submodule] = WrappedForward(submodule, self._run)
+            fused = self._fused.get(submodule)
+            forward = None
+            if fused is not None:
+                forward = functools.partial(run_fused, submodule, fused, submodule.forward)
+            self._wrapped[submodule] = WrappedForward(submodule, self._run, forward)
 
     def remove(self) -> None:
         """Remove the wrappers: the module runs as it did before."""

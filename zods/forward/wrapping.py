@@ -26,8 +26,12 @@ class WrappedForward:
     has_hooks: whether hooks of the model's user run inside.
     """
 
-    def __init__(self, module: torch.nn.Module, run: RunForward) -> None:
+    def __init__(
+        self, module: torch.nn.Module, run: RunForward, fused: Callable | None = None
+    ) -> None:
+        """fused: a function that computes what the forward does; see `zods.forward.fused_norms`."""
         self.original = module.forward
+        self._forward = self.original if fused is None else fused
         self._module = module
         self._run: RunForward | None = run
         self._was_attribute = "forward" in vars(module)
@@ -39,9 +43,9 @@ class WrappedForward:
         self._handle = module.register_forward_pre_hook(_do_nothing)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        original = self.original
+        original = self._forward
         if self.has_hooks:
-            original = functools.partial(_with_hooks, self._module, self.original)
+            original = functools.partial(_with_hooks, self._module, self._forward)
         if self._run is None:
             return original(*args, **kwargs)
         return self._run(self._module, original, args, kwargs)
@@ -64,6 +68,7 @@ class WrappedForward:
     def remove(self) -> None:
         """Give the module its forward and its hooks back."""
         self._run = None
+        self._forward = self.original
         self._handle.remove()
         for hooks in (self._module._forward_pre_hooks, self._module._forward_hooks):
             for key, hook in hooks.items():

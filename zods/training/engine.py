@@ -26,6 +26,7 @@ from zods.core.update_rule import StepRule
 from zods.data.loader import TrainingLoader
 from zods.data.scores import find_score
 from zods.forward.evaluator import Evaluator
+from zods.forward.fused_norms import FusedNorms
 from zods.forward.model_forwards import ModelForwards
 from zods.params.shards import ShardedParameters
 from zods.selection.loaders import SelectingLoader
@@ -76,6 +77,7 @@ class ZerothOrderEngine(EngineInterface):
         lr_scheduler: Any,
         training_loader: TrainingLoader | SelectingLoader | None,
         watchdog: Watchdog,
+        fused_norms: FusedNorms,
     ) -> None:
         self.deepspeed = deepspeed_engine
         self.module: torch.nn.Module = deepspeed_engine.module
@@ -134,7 +136,7 @@ class ZerothOrderEngine(EngineInterface):
         )
         self._reporter = StepReporter(self.monitor, zo, comm)
         self._watchdog = watchdog
-        self._evaluator = self._make_evaluator()
+        self._evaluator = self._make_evaluator(fused_norms)
         self._own_batches: Iterator[Any] | None = None
         self._is_closed = False
         self._is_logged = False  # whether `resume` was called
@@ -150,7 +152,7 @@ class ZerothOrderEngine(EngineInterface):
         """Examples of a micro-batch, over all ranks."""
         return self.train_batch_size() // self.gradient_accumulation_steps()
 
-    def _make_evaluator(self) -> Evaluator:
+    def _make_evaluator(self, fused_norms: FusedNorms) -> Evaluator:
         zo = self._zo
         forwards = ModelForwards(
             self.deepspeed,
@@ -159,6 +161,7 @@ class ZerothOrderEngine(EngineInterface):
             self.run.deferred,
             self.run.direction,
             zo.averages,
+            fused_norms.functions,
         )
         return Evaluator(
             forwards,

@@ -20,6 +20,7 @@ from zods.config.schedules import ZerothOrderOptimizer, build_scheduler, step_mi
 from zods.config.schema import SECTION, ZerothOrderConfig, check_selector
 from zods.data.loader import TrainingLoader, check_dataset
 from zods.data.scores import find_score
+from zods.forward.fused_norms import find_fused_norms
 from zods.forward.wrapping import has_moved_hooks
 from zods.kernels import backend
 from zods.params.anchor_stores import check_nvme
@@ -95,9 +96,11 @@ def initialize(
         )
         lay_out_parameters(model)
         resolve_by_model(run, model, comm.world_size)
+        fused_norms = find_fused_norms(model, zo.fused_norm, comm.device)
+    code = {**code_of_model(model), **fused_norms.code}
     watchdog = Watchdog(comm, run.zeroth_order.hang_timeout)
     watchdog.beat("the start, comparison and sharding of the model", run.zeroth_order.load_timeout)
-    check_ranks_agree(comm, run, model, training_loader)
+    check_ranks_agree(comm, run, model, code, training_loader)
     engine = _sharded(run, model, comm)
     check_reads(list(engine.module.parameters()))
     parameters = ShardedParameters(engine.module, rank=comm.rank, model_parameters=wanted)
@@ -117,8 +120,9 @@ def initialize(
         lr_scheduler=scheduler,
         training_loader=loader,
         watchdog=watchdog,
+        fused_norms=fused_norms,
     )
-    zo_engine.recorder.note_code(code_of_model(engine.module))
+    zo_engine.recorder.note_code(code)
     watchdog.rest()
     if comm.rank == 0:
         _log_start(zo, comm.world_size, parameters)

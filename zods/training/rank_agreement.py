@@ -31,10 +31,17 @@ VERSIONED = (*PACKAGES, "peft", "zods")
 
 
 def check_ranks_agree(
-    comm: Communicator, run: RunConfig, model: torch.nn.Module, loader: TrainingLoader | None
+    comm: Communicator,
+    run: RunConfig,
+    model: torch.nn.Module,
+    code: dict[str, str],
+    loader: TrainingLoader | None,
 ) -> None:
-    """Raise Disagreement, on all ranks, where a rank differs from rank 0."""
-    check_code_and_configuration(comm, run, {**code_in_use(), **code_of_model(model)})
+    """Raise Disagreement, on all ranks, where a rank differs from rank 0.
+
+    code: what computes the model, besides `code_in_use`.
+    """
+    check_code_and_configuration(comm, run, {**code_in_use(), **code})
     comm.check_agreement(
         _description(model), "the model (parameter names, shapes, dtypes, trainable or not)"
     )
