@@ -41,8 +41,9 @@ class FusedNorms:
 
     @property
     def code(self) -> dict[str, str]:
-        """What ranks compare and a run records of it; empty where nothing is fused."""
-        return {"fused_norm": f"{self.library}, {len(self.functions)}"} if self.functions else {}
+        """What ranks compare and a run records of it."""
+        count = len(self.functions)
+        return {"fused_norm": f"{self.library}, {count}" if count else "none"}
 
 
 def find_fused_norms(
