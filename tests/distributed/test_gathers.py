@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from deepspeed.comm import comm as deepspeed_comm
 
 import zods
+from tests.distributed.gather_counter import GatherCounter
 from tests.distributed.models import (
     configuration,
     numpy_of,
@@ -35,26 +35,6 @@ def gathering(batch: int, **arguments: Any) -> dict[str, Any]:
     config = configuration(batch, **arguments)
     config["zero_optimization"] |= GATHERS
     return config
-
-
-class Counter:
-    """Counts the bytes of DeepSpeed's all-gathers: whole parameters with their padding."""
-
-    def __init__(self) -> None:
-        self.total = 0
-        # DeepSpeed has kept a reference to torch's function since its start
-        backend = deepspeed_comm.cdb
-        into_tensor = backend.all_gather_function
-
-        def counted(output_tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            self.total += output_tensor.nbytes
-            return into_tensor(output_tensor, *args, **kwargs)
-
-        def uncounted(*_: Any, **__: Any) -> Any:
-            raise AssertionError("DeepSpeed gathers by another way than the one counted")
-
-        backend.all_gather_function = counted
-        backend.all_gather = backend.all_gather_base = backend.all_gather_coalesced = uncounted
 
 
 def padded_bytes(engine: Any) -> int:
@@ -94,7 +74,7 @@ FORWARDS = {"mezo, sequential": 2, "svrg, sequential": 4}
 
 
 def rank_of_counts() -> dict[str, tuple[str, list[float]]]:
-    counter, found = Counter(), {}
+    counter, found = GatherCounter(), {}
     for name, (kind, form, _, arguments) in COUNTED.items():
         arguments = {"method": "mezo", "lr": 1e-3, "eps": 1e-2, "evaluation": form, **arguments}
         batch = zoo_batch(kind, 2, 8)

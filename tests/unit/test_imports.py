@@ -41,6 +41,10 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
         },
         {"deepspeed", "safetensors", "torch", "tqdm"},
     ),
+    "planning": (
+        {"config", "core", "params", "forward"},
+        {"deepspeed", "torch", "transformers"},
+    ),
     "tasks": ({"files", "data"}, {"datasets", "pyarrow", "torch", "transformers"}),
     "cli": (
         {"files", "config", "comm", "trajectory", "selection", "training", "tasks"},

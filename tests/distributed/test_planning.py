@@ -1,0 +1,162 @@
+"""Planned bytes against those of real runs on 1 and 2 ranks: shards, anchor, gathers, scalars."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig
+
+import zods
+from tests.distributed.gather_counter import GatherCounter
+from tests.distributed.models import configuration, train
+from tests.distributed.ranks import run_ranks
+from zods.params.zero3_adapter import on_nvme
+from zods.planning.memory import anchor_bytes, nvme_buffers, weights_bytes
+from zods.planning.setup import Setup, read_setup
+from zods.planning.traffic import traffic
+
+LENGTH, VOCABULARY = 8, 37
+MODELS: dict[str, Any] = {
+    # sizes are odd, so that shards have padding
+    "opt": OPTConfig(  # a tied head, biases
+        **{"vocab_size": VOCABULARY, "hidden_size": 20, "word_embed_proj_dim": 20, "ffn_dim": 35},
+        **{"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 16},
+    ),
+    "llama": LlamaConfig(  # grouped attention, no biases
+        **{"vocab_size": VOCABULARY, "hidden_size": 20, "intermediate_size": 27},
+        **{"num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1},
+    ),
+    "gpt2": GPT2Config(  # matrices of Conv1D, a tied head
+        **{"vocab_size": VOCABULARY, "n_embd": 20, "n_inner": 33, "n_layer": 2, "n_head": 2},
+        **{"n_positions": 16},
+    ),
+    "wide": LlamaConfig(  # shards of 1 MiB and more, which go to NVMe
+        **{"vocab_size": VOCABULARY, "hidden_size": 768, "intermediate_size": 770},
+        **{"num_hidden_layers": 1, "num_attention_heads": 2},
+    ),
+}
+LOW_RANK = {"direction": "low_rank", "examples_per_direction": 1}
+SVRG = {"method": "mezo_svrg", "anchor_interval": 100}
+
+
+def svrg(point: str, gradient: str, **others: Any) -> dict[str, Any]:
+    return {**SVRG, "anchor": {"point": point, "gradient": gradient}, **others}
+
+
+# (model, offload, arguments of `configuration`) by name
+CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "opt, mezo": ("opt", "none", {"method": "mezo"}),
+    "opt, mezo, cpu": ("opt", "cpu", {"method": "mezo"}),
+    "opt, bf16": ("opt", "none", {"method": "mezo", "bf16": True}),
+    "opt, sequential": ("opt", "none", {"method": "mezo", "evaluation": "sequential"}),
+    "opt, lockstep": ("opt", "none", {"method": "mezo", "evaluation": "lockstep"}),
+    "opt, accumulation": ("opt", "none", {"method": "mezo", "accumulation": 2, **LOW_RANK}),
+    "llama, low rank": ("llama", "none", {"method": "mezo", **LOW_RANK}),
+    "llama, low rank, lockstep": (
+        "llama",
+        "none",
+        {"method": "mezo", **LOW_RANK, "evaluation": "lockstep"},
+    ),
+    "llama, four directions": ("llama", "none", {"method": "mezo", "num_directions": 4}),
+    "llama, terms": ("llama", "none", svrg("terms", "terms", **LOW_RANK)),
+    "llama, device": ("llama", "none", svrg("device", "device")),
+    "llama, cpu": ("llama", "cpu", svrg("cpu", "cpu", **LOW_RANK)),
+    "llama, sequential": ("llama", "none", svrg("cpu", "terms", evaluation="sequential")),
+    "opt, svrg": ("opt", "none", svrg("cpu", "device", num_directions=2)),
+    "gpt2, low rank": ("gpt2", "cpu", svrg("cpu", "terms", **LOW_RANK)),
+    "wide, nvme": ("wide", "nvme", svrg("nvme", "nvme")),
+}
+
+
+def data_of(size: int) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, VOCABULARY, (size, LENGTH), generator=generator)
+    return [
+        {"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row} for row in ids
+    ]
+
+
+def planned(setup: Setup, rank: int) -> dict[str, Any]:
+    weights, moved = weights_bytes(setup), traffic(setup)
+    point, gradient = (anchor_bytes(setup, role, rank) for role in ("point", "gradient"))
+    return {
+        "weights": {
+            place: size for place in ("device", "host", "nvme") if (size := getattr(weights, place))
+        },
+        "anchor on the device": point.device + gradient.device,
+        "anchor offloaded": point.host + point.nvme + gradient.host + gradient.nvme,
+        "buffers": nvme_buffers(setup).locked,
+        "gathered": moved.gathered,
+        "anchor gathered": moved.anchor_gathered,
+        "scalars": moved.scalars,
+    }
+
+
+def weights_of(engine: Any, offload: str) -> dict[str, int]:
+    """The bytes of a rank's shards with their padding, by where DeepSpeed stores them."""
+    sizes: Counter[str] = Counter()
+    for p in engine.module.parameters():
+        stays = offload == "none" or p.ds_persist
+        place = "nvme" if on_nvme(p) else "device" if stays else "host"
+        sizes[place] += p.ds_tensor.ds_numel * p.ds_tensor.element_size()
+    return dict(sizes)
+
+
+def buffers_of(engine: Any) -> int:
+    """The bytes of the buffers of NVMe offload and of an anchor on NVMe."""
+    swappers = {id(p.nvme_swapper): p.nvme_swapper for p in engine.module.parameters()}
+    size = sum(s.buffers.nbytes for s in swappers.values() if s is not None)
+    for store in (engine.anchor and engine.anchor.point, engine.anchor and engine.anchor.gradient):
+        size += sum(buffer.nbytes for buffer in getattr(store, "_buffers", []))
+    return size
+
+
+def rank_of_runs(folder: Path) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    """(planned, found) by name of the case."""
+    counter, runs = GatherCounter(), {}
+    ranks, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    for name, (kind, offload, arguments) in CASES.items():
+        config = configuration(8, offload=offload, nvme_path=folder, **arguments)
+        setup = read_setup(
+            kind, MODELS[kind], config, world_size=ranks, length=LENGTH, on_gpu=False
+        )
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(MODELS[kind]).eval()
+        data = data_of(16)
+        engine = zods.initialize(model=model, config=config, training_data=data)[0]
+        # Step 0 chooses the form, and steps 1, 2 and 4 check it.
+        train(engine, data, range(5))
+        before = (counter.total, engine.comm.gather_bytes, engine.comm.scalar_bytes)
+        train(engine, data, [5])
+        after = (counter.total, engine.comm.gather_bytes, engine.comm.scalar_bytes)
+        gathered, of_anchor, scalars = (b - a for a, b in zip(before, after, strict=True))
+        runs[name] = (
+            planned(setup, rank),
+            {
+                "weights": weights_of(engine, offload),
+                "anchor on the device": engine.anchor.device_bytes if engine.anchor else 0,
+                "anchor offloaded": engine.anchor.offloaded_bytes if engine.anchor else 0,
+                "buffers": buffers_of(engine),
+                # the counter has whole parameters, of which a rank receives what it lacks
+                "gathered": gathered * (ranks - 1) // ranks,
+                "anchor gathered": of_anchor,
+                "scalars": scalars,
+            },
+        )
+    return runs
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["1-rank", "2-ranks"])
+def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    return run_ranks(request.param, rank_of_runs, tmp_path_factory.mktemp("nvme"))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_planned_bytes_are_those_of_a_run(runs, name):
+    for rank in runs:
+        expected, found = rank[name]
+        assert found == expected

@@ -1,0 +1,1 @@
+"""Memory and traffic of a zeroth-order run, computed before anything is started."""
