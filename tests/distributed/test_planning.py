@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from tests.distributed.models import configuration, train
 from tests.distributed.ranks import run_ranks
 from zods.params.zero3_adapter import on_nvme
 from zods.planning.memory import anchor_bytes, nvme_buffers, weights_bytes
+from zods.planning.model_shape import model_shape
 from zods.planning.setup import Setup, read_setup
 from zods.planning.traffic import traffic
 
@@ -115,15 +117,18 @@ def buffers_of(engine: Any) -> int:
     return size
 
 
-def rank_of_runs(folder: Path) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+def rank_of_runs(
+    folder: Path, names: Sequence[str]
+) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
     """(planned, found) by name of the case."""
     counter, runs = GatherCounter(), {}
     ranks, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
-    for name, (kind, offload, arguments) in CASES.items():
+    for name in names:
+        kind, offload, arguments = CASES[name]
         config = configuration(8, offload=offload, nvme_path=folder, **arguments)
-        setup = read_setup(
-            kind, MODELS[kind], config, world_size=ranks, length=LENGTH, on_gpu=False
-        )
+        dtype = torch.bfloat16 if arguments.get("bf16") else torch.float32
+        shape = model_shape(kind, MODELS[kind], dtype)
+        setup = read_setup(shape, config, world_size=ranks, length=LENGTH, on_gpu=False)
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(MODELS[kind]).eval()
         data = data_of(16)
@@ -152,7 +157,7 @@ def rank_of_runs(folder: Path) -> dict[str, tuple[dict[str, Any], dict[str, Any]
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["1-rank", "2-ranks"])
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    return run_ranks(request.param, rank_of_runs, tmp_path_factory.mktemp("nvme"))
+    return run_ranks(request.param, rank_of_runs, tmp_path_factory.mktemp("nvme"), [*CASES])
 
 
 @pytest.mark.parametrize("name", CASES)

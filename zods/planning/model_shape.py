@@ -96,6 +96,10 @@ class ModelShape:
         return self.module.config
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self.parameters[0].dtype
+
+    @property
     def numel(self) -> int:
         return sum(p.numel for p in self.parameters)
 
@@ -157,7 +161,6 @@ def model_shape(name: str, config: Any, dtype: torch.dtype) -> ModelShape:
         except ValueError as error:
             first = str(error).strip().splitlines()[0]
             raise ValueError(f"--model {name}: not a causal language model: {first}") from error
-        module.to(dtype)
     embeddings = {
         id(p)
         for m in module.modules()
@@ -165,7 +168,7 @@ def model_shape(name: str, config: Any, dtype: torch.dtype) -> ModelShape:
         for p in m.parameters(recurse=False)
     }
     by_id = {
-        id(p): ParameterShape(parameter, tuple(p.shape), p.dtype, _kind(p, id(p) in embeddings))
+        id(p): ParameterShape(parameter, tuple(p.shape), dtype, _kind(p, id(p) in embeddings))
         for parameter, p in module.named_parameters()
     }
     owned = (

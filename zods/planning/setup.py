@@ -14,7 +14,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from zods.config.auto_values import hidden_size_of, resolve_model_auto, resolve_offload_buffers
 from zods.config.deepspeed_json import RunConfig, read_config
 from zods.core.example_groups import divide, group_starts, positions_of
-from zods.planning.model_shape import ModelShape, model_shape
+from zods.planning.model_shape import ModelShape
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Setup:
     def offload(self) -> str:
         """Where the parameters are stored: "none" (on the device), "cpu" or "nvme"."""
         offload = self.zero.offload_param
-        return "none" if offload is None else offload.device.value
+        return "none" if offload is None else str(offload.device)
 
     @property
     def form(self) -> str:
@@ -90,8 +90,7 @@ class Setup:
 
 
 def read_setup(
-    model_name: str,
-    model_config: Any,
+    model: ModelShape,
     source: str | Path | Mapping[str, Any],
     *,
     world_size: int,
@@ -101,8 +100,8 @@ def read_setup(
 ) -> Setup:
     """Read a configuration as a run on `world_size` ranks does, with all "auto" resolved.
 
-    model_config: of transformers. source: a DeepSpeed JSON with a section "zeroth_order".
-    Raises ValueError, with one line for each mistake, and where the stage of ZeRO is not 3.
+    source: a DeepSpeed JSON with a section "zeroth_order". Raises ValueError, with one line for each
+    mistake, and where the stage of ZeRO is not 3 or the model has another dtype than the run.
     """
     config = read_config(source, world_size)
     if config.zero_stage != 3:
@@ -110,8 +109,9 @@ def read_setup(
             f"zero_optimization.stage: found {config.zero_stage}; memory is planned for stage 3."
         )
     dtype = torch.bfloat16 if config.deepspeed.get("bf16", {}).get("enabled") else torch.float32
-    model = model_shape(model_name, model_config, dtype)
-    resolve_model_auto(config.deepspeed, hidden_size_of(model_config), overlaps=on_gpu)
+    if model.dtype != dtype:
+        raise ValueError(f"bf16.enabled: the run is in {dtype}, the model given in {model.dtype}.")
+    resolve_model_auto(config.deepspeed, hidden_size_of(model.config), overlaps=on_gpu)
     resolve_offload_buffers(config.deepspeed, (p.numel for p in model.parameters), world_size)
     zero = DeepSpeedZeroConfig(**config.deepspeed["zero_optimization"])
     return Setup(model, config, zero, world_size, length, on_gpu, gpu_memory)
