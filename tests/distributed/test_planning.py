@@ -126,6 +126,8 @@ def rank_of_runs(
     for name in names:
         kind, offload, arguments = CASES[name]
         config = configuration(8, offload=offload, nvme_path=folder, **arguments)
+        if kind != "opt":  # otherwise all parameters are so small that they stay on the device
+            config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         dtype = torch.bfloat16 if arguments.get("bf16") else torch.float32
         shape = model_shape(kind, MODELS[kind], dtype)
         setup = read_setup(shape, config, world_size=ranks, length=LENGTH, on_gpu=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +80,7 @@ class Setup:
         starts = group_starts(batch, zo.examples_per_direction)
         return [group.index for group in divide(positions, starts)]
 
-    @property
+    @functools.cached_property
     def most_groups(self) -> int:
         """The largest number of groups in a micro-batch of any rank."""
         return max(
