@@ -128,7 +128,7 @@ def test_a_wrong_setting_is_an_error_that_names_it_before_any_model_is_loaded(
         (
             "instruction",
             ORDERS.select([0]).map(lambda row: {"output": " "}),
-            "row 0: blank text in 'output'",
+            "1 of 1 examples have nothing to learn: 1 with an empty response",
         ),
         ("instruction", reviews(), "no columns 'instruction', 'output'"),
     ],
@@ -319,7 +319,7 @@ def test_the_classes_found_are_logged_with_their_counts(caplog):
         ),
         (
             "instruction",
-            {},
+            {"data_format": "alpaca"},
             "train.jsonl: the data has no columns 'instruction', 'output'; its columns are text, "
             "n$",
         ),

@@ -366,15 +366,32 @@ class TaskArguments:
     )
     prompt_column: str | None = field(
         default=None,
-        metadata={"help": "instruction: column of the prompt (default: instruction)"},
+        metadata={"help": "instruction: column of the prompt, instead of a data format"},
     )
     response_column: str | None = field(
         default=None,
-        metadata={"help": "instruction: column of the response (default: output)"},
+        metadata={"help": "instruction: column of the response, instead of a data format"},
+    )
+    data_format: Literal["messages", "sharegpt", "alpaca", "prompt_completion", "text"] | None = (
+        field(
+            default=None,
+            metadata={"help": "instruction: format of the data (default: found by the columns)"},
+        )
+    )
+    chat_template: str | None = field(
+        default=None,
+        metadata={
+            "help": "instruction on conversations: a Jinja template (default: the tokenizer's, or "
+            "else 'User: ...', 'Assistant: ...')",
+            "metavar": "FILE_OR_TEXT",
+        },
     )
     max_length: int = field(
         default=256,
-        metadata={"help": "tokens per example (default: %(default)s)"},
+        metadata={
+            "help": "tokens per example (default: %(default)s); of a longer conversation the first "
+            "ones are kept"
+        },
     )
 
 

@@ -30,6 +30,7 @@ from zods.tasks import (
     load_examples,
     load_published,
     name_of_rows,
+    read_chat_template,
     read_escapes,
     split_held_out,
 )
@@ -79,12 +80,11 @@ def prepare_data(
         check_target_data(selector, target, "zeroth_order.selector")
     column = None if selector is None else selector.source_column
     sources = None if column is None else sources_of(train, column, "selector")
-    prepared = {name: task.prepare(*part) for name, part in parts.items()}
+    beside: dict[str, Any] = {} if column is None else {"train": {column: sources}}
+    prepared = {name: task.prepare(*part, beside.get(name)) for name, part in parts.items()}
     if pretrained.num_embeddings is not None:
         for dataset in prepared.values():
             check_token_ids(dataset, pretrained.num_embeddings, tokenizer)
-    if column is not None:
-        prepared["train"] = prepared["train"].add_column(column, sources)
     return PreparedData(task, prepared["train"], prepared["validation"], prepared.get("target"))
 
 
@@ -133,6 +133,10 @@ def _build(
         label_column=settings.label_column,
         prompt_column=settings.prompt_column,
         response_column=settings.response_column,
+        data_format=settings.data_format,
+        chat_template=None
+        if settings.chat_template is None
+        else read_chat_template(settings.chat_template),
         **common,
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -48,14 +48,18 @@ class Answers:
     def mistakes(self, dataset: datasets.Dataset) -> Iterator[tuple[int, str]]:
         yield from self.learning.mistakes(dataset)
 
-    def prepare(self, dataset: datasets.Dataset, row_name: str = "row") -> datasets.Dataset:
+    def prepare(
+        self,
+        dataset: datasets.Dataset,
+        row_name: str = "row",
+        beside: Mapping[str, Sequence[Any]] | None = None,
+    ) -> datasets.Dataset:
         """Tokenise the rows as `Instruction` does, and keep REFERENCES."""
-        prepared = self.learning.prepare(dataset, row_name)
         if REFERENCES in dataset.column_names:
             references = dataset[REFERENCES][:]
         else:
             references = [[text] for text in dataset[self.learning.template.answer][:]]
-        return prepared.add_column(REFERENCES, references)
+        return self.learning.prepare(dataset, row_name, {**(beside or {}), REFERENCES: references})
 
     def collate(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """Collate `input_ids`, `attention_mask` and `labels`, all (B, L)."""

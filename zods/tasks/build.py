@@ -5,23 +5,35 @@ Caller: `zods.finetune`.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import datasets
 from transformers import PreTrainedTokenizerBase
 
+from zods.tasks.chat import ChatTemplate
 from zods.tasks.classification import Classification
+from zods.tasks.formats import ConversationFormat, TextFormat, find_format
 from zods.tasks.instruction import Instruction
 from zods.tasks.labels import Labels
 from zods.tasks.prompted import Prompted
 from zods.tasks.prompts import Template
+from zods.tasks.sequences import Chat, PlainText
 from zods.tasks.task import Task, check_text_columns, pad_token_id
+
+logger = logging.getLogger(__name__)
 
 _SETTINGS = {
     Classification.name: ("text_column", "text_pair_column", "label_column"),
     Prompted.name: ("template", "label_column", "label_words", "scoring"),
-    Instruction.name: ("template", "prompt_column", "response_column"),
+    Instruction.name: (
+        "template",
+        "prompt_column",
+        "response_column",
+        "data_format",
+        "chat_template",
+    ),
 }
 KINDS = tuple(_SETTINGS)
 
@@ -39,6 +51,8 @@ def build_task(
     prompt_column: str | None = None,
     response_column: str | None = None,
     scoring: str | None = None,
+    data_format: str | None = None,
+    chat_template: str | None = None,
     max_length: int,
     num_embeddings: int | None,
     has_token_types: bool,
@@ -57,9 +71,13 @@ def build_task(
         label_words: for prompted: the words of the integer labels 0, 1, ...; by default the labels
             or their names.
         prompt_column, response_column: for instruction, instead of a template:
-            "{prompt}\\n{response}"; by default "instruction" and "output".
+            "{prompt}\\n{response}"; where only one is given, the other is "instruction" or "output".
         scoring: for prompted: how label words are compared, "mean", "sum" or "calibrated"; see
             `zods.tasks.candidates.measure_candidates`. "mean" by default.
+        data_format: for instruction without a template and without these columns: a key of
+            `zods.tasks.formats.FORMATS`; by default the first one whose columns are there.
+        chat_template: for instruction with conversations: a Jinja template, which the tokenizer
+            gets; by default the tokenizer's own, or else `zods.tasks.chat.FALLBACK`.
         max_length: maximum length of an example, in tokens.
         num_embeddings: number of tokens that the model embeds; None where it is not known.
         has_token_types: for classification: whether the model embeds token types.
@@ -80,6 +98,8 @@ def build_task(
         "prompt_column": prompt_column,
         "response_column": response_column,
         "scoring": scoring,
+        "data_format": data_format,
+        "chat_template": chat_template,
     }
     _check_settings(name, settings)
     used: dict[str, Any] = {setting: settings[setting] for setting in _SETTINGS[name]}
@@ -167,16 +187,67 @@ def _build_instruction(
     template: str | None,
     prompt_column: str | None,
     response_column: str | None,
-) -> Instruction:
+    data_format: str | None,
+    chat_template: str | None,
+) -> Task:
+    has_columns = prompt_column is not None or response_column is not None
+    if template is None and not has_columns:
+        return _build_from_format(
+            tokenizer, train_dataset, source, max_length, pad_id, data_format, chat_template
+        )
+    if data_format is not None or chat_template is not None:
+        raise ValueError(
+            "pass either data_format and chat_template, or a template with columns as fields, or "
+            "prompt_column and response_column"
+        )
     if template is None:
         template = f"{{{prompt_column or 'instruction'}}}\n{{{response_column or 'output'}}}"
-    elif prompt_column is not None or response_column is not None:
+    elif has_columns:
         raise ValueError(
             "pass either a template, which names its columns, or prompt_column and response_column"
         )
     parsed = Template.parse(template)
     _check_columns(train_dataset, source, [*parsed.columns, parsed.answer])
     return Instruction(tokenizer, parsed, max_length, pad_id)
+
+
+def _build_from_format(
+    tokenizer: PreTrainedTokenizerBase,
+    train_dataset: datasets.Dataset,
+    source: str,
+    max_length: int,
+    pad_id: int,
+    name: str | None,
+    chat_template: str | None,
+) -> Task:
+    """Build the task `instruction` for data of a known format, and say which one it is."""
+    try:
+        found = find_format(train_dataset, name)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}" if source else str(error)) from None
+    logger.info(
+        "data format %s%s: columns %s",
+        found.name,
+        "" if name else ", found by the columns (--data_format names another)",
+        ", ".join(found.used_columns(train_dataset)),
+    )
+    if isinstance(found, ConversationFormat):
+        if chat_template is None and tokenizer.chat_template is None:
+            logger.warning(
+                "the tokenizer has no chat template: turns are rendered as 'User: ...' and "
+                "'Assistant: ...' (--chat_template gives another)"
+            )
+        template = ChatTemplate.of(tokenizer, chat_template)
+        return Chat(tokenizer, max_length, pad_id, template, found)
+    if chat_template is not None:
+        raise ValueError(
+            f"chat_template is for conversations; the data have the format {found.name}, whose "
+            "texts are used as they are"
+        )
+    if isinstance(found, TextFormat):
+        return PlainText(tokenizer, max_length, pad_id)
+    parsed = Template.parse(f"{{prompt}}{found.separator}{{response}}")
+    return Instruction(tokenizer, parsed, max_length, pad_id, found)
 
 
 def _check_columns(

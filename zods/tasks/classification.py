@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
 from typing import Any, ClassVar
@@ -66,13 +66,18 @@ class Classification:
         yield from text_mistakes(dataset, self.text_columns)
         yield from self.labels.mistakes(dataset)
 
-    def prepare(self, dataset: datasets.Dataset, row_name: str = "row") -> datasets.Dataset:
+    def prepare(
+        self,
+        dataset: datasets.Dataset,
+        row_name: str = "row",
+        beside: Mapping[str, Sequence[Any]] | None = None,
+    ) -> datasets.Dataset:
         """Tokenise the rows: `input_ids`, `answer` (the label's id) and maybe `token_type_ids`.
 
         `token_type_ids` are there where both the tokenizer and the model have them.
         """
         check_rows(self, [(dataset, row_name)])
-        return map_rows(dataset, self._make_rows, self.max_length, row_name)
+        return map_rows(dataset, self._make_rows, self.max_length, row_name, beside)
 
     def _make_rows(self, batch: Columns) -> Columns:
         texts = [batch[column] for column in self.text_columns]

@@ -120,3 +120,14 @@ def json_value(value: Any, dtype: pa.DataType) -> Any:
     if pa.types.is_struct(dtype):
         return {field.name: json_value(value.get(field.name), field.type) for field in dtype}
     return float(value) if dtype == FLOAT else value
+
+
+def becomes_text(value: Any, dtype: pa.DataType) -> bool:
+    """Whether `json_value` turns the JSON value, or a part of it, from no text into its text."""
+    if value is None:
+        return False
+    if pa.types.is_list(dtype):
+        return any(becomes_text(item, dtype.value_type) for item in value)
+    if pa.types.is_struct(dtype):
+        return any(becomes_text(value.get(field.name), field.type) for field in dtype)
+    return dtype == TEXT and not isinstance(value, str)

@@ -1,8 +1,11 @@
-"""Instruction tuning: a response follows a prompt."""
+"""Instruction tuning: a response follows a prompt.
+
+Conversations of several turns are the task `zods.tasks.sequences.Chat`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,13 +14,14 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from zods.data.objectives import sequence_log_likelihood
+from zods.tasks.formats import NO_RESPONSE, PairFormat
 from zods.tasks.prompts import (
     Template,
     answer_labels,
     collate_answers,
     fit_prompt,
     leading_special_tokens,
+    measure_answers,
     num_tokens,
     tokenize_continuations,
     unusable,
@@ -40,6 +44,11 @@ class Instruction:
     A prompt that is too long is truncated on the left; the cue before the response is kept. A
     response that still does not fit is truncated on the right, without an end-of-sequence token,
     and the prompt keeps up to half of the length.
+
+    Attributes:
+        data_format: how prompt and response are read from a row; the template's fields are then
+            {prompt} and {response}, and rows with an empty response are left out. None: the
+            template's fields are columns of text, and an empty response is a mistake.
     """
 
     name: ClassVar[str] = "instruction"
@@ -48,6 +57,7 @@ class Instruction:
     template: Template
     max_length: int
     pad_id: int
+    data_format: PairFormat | None = None
 
     def __post_init__(self) -> None:
         """Check the tokenizer and the length.
@@ -73,20 +83,30 @@ class Instruction:
         return {}
 
     def mistakes(self, dataset: datasets.Dataset) -> Iterator[tuple[int, str]]:
+        if self.data_format is not None:
+            yield from self.data_format.mistakes(dataset)
+            return
         check_text_columns(dataset, [*self.template.columns, self.template.answer])
         yield from text_mistakes(dataset, self.template.columns)
         yield from text_mistakes(dataset, [self.template.answer])
 
-    def prepare(self, dataset: datasets.Dataset, row_name: str = "row") -> datasets.Dataset:
+    def prepare(
+        self,
+        dataset: datasets.Dataset,
+        row_name: str = "row",
+        beside: Mapping[str, Sequence[Any]] | None = None,
+    ) -> datasets.Dataset:
         """Tokenise the rows: `input_ids` and `num_answer_tokens`.
 
         `input_ids` are the prompt, the response and the end of sequence; `num_answer_tokens` counts
         the last two.
         """
         check_rows(self, [(dataset, row_name)])
-        return map_rows(dataset, self._make_rows, self.max_length, row_name)
+        return map_rows(dataset, self._make_rows, self.max_length, row_name, beside)
 
     def _make_rows(self, batch: Columns) -> Columns:
+        if self.data_format is not None:
+            batch = self.data_format.texts(batch)
         start = leading_special_tokens(self.tokenizer)
         limit = self.max_length - len(start)
         num_cue_tokens = self._num_cue_tokens()
@@ -102,6 +122,8 @@ class Instruction:
             fitted.append(fit_prompt(start, prompt, limit - len(answer)))
             columns["input_ids"].append(fitted[-1] + answer)
             columns["num_answer_tokens"].append(len(answer))
+        if self.data_format is not None:
+            columns["skipped"] = ["" if text.strip() else NO_RESPONSE for (text,) in responses]
         return {**columns, "unusable": unusable(fitted)}
 
     def _num_cue_tokens(self) -> int:
@@ -128,10 +150,4 @@ class Instruction:
         An example's loss is its mean negative log-likelihood per answer token. Its accuracy is the
         share of answer tokens predicted.
         """
-        labels = answer_labels(inputs, targets)
-        log_likelihood, counts = sequence_log_likelihood(outputs["logits"], labels)
-        num_correct = (outputs["logits"][:, :-1].argmax(-1) == labels[:, 1:]).sum(1)
-        return {
-            "loss": (-(log_likelihood / counts).sum().item(), len(counts)),
-            "accuracy": ((num_correct / counts).sum().item(), len(counts)),
-        }
+        return measure_answers(outputs["logits"], answer_labels(inputs, targets))

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from zods.tasks.column_types import (
     NULL,
-    TEXT,
+    becomes_text,
     json_value,
     merged,
     type_of_value,
@@ -62,8 +62,8 @@ def read_json(path: Path, extension: str) -> Table:
             given = [row.get(name) for name in types]
             odd = [
                 name
-                for name, value, (_, dtype) in zip(types, given, types.items(), strict=True)
-                if dtype == TEXT and value is not None and not isinstance(value, str)
+                for value, (name, dtype) in zip(given, types.items(), strict=True)
+                if becomes_text(value, dtype)
             ]
             yield line, values, odd
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -64,10 +64,15 @@ class Options:
                     f"the answer is {answer}; the candidates are 0 to {len(candidates) - 1}",
                 )
 
-    def prepare(self, dataset: datasets.Dataset, row_name: str = "row") -> datasets.Dataset:
+    def prepare(
+        self,
+        dataset: datasets.Dataset,
+        row_name: str = "row",
+        beside: Mapping[str, Sequence[Any]] | None = None,
+    ) -> datasets.Dataset:
         """Tokenise the rows: `prompt`, `words` (token ids of each candidate) and `answer`."""
         check_rows(self, [(dataset, row_name)])
-        return map_rows(dataset, self._make_rows, self.max_length, row_name)
+        return map_rows(dataset, self._make_rows, self.max_length, row_name, beside)
 
     def _make_rows(self, batch: Columns) -> Columns:
         rows = candidate_rows(

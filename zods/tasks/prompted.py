@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -95,14 +95,19 @@ class Prompted:
         yield from text_mistakes(dataset, self.template.columns)
         yield from self.labels.mistakes(dataset)
 
-    def prepare(self, dataset: datasets.Dataset, row_name: str = "row") -> datasets.Dataset:
+    def prepare(
+        self,
+        dataset: datasets.Dataset,
+        row_name: str = "row",
+        beside: Mapping[str, Sequence[Any]] | None = None,
+    ) -> datasets.Dataset:
         """Tokenise the rows: `prompt`, `words` and `answer`.
 
         `prompt` holds token ids, `words` the token ids of each label's word, and `answer` the
         label's id.
         """
         check_rows(self, [(dataset, row_name)])
-        return map_rows(dataset, self._make_rows, self.max_length, row_name)
+        return map_rows(dataset, self._make_rows, self.max_length, row_name, beside)
 
     def _make_rows(self, batch: Columns) -> Columns:
         texts = self.template.prompts(batch)

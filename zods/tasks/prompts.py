@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from zods.data.objectives import IGNORE_INDEX
+from zods.data.objectives import IGNORE_INDEX, sequence_log_likelihood
 from zods.tasks.task import Columns, Row, pad_inputs
 
 
@@ -188,3 +188,20 @@ def answer_labels(inputs: dict[str, Tensor], num_answer_tokens: Tensor) -> Tenso
     positions = torch.arange(inputs["input_ids"].shape[1], device=ends.device)
     is_answer = (positions < ends) & (positions >= ends - num_answer_tokens[:, None])
     return inputs["input_ids"].where(is_answer, IGNORE_INDEX)
+
+
+def measure_answers(logits: Tensor, labels: Tensor) -> dict[str, tuple[float, float]]:
+    """Sum the loss and the accuracy over the examples, as {metric: (sum, number of examples)}.
+
+    An example's loss is its mean negative log-likelihood per labelled token. Its accuracy is the
+    share of labelled tokens predicted.
+
+    Args:
+        logits: (B, L, V) of a causal LM. labels: (B, L), -100 where a token is not labelled.
+    """
+    log_likelihood, counts = sequence_log_likelihood(logits, labels)
+    num_correct = (logits[:, :-1].argmax(-1) == labels[:, 1:]).sum(1)
+    return {
+        "loss": (-(log_likelihood / counts).sum().item(), len(counts)),
+        "accuracy": ((num_correct / counts).sum().item(), len(counts)),
+    }

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 ROW = "__row__"  # column with the row's number in its source
-# Column that names the text columns in which the row's value is no text
+# Column that names the columns in which the row's value, or a part of it, became text
 NOT_TEXT = "__not_text__"
 RESERVED = (ROW, NOT_TEXT)
 
@@ -25,7 +25,7 @@ class Table:
     Attributes:
         types: {column: type}, in order.
         rows: starts to read the file again. It yields (line, values in the order of the columns,
-            names of the text columns that hold another JSON value in this row).
+            names of the columns in which a JSON value of this row that is no text became text).
         note: one line on how the file was understood; empty where there was no choice.
     """
 

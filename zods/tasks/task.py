@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -57,8 +58,16 @@ class Task(Protocol):
             ValueError: a column is missing or of another type.
         """
 
-    def prepare(self, dataset: datasets.Dataset, row_name: str = "row") -> datasets.Dataset:
+    def prepare(
+        self,
+        dataset: datasets.Dataset,
+        row_name: str = "row",
+        beside: Mapping[str, Sequence[Any]] | None = None,
+    ) -> datasets.Dataset:
         """Validate and tokenise: one row of lists of ints for each row of `dataset`, in order.
+
+        A task may leave out rows that hold nothing to learn, such as an empty response; it says how
+        many in one line.
 
         Ranks may prepare the same data at the same time. Each rank writes its own temporary file
         and renames it to a name that follows from data, task, tokenizer and code, so at worst the
@@ -67,10 +76,12 @@ class Task(Protocol):
         Args:
             row_name: the text before a row's number in messages, e.g. "dev.csv, line". The numbers
                 are in the column ROW; without that column they count from 0.
+            beside: columns that are put beside the prepared ones, with a value for each row of
+                `dataset`.
 
         Raises:
-            ValueError: a column, or the text or label of some rows, is not as the task needs it;
-                the message names all these rows.
+            ValueError: all rows would be left out; or a column, or the text or label of some rows, is
+                not as the task needs it. The message names all these rows.
         """
 
     def collate(self, rows: Sequence[Row]) -> dict[str, Tensor]:
@@ -197,13 +208,15 @@ def map_rows(
     make_rows: Callable[[Columns], Columns],
     max_length: int,
     row_name: str,
+    beside: Mapping[str, Sequence[Any]] | None = None,
 ) -> datasets.Dataset:
-    """Tokenise a dataset in batches of rows.
+    """Tokenise a dataset in batches of rows, and put the columns `beside` next to the result.
 
     `make_rows` also returns the column "truncated", which is counted and dropped. Where a row may
     turn out to be unusable, it also returns the column "unusable", which holds the reason or "".
+    The column "skipped" is the same for rows that are counted and left out.
 
-    Raises ValueError that names all unusable rows.
+    Raises ValueError that names all unusable rows, or where all rows are left out.
     """
     prepared = dataset.map(
         _apply,
@@ -218,12 +231,36 @@ def map_rows(
                 mistakes.add(row_name, number, reason)
         mistakes.check("Mend these rows or remove them")
         prepared = prepared.remove_columns("unusable")
+    for name, values in (beside or {}).items():
+        prepared = prepared.add_column(name, values)
+    if "skipped" in prepared.column_names:
+        prepared = _without_skipped(prepared, row_name)
     num_truncated = sum(prepared["truncated"])
     if num_truncated:
         logger.warning(
             "%d of %d examples were cut to %d tokens", num_truncated, len(prepared), max_length
         )
     return prepared.remove_columns("truncated")
+
+
+def _without_skipped(prepared: datasets.Dataset, row_name: str) -> datasets.Dataset:
+    """Leave out the rows with a reason in the column "skipped", and say how many."""
+    reasons = prepared["skipped"][:]
+    kept = [position for position, reason in enumerate(reasons) if not reason]
+    if len(kept) < len(reasons):
+        source = row_name.rpartition(",")[0]
+        counts = Counter(filter(None, reasons)).most_common()
+        message = (
+            f"{source + ': ' if source else ''}{len(reasons) - len(kept)} of {len(reasons)} "
+            f"examples {{}}: {'; '.join(f'{count} with {reason}' for reason, count in counts)}"
+        )
+        if not kept:
+            raise ValueError(
+                message.format("have nothing to learn") + ". Mend the data or raise max_length"
+            )
+        logger.warning(message.format("are left out"))
+        prepared = prepared.select(kept)
+    return prepared.remove_columns("skipped")
 
 
 def _apply(batch: Columns, make_rows: Callable[[Columns], Columns], code: str) -> Columns:
@@ -237,10 +274,7 @@ def _apply(batch: Columns, make_rows: Callable[[Columns], Columns], code: str) -
 
 
 def _parts(batch: Columns) -> Iterator[slice]:
-    sizes = [
-        sum(len(value) for value in row if isinstance(value, str))
-        for row in zip(*batch.values(), strict=True)
-    ]
+    sizes = [sum(map(_num_characters, row)) for row in zip(*batch.values(), strict=True)]
     start, held = 0, 0
     for position, size in enumerate(sizes):
         if position > start and held + size > AT_ONCE:
@@ -248,6 +282,14 @@ def _parts(batch: Columns) -> Iterator[slice]:
             start, held = position, 0
         held += size
     yield slice(start, len(sizes))
+
+
+def _num_characters(value: Any) -> int:
+    """Count the characters of a text, or of all texts in a list or an object."""
+    if isinstance(value, str):
+        return len(value)
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return sum(map(_num_characters, inner))
 
 
 def code_digest() -> str:
