@@ -136,7 +136,7 @@ def test_spaces_and_characters_of_several_tokens_inside_an_answer_are_labelled()
 
 def test_a_template_that_changes_earlier_turns_is_refused_unless_it_marks_the_answers():
     text, labelled = chat(TALK, MARKED)
-    assert labelled == ["one", "(thought) two three"]
+    assert [piece.strip() for piece in labelled] == ["one", "(thought) two three"]
     assert text.endswith("assistant: (thought) two three\n")
     with pytest.raises(ValueError, match=r"row 0: .*turns up to turn 2 in another way when later"):
         chat(TALK, REWRITES)
