@@ -18,7 +18,7 @@ from zods.config.deepspeed_checks import (
     refusal,
 )
 from zods.config.deepspeed_json import read_config, read_first_order_config
-from zods.training.initialize import check_folders
+from zods.training.initialize import check_names
 
 MINIMAL = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
 
@@ -186,7 +186,7 @@ def test_offloading_to_nvme_needs_a_folder_with_an_optimizer_too(key, tmp_path):
         read_first_order_config(source, 1)
     zero[key]["nvme_path"] = str(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=rf"^zero_optimization\.{key}\.nvme_path: .*nowhere"):
-        check_folders(read_first_order_config(source, 1))
+        check_names(read_first_order_config(source, 1))
 
 
 def test_the_hidden_size_is_that_of_the_text_part_of_a_model_of_several_parts():

@@ -75,7 +75,9 @@ def test_points_that_do_not_fit_take_more_forwards(small):
     setup = setup_of(small, method="mezo_svrg", section={"stream_memory_gb": 2.0**-30})
     assert step_forwards(setup) == (16, 2, 2)
     assert step_forwards(setup_of(small, method="mezo_svrg")) == (32, 4, 1)
-    assert traffic(setup).gathered == 2 * traffic(setup_of(small)).gathered
+    # parameters that stay gathered are gathered once
+    once = traffic(setup_of(small)).gathered
+    assert 1.99 * once < traffic(setup).gathered <= 2 * once
 
 
 def test_the_anchor_is_where_the_configuration_says(small):

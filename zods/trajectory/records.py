@@ -130,7 +130,8 @@ class RunRecord:
 
     def to_json(self) -> dict[str, Any]:
         section = self.section.to_dict()
-        for key in ("replicas", "load_timeout", "comm"):  # no bit depends on them
+        # no bit depends on them, or they are recorded with the code
+        for key in ("replicas", "load_timeout", "comm", "fused_norm"):
             del section[key]
         for key, value in EARLIER.items():
             if section[key] == value:
