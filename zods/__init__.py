@@ -1,21 +1,23 @@
 """Zeroth-order fine-tuning of large language models on DeepSpeed ZeRO-3.
 
-The names in `__all__` are imported when they are first used, so that `zods.trajectory` works
-without importing DeepSpeed.
+The names in `__all__` are imported when they are first used, so that `zods.minimize` and
+`zods.trajectory` work without importing DeepSpeed.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from zods.black_box.minimize import minimize
     from zods.selection.loaders import select, weighted_loss
     from zods.training.initialize import initialize
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "initialize", "select", "weighted_loss"]
+__all__ = ["__version__", "initialize", "minimize", "select", "weighted_loss"]
 
 _MODULES = {
     "initialize": "zods.training.initialize",
+    "minimize": "zods.black_box.minimize",
     "select": "zods.selection.loaders",
     "weighted_loss": "zods.selection.loaders",
 }

@@ -1,0 +1,1 @@
+"""Black-box minimisation of a function, without a model, DeepSpeed or gradients."""
