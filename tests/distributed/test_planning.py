@@ -104,7 +104,8 @@ def weights_of(engine: Any, offload: str) -> dict[str, int]:
     for p in engine.module.parameters():
         stays = offload == "none" or p.ds_persist
         place = "nvme" if on_nvme(p) else "device" if stays else "host"
-        sizes[place] += p.ds_tensor.ds_numel * p.ds_tensor.element_size()
+        # of a shard on NVMe, ds_tensor is a placeholder of another dtype
+        sizes[place] += p.ds_tensor.ds_numel * p.element_size()
     return dict(sizes)
 
 
