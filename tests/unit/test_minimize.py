@@ -297,6 +297,7 @@ def test_x_has_the_form_and_the_dtype_of_x0_which_is_not_changed(dtype):
     assert (result.x.dtype, result.x.shape) == (dtype, x0.shape)
     assert x0.equal(torch.ones(3, 2, dtype=dtype))
     assert result.fun < 0.1  # from 6
+    assert result.x.any()
 
 
 def test_a_function_of_arrays_gets_arrays_and_the_same_numbers_as_one_of_tensors():
@@ -427,6 +428,18 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path: Path, method
 def test_too_many_skipped_steps_in_a_row_are_an_error():
     with pytest.raises(RuntimeError, match=r"4 steps in a row .max_nonfinite_steps = 3.*Lower lr"):
         zods.minimize(lambda x: math.nan, torch.ones(2), "mezo", max_nonfinite_steps=3)
+
+
+def test_skipped_steps_that_do_not_follow_each_other_are_no_error():
+    calls = []
+
+    def function(x: Tensor) -> float:
+        """Not finite in every second step of two calls."""
+        calls.append(1)
+        return math.nan if (len(calls) - 1) // 2 % 2 else quadratic(x).item()
+
+    result = zods.minimize(function, torch.ones(10), "mezo", max_steps=10, max_nonfinite_steps=1)
+    assert (result.nit, result.skipped) == (10, 5)
 
 
 def test_a_first_anchor_that_is_not_finite_is_an_error():
