@@ -262,7 +262,7 @@ def test_x0_and_the_log_give_the_result_to_the_bit(tmp_path: Path, dtype, settin
 
 def test_the_log_holds_every_step_and_refresh(tmp_path: Path):
     log = tmp_path / "trajectory.log"
-    result = zods.minimize(whole_loss, START, max_steps=7, anchor_interval=3, log=log)
+    result = zods.minimize(whole_loss, START, "mezo_svrg", max_steps=7, anchor_interval=3, log=log)
     records = read_log(log).records
     assert [r.step for r in records if isinstance(r, Refresh)] == [0, 3, 6]
     assert [r.loss for r in records if isinstance(r, Step)] == result.losses
@@ -292,7 +292,7 @@ def test_x_has_the_form_and_the_dtype_of_x0_which_is_not_changed(dtype):
         return loss
 
     # two neighbours of 1 in bfloat16 are 0.004 or 0.008 apart
-    result = zods.minimize(function, x0, max_steps=300, eps=0.05)
+    result = zods.minimize(function, x0, max_steps=1000, eps=0.05)
     assert seen == {(dtype, x0.shape)}
     assert (result.x.dtype, result.x.shape) == (dtype, x0.shape)
     assert x0.equal(torch.ones(3, 2, dtype=dtype))
@@ -351,7 +351,7 @@ def test_with_examples_a_refresh_is_one_pass():
         return x.sum() * indices
 
     sizes = {"num_examples": 12, "batch_size": 4, "anchor_directions": 5}
-    zods.minimize(losses, torch.ones(2), max_steps=1, **sizes)
+    zods.minimize(losses, torch.ones(2), "mezo_svrg", max_steps=1, **sizes)
     assert sorted(itertools.chain(*batches[:10:2])) == list(range(12))
 
 
@@ -473,13 +473,16 @@ SIZES = {"num_examples": 8, "batch_size": 4}
         ({"seed": -1}, "minimize.seed: found -1"),
         ({"method": "mezo", "anchor_interval": 5}, "anchor_interval belong to method"),
         ({"max_steps": 0}, "max_steps: found 0"),
-        ({"max_evaluations": 20}, "max_evaluations: found 20, but one step .* take 37"),
+        ({"max_evaluations": 2}, "max_evaluations: found 2, but one step .* take 3"),
         ({"batch_size": 4}, "num_examples, batch_size: found None and 4"),
         ({"num_examples": 4}, "num_examples, batch_size: found 4 and None"),
         ({"examples_per_direction": 2}, "examples_per_direction: given without num_examples"),
         ({**SIZES, "batch_size": 9}, "batch_size: found 9, but num_examples is 8"),
         ({**SIZES, "examples_per_direction": 5}, "found 5, but batch_size is 4"),
-        ({**SIZES, "anchor_directions": 9}, "anchor_directions: found 9, but num_examples is 8"),
+        (
+            {**SIZES, "method": "mezo_svrg", "anchor_directions": 9},
+            "anchor_directions: found 9, but num_examples is 8",
+        ),
     ],
 )  # fmt: skip
 def test_bad_arguments_are_refused_before_the_function_is_called(arguments, message):
@@ -496,7 +499,7 @@ def test_bad_arguments_are_refused_before_the_function_is_called(arguments, mess
         (None, {}, "function: returned NoneType, expected a number"),
         (torch.ones(2), {}, r"function: returned torch.float32 of shape \(2,\), expected a number"),
         (1j, {}, "complex.*expected a number"),
-        (1.0, SIZES, r"expected one loss per index, of shape \(1,\)"),
+        (1.0, SIZES, r"expected one loss per index, of shape \(4,\)"),
     ],
 )
 def test_a_function_that_returns_something_else_is_an_error(returned, sizes, message):

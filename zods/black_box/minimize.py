@@ -69,7 +69,7 @@ class MinimizeResult:
 def minimize(
     function: Callable[..., Any],
     x0: Any,
-    method: Literal["mezo", "mezo_svrg"] = "mezo_svrg",
+    method: Literal["mezo", "mezo_svrg"] = "mezo",
     *,
     num_examples: int | None = None,
     batch_size: int | None = None,
@@ -97,7 +97,7 @@ def minimize(
     function of the arguments: the same seed gives the same bits.
 
     >>> import torch, zods
-    >>> result = zods.minimize(lambda x: ((x - 1) ** 2).sum(), torch.zeros(10), max_steps=500)
+    >>> result = zods.minimize(lambda x: ((x - 1) ** 2).sum(), torch.zeros(10))
     >>> bool((result.x - 1).abs().max() < 0.02)
     True
 
