@@ -9,7 +9,8 @@ import pytest
 
 from tests.disks import within
 from zods.cli.arguments import merged_config, parse_arguments
-from zods.cli.options import BATCH_OVERRIDES, NumberOrAuto, NumberOrName, OverrideArguments
+from zods.cli.option_values import NumberOrAuto, NumberOrName
+from zods.cli.options import BATCH_OVERRIDES, OverrideArguments
 from zods.config.schema import ZerothOrderConfig
 
 REQUIRED = ["--model", "m", "--output_dir", "o", "--train_file", "t"]

@@ -19,17 +19,8 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser
 
-from zods.cli.options import (
-    BATCH_OVERRIDES,
-    GROUPS,
-    MINIMUM,
-    Arguments,
-    FractionOrCount,
-    ModelArguments,
-    Names,
-    NumberOrAuto,
-    NumberOrName,
-)
+from zods.cli.option_values import FractionOrCount, Names, NumberOrAuto, NumberOrName
+from zods.cli.options import BATCH_OVERRIDES, GROUPS, MINIMUM, Arguments, ModelArguments
 from zods.config.config_errors import nearest
 from zods.config.deepspeed_json import MOST_KEYS, load_json
 from zods.config.schema import SECTION, SVRG_ONLY
