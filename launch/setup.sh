@@ -71,8 +71,8 @@ installed="$(cat .venv/zods-installed 2>/dev/null || true)"
 if [ "$(head -n1 <<<"$installed")" != "$pins" ]; then installed="$pins"; fi
 if ! grep -qx "$extras" <<<"$installed"; then
   say "installing the pinned packages into .venv (a few minutes)"
-  touch "$unfinished"
   .venv/bin/python launch/lock.py select "$extras" >.venv/requirements.txt
+  touch "$unfinished"
   install --require-hashes --no-deps -r .venv/requirements.txt
   install -c constraints.txt torch # see launch/lock.py
   install --no-deps --no-build-isolation -e .

@@ -61,7 +61,7 @@ def _not_auto(value: str) -> str:
 
 
 def _objective(value: str) -> str:
-    if value in ("loss", "accuracy", "token_accuracy") or re.fullmatch(r"[\w.]+:\w+", value):
+    if value in ("loss", "accuracy", "token_accuracy") or re.fullmatch(r"\w+(\.\w+)*:\w+", value):
         return value
     raise ValueError(
         f'found {value!r}, expected "loss", "accuracy", "token_accuracy" or the name of a function '
@@ -442,6 +442,11 @@ def _replicas_mistakes(config: ZerothOrderConfig, replicas: ReplicasConfig) -> I
     host, _, port = replicas.store.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 2**16:
         yield f'{SECTION}.replicas.store: found {replicas.store!r}, expected "host:port".'
+    if config.selector is not None and config.selector.strategy == "greedi":
+        yield (
+            f'{SECTION}.selector.strategy: "greedi" depends on the number of ranks, which may differ '
+            'between replicas. Use "greedy".'
+        )
     if host.strip("[]") in ("0.0.0.0", "::", "*"):
         yield (
             f"{SECTION}.replicas.store: found {replicas.store!r}, which is every network interface. "
@@ -465,6 +470,12 @@ def _mistakes_between_keys(config: ZerothOrderConfig, given: Mapping[str, Any]) 
         yield (
             f'{SECTION}.lr: "auto" measures the curvature of a smooth loss, but objective is '
             f'"{config.objective}". Give a number, such as 1e-3 with normalize.'
+        )
+    if config.objective != "loss" and config.anneal is not None:
+        yield (
+            f"{SECTION}.anneal: compares losses that are positive, but objective is "
+            f'"{config.objective}", whose losses are minus its scores. Remove anneal, or use a '
+            "schedule."
         )
     if config.anchor_weight == "auto" and not config.share_direction:
         yield (

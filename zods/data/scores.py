@@ -34,7 +34,8 @@ def right_labels(logits: Tensor, labels: Tensor, shifted: bool) -> tuple[Tensor,
 def accuracy(logits: Tensor, batch: Mapping[str, Any], shifted: bool) -> Tensor:
     """1 for an example whose label tokens all have the highest logit, else 0."""
     right, counts = right_labels(logits, batch["labels"], shifted)
-    return (right | ~counts).view(len(right), -1).all(1).double()
+    scores = (right | ~counts).view(len(right), -1).all(1).double()
+    return scores.where(_finite(logits), torch.nan)
 
 
 def token_accuracy(logits: Tensor, batch: Mapping[str, Any], shifted: bool) -> Tensor:
@@ -42,7 +43,13 @@ def token_accuracy(logits: Tensor, batch: Mapping[str, Any], shifted: bool) -> T
     right, counts = (
         x.view(len(logits), -1) for x in right_labels(logits, batch["labels"], shifted)
     )
-    return (right & counts).sum(1).double() / counts.sum(1).clamp(min=1)
+    scores = (right & counts).sum(1).double() / counts.sum(1).clamp(min=1)
+    return scores.where(_finite(logits), torch.nan)
+
+
+def _finite(logits: Tensor) -> Tensor:
+    """Whether the logits of each example have no NaN, bool (B,): others have no highest one."""
+    return ~logits.view(len(logits), -1).isnan().any(1)
 
 
 SCORES: dict[str, Score] = {"accuracy": accuracy, "token_accuracy": token_accuracy}
@@ -61,7 +68,7 @@ def find_score(name: str) -> Score:
     module, _, attribute = name.partition(":")
     try:
         function = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # whatever the user's module raises
         raise ValueError(
             f'zeroth_order.objective: "{name}" cannot be imported ({error}). Give the name of a '
             "function that Python finds from the folder of the run, such as "

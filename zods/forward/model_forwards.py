@@ -67,9 +67,11 @@ class ModelForwards:
         direction: Direction,
         loss_mean: str,
         fused: Mapping[torch.nn.Module, Compute],
+        scores: bool = False,
     ) -> None:
         """loss_mean: whether a batch's loss is a mean over "tokens" or over "examples". fused:
-        functions that compute modules, see `zods.forward.fused_norms`.
+        functions that compute modules, see `zods.forward.fused_norms`. scores: whether scores of
+        examples take the place of losses, once a form of evaluation is chosen.
         """
         self.deepspeed, self.module = deepspeed_engine, deepspeed_engine.module
         self.comm = comm
@@ -80,7 +82,7 @@ class ModelForwards:
         )
         self._point_runner = PointRunner(self.perturbed)
         # `find_objective` finds on the first batch how the model aligns its labels
-        self.objective = Objective(loss_mean)
+        self.objective, self.scores = Objective(loss_mean), scores
         self.on_forward: Callable[[], Any] | None = None
         self._modules = list(self.module.modules())
         self._signature = Signature(self.module)
@@ -88,8 +90,12 @@ class ModelForwards:
         self._needs_labels = (
             "labels" in takes and takes["labels"].default is inspect.Parameter.empty
         )
-        # a cache of keys and values serves generation only
-        self._has_cache = "use_cache" in takes
+        # a cache of keys and values serves generation only; a wrapper of peft passes the key on
+        inner = getattr(self.module, "get_base_model", lambda: self.module)()
+        passes_on = any(p.kind is p.VAR_KEYWORD for p in takes.values())
+        self._has_cache = "use_cache" in takes or (
+            passes_on and "use_cache" in inspect.signature(inner.forward).parameters
+        )
 
     def inputs(self, *args: Any, **kwargs: Any) -> dict[str, Any] | Inputs:
         """Return a batch on the device, in the form in which the model's forward takes it; see
@@ -167,9 +173,11 @@ class ModelForwards:
         """Use the loss that the model returns from now on, not the cross entropy of its logits.
 
         Collective. Raises ValueError on all ranks if a mean over examples is wanted, because the
-        model's loss cannot be separated by example.
+        model's loss cannot be separated by example. With scores its loss is not used.
         """
         self.objective = replace(self.objective, own=True)
+        if self.scores:
+            return
         if isinstance(batch, dict) and WEIGHTS in batch:
             raise ValueError(
                 "the model's own loss is not the cross entropy of its logits, of which the losses "

@@ -238,10 +238,12 @@ class StackRunner(_Runner):
         """Run a block on one copy of each row, while all copies are equal."""
         if self._are_equal and block not in self._not_by_rows:
             try:
-                arguments = self._stacking.carried(block, (args, kwargs))
-                return self._repeated.run_once(original, arguments)
+                args, kwargs = self._repeated.once(self._stacking.carried(block, (args, kwargs)))
             except NotStackable:
                 self._not_by_rows.add(block)
+            else:
+                # never called twice: a block may have an effect, and gathers under ZeRO-3
+                return self._repeated.for_all(original(*args, **kwargs))
         return original(*args, **kwargs)
 
     def run(self, module: Any, original: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -109,7 +109,9 @@ class PerturbedModules:
             for blocks in module.modules()
             if isinstance(blocks, torch.nn.ModuleList)
             for block in blocks
-            if not any(self.held[inner] or inner in self._leaves for inner in block.modules())
+            # streams in lockstep wait at a module with parameters of its own
+            if not list(block.parameters(recurse=False))
+            and not any(self.held[inner] or inner in self._leaves for inner in block.modules())
             and any(True for _ in block.parameters())
         }
         for block in self.frozen_blocks:

@@ -7,13 +7,16 @@ frozen blocks there once for each row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from zods.forward.stacked import NotStackable
+from zods.forward.stacked import Arguments, NotStackable
+
+# of arguments that a call cannot change
+_VALUES = (torch.Tensor, type(None), bool, int, float, str, torch.dtype, torch.device)
 
 
 class RepeatedRows:
@@ -34,31 +37,52 @@ class RepeatedRows:
                 self.first.append(index)
             self._copy_of.append(places[row])
 
-    def run_once(
-        self, original: Callable, arguments: tuple[list[Any], TreeSpec, list[bool]]
-    ) -> Any:
-        """Run a module on the first copy of each row, and return its output for the whole stack.
+    def once(self, arguments: tuple[list[Any], TreeSpec, list[bool]]) -> Arguments:
+        """The arguments of a call, with the first copy of each row.
 
         arguments: as `Stacking.carried` returns them. Raises NotStackable where an argument has
-        several rows for each row of the batch, or an output does not carry the batch.
+        several rows for each row of the batch, or where an argument may be changed by the call,
+        such as a cache.
         """
         leaves, spec, carry = arguments
         carried = [leaf for leaf, carries in zip(leaves, carry, strict=True) if carries]
         if not carried or any(len(leaf) != len(self._copy_of) for leaf in carried):
             raise NotStackable("which rows of a frozen block's inputs are copies is not known")
+        if _holds(spec, (dict, list)) or not all(isinstance(leaf, _VALUES) for leaf in leaves):
+            raise NotStackable("a frozen block may change one of its inputs")
         first = torch.tensor(self.first, device=carried[0].device)
-        args, kwargs = tree_unflatten(
+        return tree_unflatten(
             [
                 leaf.index_select(0, first) if carries else leaf
                 for leaf, carries in zip(leaves, carry, strict=True)
             ],
             spec,
         )
-        outputs, spec = tree_flatten(original(*args, **kwargs))
-        tensors = [leaf for leaf in outputs if isinstance(leaf, torch.Tensor)]
-        if any(leaf.ndim == 0 or len(leaf) != len(self.first) for leaf in tensors):
-            raise NotStackable("a frozen block returns a tensor without a batch dimension")
-        copies = torch.tensor(self._copy_of, device=carried[0].device)
-        return tree_unflatten(
-            [leaf[copies] if isinstance(leaf, torch.Tensor) else leaf for leaf in outputs], spec
-        )
+
+    def for_all(self, outputs: Any) -> Any:
+        """The outputs of a call for all rows of the stack.
+
+        A tensor of one row is the same for all. Raises NotStackable where another tensor does not
+        have the rows of the batch.
+        """
+        leaves, spec = tree_flatten(outputs)
+        number = len(self.first)
+        found = []
+        for leaf in leaves:
+            is_shared = isinstance(leaf, torch.Tensor) and leaf.ndim > 0 and len(leaf) == 1 < number
+            if isinstance(leaf, torch.Tensor) and not is_shared:
+                if leaf.ndim == 0 or len(leaf) != number:
+                    raise NotStackable("a frozen block returns a tensor without a batch dimension")
+                leaf = leaf[torch.tensor(self._copy_of, device=leaf.device)]
+            found.append(leaf)
+        return tree_unflatten(found, spec)
+
+
+def _holds(spec: TreeSpec, kinds: tuple[type, ...]) -> bool:
+    """Whether the arguments (args, kwargs) of a call have a container of these types."""
+    args, kwargs = spec.children()
+    return any(_is_one(child, kinds) for call in (args, kwargs) for child in call.children())
+
+
+def _is_one(spec: TreeSpec, kinds: tuple[type, ...]) -> bool:
+    return spec.type in kinds or any(_is_one(child, kinds) for child in spec.children())

@@ -43,7 +43,7 @@ class Sharing(Protocol):
 
 class Measured(NamedTuple):
     """Measurements of n examples: features (n, m) int16 `quantised` by `largest`, losses (n,)
-    float32 on the CPU, and the positions of the examples that this rank measured.
+    float32 on the CPU, and the positions of the examples for which this rank evaluates gains.
 
     An example whose loss or features are not finite has the loss NaN and features 0.
     """

@@ -162,6 +162,7 @@ class ZerothOrderEngine(EngineInterface):
             self.run.direction,
             zo.averages,
             fused_norms.functions,
+            scores=zo.objective != "loss",
         )
         return Evaluator(
             forwards,

@@ -55,6 +55,8 @@ class ReplicaSteps:
         taken: Record | None = None
         while type(taken) is not type(record):
             taken = self._replicas.next_record(record, self._run.recorder.trajectory.head)
+            if isinstance(taken, Step) and isinstance(record, Step):
+                _check_same_selection(taken, record)
             self._run.commit(taken)
 
     def split_batches(self) -> None:
@@ -94,6 +96,8 @@ class ReplicaSteps:
             assert self._run.loader is not None
             self._shared.left_out = None
             self._run.loader.load_state_dict(loader_state)
+            assert isinstance(self._run.loader, SelectingLoader)
+            self._run.loader.selection.take_seconds()  # of a selection that is dropped
         self._follow(what, limit)
         goes_on = bool(self._replicas.members)
         if goes_on:
@@ -116,7 +120,17 @@ class ReplicaSteps:
             run.commit(record)
             if isinstance(record, Step):
                 run.advance(record)
-                steps.append(record)
+                if record.sub_batch is not None:
+                    steps.append(record)
                 if record.at is not None:
                     run.loader.go_to(record.at)
         run.restore_selections(steps)
+
+
+def _check_same_selection(leaders: Step, own: Step) -> None:
+    """Raise ValueError where this replica has evaluated other examples than the leader chose."""
+    if leaders.step == own.step and leaders.sub_batch != own.sub_batch:
+        raise ValueError(
+            f"zeroth_order.replicas: step {own.step}: this replica chose other examples than the "
+            "leading one. Give both the same tokenizer, data and versions, and start this one again."
+        )

@@ -93,7 +93,7 @@ class StepReporter:
             if 2 * sum(self._ties) > TIED_STEPS and self._comm.rank == 0:
                 logger.warning(
                     "step %d: in %d of the last %d steps all pairs of points had the same score, so "
-                    "that the steps changed nothing. Raise eps (%g) or the batch, or give more "
+                    "that they gave no estimate. Raise eps (%g) or the batch, or give more "
                     "num_directions.",
                     *(state.global_steps, sum(self._ties), TIED_STEPS, self._config.eps),
                 )
