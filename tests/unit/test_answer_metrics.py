@@ -12,9 +12,21 @@ from zods.tasks.metrics import (
 
 
 def derived(metric, answers, predictions):
-    counts = confusion_counts(metric, answers, predictions)
-    means = {name: total / len(answers) for name, (total, _) in counts.items()}
-    return with_derived({"loss": 1.0, **means})
+    """The metric of all examples, and of the same ones in batches of two and three."""
+    found = []
+    for size in (len(answers), 2, 3):
+        totals: dict[str, list[float]] = {}
+        for start in range(0, len(answers), size):
+            part = slice(start, start + size)
+            counts = confusion_counts(metric, answers[part], predictions[part], 3)
+            for name, pair in counts.items():
+                sums = totals.setdefault(name, [0.0, 0.0])
+                sums[:] = [a + b for a, b in zip(sums, pair, strict=True)]
+        means = {name: total / count for name, (total, count) in totals.items()}
+        found.append(with_derived({"loss": 1.0, **means}))
+    assert found[1] == pytest.approx(found[0])
+    assert found[2] == pytest.approx(found[0])
+    return found[0]
 
 
 @pytest.mark.parametrize(
@@ -41,6 +53,8 @@ def test_exact_match_and_f1_ignore_case_articles_and_punctuation(prediction, ref
         ("-3", "#### 3", 0),
         ("seven", "#### 7", 0),
         ("7 apples, then 8", "#### 7", 0),
+        ("8 - 1 = 9-2 = 7\n#### 7 and 1 more", "#### 7", 1),
+        ("5 = 8-3", "#### 3", 1),
     ],
 )
 def test_the_last_number_decides_whatever_its_notation(prediction, reference, match):

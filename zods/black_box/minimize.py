@@ -135,7 +135,7 @@ def minimize(
             steps, and largest number of losses computed, `fun` included. None for both: 1000 steps.
         max_nonfinite_steps: number of steps in a row that may be skipped because a loss is not
             finite.
-        callback: called after each step; the run ends where it returns True.
+        callback: called after each step; the run ends where it returns a true value.
         log: path of a new trajectory log. x0, in the dtype in which it is kept, and the log give
             `x` again, to the bit (`python -m zods.trajectory replay`). The tensors are named by
             their keys; a single one is named "x".
@@ -254,7 +254,7 @@ def _make_steps(
         losses.append(math.nan if loss is None else loss)
         if callback is not None:
             x, nfev = variables.as_given(run.values), run.objective.evaluations
-            if callback(Progress(x, losses[-1], run.num_steps, nfev, lr_of_step)) is True:
+            if callback(Progress(x, losses[-1], run.num_steps, nfev, lr_of_step)):
                 return losses, "the callback returned True"
     return losses, message
 

@@ -199,6 +199,8 @@ def _mistakes_of_declared(arguments: Arguments) -> Iterator[str]:
         "label_column",
         "prompt_column",
         "response_column",
+        "data_format",
+        "chat_template",
     ):
         if getattr(task, option) is not None:
             yield f"--{option}: --task {task.task} names its own columns. Leave --{option} out"
@@ -350,10 +352,11 @@ def merged_config(arguments: Arguments) -> dict[str, Any]:
         }
     selector = selection.selector()
     declared = TASKS.get(arguments.task.task)
-    if selector and declared is not None and declared.source_column is not None:
-        selector.setdefault("source_column", declared.source_column)
+    written = section.get("selector") or {}
+    if (selector or written) and declared is not None and declared.source_column is not None:
+        selector = {"source_column": declared.source_column, **written, **selector}
     if selector:
-        given["selector"] = {**(section.get("selector") or {}), **selector}
+        given["selector"] = {**written, **selector}
     config[SECTION] = {**section, **given}
     batch = arguments.overrides.batch()
     if selection.select is not None:

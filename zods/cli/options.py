@@ -370,8 +370,8 @@ class OverrideArguments:
     objective: str | None = field(
         default=None,
         metadata={
-            "help": "what training lowers or raises: loss; accuracy, token_accuracy or "
-            "package.module:function, which need no gradient"
+            "help": "what training lowers or raises: loss; or, without gradients, accuracy (of the "
+            "label tokens among the whole vocabulary), token_accuracy or package.module:function"
         },
     )
     anchor_lr: float | None = field(

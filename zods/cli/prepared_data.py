@@ -162,7 +162,7 @@ def load_declared(
                 held_out=name == "validation",
                 file=file,
                 folder=data.data_dir,
-                column_names=data.column_names if file is not None else None,
+                column_names=data.column_names,
                 max_examples=most,
                 seed=seed,
             )

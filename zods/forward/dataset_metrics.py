@@ -5,6 +5,7 @@ Called by the engines of zeroth-order and first-order training, and by `zods.sel
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -53,6 +54,7 @@ def measure_whole(
                 sums[0] += total
                 sums[1] += count
     names = sorted(totals)
+    comm.check_agreement(json.dumps(names).encode(), "the names of the metrics")
     reduced = comm.sum_over_ranks([value for name in names for value in totals[name]])
     return {name: reduced[2 * i] / reduced[2 * i + 1] for i, name in enumerate(names)}
 

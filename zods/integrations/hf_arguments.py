@@ -119,7 +119,9 @@ def config_of_arguments(
     section.setdefault("seed", seed)
     section.setdefault("lr", "auto")
     given = {key: (getattr(args, argument), argument) for key, argument in _SECTION_KEYS.items()}
-    found += _fill(section, f"{SECTION}.", {key: pair for key, pair in given.items() if pair[0]})
+    # a learning_rate of 0 is a step size; a weight_decay of 0 is the default
+    given = {key: pair for key, pair in given.items() if pair[0] or (pair[0] == 0 and key == "lr")}
+    found += _fill(section, f"{SECTION}.", given)
     if found:
         raise Mistakes(found)
     return filled

@@ -16,14 +16,15 @@ from zods.tasks.prompts import answer_labels, fit_prompt, leading_special_tokens
 from zods.tasks.task import Row, pad_inputs
 
 REFERENCES = "references"  # column with the right answers of a row, a list of texts
+PROMPT = "prompt"  # column with the tokens of the prompt alone
 
 
 @dataclass(frozen=True)
 class Answers:
     """Train as `Instruction`, and evaluate by greedy generation.
 
-    A generated answer ends at the end-of-sequence token, and, unless `metric` is "last_number", at
-    the first line break. The references are in the column REFERENCES, or else the response itself.
+    A generated answer ends at the end-of-sequence token, at the first line break, or, with the
+    metric "last_number", where another question begins. The references are in the column REFERENCES, or else the response itself.
 
     Attributes:
         learning: the training on prompt and response.
@@ -54,12 +55,30 @@ class Answers:
         row_name: str = "row",
         beside: Mapping[str, Sequence[Any]] | None = None,
     ) -> datasets.Dataset:
-        """Tokenise the rows as `Instruction` does, and keep REFERENCES."""
+        """Tokenise the rows as `Instruction` does, and keep REFERENCES and the prompts alone."""
         if REFERENCES in dataset.column_names:
             references = dataset[REFERENCES][:]
         else:
             references = [[text] for text in dataset[self.learning.template.answer][:]]
-        return self.learning.prepare(dataset, row_name, {**(beside or {}), REFERENCES: references})
+        kept = {**(beside or {}), REFERENCES: references, PROMPT: self._prompts(dataset)}
+        return self.learning.prepare(dataset, row_name, kept)
+
+    def _prompts(self, dataset: datasets.Dataset) -> list[list[int]]:
+        """The tokens of each prompt alone, without spaces at its end.
+
+        The prompt of a training row may end one token earlier, where a token spans its end and the
+        beginning of the right answer.
+        """
+        columns = self.learning.template.columns
+        prompts: list[list[int]] = []
+        for batch in dataset.select_columns(list(columns)).iter(batch_size=1000):
+            # rows without a text are reported by `prepare`
+            filled = {name: [text or "" for text in texts] for name, texts in batch.items()}
+            texts = [text.rstrip(" ") for text in self.learning.template.prompts(filled)]
+            prompts += self.learning.tokenizer(texts, add_special_tokens=False, verbose=False)[
+                "input_ids"
+            ]
+        return prompts
 
     def collate(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """Collate `input_ids`, `attention_mask` and `labels`, all (B, L)."""
@@ -71,11 +90,9 @@ class Answers:
         num_generated = max(1, min(self.max_new_tokens, self.learning.max_length // 2))
         start = leading_special_tokens(self.learning.tokenizer)
         limit = self.learning.max_length - num_generated - len(start)
-        prompts = [row["input_ids"][len(start) : -row["num_answer_tokens"]] for row in rows]
+        prompts = [fit_prompt(start, row[PROMPT], limit) for row in rows]
         generation = Generation(
-            **pad_inputs(
-                [fit_prompt(start, prompt, limit) for prompt in prompts], self.learning.pad_id
-            ),
+            **pad_inputs(prompts, self.learning.pad_id),
             answers=Candidates(**answers, labels=answer_labels(answers, counts)),
             max_new_tokens=num_generated,
             end=self.learning.tokenizer.eos_token_id,
@@ -107,5 +124,11 @@ class Answers:
             end = tokenizer.eos_token_id
             kept = tokens[: tokens.index(end)] if end in tokens else tokens
             text = str(tokenizer.decode(kept, skip_special_tokens=True)).strip()
-            texts.append(text if self.metric == "last_number" else text.partition("\n")[0])
+            if self.metric != "last_number":
+                texts.append(text.partition("\n")[0])
+            elif question := self.learning.template.pieces[0][0].strip():
+                # a model that was not trained goes on with another question
+                texts.append(text.partition(f"\n{question}")[0])
+            else:
+                texts.append(text)
         return texts

@@ -130,7 +130,9 @@ def measure_candidates(
     if "f1" in targets:
         metrics["f1"] = (targets["f1"].gather(1, predictions[:, None]).sum().item(), size)
         return metrics
-    counted = confusion_counts(metric, answers.tolist(), predictions.tolist())
+    counted = confusion_counts(
+        metric, answers.tolist(), predictions.tolist(), int(num_candidates.max())
+    )
     return metrics | counted
 
 

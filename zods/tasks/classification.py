@@ -14,6 +14,7 @@ from torch.nn import functional
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from zods.tasks.labels import Labels
+from zods.tasks.metrics import confusion_counts
 from zods.tasks.task import (
     Columns,
     Row,
@@ -38,6 +39,7 @@ class Classification:
         has_token_types: whether the model has embeddings of token types. Some models without them
             (GPT-2) accept `token_type_ids` and embed them as words, so the tokenizer's output
             cannot decide this.
+        metric: "accuracy", or a metric that `with_derived` computes from counts of predictions.
     """
 
     name: ClassVar[str] = "classification"
@@ -48,6 +50,7 @@ class Classification:
     max_length: int
     pad_id: int
     has_token_types: bool
+    metric: str = "accuracy"
 
     def auto_class(self) -> type[Any]:
         return AutoModelForSequenceClassification
@@ -130,5 +133,11 @@ class Classification:
         """Sum the cross entropy and the accuracy of logits (B, num_labels)."""
         logits = outputs["logits"].float()
         loss = functional.cross_entropy(logits, targets, reduction="sum")
-        num_correct = (logits.argmax(1) == targets).sum()
-        return {"loss": (loss.item(), len(targets)), "accuracy": (float(num_correct), len(targets))}
+        predictions, size = logits.argmax(1), len(targets)
+        return {
+            "loss": (loss.item(), size),
+            "accuracy": (float((predictions == targets).sum()), size),
+            **confusion_counts(
+                self.metric, targets.tolist(), predictions.tolist(), len(self.labels.names)
+            ),
+        }

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 METRICS = ("accuracy", "f1", "f1_macro", "matthews")
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+_NUMBER = re.compile(r"(?:(?<!\d)-)?\d[\d,]*(?:\.\d+)?")
 _COUNTED = "@"  # between a metric's name and the two labels that a count is of
 
 
@@ -38,7 +38,8 @@ def token_f1(prediction: str, references: Sequence[str]) -> float:
     >>> token_f1("the red car", ["red bicycle", "a blue car"])
     0.5
     """
-    return max(_f1_of_words(normalise(prediction), normalise(text)) for text in references)
+    found = normalise(prediction)
+    return max((_f1_of_words(found, normalise(text)) for text in references), default=0.0)
 
 
 def _f1_of_words(prediction: str, reference: str) -> float:
@@ -49,7 +50,10 @@ def _f1_of_words(prediction: str, reference: str) -> float:
 
 
 def last_number_match(prediction: str, references: Sequence[str]) -> float:
-    """1.0 where the last number of the prediction is that of a reference, as for GSM8K.
+    """1.0 where the number of the prediction is that of a reference, as for GSM8K.
+
+    The number is the first one after "####", or else the last one. A minus sign after a digit is
+    an operator.
 
     >>> last_number_match("so 3 + 1,000 = 1,003.", ["#### 1003"])
     1.0
@@ -59,20 +63,25 @@ def last_number_match(prediction: str, references: Sequence[str]) -> float:
 
 
 def _last_number(text: str) -> float | None:
-    found = _NUMBER.findall(text)
-    return float(found[-1].replace(",", "")) if found else None
+    _, marked, after = text.rpartition("####")
+    found = _NUMBER.findall(after if marked else text)
+    return float(found[0 if marked else -1].replace(",", "")) if found else None
 
 
 def confusion_counts(
-    metric: str, answers: Sequence[int], predictions: Sequence[int]
+    metric: str, answers: Sequence[int], predictions: Sequence[int], num_labels: int
 ) -> dict[str, tuple[float, float]]:
-    """Counts from which `with_derived` computes a metric, as {name: (sum, count)}."""
+    """Counts from which `with_derived` computes a metric, as {name: (sum, number of examples)}.
+
+    They have the same names for every batch and on every rank: all pairs of labels.
+    """
     if metric == "accuracy":
         return {}
     counts = Counter(zip(answers, predictions, strict=True))
     return {
-        f"{metric}{_COUNTED}{answer},{predicted}": (float(number), 1.0)
-        for (answer, predicted), number in counts.items()
+        f"{metric}{_COUNTED}{answer},{predicted}": (float(counts[answer, predicted]), len(answers))
+        for answer in range(num_labels)
+        for predicted in range(num_labels)
     }
 
 
@@ -95,7 +104,7 @@ def _f1_of_class(pairs: Mapping[tuple[int, int], float], label: int) -> float:
 
 
 def _f1_macro(pairs: Mapping[tuple[int, int], float]) -> float:
-    labels = sorted({label for pair in pairs for label in pair})
+    labels = {label for pair, share in pairs.items() if share for label in pair}
     return sum(_f1_of_class(pairs, label) for label in labels) / len(labels)
 
 

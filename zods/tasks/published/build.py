@@ -106,6 +106,7 @@ def _classification(
         max_length,
         pad_id,
         has_token_types,
+        declared.metric,
     )
 
 

@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from zods.tasks.metrics import METRICS
-from zods.tasks.prompts import Template
+from zods.tasks.prompts import Template, read_escapes
 from zods.tasks.published.declaration import PublishedTask
 
-_IN_CODE = ("name", "rows", "document", "columns")
+# what a declaration in code has; for the source there is --source_column
+_NOT_IN_FILES = ("name", "rows", "document", "columns", "source_column")
 _LISTS = ("train_files", "eval_files", "file_columns", "words", "labels", "unlabelled", "texts")
 
 
@@ -24,7 +25,7 @@ def custom_task(content: Mapping[str, Any], source: str) -> PublishedTask:
     fields = {
         field.name: field
         for field in dataclasses.fields(PublishedTask)
-        if field.name not in _IN_CODE
+        if field.name not in _NOT_IN_FILES
     }
     wrong: list[str] = []
     values: dict[str, Any] = {}
@@ -38,6 +39,8 @@ def custom_task(content: Mapping[str, Any], source: str) -> PublishedTask:
         if expected:
             wrong.append(f"{key}: found {value!r:.100}, expected {expected}")
         values[key] = tuple(value) if key in _LISTS and isinstance(value, list) else value
+    if isinstance(values.get("template"), str):
+        values["template"] = read_escapes(values["template"], f"{source}: template")
     if "template" not in content:
         wrong.append("template: missing. Give a prompt such as '{text} It was {label}'")
     if wrong:
@@ -71,7 +74,11 @@ def _check_kinds(values: Mapping[str, Any]) -> None:
     kinds = [key for key in ("words", "options", "max_new_tokens") if values.get(key)]
     if len(kinds) > 1:
         raise ValueError(f"{' and '.join(kinds)} exclude each other: give one of them")
-    allowed = ("f1", "last_number") if "max_new_tokens" in kinds else METRICS
+    allowed: tuple[str, ...] = METRICS
+    if "max_new_tokens" in kinds:
+        allowed = ("f1", "last_number")
+    elif "options" in kinds:
+        allowed = ("accuracy",)
     metric = values.get("metric", allowed[0])
     if metric not in allowed:
         raise ValueError(f"metric: found {metric!r}, allowed are {', '.join(allowed)}")

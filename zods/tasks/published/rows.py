@@ -21,6 +21,11 @@ def ag_news(row: Row) -> Iterator[Row]:
     yield {**row, "text": f"{title} {text}" if title else text}
 
 
+def sentence(row: Row) -> Iterator[Row]:
+    """The sentence without spaces around it: those of GLUE end with one."""
+    yield {**row, "sentence": row["sentence"].strip()}
+
+
 def boolq(row: Row) -> Iterator[Row]:
     """The question with a capital letter and a question mark."""
     question = row["question"].strip()
@@ -30,7 +35,8 @@ def boolq(row: Row) -> Iterator[Row]:
 def wsc(row: Row) -> Iterator[Row]:
     """The spans as columns. SuperGLUE's files have them in an object "target"."""
     target = row.get("target") or row
-    yield {**row, "span1_text": target["span1_text"], "span2_text": target["span2_text"]}
+    first, second = target["span1_text"], target["span2_text"]
+    yield {**row, "span1_text": first, "span2_text": second.lower()}
 
 
 def copa(row: Row) -> Iterator[Row]:
@@ -102,7 +108,8 @@ def record(row: Row) -> Iterator[Row]:
 def squad(row: Row) -> Iterator[Row]:
     """The first answer as the response, and all as references."""
     texts = row["answers"]["text"]
-    yield {**row, "answer": texts[0] if texts else None, "references": texts}
+    answer = texts[0] if texts else None
+    yield {**row, "question": row["question"].strip(), "answer": answer, "references": texts}
 
 
 def squad_document(document: Any) -> Iterator[Row]:
@@ -119,10 +126,13 @@ def squad_document(document: Any) -> Iterator[Row]:
 
 
 def drop(row: Row) -> Iterator[Row]:
-    """The spans of an answer as one text, which is the response and the only reference."""
+    """The first span as the response, and all as references, as MeZO has it.
+
+    On the hub the spans of held-out questions are those of several annotators.
+    """
     spans = row["answers_spans"]["spans"]
-    answer = ", ".join(dict.fromkeys(spans)) or None
-    yield {**row, "answer": answer, "references": [answer]}
+    answer = spans[0] if spans else None
+    yield {**row, "question": row["question"].strip(), "answer": answer, "references": spans}
 
 
 def drop_document(document: Any) -> Iterator[Row]:

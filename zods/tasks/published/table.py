@@ -25,6 +25,7 @@ _DECLARED = (
         train_files=("train.tsv",),
         eval_files=("dev.tsv",),
         columns=("sentence",),
+        rows=rows.sentence,
         template="{sentence} It was {label}",
         words=("terrible", "great"),
         labels=("negative", "positive"),
