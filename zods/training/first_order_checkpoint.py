@@ -12,10 +12,12 @@ Called by `zods.training.first_order`.
 
 from __future__ import annotations
 
+import enum
 import hashlib
 import json
 import logging
 import os
+import pickle
 import re
 import shutil
 from collections.abc import Iterator
@@ -38,10 +40,27 @@ MANIFEST = "zods.json"
 PICKLE = ".pt"
 OFFLOADED = "offloaded_tensors"  # in the folder of a checkpoint
 WRITERS = ("PytorchStreamWriter", "inline_container")  # in messages of torch's writer, 2.13
-# classes of objects in a checkpoint of DeepSpeed 0.19.8, besides those that torch allows
-CLASSES_IN_CHECKPOINTS = [LossScaler, ZeroStageEnum, fragment_address]
 
 logger = logging.getLogger(__name__)
+
+
+def _enum_member(kind: Any, name: Any) -> Any:
+    """The member of an enumeration, which Python before 3.11.4 pickles as getattr(kind, name).
+
+    Raises UnpicklingError for any other attribute.
+    """
+    if not isinstance(kind, enum.EnumMeta) or name not in kind.__members__:
+        raise pickle.UnpicklingError(f"GLOBAL getattr of {kind!r:.100}")
+    return kind[name]
+
+
+# classes of objects in a checkpoint of DeepSpeed 0.19.8, besides those that torch allows
+CLASSES_IN_CHECKPOINTS: list[Any] = [
+    LossScaler,
+    ZeroStageEnum,
+    fragment_address,
+    (_enum_member, "builtins.getattr"),
+]
 
 
 class OtherRanks(ValueError):
