@@ -11,7 +11,6 @@ import os
 import shutil
 import subprocess
 import sys
-from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -40,6 +39,7 @@ from tests.distributed.ranks import ENVIRONMENT, LIMIT, REPOSITORY, run_ranks
 from tests.distributed.zoo import ZOO, zoo_batch
 from tests.reference.replay import replayed
 from zods.cli.load_model import load_model, save_configuration
+from zods.cli.options import ModelArguments
 from zods.cli.pretrained import find_model
 from zods.config.deepspeed_json import read_config
 from zods.config.schema import parse_section
@@ -225,13 +225,7 @@ def loaded(kind: str, bases: Path, config: dict[str, Any]) -> tuple[nn.Module, l
         model_kwargs=lambda: {"num_labels": 3} if base == "bert" else {},
     )
     rank = 2 if adapters else None
-    arguments = Namespace(
-        model=str(bases / base),
-        trust_remote_code=False,
-        lora_rank=rank,
-        lora_target_modules=None,
-        num_epochs=1,
-    )
+    arguments = ModelArguments(model=str(bases / base), output_dir="", lora_rank=rank)
     run = read_config(config, torch.distributed.get_world_size())
     return load_model(arguments, run, task, find_model(arguments))
 
