@@ -48,7 +48,8 @@ class RepeatedRows:
         carried = [leaf for leaf, carries in zip(leaves, carry, strict=True) if carries]
         if not carried or any(len(leaf) != len(self._copy_of) for leaf in carried):
             raise NotStackable("which rows of a frozen block's inputs are copies is not known")
-        if _holds(spec, (dict, list)) or not all(isinstance(leaf, _VALUES) for leaf in leaves):
+        args, kwargs = tree_unflatten(leaves, spec)
+        if not all(map(_is_fixed, (*args, *kwargs.values()))):
             raise NotStackable("a frozen block may change one of its inputs")
         first = torch.tensor(self.first, device=carried[0].device)
         return tree_unflatten(
@@ -78,11 +79,6 @@ class RepeatedRows:
         return tree_unflatten(found, spec)
 
 
-def _holds(spec: TreeSpec, kinds: tuple[type, ...]) -> bool:
-    """Whether the arguments (args, kwargs) of a call have a container of these types."""
-    args, kwargs = spec.children()
-    return any(_is_one(child, kinds) for call in (args, kwargs) for child in call.children())
-
-
-def _is_one(spec: TreeSpec, kinds: tuple[type, ...]) -> bool:
-    return spec.type in kinds or any(_is_one(child, kinds) for child in spec.children())
+def _is_fixed(value: Any) -> bool:
+    """Whether a call cannot change an argument, apart from the data of tensors."""
+    return all(map(_is_fixed, value)) if isinstance(value, tuple) else isinstance(value, _VALUES)
