@@ -71,7 +71,7 @@ from zods.training.checkpoint_files import latest_tag
 from zods.training.engine import ZerothOrderEngine
 from zods.training.first_order import FirstOrderEngine
 from zods.training.host_memory import return_freed_memory
-from zods.training.initialize import check_names
+from zods.training.initialize import check_names, steps_per_epoch
 from zods.training.rank_agreement import (
     check_code_and_configuration,
     code_in_use,
@@ -260,7 +260,9 @@ def check_input(arguments: Arguments, comm: Communicator, watchdog: Watchdog) ->
     tokenizer = read_tokenizer(arguments.model, pretrained)
     data = prepare_data(arguments, tokenizer, run, pretrained)
     if arguments.run.max_steps is None:
-        steps = arguments.run.num_epochs * steps_per_epoch(run, len(data.train))
+        steps = arguments.run.num_epochs * steps_per_epoch(
+            len(data.train), run.deepspeed["train_batch_size"], run.selector
+        )
         run = read(merged, comm.world_size, total_steps=max(1, steps))
     hidden_size = hidden_size_of(pretrained.config)
     resolve_model_auto(
@@ -336,13 +338,6 @@ def checkpoint_to_fork(run: Path, is_first_order: bool = False) -> Path:
             f"--resume {run}: no file `latest` in {folder} that names a checkpoint. {remedy}"
         )
     return folder / name
-
-
-def steps_per_epoch(run: RunConfig | FirstOrderConfig, num_examples: int) -> int:
-    """Count the steps of a pass over the training data, as the loaders do."""
-    if run.selector is not None:
-        return num_examples // run.selector.candidates * run.selector.interval
-    return num_examples // run.deepspeed["train_batch_size"]
 
 
 def save_and_print_how_to_resume(

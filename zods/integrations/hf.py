@@ -20,12 +20,12 @@ from accelerate.utils import DeepSpeedOptimizerWrapper, DeepSpeedSchedulerWrappe
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer
 
-from zods.config.schema import SECTION
+from zods.config.schema import SECTION, parse_selector
 from zods.data.loader import EpochLoader
 from zods.integrations.hf_arguments import ZOTrainingArguments
 from zods.training.engine import ZerothOrderEngine
 from zods.training.export import runs_alone
-from zods.training.initialize import initialize
+from zods.training.initialize import initialize, steps_per_epoch
 
 __all__ = ["ZOTrainer", "ZOTrainerMixin", "ZOTrainingArguments"]
 
@@ -148,7 +148,13 @@ class ZOTrainerMixin(_Base):
             return initialize(model=self.model, config=config)[0]
         steps = 0
         if hasattr(self.train_dataset, "__len__"):  # initialize refuses others
-            steps = _steps_per_epoch(args.configuration(1), len(self.train_dataset))
+            config = args.configuration(1)
+            selector = config[SECTION].get("selector")
+            steps = steps_per_epoch(
+                len(self.train_dataset),
+                config["train_batch_size"],
+                None if selector is None else parse_selector(selector, f"{SECTION}.selector"),
+            )
         self._total_steps = (
             args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps)
         )
@@ -286,14 +292,6 @@ class ZOTrainerMixin(_Base):
     def _load_best_model(self) -> None:
         """Load the weights of the best checkpoint. The engine's steps stay counted."""
         self._engine().load_checkpoint(self.state.best_model_checkpoint, load_module_only=True)
-
-
-def _steps_per_epoch(config: dict[str, Any], num_examples: int) -> int:
-    """The number of steps per epoch of the loader that `zods.initialize` makes."""
-    selector = config[SECTION].get("selector")
-    if selector is None:
-        return num_examples // config["train_batch_size"]
-    return num_examples // selector["candidates"] * selector.get("interval", 1)
 
 
 class ZOTrainer(ZOTrainerMixin, Trainer):  # type: ignore[misc]  # transformers has few types

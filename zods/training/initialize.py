@@ -17,7 +17,7 @@ from zods.config.auto_values import hidden_size_of, resolve_model_auto, resolve_
 from zods.config.deepspeed_json import FirstOrderConfig, RunConfig, read_config
 from zods.config.optional_packages import check_packages
 from zods.config.schedules import ZerothOrderOptimizer, build_scheduler, step_mistake
-from zods.config.schema import SECTION, ZerothOrderConfig, check_selector
+from zods.config.schema import SECTION, SelectorConfig, ZerothOrderConfig, check_selector
 from zods.data.loader import TrainingLoader, check_dataset
 from zods.data.scores import find_score
 from zods.forward.fused_norms import find_fused_norms
@@ -196,6 +196,16 @@ def _log_start(zo: ZerothOrderConfig, world_size: int, parameters: ShardedParame
         logger.warning(
             "direction.rank %d is reduced to the smaller side of %s%s", direction.rank, named, more
         )
+
+
+def steps_per_epoch(num_examples: int, batch_size: int, selector: SelectorConfig | None) -> int:
+    """The number of steps of a pass over the training data, as the loaders count them.
+
+    batch_size: the train_batch_size.
+    """
+    if selector is not None:
+        return num_examples // selector.candidates * selector.interval
+    return num_examples // batch_size
 
 
 def check_names(run: RunConfig | FirstOrderConfig) -> None:
