@@ -50,7 +50,7 @@ SMOKE: dict[str, tuple[set[str], set[str]]] = {
     ),
     "selection.py --part mixture": (set(), {"part", "choice", "relative_error"}),
     "selection.py --part training": (set(), {"part", "what"}),
-    "selection.py --part recipes": (
+    "selection.py --part recipes --seeds 5": (
         set(),
         {"part", "recipe", "arm", "seed", "steps", "seconds", "loss", "losses"},
     ),
@@ -100,7 +100,7 @@ SMOKE: dict[str, tuple[set[str], set[str]]] = {
 }
 DEFAULT = {"step_time.py", "kernel_speed.py", "trajectory.py --part log"}  # the others take minutes
 # their figures are in benchmarks/results only
-NOT_IN_THE_README = {"selection.py --part scaling", "selection.py --part recipes"}
+NOT_IN_THE_README = {"selection.py --part scaling"}
 
 
 def readme_commands() -> set[str]:
