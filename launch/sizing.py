@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from zods.planning.__main__ import configuration
 from zods.planning.model_shape import BUILT_IN, ModelShape, model_shape, read_model_config
+from zods.planning.proposal import configuration
 from zods.planning.report import GB, plan
 from zods.planning.setup import read_setup
 
@@ -55,7 +55,7 @@ def _on_clusters(shapes: Sequence[ModelShape]) -> Iterator[str]:
             moved = svrg["traffic_per_step"]
             yield _row(
                 *(shape.name, str(nodes), _gb(device["weights"])),
-                *(_gb(device["gathered"] + device["copies"]), _gb(device["activations"])),
+                *(_gb(device["gathered and copies"]), _gb(device["activations"])),
                 *(_total(mezo), _total(svrg), _gb(svrg["per_node"]["host"])),
                 f"{_gb(mezo['traffic_per_step']['gathered'])}; "
                 f"{_gb(moved['gathered'] + moved['anchor_gathered'])}",

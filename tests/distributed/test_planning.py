@@ -1,7 +1,9 @@
-"""Planned bytes against those of real runs on 1 and 2 ranks: shards, anchor, gathers, scalars."""
+"""Planned bytes against those of real runs on 1 and 2 ranks: shards, anchor, gathers, scalars, and
+the peak of a step."""
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,8 +17,9 @@ import zods
 from tests.distributed.gather_counter import GatherCounter
 from tests.distributed.models import configuration, train
 from tests.distributed.ranks import run_ranks
-from zods.params.zero3_adapter import on_nvme
-from zods.planning.memory import anchor_bytes, nvme_buffers, weights_bytes
+from zods.forward.peak_memory import peak_memory
+from zods.params.zero3_adapter import on_nvme, release_gathered
+from zods.planning.memory import anchor_bytes, memory, nvme_buffers, weights_bytes
 from zods.planning.model_shape import model_shape
 from zods.planning.setup import Setup, read_setup
 from zods.planning.traffic import traffic
@@ -74,9 +77,11 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
-def data_of(size: int) -> list[dict[str, torch.Tensor]]:
+def data_of(
+    size: int, length: int = LENGTH, vocabulary: int = VOCABULARY
+) -> list[dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(3, VOCABULARY, (size, LENGTH), generator=generator)
+    ids = torch.randint(3, vocabulary, (size, length), generator=generator)
     return [
         {"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row} for row in ids
     ]
@@ -168,3 +173,69 @@ def test_planned_bytes_are_those_of_a_run(runs, name):
     for rank in runs:
         expected, found = rank[name]
         assert found == expected
+
+
+# --- the peak of a step ---------------------------------------------------------------------------
+
+# Larger models, so that tensors of no use for a plan (masks, positions, losses) hardly count.
+PEAK_BATCH, PEAK_LENGTH = 32, 64
+PEAK_MODELS: dict[str, Any] = {
+    # logits are most of the peak
+    "logits": OPTConfig(
+        **{"vocab_size": 8000, "hidden_size": 96, "word_embed_proj_dim": 96, "ffn_dim": 384},
+        **{"num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 64},
+    ),
+    # activations of the blocks are, and whole parameters count
+    "blocks": LlamaConfig(
+        **{"vocab_size": 1000, "hidden_size": 256, "intermediate_size": 704},
+        **{"num_hidden_layers": 4, "num_attention_heads": 4},
+    ),
+}
+PEAK_CASES: dict[str, dict[str, Any]] = {
+    "mezo": {"method": "mezo"},
+    "low rank": {"method": "mezo", **LOW_RANK},
+    "bf16": {"method": "mezo", "bf16": True},
+    "sequential, cpu": {"method": "mezo", "evaluation": "sequential", "offload": "cpu"},
+    "sequential, bf16": {"method": "mezo", "evaluation": "sequential", "bf16": True},
+    "svrg, cpu": svrg("cpu", "cpu"),
+    "svrg, terms": {**svrg("terms", "terms", **LOW_RANK), "anchor_interval": 4},
+}
+
+
+def rank_of_peaks() -> dict[tuple[str, str], tuple[int, int]]:
+    """(planned, found) peak of a step's tensors in bytes, by model and case."""
+    peaks, ranks = {}, torch.distributed.get_world_size()
+    for kind, model_config in PEAK_MODELS.items():
+        for name, arguments in PEAK_CASES.items():
+            config = configuration(PEAK_BATCH, **arguments)
+            dtype = torch.bfloat16 if arguments.get("bf16") else torch.float32
+            shape = model_shape(kind, model_config, dtype)
+            setup = read_setup(
+                shape, copy.deepcopy(config), world_size=ranks, length=PEAK_LENGTH, on_gpu=False
+            )
+            planned_kinds = memory(setup)
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(model_config).eval()
+            data = data_of(2 * PEAK_BATCH, PEAK_LENGTH, model_config.vocab_size)
+            engine = zods.initialize(model=model, config=config, training_data=data)[0]
+            train(engine, data, range(3))
+            # Kept from an earlier step, neither would count.
+            release_gathered(engine.deepspeed)
+            engine._evaluator._forwards.perturbed.perturber.scratch.__init__()
+            with peak_memory(engine.device) as step:
+                train(engine, data, [3])
+            of_step = ("activations", "gathered and copies")
+            peaks[kind, name] = (sum(planned_kinds[k].device for k in of_step), step.bytes)
+    return peaks
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["1-rank", "2-ranks"])
+def peaks(request: pytest.FixtureRequest) -> Any:
+    return run_ranks(request.param, rank_of_peaks)[0]
+
+
+@pytest.mark.parametrize("name", PEAK_CASES)
+@pytest.mark.parametrize("kind", PEAK_MODELS)
+def test_the_planned_peak_of_a_step_is_within_a_tenth_of_a_runs(peaks, kind, name):
+    expected, found = peaks[kind, name]
+    assert 0.9 < expected / found < 1.1

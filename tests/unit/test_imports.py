@@ -43,9 +43,10 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
         {"deepspeed", "safetensors", "torch", "tqdm"},
     ),
     "planning": (
-        {"config", "core", "params", "forward"},
-        {"deepspeed", "torch", "transformers"},
+        {"files", "config", "params", "forward", "training"},
+        {"deepspeed", "matplotlib", "torch", "transformers"},
     ),
+    "plan": ({"config", "comm", "planning"}, {"torch"}),
     "tasks": ({"files", "data"}, {"datasets", "pyarrow", "torch", "transformers"}),
     "cli": (
         {"files", "config", "comm", "trajectory", "selection", "training", "tasks"},

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,16 @@ import pytest
 import torch
 from transformers import LlamaConfig, OPTConfig
 
-from zods.planning.__main__ import configuration, main, size
-from zods.planning.activations import activations
-from zods.planning.memory import memory, step_forwards
+from zods.config.deepspeed_json import read_config
+from zods.plan import main, size
+from zods.planning.activations import forward_peak
+from zods.planning.first_order import first_order, training_peak
+from zods.planning.memory import copies_of_modules, memory, step_forwards
 from zods.planning.model_shape import ModelShape, model_shape, read_model_config
+from zods.planning.proposal import configuration
+from zods.planning.rates import rates_of_gpu
 from zods.planning.setup import Setup, read_setup
+from zods.planning.step_time import Replicas, refresh_time, replica_time, step_time
 from zods.planning.traffic import traffic
 
 REPOSITORY = Path(__file__).parents[2]
@@ -57,18 +64,36 @@ def test_a_shared_parameter_counts_once():
 
 
 def test_activations_grow_in_proportion_to_the_rows(small):
-    two, eight = (activations(small, rows, 32) for rows in (2, 8))
+    two, eight = (forward_peak(small, rows, 32) for rows in (2, 8))
     assert eight.logits == 4 * two.logits == 8 * 32 * 1000 * 2
-    assert 3.9 < eight.peak / two.peak <= 4
+    assert 3.9 < eight.bytes / two.bytes <= 4
+    assert eight.flops == 4 * two.flops
+
+
+def test_operations_are_two_for_each_weight_and_token_and_those_of_attention(small):
+    matrices = 2 * (4 * 64 * 64 + 3 * 64 * 176) + 64 * 1000
+    attention = 2 * 2 * 64 * 32  # scores and their product with the values, in each of two blocks
+    assert forward_peak(small, 3, 32).flops == 3 * 32 * 2 * (matrices + attention)
+
+
+def test_bytes_held_while_modules_run_count_at_the_time_of_the_activations(small):
+    alone = forward_peak(small, 4, 32).bytes
+    held = [0] * len(small.modules)
+    held[0] = 10**5  # of the embedding, which runs first
+    assert forward_peak(small, 4, 32, held=tuple(held)).bytes == alone
+    held[-1] = 10**9  # of the head
+    assert 10**9 < forward_peak(small, 4, 32, held=tuple(held)).bytes < 10**9 + alone
 
 
 def test_low_rank_directions_need_no_copies_of_matrices(small):
     low_rank, gaussian = (
-        memory(setup_of(small, section={"direction": name}))["copies"].device
-        for name in ("low_rank", "gaussian")
+        copies_of_modules(setup, step_forwards(setup))
+        for setup in (
+            setup_of(small, section={"direction": name}) for name in ("low_rank", "gaussian")
+        )
     )
-    assert gaussian == 2 * 1000 * 64 * 2  # of the head, at the points of a pair
-    assert low_rank < gaussian
+    assert max(gaussian) == 2 * 1000 * 64 * 2  # of the head, at the points of a pair
+    assert max(low_rank) < max(gaussian)
 
 
 def test_points_that_do_not_fit_take_more_forwards(small):
@@ -112,6 +137,9 @@ def test_sizes_are_parsed(text, expected):
         (["--gpu-memory", "80gb"], "found '80gb', expected a number with one of MB, GB"),
         (["--gpus", "0"], "found '0', expected a whole number, 1 or more"),
         (["--method", "adam"], "invalid choice: 'adam'"),
+        (["--link", "fast"], "found 'fast', expected a number with one of MB, GB"),
+        (["--dropout", "2"], "found '2', expected a number, 0 to 1"),
+        (["--tokens", "many"], "found 'many', expected a number, 1 or more"),
     ],
 )
 def test_wrong_options_are_refused(options, said, capsys):
@@ -135,22 +163,139 @@ def test_a_wrong_model_is_refused_in_one_line(content, said, tmp_path, capsys):
     file.write_text(content)
     assert main(["--model", str(file)]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"zods.planning: error: --model {file}: ")
+    assert error.startswith(f"zods.plan: error: --model {file}: ")
     assert said in error
     assert error.count("\n") == 1
 
 
-def test_the_command_prints_a_table_and_the_same_figures_as_json(tmp_path, capsys):
+@pytest.fixture
+def small_model(tmp_path: Path) -> str:
     (tmp_path / "config.json").write_text(json.dumps(SMALL.to_dict()))
-    command = ["--model", str(tmp_path), "--gpus", "2", "--nodes", "2", "--gpu-memory", "1MB"]
-    assert main(command) == 0
-    assert "does not fit 0.001 GB of device memory" in capsys.readouterr().out
-    assert main([*command, "--json"]) == 0
-    planned = json.loads(capsys.readouterr().out)
-    assert (planned["ranks"], planned["fits"]) == (4, False)
+    return str(tmp_path)
+
+
+def planned_by(capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, Any]:
+    assert main([*options, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_command_prints_a_table_and_the_same_figures_as_json(small_model, capsys):
+    command = ["--model", small_model, "--gpus", "2", "--nodes", "2", "--tokens", "1e6"]
+    planned = planned_by(capsys, *command)
+    assert planned["ranks"] == 4
     assert planned["memory"]["total"]["device"] == sum(
         of_kind["device"] for kind, of_kind in planned["memory"].items() if kind != "total"
     )
+    assert planned["steps"] == -(-(10**6) // (4 * 8 * 512))
+    assert planned["seconds"] == planned["steps"] * planned["step_seconds"]["total"]
+    assert main(command) == 0
+    table = capsys.readouterr().out
+    assert f"{planned['steps']:,} steps of 16,384 tokens" in table
+    assert f"{planned['bound']} bound a step" in table
+    assert json.loads(table[table.index("\n{") :]) == planned["config"]
+
+
+# (options, how the proposal stores the parameters, micro-batch) by what is planned
+CLUSTERS: dict[str, tuple[str, str | None, int]] = {
+    "one consumer's GPU": ("--model 7b --gpus 1 --gpu-memory 24GB", None, 8),
+    "a GPU smaller than the model": (
+        "--model 7b --gpus 1 --gpu-memory 8GB --host-memory 64GB",
+        "cpu",
+        8,
+    ),
+    "less host memory than the model": (
+        "--model 13b --gpus 1 --gpu-memory 8GB --host-memory 16GB --nvme 1TB",
+        "nvme",
+        8,
+    ),
+    "a node": ("--model 70b --gpus 8 --gpu A100 --method mezo_svrg --host-memory 1TB", None, 8),
+    "a node of little memory": (
+        "--model 70b --gpus 8 --gpu-memory 20GB --method mezo_svrg --host-memory 64GB --nvme 8TB",
+        None,
+        4,
+    ),
+    "64 nodes": ("--model 70b --gpus 8 --nodes 64 --gpu H100 --batch 32", None, 32),
+}
+
+
+@pytest.mark.parametrize(("options", "offload", "micro_batch"), CLUSTERS.values(), ids=[*CLUSTERS])
+def test_a_proposal_is_a_valid_configuration_that_fits(options, offload, micro_batch, capsys):
+    planned = planned_by(capsys, *options.split())
+    config = read_config(planned["config"], planned["ranks"])
+    assert planned["fits"]
+    assert config.deepspeed["train_micro_batch_size_per_gpu"] == micro_batch
+    offloaded = config.deepspeed["zero_optimization"].get("offload_param")
+    assert (offloaded and offloaded["device"]) == offload
+
+
+def test_a_cluster_that_is_too_small_is_told_the_smallest_change(capsys):
+    assert main(["--model", "70b", "--gpus", "1", "--gpu-memory", "80GB", "--offload", "none"]) == 2
+    error = capsys.readouterr().err
+    assert "no configuration of 1 nodes of 1 GPUs fits" in error
+    needed = re.search(r"--gpu-memory (\d+)GB instead of 80GB", error)
+    assert needed is not None
+    enough = f"--model 70b --gpus 1 --gpu-memory {needed[1]}GB --offload none"
+    assert planned_by(capsys, *enough.split())["fits"]
+
+
+RATES = rates_of_gpu("A100", bf16=True)
+
+
+def time_of(model: ModelShape, **how: Any) -> dict[str, float]:
+    ranks, per_node = how.pop("ranks", 4), how.pop("per_node", 4)
+    return step_time(setup_of(model, ranks, **how), how.get("rates", RATES), per_node).phases
+
+
+def test_time_of_gathers_follows_the_slower_of_the_links(small):
+    moved = traffic(setup_of(small)).gathered
+    latency = len(small.modules) * RATES.latency
+    assert time_of(small)["gathers"] == pytest.approx(moved / RATES.node_link + latency)
+    assert time_of(small, per_node=2)["gathers"] == pytest.approx(moved / RATES.link + latency)
+    assert time_of(small, ranks=1)["gathers"] == 0
+
+
+def test_a_step_takes_its_longest_part_where_parts_overlap_and_their_sum_elsewhere(small):
+    setup = setup_of(small, offload="cpu")
+    overlapping = step_time(setup, RATES, 2)
+    in_turn = step_time(setup, replace(RATES, overlaps=False), 2)
+    assert overlapping.phases == in_turn.phases
+    assert in_turn.total == pytest.approx(sum(in_turn.phases.values()))
+    rest = sum(overlapping.phases[name] for name in ("update", "scalars"))
+    assert overlapping.total == pytest.approx(overlapping.phases[overlapping.bound] + rest)
+    assert overlapping.bound == "gathers"
+
+
+def test_a_refresh_costs_two_forwards_of_every_example_per_interval(small):
+    setup = setup_of(small, method="mezo_svrg", section={"anchor_interval": 50})
+    of_example = forward_peak(small, 2, 32).flops / RATES.flops
+    expected = 1000 * of_example / 4 / 50
+    assert refresh_time(setup, RATES, 1000) == pytest.approx(expected)
+    assert "refresh" in step_time(setup, RATES, 4, examples=1000).phases
+
+
+def test_replicas_wait_for_two_delays_and_the_leaders_messages(small):
+    setup = setup_of(small)
+    near, far = (Replicas(3, delay, 1e6) for delay in (0.0, 0.1))
+    assert replica_time(setup, far) == pytest.approx(replica_time(setup, near) + 0.2)
+    assert replica_time(setup, Replicas(5, 0.0, 1e6)) == 2 * replica_time(setup, near)
+    assert replica_time(setup, Replicas(1, 0.1, 1e6)) == 0
+
+
+def test_first_order_training_holds_states_and_activations(small):
+    setup = setup_of(small)
+    others = first_order(setup, RATES, 4)
+    adamw, lora = others["AdamW"], others["LoRA + AdamW"]
+    states = (16 - 2) * -(-small.numel // 4)
+    assert adamw.device_bytes - lora.device_bytes == states
+    # every block keeps its activations for the backward pass
+    alone = forward_peak(small, 8, 32).bytes
+    assert training_peak(small, 8, 32) > 2 * alone
+    assert adamw.time.phases["forwards"] == pytest.approx(1.5 * lora.time.phases["forwards"])
+
+
+def test_planning_for_ten_thousand_nodes_plots_a_step_time_for_each(small_model, tmp_path):
+    assert main(["--model", small_model, "--plot", str(tmp_path / "nodes.png")]) == 0
+    assert (tmp_path / "nodes.png").read_bytes()[:4] == b"\x89PNG"
 
 
 @pytest.mark.launched

@@ -9,40 +9,58 @@ kernel: its output and the padding mask in the dtype of the queries, without a m
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from zods.forward.peak_memory import peak_memory
 from zods.planning.model_shape import ModelShape
 
-# Elements of logits that the loss converts to float32 at a time; see `zods.data.objectives`.
-_LOSS_CHUNK = 1 << 24
-_LOSS_COPIES = 2  # float32 logits of a chunk, and their log-softmax
+# Elements of logits that the loss handles at a time; see `zods.data.objectives`.
+_LOSS_CHUNK, _LOSS_CHUNK_ON_CPU = 1 << 24, 1 << 20
 
 
-class Activations(NamedTuple):
-    """Bytes of the tensors of one inference forward and of the losses after it.
+class ForwardPeak(NamedTuple):
+    """The peak of one inference forward with its losses.
 
-    peak: the largest size at any time, logits included. logits: the part of it that is alive to the
-    end. Both grow in proportion to the rows.
+    bytes: the largest size at any time of the tensors that the forward makes and of the parameters
+    that are held while its modules run. logits: bytes of the logits. flops: floating-point
+    operations of its matrix products, 2 for each multiplication with its addition.
     """
 
-    peak: int
+    bytes: int
     logits: int
+    flops: int
 
 
 @functools.cache
-def activations(model: ModelShape, rows: int, length: int) -> Activations:
+def forward_peak(
+    model: ModelShape,
+    rows: int,
+    length: int,
+    *,
+    held: tuple[int, ...] = (),
+    on_gpu: bool = True,
+    own_loss_rows: int = 0,
+) -> ForwardPeak:
     """Run a forward of (rows, length) tokens on fake tensors.
 
-    The batch has a padding mask, as a batch of examples of different lengths does. Raises ValueError
-    where the model's forward needs the values of its tensors.
+    held: bytes that exist while each of `model.modules` runs, besides the tensors of its forward;
+    none by default. on_gpu: whether the losses are computed on larger parts of the logits at a time,
+    as on a GPU. own_loss_rows: rows of which the model itself computes a loss at a time, on all their
+    logits at once. The batch has a padding mask, as a batch of examples of different lengths does.
+    Raises ValueError where the model's forward needs the values of its tensors.
     """
+    counter = FlopCounterMode(display=False)
+    attention = FusedAttention()
     try:
-        with model.mode, torch.no_grad(), _FusedAttention():
+        with model.mode, torch.no_grad(), attention, _holding(model, held), counter:
             ids = torch.zeros(rows, length, dtype=torch.long)
             with peak_memory(torch.device("cpu")) as peak:
                 outputs = model.module(
@@ -55,18 +73,65 @@ def activations(model: ModelShape, rows: int, length: int) -> Activations:
             f"without values: {first}"
         ) from error
     logits = outputs.logits
-    of_loss = _LOSS_COPIES * 4 * min(logits.numel(), _LOSS_CHUNK)
-    return Activations(max(peak.bytes, logits.nbytes + of_loss), logits.nbytes)
+    chunk = _LOSS_CHUNK if on_gpu else _LOSS_CHUNK_ON_CPU
+    at_once = max(min(logits.numel(), chunk), own_loss_rows * logits[0].numel())
+    copies = 1 if logits.dtype == torch.float32 else 2  # log-softmax, and float32 logits
+    of_losses = logits.nbytes + 4 * copies * at_once
+    flops = counter.get_total_flops() + attention.flops
+    return ForwardPeak(max(peak.bytes, of_losses), logits.nbytes, flops)
 
 
-class _FusedAttention(TorchFunctionMode):
-    """Replace scaled_dot_product_attention by its output alone."""
+@contextmanager
+def _holding(model: ModelShape, held: tuple[int, ...]) -> Iterator[None]:
+    """While one of the model's modules runs, hold as many bytes as `held` gives for it."""
+    buffers: dict[torch.nn.Module, Tensor] = {}
+
+    def hold(size: int, module: torch.nn.Module, _: Any) -> None:
+        buffers[module] = torch.empty(size, dtype=torch.uint8)
+
+    def release(module: torch.nn.Module, _: Any, __: Any) -> None:
+        del buffers[module]
+
+    hooks = []
+    for (module, _), size in zip(model.modules, held, strict=False):
+        hooks.append(module.register_forward_pre_hook(functools.partial(hold, size)))
+        hooks.append(module.register_forward_hook(release))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class FusedAttention(TorchFunctionMode):
+    """Replace scaled_dot_product_attention by its output alone.
+
+    flops: of its two products, over the whole square of positions as `torch.utils.flop_counter`
+    counts them.
+    """
+
+    flops = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is not functional.scaled_dot_product_attention:
             return func(*args, **kwargs)
-        query, mask = args[0], kwargs.get("attn_mask")
+        query, key, mask = args[0], args[1], kwargs.get("attn_mask")
         if mask is not None and mask.dtype == torch.bool:
             mask = mask.to(query.dtype)  # as torch does, for the time of the call
-        return torch.empty_like(query)
+        self.flops += 4 * query.numel() * key.shape[-2]
+        return _Attention.apply(*args[:3])
+
+
+class _Attention(torch.autograd.Function):
+    """The output of an attention kernel, which keeps its inputs and output for a backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(given) for given in ctx.saved_tensors[:3])

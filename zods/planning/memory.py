@@ -7,6 +7,7 @@ are the largest.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from zods.forward.large_matrices import BLOCK_BYTES, MOST_ROWS, is_large
 from zods.forward.low_rank import product_of
 from zods.params.anchor_stores import ALIGNMENT
 from zods.params.zero3_adapter import smallest_on_nvme
-from zods.planning.activations import activations
+from zods.planning.activations import forward_peak
 from zods.planning.model_shape import ParameterShape
 from zods.planning.setup import Setup
 
@@ -52,23 +53,36 @@ class StepForwards(NamedTuple):
 
 
 def memory(setup: Setup) -> dict[str, Bytes]:
-    """Memory of one rank, by kind.
+    """Memory of one rank, by kind. The sum is the peak of a step.
 
-    weights: this rank's shards. gathered: whole parameters, see `gathered_bytes`. copies: see
-    `copies_bytes`. activations: of a forward of all its points, with logits and losses.
-    anchor point, anchor gradient: of MeZO-SVRG. NVMe buffers: of async_io.
+    weights: this rank's shards. activations: of a forward of all its points, with logits and losses.
+    gathered and copies: what whole parameters (`gathered_of_modules`) and perturbed copies
+    (`copies_of_modules`) add to the peak of the activations. anchor point, anchor gradient: of
+    MeZO-SVRG. NVMe buffers: of async_io.
     """
     forwards = step_forwards(setup)
-    of_forward = activations(setup.model, forwards.rows, setup.length).peak
+    staying, gathered = gathered_of_modules(setup)
+    held = tuple(map(operator.add, gathered, copies_of_modules(setup, forwards)))
+    alone, whole = (_forward_bytes(setup, forwards.rows, held=held_of) for held_of in ((), held))
     return {
         "weights": weights_bytes(setup),
-        "gathered": Bytes(gathered_bytes(setup)),
-        "copies": Bytes(copies_bytes(setup, forwards)),
-        "activations": Bytes(of_forward),
+        "activations": Bytes(alone),
+        "gathered and copies": Bytes(staying + whole - alone),
         "anchor point": anchor_bytes(setup, "point"),
         "anchor gradient": anchor_bytes(setup, "gradient"),
         "NVMe buffers": nvme_buffers(setup),
     }
+
+
+def _forward_bytes(setup: Setup, rows: int, held: tuple[int, ...] = ()) -> int:
+    return forward_peak(
+        setup.model,
+        rows,
+        setup.length,
+        held=held,
+        on_gpu=setup.on_gpu,
+        own_loss_rows=0 if setup.form == "stacked" else setup.rows_of_point,
+    ).bytes
 
 
 def total(amounts: Sequence[Bytes]) -> Bytes:
@@ -154,8 +168,9 @@ def _aligned(size: int, alignment: int) -> int:
 # --- gathered parameters --------------------------------------------------------------------------
 
 
-def gathered_bytes(setup: Setup) -> int:
-    """The most bytes of whole parameters that ZeRO-3 holds at once in a forward; an upper bound.
+def gathered_of_modules(setup: Setup) -> tuple[int, list[int]]:
+    """Bytes of whole parameters that ZeRO-3 holds: to the end of a forward, and besides them while
+    each of `ModelShape.modules` runs; an upper bound.
 
     While a module runs, it holds the module's parameters and those that it has prefetched: the next
     ones in the order of the forward, until they have stage3_prefetch_bucket_size elements or all
@@ -169,21 +184,22 @@ def gathered_bytes(setup: Setup) -> int:
     stays = {p for p in model.parameters if p.numel <= zero.param_persistence_threshold}
     if model.numel < zero.max_reuse_distance:
         stays |= set(model.shared)
-    staying = sum(p.bytes for p in stays)
     order = [[p for p in own if p not in stays] for _, own in model.modules]
-    most = 0
+    held_bytes = []
     for k, own in enumerate(order):
         following = [p for of_module in order[k + 1 :] for p in of_module]
         live = sum(p.numel for p in (*own, *stays))
         ahead = list(
             _prefetched(following, min(zero.prefetch_bucket_size, zero.max_live_parameters - live))
         )
-        held = [*own, *ahead]
-        buffers = sum(sum(p.bytes for p in group) for group in (own, ahead) if len(group) > 1)
-        offloaded = (p for p in held if stored_on(setup, p) != "device" and setup.on_gpu)
+        offloaded = (p for p in (*own, *ahead) if stored_on(setup, p) != "device" and setup.on_gpu)
         loaded = sum(p.padded_numel(setup.world_size) * p.dtype.itemsize for p in offloaded)
-        most = max(most, sum(p.bytes for p in held) + buffers + loaded)
-    return staying + most
+        whole = 0
+        if setup.world_size > 1:
+            buffers = [group for group in (own, ahead) if len(group) > 1]
+            whole = sum(p.bytes for group in (own, ahead, *buffers) for p in group)
+        held_bytes.append(whole + loaded)
+    return sum(p.bytes for p in stays) if setup.world_size > 1 else 0, held_bytes
 
 
 def _prefetched(following: Sequence[ParameterShape], most: int) -> Iterator[ParameterShape]:
@@ -209,8 +225,7 @@ def step_forwards(setup: Setup) -> StepForwards:
     """
     points, groups = 2 * setup.pairs, setup.most_groups
     if setup.form == "sequential":
-        rows = -(-setup.micro_batch // groups)
-        return StepForwards(rows, 1, points * groups * setup.accumulation)
+        return StepForwards(setup.rows_of_point, 1, points * groups * setup.accumulation)
     streams = min(_streams_that_fit(setup), points)
     number = -(-points // streams) * setup.accumulation
     return StepForwards(streams * setup.micro_batch, streams, number)
@@ -223,12 +238,12 @@ def _streams_that_fit(setup: Setup) -> int:
     kept = [weights_bytes(setup), anchor_bytes(setup, "point"), anchor_bytes(setup, "gradient")]
     free = (setup.gpu_memory or 0) - total(kept).device
     budget = free / 2 if given is None else given * 2**30
-    of_pair = activations(setup.model, 2 * setup.micro_batch, setup.length).peak
+    of_pair = _forward_bytes(setup, 2 * setup.micro_batch)
     return 2 * max(1, int(budget / of_pair))
 
 
-def copies_bytes(setup: Setup, forwards: StepForwards) -> int:
-    """The most bytes of perturbed copies and of the anchor's point that a module needs.
+def copies_of_modules(setup: Setup, forwards: StepForwards) -> list[int]:
+    """Bytes of perturbed copies and of the anchor's point, for each of `ModelShape.modules`.
 
     Copies exist for one module at a time: two of each parameter where points are stacked, one
     otherwise. Of a linear layer's weight of 64 MiB or more there are copies of 16 MiB, of an
@@ -237,9 +252,7 @@ def copies_bytes(setup: Setup, forwards: StepForwards) -> int:
     since the refresh where the anchor's point is kept as terms. A stored point is gathered whole for
     the module. Source: `zods.forward.module_runners`, `matrix_forwards` and `large_matrices`.
     """
-    return max(
-        _copies_of_module(setup, module, own, forwards) for module, own in setup.model.modules
-    )
+    return [_copies_of_module(setup, module, own, forwards) for module, own in setup.model.modules]
 
 
 def _copies_of_module(
@@ -264,9 +277,7 @@ def _low_rank_numbers(setup: Setup, forwards: StepForwards) -> int:
     zo = setup.config.zeroth_order
     columns = forwards.streams // 2 * setup.most_groups
     if zo.is_svrg and zo.anchor.point == "terms":
-        batch = setup.config.deepspeed["train_batch_size"]
-        of_group = batch if zo.examples_per_direction == "all" else zo.examples_per_direction
-        per_step = -(-batch // of_group) * zo.num_directions
+        per_step = setup.num_groups * zo.num_directions
         columns += per_step * zo.anchor_interval + zo.anchor_directions
     return columns * zo.direction.rank
 

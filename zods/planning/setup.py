@@ -14,7 +14,6 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from zods.config.auto_values import hidden_size_of, resolve_model_auto, resolve_offload_buffers
 from zods.config.deepspeed_json import RunConfig, read_config
-from zods.core.example_groups import divide, group_starts, positions_of
 from zods.planning.model_shape import ModelShape
 
 
@@ -73,12 +72,20 @@ class Setup:
         zo = self.config.zeroth_order
         return zo.num_directions if zo.is_svrg else 0
 
-    def groups_of(self, rank: int, micro: int) -> list[int]:
-        """The groups of examples with directions of their own in a rank's micro-batch."""
-        zo, batch = self.config.zeroth_order, self.config.deepspeed["train_batch_size"]
-        positions = positions_of(batch, self.accumulation, micro, (rank, self.world_size))
-        starts = group_starts(batch, zo.examples_per_direction)
-        return [group.index for group in divide(positions, starts)]
+    @property
+    def examples_of_group(self) -> int:
+        """Examples of a step that share directions."""
+        asked = self.config.zeroth_order.examples_per_direction
+        return self.config.deepspeed["train_batch_size"] if asked == "all" else int(asked)
+
+    def groups_of(self, rank: int, micro: int) -> range:
+        """The groups of examples with directions of their own in a rank's micro-batch.
+
+        Each rank has a run of consecutive examples; see `zods.core.example_groups`.
+        """
+        first = (micro * self.world_size + rank) * self.micro_batch
+        size = self.examples_of_group
+        return range(first // size, (first + self.micro_batch - 1) // size + 1)
 
     @functools.cached_property
     def most_groups(self) -> int:
@@ -88,6 +95,16 @@ class Setup:
             for rank in range(self.world_size)
             for micro in range(self.accumulation)
         )
+
+    @property
+    def num_groups(self) -> int:
+        """The groups of examples with directions of their own in a step, over all ranks."""
+        return -(-self.config.deepspeed["train_batch_size"] // self.examples_of_group)
+
+    @property
+    def rows_of_point(self) -> int:
+        """The most rows of a micro-batch that are evaluated at one point."""
+        return -(-self.micro_batch // self.most_groups)
 
 
 def read_setup(
