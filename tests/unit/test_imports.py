@@ -43,7 +43,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
         {"deepspeed", "safetensors", "torch", "tqdm"},
     ),
     "planning": (
-        {"files", "config", "params", "forward", "training"},
+        {"files", "config", "comm", "params", "forward", "training"},
         {"deepspeed", "matplotlib", "torch", "transformers"},
     ),
     "plan": ({"config", "comm", "planning"}, {"torch"}),

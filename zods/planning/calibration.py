@@ -18,6 +18,7 @@ import torch
 import transformers
 from deepspeed.accelerator import get_accelerator
 
+from zods.comm.communicator import Communicator
 from zods.planning.activations import forward_peak
 from zods.planning.memory import step_forwards
 from zods.planning.rates import Rates
@@ -30,7 +31,7 @@ WARM_UP = 5
 
 
 def measured_step_time(
-    setup: Setup, config: Mapping[str, Any], comm: Any, *, num_steps: int = 5
+    setup: Setup, config: Mapping[str, Any], comm: Communicator, *, num_steps: int = 5
 ) -> float:
     """Seconds of a step of the whole model, from measurements at `DEPTHS`.
 
@@ -45,16 +46,17 @@ def measured_step_time(
             "--calibrate makes smaller models. Plan without --calibrate."
         )
     few, more = (min(blocks, depth) for blocks in DEPTHS)
-    of_few = _time_at(setup, config, few, comm, num_steps)
+    of_few = step_time_at(setup, config, few, comm, num_steps)
     if few == more:
         return of_few
-    per_block = max(0.0, _time_at(setup, config, more, comm, num_steps) - of_few) / (more - few)
+    per_block = max(0.0, step_time_at(setup, config, more, comm, num_steps) - of_few) / (more - few)
     return of_few + per_block * (depth - few)
 
 
-def _time_at(
-    setup: Setup, config: Mapping[str, Any], blocks: int, comm: Any, num_steps: int
+def step_time_at(
+    setup: Setup, config: Mapping[str, Any], blocks: int, comm: Communicator, num_steps: int
 ) -> float:
+    """Seconds of a step of the model with so many blocks and random weights. Collective."""
     shape = copy.deepcopy(setup.model.config)
     shape.num_hidden_layers = blocks
     torch.manual_seed(0)
@@ -65,7 +67,10 @@ def _time_at(
     data: Any = [
         {"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row} for row in ids
     ]
-    engine = initialize(model=model, config=copy.deepcopy(dict(config)), training_data=data)[0]
+    # a given step size, which "auto" would have to measure first
+    section = {**config["zeroth_order"], "lr": 1e-9}
+    given = {**copy.deepcopy(dict(config)), "zeroth_order": section}
+    engine = initialize(model=model, config=given, training_data=data)[0]
     times = []
     for number in range(WARM_UP + num_steps):
         began = time.perf_counter()
