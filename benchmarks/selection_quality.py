@@ -15,8 +15,8 @@ from selection_models import BUDGET, CANDIDATES, Row, decoder, first_order, prep
 from torch import Tensor
 
 from zods.config.schema import SelectorConfig
-from zods.data.loader import epoch_order
 from zods.data.objectives import example_losses
+from zods.data.order import epoch_order
 from zods.selection import facility_location as fl
 from zods.selection.features import FeatureExtractor
 from zods.selection.selector import NEEDS, CandidateBatch, Selector

@@ -35,7 +35,7 @@ from tests.distributed.ranks import run_ranks
 from tests.reference.dense import DenseReference, loss_of_module, named_parameters_of
 from zods.core.directions import derive_seed
 from zods.core.example_groups import part_starts
-from zods.data.loader import anchor_order
+from zods.data.order import anchor_order
 
 STEPS = 20
 BATCH = 8

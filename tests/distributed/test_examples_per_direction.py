@@ -24,7 +24,7 @@ from tests.helpers import LogTexts
 from tests.reference.dense import DenseReference, loss_of_module, named_parameters_of
 from zods.core.directions import derive_seed
 from zods.core.example_groups import part_starts
-from zods.data.loader import anchor_order
+from zods.data.order import anchor_order
 from zods.training.resume import LOG_NAME
 from zods.trajectory.log import read_log
 from zods.trajectory.records import Refresh, Step

@@ -16,7 +16,7 @@ from tests.reference.dense import DenseReference, loss_of_module, named_paramete
 from zods.core.directions import derive_seed
 from zods.core.example_groups import group_starts, part_starts
 from zods.core.noise_scale import NoiseScale, Spread, measure, precision
-from zods.data.loader import anchor_order
+from zods.data.order import anchor_order
 
 BATCH, LENGTH = 8, 6
 SECTION = {"method": "mezo", "eps": 1e-2, "lr": 1e-3, "seed": 5}

@@ -60,6 +60,13 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
             },
         },
     ),
+    "stage 0, by length, workers": (
+        2,
+        {
+            "zero_optimization": {"stage": 0},
+            "zeroth_order": {"lr": 1e-3, "group_by_length": True, "dataloader_num_workers": 1},
+        },
+    ),
     "stage 3, sub-batches": (
         1,
         {
@@ -442,7 +449,7 @@ def rank_of_refusals(folder: Path) -> dict[str, str]:
         "smoothing": lambda: args(label_smoothing_factor=0.1),
         "neftune": lambda: args(neftune_noise_alpha=5.0),
         "auto batch": lambda: args(auto_find_batch_size=True),
-        "sampling": lambda: args(train_sampling_strategy="group_by_length"),
+        "sampling": lambda: args(train_sampling_strategy="sequential"),
         "replicas": lambda: args({"zeroth_order": {"replicas": {"store": "localhost:1"}}}),
         "other arguments": lambda: trainer(args=plain),
         "optimizer": lambda: trainer(optimizers=(sgd, None)),
@@ -467,7 +474,7 @@ EXPECTED = {
     "smoothing": ["label_smoothing_factor: found 0.1"],
     "neftune": ["neftune_noise_alpha: found 5.0"],
     "auto batch": ["auto_find_batch_size: must be false"],
-    "sampling": ["train_sampling_strategy: found 'group_by_length'", '"random"'],
+    "sampling": ["train_sampling_strategy: found 'sequential'", '"group_by_length"'],
     "replicas": ["zeroth_order.replicas: not supported", "zods.initialize"],
     "other arguments": ["args: found TrainingArguments", "ZOTrainingArguments"],
     "optimizer": ["optimizers: must be left out", "lr_scheduler_type"],

@@ -57,6 +57,8 @@ def test_a_command_without_a_configuration_or_with_two_is_refused(options, messa
         (["--lora_rank", "0"], "error: --lora_rank: found 0, must be 1 or more"),
         (["--task", "none"], "argument --task: found 'none', allowed are classification, prompted"),
         (["--task", "stt2"], "Did you mean 'sst2'?"),
+        (["--mixture_weights", "a=1,a=2"], "found 'a=1,a=2', expected each source once"),
+        (["--mixture_weights", "a,b"], "found 'a,b', expected each source once"),
         (["--task", "custom"], "--task custom and --task_file go together"),
         (["--task_file", "t.yaml"], "--task_file belongs to a task that brings its own data"),
         (["--data_dir", "d"], "--data_dir belongs to a task that brings its own data"),
@@ -119,6 +121,32 @@ def test_values_of_the_command_line_are_parsed():
     assert (arguments.run.plot, arguments.run.save_model) == (True, False)
     default = parse_arguments(["--deepspeed", "c.json", *REQUIRED]).data.held_out.value
     assert default == 0.1
+
+
+def merged(tmp_path, section, *words):
+    """The section "zeroth_order" of a run with a JSON that has this section."""
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps({"train_batch_size": 4, "zeroth_order": section}))
+    return merged_config(parse_arguments(["--deepspeed", str(path), *words]))["zeroth_order"]
+
+
+def test_weights_and_the_column_of_their_sources_make_a_mixture(tmp_path):
+    mixture = {"source_column": "kind", "weights": {"code": 2.0, "a=b": 0.5}}
+    weights = ["--mixture_weights", "code=2, a=b=0.5"]
+    found = merged(tmp_path, {}, *REQUIRED, *weights, "--source_column", "kind")
+    assert (found["mixture"], found.get("selector")) == (mixture, None)
+    written = {"mixture": {"source_column": "kind", "weights": {"code": 1}}}
+    assert merged(tmp_path, written, *REQUIRED, *weights)["mixture"] == mixture
+    own = ["--model", "m", "--output_dir", "o", "--task", "mathinstruct", *weights]
+    assert merged(tmp_path, {}, *own)["mixture"]["source_column"] == "source"
+    with pytest.raises(ValueError, match=r"--mixture_weights: given without --source_column"):
+        merged(tmp_path, {}, *REQUIRED, *weights)
+
+
+def test_options_of_the_loader_hold_with_an_optimizer_too(tmp_path):
+    words = ["--optimizer", "adamw", "--lr", "1e-3", "--group_by_length"]
+    found = merged(tmp_path, {}, *REQUIRED, *words, "--dataloader_num_workers", "2")
+    assert found == {"group_by_length": True, "dataloader_num_workers": 2}
 
 
 def test_a_declared_task_needs_no_data_and_selects_by_its_source(tmp_path):

@@ -25,6 +25,7 @@ from zods.config.schema import (
     AnchorConfig,
     AnnealConfig,
     DirectionConfig,
+    MixtureConfig,
     ReplicasConfig,
     SelectorConfig,
     ZerothOrderConfig,
@@ -74,6 +75,9 @@ DEFAULTS = {
     "stream_memory_gb": None,
     "fused_norm": "auto",
     "seed": 42,
+    "group_by_length": False,
+    "mixture": None,
+    "dataloader_num_workers": 0,
     "weight_decay": 0.0,
     "anneal": None,
     "normalize": True,
@@ -159,6 +163,7 @@ INTEGERS = {
     "seed": ([0, 1, 2**63 - 1], [2**63, 2**64, None, *NOT_WHOLE]),
     "agreement_interval": ([1, 1000], [0, None, *NOT_WHOLE]),
     "max_nonfinite_steps": ([0, 5], [None, *NOT_WHOLE]),
+    "dataloader_num_workers": ([0, 4], [None, *NOT_WHOLE]),
     "direction.rank": ([1], [0, None, *NOT_WHOLE]),
     "anchor.buffer_count": ([1, 2, 8], [0, None, *NOT_WHOLE]),
     "replicas.index": ([0, 7], [None, *NOT_WHOLE]),
@@ -176,6 +181,7 @@ BOOLEANS = {
     key: ([True, False], NOT_BOOLEANS)
     for key in (
         *("share_direction", "normalize", "stochastic_rounding", "anchor_split"),
+        "group_by_length",
         *("anchor.pin_memory", "selector.two_sided"),
     )
 }
@@ -213,6 +219,7 @@ SECTIONS = {
     "direction": ([{}], [None, 1, [], True]),
     "anneal": ([{}], [1, "on", [], True, False, "auto"]),
     "replicas": ([], [1, "on", [], True, False, "auto"]),
+    "mixture": ([], [1, "on", [], True, False, "auto"]),
 }
 TEXTS = {
     "anchor.nvme_path": ([], [1, True, [], {}, "auto"]),
@@ -225,6 +232,8 @@ TEXTS = {
     "selector.target_file": ([None, "target.jsonl"], [1, True, [], {}, "auto"]),
     "selector.pattern": ([None, "v_proj"], [1, True, [], {}, "auto"]),
     "selector.quotas": ([None], [1, True, [], {}]),
+    "mixture.source_column": (["source"], [None, 1, True, [], {}, "auto"]),
+    "mixture.weights": ([{"a": 1.0, "b": 0.25}], [None, 1, True, [], {}]),
 }
 KEYS = {**FLOATS, **INTEGERS, **BOOLEANS, **NAMES, **SECTIONS, **TEXTS}
 
@@ -232,7 +241,11 @@ KEYS = {**FLOATS, **INTEGERS, **BOOLEANS, **NAMES, **SECTIONS, **TEXTS}
 def nested(path: str, value) -> dict:
     """{"a": {"b": value}} for "a.b"."""
     first, _, rest = path.partition(".")
-    needed = {"selector": {"candidates": 16}, "replicas": {"store": "host:1"}}.get(first, {})
+    needed = {
+        "selector": {"candidates": 16},
+        "replicas": {"store": "host:1"},
+        "mixture": {"source_column": "s", "weights": {"a": 1}},
+    }.get(first, {})
     others = {"method": "mezo_svrg"} if first in SVRG_ONLY else {}
     if first == "objective":
         others = {"lr": 1e-3}
@@ -380,6 +393,7 @@ def test_every_key_is_in_these_tests():
         (DirectionConfig, "direction."),
         (SelectorConfig, "selector."),
         (ReplicasConfig, "replicas."),
+        (MixtureConfig, "mixture."),
     ):
         assert {prefix + name for name in cls.model_fields} <= set(KEYS)
 
@@ -1231,3 +1245,23 @@ def test_an_objective_without_gradients_has_a_step_size_and_a_mean_over_examples
         parse_section({"objective": "accuracy"})
     taken = parse_section({"objective": "accuracy", "lr": 1e-3})
     assert (taken.averages, parse_section({}).averages) == ("examples", "tokens")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("group_by_length", True),
+        ("mixture", {"source_column": "s", "weights": {"a": 1}}),
+        ("dataloader_num_workers", 2),
+    ],
+)
+def test_keys_of_the_loader_are_refused_with_a_selector_and_the_reason(key, value):
+    section = {key: value, "selector": {"candidates": 16}}
+    refused(config(section), f"{SECTION}.{key}: given with {SECTION}.selector, but ")
+    assert getattr(read_config(config({key: value}), 1).zeroth_order, key)
+
+
+@pytest.mark.parametrize("weight", [0, -1, "1", None])
+def test_a_weight_of_a_mixture_is_positive(weight):
+    section = {"mixture": {"source_column": "s", "weights": {"a": 1, "b": weight}}}
+    refused(config(section), f"{SECTION}.mixture.weights.b: found {weight!r}")

@@ -11,7 +11,8 @@ import torch
 from torch.utils.data import Dataset
 
 from zods.core.example_groups import divide, group_starts, part_starts, positions_of
-from zods.data.loader import TrainingLoader, WholePass, anchor_order, check_dataset, epoch_order
+from zods.data.loader import TrainingLoader, WholePass, check_dataset
+from zods.data.order import anchor_order, epoch_order
 
 
 class Numbers(Dataset):

@@ -19,7 +19,7 @@ from zods.core.directions import derive_seed
 from zods.core.estimators import Term, descend, projected_grads, spsa, svrg
 from zods.core.example_groups import part_starts
 from zods.core.update_rule import StepRule
-from zods.data.loader import anchor_order
+from zods.data.order import anchor_order
 from zods.kernels import DISTRIBUTIONS, direction
 
 D = 50

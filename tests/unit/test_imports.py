@@ -49,7 +49,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "plan": ({"config", "comm", "planning"}, {"torch"}),
     "tasks": ({"files", "data"}, {"datasets", "pyarrow", "torch", "transformers"}),
     "cli": (
-        {"files", "config", "comm", "trajectory", "selection", "training", "tasks"},
+        {"files", "config", "comm", "data", "trajectory", "selection", "training", "tasks"},
         {
             "datasets", "deepspeed", "matplotlib", "numpy", "peft", "safetensors", "torch", "tqdm",
             "transformers", "yaml",

@@ -23,7 +23,7 @@ from zods.black_box import minimize as module
 from zods.core.directions import derive_seed
 from zods.core.estimators import Term, in_bfloat16
 from zods.core.example_groups import part_starts
-from zods.data.loader import anchor_order, epoch_order
+from zods.data.order import anchor_order, epoch_order
 from zods.trajectory.log import read_log
 from zods.trajectory.records import Refresh, Step
 from zods.trajectory.replay import replay

@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.reference import selection as reference
-from zods.selection.quotas import capped_quotas, deal, largest_remainder, quotas_of
+from zods.core.shares import largest_remainder
+from zods.selection.quotas import capped_quotas, deal, quotas_of
 
 SIZES = st.dictionaries(st.sampled_from("abcdefgh"), st.integers(0, 40), min_size=1).filter(
     lambda s: sum(s.values()) > 0

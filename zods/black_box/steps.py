@@ -25,7 +25,7 @@ from zods.core.estimators import Term, Update
 from zods.core.example_groups import group_starts, part_starts
 from zods.core.step_scale import StepScale, record_estimate
 from zods.core.update_rule import StepRule
-from zods.data.loader import anchor_order, epoch_order
+from zods.data.order import anchor_order, epoch_order
 from zods.kernels import fingerprint
 from zods.trajectory.log import Trajectory
 from zods.trajectory.records import Header, ParameterRecord, Refresh, RunRecord, Step

@@ -34,6 +34,13 @@ FIRST_ORDER = (
     "weight_decay",
     "seed",
     "loss_mean",
+    "group_by_length",
+    "dataloader_num_workers",
+)
+# Keys of the section that an optimizer leaves in force
+KEPT_WITH_OPTIMIZER = (
+    *("seed", "selector", "loss_mean"),
+    *("group_by_length", "mixture", "dataloader_num_workers"),
 )
 USAGE = (
     "%(prog)s --deepspeed_config FILE --model NAME (--task NAME | --train_file FILE | "
@@ -339,9 +346,7 @@ def merged_config(arguments: Arguments) -> dict[str, Any]:
             key: given.pop(key) for key in ("lr", "weight_decay") if key in given
         }
         config["optimizer"] = _optimizer(config, rates)
-        section = {
-            key: value for key, value in section.items() if key in ("seed", "selector", "loss_mean")
-        }
+        section = {key: value for key, value in section.items() if key in KEPT_WITH_OPTIMIZER}
     elif given.get("method") == "mezo":
         section = {key: value for key, value in section.items() if key not in SVRG_ONLY}
     if model.replica is not None:
@@ -351,6 +356,8 @@ def merged_config(arguments: Arguments) -> dict[str, Any]:
             "index": model.replica,
         }
     selector = selection.selector()
+    if arguments.data.mixture_weights is not None:
+        given["mixture"] = _mixture(arguments, section.get("mixture"), selector)
     declared = TASKS.get(arguments.task.task)
     written = section.get("selector") or {}
     if (selector or written) and declared is not None and declared.source_column is not None:
@@ -367,6 +374,27 @@ def merged_config(arguments: Arguments) -> dict[str, Any]:
     if batch:  # the given sizes determine the sizes that are not given
         config = {key: value for key, value in config.items() if key not in BATCH_OVERRIDES} | batch
     return config
+
+
+def _mixture(arguments: Arguments, written: Any, selector: dict[str, Any]) -> dict[str, Any]:
+    """Build the section "mixture" from the option of the weights and the column of the sources.
+
+    The column is --source_column, which is taken out of `selector`, else that of the JSON's own
+    section `written`, else that of a task with its own data.
+    """
+    assert arguments.data.mixture_weights is not None
+    declared = TASKS.get(arguments.task.task)
+    columns = (
+        selector.pop("source_column", None),
+        written.get("source_column") if isinstance(written, dict) else None,
+        None if declared is None else declared.source_column,
+    )
+    column = next((name for name in columns if name is not None), None)
+    if column is None:
+        raise ValueError(
+            "--mixture_weights: given without --source_column. Name the column of the sources."
+        )
+    return {"source_column": column, "weights": arguments.data.mixture_weights.values}
 
 
 def _optimizer(config: dict[str, Any], rates: dict[str, Any]) -> dict[str, Any]:

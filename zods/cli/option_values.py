@@ -63,6 +63,30 @@ class SubBatch:
 
 
 @dataclass(frozen=True)
+class Weights:
+    """Weights of sources, "source=weight,...". The text after the last "=" is the weight.
+
+    >>> Weights("code=2,web=0.5").values
+    {'code': 2.0, 'web': 0.5}
+    """
+
+    text: str
+    values: dict[str, float] = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        pairs = [pair.rpartition("=") for pair in self.text.split(",")]
+        try:
+            values = {name.strip(): float(weight) for name, _, weight in pairs}
+        except ValueError:
+            values = {}
+        if len(values) < len(pairs) or "" in values:
+            raise argparse.ArgumentTypeError(
+                f"found {self.text!r}, expected each source once, as in code=2,web=0.5"
+            )
+        object.__setattr__(self, "values", values)
+
+
+@dataclass(frozen=True)
 class FractionOrCount:
     """A part of the examples: a count where the text has only digits, a fraction otherwise."""
 

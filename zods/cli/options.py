@@ -17,6 +17,7 @@ from zods.cli.option_values import (
     NumberOrName,
     SubBatch,
     TaskName,
+    Weights,
 )
 from zods.config.schema import METHODS, STRATEGIES
 from zods.tasks import SCORINGS, TASKS
@@ -210,6 +211,13 @@ class DataArguments:
         default=None,
         metadata={"help": "train on this many examples of each class, drawn by the seed"},
     )
+    mixture_weights: Weights | None = field(
+        default=None,
+        metadata={
+            "help": "draw training examples by weights of their --source_column: code=2,web=1",
+            "metavar": "SOURCE=WEIGHT,...",
+        },
+    )
     max_train_examples: int | None = field(default=None, metadata={"help": "keep this many"})
     max_eval_examples: int | None = field(default=None, metadata={"help": "keep this many"})
 
@@ -385,6 +393,13 @@ class OverrideArguments:
     anchor_directions: int | None = field(default=None, metadata={"help": "directions per refresh"})
     weight_decay: float | None = field(default=None, metadata={"help": "decoupled weight decay"})
     seed: int | None = field(default=None, metadata={"help": "seed of directions and data order"})
+    group_by_length: bool | None = field(
+        default=None,
+        metadata={"help": "batches of examples of similar length", "nargs": "?", "const": True},
+    )
+    dataloader_num_workers: int | None = field(
+        default=None, metadata={"help": "processes per rank that load batches ahead (default: 0)"}
+    )
     train_batch_size: int | None = field(default=None, metadata={"help": "as in the JSON"})
     train_micro_batch_size_per_gpu: int | None = field(
         default=None,
@@ -423,7 +438,7 @@ class Arguments:
         """The options that have a value, in the form of a JSON file for `zods.finetune`."""
         return {
             key: value.text
-            if isinstance(value, (SubBatch, FractionOrCount, NumberOrAuto, NumberOrName))
+            if isinstance(value, (SubBatch, FractionOrCount, NumberOrAuto, NumberOrName, Weights))
             else value
             for group in vars(self).values()
             for key, value in _given(group).items()

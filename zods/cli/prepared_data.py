@@ -15,8 +15,11 @@ from zods.cli.model_checks import check_adapter, check_kind, check_shapes
 from zods.cli.options import Arguments, DataArguments, TaskArguments
 from zods.cli.pretrained import Pretrained, check_generation_config
 from zods.config.deepspeed_json import FirstOrderConfig, RunConfig
+from zods.config.schema import ZerothOrderConfig
+from zods.data.columns import sources_of
+from zods.data.order import Mixture
 from zods.files import check_regular
-from zods.selection.sub_batches import check_target_data, sources_of
+from zods.selection.sub_batches import check_target_data
 from zods.tasks import (
     TASKS,
     PublishedTask,
@@ -33,13 +36,15 @@ from zods.tasks import (
     read_chat_template,
     read_escapes,
     split_held_out,
+    with_lengths,
 )
 
 
 class PreparedData(NamedTuple):
     """The task, and its data as batches are made of them.
 
-    train: it keeps the selector's source column, where one is named. target: the examples of the
+    train: it keeps the source column of the selector or the mixture, where one is named, and has a
+    column of lengths where batches are grouped by them. target: the examples of the
     selector's `target_file`; None where there is none.
     """
 
@@ -78,14 +83,29 @@ def prepare_data(
     if selector is not None:
         target = parts.get("target", (None, ""))[0]
         check_target_data(selector, target, "zeroth_order.selector")
-    column = None if selector is None else selector.source_column
-    sources = None if column is None else sources_of(train, column, "selector")
-    beside: dict[str, Any] = {} if column is None else {"train": {column: sources}}
+    beside = {"train": _sources_beside(run.zeroth_order, train)}
     prepared = {name: task.prepare(*part, beside.get(name)) for name, part in parts.items()}
+    if run.zeroth_order.group_by_length:
+        prepared["train"] = with_lengths(prepared["train"])
     if pretrained.num_embeddings is not None:
         for dataset in prepared.values():
             check_token_ids(dataset, pretrained.num_embeddings, tokenizer)
     return PreparedData(task, prepared["train"], prepared["validation"], prepared.get("target"))
+
+
+def _sources_beside(section: ZerothOrderConfig, train: datasets.Dataset) -> dict[str, Any]:
+    """The column of the sources that a mixture or a selector reads, {} where none does.
+
+    Raises ValueError where there is no such column, or where the weights of the mixture do not fit.
+    """
+    mixture, selector = section.mixture, section.selector
+    if mixture is not None:
+        sources = sources_of(train, mixture.source_column, "mixture") or []
+        Mixture.of(sources, mixture.weights, "mixture.weights")
+        return {mixture.source_column: sources}
+    if selector is None or selector.source_column is None:
+        return {}
+    return {selector.source_column: sources_of(train, selector.source_column, "selector")}
 
 
 def declared_task(settings: TaskArguments) -> PublishedTask | None:

@@ -42,6 +42,10 @@ def summarise(
         "zero3_bytes_per_step": gathered / steps if comms_logger.enabled else None,
         "peak_memory_bytes": [int(row[0]) for row in peaks],
     }
+    loader = engine.training_dataloader
+    if loader is not None and loader.mixture is not None:
+        drawn = engine.global_steps * engine.config.deepspeed["train_batch_size"]
+        summary["mixture_passes"] = loader.mixture.passes(drawn)
     if isinstance(engine, ZerothOrderEngine):
         summary["evaluation"] = engine.evaluation
         summary |= engine.noise.summary()
@@ -65,6 +69,9 @@ def table(summary: dict[str, Any]) -> str:
         ("steps", f"{summary['steps']} in {summary['train_seconds']:.0f} s{refreshes}"),
         ("time per step (median)", "-" if seconds is None else f"{seconds * 1e3:.0f} ms"),
     ]
+    if "mixture_passes" in summary:
+        passes = summary["mixture_passes"].items()
+        rows.append(("passes over each source", ", ".join(f"{n} {v:.2f}" for n, v in passes)))
     if summary.get("evaluation") is not None:
         rows.append(("evaluation", summary["evaluation"]))
     rows.append(("sent per step and rank by zods", f"{summary['zods_bytes_per_step']:.0f} bytes"))

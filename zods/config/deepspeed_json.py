@@ -32,6 +32,7 @@ from zods.config.schema import (
     SECTION,
     SVRG_ONLY,
     LossMean,
+    MixtureConfig,
     SelectorConfig,
     ZerothOrderConfig,
     check_group_size,
@@ -81,7 +82,10 @@ class RunConfig:
 
 
 # of the section "zeroth_order"
-FIRST_ORDER_KEYS = ("selector", "seed", "loss_mean", "hang_timeout", "load_timeout")
+FIRST_ORDER_KEYS = (
+    *("selector", "seed", "loss_mean", "hang_timeout", "load_timeout"),
+    *("group_by_length", "mixture", "dataloader_num_workers"),
+)
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,7 @@ class FirstOrderConfig:
     """The configuration of a run with DeepSpeed's own optimizer.
 
     deepspeed: the configuration for `deepspeed.initialize`. seed: the seed of the data order.
-    loss_mean, hang_timeout, load_timeout: as in the section "zeroth_order".
+    The other fields are as in the section "zeroth_order".
     """
 
     deepspeed: dict[str, Any]
@@ -98,6 +102,9 @@ class FirstOrderConfig:
     loss_mean: LossMean = "tokens"
     hang_timeout: float = 600.0
     load_timeout: float = 3600.0
+    group_by_length: bool = False
+    mixture: MixtureConfig | None = None
+    dataloader_num_workers: int = 0
 
     @property
     def zero_stage(self) -> int:

@@ -251,6 +251,17 @@ class ReplicasConfig(Section):
         return host.strip("[]"), int(port)
 
 
+class MixtureConfig(Section):
+    """Sampling of the training examples by weights of their sources. See `zods.data.order`."""
+
+    source_column: Text  # column that names an example's source
+    # weight of each source in a batch, on average, in any unit
+    weights: Annotated[
+        dict[str, PositiveFloat],
+        Field(min_length=1, description="{source: weight, ...}"),
+    ]
+
+
 class ZerothOrderConfig(Section):
     """The section "zeroth_order".
 
@@ -298,6 +309,11 @@ class ZerothOrderConfig(Section):
     # true: fused functions, of apex or else of torch, compute the norms; auto: so on a GPU
     fused_norm: Annotated[Literal["auto"] | bool, PlainValidator(_fused_norm)] = "auto"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
+    # a batch has examples of similar length, by the column "length" or the number of "input_ids"
+    group_by_length: bool = False
+    mixture: MixtureConfig | None = None
+    # processes per rank that load batches ahead; 0: the rank loads them itself
+    dataloader_num_workers: NonNegativeInt = 0
     # decoupled decay by lr * weight_decay per step, of parameters with two or more dimensions
     weight_decay: NonNegativeFloat = 0.0
     anneal: AnnealConfig | None = None
@@ -484,6 +500,20 @@ def _mistakes_between_keys(config: ZerothOrderConfig, given: Mapping[str, Any]) 
         )
     if config.replicas is not None:
         yield from _replicas_mistakes(config, config.replicas)
+    if config.selector is not None:
+        yield from _loading_mistakes(config)
+
+
+def _loading_mistakes(config: ZerothOrderConfig) -> Iterator[str]:
+    """Yield a message for each key of the loader that a selector has no use for."""
+    reasons = {
+        "group_by_length": "candidates of similar length do not represent the data",
+        "mixture": "it has quotas of its own for the sources",
+        "dataloader_num_workers": "the examples of a batch are not known before they are chosen",
+    }
+    for key, reason in reasons.items():
+        if getattr(config, key):
+            yield f"{SECTION}.{key}: given with {SECTION}.selector, but {reason}. Remove one of them."
 
 
 def read_section(values: Any, found: list[str]) -> ZerothOrderConfig | None:

@@ -25,7 +25,7 @@ __all__ = ["PURPOSES", "Direction", "Parameter", "derive_seed"]
 
 PURPOSES = (
     *("step", "step_anchor", "anchor", "rounding", "anchor_rounding", "selection"),
-    *("anchor_examples", "step_size"),
+    *("anchor_examples", "step_size", "mixture"),
 )
 
 _FACTOR_BYTES = 1 << 26  # bytes of the low-rank factors that `replay_` makes at a time

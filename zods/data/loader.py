@@ -1,8 +1,7 @@
-"""Loaders of micro-batches: the assignment of examples to steps and ranks.
+"""Loaders of micro-batches: the assignment of a step's examples to ranks and micro-batches.
 
-The order of the examples is a function of (seed, epoch) alone. A step's global batch is the same
-set of examples for any number of ranks. A loader's position is two numbers, so that a run can
-resume at any step.
+`zods.data.order` has the order of the examples. A step's global batch is the same set of examples
+for any number of ranks. A loader's position is two numbers, so that a run can resume at any step.
 """
 
 from __future__ import annotations
@@ -17,6 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from zods.core.example_groups import positions_of
 from zods.data.digest import ExampleDigests
+from zods.data.order import Mixture, epoch_order
+from zods.data.workers import ignore_requests_to_stop
 
 logger = logging.getLogger(__name__)
 
@@ -37,25 +38,17 @@ def check_dataset(dataset: Any, name: str) -> int:
     return len(dataset)
 
 
-def epoch_order(size: int, batch_size: int, seed: int, epoch: int) -> torch.Tensor:
-    """The example indices of each step of an epoch, (steps, batch_size) int64.
-
-    All `size` examples are shuffled. The tail that does not fill a batch is dropped.
-    """
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
-    order = torch.randperm(size, generator=generator)
-    return order[: size // batch_size * batch_size].view(-1, batch_size)
-
-
 class EpochLoader:
     """Base class of loaders of micro-batches.
 
     An iterator yields the rest of the current epoch, or the next epoch if the current one is over.
     epoch: the current epoch. position: number of its micro-batches that were yielded.
-    accumulation: micro-batches per step.
+    accumulation: micro-batches per step. mixture: what the examples are drawn from; None: each is
+    drawn once per epoch.
     """
 
     accumulation: int
+    mixture: Mixture | None = None
     epoch = 0
     position = 0
 
@@ -96,7 +89,8 @@ class TrainingLoader(EpochLoader):
 
     A step takes `accumulation` micro-batches of `micro_batch` examples on each of `world_size`
     ranks. The tail of an epoch that does not fill a step is dropped. Every epoch is shuffled anew,
-    so that no example is dropped in every epoch.
+    so that no example is dropped in every epoch. The position counts the micro-batches that were
+    yielded, not those that worker processes have loaded ahead.
     """
 
     def __init__(
@@ -110,8 +104,14 @@ class TrainingLoader(EpochLoader):
         seed: int,
         collate_fn: Callable | None = None,
         target_data: Any = None,
+        lengths: torch.Tensor | None = None,
+        mixture: Mixture | None = None,
+        num_workers: int = 0,
     ) -> None:
-        """target_data: further examples that the digest of the data covers."""
+        """target_data: further examples that the digest of the data covers. lengths, mixture: as in
+        `epoch_order`. num_workers: worker processes that load and collate micro-batches; 0: this
+        process does.
+        """
         size = check_dataset(dataset, "training_data")
         self.batch_size = micro_batch * accumulation * world_size
         if size < self.batch_size:
@@ -125,6 +125,9 @@ class TrainingLoader(EpochLoader):
             logger.warning(limit)
         self.collate_fn = collate_fn
         self.seed = seed
+        self.mixture = mixture
+        self._lengths, self._num_workers = lengths, num_workers
+        self._last_order: tuple[int, torch.Tensor] | None = None
         self.accumulation = accumulation
         # (index of this rank among the ranks that share a batch, their number). It may change
         # between steps.
@@ -134,36 +137,57 @@ class TrainingLoader(EpochLoader):
         """The number of micro-batches per epoch and rank."""
         return len(self.dataset) // self.batch_size * self.accumulation  # type: ignore[arg-type]
 
-    def _epoch_batches(self) -> Iterator[list[int]]:
-        """Yield the example indices of each micro-batch in the rest of the epoch, lazily.
+    def _order(self) -> torch.Tensor:
+        """The example indices of each step of the current epoch, (steps, batch_size)."""
+        if self._last_order is None or self._last_order[0] != self.epoch:
+            size: int = len(self.dataset)  # type: ignore[arg-type]
+            order = epoch_order(
+                *(size, self.batch_size, self.seed, self.epoch),
+                lengths=self._lengths,
+                mixture=self.mixture,
+            )
+            self._last_order = (self.epoch, order)
+        return self._last_order[1]
 
-        Between two of them `go_to` may change the position. They end where it changes the epoch.
-        """
-        epoch = self.epoch
-        order = epoch_order(len(self.dataset), self.batch_size, self.seed, epoch)  # type: ignore[arg-type]
-        while self.epoch == epoch and self.position < len(self):
-            step, micro = divmod(self.position, self.accumulation)
+    def _epoch_batches(self) -> Iterator[list[int]]:
+        """Yield the example indices of each micro-batch in the rest of the epoch, lazily."""
+        order = self._order()
+        for position in range(self.position, len(self)):
+            step, micro = divmod(position, self.accumulation)
             positions = positions_of(self.batch_size, self.accumulation, micro, self.split)
             yield order[step][positions.start : positions.stop].tolist()
 
     def __iter__(self) -> Iterator[Any]:
         if self.position == len(self):
             self.epoch, self.position = self.epoch + 1, 0
+        epoch = self.epoch
+        while self.epoch == epoch and self.position < len(self):
+            yield from self._in_sequence()
+
+    def _in_sequence(self) -> Iterator[Any]:
+        """Yield micro-batches until the epoch ends, or the position or the split is set anew.
+
+        What worker processes have loaded ahead is then dropped.
+        """
         for batch in DataLoader(
             self.dataset,
             batch_sampler=self._epoch_batches(),
             collate_fn=self.collate_fn,
             generator=torch.Generator(),
+            num_workers=self._num_workers,
+            worker_init_fn=ignore_requests_to_stop,
         ):
             self.position += 1
+            here = (self.epoch, self.position, self.split)
             yield batch
+            if (self.epoch, self.position, self.split) != here:
+                return
 
     def last_examples(self) -> list[int]:
         """The example indices, over all ranks, of the last step that was yielded."""
         if self.position < self.accumulation:
             return []
-        order = epoch_order(len(self.dataset), self.batch_size, self.seed, self.epoch)  # type: ignore[arg-type]
-        return order[self.position // self.accumulation - 1].tolist()
+        return self._order()[self.position // self.accumulation - 1].tolist()
 
     def state_dict(self) -> dict[str, int]:
         examples = self.position // self.accumulation * self.batch_size
@@ -192,18 +216,6 @@ class TrainingLoader(EpochLoader):
             )
         self.epoch = state["epoch"]
         self.position = state["examples"] // self.batch_size * self.accumulation
-
-
-def anchor_order(size: int, *, examples: int | None, shuffled: bool, seed: int) -> torch.Tensor:
-    """The example indices of a refresh, int64.
-
-    examples: number of examples that are drawn at random; None takes all. shuffled: whether the
-    order is random also where all are taken. seed: of the order.
-    """
-    number = size if examples is None else min(examples, size)
-    if number == size and not shuffled:
-        return torch.arange(size)
-    return torch.randperm(size, generator=torch.Generator().manual_seed(seed % 2**63))[:number]
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,8 @@ class ZOTrainingArguments(TrainingArguments):
         zeroth_order.lr                                    learning_rate, where it is given
         zeroth_order.weight_decay                          weight_decay
         zeroth_order.seed                                  data_seed, else seed
+        zeroth_order.dataloader_num_workers                dataloader_num_workers
+        zeroth_order.group_by_length                       train_sampling_strategy
         scheduler.params: the number of steps, and of warm-up steps
 
     Without a learning_rate, which is the default here, an lr of "auto" is measured before the first
@@ -119,6 +121,8 @@ def config_of_arguments(
     section.setdefault("seed", seed)
     section.setdefault("lr", "auto")
     given = {key: (getattr(args, argument), argument) for key, argument in _SECTION_KEYS.items()}
+    if args.train_sampling_strategy == "group_by_length":
+        given["group_by_length"] = (True, "train_sampling_strategy")
     # a learning_rate of 0 is a step size; a weight_decay of 0 is the default
     given = {key: pair for key, pair in given.items() if pair[0] or (pair[0] == 0 and key == "lr")}
     found += _fill(section, f"{SECTION}.", given)
@@ -127,7 +131,11 @@ def config_of_arguments(
     return filled
 
 
-_SECTION_KEYS = {"lr": "learning_rate", "weight_decay": "weight_decay"}
+_SECTION_KEYS = {
+    "lr": "learning_rate",
+    "weight_decay": "weight_decay",
+    "dataloader_num_workers": "dataloader_num_workers",
+}
 
 
 def _batch_sizes(args: TrainingArguments, world_size: int) -> dict[str, tuple[int, str]]:
@@ -175,10 +183,11 @@ def _unsupported(args: TrainingArguments, section: Mapping[str, Any]) -> Iterato
         )
     if args.auto_find_batch_size:
         yield "auto_find_batch_size: must be false; the batch size is part of the run. Give a number."
-    if args.train_sampling_strategy != "random":
+    if args.train_sampling_strategy not in ("random", "group_by_length"):
         yield (
-            f"train_sampling_strategy: found {args.train_sampling_strategy!r}, allowed is "
-            '"random". The order of the examples is a function of the seed and the epoch.'
+            f"train_sampling_strategy: found {args.train_sampling_strategy!r}, allowed are "
+            '"random" and "group_by_length". The order of the examples is a function of the seed '
+            "and the epoch."
         )
     if section.get("replicas") is not None:
         yield (

@@ -20,8 +20,9 @@ from zods.comm.communicator import Communicator
 from zods.config.schema import check_loss_mean, parse_selector
 from zods.data.batch import POSITIONS, to_device, without_weights
 from zods.data.digest import ExampleDigests
-from zods.data.loader import EpochLoader, check_dataset, epoch_order
+from zods.data.loader import EpochLoader, check_dataset
 from zods.data.objectives import Objective, weighted_sum
+from zods.data.order import epoch_order
 from zods.selection.features import without_cache
 from zods.selection.sub_batches import Batch, SubBatches
 

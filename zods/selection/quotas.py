@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from zods.core.shares import largest_remainder
+
 
 def quotas_of(sizes: Mapping[str, int], budget: int) -> dict[str, int]:
     """The number of examples of each source to choose from a candidate batch.
@@ -48,24 +50,6 @@ def capped_quotas(asked: Mapping[str, int], sizes: Mapping[str, int]) -> dict[st
         name: quotas[name] + more
         for name, more in zip(names, largest_remainder(left, lacking), strict=True)
     }
-
-
-def largest_remainder(sizes: Sequence[int], budget: int) -> list[int]:
-    """Share `budget` in proportion to `sizes`, by the method of the largest remainder.
-
-    Each share is the integer part of its proportion. The rest of the budget goes, one each, to the
-    largest remainders; of equals, to the earlier. No share exceeds its size. budget: at most the
-    sum of `sizes`.
-
-    >>> largest_remainder([5, 3, 2], budget=4)
-    [2, 1, 1]
-    """
-    total = max(1, sum(sizes))
-    shares = [budget * size // total for size in sizes]
-    by_remainder = sorted(range(len(sizes)), key=lambda i: (-(budget * sizes[i] % total), i))
-    for i in by_remainder[: budget - sum(shares)]:
-        shares[i] += 1
-    return shares
 
 
 def deal(

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from zods.config.schema import BY_SOURCE, FACILITY_LOCATION, SelectorConfig
 from zods.core.directions import Parameter, derive_seed
+from zods.core.shares import largest_remainder
 from zods.selection.baselines import (
     PaperFeatures,
     by_loss,
@@ -38,7 +39,7 @@ from zods.selection.facility_location import (
     lazy_greedy,
 )
 from zods.selection.mean_matching import mean_matching
-from zods.selection.quotas import capped_quotas, largest_remainder, quotas_of
+from zods.selection.quotas import capped_quotas, quotas_of
 from zods.selection.target_similarity import most_similar
 
 logger = logging.getLogger(__name__)

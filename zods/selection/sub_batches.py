@@ -21,6 +21,7 @@ from torch.utils.data import default_collate
 from zods.comm.communicator import Communicator
 from zods.config.schema import SelectorConfig, check_selector
 from zods.data.batch import POSITIONS, WEIGHTS
+from zods.data.columns import sources_of
 from zods.data.loader import check_dataset
 from zods.data.objectives import label_counts
 from zods.forward.dataset_metrics import check_own_loss
@@ -30,30 +31,6 @@ from zods.selection.quotas import deal
 from zods.selection.selector import NEEDS, CandidateBatch, Report, Selector
 
 Batch = dict[str, Any]
-
-
-def sources_of(dataset: Any, column: str | None, path: str) -> list[str] | None:
-    """Read the source of every example from a column of the dataset.
-
-    column: None: there are no sources, and the result is None. path: key of the configuration in
-    messages.
-
-    Raises ValueError if there is no such column.
-    """
-    if column is None:
-        return None
-    names = getattr(dataset, "column_names", None)
-    if names is None:
-        first = dataset[0]
-        names = list(first) if isinstance(first, Mapping) else []
-    if column not in names:
-        raise ValueError(
-            f"{path}.source_column: the training data has no column {column!r}; its columns are "
-            f"{', '.join(names) or 'none'}."
-        )
-    if hasattr(dataset, "column_names"):
-        return [str(source) for source in dataset[column]]
-    return [str(dataset[i][column]) for i in range(len(dataset))]
 
 
 def _label_counts(labels: Tensor) -> list[int]:

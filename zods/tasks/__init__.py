@@ -14,7 +14,7 @@ from zods.tasks.published import (
 )
 from zods.tasks.shots import draw_shots
 from zods.tasks.sources import load_examples, name_of_rows, split_held_out
-from zods.tasks.task import Task, check_rows, check_token_ids
+from zods.tasks.task import Task, check_rows, check_token_ids, with_lengths
 
 __all__ = [
     "KINDS",
@@ -35,4 +35,5 @@ __all__ = [
     "read_escapes",
     "split_held_out",
     "with_derived",
+    "with_lengths",
 ]

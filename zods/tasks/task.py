@@ -15,6 +15,7 @@ from datasets.fingerprint import Hasher
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from zods.data.columns import LENGTH
 from zods.data.evaluation import SeveralForwards
 from zods.tasks.row_mistakes import Mistakes
 from zods.tasks.tables import NOT_TEXT, ROW
@@ -299,6 +300,19 @@ def code_digest() -> str:
     results of an older version.
     """
     return Hasher.hash([path.read_bytes() for path in sorted(Path(__file__).parent.rglob("*.py"))])
+
+
+def with_lengths(prepared: datasets.Dataset) -> datasets.Dataset:
+    """Add the column "length", the number of tokens of each prepared row in a training batch.
+
+    Of a row with candidates it is that of the longest one.
+    """
+    if "input_ids" in prepared.column_names:
+        lengths = [len(tokens) for tokens in prepared["input_ids"]]
+    else:
+        rows = zip(prepared["prompt"], prepared["words"], strict=True)
+        lengths = [len(prompt) + max(map(len, words)) for prompt, words in rows]
+    return prepared.add_column(LENGTH, lengths)
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase, num_embeddings: int | None = None) -> int:

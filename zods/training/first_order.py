@@ -57,6 +57,7 @@ from zods.training.recorder import Recorder
 from zods.training.resume import CHECKPOINTS, LOG_NAME, open_log
 from zods.training.step_outputs import StepReport
 from zods.training.stop_poll import StopPoll
+from zods.training.training_data import make_training_loader
 from zods.trajectory.log import Log, LogFile, parse_log
 from zods.trajectory.records import Header, Step
 
@@ -129,14 +130,10 @@ class FirstOrderEngine:
     ) -> TrainingLoader | SelectingLoader:
         config = self.config
         if config.selector is None:
-            return TrainingLoader(
-                dataset,
+            return make_training_loader(
+                *(config.zeroth_order, self.comm, dataset, collate_fn),
                 micro_batch=self.deepspeed.train_micro_batch_size_per_gpu(),
                 accumulation=self.gradient_accumulation_steps(),
-                rank=self.comm.rank,
-                world_size=self.comm.world_size,
-                seed=config.seed,
-                collate_fn=collate_fn,
             )
         selection = SubBatches(
             dataset,

@@ -18,6 +18,7 @@ from zods.config.deepspeed_json import FirstOrderConfig, RunConfig, read_config
 from zods.config.optional_packages import check_packages
 from zods.config.schedules import ZerothOrderOptimizer, build_scheduler, step_mistake
 from zods.config.schema import SECTION, SelectorConfig, ZerothOrderConfig, check_selector
+from zods.data.columns import sources_of
 from zods.data.loader import TrainingLoader, check_dataset
 from zods.data.scores import find_score
 from zods.forward.fused_norms import find_fused_norms
@@ -29,7 +30,7 @@ from zods.params.swap_files import check_reads, in_own_folder, lock_folder
 from zods.params.zero3_adapter import is_sharded
 from zods.selection.loaders import SelectingLoader
 from zods.selection.selector import NEEDS
-from zods.selection.sub_batches import SubBatches, check_target_data, sources_of
+from zods.selection.sub_batches import SubBatches, check_target_data
 from zods.selection.target_matrix import find_target
 from zods.training.engine import ZerothOrderEngine
 from zods.training.host_memory import return_freed_memory
@@ -40,6 +41,7 @@ from zods.training.model_setup import (
     without_compile,
 )
 from zods.training.rank_agreement import check_ranks_agree, code_of_model
+from zods.training.training_data import make_training_loader
 
 logger = logging.getLogger(__name__)
 
@@ -250,15 +252,10 @@ def _training_loader(
                 "lr."
             )
         return None
-    check_dataset(training_data, "training_data")
-    return TrainingLoader(
-        training_data,
+    return make_training_loader(
+        *(zo, comm, training_data, collate_fn),
         micro_batch=run.deepspeed["train_micro_batch_size_per_gpu"],
         accumulation=run.deepspeed["gradient_accumulation_steps"],
-        rank=comm.rank,
-        world_size=comm.world_size,
-        seed=zo.seed,
-        collate_fn=collate_fn,
         target_data=target_data,
     )
 

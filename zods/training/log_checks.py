@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from zods.comm.communicator import Communicator
 from zods.config.deepspeed_json import FirstOrderConfig, RunConfig
-from zods.config.schema import SelectorConfig
+from zods.config.schema import SelectorConfig, ZerothOrderConfig
 from zods.training.description import num_digested
 from zods.training.training_run import TrainingRun
 from zods.trajectory.log import Log, is_torn_first_line
@@ -22,6 +22,8 @@ from zods.trajectory.records import EARLIER, Header, RunRecord
 from zods.trajectory.updates import stores_gradient
 
 logger = logging.getLogger(__name__)
+
+ORDER_KEYS = ("group_by_length", "mixture")  # keys that decide on the examples of a step
 
 
 def check_new(comm: Communicator, path: Path, data: bytes) -> None:
@@ -168,13 +170,11 @@ def check_run(run: TrainingRun, log: Log) -> None:
             f"{log.path}: made by first-order training with {there.optimizer.get('type')}, which "
             "zeroth-order steps cannot go on with. Give another --output_dir, or --optimizer."
         )
-    for key in ("method", "direction", "loss_mean", "objective"):
-        logged, now = getattr(there.section, key), getattr(here.section, key)
-        if logged != now:
-            raise ValueError(
-                f"{log.path}: made with zeroth_order.{key} = {logged}, this run has {now}. Resume "
-                "with the same."
-            )
+    _check_same_keys(
+        log.path,
+        *(there.section, here.section),
+        ("method", "direction", "loss_mean", "objective", *ORDER_KEYS),
+    )
     if there.batch != here.batch:
         fits = [
             n
@@ -198,6 +198,19 @@ def check_run(run: TrainingRun, log: Log) -> None:
         )
 
 
+def _check_same_keys(
+    path: str, logged: ZerothOrderConfig, here: ZerothOrderConfig, keys: Sequence[str]
+) -> None:
+    """Raise ValueError for the first of `keys` with another value than in the log."""
+    for key in keys:
+        there, now = getattr(logged, key), getattr(here, key)
+        if there != now:
+            raise ValueError(
+                f"{path}: made with zeroth_order.{key} = {there}, this run has {now}. Resume with "
+                "the same."
+            )
+
+
 def check_same_optimizer(log: Log, config: FirstOrderConfig) -> None:
     """Raise ValueError where the steps of a first-order log were made with another optimizer, mean
     of the loss, clipping or precision.
@@ -205,11 +218,7 @@ def check_same_optimizer(log: Log, config: FirstOrderConfig) -> None:
     run = log.run_at_end()
     if run is None:
         return
-    if run.section.loss_mean != config.loss_mean:
-        raise ValueError(
-            f"{log.path}: made with zeroth_order.loss_mean = {run.section.loss_mean}, this run "
-            f"has {config.loss_mean}. Resume with the same."
-        )
+    _check_same_keys(log.path, run.section, config.zeroth_order, ("loss_mean", *ORDER_KEYS))
     if run.optimizer is not None and run.optimizer != config.optimizer:
         raise ValueError(
             f"{log.path}: made with the optimizer {run.optimizer}, this run has "
@@ -252,6 +261,7 @@ def check_replica(config: RunConfig, log: Log) -> None:
         "seed",
         "loss_mean",
         "objective",
+        *ORDER_KEYS,
     ):
         if getattr(there, key) != getattr(here, key):
             raise ValueError(

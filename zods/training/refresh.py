@@ -18,7 +18,8 @@ from zods.core.noise_scale import NoiseScale, Spread, measure
 from zods.core.points import Point, pair
 from zods.core.step_scale import StepScale, record_estimate
 from zods.core.update_rule import StepRule
-from zods.data.loader import TrainingLoader, anchor_order
+from zods.data.loader import TrainingLoader
+from zods.data.order import anchor_order
 from zods.forward.evaluator import Evaluator
 from zods.selection.loaders import SelectingLoader
 from zods.trajectory.records import Refresh
@@ -46,6 +47,7 @@ def measure_refresh(
         examples=config.anchor_examples,
         shuffled=parts > 1,
         seed=rule.seeds("anchor_examples", step, 1)[0],
+        mixture=loader.mixture,
     )
 
     def pair_of(group: Group, k: int) -> list[Point]:

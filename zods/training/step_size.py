@@ -18,7 +18,8 @@ from zods.core.example_groups import Group, group_starts
 from zods.core.points import Point, pair
 from zods.core.step_size import Surroundings, curvature, rounded, suggest
 from zods.core.update_rule import StepRule
-from zods.data.loader import TrainingLoader, anchor_order
+from zods.data.loader import TrainingLoader
+from zods.data.order import anchor_order
 from zods.forward.evaluator import Evaluator, PassDifferences
 from zods.selection.loaders import SelectingLoader
 from zods.trajectory.records import StepSize
@@ -62,7 +63,9 @@ def measure_step_size(
 
         return evaluator.differences_over(
             loader.dataset,
-            anchor_order(population, examples=examples, shuffled=True, seed=seed),
+            anchor_order(
+                population, examples=examples, shuffled=True, seed=seed, mixture=loader.mixture
+            ),
             [0],
             [pair_of],
             loader.collate_fn,

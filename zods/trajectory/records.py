@@ -34,7 +34,7 @@ DEFINITION = (
     "philox4x32-10, blake2b seeds, float32 fused multiply-add, bfloat16 rounded stochastically; 1"
 )
 # Keys of the section "zeroth_order" that first-order training uses.
-FIRST_ORDER = ("seed", "selector", "loss_mean")
+FIRST_ORDER = ("seed", "selector", "loss_mean", "group_by_length", "mixture")
 # Keys that logs of earlier versions do not have, with what they meant there. Most are no longer the
 # defaults.
 EARLIER = {
@@ -44,6 +44,8 @@ EARLIER = {
     "anchor_split": False,
     "anchor_examples": None,
     "objective": "loss",
+    "group_by_length": False,
+    "mixture": None,
 }
 # Keys of the subsection "anchor" that are not written: no bit depends on them.
 NOT_RECORDED = ("nvme_path", "buffer_count", "buffer_size", "pin_memory")
@@ -131,7 +133,7 @@ class RunRecord:
     def to_json(self) -> dict[str, Any]:
         section = self.section.to_dict()
         # no bit depends on them, or they are recorded with the code
-        for key in ("replicas", "load_timeout", "comm", "fused_norm"):
+        for key in ("replicas", "load_timeout", "comm", "fused_norm", "dataloader_num_workers"):
             del section[key]
         for key, value in EARLIER.items():
             if section[key] == value:
@@ -142,7 +144,7 @@ class RunRecord:
         if not self.section.is_svrg:
             section = {key: value for key, value in section.items() if key not in SVRG_ONLY}
         if self.optimizer is not None:
-            section = {key: section[key] for key in FIRST_ORDER}
+            section = {key: section[key] for key in FIRST_ORDER if key in section}
         return {
             "run": self.step,
             "batch": self.batch,
