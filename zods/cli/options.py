@@ -295,6 +295,13 @@ class TaskArguments:
             "metavar": "FILE_OR_TEXT",
         },
     )
+    packing: bool = field(
+        default=False,
+        metadata={
+            "help": "plain texts: concatenate the training texts, and cut them into examples of "
+            "max_length tokens"
+        },
+    )
     max_length: int = field(
         default=256,
         metadata={

@@ -33,6 +33,7 @@ from zods.tasks import (
     load_examples,
     load_published,
     name_of_rows,
+    prepare_packed,
     read_chat_template,
     read_escapes,
     split_held_out,
@@ -84,7 +85,17 @@ def prepare_data(
         target = parts.get("target", (None, ""))[0]
         check_target_data(selector, target, "zeroth_order.selector")
     beside = {"train": _sources_beside(run.zeroth_order, train)}
-    prepared = {name: task.prepare(*part, beside.get(name)) for name, part in parts.items()}
+    if arguments.task.packing and beside["train"]:
+        raise ValueError(
+            "--packing: an example would have texts of several sources. Leave out --packing or "
+            "source_column."
+        )
+    prepared = {
+        name: prepare_packed(task, *part)
+        if name == "train" and arguments.task.packing
+        else task.prepare(*part, beside.get(name))
+        for name, part in parts.items()
+    }
     if run.zeroth_order.group_by_length:
         prepared["train"] = with_lengths(prepared["train"])
     if pretrained.num_embeddings is not None:

@@ -4,6 +4,7 @@ from zods.tasks.build import KINDS, build_task
 from zods.tasks.candidates import SCORINGS
 from zods.tasks.chat import read_chat_template
 from zods.tasks.metrics import with_derived
+from zods.tasks.packing import prepare_packed
 from zods.tasks.prompts import read_escapes
 from zods.tasks.published import (
     TASKS,
@@ -31,6 +32,7 @@ __all__ = [
     "load_examples",
     "load_published",
     "name_of_rows",
+    "prepare_packed",
     "read_chat_template",
     "read_escapes",
     "split_held_out",
