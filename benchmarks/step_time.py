@@ -9,7 +9,8 @@ published  MeZO's procedure (Malladi et al. 2023, algorithm 1), written from its
 stack      Not a step, but one bare forward over the doubled batch: the gain or loss that a stacked
            batch has on this machine.
 
-A ratio is the median over rounds of step / floor of the same round. Rows are printed on stderr as
+A ratio is the median over rounds of step / floor of the same round. "feeding" is the share of a
+step's time that is spent in the loader (`feeding_share.py`). Rows are printed on stderr as
 they are measured. The last line of the output is one JSON object. --quick measures only the rows of
 the README's table. --output writes the object, a table (.md) and a plot (.png). `zero3_step.py`
 measures several ranks, and the bytes that a step moves.
@@ -29,6 +30,7 @@ from typing import Any, NamedTuple
 
 import torch
 from common import add_smoke_option, machine, opt_125m, single_rank_engine, tiny_opt, token_batch
+from feeding_share import rows_of as feeding_rows
 from kernel_speed import measure as measure_kernels
 
 from zods.core.estimators import Term, Update
@@ -244,7 +246,8 @@ def main() -> None:
         "date": datetime.date.today().isoformat(),
         "arguments": asked,
     }
-    report |= {"machine": machine(), "rows": rows, "kernels": kernels}
+    feeding = feeding_rows(smoke=arguments.smoke, quick=arguments.quick)
+    report |= {"machine": machine(), "rows": rows, "kernels": kernels, "feeding": feeding}
     if arguments.output is not None:
         arguments.output.write_text(json.dumps(report, indent=1) + "\n")
         arguments.output.with_suffix(".md").write_text(table(rows))

@@ -22,7 +22,7 @@ FOLDER = REPOSITORY / "benchmarks"
 # object, and the keys of each of its rows.
 SMOKE: dict[str, tuple[set[str], set[str]]] = {
     "step_time.py": (
-        {"arguments", "kernels"},
+        {"arguments", "kernels", "feeding"},
         {"method", "dtype", "evaluation", "ratio_to_floor", "step_s", "floor_s"},
     ),
     "zero3_step.py": (

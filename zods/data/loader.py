@@ -175,6 +175,8 @@ class TrainingLoader(EpochLoader):
             collate_fn=self.collate_fn,
             generator=torch.Generator(),
             num_workers=self._num_workers,
+            # Of a forked worker this process is the parent, whose SIGTERM alone it takes.
+            multiprocessing_context="fork" if self._num_workers else None,
             worker_init_fn=ignore_requests_to_stop,
         ):
             self.position += 1
