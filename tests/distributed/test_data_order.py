@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,9 @@ def rank_of_examples(words: list[str], until: int) -> list[tuple[list[str], floa
         loss = engine.train_batch()
         loader = engine.training_dataloader
         seen.append(([str(loader.dataset[i]["prompt"]) for i in loader.last_examples()], loss))
+    assert len(multiprocessing.active_children()) == 1, "the batches come from a worker"
     engine.close()
+    assert not multiprocessing.active_children(), "workers end with the engine"
     return seen
 
 

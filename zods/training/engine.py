@@ -218,6 +218,7 @@ class ZerothOrderEngine(EngineInterface):
         before any rank ends.
         """
         self._watchdog.close()
+        self.restart_loader()  # ends the workers of its iterator, for which an exit would wait
         self._evaluator.close()
         self._is_closed = True
         if self.replicas is not None:

@@ -153,8 +153,9 @@ class FirstOrderEngine:
         self.stop = request
 
     def close(self) -> None:
-        """Stop the watchdog. Call it before any rank ends."""
+        """Stop the watchdog and the workers of the loader. Call it before any rank ends."""
         self._watchdog.close()
+        self._batches = self.training_dataloader.forever()
 
     @property
     def device(self) -> torch.device:
