@@ -84,8 +84,9 @@ def test_a_run_sees_the_same_examples_on_other_ranks_and_when_it_is_resumed(tmp_
     assert "trajectory.log: made with zeroth_order.mixture" in message
 
 
-def test_the_summary_has_the_passes_over_each_source(tmp_path: Path):
-    finetune_on_ranks(1, options(tmp_path, "run", 1, max_steps=5))
+@pytest.mark.parametrize("others", [{}, {"optimizer": "adamw", "lr": "1e-3"}])
+def test_the_summary_has_the_passes_over_each_source(tmp_path: Path, others: dict[str, str]):
+    finetune_on_ranks(1, options(tmp_path, "run", 1, max_steps=5, **others))
     (summary,) = [r for r in read_metrics(tmp_path / "run") if r["kind"] == "summary"]
     rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
     sizes = Counter(row["kind"] for row in rows)
