@@ -168,7 +168,7 @@ def check_run(run: TrainingRun, log: Log) -> None:
             f"{log.path}: made by first-order training with {there.optimizer.get('type')}, which "
             "zeroth-order steps cannot go on with. Give another --output_dir, or --optimizer."
         )
-    for key in ("method", "direction", "loss_mean", "objective"):
+    for key in ("method", "direction", "loss_mean", "objective", "generate"):
         logged, now = getattr(there.section, key), getattr(here.section, key)
         if logged != now:
             raise ValueError(
@@ -252,6 +252,7 @@ def check_replica(config: RunConfig, log: Log) -> None:
         "seed",
         "loss_mean",
         "objective",
+        "generate",
     ):
         if getattr(there, key) != getattr(here, key):
             raise ValueError(

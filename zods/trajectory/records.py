@@ -44,6 +44,7 @@ EARLIER = {
     "anchor_split": False,
     "anchor_examples": None,
     "objective": "loss",
+    "generate": None,
 }
 # Keys of the subsection "anchor" that are not written: no bit depends on them.
 NOT_RECORDED = ("nvme_path", "buffer_count", "buffer_size", "pin_memory")
