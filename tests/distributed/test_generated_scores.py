@@ -6,6 +6,7 @@ The reference generates the text of each example at each point by itself, by tra
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,7 @@ def engine_of(model: str, **keys: Any) -> Any:
 def rank_of_steps(folder: Path, name: str) -> dict[str, Any]:
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     model, keys = CASES[name]
+    logging.getLogger("zods").setLevel(logging.INFO)
     texts = LogTexts("zods.forward")
     engine = engine_of(model, **keys)
     engine.resume(folder)
@@ -210,3 +212,71 @@ def test_steps_on_generated_texts_agree_with_the_dense_reference(tmp_path, ranks
         assert "generation: without" in said
     else:
         assert "generation: with a cache of keys and values" in said
+
+
+# --- what such steps do, and what is refused ------------------------------------------------------
+
+
+def rank_of_seeds(seeds: range) -> list[tuple[float, float]]:
+    """The mean F1 of the first and of the last steps, of training to say three words."""
+    found = []
+    for seed in seeds:
+        data = examples() * 2
+        engine = zods.initialize(
+            model=model_of("opt"),
+            config=configuration(
+                BATCH,
+                **{**SECTION, **LOW_RANK, "seed": seed, "objective": "f1", "lr": 1e-2},
+                num_directions=4,
+            ),
+            training_data=data,
+            collate_fn=says_three_words,
+            tokenizer=word_tokenizer(),
+        )[0]
+        scores = [-engine.train_batch() for _ in range(60)]
+        found.append((sum(scores[:5]) / 5, sum(scores[-5:]) / 5))
+        engine.close()
+    return found
+
+
+def says_three_words(rows: list[dict[str, Tensor]]) -> dict[str, Any]:
+    batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+    return {**batch, "example_references": [["w9 w8 w7"]] * len(rows)}
+
+
+@pytest.mark.slow  # three runs
+def test_steps_on_the_f1_of_generated_texts_raise_it():
+    (found,) = run_ranks(1, rank_of_seeds, range(3))
+    for first, last in found:
+        assert last > first + 0.2
+
+
+def rank_of_mistakes() -> list[str]:
+    said = []
+    for model, keys in (
+        (model_of("opt"), {}),
+        (model_of("opt"), {"tokenizer": PreTrainedTokenizerFast(tokenizer_object=no_end())}),
+        (zoo_model("t5"), {"tokenizer": word_tokenizer()}),
+        (zoo_model("bert"), {"tokenizer": word_tokenizer()}),
+    ):
+        with pytest.raises(ValueError, match=r".") as caught:
+            zods.initialize(model=model, config=configuration(BATCH, **SECTION), **keys)
+        said.append(str(caught.value))
+    engine = engine_of("opt", generate={"max_new_tokens": 100})
+    with pytest.raises(ValueError, match=r".") as caught:
+        engine(batch_of(0))
+    return [*said, str(caught.value)]
+
+
+def no_end() -> Tokenizer:
+    return Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+
+
+def test_what_cannot_generate_text_is_refused_at_the_start():
+    (said,) = run_ranks(1, rank_of_mistakes)
+    missing, without_end, pairs, classifier, too_long = said
+    assert "tokenizer: missing; zeroth_order.generate" in missing
+    assert "without eos_token" in without_end
+    assert "found T5ForConditionalGeneration" in pairs
+    assert "found BertForSequenceClassification" in classifier
+    assert "generate.max_new_tokens: found 100, but a prompt has 6 tokens" in too_long

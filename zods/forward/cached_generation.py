@@ -41,7 +41,7 @@ class NextTokens:
     def __init__(self, deepspeed_engine: Any, comm: Communicator) -> None:
         self._deepspeed, self._comm = deepspeed_engine, comm
         self.arguments = accepted_arguments(deepspeed_engine.module)
-        self._caches: bool | None = None if self.arguments >= CACHE_ARGUMENTS else False
+        self._caches: bool | None = None  # found by the first call
 
     def __call__(self, outputs: Outputs, prompts: Prompts) -> NextLogits:
         """Begin to continue prompts. The first call compares the two ways, and reports it.
@@ -49,10 +49,12 @@ class NextTokens:
         outputs: maps the inputs of a forward to the model's outputs.
         """
         if self._caches is None:
-            few = prompts.rows(range(min(COMPARED_PROMPTS, len(prompts.input_ids))))
-            misfit = self.misfit(
-                lambda: Cached(outputs, few, self.arguments), Recomputed(outputs, few)
-            )
+            misfit: str | None = f"it does not take {' and '.join(sorted(CACHE_ARGUMENTS))}"
+            if self.arguments >= CACHE_ARGUMENTS:
+                few = prompts.rows(range(min(COMPARED_PROMPTS, len(prompts.input_ids))))
+                misfit = self.misfit(
+                    lambda: Cached(outputs, few, self.arguments), Recomputed(outputs, few)
+                )
             self._caches = misfit is None
             how = "with" if self._caches else f"without ({misfit})"
             logger.info("generation: %s a cache of keys and values", how)

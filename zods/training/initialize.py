@@ -247,7 +247,9 @@ def _text_objective(
             "a tokenizer of transformers with an eos_token to zods.initialize."
         )
     is_pair = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    if is_pair or not accepted_arguments(model) >= {"input_ids", "attention_mask"}:
+    generates = getattr(model, "can_generate", lambda: True)()
+    takes = accepted_arguments(model)
+    if is_pair or not generates or not takes >= {"input_ids", "attention_mask"}:
         raise ValueError(
             f"{SECTION}.generate: needs a causal language model that takes input_ids and "
             f"attention_mask; found {type(model).__name__}. Remove generate, and use an objective of "
