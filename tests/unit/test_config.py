@@ -214,7 +214,7 @@ SECTIONS = {
     "anchor": ([{}], [None, 1, "cpu", [], True, "auto"]),
     "direction": ([{}], [None, 1, [], True]),
     "anneal": ([{}], [1, "on", [], True, False, "auto"]),
-    "generate": ([], [1, "on", [], {}, True, False, "auto"]),
+    "generate": ([], [1, "on", [], True, False, "auto"]),
     "replicas": ([], [1, "on", [], True, False, "auto"]),
 }
 TEXTS = {
