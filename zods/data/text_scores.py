@@ -1,6 +1,6 @@
 """Objectives of generated text: a score of each example's greedy answer, which training raises.
 
-The prompt of an example are its tokens before the first label, so every batch for a causal language
+The prompt of an example is its tokens before the first label, so every batch for a causal language
 model that labels only answers can be used. The references are the batch's entry
 "example_references", a list of texts for each example, or else the text of its labels. The loss of
 an example is minus its score; `zods.data.scores` says why the scores need no baseline.
@@ -106,13 +106,16 @@ def prompts_of(batch: Any) -> Prompts:
     """
     entries = batch if isinstance(batch, Mapping) else {}
     ids, labels, mask = map(entries.get, ("input_ids", "labels", "attention_mask"))
-    fits = isinstance(ids, Tensor) and isinstance(labels, Tensor)
-    if not fits or labels.ndim != 2 or ids.shape != labels.shape:
+    if (
+        not (isinstance(ids, Tensor) and isinstance(labels, Tensor))
+        or labels.ndim != 2
+        or ids.shape != labels.shape
+    ):
         raise ValueError(
             "zeroth_order.generate: a prompt is the part of input_ids (B, L) before the first label "
             f"of labels (B, L); found {describe(batch)}. Give such batches."
         )
-    kept = (labels != IGNORE_INDEX).cumsum(1) == 0
+    kept = labels.ne(IGNORE_INDEX).cumsum(1) == 0
     if mask is not None:
         kept &= mask != 0
     lengths = kept.sum(1)
