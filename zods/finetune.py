@@ -66,6 +66,7 @@ from zods.config.schedules import with_provisional_length
 from zods.config.schema import ZerothOrderConfig
 from zods.params.swap_files import in_own_folder
 from zods.tasks import Task
+from zods.tasks.answers import with_references
 from zods.training import first_order_checkpoint
 from zods.training.checkpoint_files import latest_tag
 from zods.training.engine import ZerothOrderEngine
@@ -165,12 +166,14 @@ def start(
         watchdog.close()  # the engine has its own
     engine: ZerothOrderEngine | FirstOrderEngine
     if isinstance(used, RunConfig):
+        generates = used.zeroth_order.generate is not None
         engine = zods.initialize(
             model=model,
             config=used.to_dict(),
             training_data=data.train,
-            collate_fn=task.collate,
+            collate_fn=with_references(task.collate) if generates else task.collate,
             target_data=data.target,
+            tokenizer=checked.tokenizer,
         )[0]
     else:
         engine = FirstOrderEngine(model, used, data.train, task.collate, data.target)

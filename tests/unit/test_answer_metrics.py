@@ -2,13 +2,8 @@
 
 import pytest
 
-from zods.tasks.metrics import (
-    confusion_counts,
-    exact_match,
-    last_number_match,
-    token_f1,
-    with_derived,
-)
+from zods.data.answer_metrics import exact_match, last_number_match, token_f1
+from zods.tasks.metrics import confusion_counts, with_derived
 
 
 def derived(metric, answers, predictions):

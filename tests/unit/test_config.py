@@ -71,6 +71,7 @@ DEFAULTS = {
     "examples_per_direction": 1,
     "loss_mean": "tokens",
     "objective": "loss",
+    "generate": None,
     "evaluation": "auto",
     "stream_memory_gb": None,
     "fused_norm": "auto",
@@ -164,6 +165,7 @@ INTEGERS = {
     "agreement_interval": ([1, 1000], [0, None, *NOT_WHOLE]),
     "max_nonfinite_steps": ([0, 5], [None, *NOT_WHOLE]),
     "dataloader_num_workers": ([0, 4], [None, *NOT_WHOLE]),
+    "generate.max_new_tokens": ([1, 256], [0, None, *NOT_WHOLE]),
     "direction.rank": ([1], [0, None, *NOT_WHOLE]),
     "anchor.buffer_count": ([1, 2, 8], [0, None, *NOT_WHOLE]),
     "replicas.index": ([0, 7], [None, *NOT_WHOLE]),
@@ -218,6 +220,7 @@ SECTIONS = {
     "anchor": ([{}], [None, 1, "cpu", [], True, "auto"]),
     "direction": ([{}], [None, 1, [], True]),
     "anneal": ([{}], [1, "on", [], True, False, "auto"]),
+    "generate": ([], [1, "on", [], True, False, "auto"]),
     "replicas": ([], [1, "on", [], True, False, "auto"]),
     "mixture": ([], [1, "on", [], True, False, "auto"]),
 }
@@ -247,8 +250,10 @@ def nested(path: str, value) -> dict:
         "mixture": {"source_column": "s", "weights": {"a": 1}},
     }.get(first, {})
     others = {"method": "mezo_svrg"} if first in SVRG_ONLY else {}
-    if first == "objective":
+    if first in ("objective", "generate"):
         others = {"lr": 1e-3}
+    if first == "generate":
+        others |= {"objective": "f1"}
     return {**others, first: {**needed, **nested(rest, value)} if rest else value}
 
 
@@ -1265,3 +1270,15 @@ def test_keys_of_the_loader_are_refused_with_a_selector_and_the_reason(key, valu
 def test_a_weight_of_a_mixture_is_positive(weight):
     section = {"mixture": {"source_column": "s", "weights": {"a": 1, "b": weight}}}
     refused(config(section), f"{SECTION}.mixture.weights.b: found {weight!r}")
+
+
+def test_objectives_of_text_and_of_logits_are_told_apart_by_the_section_generate():
+    generate = {"max_new_tokens": 8}
+    with pytest.raises(ValueError, match=r'generate: missing; objective "f1" scores generated'):
+        parse_section({"objective": "f1", "lr": 1e-3})
+    with pytest.raises(ValueError, match='generate: given, but objective "accuracy"'):
+        parse_section({"objective": "accuracy", "lr": 1e-3, "generate": generate})
+    with pytest.raises(ValueError, match='lr: "auto" measures the curvature of a smooth loss'):
+        parse_section({"objective": "f1", "generate": generate})
+    taken = parse_section({"objective": "a.b:f", "lr": 1e-3, "generate": generate})
+    assert taken.averages == "examples"

@@ -6,6 +6,7 @@ what was found and what is allowed. All mistakes are raised at once (`zods.confi
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -51,6 +52,9 @@ STRATEGIES: tuple[str, ...] = get_args(Strategy)
 FACILITY_LOCATION = ("greedy", "stochastic_greedy", "greedi")
 BY_SOURCE = (*FACILITY_LOCATION, "mean_matching", "structured_random")
 METRICS: tuple[str, ...] = get_args(Metric)
+# named objectives; the second ones score generated texts
+OF_LOGITS = ("loss", "accuracy", "token_accuracy")
+OF_TEXTS = ("exact_match", "f1")
 
 
 def _not_auto(value: str) -> str:
@@ -61,10 +65,11 @@ def _not_auto(value: str) -> str:
 
 
 def _objective(value: str) -> str:
-    if value in ("loss", "accuracy", "token_accuracy") or re.fullmatch(r"\w+(\.\w+)*:\w+", value):
+    named = (*OF_LOGITS, *OF_TEXTS)
+    if value in named or re.fullmatch(r"\w+(\.\w+)*:\w+", value):
         return value
     raise ValueError(
-        f'found {value!r}, expected "loss", "accuracy", "token_accuracy" or the name of a function '
+        f"found {value!r}, expected {', '.join(map(json.dumps, named))} or the name of a function "
         '"package.module:function".'
     )
 
@@ -170,6 +175,12 @@ class DirectionConfig(Section):
                 'rank, or set distribution to "low_rank".'
             )
         return self
+
+
+class GenerateConfig(Section):
+    """Greedy generation of the texts that the objective scores. See `zods.data.text_scores`."""
+
+    max_new_tokens: Count  # most tokens of a text
 
 
 class AnnealConfig(Section):
@@ -298,10 +309,12 @@ class ZerothOrderConfig(Section):
     # mean over the global batch; tokens: of the losses of all label tokens; examples: of the mean
     # losses of the examples
     loss_mean: LossMean = "tokens"
-    # loss: the cross entropy, or the model's own loss; accuracy, token_accuracy, or a function
-    # "package.module:name": the score of each example, which training raises on average; loss_mean
-    # is not used then
+    # loss: the cross entropy, or the model's own loss; accuracy, token_accuracy, exact_match, f1, or
+    # a function "package.module:name": the score of each example, which training raises on average;
+    # loss_mean is not used then
     objective: Annotated[str, AfterValidator(_objective)] = "loss"
+    # for exact_match, f1, or a function of texts: how the texts are generated
+    generate: GenerateConfig | None = None
     # how the points of a step are evaluated: in one stacked forward, in lockstep, or one by one
     evaluation: Literal["auto", "stacked", "lockstep", "sequential"] = "auto"
     # memory for the points of one forward; None: half of the free memory
@@ -492,6 +505,17 @@ def _mistakes_between_keys(config: ZerothOrderConfig, given: Mapping[str, Any]) 
             f"{SECTION}.anneal: compares losses that are positive, but objective is "
             f'"{config.objective}", whose losses are minus its scores. Remove anneal, or use a '
             "schedule."
+        )
+    if config.objective in OF_TEXTS and config.generate is None:
+        yield (
+            f'{SECTION}.generate: missing; objective "{config.objective}" scores generated texts. '
+            'Give {"max_new_tokens": N}.'
+        )
+    if config.objective in OF_LOGITS and config.generate is not None:
+        yield (
+            f'{SECTION}.generate: given, but objective "{config.objective}" is computed from '
+            f"logits. Remove generate, or use {', '.join(map(json.dumps, OF_TEXTS))} or a function "
+            "of texts."
         )
     if config.anchor_weight == "auto" and not config.share_direction:
         yield (

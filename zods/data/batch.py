@@ -25,6 +25,9 @@ WEIGHTS = "example_weights"
 # Key of a batch's entry with the position of each example in the step's batch, where the examples
 # are not in the order of their positions. The entry is not passed to the model.
 POSITIONS = "example_positions"
+# Key of a batch's entry with the reference answers of each example, lists of texts. The entry is not
+# passed to the model.
+REFERENCES = "example_references"
 
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -145,11 +148,24 @@ def _entries(batch: Any) -> dict[str, Any] | None:
     return None
 
 
+def accepted_arguments(model: torch.nn.Module) -> frozenset[str]:
+    """The names of the arguments that a model's forward takes.
+
+    If a wrapper of peft passes on other arguments, those of its base model are among them.
+    """
+    takes = inspect.signature(model.forward).parameters
+    names = set(takes)
+    if any(p.kind is p.VAR_KEYWORD for p in takes.values()):
+        base = getattr(model, "get_base_model", lambda: model)()
+        names |= set(inspect.signature(base.forward).parameters)
+    return frozenset(names)
+
+
 def call_model(model: Any, batch: Any) -> Any:
     """Call a model with a batch and return its outputs.
 
-    A dict is passed as keyword arguments, without the weights of the examples. A tuple or list is
-    passed as positional arguments, and any other batch as the single argument.
+    A dict is passed as keyword arguments, as `without_weights` returns it. A tuple or list is passed
+    as positional arguments, and any other batch as the single argument.
     """
     if isinstance(batch, Inputs):
         return model(*batch.args, **without_weights(batch.kwargs))
@@ -159,12 +175,20 @@ def call_model(model: Any, batch: Any) -> Any:
 
 
 def without_weights(batch: Any) -> Any:
-    """Copy a mapping without the weights and positions of its examples; return any other batch as
-    it is.
+    """Copy a mapping without the weights, positions and references of its examples; return any other
+    batch as it is.
     """
     if not isinstance(batch, Mapping):
         return batch
-    return {key: value for key, value in batch.items() if key not in (WEIGHTS, POSITIONS)}
+    own = (WEIGHTS, POSITIONS, REFERENCES)
+    return {key: value for key, value in batch.items() if key not in own}
+
+
+def without_references(batch: Any) -> Any:
+    """Copy a mapping without the references of its examples; return any other batch as it is."""
+    if not isinstance(batch, Mapping):
+        return batch
+    return {key: value for key, value in batch.items() if key != REFERENCES}
 
 
 def positions_in(batch: Any) -> list[int] | None:

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from zods.data.generation import Decoding, NextLogits, Outputs, Prompts, Recomputed, generate
 from zods.data.objectives import sequence_log_likelihood
 
 
@@ -27,11 +27,13 @@ class Forwards:
         outputs: maps the inputs of a forward to the model's outputs.
         micro_batch: largest number of sequences of a forward.
         largest: maps a number to the largest of the numbers of all ranks; collective.
+        next_logits: how generation computes logits, for `outputs` and prompts.
     """
 
-    outputs: Callable[[dict[str, Tensor]], Any]
+    outputs: Outputs
     micro_batch: int
     largest: Callable[[int], int] = int
+    next_logits: Callable[[Outputs, Prompts], NextLogits] = Recomputed
 
 
 class SeveralForwards(ABC):
@@ -86,8 +88,6 @@ class Candidates(SeveralForwards):
 class Generation(SeveralForwards):
     """Prompts that are continued greedily, and right answers that are scored.
 
-    Every new token is a forward over the whole sequence, without a cache of keys and values.
-
     Attributes:
         input_ids, attention_mask: (B, L) int64, the prompts, padded on the right.
         answers: the prompts with their right answers.
@@ -109,22 +109,7 @@ class Generation(SeveralForwards):
         of sequence.
         """
         scored = self.answers.run(forwards)
-        ids, mask = self.input_ids, self.attention_mask
-        rows = torch.arange(len(ids), device=ids.device)
-        ends = mask.sum(1)  # position of the next token of each row
-        is_done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-        generated = []
-        for _ in range(self.max_new_tokens):
-            if not forwards.largest(int(not is_done.all())):
-                break
-            logits = forwards.outputs({"input_ids": ids, "attention_mask": mask})["logits"]
-            token = logits[rows, ends - 1].argmax(-1).masked_fill(is_done, self.pad)
-            generated.append(token)
-            is_done = is_done | (token == self.end)
-            if int(ends.max()) == ids.shape[1]:
-                ids = functional.pad(ids, (0, 1), value=self.pad)
-                mask = functional.pad(mask, (0, 1))
-            ids, mask = ids.clone(), mask.clone()
-            ids[rows, ends], mask[rows, ends] = token, 1
-            ends = ends + (~is_done).long()
-        return {**scored, "generated": torch.stack(generated, 1)}
+        prompts = Prompts(self.input_ids, self.attention_mask)
+        decoding = Decoding(self.max_new_tokens, self.end, self.pad)
+        logits = forwards.next_logits(forwards.outputs, prompts)
+        return {**scored, "generated": generate(logits, decoding, forwards.largest)}

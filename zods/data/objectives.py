@@ -128,25 +128,35 @@ def losses_of_logits(
 
 
 def scored_losses(outputs: Any, batch: Any, objective: Objective) -> tuple[Tensor, Tensor]:
-    """Minus the scores of a batch: their mean, 0-d float64, and those of its rows, (B,) float64.
-
-    The rows add up to the mean times the count of `loss_count`, over examples. Weights multiply
-    them, and rows without a label that counts are 0. The mean is NaN where no row counts.
+    """Minus the scores of a batch, as `losses_of_scores` returns them.
 
     Raises ValueError if there are no logits or labels, or by the score.
     """
     logits, labels = logits_of(outputs), _entry(batch, "labels")
-    counts = label_counts(labels, objective.shifted)
-    if logits is None or counts is None:
+    if logits is None or label_counts(labels, objective.shifted) is None:
         raise ValueError(
             "zeroth_order.objective: a score needs logits and integer labels; the model returned "
             f"{describe(outputs)} for {describe(batch)}"
         )
     assert objective.score is not None
-    weights, given = (counts > 0).double(), weights_of(batch)
+    scores = objective.score(logits, batch, objective.shifted)
+    return losses_of_scores(scores, batch, objective.shifted)
+
+
+def losses_of_scores(
+    scores: Tensor, batch: Mapping[str, Any], shifted: bool
+) -> tuple[Tensor, Tensor]:
+    """Minus the scores (B,) of a batch: their mean, 0-d float64, and those of its rows, (B,)
+    float64.
+
+    The rows add up to the mean times the count of `loss_count`, over examples. Weights multiply
+    them, and rows without a label that counts are 0. The mean is NaN where no row counts.
+    """
+    counts, given = label_counts(batch["labels"], shifted), weights_of(batch)
+    assert counts is not None
+    weights = (counts > 0).double()
     if given is not None:
         weights *= given.double()
-    scores = objective.score(logits, batch, objective.shifted)
     rows = torch.where(weights != 0, -weights * scores, 0.0)
     return rows.sum() / weights.sum(), rows
 

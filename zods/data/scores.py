@@ -2,7 +2,10 @@
 
 A zeroth-order step needs losses at points only, so any number that can be computed from a model's
 outputs can be optimised, such as accuracy (Malladi et al. 2023, arXiv:2305.17333, section 3.3). The
-loss of an example is minus its score.
+loss of an example is minus its score. Scores need no baseline: an estimate uses only the difference
+of the scores of one example at the two points of a pair, in which whatever does not depend on the
+point drops out, also the mean over the other points of a group that leaves this one out.
+`zods.data.text_scores` has the scores of generated texts.
 """
 
 from __future__ import annotations
@@ -65,6 +68,16 @@ def find_score(name: str) -> Score:
     """
     if name in SCORES:
         return SCORES[name]
+    function = imported_function(name)
+
+    def score(logits: Tensor, batch: Mapping[str, Any], shifted: bool) -> Tensor:
+        return checked_scores(function({"logits": logits}, batch), name, len(logits))
+
+    return score
+
+
+def imported_function(name: str) -> Callable[..., Any]:
+    """The function with the name "package.module:name". Raises ValueError where there is none."""
     module, _, attribute = name.partition(":")
     try:
         function = getattr(importlib.import_module(module), attribute)
@@ -78,15 +91,18 @@ def find_score(name: str) -> Score:
         raise ValueError(
             f'zeroth_order.objective: "{name}" is {type(function).__name__}, expected a function.'
         )
+    return function
 
-    def score(logits: Tensor, batch: Mapping[str, Any], shifted: bool) -> Tensor:
-        found = function({"logits": logits}, batch)
-        if not isinstance(found, Tensor) or found.shape != (len(logits),):
-            what = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-            raise ValueError(
-                f'zeroth_order.objective: "{name}" returned {what} for {len(logits)} examples, '
-                f"expected a tensor of shape ({len(logits)},): the score of each example."
-            )
-        return found.detach().to(torch.float64)
 
-    return score
+def checked_scores(found: Any, name: str, number: int) -> Tensor:
+    """The result of a user's function as float64, detached.
+
+    Raises ValueError where it is not a tensor of one score for each of `number` examples.
+    """
+    if not isinstance(found, Tensor) or found.shape != (number,):
+        what = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise ValueError(
+            f'zeroth_order.objective: "{name}" returned {what} for {number} examples, '
+            f"expected a tensor of shape ({number},): the score of each example."
+        )
+    return found.detach().to(torch.float64)

@@ -16,6 +16,7 @@ from zods.data.batch import to_device, without_weights
 from zods.data.evaluation import Forwards, SeveralForwards
 from zods.data.loader import WholePass
 from zods.data.objectives import batch_loss, logits_of, other_labels
+from zods.forward.cached_generation import NextTokens
 
 Measure = Callable[[Any, Any, Any], dict[str, tuple[float, float]]]
 
@@ -29,19 +30,20 @@ def measure_whole(
     *,
     comm: Communicator,
     micro_batch: int,
+    next_tokens: NextTokens,
 ) -> dict[str, float]:
     """Compute means of metrics over a whole dataset and all ranks, every example counted once.
 
     Collective: all ranks call it together. outputs_of: maps model inputs to the model's outputs.
     collate_fn: maps rows to (model inputs, targets). The inputs may be a `SeveralForwards`, on all
     ranks. measure: maps (outputs, inputs, targets) to {name: (sum, count)}. micro_batch: most
-    sequences per forward and rank.
+    sequences per forward and rank. next_tokens: computes logits for inputs that generate text.
     """
 
     def largest(number: int) -> int:
         return int(max(of_rank[0] for of_rank in comm.gather_scalars([number])))
 
-    forwards = Forwards(outputs_of, micro_batch, largest)
+    forwards = Forwards(outputs_of, micro_batch, largest, next_tokens)
     totals: dict[str, list[float]] = {}
     rounds = WholePass(dataset, micro_batch, comm.rank, comm.world_size, collate_fn)
     for batch, _, counted in rounds:

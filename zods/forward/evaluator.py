@@ -18,12 +18,14 @@ from tqdm import tqdm
 
 from zods.core.example_groups import Group, divide
 from zods.core.points import Point
-from zods.data.batch import Inputs, num_examples, take_rows
+from zods.data.batch import Inputs, num_examples, take_rows, without_references
 from zods.data.loader import WholePass
 from zods.data.objectives import loss_count
 from zods.data.scores import Score
+from zods.data.text_scores import TextObjective
 from zods.forward.choose_form import ChooseForm
 from zods.forward.forms import Form, Forms, PointLosses
+from zods.forward.generated_scores import GeneratedScores
 from zods.forward.lockstep import NotInLockstep
 from zods.forward.model_forwards import ModelForwards
 from zods.forward.stacked import NotStackable
@@ -100,13 +102,15 @@ class Evaluator:
         grouped: bool,
         beat: Callable[[], None],
         score: Score | None = None,
+        texts: TextObjective | None = None,
     ) -> None:
         """eps: distance of a step's points from the center. evaluation, stream_memory_gb: the
         configuration's keys. micro_batch: examples per forward and rank. most_points: the largest
         number of points that are evaluated together. grouped: whether groups of a batch's rows have
         points of their own. beat: called before each batch of losses, so
         that the watchdog can name a rank that hangs in it. score: takes the place of the cross
-        entropy, by which the form of evaluation is chosen.
+        entropy, by which the form of evaluation is chosen; texts: so do the scores of generated
+        texts.
         """
         self.streams_per_forward = 2
         self._forwards, self._comm, self._beat = forwards, forwards.comm, beat
@@ -123,6 +127,8 @@ class Evaluator:
             stream_memory_gb=stream_memory_gb,
         )
         self._grouped, self._score = grouped, score
+        self._scores = score is not None or texts is not None
+        self._generated = None if texts is None else GeneratedScores(forwards, texts, beat)
         self._known: tuple[str, int] | None = None
         self.left_form = False
 
@@ -171,11 +177,13 @@ class Evaluator:
         batch = self._forwards.without_cache(batch)
         self._forwards.perturbed.move_new_hooks()
         if self._form is None:
-            self._form = self._choose(batch)
+            self._form = self._choose(without_references(batch))
             self._forwards.objective = replace(self._forwards.objective, score=self._score)
         form = self._form
         at = [point for point in points if point is not None]
         if len(at) < max(len(points), 2):
+            if self._generated is not None:
+                return self._generated.losses(points, batch, stacked=False)
             return PointLosses(
                 torch.stack([self._forwards.loss_at(point, batch) for point in points])
             )
@@ -208,12 +216,17 @@ class Evaluator:
         # as many forwards on every rank, however its rows are grouped
         size = self.streams_per_forward * most
         parts = [points[k : k + size] for k in range(0, len(points), size)]
-        found = [form.losses(part, batch) for part in parts]
+        found = [self._losses_in(form, part, batch) for part in parts]
         losses = torch.cat([of_part.means for of_part in found])
         if most > groups:
             return PointLosses(losses.view(-1, 2 * most)[:, : 2 * groups].flatten())
         rows = tuple(of_point for of_part in found for of_point in of_part.rows or ())
         return PointLosses(losses, rows or None)
+
+    def _losses_in(self, form: Form, points: Sequence[Point], batch: Any) -> PointLosses:
+        if self._generated is None:
+            return form.losses(points, batch)
+        return self._generated.losses(points, batch, stacked=form is self._forms.stacked)
 
     # --- how to evaluate --------------------------------------------------------------------------
 
@@ -284,7 +297,7 @@ class Evaluator:
             if point is parts[-1]:
                 alone = f.mean_of(outputs, part)
                 # the score of an example may jump where two logits are equal up to rounding
-                differ[1] = self._score is None and not self._agree(
+                differ[1] = not self._scores and not self._agree(
                     first, alone, f.rounding_of_loss(outputs, counts)
                 )
             if found is None or not agrees:

@@ -21,6 +21,7 @@ from zods.data.batch import (
     WEIGHTS,
     Inputs,
     Signature,
+    accepted_arguments,
     call_model,
     num_examples,
     take_rows,
@@ -55,7 +56,8 @@ class ModelForwards:
     Every method that runs the model puts it into eval mode first.
 
     perturbed: the model's wrapped modules. objective: how a loss is computed from outputs.
-    on_forward: called before each forward if it is set.
+    arguments: names of the arguments that the model takes. on_forward: called before each forward
+    if it is set.
     """
 
     def __init__(
@@ -90,12 +92,7 @@ class ModelForwards:
         self._needs_labels = (
             "labels" in takes and takes["labels"].default is inspect.Parameter.empty
         )
-        # a cache of keys and values serves generation only; a wrapper of peft passes the key on
-        inner = getattr(self.module, "get_base_model", lambda: self.module)()
-        passes_on = any(p.kind is p.VAR_KEYWORD for p in takes.values())
-        self._has_cache = "use_cache" in takes or (
-            passes_on and "use_cache" in inspect.signature(inner.forward).parameters
-        )
+        self.arguments = accepted_arguments(self.module)
 
     def inputs(self, *args: Any, **kwargs: Any) -> dict[str, Any] | Inputs:
         """Return a batch on the device, in the form in which the model's forward takes it; see
@@ -105,9 +102,8 @@ class ModelForwards:
 
     def without_cache(self, batch: Any) -> Any:
         """Return the batch with the cache for generation switched off, if the model has one."""
-        return (
-            {"use_cache": False, **batch} if self._has_cache and isinstance(batch, dict) else batch
-        )
+        has_cache = "use_cache" in self.arguments
+        return {"use_cache": False, **batch} if has_cache and isinstance(batch, dict) else batch
 
     def outputs(self, batch: Any) -> Any:
         """Return the model's outputs for a result of `inputs`, or for a batch that it accepts."""

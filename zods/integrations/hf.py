@@ -165,6 +165,7 @@ class ZOTrainerMixin(_Base):
             training_data=self.train_dataset,
             collate_fn=self._get_collator_with_removed_columns(self.data_collator, "training"),
             lr_scheduler=None if "scheduler" in config else self._new_scheduler(),
+            tokenizer=self.processing_class,
         )[0]
 
     def _new_scheduler(self) -> Callable[[torch.optim.Optimizer], Any]:

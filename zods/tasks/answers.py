@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import datasets
 from torch import Tensor
 
+from zods.data.answer_metrics import exact_match, last_number_match, token_f1
+from zods.data.batch import REFERENCES as OF_BATCH
 from zods.data.evaluation import Candidates, Generation
 from zods.tasks.instruction import Instruction
-from zods.tasks.metrics import exact_match, last_number_match, token_f1
 from zods.tasks.prompts import answer_labels, fit_prompt, leading_special_tokens
 from zods.tasks.task import Row, pad_inputs
 
 REFERENCES = "references"  # column with the right answers of a row, a list of texts
 PROMPT = "prompt"  # column with the tokens of the prompt alone
+
+
+def with_references(
+    collate: Callable[[Sequence[Row]], dict[str, Any]],
+) -> Callable[[Sequence[Row]], dict[str, Any]]:
+    """A collate function whose batches have the references of rows that have them.
+
+    The key is that of `zods.data.batch.REFERENCES`.
+    """
+
+    def collated(rows: Sequence[Row]) -> dict[str, Any]:
+        given = {OF_BATCH: [row[REFERENCES] for row in rows]} if REFERENCES in rows[0] else {}
+        return {**collate(rows), **given}
+
+    return collated
 
 
 @dataclass(frozen=True)

@@ -283,7 +283,7 @@ def _check_same_course(
             raise TypeError(f"{key} is {saved[key]!r}")
     there = {**ZerothOrderConfig().to_dict(), **saved["zeroth_order"]}
     here = run.config.zeroth_order.to_dict()
-    for key in ("method", "direction", "loss_mean", "objective"):
+    for key in ("method", "direction", "loss_mean", "objective", "generate"):
         if there[key] != here[key]:
             raise ValueError(
                 f"checkpoint {folder}: made with zeroth_order.{key} = {there[key]!r}, this run has "

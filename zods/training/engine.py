@@ -25,6 +25,8 @@ from zods.config.schedules import ZerothOrderOptimizer
 from zods.core.update_rule import StepRule
 from zods.data.loader import TrainingLoader
 from zods.data.scores import find_score
+from zods.data.text_scores import TextObjective
+from zods.forward.cached_generation import NextTokens
 from zods.forward.evaluator import Evaluator
 from zods.forward.fused_norms import FusedNorms
 from zods.forward.model_forwards import ModelForwards
@@ -78,7 +80,9 @@ class ZerothOrderEngine(EngineInterface):
         training_loader: TrainingLoader | SelectingLoader | None,
         watchdog: Watchdog,
         fused_norms: FusedNorms,
+        texts: TextObjective | None,
     ) -> None:
+        """texts: scores generated texts in place of losses."""
         self.deepspeed = deepspeed_engine
         self.module: torch.nn.Module = deepspeed_engine.module
         self.config = config
@@ -136,7 +140,8 @@ class ZerothOrderEngine(EngineInterface):
         )
         self._reporter = StepReporter(self.monitor, zo, comm)
         self._watchdog = watchdog
-        self._evaluator = self._make_evaluator(fused_norms)
+        self._evaluator = self._make_evaluator(fused_norms, texts)
+        self._next_tokens = NextTokens(deepspeed_engine, comm)
         self._own_batches: Iterator[Any] | None = None
         self._is_closed = False
         self._is_logged = False  # whether `resume` was called
@@ -152,8 +157,9 @@ class ZerothOrderEngine(EngineInterface):
         """Examples of a micro-batch, over all ranks."""
         return self.train_batch_size() // self.gradient_accumulation_steps()
 
-    def _make_evaluator(self, fused_norms: FusedNorms) -> Evaluator:
+    def _make_evaluator(self, fused_norms: FusedNorms, texts: TextObjective | None) -> Evaluator:
         zo = self._zo
+        of_logits = zo.objective != "loss" and texts is None
         forwards = ModelForwards(
             self.deepspeed,
             self.comm,
@@ -173,7 +179,8 @@ class ZerothOrderEngine(EngineInterface):
             most_points=zo.most_points,
             grouped=zo.has_groups,
             beat=lambda: self._watchdog.beat(f"step {self.global_steps}, forward"),
-            score=None if zo.objective == "loss" else find_score(zo.objective),
+            score=find_score(zo.objective) if of_logits else None,
+            texts=texts,
         )
 
     def get_lr(self) -> list[float]:

@@ -20,6 +20,7 @@ from zods.comm.stop_request import StopRequest, StopRequested
 from zods.comm.watchdog import Watchdog
 from zods.config.deepspeed_json import RunConfig
 from zods.core.annealing import Annealing
+from zods.forward.cached_generation import NextTokens
 from zods.forward.dataset_metrics import Measure, measure_whole
 from zods.forward.evaluator import Evaluator
 from zods.params.zero3_adapter import bytes_of, is_sharded
@@ -53,6 +54,7 @@ class EngineInterface:
     last_step: StepReport | None
     _in_flight: StepInFlight | None
     _evaluator: Evaluator
+    _next_tokens: NextTokens
     _watchdog: Watchdog
 
     def flush(self) -> None:
@@ -214,6 +216,7 @@ class EngineInterface:
                 measure,
                 comm=self.comm,
                 micro_batch=self.train_micro_batch_size_per_gpu(),
+                next_tokens=self._next_tokens,
             )
 
     @contextlib.contextmanager

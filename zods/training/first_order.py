@@ -24,6 +24,7 @@ from zods.config.deepspeed_json import FirstOrderConfig
 from zods.data.batch import WEIGHTS
 from zods.data.loader import TrainingLoader
 from zods.data.objectives import Objective, loss_count
+from zods.forward.cached_generation import NextTokens
 from zods.forward.dataset_metrics import Measure, check_own_loss, measure_whole
 from zods.params.swap_files import check_reads
 from zods.params.zero3_adapter import bytes_of, optimizer_is_partly_on_nvme
@@ -110,6 +111,7 @@ class FirstOrderEngine:
         self._loss_checked = False
         if self._partly_on_nvme and self.comm.rank == 0:
             logger.warning("%s. This run cannot be resumed. Give device cpu.", PARTLY_ON_NVME)
+        self._next_tokens = NextTokens(self.deepspeed, self.comm)
         with self.comm.same_on_all_ranks():
             loader = self._make_loader(dataset, collate_fn, target_data)
         self.training_dataloader = loader
@@ -255,6 +257,7 @@ class FirstOrderEngine:
                     measure,
                     comm=self.comm,
                     micro_batch=micro_batch,
+                    next_tokens=self._next_tokens,
                 )
         except StopRequested:
             self.should_stop = True

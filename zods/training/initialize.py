@@ -18,9 +18,11 @@ from zods.config.deepspeed_json import FirstOrderConfig, RunConfig, read_config
 from zods.config.optional_packages import check_packages
 from zods.config.schedules import ZerothOrderOptimizer, build_scheduler, step_mistake
 from zods.config.schema import SECTION, SelectorConfig, ZerothOrderConfig, check_selector
+from zods.data.batch import accepted_arguments
 from zods.data.columns import sources_of
 from zods.data.loader import TrainingLoader, check_dataset
 from zods.data.scores import find_score
+from zods.data.text_scores import TextObjective, find_text_score
 from zods.forward.fused_norms import find_fused_norms
 from zods.forward.wrapping import has_moved_hooks
 from zods.kernels import backend
@@ -65,6 +67,7 @@ def initialize(
     mesh_param: Any = None,
     config_params: Any = None,
     target_data: torch.utils.data.Dataset | None = None,
+    tokenizer: Any = None,
 ) -> tuple[ZerothOrderEngine, ZerothOrderOptimizer, TrainingLoader | SelectingLoader | None, Any]:
     """Make a zeroth-order engine from a model: `deepspeed.initialize` for a configuration with a
     section "zeroth_order".
@@ -77,6 +80,7 @@ def initialize(
     an lr of "auto", the default, need it, too. lr_scheduler: a scheduler on the returned optimizer, or a function that makes one
     from it. config: path or dict (default: `args.deepspeed_config`). target_data: a map-style dataset
     whose rows `collate_fn` takes, too; the examples that the selector's strategy "target" needs.
+    tokenizer: decodes generated texts, where the section has "generate".
     optimizer, mpu and mesh_param must be None.
 
     Returns (engine, optimizer, training_dataloader, lr_scheduler). Raises ValueError or OSError on
@@ -99,6 +103,7 @@ def initialize(
         lay_out_parameters(model)
         resolve_by_model(run, model, comm.world_size)
         fused_norms = find_fused_norms(model, zo.fused_norm, comm.device)
+        texts = _text_objective(zo, model, tokenizer)
     code = {**code_of_model(model), **fused_norms.code}
     watchdog = Watchdog(comm, run.zeroth_order.hang_timeout)
     watchdog.beat("the start, comparison and sharding of the model", run.zeroth_order.load_timeout)
@@ -123,6 +128,7 @@ def initialize(
         training_loader=loader,
         watchdog=watchdog,
         fused_norms=fused_norms,
+        texts=texts,
     )
     zo_engine.recorder.note_code(code)
     watchdog.rest()
@@ -214,14 +220,44 @@ def check_names(run: RunConfig | FirstOrderConfig) -> None:
     """Raise ValueError where this rank cannot use a folder for NVMe offload, or import the
     objective.
     """
-    if run.zeroth_order.objective != "loss":
-        find_score(run.zeroth_order.objective)
+    zo = run.zeroth_order
+    if zo.generate is not None:
+        find_text_score(zo.objective)
+    elif zo.objective != "loss":
+        find_score(zo.objective)
     for key in ("offload_param", "offload_optimizer"):
         offload = run.deepspeed.get("zero_optimization", {}).get(key) or {}
         if offload.get("device") == "nvme":
             check_nvme(offload["nvme_path"], f"zero_optimization.{key}.nvme_path")
-    if run.zeroth_order.anchor.nvme_path is not None:
-        check_nvme(run.zeroth_order.anchor.nvme_path, "zeroth_order.anchor.nvme_path")
+    if zo.anchor.nvme_path is not None:
+        check_nvme(zo.anchor.nvme_path, "zeroth_order.anchor.nvme_path")
+
+
+def _text_objective(
+    zo: ZerothOrderConfig, model: torch.nn.Module, tokenizer: Any
+) -> TextObjective | None:
+    """The score of generated texts; None where the objective is computed from logits.
+
+    Raises ValueError where the model or the tokenizer cannot generate text.
+    """
+    if zo.generate is None:
+        return None
+    if getattr(tokenizer, "eos_token_id", None) is None:
+        found = "missing" if tokenizer is None else f"{type(tokenizer).__name__} without eos_token"
+        raise ValueError(
+            f"tokenizer: {found}; {SECTION}.generate decodes texts up to the end of sequence. Give "
+            "a tokenizer of transformers with an eos_token to zods.initialize."
+        )
+    is_pair = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    generates = getattr(model, "can_generate", lambda: True)()
+    takes = accepted_arguments(model)
+    if is_pair or not generates or not takes >= {"input_ids", "attention_mask"}:
+        raise ValueError(
+            f"{SECTION}.generate: needs a causal language model that takes input_ids and "
+            f"attention_mask; found {type(model).__name__}. Remove generate, and use an objective of "
+            "logits."
+        )
+    return TextObjective(find_text_score(zo.objective), tokenizer, zo.generate.max_new_tokens)
 
 
 def _training_loader(

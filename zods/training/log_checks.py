@@ -173,7 +173,7 @@ def check_run(run: TrainingRun, log: Log) -> None:
     _check_same_keys(
         log.path,
         *(there.section, here.section),
-        ("method", "direction", "loss_mean", "objective", *ORDER_KEYS),
+        ("method", "direction", "loss_mean", "objective", "generate", *ORDER_KEYS),
     )
     if there.batch != here.batch:
         fits = [
@@ -262,6 +262,7 @@ def check_replica(config: RunConfig, log: Log) -> None:
         "loss_mean",
         "objective",
         *ORDER_KEYS,
+        "generate",
     ):
         if getattr(there, key) != getattr(here, key):
             raise ValueError(

@@ -46,6 +46,7 @@ EARLIER = {
     "objective": "loss",
     "group_by_length": False,
     "mixture": None,
+    "generate": None,
 }
 # Keys of the subsection "anchor" that are not written: no bit depends on them.
 NOT_RECORDED = ("nvme_path", "buffer_count", "buffer_size", "pin_memory")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from zods.tasks.metrics import exact_match, token_f1
+from zods.data.answer_metrics import exact_match, token_f1
 from zods.tasks.published.declaration import Row
 
 PLACEHOLDER = "@placeholder"

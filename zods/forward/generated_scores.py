@@ -1,0 +1,166 @@
+"""Minus the scores of texts that a model generates, at the points of a step.
+
+With the stacked form, one forward runs the prompts of all points, and each further forward one new
+token of every row of every point. With another form, one point after the other generates its texts.
+Both use a cache of keys and values where it fits the model; the stack does not generate without
+one. The evaluator calls `GeneratedScores` in place of a form of evaluation.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zods.core.points import Point
+from zods.data.batch import num_examples, take_rows
+from zods.data.generation import Cached, NextLogits, Outputs, Prompts, Recomputed, generate
+from zods.data.objectives import losses_of_scores
+from zods.data.text_scores import TextObjective, prompts_of
+from zods.forward.cached_generation import COMPARED_PROMPTS, NextTokens
+from zods.forward.forms import CHECK_DISTANCE, PointLosses
+from zods.forward.model_forwards import ModelForwards
+from zods.forward.module_runners import StackRunner
+
+logger = logging.getLogger(__name__)
+
+
+class GeneratedScores:
+    """Compute minus the scores of generated texts at points."""
+
+    def __init__(
+        self, forwards: ModelForwards, objective: TextObjective, beat: Callable[[], None]
+    ) -> None:
+        """beat: called before each forward, so that the watchdog sees that this rank goes on."""
+        self._forwards, self._objective, self._beat = forwards, objective, beat
+        self._next_tokens = NextTokens(forwards.deepspeed, forwards.comm)
+        self._runner = StackRunner(forwards.perturbed)
+        self._stack_fits: bool | None = None  # found on the first batch
+
+    def losses(self, points: Sequence[Point | None], batch: Any, *, stacked: bool) -> PointLosses:
+        """The losses at the points, each of its rows of a batch; None: the parameters as they are.
+
+        stacked: whether a forward may run the rows of all points; none of them is None then.
+        Raises ValueError where the batch has no prompts, or the model too few positions, and
+        NotStackable where a later batch does not fit a stack.
+        """
+        prompts = prompts_of(batch)
+        self._check_positions(prompts)
+        references = self._objective.references(batch)
+        size = num_examples(batch)
+        rows = [range(size) if p is None or p.rows is None else p.rows for p in points]
+        if stacked and self._stack_fits is None:
+            self._stack_fits = self._fits_stack(prompts)
+        if stacked and self._stack_fits:
+            at = [point for point in points if point is not None]
+            tokens = self._generate_stacked(at, rows, prompts)
+        else:
+            tokens = [
+                self._generate_at(point, prompts.rows(of_point))
+                for point, of_point in zip(points, rows, strict=True)
+            ]
+        found = []
+        for of_point, texts in zip(rows, tokens, strict=True):
+            scores = self._objective.scores(texts, [references[row] for row in of_point])
+            part = take_rows(batch, of_point)
+            found.append(losses_of_scores(scores, part, self._forwards.objective.shifted))
+        means, of_rows = zip(*found, strict=True)
+        return PointLosses(torch.stack(means), of_rows)
+
+    def _generate_at(self, point: Point | None, prompts: Prompts) -> Tensor:
+        """Generate tokens (B, T) at a point."""
+        return self._generate(self._next_tokens(self._outputs_at(point), prompts))
+
+    def _generate_stacked(
+        self, points: Sequence[Point], rows: Sequence[Sequence[int]], prompts: Prompts
+    ) -> Sequence[Tensor]:
+        """Generate tokens (rows of a point, T) at each point."""
+        stack = prompts.rows([row for of_point in rows for row in of_point])
+        outputs = self._outputs_in_stack(points, rows)
+        tokens = self._generate(Cached(outputs, stack, self._next_tokens.arguments))
+        return tokens.split([len(of_point) for of_point in rows])
+
+    def _generate(self, next_logits: NextLogits) -> Tensor:
+        return generate(next_logits, self._objective.decoding, self._largest)
+
+    def _largest(self, number: int) -> int:
+        """The largest number of all ranks that gather parameters together."""
+        if not self._forwards.is_sharded:  # ranks may generate at different numbers of points
+            return number
+        return int(max(of_rank[0] for of_rank in self._forwards.comm.gather_scalars([number])))
+
+    # --- forwards ---------------------------------------------------------------------------------
+
+    def _outputs_at(self, point: Point | None) -> Outputs:
+        """The outputs of forwards at a point."""
+
+        def outputs(inputs: dict[str, Any]) -> Any:
+            self._beat()
+            return self._forwards.outputs_at(point, inputs)
+
+        return outputs
+
+    def _outputs_in_stack(self, points: Sequence[Point], rows: Sequence[Sequence[int]]) -> Outputs:
+        """The outputs of forwards on a stack with some rows of a batch for each point."""
+
+        def outputs(inputs: dict[str, Any]) -> Any:
+            self._beat()
+            with self._runner.at(points, rows):
+                return self._forwards.outputs(inputs)
+
+        return outputs
+
+    def _outputs_one_by_one(
+        self, points: Sequence[Point], rows: Sequence[Sequence[int]]
+    ) -> Outputs:
+        """The logits of the same stack without a cache, from one forward for each point."""
+
+        def outputs(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+            sizes = [len(of_point) for of_point in rows]
+            parts = zip(*(tensor.split(sizes) for tensor in inputs.values()), strict=True)
+            found = [
+                self._outputs_at(point)(dict(zip(inputs, part, strict=True)))["logits"]
+                for point, part in zip(points, parts, strict=True)
+            ]
+            return {"logits": torch.cat(found)}
+
+        return outputs
+
+    # --- what fits the model ----------------------------------------------------------------------
+
+    def _fits_stack(self, prompts: Prompts) -> bool:
+        """Whether a stack with a cache gives the logits of whole forwards, one for each point.
+
+        Collective. The points have different numbers of rows.
+        """
+        size = min(COMPARED_PROMPTS, len(prompts.input_ids))
+        points = [Point(1, CHECK_DISTANCE), Point(2, CHECK_DISTANCE)]
+        rows = [range(size), range(max(1, size // 2))]
+        stack = prompts.rows([row for of_point in rows for row in of_point])
+        arguments = self._next_tokens.arguments
+
+        def begin() -> NextLogits:
+            few = prompts.rows(range(size))
+            with self._runner.recording(points[0], size):
+                Cached(self._forwards.outputs, few, arguments)(None)
+            return Cached(self._outputs_in_stack(points, rows), stack, arguments)
+
+        expected = Recomputed(self._outputs_one_by_one(points, rows), stack)
+        misfit = self._next_tokens.misfit(begin, expected)
+        how = "for all points together" if misfit is None else f"one point at a time ({misfit})"
+        logger.info("generation in a step: %s", how)
+        return misfit is None
+
+    def _check_positions(self, prompts: Prompts) -> None:
+        """Raise ValueError where the model has too few positions for prompts and their texts."""
+        config = getattr(self._forwards.module, "config", None)
+        limit = getattr(config, "max_position_embeddings", None)
+        length, new = prompts.input_ids.shape[1], self._objective.max_new_tokens
+        if limit is not None and length + new > limit:
+            raise ValueError(
+                f"zeroth_order.generate.max_new_tokens: found {new}, but a prompt has {length} "
+                f"tokens and the model {limit} positions. Give fewer, or truncate the prompts."
+            )
