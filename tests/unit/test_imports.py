@@ -55,6 +55,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
             "transformers", "yaml",
         },
     ),
+    "report": ({"files", "config", "trajectory", "cli"}, {"matplotlib", "numpy"}),
     "finetune": (
         {TOP, "config", "comm", "params", "training", "tasks", "cli"},
         {"datasets", "deepspeed", "tqdm"},
