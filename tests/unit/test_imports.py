@@ -42,6 +42,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
         },
         {"deepspeed", "safetensors", "torch", "tqdm"},
     ),
+    "doctor": ({TOP, "comm", "kernels", "params"}, {"deepspeed", "torch"}),
     "planning": (
         {"files", "config", "comm", "params", "forward", "training"},
         {"deepspeed", "matplotlib", "torch", "transformers"},
