@@ -42,6 +42,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
         },
         {"deepspeed", "safetensors", "torch", "tqdm"},
     ),
+    "doctor": ({TOP, "comm", "kernels", "params"}, {"deepspeed", "torch"}),
     "planning": (
         {"files", "config", "comm", "params", "forward", "training"},
         {"deepspeed", "matplotlib", "torch", "transformers"},
@@ -55,6 +56,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
             "transformers", "yaml",
         },
     ),
+    "report": ({"files", "config", "trajectory", "cli"}, {"matplotlib", "numpy"}),
     "finetune": (
         {TOP, "config", "comm", "params", "training", "tasks", "cli"},
         {"datasets", "deepspeed", "tqdm"},

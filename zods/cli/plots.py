@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from zods.cli.run_folder import read_metrics
 from zods.files import atomic_write
+
+Floats = npt.NDArray[np.float64]
+WINDOW = 20  # steps
+LARGEST = 1e300  # a damaged file may hold any number; not-a-number is no larger and no smaller
 
 
 def plot_curves(folder: str | Path) -> Path:
@@ -25,17 +33,20 @@ def plot_curves(folder: str | Path) -> Path:
     train = [r for r in records if r["kind"] == "train"]
     held_out = [r for r in records if r["kind"] == "eval"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    steps, losses = series(train, "loss")
     left.plot(
-        *_series(train, "loss"),
+        steps,
+        losses,
         color="tab:blue",
         alpha=0.25,
         linewidth=0.8,
         label="training, per step",
     )
-    left.plot(*_smoothed(train, "loss"), color="tab:blue", label="training, mean of 20 steps")
-    left.plot(*_series(held_out, "loss"), color="tab:orange", marker="o", label="held out")
+    smoothed = running_mean(losses)
+    left.plot(steps, smoothed, color="tab:blue", label=f"training, mean of {WINDOW} steps")
+    left.plot(*series(held_out, "loss"), color="tab:orange", marker="o", label="held out")
     left.set(xlabel="step", ylabel="loss")
-    right.plot(*_series(held_out, "accuracy"), color="tab:green", marker="o", label="held out")
+    right.plot(*series(held_out, "accuracy"), color="tab:green", marker="o", label="held out")
     right.set(xlabel="step", ylabel="accuracy")
     for axes in (left, right):
         axes.grid(alpha=0.3)
@@ -47,17 +58,25 @@ def plot_curves(folder: str | Path) -> Path:
     return path
 
 
-def _series(records: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    """The steps and values of a metric, of the records that have it as a number."""
-    kept = [r for r in records if isinstance(r.get(key), (int, float))]
-    return [r["step"] for r in kept], [r[key] for r in kept]
+def series(records: Iterable[Mapping[str, Any]], key: str) -> tuple[Floats, Floats]:
+    """The steps and values of a metric, of the records that have it as a finite number."""
+    found = [(record["step"], record.get(key)) for record in records]
+    kept = [
+        (step, value)
+        for step, value in found
+        if isinstance(value, (int, float))
+        if not isinstance(value, bool) and -LARGEST < value < LARGEST
+    ]
+    steps, values = np.array(kept, dtype=np.float64).reshape(-1, 2).T
+    return steps, values
 
 
-def _smoothed(records: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    """The running mean of 20 values, and of fewer values at the start."""
-    steps, values = _series(records, key)
-    spans = [values[max(0, i - 19) : i + 1] for i in range(len(values))]
-    return steps, [sum(span) / len(span) for span in spans]
+def running_mean(values: Floats) -> Floats:
+    """The mean of each value and of up to 19 before it."""
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(ends - WINDOW, 0)
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    return (sums[ends] - sums[starts]) / (ends - starts)
 
 
 def main(argv: list[str] | None = None) -> int:

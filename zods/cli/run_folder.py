@@ -1,4 +1,4 @@
-"""Write and read the folder of a run. Callers: `zods.finetune` and `zods.cli.plots`.
+"""Write and read the folder of a run. Callers: `zods.finetune`, `zods.cli.plots` and `zods.report`.
 
 config.json          the DeepSpeed JSON with "zeroth_order", every value resolved
 run.json             command, options with their values, versions, git commit, seed, ranks, device
@@ -248,25 +248,38 @@ def _readable_lines(metrics: Path) -> Iterator[tuple[dict[str, Any], str]]:
     """Yield (record, line) of each line that a crash did not cut."""
     check_regular(metrics)
     for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
-        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+        with contextlib.suppress(ValueError, RecursionError):
             record = json.loads(line)
-            if type(record["step"]) is int and record["step"] >= (record["kind"] == "train"):
+            if _is_record(record):
                 yield record, line
+
+
+def _is_record(value: Any) -> bool:
+    """Whether a line's value has a kind, and a number of steps that is possible."""
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("kind"), str)
+        and type(value.get("step")) is int
+        and (value["kind"] == "train") <= value["step"] < 2**53
+    )
 
 
 def read_metrics(path: str | Path) -> Iterator[dict[str, Any]]:
     """Yield the records of a run folder's metrics.jsonl.
 
+    A last line without its newline is left out: the run may be writing it, or a crash has cut it.
     Raises OSError, or ValueError with the line that is no record.
     """
     metrics = Path(path) / "metrics.jsonl"
     check_regular(metrics)
     with open(metrics, "rb") as file:
         for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return
             try:
                 record = json.loads(line)
-                if not isinstance(record, dict) or not {"kind", "step"} <= record.keys():
-                    raise ValueError("no object with the keys kind and step")
+                if not _is_record(record):
+                    raise ValueError("no object with a kind and a number of steps")
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{metrics}, line {number}: no record: {error}") from error
             yield record

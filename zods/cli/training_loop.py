@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from dataclasses import dataclass, field
+from typing import Any
 
 import datasets
 from deepspeed.comm.comm import comms_logger
@@ -122,13 +123,23 @@ def train_one_step(
         scalar_bytes=report.scalar_bytes,
         skipped=report.skipped,
         **report.measured,
-        **(
-            {}
-            if engine.selection is None
-            else {"selection_seconds": round(report.selection_seconds, 6)}
-        ),
+        **_of_selection(engine, report),
     )
     return report
+
+
+def _of_selection(
+    engine: ZerothOrderEngine | FirstOrderEngine, report: StepReport
+) -> dict[str, Any]:
+    """The time of the choice of examples, and the number of examples chosen from each source."""
+    if engine.selection is None:
+        return {}
+    chosen = engine.selection.report
+    by_source = chosen.quotas if chosen is not None and len(chosen.quotas) > 1 else None
+    return {
+        "selection_seconds": round(report.selection_seconds, 6),
+        **({} if by_source is None else {"sources": by_source}),
+    }
 
 
 def save(

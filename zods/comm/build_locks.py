@@ -23,7 +23,8 @@ SECONDS = 1800  # more than a build takes
 def holder(lock: Path) -> int | None:
     """The process on this machine that has `lock` open, or None.
 
-    Only root sees the open files of other users' processes.
+    Only root sees the open files of other users' processes. Raises FileNotFoundError where the lock
+    is released while the processes are looked at, which takes seconds on a busy machine.
     """
     wanted = lock.stat()
     for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
@@ -31,6 +32,8 @@ def holder(lock: Path) -> int | None:
             found = descriptor.stat()
             if (found.st_dev, found.st_ino) == (wanted.st_dev, wanted.st_ino):
                 return int(descriptor.parts[2])
+    if lock.stat().st_ctime_ns != wanted.st_ctime_ns:  # taken again, maybe with the same inode
+        raise FileNotFoundError(lock)
     return None
 
 

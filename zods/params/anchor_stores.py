@@ -134,6 +134,10 @@ class NvmeStore:
         self._ahead: tuple[int, torch.Tensor] | None = None
         self._last: int | None = None
 
+    def close(self) -> None:
+        """Remove the file. It is also removed when the store is no longer used."""
+        self._file.close()
+
     def blocks(self, shard: Shard) -> list[tuple[int, int]]:
         size = self._block_bytes // shard.dtype.itemsize
         return [(start, min(start + size, shard.numel)) for start in range(0, shard.numel, size)]
