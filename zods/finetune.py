@@ -20,7 +20,6 @@ import datasets
 from deepspeed.accelerator import get_accelerator
 
 import zods
-from zods.cli.adapters import read_peft_config
 from zods.cli.arguments import merged_config, parse_arguments
 from zods.cli.load_model import load_model, save_configuration, save_tokenizer
 from zods.cli.model_checks import check_causal
@@ -255,8 +254,6 @@ def check_input(arguments: Arguments, comm: Communicator, watchdog: Watchdog) ->
         else checkpoint_to_fork(Path(arguments.model.resume), isinstance(run, FirstOrderConfig))
     )
     pretrained = find_model(arguments.model)
-    if arguments.model.peft_config is not None:
-        read_peft_config(Path(arguments.model.peft_config))
     tokenizer = read_tokenizer(arguments.model, pretrained)
     data = prepare_data(arguments, tokenizer, run, pretrained)
     if arguments.run.max_steps is None:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import datasets
 
+from zods.cli.adapters import read_peft_config
 from zods.cli.arguments import load_mapping
 from zods.cli.model_checks import check_adapter, check_kind, check_shapes
 from zods.cli.options import Arguments, DataArguments, TaskArguments
@@ -55,11 +56,12 @@ def prepare_data(
     """Build the task, and check and tokenise its data."""
     selector = run.selector
     target_file = None if selector is None else selector.target_file
+    column = None if selector is None else selector.source_column
     declared = declared_task(arguments.task)
     if declared is None:
         parts = load_parts(arguments.data, run.seed, target_file)
     else:
-        parts = load_declared(declared, arguments.data, run.seed, target_file)
+        parts = load_declared(declared, arguments.data, run.seed, target_file, column)
     train, row_name = parts["train"]
     source = row_name.rpartition(",")[0]
     task = _build(arguments.task, declared, tokenizer, train, pretrained, source)
@@ -68,6 +70,8 @@ def prepare_data(
         check_generation_config(Path(pretrained.base))
     check_shapes(pretrained, task, arguments.model.trust_remote_code)
     check_adapter(pretrained, task, arguments.model.trust_remote_code)
+    if arguments.model.peft_config is not None:
+        read_peft_config(Path(arguments.model.peft_config), task)
     check_rows(task, list(parts.values()))
     if "validation" not in parts:
         train, held_out = split_held_out(train, arguments.data.held_out.value, run.seed)
@@ -78,7 +82,6 @@ def prepare_data(
     if selector is not None:
         target = parts.get("target", (None, ""))[0]
         check_target_data(selector, target, "zeroth_order.selector")
-    column = None if selector is None else selector.source_column
     sources = None if column is None else sources_of(train, column, "selector")
     beside: dict[str, Any] = {} if column is None else {"train": {column: sources}}
     prepared = {name: task.prepare(*part, beside.get(name)) for name, part in parts.items()}
@@ -142,12 +145,17 @@ def _build(
 
 
 def load_declared(
-    declared: PublishedTask, data: DataArguments, seed: int, target_file: str | None
+    declared: PublishedTask,
+    data: DataArguments,
+    seed: int,
+    target_file: str | None,
+    source_column: str | None,
 ) -> dict[str, tuple[datasets.Dataset, str]]:
     """Load the data of a declared task, as `load_parts` does.
 
     Held-out data are left out where the training data are a file and no file of held-out data is
-    given. Raises ValueError with the mistakes of all parts.
+    given. source_column: a published column that is kept, where it is there. Raises ValueError with
+    the mistakes of all parts.
     """
     wanted = [("train", data.train_file, data.max_train_examples)]
     if data.train_file is None or data.validation_file is not None:
@@ -165,6 +173,7 @@ def load_declared(
                 column_names=data.column_names,
                 max_examples=most,
                 seed=seed,
+                source_column=source_column,
             )
         except (ValueError, OSError) as error:
             wrong.append(str(error))
