@@ -30,10 +30,11 @@ MINIMUM = {  # smallest allowed value
     "lora_rank": 1,
     "max_length": 1,
     "num_epochs": 1,
-    "max_steps": 1,
+    "max_steps": 0,
     "max_train_examples": 1,
     "max_eval_examples": 1,
     "shots": 1,
+    "icl": 1,
     "save_total_limit": 1,
     "eval_interval": 0,
     "save_interval": 0,
@@ -210,6 +211,13 @@ class DataArguments:
         default=None,
         metadata={"help": "train on this many examples of each class, drawn by the seed"},
     )
+    icl: int | None = field(
+        default=None,
+        metadata={
+            "help": "also evaluate the model before training with this many solved training "
+            "examples of each class before each prompt (--max_steps 0: no training)"
+        },
+    )
     max_train_examples: int | None = field(default=None, metadata={"help": "keep this many"})
     max_eval_examples: int | None = field(default=None, metadata={"help": "keep this many"})
 
@@ -304,7 +312,9 @@ class RunArguments:
 
     max_steps: int | None = field(
         default=None,
-        metadata={"help": "number of steps (default: num_epochs passes over the data)"},
+        metadata={
+            "help": "number of steps; 0: evaluate only (default: num_epochs passes over the data)"
+        },
     )
     num_epochs: int = field(
         default=1,

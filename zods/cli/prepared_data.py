@@ -21,6 +21,7 @@ from zods.selection.sub_batches import check_target_data, sources_of
 from zods.tasks import (
     TASKS,
     PublishedTask,
+    SolvedExamples,
     Task,
     build_published,
     build_task,
@@ -40,13 +41,15 @@ from zods.tasks import (
 class PreparedData(NamedTuple):
     """The task, and its data as batches are made of them.
 
-    train: it keeps the selector's source column, where one is named. target: the examples of the
+    train: it keeps the selector's source column, where one is named. in_context: the held-out data
+    with solved examples before the prompts; None without --icl. target: the examples of the
     selector's `target_file`; None where there is none.
     """
 
     task: Task
     train: datasets.Dataset
     held_out: datasets.Dataset
+    in_context: datasets.Dataset | None
     target: datasets.Dataset | None
 
 
@@ -79,16 +82,27 @@ def prepare_data(
     if arguments.data.shots is not None:
         train = draw_shots(task, train, arguments.data.shots, run.seed)
         parts["train"] = (train, row_name)
+    shots = arguments.data.icl
+    solved = None if shots is None else SolvedExamples.draw(task, train, shots, run.seed)
     if selector is not None:
         target = parts.get("target", (None, ""))[0]
         check_target_data(selector, target, "zeroth_order.selector")
     sources = None if column is None else sources_of(train, column, "selector")
     beside: dict[str, Any] = {} if column is None else {"train": {column: sources}}
     prepared = {name: task.prepare(*part, beside.get(name)) for name, part in parts.items()}
+    if solved is not None:
+        held_out, held_out_name = parts["validation"]
+        prepared["in_context"] = solved.before(held_out, prepared["validation"], held_out_name)
     if pretrained.num_embeddings is not None:
         for dataset in prepared.values():
             check_token_ids(dataset, pretrained.num_embeddings, tokenizer)
-    return PreparedData(task, prepared["train"], prepared["validation"], prepared.get("target"))
+    return PreparedData(
+        task,
+        prepared["train"],
+        prepared["validation"],
+        prepared.get("in_context"),
+        prepared.get("target"),
+    )
 
 
 def declared_task(settings: TaskArguments) -> PublishedTask | None:

@@ -3,6 +3,7 @@
 from zods.tasks.build import KINDS, build_task
 from zods.tasks.candidates import SCORINGS
 from zods.tasks.chat import read_chat_template
+from zods.tasks.in_context import SolvedExamples
 from zods.tasks.metrics import with_derived
 from zods.tasks.prompts import read_escapes
 from zods.tasks.published import (
@@ -21,6 +22,7 @@ __all__ = [
     "SCORINGS",
     "TASKS",
     "PublishedTask",
+    "SolvedExamples",
     "Task",
     "build_published",
     "build_task",
