@@ -39,6 +39,11 @@ def options_with(folder: Path, task: str, **others: Any) -> list[str]:
     ("task", "others", "metrics"),
     [
         ("sst2", {"shots": 2}, {"loss", "accuracy"}),
+        (
+            "sst2",
+            {"objective": "candidates", "label_words": "a,b", "lr": "auto"},
+            {"loss", "accuracy"},
+        ),
         ("cola", {"scoring": "calibrated"}, {"loss", "accuracy", "matthews"}),
         ("record", {}, {"loss", "accuracy", "f1"}),
         ("squad", {}, {"loss", "accuracy", "f1"}),

@@ -189,7 +189,7 @@ NAMES = {
     "direction.distribution": (list(DISTRIBUTIONS), ["normal", "Gaussian", "low rank", *NOT_NAMES]),
     "examples_per_direction": (["all", 1, 4], ["one", 1.0, -1, *(n for n in NOT_NAMES if n != 1)]),
     "objective": (
-        ["loss", "accuracy", "token_accuracy"],
+        ["loss", "accuracy", "token_accuracy", "candidates"],
         ["acc", "a.b", "a:b:c", ":f", *NOT_NAMES],
     ),
     "loss_mean": (["tokens", "examples"], ["token", "Tokens", "batch", *NOT_NAMES]),
@@ -1231,3 +1231,8 @@ def test_an_objective_without_gradients_has_a_step_size_and_a_mean_over_examples
         parse_section({"objective": "accuracy"})
     taken = parse_section({"objective": "accuracy", "lr": 1e-3})
     assert (taken.averages, parse_section({}).averages) == ("examples", "tokens")
+
+
+def test_the_cross_entropy_over_candidates_is_smooth_and_so_its_step_size_can_be_measured():
+    taken = parse_section({"objective": "candidates", "anneal": {}})
+    assert (taken.lr, taken.averages) == ("auto", "examples")

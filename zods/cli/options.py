@@ -380,8 +380,9 @@ class OverrideArguments:
     objective: str | None = field(
         default=None,
         metadata={
-            "help": "what training lowers or raises: loss; or, without gradients, accuracy (of the "
-            "label tokens among the whole vocabulary), token_accuracy or package.module:function"
+            "help": "what training lowers or raises: loss; candidates, the cross entropy over the "
+            "label words alone; or, without gradients, accuracy (of the label tokens among the "
+            "whole vocabulary), token_accuracy or package.module:function"
         },
     )
     anchor_lr: float | None = field(

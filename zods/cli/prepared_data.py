@@ -32,6 +32,7 @@ from zods.tasks import (
     load_examples,
     load_published,
     name_of_rows,
+    over_label_words,
     read_chat_template,
     read_escapes,
     split_held_out,
@@ -68,6 +69,8 @@ def prepare_data(
     train, row_name = parts["train"]
     source = row_name.rpartition(",")[0]
     task = _build(arguments.task, declared, tokenizer, train, pretrained, source)
+    if run.zeroth_order.objective == "candidates":
+        task = over_label_words(task)
     check_kind(pretrained, task)
     if task.predicts_next_token:
         check_generation_config(Path(pretrained.base))

@@ -6,6 +6,7 @@ what was found and what is allowed. All mistakes are raised at once (`zods.confi
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -51,6 +52,7 @@ STRATEGIES: tuple[str, ...] = get_args(Strategy)
 FACILITY_LOCATION = ("greedy", "stochastic_greedy", "greedi")
 BY_SOURCE = (*FACILITY_LOCATION, "mean_matching", "structured_random")
 METRICS: tuple[str, ...] = get_args(Metric)
+SMOOTH_OBJECTIVES = ("loss", "candidates")
 
 
 def _not_auto(value: str) -> str:
@@ -61,10 +63,11 @@ def _not_auto(value: str) -> str:
 
 
 def _objective(value: str) -> str:
-    if value in ("loss", "accuracy", "token_accuracy") or re.fullmatch(r"\w+(\.\w+)*:\w+", value):
+    named = (*SMOOTH_OBJECTIVES, "accuracy", "token_accuracy")
+    if value in named or re.fullmatch(r"\w+(\.\w+)*:\w+", value):
         return value
     raise ValueError(
-        f'found {value!r}, expected "loss", "accuracy", "token_accuracy" or the name of a function '
+        f"found {value!r}, expected {', '.join(map(json.dumps, named))} or the name of a function "
         '"package.module:function".'
     )
 
@@ -287,7 +290,8 @@ class ZerothOrderConfig(Section):
     # mean over the global batch; tokens: of the losses of all label tokens; examples: of the mean
     # losses of the examples
     loss_mean: LossMean = "tokens"
-    # loss: the cross entropy, or the model's own loss; accuracy, token_accuracy, or a function
+    # loss: the cross entropy, or the model's own loss; candidates: the cross entropy over the label
+    # words alone; accuracy, token_accuracy, or a function
     # "package.module:name": the score of each example, which training raises on average; loss_mean
     # is not used then
     objective: Annotated[str, AfterValidator(_objective)] = "loss"
@@ -466,12 +470,12 @@ def _mistakes_between_keys(config: ZerothOrderConfig, given: Mapping[str, Any]) 
             f'"{config.method}". '
             "Remove them, or change the method."
         )
-    if config.objective != "loss" and config.lr == "auto":
+    if config.objective not in SMOOTH_OBJECTIVES and config.lr == "auto":
         yield (
             f'{SECTION}.lr: "auto" measures the curvature of a smooth loss, but objective is '
             f'"{config.objective}". Give a number, such as 1e-3 with normalize.'
         )
-    if config.objective != "loss" and config.anneal is not None:
+    if config.objective not in SMOOTH_OBJECTIVES and config.anneal is not None:
         yield (
             f"{SECTION}.anneal: compares losses that are positive, but objective is "
             f'"{config.objective}", whose losses are minus its scores. Remove anneal, or use a '

@@ -25,6 +25,9 @@ WEIGHTS = "example_weights"
 # Key of a batch's entry with the position of each example in the step's batch, where the examples
 # are not in the order of their positions. The entry is not passed to the model.
 POSITIONS = "example_positions"
+# Key of a batch's entry with the tokens of each example's candidates (B, W), of which one is the
+# labelled token. The entry is not passed to the model.
+CANDIDATES = "candidate_tokens"
 
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -159,12 +162,13 @@ def call_model(model: Any, batch: Any) -> Any:
 
 
 def without_weights(batch: Any) -> Any:
-    """Copy a mapping without the weights and positions of its examples; return any other batch as
-    it is.
+    """Copy a mapping without the weights, positions and candidates of its examples; return any other
+    batch as it is.
     """
     if not isinstance(batch, Mapping):
         return batch
-    return {key: value for key, value in batch.items() if key not in (WEIGHTS, POSITIONS)}
+    own = (WEIGHTS, POSITIONS, CANDIDATES)
+    return {key: value for key, value in batch.items() if key not in own}
 
 
 def positions_in(batch: Any) -> list[int] | None:

@@ -5,6 +5,7 @@ from zods.tasks.candidates import SCORINGS
 from zods.tasks.chat import read_chat_template
 from zods.tasks.in_context import SolvedExamples
 from zods.tasks.metrics import with_derived
+from zods.tasks.prompted import over_label_words
 from zods.tasks.prompts import read_escapes
 from zods.tasks.published import (
     TASKS,
@@ -33,6 +34,7 @@ __all__ = [
     "load_examples",
     "load_published",
     "name_of_rows",
+    "over_label_words",
     "read_chat_template",
     "read_escapes",
     "split_held_out",
