@@ -11,7 +11,7 @@ from published_tasks import build, load, texts_of
 
 from tests.helpers import LogTexts
 from tests.published import CASES, lines, write_files
-from zods.tasks import custom_task, draw_shots, load_published
+from zods.tasks import custom_task, draw_shots, load_published, task_of_module
 from zods.tasks.task import check_rows
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -160,6 +160,52 @@ def test_scoring_is_refused_where_answers_are_generated(tmp_path):
     data, _ = load("gsm8k", write_files(tmp_path, CASES["gsm8k"].files))
     with pytest.raises(ValueError, match="gsm8k does not use scoring"):
         build("gsm8k", data, scoring="sum")
+
+
+PYTHON = """
+from zods.tasks import PublishedTask
+
+def rows(row):
+    for mood in ("sad", "happy"):
+        yield {"body": row["body"] + "!", "asked": mood, "label": int(row["mood"] == mood)}
+
+task = PublishedTask(
+    name="moods", columns=("body",), template="{body} Is it {asked}? {label}", words=("No", "Yes"),
+    rows=rows, train_files=("a.jsonl",),
+)
+"""
+
+
+def test_a_python_file_declares_a_task_with_rows_made_by_the_version_of_the_file(tmp_path):
+    (tmp_path / "a.jsonl").write_text(lines({"body": "x", "mood": "sad"}))
+    for mark in ("!", "?"):
+        (tmp_path / "task.py").write_text(PYTHON.replace('"!"', f'"{mark}"'))
+        task = task_of_module(tmp_path / "task.py")
+        data, _ = load_published(
+            task, held_out=False, file=None, folder=tmp_path, column_names=None, max_examples=None,
+            seed=0,
+        )  # fmt: skip
+        built = build("sst2", data, declared=task)
+        prepared = built.prepare(data)
+        found = [texts_of(built, row)[0] for row in prepared]
+        assert found == [f"<s>x{mark} Is it sad? Yes", f"<s>x{mark} Is it happy? No"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("def rows", "def", "task.py: SyntaxError: "),
+        ("import PublishedTask", "import NoTask", "task.py: ImportError: cannot import name"),
+        ("task = ", "tasks = ", "task.py: `task` is NoneType, expected zods.tasks.PublishedTask"),
+        ("{label}", "", "task.py: template .* must have a field for the text"),
+        ("rows=rows", "metric='bleu'", "task.py: metric: found 'bleu', allowed are accuracy, f1"),
+        ("rows=rows", "source_column='a'", "task.py: source_column is an option"),
+    ],
+)
+def test_a_python_file_without_a_task_that_can_be_used_is_refused(old, new, message, tmp_path):
+    (tmp_path / "task.py").write_text(PYTHON.replace(old, new))
+    with pytest.raises(ValueError, match=message):
+        task_of_module(tmp_path / "task.py")
 
 
 def test_rows_with_an_empty_output_are_counted_and_left_out(tmp_path):

@@ -239,7 +239,10 @@ class TaskArguments:
     )
     task_file: str | None = field(
         default=None,
-        metadata={"help": "custom: a YAML file with the keys of zods.tasks.PublishedTask"},
+        metadata={
+            "help": "custom: a YAML file with the keys of zods.tasks.PublishedTask, or a Python file "
+            "that sets `task` to one"
+        },
     )
     classification_head: bool = field(
         default=False,

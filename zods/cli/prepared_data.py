@@ -36,6 +36,7 @@ from zods.tasks import (
     read_chat_template,
     read_escapes,
     split_held_out,
+    task_of_module,
 )
 
 
@@ -119,6 +120,8 @@ def declared_task(settings: TaskArguments) -> PublishedTask | None:
     check_regular(path)
     if not path.is_file():
         raise FileNotFoundError(f"--task_file: there is no file {path}. Correct the path")
+    if path.suffix == ".py":
+        return task_of_module(path)
     return custom_task(load_mapping(path), str(path))
 
 

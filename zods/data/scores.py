@@ -53,8 +53,8 @@ def candidates(logits: Tensor, batch: Mapping[str, Any], shifted: bool) -> Tenso
     """The log-probability of an example's label token among its candidates alone.
 
     It is log softmax over the logits of the tokens batch[CANDIDATES] (B, W), at the one labelled
-    position (MeZO's training of a language model as a classifier, arXiv:2305.17333, appendix E).
-    Minus this score is a cross entropy: smooth, and never negative.
+    position (Gao et al. 2021, arXiv:2012.15723, equation 1). Minus this score is a cross entropy:
+    smooth, and never negative.
 
     Raises ValueError where the batch has no candidates.
     """

@@ -13,6 +13,7 @@ from zods.tasks.published import (
     build_published,
     custom_task,
     load_published,
+    task_of_module,
 )
 from zods.tasks.shots import draw_shots
 from zods.tasks.sources import load_examples, name_of_rows, split_held_out
@@ -38,5 +39,6 @@ __all__ = [
     "read_chat_template",
     "read_escapes",
     "split_held_out",
+    "task_of_module",
     "with_derived",
 ]

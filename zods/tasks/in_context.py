@@ -84,19 +84,18 @@ class SolvedExamples:
                 f"one has {sizes[0]} tokens, and max_length is {asking.max_length}. Raise "
                 "--max_length"
             )
-        mean = sum(counts) / len(counts)
         if min(counts) == len(texts):
             logger.info("--icl: %d solved examples before each prompt", len(texts))
         else:
             logger.warning(
                 "--icl: %.1f of %d solved examples before a prompt on average: more do not fit "
                 "into max_length %d",
-                mean,
+                sum(counts) / len(counts),
                 len(texts),
                 asking.max_length,
             )
-        columns = [f"{texts[count - 1]}{SEPARATOR}" if count else "" for count in counts]
-        return _with_examples(self.task).prepare(dataset.add_column(EXAMPLES, columns), row_name)
+        column = [f"{texts[count - 1]}{SEPARATOR}" if count else "" for count in counts]
+        return _with_examples(self.task).prepare(dataset.add_column(EXAMPLES, column), row_name)
 
 
 def _reason(task: Task) -> str:
