@@ -3,28 +3,20 @@
 import datasets
 import pytest
 import torch
-from tiny_tasks import REVIEWS, llama, make_task, make_tokenizer, outputs_of
+from tiny_tasks import (
+    CHOICES,
+    QUESTIONS,
+    REVIEWS,
+    answers,
+    choices,
+    llama,
+    make_task,
+    outputs_of,
+)
 
 from zods.data.batch import CANDIDATES
 from zods.data.evaluation import Forwards
 from zods.tasks import over_label_words
-from zods.tasks.answers import Answers
-from zods.tasks.instruction import Instruction
-from zods.tasks.options import Options
-from zods.tasks.prompts import Template
-
-CHOICES = datasets.Dataset.from_dict(
-    {
-        "text": ["a fine movie", "a dull movie that never ends", "great fun"],
-        "ends": [["one", "two three"], ["great", "terrible plot", "four"], ["six", "one"]],
-        "answer": [1, 0, 0],
-    }
-)
-
-
-def choices(scoring="mean", kind="llama"):
-    template = Template.parse("{text}\nIt was {ends}")
-    return Options(make_tokenizer(kind), template, 64, 0, scoring)
 
 
 def counting(model, rows):
@@ -127,16 +119,6 @@ def test_a_row_without_usable_candidates_is_named(column, values, message):
 
 
 # --- generation -----------------------------------------------------------------------------------
-
-QUESTIONS = datasets.Dataset.from_dict(
-    {"q": ["say one", "say two and then say three"], "a": ["one", "two three"]}
-)
-
-
-def answers(**settings):
-    template = Template.parse("{q}\n{a}")
-    settings = {"max_new_tokens": 5, **settings}
-    return Answers(Instruction(make_tokenizer("llama"), template, 64, 0), **settings)
 
 
 def test_greedy_generation_equals_that_of_transformers_whatever_the_padding():

@@ -4,8 +4,17 @@ import datasets
 import pytest
 import torch
 from published_tasks import build, load
-from test_candidates import CHOICES, QUESTIONS, answers, choices
-from tiny_tasks import REVIEWS, llama, make_task, make_tokenizer, outputs_of
+from tiny_tasks import (
+    CHOICES,
+    QUESTIONS,
+    REVIEWS,
+    answers,
+    choices,
+    llama,
+    make_task,
+    make_tokenizer,
+    outputs_of,
+)
 
 from tests.helpers import LogTexts
 from tests.published import CASES, write_files
