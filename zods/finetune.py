@@ -16,11 +16,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import datasets
 from deepspeed.accelerator import get_accelerator
 
 import zods
-from zods.cli.adapters import read_peft_config
 from zods.cli.arguments import merged_config, parse_arguments
 from zods.cli.load_model import load_model, save_configuration, save_tokenizer
 from zods.cli.model_checks import check_causal
@@ -65,7 +63,6 @@ from zods.config.optional_packages import check_packages
 from zods.config.schedules import with_provisional_length
 from zods.config.schema import ZerothOrderConfig
 from zods.params.swap_files import in_own_folder
-from zods.tasks import Task
 from zods.tasks.answers import with_references
 from zods.training import first_order_checkpoint
 from zods.training.checkpoint_files import latest_tag
@@ -138,10 +135,10 @@ def _is_our_own(error: Exception) -> bool:
 
 def start(
     arguments: Arguments,
-) -> tuple[ZerothOrderEngine | FirstOrderEngine, Task, datasets.Dataset, RunFolder, Any]:
+) -> tuple[ZerothOrderEngine | FirstOrderEngine, PreparedData, RunFolder, Any]:
     """Check the input, then load the model.
 
-    Returns (engine, task, held-out data, run folder, tokenizer).
+    Returns (engine, data, run folder, tokenizer).
     """
     comm = connect_ranks()
     watchdog = Watchdog(comm, ZerothOrderConfig().load_timeout)
@@ -202,7 +199,7 @@ def start(
             step=engine.global_steps,
             has_begun=has_begun(engine),
         )
-    return engine, task, data.held_out, folder, checked.tokenizer
+    return engine, data, folder, checked.tokenizer
 
 
 def has_begun(engine: ZerothOrderEngine | FirstOrderEngine) -> bool:
@@ -237,9 +234,10 @@ def check_input(arguments: Arguments, comm: Communicator, watchdog: Watchdog) ->
     merged = merged_config(arguments)
     check_packages(merged, plot=arguments.run.plot, new_adapter=arguments.model.new_adapter)
     read = read_config if arguments.model.optimizer is None else read_first_order_config
-    known = merged if arguments.run.max_steps is not None else with_provisional_length(merged)
+    most = arguments.run.max_steps
+    known = merged if most is not None else with_provisional_length(merged)
     run: RunConfig | FirstOrderConfig = read(
-        known, comm.world_size, total_steps=arguments.run.max_steps
+        known, comm.world_size, total_steps=None if most is None else max(1, most)
     )
     watchdog.beat("the start, checks of the input", run.zeroth_order.load_timeout)
     check_names(run)
@@ -258,11 +256,9 @@ def check_input(arguments: Arguments, comm: Communicator, watchdog: Watchdog) ->
         else checkpoint_to_fork(Path(arguments.model.resume), isinstance(run, FirstOrderConfig))
     )
     pretrained = find_model(arguments.model)
-    if arguments.model.peft_config is not None:
-        read_peft_config(Path(arguments.model.peft_config))
     tokenizer = read_tokenizer(arguments.model, pretrained)
     data = prepare_data(arguments, tokenizer, run, pretrained)
-    if arguments.run.max_steps is None:
+    if most is None:
         steps = arguments.run.num_epochs * steps_per_epoch(
             len(data.train), run.deepspeed["train_batch_size"], run.selector
         )
@@ -281,8 +277,7 @@ def check_input(arguments: Arguments, comm: Communicator, watchdog: Watchdog) ->
 def finetune(
     arguments: Arguments,
     engine: ZerothOrderEngine | FirstOrderEngine,
-    task: Task,
-    held_out: datasets.Dataset,
+    data: PreparedData,
     folder: RunFolder,
     tokenizer: Any,
 ) -> bool:
@@ -291,10 +286,9 @@ def finetune(
     """
     rank = engine.global_rank
     try:
-        begun = has_begun(engine)
-        before = folder.evaluation_at(0) if begun else evaluate(engine, task, held_out, folder)
-        trained = train_steps(engine, arguments.run, task, held_out, folder)
-        after = evaluate_unless_done(engine, task, held_out, folder)
+        before, in_context = evaluate_before(engine, data, folder)
+        trained = train_steps(engine, arguments.run, data.task, data.held_out, folder)
+        after = evaluate_unless_done(engine, data.task, data.held_out, folder)
     except StopRequested:
         save_and_print_how_to_resume(engine, arguments.run, folder)
         return False
@@ -308,6 +302,7 @@ def finetune(
         engine,
         before,
         after,
+        in_context,
         seconds=trained.seconds,
         sent=trained.scalar_bytes,
         gathered=trained.zero3_bytes,
@@ -318,6 +313,22 @@ def finetune(
         if arguments.run.plot:
             print(f"curves: {plot_curves(folder.path)}")
     return True
+
+
+def evaluate_before(
+    engine: ZerothOrderEngine | FirstOrderEngine, data: PreparedData, folder: RunFolder
+) -> tuple[dict[str, float], dict[str, float]]:
+    """The metrics before training: of the held-out prompts alone, and after solved examples.
+
+    Those of a run that has begun are read from its folder, where only rank 0 finds them. Metrics
+    that are not known are empty.
+    """
+    if has_begun(engine):
+        return folder.evaluation_at(0), folder.evaluation_at(0, "in_context")
+    before, in_context = evaluate(engine, data.task, data.held_out, folder), {}
+    if data.in_context is not None:
+        in_context = evaluate(engine, data.task, data.in_context, folder, "in_context")
+    return before, in_context
 
 
 def checkpoint_to_fork(run: Path, is_first_order: bool = False) -> Path:

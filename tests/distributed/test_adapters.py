@@ -18,7 +18,7 @@ from tests.distributed.command_line import (
     write_inputs,
 )
 from tests.distributed.models import configuration, opt_data
-from tests.distributed.ranks import run_ranks
+from tests.distributed.ranks import options_of, run_ranks
 from tests.distributed.zoo import zoo_model
 from zods.cli.run_folder import read_metrics
 
@@ -134,6 +134,10 @@ def test_the_command_line_trains_the_adapter_of_a_file(config, tmp_path):
         ({"peft_type": "LORA", "rank": 2}, "LORA has no key 'rank'."),
         ({"peft_type": "LORA", "r": 2, "lora_alpa": 2}, "Did you mean 'lora_alpha'?"),
         ({"peft_type": "LORA", "target_modules": ["no_such"]}, "no_such"),
+        (
+            {"peft_type": "LORA", "task_type": "SEQ_CLS"},
+            "task_type is 'SEQ_CLS', but --task prompted needs 'CAUSAL_LM'",
+        ),
     ],
 )
 def test_a_file_that_gives_no_adapter_is_refused(config, said, tmp_path):
@@ -143,3 +147,18 @@ def test_a_file_that_gives_no_adapter_is_refused(config, said, tmp_path):
     (found,) = refusals_on_ranks(1, prompted_options(tmp_path, tmp_path / "run", **options))
     assert "--peft_config " in found
     assert said in found
+
+
+def test_an_adapter_that_would_leave_a_new_head_untrained_is_refused(tmp_path):
+    write_inputs(tmp_path, {"train_batch_size": 4, "zeroth_order": {"lr": 1e-3}})
+    config = {"peft_type": "TRAINABLE_TOKENS", "token_indices": [1, 2]}
+    (tmp_path / "peft.json").write_text(json.dumps(config))
+    options = options_of(
+        deepspeed_config=tmp_path / "config.json",
+        model=MODEL,
+        output_dir=tmp_path / "run",
+        train_file=tmp_path / "train.jsonl",
+        peft_config=tmp_path / "peft.json",
+    )
+    (found,) = refusals_on_ranks(1, options)
+    assert "TRAINABLE_TOKENS trains no module as a whole, but score.weight " in found

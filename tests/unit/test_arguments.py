@@ -70,6 +70,8 @@ def test_a_command_without_a_configuration_or_with_two_is_refused(options, messa
         ),
         (["--scoring", "best"], "argument --scoring: invalid choice: 'best'"),
         (["--shots", "0"], "--shots: found 0, must be 1 or more"),
+        (["--icl", "0"], "--icl: found 0, must be 1 or more"),
+        (["--max_steps", "-1"], "--max_steps: found -1, must be 0 or more"),
         (["--select", "8/4"], "argument --select: found '8/4', expected K/N"),
         (["--held_out", "few"], "argument --held_out: invalid"),
         (["--optimizer", "adamw", "--eps", "1"], "--eps belongs to zeroth-order steps"),
@@ -119,6 +121,10 @@ def test_values_of_the_command_line_are_parsed():
     assert type(arguments.data.held_out.value) is int
     assert arguments.data.column_names == ("a", "b")
     assert (arguments.run.plot, arguments.run.save_model) == (True, False)
+    evaluated = parse_arguments(
+        ["--icl", "4", "--max_steps", "0", "--deepspeed", "c.json", *REQUIRED]
+    )
+    assert (evaluated.data.icl, evaluated.run.max_steps) == (4, 0)
     default = parse_arguments(["--deepspeed", "c.json", *REQUIRED]).data.held_out.value
     assert default == 0.1
 

@@ -3,26 +3,20 @@
 import datasets
 import pytest
 import torch
-from tiny_tasks import REVIEWS, llama, make_task, make_tokenizer, outputs_of
-
-from zods.data.evaluation import Forwards
-from zods.tasks.answers import Answers
-from zods.tasks.instruction import Instruction
-from zods.tasks.options import Options
-from zods.tasks.prompts import Template
-
-CHOICES = datasets.Dataset.from_dict(
-    {
-        "text": ["a fine movie", "a dull movie that never ends", "great fun"],
-        "ends": [["one", "two three"], ["great", "terrible plot", "four"], ["six", "one"]],
-        "answer": [1, 0, 0],
-    }
+from tiny_tasks import (
+    CHOICES,
+    QUESTIONS,
+    REVIEWS,
+    answers,
+    choices,
+    llama,
+    make_task,
+    outputs_of,
 )
 
-
-def choices(scoring="mean", kind="llama"):
-    template = Template.parse("{text}\nIt was {ends}")
-    return Options(make_tokenizer(kind), template, 64, 0, scoring)
+from zods.data.batch import CANDIDATES
+from zods.data.evaluation import Forwards
+from zods.tasks import over_label_words
 
 
 def counting(model, rows):
@@ -126,16 +120,6 @@ def test_a_row_without_usable_candidates_is_named(column, values, message):
 
 # --- generation -----------------------------------------------------------------------------------
 
-QUESTIONS = datasets.Dataset.from_dict(
-    {"q": ["say one", "say two and then say three"], "a": ["one", "two three"]}
-)
-
-
-def answers(**settings):
-    template = Template.parse("{q}\n{a}")
-    settings = {"max_new_tokens": 5, **settings}
-    return Answers(Instruction(make_tokenizer("llama"), template, 64, 0), **settings)
-
 
 def test_greedy_generation_equals_that_of_transformers_whatever_the_padding():
     task, model = answers(), llama()
@@ -211,3 +195,34 @@ def test_scoring_of_label_words_is_a_setting_of_the_prompted_task():
     task = make_task("prompted", scoring="calibrated")
     assert task.scoring == "calibrated"
     assert {"bare_prompt", "bare_words"} <= set(task.prepare(REVIEWS).column_names)
+
+
+# --- cross entropy over the label words alone -----------------------------------------------------
+
+
+def test_training_batches_have_the_tokens_of_all_label_words_and_of_the_right_one():
+    task = over_label_words(
+        make_task("prompted", label_words=["a", "g"], template="{text}\n{label}")
+    )
+    batch = task.collate(list(task.prepare(REVIEWS)))
+    words = [task.tokenizer.decode(token) for token in batch[CANDIDATES][0]]
+    assert words == ["a", "g"]
+    assert batch[CANDIDATES].shape == (4, 2)
+    labelled = batch["labels"][batch["labels"] != -100]
+    right = batch[CANDIDATES].gather(1, torch.tensor(REVIEWS["label"][:])[:, None])[:, 0]
+    assert labelled.tolist() == right.tolist()
+
+
+def test_label_words_of_several_tokens_and_tasks_without_them_are_refused():
+    with pytest.raises(ValueError, match=r"of several tokens: .*'fourteen' \(\d\)\. The cross"):
+        over_label_words(make_task("prompted", label_words=["a", "fourteen"]))
+    for task in (choices(), answers(), make_task("classification")):
+        with pytest.raises(ValueError, match=f"the task {task.name} has none. Use the objective"):
+            over_label_words(task)
+
+
+def test_a_label_word_that_merges_with_the_end_of_one_prompt_names_the_row():
+    task = over_label_words(make_task("prompted", template="{text}{label}", label_words=["x", "e"]))
+    data = datasets.Dataset.from_dict({"text": ["so ", "a movi"], "label": [0, 1]})
+    with pytest.raises(ValueError, match="row 1: a label word is more than one token after this"):
+        task.prepare(data)

@@ -197,7 +197,7 @@ NAMES = {
     "direction.distribution": (list(DISTRIBUTIONS), ["normal", "Gaussian", "low rank", *NOT_NAMES]),
     "examples_per_direction": (["all", 1, 4], ["one", 1.0, -1, *(n for n in NOT_NAMES if n != 1)]),
     "objective": (
-        ["loss", "accuracy", "token_accuracy"],
+        ["loss", "accuracy", "token_accuracy", "candidates"],
         ["acc", "a.b", "a:b:c", ":f", *NOT_NAMES],
     ),
     "loss_mean": (["tokens", "examples"], ["token", "Tokens", "batch", *NOT_NAMES]),
@@ -1282,3 +1282,8 @@ def test_objectives_of_text_and_of_logits_are_told_apart_by_the_section_generate
         parse_section({"objective": "f1", "generate": generate})
     taken = parse_section({"objective": "a.b:f", "lr": 1e-3, "generate": generate})
     assert taken.averages == "examples"
+
+
+def test_the_cross_entropy_over_candidates_is_smooth_and_so_its_step_size_can_be_measured():
+    taken = parse_section({"objective": "candidates", "anneal": {}})
+    assert (taken.lr, taken.averages) == ("auto", "examples")

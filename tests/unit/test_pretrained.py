@@ -37,6 +37,7 @@ from zods.cli.pretrained import (
     check_weight_files,
     find_model,
 )
+from zods.config.schema import ZerothOrderConfig
 
 SMALL = {
     "vocab_size": 450, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -399,7 +400,7 @@ def prepared_for(config, tokenizer, folder):
     task = TaskArguments(max_length=32)
     groups = (SelectionArguments(), data, task, RunArguments(), OverrideArguments())
     arguments = Arguments(options("m"), *groups)
-    run = SimpleNamespace(seed=0, selector=None)
+    run = SimpleNamespace(seed=0, selector=None, zeroth_order=ZerothOrderConfig())
     data = prepare_data(arguments, tokenizer, run, Pretrained("m", config, None))
     return data.task, list(data.train)
 

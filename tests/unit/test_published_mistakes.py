@@ -9,8 +9,9 @@ import datasets
 import pytest
 from published_tasks import build, load, texts_of
 
+from tests.helpers import LogTexts
 from tests.published import CASES, lines, write_files
-from zods.tasks import custom_task, draw_shots, load_published
+from zods.tasks import custom_task, draw_shots, load_published, task_of_module
 from zods.tasks.task import check_rows
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -159,3 +160,77 @@ def test_scoring_is_refused_where_answers_are_generated(tmp_path):
     data, _ = load("gsm8k", write_files(tmp_path, CASES["gsm8k"].files))
     with pytest.raises(ValueError, match="gsm8k does not use scoring"):
         build("gsm8k", data, scoring="sum")
+
+
+PYTHON = """
+from zods.tasks import PublishedTask
+
+def rows(row):
+    for mood in ("sad", "happy"):
+        yield {"body": row["body"] + "!", "asked": mood, "label": int(row["mood"] == mood)}
+
+task = PublishedTask(
+    name="moods", columns=("body",), template="{body} Is it {asked}? {label}", words=("No", "Yes"),
+    rows=rows, train_files=("a.jsonl",),
+)
+"""
+
+
+def test_a_python_file_declares_a_task_with_rows_made_by_the_version_of_the_file(tmp_path):
+    (tmp_path / "a.jsonl").write_text(lines({"body": "x", "mood": "sad"}))
+    for mark in ("!", "?"):
+        (tmp_path / "task.py").write_text(PYTHON.replace('"!"', f'"{mark}"'))
+        task = task_of_module(tmp_path / "task.py")
+        data, _ = load_published(
+            task, held_out=False, file=None, folder=tmp_path, column_names=None, max_examples=None,
+            seed=0,
+        )  # fmt: skip
+        built = build("sst2", data, declared=task)
+        prepared = built.prepare(data)
+        found = [texts_of(built, row)[0] for row in prepared]
+        assert found == [f"<s>x{mark} Is it sad? Yes", f"<s>x{mark} Is it happy? No"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("def rows", "def", "task.py: SyntaxError: "),
+        ("import PublishedTask", "import NoTask", "task.py: ImportError: cannot import name"),
+        ("task = ", "tasks = ", "task.py: `task` is NoneType, expected zods.tasks.PublishedTask"),
+        ("{label}", "", "task.py: template .* must have a field for the text"),
+        ("rows=rows", "metric='bleu'", "task.py: metric: found 'bleu', allowed are accuracy, f1"),
+        ("rows=rows", "source_column='a'", "task.py: source_column is an option"),
+    ],
+)
+def test_a_python_file_without_a_task_that_can_be_used_is_refused(old, new, message, tmp_path):
+    (tmp_path / "task.py").write_text(PYTHON.replace(old, new))
+    with pytest.raises(ValueError, match=message):
+        task_of_module(tmp_path / "task.py")
+
+
+def test_rows_with_an_empty_output_are_counted_and_left_out(tmp_path):
+    rows = [{"instruction": f"Add {i}.", "output": text} for i, text in enumerate(["7", "", " "])]
+    (tmp_path / "MathInstruct.json").write_text(json.dumps([*rows, {**rows[0], "output": None}]))
+    data, row_name = load("mathinstruct", tmp_path)
+    messages = LogTexts()
+    assert len(build("mathinstruct", data).prepare(data, row_name)) == 1
+    assert "3 of 4 examples are left out: 3 with an empty response" in " ".join(messages.texts)
+
+
+def test_the_source_of_rows_that_are_made_anew_is_kept(tmp_path):
+    data, _ = load("record", write_files(tmp_path, CASES["record"].files), source_column="source")
+    assert data["source"][:] == ["news", "news"]
+    assert "source" not in load("record", tmp_path)[0].column_names
+    made, _ = load("copa", write_files(tmp_path / "c", CASES["copa"].files), source_column="answer")
+    assert made["answer"][:] == [0, 1], "a column of the task itself is not replaced"
+
+
+def test_answers_that_max_length_cuts_and_generated_ones_that_it_limits_are_said(tmp_path):
+    data, row_name = load("gsm8k", write_files(tmp_path, CASES["gsm8k"].files))
+    messages = LogTexts()
+    build("gsm8k", data, max_length=32).prepare(data, row_name)
+    said = " ".join(messages.texts)
+    assert "generated answers have at most 16 tokens, half of max_length 32, not 256" in said
+    assert "2 of 2 examples were cut to 32 tokens, 1 of them in the answer, whose end is" in said
+    build("gsm8k", data, max_length=512)
+    assert len(messages.texts) == 2

@@ -1,13 +1,15 @@
 """Objectives without gradients: scores of examples, and the losses made of them."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from zods.data.batch import WEIGHTS
+from zods.data.batch import CANDIDATES, WEIGHTS
 from zods.data.objectives import Objective, batch_loss, loss_count, scored_losses
 from zods.data.scores import find_score
 
@@ -96,3 +98,29 @@ def test_a_function_that_gives_no_score_of_each_example_is_refused(name, said):
     with pytest.raises(ValueError, match=r"of shape \(4,\): the score of each example") as caught:
         score(logits_of(PREDICTED), {"labels": LABELS}, True)
     assert said in str(caught.value)
+
+
+def test_candidates_are_the_cross_entropy_over_the_logits_of_the_candidates_alone():
+    logits = logits_of(PREDICTED)[:2]
+    batch = {
+        "labels": torch.tensor([[-100, -100, 2, -100], [-100, 4, -100, -100]]),
+        CANDIDATES: torch.tensor([[1, 2, 5], [4, 0, 3]]),
+    }
+    expected = [
+        functional.cross_entropy(logits[0, 1, [1, 2, 5]], torch.tensor(1)).item(),
+        functional.cross_entropy(logits[1, 0, [4, 0, 3]], torch.tensor(0)).item(),
+    ]
+    objective = Objective("examples", score=find_score("candidates"))
+    assert scored_losses({"logits": logits}, batch, objective)[1].tolist() == pytest.approx(
+        expected
+    )
+    moved = {**batch, "labels": torch.tensor([[-100, 2, -100, -100], [4, -100, -100, -100]])}
+    unshifted = replace(objective, shifted=False)
+    assert scored_losses({"logits": logits}, moved, unshifted)[1].tolist() == pytest.approx(
+        expected
+    )
+
+
+def test_a_batch_without_candidates_is_refused_with_the_entry_that_is_missing():
+    with pytest.raises(ValueError, match="needs the entry 'candidate_tokens' of a batch"):
+        find_score("candidates")(logits_of(PREDICTED), {"labels": LABELS}, True)

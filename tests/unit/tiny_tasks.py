@@ -10,6 +10,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from zods.data.evaluation import Forwards, SeveralForwards
 from zods.tasks import build_task
+from zods.tasks.answers import Answers
+from zods.tasks.instruction import Instruction
+from zods.tasks.options import Options
+from zods.tasks.prompts import Template
 
 TEXTS = [
     "a fine movie",
@@ -120,3 +124,28 @@ def outputs_of(model, inputs, micro_batch=2):
 
 def reviews(**columns):
     return datasets.Dataset.from_dict({"text": ["a", "b"], "label": [0, 1], **columns})
+
+
+CHOICES = datasets.Dataset.from_dict(
+    {
+        "text": ["a fine movie", "a dull movie that never ends", "great fun"],
+        "ends": [["one", "two three"], ["great", "terrible plot", "four"], ["six", "one"]],
+        "answer": [1, 0, 0],
+    }
+)
+
+
+def choices(scoring="mean", kind="llama"):
+    template = Template.parse("{text}\nIt was {ends}")
+    return Options(make_tokenizer(kind), template, 64, 0, scoring)
+
+
+QUESTIONS = datasets.Dataset.from_dict(
+    {"q": ["say one", "say two and then say three"], "a": ["one", "two three"]}
+)
+
+
+def answers(**settings):
+    template = Template.parse("{q}\n{a}")
+    settings = {"max_new_tokens": 5, **settings}
+    return Answers(Instruction(make_tokenizer("llama"), template, 64, 0), **settings)

@@ -15,6 +15,7 @@ from typing import Any
 import deepspeed
 import torch
 
+from zods.cli.model_checks import adapter_task_type
 from zods.cli.options import ModelArguments
 from zods.cli.pretrained import errors_in_one_line
 from zods.config.config_errors import nearest
@@ -33,7 +34,8 @@ def with_new_adapter(arguments: ModelArguments, model: Any, task: Task, new: set
     parameters and a classification head get no adapter: all their weights are trained, and saved
     with the adapter.
 
-    Raises ValueError where an adapter fits no module of the model.
+    Raises ValueError where an adapter fits no module of the model, or cannot train the modules of
+    `new`.
     """
     import peft
 
@@ -41,11 +43,15 @@ def with_new_adapter(arguments: ModelArguments, model: Any, task: Task, new: set
     rank = arguments.lora_rank
     if rank is None:
         assert arguments.peft_config is not None
-        config = read_peft_config(Path(arguments.peft_config))
-        if config.task_type is None:
-            config.task_type = "SEQ_CLS" if task.name == "classification" else "CAUSAL_LM"
-        if whole and hasattr(config, "modules_to_save"):
-            config.modules_to_save = [*whole, *(config.modules_to_save or [])]
+        config = read_peft_config(Path(arguments.peft_config), task)
+        if hasattr(config, "modules_to_save"):
+            config.modules_to_save = [*whole, *(config.modules_to_save or [])] or None
+        elif new:
+            raise ValueError(
+                f"--peft_config {arguments.peft_config}: {config.peft_type.value} trains no module "
+                f"as a whole, but {', '.join(sorted(new))} are not in the model's files and would "
+                "keep their random values. Give another peft_type, or a model with these weights."
+            )
         what = f"--peft_config {arguments.peft_config}: it does not fit the model"
         with errors_in_one_line(what), _preserve_compilers():
             return peft.get_peft_model(model, config)
@@ -60,10 +66,11 @@ def with_new_adapter(arguments: ModelArguments, model: Any, task: Task, new: set
     return peft.get_peft_model(model, lora)
 
 
-def read_peft_config(path: Path) -> Any:
+def read_peft_config(path: Path, task: Task) -> Any:
     """Read the configuration of adapters from a JSON file, such as an adapter_config.json.
 
-    Raises ValueError or OSError that names the file, and the key where one is wrong.
+    Raises ValueError or OSError that names the file, and the key where one is wrong, or does not
+    fit the task.
     """
     import peft
 
@@ -82,8 +89,15 @@ def read_peft_config(path: Path) -> Any:
             raise ValueError(
                 f"--peft_config {path}: {kind} has no key {key!r}.{nearest(key, sorted(known))}"
             )
+    needed = adapter_task_type(task)
+    given = values.get("task_type") or needed
+    if given != needed:
+        raise ValueError(
+            f"--peft_config {path}: task_type is {given!r}, but --task {task.name} needs {needed!r}. "
+            "Leave task_type out, or give another --task."
+        )
     with errors_in_one_line(f"--peft_config {path}"):
-        return kinds[kind](**{**values, "inference_mode": False})
+        return kinds[kind](**{**values, "task_type": needed, "inference_mode": False})
 
 
 def _modules_trained_whole(model: Any, task: Task, new: set[str]) -> list[str]:

@@ -61,7 +61,7 @@ def check_adapter(pretrained: Pretrained, task: Task, trust_remote_code: bool) -
         import peft
 
         kind = peft.PeftConfig.from_pretrained(pretrained.adapter).task_type
-    needed = "CAUSAL_LM" if task.predicts_next_token else "SEQ_CLS"
+    needed = adapter_task_type(task)
     if kind is not None and kind != needed:
         raise ValueError(
             f"--model {pretrained.adapter}: the task_type in its adapter_config.json is "
@@ -87,6 +87,11 @@ def check_adapter(pretrained: Pretrained, task: Task, trust_remote_code: bool) -
                 "the adapter was trained on, and data with as many classes as it was trained for, "
                 "or train new adapters with --lora_rank."
             )
+
+
+def adapter_task_type(task: Task) -> str:
+    """The task_type of an adapter of PEFT for a task."""
+    return "CAUSAL_LM" if task.predicts_next_token else "SEQ_CLS"
 
 
 def check_shapes(pretrained: Pretrained, task: Task, trust_remote_code: bool) -> None:

@@ -31,10 +31,11 @@ MINIMUM = {  # smallest allowed value
     "lora_rank": 1,
     "max_length": 1,
     "num_epochs": 1,
-    "max_steps": 1,
+    "max_steps": 0,
     "max_train_examples": 1,
     "max_eval_examples": 1,
     "shots": 1,
+    "icl": 1,
     "save_total_limit": 1,
     "eval_interval": 0,
     "save_interval": 0,
@@ -218,6 +219,13 @@ class DataArguments:
             "metavar": "SOURCE=WEIGHT,...",
         },
     )
+    icl: int | None = field(
+        default=None,
+        metadata={
+            "help": "also evaluate the model before training with this many solved training "
+            "examples of each class before each prompt (--max_steps 0: no training)"
+        },
+    )
     max_train_examples: int | None = field(default=None, metadata={"help": "keep this many"})
     max_eval_examples: int | None = field(default=None, metadata={"help": "keep this many"})
 
@@ -239,7 +247,10 @@ class TaskArguments:
     )
     task_file: str | None = field(
         default=None,
-        metadata={"help": "custom: a YAML file with the keys of zods.tasks.PublishedTask"},
+        metadata={
+            "help": "custom: a YAML file with the keys of zods.tasks.PublishedTask, or a Python file "
+            "that sets `task` to one"
+        },
     )
     classification_head: bool = field(
         default=False,
@@ -319,7 +330,9 @@ class RunArguments:
 
     max_steps: int | None = field(
         default=None,
-        metadata={"help": "number of steps (default: num_epochs passes over the data)"},
+        metadata={
+            "help": "number of steps; 0: evaluate only (default: num_epochs passes over the data)"
+        },
     )
     num_epochs: int = field(
         default=1,
@@ -385,8 +398,9 @@ class OverrideArguments:
     objective: str | None = field(
         default=None,
         metadata={
-            "help": "what training lowers or raises: loss; or, without gradients, accuracy (of the "
-            "label tokens among the whole vocabulary), token_accuracy or package.module:function"
+            "help": "what training lowers or raises: loss; candidates, the cross entropy over the "
+            "label words alone; or, without gradients, accuracy (of the label tokens among the "
+            "whole vocabulary), token_accuracy or package.module:function"
         },
     )
     anchor_lr: float | None = field(

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import datasets
 
+from zods.cli.adapters import read_peft_config
 from zods.cli.arguments import load_mapping
 from zods.cli.model_checks import check_adapter, check_kind, check_shapes
 from zods.cli.options import Arguments, DataArguments, TaskArguments
@@ -23,6 +24,7 @@ from zods.selection.sub_batches import check_target_data
 from zods.tasks import (
     TASKS,
     PublishedTask,
+    SolvedExamples,
     Task,
     build_published,
     build_task,
@@ -33,10 +35,12 @@ from zods.tasks import (
     load_examples,
     load_published,
     name_of_rows,
+    over_label_words,
     prepare_packed,
     read_chat_template,
     read_escapes,
     split_held_out,
+    task_of_module,
     with_lengths,
 )
 
@@ -45,13 +49,15 @@ class PreparedData(NamedTuple):
     """The task, and its data as batches are made of them.
 
     train: it keeps the source column of the selector or the mixture, where one is named, and has a
-    column of lengths where batches are grouped by them. target: the examples of the
+    column of lengths where batches are grouped by them. in_context: the held-out data with solved
+    examples before the prompts; None without --icl. target: the examples of the
     selector's `target_file`; None where there is none.
     """
 
     task: Task
     train: datasets.Dataset
     held_out: datasets.Dataset
+    in_context: datasets.Dataset | None
     target: datasets.Dataset | None
 
 
@@ -61,19 +67,24 @@ def prepare_data(
     """Build the task, and check and tokenise its data."""
     selector = run.selector
     target_file = None if selector is None else selector.target_file
+    column = None if selector is None else selector.source_column
     declared = declared_task(arguments.task)
     if declared is None:
         parts = load_parts(arguments.data, run.seed, target_file)
     else:
-        parts = load_declared(declared, arguments.data, run.seed, target_file)
+        parts = load_declared(declared, arguments.data, run.seed, target_file, column)
     train, row_name = parts["train"]
     source = row_name.rpartition(",")[0]
     task = _build(arguments.task, declared, tokenizer, train, pretrained, source)
+    if run.zeroth_order.objective == "candidates":
+        task = over_label_words(task)
     check_kind(pretrained, task)
     if task.predicts_next_token:
         check_generation_config(Path(pretrained.base))
     check_shapes(pretrained, task, arguments.model.trust_remote_code)
     check_adapter(pretrained, task, arguments.model.trust_remote_code)
+    if arguments.model.peft_config is not None:
+        read_peft_config(Path(arguments.model.peft_config), task)
     check_rows(task, list(parts.values()))
     if "validation" not in parts:
         train, held_out = split_held_out(train, arguments.data.held_out.value, run.seed)
@@ -81,6 +92,8 @@ def prepare_data(
     if arguments.data.shots is not None:
         train = draw_shots(task, train, arguments.data.shots, run.seed)
         parts["train"] = (train, row_name)
+    shots = arguments.data.icl
+    solved = None if shots is None else SolvedExamples.draw(task, train, shots, run.seed)
     if selector is not None:
         target = parts.get("target", (None, ""))[0]
         check_target_data(selector, target, "zeroth_order.selector")
@@ -98,10 +111,19 @@ def prepare_data(
     }
     if run.zeroth_order.group_by_length:
         prepared["train"] = with_lengths(prepared["train"])
+    if solved is not None:
+        held_out, held_out_name = parts["validation"]
+        prepared["in_context"] = solved.before(held_out, prepared["validation"], held_out_name)
     if pretrained.num_embeddings is not None:
         for dataset in prepared.values():
             check_token_ids(dataset, pretrained.num_embeddings, tokenizer)
-    return PreparedData(task, prepared["train"], prepared["validation"], prepared.get("target"))
+    return PreparedData(
+        task,
+        prepared["train"],
+        prepared["validation"],
+        prepared.get("in_context"),
+        prepared.get("target"),
+    )
 
 
 def _sources_beside(section: ZerothOrderConfig, train: datasets.Dataset) -> dict[str, Any]:
@@ -130,6 +152,8 @@ def declared_task(settings: TaskArguments) -> PublishedTask | None:
     check_regular(path)
     if not path.is_file():
         raise FileNotFoundError(f"--task_file: there is no file {path}. Correct the path")
+    if path.suffix == ".py":
+        return task_of_module(path)
     return custom_task(load_mapping(path), str(path))
 
 
@@ -173,12 +197,17 @@ def _build(
 
 
 def load_declared(
-    declared: PublishedTask, data: DataArguments, seed: int, target_file: str | None
+    declared: PublishedTask,
+    data: DataArguments,
+    seed: int,
+    target_file: str | None,
+    source_column: str | None,
 ) -> dict[str, tuple[datasets.Dataset, str]]:
     """Load the data of a declared task, as `load_parts` does.
 
     Held-out data are left out where the training data are a file and no file of held-out data is
-    given. Raises ValueError with the mistakes of all parts.
+    given. source_column: a published column that is kept, where it is there. Raises ValueError with
+    the mistakes of all parts.
     """
     wanted = [("train", data.train_file, data.max_train_examples)]
     if data.train_file is None or data.validation_file is not None:
@@ -196,6 +225,7 @@ def load_declared(
                 column_names=data.column_names,
                 max_examples=most,
                 seed=seed,
+                source_column=source_column,
             )
         except (ValueError, OSError) as error:
             wrong.append(str(error))

@@ -2,7 +2,7 @@
 
 config.json          the DeepSpeed JSON with "zeroth_order", every value resolved
 run.json             command, options with their values, versions, git commit, seed, ranks, device
-metrics.jsonl        one object per step ("train") and per evaluation ("eval")
+metrics.jsonl        one object per step ("train") and per evaluation ("eval", "in_context")
 trajectory.log       the updates that were applied, step by step (see zods.trajectory)
 initial/             the initial weights that the base model lacks (a new head or adapters), and
                      their configuration
@@ -172,20 +172,20 @@ class RunFolder:
         with atomic_write(path) as temporary:
             temporary.write_text("".join(map(_line, kept)), encoding="utf-8")
 
-    def evaluation_at(self, step: int) -> dict[str, float]:
-        """The held-out metrics after `step` steps.
+    def evaluation_at(self, step: int, kind: str = "eval") -> dict[str, float]:
+        """The held-out metrics after `step` steps; of kind "in_context", those with solved examples.
 
         Empty on ranks other than 0, and where there was no such evaluation.
         """
         if self.rank != 0:
             return {}
         found = next(
-            (r for r in read_metrics(self.path) if r["kind"] == "eval" and r["step"] == step), {}
+            (r for r in read_metrics(self.path) if r["kind"] == kind and r["step"] == step), {}
         )
         return {name: value for name, value in found.items() if name not in ("kind", "step")}
 
     def record(self, kind: str, step: int, **values: Any) -> None:
-        """Append one line to metrics.jsonl. kind: "train" or "eval"."""
+        """Append one line to metrics.jsonl. kind: "train", "eval" or "in_context"."""
         if self._metrics is None:
             return
         try:

@@ -18,6 +18,7 @@ def summarise(
     engine: ZerothOrderEngine | FirstOrderEngine,
     before: dict[str, float],
     after: dict[str, float],
+    in_context: dict[str, float],
     *,
     seconds: list[float],
     sent: int,
@@ -27,7 +28,8 @@ def summarise(
 
     All ranks must call it: peak memory is gathered from them.
 
-    before, after: means over the held-out data. seconds: time of each step. sent: bytes that zods
+    before, after: means over the held-out data. in_context: those before training, with solved
+    examples before the prompts; may be empty. seconds: time of each step. sent: bytes that zods
     sent in all steps. gathered: bytes that ZeRO-3 gathered.
     """
     steps = max(len(seconds), 1)
@@ -35,6 +37,7 @@ def summarise(
     summary: dict[str, Any] = {
         **{f"{name}_before": value for name, value in before.items()},
         **{f"{name}_after": value for name, value in after.items()},
+        **{f"{name}_in_context": value for name, value in in_context.items()},
         "steps": engine.global_steps,
         "step_seconds_median": statistics.median(seconds) if seconds else None,
         "train_seconds": sum(seconds),
@@ -46,7 +49,7 @@ def summarise(
     if loader is not None and loader.mixture is not None:
         drawn = engine.global_steps * engine.config.deepspeed["train_batch_size"]
         summary["mixture_passes"] = loader.mixture.passes(drawn)
-    if isinstance(engine, ZerothOrderEngine):
+    if isinstance(engine, ZerothOrderEngine) and engine.global_steps:
         summary["evaluation"] = engine.evaluation
         summary |= engine.noise.summary()
     if engine.anchor:
@@ -63,6 +66,11 @@ def table(summary: dict[str, Any]) -> str:
     anchor = "anchor_device_bytes" in summary
     rows = [
         _measured(summary, key.removesuffix("_after")) for key in summary if key.endswith("_after")
+    ]
+    rows += [
+        (f"held-out {key.removesuffix('_in_context')}, examples in context", f"{value:.3f}")
+        for key, value in summary.items()
+        if key.endswith("_in_context")
     ]
     refreshes = " (anchor refreshes in them)" if anchor else ""
     rows += [
@@ -102,12 +110,11 @@ def table(summary: dict[str, Any]) -> str:
 
 
 def _measured(summary: dict[str, Any], name: str) -> tuple[str, str]:
-    """A metric of the held-out data before and after training, as texts."""
-    before = summary.get(f"{name}_before")
-    return (
-        f"held-out {name}",
-        f"{'-' if before is None else f'{before:.3f}'} -> {summary[f'{name}_after']:.3f}",
-    )
+    """A metric of the held-out data before and after training, as texts; once without training."""
+    before, after = summary.get(f"{name}_before"), f"{summary[f'{name}_after']:.3f}"
+    if not summary["steps"]:
+        return f"held-out {name}", after
+    return f"held-out {name}", f"{'-' if before is None else f'{before:.3f}'} -> {after}"
 
 
 def _noise(summary: dict[str, Any]) -> list[tuple[str, str]]:

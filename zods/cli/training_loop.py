@@ -28,9 +28,11 @@ def evaluate(
     task: Task,
     held_out: datasets.Dataset,
     folder: RunFolder,
+    kind: str = "eval",
 ) -> dict[str, float]:
+    """Compute the metrics of held-out data, and add them to metrics.jsonl as a line of `kind`."""
     metrics = with_derived(engine.evaluate(held_out, task.collate_eval, task.measure))
-    folder.record("eval", engine.global_steps, **metrics)
+    folder.record(kind, engine.global_steps, **metrics)
     return metrics
 
 
@@ -68,7 +70,9 @@ def train_steps(
     Raises StopRequested, on all ranks, where one is asked to stop.
     """
     assert engine.training_dataloader is not None
-    last = run.max_steps or run.num_epochs * engine.training_dataloader.steps_per_epoch
+    last = run.max_steps
+    if last is None:
+        last = run.num_epochs * engine.training_dataloader.steps_per_epoch
     trained = Trained()
     progress = tqdm(
         total=last, initial=engine.global_steps, desc="steps", disable=engine.global_rank != 0

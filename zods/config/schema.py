@@ -52,8 +52,9 @@ STRATEGIES: tuple[str, ...] = get_args(Strategy)
 FACILITY_LOCATION = ("greedy", "stochastic_greedy", "greedi")
 BY_SOURCE = (*FACILITY_LOCATION, "mean_matching", "structured_random")
 METRICS: tuple[str, ...] = get_args(Metric)
-# named objectives; the second ones score generated texts
-OF_LOGITS = ("loss", "accuracy", "token_accuracy")
+# named objectives: of the logits, of which the first ones are smooth, and of generated texts
+SMOOTH_OBJECTIVES = ("loss", "candidates")
+OF_LOGITS = (*SMOOTH_OBJECTIVES, "accuracy", "token_accuracy")
 OF_TEXTS = ("exact_match", "f1")
 
 
@@ -309,9 +310,9 @@ class ZerothOrderConfig(Section):
     # mean over the global batch; tokens: of the losses of all label tokens; examples: of the mean
     # losses of the examples
     loss_mean: LossMean = "tokens"
-    # loss: the cross entropy, or the model's own loss; accuracy, token_accuracy, exact_match, f1, or
-    # a function "package.module:name": the score of each example, which training raises on average;
-    # loss_mean is not used then
+    # loss: the cross entropy, or the model's own loss; candidates: the cross entropy over the label
+    # words alone; accuracy, token_accuracy, exact_match, f1, or a function "package.module:name":
+    # the score of each example, which training raises on average; loss_mean is used by loss alone
     objective: Annotated[str, AfterValidator(_objective)] = "loss"
     # for exact_match, f1, or a function of texts: how the texts are generated
     generate: GenerateConfig | None = None
@@ -495,12 +496,12 @@ def _mistakes_between_keys(config: ZerothOrderConfig, given: Mapping[str, Any]) 
             f'"{config.method}". '
             "Remove them, or change the method."
         )
-    if config.objective != "loss" and config.lr == "auto":
+    if config.objective not in SMOOTH_OBJECTIVES and config.lr == "auto":
         yield (
             f'{SECTION}.lr: "auto" measures the curvature of a smooth loss, but objective is '
             f'"{config.objective}". Give a number, such as 1e-3 with normalize.'
         )
-    if config.objective != "loss" and config.anneal is not None:
+    if config.objective not in SMOOTH_OBJECTIVES and config.anneal is not None:
         yield (
             f"{SECTION}.anneal: compares losses that are positive, but objective is "
             f'"{config.objective}", whose losses are minus its scores. Remove anneal, or use a '

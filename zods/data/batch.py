@@ -28,6 +28,9 @@ POSITIONS = "example_positions"
 # Key of a batch's entry with the reference answers of each example, lists of texts. The entry is not
 # passed to the model.
 REFERENCES = "example_references"
+# Key of a batch's entry with the tokens of each example's candidates (B, W), of which one is the
+# labelled token. The entry is not passed to the model.
+CANDIDATES = "candidate_tokens"
 
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -175,12 +178,12 @@ def call_model(model: Any, batch: Any) -> Any:
 
 
 def without_weights(batch: Any) -> Any:
-    """Copy a mapping without the weights, positions and references of its examples; return any other
-    batch as it is.
+    """Copy a mapping without the weights, positions, references and candidates of its examples; return
+    any other batch as it is.
     """
     if not isinstance(batch, Mapping):
         return batch
-    own = (WEIGHTS, POSITIONS, REFERENCES)
+    own = (WEIGHTS, POSITIONS, REFERENCES, CANDIDATES)
     return {key: value for key, value in batch.items() if key not in own}
 
 

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zods.data.batch import CANDIDATES, describe
+
 IGNORE_INDEX = -100  # label of a token that is not scored, as in transformers
 
 # (logits, batch with labels, whether position t predicts label t + 1) -> scores (B,)
@@ -50,16 +52,45 @@ def token_accuracy(logits: Tensor, batch: Mapping[str, Any], shifted: bool) -> T
     return scores.where(_finite(logits), torch.nan)
 
 
+def candidates(logits: Tensor, batch: Mapping[str, Any], shifted: bool) -> Tensor:
+    """The log-probability of an example's label token among its candidates alone.
+
+    It is log softmax over the logits of the tokens batch[CANDIDATES] (B, W), at the one labelled
+    position (Gao et al. 2021, arXiv:2012.15723, equation 1). Minus this score is a cross entropy:
+    smooth, and never negative.
+
+    Raises ValueError where the batch has no candidates.
+    """
+    if CANDIDATES not in batch:
+        raise ValueError(
+            f'zeroth_order.objective: "candidates" needs the entry {CANDIDATES!r} of a batch, the '
+            "tokens of each example's candidates (B, W); the batch is "
+            f"{describe(batch)}. Use zods.finetune with label words, or add the entry in collate_fn."
+        )
+    labels = batch["labels"]
+    if shifted:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    rows = torch.arange(len(labels), device=labels.device)
+    at = (labels != IGNORE_INDEX).int().argmax(1)
+    of_candidates = logits[rows, at].gather(1, batch[CANDIDATES]).float().log_softmax(1)
+    is_right = batch[CANDIDATES] == labels[rows, at][:, None]
+    return of_candidates.where(is_right, 0.0).sum(1).double()
+
+
 def _finite(logits: Tensor) -> Tensor:
     """Whether the logits of each example have no NaN, bool (B,): others have no highest one."""
     return ~logits.view(len(logits), -1).isnan().any(1)
 
 
-SCORES: dict[str, Score] = {"accuracy": accuracy, "token_accuracy": token_accuracy}
+SCORES: dict[str, Score] = {
+    "accuracy": accuracy,
+    "token_accuracy": token_accuracy,
+    "candidates": candidates,
+}
 
 
 def find_score(name: str) -> Score:
-    """The score with a name: "accuracy", "token_accuracy", or a function as "package.module:name".
+    """The score with a name: a key of SCORES, or a function as "package.module:name".
 
     The function is called as function(outputs, batch), with outputs["logits"], and returns scores
     (B,). Both are on the device. It is called once for each point of a step.

@@ -3,8 +3,10 @@
 from zods.tasks.build import KINDS, build_task
 from zods.tasks.candidates import SCORINGS
 from zods.tasks.chat import read_chat_template
+from zods.tasks.in_context import SolvedExamples
 from zods.tasks.metrics import with_derived
 from zods.tasks.packing import prepare_packed
+from zods.tasks.prompted import over_label_words
 from zods.tasks.prompts import read_escapes
 from zods.tasks.published import (
     TASKS,
@@ -12,6 +14,7 @@ from zods.tasks.published import (
     build_published,
     custom_task,
     load_published,
+    task_of_module,
 )
 from zods.tasks.shots import draw_shots
 from zods.tasks.sources import load_examples, name_of_rows, split_held_out
@@ -22,6 +25,7 @@ __all__ = [
     "SCORINGS",
     "TASKS",
     "PublishedTask",
+    "SolvedExamples",
     "Task",
     "build_published",
     "build_task",
@@ -32,10 +36,12 @@ __all__ = [
     "load_examples",
     "load_published",
     "name_of_rows",
+    "over_label_words",
     "prepare_packed",
     "read_chat_template",
     "read_escapes",
     "split_held_out",
+    "task_of_module",
     "with_derived",
     "with_lengths",
 ]

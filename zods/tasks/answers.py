@@ -56,6 +56,11 @@ class Answers:
     max_new_tokens: int = 50
     metric: str = "f1"
 
+    @property
+    def num_generated(self) -> int:
+        """Most tokens of a generated answer."""
+        return max(1, min(self.max_new_tokens, self.learning.max_length // 2))
+
     def auto_class(self) -> type[Any]:
         return self.learning.auto_class()
 
@@ -103,14 +108,13 @@ class Answers:
     def collate_eval(self, rows: Sequence[Row]) -> tuple[Generation, dict[str, Any]]:
         """Collate (prompts and right answers, the references of each row)."""
         answers, counts = self.learning.collate_eval(rows)
-        num_generated = max(1, min(self.max_new_tokens, self.learning.max_length // 2))
         start = leading_special_tokens(self.learning.tokenizer)
-        limit = self.learning.max_length - num_generated - len(start)
+        limit = self.learning.max_length - self.num_generated - len(start)
         prompts = [fit_prompt(start, row[PROMPT], limit) for row in rows]
         generation = Generation(
             **pad_inputs(prompts, self.learning.pad_id),
             answers=Candidates(**answers, labels=answer_labels(answers, counts)),
-            max_new_tokens=num_generated,
+            max_new_tokens=self.num_generated,
             end=self.learning.tokenizer.eos_token_id,
             pad=self.learning.pad_id,
         )

@@ -247,7 +247,7 @@ def _build_from_format(
     if isinstance(found, TextFormat):
         return PlainText(tokenizer, max_length, pad_id)
     parsed = Template.parse(f"{{prompt}}{found.separator}{{response}}")
-    return Instruction(tokenizer, parsed, max_length, pad_id, found)
+    return Instruction(tokenizer, parsed, max_length, pad_id, found, skips_empty=True)
 
 
 def _check_columns(

@@ -47,8 +47,8 @@ class Instruction:
 
     Attributes:
         data_format: how prompt and response are read from a row; the template's fields are then
-            {prompt} and {response}, and rows with an empty response are left out. None: the
-            template's fields are columns of text, and an empty response is a mistake.
+            {prompt} and {response}. None: the template's fields are columns of text.
+        skips_empty: whether rows with an empty response are left out; otherwise one is a mistake.
     """
 
     name: ClassVar[str] = "instruction"
@@ -58,6 +58,7 @@ class Instruction:
     max_length: int
     pad_id: int
     data_format: PairFormat | None = None
+    skips_empty: bool = False
 
     def __post_init__(self) -> None:
         """Check the tokenizer and the length.
@@ -88,7 +89,7 @@ class Instruction:
             return
         check_text_columns(dataset, [*self.template.columns, self.template.answer])
         yield from text_mistakes(dataset, self.template.columns)
-        yield from text_mistakes(dataset, [self.template.answer])
+        yield from text_mistakes(dataset, [self.template.answer], may_be_empty=self.skips_empty)
 
     def prepare(
         self,
@@ -110,19 +111,25 @@ class Instruction:
         start = leading_special_tokens(self.tokenizer)
         limit = self.max_length - len(start)
         num_cue_tokens = self._num_cue_tokens()
-        responses = [[response] for response in batch[self.template.answer]]
-        columns: Columns = {"input_ids": [], "num_answer_tokens": [], "truncated": []}
+        responses = [[response or ""] for response in batch[self.template.answer]]
+        columns: Columns = {
+            "input_ids": [],
+            "num_answer_tokens": [],
+            "truncated": [],
+            "answer_cut": [],
+        }
         fitted = []
         tokenized = tokenize_continuations(self.tokenizer, self.template.prompts(batch), responses)
         for prompt, (response,) in tokenized:
             answer = [*response, self.tokenizer.eos_token_id]
             columns["truncated"].append(len(prompt) + len(answer) > limit)
-            if len(answer) > limit - min(num_cue_tokens, len(prompt)):
+            columns["answer_cut"].append(len(answer) > limit - min(num_cue_tokens, len(prompt)))
+            if columns["answer_cut"][-1]:
                 answer = answer[: limit - min(max(num_cue_tokens, limit // 2), len(prompt))]
             fitted.append(fit_prompt(start, prompt, limit - len(answer)))
             columns["input_ids"].append(fitted[-1] + answer)
             columns["num_answer_tokens"].append(len(answer))
-        if self.data_format is not None:
+        if self.skips_empty:
             columns["skipped"] = ["" if text.strip() else NO_RESPONSE for (text,) in responses]
         return {**columns, "unusable": unusable(fitted)}
 

@@ -1,4 +1,5 @@
-"""Few-shot samples: k training examples of each class. Caller: `zods.cli.prepared_data`."""
+"""Few-shot samples: k training examples of each class. Callers:
+`zods.cli.prepared_data` and `zods.tasks.in_context`."""
 
 from __future__ import annotations
 
@@ -12,17 +13,20 @@ from zods.tasks.sources import draw
 from zods.tasks.task import Task
 
 
-def draw_shots(task: Task, dataset: datasets.Dataset, shots: int, seed: int) -> datasets.Dataset:
+def draw_shots(
+    task: Task, dataset: datasets.Dataset, shots: int, seed: int, option: str = "--shots"
+) -> datasets.Dataset:
     """Draw `shots` examples of each class by `seed`, in the order of the dataset.
 
-    Where the task has no classes, `shots` examples in all are drawn.
+    Where the task has no classes, `shots` examples in all are drawn. option: the option that asks
+    for them, for messages.
 
     Raises ValueError where a class has fewer examples; it names all such classes.
     """
     if not isinstance(task, (Classification, Prompted)):
         if shots > len(dataset):
             raise ValueError(
-                f"--shots {shots}: the training data have {len(dataset)} examples. Give a smaller "
+                f"{option} {shots}: the training data have {len(dataset)} examples. Give a smaller "
                 "number"
             )
         return draw(dataset, shots, seed)
@@ -37,7 +41,7 @@ def draw_shots(task: Task, dataset: datasets.Dataset, shots: int, seed: int) -> 
     ]
     if few:
         raise ValueError(
-            f"--shots {shots}: fewer training examples of the classes {', '.join(few)}. Give a "
+            f"{option} {shots}: fewer training examples of the classes {', '.join(few)}. Give a "
             "smaller number, or more data"
         )
     generator = random.Random(seed)

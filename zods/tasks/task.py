@@ -168,11 +168,13 @@ def row_numbers(dataset: datasets.Dataset) -> Sequence[int]:
     )
 
 
-def text_mistakes(dataset: datasets.Dataset, columns: Sequence[str]) -> Iterator[tuple[int, str]]:
+def text_mistakes(
+    dataset: datasets.Dataset, columns: Sequence[str], *, may_be_empty: bool = False
+) -> Iterator[tuple[int, str]]:
     """Yield (position, mistake) of each row where a text is missing or too long, or all texts are
     blank.
 
-    One of several texts may be blank.
+    One of several texts may be blank. may_be_empty: texts may be missing, and all be blank.
     """
     read = dataset.select_columns([*columns, *({NOT_TEXT} & set(dataset.column_names))])
     position = 0
@@ -188,18 +190,18 @@ def text_mistakes(dataset: datasets.Dataset, columns: Sequence[str]) -> Iterator
                     f"column {not_text[0]!r} holds {texts[columns.index(not_text[0])][:40]}, which "
                     "is no text",
                 )
-            elif None in texts:
+            elif None in texts and not may_be_empty:
                 yield position, f"no text in column {columns[texts.index(None)]!r}"
-            elif max(map(len, texts)) > MOST_CHARACTERS:
+            elif max(lengths := [len(text or "") for text in texts]) > MOST_CHARACTERS:
                 column, longest = max(
-                    zip(columns, map(len, texts), strict=True), key=lambda named: named[1]
+                    zip(columns, lengths, strict=True), key=lambda named: named[1]
                 )
                 yield (
                     position,
                     f"a text of {longest} characters in column {column!r}, at most "
                     f"{MOST_CHARACTERS} are tokenised",
                 )
-            elif not any(text.strip() for text in texts):
+            elif not may_be_empty and not any(text.strip() for text in texts):
                 yield position, f"blank text in {', '.join(map(repr, columns))}"
             position += 1
 
@@ -213,7 +215,8 @@ def map_rows(
 ) -> datasets.Dataset:
     """Tokenise a dataset in batches of rows, and put the columns `beside` next to the result.
 
-    `make_rows` also returns the column "truncated", which is counted and dropped. Where a row may
+    `make_rows` also returns the column "truncated", which is counted and dropped, and may return
+    "answer_cut", which is true where the end of an answer is cut. Where a row may
     turn out to be unusable, it also returns the column "unusable", which holds the reason or "".
     The column "skipped" is the same for rows that are counted and left out.
 
@@ -238,10 +241,18 @@ def map_rows(
         prepared = _without_skipped(prepared, row_name)
     num_truncated = sum(prepared["truncated"])
     if num_truncated:
+        cut = sum(prepared["answer_cut"]) if "answer_cut" in prepared.column_names else 0
         logger.warning(
-            "%d of %d examples were cut to %d tokens", num_truncated, len(prepared), max_length
+            "%d of %d examples were cut to %d tokens%s",
+            num_truncated,
+            len(prepared),
+            max_length,
+            f", {cut} of them in the answer, whose end is not learned: raise max_length"
+            * bool(cut),
         )
-    return prepared.remove_columns("truncated")
+    return prepared.remove_columns(
+        [name for name in ("truncated", "answer_cut") if name in prepared.column_names]
+    )
 
 
 def _without_skipped(prepared: datasets.Dataset, row_name: str) -> datasets.Dataset:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import datasets
@@ -16,6 +17,8 @@ from zods.tasks.prompted import Prompted
 from zods.tasks.prompts import Template
 from zods.tasks.published.declaration import PublishedTask
 from zods.tasks.task import Task, check_text_columns, pad_token_id
+
+logger = logging.getLogger(__name__)
 
 
 def build_published(
@@ -76,10 +79,19 @@ def build_published(
         check_text_columns(train_dataset, [*parsed.columns, parsed.answer])
     except ValueError as error:
         raise ValueError(f"{source}: {error}" if source else str(error)) from None
-    instruction = Instruction(tokenizer, parsed, max_length, pad_id)
     if not declared.max_new_tokens:
-        return instruction
-    return Answers(instruction, declared.max_new_tokens, declared.metric)
+        return Instruction(tokenizer, parsed, max_length, pad_id, skips_empty=True)
+    learning = Instruction(tokenizer, parsed, max_length, pad_id)
+    task = Answers(learning, declared.max_new_tokens, declared.metric)
+    if task.num_generated < declared.max_new_tokens:
+        logger.warning(
+            "generated answers have at most %d tokens, half of max_length %d, not %d: raise "
+            "max_length for longer ones",
+            task.num_generated,
+            max_length,
+            declared.max_new_tokens,
+        )
+    return task
 
 
 def _classification(

@@ -1,10 +1,14 @@
-"""A user's own declaration of a task, from the content of a YAML file."""
+"""A user's own declaration of a task, from the content of a YAML file or from a Python file."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import hashlib
+import importlib.util
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from zods.tasks.metrics import METRICS
@@ -53,6 +57,40 @@ def custom_task(content: Mapping[str, Any], source: str) -> PublishedTask:
     return PublishedTask(name="custom", columns=columns, **values)
 
 
+def task_of_module(path: Path) -> PublishedTask:
+    """Run a Python file that declares a task: it sets `task` to a `PublishedTask`.
+
+    Unlike a YAML file it can have functions that make rows. The module's name contains a digest of
+    the file, because `datasets` knows functions by their names, and would reuse the rows that an
+    older version of the file has made.
+
+    Raises ValueError that names the file where it fails, or declares no task that can be used.
+    """
+    name = f"zods_task_{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever the user's file raises
+        raise ValueError(f"{path}: {type(error).__name__}: {error}. Mend the file") from error
+    task = getattr(module, "task", None)
+    if not isinstance(task, PublishedTask):
+        raise ValueError(
+            f"{path}: `task` is {type(task).__name__}, expected zods.tasks.PublishedTask. Add "
+            "task = PublishedTask(name=..., template=..., columns=...)"
+        )
+    if task.source_column is not None:
+        raise ValueError(f"{path}: source_column is an option, --source_column. Leave it out")
+    try:
+        Template.parse(task.template)
+        _check_kinds(vars(task))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return task
+
+
 def _expected(key: str, value: Any) -> str:
     """What the value of a key must be; empty where it is so."""
     if key in _LISTS:
@@ -77,8 +115,8 @@ def _check_kinds(values: Mapping[str, Any]) -> None:
     allowed: tuple[str, ...] = METRICS
     if "max_new_tokens" in kinds:
         allowed = ("f1", "last_number")
-    elif "options" in kinds:
-        allowed = ("accuracy",)
+    elif "options" in kinds:  # the F1 of each candidate is made by a function
+        allowed = ("accuracy", "f1") if values.get("rows") else ("accuracy",)
     metric = values.get("metric", allowed[0])
     if metric not in allowed:
         raise ValueError(f"metric: found {metric!r}, allowed are {', '.join(allowed)}")

@@ -31,6 +31,7 @@ def load_published(
     column_names: Sequence[str] | None,
     max_examples: int | None,
     seed: int,
+    source_column: str | None = None,
 ) -> Part | None:
     """Load a part of a task's data, as the rows that its template needs.
 
@@ -41,6 +42,7 @@ def load_published(
             them. Without it the hub is asked.
         column_names: the columns of a .csv or .tsv file without a header.
         max_examples: number of examples to draw at random by `seed`.
+        source_column: a column of the published rows that the task's rows keep.
 
     Returns:
         The examples, with the column ROW, and the text before a row's number in
@@ -65,7 +67,7 @@ def load_published(
         dataset, row_name = _read_hub(task, split, seed)
         source = str(task.hub)
     try:
-        return draw(shaped(task, dataset), max_examples, seed), row_name
+        return draw(shaped(task, dataset, source_column), max_examples, seed), row_name
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
 
@@ -150,8 +152,12 @@ def _has_header(path: Path, task: PublishedTask) -> bool:
     return bool(known & set(cells))
 
 
-def shaped(task: PublishedTask, dataset: datasets.Dataset) -> datasets.Dataset:
+def shaped(
+    task: PublishedTask, dataset: datasets.Dataset, source_column: str | None = None
+) -> datasets.Dataset:
     """Rename columns, leave rows without a label out, and make the rows of the task.
+
+    source_column: a column of the published rows that the task's rows keep, where it is there.
 
     Raises ValueError for a missing column, which lists those that exist.
     """
@@ -168,18 +174,26 @@ def shaped(task: PublishedTask, dataset: datasets.Dataset) -> datasets.Dataset:
     if task.rows is None:
         return dataset
     check_columns(dataset, task.columns)
+    names = _row_columns(task)
+    beside = [ROW] if source_column is None else [ROW, source_column]
+    beside = [name for name in beside if name in dataset.column_names and name not in names]
     return dataset.map(
         _rows_of_task,
         batched=True,
         remove_columns=dataset.column_names,
-        fn_kwargs={"rows": task.rows, "names": _row_columns(task), "code": code_digest()},
+        fn_kwargs={
+            "rows": task.rows,
+            "names": names,
+            "beside": beside,
+            "code": code_digest(),
+        },
     )
 
 
 def _row_columns(task: PublishedTask) -> list[str]:
-    """The columns that the rows of a task have."""
+    """The columns that `PublishedTask.rows` makes."""
     template = Template.parse(task.template)
-    names = [*template.columns, ROW]
+    names = list(template.columns)
     if task.words:
         return [*names, task.label_column]
     if task.options:
@@ -189,13 +203,17 @@ def _row_columns(task: PublishedTask) -> list[str]:
 
 
 def _rows_of_task(
-    batch: Columns, rows: Callable[[Row], Iterator[Row]], names: Sequence[str], code: str
+    batch: Columns,
+    rows: Callable[[Row], Iterator[Row]],
+    names: Sequence[str],
+    beside: Sequence[str],
+    code: str,
 ) -> Columns:
-    """Map a batch of published rows to rows with these columns.
+    """Map a batch of published rows to rows with the columns `names`, and `beside` as published.
 
     A row in another form than the published one has None in their place, which the task reports.
     """
-    made: Columns = {name: [] for name in names}
+    made: Columns = {name: [] for name in (*names, *beside)}
     for values in zip(*batch.values(), strict=True):
         row = dict(zip(batch, values, strict=True))
         try:
@@ -204,5 +222,7 @@ def _rows_of_task(
             of_row = [{}]
         for of_task in of_row:
             for name in names:
-                made[name].append(row.get(ROW) if name == ROW else of_task.get(name))
+                made[name].append(of_task.get(name))
+            for name in beside:
+                made[name].append(row[name])
     return made
