@@ -100,19 +100,21 @@ def _anchor_passes(setup: Setup) -> int:
 
 
 def scalar_bytes_per_step(setup: Setup) -> int:
-    """8 (pairs * groups of a rank + 6) bytes to each other rank if the batch has several groups.
+    """8 (pairs * groups of a rank + 6) bytes to each other rank. Above 16 ranks the 6 numbers, and
+    all where the batch is one group, go to `receivers` ranks only.
 
-    Where it has one, the bytes go to `receivers` ranks only. Every agreement_interval steps 16
-    bytes more to these. With groups of examples and a form that is not stacked, 8 bytes more to
-    these for each micro-batch. Source: `zods.training.loss_exchange`, `Evaluator._losses_together`.
+    Every agreement_interval steps 16 bytes more to these. With groups of examples and a form that is
+    not stacked, 8 bytes more to these for each micro-batch. Source: `zods.training.loss_exchange`,
+    `Evaluator._losses_together`.
     """
     zo, combining = setup.config.zeroth_order, receivers(setup.world_size)
     of_ranks = [
         {g for micro in range(setup.accumulation) for g in setup.groups_of(rank, micro)}
         for rank in range(setup.world_size)
     ]
-    numbers = setup.pairs * max(map(len, of_ranks)) + 6
-    sent = numbers * (setup.world_size - 1 if len(set().union(*of_ranks)) > 1 else combining)
+    several = len(set().union(*of_ranks)) > 1
+    numbers = setup.pairs * max(map(len, of_ranks))
+    sent = numbers * (setup.world_size - 1 if several else combining) + 6 * combining
     if zo.has_groups and setup.form != "stacked":
         sent += setup.accumulation * combining
     return 8 * sent
