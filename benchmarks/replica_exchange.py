@@ -92,7 +92,8 @@ def measured(replicas: int, steps: int) -> dict:
     store = f"127.0.0.1:{free_port()}"
     context = multiprocessing.get_context("fork")
     pipe, of_followers = context.Pipe()
-    process = context.Process(target=run_followers, args=(store, replicas, steps, of_followers))
+    arguments = (store, replicas, steps, of_followers)
+    process = context.Process(target=run_followers, args=arguments, daemon=True)
     process.start()  # before the leader's threads and sockets are there
     leader = Leader(ReplicasConfig(store=store), TOKEN, 1)
     leader.publish_log([])

@@ -100,8 +100,9 @@ def of_ranks(case: str, ranks: int, steps: int) -> dict[str, Any]:
         for rank in range(ranks):
             receiver, sender = context.Pipe(duplex=False)
             arguments = (rank, ranks, case, steps, str(Path(folder) / "store"), sender)
-            processes.append(context.Process(target=rank_of_steps, args=arguments))
-            processes[-1].start()
+            process = context.Process(target=rank_of_steps, args=arguments, daemon=True)
+            process.start()
+            processes.append(process)
             sender.close()
             pipes.append(receiver)
         figures = [pipe.recv() for pipe in pipes]
