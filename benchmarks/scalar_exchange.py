@@ -42,9 +42,7 @@ WARM_UP = 2
 FAR = 10_000
 FORMULAS = {
     "ranks, one direction": lambda n: 8 * (PAIRS + 6) * receivers(n),
-    "ranks, per example": lambda n: (
-        8 * (FEW_PAIRS * -(-max(EXAMPLES, n) // n) * (n - 1) + 6 * receivers(n))
-    ),
+    "ranks, per example": lambda n: 8 * (FEW_PAIRS * -(-max(EXAMPLES, n) // n) + 6) * (n - 1),
     "replicas": leader_sends,
 }
 COLUMNS = (

@@ -82,11 +82,11 @@ def test_all_ranks_get_the_sums_and_the_flags_of_all(per_direction, most):
     ]
 
 
-def test_only_the_differences_of_several_groups_go_to_all_ranks(monkeypatch):
+def test_only_where_the_batch_has_several_groups_a_rank_sends_to_all_others(monkeypatch):
     monkeypatch.setattr(rank_groups, "MOST_RANKS", MOST)
     receivers = rank_groups.receivers(RANKS)
     assert receivers < RANKS - 1
-    for per_direction, to_all, to_few in ((1, BATCH // RANKS * PAIRS, 6), ("all", 0, PAIRS + 6)):
+    for per_direction, groups, others in ((1, BATCH // RANKS, RANKS - 1), ("all", 1, receivers)):
         found = run_ranks(RANKS, rank_of_three_steps, per_direction, MOST)
-        assert found[0]["bytes"] == 8 * (to_all * (RANKS - 1) + to_few * receivers)
+        assert found[0]["bytes"] == 8 * (groups * PAIRS + 6) * others
         assert max(rank["bytes"] for rank in found) == found[0]["bytes"]

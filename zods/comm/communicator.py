@@ -199,18 +199,6 @@ class Communicator:
         """
         return self._combined(values, torch.float64, _sum_in_order)
 
-    def gather_and_sum(
-        self, gathered: Sequence[float], summed: Sequence[float]
-    ) -> tuple[list[list[float]], list[float]]:
-        """`gather_scalars` of the one and `sum_over_ranks` of the other. Up to 16 ranks it is one
-        all-gather.
-        """
-        if len(rank_groups(self.world_size)) > 1:
-            return self.gather_scalars(gathered), self.sum_over_ranks(summed)
-        rows = self.gather_scalars([*gathered, *summed])
-        sums = zip(*(row[len(gathered) :] for row in rows), strict=True)
-        return [row[: len(gathered)] for row in rows], list(map(_sum_in_order, sums))
-
     def max_over_ranks(self, value: float) -> float:
         """The largest value of a rank, as float64."""
         return self._combined([value], torch.float64, max)[0]

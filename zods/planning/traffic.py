@@ -100,21 +100,20 @@ def _anchor_passes(setup: Setup) -> int:
 
 
 def scalar_bytes_per_step(setup: Setup) -> int:
-    """8 (pairs * groups of a rank + 6) bytes to each other rank. Above 16 ranks the 6 numbers, and
-    all where the batch is one group, go to `receivers` ranks only.
+    """8 (pairs * groups of a rank + 6) bytes to each other rank, or to `receivers` ranks where the
+    batch is one group.
 
-    Every agreement_interval steps 16 bytes more to these. With groups of examples and a form that is
-    not stacked, 8 bytes more to these for each micro-batch. Source: `zods.training.loss_exchange`,
-    `Evaluator._losses_together`.
+    Every agreement_interval steps 16 bytes more to the latter. With groups of examples and a form that
+    is not stacked, 8 bytes more to these for each micro-batch. Source:
+    `zods.training.loss_exchange`, `Evaluator._losses_together`.
     """
     zo, combining = setup.config.zeroth_order, receivers(setup.world_size)
     of_ranks = [
         {g for micro in range(setup.accumulation) for g in setup.groups_of(rank, micro)}
         for rank in range(setup.world_size)
     ]
-    several = len(set().union(*of_ranks)) > 1
-    numbers = setup.pairs * max(map(len, of_ranks))
-    sent = numbers * (setup.world_size - 1 if several else combining) + 6 * combining
+    numbers = setup.pairs * max(map(len, of_ranks)) + 6
+    sent = numbers * (setup.world_size - 1 if len(set().union(*of_ranks)) > 1 else combining)
     if zo.has_groups and setup.form != "stacked":
         sent += setup.accumulation * combining
     return 8 * sent

@@ -40,11 +40,11 @@ class ReducedLosses(NamedTuple):
 class LossExchange:
     """Sends 8 bytes per pair of points of each group of examples, and 48 bytes.
 
-    Where the batch has several groups, a rank sends the numbers of those that its examples belong to
-    to all other ranks, because each rank needs the coefficients of all groups. Of other numbers
-    only the sums over the ranks are needed; with more than 16 ranks they go to few others, see
-    `zods.comm.rank_groups`. With replicas, or where any rank may be given any example, these are
-    the numbers of all groups of the batch.
+    Where the batch has several groups, a rank sends those that its examples belong to, and to all
+    other ranks, because each rank needs the coefficients of all groups. With one group, with
+    replicas, or where any rank may be given any example, a rank sends all groups of the batch. Only
+    the sums over the ranks are needed then, and with more than 16 ranks it sends to few others, see
+    `zods.comm.rank_groups`.
     """
 
     def __init__(
@@ -100,48 +100,45 @@ class LossExchange:
         groups = self._groups_of_ranks[self._comm.rank]
         own = [sums.differences.get(group, nothing) for group in groups]
         own += [nothing] * (most - len(own))
-        of_groups = [value for of_group in own for value in of_group]
-        rest = [sums.loss_sum, sums.count, sums.squares, sums.units, sums.examples]
+        sent = [value for of_group in own for value in of_group]
+        sent += [sums.loss_sum, sums.count, sums.squares, sums.units, sums.examples]
         if self._replicas is not None:
             left = self._comm.sum_over_ranks([float(left_form)])[0] > 0
-            total, should_stop = self._replicas.sum(
-                [*of_groups, *rest], str(step), head, asked=asked, rows=rows
-            )
-            return self._reduced(*_split(total, len(rest)), pairs, should_stop, left)
-        rest.append(_STOP * asked + _LEFT * left_form)
-        if self._sends_own_groups:
-            received, totals = self._comm.gather_and_sum(of_groups, rest)
-        else:
-            received, totals = _split(self._comm.sum_over_ranks([*of_groups, *rest]), len(rest))
-        num_left, num_asked = divmod(int(totals.pop()), _LEFT)
-        return self._reduced(received, totals, pairs, num_asked > 0, num_left > 0)
+            total, should_stop = self._replicas.sum(sent, str(step), head, asked=asked, rows=rows)
+            return self._reduced([total], pairs, should_stop, left)
+        sent.append(_STOP * asked + _LEFT * left_form)
+        received = (
+            self._comm.gather_scalars(sent)
+            if self._sends_own_groups
+            else [self._comm.sum_over_ranks(sent)]
+        )
+        num_left, num_asked = divmod(int(sum(of_rank[-1] for of_rank in received)), _LEFT)
+        return self._reduced(
+            [of_rank[:-1] for of_rank in received],
+            pairs,
+            should_stop=num_asked > 0,
+            left_form=num_left > 0,
+        )
 
     def _reduced(
-        self,
-        received: Sequence[Sequence[float]],
-        totals: Sequence[float],
-        pairs: int,
-        should_stop: bool,
-        left_form: bool,
+        self, received: Sequence[Sequence[float]], pairs: int, should_stop: bool, left_form: bool
     ) -> ReducedLosses:
-        """Make the losses of a step.
-
-        received: the differences of each rank's groups, in rank order, or one row of their sums over
-        the ranks. totals: the sums of the other numbers.
-        """
-        differences = [[0.0] * pairs for _ in range(self._num_groups)]
-        senders = self._groups_of_ranks[: len(received)]
-        for groups, values in zip(senders, received, strict=True):
+        """Add what was received, of each rank in rank order, or the sums over all of them."""
+        totals = [[0.0] * pairs for _ in range(self._num_groups)]
+        loss_sum = count = squares = units = examples = 0.0
+        senders = self._groups_of_ranks[: len(received)]  # sums: all ranks as one
+        for groups, of_rank in zip(senders, received, strict=True):
+            *values, loss_here, count_here, squares_here, units_here, examples_here = of_rank
+            loss_sum, count = loss_sum + loss_here, count + count_here
+            squares, units = squares + squares_here, units + units_here
+            examples += examples_here
             for slot, group in enumerate(groups):
                 of_group = values[slot * pairs : (slot + 1) * pairs]
-                differences[group] = [
-                    a + b for a, b in zip(differences[group], of_group, strict=True)
-                ]
-        loss_sum, count, squares, units, examples = totals
+                totals[group] = [a + b for a, b in zip(totals[group], of_group, strict=True)]
         # an estimate is the mean over the groups
         share = count / self._num_groups if count else math.nan
         return ReducedLosses(
-            [[value / share for value in of_group] for of_group in differences],
+            [[value / share for value in of_group] for of_group in totals],
             loss_sum / count if count else math.nan,
             Spread(squares / share**2, round(units)),
             round(examples),
@@ -160,8 +157,3 @@ class LossExchange:
             return (self._comm.rank, self._comm.world_size), self._comm.sum_over_ranks
         tag = f"{step}, refresh"
         return replicas.split, lambda values: replicas.sum(values, tag, trajectory.head)[0]
-
-
-def _split(total: list[float], num_last: int) -> tuple[list[list[float]], list[float]]:
-    """The sums of the groups' numbers, as one row, and those of the others."""
-    return [total[:-num_last]], total[-num_last:]
