@@ -135,7 +135,7 @@ class Communicator:
         """The values of each rank of a group, as many on all of them, in rank order."""
         group = group or self._all
         if group.size == 1:
-            return [list(values)]
+            return [torch.tensor(values, dtype=dtype).tolist()]
         if group.mpi is None:
             local = torch.tensor(values, dtype=dtype, device=self.device)
             return self._all_gather(local, group).tolist()
