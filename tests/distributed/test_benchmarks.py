@@ -79,7 +79,11 @@ SMOKE: dict[str, tuple[set[str], set[str]]] = {
     ),
     "replica_exchange.py": (
         {"commit"},
-        {"replicas", "exchange_s", "leader_sends", "follower_sends"},
+        {"replicas", "exchange_s", "leader_sends", "follower_sends", "socket_sent"},
+    ),
+    "scalar_exchange.py": (
+        {"commit"},
+        {"case", "number", "measured", "sends", "formula", "socket_sent", "exchange_s"},
     ),
     "gpu_check.py": ({"device"}, {"part", "passed"}),
     "anchor_memory.py": (

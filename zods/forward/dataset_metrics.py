@@ -41,7 +41,7 @@ def measure_whole(
     """
 
     def largest(number: int) -> int:
-        return int(max(of_rank[0] for of_rank in comm.gather_scalars([number])))
+        return int(comm.max_over_ranks(number))
 
     forwards = Forwards(outputs_of, micro_batch, largest, next_tokens)
     totals: dict[str, list[float]] = {}

@@ -208,7 +208,7 @@ class Evaluator:
         if self._grouped and self._forwards.is_sharded and form is not self._forms.stacked:
             # The rows of another rank may be in more groups, which have points of their own. Every
             # rank makes as many forwards, because each of them gathers parameters.
-            most = int(max(of_rank[0] for of_rank in self._comm.gather_scalars([groups])))
+            most = int(self._comm.max_over_ranks(groups))
         if most > groups:
             sets = [points[k : k + 2 * groups] for k in range(0, len(points), 2 * groups)]
             lacking = 2 * (most - groups)

@@ -181,7 +181,7 @@ class ModelForwards:
                 "nor weighted."
             )
         size = num_examples(batch) if needs_row_losses(batch, self.objective) else 0
-        largest = max(of_rank[0] for of_rank in self.comm.gather_scalars([float(size)]))
+        largest = self.comm.max_over_ranks(size)
         if largest:
             raise ValueError(refusal_of_examples(int(largest)))
 

@@ -78,8 +78,7 @@ def step_time_at(
         if number >= WARM_UP:
             times.append(time.perf_counter() - began)
     engine.close()
-    found = comm.gather_scalars([statistics.median(times)])
-    return max(of_rank[0] for of_rank in found)
+    return comm.max_over_ranks(statistics.median(times))
 
 
 def rates_of_step(setup: Setup, seconds: float, **links: float) -> Rates:

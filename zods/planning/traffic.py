@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from zods.comm.rank_groups import receivers
 from zods.planning.memory import anchor_bytes, step_forwards, stored_on
 from zods.planning.setup import Setup
 
@@ -99,21 +100,23 @@ def _anchor_passes(setup: Setup) -> int:
 
 
 def scalar_bytes_per_step(setup: Setup) -> int:
-    """8 (pairs * groups of a rank + 6) bytes to each other rank.
+    """8 (pairs * groups of a rank + 6) bytes to each other rank, or to `receivers` ranks where the
+    batch is one group.
 
-    Every agreement_interval steps 16 bytes more. With groups of examples and a form that is not
-    stacked, 8 bytes more for each micro-batch. Source: `zods.training.loss_exchange`,
-    `Evaluator._losses_together`.
+    Every agreement_interval steps 16 bytes more to the latter. With groups of examples and a form that
+    is not stacked, 8 bytes more to these for each micro-batch. Source:
+    `zods.training.loss_exchange`, `Evaluator._losses_together`.
     """
-    zo, others = setup.config.zeroth_order, setup.world_size - 1
-    groups = max(
-        len({g for micro in range(setup.accumulation) for g in setup.groups_of(rank, micro)})
+    zo, combining = setup.config.zeroth_order, receivers(setup.world_size)
+    of_ranks = [
+        {g for micro in range(setup.accumulation) for g in setup.groups_of(rank, micro)}
         for rank in range(setup.world_size)
-    )
-    numbers = setup.pairs * groups + 6
+    ]
+    numbers = setup.pairs * max(map(len, of_ranks)) + 6
+    sent = numbers * (setup.world_size - 1 if len(set().union(*of_ranks)) > 1 else combining)
     if zo.has_groups and setup.form != "stacked":
-        numbers += setup.accumulation
-    return 8 * numbers * others
+        sent += setup.accumulation * combining
+    return 8 * sent
 
 
 def _shards_on(setup: Setup, place: str) -> int:

@@ -163,7 +163,7 @@ class Measurement:
         features as int16, then the float32 bits of the loss as two int16.
         """
         own_largest = float(features.abs().max()) if features.numel() else 0.0
-        largest = max(row[0] for row in self._comm.gather_scalars([own_largest]))
+        largest = self._comm.max_over_ranks(own_largest)
         sent = torch.cat(
             [quantised(features, largest), losses.float().view(-1, 1).view(torch.int16)], 1
         )

@@ -17,7 +17,7 @@ from zods.training.replicas import Replicas
 from zods.training.step_points import StepSums
 from zods.trajectory.log import Trajectory
 
-_STOP, _LEFT = 1, 2  # a rank's flags, in one number
+_STOP, _LEFT = 1, 2**26  # a rank's flags in one number, whose sum over ranks counts both
 
 
 class ReducedLosses(NamedTuple):
@@ -40,8 +40,11 @@ class ReducedLosses(NamedTuple):
 class LossExchange:
     """Sends 8 bytes per pair of points of each group of examples, and 48 bytes.
 
-    A rank sends the groups that its examples belong to. With replicas, or where any rank may be
-    given any example, it sends all groups of the batch.
+    Where the batch has several groups, a rank sends those that its examples belong to, and to all
+    other ranks, because each rank needs the coefficients of all groups. With one group, with
+    replicas, or where any rank may be given any example, a rank sends all groups of the batch. Only
+    the sums over the ranks are needed then, and with more than 16 ranks it sends to few others, see
+    `zods.comm.rank_groups`.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class LossExchange:
         self._comm, self._replicas = comm, replicas
         starts = group_starts(batch_size, examples_per_direction)
         self._num_groups = len(starts)
+        self._sends_own_groups = in_order and replicas is None and len(starts) > 1
         self._groups_of_ranks = [
             sorted(
                 {
@@ -69,7 +73,7 @@ class LossExchange:
                     )
                 }
             )
-            if in_order and replicas is None
+            if self._sends_own_groups
             else list(range(len(starts)))
             for rank in range(comm.world_size)
         ]
@@ -102,22 +106,27 @@ class LossExchange:
             left = self._comm.sum_over_ranks([float(left_form)])[0] > 0
             total, should_stop = self._replicas.sum(sent, str(step), head, asked=asked, rows=rows)
             return self._reduced([total], pairs, should_stop, left)
-        received = self._comm.gather_scalars([*sent, _STOP * asked + _LEFT * left_form])
-        flags = [int(of_rank[-1]) for of_rank in received]
+        sent.append(_STOP * asked + _LEFT * left_form)
+        received = (
+            self._comm.gather_scalars(sent)
+            if self._sends_own_groups
+            else [self._comm.sum_over_ranks(sent)]
+        )
+        num_left, num_asked = divmod(int(sum(of_rank[-1] for of_rank in received)), _LEFT)
         return self._reduced(
             [of_rank[:-1] for of_rank in received],
             pairs,
-            should_stop=any(of_rank & _STOP for of_rank in flags),
-            left_form=any(of_rank & _LEFT for of_rank in flags),
+            should_stop=num_asked > 0,
+            left_form=num_left > 0,
         )
 
     def _reduced(
         self, received: Sequence[Sequence[float]], pairs: int, should_stop: bool, left_form: bool
     ) -> ReducedLosses:
-        """Add what was received, in rank order."""
+        """Add what was received, of each rank in rank order, or the sums over all of them."""
         totals = [[0.0] * pairs for _ in range(self._num_groups)]
         loss_sum = count = squares = units = examples = 0.0
-        senders = self._groups_of_ranks[: len(received)]  # replicas: all as one
+        senders = self._groups_of_ranks[: len(received)]  # sums: all ranks as one
         for groups, of_rank in zip(senders, received, strict=True):
             *values, loss_here, count_here, squares_here, units_here, examples_here = of_rank
             loss_sum, count = loss_sum + loss_here, count + count_here
