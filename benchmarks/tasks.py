@@ -8,7 +8,8 @@ parameters in fp32, and the prompt and label words that zods declares for the ta
 method has no setting but the batch and the number of steps. AdamW has one fixed step size. No
 setting is chosen by held-out data. Zero-shot is the evaluation before the first step.
 
-All runs of a seed are made before those of the next. An interrupted command continues from --json.
+All runs of a seed are made before those of the next. An interrupted command continues from --json,
+and in the middle of a run of the default where --work is given.
 
 A forward is that of one example. A step of the default has 2 per example of its batch, and the
 measurement of its step size is counted. A step of AdamW counts 3 per example, because its backward
@@ -130,15 +131,17 @@ def run_name(task: str, method: str, seed: int, arguments: argparse.Namespace) -
 def measured(
     name: str, task: str, method: str, seed: int, work: Path, arguments: argparse.Namespace
 ) -> dict[str, Any]:
-    """Make a run in a new folder of `work`, and return its row.
+    """Make a run in a folder of `work`, or continue it, and return its row.
 
     train_loss: mean over the last tenth of the steps, each on its own batch.
     """
-    folder = Path(tempfile.mkdtemp(prefix=f"{task}-{method}-{seed}-", dir=work))
+    folder = work / name.replace(" ", "-")
+    folder.mkdir(exist_ok=True)
     launch(task, method, seed, folder, arguments)
     records = list(read_metrics(folder / "run"))
     summary = next(record for record in records if record["kind"] == "summary")
-    losses = [record["loss"] for record in records if record["kind"] == "train"]
+    made = [record for record in records if record["kind"] == "train"]
+    losses = [record["loss"] for record in made]
     steps, lr = summary["steps"], METHODS[method].get("lr")
     forwards = (3 if method == "adamw" else 2) * arguments.batch * steps
     if method == "default":
@@ -154,8 +157,8 @@ def measured(
         "steps": steps,
         "batch": arguments.batch,
         "forwards": forwards,
-        "seconds": round(summary["train_seconds"], 1),
-        "step_seconds": summary["step_seconds_median"],
+        "seconds": round(sum(record["seconds"] for record in made), 1),
+        "step_seconds": statistics.median(record["seconds"] for record in made),
         "train_loss": statistics.mean(losses[-max(1, len(losses) // 10) :]),
         **{
             f"{metric}_{when}": summary[f"{metric}_{when}"]
@@ -173,6 +176,7 @@ def launch(task: str, method: str, seed: int, folder: Path, arguments: argparse.
         "deepspeed_config": folder / "config.json",
         "model": arguments.model.resolve(),
         "output_dir": folder / "run",
+        "resume": "auto",
         "task": task,
         "data_dir": arguments.data.resolve() / task,
         "max_length": arguments.max_length,
