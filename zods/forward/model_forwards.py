@@ -48,6 +48,9 @@ from zods.params.deferred_update import DeferredUpdate
 from zods.params.shards import ShardedParameters
 from zods.params.zero3_adapter import is_sharded
 
+# argument of a causal language model's forward in transformers: positions (n,) of logits (B, n, V)
+POSITIONS_OF_LOGITS = "logits_to_keep"
+
 
 class ModelForwards:
     """The outputs, logits and losses of a model at a point.
@@ -55,7 +58,8 @@ class ModelForwards:
     Every method that runs the model puts it into eval mode first.
 
     perturbed: the model's wrapped modules. objective: how a loss is computed from outputs.
-    on_forward: called before each forward if it is set.
+    on_forward: called before each forward if it is set. takes_positions: whether the model's
+    forward takes the positions at which it is to compute logits.
     """
 
     def __init__(
@@ -90,12 +94,16 @@ class ModelForwards:
         self._needs_labels = (
             "labels" in takes and takes["labels"].default is inspect.Parameter.empty
         )
-        # a cache of keys and values serves generation only; a wrapper of peft passes the key on
+        # a cache of keys and values serves generation only
+        self._has_cache = self._takes("use_cache")
+        self.takes_positions = self._takes(POSITIONS_OF_LOGITS)
+
+    def _takes(self, name: str) -> bool:
+        """Whether the model's forward takes an argument; a wrapper of peft passes it on."""
+        takes = inspect.signature(self.module.forward).parameters
         inner = getattr(self.module, "get_base_model", lambda: self.module)()
         passes_on = any(p.kind is p.VAR_KEYWORD for p in takes.values())
-        self._has_cache = "use_cache" in takes or (
-            passes_on and "use_cache" in inspect.signature(inner.forward).parameters
-        )
+        return name in takes or (passes_on and name in inspect.signature(inner.forward).parameters)
 
     def inputs(self, *args: Any, **kwargs: Any) -> dict[str, Any] | Inputs:
         """Return a batch on the device, in the form in which the model's forward takes it; see
