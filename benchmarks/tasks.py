@@ -6,7 +6,8 @@ DATA has the folders sst2 (train.tsv and dev.tsv: `sentence<TAB>label`, without 
 ag_news (train.jsonl, test.jsonl). A run is one launch of `zods.finetune` on one rank, with all
 parameters in fp32, and the prompt and label words that zods declares for the task. The default
 method has no setting but the batch and the number of steps. AdamW has one fixed step size. No
-setting is chosen by held-out data. Zero-shot is the evaluation before the first step.
+setting is chosen by held-out data. Zero-shot is the evaluation before the first step. The held-out
+rows are drawn by the seed, so zero-shot differs between seeds, too.
 
 All runs of a seed are made before those of the next. An interrupted command continues from --json,
 and in the middle of a run of the default where --work is given.
