@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import math
 import os
 import platform
 import socket
@@ -21,7 +22,9 @@ from transformers import OPTConfig, OPTForCausalLM
 import zods
 from zods.cli.run_folder import versions
 from zods.files import atomic_write
+from zods.training import step_size
 from zods.training.engine import ZerothOrderEngine
+from zods.trajectory.records import StepSize
 
 
 def add_smoke_option(parser: argparse.ArgumentParser) -> None:
@@ -114,6 +117,13 @@ def single_rank_engine(
         collate_fn=collate_fn,
         config={**config, "zeroth_order": {**SHARED_DIRECTION, **section}},
     )[0]
+
+
+def measuring_forwards(found: StepSize, eps: float) -> int:
+    """The number of forwards that measured a step size. eps: the run's perturbation scale."""
+    distances = 2 + round(math.log2(found.distance / eps))
+    curved = step_size.NUM_CURVED * step_size.NUM_FEW * distances
+    return 2 * (step_size.NUM_DIRECTIONS * step_size.NUM_EXAMPLES + curved)
 
 
 def commit() -> str:

@@ -38,6 +38,7 @@ from common import (
     Report,
     add_report_options,
     add_smoke_option,
+    measuring_forwards,
     report_head,
     single_rank_engine,
 )
@@ -46,9 +47,7 @@ from methods_tasks import TASKS, Bench, load_bench
 
 from zods.config.schema import ZerothOrderConfig
 from zods.data.loader import TrainingLoader
-from zods.training import step_size
 from zods.training.engine import ZerothOrderEngine
-from zods.trajectory.records import StepSize
 
 # MeZO-SVRG: K directions of a refresh, each on its own part of the training examples
 SVRG = {"method": "mezo_svrg", "anchor_directions": 64}
@@ -246,16 +245,10 @@ def measured(run: Run, bench: Bench, points: int, study: Study | None) -> dict[s
             found = forward.recorder.step_size
             assert found is not None
             row["lr"], row["lr_measured"] = found.lr, found.to_json()
-            row["forwards"] += measuring(found, forward.config.zeroth_order.eps) - MEASURING
+            spent = measuring_forwards(found, forward.config.zeroth_order.eps)
+            row["forwards"] += spent - MEASURING
         forward.close()
     return row
-
-
-def measuring(found: StepSize, eps: float) -> int:
-    """The number of forwards that measured a step size."""
-    distances = 2 + round(math.log2(found.distance / eps))
-    curved = step_size.NUM_CURVED * step_size.NUM_FEW * distances
-    return 2 * (step_size.NUM_DIRECTIONS * step_size.NUM_EXAMPLES + curved)
 
 
 NUM_MEASURED = 256  # training examples whose loss is measured

@@ -62,6 +62,14 @@ SMOKE: dict[str, tuple[set[str], set[str]]] = {
         {"model"},
         {"stage", "ranks", "dtype", "evaluation", "first_step_s", "step_s", "peak_memory_mib"},
     ),
+    "tasks.py --model SMOLLM2 --data DATA": (
+        {"commit", "arguments"},
+        {
+            *("task", "method", "seed", "steps", "batch", "forwards", "seconds"),
+            *("accuracy_before", "accuracy_after", "train_loss"),
+        },
+    ),
+    "planner.py": ({"commit"}, {"model", "how", "ranks", "planned_s", "step_s", "ratio"}),
     "startup.py": (
         {"examples", "model_bytes"},
         {"tokenised", "start_s", "data_s", "weights_s", "code_s", "share"},

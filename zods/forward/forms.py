@@ -18,7 +18,8 @@ import torch
 
 from zods.core.points import Point
 from zods.data.batch import call_model, num_examples, take_rows
-from zods.forward.model_forwards import ModelForwards, logits_in
+from zods.data.objectives import IGNORE_INDEX
+from zods.forward.model_forwards import POSITIONS_OF_LOGITS, ModelForwards, logits_in
 from zods.forward.module_runners import LockstepRunner, StackRunner
 from zods.forward.stacked import NotStackable
 from zods.params.zero3_adapter import stop_nvme_prefetch
@@ -69,13 +70,17 @@ class Sequential:
 
 
 class Stacked:
-    """One forward of a stack with the rows of all points."""
+    """One forward of a stack with the rows of all points.
+
+    Logits are computed only where a label follows, if the model can do that.
+    """
 
     name = "stacked"
 
     def __init__(self, forwards: ModelForwards) -> None:
         self._forwards = forwards
         self._runner = StackRunner(forwards.perturbed)
+        self._takes_positions = False  # found by `record`
 
     @property
     def nested(self) -> set[torch.nn.Module]:
@@ -87,26 +92,66 @@ class Stacked:
 
     def record(self, point: Point, batch: Any) -> Any:
         """Outputs of one forward without labels, from which the form learns to split a stack."""
+        alone = self._forwards.without_loss(batch)
         with self._runner.recording(point, num_examples(batch)):
-            return self._forwards.outputs(self._forwards.without_loss(batch))
+            outputs = self._forwards.outputs(alone)
+        self._takes_positions = self._forwards.takes_positions and self._gives_logits_at_positions(
+            point, alone, outputs
+        )
+        return outputs
+
+    def _gives_logits_at_positions(self, point: Point, alone: Any, outputs: Any) -> bool:
+        """Whether the model, given positions, returns its logits there.
+
+        All ranks make the same forward. alone: a batch without labels. outputs: its outputs at the
+        point.
+        """
+        whole = logits_in(outputs)
+        positions = torch.arange(0, whole.shape[1], 2, device=whole.device)
+        at_positions = {**alone, POSITIONS_OF_LOGITS: positions}
+        found = logits_in(self._forwards.outputs_at(point, at_positions)).float()
+        expected = whole[:, positions].float()
+        tolerance = 1e-5 if whole.dtype == torch.float32 else 1e-2
+        return found.shape == expected.shape and bool(
+            (found - expected).norm() <= tolerance * expected.norm()
+        )
 
     def losses(self, points: Sequence[Point], batch: Any) -> PointLosses:
         """The losses at the points.
 
         Raises NotStackable where the batch or a module cannot be stacked.
         """
+        positions = self._positions(batch)
+        all_logits = self.logits(points, batch, positions)
+        if positions is not None:
+            batch = labelled_part(batch, positions)
         parts = {point.rows: take_rows(batch, point.rows) for point in points}
         losses = [
             self._forwards.losses_of_logits(logits, parts[point.rows])
-            for point, logits in zip(points, self.logits(points, batch), strict=True)
+            for point, logits in zip(points, all_logits, strict=True)
         ]
         rows = tuple(of_rows for _, of_rows in losses if of_rows is not None)
         return PointLosses(
             torch.stack([mean for mean, _ in losses]), rows if len(rows) == len(losses) else None
         )
 
-    def logits(self, points: Sequence[Point], batch: Any) -> tuple[torch.Tensor, ...]:
-        """The logits at each point, from one forward of the points' rows of a batch."""
+    def _positions(self, batch: Any) -> torch.Tensor | None:
+        """The positions (n,) of the logits that the loss of a batch needs; None for all.
+
+        A score may read other logits and entries of the batch.
+        """
+        objective = self._forwards.objective
+        if not self._takes_positions or not objective.shifted or objective.score is not None:
+            return None
+        return positions_before_labels(batch["labels"])
+
+    def logits(
+        self, points: Sequence[Point], batch: Any, positions: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, ...]:
+        """The logits at each point, from one forward of the points' rows of a batch.
+
+        positions: (n,) of the logits, in ascending order; None: all.
+        """
         if not isinstance(batch, dict) or "labels" not in batch:
             raise NotStackable("the batch is not a dict with labels")
         size = num_examples(batch)
@@ -116,6 +161,8 @@ class Stacked:
             key: _stack(value, stacked, size)
             for key, value in self._forwards.without_loss(batch).items()
         }
+        if positions is not None:
+            stack[POSITIONS_OF_LOGITS] = positions
         with self._runner.at(points, rows):
             logits = logits_in(self._forwards.outputs(stack))
         if logits.shape[0] != len(stacked):
@@ -166,6 +213,33 @@ class Forms:
         """The form with a name, as the configuration and the log have it."""
         forms: tuple[Form, ...] = (self.sequential, self.stacked, self.lockstep)
         return {form.name: form for form in forms}[name]
+
+
+def positions_before_labels(labels: torch.Tensor) -> torch.Tensor | None:
+    """The positions at which some row's next label counts, and the last position, (n,) int64.
+
+    labels: (B, L), aligned so that position t predicts label t + 1. None where n would be L, and
+    for labels of another shape.
+
+    >>> positions_before_labels(torch.tensor([[-100, -100, 5, -100, -100], [-100, -100, 6, 7, -100]]))
+    tensor([1, 2, 4])
+    """
+    if labels.ndim != 2 or not labels.shape[1]:
+        return None
+    needed = torch.ones(labels.shape[1], dtype=torch.bool, device=labels.device)
+    needed[:-1] = (labels[:, 1:] != IGNORE_INDEX).any(0)
+    return None if needed.all() else needed.nonzero().squeeze(1)
+
+
+def labelled_part(batch: dict[str, Any], positions: torch.Tensor) -> dict[str, Any]:
+    """The batch with those labels (B, n) that logits (B, n, V) at `positions` predict.
+
+    Label j + 1 is the one after positions[j], as if the other positions did not exist. positions:
+    from `positions_before_labels`.
+    """
+    labels = torch.full_like(batch["labels"][:, positions], IGNORE_INDEX)
+    labels[:, 1:] = batch["labels"][:, positions[:-1] + 1]
+    return {**batch, "labels": labels}
 
 
 def _stack(value: Any, rows: Sequence[int], size: int) -> Any:

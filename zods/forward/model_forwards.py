@@ -49,6 +49,9 @@ from zods.params.deferred_update import DeferredUpdate
 from zods.params.shards import ShardedParameters
 from zods.params.zero3_adapter import is_sharded
 
+# argument of a causal language model's forward in transformers: positions (n,) of logits (B, n, V)
+POSITIONS_OF_LOGITS = "logits_to_keep"
+
 
 class ModelForwards:
     """The outputs, logits and losses of a model at a point.
@@ -56,8 +59,9 @@ class ModelForwards:
     Every method that runs the model puts it into eval mode first.
 
     perturbed: the model's wrapped modules. objective: how a loss is computed from outputs.
-    arguments: names of the arguments that the model takes. on_forward: called before each forward
-    if it is set.
+    arguments: names of the arguments that the model takes. takes_positions: whether the positions at
+    which it is to compute logits are among them. on_forward: called before each forward if it is
+    set.
     """
 
     def __init__(
@@ -93,6 +97,7 @@ class ModelForwards:
             "labels" in takes and takes["labels"].default is inspect.Parameter.empty
         )
         self.arguments = accepted_arguments(self.module)
+        self.takes_positions = POSITIONS_OF_LOGITS in self.arguments
 
     def inputs(self, *args: Any, **kwargs: Any) -> dict[str, Any] | Inputs:
         """Return a batch on the device, in the form in which the model's forward takes it; see

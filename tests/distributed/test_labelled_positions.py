@@ -1,0 +1,155 @@
+"""A stack computes logits only where a label follows, with the losses of whole forwards."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.distributed.forms import POINTS, compare, engine_of
+from tests.distributed.ranks import run_ranks
+from tests.distributed.zoo import CLASSIFIERS, ZOO, with_adapters, zoo_batch, zoo_model
+from zods.data.scores import accuracy
+
+CAUSAL = [name for name in ZOO if name not in (*CLASSIFIERS, "t5", "bert, masked", "mamba")]
+LENGTH = 12
+# the labels of the rows end at 12, 9, 10 and 12 tokens, and there are two of each row
+ENDS = (12, 9, 10, 12)
+POSITIONS = [6, 7, 8, 9, 10, 11]  # before a label, and the last one
+
+
+def prompted_batch(name: str, weighted: bool = False) -> dict[str, Tensor]:
+    """Four rows padded on the right, of which the last two tokens have labels."""
+    batch = zoo_batch(name, length=LENGTH)
+    positions, ends = torch.arange(LENGTH), torch.tensor(ENDS)[:, None]
+    batch["attention_mask"] = (positions < ends).long()
+    is_answer = (positions < ends) & (positions >= ends - 2)
+    batch["labels"] = batch["input_ids"].where(is_answer, -100)
+    weights = {"example_weights": torch.tensor([1.0, 0.0, 2.0, 0.5])} if weighted else {}
+    return {**batch, **weights}
+
+
+class IgnoresPositions(nn.Module):
+    """A model that takes positions, and returns all logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = zoo_model("llama")
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor | None = None,
+        logits_to_keep: Any = 0,
+    ) -> Any:
+        return self.inner(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+
+
+class TakesTheFirst(IgnoresPositions):
+    """A model that returns as many logits as it is given positions, but others."""
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor | None = None,
+        logits_to_keep: Any = 0,
+    ) -> Any:
+        outputs = self.inner(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+        if isinstance(logits_to_keep, Tensor):
+            outputs.logits = outputs.logits[:, : len(logits_to_keep)]
+        return outputs
+
+
+@torch.no_grad()
+def judged(model: nn.Module, batches: list[dict[str, Tensor]], **arguments: Any) -> Any:
+    """Compare losses at two pairs of points with separate forwards, on each batch.
+
+    Returns the comparisons, and the number of positions of the last stack's logits.
+    """
+    engine = engine_of(model, **arguments)
+    evaluator = engine._evaluator
+    compared = [compare(evaluator, POINTS["two pairs"], batch) for batch in batches]
+    outputs = evaluator._forwards.outputs
+    widths: list[int] = []
+
+    def recorded(batch: Any) -> Any:
+        found = outputs(batch)
+        widths.append(found.logits.shape[1])
+        return found
+
+    evaluator._forwards.outputs = recorded
+    evaluator.losses(POINTS["two pairs"], batches[-1])
+    return compared, widths[0]
+
+
+def rank_of_models(names: list[str], direction: str) -> dict[str, Any]:
+    arguments = {"direction": direction}
+    found = {name: judged(zoo_model(name), [prompted_batch(name)], **arguments) for name in names}
+    batches = [zoo_batch("llama"), prompted_batch("llama"), prompted_batch("llama", weighted=True)]
+    found["LoRA"] = judged(with_adapters("llama"), [prompted_batch("llama")], **arguments)
+    found["later, weighted"] = judged(zoo_model("llama"), batches, **arguments)
+    found["examples"] = judged(zoo_model("llama"), batches[1:2], loss_mean="examples", **arguments)
+    return found
+
+
+def check(found: tuple[list[Any], int], positions: int) -> None:
+    """Compare within float32's rounding: 1e-5 is 80 units in the last digit of a loss."""
+    for comparison in found[0]:
+        assert comparison.form == "stacked"
+        assert comparison.error < 1e-5
+        assert comparison.apart > 1e-4
+    assert found[1] == positions
+
+
+OTHERS = ["LoRA", "later, weighted", "examples"]
+
+
+@pytest.fixture(scope="module")
+def one_rank() -> dict[str, Any]:
+    return run_ranks(1, rank_of_models, CAUSAL, "low_rank")[0]
+
+
+@pytest.mark.parametrize("name", [*CAUSAL, *OTHERS])
+def test_a_stack_has_logits_only_where_a_label_follows_and_the_losses_of_whole_forwards(
+    one_rank: dict[str, Any], name: str
+):
+    check(one_rank[name], len(POSITIONS))
+
+
+def test_sharded_parameters_and_gaussian_directions_give_the_same():
+    for rank in run_ranks(2, rank_of_models, ["opt"], "gaussian"):
+        for name in ("opt", *OTHERS):
+            check(rank[name], len(POSITIONS))
+
+
+def rank_of_models_without_positions() -> list[Any]:
+    batch = [prompted_batch("llama")]
+    return [judged(model(), batch) for model in (IgnoresPositions, TakesTheFirst)]
+
+
+def test_a_model_that_gives_other_logits_at_positions_computes_all_of_them():
+    (found,) = run_ranks(1, rank_of_models_without_positions)
+    for of_model in found:
+        check(of_model, LENGTH)
+
+
+def rank_with_score() -> list[int]:
+    engine = engine_of(zoo_model("llama"), objective="accuracy")
+    seen: list[int] = []
+
+    def score(logits: Tensor, given: Any, shifted: bool) -> Tensor:
+        seen.append(logits.shape[1])
+        return accuracy(logits, given, shifted)
+
+    engine._evaluator._score = score
+    engine._evaluator.losses(POINTS["two pairs"], prompted_batch("llama"))
+    return seen
+
+
+def test_a_score_sees_all_logits():
+    (seen,) = run_ranks(1, rank_with_score)
+    assert set(seen) == {LENGTH}
