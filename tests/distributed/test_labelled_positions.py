@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tests.distributed.forms import POINTS, compare, engine_of
 from tests.distributed.ranks import run_ranks
 from tests.distributed.zoo import CLASSIFIERS, ZOO, with_adapters, zoo_batch, zoo_model
+from zods.data.batch import CANDIDATES
 from zods.data.scores import accuracy
 
 CAUSAL = [name for name in ZOO if name not in (*CLASSIFIERS, "t5", "bert, masked", "mamba")]
@@ -92,6 +93,11 @@ def rank_of_models(names: list[str], direction: str) -> dict[str, Any]:
     batches = [zoo_batch("llama"), prompted_batch("llama"), prompted_batch("llama", weighted=True)]
     found["LoRA"] = judged(with_adapters("llama"), [prompted_batch("llama")], **arguments)
     found["later, weighted"] = judged(zoo_model("llama"), batches, **arguments)
+    # one of the candidates is the first labelled token
+    candidates = {CANDIDATES: batches[1]["input_ids"][:, 7:11]}
+    found["candidates"] = judged(
+        zoo_model("llama"), [{**batches[1], **candidates}], objective="candidates", **arguments
+    )
     found["examples"] = judged(zoo_model("llama"), batches[1:2], loss_mean="examples", **arguments)
     return found
 
@@ -105,7 +111,7 @@ def check(found: tuple[list[Any], int], positions: int) -> None:
     assert found[1] == positions
 
 
-OTHERS = ["LoRA", "later, weighted", "examples"]
+OTHERS = ["LoRA", "later, weighted", "candidates", "examples"]
 
 
 @pytest.fixture(scope="module")

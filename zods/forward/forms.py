@@ -19,6 +19,7 @@ import torch
 from zods.core.points import Point
 from zods.data.batch import call_model, num_examples, take_rows
 from zods.data.objectives import IGNORE_INDEX
+from zods.data.scores import SCORES
 from zods.forward.model_forwards import POSITIONS_OF_LOGITS, ModelForwards, logits_in
 from zods.forward.module_runners import LockstepRunner, StackRunner
 from zods.forward.stacked import NotStackable
@@ -138,10 +139,11 @@ class Stacked:
     def _positions(self, batch: Any) -> torch.Tensor | None:
         """The positions (n,) of the logits that the loss of a batch needs; None for all.
 
-        A score may read other logits and entries of the batch.
+        A user's score may read other logits and entries of the batch.
         """
         objective = self._forwards.objective
-        if not self._takes_positions or not objective.shifted or objective.score is not None:
+        reads_labelled = objective.score in (None, *SCORES.values())
+        if not self._takes_positions or not objective.shifted or not reads_labelled:
             return None
         return positions_before_labels(batch["labels"])
 

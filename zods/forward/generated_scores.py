@@ -90,7 +90,7 @@ class GeneratedScores:
         """The largest number of all ranks that gather parameters together."""
         if not self._forwards.is_sharded:  # ranks may generate at different numbers of points
             return number
-        return int(max(of_rank[0] for of_rank in self._forwards.comm.gather_scalars([number])))
+        return int(self._forwards.comm.max_over_ranks(number))
 
     # --- forwards ---------------------------------------------------------------------------------
 
