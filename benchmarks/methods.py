@@ -47,6 +47,7 @@ from methods_tasks import TASKS, Bench, load_bench
 
 from zods.config.schema import ZerothOrderConfig
 from zods.data.loader import TrainingLoader
+from zods.tasks import over_label_words
 from zods.training.engine import ZerothOrderEngine
 
 # MeZO-SVRG: K directions of a refresh, each on its own part of the training examples
@@ -73,7 +74,11 @@ DIVERGED = 1.5  # a run ends where its training loss is this many times the one 
 
 @dataclass(frozen=True)
 class Run:
-    """The settings of one run. lr: the step size; None: the default of zods."""
+    """The settings of one run.
+
+    objective: of zeroth-order steps, "loss" or "candidates". lr: the step size; None: the default of
+    zods.
+    """
 
     task: str
     method: str
@@ -81,6 +86,7 @@ class Run:
     direction: str
     normalize: bool
     decay: bool
+    objective: str
     batch: int
     interval: int
     lr: float | None
@@ -93,7 +99,8 @@ class Run:
         if self.method in FIRST_ORDER:
             return self.method
         words = [self.method, f"E={self.examples_per_direction}", self.direction, f"B={self.batch}"]
-        return " ".join(words + ["normalize"] * self.normalize + ["decay"] * self.decay)
+        words += ["normalize"] * self.normalize + ["decay"] * self.decay
+        return " ".join(words + [self.objective] * (self.objective != "loss"))
 
     @property
     def name(self) -> str:
@@ -115,6 +122,7 @@ class Run:
             "direction": self.direction,
             "examples_per_direction": self.examples_per_direction,
             "normalize": self.normalize,
+            "objective": self.objective,
             "evaluation": "stacked",
             "seed": self.seed,
         }
@@ -147,11 +155,12 @@ def zeroth_order(run: Run, bench: Bench) -> tuple[ZerothOrderEngine, Callable[[]
             "total_num_steps": run.num_steps(len(bench.train)) + 1,
         },
     }
+    task = over_label_words(bench.task) if run.objective == "candidates" else bench.task
     engine = single_rank_engine(
         bench.restore(),
         run.section(),
         bench.train,
-        bench.collate,
+        replace(bench, task=task).collate,
         train_batch_size=run.batch,
         bf16={"enabled": next(bench.model.parameters()).dtype == torch.bfloat16},
         **({"scheduler": schedule} if run.decay else {}),
@@ -268,6 +277,7 @@ def variants(arguments: argparse.Namespace, task: str) -> Iterator[Run]:
         direction="gaussian",
         normalize=False,
         decay=False,
+        objective="loss",
         batch=0,
         interval=arguments.interval,
         lr=None,
@@ -279,11 +289,12 @@ def variants(arguments: argparse.Namespace, task: str) -> Iterator[Run]:
         if method in FIRST_ORDER:
             yield of_method
             continue
-        for direction, size, normalize, decay in itertools.product(
+        for direction, size, normalize, decay, objective in itertools.product(
             arguments.direction,
             arguments.examples_per_direction,
             arguments.normalize,
             arguments.decay,
+            arguments.objective,
         ):
             yield replace(
                 of_method,
@@ -291,6 +302,7 @@ def variants(arguments: argparse.Namespace, task: str) -> Iterator[Run]:
                 examples_per_direction=size,
                 normalize=normalize,
                 decay=decay,
+                objective=objective,
             )
 
 
@@ -418,6 +430,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--direction", nargs="+", default=["low_rank"])
     parser.add_argument("--normalize", nargs="+", type=flag, default=[False, True])
+    parser.add_argument("--objective", nargs="+", choices=("loss", "candidates"), default=["loss"])
     parser.add_argument("--decay", nargs="+", type=flag, default=[False], help="linear, to 0")
     parser.add_argument("--batch", nargs="+", type=int, default=[16])
     parser.add_argument("--interval", type=int, default=100, help="steps between two refreshes")
