@@ -18,6 +18,7 @@ from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -93,6 +94,11 @@ def test_every_imported_package_is_declared(folder: str):
         assert package in UNDECLARED or distribution(package) in allowed, (
             f"{place} imports {package}: declare {distribution(package)} in pyproject.toml"
         )
+
+
+def test_the_citation_names_the_version_and_the_license():
+    citation = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())
+    assert (citation["version"], citation["license"]) == (PROJECT["version"], PROJECT["license"])
 
 
 def test_packages_of_extras_are_imported_only_where_they_are_used():
