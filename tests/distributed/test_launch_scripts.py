@@ -229,7 +229,7 @@ def test_a_run_whose_launcher_was_killed_does_not_count_as_finished(folder):
 
 def test_a_mistake_in_the_options_has_a_status_of_its_own(folder):
     command = ["bash", str(LAUNCH / "torchrun.sh"), "--nproc_per_node", "1", "--"]
-    code, output = run_command([*command, *job(folder, "wrong", max_steps=0)], REPOSITORY)
+    code, output = run_command([*command, *job(folder, "wrong", max_steps=-1)], REPOSITORY)
     assert code == 2, output[-4000:]
 
 
