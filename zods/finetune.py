@@ -324,7 +324,12 @@ def evaluate_before(
     that are not known are empty.
     """
     if has_begun(engine):
-        return folder.evaluation_at(0), folder.evaluation_at(0, "in_context")
+        found = folder.evaluation_at(0, "in_context")
+        if data.in_context is not None and not found and environment_rank() == 0:
+            logger.warning(
+                "--icl: not evaluated, for it is before the first step, and this run has begun"
+            )
+        return folder.evaluation_at(0), found
     before, in_context = evaluate(engine, data.task, data.held_out, folder), {}
     if data.in_context is not None:
         in_context = evaluate(engine, data.task, data.in_context, folder, "in_context")

@@ -16,7 +16,8 @@ from typing import Any, get_args
 
 import torch
 
-from zods.comm.process import connect_ranks, environment_rank
+from zods.comm.communicator import is_connected
+from zods.comm.process import connect_ranks, end_process, environment_rank, report_failure
 from zods.config.schema import Method, Storage
 from zods.planning.calibration import measured_step_time, rates_of_step
 from zods.planning.first_order import first_order
@@ -29,7 +30,7 @@ from zods.planning.step_time import Replicas, StepTime, step_time
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 OFFLOADS = ("none", "cpu", "nvme")
-ANCHORS: tuple[Storage, ...] = ("cpu", "nvme", "terms", "device")
+ANCHORS: tuple[Storage, ...] = ("device", "cpu", "nvme", "terms")
 LINKS = {
     "link": "of a node to the others",
     "node-link": "between GPUs of a node",
@@ -46,8 +47,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         planned, config = make_plan(arguments)
     except (ValueError, OSError) as error:
-        if environment_rank() == 0:
-            print(f"zods.plan: error: {error}", file=sys.stderr)
+        if arguments.calibrate:
+            return report_failure(error, "zods.plan")
+        print(f"zods.plan: error: {error}", file=sys.stderr)
         return 2
     if environment_rank() != 0:
         return 0
@@ -62,12 +64,12 @@ def make_plan(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, 
 
     With `--calibrate` collective, over the ranks that run the command.
     """
+    if arguments.gpu == "cpu" and not arguments.calibrate:
+        raise ValueError("--gpu cpu: rates of CPUs are not listed. Measure them by --calibrate.")
     config, setup = _proposal(arguments)
     gpus, measured = arguments.gpus, None
     if arguments.calibrate:
         measured, rates = _calibrated(arguments, config, setup)
-    elif arguments.gpu == "cpu":
-        raise ValueError("--gpu cpu: rates of CPUs are not listed. Measure them by --calibrate.")
     else:
         rates = rates_of_gpu(arguments.gpu, bf16=arguments.dtype == "bf16", **_links(arguments))
     time = step_time(
@@ -78,15 +80,13 @@ def make_plan(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, 
         examples=arguments.examples,
         measured=measured,
     )
-    replicas = _replicas(arguments)
-    batch = setup.config.deepspeed["train_batch_size"] * (replicas.number if replicas else 1)
     if arguments.plot:
         plot_nodes(_times_by_nodes(arguments, setup, config, rates, measured), arguments.plot)
     planned = with_times(
         plan(setup, gpus),
         time,
         first_order(setup, rates, gpus),
-        tokens_per_step=int(batch * setup.length),
+        tokens_per_step=setup.config.deepspeed["train_batch_size"] * setup.length,
         tokens=arguments.tokens,
     )
     return planned, config
@@ -156,11 +156,12 @@ def _proposal(arguments: argparse.Namespace) -> tuple[dict[str, Any], Setup]:
     return propose(
         read,
         cluster,
-        arguments.batch,
+        arguments.batch * arguments.replicas,
         dtype=arguments.dtype,
         method=arguments.method,
         offloads=OFFLOADS if arguments.offload == "auto" else (arguments.offload,),
         anchors=ANCHORS if arguments.anchor == "auto" else (arguments.anchor,),
+        nvme_path=arguments.nvme_path,
     )
 
 
@@ -212,7 +213,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--nvme", type=size, metavar="SIZE", help="of a node's drives (not bounded)")
     add("--nvme-path", default="/nvme{local_rank}", metavar="PATH", help="(%(default)s)")
     add("--dtype", choices=tuple(DTYPES), default="bf16", help="(bf16)")
-    add("--batch", type=_count, default=8, help="examples of a step and GPU (8)")
+    add("--batch", type=_count, default=8, help="examples of a step and GPU, of all replicas (8)")
     add("--length", type=_count, default=512, help="tokens of an example (512)")
     add("--method", choices=get_args(Method), default="mezo", help="(mezo)")
     add(
@@ -258,7 +259,9 @@ def size(text: str) -> int:
     if found is None or found[2] not in _UNITS or float(found[1]) <= 0:
         units = ", ".join(filter(None, _UNITS))
         raise argparse.ArgumentTypeError(f"found {text!r}, expected a number with one of {units}")
-    return int(float(found[1]) * _UNITS[found[2]])
+    if (number := int(float(found[1]) * _UNITS[found[2]])) < 1:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a byte or more")
+    return number
 
 
 def _tokens(text: str) -> int:
@@ -291,4 +294,7 @@ def _count(text: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if is_connected():
+        end_process(code)
+    sys.exit(code)

@@ -17,9 +17,9 @@ from zods.config.deepspeed_json import read_config
 from zods.plan import main, size
 from zods.planning.activations import forward_peak
 from zods.planning.first_order import first_order, training_peak
-from zods.planning.memory import copies_of_modules, memory, step_forwards
+from zods.planning.memory import copies_of_modules, memory, step_forwards, total
 from zods.planning.model_shape import ModelShape, model_shape, read_model_config
-from zods.planning.proposal import configuration
+from zods.planning.proposal import Cluster, configuration
 from zods.planning.rates import rates_of_gpu
 from zods.planning.setup import Setup, read_setup
 from zods.planning.step_time import Replicas, refresh_time, replica_time, step_time
@@ -137,6 +137,7 @@ def test_sizes_are_parsed(text, expected):
         (["--gpu-memory", "80gb"], "found '80gb', expected a number with one of MB, GB"),
         (["--gpus", "0"], "found '0', expected a whole number, 1 or more"),
         (["--method", "adam"], "invalid choice: 'adam'"),
+        (["--link", "0.5"], "found '0.5', expected a byte or more"),
         (["--link", "fast"], "found 'fast', expected a number with one of MB, GB"),
         (["--dropout", "2"], "found '2', expected a number, 0 to 1"),
         (["--tokens", "many"], "found 'many', expected a number, 1 or more"),
@@ -265,12 +266,53 @@ def test_a_step_takes_its_longest_part_where_parts_overlap_and_their_sum_elsewhe
     assert overlapping.bound == "gathers"
 
 
-def test_a_refresh_costs_two_forwards_of_every_example_per_interval(small):
+def test_a_refresh_is_forwards_of_two_points_each_with_its_gathers(small):
     setup = setup_of(small, method="mezo_svrg", section={"anchor_interval": 50})
-    of_example = forward_peak(small, 2, 32).flops / RATES.flops
-    expected = 1000 * of_example / 4 / 50
-    assert refresh_time(setup, RATES, 1000) == pytest.approx(expected)
+    phases = step_time(setup, RATES, 4).phases
+    # 32 examples a forward of four ranks, of which one has 8
+    one = max(forward_peak(small, 16, 32).flops / RATES.flops, phases["gathers"])
+    assert refresh_time(setup, RATES, phases, 1000) == pytest.approx(32 * one / 50)
     assert "refresh" in step_time(setup, RATES, 4, examples=1000).phases
+
+
+def test_an_anchor_kept_as_terms_takes_longer_forwards(small):
+    stored, terms = (
+        time_of(small, method="mezo_svrg", anchor=place)["forwards"] for place in ("cpu", "terms")
+    )
+    assert terms > stored
+
+
+def test_replicas_divide_the_batch(small, small_model, capsys):
+    command = ["--model", small_model, "--gpus", "2", "--batch", "2"]
+    alone = planned_by(capsys, *command)
+    four = planned_by(capsys, *command, "--replicas", "4")
+    assert four["tokens_per_step"] == 4 * alone["tokens_per_step"]
+    # a lone replica takes the whole batch
+    assert four["micro_batch"] == 4 * alone["micro_batch"]
+    setup, alone_setup = setup_of(small), setup_of(small)
+    shared = step_time(setup, RATES, 4, replicas=Replicas(4, 0.0, 1e9)).phases["forwards"]
+    assert shared == pytest.approx(step_time(alone_setup, RATES, 4).phases["forwards"] / 4)
+
+
+def test_micro_batches_take_as_many_passes_of_first_order_training(small):
+    one = first_order(setup_of(small), RATES, 4)["AdamW"].time.phases
+    four = first_order(setup_of(small, accumulation=4), RATES, 4)["AdamW"].time.phases
+    assert four["forwards"] == pytest.approx(4 * one["forwards"])
+    assert four["gathers"] == pytest.approx(4 * one["gathers"])
+
+
+def test_the_folder_of_the_drives_is_that_of_the_option(small_model, capsys):
+    command = ["--model", small_model, "--gpus", "1", "--offload", "nvme", "--nvme-path", "/data"]
+    config = planned_by(capsys, *command)["config"]
+    assert config["zero_optimization"]["offload_param"]["nvme_path"] == "/data"
+
+
+def test_weights_of_ranks_on_cpus_count_as_host_memory(small):
+    setup = replace(setup_of(small), on_gpu=False)
+    needed = total(list(memory(setup).values()))
+    exact = Cluster(gpus=4, nodes=1, host_memory=4 * (needed.host + needed.device))
+    assert not exact.shortages(setup)
+    assert replace(exact, host_memory=exact.host_memory - 1).shortages(setup)
 
 
 def test_replicas_wait_for_two_delays_and_the_leaders_messages(small):

@@ -67,7 +67,9 @@ def prepare_data(
     """Build the task, and check and tokenise its data."""
     selector = run.selector
     target_file = None if selector is None else selector.target_file
-    column = None if selector is None else selector.source_column
+    mixture = run.zeroth_order.mixture
+    with_sources = selector if mixture is None else mixture
+    column = None if with_sources is None else with_sources.source_column
     declared = declared_task(arguments.task)
     if declared is None:
         parts = load_parts(arguments.data, run.seed, target_file)

@@ -59,7 +59,8 @@ def candidates(logits: Tensor, batch: Mapping[str, Any], shifted: bool) -> Tenso
     position (Gao et al. 2021, arXiv:2012.15723, equation 1). Minus this score is a cross entropy:
     smooth, and never negative.
 
-    Raises ValueError where the batch has no candidates.
+    Raises ValueError where the batch has no candidates, and where a row with a label does not have
+    its label's token once among them.
     """
     if CANDIDATES not in batch:
         raise ValueError(
@@ -74,6 +75,14 @@ def candidates(logits: Tensor, batch: Mapping[str, Any], shifted: bool) -> Tenso
     at = (labels != IGNORE_INDEX).int().argmax(1)
     of_candidates = logits[rows, at].gather(1, batch[CANDIDATES]).float().log_softmax(1)
     is_right = batch[CANDIDATES] == labels[rows, at][:, None]
+    wrong = (is_right.sum(1) != 1) & (labels != IGNORE_INDEX).any(1)
+    if bool(wrong.any()):
+        row = int(wrong.int().argmax())
+        raise ValueError(
+            f'zeroth_order.objective: "candidates": row {row} of a batch has the label token '
+            f"{int(labels[row, at[row]])}, and the candidates {batch[CANDIDATES][row].tolist()}. Give "
+            "the label's token once among them, and no padding."
+        )
     return of_candidates.where(is_right, 0.0).sum(1).double()
 
 

@@ -240,8 +240,9 @@ class ChooseForm:
             )
         stacked, points = self._forms.stacked, _points(CHECK_DISTANCE)
         with peak_memory(self._comm.device) as of_one:
-            first = logits_in(stacked.record(points[0], batch))
-        alone = f.without_loss(batch)
+            outputs = stacked.record(points[0], batch)
+        stacked.find_positions(points[0], batch, outputs)
+        first, alone = logits_in(outputs), f.without_loss(batch)
         separate = [first, f.logits_at(points[1], alone)]
         copies = f.perturbed.scratch_bytes
         with peak_memory(self._comm.device) as of_two:

@@ -179,6 +179,9 @@ class Evaluator:
         if self._form is None:
             self._form = self._choose(without_references(batch))
             self._forwards.objective = replace(self._forwards.objective, score=self._score)
+            is_stacked = self._form is self._forms.stacked
+            if self._generated and not self._generated.fits(batch, stacked=is_stacked):
+                self._form = self._forms.sequential
         form = self._form
         at = [point for point in points if point is not None]
         if len(at) < max(len(points), 2):

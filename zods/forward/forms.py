@@ -16,6 +16,8 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from zods.comm.communicator import is_lost_connection
+from zods.comm.stop_request import StopRequested
 from zods.core.points import Point
 from zods.data.batch import call_model, num_examples, take_rows
 from zods.data.objectives import IGNORE_INDEX
@@ -23,7 +25,7 @@ from zods.data.scores import SCORES
 from zods.forward.model_forwards import POSITIONS_OF_LOGITS, ModelForwards, logits_in
 from zods.forward.module_runners import LockstepRunner, StackRunner
 from zods.forward.stacked import NotStackable
-from zods.params.zero3_adapter import stop_nvme_prefetch
+from zods.params.zero3_adapter import release_gathered, stop_nvme_prefetch
 
 # distance of the points at which forms are first compared; weights are commonly that large
 CHECK_DISTANCE = 0.02
@@ -81,7 +83,7 @@ class Stacked:
     def __init__(self, forwards: ModelForwards) -> None:
         self._forwards = forwards
         self._runner = StackRunner(forwards.perturbed)
-        self._takes_positions = False  # found by `record`
+        self._takes_positions = False  # see `find_positions`
 
     @property
     def nested(self) -> set[torch.nn.Module]:
@@ -89,31 +91,35 @@ class Stacked:
         return self._runner.nested
 
     def prepare(self, batch: Any) -> None:
-        self.record(Point(1, CHECK_DISTANCE), batch)
+        point = Point(1, CHECK_DISTANCE)
+        self.find_positions(point, batch, self.record(point, batch))
 
     def record(self, point: Point, batch: Any) -> Any:
         """Outputs of one forward without labels, from which the form learns to split a stack."""
-        alone = self._forwards.without_loss(batch)
         with self._runner.recording(point, num_examples(batch)):
-            outputs = self._forwards.outputs(alone)
-        self._takes_positions = self._forwards.takes_positions and self._gives_logits_at_positions(
-            point, alone, outputs
-        )
-        return outputs
+            return self._forwards.outputs(self._forwards.without_loss(batch))
 
-    def _gives_logits_at_positions(self, point: Point, alone: Any, outputs: Any) -> bool:
-        """Whether the model, given positions, returns its logits there.
+    def find_positions(self, point: Point, batch: Any, outputs: Any) -> None:
+        """Find whether the model, given positions, returns its logits there.
 
-        All ranks make the same forward. alone: a batch without labels. outputs: its outputs at the
-        point.
+        outputs: of the batch at the point. All ranks make the same forward.
         """
+        self._takes_positions = False
+        if not self._forwards.takes_positions:
+            return
         whole = logits_in(outputs)
         positions = torch.arange(0, whole.shape[1], 2, device=whole.device)
-        at_positions = {**alone, POSITIONS_OF_LOGITS: positions}
-        found = logits_in(self._forwards.outputs_at(point, at_positions)).float()
+        at_positions = {**self._forwards.without_loss(batch), POSITIONS_OF_LOGITS: positions}
+        try:
+            found = logits_in(self._forwards.outputs_at(point, at_positions)).float()
+        except Exception as error:  # a model may take a number of positions alone
+            if is_lost_connection(error) or isinstance(error, StopRequested):
+                raise
+            release_gathered(self._forwards.deepspeed)
+            return
         expected = whole[:, positions].float()
         tolerance = 1e-5 if whole.dtype == torch.float32 else 1e-2
-        return found.shape == expected.shape and bool(
+        self._takes_positions = found.shape == expected.shape and bool(
             (found - expected).norm() <= tolerance * expected.norm()
         )
 

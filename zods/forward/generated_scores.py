@@ -38,12 +38,22 @@ class GeneratedScores:
         self._forwards, self._objective, self._beat = forwards, objective, beat
         self._next_tokens = NextTokens(forwards.deepspeed, forwards.comm)
         self._runner = StackRunner(forwards.perturbed)
-        self._stack_fits: bool | None = None  # found on the first batch
+
+    def fits(self, batch: Any, *, stacked: bool) -> bool:
+        """Find how the model generates, on the first batch; call it before `losses`.
+
+        stacked: whether the form of evaluation is a stack. Returns whether texts can be generated
+        in that form. Collective, with the same result on all ranks.
+        """
+        prompts = prompts_of(batch)
+        self._check_positions(prompts)
+        self._next_tokens(self._outputs_at(None), prompts)
+        return not stacked or self._fits_stack(prompts)
 
     def losses(self, points: Sequence[Point | None], batch: Any, *, stacked: bool) -> PointLosses:
         """The losses at the points, each of its rows of a batch; None: the parameters as they are.
 
-        stacked: whether a forward may run the rows of all points; none of them is None then.
+        stacked: whether a forward runs the rows of all points; none of them is None then.
         Raises ValueError where the batch has no prompts, or the model too few positions, and
         NotStackable where a later batch does not fit a stack.
         """
@@ -52,9 +62,7 @@ class GeneratedScores:
         references = self._objective.references(batch)
         size = num_examples(batch)
         rows = [range(size) if p is None or p.rows is None else p.rows for p in points]
-        if stacked and self._stack_fits is None:
-            self._stack_fits = self._fits_stack(prompts)
-        if stacked and self._stack_fits:
+        if stacked:
             at = [point for point in points if point is not None]
             tokens = self._generate_stacked(at, rows, prompts)
         else:

@@ -123,6 +123,8 @@ def config_of_arguments(
     given = {key: (getattr(args, argument), argument) for key, argument in _SECTION_KEYS.items()}
     if args.train_sampling_strategy == "group_by_length":
         given["group_by_length"] = (True, "train_sampling_strategy")
+    if section.get("selector") is not None:
+        del given["dataloader_num_workers"]  # serves the Trainer's evaluation alone
     # a learning_rate of 0 is a step size; a weight_decay of 0 is the default
     given = {key: pair for key, pair in given.items() if pair[0] or (pair[0] == 0 and key == "lr")}
     found += _fill(section, f"{SECTION}.", given)
@@ -188,6 +190,11 @@ def _unsupported(args: TrainingArguments, section: Mapping[str, Any]) -> Iterato
             f"train_sampling_strategy: found {args.train_sampling_strategy!r}, allowed are "
             '"random" and "group_by_length". The order of the examples is a function of the seed '
             "and the epoch."
+        )
+    if args.length_column_name != "length":
+        yield (
+            f'length_column_name: found {args.length_column_name!r}, must be "length". Rename the '
+            "column; without one the number of input_ids counts."
         )
     if section.get("replicas") is not None:
         yield (

@@ -88,14 +88,15 @@ def rates_of_step(setup: Setup, seconds: float, **links: float) -> Rates:
     """
     forwards = step_forwards(setup)
     of_one = forward_peak(setup.model, forwards.rows, setup.length, on_gpu=setup.on_gpu).flops
-    numbers = torch.empty(
-        1 << 26, dtype=torch.uint8, device=get_accelerator().current_device_name()
-    )
+    accelerator = get_accelerator()
+    source = torch.empty(1 << 26, dtype=torch.uint8, device=accelerator.current_device_name())
+    target = source.clone()
+    accelerator.synchronize()
     began = time.perf_counter()
     for _ in range(4):
-        numbers.clone()
-    get_accelerator().synchronize()
-    memory = 8 * numbers.nbytes / (time.perf_counter() - began)
+        target.copy_(source)
+    accelerator.synchronize()
+    memory = 8 * source.nbytes / (time.perf_counter() - began)
     return Rates(
         flops=forwards.number * of_one / seconds,
         memory=memory,

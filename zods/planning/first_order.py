@@ -33,22 +33,24 @@ def first_order(setup: Setup, rates: Rates, ranks_per_node: int) -> dict[str, Fi
     of activations.
 
     The adapters' own parameters, gradients and moments are not counted, nor are their products. Both
-    gather every parameter twice. The whole gradient is reduced and scattered once.
+    gather every parameter twice for each micro-batch. AdamW reduces and scatters the whole gradient once
+    for each.
     """
     model, ranks = setup.model, setup.world_size
     owned, itemsize = -(-model.numel // ranks), model.dtype.itemsize
     staying, gathered = gathered_of_modules(setup)
     held = staying + max(gathered)
     saved = training_peak(model, setup.micro_batch, setup.length)
-    flops = forward_peak(model, setup.micro_batch, setup.length).flops / rates.flops
-    received = 2 * (ranks - 1) * owned * itemsize
+    passes = setup.accumulation
+    flops = passes * forward_peak(model, setup.micro_batch, setup.length).flops / rates.flops
+    received = passes * 2 * (ranks - 1) * owned * itemsize
     link = rates.gathering(setup, ranks_per_node)
     sizes = {"AdamW": ADAMW_BYTES * owned, "LoRA + AdamW": itemsize * owned}
     phases = {
         # A backward pass has two products for each of the forward, one where a weight is frozen.
         "AdamW": {
             "forwards": 3 * flops,
-            "gathers": (received + (ranks - 1) * owned * itemsize) / link,
+            "gathers": 1.5 * received / link,  # with the gradient's reduction
             "update": 2 * ADAMW_BYTES * owned / rates.memory,
         },
         "LoRA + AdamW": {"forwards": 2 * flops, "gathers": received / link},

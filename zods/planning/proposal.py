@@ -33,6 +33,8 @@ class Cluster:
         """{what is too small: (bytes needed, bytes there are)}, of a GPU or of a node."""
         needed = total(list(memory(setup).values()))
         node = Bytes(*(self.gpus * size for size in needed))
+        if not setup.on_gpu:  # a CPU's device memory is host memory
+            node = node._replace(host=node.host + node.device)
         places = {
             "--gpu-memory": (needed.device, self.gpu_memory),
             "--host-memory": (node.host, self.host_memory),
@@ -53,12 +55,13 @@ def configuration(
     offload: str = "none",
     anchor: str = "cpu",
     accumulation: int = 1,
+    nvme_path: str = "/nvme{local_rank}",
 ) -> dict[str, Any]:
     """The DeepSpeed JSON of a plan, with defaults where a plan does not say otherwise.
 
-    batch: examples of a micro-batch. The folders on NVMe are those of a drive per GPU.
+    batch: examples of a micro-batch. nvme_path: by default that of a drive per GPU.
     """
-    drive = {"nvme_path": "/nvme{local_rank}"}
+    drive = {"nvme_path": nvme_path}
     zero: dict[str, Any] = {
         "stage": 3,
         "stage3_prefetch_bucket_size": "auto",
@@ -88,6 +91,7 @@ def propose(
     method: str,
     offloads: Sequence[str],
     anchors: Sequence[str],
+    nvme_path: str,
 ) -> tuple[dict[str, Any], Setup]:
     """The first configuration that fits the cluster, and its setup.
 
@@ -103,6 +107,7 @@ def propose(
             offload=offload,
             anchor=anchor,
             accumulation=accumulation,
+            nvme_path=nvme_path,
         )
         setup = read(config)
         shortages = cluster.shortages(setup)

@@ -64,15 +64,7 @@ class Rates:
 
 
 def rates_of_gpu(name: str, *, bf16: bool, **others: float) -> Rates:
-    """Rates from a GPU's data sheet. others: fields of `Rates` that are given.
-
-    Raises ValueError where the GPU is not known.
-    """
-    if name not in GPUS:
-        raise ValueError(
-            f"--gpu: found {name}, expected one of {', '.join(GPUS)}; of another GPU give --tflops "
-            "and --memory-bandwidth."
-        )
+    """Rates from a GPU's data sheet. name: a key of GPUS. others: fields of `Rates` that are given."""
     of_bf16, of_float, memory, _ = GPUS[name]
     of_sheet = {
         "flops": UTILISATION * (of_bf16 if bf16 else of_float),

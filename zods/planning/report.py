@@ -10,7 +10,7 @@ from zods.files import atomic_write
 from zods.planning.first_order import FirstOrder
 from zods.planning.memory import Bytes, memory, step_forwards, total
 from zods.planning.setup import Setup
-from zods.planning.step_time import StepTime
+from zods.planning.step_time import MEASURED, StepTime
 from zods.planning.traffic import traffic
 
 GB = 10**9
@@ -24,6 +24,7 @@ ADVICE = {  # what shortens a step, by its longest phase
     "scalars": "a larger batch per step, or a faster network",
     "between replicas": "a larger batch per step of each replica: the delay does not grow with it",
     "refresh": "a larger anchor_interval, or anchor_examples",
+    MEASURED: "see the phases of a plan without --calibrate",
 }
 
 
@@ -144,8 +145,8 @@ def plot_nodes(times: Mapping[int, StepTime], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     nodes = list(times)
     axes.plot(nodes, [of.total for of in times.values()], color="black", label="step")
-    for name in next(iter(times.values())).phases:
-        seconds = [of.phases[name] for of in times.values()]
+    for name in dict.fromkeys(name for of in times.values() for name in of.phases):
+        seconds = [of.phases.get(name, 0.0) for of in times.values()]
         if any(seconds):
             axes.plot(nodes, seconds, linestyle="--", label=name)
     axes.set(xscale="log", yscale="log", xlabel="nodes", ylabel="seconds per step")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from zods.comm.rank_groups import rank_groups
 from zods.forward.low_rank import product_of
 from zods.planning.activations import forward_peak
 from zods.planning.memory import step_forwards
@@ -17,7 +18,8 @@ from zods.planning.setup import Setup
 from zods.planning.traffic import scalar_bytes_per_step, traffic
 
 # Of these the slowest bounds a step where they overlap.
-OVERLAPPING = ("forwards", "gathers", "host link", "NVMe")
+MEASURED = "step on one node, measured"
+OVERLAPPING = ("forwards", MEASURED, "gathers", "host link", "NVMe")
 
 
 class StepTime(NamedTuple):
@@ -33,7 +35,7 @@ class StepTime(NamedTuple):
 
 
 class Replicas(NamedTuple):
-    """Launches of the setup that train one model together over slow links.
+    """Launches of the setup that divide its batch between them, joined by slow links.
 
     number: of them, on average. delay: seconds one way. link: bytes per second of the leader.
     """
@@ -58,14 +60,15 @@ def step_time(
     leaves them out. measured: seconds of a step on one node, which take the place of all phases but
     those between nodes.
     """
-    if measured is None:
-        phases = _phases(setup, rates, ranks_per_node)
-    else:
+    phases = _phases(setup, rates, ranks_per_node)
+    zo, number = setup.config.zeroth_order, 1.0 if replicas is None else replicas.number
+    if examples is not None and zo.is_svrg:
+        phases["refresh"] = refresh_time(setup, rates, phases, examples) / number
+    phases["forwards"] /= number
+    if measured is not None:
         of_nodes = ("gathers", "scalars") if setup.world_size > ranks_per_node else ()
-        between = _phases(setup, rates, ranks_per_node)
-        phases = {"forwards": measured, **{name: between[name] for name in of_nodes}}
-    if examples is not None and setup.config.zeroth_order.is_svrg:
-        phases["refresh"] = refresh_time(setup, rates, examples)
+        kept = {name: phases[name] for name in (*of_nodes, "refresh") if name in phases}
+        phases = {MEASURED: measured / number, **kept}
     if replicas is not None:
         phases["between replicas"] = replica_time(setup, replicas)
     return in_total(phases, rates.overlaps)
@@ -108,19 +111,20 @@ def replica_time(setup: Setup, replicas: Replicas) -> float:
     return 2 * replicas.delay + (replicas.number - 1) * (8 * sums + 100) / replicas.link
 
 
-def refresh_time(setup: Setup, rates: Rates, examples: int) -> float:
-    """Seconds of a refresh over a training set, per step of its interval; 0 without an anchor.
+def refresh_time(setup: Setup, rates: Rates, phases: Mapping[str, float], examples: int) -> float:
+    """Seconds of a refresh over a training set, per step of its interval.
 
-    Two points of every example, or two for each direction where each takes the whole set.
+    Each forward has two points of a micro-batch; the set is passed once, or once for each direction
+    where each takes the whole set. phases: of a step, whose forwards gather and load as much.
     """
-    zo = setup.config.zeroth_order
-    if not zo.is_svrg:
-        return 0.0
+    zo, forwards = setup.config.zeroth_order, step_forwards(setup)
     size = min(examples, zo.anchor_examples or examples)
     passes = 1 if zo.anchor_split else zo.anchor_directions
-    whole = forward_peak(setup.model, 2 * setup.micro_batch, setup.length, on_gpu=setup.on_gpu)
-    per_example = whole.flops / setup.micro_batch / setup.world_size
-    return passes * size * per_example / rates.flops / zo.anchor_interval
+    number = passes * -(-size // (setup.micro_batch * setup.world_size))
+    pair = forward_peak(setup.model, 2 * setup.micro_batch, setup.length, on_gpu=setup.on_gpu)
+    of_one = {name: phases[name] / forwards.number for name in OVERLAPPING if name in phases}
+    of_one["forwards"] = max(pair.flops / rates.flops, setup.model.bytes / rates.memory)
+    return number * in_total(of_one, rates.overlaps).total / zo.anchor_interval
 
 
 def _forward_time(setup: Setup, rates: Rates) -> float:
@@ -134,7 +138,7 @@ def _perturbation_time(setup: Setup, rates: Rates) -> float:
     """Perturbed copies of parameters, or the products of activations with low-rank factors.
 
     A copy is read from a parameter and written. A product with factors reads a matrix's input and
-    adds to its output.
+    adds to its output. An anchor's point kept as terms has factors, or numbers, for each term.
     """
     forwards, itemsize = step_forwards(setup), setup.model.dtype.itemsize
     zo = setup.config.zeroth_order
@@ -145,10 +149,23 @@ def _perturbation_time(setup: Setup, rates: Rates) -> float:
             sides += sum(sum(p.shape) for p in own if len(p.shape) == 2)
         else:
             copied += sum(p.numel for p in own)
-    points = forwards.number * forwards.streams * (1 if is_low_rank else setup.most_groups)
+    points = forwards.number * forwards.streams
+    if not is_low_rank and setup.form != "sequential":  # whose forwards are of one group
+        points *= setup.most_groups
     tokens = forwards.number * forwards.rows * setup.length
     copies = points * copied * (2 * itemsize / rates.memory + 1 / rates.numbers)
-    return copies + tokens * sides * 2 * itemsize / rates.memory
+    products = tokens * sides * 2 * itemsize / rates.memory
+    terms = _terms_since_refresh(setup)
+    of_anchor = tokens / 2 * sides * 2 * terms * zo.direction.rank / rates.flops
+    return copies + products + of_anchor + forwards.number * copied * terms / rates.numbers
+
+
+def _terms_since_refresh(setup: Setup) -> float:
+    """The terms that the anchor's point takes back in a forward, on average over its interval."""
+    zo = setup.config.zeroth_order
+    if not zo.is_svrg or zo.anchor.point != "terms":
+        return 0.0
+    return setup.num_groups * zo.num_directions * zo.anchor_interval / 2 + zo.anchor_directions
 
 
 def _terms_time(setup: Setup, rates: Rates, owned: int) -> float:
@@ -163,7 +180,10 @@ def _terms_time(setup: Setup, rates: Rates, owned: int) -> float:
 
 
 def _exchange_time(setup: Setup, rates: Rates) -> float:
-    """One all-gather of the losses."""
+    """The all-gathers of the losses: one, or one for each level of `rank_groups` on the way up and
+    down.
+    """
     if setup.world_size == 1:
         return 0.0
-    return rates.latency + scalar_bytes_per_step(setup) / rates.link
+    levels = 1 if setup.num_groups > 1 else len(rank_groups(setup.world_size))
+    return (2 * levels - 1) * rates.latency + scalar_bytes_per_step(setup) / rates.link

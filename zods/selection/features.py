@@ -37,6 +37,7 @@ from torch.nn import functional
 from torch.utils._pytree import tree_map
 
 from zods.core.directions import Direction
+from zods.data.batch import without_weights
 from zods.data.objectives import IGNORE_INDEX, example_losses, logits_of
 from zods.params.zero3_adapter import release_gathered
 from zods.selection.target_matrix import Target, find_target
@@ -235,7 +236,7 @@ class _Pass:
             )
         self._model, self._target, self._head, self._labels = model, target, head, labels
         self._inputs = without_cache(model) | {
-            key: value for key, value in batch.items() if key != "labels"
+            key: value for key, value in without_weights(batch).items() if key != "labels"
         }
         self._before_last: Any = None  # the output of the block before the last
         self._labelled: _Labelled | None = None

@@ -211,15 +211,19 @@ def _rows_of_task(
 ) -> Columns:
     """Map a batch of published rows to rows with the columns `names`, and `beside` as published.
 
-    A row in another form than the published one has None in their place, which the task reports.
+    A row in another form than the published one has None in their place, which the task reports. A
+    line of the log names the first error of `rows`.
     """
+    failed = False
     made: Columns = {name: [] for name in (*names, *beside)}
     for values in zip(*batch.values(), strict=True):
         row = dict(zip(batch, values, strict=True))
         try:
             of_row = list(rows(row))
-        except (AttributeError, IndexError, KeyError, TypeError):
-            of_row = [{}]
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            if not failed:
+                logger.warning("rows: %s: %s, for the row %s", type(error).__name__, error, row)
+            of_row, failed = [{}], True
         for of_task in of_row:
             for name in names:
                 made[name].append(of_task.get(name))
