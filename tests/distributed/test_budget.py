@@ -35,6 +35,8 @@ def rank_of_budgets() -> dict[str, Any]:
     except ValueError as error:
         found["refused"] = str(error)
     needed = float(found["refused"].split("takes ")[1].split(" GiB")[0])
+    length, vocabulary = len(opt_data()[0]["input_ids"]), engine.module.config.vocab_size
+    found["needed"] = (needed * 2**30, 2 * ROWS * length * vocabulary * 4)
     for pairs in (1, 2, 3, 1000):
         engine = build(stream_memory_gb=1.01 * pairs * needed)
         rows: list[int] = []
@@ -63,6 +65,12 @@ def test_points_that_exceed_the_budget_go_through_several_forwards_with_the_same
         assert rank[1000][0] == [2 * DIRECTIONS * ROWS]
         for pairs in (1, 2, 3):
             assert rank[pairs][1] == pytest.approx(rank[1000][1], rel=1e-6)
+
+
+def test_a_pair_of_points_needs_at_least_its_logits(budgets):
+    for rank in budgets:
+        needed, logits = rank["needed"]
+        assert needed >= 0.99 * logits  # three digits are said
 
 
 def test_a_budget_too_small_for_a_pair_says_what_a_pair_needs(budgets):

@@ -65,6 +65,21 @@ class TakesTheFirst(IgnoresPositions):
         return outputs
 
 
+class TakesANumber(IgnoresPositions):
+    """A model that takes the number of the last positions alone."""
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor | None = None,
+        logits_to_keep: Any = 0,
+    ) -> Any:
+        if not isinstance(logits_to_keep, int):
+            raise TypeError("logits_to_keep is no number")
+        return self.inner(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+
+
 @torch.no_grad()
 def judged(model: nn.Module, batches: list[dict[str, Tensor]], **arguments: Any) -> Any:
     """Compare losses at two pairs of points with separate forwards, on each batch.
@@ -134,7 +149,7 @@ def test_sharded_parameters_and_gaussian_directions_give_the_same():
 
 def rank_of_models_without_positions() -> list[Any]:
     batch = [prompted_batch("llama")]
-    return [judged(model(), batch) for model in (IgnoresPositions, TakesTheFirst)]
+    return [judged(model(), batch) for model in (IgnoresPositions, TakesTheFirst, TakesANumber)]
 
 
 def test_a_model_that_gives_other_logits_at_positions_computes_all_of_them():

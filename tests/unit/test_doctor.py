@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import zods.doctor.__main__ as doctor
 from zods.doctor import host_checks
 from zods.doctor.__main__ import main
 from zods.kernels import combine_, self_check
@@ -67,15 +68,31 @@ def test_a_lock_that_is_released_while_it_is_looked_at_is_no_fault(
     assert [finding.state for finding in host_checks.locks()] == ["ok"]
 
 
-def test_a_version_that_is_not_the_locked_one_is_noted():
-    lock = "torch==0.1 \\\n    --hash=sha256:00\ndeepspeed==0.1 ; sys_platform == 'linux'\n"
-    states = {finding.text.split()[0]: finding.state for finding in host_checks.versions(lock)}
+def test_a_version_that_is_not_the_pinned_one_is_noted():
+    pins = "torch==0.1\ndeepspeed==0.1 ; sys_platform == 'linux'\n"
+    states = {finding.text.split()[0]: finding.state for finding in host_checks.versions(pins)}
     assert states == {"torch": "note", "deepspeed": "note", "transformers": "ok"}
 
 
-def test_the_locked_versions_are_found_in_the_lock_file_of_the_checkout():
-    lock = host_checks.LOCK.read_text()
-    assert all(f"\n{package}==" in lock for package in ("deepspeed", "transformers"))
+def test_the_tested_versions_are_the_pins_of_the_checkout():
+    pins = host_checks.PINS.read_text()
+    assert all(f"\n{package}==" in pins for package in host_checks.PACKAGES)
+
+
+def test_the_findings_of_the_host_are_printed_where_the_ranks_cannot_connect(monkeypatch, capfd):
+    def fails() -> None:
+        raise RuntimeError("an operator cannot be built")
+
+    def end(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(doctor, "connect_ranks", fails)
+    monkeypatch.setattr(doctor, "end_process", end)
+    with pytest.raises(SystemExit) as ended:
+        doctor.main([])
+    assert ended.value.code == 1
+    assert "broken  C++ compiler: 'no-such-compiler' is not found" in capfd.readouterr().out
 
 
 def test_a_compiler_that_is_missing_is_found(monkeypatch: pytest.MonkeyPatch):

@@ -143,6 +143,8 @@ def test_the_running_mean_is_that_of_20_values():
     values = np.random.default_rng(0).normal(size=50)
     expected = [values[max(0, i - 19) : i + 1].mean() for i in range(50)]
     assert np.allclose(running_mean(values), expected, rtol=0, atol=1e-12)
+    values[3] = 1e17  # leaves no trace behind its window
+    assert np.allclose(running_mean(values)[23:], expected[23:], rtol=0, atol=1e-12)
 
 
 def test_values_that_are_no_finite_numbers_are_left_out():

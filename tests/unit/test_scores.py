@@ -124,3 +124,13 @@ def test_candidates_are_the_cross_entropy_over_the_logits_of_the_candidates_alon
 def test_a_batch_without_candidates_is_refused_with_the_entry_that_is_missing():
     with pytest.raises(ValueError, match="needs the entry 'candidate_tokens' of a batch"):
         find_score("candidates")(logits_of(PREDICTED), {"labels": LABELS}, True)
+
+
+@pytest.mark.parametrize("tokens", [[1, 3, 5], [2, 2, 5]])
+def test_a_label_that_is_not_once_among_its_candidates_is_refused_with_the_row(tokens):
+    batch = {
+        "labels": torch.tensor([[-100, -100, -100, -100], [-100, 2, -100, -100]]),
+        CANDIDATES: torch.tensor([[1, 2, 5], tokens]),
+    }
+    with pytest.raises(ValueError, match=r"row 1 of a batch has the label token 2, and the cand"):
+        find_score("candidates")(logits_of(PREDICTED)[:2], batch, True)

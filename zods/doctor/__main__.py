@@ -32,6 +32,7 @@ def main(argv: list[str] | None = None) -> None:
         if options.nvme is not None:
             found.append(nvme(options.nvme))
     except Exception as error:
+        print("\n".join(map(str, found)), flush=True)
         end_process(report_failure(error, "zods.doctor"))
     end_process(report(found, comm))
 

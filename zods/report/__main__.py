@@ -84,7 +84,7 @@ def _output(out: Path | None, folders: Sequence[Path]) -> Path:
 
 def _write(path: Path, text: str) -> None:
     with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="replace")  # names of files
 
 
 def _write_panels(folder: Path, runs: Sequence[Run]) -> None:

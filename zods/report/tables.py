@@ -100,6 +100,10 @@ def _summarised(run: Run) -> dict[str, str]:
     values = [_number(peak) for peak in peaks] if isinstance(peaks, list) else []
     if texts := [f"{value / MIB:,.0f}" for value in values if value is not None]:
         found["peak memory of each rank"] = f"{', '.join(texts)} MiB"
+    for key, value in run.summary.items():
+        if key.endswith("_in_context") and (number := _number(value)) is not None:
+            name = key.removesuffix("_in_context")
+            found[f"held-out {name}, examples in context"] = f"{number:.4f}"
     for key in ("evaluation", "noise_scale", "advice"):
         if run.summary.get(key) is not None:
             found[key.replace("_", " ")] = str(run.summary[key])
