@@ -155,12 +155,11 @@ def zeroth_order(run: Run, bench: Bench) -> tuple[ZerothOrderEngine, Callable[[]
             "total_num_steps": run.num_steps(len(bench.train)) + 1,
         },
     }
-    task = over_label_words(bench.task) if run.objective == "candidates" else bench.task
     engine = single_rank_engine(
         bench.restore(),
         run.section(),
         bench.train,
-        replace(bench, task=task).collate,
+        bench.collate,
         train_batch_size=run.batch,
         bf16={"enabled": next(bench.model.parameters()).dtype == torch.bfloat16},
         **({"scheduler": schedule} if run.decay else {}),
@@ -204,6 +203,8 @@ def measured(run: Run, bench: Bench, points: int, study: Study | None) -> dict[s
 
     points: number of times that the training loss is measured. seconds: of the steps alone.
     """
+    if run.objective == "candidates":
+        bench = replace(bench, task=over_label_words(bench.task))
     make = first_order if run.method in FIRST_ORDER else zeroth_order
     forward, step = make(run, bench)
     num_steps = run.num_steps(len(bench.train))

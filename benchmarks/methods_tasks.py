@@ -16,8 +16,10 @@ from methods_prefix import LastBlocks, only_labelled
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from zods.data.batch import CANDIDATES
 from zods.data.evaluation import Forwards
 from zods.data.objectives import sequence_log_likelihood
+from zods.data.scores import candidates
 from zods.tasks.build import build_task
 from zods.tasks.task import Task
 
@@ -66,15 +68,21 @@ class Bench:
 
     @torch.no_grad()
     def loss(self, forward: Callable[..., Any], rows: list[dict[str, Any]]) -> float:
-        """Mean over examples of the negative log-likelihood per token of the right word."""
+        """Mean over examples of the negative log-likelihood per token of the right word; over the
+        label words alone, where the task has them in its batches.
+        """
         return sum(self._losses(forward, rows)) / len(rows)
 
     def _losses(self, forward: Callable[..., Any], rows: list[dict[str, Any]]) -> list[float]:
         found: list[float] = []
         for batch in _batches(rows):
             inputs = self.collate(batch)
-            labels = inputs.pop("labels")
-            log_likelihood, counts = sequence_log_likelihood(forward(**inputs)["logits"], labels)
+            labels, words = inputs.pop("labels"), inputs.pop(CANDIDATES, None)
+            logits = forward(**inputs)["logits"]
+            if words is not None:
+                found += (-candidates(logits, {"labels": labels, CANDIDATES: words}, True)).tolist()
+                continue
+            log_likelihood, counts = sequence_log_likelihood(logits, labels)
             found += (-log_likelihood / counts).tolist()
         return found
 
