@@ -54,7 +54,7 @@ def parse_arguments(argv: list[str] | None = None) -> Arguments:
     argv: the words of the command line; by default the command line of this process. Where an
     option is wrong, the process ends with code 2, as argparse does.
     """
-    parser = _parser()
+    parser = option_parser()
     words = _without_local_rank(sys.argv[1:] if argv is None else argv)
     file: dict[str, str] = {}
     if words and words[0].endswith((".yaml", ".yml", ".json")):
@@ -87,7 +87,8 @@ class _HelpFormatter(argparse.HelpFormatter):
         return "" if action.const is True else super()._format_args(action, default_metavar)
 
 
-def _parser() -> HfArgumentParser:
+def option_parser() -> HfArgumentParser:
+    """The parser of the options, whose help is `--help`."""
     parser = HfArgumentParser(
         GROUPS,
         prog="deepspeed --module zods.finetune",

@@ -207,11 +207,11 @@ class SelectorConfig(Section):
     strategy: Strategy = "greedy"
     # target: a file of target examples, of the same form as the training file
     target_file: Text | None = None
-    # column that names an example's source; None: clusters of features are the sources
+    # column that names an example's source; null: clusters of features are the sources
     source_column: Text | None = None
     # facility location without source_column; 1: all examples are one source
     num_clusters: Count = 8
-    # number of examples chosen from each source; None: small sources are taken whole, and the
+    # number of examples chosen from each source; null: small sources are taken whole, and the
     # other sources in proportion to their size
     quotas: Annotated[
         dict[str, NonNegativeInt] | None,
@@ -226,9 +226,9 @@ class SelectorConfig(Section):
     # exact: derivatives of an example's loss along directions of one matrix; zo and paper: the
     # same by finite differences; hidden_states: inputs of the head, for comparison
     features: Literal["exact", "zo", "paper", "hidden_states"] = "exact"
-    num_directions: NumDirections = 64
+    num_directions: NumDirections = 64  # features of an example
     rank: Count = 4  # of a direction
-    # regular expression that is searched in the matrix's name; None: the last value projection
+    # regular expression that is searched in the matrix's name; null: the last value projection
     pattern: Text | None = None
     eps: PositiveFloat = 1e-3  # zo, paper: perturbation scale
     two_sided: bool = True  # zo: two perturbed points; false: one, and the parameters
@@ -285,23 +285,23 @@ class ZerothOrderConfig(Section):
         'examples of a rank in place of "per_rank".'
     }
 
-    method: Method = "mezo"
+    method: Method = "mezo"  # of the steps; mezo_svrg needs the training set for its anchor
     eps: PositiveFloat = 1e-3  # perturbation scale [mu]
     # step size of a mini-batch step [eta_2]; with normalize, the change of a weight in a step; auto:
     # measured before the first step, from the noise of the gradient and the curvature of the loss
     lr: Annotated[float | Literal["auto"], PlainValidator(_step_size)] = "auto"
-    # step size of the full-batch step at a refresh [eta_1]; None: the value of lr
+    # step size of the full-batch step at a refresh [eta_1]; null: the value of lr
     anchor_lr: Annotated[float | None, Field(ge=0.0)] = None
     anchor_interval: Count = 100  # steps between two refreshes [q]
-    num_directions: NumDirections = 1  # directions per step
+    num_directions: NumDirections = 1  # directions of each group of examples in a step
     anchor_directions: NumDirections = 1  # directions per refresh (K)
     # true: each direction is evaluated on its own K-th of the examples, so that a refresh is one
     # pass; false: each is evaluated on all of them
     anchor_split: bool = True
-    # examples per refresh, drawn anew for each; None: the whole training set
+    # examples per refresh, drawn anew for each; null: the whole training set
     anchor_examples: Annotated[int | None, Field(ge=1)] = None
     share_direction: bool = True  # the two estimates of a step use the same directions
-    # factor of the anchor's part of an estimate; 0: MeZO; auto: measured, less as the anchor ages
+    # factor, 0 to 1, of the anchor's part of an estimate; 0: MeZO; auto: measured, less as the anchor ages
     anchor_weight: Annotated[float | Literal["auto"], PlainValidator(_weight)] = 1.0
     direction: DirectionConfig = DirectionConfig()  # the JSON may give the name alone
     # examples of a step's batch that share a direction, by their positions in it; all: one direction
@@ -318,11 +318,11 @@ class ZerothOrderConfig(Section):
     generate: GenerateConfig | None = None
     # how the points of a step are evaluated: in one stacked forward, in lockstep, or one by one
     evaluation: Literal["auto", "stacked", "lockstep", "sequential"] = "auto"
-    # memory for the points of one forward; None: half of the free memory
+    # memory for the points of one forward; null: half of the free memory
     stream_memory_gb: Annotated[float | None, Field(gt=0.0)] = None
     # true: fused functions, of apex or else of torch, compute the norms; auto: so on a GPU
     fused_norm: Annotated[Literal["auto"] | bool, PlainValidator(_fused_norm)] = "auto"
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 42  # of directions, data order and rounding
     # a batch has examples of similar length, by the column "length" or the number of "input_ids"
     group_by_length: bool = False
     mixture: MixtureConfig | None = None

@@ -1,0 +1,179 @@
+"""The pages of docs/: links, commands, options, configurations and programs in them work."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.unit.test_readme import arguments_after, commands
+from zods.cli.arguments import option_parser, parse_arguments
+from zods.config.deepspeed_json import load_json
+from zods.config.schema import SECTION, Section, ZerothOrderConfig, parse_section
+from zods.plan import _parser as plan_parser
+from zods.trajectory.__main__ import _parser as trajectory_parser
+
+REPOSITORY = Path(__file__).parents[2]
+DOCS = REPOSITORY / "docs"
+PAGES = {page.name: page.read_text(encoding="utf-8") for page in sorted(DOCS.glob("*.md"))}
+# of other programs: the launcher of DeepSpeed, docker, transformers' Trainer
+OTHERS = {"--module", "--num_gpus", "--ulimit", "--learning_rate", "--help"}
+# written by the runs that a page shows, or the reader's own
+NOT_OURS = ("runs/", "./", "replayed/")
+PARSERS = {"zods.plan": plan_parser, "zods.trajectory": trajectory_parser}
+COMMANDS = [
+    pytest.param(command, id=f"{name}: {command[:60]}")
+    for name in PAGES
+    for command in commands(f"docs/{name}")
+]
+PYTHON = {
+    name: "\n".join(blocks)
+    for name, text in PAGES.items()
+    if (blocks := re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
+}
+# a model and a dataset for a page that has none of its own
+PRELUDE = {
+    "index.md": """
+from transformers import AutoModelForCausalLM
+import torch
+model = AutoModelForCausalLM.from_pretrained("launch/quickstart/model")
+ids = torch.arange(8 * 32).view(32, 8)
+dataset = [{"input_ids": row, "labels": row} for row in ids]
+"""
+}
+
+
+def prose(text: str) -> str:
+    """A page without its blocks of code."""
+    return re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors of a page's headings, as Python-Markdown makes them."""
+    headings = re.findall(r"^#+ (.+)$", prose(text), re.MULTILINE)
+    kept = [re.sub(r"[^\w\s-]", "", heading).strip().lower() for heading in headings]
+    return {re.sub(r"[-\s]+", "-", heading) for heading in kept}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_relative_links_lead_to_pages_and_headings(name: str):
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(PAGES[name])):
+        if target.startswith("https://"):
+            continue
+        page, _, anchor = target.partition("#")
+        assert not page or (DOCS / page).exists(), target
+        if anchor:
+            assert anchor in anchors(PAGES[page or name]), target
+
+
+def test_every_page_is_in_the_navigation():
+    nav = yaml.safe_load((REPOSITORY / "mkdocs.yml").read_text())["nav"]
+    assert sorted(page for entry in nav for page in entry.values()) == sorted(PAGES)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_files_named_on_a_page_exist(name: str):
+    path = r"[`( ]((?:[\w.-]+/)+[\w.-]+\.(?:md|json|py|sh|png|txt|cpp|yaml))\b"
+    for file in re.findall(path, PAGES[name]):
+        places = (REPOSITORY / file, REPOSITORY / "zods" / file)
+        assert file.startswith(NOT_OURS) or any(place.exists() for place in places), file
+
+
+def options_of(parser: argparse.ArgumentParser) -> set[str]:
+    found = set(parser._option_string_actions)
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            found |= {o for sub in action.choices.values() for o in options_of(sub)}
+    return found
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_options_named_on_a_page_are_options_of_zods(name: str):
+    known = OTHERS | options_of(plan_parser()) | options_of(trajectory_parser())
+    known |= options_of(option_parser())
+    if name == "evaluation.md":  # of lm-evaluation-harness
+        pytest.skip("its options are of another program")
+    named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", PAGES[name]))
+    assert named <= known, sorted(named - known)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_modules_named_on_a_page_exist(name: str):
+    for module in re.findall(r"(?:python -m|--module) (zods[\w.]*)", PAGES[name]):
+        assert importlib.util.find_spec(module) is not None, module
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_shown_commands_are_parsed(command: str):
+    words = shlex.split(command)
+    module = next((word for word in words if word.startswith("zods.")), None)
+    given = arguments_after(words, module) if module else []
+    if given in ([], ["--help"]):
+        return
+    if module == "zods.finetune":
+        assert load_json(REPOSITORY / parse_arguments(given).model.deepspeed_config)
+    else:
+        PARSERS[module]().parse_args(given)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_shown_configurations_are_accepted(name: str):
+    for block in re.findall(r"^```json\n(.*?)^```", PAGES[name], re.MULTILINE | re.DOTALL):
+        parse_section(yaml.safe_load(block)[SECTION])
+
+
+def test_the_configuration_page_is_that_of_the_code():
+    made = runpy.run_path(str(REPOSITORY / "launch" / "reference.py"))["with_tables"]
+    page = PAGES["configuration.md"]
+    assert made(page) == page, "run python launch/reference.py"
+
+
+def sections(section: type[Section]) -> list[type[Section]]:
+    section_of = runpy.run_path(str(REPOSITORY / "launch" / "reference.py"))["section_of"]
+    inner = filter(None, map(section_of, section.model_fields.values()))
+    return [section, *(found for one in inner for found in sections(one))]
+
+
+def test_every_key_of_the_section_has_a_text():
+    comments = runpy.run_path(str(REPOSITORY / "launch" / "reference.py"))["comments"]
+    for section in sections(ZerothOrderConfig):
+        texts = comments(section)
+        for key, field in section.model_fields.items():
+            described = re.search(rf"\b{key}\b", section.__doc__ or "")
+            assert texts[key] or described or "Config" in str(field.annotation), (
+                f"{section.__name__}.{key}: write a comment above it or behind it"
+            )
+
+
+@pytest.mark.launched
+@pytest.mark.parametrize("name", PYTHON)
+def test_the_programs_of_a_page_run(name: str, tmp_path: Path):
+    for folder in ("launch", "ds_configs"):
+        (tmp_path / folder).symlink_to(REPOSITORY / folder)
+    (tmp_path / "page.py").write_text(PRELUDE.get(name, "") + PYTHON[name])
+    told = subprocess.run(
+        [sys.executable, "page.py"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert told.returncode == 0, told.stderr[-4000:]
+
+
+@pytest.mark.launched
+def test_mkdocs_builds_the_pages_without_a_warning(tmp_path: Path):
+    pytest.importorskip("material", reason="mkdocs-material is not installed: the extra docs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", tmp_path / "site"]
+    told = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert told.returncode == 0, told.stderr
