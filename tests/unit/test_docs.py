@@ -177,3 +177,14 @@ def test_mkdocs_builds_the_pages_without_a_warning(tmp_path: Path):
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", tmp_path / "site"]
     told = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert told.returncode == 0, told.stderr
+
+
+def test_messages_in_troubleshooting_are_those_of_the_code():
+    source = "".join(file.read_text() for file in (REPOSITORY / "zods").rglob("*.py"))
+    source = re.sub(r"""["']\s*\n\s*f?["']""", "", source)  # a text over several lines
+    tables = [part for part in PAGES["troubleshooting.md"].split("\n\n") if "| message" in part]
+    assert len(tables) >= 4
+    for row in (row for table in tables for row in table.splitlines() if row.startswith("| `")):
+        if "mlock" not in row:  # a message of DeepSpeed
+            for part in re.findall(r"`([^`]+)`", row.split(" | ")[0]):
+                assert part in source, part
