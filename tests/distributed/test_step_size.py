@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 import zods
 from tests.distributed.models import configuration, opt_data, sha256, tiny_opt, whole
 from tests.distributed.ranks import run_ranks
+from tests.helpers import LogTexts
 from zods.comm.stop_request import StopRequested
 from zods.trajectory.log import read_log
 from zods.trajectory.records import Step, StepSize
@@ -223,3 +225,17 @@ def test_what_cannot_be_measured_is_told_and_a_request_to_stop_ends_a_measuremen
     assert 'zeroth_order.lr: "auto" cannot be measured: the loss is 3.61' in constant
     assert "rises by 0 at a distance of 2.048 " in constant
     assert after_stop == "None"
+
+
+def rank_of_warnings(lr: float) -> list[str]:
+    said = LogTexts("zods.training.step_reporter", level=logging.WARNING)
+    engine = build(**DEFAULT, normalize=True, lr=lr)
+    for _ in range(80):
+        engine.train_batch()
+    return said.texts
+
+
+def test_a_loss_that_rises_is_said_once_with_what_to_do():
+    assert run_ranks(1, rank_of_warnings, 1e-2) == [[]]
+    ((text,),) = run_ranks(1, rank_of_warnings, 1.0)
+    assert "more than 2 times that of the first ones. The step size is too large" in text

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from typing import Any
 
 from zods.comm.communicator import Communicator
-from zods.config.schema import ZerothOrderConfig
+from zods.config.schema import SMOOTH_OBJECTIVES, ZerothOrderConfig
 from zods.training.state import StepInFlight, TrainState
 from zods.training.step_outputs import StepReport
 from zods.trajectory.records import Step
@@ -15,6 +16,7 @@ from zods.trajectory.records import Step
 logger = logging.getLogger(__name__)
 
 TIED_STEPS = 100
+RISE_STEPS, RISE = 20, 2.0  # a mean loss over so many steps is so many times that of the first ones
 
 
 class StepReporter:
@@ -22,6 +24,8 @@ class StepReporter:
         """monitor: DeepSpeed's."""
         self._monitor, self._config, self._comm = monitor, config, comm
         self._has_warned_of_zero = False
+        self._losses: list[float] = []  # of the steps since the last comparison
+        self._first_loss: float | None = None  # mean of the first RISE_STEPS steps
         self._ties: list[bool] = []  # of the last steps with scores: whether all pairs were equal
 
     def report(
@@ -66,11 +70,13 @@ class StepReporter:
         loss: float,
         projected_grad: float,
     ) -> None:
-        """Warn of a step that was skipped, or whose projected gradient is exactly 0; with scores,
-        where most steps tell nothing.
+        """Warn of a step that was skipped, or whose projected gradient is exactly 0; of a loss that
+        rises; with scores, where most steps tell nothing.
 
         Raises RuntimeError after `max_nonfinite_steps` skipped steps in a row.
         """
+        if self._config.objective in SMOOTH_OBJECTIVES and not record.skipped:
+            self._warn_of_rise(state, loss)
         if record.skipped:
             self._warn_of_skipped(state, loss)
         elif self._config.objective != "loss":
@@ -84,6 +90,27 @@ class StepReporter:
                     "loss, or eps (%g) is lost in rounding. This is said once.",
                     state.global_steps,
                     self._config.eps,
+                )
+
+    def _warn_of_rise(self, state: TrainState, loss: float) -> None:
+        """Warn once where the loss is RISE times that of the first steps since the run was started or
+        resumed.
+        """
+        self._losses.append(loss)
+        if len(self._losses) < RISE_STEPS:
+            return
+        mean = sum(self._losses) / RISE_STEPS
+        self._losses.clear()
+        if self._first_loss is None:
+            self._first_loss = mean
+        elif 0.0 < RISE * self._first_loss < mean:
+            self._first_loss = math.inf
+            if self._comm.rank == 0:
+                logger.warning(
+                    "step %d: the mean loss of the last %d steps is %.4g, more than %g times that of "
+                    "the first ones. The step size is too large: stop the run, and give a smaller lr or "
+                    "a schedule that lowers it. This is said once.",
+                    *(state.global_steps, RISE_STEPS, mean, RISE),
                 )
 
     def _warn_of_ties(self, state: TrainState, record: Step) -> None:
