@@ -19,7 +19,9 @@ from tests.unit.test_readme import arguments_after, commands
 from zods.cli.arguments import option_parser, parse_arguments
 from zods.config.deepspeed_json import load_json
 from zods.config.schema import SECTION, Section, ZerothOrderConfig, parse_section
+from zods.doctor.__main__ import _parser as doctor_parser
 from zods.plan import _parser as plan_parser
+from zods.report.__main__ import _parser as report_parser
 from zods.trajectory.__main__ import _parser as trajectory_parser
 
 REPOSITORY = Path(__file__).parents[2]
@@ -29,7 +31,12 @@ PAGES = {page.name: page.read_text(encoding="utf-8") for page in sorted(DOCS.glo
 OTHERS = {"--module", "--num_gpus", "--ulimit", "--learning_rate", "--help"}
 # written by the runs that a page shows, or the reader's own
 NOT_OURS = ("runs/", "./", "replayed/")
-PARSERS = {"zods.plan": plan_parser, "zods.trajectory": trajectory_parser}
+PARSERS = {
+    "zods.doctor": doctor_parser,
+    "zods.plan": plan_parser,
+    "zods.report": report_parser,
+    "zods.trajectory": trajectory_parser,
+}
 COMMANDS = [
     pytest.param(command, id=f"{name}: {command[:60]}")
     for name in PAGES
