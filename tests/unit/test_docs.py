@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.unit.test_readme import arguments_after, commands
+from tests.unit.shown_commands import arguments_after, commands
 from zods.cli.arguments import option_parser, parse_arguments
 from zods.config.deepspeed_json import load_json
 from zods.config.schema import SECTION, Section, ZerothOrderConfig, parse_section

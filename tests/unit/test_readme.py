@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.unit.shown_commands import arguments_after, commands
 from zods.cli.arguments import parse_arguments
 from zods.config.deepspeed_json import load_json
 from zods.trajectory.__main__ import main as trajectory
@@ -17,25 +18,11 @@ DOCUMENTS = ("README.md", "launch/quickstart/README.md")
 REQUIRED = ("--deepspeed_config", "c", "--model", "m", "--output_dir", "o", "--train_file", "t")
 
 
-def commands(document: str) -> list[str]:
-    """The indented and the quoted commands of a document, on one line each, without comments."""
-    text = (REPOSITORY / document).read_text().replace("\\\n", " ")
-    indented = re.findall(r"^ {4,}((?:deepspeed|bash|python|torchrun) .*)$", text, re.MULTILINE)
-    quoted = re.findall(r"`([A-Z_]+=\S+ )?((?:deepspeed|bash|python|torchrun) [^`]+)`", text)
-    found = [*indented, *(command for _, command in quoted)]
-    return [re.sub(r"\s+#.*", "", command) for command in found]
-
-
 SHOWN = [
     pytest.param(command, id=f"{document}: {command[:60]}")
     for document in DOCUMENTS
     for command in commands(document)
 ]
-
-
-def arguments_after(words: list[str], name: str) -> list[str]:
-    """The words after `name`, without "..." and without the brackets of "[--until STEP]"."""
-    return [word.strip("[]") for word in words[words.index(name) + 1 :] if word != "..."]
 
 
 def shown_run_file() -> str:
