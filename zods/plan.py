@@ -102,14 +102,7 @@ def _times_by_nodes(
     """The time of a step of the same configuration on 1 to 10,000 nodes."""
     return {
         nodes: step_time(
-            read_setup(
-                setup.model,
-                config,
-                world_size=arguments.gpus * nodes,
-                length=setup.length,
-                on_gpu=setup.on_gpu,
-                gpu_memory=setup.gpu_memory,
-            ),
+            _on_ranks(setup, config, arguments.gpus * nodes),
             rates,
             arguments.gpus,
             replicas=_replicas(arguments),
@@ -118,6 +111,18 @@ def _times_by_nodes(
         )
         for nodes in NODES
     }
+
+
+def _on_ranks(setup: Setup, config: dict[str, Any], world_size: int) -> Setup:
+    """The setup's configuration on another number of ranks."""
+    return read_setup(
+        setup.model,
+        config,
+        world_size=world_size,
+        length=setup.length,
+        on_gpu=setup.on_gpu,
+        gpu_memory=setup.gpu_memory,
+    )
 
 
 def _calibrated(
@@ -130,14 +135,7 @@ def _calibrated(
             f"--calibrate: {comm.world_size} ranks run here, but --gpus is {arguments.gpus}. Start "
             f"one node's ranks: deepspeed --num_gpus {arguments.gpus} --module zods.plan ..."
         )
-    of_node = read_setup(
-        setup.model,
-        config,
-        world_size=comm.world_size,
-        length=setup.length,
-        on_gpu=setup.on_gpu,
-        gpu_memory=setup.gpu_memory,
-    )
+    of_node = _on_ranks(setup, config, comm.world_size)
     measured = measured_step_time(of_node, config, comm)
     return measured, rates_of_step(of_node, measured, **_links(arguments))
 
