@@ -48,7 +48,8 @@ from tests.distributed.ranks import LIMIT, free_port, launch, run_ranks
 from tests.helpers import LogTexts
 from zods.comm.authenticated import TOKEN_VARIABLE
 from zods.comm.communicator import Communicator
-from zods.config.schema import parse_section, parse_selector
+from zods.config.schema import parse_section
+from zods.config.selector_section import parse_selector
 from zods.params.swap_files import PREFIX
 from zods.training.log_checks import check_same_selector
 from zods.training.replicas import Replicas

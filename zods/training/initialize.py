@@ -17,7 +17,9 @@ from zods.config.auto_values import hidden_size_of, resolve_model_auto, resolve_
 from zods.config.deepspeed_json import FirstOrderConfig, RunConfig, read_config
 from zods.config.optional_packages import check_packages
 from zods.config.schedules import ZerothOrderOptimizer, build_scheduler, step_mistake
-from zods.config.schema import SECTION, SelectorConfig, ZerothOrderConfig, check_selector
+from zods.config.schema import ZerothOrderConfig
+from zods.config.section import SECTION
+from zods.config.selector_section import SelectorConfig, check_selector
 from zods.data.batch import accepted_arguments
 from zods.data.columns import sources_of
 from zods.data.loader import TrainingLoader, check_dataset

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from zods.comm.authenticated import Channel, Server
-from zods.config.schema import ReplicasConfig
+from zods.config.replicas_section import ReplicasConfig
 from zods.training import replica_messages as messages
 from zods.training.replica_messages import Member, Sums
 from zods.trajectory.log import START, chained
