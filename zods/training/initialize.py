@@ -46,6 +46,7 @@ from zods.training.model_setup import (
 )
 from zods.training.rank_agreement import check_ranks_agree, code_of_model
 from zods.training.training_data import make_training_loader
+from zods.training.training_run import TrainingRun
 
 logger = logging.getLogger(__name__)
 
@@ -120,18 +121,10 @@ def initialize(
     zo_optimizer = ZerothOrderOptimizer([p.param for p in parameters], lr=zo.peak_lr)
     with comm.same_on_all_ranks():
         scheduler = _scheduler(run, zo_optimizer, lr_scheduler)
-    zo_engine = ZerothOrderEngine(
-        engine,
-        run,
-        comm=comm,
-        parameters=parameters,
-        optimizer=zo_optimizer,
-        lr_scheduler=scheduler,
-        training_loader=loader,
-        watchdog=watchdog,
-        fused_norms=fused_norms,
-        texts=texts,
+    training_run = TrainingRun.build(
+        run, engine, comm, parameters, zo_optimizer, scheduler, loader, watchdog
     )
+    zo_engine = ZerothOrderEngine(training_run, fused_norms, texts)
     zo_engine.recorder.note_code(code)
     watchdog.rest()
     if comm.rank == 0:
