@@ -20,6 +20,7 @@ from zods.core.update_rule import StepRule
 from zods.data.text_scores import TextObjective
 from zods.forward.cached_generation import NextTokens
 from zods.forward.fused_norms import FusedNorms
+from zods.params.zero3_adapter import remove_hooks
 from zods.selection.loaders import SelectingLoader
 from zods.training import checkpoint, resume
 from zods.training.batch_position import BatchPosition
@@ -136,12 +137,16 @@ class ZerothOrderEngine(EngineInterface):
         self.stop = request
 
     def close(self) -> None:
-        """Stop the watchdog, leave the replicas, unwrap the model and release the log. Call it
-        before any rank ends.
+        """Stop the watchdog, leave the replicas, take the wrappers and DeepSpeed's hooks off the
+        model, and release the log. Call it before any rank ends.
+
+        The model can be given to another engine then. At stage 3 its parameters stay sharded: it
+        runs no forward without an engine.
         """
         self._watchdog.close()
         self._position.restart()  # ends the workers of its iterator, for which an exit would wait
         self._evaluator.close()
+        remove_hooks(self.deepspeed)
         self._is_closed = True
         if self.replicas is not None:
             self.replicas.close()
