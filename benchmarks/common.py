@@ -123,7 +123,8 @@ def measuring_forwards(found: StepSize, eps: float) -> int:
     """The number of forwards that measured a step size. eps: the run's perturbation scale."""
     distances = 2 + round(math.log2(found.distance / eps))
     curved = step_size.NUM_CURVED * step_size.NUM_FEW * distances
-    return 2 * (step_size.NUM_DIRECTIONS * step_size.NUM_EXAMPLES + curved)
+    tried = step_size.NUM_HELD_OUT * (2 - round(math.log2(found.factor)))
+    return 2 * (step_size.NUM_DIRECTIONS * step_size.NUM_EXAMPLES + curved + tried)
 
 
 def commit() -> str:

@@ -68,7 +68,7 @@ GRIDS = {
     "adamw": (1e-5, 3e-5, 1e-4),
     "lora": (1e-4, 3e-4, 1e-3),
 }
-MEASURING = 1500  # forwards, about, that zods measures a step size with
+MEASURING = 1700  # forwards, about, that zods measures a step size with
 DIVERGED = 1.5  # a run ends where its training loss is this many times the one before training
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from tests.distributed.models import configuration, opt_data, sha256, tiny_opt, 
 from tests.distributed.ranks import run_ranks
 from tests.helpers import LogTexts
 from zods.comm.stop_request import StopRequested
+from zods.core import annealing
 from zods.trajectory.log import read_log
 from zods.trajectory.records import Step, StepSize
 
@@ -47,13 +49,15 @@ def build(**given: Any) -> Any:
     return zods.initialize(model=tiny_opt(), config=config, training_data=opt_data(40))[0]
 
 
-def rank_of_settings() -> dict[str, tuple[float, StepSize, list[float]]]:
+def rank_of_settings() -> dict[str, tuple[float, StepSize, list[float], bool]]:
     found = {}
     for name, given in SETTINGS.items():
         engine = build(**given)
-        before = engine.get_lr()[0]
+        before, weights = engine.get_lr()[0], sha256(whole(engine))
+        engine._measure_step_size()
+        kept = sha256(whole(engine)) == weights
         engine.train_batch()
-        found[name] = (before, engine.recorder.step_size, engine.get_lr())
+        found[name] = (before, engine.recorder.step_size, engine.get_lr(), kept)
         engine.close()
     return found
 
@@ -64,9 +68,10 @@ def measured() -> dict[int, list[Any]]:
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_all_ranks_measure_one_step_size_before_the_first_step(measured, name):
+def test_all_ranks_measure_one_step_size_before_the_first_step_and_change_no_weight(measured, name):
     for ranks in measured.values():
-        before, found, after = ranks[0][name]
+        before, found, after, kept = ranks[0][name]
+        assert kept
         assert before != before  # NaN
         assert {tuple(rank[name][1:2]) for rank in ranks} == {(found,)}
         assert after == [found.lr]
@@ -84,6 +89,7 @@ def test_the_measured_step_size_does_not_depend_on_the_number_of_ranks(measured,
 
 
 def rank_of_schedule(folder: Path) -> dict[str, Any]:
+    annealing.WINDOW, annealing.ERRORS = 2, -math.inf  # each window but the first is a rise
     found: dict[str, Any] = {}
     for name, at in {"whole": None, "logged": 3, "saved": 3}.items():
         engine = build(**DEFAULT, normalize=True, top=DECAY)
@@ -106,7 +112,7 @@ def rank_of_schedule(folder: Path) -> dict[str, Any]:
     return found
 
 
-def test_the_schedule_multiplies_the_measured_step_size_which_a_restart_keeps(tmp_path):
+def test_schedule_and_backoff_scale_the_measured_step_size_and_a_restart_keeps_them(tmp_path):
     found = run_ranks(2, rank_of_schedule, tmp_path)[0]
     assert len(set(found.values())) == 1
     records = {
@@ -117,8 +123,8 @@ def test_the_schedule_multiplies_the_measured_step_size_which_a_restart_keeps(tm
     for of_log in records.values():
         (step_size,) = (record for record in of_log if isinstance(record, StepSize))
         lrs = [record.lr / step_size.lr for record in of_log if isinstance(record, Step)]
-        # DeepSpeed's schedule has two steps at 0
-        assert lrs == pytest.approx([0.0, 0.0, 0.5, 1.0, 6 / 7, 5 / 7])
+        # DeepSpeed's schedule has two steps at 0; the second window ends with the fourth step
+        assert lrs == pytest.approx([0.0, 0.0, 0.5, 1.0, 6 / 7 / 2, 5 / 7 / 2])
 
 
 def rank_of_changes(folder: Path) -> dict[str, Any]:

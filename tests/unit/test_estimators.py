@@ -5,6 +5,7 @@ the annealing rule.
 import itertools
 import math
 import random
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch.nn import functional
 from tests.reference.dense import DenseReference, loss_of_module, named_parameters_of
 from zods.config.schema import parse_section
 from zods.core.anchor_weight import AnchorWeight, record_products
-from zods.core.annealing import Annealing, end_epoch, record_loss
+from zods.core.annealing import WINDOW, Annealing, back_off, end_epoch, record_loss
 from zods.core.directions import derive_seed
 from zods.core.estimators import Term, descend, projected_grads, spsa, svrg
 from zods.core.example_groups import part_starts
@@ -540,3 +541,41 @@ def test_an_epoch_without_a_loss_changes_nothing():
 def test_the_running_epoch_does_not_touch_the_divisor():
     state = end_epoch(record_loss(Annealing(), 1.0), alpha=5.0, threshold=1.05)
     assert record_loss(state, 1e9).divisor == 1.0
+
+
+def after_steps(losses: Iterable[float]) -> list[float]:
+    """The divisor after each step with these losses, where the step size is measured."""
+    state, found = Annealing(), []
+    for loss in losses:
+        state = back_off(record_loss(state, loss))
+        found.append(state.divisor)
+    return found
+
+
+def noise(size: float, number: int) -> list[float]:
+    generator = torch.Generator().manual_seed(5)
+    return (size * torch.randn(number, generator=generator)).tolist()
+
+
+def test_noise_and_a_falling_loss_do_not_back_off():
+    assert after_steps(1.0 + value for value in noise(0.3, 400))[-1] == 1.0
+    assert after_steps(math.exp(-k / 100) + v for k, v in enumerate(noise(0.2, 400)))[-1] == 1.0
+
+
+def test_one_step_with_a_high_loss_does_not_back_off():
+    losses = [1.0 + value for value in noise(0.1, 60)]
+    losses[50] = 1e6
+    assert after_steps(losses)[-1] == 1.0
+
+
+def test_a_loss_that_has_risen_backs_off_once_until_it_rises_further():
+    level = [0.5] * WINDOW + [1.0] * (4 * WINDOW) + [2.0] * WINDOW
+    found = after_steps(a + b for a, b in zip(level, noise(0.2, len(level)), strict=True))
+    assert found[WINDOW - 1 :: WINDOW] == [1.0, 2.0, 2.0, 2.0, 2.0, 4.0]
+
+
+def test_the_rise_that_backs_off_is_above_the_lowest_window_and_not_the_last_one():
+    levels = [1.0, 0.5, 0.6, 0.7, 0.8, 0.9]  # no window is above the one before it by its noise
+    level = [value for value in levels for _ in range(WINDOW)]
+    found = after_steps(a + b for a, b in zip(level, noise(0.2, len(level)), strict=True))
+    assert found[-1] == 2.0

@@ -20,6 +20,8 @@ from zods.core.noise_scale import (
     record_staleness,
     shares,
 )
+from zods.data.loader import TrainingLoader
+from zods.data.order import Mixture
 from zods.training.loss_exchange import ReducedLosses
 from zods.training.noise_meter import NoiseMeter
 from zods.trajectory.records import Step
@@ -242,7 +244,34 @@ def test_the_advised_interval_has_the_least_noise_times_forwards():
 
 
 def meter_of(**keys: object) -> NoiseMeter:
-    return NoiseMeter(parse_section(keys), batch_size=4, population=None, selects=False)
+    return NoiseMeter(parse_section(keys), batch_size=4, loader=None, selects=False)
+
+
+def loader_of(examples: list[float], mixture: Mixture | None = None) -> TrainingLoader:
+    return TrainingLoader(
+        examples,  # type: ignore[arg-type]
+        **{"micro_batch": 4, "accumulation": 1, "rank": 0, "world_size": 1, "seed": 1},
+        mixture=mixture,
+    )
+
+
+def test_batch_noise_of_a_mixture_is_that_of_its_effective_size():
+    sources = ["a"] * 60 + ["b"] * 4
+    mixture = Mixture.of(sources, {"a": 1, "b": 3}, "weights")
+    figures = []
+    for drawn_from in (None, mixture):
+        meter = NoiseMeter(
+            parse_section({"method": "mezo", "examples_per_direction": "all"}),
+            batch_size=4,
+            loader=loader_of([0.0] * 64, drawn_from),
+            selects=False,
+        )
+        meter.add_step(reduced([[2.0]], Spread(20.0 / 16, 4)), step_of(2.0), ())
+        figures.append(meter.figures())
+    whole, mixed = figures
+    # few examples make most of the draws, so that a batch of 4 has half of what there is
+    assert mixture.effective_size == 7
+    assert mixed["batch_noise"] < 0.6 * whole["batch_noise"]
 
 
 def reduced(differences: list[list[float]], spread: Spread) -> ReducedLosses:
@@ -278,7 +307,8 @@ def test_a_direction_per_example_says_nothing_of_the_noise_scale_and_still_gives
 
 def test_a_step_of_svrg_has_the_staleness_of_its_correction_at_the_weight_it_used():
     svrg = {"method": "mezo_svrg", "anchor_weight": 0.5, "examples_per_direction": "all"}
-    meter = NoiseMeter(parse_section(svrg), batch_size=4, population=64, selects=False)
+    loader = loader_of([0.0] * 64)
+    meter = NoiseMeter(parse_section(svrg), batch_size=4, loader=loader, selects=False)
     meter.add_step(
         reduced([[2.0, 1.0]], Spread(1.0, 1)),
         step_of(3.0, weight=0.5),

@@ -168,6 +168,18 @@ def test_the_passes_of_a_source_are_its_draws_over_its_size():
     assert mixture().passes(240) == {"code": 3.0, "web": 0.3, "math": 4.0}
 
 
+def test_draws_of_a_mixture_vary_as_those_from_as_many_examples_as_its_effective_size():
+    values = torch.randn(SIZE, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for members in mixture().members:  # each source has the mean 0 and the variance 1
+        values[members] = (values[members] - values[members].mean()) / values[members].std()
+    draws = 40  # at most two thirds of a source
+    means = torch.stack([values[mixture().draw(draws, seed)].mean() for seed in range(1000)])
+    size = mixture().effective_size
+    assert means.square().mean().item() == pytest.approx(1 / draws - 1 / size, rel=0.15)
+    sizes = Mixture.of(SOURCES, {"code": 20, "web": 200, "math": 30}, "weights")
+    assert sizes.effective_size == SIZE
+
+
 def test_sources_of_a_batch_are_mixed():
     batches = epoch_order(SIZE, BATCH, 3, 0, mixture=mixture())
     assert all(len({SOURCES[i] for i in batch}) > 1 for batch in batches.tolist())

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from zods.core.step_size import NOISE_SCALES, Surroundings, curvature, suggest
+from zods.core.step_size import NOISE_SCALES, Surroundings, curvature, suggest, tried
 
 DIMENSION, EXAMPLES, DIRECTIONS = 400, 32, 400
 
@@ -69,6 +69,26 @@ def test_the_change_of_a_step_is_the_best_one_of_a_quadratic_loss(groups):
     problem = Quadratic(noise_scale=16.0)
     found = suggest(problem.surroundings(EXAMPLES), groups, EXAMPLES / groups, normalize=True)
     assert found == pytest.approx(problem.best_change(groups), rel=0.5)
+
+
+def test_a_step_size_is_halved_until_several_steps_stay_below_the_lowest_point_of_a_quadratic():
+    problem, groups = Quadratic(noise_scale=16.0), 32
+    parts = problem.gradients.view(groups, -1, DIMENSION).mean(1)
+    z = problem.z[:groups]
+    estimate = ((z * parts).sum(1, keepdim=True) * z).sum(0)
+    estimate /= estimate.square().mean().sqrt()
+
+    def rise(change: float) -> float:
+        moved = -change * estimate
+        return (problem.gradient @ moved + problem.h @ moved.square() / 2).item()
+
+    best = problem.best_change(groups)
+    for change in (best, 4.0 * best, 1000.0 * best):
+        moved = 4.0 * change * tried(rise, change, 0.0)
+        assert rise(moved / 2.0) > 0.75 * rise(moved)  # below the lowest point
+        assert moved == 4.0 * change or rise(moved) <= min(0.0, 0.75 * rise(2.0 * moved))
+    with pytest.raises(RuntimeError, match="raise the loss of other examples"):
+        tried(lambda _: math.nan, best, 1.0)
 
 
 def test_steps_with_and_without_normalization_have_one_length():

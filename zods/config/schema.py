@@ -146,7 +146,8 @@ class ZerothOrderConfig(Section):
     method: Method = "mezo"  # of the steps; mezo_svrg needs the training set for its anchor
     eps: PositiveFloat = 1e-3  # perturbation scale [mu]
     # step size of a mini-batch step [eta_2]; with normalize, the change of a weight in a step; auto:
-    # measured before the first step, from the noise of the gradient and the curvature of the loss
+    # measured before the first step, from the noise of the gradient and the curvature of the loss, and
+    # tried on other examples; without "anneal" it is halved whenever the mean loss of 20 steps rises
     lr: Annotated[float | Literal["auto"], PlainValidator(_step_size)] = "auto"
     # step size of the full-batch step at a refresh [eta_1]; null: the value of lr
     anchor_lr: Annotated[float | None, Field(ge=0.0)] = None

@@ -1,30 +1,45 @@
-"""Annealing of the step sizes: divide them when the mean loss of an epoch has grown.
+"""Annealing of the step sizes: divide them when the mean loss has grown.
 
-The state is a function of the losses alone. `record_loss` and `end_epoch` are its transitions.
+There are two rules. `end_epoch` compares epochs, as the configuration says. `back_off` compares
+windows of steps, where the step size is measured and no other rule is given. The state is a
+function of the losses alone.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
+
+WINDOW = 20  # steps
+ERRORS = 4.0  # a rise is so many standard errors of the difference of two windows' means
+BACKOFF = 2.0
 
 
 @dataclass(frozen=True)
 class Annealing:
     """State of the annealing.
 
-    divisor: the step sizes are divided by it. previous_mean: mean loss of the previous epoch, None
-    in the first. loss_sum, num_losses: of the current epoch.
+    divisor: the step sizes are divided by it. previous_mean: mean loss of the epoch or window that
+    the current one is compared with, None in the first. previous_variance: of this mean, for
+    windows. loss_sum, square_sum, num_losses: of the current epoch or window.
     """
 
     divisor: float = 1.0
     previous_mean: float | None = None
     loss_sum: float = 0.0
     num_losses: int = 0
+    previous_variance: float = 0.0
+    square_sum: float = 0.0
 
 
 def record_loss(state: Annealing, loss: float) -> Annealing:
-    """Add a loss to the current epoch."""
-    return replace(state, loss_sum=state.loss_sum + loss, num_losses=state.num_losses + 1)
+    """Add a loss to the current epoch or window."""
+    return replace(
+        state,
+        loss_sum=state.loss_sum + loss,
+        num_losses=state.num_losses + 1,
+        square_sum=state.square_sum + loss * loss,
+    )
 
 
 def end_epoch(state: Annealing, *, alpha: float, threshold: float) -> Annealing:
@@ -42,3 +57,31 @@ def end_epoch(state: Annealing, *, alpha: float, threshold: float) -> Annealing:
     mean = state.loss_sum / state.num_losses
     worse = state.previous_mean is not None and mean > threshold * state.previous_mean
     return Annealing(divisor=state.divisor * (alpha if worse else 1.0), previous_mean=mean)
+
+
+def back_off(state: Annealing) -> Annealing:
+    """Close a window of WINDOW steps, if it is full, and start the next one.
+
+    The divisor is multiplied by BACKOFF if the window's mean loss exceeds the lowest one since the
+    last division by ERRORS standard errors. A single step with a high loss raises the standard
+    error with the mean.
+
+    >>> state = Annealing()
+    >>> for loss in [1.0, 1.1] * 10 + [0.5, 0.6] * 10 + [0.7, 0.8] * 10:
+    ...     state = back_off(record_loss(state, loss))
+    >>> state.divisor, round(state.previous_mean, 2)
+    (2.0, 0.75)
+    """
+    n = state.num_losses
+    if n < WINDOW:
+        return state
+    mean = state.loss_sum / n
+    variance = max(0.0, state.square_sum / n - mean * mean) / (n - 1)
+    rises = False
+    if state.previous_mean is not None:
+        error = math.sqrt(variance + state.previous_variance)
+        rises = mean - state.previous_mean > ERRORS * error
+        if not rises and mean >= state.previous_mean:
+            mean, variance = state.previous_mean, state.previous_variance
+    divisor = state.divisor * (BACKOFF if rises else 1.0)
+    return Annealing(divisor, previous_mean=mean, previous_variance=variance)

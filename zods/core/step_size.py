@@ -29,12 +29,14 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 # The noise scale that is assumed lies between these. It is small only until the first steps have
 # followed what the examples have in common. A larger one than the second is not told from so few.
 NOISE_SCALES = (12.0, 64.0)
+NUM_TRIED, ENOUGH = 16, 0.75
+MOST_HALVINGS = 16
 DIGITS = 2  # of the step size, which is known less well
 
 
@@ -109,6 +111,33 @@ def suggest(around: Surroundings, directions: int, examples: float, *, normalize
     of_estimate = size * math.sqrt((share + (1.0 - share) / examples) / directions)
     change = share * size**2 / (of_estimate * around.trace)
     return change if normalize else change / of_estimate
+
+
+def tried(rise: Callable[[float], float], change: float, tolerance: float) -> float:
+    """Find the factor of a step size, 1 or a power of 1/2, with which several steps lower the loss.
+
+    It is halved while the loss rises, and while half of it makes ENOUGH of the fall: a quadratic
+    loss falls by 3/4 of the most halfway to its lowest point, so the steps stay below that point.
+
+    change: of a weight in a step, root mean square. NUM_TRIED steps along independent directions
+    change a weight by the root of NUM_TRIED times as much, which is tried at once. rise: of the
+    loss after a change along an estimate; NaN is a rise. tolerance: a rise or fall that is none,
+    because few examples are noisy. Raises RuntimeError where no factor is small enough.
+
+    >>> tried(lambda change: change**2 - change, change=0.5, tolerance=0.0)
+    0.125
+    """
+    before = math.inf
+    for halvings in range(MOST_HALVINGS):
+        last = rise(change * 0.5**halvings * math.sqrt(NUM_TRIED))
+        half_is_enough = last < -tolerance and last <= ENOUGH * before
+        if before <= tolerance and not half_is_enough:
+            return 0.5 ** (halvings - 1)
+        before = last
+    raise RuntimeError(
+        f'zeroth_order.lr: "auto" cannot be measured: steps that change a weight by {change:.2g} '
+        f"raise the loss of other examples, and so do {MOST_HALVINGS - 1} halves of it. Give a number."
+    )
 
 
 def rounded(step_size: float) -> float:

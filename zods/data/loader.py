@@ -47,6 +47,7 @@ class EpochLoader:
     drawn once per epoch.
     """
 
+    dataset: Any
     accumulation: int
     mixture: Mixture | None = None
     epoch = 0
@@ -63,6 +64,11 @@ class EpochLoader:
         """Yield micro-batches without end, epoch after epoch."""
         while True:
             yield from self
+
+    @property
+    def population(self) -> int:
+        """The number of examples of which a batch is a sample; see `Mixture.effective_size`."""
+        return len(self.dataset) if self.mixture is None else self.mixture.effective_size
 
     @property
     def steps_per_epoch(self) -> int:
@@ -135,12 +141,12 @@ class TrainingLoader(EpochLoader):
 
     def __len__(self) -> int:
         """The number of micro-batches per epoch and rank."""
-        return len(self.dataset) // self.batch_size * self.accumulation  # type: ignore[arg-type]
+        return len(self.dataset) // self.batch_size * self.accumulation
 
     def _order(self) -> torch.Tensor:
         """The example indices of each step of the current epoch, (steps, batch_size)."""
         if self._last_order is None or self._last_order[0] != self.epoch:
-            size: int = len(self.dataset)  # type: ignore[arg-type]
+            size: int = len(self.dataset)
             order = epoch_order(
                 *(size, self.batch_size, self.seed, self.epoch),
                 lengths=self._lengths,
@@ -193,7 +199,7 @@ class TrainingLoader(EpochLoader):
 
     def state_dict(self) -> dict[str, int]:
         examples = self.position // self.accumulation * self.batch_size
-        return {"epoch": self.epoch, "examples": examples, "size": len(self.dataset)}  # type: ignore[arg-type]
+        return {"epoch": self.epoch, "examples": examples, "size": len(self.dataset)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue at the first step that was not complete in `state`.
@@ -205,9 +211,9 @@ class TrainingLoader(EpochLoader):
                 "zeroth_order.selector: none, but the checkpoint was made with one. Resume with "
                 "the same."
             )
-        if state["size"] != len(self.dataset):  # type: ignore[arg-type]
+        if state["size"] != len(self.dataset):
             raise ValueError(
-                f"training_data: {len(self.dataset)} examples, "  # type: ignore[arg-type]
+                f"training_data: {len(self.dataset)} examples, "
                 f"but the checkpoint was made with {state['size']}. Resume with the same data."
             )
         if state["examples"] % self.batch_size:

@@ -80,6 +80,21 @@ class Mixture:
         first = start - passes.start * size
         return torch.cat([members[:0], *orders])[first : first + count]
 
+    @property
+    def effective_size(self) -> int:
+        """Number of examples E from which plain draws without replacement vary as little as those
+        of this mixture.
+
+        m draws have m w of the P examples of a source with weight w. Where the examples of all
+        sources have the variance v, the variance of the mean of the draws is
+
+            sum over sources of w^2 (1 / (m w) - 1 / P) v = (1 / m - 1 / E) v,    1 / E = sum w^2 / P
+
+        E is the number of all examples where the weights are the sizes of the sources.
+        """
+        parts = zip(self.weights, self.members, strict=True)
+        return round(1 / sum(weight**2 / len(of) for weight, of in parts))
+
     def passes(self, number: int) -> dict[str, float]:
         """How often the examples of each source were drawn on average in `number` draws."""
         parts = zip(self.names, self.weights, self.members, strict=True)

@@ -209,7 +209,7 @@ class ZOTrainerMixin(_Base):
         """The number of examples, not of micro-batches."""
         data = getattr(dataloader, "dataset", None)
         if isinstance(data, MicroBatches):
-            return len(data.loader.dataset)  # type: ignore[attr-defined]
+            return len(data.loader.dataset)
         return super().num_examples(dataloader)
 
     def _prepare_for_training(

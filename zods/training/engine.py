@@ -84,7 +84,7 @@ class ZerothOrderEngine(EngineInterface):
         self.noise = NoiseMeter(
             zo,
             batch_size=self.train_batch_size(),
-            population=None if run.loader is None else len(run.loader.dataset),  # type: ignore[arg-type]
+            loader=run.loader,
             selects=self.selection is not None,
         )
         self._evaluator = make_evaluator(run, fused_norms, texts)

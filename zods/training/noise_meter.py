@@ -27,6 +27,7 @@ from zods.core.noise_scale import (
     record_staleness,
     shares,
 )
+from zods.data.loader import EpochLoader
 from zods.training.loss_exchange import ReducedLosses
 from zods.trajectory.records import Step
 
@@ -41,18 +42,24 @@ class NoiseMeter:
     """
 
     def __init__(
-        self, config: ZerothOrderConfig, *, batch_size: int, population: int | None, selects: bool
+        self,
+        config: ZerothOrderConfig,
+        *,
+        batch_size: int,
+        loader: EpochLoader | None,
+        selects: bool,
     ) -> None:
-        """population: number of training examples, where it is known. selects: whether the examples
-        of a step are chosen. Then they are no random sample, and steps do not measure the noise.
+        """loader: of the training examples, where it is known. selects: whether the examples of a
+        step are chosen. Then they are no random sample, and steps do not measure the noise.
         """
         self.noise, self.staleness = NoiseScale(), Staleness()
-        self._config, self._batch_size, self._population = config, batch_size, population
+        self._config, self._batch_size = config, batch_size
+        self._population = None if loader is None else loader.population
         self._selects = selects
         starts = group_starts(batch_size, config.examples_per_direction)
         self._sizes = [end - start for start, end in pairwise([*starts, batch_size])]
-        asked = config.anchor_examples or population or 0
-        self._refresh_examples = asked if population is None else min(asked, population)
+        size = 0 if loader is None else len(loader.dataset)  # a refresh needs a loader
+        self._refresh_examples = min(config.anchor_examples or size, size)
 
     def add_refresh(self, found: NoiseScale) -> None:
         """Add the noise that a refresh has measured."""

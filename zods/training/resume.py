@@ -249,8 +249,8 @@ def _read_tail(run: TrainingRun, tail: Sequence[Record]) -> tuple[list[Change], 
     with run.comm.same_on_all_ranks():
         for record in tail:
             change = run.recorder.change(record)
+            run.begin(record)
             if isinstance(record, Refresh):
-                run.begin_anchor(record)
                 refreshed_at = refreshed_at if change is None else len(changes)
             if isinstance(record, Step):
                 run.advance(record)

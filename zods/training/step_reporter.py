@@ -26,6 +26,7 @@ class StepReporter:
         self._has_warned_of_zero = False
         self._losses: list[float] = []  # of the steps since the last comparison
         self._first_loss: float | None = None  # mean of the first RISE_STEPS steps
+        self._divisor = math.inf  # of the step sizes, after the last step; not known at the start
         self._ties: list[bool] = []  # of the last steps with scores: whether all pairs were equal
 
     def report(
@@ -71,12 +72,13 @@ class StepReporter:
         projected_grad: float,
     ) -> None:
         """Warn of a step that was skipped, or whose projected gradient is exactly 0; of a loss that
-        rises; with scores, where most steps tell nothing.
+        rises, or has divided the step size; with scores, where most steps tell nothing.
 
         Raises RuntimeError after `max_nonfinite_steps` skipped steps in a row.
         """
         if self._config.objective in SMOOTH_OBJECTIVES and not record.skipped:
             self._warn_of_rise(state, loss)
+            self._tell_of_division(state)
         if record.skipped:
             self._warn_of_skipped(state, loss)
         elif self._config.objective != "loss":
@@ -112,6 +114,16 @@ class StepReporter:
                     "a schedule that lowers it. This is said once.",
                     *(state.global_steps, RISE_STEPS, mean, RISE),
                 )
+
+    def _tell_of_division(self, state: TrainState) -> None:
+        divisor, before = state.annealing.divisor, self._divisor
+        self._divisor = divisor
+        if divisor > before and self._comm.rank == 0:
+            logger.warning(
+                "step %d: the loss has risen, to a mean of %.4g. From now on the step size is divided "
+                "by %g in place of %g.",
+                *(state.global_steps, state.annealing.previous_mean, divisor, before),
+            )
 
     def _warn_of_ties(self, state: TrainState, record: Step) -> None:
         """Warn where most steps of the last TIED_STEPS had equal scores at all pairs of points."""

@@ -31,7 +31,7 @@ from zods.params.zero3_adapter import release_gathered
 from zods.selection.loaders import SelectingLoader
 from zods.training.recorder import Recorder
 from zods.training.state import TrainState
-from zods.trajectory.records import Record, Refresh, Step
+from zods.trajectory.records import Record, Refresh, Step, StepSize
 from zods.trajectory.updates import direction_of
 
 
@@ -105,8 +105,7 @@ class TrainingRun:
         that ends in between resumes from the log.
         """
         change = self.recorder.add(record)
-        if isinstance(record, Refresh):
-            self.begin_anchor(record)
+        self.begin(record)
         if change is None:
             return
         if isinstance(record, Refresh):
@@ -158,11 +157,18 @@ class TrainingRun:
             release_gathered(self.deepspeed)
             self.deferred.flush()
 
-    def begin_anchor(self, record: Refresh) -> None:
-        """Count from a refresh of the anchor; the next step takes the new anchor whole."""
-        self.state.anchor_step = record.step
-        if record.coefficients:
-            self.state.anchor_weight = AnchorWeight()
+    def begin(self, record: Record) -> None:
+        """Begin anew what a record of another kind than a step replaces.
+
+        A refresh: count from it; the next step takes the new anchor whole. A measured step size: it
+        is not divided.
+        """
+        if isinstance(record, StepSize):
+            self.state.annealing = annealing.Annealing()
+        if isinstance(record, Refresh):
+            self.state.anchor_step = record.step
+            if record.coefficients:
+                self.state.anchor_weight = AnchorWeight()
 
     def advance(self, record: Step) -> None:
         """Count a step, and advance the schedules."""
@@ -180,6 +186,8 @@ class TrainingRun:
             if self.lr_scheduler is not None:
                 self.lr_scheduler.step()
         anneal = self.config.zeroth_order.anneal
+        if anneal is None and self.config.zeroth_order.lr == "auto":
+            state.annealing = annealing.back_off(state.annealing)
         if anneal is not None and self._ends_epoch(record):
             state.annealing = annealing.end_epoch(
                 state.annealing, alpha=anneal.alpha, threshold=anneal.threshold

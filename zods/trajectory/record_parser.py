@@ -202,12 +202,13 @@ STEP_SIZE_FIGURES = ("loss", "distance", "trace", "size", "share")
 
 
 def _step_size(values: dict[str, Any]) -> StepSize:
-    get = _Reader(values, "step_size", ("lr", *STEP_SIZE_FIGURES))
-    figures = (get.number(key) for key in STEP_SIZE_FIGURES)
+    get = _Reader(values, "step_size", ("lr", *STEP_SIZE_FIGURES, "factor"))
+    figures = {key: get.number(key) for key in STEP_SIZE_FIGURES}
+    figures["factor"] = get.scale("factor") or 1.0
     lr = get.number("lr")
     if not lr > 0.0:
         raise ValueError(f"step_size: lr is {lr!r}")
-    return StepSize(get.count("step_size"), lr, *figures)
+    return StepSize(get.count("step_size"), lr, **figures)
 
 
 def _refresh(values: dict[str, Any]) -> Refresh:

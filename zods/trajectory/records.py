@@ -175,7 +175,8 @@ class StepSize:
     """The step size from a step on, where it is measured.
 
     The schedule and annealing multiply it. loss, distance, trace, size, share: what it follows
-    from, see `zods.training.step_size` and `zods.core.step_size`.
+    from, see `zods.training.step_size` and `zods.core.step_size`. factor: by which lr was reduced
+    where it was tried.
     """
 
     step: int
@@ -185,6 +186,7 @@ class StepSize:
     trace: float
     size: float
     share: float
+    factor: float = 1.0
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -195,6 +197,7 @@ class StepSize:
             "trace": self.trace,
             "size": self.size,
             "share": self.share,
+            **({} if self.factor == 1.0 else {"factor": self.factor}),
         }
 
 
