@@ -9,7 +9,8 @@ The sources of a paragraph, an item of a list or a row of a table, its *block*:
 - Files `benchmarks/results/NAME.md` that it names in backticks: all of its figures may be in them. A row, and an
   item of a list, also has the sources of the paragraph before the table or the list.
 - A comment behind the figures, for those between it and the comment before it in the block:
-  `<!-- results/NAME.md -->`, or any other text file of the repository.
+  `<!-- results/NAME.md -->`, or any other text file of the repository;
+  `<!-- results/NAME.md: TEXT; TEXT -->`: its lines with one of these texts.
   `<!-- results/NAME.json: KEY=VALUE; ...; NAME; ... -->`: the entries NAME of those of the file's "rows" that
   have VALUE as KEY, or of the file itself where it has no rows. An entry may be a path, `curve/-1/loss`;
   `mean` before it takes the mean over the rows (also `median`, `min`, `max`); ` * 100` or ` / 60` behind it converts
@@ -115,17 +116,20 @@ def _figures(text: str, every: bool) -> Iterator[str]:
             yield match[0]
 
 
-def _numbers_of(file: str) -> list[float]:
-    text = (REPOSITORY / file).read_text(encoding="utf-8").replace("_", "")
-    return [float(number.replace(",", "")) for number in re.findall(NUMBER, text)]
+def _numbers_of(file: str, texts: Sequence[str] = ("",)) -> list[float]:
+    """The numbers in the lines of a file that have one of the texts."""
+    lines = (REPOSITORY / file).read_text(encoding="utf-8").splitlines()
+    chosen = "\n".join(line for line in lines if any(text in line for text in texts))
+    numbers = re.findall(NUMBER, chosen.replace("_", ""))  # 1_000 is a number of Python
+    return [float(number.replace(",", "")) for number in numbers]
 
 
 def _values(source: str, query: str) -> list[float]:
     file = f"benchmarks/{source}" if source.startswith("results/") else source
-    if not file.endswith(".json"):
-        return _numbers_of(file)
-    data = json.loads((REPOSITORY / file).read_text(encoding="utf-8"))
     terms = [term.strip() for term in query.split(";")]
+    if not file.endswith(".json"):
+        return _numbers_of(file, terms)
+    data = json.loads((REPOSITORY / file).read_text(encoding="utf-8"))
     wanted = dict(term.split("=", 1) for term in terms if "=" in term)
     rows = [
         row

@@ -33,6 +33,8 @@ OF_JSON = "<!-- results/quickstart_2026-11-29.json: seed=1; accuracy_before; acc
         (f"From 0.24 to 0.98 {OF_JSON}", ["0.98"]),
         (f"From 0.24 to 0.97 {OF_JSON}, and 0.97 elsewhere.", ["0.97"]),
         (f"| what | figure |\n|---|---|\n| seed 1 | 0.24 -> 0.97, 4 {OF_JSON} |", ["4"]),
+        ("It is 173 s <!-- results/trajectory_2026-11-25.md: mezo, 16 directions -->", []),
+        ("It is 95 s <!-- results/trajectory_2026-11-25.md: mezo, 16 directions -->", ["95"]),
         ("The authors report 3.0 <!-- elsewhere: their table 1 -->", []),
         ("`--lr 0.1` with Python 3.11, DeepSpeed 0.19.8 and arXiv:2305.17333.", []),
     ],
