@@ -23,7 +23,7 @@ from multiprocessing.connection import Connection
 from common import Report, add_report_options, add_smoke_option, free_port, report_head
 from socket_counters import counted
 
-from zods.config.schema import ReplicasConfig
+from zods.config.replicas_section import ReplicasConfig
 from zods.training import replica_messages as messages
 from zods.training.replica_follower import Follower, Lost
 from zods.training.replica_leader import Leader

@@ -14,7 +14,7 @@ import torch
 from selection_models import BUDGET, CANDIDATES, Row, decoder, first_order, prepared, single_process
 from torch import Tensor
 
-from zods.config.schema import SelectorConfig
+from zods.config.selector_section import SelectorConfig
 from zods.data.objectives import example_losses
 from zods.data.order import epoch_order
 from zods.selection import facility_location as fl

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from zods.comm.communicator import Communicator
 from zods.comm.process import end_process
-from zods.config.schema import SelectorConfig
+from zods.config.selector_section import SelectorConfig
 from zods.selection import facility_location as fl
 from zods.selection.selector import CandidateBatch, Selector
 

@@ -25,6 +25,8 @@ DS_ENV_FILE="$(mktemp)"
 export DS_ENV_FILE
 trap 'rm -f "$DS_ENV_FILE"' EXIT
 for name in "${forwarded[@]}"; do printf '%s=%s\n' "$name" "${!name}"; done >"$DS_ENV_FILE"
+# without this pdsh waits for hours for a host that is gone, after the ranks of the others have ended
+export PDSH_SSH_ARGS_APPEND="${PDSH_SSH_ARGS_APPEND:-} -o ServerAliveInterval=30 -o ServerAliveCountMax=4"
 
 run deepspeed "${launcher[@]}" --module zods.finetune "${options[@]}"
 finish "$status" "$first"

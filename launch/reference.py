@@ -1,6 +1,6 @@
 """Write docs/configuration.md between its markers: `python launch/reference.py`.
 
-The tables of keys are made from the models of `zods.config.schema`: type and bounds from the
+The tables of keys are made from the models of `zods.config`: type and bounds from the
 declarations, the text from the comment above a key or behind it, or else from the docstring of its
 section. The tables of options are those of `zods.cli.options`. With `--check` nothing is written;
 exit status 1 if the tables are not those of the code.
@@ -23,7 +23,8 @@ from pydantic.fields import FieldInfo
 
 from zods.cli.arguments import option_parser
 from zods.cli.options import GROUPS
-from zods.config.schema import SECTION, SVRG_ONLY, ZerothOrderConfig
+from zods.config.schema import SVRG_ONLY, ZerothOrderConfig
+from zods.config.section import SECTION
 
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
 BEGIN, END = "<!-- {}: begin -->", "<!-- {}: end -->"

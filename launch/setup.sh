@@ -85,6 +85,7 @@ add_hosts() {
   PATH="$path" command -v ip >/dev/null || wanted+=(iproute2)
   command -v ssh >/dev/null || wanted+=(openssh-client)
   command -v pdsh >/dev/null || wanted+=(pdsh)
+  PATH="$path:.venv/openssh/usr/sbin" sshd -V >/dev/null 2>&1 || [ $? -eq 1 ] || wanted+=(libwrap0) # sshd's own library
   if [ ${#wanted[@]} -gt 0 ]; then
     DEBIAN_FRONTEND=noninteractive flock /var/lib/apt sh -c 'apt-get update -qq && apt-get install -y -qq "$@"' - "${wanted[@]}"
   fi

@@ -18,7 +18,8 @@ import torch
 
 from zods.comm.communicator import is_connected
 from zods.comm.process import connect_ranks, end_process, environment_rank, report_failure
-from zods.config.schema import Method, Storage
+from zods.config.anchor_section import Storage
+from zods.config.schema import Method
 from zods.planning.calibration import measured_step_time, rates_of_step
 from zods.planning.first_order import first_order
 from zods.planning.model_shape import BUILT_IN, ModelShape, model_shape, read_model_config

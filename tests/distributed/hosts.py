@@ -63,6 +63,11 @@ def lacking() -> str | None:
         return (
             f"several hosts need {', '.join(missing)}: apt-get install iproute2 openssh-server pdsh"
         )
+    sshd = subprocess.run(
+        [str(shutil.which("sshd", path=PATH)), "-V"], capture_output=True, text=True, check=False
+    )
+    if sshd.returncode == 127:  # a library of it is missing
+        return f"several hosts need sshd, which does not start here: {sshd.stderr.strip()}"
     probe = subprocess.run(
         ["unshare", "-n", "-m", "-p", "-f", "--mount-proc", "true"],
         capture_output=True,

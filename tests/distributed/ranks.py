@@ -14,9 +14,10 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,27 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list
             ]
             pytest.fail("\n".join([f"{function.__name__} failed", *failures, *said]), pytrace=False)
         return [results[rank][1] for rank in range(world_size)]
+
+
+def at_once(runs: Sequence[tuple[int, Callable[..., Any], Any]]) -> list[list[Any]]:
+    """Run worlds of ranks at the same time: (world size, function, arguments) of each."""
+    results: dict[int, Any] = {}
+
+    def run(k: int, world_size: int, function: Callable[..., Any], args: Any) -> None:
+        try:
+            results[k] = run_ranks(world_size, function, *args)
+        except BaseException as error:
+            results[k] = error
+
+    threads = [threading.Thread(target=run, args=(k, *of)) for k, of in enumerate(runs)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for result in results.values():
+        if isinstance(result, BaseException):
+            raise result
+    return [results[k] for k in range(len(runs))]
 
 
 def _collect(pipes: list[Any], processes: list[Any]) -> dict[int, tuple[bool, Any]]:

@@ -235,6 +235,10 @@ def test_of_two_forwards_before_one_backward_only_the_second_can_become_the_step
 # --- two engines on one model ---------------------------------------------------------------------
 
 
+def num_hooks(model: nn.Module) -> int:
+    return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
+
+
 def rank_of_successors(stage: int) -> dict[int, tuple[str, str, float]]:
     """Compare a second engine on a first one's model with an engine on an equal model.
 
@@ -244,12 +248,14 @@ def rank_of_successors(stage: int) -> dict[int, tuple[str, str, float]]:
     found = {}
     for closed_before in (0, 1, 3):
         model, own = Tiny(), Tiny()
+        hooks = num_hooks(model)
         first = build(model, stage=stage)
         train(first, tiny_data(), range(2))
         for value, param in zip(whole(first).values(), own.parameters(), strict=True):
             param.data.copy_(value)
         if closed_before == 0:
             first.close()
+            assert num_hooks(model) == hooks, "close() leaves hooks on the model"
         second, alone = (build(each, stage=stage, seed=8) for each in (model, own))
         for step in range(3):
             if step == closed_before > 0:

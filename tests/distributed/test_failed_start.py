@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,18 @@ def test_a_failed_start_is_reported_in_one_line_by_one_rank(way):
     ]
     if traceback is not None:
         assert re.search(rf"^{traceback}: ", output, re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_a_port_in_use_is_one_line_that_names_it(tmp_path):
+    variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    with socket.create_server(("", 0)) as other:
+        port = str(other.getsockname()[1])
+        command = [sys.executable, str(SCRIPT), "disagreement"]
+        returned, output = run_command(command, tmp_path, **variables, MASTER_PORT=port)
+    assert returned == 2, output[-4000:]
+    assert f"a program: error: rank 0: MASTER_PORT: {port}, where another process" in output
+    assert "Traceback" not in output
 
 
 def test_a_rank_that_is_killed_at_the_start_leaves_no_traceback_of_the_others():

@@ -176,6 +176,18 @@ def test_a_host_with_other_files_of_zods_is_named(two, tmp_path):
     assert re.search(r"error: node2: zods's files is \w+, but \w+ on node1\. Install", output)
 
 
+def test_a_host_that_is_cut_off_is_named_before_anything_is_started(two, folder):
+    two.cut_off(2)
+    try:
+        command = ["bash", "launch/deepspeed.sh", "--hostfile", str(two.folder / "hostfile"), "--"]
+        code, output = two.run(1, [*command, *job(folder, "never")])
+    finally:
+        two.connect(2)
+    assert code == 2
+    assert "node2: ssh: connect to host node2" in output
+    assert not (folder / "never").exists()
+
+
 # --- exit statuses ------------------------------------------------------------------------------------
 
 

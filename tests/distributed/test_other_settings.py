@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -145,10 +146,25 @@ def rank_of_changed_code(folder: Path) -> tuple[list[str], list[Any]]:
     logged(folder, tiny_opt())
     texts = LogTexts("zods.training.log_checks")
     used = recorder.code_in_use()
-    recorder.code_in_use = lambda: {**used, "torch": "9.0"}  # type: ignore[assignment]
+    other = {**used, "torch": "9.0", "lock": "other packages"}
+    recorder.code_in_use = lambda: other  # type: ignore[assignment]
     logged(folder, tiny_opt())
     records = [r for r in read_log(folder / LOG_NAME).records if isinstance(r, RunRecord)]
     return texts.texts, [(r.step, r.code and r.code["torch"]) for r in records]
+
+
+def rank_in_another_image(folder: Path) -> list[str]:
+    texts = LogTexts("zods.training.log_checks")
+    for image in ("zods-cpu:1", "zods-cpu:2"):
+        os.environ["ZODS_IMAGE"] = image
+        recorder.code_in_use.cache_clear()
+        logged(folder, tiny_opt())
+    return texts.texts
+
+
+def test_a_restart_in_another_image_is_said(tmp_path):
+    ((text,),) = run_ranks(1, rank_in_another_image, tmp_path)
+    assert 'code.image: "zods-cpu:1" -> "zods-cpu:2"' in text
 
 
 def rank_of_a_changed_model_file(folder: Path) -> list[str]:
@@ -202,4 +218,5 @@ def test_a_restart_with_other_code_is_said_and_recorded(tmp_path):
     ((texts, codes),) = run_ranks(1, rank_of_changed_code, tmp_path)
     (text,) = texts
     assert f'code.torch: "{torch.__version__}" -> "9.0"' in text
+    assert '-> "other packages"' in text
     assert codes == [(0, torch.__version__), (STEPS, "9.0")]

@@ -15,7 +15,6 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +43,12 @@ from tests.distributed.models import (
     whole,
     wide_data,
 )
-from tests.distributed.ranks import LIMIT, free_port, launch, run_ranks
+from tests.distributed.ranks import LIMIT, at_once, free_port, launch, run_ranks
 from tests.helpers import LogTexts
 from zods.comm.authenticated import TOKEN_VARIABLE
 from zods.comm.communicator import Communicator
-from zods.config.schema import parse_section, parse_selector
+from zods.config.schema import parse_section
+from zods.config.selector_section import parse_selector
 from zods.params.swap_files import PREFIX
 from zods.training.log_checks import check_same_selector
 from zods.training.replicas import Replicas
@@ -88,32 +88,28 @@ def store_address() -> str:
     return f"127.0.0.1:{free_port()}"
 
 
-def at_once(runs: Sequence[tuple[int, Callable[..., Any], Any]]) -> list[list[Any]]:
-    """Run worlds of ranks at the same time: (world size, function, arguments) of each."""
-    results: dict[int, Any] = {}
-
-    def run(k: int, world_size: int, function: Callable[..., Any], args: Any) -> None:
-        try:
-            results[k] = run_ranks(world_size, function, *args)
-        except BaseException as error:
-            results[k] = error
-
-    threads = [threading.Thread(target=run, args=(k, *of)) for k, of in enumerate(runs)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for result in results.values():
-        if isinstance(result, BaseException):
-            raise result
-    return [results[k] for k in range(len(runs))]
-
-
 def waits_for(path: Path) -> None:
     deadline = time.monotonic() + LIMIT
     while not path.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     torch.distributed.barrier()
+
+
+def touch_when_it_asks(engine: Any, path: Path) -> None:
+    """Make a file when this replica has asked the leader to take part, in a thread on rank 0."""
+    follower = engine.replicas._follower
+    if follower is None:
+        return
+
+    def wait() -> None:
+        deadline = time.monotonic() + LIMIT
+        while not (follower._has_asked_to_join or engine.replicas.members):
+            if time.monotonic() > deadline:
+                return
+            time.sleep(0.02)
+        path.touch()
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def build(name: str, replica: dict[str, Any] | None) -> Any:
@@ -164,7 +160,7 @@ def rank_of_joiner(
     """
     waits_for(folder / "begun")
     engine = build(name, {"store": store, "index": index, "silence_timeout": 30.0})
-    threading.Timer(1.0, (folder / ready).touch).start()
+    touch_when_it_asks(engine, folder / ready)
     engine.resume(folder / "none")
     joined = engine.global_steps
     sizes = []
@@ -214,7 +210,7 @@ def rank_of_one_that_dies(name: str, folder: Path, store: str, at: int) -> Any:
     """Join, and die without a message in the middle of a step."""
     waits_for(folder / "begun")
     engine = build(name, {"store": store, "index": 3})
-    threading.Timer(1.0, (folder / "ready").touch).start()
+    touch_when_it_asks(engine, folder / "ready")
     engine.resume(folder / "none")
     while engine.global_steps < at:
         engine.train_batch()
@@ -229,22 +225,25 @@ def rank_of_two_lives(name: str, folder: Path, store: str) -> list[dict[str, Any
     return [first, second]
 
 
-def test_a_replica_that_dies_is_left_out_and_the_others_go_on(tmp_path):
+def test_a_replica_that_dies_is_left_out_and_ends_with_the_same_bits_after_a_restart(tmp_path):
     results: list[Any] = []
+    pauses = {5: "ready", 10: "back"}
 
     def leader() -> None:
-        results.extend(run_ranks(1, rank_of_leader, "svrg", tmp_path, store, {5: "ready"}))
+        results.extend(run_ranks(1, rank_of_leader, "svrg", tmp_path, store, pauses))
 
     store = store_address()
     thread = threading.Thread(target=leader)
     thread.start()
     with pytest.raises(pytest.fail.Exception, match="exit code -9"):
         run_ranks(1, rank_of_one_that_dies, "svrg", tmp_path, store, 8)
+    (again,) = run_ranks(1, rank_of_joiner, "svrg", tmp_path, store, 3, STEPS, "back")
     thread.join()
     (found,) = results
-    assert found["step"] == STEPS
-    assert max(found["counts"]) == 2
-    assert found["counts"][-1] == 1
+    assert found["counts"][8:10] == [1, 1], "the others went on"
+    assert again["joined"] >= 10
+    assert (again["step"], again["weights"]) == (STEPS, found["weights"])
+    assert again["head"] == found["head"]
     assert read_log(tmp_path / "log" / "trajectory.log").heads[-1] == found["head"]
 
 
@@ -300,7 +299,7 @@ def rank_on_one_drive(folder: Path, store: str, index: int) -> tuple[dict[str, A
     config = configuration(4, offload="nvme", nvme_path=folder / "nvme", **section)
     engine = zods.initialize(model=Wide(), config=config, training_data=wide_data())[0]
     if index:
-        threading.Timer(1.0, (folder / "ready").touch).start()
+        touch_when_it_asks(engine, folder / "ready")
     engine.resume(folder / str(index))
     (folder / "begun").touch()
     in_use = []
@@ -359,7 +358,7 @@ def rank_of_straggler(name: str, folder: Path, store: str) -> dict[str, Any]:
     """Join, and be slow in two steps: in the middle of a step, and where a refresh is due."""
     waits_for(folder / "begun")
     engine = build(name, {"store": store, "index": 1, "silence_timeout": 30.0})
-    threading.Timer(1.0, (folder / "ready").touch).start()
+    touch_when_it_asks(engine, folder / "ready")
     engine.resume(folder / "none")
     late, left_out = [6, 8], 0
     while engine.global_steps < STEPS and not engine.should_stop:
@@ -789,7 +788,7 @@ def rank_that_counts_bytes(folder: Path, store: str, index: int, directions: int
     config = configuration(12, **section, replicas={"store": store, "index": index})
     engine = zods.initialize(model=Tiny(), config=config, training_data=tiny_data(40))[0]
     if index:
-        threading.Timer(1.0, (folder / "ready").touch).start()
+        touch_when_it_asks(engine, folder / "ready")
     engine.resume(folder / str(index))
     (folder / "begun").touch()
     sent = []

@@ -124,7 +124,7 @@ def rank_of_runs(folder: Path) -> dict[str, Any]:
             states[step + 1] = state(engine)
             if step + 1 in SAVED:
                 if engine.gradient_accumulation_steps() > 1:
-                    engine.forward(next(engine._own_batches))
+                    engine.forward(next(engine._position.batches()))
                 engine.save_checkpoint(folder / name / CHECKPOINTS)
                 if engine.gradient_accumulation_steps() > 1:
                     engine.training_dataloader.position -= 1

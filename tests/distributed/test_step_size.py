@@ -173,7 +173,7 @@ def rank_of_few_labels() -> list[float]:
     for examples, batch in ((data, BATCH), (opt_data(3), 2)):
         config = configuration(batch, **{**DEFAULT, "lr": "auto", "normalize": True})
         engine = zods.initialize(model=tiny_opt(), config=config, training_data=examples)[0]
-        engine._measure_step_size()
+        engine._passes.measure_step_size()
         found.append(engine.recorder.step_size.lr)
         engine.close()
     return found

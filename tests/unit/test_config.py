@@ -13,25 +13,23 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from zods.config.anchor_section import STORAGES, AnchorConfig
 from zods.config.auto_values import resolve_model_auto
 from zods.config.deepspeed_json import RunConfig, load_json, read_config
+from zods.config.replicas_section import ReplicasConfig
 from zods.config.schema import (
     DISTRIBUTIONS,
     METHODS,
-    SECTION,
-    STORAGES,
-    STRATEGIES,
     SVRG_ONLY,
-    AnchorConfig,
     AnnealConfig,
     DirectionConfig,
     MixtureConfig,
-    ReplicasConfig,
-    SelectorConfig,
     ZerothOrderConfig,
     parse_section,
     read_section,
 )
+from zods.config.section import SECTION
+from zods.config.selector_section import STRATEGIES, SelectorConfig
 
 FOLDER = Path(__file__).parents[2] / "ds_configs"
 

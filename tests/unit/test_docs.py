@@ -23,7 +23,8 @@ import yaml
 
 from tests.unit.shown_commands import arguments_after, commands
 from zods.cli.arguments import option_parser
-from zods.config.schema import SECTION, Section, ZerothOrderConfig, parse_section
+from zods.config.schema import ZerothOrderConfig, parse_section
+from zods.config.section import SECTION, Section
 from zods.doctor.__main__ import _parser as doctor_parser
 from zods.plan import _parser as plan_parser
 from zods.report.__main__ import _parser as report_parser

@@ -16,14 +16,8 @@ from transformers import (
 
 from tests.reference.objective import objective, token_losses
 from zods.data import objectives
-from zods.data.objectives import (
-    Objective,
-    batch_loss,
-    fits_cross_entropy,
-    loss_count,
-    sequence_log_likelihood,
-    shift_probes,
-)
+from zods.data.loss_probes import fits_cross_entropy, shift_probes
+from zods.data.objectives import Objective, batch_loss, loss_count, sequence_log_likelihood
 
 TINY = {
     "vocab_size": 50,

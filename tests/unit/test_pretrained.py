@@ -18,17 +18,16 @@ from safetensors.torch import save_file
 from tiny_tasks import REVIEWS, TEXTS, make_task, make_tokenizer
 
 from zods.cli import adapters
+from zods.cli.data_options import DataArguments, TaskArguments
 from zods.cli.load_model import load_model
 from zods.cli.model_checks import check_adapter, check_causal, check_kind, check_shapes
 from zods.cli.option_values import Names
 from zods.cli.options import (
     Arguments,
-    DataArguments,
     ModelArguments,
     OverrideArguments,
     RunArguments,
     SelectionArguments,
-    TaskArguments,
 )
 from zods.cli.prepared_data import prepare_data
 from zods.cli.pretrained import (

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from zods.config.schema import ReplicasConfig
+from zods.config.replicas_section import ReplicasConfig
 from zods.training import replica_leader
 from zods.training import replica_messages as messages
 from zods.training.replica_follower import Follower, Lost, Refused

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from zods.config.schema import STRATEGIES, SelectorConfig, parse_selector
+from zods.config.selector_section import STRATEGIES, SelectorConfig, parse_selector
 from zods.core.directions import Direction
 from zods.selection.baselines import BETAS, EPSILON, PaperFeatures
 from zods.selection.facility_location import from_features, lazy_greedy, quantised

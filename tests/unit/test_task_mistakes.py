@@ -16,7 +16,7 @@ from tiny_tasks import (
     reviews,
 )
 
-from zods.cli.options import DataArguments
+from zods.cli.data_options import DataArguments
 from zods.cli.prepared_data import load_parts
 from zods.tasks import build_task, check_rows, check_token_ids, load_examples, read_escapes
 from zods.tasks import task as task_module

@@ -23,7 +23,8 @@ from zods.cli.option_values import FractionOrCount, Names, NumberOrAuto, NumberO
 from zods.cli.options import BATCH_OVERRIDES, GROUPS, MINIMUM, Arguments, ModelArguments
 from zods.config.config_errors import nearest
 from zods.config.deepspeed_json import MOST_KEYS, load_json
-from zods.config.schema import SECTION, SVRG_ONLY
+from zods.config.schema import SVRG_ONLY
+from zods.config.section import SECTION
 from zods.files import check_regular
 from zods.tasks import TASKS
 

@@ -12,8 +12,9 @@ import datasets
 
 from zods.cli.adapters import read_peft_config
 from zods.cli.arguments import load_mapping
+from zods.cli.data_options import DataArguments, TaskArguments
 from zods.cli.model_checks import check_adapter, check_kind, check_shapes
-from zods.cli.options import Arguments, DataArguments, TaskArguments
+from zods.cli.options import Arguments
 from zods.cli.pretrained import Pretrained, check_generation_config
 from zods.config.deepspeed_json import FirstOrderConfig, RunConfig
 from zods.config.schema import ZerothOrderConfig
@@ -99,7 +100,7 @@ def prepare_data(
     if selector is not None:
         target = parts.get("target", (None, ""))[0]
         check_target_data(selector, target, "zeroth_order.selector")
-    beside = {"train": _sources_beside(run.zeroth_order, train)}
+    beside = {"train": _sources_beside(run.zeroth_order, column, train)}
     if arguments.task.packing and beside["train"]:
         raise ValueError(
             "--packing: an example would have texts of several sources. Leave out --packing or "
@@ -128,19 +129,20 @@ def prepare_data(
     )
 
 
-def _sources_beside(section: ZerothOrderConfig, train: datasets.Dataset) -> dict[str, Any]:
+def _sources_beside(
+    section: ZerothOrderConfig, column: str | None, train: datasets.Dataset
+) -> dict[str, Any]:
     """The column of the sources that a mixture or a selector reads, {} where none does.
 
     Raises ValueError where there is no such column, or where the weights of the mixture do not fit.
     """
-    mixture, selector = section.mixture, section.selector
-    if mixture is not None:
-        sources = sources_of(train, mixture.source_column, "mixture") or []
-        Mixture.of(sources, mixture.weights, "mixture.weights")
-        return {mixture.source_column: sources}
-    if selector is None or selector.source_column is None:
+    if column is None:
         return {}
-    return {selector.source_column: sources_of(train, selector.source_column, "selector")}
+    mixture = section.mixture
+    sources = sources_of(train, column, "selector" if mixture is None else "mixture")
+    if mixture is not None:
+        Mixture.of(sources or [], mixture.weights, "mixture.weights")
+    return {column: sources}
 
 
 def declared_task(settings: TaskArguments) -> PublishedTask | None:

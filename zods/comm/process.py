@@ -61,19 +61,27 @@ def connect_ranks(
 ) -> Communicator:
     """Connect the ranks that the launcher started; one rank where there is no launcher.
 
-    Raises ValueError where the launcher's variables are incomplete, or where mpi4py is needed but
-    missing.
+    Raises ValueError where the launcher's variables are incomplete, where mpi4py is needed but
+    missing, and on rank 0 where its port is in use.
     """
     if not is_connected() and dist_init_required is not False:
         _prepare_environment()
     if environment_rank() == 0 or os.environ.get("LOCAL_RANK") == "0":  # one rank of each machine
         report_stale_locks()
-    deepspeed.init_distributed(
-        get_accelerator().communication_backend_name(),
-        distributed_port=distributed_port,
-        dist_init_required=dist_init_required,
-        verbose=False,
-    )
+    try:
+        deepspeed.init_distributed(
+            get_accelerator().communication_backend_name(),
+            distributed_port=distributed_port,
+            dist_init_required=dist_init_required,
+            verbose=False,
+        )
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise ValueError(
+            f"MASTER_PORT: {os.environ.get('MASTER_PORT')}, where another process of this host "
+            "listens, maybe another run. Give the launcher a free --master_port."
+        ) from None
     comm = Communicator(torch.device(get_accelerator().current_device_name()))
     if comm.device.type == "cpu":
         _unlink_shared_memory(comm)

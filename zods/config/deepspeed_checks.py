@@ -32,7 +32,7 @@ from deepspeed.utils import logger as deepspeed_logger
 from pydantic import BaseModel, ValidationError
 
 from zods.config.config_errors import nearest
-from zods.config.schema import SECTION
+from zods.config.section import SECTION
 
 VERSION = importlib.metadata.version("deepspeed")
 # Top-level keys that DeepSpeed 0.19.8 reads. It ignores any other silently. A test compares them

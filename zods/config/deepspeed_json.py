@@ -29,17 +29,16 @@ from zods.config.deepspeed_checks import (
 )
 from zods.config.schedules import ZerothOrderOptimizer, resolve_scheduler
 from zods.config.schema import (
-    SECTION,
     SVRG_ONLY,
     LossMean,
     MixtureConfig,
-    SelectorConfig,
     ZerothOrderConfig,
     check_group_size,
-    check_selector,
     parse_section,
     read_section,
 )
+from zods.config.section import SECTION
+from zods.config.selector_section import SelectorConfig, check_selector
 from zods.files import check_regular
 
 MOST_KEYS = 1000  # of a configuration: each unknown key is a line of the error

@@ -2,6 +2,8 @@
 
 The declaration of each key holds its type, bounds and choices. Every mistake is one line: the key,
 what was found and what is allowed. All mistakes are raised at once (`zods.config.config_errors`).
+The larger sections in it have modules of their own (`anchor_section`, `selector_section`,
+`replicas_section`).
 """
 
 from __future__ import annotations
@@ -14,55 +16,29 @@ from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
     PlainValidator,
     PositiveFloat,
-    field_validator,
     model_validator,
 )
 
-from zods.config.config_errors import AUTO, Mistakes, read_model
+from zods.config.anchor_section import AnchorConfig
+from zods.config.config_errors import Mistakes, read_model
+from zods.config.replicas_section import ReplicasConfig, replicas_mistakes
+from zods.config.section import SECTION, Count, NumDirections, Section, Text
+from zods.config.selector_section import SelectorConfig
 
-SECTION = "zeroth_order"
 Method = Literal["mezo", "mezo_svrg"]
 Distribution = Literal["gaussian", "rademacher", "low_rank"]
 LossMean = Literal["tokens", "examples"]
-Storage = Literal["device", "cpu", "nvme", "terms"]
-Strategy = Literal[
-    "greedy",
-    "stochastic_greedy",
-    "greedi",
-    "mean_matching",
-    "target",
-    "random",
-    "structured_random",
-    "longest",
-    "highest_loss",
-    "lowest_loss",
-]
-Metric = Literal["l1", "l2", "cosine"]
 METHODS: tuple[str, ...] = get_args(Method)
 DISTRIBUTIONS: tuple[str, ...] = get_args(Distribution)
-STORAGES: tuple[str, ...] = get_args(Storage)
-STRATEGIES: tuple[str, ...] = get_args(Strategy)
-FACILITY_LOCATION = ("greedy", "stochastic_greedy", "greedi")
-BY_SOURCE = (*FACILITY_LOCATION, "mean_matching", "structured_random")
-METRICS: tuple[str, ...] = get_args(Metric)
 # named objectives: of the logits, of which the first ones are smooth, and of generated texts
 SMOOTH_OBJECTIVES = ("loss", "candidates")
 OF_LOGITS = (*SMOOTH_OBJECTIVES, "accuracy", "token_accuracy")
 OF_TEXTS = ("exact_match", "f1")
-
-
-def _not_auto(value: str) -> str:
-    """Refuse the text "auto". Types other than text refuse it anyway."""
-    if value == "auto":
-        raise ValueError(AUTO)
-    return value
 
 
 def _objective(value: str) -> str:
@@ -101,56 +77,6 @@ def _fused_norm(value: Any) -> Any:
     if value == "auto" or type(value) is bool:
         return value
     raise ValueError(f'found {value!r}, expected "auto", true or false.')
-
-
-Count = Annotated[int, Field(ge=1)]
-# each direction takes forwards, a seed and up to 6 bytes of the log
-NumDirections = Annotated[int, Field(ge=1, le=1 << 16)]
-Text = Annotated[str, AfterValidator(_not_auto)]
-
-
-class Section(BaseModel):
-    """A section of the configuration.
-
-    No value is converted to its declared type, except a whole number to a float.
-    """
-
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
-
-    # keys of earlier versions, with what to do instead
-    replaced: ClassVar[dict[str, str]] = {}
-
-
-class AnchorConfig(Section):
-    """The storage of the anchor of MeZO-SVRG.
-
-    point: the parameters at the last refresh. gradient: the full-batch estimate at that point.
-    Each is a copy on the `device`, a copy on the `cpu`, or a copy in `nvme` files. With `terms` it
-    is recomputed from its terms when it is needed, and takes no memory.
-    """
-
-    point: Storage = "cpu"
-    gradient: Storage = "cpu"
-    nvme_path: Text | None = None  # a folder on the drive; needed for nvme
-    buffer_count: Count = 3  # nvme: buffers for the point and the gradient; 2 or more overlap I/O
-    buffer_size: Count = 1 << 22  # nvme: elements per buffer
-    pin_memory: bool = True  # cpu: use page-locked memory where there is a GPU
-
-    def storages(self) -> tuple[str, str]:
-        return (self.point, self.gradient)
-
-    @model_validator(mode="after")
-    def _check_nvme_path(self) -> Self:
-        if "nvme" in self.storages() and not self.nvme_path:
-            raise ValueError(
-                "nvme_path: missing; point or gradient is nvme. Give a folder on the drive."
-            )
-        if self.nvme_path is not None and "nvme" not in self.storages():
-            raise ValueError(
-                f"nvme_path: given, but neither point ({self.point}) nor gradient "
-                f"({self.gradient}) is nvme. Set one of them to nvme, or remove the path."
-            )
-        return self
 
 
 class DirectionConfig(Section):
@@ -195,74 +121,6 @@ class AnnealConfig(Section):
     threshold: PositiveFloat = 1.05
 
 
-class SelectorConfig(Section):
-    """The selection of sub-batches that represent larger batches. See `zods.selection`.
-
-    The method is described in Nguyen et al. 2024 (arXiv:2407.19580v1).
-    """
-
-    candidates: Count  # size of a large batch; train_batch_size of them are chosen
-    # greedy: facility location; mean_matching: the mean feature is nearest to that of all; target:
-    # the most similar to target examples; the others are baselines
-    strategy: Strategy = "greedy"
-    # target: a file of target examples, of the same form as the training file
-    target_file: Text | None = None
-    # column that names an example's source; null: clusters of features are the sources
-    source_column: Text | None = None
-    # facility location without source_column; 1: all examples are one source
-    num_clusters: Count = 8
-    # number of examples chosen from each source; null: small sources are taken whole, and the
-    # other sources in proportion to their size
-    quotas: Annotated[
-        dict[str, NonNegativeInt] | None,
-        Field(min_length=1, description="{source: number of examples, ...}"),
-    ] = None
-    # weight of a chosen example in the loss; cluster: the number of examples that it represents
-    weights: Literal["uniform", "cluster"] = "uniform"
-    # steps with random sub-batches before the first selection; small sources are taken whole
-    warmup_steps: NonNegativeInt = 0
-    interval: Count = 1  # steps made with a sub-batch before the next one is chosen
-    metric: Metric = "l2"  # distance between features
-    # exact: derivatives of an example's loss along directions of one matrix; zo and paper: the
-    # same by finite differences; hidden_states: inputs of the head, for comparison
-    features: Literal["exact", "zo", "paper", "hidden_states"] = "exact"
-    num_directions: NumDirections = 64  # features of an example
-    rank: Count = 4  # of a direction
-    # regular expression that is searched in the matrix's name; null: the last value projection
-    pattern: Text | None = None
-    eps: PositiveFloat = 1e-3  # zo, paper: perturbation scale
-    two_sided: bool = True  # zo: two perturbed points; false: one, and the parameters
-    top: Count = 2560  # paper: number of gradient elements used
-
-    @field_validator("quotas", mode="before")
-    @classmethod
-    def _name_sources(cls, values: Any) -> Any:
-        if not isinstance(values, Mapping):
-            return values
-        return {str(source): number for source, number in values.items()}
-
-
-class ReplicasConfig(Section):
-    """Several DeepSpeed worlds that train one model together. See `zods.training.replicas`."""
-
-    store: Text  # "host:port"; replica 0 listens there and the others connect to it
-    index: NonNegativeInt = 0  # unique for each replica; replica 0 leads
-    # seconds without a heartbeat after which a replica is left out
-    silence_timeout: PositiveFloat = 30.0
-    # seconds that a step waits for a replica after the leader's own sums; null: while it lives
-    straggler_timeout: PositiveFloat | None = None
-    # seconds that the others wait for a leader that has not started or is gone
-    leader_timeout: PositiveFloat = 300.0
-    # file with the run's secret token; null: the environment variable ZODS_REPLICA_TOKEN
-    token_file: Text | None = None
-
-    @property
-    def address(self) -> tuple[str, int]:
-        """The host and the port of `store`."""
-        host, _, port = self.store.rpartition(":")
-        return host.strip("[]"), int(port)
-
-
 class MixtureConfig(Section):
     """Sampling of the training examples by weights of their sources. See `zods.data.order`."""
 
@@ -280,7 +138,7 @@ class ZerothOrderConfig(Section):
     Symbols in brackets are from Gautam et al. 2024 (arXiv:2404.08080).
     """
 
-    replaced = {
+    replaced: ClassVar[dict[str, str]] = {
         "directions": 'Use examples_per_direction: "all" in place of "shared"; the number of '
         'examples of a rank in place of "per_rank".'
     }
@@ -396,15 +254,6 @@ def check_loss_mean(value: str) -> None:
         raise Mistakes(found)
 
 
-def parse_selector(values: Any, path: str) -> SelectorConfig:
-    """Read and check a selector's section (a dict). Raises ValueError, naming the keys."""
-    found: list[str] = []
-    config = read_model(SelectorConfig, values, path, found)
-    if found or config is None:
-        raise Mistakes(found)
-    return config
-
-
 def check_group_size(config: ZerothOrderConfig, batch: int) -> None:
     """Raise ValueError where a group of examples is larger than a step's batch."""
     size = config.examples_per_direction
@@ -412,75 +261,6 @@ def check_group_size(config: ZerothOrderConfig, batch: int) -> None:
         raise ValueError(
             f"{SECTION}.examples_per_direction: found {size}, but train_batch_size is {batch}. "
             'Give as many or fewer, or "all".'
-        )
-
-
-def check_selector(
-    config: SelectorConfig, path: str, budget: int, num_examples: int | None = None
-) -> None:
-    """Raise ValueError where a selector does not fit the batch size or the number of examples.
-
-    budget: number of examples to choose from the candidates. num_examples: number of training
-    examples, where it is known.
-    """
-    found = list(_selector_mistakes(config, path, budget, num_examples))
-    if found:
-        raise Mistakes(found)
-
-
-def _selector_mistakes(
-    config: SelectorConfig, path: str, budget: int, num_examples: int | None
-) -> Iterator[str]:
-    if budget < 1 or budget > config.candidates:
-        yield (
-            f"{path}.candidates: found {config.candidates}, of which {budget} (train_batch_size) "
-            "are to be chosen. Give as many candidates or more, and choose at least 1."
-        )
-    if num_examples is not None and num_examples < config.candidates:
-        yield (
-            f"{path}.candidates: found {config.candidates}, but there are {num_examples} training "
-            "examples. Give as many candidates or fewer."
-        )
-    if config.target_file is not None and config.strategy != "target":
-        yield (
-            f"{path}.target_file: given, but strategy is {config.strategy!r}. Set strategy to "
-            '"target", or remove the file.'
-        )
-    if config.strategy == "target" and config.features == "paper":
-        yield (
-            f'{path}.features: found "paper", but strategy is "target", and along a single '
-            "direction all examples are equally similar. Use another kind."
-        )
-    if config.quotas is None:
-        return
-    if config.source_column is None:
-        yield f"{path}.quotas: given without {path}.source_column. Name the column of the sources."
-    if config.strategy not in BY_SOURCE:
-        yield (
-            f"{path}.quotas: {config.strategy} does not choose by source. Allowed are "
-            f"{', '.join(BY_SOURCE)}."
-        )
-    total = sum(config.quotas.values())
-    if total != budget:
-        yield (
-            f"{path}.quotas: they sum to {total}, must sum to {budget}, the train_batch_size. "
-            "Change one of them."
-        )
-
-
-def _replicas_mistakes(config: ZerothOrderConfig, replicas: ReplicasConfig) -> Iterator[str]:
-    host, _, port = replicas.store.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 2**16:
-        yield f'{SECTION}.replicas.store: found {replicas.store!r}, expected "host:port".'
-    if config.selector is not None and config.selector.strategy == "greedi":
-        yield (
-            f'{SECTION}.selector.strategy: "greedi" depends on the number of ranks, which may differ '
-            'between replicas. Use "greedy".'
-        )
-    if host.strip("[]") in ("0.0.0.0", "::", "*"):
-        yield (
-            f"{SECTION}.replicas.store: found {replicas.store!r}, which is every network interface. "
-            "Give the address of one interface of the leading replica's host."
         )
 
 
@@ -524,7 +304,7 @@ def _mistakes_between_keys(config: ZerothOrderConfig, given: Mapping[str, Any]) 
             "two estimates along one direction. Give a number, or remove share_direction."
         )
     if config.replicas is not None:
-        yield from _replicas_mistakes(config, config.replicas)
+        yield from replicas_mistakes(config.replicas, config.selector)
     if config.selector is not None:
         yield from _loading_mistakes(config)
 

@@ -90,7 +90,7 @@ def batch_loss(outputs: Any, batch: Any, objective: Objective = PLAIN) -> Tensor
     if objective.score is not None:
         return scored_losses(outputs, batch, objective)[0]
     loss = own_loss(outputs)
-    logits, labels = _entry(outputs, "logits"), _entry(batch, "labels")
+    logits, labels = entry(outputs, "logits"), entry(batch, "labels")
     if weights_of(batch) is not None:
         tiny = torch.finfo(torch.float64).tiny
         return weighted_sum(outputs, batch, objective) / loss_count(batch, objective).clamp(
@@ -132,7 +132,7 @@ def scored_losses(outputs: Any, batch: Any, objective: Objective) -> tuple[Tenso
 
     Raises ValueError if there are no logits or labels, or by the score.
     """
-    logits, labels = logits_of(outputs), _entry(batch, "labels")
+    logits, labels = logits_of(outputs), entry(batch, "labels")
     if logits is None or label_counts(labels, objective.shifted) is None:
         raise ValueError(
             "zeroth_order.objective: a score needs logits and integer labels; the model returned "
@@ -168,7 +168,7 @@ def loss_count(batch: Any, objective: Objective = PLAIN) -> Tensor:
     examples: the number of examples with such a token. For a batch with weights it is the sum of
     w_i n_i (tokens) or of w_i (examples). Without integer labels it is the number of examples.
     """
-    labels, weights = _entry(batch, "labels"), weights_of(batch)
+    labels, weights = entry(batch, "labels"), weights_of(batch)
     counts = label_counts(labels, objective.shifted)
     if counts is None:
         return torch.tensor(float(num_examples(batch)), dtype=torch.float64)
@@ -196,7 +196,7 @@ def own_loss(outputs: Any) -> Tensor | None:
     Raises ValueError if the output named `loss` is not a 0-d tensor.
     """
     first = outputs[0] if isinstance(outputs, (tuple, list)) and outputs else outputs
-    loss = first if isinstance(first, Tensor) and first.ndim == 0 else _entry(outputs, "loss")
+    loss = first if isinstance(first, Tensor) and first.ndim == 0 else entry(outputs, "loss")
     if loss is not None and not (isinstance(loss, Tensor) and loss.ndim == 0):
         found = f"of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(
@@ -206,55 +206,12 @@ def own_loss(outputs: Any) -> Tensor | None:
     return loss
 
 
-def other_labels(batch: dict[str, Any], logits: Tensor) -> list[dict[str, Any]]:
-    """Copies of a batch with other labels, to compare a model's loss with a plain cross entropy.
-
-    logits: the model's logits for the batch. Labels (B,) are spread over up to 16 classes, B
-    classes per batch. Labels (B, L) that count are spread over the classes. If more than two labels
-    of the first example count, some of them are masked. The end of the first example's attention
-    mask is cleared, for a loss that counts tokens by the mask.
-    """
-    labels, number = batch.get("labels"), logits.shape[-1]
-    if (
-        not isinstance(labels, Tensor)
-        or labels.is_floating_point()
-        or labels.ndim not in (1, 2)
-        or not number
-    ):
-        return [dict(batch)]
-    changed = dict(batch)
-    mask = batch.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.ndim == 2:
-        changed["attention_mask"] = mask.clone()
-        changed["attention_mask"][0, mask.shape[1] * 3 // 4 :] = 0
-    if labels.ndim == 1 and labels.shape != logits.shape[:1]:
-        return [changed]
-    if labels.ndim == 1:
-        classes = torch.linspace(0, number - 1, min(number, 16), device=labels.device).long()
-        sets = classes.split(max(1, len(labels)))
-        return [
-            {**changed, "labels": of_set[torch.arange(len(labels)) % len(of_set)].to(labels.dtype)}
-            for of_set in sets
-        ]
-    counted = labels != IGNORE_INDEX
-    spread = (
-        torch.arange(int(counted.sum()), device=labels.device)
-        * max(1, number // max(1, int(counted.sum())))
-        + 1
-    )
-    changed["labels"] = labels.clone()
-    changed["labels"][counted] = (spread % number).to(labels.dtype)
-    if int(counted[0].sum()) > 2:
-        changed["labels"][0, labels.shape[1] * 2 // 4 : labels.shape[1] * 3 // 4] = IGNORE_INDEX
-    return [changed]
-
-
 def needs_row_losses(batch: Any, objective: Objective) -> bool:
     """Whether the loss of each row is needed.
 
     It is where the mean over examples is wanted, and the model returns a mean over tokens.
     """
-    labels = _entry(batch, "labels")
+    labels = entry(batch, "labels")
     return (
         objective.loss_mean == "examples"
         and label_counts(labels) is not None
@@ -272,46 +229,6 @@ def refusal_of_examples(size: int) -> str:
     )
 
 
-def fits_cross_entropy(outputs: Any, batch: Any, shifted: bool) -> bool | None:
-    """Whether a model's own loss is the cross entropy of its logits, up to rounding.
-
-    None if the batch has no label that counts: the two cannot be compared then.
-    """
-    loss, logits, labels = own_loss(outputs), _entry(outputs, "logits"), _entry(batch, "labels")
-    if loss is None or not isinstance(logits, Tensor) or not isinstance(labels, Tensor):
-        return False
-    counts = label_counts(labels, shifted)
-    if (
-        counts is None
-        or logits.ndim != labels.ndim + 1
-        or labels.shape != logits.shape[:-1]
-        or labels.ndim > 2
-    ):
-        return False
-    if not counts.any():
-        return None
-    expected = batch_loss({"logits": logits}, {"labels": labels}, Objective(shifted=shifted))
-    tolerance = 1e-5 if loss.dtype.itemsize >= 4 and logits.dtype.itemsize >= 4 else 2.0**-7
-    return torch.allclose(loss.double(), expected, rtol=tolerance, atol=0.1 * tolerance)
-
-
-def shift_probes(batch: Any) -> tuple[Any, Any] | None:
-    """Two batches that show whether a model shifts its labels.
-
-    The rows of the first batch have a label at their last position only. The rows of the second
-    have one at their first position, too. A model whose position t predicts label t + 1 returns the
-    same loss for both. None if the labels are not integers (B, L).
-    """
-    labels = _entry(batch, "labels")
-    if not isinstance(batch, Mapping) or label_counts(labels) is None or labels.ndim != 2:
-        return None
-    without = torch.full_like(labels, IGNORE_INDEX)
-    without[:, -1] = labels.max().clamp(min=0)
-    with_first = without.clone()
-    with_first[:, 0] = without[:, -1]
-    return {**batch, "labels": without}, {**batch, "labels": with_first}
-
-
 def weights_of(batch: Any) -> Tensor | None:
     """The weights of a batch's examples, (B,); None without weights."""
     return batch.get(WEIGHTS) if isinstance(batch, Mapping) else None
@@ -325,7 +242,7 @@ def weighted_sum(outputs: Any, batch: Any, objective: Objective = PLAIN) -> Tens
 
     Raises ValueError if logits or labels are missing, or their shapes do not fit.
     """
-    logits, labels, weights = logits_of(outputs), _entry(batch, "labels"), weights_of(batch)
+    logits, labels, weights = logits_of(outputs), entry(batch, "labels"), weights_of(batch)
     if logits is None or not isinstance(labels, Tensor) or weights is None:
         raise ValueError(
             f"weights of examples need logits and labels; the model returned {describe(outputs)} "
@@ -383,7 +300,7 @@ def _is_classification(logits: Any, labels: Any) -> bool:
 
 def logits_of(outputs: Any) -> Tensor | None:
     """The logits of a model's outputs: a single tensor, or the entry or attribute `logits`."""
-    found = outputs if isinstance(outputs, Tensor) and outputs.ndim else _entry(outputs, "logits")
+    found = outputs if isinstance(outputs, Tensor) and outputs.ndim else entry(outputs, "logits")
     return found if isinstance(found, Tensor) else None
 
 
@@ -434,5 +351,6 @@ def sequence_log_likelihood(
     return token_log_probs.view_as(targets).sum(1, dtype=torch.float64), num_tokens
 
 
-def _entry(container: Any, name: str) -> Any:
+def entry(container: Any, name: str) -> Any:
+    """The entry of a dict, or the attribute of another object, by name; None without one."""
     return container.get(name) if isinstance(container, Mapping) else getattr(container, name, None)

@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from zods.comm.communicator import Communicator, is_lost_connection
-from zods.comm.stop_request import StopRequested
+from zods.comm.communicator import Communicator
 from zods.data.batch import accepted_arguments
 from zods.data.generation import (
     CACHE_ARGUMENTS,
@@ -24,7 +23,7 @@ from zods.data.generation import (
     Recomputed,
     largest_difference,
 )
-from zods.params.zero3_adapter import release_gathered
+from zods.forward.trial import failure_of
 
 logger = logging.getLogger(__name__)
 
@@ -75,9 +74,6 @@ class NextTokens:
             if not error <= tolerance:
                 reason = f"its logits are {error:.1e} off those of whole forwards (relative)"
         except Exception as error:  # a model may do anything in a use that it was not written for
-            if isinstance(error, StopRequested) or is_lost_connection(error):
-                raise
-            reason = f"{type(error).__name__}: {str(error)[:300]}"
-            release_gathered(self._deepspeed)
+            reason = failure_of(error, self._deepspeed)
         (failures,) = self._comm.sum_over_ranks([float(reason is not None)])
         return reason or ("it fails on another rank" if failures else None)

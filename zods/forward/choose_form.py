@@ -21,14 +21,14 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from tqdm import tqdm
 
-from zods.comm.communicator import is_lost_connection
 from zods.core.points import Point
 from zods.data.batch import num_examples, take_rows
-from zods.data.objectives import logits_of, loss_count, other_labels
+from zods.data.loss_probes import other_labels
+from zods.data.objectives import logits_of, loss_count
 from zods.forward.forms import CHECK_DISTANCE, Form, Forms
 from zods.forward.model_forwards import ModelForwards, logits_in
 from zods.forward.peak_memory import peak_memory
-from zods.params.zero3_adapter import release_gathered
+from zods.forward.trial import failure_of
 
 logger = logging.getLogger(__name__)
 
@@ -186,10 +186,7 @@ class ChooseForm:
             else:
                 reason, needed = self._lockstep_misfit(batch)
         except Exception as error:  # a model may do anything in a form that it was not written for
-            if is_lost_connection(error):
-                raise
-            reason = f"{type(error).__name__}: {str(error)[:300]}"
-            release_gathered(f.deepspeed)
+            reason = failure_of(error, f.deepspeed)
         any_far = stacked and self._comm.sum_over_ranks([float(far is not None)])[0]
         if any_far and not self._comm.sum_over_ranks([float(reason is not None)])[0]:
             near, rounding = self._error_and_rounding(batch, f.without_loss(batch))

@@ -15,7 +15,8 @@ from zods.comm.communicator import Communicator
 from zods.data.batch import to_device, without_weights
 from zods.data.evaluation import Forwards, SeveralForwards
 from zods.data.loader import WholePass
-from zods.data.objectives import batch_loss, logits_of, other_labels
+from zods.data.loss_probes import other_labels
+from zods.data.objectives import batch_loss, logits_of
 from zods.forward.cached_generation import NextTokens
 
 Measure = Callable[[Any, Any, Any], dict[str, tuple[float, float]]]

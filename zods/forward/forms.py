@@ -16,8 +16,6 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from zods.comm.communicator import is_lost_connection
-from zods.comm.stop_request import StopRequested
 from zods.core.points import Point
 from zods.data.batch import call_model, num_examples, take_rows
 from zods.data.objectives import IGNORE_INDEX
@@ -25,7 +23,8 @@ from zods.data.scores import SCORES
 from zods.forward.model_forwards import POSITIONS_OF_LOGITS, ModelForwards, logits_in
 from zods.forward.module_runners import LockstepRunner, StackRunner
 from zods.forward.stacked import NotStackable
-from zods.params.zero3_adapter import release_gathered, stop_nvme_prefetch
+from zods.forward.trial import failure_of
+from zods.params.zero3_adapter import stop_nvme_prefetch
 
 # distance of the points at which forms are first compared; weights are commonly that large
 CHECK_DISTANCE = 0.02
@@ -113,9 +112,7 @@ class Stacked:
         try:
             found = logits_in(self._forwards.outputs_at(point, at_positions)).float()
         except Exception as error:  # a model may take a number of positions alone
-            if is_lost_connection(error) or isinstance(error, StopRequested):
-                raise
-            release_gathered(self._forwards.deepspeed)
+            failure_of(error, self._forwards.deepspeed)
             return
         expected = whole[:, positions].float()
         tolerance = 1e-5 if whole.dtype == torch.float32 else 1e-2

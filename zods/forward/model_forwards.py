@@ -28,17 +28,16 @@ from zods.data.batch import (
     to_device,
     without_weights,
 )
+from zods.data.loss_probes import fits_cross_entropy, shift_probes
 from zods.data.objectives import (
     Objective,
     batch_loss,
-    fits_cross_entropy,
     logits_of,
     losses_of_logits,
     needs_row_losses,
     own_loss,
     refusal_of_examples,
     scored_losses,
-    shift_probes,
     weights_of,
 )
 from zods.forward.fused_norms import Compute

@@ -20,7 +20,8 @@ from accelerate.utils import DeepSpeedOptimizerWrapper, DeepSpeedSchedulerWrappe
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer
 
-from zods.config.schema import SECTION, parse_selector
+from zods.config.section import SECTION
+from zods.config.selector_section import parse_selector
 from zods.data.loader import EpochLoader
 from zods.integrations.hf_arguments import ZOTrainingArguments
 from zods.training.engine import ZerothOrderEngine

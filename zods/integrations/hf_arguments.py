@@ -19,7 +19,7 @@ from zods.comm.process import connect_ranks
 from zods.config.config_errors import Mistakes
 from zods.config.deepspeed_json import load_json, read_config
 from zods.config.schedules import LENGTHS, PROVISIONAL
-from zods.config.schema import SECTION
+from zods.config.section import SECTION
 
 
 @dataclass

@@ -19,9 +19,15 @@ from torch import Tensor
 
 from zods.kernels import reference
 from zods.kernels.build import cpu_module
-
-DISTRIBUTIONS = ("gaussian", "rademacher")
-DTYPES = (torch.float32, torch.bfloat16)
+from zods.kernels.checks import (
+    DISTRIBUTIONS,
+    DTYPES,
+    check_contiguous,
+    check_factors,
+    check_offset,
+    check_tensors,
+    check_terms,
+)
 
 __all__ = [
     "DISTRIBUTIONS",
@@ -104,19 +110,19 @@ def combine_(
         ValueError: if a tensor or number is not as described.
     """
     tensors = {"weight": weight, "dense": dense, "mirror": mirror}
-    _check(
+    check_tensors(
         out,
         {name: tensor for name, tensor in tensors.items() if tensor is not None},
         distribution,
         parameter,
         offset,
     )
-    _check_terms(seeds, coefficients, rounding_seed)
+    check_terms(seeds, coefficients, rounding_seed)
     if mirror is not None and not seeds:
         raise ValueError("mirror: there is no coefficient to negate")
     left, right = factors or (None, None)
     if left is not None and right is not None:
-        _check_factors(left, right, out, offset)
+        check_factors(left, right, out, offset)
     module = cpu_module() if out.device.type == "cpu" else None
     if module is not None:
         sweep = Sweep(scale, seeds, coefficients, dense_coefficient, rounding_seed)
@@ -173,11 +179,11 @@ def replay_(
     Raises:
         ValueError: if a tensor or number is not as described; `out` is then unchanged.
     """
-    _check(out, {} if dense is None else {"dense": dense}, distribution, parameter, offset)
+    check_tensors(out, {} if dense is None else {"dense": dense}, distribution, parameter, offset)
     for sweep in sweeps:
-        _check_terms(sweep.seeds, sweep.coefficients, sweep.rounding_seed)
+        check_terms(sweep.seeds, sweep.coefficients, sweep.rounding_seed)
     if factors is not None:
-        _check_factors(*factors, out, offset, [len(sweeps)])
+        check_factors(*factors, out, offset, [len(sweeps)])
     module = cpu_module() if out.device.type == "cpu" else None
     if module is not None:
         used = [
@@ -237,8 +243,8 @@ def directions(
 ) -> Tensor:
     """z(seeds[k], parameter, offset + i) for 0 <= i < numel and each k, (seeds, numel) float32."""
     out = torch.empty(len(seeds), numel, dtype=torch.float32, device=device)
-    _check(out, {}, distribution, parameter, offset)
-    _check_terms(seeds, [1.0] * len(seeds), None)
+    check_tensors(out, {}, distribution, parameter, offset)
+    check_terms(seeds, [1.0] * len(seeds), None)
     module = cpu_module() if out.device.type == "cpu" else None
     if module is None:
         backend_module = _gpu_module() if out.device.type == "cuda" else reference
@@ -299,8 +305,8 @@ def fingerprint(tensor: Tensor, offset: int = 0) -> int:
     """
     if tensor.element_size() not in (1, 2, 4, 8):
         raise ValueError(f"a fingerprint is of elements of 1, 2, 4 or 8 bytes, got {tensor.dtype}")
-    _check_contiguous("tensor", tensor)
-    _check_offset(offset)
+    check_contiguous("tensor", tensor)
+    check_offset(offset)
     module = cpu_module() if tensor.device.type == "cpu" else None
     if module is None:
         return reference.fingerprint(tensor.detach().view(-1), offset)
@@ -372,78 +378,6 @@ def _sweep_cpp(
             for coefficient in dense_coefficients],
            rounding_seeds, distribution == "rademacher", parameter, offset, *addresses[4:], *shape,
            out.numel(), num_threads)  # fmt: skip
-
-
-def _check(
-    out: Tensor, others: dict[str, Tensor], distribution: str, parameter: int, offset: int
-) -> None:
-    if out.dtype not in DTYPES:
-        raise ValueError(f"out must be float32 or bfloat16, got {out.dtype}")
-    for name, tensor in {"out": out, **others}.items():
-        _check_contiguous(name, tensor)
-        if (tensor.numel(), tensor.dtype, tensor.device) != (out.numel(), out.dtype, out.device):
-            raise ValueError(
-                f"{name} must be like out ({out.numel()} elements, {out.dtype}, {out.device}), got "
-                f"{tensor.numel()} elements, {tensor.dtype}, {tensor.device}"
-            )
-    if distribution not in DISTRIBUTIONS:
-        raise ValueError(f"distribution must be one of {DISTRIBUTIONS}, got {distribution!r}")
-    if not 0 <= parameter < 2**31:
-        raise ValueError(f"parameter must be in [0, 2^31), got {parameter}")
-    _check_offset(offset)
-
-
-def _check_contiguous(name: str, tensor: Tensor) -> None:
-    if not tensor.is_contiguous():
-        raise ValueError(
-            f"{name} must be contiguous, got shape {tuple(tensor.shape)} with strides "
-            f"{tensor.stride()}"
-        )
-
-
-def _check_offset(offset: int) -> None:
-    if not 0 <= offset < 2**62:
-        raise ValueError(f"offset must be in [0, 2^62), got {offset}")
-
-
-def _check_terms(
-    seeds: Sequence[int], coefficients: Sequence[float], rounding_seed: int | None
-) -> None:
-    if len(seeds) != len(coefficients):
-        raise ValueError(
-            f"one coefficient per seed is needed, got {len(seeds)} seeds and {len(coefficients)} "
-            "coefficients"
-        )
-    for seed in [*seeds, *([] if rounding_seed is None else [rounding_seed])]:
-        if not 0 <= seed < 2**64:
-            raise ValueError(f"a seed must be in [0, 2^64), got {seed}")
-
-
-def _check_factors(
-    left: Tensor, right: Tensor, out: Tensor, offset: int, stacked: Sequence[int] = ()
-) -> None:
-    """Check the factors. stacked: their leading dimensions: none, or the number of sweeps."""
-    for name, tensor in (("left", left), ("right", right)):
-        if (
-            tensor.dtype != torch.float32
-            or tensor.ndim != len(stacked) + 2
-            or not tensor.is_contiguous()
-        ):
-            what = "stack of float32 matrices" if stacked else "float32 matrix"
-            raise ValueError(
-                f"{name} must be a contiguous {what}, got {tuple(tensor.shape)}, {tensor.dtype}"
-            )
-        if tensor.device != out.device:
-            raise ValueError(f"{name} must be on {out.device}, got {tensor.device}")
-    columns = max(right.shape[-1], 1)
-    rows = (offset + out.numel() - 1) // columns - offset // columns + 1 if out.numel() else 0
-    stacks = [list(tensor.shape[:-2]) for tensor in (left, right)]
-    if stacks != [list(stacked)] * 2 or left.shape[-1] != right.shape[-2] or left.shape[-2] < rows:
-        of = "".join(f"{size}, " for size in stacked)
-        raise ValueError(
-            f"factors must be ({of}{rows}, Q) and ({of}Q, columns), got {tuple(left.shape)} and "
-            f"{tuple(right.shape)}"
-        )
 
 
 def _float32(value: float) -> float:

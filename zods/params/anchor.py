@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from zods.comm.communicator import Communicator
-from zods.config.schema import AnchorConfig
+from zods.config.anchor_section import AnchorConfig
 from zods.core.directions import Direction
 from zods.core.estimators import Term, Update
 from zods.core.points import Center

@@ -7,9 +7,10 @@ swapper it uses `swap_in`, `synchronize_reads`, `swap_out_and_release`, `swap_ou
 `synchronize_writes`, `remove_partition_and_release_buffers`, `available_swap_in_buffers`,
 `get_path`, `use_gds` and the handles of async_io, which `zods.params.swap_files` replaces. Of
 ZeRO-3's optimizer it uses `swap_optimizer`, `optimizer_swapper.is_swappable_tensor` and
-`fp16_partitioned_groups_flat_numel`. They were read in DeepSpeed 0.19.8.
-tests/distributed/test_sharding.py, test_deferral.py, test_swap_files.py and
-test_first_order_nvme.py fail when they change. No DeepSpeed class is patched, and no attribute is set on
+`fp16_partitioned_groups_flat_numel`. Of DeepSpeed's engine it uses `module_forward_pre_hook` and
+`module_forward_post_hook`. They were read in DeepSpeed 0.19.8. tests/distributed/test_sharding.py,
+test_deferral.py, test_swap_files.py, test_engine_interface.py and test_first_order_nvme.py fail when
+they change. No DeepSpeed class is patched, and no attribute is set on
 a Parameter.
 
 A parameter that is not sharded (stage 0) is its own shard. Called by the other modules of
@@ -87,6 +88,19 @@ def release_gathered(deepspeed_engine: Any) -> None:
         ):
             offload.get_param_coordinator().fetch_sub_module(module, forward=True)
     offload.partition_all_parameters()
+
+
+def remove_hooks(deepspeed_engine: Any) -> None:
+    """Take DeepSpeed's hooks off the model. At stage 3 the model then runs no forward."""
+    release_gathered(deepspeed_engine)
+    deepspeed_engine.destroy()
+    # DeepSpeed 0.19.8 leaves the hooks of the engine itself
+    for handle in (
+        deepspeed_engine.module_forward_pre_hook,
+        deepspeed_engine.module_forward_post_hook,
+    ):
+        if handle is not None:
+            handle.remove()
 
 
 def stop_nvme_prefetch(deepspeed_engine: Any) -> None:

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from zods.config.schema import METRICS
+from zods.config.selector_section import METRICS
 from zods.kernels import summed_excess
 
 MAX_CANDIDATES = (1 << 19) - 1  # a gain (43 bits) and an id fit one int64

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from zods.comm.communicator import Communicator
-from zods.config.schema import check_loss_mean, parse_selector
+from zods.config.schema import check_loss_mean
+from zods.config.selector_section import parse_selector
 from zods.data.batch import POSITIONS, to_device, without_weights
 from zods.data.digest import ExampleDigests
 from zods.data.loader import EpochLoader, check_dataset

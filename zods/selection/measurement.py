@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from zods.comm.communicator import Communicator
-from zods.config.schema import SelectorConfig
+from zods.config.selector_section import SelectorConfig
 from zods.data.batch import to_device
 from zods.selection.facility_location import quantised
 from zods.selection.features import FeatureExtractor

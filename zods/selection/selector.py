@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zods.config.schema import BY_SOURCE, FACILITY_LOCATION, SelectorConfig
+from zods.config.selector_section import BY_SOURCE, FACILITY_LOCATION, SelectorConfig
 from zods.core.directions import Parameter, derive_seed
 from zods.core.shares import largest_remainder
 from zods.selection.baselines import (

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from zods.comm.communicator import Communicator
-from zods.config.schema import SelectorConfig, check_selector
+from zods.config.selector_section import SelectorConfig, check_selector
 from zods.data.batch import POSITIONS, WEIGHTS
 from zods.data.columns import sources_of
 from zods.data.loader import check_dataset

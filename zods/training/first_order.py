@@ -33,17 +33,14 @@ from zods.selection.sub_batches import SubBatches
 from zods.training import export
 from zods.training.description import configuration_of, num_digested
 from zods.training.first_order_checkpoint import (
-    OtherRanks,
-    check,
     checkpoints_in,
     folder_of_step,
     full_disk_as_os_error,
+    last_good,
     only_data,
-    records_at,
     remove_old,
     seal,
     unseal,
-    unsealed_in,
     zods_state,
 )
 from zods.training.log_checks import (
@@ -59,7 +56,7 @@ from zods.training.resume import CHECKPOINTS, LOG_NAME, open_log
 from zods.training.step_outputs import StepReport
 from zods.training.stop_poll import StopPoll
 from zods.training.training_data import make_training_loader
-from zods.trajectory.log import Log, LogFile, parse_log
+from zods.trajectory.log import LogFile, parse_log
 from zods.trajectory.records import Header, Step
 
 logger = logging.getLogger(__name__)
@@ -310,7 +307,7 @@ class FirstOrderEngine:
             if found:
                 if self.comm.rank == 0:
                     warn_of_changes(log, self.recorder.run_record(0))
-                folder, kept = self._last_good(checkpoints, log)
+                folder, kept = last_good(checkpoints, self.comm, log)
                 self._load(folder)
             elif log.num_steps and self.comm.rank == 0:
                 logger.warning(
@@ -368,7 +365,7 @@ class FirstOrderEngine:
         ValueError or OSError, the same on all ranks and before anything is changed, where no
         checkpoint is good, or where they are of another number of ranks.
         """
-        self._load(self._last_good(Path(load_dir))[0])
+        self._load(last_good(Path(load_dir), self.comm)[0])
 
     def _load(self, folder: Path) -> None:
         """Load a checkpoint whose files have been checked."""
@@ -385,42 +382,6 @@ class FirstOrderEngine:
             self.training_dataloader.load_state_dict(state["loader"])
         self.global_steps = state["global_steps"]
         self._batches = self.training_dataloader.forever()
-
-    def _last_good(self, load_dir: Path, log: Log | None = None) -> tuple[Path, int]:
-        """The last checkpoint that belongs to the log and whose files are as they were written.
-
-        Returns (folder, number of the log's records that it stands for).
-        """
-        if self.comm.rank == 0:
-            for folder in unsealed_in(load_dir):
-                logger.warning("checkpoint %s: not whole; it is left out", folder)
-        names = self.comm.gather_objects([folder.name for folder in checkpoints_in(load_dir)])[0]
-        if not names:
-            raise ValueError(
-                f"checkpoint {load_dir}: no checkpoint of first-order training in it. Give a folder "
-                "of checkpoints."
-            )
-        for name in names:
-            try:
-                with self.comm.same_on_all_ranks():
-                    kept = 0 if log is None else records_at(load_dir / name, log)
-                check(load_dir / name, self.comm)
-            except OtherRanks:
-                raise
-            except (ValueError, OSError) as error:
-                if name == names[-1]:
-                    if log is None:
-                        raise
-                    raise ValueError(
-                        f"{error} No checkpoint in {load_dir} can be used. Put the checkpoints or "
-                        f"{log.path} back from a copy, or start a new run in another folder. To "
-                        "start this one from step 0, remove the log and the checkpoints first."
-                    ) from error
-                if self.comm.rank == 0:
-                    logger.warning("%s It is left out; an older one is used.", error)
-                continue
-            return load_dir / name, kept
-        raise AssertionError("the last checkpoint either is good or raises")
 
     def save_pretrained(self, save_dir: str | Path) -> None:
         with self._watchdog.watching("the export", num_bytes=bytes_of(self.module.parameters())):

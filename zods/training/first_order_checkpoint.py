@@ -232,6 +232,44 @@ def _warn_unchecked(path: Path, reason: str, comm: Communicator) -> None:
         )
 
 
+def last_good(load_dir: Path, comm: Communicator, log: Log | None = None) -> tuple[Path, int]:
+    """The last checkpoint that belongs to the log and whose files are as they were written.
+
+    Returns (folder, number of the log's records that it stands for). Raises as
+    `FirstOrderEngine.load_checkpoint` does.
+    """
+    if comm.rank == 0:
+        for folder in unsealed_in(load_dir):
+            logger.warning("checkpoint %s: not whole; it is left out", folder)
+    names = comm.gather_objects([folder.name for folder in checkpoints_in(load_dir)])[0]
+    if not names:
+        raise ValueError(
+            f"checkpoint {load_dir}: no checkpoint of first-order training in it. Give a folder "
+            "of checkpoints."
+        )
+    for name in names:
+        try:
+            with comm.same_on_all_ranks():
+                kept = 0 if log is None else records_at(load_dir / name, log)
+            check(load_dir / name, comm)
+        except OtherRanks:
+            raise
+        except (ValueError, OSError) as error:
+            if name == names[-1]:
+                if log is None:
+                    raise
+                raise ValueError(
+                    f"{error} No checkpoint in {load_dir} can be used. Put the checkpoints or "
+                    f"{log.path} back from a copy, or start a new run in another folder. To "
+                    "start this one from step 0, remove the log and the checkpoints first."
+                ) from error
+            if comm.rank == 0:
+                logger.warning("%s It is left out; an older one is used.", error)
+            continue
+        return load_dir / name, kept
+    raise AssertionError("the last checkpoint either is good or raises")
+
+
 def _numbered(folder: Path) -> list[Path]:
     found = [
         path

@@ -17,7 +17,9 @@ from zods.config.auto_values import hidden_size_of, resolve_model_auto, resolve_
 from zods.config.deepspeed_json import FirstOrderConfig, RunConfig, read_config
 from zods.config.optional_packages import check_packages
 from zods.config.schedules import ZerothOrderOptimizer, build_scheduler, step_mistake
-from zods.config.schema import SECTION, SelectorConfig, ZerothOrderConfig, check_selector
+from zods.config.schema import ZerothOrderConfig
+from zods.config.section import SECTION
+from zods.config.selector_section import SelectorConfig, check_selector
 from zods.data.batch import accepted_arguments
 from zods.data.columns import sources_of
 from zods.data.loader import TrainingLoader, check_dataset
@@ -44,6 +46,7 @@ from zods.training.model_setup import (
 )
 from zods.training.rank_agreement import check_ranks_agree, code_of_model
 from zods.training.training_data import make_training_loader
+from zods.training.training_run import TrainingRun
 
 logger = logging.getLogger(__name__)
 
@@ -118,18 +121,10 @@ def initialize(
     zo_optimizer = ZerothOrderOptimizer([p.param for p in parameters], lr=zo.peak_lr)
     with comm.same_on_all_ranks():
         scheduler = _scheduler(run, zo_optimizer, lr_scheduler)
-    zo_engine = ZerothOrderEngine(
-        engine,
-        run,
-        comm=comm,
-        parameters=parameters,
-        optimizer=zo_optimizer,
-        lr_scheduler=scheduler,
-        training_loader=loader,
-        watchdog=watchdog,
-        fused_norms=fused_norms,
-        texts=texts,
+    training_run = TrainingRun.build(
+        run, engine, comm, parameters, zo_optimizer, scheduler, loader, watchdog
     )
+    zo_engine = ZerothOrderEngine(training_run, fused_norms, texts)
     zo_engine.recorder.note_code(code)
     watchdog.rest()
     if comm.rank == 0:

@@ -14,7 +14,8 @@ from typing import Any
 
 from zods.comm.communicator import Communicator
 from zods.config.deepspeed_json import FirstOrderConfig, RunConfig
-from zods.config.schema import SelectorConfig, ZerothOrderConfig
+from zods.config.schema import ZerothOrderConfig
+from zods.config.selector_section import SelectorConfig
 from zods.training.description import num_digested
 from zods.training.training_run import TrainingRun
 from zods.trajectory.log import Log, is_torn_first_line

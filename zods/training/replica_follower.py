@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from zods.comm.authenticated import Channel, connect
-from zods.config.schema import ReplicasConfig
+from zods.config.replicas_section import ReplicasConfig
 from zods.training import replica_messages as messages
 from zods.training.replica_leader import BEAT_SECONDS
 from zods.training.replica_messages import Sums

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from zods.comm.authenticated import Channel, Server
-from zods.config.schema import ReplicasConfig
+from zods.config.replicas_section import ReplicasConfig
 from zods.training import replica_messages as messages
 from zods.training.replica_messages import Member, Sums
 from zods.trajectory.log import START, chained
@@ -90,6 +90,8 @@ class Leader:
         self._changed = threading.Condition()  # guards what follows
         self._peers: list[Peer] = []  # connected
         self._taking_part: dict[int, Peer] = {}  # by index; without those that were left out
+        self._awaited_tag = ""
+        self._awaited: set[Peer] = set()  # those whose sums with this tag are missing
         self._notified: list[Peer] = []  # of new records
         self._texts: list[str] = []
         self._heads: list[str] = []
@@ -144,6 +146,7 @@ class Leader:
                 peer.lose(reason)
                 self._sent_before += channel.sent_bytes
                 self._peers.remove(peer)
+                self._awaited.discard(peer)
                 self._changed.notify_all()
             with contextlib.suppress(queue.Full):  # the thread ends at its next message
                 peer.outgoing.put_nowait(None)
@@ -182,11 +185,13 @@ class Leader:
         with self._changed:
             if kind in (messages.POST, messages.JOIN) and self._closes:
                 peer.send(messages.OVER)
-            elif kind == messages.POST and peer not in self._taking_part.values():
+            elif kind == messages.POST and self._taking_part.get(peer.member.replica) is not peer:
                 reason = "it was left out before"
                 peer.send(messages.packed(messages.OUT, reason=reason, final=False))
             elif kind == messages.POST:
                 peer.post = Sums.unpack(message)
+                if peer.post.tag == self._awaited_tag:
+                    self._awaited.discard(peer)
             elif kind == messages.JOIN:
                 peer.wants_to_join = True
             elif kind == messages.BYE:
@@ -275,20 +280,16 @@ class Leader:
             self.members = self.members if members is None else members
             return answer
 
-    def _wait_for_posts(self, tag: str) -> list[Peer]:
+    def _wait_for_posts(self, tag: str) -> set[Peer]:
         """Wait for the sums of those who take part. Returns the peers that are late."""
-        limit = self._config.straggler_timeout
-        deadline = None if limit is None else time.monotonic() + limit
-        while True:
-            waiting = [
-                peer
-                for peer in self._taking_part.values()
-                if peer.gone is None and (peer.post is None or peer.post.tag != tag)
-            ]
-            left = None if deadline is None else deadline - time.monotonic()
-            if not waiting or (left is not None and left <= 0):
-                return waiting
-            self._changed.wait(left)
+        self._awaited_tag = tag
+        self._awaited = {
+            peer
+            for peer in self._taking_part.values()
+            if peer.gone is None and (peer.post is None or peer.post.tag != tag)
+        }
+        self._changed.wait_for(lambda: not self._awaited, self._config.straggler_timeout)
+        return self._awaited
 
     def _leave_out(self, index: int, peer: Peer, present: dict[int, Peer], head: str) -> None:
         """Take a replica that is gone, late or different out of those who take part."""

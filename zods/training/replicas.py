@@ -22,7 +22,7 @@ from typing import Any
 
 from zods.comm.authenticated import read_token
 from zods.comm.communicator import Communicator
-from zods.config.schema import ReplicasConfig
+from zods.config.replicas_section import ReplicasConfig
 from zods.training.replica_follower import Follower, Lost, Refused
 from zods.training.replica_leader import LEADER, Leader
 from zods.training.replica_messages import Member, Sums

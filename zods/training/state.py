@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from zods.core.anchor_weight import AnchorWeight
 from zods.core.annealing import Annealing
 from zods.core.step_scale import StepScale
-from zods.forward.evaluator import PairSums
+from zods.forward.loss_sums import PairSums
 from zods.training.loss_exchange import ReducedLosses
 from zods.training.step_outputs import StepLoss
 

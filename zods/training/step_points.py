@@ -20,7 +20,7 @@ from zods.core.example_groups import Group, divide, group_starts, positions_of
 from zods.core.points import Point, pair
 from zods.core.update_rule import StepRule
 from zods.data.batch import POSITIONS, num_examples, positions_in
-from zods.forward.evaluator import PairSums
+from zods.forward.loss_sums import PairSums
 from zods.params.anchor import Anchor
 
 logger = logging.getLogger(__name__)

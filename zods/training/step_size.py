@@ -20,7 +20,8 @@ from zods.core.step_size import Surroundings, curvature, rounded, suggest
 from zods.core.update_rule import StepRule
 from zods.data.loader import TrainingLoader
 from zods.data.order import anchor_order
-from zods.forward.evaluator import Evaluator, PassDifferences
+from zods.forward.evaluator import Evaluator
+from zods.forward.loss_sums import PassDifferences
 from zods.selection.loaders import SelectingLoader
 from zods.trajectory.records import StepSize
 

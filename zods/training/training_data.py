@@ -9,7 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 from zods.comm.communicator import Communicator
-from zods.config.schema import SECTION, ZerothOrderConfig
+from zods.config.schema import ZerothOrderConfig
+from zods.config.section import SECTION
 from zods.data.columns import lengths_of, sources_of
 from zods.data.loader import TrainingLoader, check_dataset
 from zods.data.order import Mixture

@@ -7,6 +7,7 @@ The engine makes a record of each step; a resume reads records from a log. Both 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -190,6 +191,29 @@ class TrainingRun:
         """
         anchor = (anchor_weight * term.coefficient for term in self.recorder.gradient)
         return record_estimate(self.state.scale, (*coefficients, *anchor))
+
+    def lrs(self) -> list[float]:
+        """The current step size of each parameter group: the scheduler's, divided by the divisor of
+        annealing.
+
+        With an lr of "auto" the optimizer and the scheduler hold a factor of the measured step
+        size. It is NaN until it is measured, before the first step.
+        """
+        measured = 1.0
+        if self.config.zeroth_order.lr == "auto":
+            found = self.recorder.step_size
+            measured = math.nan if found is None else found.lr
+        divisor = self.state.annealing.divisor
+        return [measured * group["lr"] / divisor for group in self.optimizer.param_groups]
+
+    def anchor_lr(self) -> float:
+        """The step size of a refresh of the anchor now."""
+        zo = self.config.zeroth_order
+        if zo.anchor_lr is None:
+            return self.lrs()[0]
+        # it follows the schedule, too; with an lr of 0 the anchor's steps alone move the weights
+        scheduled = self.optimizer.param_groups[0]["lr"] / zo.peak_lr if zo.peak_lr else 1.0
+        return zo.anchor_lr * scheduled / self.state.annealing.divisor
 
     @property
     def anchor_weight(self) -> float:
