@@ -1,23 +1,28 @@
-"""The pages of docs/: links, commands, options, configurations and programs in them work."""
+"""The pages of docs/ and README.md: links, commands, options, configurations and programs work.
+
+`test_readme.py` has the commands that train, and `test_figures.py` the figures.
+"""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import os
 import re
 import runpy
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from tests.unit.shown_commands import arguments_after, commands
-from zods.cli.arguments import option_parser, parse_arguments
-from zods.config.deepspeed_json import load_json
+from zods.cli.arguments import option_parser
 from zods.config.schema import ZerothOrderConfig, parse_section
 from zods.config.section import SECTION, Section
 from zods.doctor.__main__ import _parser as doctor_parser
@@ -28,10 +33,16 @@ from zods.trajectory.__main__ import _parser as trajectory_parser
 REPOSITORY = Path(__file__).parents[2]
 DOCS = REPOSITORY / "docs"
 PAGES = {page.name: page.read_text(encoding="utf-8") for page in sorted(DOCS.glob("*.md"))}
-# of other programs: the launcher of DeepSpeed, docker, transformers' Trainer
-OTHERS = {"--module", "--num_gpus", "--ulimit", "--learning_rate", "--help"}
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = {"README.md": README, **PAGES}
+# of other programs: the launchers, docker, transformers' Trainer, pip, the scripts in launch/
+OTHERS = {"--module", "--num_gpus", "--ulimit", "--learning_rate", "--help", "--hostfile", "--host"}
+OTHERS |= {"--nnodes", "--node_rank", "--master_addr", "--nproc_per_node", "--max_restarts"}
+OTHERS |= {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--bind_cores_to_rank", "--no_ssh"}
+OTHERS |= {"--fast", "--all", "--smoke", "--quick", "--part", "--seeds", "--data", "--shm-size"}
+OTHERS |= {"--strict"}
 # written by the runs that a page shows, or the reader's own
-NOT_OURS = ("runs/", "./", "replayed/")
+NOT_OURS = ("runs/", "./", "replayed/", "../shared")
 PARSERS = {
     "zods.doctor": doctor_parser,
     "zods.plan": plan_parser,
@@ -40,8 +51,9 @@ PARSERS = {
 }
 COMMANDS = [
     pytest.param(command, id=f"{name}: {command[:60]}")
-    for name in PAGES
-    for command in commands(f"docs/{name}")
+    for name, document in {"README.md": "README.md", **{p: f"docs/{p}" for p in PAGES}}.items()
+    for command in commands(document)
+    if any(f"-m {module}" in command or f"--module {module}" in command for module in PARSERS)
 ]
 PYTHON = {
     name: "\n".join(blocks)
@@ -72,26 +84,32 @@ def anchors(text: str) -> set[str]:
     return {re.sub(r"[-\s]+", "-", heading) for heading in kept}
 
 
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("name", DOCUMENTS)
 def test_relative_links_lead_to_pages_and_headings(name: str):
-    for target in re.findall(r"\]\(([^)\s]+)\)", prose(PAGES[name])):
+    folder = REPOSITORY if name == "README.md" else DOCS
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(DOCUMENTS[name])):
         if target.startswith("https://"):
             continue
         page, _, anchor = target.partition("#")
-        assert not page or (DOCS / page).exists(), target
+        assert not page or (folder / page).exists(), target
         if anchor:
-            assert anchor in anchors(PAGES[page or name]), target
+            assert anchor in anchors(DOCUMENTS[Path(page).name or name]), target
 
 
 def test_every_page_is_in_the_navigation():
-    nav = yaml.safe_load((REPOSITORY / "mkdocs.yml").read_text())["nav"]
-    assert sorted(page for entry in nav for page in entry.values()) == sorted(PAGES)
+    def pages(nav: list[dict[str, Any]]) -> Iterator[str]:
+        for target in (target for entry in nav for target in entry.values()):
+            yield from [target] if isinstance(target, str) else pages(target)
+
+    shown = list(pages(yaml.safe_load((REPOSITORY / "mkdocs.yml").read_text())["nav"]))
+    assert sorted(shown) == sorted(PAGES)
+    assert [page for page in shown if f"docs/{page}" not in README and page != "index.md"] == []
 
 
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("name", DOCUMENTS)
 def test_files_named_on_a_page_exist(name: str):
-    path = r"[`( ]((?:[\w.-]+/)+[\w.-]+\.(?:md|json|py|sh|png|txt|cpp|yaml))\b"
-    for file in re.findall(path, PAGES[name]):
+    path = r"[`( ]((?:[\w.-]+/)+[\w.-]+\.(?:md|json|py|sh|png|txt|cpp|yaml|sbatch|Dockerfile))\b"
+    for file in re.findall(path, re.sub(r"https://\S+|<!--.*?-->", "", DOCUMENTS[name])):
         places = (REPOSITORY / file, REPOSITORY / "zods" / file)
         assert file.startswith(NOT_OURS) or any(place.exists() for place in places), file
 
@@ -104,39 +122,34 @@ def options_of(parser: argparse.ArgumentParser) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("name", DOCUMENTS)
 def test_options_named_on_a_page_are_options_of_zods(name: str):
-    known = OTHERS | options_of(plan_parser()) | options_of(trajectory_parser())
-    known |= options_of(option_parser())
+    known = OTHERS.union(options_of(option_parser()), *(options_of(p()) for p in PARSERS.values()))
     if name == "evaluation.md":  # of lm-evaluation-harness
         pytest.skip("its options are of another program")
-    named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", PAGES[name]))
+    named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", DOCUMENTS[name]))
     assert named <= known, sorted(named - known)
 
 
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("name", DOCUMENTS)
 def test_modules_named_on_a_page_exist(name: str):
-    for module in re.findall(r"(?:python -m|--module) (zods[\w.]*)", PAGES[name]):
+    for module in re.findall(r"(?:python -m|--module) (zods[\w.]*)", DOCUMENTS[name]):
         assert importlib.util.find_spec(module) is not None, module
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_shown_commands_are_parsed(command: str):
     words = shlex.split(command)
-    module = next((word for word in words if word.startswith("zods.")), None)
-    given = arguments_after(words, module) if module else []
-    if given in ([], ["--help"]):
-        return
-    if module == "zods.finetune":
-        assert load_json(REPOSITORY / parse_arguments(given).model.deepspeed_config)
-    else:
-        PARSERS[module]().parse_args(given)
+    module = next(word for word in words if word in PARSERS)
+    given = arguments_after(words, module)
+    if given not in ([], ["--help"]):
+        PARSERS[module]().parse_args(["1" if word == "STEP" else word for word in given])
 
 
 @pytest.mark.parametrize("name", PAGES)
 def test_shown_configurations_are_accepted(name: str):
     for block in re.findall(r"^```json\n(.*?)^```", PAGES[name], re.MULTILINE | re.DOTALL):
-        parse_section(yaml.safe_load(block)[SECTION])
+        parse_section(json.loads(block)[SECTION])
 
 
 def test_the_configuration_page_is_that_of_the_code():

@@ -58,7 +58,7 @@ def gathered_per_step(setup: Setup) -> int:
     """(ranks - 1) / ranks of all parameters, padded, in the stored dtype, once per forward.
 
     Sequential forwards gather the parameters that stay gathered (see `memory.gathered_bytes`) once
-    per step. Sources: ZeRO-3's all-gathers, README "gathers"; tests/distributed/test_planning.py
+    per step. Sources: ZeRO-3's all-gathers, docs/measurements.md; tests/distributed/test_planning.py
     compares with DeepSpeed's calls.
     """
     world_size, threshold = setup.world_size, setup.zero.param_persistence_threshold
