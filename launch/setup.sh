@@ -8,6 +8,10 @@ extras="${1:?extras of the package to install, such as report}"
 
 say() { echo "zods: $*" >&2; }
 
+# Images of containers set this variable. With it every process compiles torch, DeepSpeed and transformers anew, which takes
+# more than half of the time of a start.
+unset PYTHONDONTWRITEBYTECODE
+
 python="${PYTHON:-python3}"
 command -v "$python" >/dev/null || { say "there is no $python. Install Python 3.11 or newer, or set PYTHON to its command."; exit 1; }
 version="$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')"
@@ -60,7 +64,7 @@ fi
 
 # .venv/zods-installed holds a digest of the pins, and then the installed extras, one per line.
 install() {
-  # Bytecode is compiled when a module is first imported: compiling all of torch takes longer than installing it.
+  # Bytecode is compiled and kept when a module is first imported: compiling all of torch takes longer than installing it.
   .venv/bin/python -m pip install -q --disable-pip-version-check --no-compile "$@" || {
     say "installing failed, see above. Remove the cause, and run this again."
     exit 1

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from zods.selection.loaders import select, weighted_loss
     from zods.training.initialize import initialize
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["__version__", "initialize", "minimize", "select", "weighted_loss"]
 
 _MODULES = {

@@ -114,9 +114,10 @@ def test_every_mistake_of_the_script_is_expected(errors):
     assert set(errors[0]) == set(EXPECTED)
 
 
-@pytest.mark.parametrize(
-    "mistake", ["unknown key", pytest.param("no loss", marks=pytest.mark.slow)]
-)
+# By default the texts are checked above, and the exit code of a run with a mistake in
+# test_failed_start.py.
+@pytest.mark.slow
+@pytest.mark.parametrize("mistake", ["unknown key", "no loss"])
 def test_a_run_with_a_mistake_ends_soon_with_its_text_and_an_exit_code(tmp_path, mistake):
     code, output = launch(SCRIPTS / "mistakes.py", tmp_path, mistake)
     assert code != 0

@@ -15,7 +15,10 @@ SCRIPT = Path(__file__).parent / "scripts" / "killed.py"
 
 @pytest.mark.parametrize(
     ("number", "cause"),
-    [(signal.SIGKILL, "for lack of host memory"), (signal.SIGSEGV, "")],
+    [
+        (signal.SIGKILL, "for lack of host memory"),
+        pytest.param(signal.SIGSEGV, "", marks=pytest.mark.slow),
+    ],
 )
 def test_a_rank_that_a_signal_ended_is_named_in_one_line_by_the_lowest_that_lives(
     tmp_path: Path, number: signal.Signals, cause: str

@@ -100,9 +100,9 @@ def rank_of_run(given: list[str], where: str | None, step: int) -> dict[str, Any
     return {"stopped": engine.should_stop, "reason": request.reason, "calls": len(calls)}
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["", "selector"])
+@pytest.fixture(scope="module")
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the inputs and a run that nothing disturbs."""
+    """A folder with the inputs and a run that nothing disturbs. Its parameter: with a selector?"""
     folder = tmp_path_factory.mktemp("runs")
     section = {**CONFIG["zeroth_order"], **({"selector": SELECTOR} if request.param else {})}
     write_inputs(folder, {**CONFIG, "zeroth_order": section})
@@ -110,15 +110,24 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return folder
 
 
+PLACES = [
+    ("evaluation", 2),
+    ("refresh", 2),
+    ("evaluation", 0),
+    ("evaluation", STEPS),
+    ("refresh", 0),
+]
+# Each kind of pass, and a run with a selector and one without.
+DEFAULT = {(False, "evaluation", 2), (True, "refresh", 2)}
+
+
 @pytest.mark.parametrize(
-    ("where", "step"),
+    ("folder", "where", "step"),
     [
-        ("evaluation", 2),
-        ("refresh", 2),
-        pytest.param("evaluation", 0, marks=pytest.mark.slow),
-        pytest.param("evaluation", STEPS, marks=pytest.mark.slow),
-        pytest.param("refresh", 0, marks=pytest.mark.slow),
+        pytest.param(*case, marks=[] if case in DEFAULT else pytest.mark.slow)
+        for case in ((selector, *place) for selector in (False, True) for place in PLACES)
     ],
+    indirect=["folder"],
 )
 def test_a_pass_that_sigterm_ends_leaves_no_trace_and_the_next_start_repeats_it(
     folder: Path, where: str, step: int

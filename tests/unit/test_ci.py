@@ -25,6 +25,7 @@ FILES = {
     "launch/test.sh": 'echo "ZODS_DATA=${ZODS_DATA:-}"; ls; echo "7 passed in 1.00s"\n',
     "launch/quickstart/make_data.py": "",
     ".ci/without_extras.py": "",
+    ".ci/package.py": "",
 }
 
 
@@ -96,13 +97,14 @@ def test_the_commit_is_tested_and_not_the_working_tree(project: Path):
 
 
 @pytest.mark.parametrize(
-    "script", ["launch/quickstart.sh", ".ci/without_extras.py", "launch/test.sh"]
+    "script",
+    ["launch/quickstart.sh", ".ci/without_extras.py", ".ci/package.py", "launch/test.sh"],
 )
 @pytest.mark.launched
 def test_a_failure_of_any_part_is_printed_and_sets_the_exit_code(project: Path, script: str):
     if script.endswith(".py"):  # the environment's python fails on this script
         text = FILES["launch/quickstart.sh"].replace(
-            "python() { :; }", 'python() { [ "$1" != .ci/without_extras.py ]; }'
+            "python() { :; }", f'python() {{ [ "$1" != {script} ]; }}'
         )
         (project / "launch" / "quickstart.sh").write_text(text)
     else:

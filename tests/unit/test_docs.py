@@ -194,7 +194,6 @@ def test_the_programs_of_a_page_run(name: str, tmp_path: Path):
 
 @pytest.mark.launched
 def test_mkdocs_builds_the_pages_without_a_warning(tmp_path: Path):
-    pytest.importorskip("material", reason="mkdocs-material is not installed: the extra docs")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", tmp_path / "site"]
     told = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert told.returncode == 0, told.stderr

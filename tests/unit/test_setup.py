@@ -95,6 +95,18 @@ def test_a_python_that_will_not_do_is_one_line(tree, programs, python, said):
     assert "PYTHON" in line
 
 
+@pytest.mark.launched
+def test_bytecode_is_kept_where_the_shell_says_otherwise(tree, programs):
+    """Without it every process compiles all modules that it imports."""
+    python = programs / "told"
+    python.write_text(
+        '#!/usr/bin/env bash\necho "kept: ${PYTHONDONTWRITEBYTECODE-yes}" >&2; exit 1\n'
+    )
+    python.chmod(0o755)
+    told = set_up(tree, str(programs), PYTHON="told", PYTHONDONTWRITEBYTECODE="1")
+    assert told.stderr.splitlines() == ["kept: yes"]
+
+
 def interrupted(venv: Path) -> None:
     venv.mkdir()
     (venv / "zods-installing").touch()
