@@ -30,6 +30,7 @@ from zods.forward.cached_generation import NextTokens
 from zods.forward.evaluator import Evaluator
 from zods.forward.fused_norms import FusedNorms
 from zods.forward.model_forwards import ModelForwards
+from zods.forward.stream_budget import StreamBudget
 from zods.params.shards import ShardedParameters
 from zods.selection.loaders import SelectingLoader
 from zods.training import checkpoint, resume
@@ -174,9 +175,12 @@ class ZerothOrderEngine(EngineInterface):
             forwards,
             eps=zo.eps,
             evaluation=zo.evaluation,
-            stream_memory_gb=zo.stream_memory_gb,
-            micro_batch=self.train_micro_batch_size_per_gpu(),
-            most_points=zo.most_points,
+            budget=StreamBudget(
+                self.comm,
+                self.train_micro_batch_size_per_gpu(),
+                zo.most_points,
+                zo.stream_memory_gb,
+            ),
             grouped=zo.has_groups,
             beat=lambda: self._watchdog.beat(f"step {self.global_steps}, forward"),
             score=find_score(zo.objective) if of_logits else None,
