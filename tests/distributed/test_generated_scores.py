@@ -7,42 +7,41 @@ The reference generates the text of each example at each point by itself, by tra
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 import zods
+from tests.distributed.generated_texts import (
+    BATCH,
+    LOW_RANK,
+    NEW,
+    ONE,
+    SECTION,
+    batch_of,
+    examples,
+    loss_of_texts,
+    rows_of,
+    word_tokenizer,
+)
 from tests.distributed.models import configuration, numpy_of, whole
 from tests.distributed.ranks import run_ranks
-from tests.distributed.zoo import VOCABULARY, with_adapters, zoo_model
+from tests.distributed.zoo import with_adapters, zoo_model
 from tests.helpers import LogTexts
 from tests.reference.dense import DenseReference, named_parameters_of
-from zods.data.text_scores import find_text_score
 from zods.training.resume import LOG_NAME
 from zods.trajectory.log import read_log
 from zods.trajectory.records import Refresh, Step
 
-BATCH, LENGTH, NEW, STEPS = 8, 7, 4, 3
-WORD = "tests.distributed.test_generated_scores:mean_word"
-SECTION = {
-    "method": "mezo",
-    "eps": 5e-2,
-    "lr": 1e-3,
-    "seed": 5,
-    "objective": WORD,
-    "generate": {"max_new_tokens": NEW},
-}
+STEPS = 3
 # Parameters are released after each module, as large ones are.
 RELEASED = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
-LOW_RANK = {"direction": {"distribution": "low_rank", "rank": 2}}
-ONE = {**LOW_RANK, "examples_per_direction": 1}
 SVRG = {"method": "mezo_svrg", "anchor_interval": 2, "anchor_directions": 2, "anchor_split": False}
 # (model, keys of the section) by name
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -72,22 +71,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def word_tokenizer() -> PreTrainedTokenizerFast:
-    """The text of token i is "wi"; token 2 ends a text."""
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w2", pad_token="w1")
-
-
-def mean_word(texts: list[str], references: list[list[str]]) -> Tensor:
-    """A score that another token changes: of each text, and of its references."""
-    numbers = [
-        [int(word[1:]) for text in (text, *of_text) for word in text.split()]
-        for text, of_text in zip(texts, references, strict=True)
-    ]
-    return torch.tensor([sum(of_text) / VOCABULARY for of_text in numbers], dtype=torch.float64)
-
-
 class WithoutCache(nn.Module):
     """A model that can be stacked, and takes no cache."""
 
@@ -108,28 +91,6 @@ def model_of(name: str) -> Any:
     if name == "without a cache":
         return WithoutCache().eval()
     return with_adapters("llama") if name == "adapters" else zoo_model(name)
-
-
-def batch_of(step: int, has_references: bool = False) -> dict[str, Any]:
-    """The global batch of a step. Prompts have different numbers of tokens."""
-    generator = torch.Generator().manual_seed(step)
-    ids = torch.randint(3, VOCABULARY, (BATCH, LENGTH), generator=generator)
-    lengths = torch.randint(1, LENGTH, (BATCH, 1), generator=generator)
-    labels = ids.masked_fill(torch.arange(LENGTH) < lengths, -100)
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-    if has_references:
-        words = [" ".join(f"w{i}" for i in range(k, 50, 3)) for k in range(3)]
-        return {**batch, "example_references": [words[: 1 + i % 3] for i in range(BATCH)]}
-    return batch
-
-
-def rows_of(batch: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
-    return {key: value[start:stop] for key, value in batch.items()}
-
-
-def examples() -> list[dict[str, Tensor]]:
-    batch = batch_of(1000)
-    return [{key: value[i] for key, value in batch.items()} for i in range(BATCH)]
 
 
 def engine_of(model: str, **keys: Any) -> Any:
@@ -160,32 +121,6 @@ def rank_of_steps(folder: Path, name: str) -> dict[str, Any]:
             engine.step()
         losses.append(engine.last_step.loss)
     return {"losses": losses, "after": numpy_of(whole(engine)), "said": texts.texts}
-
-
-def loss_of_texts(model: Any, objective: str) -> Callable[[dict[str, Tensor], Any], float]:
-    """Minus the mean score of texts that transformers generates, one example at a time."""
-    score, tokenizer = find_text_score(objective), word_tokenizer()
-
-    @torch.no_grad()
-    def loss(params: dict[str, Tensor], batch: dict[str, Any]) -> float:
-        for name, param in model.named_parameters():
-            param.data = params[name]
-        texts = []
-        for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
-            prompt = ids[labels == -100][None]
-            found = model.generate(
-                input_ids=prompt,
-                attention_mask=torch.ones_like(prompt),
-                max_new_tokens=NEW,
-                do_sample=False,
-                eos_token_id=2,
-                pad_token_id=1,
-            )
-            texts.append(tokenizer.decode(found[0, prompt.shape[1] :], skip_special_tokens=True))
-        answers = [[tokenizer.decode(row[row > 2])] for row in batch["labels"]]
-        return -float(score(texts, batch.get("example_references", answers)).mean())
-
-    return loss
 
 
 def dense_run(name: str, coefficients: list[tuple[float, ...]]) -> tuple[DenseReference, Any]:
@@ -235,6 +170,47 @@ def test_steps_on_generated_texts_agree_with_the_dense_reference(tmp_path, ranks
         assert "generation in a step: for all points together" in said
     else:
         assert "generation: with a cache of keys and values" in said
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+def rank_of_budgets() -> tuple[dict[int, float], dict[int, tuple[list[int], float]]]:
+    """The bytes that a pair of points takes, by the most new tokens; and by the number of pairs for
+    which there is memory, the rows of each forward of a step, and its loss.
+    """
+    needed = {}
+    for new in (2, NEW, 40):
+        engine = engine_of("opt", **ONE, stream_memory_gb=1e-9, generate={"max_new_tokens": new})
+        with pytest.raises(ValueError, match=r"stream_memory_gb: found 1e-09") as caught:
+            engine(batch_of(0))
+        needed[new] = float(str(caught.value).split("takes ")[1].split(" GiB")[0]) * 2**30
+        engine.close()
+    steps = {}
+    for pairs in (1, 2):
+        budget = 1.01 * pairs * needed[NEW] / 2**30
+        engine = engine_of("opt", **ONE, num_directions=2, stream_memory_gb=budget)
+        engine.backward(engine(batch_of(0)))
+        rows: list[int] = []
+        hook = engine.module.register_forward_pre_hook(
+            lambda _m, _a, kw, rows=rows: rows.append(len(kw["input_ids"])), with_kwargs=True
+        )
+        loss = float(engine(batch_of(0)))
+        hook.remove()
+        engine.close()
+        steps[pairs] = rows, loss
+    return needed, steps
+
+
+def test_the_cache_of_all_new_tokens_counts_in_the_memory_of_a_point():
+    ((needed, steps),) = run_ranks(1, rank_of_budgets)
+    # keys and values of two layers, for a token of each row of a pair
+    cached = 2 * 2 * 32 * 4 * BATCH * 2
+    assert needed[40] - needed[2] == pytest.approx(38 * cached, rel=0.1)
+    assert needed[40] > 45 * cached
+    assert set(steps[1][0]) == {2 * BATCH}
+    assert set(steps[2][0]) == {4 * BATCH}
+    assert steps[1][1] == pytest.approx(steps[2][1])
 
 
 # --- what such steps do, and what is refused ------------------------------------------------------

@@ -152,10 +152,10 @@ def test_texts_are_scored_up_to_the_end_of_sequence_or_of_the_first_line(name, e
     assert objective.scores(tokens, references).tolist() == pytest.approx(expected)
 
 
-def test_references_are_the_text_of_the_labels_unless_the_batch_has_them():
+def test_references_are_the_text_of_the_first_answer_unless_the_batch_has_them():
     objective = text_objective("f1")
-    answer = objective.tokenizer(" great fun</s>")["input_ids"]
-    batch: dict[str, Any] = {"labels": torch.tensor([[-100, *answer, -100]])}
+    answer, later = (objective.tokenizer(text)["input_ids"] for text in (" great fun</s>", " plot"))
+    batch: dict[str, Any] = {"labels": torch.tensor([[-100, *answer, -100, *later]])}
     assert objective.references(batch) == [["great fun"]]
     given = [["a", "b"]]
     assert objective.references({**batch, "example_references": given}) == given

@@ -24,6 +24,7 @@ from zods.files import check_regular
 from zods.selection.sub_batches import check_target_data
 from zods.tasks import (
     TASKS,
+    PlainText,
     PublishedTask,
     SolvedExamples,
     Task,
@@ -81,6 +82,8 @@ def prepare_data(
     task = _build(arguments.task, declared, tokenizer, train, pretrained, source)
     if run.zeroth_order.objective == "candidates":
         task = over_label_words(task)
+    if run.zeroth_order.generate is not None:
+        _check_prompts(task)
     check_kind(pretrained, task)
     if task.predicts_next_token:
         check_generation_config(Path(pretrained.base))
@@ -127,6 +130,16 @@ def prepare_data(
         prepared.get("in_context"),
         prepared.get("target"),
     )
+
+
+def _check_prompts(task: Task) -> None:
+    """Raise ValueError where the task has no prompts, which generated texts continue."""
+    if isinstance(task, PlainText) or not task.predicts_next_token:
+        raise ValueError(
+            "zeroth_order.generate: texts are generated from prompts, and the data of "
+            f"--task {task.name} have none. Give data with prompts and responses, or remove generate "
+            "and use an objective of logits."
+        )
 
 
 def _sources_beside(

@@ -2,8 +2,9 @@
 
 The prompt of an example is its tokens before the first label, so every batch for a causal language
 model that labels only answers can be used. The references are the batch's entry
-"example_references", a list of texts for each example, or else the text of its labels. The loss of
-an example is minus its score; `zods.data.scores` says why the scores need no baseline.
+"example_references", a list of texts for each example, or else the text of its first labelled part:
+a conversation has more of them, which answer later prompts. The loss of an example is minus its
+score; `zods.data.scores` says why the scores need no baseline.
 
 `zods.forward.generated_scores` generates the texts at the points of a step.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import dropwhile, takewhile
 from typing import Any
 
 import torch
@@ -92,11 +94,22 @@ class TextObjective:
         given = batch.get(REFERENCES)
         if given is not None:
             return [list(of_example) for of_example in given]
-        labels, end = batch["labels"].tolist(), self.tokenizer.eos_token_id
-        return [[self._text([t for t in row if t not in (IGNORE_INDEX, end)])] for row in labels]
+        end = self.tokenizer.eos_token_id
+        answers = [_first_labelled(row) for row in batch["labels"].tolist()]
+        return [[self._text([token for token in row if token != end])] for row in answers]
 
     def _text(self, tokens: list[int]) -> str:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+
+
+def _first_labelled(labels: list[int]) -> list[int]:
+    """The labels from the first one that counts up to the next one that does not.
+
+    >>> _first_labelled([-100, 5, 6, -100, 7])
+    [5, 6]
+    """
+    rest = dropwhile(lambda label: label == IGNORE_INDEX, labels)
+    return list(takewhile(lambda label: label != IGNORE_INDEX, rest))
 
 
 def prompts_of(batch: Any) -> Prompts:

@@ -18,7 +18,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from deepspeed.accelerator import get_accelerator
 from tqdm import tqdm
 
 from zods.core.points import Point
@@ -28,6 +27,7 @@ from zods.data.objectives import logits_of, loss_count
 from zods.forward.forms import CHECK_DISTANCE, Form, Forms
 from zods.forward.model_forwards import ModelForwards, logits_in
 from zods.forward.peak_memory import peak_memory
+from zods.forward.stream_budget import StreamBudget
 from zods.forward.trial import failure_of
 
 logger = logging.getLogger(__name__)
@@ -42,10 +42,9 @@ class ChooseForm:
     """Choose the form of evaluation of one model.
 
     eps: distance of a step's points from the center. asked: the configuration's key `evaluation`.
-    micro_batch: examples per forward and rank. most_points: the largest number of points that are
-    evaluated together. grouped: whether groups of a batch's rows have points of their own.
-    stream_memory_gb: memory for the points of one forward, in GiB; None: half of the free memory.
-    streams_per_forward: how many points fit one forward of the chosen form.
+    budget: the memory for the points of one forward; None: their losses are not evaluated later.
+    grouped: whether groups of a batch's rows have points of their own. streams_per_forward: how many
+    points fit one forward of the chosen form.
     """
 
     def __init__(
@@ -55,16 +54,13 @@ class ChooseForm:
         *,
         eps: float,
         asked: str,
-        micro_batch: int,
-        most_points: int,
         grouped: bool,
-        stream_memory_gb: float | None,
+        budget: StreamBudget | None,
     ) -> None:
         self._forwards, self._comm = forwards, forwards.comm
         self._forms = forms
         self._eps, self._asked = eps, asked
-        self._micro_batch, self._most_points = micro_batch, most_points
-        self._grouped, self._stream_memory_gb = grouped, stream_memory_gb
+        self._grouped, self._budget = grouped, budget
         self.streams_per_forward = 2
 
     def choose(self, batch: Any) -> Form:
@@ -100,7 +96,8 @@ class ChooseForm:
         if self._comm.sum_over_ranks([float(own_loss is not None)])[0]:
             own_loss = own_loss or "its loss is not the cross entropy of its logits on another rank"
             f.take_own_loss(batch)
-        if self._grouped and random is None:
+        # scores of examples do not depend on the model's own loss
+        if self._grouped and random is None and not (f.scores and f.objective.own):
             self._check_halves(batch, f.mean_of(outputs, batch))
             # labels of the first batch may have equal weights in both halves
             for other in _halved_labels(batch, outputs) if f.objective.own else ():
@@ -196,10 +193,8 @@ class ChooseForm:
                     f"step's points {near:.1e}, and rounding makes {rounding:.1e}"
                 )
         (failures,) = self._comm.sum_over_ranks([float(reason is not None)])
-        if reason is None and not failures:
-            self.streams_per_forward = self._fitting(
-                needed * self._micro_batch / num_examples(batch)
-            )
+        if reason is None and not failures and self._budget is not None:
+            self.streams_per_forward = self._budget.fitting(needed, num_examples(batch))
         return reason or ("it fails on another rank" if failures else None)
 
     # --- lockstep ---------------------------------------------------------------------------------
@@ -315,29 +310,6 @@ class ChooseForm:
                     f"not {float(from_logits):.6g}"
                 )
         return None
-
-    # --- memory -----------------------------------------------------------------------------------
-
-    def _fitting(self, needed: float) -> int:
-        """Return how many points fit one forward: an even number, the same on all ranks.
-
-        needed: bytes for one more point. Collective. Raises ValueError if not even a pair fits the
-        configured budget.
-        """
-        given, shared_by = (
-            self._stream_memory_gb,
-            self._comm.world_size if self._comm.device.type == "cpu" else 1,
-        )
-        free = get_accelerator().available_memory() / 2 / shared_by
-        rows = self._comm.gather_scalars([needed, free if given is None else given * 2**30])
-        needed, budget = max(row[0] for row in rows), min(row[1] for row in rows)
-        if given is not None and budget < 2 * needed:
-            raise ValueError(
-                f"zeroth_order.stream_memory_gb: found {given}, but a pair of points takes "
-                f"{2 * needed / 2**30:.3g} GiB with micro-batches of {self._micro_batch}. Give "
-                "that much, a smaller micro-batch, or evaluation: sequential."
-            )
-        return 2 * min(max(1, int(budget / max(2 * needed, 1.0))), self._most_points // 2)
 
 
 def _halved_labels(batch: Any, outputs: Any) -> list[dict[str, Any]]:

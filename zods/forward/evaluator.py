@@ -30,6 +30,7 @@ from zods.forward.lockstep import NotInLockstep
 from zods.forward.loss_sums import LossSums, PairSums, PassDifferences, pair_sums_of
 from zods.forward.model_forwards import ModelForwards
 from zods.forward.stacked import NotStackable
+from zods.forward.stream_budget import StreamBudget
 from zods.params.zero3_adapter import release_gathered
 
 logger = logging.getLogger(__name__)
@@ -48,23 +49,20 @@ class Evaluator:
         *,
         eps: float,
         evaluation: str,
-        stream_memory_gb: float | None,
-        micro_batch: int,
-        most_points: int,
+        budget: StreamBudget,
         grouped: bool,
         beat: Callable[[], None],
         score: Score | None = None,
         texts: TextObjective | None = None,
     ) -> None:
-        """eps: distance of a step's points from the center. evaluation, stream_memory_gb: the
-        configuration's keys. micro_batch: examples per forward and rank. most_points: the largest
-        number of points that are evaluated together. grouped: whether groups of a batch's rows have
-        points of their own. beat: called before each batch of losses, so
-        that the watchdog can name a rank that hangs in it. score: takes the place of the cross
-        entropy, by which the form of evaluation is chosen; texts: so do the scores of generated
-        texts.
+        """eps: distance of a step's points from the center. evaluation: the configuration's key.
+        budget: the memory for the points of one forward. grouped: whether groups of a batch's rows
+        have points of their own. beat: called before each batch of losses, so that the watchdog can
+        name a rank that hangs in it. score: takes the place of the cross entropy, by which the form
+        of evaluation is chosen; texts: so do the scores of generated texts.
         """
         self.streams_per_forward = 2
+        self._asked = evaluation
         self._forwards, self._comm, self._beat = forwards, forwards.comm, beat
         self._forms = Forms(forwards)
         self._form: Form | None = None  # chosen on the first batch
@@ -73,14 +71,12 @@ class Evaluator:
             self._forms,
             eps=eps,
             asked=evaluation,
-            micro_batch=micro_batch,
-            most_points=most_points,
             grouped=grouped,
-            stream_memory_gb=stream_memory_gb,
+            budget=budget if texts is None else None,
         )
         self._grouped, self._score = grouped, score
         self._scores = score is not None or texts is not None
-        self._generated = None if texts is None else GeneratedScores(forwards, texts, beat)
+        self._generated = None if texts is None else GeneratedScores(forwards, texts, budget, beat)
         self._known: tuple[str, int] | None = None
         self.left_form = False
 
@@ -130,10 +126,12 @@ class Evaluator:
         self._forwards.perturbed.move_new_hooks()
         if self._form is None:
             self._form = self._choose(without_references(batch))
-            self._forwards.objective = replace(self._forwards.objective, score=self._score)
-            is_stacked = self._form is self._forms.stacked
-            if self._generated and not self._generated.fits(batch, stacked=is_stacked):
-                self._form = self._forms.sequential
+            if self._scores:
+                self._forwards.objective = replace(
+                    self._forwards.objective, score=self._score, loss_mean="examples"
+                )
+            if self._generated is not None:
+                self._form = self._generating(self._generated, self._form, batch)
         form = self._form
         at = [point for point in points if point is not None]
         if len(at) < max(len(points), 2):
@@ -199,6 +197,22 @@ class Evaluator:
         form = self._forms.named(name)
         form.prepare(batch)
         return form
+
+    def _generating(self, generated: GeneratedScores, form: Form, batch: Any) -> Form:
+        """Return the form in which texts are generated: `form` if it fits, else sequential.
+
+        Raises ValueError, on all ranks, if the configuration asks for a stack that does not fit.
+        """
+        stacked = form is self._forms.stacked
+        misfit = generated.misfit(batch, stacked=stacked)
+        if misfit is not None and self._asked == "stacked":
+            raise ValueError(
+                'zeroth_order.evaluation: "stacked" does not fit the generation of texts by this '
+                f'model: {misfit}. Use "auto".'
+            )
+        if stacked and self._known is None:
+            self.streams_per_forward = generated.streams_per_forward
+        return form if misfit is None else self._forms.sequential
 
     def _refuse_alone(self, error: Exception) -> None:
         """Note that a later batch on this rank does not fit the form that was chosen.

@@ -24,31 +24,54 @@ from zods.forward.cached_generation import COMPARED_PROMPTS, NextTokens
 from zods.forward.forms import CHECK_DISTANCE, PointLosses
 from zods.forward.model_forwards import ModelForwards
 from zods.forward.module_runners import StackRunner
+from zods.forward.peak_memory import peak_memory
+from zods.forward.stream_budget import StreamBudget
 
 logger = logging.getLogger(__name__)
 
 
 class GeneratedScores:
-    """Compute minus the scores of generated texts at points."""
+    """Compute minus the scores of generated texts at points.
+
+    streams_per_forward: how many points one forward evaluates in a stack.
+    """
 
     def __init__(
-        self, forwards: ModelForwards, objective: TextObjective, beat: Callable[[], None]
+        self,
+        forwards: ModelForwards,
+        objective: TextObjective,
+        budget: StreamBudget,
+        beat: Callable[[], None],
     ) -> None:
-        """beat: called before each forward, so that the watchdog sees that this rank goes on."""
+        """budget: the memory for the points of one forward. beat: called before each forward, so
+        that the watchdog sees that this rank goes on.
+        """
+        self.streams_per_forward = 2
         self._forwards, self._objective, self._beat = forwards, objective, beat
+        self._budget = budget
         self._next_tokens = NextTokens(forwards.deepspeed, forwards.comm)
         self._runner = StackRunner(forwards.perturbed)
 
-    def fits(self, batch: Any, *, stacked: bool) -> bool:
+    def misfit(self, batch: Any, *, stacked: bool) -> str | None:
         """Find how the model generates, on the first batch; call it before `losses`.
 
-        stacked: whether the form of evaluation is a stack. Returns whether texts can be generated
-        in that form. Collective, with the same result on all ranks.
+        stacked: whether the form of evaluation is a stack. Returns the reason why texts cannot be
+        generated in that form, or None. Collective: None on all ranks, or a reason on all ranks.
+        Sets `streams_per_forward` if a stack fits.
         """
         prompts = prompts_of(batch)
         self._check_positions(prompts)
         self._next_tokens(self._outputs_at(None), prompts)
-        return not stacked or self._fits_stack(prompts)
+        if not stacked:
+            return None
+        rows = range(min(COMPARED_PROMPTS, len(prompts.input_ids)))
+        misfit = self._stack_misfit(prompts, rows)
+        how = "for all points together" if misfit is None else f"one point at a time ({misfit})"
+        logger.info("generation in a step: %s", how)
+        if misfit is None:
+            needed = self._needed(prompts.rows(rows))
+            self.streams_per_forward = self._budget.fitting(needed, len(rows))
+        return misfit
 
     def losses(self, points: Sequence[Point | None], batch: Any, *, stacked: bool) -> PointLosses:
         """The losses at the points, each of its rows of a batch; None: the parameters as they are.
@@ -139,28 +162,48 @@ class GeneratedScores:
 
     # --- what fits the model ----------------------------------------------------------------------
 
-    def _fits_stack(self, prompts: Prompts) -> bool:
-        """Whether a stack with a cache gives the logits of whole forwards, one for each point.
+    def _stack_misfit(self, prompts: Prompts, rows: range) -> str | None:
+        """Return the reason why a stack with a cache does not give the logits of whole forwards, one
+        for each point; None if it does.
 
-        Collective. The points have different numbers of rows.
+        Collective. rows: of the prompts. The points have different numbers of them.
         """
-        size = min(COMPARED_PROMPTS, len(prompts.input_ids))
-        points = [Point(1, CHECK_DISTANCE), Point(2, CHECK_DISTANCE)]
-        rows = [range(size), range(max(1, size // 2))]
-        stack = prompts.rows([row for of_point in rows for row in of_point])
+        points, of_points = _points(), [rows, rows[: max(1, len(rows) // 2)]]
+        stack = prompts.rows([row for of_point in of_points for row in of_point])
         arguments = self._next_tokens.arguments
 
         def begin() -> NextLogits:
-            few = prompts.rows(range(size))
-            with self._runner.recording(points[0], size):
+            few = prompts.rows(rows)
+            with self._runner.recording(points[0], len(rows)):
                 Cached(self._forwards.outputs, few, arguments)(None)
-            return Cached(self._outputs_in_stack(points, rows), stack, arguments)
+            return Cached(self._outputs_in_stack(points, of_points), stack, arguments)
 
-        expected = Recomputed(self._outputs_one_by_one(points, rows), stack)
-        misfit = self._next_tokens.misfit(begin, expected)
-        how = "for all points together" if misfit is None else f"one point at a time ({misfit})"
-        logger.info("generation in a step: %s", how)
-        return misfit is None
+        expected = Recomputed(self._outputs_one_by_one(points, of_points), stack)
+        return self._next_tokens.misfit(begin, expected)
+
+    def _needed(self, prompts: Prompts) -> float:
+        """Return the bytes that texts for one more point take in a stack, with all their tokens.
+
+        Two forwards are measured, of the prompts and of their next tokens. The cache grows by as
+        much with each further token. Collective.
+        """
+        size, length = prompts.input_ids.shape
+        peaks = []
+        for points in (_points()[:1], _points()):
+            rows = [range(size)] * len(points)
+            outputs = self._outputs_in_stack(points, rows)
+            stack = prompts.rows([*range(size)] * len(points))
+            copies = self._forwards.perturbed.scratch_bytes
+            with peak_memory(self._forwards.comm.device) as peak:
+                next_logits = Cached(outputs, stack, self._next_tokens.arguments)
+                next_logits(next_logits(None).argmax(-1))
+            # the buffer for copies serves all points
+            copies = self._forwards.perturbed.scratch_bytes - copies
+            peaks.append((peak.bytes - copies, peak.left - copies))
+            del next_logits
+        of_one, of_two = peaks
+        further = max(0, self._objective.max_new_tokens - 2)
+        return of_two[0] - of_one[0] + (of_two[1] - of_one[1]) * further / (length + 1)
 
     def _check_positions(self, prompts: Prompts) -> None:
         """Raise ValueError where the model has too few positions for prompts and their texts."""
@@ -172,3 +215,8 @@ class GeneratedScores:
                 f"zeroth_order.generate.max_new_tokens: found {new}, but a prompt has {length} "
                 f"tokens and the model {limit} positions. Give fewer, or truncate the prompts."
             )
+
+
+def _points() -> list[Point]:
+    """Two points that have only their distance in common."""
+    return [Point(seed, CHECK_DISTANCE) for seed in (1, 2)]

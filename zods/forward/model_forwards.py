@@ -76,7 +76,8 @@ class ModelForwards:
     ) -> None:
         """loss_mean: whether a batch's loss is a mean over "tokens" or over "examples". fused:
         functions that compute modules, see `zods.forward.fused_norms`. scores: whether scores of
-        examples take the place of losses, once a form of evaluation is chosen.
+        examples take the place of losses, once a form of evaluation is chosen. Until then the loss
+        is a mean over tokens, which every model gives.
         """
         self.deepspeed, self.module = deepspeed_engine, deepspeed_engine.module
         self.comm = comm
@@ -87,7 +88,7 @@ class ModelForwards:
         )
         self._point_runner = PointRunner(self.perturbed)
         # `find_objective` finds on the first batch how the model aligns its labels
-        self.objective, self.scores = Objective(loss_mean), scores
+        self.objective, self.scores = Objective("tokens" if scores else loss_mean), scores
         self.on_forward: Callable[[], Any] | None = None
         self._modules = list(self.module.modules())
         self._signature = Signature(self.module)

@@ -1,6 +1,7 @@
 """Measure the peak memory of a forward.
 
-`zods.forward.choose_form` measures how much memory one more point takes.
+`zods.forward.choose_form` and `zods.forward.generated_scores` measure how much memory one more point
+takes.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from torch.utils._pytree import tree_leaves
 class Peak:
     """Peak memory of the tensors made inside `peak_memory`.
 
-    bytes: the largest size of such tensors that were alive at once.
+    bytes: the largest size of such tensors that were alive at once. left: the size of those that
+    are alive at the end.
     """
 
-    bytes = 0
+    bytes = left = 0
 
 
 @contextmanager
@@ -36,9 +38,11 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
         before = torch.cuda.memory_allocated(device)
         yield peak
         peak.bytes = torch.cuda.max_memory_allocated(device) - before
+        peak.left = torch.cuda.memory_allocated(device) - before
         return
-    with _Watch(peak):
+    with _Watch(peak) as watch:
         yield peak
+    peak.left = watch.alive_bytes()
 
 
 class _Watch(TorchDispatchMode):
@@ -76,8 +80,12 @@ class _Watch(TorchDispatchMode):
         self._most += storage.nbytes() - (0 if known is None else known[1])
         self._alive[key] = (StorageWeakRef(storage), storage.nbytes())
         if self._most > self._peak.bytes:
-            self._alive = {
-                k: (ref, size) for k, (ref, size) in self._alive.items() if not ref.expired()
-            }
-            self._most = sum(size for _, size in self._alive.values())
+            self._most = self.alive_bytes()
             self._peak.bytes = max(self._peak.bytes, self._most)
+
+    def alive_bytes(self) -> int:
+        """Forget the tensors that were freed, and return the size of the others."""
+        self._alive = {
+            k: (ref, size) for k, (ref, size) in self._alive.items() if not ref.expired()
+        }
+        return sum(size for _, size in self._alive.values())

@@ -57,6 +57,7 @@ class ZOTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         """Connect the ranks, and resolve and check the configuration."""
         comm = connect_ranks()
+        self.bf16 = bool(self.bf16)  # the arguments of trl 1.16 make true of a missing one
         given = self.deepspeed
         if given is None:
             raise ValueError(
@@ -190,6 +191,12 @@ def _unsupported(args: TrainingArguments, section: Mapping[str, Any]) -> Iterato
             f"train_sampling_strategy: found {args.train_sampling_strategy!r}, allowed are "
             '"random" and "group_by_length". The order of the examples is a function of the seed '
             "and the epoch."
+        )
+    loss_type = getattr(args, "loss_type", "nll")  # an argument of trl's SFTConfig
+    if loss_type != "nll":
+        yield (
+            f'loss_type: found "{loss_type}", must be "nll". A step uses the loss that the model\'s '
+            "forward returns."
         )
     if args.length_column_name != "length":
         yield (

@@ -16,6 +16,7 @@ from zods.tasks.published import (
     load_published,
     task_of_module,
 )
+from zods.tasks.sequences import PlainText
 from zods.tasks.shots import draw_shots
 from zods.tasks.sources import load_examples, name_of_rows, split_held_out
 from zods.tasks.task import Task, check_rows, check_token_ids, with_lengths
@@ -24,6 +25,7 @@ __all__ = [
     "KINDS",
     "SCORINGS",
     "TASKS",
+    "PlainText",
     "PublishedTask",
     "SolvedExamples",
     "Task",

@@ -15,6 +15,7 @@ from zods.forward.evaluator import Evaluator
 from zods.forward.fused_norms import FusedNorms
 from zods.forward.loss_sums import PairSums
 from zods.forward.model_forwards import ModelForwards
+from zods.forward.stream_budget import StreamBudget
 from zods.selection.loaders import SelectingLoader
 from zods.training.loss_exchange import LossExchange, ReducedLosses
 from zods.training.replicas import Replicas
@@ -44,9 +45,12 @@ def make_evaluator(
         forwards,
         eps=zo.eps,
         evaluation=zo.evaluation,
-        stream_memory_gb=zo.stream_memory_gb,
-        micro_batch=run.config.deepspeed["train_micro_batch_size_per_gpu"],
-        most_points=zo.most_points,
+        budget=StreamBudget(
+            run.comm,
+            run.config.deepspeed["train_micro_batch_size_per_gpu"],
+            zo.most_points,
+            zo.stream_memory_gb,
+        ),
         grouped=zo.has_groups,
         beat=lambda: run.watchdog.beat(f"step {run.state.global_steps}, forward"),
         score=find_score(zo.objective) if of_logits else None,
