@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from zods.core.example_groups import positions_of
-from zods.data.digest import ExampleDigests
+from zods.data.digest import ExampleDigests, digest_of
 from zods.data.order import Mixture, epoch_order
 from zods.data.workers import ignore_requests_to_stop
 
@@ -30,8 +30,7 @@ def check_dataset(dataset: Any, name: str) -> int:
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise ValueError(
             f"{name}: found {type(dataset).__name__}, expected a map-style dataset (__len__, "
-            "__getitem__). A stream of examples cannot be resumed: load it whole, or save it to a "
-            "file first."
+            "__getitem__); as training_data also a stream, torch's or datasets' IterableDataset."
         )
     if len(dataset) == 0:
         raise ValueError(f"{name}: the dataset is empty. Give at least one example.")
@@ -47,6 +46,7 @@ class EpochLoader:
     drawn once per epoch.
     """
 
+    dataset: Any
     accumulation: int
     mixture: Mixture | None = None
     epoch = 0
@@ -58,6 +58,19 @@ class EpochLoader:
 
     def __iter__(self) -> Iterator[Any]:
         raise NotImplementedError
+
+    @property
+    def num_examples(self) -> int | None:
+        """The number of examples of an epoch; None for a stream, where it is not known."""
+        return len(self.dataset)
+
+    def last_examples(self) -> list[int]:
+        """The example indices, over all ranks, of the last step that was yielded."""
+        raise NotImplementedError
+
+    def digest_of_last_step(self) -> str:
+        """A digest of the examples, over all ranks, of the last step that was yielded."""
+        return digest_of(self.dataset[i] for i in self.last_examples())
 
     def forever(self) -> Iterator[Any]:
         """Yield micro-batches without end, epoch after epoch."""
@@ -133,14 +146,22 @@ class TrainingLoader(EpochLoader):
         # between steps.
         self.split = (rank, world_size)
 
+    @property
+    def _source(self) -> Any:
+        """A map from the items of `_epoch_batches` to examples."""
+        return self.dataset
+
+    def _collate(self, rows: list[Any]) -> Any:
+        return (self.collate_fn or default_collate)(rows)
+
     def __len__(self) -> int:
         """The number of micro-batches per epoch and rank."""
-        return len(self.dataset) // self.batch_size * self.accumulation  # type: ignore[arg-type]
+        return len(self.dataset) // self.batch_size * self.accumulation
 
     def _order(self) -> torch.Tensor:
         """The example indices of each step of the current epoch, (steps, batch_size)."""
         if self._last_order is None or self._last_order[0] != self.epoch:
-            size: int = len(self.dataset)  # type: ignore[arg-type]
+            size: int = len(self.dataset)
             order = epoch_order(
                 *(size, self.batch_size, self.seed, self.epoch),
                 lengths=self._lengths,
@@ -149,7 +170,7 @@ class TrainingLoader(EpochLoader):
             self._last_order = (self.epoch, order)
         return self._last_order[1]
 
-    def _epoch_batches(self) -> Iterator[list[int]]:
+    def _epoch_batches(self) -> Iterator[list[Any]]:
         """Yield the example indices of each micro-batch in the rest of the epoch, lazily."""
         order = self._order()
         for position in range(self.position, len(self)):
@@ -170,9 +191,9 @@ class TrainingLoader(EpochLoader):
         What worker processes have loaded ahead is then dropped.
         """
         for batch in DataLoader(
-            self.dataset,
+            self._source,
             batch_sampler=self._epoch_batches(),
-            collate_fn=self.collate_fn,
+            collate_fn=self._collate,
             generator=torch.Generator(),
             num_workers=self._num_workers,
             # Of a forked worker this process is the parent, whose SIGTERM alone it takes.
@@ -186,16 +207,15 @@ class TrainingLoader(EpochLoader):
                 return
 
     def last_examples(self) -> list[int]:
-        """The example indices, over all ranks, of the last step that was yielded."""
         if self.position < self.accumulation:
             return []
         return self._order()[self.position // self.accumulation - 1].tolist()
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         examples = self.position // self.accumulation * self.batch_size
-        return {"epoch": self.epoch, "examples": examples, "size": len(self.dataset)}  # type: ignore[arg-type]
+        return {"epoch": self.epoch, "examples": examples, "size": self.num_examples}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue at the first step that was not complete in `state`.
 
         Raises ValueError where the dataset's size or the batch size does not fit.
@@ -205,10 +225,10 @@ class TrainingLoader(EpochLoader):
                 "zeroth_order.selector: none, but the checkpoint was made with one. Resume with "
                 "the same."
             )
-        if state["size"] != len(self.dataset):  # type: ignore[arg-type]
+        if state["size"] != self.num_examples:
             raise ValueError(
-                f"training_data: {len(self.dataset)} examples, "  # type: ignore[arg-type]
-                f"but the checkpoint was made with {state['size']}. Resume with the same data."
+                f"training_data: {_named(self.num_examples)}, but the checkpoint was made with "
+                f"{_named(state['size'])}. Resume with the same data."
             )
         if state["examples"] % self.batch_size:
             raise ValueError(
@@ -218,6 +238,10 @@ class TrainingLoader(EpochLoader):
             )
         self.epoch = state["epoch"]
         self.position = state["examples"] // self.batch_size * self.accumulation
+
+
+def _named(num_examples: int | None) -> str:
+    return "a stream" if num_examples is None else f"{num_examples} examples"
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,7 @@ class ZerothOrderEngine(EngineInterface):
         self.noise = NoiseMeter(
             zo,
             batch_size=self.train_batch_size(),
-            population=None if training_loader is None else len(training_loader.dataset),  # type: ignore[arg-type]
+            population=None if training_loader is None else training_loader.num_examples,
             selects=self.selection is not None,
         )
         self._exchange = LossExchange(

@@ -43,7 +43,7 @@ def measure_refresh(
     parts = len(seeds) if config.anchor_split else 1
     sets = len(seeds) // parts  # pairs of points of each part
     order = anchor_order(
-        len(loader.dataset),  # type: ignore[arg-type]
+        len(loader.dataset),
         examples=config.anchor_examples,
         shuffled=parts > 1,
         seed=rule.seeds("anchor_examples", step, 1)[0],
@@ -75,6 +75,6 @@ def measure_refresh(
             [[n * value for value in values[k : k + sets]] for k in range(0, len(values), sets)],
             [end - start for start, end in pairwise([*starts, n])],
             Spread(n**2 * math.fsum(differences.squares), differences.units),
-            len(loader.dataset),  # type: ignore[arg-type]
+            len(loader.dataset),
         )
     return record, noise

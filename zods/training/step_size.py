@@ -52,7 +52,7 @@ def measure_step_size(
     keyword arguments of `Evaluator.differences_over`. Collective, with the same result on all
     ranks. Raises RuntimeError where the loss is not finite, or does not rise.
     """
-    rule, population = StepRule(config), len(loader.dataset)  # type: ignore[arg-type]
+    rule, population = StepRule(config), len(loader.dataset)
     # Each direction has examples of its own. The mean gradients of two small sets differ by more
     # than two directional derivatives of one of them.
     seeds = rule.seeds("step_size", step, NUM_DIRECTIONS)
