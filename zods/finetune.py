@@ -21,7 +21,7 @@ from deepspeed.accelerator import get_accelerator
 import zods
 from zods.cli.arguments import merged_config, parse_arguments
 from zods.cli.load_model import load_model, save_configuration, save_tokenizer
-from zods.cli.model_checks import check_causal
+from zods.cli.model_checks import check_causal, check_packing
 from zods.cli.options import Arguments, RunArguments
 from zods.cli.plots import plot_curves
 from zods.cli.prepared_data import PreparedData, prepare_data
@@ -63,7 +63,6 @@ from zods.config.optional_packages import check_packages
 from zods.config.schedules import with_provisional_length
 from zods.config.schema import ZerothOrderConfig
 from zods.params.swap_files import in_own_folder
-from zods.tasks.answers import with_references
 from zods.training import first_order_checkpoint
 from zods.training.checkpoint_files import latest_tag
 from zods.training.engine import ZerothOrderEngine
@@ -163,20 +162,21 @@ def start(
         watchdog.close()  # the engine has its own
     engine: ZerothOrderEngine | FirstOrderEngine
     if isinstance(used, RunConfig):
-        generates = used.zeroth_order.generate is not None
         engine = zods.initialize(
             model=model,
             config=used.to_dict(),
             training_data=data.train,
-            collate_fn=with_references(task.collate) if generates else task.collate,
+            collate_fn=data.collate,
             target_data=data.target,
             tokenizer=checked.tokenizer,
         )[0]
     else:
-        engine = FirstOrderEngine(model, used, data.train, task.collate, data.target)
+        engine = FirstOrderEngine(model, used, data.train, data.collate, data.target)
     code = {**code_of_model(engine.module), "tokenizer": tokenizer_digest(checked.tokenizer)}
     engine.recorder.note_code(code)
-    check_causal(engine.evaluate, checked.pretrained, task, data.train)
+    first = data.first_batches(8)
+    check_causal(engine.evaluate, checked.pretrained, task, first)
+    check_packing(engine.evaluate, engine.module, checked.pretrained, first)
     with comm.same_on_all_ranks():
         if fork is not None and comm.rank == 0:
             copy_log(fork.parent.parent, fork if isinstance(run, RunConfig) else None, folder.path)

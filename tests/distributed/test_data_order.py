@@ -84,6 +84,48 @@ def test_a_run_sees_the_same_examples_on_other_ranks_and_when_it_is_resumed(tmp_
     assert "trajectory.log: made with zeroth_order.mixture" in message
 
 
+# a published row of code becomes two rows of the task, another becomes one
+TASK_OF_ROWS = """
+from zods.tasks import PublishedTask
+
+def rows(published):
+    for part in range(2 if published["kind"] == "code" else 1):
+        yield {"part": f"{published['text']} {part}", "label": published["label"]}
+
+task = PublishedTask(
+    name="parts", template="{part}\\nKind: {label}", columns=("text",), words=("code", "text"),
+    labels=("code", "text"), rows=rows,
+)
+"""
+
+
+def rank_of_drawn_sources(words: list[str]) -> tuple[list[str], dict[str, int]]:
+    """The sources of the examples of an epoch, and the number of examples of each source."""
+    engine = zods.finetune.start(parse_arguments(words))[0]
+    loader = engine.training_dataloader
+    drawn: list[str] = []
+    for _ in range(loader.steps_per_epoch):
+        engine.train_batch()
+        drawn += [loader.dataset[i]["kind"] for i in loader.last_examples()]
+    engine.close()
+    return drawn, dict(Counter(loader.dataset["kind"]))
+
+
+def test_a_mixture_draws_from_the_rows_that_a_custom_task_makes(tmp_path: Path):
+    (tmp_path / "task.py").write_text(TASK_OF_ROWS)
+    words = options(tmp_path, "run", 1, method="mezo", max_steps=20, held_out=6)
+    for name in ("--task", "--template"):
+        at = words.index(name)
+        del words[at : at + 2]
+    words += ["--task", "custom", "--task_file", str(tmp_path / "task.py")]
+    drawn, sizes = run_ranks(1, rank_of_drawn_sources, words)[0]
+    rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    published = Counter(row["kind"] for row in rows)
+    assert sum(sizes.values()) == 2 * published["code"] + published["text"] - 6
+    assert sizes["code"] > published["code"]
+    assert Counter(drawn) == {"code": 3 * len(drawn) // 4, "text": len(drawn) // 4}
+
+
 @pytest.mark.parametrize("others", [{}, {"optimizer": "adamw", "lr": "1e-3"}])
 def test_the_summary_has_the_passes_over_each_source(tmp_path: Path, others: dict[str, str]):
     finetune_on_ranks(1, options(tmp_path, "run", 1, max_steps=5, **others))

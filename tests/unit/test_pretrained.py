@@ -179,7 +179,8 @@ def test_a_model_is_causal_where_later_tokens_do_not_change_earlier_predictions(
     config.initializer_range = config.init_std = 0.1
     task = make_task("prompted")
     engine = OneProcess(hf.AutoModelForCausalLM.from_config(config).to(dtype))
-    arguments = (engine.evaluate, Pretrained("m", config, None), task, task.prepare(REVIEWS))
+    batches = [task.collate([row]) for row in task.prepare(REVIEWS)]
+    arguments = (engine.evaluate, Pretrained("m", config, None), task, batches)
     if causal:
         check_causal(*arguments)
     else:

@@ -176,11 +176,43 @@ def _mistakes(arguments: Arguments) -> Iterator[str]:
         yield "give either --lora_rank or --peft_config"
     if selection.select is not None and arguments.overrides.train_batch_size is not None:
         yield "--select K/N sets train_batch_size to K; leave --train_batch_size out"
+    if data.streaming:
+        yield from _mistakes_of_streaming(arguments)
+    elif data.shuffle_buffer is not None:
+        yield "--shuffle_buffer belongs to --streaming: give both, or leave --shuffle_buffer out"
     values = {**vars(model), **vars(data), **vars(arguments.task), **vars(arguments.run)}
     for option in MINIMUM:
         wrong = _too_small(option, values[option])
         if wrong:
             yield f"--{option}: {wrong}"
+
+
+def _mistakes_of_streaming(arguments: Arguments) -> Iterator[str]:
+    """Yield a message for each option that needs the whole training data."""
+    data, task, selection = arguments.data, arguments.task, arguments.selection
+    if arguments.run.max_steps is None:
+        yield (
+            "--streaming: the number of steps in a pass over the data is not known. Give --max_steps "
+            "in place of --num_epochs"
+        )
+    if data.validation_file is None and data.validation_split is None:
+        yield (
+            "--streaming: no examples can be held out from a stream. Give --validation_file or "
+            "--validation_split"
+        )
+    if task.task.is_declared:
+        yield f"--streaming: --task {task.task} loads its own data whole. Leave one of them out"
+    reasons = {
+        "shots": (data.shots, "draws from all examples of a class"),
+        "icl": (data.icl, "draws from all examples of a class"),
+        "max_train_examples": (data.max_train_examples, "draws from all examples; use --max_steps"),
+        "mixture_weights": (data.mixture_weights, "draws from all examples of a source"),
+        "select": (selection.select, "draws its candidates from all examples"),
+        "packing": (task.packing or None, "cuts rows where all texts before them end"),
+    }
+    for option, (value, reason) in reasons.items():
+        if value is not None:
+            yield f"--streaming: --{option} {reason}. Leave one of them out"
 
 
 def _only_declared(arguments: Arguments) -> dict[str, Any]:

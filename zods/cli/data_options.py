@@ -69,6 +69,21 @@ class DataArguments:
             "examples of each class before each prompt (--max_steps 0: no training)"
         },
     )
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "read the training data while training (.jsonl, .csv, .parquet or the hub): "
+            "rows are checked and tokenised when their step comes; needs --max_steps and held-out "
+            "data"
+        },
+    )
+    shuffle_buffer: int | None = field(
+        default=None,
+        metadata={
+            "help": "streaming: draw each row from a buffer of the next N rows, by the seed "
+            "(default: the order of the data)"
+        },
+    )
     max_train_examples: int | None = field(default=None, metadata={"help": "keep this many"})
     max_eval_examples: int | None = field(default=None, metadata={"help": "keep this many"})
 
@@ -152,8 +167,8 @@ class TaskArguments:
     packing: bool = field(
         default=False,
         metadata={
-            "help": "plain texts: concatenate the training texts, and cut them into examples of "
-            "max_length tokens"
+            "help": "instruction: put several training examples into a row of max_length tokens, "
+            "apart from each other; plain texts are concatenated and cut"
         },
     )
     max_length: int = field(

@@ -22,7 +22,8 @@ from zods.cli.pretrained import (
     errors_in_one_line,
     parameter_shapes,
 )
-from zods.tasks import Task
+from zods.data.batch import accepted_arguments
+from zods.tasks import POSITION_IDS, Task
 
 
 def check_kind(pretrained: Pretrained, task: Task) -> None:
@@ -130,7 +131,10 @@ def _shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def check_causal(
-    evaluate: Callable[..., dict[str, float]], pretrained: Pretrained, task: Task, rows: Any
+    evaluate: Callable[..., dict[str, float]],
+    pretrained: Pretrained,
+    task: Task,
+    batches: Sequence[dict[str, Any]],
 ) -> None:
     """Raise ValueError, on all ranks, where later tokens change the model's earlier predictions.
 
@@ -139,12 +143,11 @@ def check_causal(
 
     Args:
         evaluate: the engine's method `evaluate`.
-        rows: prepared training data; the tokens of the two rows are taken from them.
+        batches: training batches of one example; the tokens of the two rows are taken from them.
     """
     if not task.predicts_next_token:
         return
-    inputs_of = (task.collate([row])["input_ids"] for row in rows.select(range(min(8, len(rows)))))
-    tokens = sorted({token for input_ids in inputs_of for token in input_ids[0].tolist()})
+    tokens = sorted({token for batch in batches for token in batch["input_ids"][0].tolist()})
     if len(tokens) < 2:
         return
     first = [tokens[i % len(tokens)] for i in range(8)]
@@ -165,6 +168,58 @@ def check_causal(
     if evaluate([0], collate, measure)["leaks"]:
         raise ValueError(
             _not_causal(pretrained.base, "its predictions depend on later tokens", task.name)
+        )
+
+
+def check_packing(
+    evaluate: Callable[..., dict[str, float]],
+    model: torch.nn.Module,
+    pretrained: Pretrained,
+    batches: Sequence[dict[str, Any]],
+) -> None:
+    """Raise ValueError, on all ranks, where examples that are packed into one row change each other.
+
+    transformers 5.23 separates them by position_ids that begin again, with the attention
+    implementations eager, sdpa, flash and flex, in models that give position_ids to
+    `create_causal_mask`. Llama, Qwen3 and GPT-2 do, OPT and models with a recurrent state do not. The
+    check compares the predictions for an example that stands before, and after, two others.
+
+    Args:
+        evaluate, batches: as in `check_causal`, but of packed rows; others are not checked.
+    """
+    if not batches or POSITION_IDS not in batches[0]:
+        return
+    takes = accepted_arguments(model)
+    tokens = [t for batch in batches for t in batch["input_ids"][0].tolist()]
+    kinds = list(dict.fromkeys(tokens))
+    parts = [[kinds[(start + i) % len(kinds)] for i in range(4)] for start in range(3)]
+    example, before, other = parts
+    rows = torch.tensor([before + example, other + example, example + other])
+    inputs: dict[str, Any] = {
+        "input_ids": rows,
+        POSITION_IDS: torch.arange(8).remainder(4) + 0 * rows,
+    }
+    if "use_cache" in takes:
+        inputs["use_cache"] = False  # with a cache, transformers does not look for examples
+
+    def measure(
+        outputs: Any, inputs: dict[str, Tensor], targets: Tensor
+    ) -> dict[str, tuple[float, float]]:
+        logits = outputs["logits"].float()
+        alike = torch.stack([logits[0, 4:], logits[1, 4:], logits[2, :4]])
+        change = (alike - alike[2]).abs().max()
+        noise = 1e-3 if outputs["logits"].dtype == torch.float32 else 3e-2
+        return {"leaks": (float(change > noise * alike[2].abs().max()), 1)}
+
+    def collate(rows: Sequence[Any]) -> tuple[dict[str, Any], Tensor]:
+        return inputs, torch.zeros(1)
+
+    if POSITION_IDS not in takes or evaluate([0], collate, measure)["leaks"]:
+        attention = getattr(pretrained.config, "_attn_implementation", None)
+        raise ValueError(
+            f"--packing: {pretrained.base}, of type {pretrained.config.model_type} with attention "
+            f"{attention}, does not keep the examples of a row apart by position_ids, so that each "
+            "would see the one before it. Leave --packing out, or give another model."
         )
 
 

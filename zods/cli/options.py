@@ -36,6 +36,7 @@ MINIMUM = {  # smallest allowed value
     "max_eval_examples": 1,
     "shots": 1,
     "icl": 1,
+    "shuffle_buffer": 2,
     "save_total_limit": 1,
     "eval_interval": 0,
     "save_interval": 0,

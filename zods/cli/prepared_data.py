@@ -5,6 +5,8 @@ Caller: `zods.finetune`, before the model is loaded.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +16,7 @@ from zods.cli.adapters import read_peft_config
 from zods.cli.arguments import load_mapping
 from zods.cli.data_options import DataArguments, TaskArguments
 from zods.cli.model_checks import check_adapter, check_kind, check_shapes
-from zods.cli.options import Arguments
+from zods.cli.options import Arguments, ModelArguments
 from zods.cli.pretrained import Pretrained, check_generation_config
 from zods.config.deepspeed_json import FirstOrderConfig, RunConfig
 from zods.config.schema import ZerothOrderConfig
@@ -23,14 +25,19 @@ from zods.data.order import Mixture
 from zods.files import check_regular
 from zods.selection.sub_batches import check_target_data
 from zods.tasks import (
+    POSITION_IDS,
     TASKS,
+    PackedCollator,
     PlainText,
     PublishedTask,
+    RowStream,
     SolvedExamples,
+    StreamedTask,
     Task,
     build_published,
     build_task,
     check_rows,
+    check_streamable,
     check_token_ids,
     custom_task,
     draw_shots,
@@ -45,22 +52,30 @@ from zods.tasks import (
     task_of_module,
     with_lengths,
 )
+from zods.tasks.answers import with_references
+from zods.training.training_data import check_streamed
 
 
 class PreparedData(NamedTuple):
     """The task, and its data as batches are made of them.
 
-    train: it keeps the source column of the selector or the mixture, where one is named, and has a
-    column of lengths where batches are grouped by them. in_context: the held-out data with solved
-    examples before the prompts; None without --icl. target: the examples of the
-    selector's `target_file`; None where there is none.
+    train: a stream with --streaming. Otherwise it keeps the source column of the selector or the
+    mixture, where one is named, and has a column of lengths where batches are grouped by them.
+    collate: makes batches of `train`. in_context: the held-out data with solved examples before the
+    prompts; None without --icl. target: the examples of the selector's `target_file`; None where
+    there is none.
     """
 
     task: Task
-    train: datasets.Dataset
+    train: datasets.Dataset | datasets.IterableDataset
+    collate: Callable[[Sequence[Any]], dict[str, Any]]
     held_out: datasets.Dataset
     in_context: datasets.Dataset | None
     target: datasets.Dataset | None
+
+    def first_batches(self, number: int) -> list[dict[str, Any]]:
+        """Training batches of one example each."""
+        return [self.collate([row]) for row in islice(iter(self.train), number)]
 
 
 def prepare_data(
@@ -73,24 +88,21 @@ def prepare_data(
     with_sources = selector if mixture is None else mixture
     column = None if with_sources is None else with_sources.source_column
     declared = declared_task(arguments.task)
+    stream = open_stream(arguments.data, run) if arguments.data.streaming else None
     if declared is None:
-        parts = load_parts(arguments.data, run.seed, target_file)
+        parts = load_parts(arguments.data, run.seed, target_file, stream)
     else:
         parts = load_declared(declared, arguments.data, run.seed, target_file, column)
     train, row_name = parts["train"]
     source = row_name.rpartition(",")[0]
     task = _build(arguments.task, declared, tokenizer, train, pretrained, source)
+    if stream is not None:
+        check_streamable(task)
     if run.zeroth_order.objective == "candidates":
         task = over_label_words(task)
     if run.zeroth_order.generate is not None:
         _check_prompts(task)
-    check_kind(pretrained, task)
-    if task.predicts_next_token:
-        check_generation_config(Path(pretrained.base))
-    check_shapes(pretrained, task, arguments.model.trust_remote_code)
-    check_adapter(pretrained, task, arguments.model.trust_remote_code)
-    if arguments.model.peft_config is not None:
-        read_peft_config(Path(arguments.model.peft_config), task)
+    _check_model(arguments.model, pretrained, task)
     check_rows(task, list(parts.values()))
     if "validation" not in parts:
         train, held_out = split_held_out(train, arguments.data.held_out.value, run.seed)
@@ -104,11 +116,8 @@ def prepare_data(
         target = parts.get("target", (None, ""))[0]
         check_target_data(selector, target, "zeroth_order.selector")
     beside = {"train": _sources_beside(run.zeroth_order, column, train)}
-    if arguments.task.packing and beside["train"]:
-        raise ValueError(
-            "--packing: an example would have texts of several sources. Leave out --packing or "
-            "source_column."
-        )
+    if arguments.task.packing:
+        _check_packed(run.zeroth_order, beside["train"])
     prepared = {
         name: prepare_packed(task, *part)
         if name == "train" and arguments.task.packing
@@ -123,13 +132,61 @@ def prepare_data(
     if pretrained.num_embeddings is not None:
         for dataset in prepared.values():
             check_token_ids(dataset, pretrained.num_embeddings, tokenizer)
+    data: datasets.Dataset | datasets.IterableDataset = prepared["train"]
+    collate = with_references(task.collate) if run.zeroth_order.generate else task.collate
+    if POSITION_IDS in prepared["train"].column_names:
+        collate = PackedCollator(task.pad_id)  # type: ignore[attr-defined]
+    if stream is not None:
+        streamed = StreamedTask(task, stream, row_name, pretrained.num_embeddings)  # type: ignore[arg-type]
+        data = stream.shuffled(arguments.data.shuffle_buffer, run.seed)
+        collate = streamed.collated_by(collate)
     return PreparedData(
         task,
-        prepared["train"],
+        data,
+        collate,
         prepared["validation"],
         prepared.get("in_context"),
         prepared.get("target"),
     )
+
+
+def open_stream(data: DataArguments, run: RunConfig | FirstOrderConfig) -> RowStream:
+    """Begin to read the training data, where the configuration fits a stream."""
+    check_streamed(run.zeroth_order, run.selector)
+    return RowStream.open(
+        file=data.train_file,
+        dataset_name=data.dataset_name,
+        dataset_config=data.dataset_config,
+        split=data.train_split,
+        column_names=data.column_names,
+    )
+
+
+def _check_model(settings: ModelArguments, pretrained: Pretrained, task: Task) -> None:
+    """Raise ValueError or OSError where the files of the model or adapter do not fit the task."""
+    check_kind(pretrained, task)
+    if task.predicts_next_token:
+        check_generation_config(Path(pretrained.base))
+    check_shapes(pretrained, task, settings.trust_remote_code)
+    check_adapter(pretrained, task, settings.trust_remote_code)
+    if settings.peft_config is not None:
+        read_peft_config(Path(settings.peft_config), task)
+
+
+def _check_packed(section: ZerothOrderConfig, sources: Mapping[str, Any]) -> None:
+    """Raise ValueError where a row of several examples does not fit the configuration.
+
+    sources: the column of the sources, if any.
+    """
+    if section.generate is not None:
+        raise ValueError(
+            "--packing: zeroth_order.generate continues one prompt per row. Leave one of them out."
+        )
+    if sources:
+        raise ValueError(
+            "--packing: an example would have texts of several sources. Leave out --packing or "
+            "source_column."
+        )
 
 
 def _check_prompts(task: Task) -> None:
@@ -255,12 +312,15 @@ def load_declared(
 
 
 def load_parts(
-    data: DataArguments, seed: int, target_file: str | None = None
+    data: DataArguments,
+    seed: int,
+    target_file: str | None = None,
+    stream: RowStream | None = None,
 ) -> dict[str, tuple[datasets.Dataset, str]]:
     """Load the data: "train", and where they are given "validation" and "target".
 
     Each dataset comes with the text before a row's number in messages. Raises ValueError with the
-    mistakes of all.
+    mistakes of all. stream: the training data, whose first rows are then "train".
     """
     wanted = [
         ("train", data.train_file, data.train_split, data.max_train_examples),
@@ -279,8 +339,12 @@ def load_parts(
         source: dict[str, Any] = hub if file is None else {"file": file}
         names = None if file is None else data.column_names
         try:
-            examples = load_examples(
-                **source, column_names=names, max_examples=most, seed=seed, keep_rows=True
+            examples = (
+                stream.head
+                if stream is not None and part == "train"
+                else load_examples(
+                    **source, column_names=names, max_examples=most, seed=seed, keep_rows=True
+                )
             )
             parts[part] = (examples, name_of_rows(**source))
         except (ValueError, OSError) as error:

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from zods.core.example_groups import positions_of
-from zods.data.digest import ExampleDigests
+from zods.data.digest import ExampleDigests, digest_of
 from zods.data.order import Mixture, epoch_order
 from zods.data.workers import ignore_requests_to_stop
 
@@ -30,8 +30,7 @@ def check_dataset(dataset: Any, name: str) -> int:
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise ValueError(
             f"{name}: found {type(dataset).__name__}, expected a map-style dataset (__len__, "
-            "__getitem__). A stream of examples cannot be resumed: load it whole, or save it to a "
-            "file first."
+            "__getitem__); as training_data also a stream, torch's or datasets' IterableDataset."
         )
     if len(dataset) == 0:
         raise ValueError(f"{name}: the dataset is empty. Give at least one example.")
@@ -60,15 +59,30 @@ class EpochLoader:
     def __iter__(self) -> Iterator[Any]:
         raise NotImplementedError
 
+    @property
+    def num_examples(self) -> int | None:
+        """The number of examples of an epoch; None for a stream, where it is not known."""
+        return len(self.dataset)
+
+    def last_examples(self) -> list[int]:
+        """The example indices, over all ranks, of the last step that was yielded."""
+        raise NotImplementedError
+
+    def digest_of_last_step(self) -> str:
+        """A digest of the examples, over all ranks, of the last step that was yielded."""
+        return digest_of(self.dataset[i] for i in self.last_examples())
+
     def forever(self) -> Iterator[Any]:
         """Yield micro-batches without end, epoch after epoch."""
         while True:
             yield from self
 
     @property
-    def population(self) -> int:
-        """The number of examples of which a batch is a sample; see `Mixture.effective_size`."""
-        return len(self.dataset) if self.mixture is None else self.mixture.effective_size
+    def population(self) -> int | None:
+        """The number of examples of which a batch is a sample, see `Mixture.effective_size`; None
+        for a stream.
+        """
+        return self.num_examples if self.mixture is None else self.mixture.effective_size
 
     @property
     def steps_per_epoch(self) -> int:
@@ -139,6 +153,14 @@ class TrainingLoader(EpochLoader):
         # between steps.
         self.split = (rank, world_size)
 
+    @property
+    def _source(self) -> Any:
+        """A map from the items of `_epoch_batches` to examples."""
+        return self.dataset
+
+    def _collate(self, rows: list[Any]) -> Any:
+        return (self.collate_fn or default_collate)(rows)
+
     def __len__(self) -> int:
         """The number of micro-batches per epoch and rank."""
         return len(self.dataset) // self.batch_size * self.accumulation
@@ -155,7 +177,7 @@ class TrainingLoader(EpochLoader):
             self._last_order = (self.epoch, order)
         return self._last_order[1]
 
-    def _epoch_batches(self) -> Iterator[list[int]]:
+    def _epoch_batches(self) -> Iterator[list[Any]]:
         """Yield the example indices of each micro-batch in the rest of the epoch, lazily."""
         order = self._order()
         for position in range(self.position, len(self)):
@@ -176,9 +198,9 @@ class TrainingLoader(EpochLoader):
         What worker processes have loaded ahead is then dropped.
         """
         for batch in DataLoader(
-            self.dataset,
+            self._source,
             batch_sampler=self._epoch_batches(),
-            collate_fn=self.collate_fn,
+            collate_fn=self._collate,
             generator=torch.Generator(),
             num_workers=self._num_workers,
             # Of a forked worker this process is the parent, whose SIGTERM alone it takes.
@@ -192,16 +214,15 @@ class TrainingLoader(EpochLoader):
                 return
 
     def last_examples(self) -> list[int]:
-        """The example indices, over all ranks, of the last step that was yielded."""
         if self.position < self.accumulation:
             return []
         return self._order()[self.position // self.accumulation - 1].tolist()
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         examples = self.position // self.accumulation * self.batch_size
-        return {"epoch": self.epoch, "examples": examples, "size": len(self.dataset)}
+        return {"epoch": self.epoch, "examples": examples, "size": self.num_examples}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue at the first step that was not complete in `state`.
 
         Raises ValueError where the dataset's size or the batch size does not fit.
@@ -211,10 +232,10 @@ class TrainingLoader(EpochLoader):
                 "zeroth_order.selector: none, but the checkpoint was made with one. Resume with "
                 "the same."
             )
-        if state["size"] != len(self.dataset):
+        if state["size"] != self.num_examples:
             raise ValueError(
-                f"training_data: {len(self.dataset)} examples, "
-                f"but the checkpoint was made with {state['size']}. Resume with the same data."
+                f"training_data: {_named(self.num_examples)}, but the checkpoint was made with "
+                f"{_named(state['size'])}. Resume with the same data."
             )
         if state["examples"] % self.batch_size:
             raise ValueError(
@@ -224,6 +245,10 @@ class TrainingLoader(EpochLoader):
             )
         self.epoch = state["epoch"]
         self.position = state["examples"] // self.batch_size * self.accumulation
+
+
+def _named(num_examples: int | None) -> str:
+    return "a stream" if num_examples is None else f"{num_examples} examples"
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from transformers import Trainer
 from zods.config.section import SECTION
 from zods.config.selector_section import parse_selector
 from zods.data.loader import EpochLoader
+from zods.data.stream import StreamLoader
 from zods.integrations.hf_arguments import ZOTrainingArguments
 from zods.training.engine import ZerothOrderEngine
 from zods.training.export import runs_alone
@@ -79,6 +80,25 @@ class MicroBatches(Dataset):
         return next(self._batches)
 
 
+class StreamedMicroBatches(Dataset):
+    """The micro-batches of a run on a stream, by their position in the run.
+
+    With this length, the Trainer takes the whole run for one epoch, whatever the stream's length is.
+    When it resumes, it skips the positions of the steps that were made.
+    """
+
+    def __init__(self, loader: StreamLoader, num_steps: int) -> None:
+        self.num_examples = num_steps * loader.batch_size
+        self._size = num_steps * loader.accumulation
+        self._batches = loader.forever()
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, position: int) -> Any:
+        return next(self._batches)
+
+
 def _only_row(rows: list[Any]) -> Any:
     (row,) = rows
     return row
@@ -97,7 +117,8 @@ class ZOTrainerMixin(_Base):
     `train_dataset` and `data_collator`. So a run makes the same steps, to the bit, as a loop over
     `zods.initialize` with the same configuration, for any number of ranks, and the anchor of
     MeZO-SVRG passes over the same examples. The tail of an epoch that does not fill a batch is
-    dropped. Evaluation data keep the Trainer's loaders.
+    dropped. An IterableDataset is read in its own order, see `zods.data.stream`; all ranks need the
+    same one, not split among them. Evaluation data keep the Trainer's loaders.
 
     A step's loss is the one that the model's forward returns. So `compute_loss` must not be
     overridden, and `compute_loss_func` must not be given. In training the model stays in eval mode.
@@ -148,7 +169,7 @@ class ZOTrainerMixin(_Base):
             config[SECTION] = {"method": "mezo", "lr": 0.0}
             return initialize(model=self.model, config=config)[0]
         steps = 0
-        if hasattr(self.train_dataset, "__len__"):  # initialize refuses others
+        if hasattr(self.train_dataset, "__len__"):  # with a stream, the Trainer asks for max_steps
             config = args.configuration(1)
             selector = config[SECTION].get("selector")
             steps = steps_per_epoch(
@@ -201,15 +222,20 @@ class ZOTrainerMixin(_Base):
             raise ValueError("Trainer: training requires a train_dataset.")
         loader = self._engine().training_dataloader
         assert loader is not None
-        return DataLoader(
-            MicroBatches(loader), batch_size=1, collate_fn=_only_row, generator=torch.Generator()
+        data = (
+            StreamedMicroBatches(loader, self._total_steps)
+            if isinstance(loader, StreamLoader)
+            else MicroBatches(loader)
         )
+        return DataLoader(data, batch_size=1, collate_fn=_only_row, generator=torch.Generator())
 
     def num_examples(self, dataloader: DataLoader) -> int:
         """The number of examples, not of micro-batches."""
         data = getattr(dataloader, "dataset", None)
         if isinstance(data, MicroBatches):
             return len(data.loader.dataset)
+        if isinstance(data, StreamedMicroBatches):
+            return data.num_examples
         return super().num_examples(dataloader)
 
     def _prepare_for_training(

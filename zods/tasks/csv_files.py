@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from zods.tasks.column_types import NULL, TEXT, cell_value, type_of_cell, without_null
 from zods.tasks.row_mistakes import Mistakes, listed
-from zods.tasks.tables import RESERVED, Table
+from zods.tasks.tables import RESERVED, ROW, Table
 from zods.tasks.text_lines import read_lines
 
 csv.field_size_limit(sys.maxsize)
@@ -108,6 +108,28 @@ def read_csv(path: Path, delimiter: str, column_names: Sequence[str] | None) -> 
             "out"
         )
     return Table(types, rows, "; ".join(notes))
+
+
+def stream_csv(path: Path, column_names: Sequence[str] | None) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a CSV file, each with its first line in the column ROW.
+
+    All values are texts, because the types of the columns are known only when all rows are. Raises
+    ValueError at the first row that has another number of fields.
+    """
+    records = _csv_records(path, ",")
+    names = column_names
+    for record in records:
+        if names is None and not record.problem:
+            names = _header_names(path, record)
+            continue
+        names = names or ()
+        if record.problem or len(record.fields) != len(names):
+            what = record.problem or f"{len(record.fields)} fields, but {len(names)} columns"
+            raise ValueError(
+                f"{path}, line {record.line}: {what} ({', '.join(names)}). Quote fields that hold "
+                "a comma"
+            )
+        yield {**dict(zip(names, record.fields, strict=True)), ROW: record.line}
 
 
 def _scan(records: Callable[[], Iterator[_Record]], has_header: bool) -> _Reading:

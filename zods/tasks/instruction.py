@@ -103,9 +103,9 @@ class Instruction:
         the last two.
         """
         check_rows(self, [(dataset, row_name)])
-        return map_rows(dataset, self._make_rows, self.max_length, row_name, beside)
+        return map_rows(dataset, self.make_rows, self.max_length, row_name, beside)
 
-    def _make_rows(self, batch: Columns) -> Columns:
+    def make_rows(self, batch: Columns) -> Columns:
         if self.data_format is not None:
             batch = self.data_format.texts(batch)
         start = leading_special_tokens(self.tokenizer)

@@ -75,22 +75,26 @@ def _json_lines(path: Path, mistakes: Mistakes) -> Iterator[tuple[int, dict[str,
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            mistakes.add(
-                f"{path}, line", number, f"malformed JSON: {error.msg} at column {error.colno}"
-            )
-            continue
-        except RecursionError:
-            mistakes.add(f"{path}, line", number, TOO_DEEP)
-            continue
-        except ValueError:  # Python converts no text of more than 4300 digits
-            mistakes.add(f"{path}, line", number, TOO_MANY_DIGITS)
-            continue
-        if wrong := _unusable_row(row):
-            mistakes.add(f"{path}, line", number, wrong)
+            row = parse_line(line)
+        except ValueError as error:
+            mistakes.add(f"{path}, line", number, str(error))
         else:
             yield number, row
+
+
+def parse_line(line: str) -> dict[str, Any]:
+    """Parse a line of a JSON lines file. Raises ValueError with the reason where it is no row."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"malformed JSON: {error.msg} at column {error.colno}") from None
+    except RecursionError:
+        raise ValueError(TOO_DEEP) from None
+    except ValueError:  # Python converts no text of more than 4300 digits
+        raise ValueError(TOO_MANY_DIGITS) from None
+    if wrong := _unusable_row(row):
+        raise ValueError(wrong)
+    return row
 
 
 def _unusable_row(row: Any) -> str:

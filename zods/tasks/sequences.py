@@ -42,7 +42,7 @@ class _LabelledTokens(ABC):
     def mistakes(self, dataset: datasets.Dataset) -> Iterator[tuple[int, str]]: ...
 
     @abstractmethod
-    def _make_rows(self, batch: Columns) -> Columns: ...
+    def make_rows(self, batch: Columns) -> Columns: ...
 
     def prepare(
         self,
@@ -52,10 +52,10 @@ class _LabelledTokens(ABC):
     ) -> datasets.Dataset:
         """Tokenise the rows: `input_ids` and `labels`, -100 where a token is not labelled."""
         check_rows(self, [(dataset, row_name)])
-        return map_rows(dataset, self._make_rows, self.max_length, row_name, beside)
+        return map_rows(dataset, self.make_rows, self.max_length, row_name, beside)
 
     def _row(self, ids: list[int], labels: list[int], unusable: str = "") -> Row:
-        """One row of `_make_rows`. A row's first label is never predicted, so it does not count."""
+        """One row of `make_rows`. A row's first label is never predicted, so it does not count."""
         skipped = ""
         if not unusable and all(label == IGNORE_INDEX for label in labels[1 : self.max_length]):
             is_cut = any(label != IGNORE_INDEX for label in labels[1:])
@@ -95,7 +95,7 @@ class Chat(_LabelledTokens):
     def mistakes(self, dataset: datasets.Dataset) -> Iterator[tuple[int, str]]:
         yield from self.data_format.mistakes(dataset)
 
-    def _make_rows(self, batch: Columns) -> Columns:
+    def make_rows(self, batch: Columns) -> Columns:
         names = list(batch)
         rows = []
         for values in zip(*batch.values(), strict=True):
@@ -123,7 +123,7 @@ class PlainText(_LabelledTokens):
     def mistakes(self, dataset: datasets.Dataset) -> Iterator[tuple[int, str]]:
         yield from self.data_format.mistakes(dataset)
 
-    def _make_rows(self, batch: Columns) -> Columns:
+    def make_rows(self, batch: Columns) -> Columns:
         start = leading_special_tokens(self.tokenizer)
         texts = [text_of(value) for value in batch[self.data_format.column]]
         encoded = self.tokenizer(

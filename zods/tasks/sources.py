@@ -129,7 +129,7 @@ def name_of_rows(
     For example "train.csv, line", or "glue (sst2, train), row".
     """
     if file is not None:
-        return f"{file}, {'line' if _extension(Path(file)) in TEXT_FORMATS else 'row'}"
+        return f"{file}, {'line' if extension_of(Path(file)) in TEXT_FORMATS else 'row'}"
     return f"{dataset_name} ({', '.join(filter(None, (dataset_config, split or 'train')))}), row"
 
 
@@ -176,12 +176,13 @@ def _load_hub(name: str | None, config: str | None, split: str) -> datasets.Data
     return dataset
 
 
-def _extension(path: Path) -> str:
+def extension_of(path: Path) -> str:
+    """The extension of a file, without a final .gz."""
     return Path(path.name.removesuffix(".gz")).suffix.lower()
 
 
 def _load_file(path: Path, column_names: Sequence[str] | None) -> datasets.Dataset:
-    extension = _extension(path)
+    extension = extension_of(path)
     if extension not in FORMATS:
         raise ValueError(
             f"{path}: unknown extension {extension!r}; allowed are {', '.join(FORMATS)}, also with "

@@ -275,6 +275,11 @@ def _without_skipped(prepared: datasets.Dataset, row_name: str) -> datasets.Data
     return prepared.remove_columns("skipped")
 
 
+def make_rows(dataset: datasets.Dataset, of_batch: Callable[[Columns], Columns]) -> Columns:
+    """Make the rows of a small dataset, with the columns that `map_rows` counts and drops."""
+    return _apply(dataset[:], of_batch, "")
+
+
 def _apply(batch: Columns, make_rows: Callable[[Columns], Columns], code: str) -> Columns:
     """Make the rows of a batch, in parts of at most AT_ONCE characters."""
     made: Columns = {}

@@ -24,6 +24,7 @@ from zods.data.batch import accepted_arguments
 from zods.data.columns import sources_of
 from zods.data.loader import TrainingLoader, check_dataset
 from zods.data.scores import find_score
+from zods.data.stream import is_stream
 from zods.data.text_scores import TextObjective, find_text_score
 from zods.forward.fused_norms import find_fused_norms
 from zods.forward.wrapping import has_moved_hooks
@@ -45,7 +46,7 @@ from zods.training.model_setup import (
     without_compile,
 )
 from zods.training.rank_agreement import check_ranks_agree, code_of_model
-from zods.training.training_data import make_training_loader
+from zods.training.training_data import check_streamed, make_training_loader
 from zods.training.training_run import TrainingRun
 
 logger = logging.getLogger(__name__)
@@ -79,11 +80,13 @@ def initialize(
     a batch with `labels`. It may be made under `deepspeed.zero.Init`. torch.compile is removed from
     it. model_parameters: the parameters to train, also as groups (default: all that require a
     gradient); see `zods.training.model_setup.parameters_to_train`. training_data: a map-style
-    dataset. "mezo_svrg" needs it for the full-batch gradient of its anchor; "anneal", "selector" and
-    an lr of "auto", the default, need it, too. lr_scheduler: a scheduler on the returned optimizer, or a function that makes one
-    from it. config: path or dict (default: `args.deepspeed_config`). target_data: a map-style dataset
-    whose rows `collate_fn` takes, too; the examples that the selector's strategy "target" needs.
-    tokenizer: decodes generated texts, where the section has "generate".
+    dataset, or a stream (torch's or datasets' IterableDataset, see `zods.data.stream`). "mezo_svrg"
+    needs a map-style dataset for the full-batch gradient of its anchor; "anneal" and "selector" need
+    one, too. An lr of "auto", the default, needs either. lr_scheduler: a scheduler on the returned
+    optimizer, or a function that makes one from it. config: path or dict (default:
+    `args.deepspeed_config`). target_data: a map-style dataset whose rows `collate_fn` takes, too;
+    the examples that the selector's strategy "target" needs. tokenizer: decodes generated texts,
+    where the section has "generate".
     optimizer, mpu and mesh_param must be None.
 
     Returns (engine, optimizer, training_dataloader, lr_scheduler). Raises ValueError or OSError on
@@ -98,6 +101,8 @@ def initialize(
             comm.use_mpi()
         if hasattr(lr_scheduler, "step"):
             _check_step(lr_scheduler)
+        if is_stream(training_data):
+            check_streamed(zo)
         _check_selector(run, model, training_data, target_data)
         training_loader = _training_loader(run, comm, training_data, collate_fn, target_data)
         wanted = parameters_to_train(
@@ -279,8 +284,7 @@ def _training_loader(
         if zo.lr == "auto":
             raise ValueError(
                 'training_data: missing; with zeroth_order.lr "auto" the step size is measured on '
-                "some of its examples. Give a map-style dataset to zods.initialize, or a number for "
-                "lr."
+                "some of its examples. Give a dataset to zods.initialize, or a number for lr."
             )
         return None
     return make_training_loader(

@@ -22,7 +22,6 @@ from zods.core.anchor_weight import AnchorWeight, record_products
 from zods.core.directions import Direction
 from zods.core.estimators import Update
 from zods.core.step_scale import StepScale, record_estimate
-from zods.data.digest import digest_of
 from zods.data.loader import TrainingLoader
 from zods.params.anchor import Anchor
 from zods.params.deferred_update import DeferredUpdate
@@ -241,7 +240,7 @@ class TrainingRun:
             return
         examples = ""
         if loader is not None and loader.examples.repeatable:
-            examples = digest_of(loader.dataset[i] for i in loader.last_examples())
+            examples = loader.digest_of_last_step()
         try:
             self.comm.check_agreement(
                 trajectory.head.encode(), f"what was applied up to step {step}"
