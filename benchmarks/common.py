@@ -10,6 +10,7 @@ import os
 import platform
 import socket
 import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from typing import Any
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import torch
-from transformers import OPTConfig, OPTForCausalLM
+from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
+from transformers.integrations import HfDeepSpeedConfig
 
 import zods
 from zods.cli.run_folder import versions
@@ -41,6 +43,34 @@ def opt_125m(num_layers: int = 12) -> OPTForCausalLM:
     torch.manual_seed(0)
     config = OPTConfig(num_hidden_layers=num_layers, use_cache=False)
     return OPTForCausalLM(config).eval()
+
+
+def save_opt(folder: Path, width: int, blocks: int, vocab_size: int) -> int:
+    """Save an OPT of this shape, random weights, float32. Returns its bytes."""
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=vocab_size,
+        hidden_size=width,
+        word_embed_proj_dim=width,
+        num_hidden_layers=blocks,
+        ffn_dim=4 * width,
+        num_attention_heads=width // 32,
+        max_position_embeddings=256,
+        dropout=0.0,
+        use_cache=False,
+    )
+    model = OPTForCausalLM(config)
+    model.save_pretrained(folder, max_shard_size="500MB")
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def load_sharded(folder: Path, config: dict[str, Any], micro_batch: int) -> torch.nn.Module:
+    """Load a model in float32 under ZeRO-3. config: DeepSpeed's, without micro_batch."""
+    # transformers looks for a live HfDeepSpeedConfig object while from_pretrained runs
+    sharded = HfDeepSpeedConfig({**config, "train_micro_batch_size_per_gpu": micro_batch})
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    del sharded
+    return model
 
 
 def tiny_opt(vocab_size: int = 50272) -> OPTForCausalLM:
@@ -76,6 +106,32 @@ def free_port() -> int:
 def launcher(ranks: int) -> list[str]:
     """The beginning of a command that starts `ranks` ranks on this host."""
     return ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(free_port())]
+
+
+# glibc keeps freed blocks by rules that depend on the order of sizes. With this environment it gives
+# blocks of 1 MiB and more back at once, as `zods.training.host_memory` sets it, in all processes.
+GIVES_BACK = {
+    "MALLOC_ARENA_MAX": "2",
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 20),
+}
+
+
+def resident(key: str = "VmRSS") -> int:
+    """This process's resident memory in bytes. key: of /proc/self/status; VmHWM: its peak."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status[key].split()[0]) * 1024
+
+
+def reset_peak() -> None:
+    """Set the peak of the resident memory to its present size (proc(5), clear_refs)."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def run_ranks(command: Sequence[str]) -> None:
+    """Run a command of the launcher, with one thread per rank, and GIVES_BACK."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **GIVES_BACK}
+    subprocess.run(command, check=True, stdout=sys.stderr, env=environment)
 
 
 # MeZO and MeZO-SVRG as their papers have them, where a section does not say otherwise
@@ -211,8 +267,16 @@ class Report:
             with atomic_write(self.path) as partial:
                 partial.write_text(json.dumps(whole, indent=1) + "\n")
 
-    def markdown(self, title: str, text: str, columns: Sequence[str]) -> str:
-        """The rows as a table. text: what the rows are, for the line above the table."""
+    def markdown(
+        self,
+        title: str,
+        text: str,
+        columns: Sequence[str],
+        rows: Sequence[dict[str, Any]] | None = None,
+    ) -> str:
+        """The rows as a table. text: what the rows are, for the line above the table. rows: these
+        in place of the report's own.
+        """
         head, host = self.head, self.head["machine"]
         versions_text = ", ".join(f"{name} {host[name]}" for name in ("torch", "deepspeed"))
         lines = [
@@ -220,7 +284,7 @@ class Report:
             ["---"] * len(columns),
             *(
                 [str(row[column]).replace("|", "\\|").replace("\n", " ") for column in columns]
-                for row in self.rows
+                for row in (self.rows if rows is None else rows)
             ),
         ]
         return (

@@ -1,6 +1,4 @@
-"""Helpers of the selector's benchmark: data, a small decoder, and its first-order training in one
-process.
-"""
+"""Helpers of the selector's benchmarks: data, a small decoder, and its first-order training."""
 
 from __future__ import annotations
 
@@ -94,16 +92,17 @@ def first_order(
     seed: int,
     selector: Row | None,
     target: Any = None,
+    stage: int = 0,
 ) -> FirstOrderEngine:
     config = {
         "train_batch_size": batch,
         "train_micro_batch_size_per_gpu": micro,
-        "zero_optimization": {"stage": 0},
+        "zero_optimization": {"stage": stage},
         "optimizer": {"type": "AdamW", "params": {"lr": lr, "torch_adam": True}},
         "steps_per_print": 10**9,
         "zeroth_order": {"seed": seed, "selector": selector},
     }
-    run = read_first_order_config(config, 1)
+    run = read_first_order_config(config, torch.distributed.get_world_size())
     return FirstOrderEngine(model, run, rows, task.collate, target)
 
 

@@ -94,6 +94,24 @@ SMOKE: dict[str, tuple[set[str], set[str]]] = {
         {"case", "number", "measured", "sends", "formula", "socket_sent", "exchange_s"},
     ),
     "gpu_check.py": ({"device"}, {"part", "passed"}),
+    "training_memory.py": (
+        {"commit", "arguments", "table", "largest_spread"},
+        {"method", "batch", "length", "seed", "peak_bytes", "host_bytes", "process_bytes"},
+    ),
+    "selection_zero3.py": (
+        {"commit", "arguments"},
+        {
+            *("training", "batch", "micro_batch", "peak_bytes", "peak_ratio"),
+            *("step_s", "selection_s", "time_ratio", "times"),
+        },
+    ),
+    "nvme_offload.py": (
+        {"commit", "arguments"},
+        {
+            *("training", "capped", "seed", "outcome", "limit_bytes", "peak_bytes"),
+            *("step_s", "read", "written", "losses"),
+        },
+    ),
     "anchor_memory.py": (
         set(),
         {"place", "parameters", "peak_rss_bytes", "added_bytes_per_parameter"},
