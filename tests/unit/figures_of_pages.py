@@ -34,7 +34,7 @@ UNITS = r"(?:bytes?|[kMGT]i?B|ms|s|seconds?|minutes?|hours?|times|%|Mbit/s|GB/s)
 COMMENT = r"<!-- ((?:results|tests|zods|launch)/\S+?|elsewhere)(?:: (.+?))? -->"
 NAMED = r"`(benchmarks/results/[\w.-]+\.md)`"
 VERSION = (
-    r"\b(?:Python|torch|PyTorch|transformers|DeepSpeed|version|versions|MPI|Debian) \d+(?:\.\d+)*"
+    r"\b(?:Python|torch|PyTorch|transformers|trl|DeepSpeed|version|versions|MPI|Debian) \d+(?:\.\d+)*"
 )
 OVER_ROWS: dict[str, Callable[[Sequence[float]], float]] = {
     "mean": statistics.mean,

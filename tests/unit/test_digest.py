@@ -157,10 +157,10 @@ def test_what_the_digest_does_not_cover_is_said_at_the_start(monkeypatch, caplog
     assert said(Slow(range(5000)), rank=1) == []
 
 
-def test_a_stream_without_a_length_is_refused_with_the_remedy():
+def test_a_stream_is_refused_where_a_length_is_needed():
     stream = datasets.IterableDataset.from_generator(lambda: iter([{"a": 1}]))
-    with pytest.raises(ValueError, match="load it whole, or save it to a file"):
-        check_dataset(stream, "training_data")
+    with pytest.raises(ValueError, match="target_data: found IterableDataset, expected a map-style"):
+        check_dataset(stream, "target_data")
 
 
 @dataclass
