@@ -33,9 +33,7 @@ NUMBER = r"(?<![\w.,/])(?<![A-Za-z]-)\d[\d,]*(?:\.\d+)?(?:e-?\d+)?(?![\w/]|[.,]\
 UNITS = r"(?:bytes?|[kMGT]i?B|ms|s|seconds?|minutes?|hours?|times|%|Mbit/s|GB/s)(?!\w)"
 COMMENT = r"<!-- ((?:results|tests|zods|launch)/\S+?|elsewhere)(?:: (.+?))? -->"
 NAMED = r"`(benchmarks/results/[\w.-]+\.md)`"
-VERSION = (
-    r"\b(?:Python|torch|PyTorch|transformers|trl|DeepSpeed|version|versions|MPI|Debian) \d+(?:\.\d+)*"
-)
+VERSION = r"\b(?:Python|torch|PyTorch|transformers|trl|DeepSpeed|version|versions|MPI|Debian) \d+(?:\.\d+)*"
 OVER_ROWS: dict[str, Callable[[Sequence[float]], float]] = {
     "mean": statistics.mean,
     "median": statistics.median,

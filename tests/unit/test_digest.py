@@ -159,7 +159,9 @@ def test_what_the_digest_does_not_cover_is_said_at_the_start(monkeypatch, caplog
 
 def test_a_stream_is_refused_where_a_length_is_needed():
     stream = datasets.IterableDataset.from_generator(lambda: iter([{"a": 1}]))
-    with pytest.raises(ValueError, match="target_data: found IterableDataset, expected a map-style"):
+    with pytest.raises(
+        ValueError, match="target_data: found IterableDataset, expected a map-style"
+    ):
         check_dataset(stream, "target_data")
 
 
