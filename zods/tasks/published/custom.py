@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
-import importlib.util
 import sys
+import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -66,13 +66,14 @@ def task_of_module(path: Path) -> PublishedTask:
 
     Raises ValueError that names the file where it fails, or declares no task that can be used.
     """
-    name = f"zods_task_{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    source = path.read_bytes()
+    name = f"zods_task_{hashlib.sha256(source).hexdigest()[:16]}"
+    module = sys.modules[name] = types.ModuleType(name)
+    module.__file__ = str(path)
     try:
-        spec.loader.exec_module(module)
+        # Not by importlib: its bytecode files are those of another version where a file is changed
+        # within a second and keeps its size.
+        exec(compile(source, path, "exec"), vars(module))
     except Exception as error:  # whatever the user's file raises
         raise ValueError(f"{path}: {type(error).__name__}: {error}. Mend the file") from error
     task = getattr(module, "task", None)
