@@ -21,6 +21,7 @@ from zods.planning.memory import copies_of_modules, memory, step_forwards, total
 from zods.planning.model_shape import ModelShape, model_shape, read_model_config
 from zods.planning.proposal import Cluster, configuration
 from zods.planning.rates import rates_of_gpu
+from zods.planning.report import GB
 from zods.planning.setup import Setup, read_setup
 from zods.planning.step_time import Replicas, refresh_time, replica_time, step_time
 from zods.planning.traffic import traffic
@@ -341,6 +342,18 @@ def test_planning_for_ten_thousand_nodes_plots_a_step_time_for_each(small_model,
 
 
 @pytest.mark.launched
+def test_a_row_of_the_tables_for_administrators_is_that_of_the_code():
+    sizing = runpy.run_path(str(REPOSITORY / "launch" / "sizing.py"))
+    shape = model_shape("7B", read_model_config("7b"), torch.bfloat16)
+    mezo = sizing["planned"](shape, sizing["GPUS"], 1, 80 * GB)
+    page = (REPOSITORY / "launch" / "README.md").read_text()
+    (row,) = (line for line in page.splitlines() if line.startswith("| 7B | 1 |"))
+    kinds = ("weights", "gathered and copies", "activations")
+    sizes = [sizing["_gb"](mezo["memory"][kind]["device"]) for kind in kinds]
+    assert row.split(" | ")[2:6] == [*sizes, sizing["_total"](mezo)]
+
+
+@pytest.mark.slow
 def test_the_tables_for_administrators_are_those_of_the_code():
     sizing = runpy.run_path(str(REPOSITORY / "launch" / "sizing.py"))
     page = (REPOSITORY / "launch" / "README.md").read_text()
