@@ -205,7 +205,9 @@ def main() -> None:
         figures = run(Path(case["model"]), STEPS[training], case["seed"])
         if arguments.local_rank == 0:
             arguments.rows.write_text(json.dumps(figures))
-        end_process(0)
+        if run is zods_rank:
+            end_process(0)
+        return
     runs = [(training, capped) for capped in (True, False) for training in STEPS]
     if arguments.smoke:
         runs, arguments.seeds = [("zods, NVMe", True), ("in memory", False)], 1

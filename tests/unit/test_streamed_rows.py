@@ -14,6 +14,7 @@ from tiny_tasks import make_task
 from zods.cli.arguments import parse_arguments
 from zods.data.stream import BadRow
 from zods.tasks import RowStream, StreamedTask, check_streamable, load_examples, name_of_rows
+from zods.tasks.streams import HEAD
 
 SAY = [f"say {word}" for word in ("one", "two and then three", "four", "five", "six")]
 # rows of each format; the third one has nothing to learn, and is kept without a label
@@ -129,6 +130,14 @@ def test_a_record_of_csv_with_other_fields_than_the_header_is_named_with_its_lin
     stream = RowStream.open(file=str(path))
     with pytest.raises(ValueError, match=r"data\.csv, line 1504: 1 fields, but 2 columns \(text"):
         list(stream.rows)
+
+
+def test_the_tokens_of_a_row_do_not_depend_on_the_other_rows_of_its_micro_batch(tmp_path):
+    rows = [{"prompt": "say", "completion": 42.0} for _ in range(HEAD)]
+    text = {"prompt": "say", "completion": "n/a"}  # beyond the rows whose types are known
+    task, raw = streamed(write(tmp_path / "a.jsonl", [*rows, rows[0], text]))
+    (alone,), together = task.prepare(raw[HEAD : HEAD + 1]), task.prepare(raw[HEAD:])
+    assert alone["input_ids"] == together[0]["input_ids"]
 
 
 def test_a_buffer_draws_by_the_seed(tmp_path):

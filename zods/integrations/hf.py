@@ -23,7 +23,7 @@ from transformers import Trainer
 from zods.config.section import SECTION
 from zods.config.selector_section import parse_selector
 from zods.data.loader import EpochLoader
-from zods.data.stream import StreamLoader
+from zods.data.stream import StreamLoader, is_stream
 from zods.integrations.hf_arguments import ZOTrainingArguments
 from zods.training.engine import ZerothOrderEngine
 from zods.training.export import runs_alone
@@ -169,7 +169,12 @@ class ZOTrainerMixin(_Base):
             config[SECTION] = {"method": "mezo", "lr": 0.0}
             return initialize(model=self.model, config=config)[0]
         steps = 0
-        if hasattr(self.train_dataset, "__len__"):  # with a stream, the Trainer asks for max_steps
+        if is_stream(self.train_dataset):
+            if args.max_steps <= 0:
+                raise ValueError(
+                    "max_steps: missing. A run on an IterableDataset needs a number of steps."
+                )
+        elif hasattr(self.train_dataset, "__len__"):  # initialize refuses others
             config = args.configuration(1)
             selector = config[SECTION].get("selector")
             steps = steps_per_epoch(

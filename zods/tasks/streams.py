@@ -123,8 +123,10 @@ class StreamedTask:
             check_rows(self.task, [(dataset, self.row_name)])
         except ValueError as error:
             raise BadRow(f"--streaming: {error}") from None
-        made = make_rows(dataset, self.task.make_rows)
-        rows = [dict(zip(made, row, strict=True)) for row in zip(*made.values(), strict=True)]
+        rows = []
+        for value in values:  # alone: the text of a row must not follow from others of its batch
+            made = make_rows(_table(self.stream.types, [value])[0], self.task.make_rows)
+            rows.append({name: of_row for name, (of_row,) in made.items()})
         return [self._checked(row, line) for row, (line, _) in zip(rows, values, strict=True)]
 
     def collated_by(
@@ -183,7 +185,12 @@ def _stream_of_file(path: Path, column_names: Sequence[str] | None) -> datasets.
         return _numbered(_load("parquet", data_files=glob.escape(str(path)), what=str(path)))
     if extension == ".csv":
         return datasets.IterableDataset.from_generator(
-            stream_csv, gen_kwargs={"path": path, "column_names": column_names}
+            stream_csv,
+            gen_kwargs={
+                "path": path,
+                # of a list, datasets would make shards
+                "column_names": None if column_names is None else tuple(column_names),
+            },
         )
     return datasets.IterableDataset.from_generator(_json_rows, gen_kwargs={"path": path})
 

@@ -73,7 +73,7 @@ def task_of_module(path: Path) -> PublishedTask:
     try:
         # Not by importlib: its bytecode files are those of another version where a file is changed
         # within a second and keeps its size.
-        exec(compile(source, path, "exec"), vars(module))
+        exec(compile(source, path, "exec", dont_inherit=True), vars(module))
     except Exception as error:  # whatever the user's file raises
         raise ValueError(f"{path}: {type(error).__name__}: {error}. Mend the file") from error
     task = getattr(module, "task", None)
