@@ -54,7 +54,7 @@ def rank_of_settings() -> dict[str, tuple[float, StepSize, list[float], bool]]:
     for name, given in SETTINGS.items():
         engine = build(**given)
         before, weights = engine.get_lr()[0], sha256(whole(engine))
-        engine._measure_step_size()
+        engine._passes.measure_step_size()
         kept = sha256(whole(engine)) == weights
         engine.train_batch()
         found[name] = (before, engine.recorder.step_size, engine.get_lr(), kept)
@@ -89,7 +89,12 @@ def test_the_measured_step_size_does_not_depend_on_the_number_of_ranks(measured,
 
 
 def rank_of_schedule(folder: Path) -> dict[str, Any]:
-    annealing.WINDOW, annealing.ERRORS = 2, -math.inf  # each window but the first is a rise
+    # two steps to a window, and each
+    annealing.WINDOW, annealing.ERRORS, annealing.RISING = (
+        2,
+        -math.inf,
+        1,
+    )  # each window but the first is a rise
     found: dict[str, Any] = {}
     for name, at in {"whole": None, "logged": 3, "saved": 3}.items():
         engine = build(**DEFAULT, normalize=True, top=DECAY)

@@ -562,6 +562,10 @@ def test_noise_and_a_falling_loss_do_not_back_off():
     assert after_steps(math.exp(-k / 100) + v for k, v in enumerate(noise(0.2, 400)))[-1] == 1.0
 
 
+def test_the_noise_of_a_long_run_does_not_back_off():
+    assert after_steps(1.0 + value for value in noise(0.3, 20_000))[-1] == 1.0
+
+
 def test_one_step_with_a_high_loss_does_not_back_off():
     losses = [1.0 + value for value in noise(0.1, 60)]
     losses[50] = 1e6
@@ -569,13 +573,21 @@ def test_one_step_with_a_high_loss_does_not_back_off():
 
 
 def test_a_loss_that_has_risen_backs_off_once_until_it_rises_further():
-    level = [0.5] * WINDOW + [1.0] * (4 * WINDOW) + [2.0] * WINDOW
+    level = [0.5] * WINDOW + [1.0] * (4 * WINDOW) + [2.0] * (3 * WINDOW)
     found = after_steps(a + b for a, b in zip(level, noise(0.2, len(level)), strict=True))
-    assert found[WINDOW - 1 :: WINDOW] == [1.0, 2.0, 2.0, 2.0, 2.0, 4.0]
+    assert found[WINDOW - 1 :: WINDOW] == [1.0, 1.0, 1.0, 2.0, 2.0, 2.0, 2.0, 4.0]
 
 
 def test_the_rise_that_backs_off_is_above_the_lowest_window_and_not_the_last_one():
-    levels = [1.0, 0.5, 0.6, 0.7, 0.8, 0.9]  # no window is above the one before it by its noise
+    levels = [
+        1.0,
+        0.5,
+        0.6,
+        0.7,
+        0.8,
+        0.9,
+        1.0,
+    ]  # no window is above the one before it by its noise
     level = [value for value in levels for _ in range(WINDOW)]
     found = after_steps(a + b for a, b in zip(level, noise(0.2, len(level)), strict=True))
     assert found[-1] == 2.0

@@ -80,7 +80,8 @@ def connect_ranks(
             raise
         raise ValueError(
             f"MASTER_PORT: {os.environ.get('MASTER_PORT')}, where another process of this host "
-            "listens, maybe another run. Give the launcher a free --master_port."
+            "listens, maybe another run. Give the launcher a free port: --master_port of "
+            "deepspeed and torchrun, else the variable MASTER_PORT."
         ) from None
     comm = Communicator(torch.device(get_accelerator().current_device_name()))
     if comm.device.type == "cpu":

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 WINDOW = 20  # steps
 ERRORS = 4.0  # a rise is so many standard errors of the difference of two windows' means
+RISING = 3  # windows in a row: in a long run noise alone makes single ones
 BACKOFF = 2.0
 
 
@@ -21,7 +22,8 @@ class Annealing:
 
     divisor: the step sizes are divided by it. previous_mean: mean loss of the epoch or window that
     the current one is compared with, None in the first. previous_variance: of this mean, for
-    windows. loss_sum, square_sum, num_losses: of the current epoch or window.
+    windows. loss_sum, square_sum, num_losses: of the current epoch or window. rising: the number of
+    windows in a row whose loss has risen.
     """
 
     divisor: float = 1.0
@@ -30,6 +32,7 @@ class Annealing:
     num_losses: int = 0
     previous_variance: float = 0.0
     square_sum: float = 0.0
+    rising: int = 0
 
 
 def record_loss(state: Annealing, loss: float) -> Annealing:
@@ -62,12 +65,12 @@ def end_epoch(state: Annealing, *, alpha: float, threshold: float) -> Annealing:
 def back_off(state: Annealing) -> Annealing:
     """Close a window of WINDOW steps, if it is full, and start the next one.
 
-    The divisor is multiplied by BACKOFF if the window's mean loss exceeds the lowest one since the
-    last division by ERRORS standard errors. A single step with a high loss raises the standard
-    error with the mean.
+    The divisor is multiplied by BACKOFF if the mean losses of RISING windows in a row exceed the
+    lowest one since the last division by ERRORS standard errors. A single step with a high loss
+    raises the standard error with the mean.
 
     >>> state = Annealing()
-    >>> for loss in [1.0, 1.1] * 10 + [0.5, 0.6] * 10 + [0.7, 0.8] * 10:
+    >>> for loss in [1.0, 1.1] * 10 + [0.5, 0.6] * 10 + [0.7, 0.8] * 30:
     ...     state = back_off(record_loss(state, loss))
     >>> state.divisor, round(state.previous_mean, 2)
     (2.0, 0.75)
@@ -81,7 +84,18 @@ def back_off(state: Annealing) -> Annealing:
     if state.previous_mean is not None:
         error = math.sqrt(variance + state.previous_variance)
         rises = mean - state.previous_mean > ERRORS * error
-        if not rises and mean >= state.previous_mean:
-            mean, variance = state.previous_mean, state.previous_variance
-    divisor = state.divisor * (BACKOFF if rises else 1.0)
-    return Annealing(divisor, previous_mean=mean, previous_variance=variance)
+    rising = state.rising + 1 if rises else 0
+    divides = rising == RISING
+    if not divides and state.previous_mean is not None and mean >= state.previous_mean:
+        mean, variance = state.previous_mean, state.previous_variance
+    return Annealing(
+        state.divisor * (BACKOFF if divides else 1.0),
+        previous_mean=mean,
+        previous_variance=variance,
+        rising=0 if divides else rising,
+    )
+
+
+def compare_anew(state: Annealing) -> Annealing:
+    """Forget the losses so far, because those that follow are of other batches."""
+    return Annealing(state.divisor)

@@ -208,8 +208,8 @@ class ZOTrainerMixin(_Base):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As of the Trainer. The steps and the order of the examples begin anew."""
         if self.deepspeed is not None:
+            self.deepspeed.flush()
             self.deepspeed.close()
-            self.deepspeed.deepspeed.destroy()  # ZeRO-3's hooks would run beside the next engine's
             self.deepspeed = None
             self.model_wrapped = self.model
         return super().train(*args, **kwargs)

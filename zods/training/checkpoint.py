@@ -332,7 +332,13 @@ def _load_state(run: TrainingRun, saved: dict[str, Any], wanted: Wanted) -> None
     run.recorder.load_state_dict(
         saved["recorder"], () if run.anchor is None else run.anchor.gradient_terms
     )
-    state.annealing = Annealing(**saved["annealing"]) if wanted.optimizer else Annealing()
+    # an lr of "auto" and `anneal` have different rules, each with its own use of the state
+    rules = [
+        (section.get("lr", ZerothOrderConfig.lr) == "auto", section.get("anneal"))
+        for section in (saved["zeroth_order"], run.config.zeroth_order.to_dict())
+    ]
+    keeps = wanted.optimizer and rules[0] == rules[1]
+    state.annealing = Annealing(**saved["annealing"]) if keeps else Annealing()
     known = saved if wanted.optimizer else {}  # checkpoints of earlier versions have neither
     state.scale = StepScale(**known.get("scale", {}))
     state.anchor_weight = AnchorWeight(**known.get("anchor_weight", {}))

@@ -140,18 +140,20 @@ class ZerothOrderEngine(EngineInterface):
         """Stop the watchdog, leave the replicas, take the wrappers and DeepSpeed's hooks off the
         model, and release the log. Call it before any rank ends.
 
-        The model can be given to another engine then. At stage 3 its parameters stay sharded: it
-        runs no forward without an engine.
+        The model can be given to another engine then; call `flush` before, where parameters are
+        offloaded. At stage 3 its parameters stay sharded: it runs no forward without an engine.
         """
         self._watchdog.close()
         self._position.restart()  # ends the workers of its iterator, for which an exit would wait
-        self._evaluator.close()
-        remove_hooks(self.deepspeed)
-        self._is_closed = True
-        if self.replicas is not None:
-            self.replicas.close()
-        if self.trajectory.file is not None:
-            self.trajectory.file.close()
+        try:
+            self._evaluator.close()
+            remove_hooks(self.deepspeed)
+        finally:  # others wait for this replica, and another engine for the log
+            self._is_closed = True
+            if self.replicas is not None:
+                self.replicas.close()
+            if self.trajectory.file is not None:
+                self.trajectory.file.close()
 
     def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
         return self.forward(*inputs, **kwargs)

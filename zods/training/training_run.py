@@ -187,10 +187,19 @@ class TrainingRun:
         anneal = self.config.zeroth_order.anneal
         if anneal is None and self.config.zeroth_order.lr == "auto":
             state.annealing = annealing.back_off(state.annealing)
+            if self._ends_warmup(record):
+                state.annealing = annealing.compare_anew(state.annealing)
         if anneal is not None and self._ends_epoch(record):
             state.annealing = annealing.end_epoch(
                 state.annealing, alpha=anneal.alpha, threshold=anneal.threshold
             )
+
+    def _ends_warmup(self, record: Step) -> bool:
+        """Whether the selector chooses from the next step on, after random sub-batches."""
+        selector = self.config.zeroth_order.selector
+        if selector is None or not selector.warmup_steps:
+            return False
+        return record.step + 1 == -(-selector.warmup_steps // selector.interval) * selector.interval
 
     def scale_with(self, coefficients: Sequence[float], anchor_weight: float) -> StepScale:
         """The running size of the estimates with that of one more step, whose terms have these
