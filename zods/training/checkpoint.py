@@ -333,9 +333,10 @@ def _load_state(run: TrainingRun, saved: dict[str, Any], wanted: Wanted) -> None
         saved["recorder"], () if run.anchor is None else run.anchor.gradient_terms
     )
     # an lr of "auto" and `anneal` have different rules, each with its own use of the state
+    default = ZerothOrderConfig().to_dict()
     rules = [
-        (section.get("lr", ZerothOrderConfig.lr) == "auto", section.get("anneal"))
-        for section in (saved["zeroth_order"], run.config.zeroth_order.to_dict())
+        (section["lr"] == "auto", section["anneal"])
+        for section in ({**default, **saved["zeroth_order"]}, run.config.zeroth_order.to_dict())
     ]
     keeps = wanted.optimizer and rules[0] == rules[1]
     state.annealing = Annealing(**saved["annealing"]) if keeps else Annealing()
