@@ -275,14 +275,19 @@ def _check_fits(
     return shards
 
 
+def _sections(run: TrainingRun, saved: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The section of the checkpoint, with the defaults of keys that it does not know, and the run's."""
+    there = {**ZerothOrderConfig().to_dict(), **saved["zeroth_order"]}
+    return there, run.config.zeroth_order.to_dict()
+
+
 def _check_same_course(
     run: TrainingRun, folder: Path, saved: dict[str, Any], wanted: Wanted
 ) -> None:
     for key in COUNTERS:
         if type(saved[key]) is not int:
             raise TypeError(f"{key} is {saved[key]!r}")
-    there = {**ZerothOrderConfig().to_dict(), **saved["zeroth_order"]}
-    here = run.config.zeroth_order.to_dict()
+    there, here = _sections(run, saved)
     for key in ("method", "direction", "loss_mean", "objective", "generate"):
         if there[key] != here[key]:
             raise ValueError(
@@ -333,11 +338,7 @@ def _load_state(run: TrainingRun, saved: dict[str, Any], wanted: Wanted) -> None
         saved["recorder"], () if run.anchor is None else run.anchor.gradient_terms
     )
     # an lr of "auto" and `anneal` have different rules, each with its own use of the state
-    default = ZerothOrderConfig().to_dict()
-    rules = [
-        (section["lr"] == "auto", section["anneal"])
-        for section in ({**default, **saved["zeroth_order"]}, run.config.zeroth_order.to_dict())
-    ]
+    rules = [(section["lr"] == "auto", section["anneal"]) for section in _sections(run, saved)]
     keeps = wanted.optimizer and rules[0] == rules[1]
     state.annealing = Annealing(**saved["annealing"]) if keeps else Annealing()
     known = saved if wanted.optimizer else {}  # checkpoints of earlier versions have neither
