@@ -118,6 +118,11 @@ def prepare_data(
     beside = {"train": _sources_beside(run.zeroth_order, column, train)}
     if arguments.task.packing:
         _check_packed(run.zeroth_order, beside["train"])
+        if "target" in parts and not isinstance(task, PlainText):
+            raise ValueError(
+                "--packing: a row of several examples is not compared with one of the target. Leave "
+                "out --packing or the strategy target."
+            )
     prepared = {
         name: prepare_packed(task, *part)
         if name == "train" and arguments.task.packing
@@ -135,11 +140,6 @@ def prepare_data(
     data: datasets.Dataset | datasets.IterableDataset = prepared["train"]
     collate = with_references(task.collate) if run.zeroth_order.generate else task.collate
     if POSITION_IDS in prepared["train"].column_names:
-        if "target" in prepared:
-            raise ValueError(
-                "--packing: a row of several examples is not compared with one of the target. Leave "
-                "out --packing or the strategy target."
-            )
         collate = PackedCollator(task.pad_id)  # type: ignore[attr-defined]
     if stream is not None:
         streamed = StreamedTask(task, stream, row_name, pretrained.num_embeddings)  # type: ignore[arg-type]
