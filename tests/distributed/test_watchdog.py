@@ -295,6 +295,26 @@ def test_evaluations_are_watched_batch_by_batch_and_rest_at_their_end(tmp_path: 
     assert found["evaluate"].count("step 0, evaluation") == 1 + 2  # two micro-batches of 12
 
 
+def rank_of_forwards() -> list[int]:
+    """The number of the model's forwards in each beat of two steps, its renewals included."""
+    section = {"method": "mezo", "eps": 1e-2, "lr": 2e-2, "num_directions": 2}
+    config = configuration(12, evaluation="sequential", **section)
+    engine = zods.initialize(model=Tiny(), config=config, training_data=tiny_data(24))[0]
+    watch, beats = engine._watchdog._watch, []
+    engine.module.register_forward_pre_hook(lambda *_: beats.append(watch.beat))
+    for _ in range(2):
+        engine.train_batch()
+    assert not any(beat.resting for beat in beats)
+    return [sum(beat is other for other in beats) for beat in beats]
+
+
+def test_each_forward_of_a_step_has_the_whole_timeout():
+    """Choosing the form on the first batch takes several forwards, and so do points one by one."""
+    (found,) = run_ranks(1, rank_of_forwards)
+    assert len(found) > 2 * 4
+    assert set(found) == {1}
+
+
 def threads_of_a_watch() -> list[int]:
     def running() -> int:
         return sum(thread.name.startswith("zods-watchdog") for thread in threading.enumerate())

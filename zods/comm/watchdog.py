@@ -64,6 +64,15 @@ class Watchdog:
         if self._stop is None:
             self._start()
 
+    def renew(self) -> None:
+        """Report that the main thread goes on with what it began: its time starts anew.
+
+        Of no effect at rest.
+        """
+        beat = self._watch.beat
+        if not beat.resting:
+            self._watch.beat = _Beat(*beat)
+
     def rest(self) -> None:
         """Report that no work is under way. This rank is then not timed, but it is named if others
         wait for it.

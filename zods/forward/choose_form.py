@@ -77,11 +77,12 @@ class ChooseForm:
             leave=False,
             disable=self._comm.rank != 0,
         ) as bar:
-            f.on_forward = bar.update
+            before = f.on_forward
+            f.on_forward = lambda: (before(), bar.update())
             try:
                 return self._choose(small)
             finally:
-                f.on_forward = None
+                f.on_forward = before
 
     def _choose(self, batch: Any) -> Form:
         f, forms = self._forwards, self._forms

@@ -59,8 +59,7 @@ class ModelForwards:
 
     perturbed: the model's wrapped modules. objective: how a loss is computed from outputs.
     arguments: names of the arguments that the model takes. takes_positions: whether the positions at
-    which it is to compute logits are among them. on_forward: called before each forward if it is
-    set.
+    which it is to compute logits are among them. on_forward: called before each forward.
     """
 
     def __init__(
@@ -72,6 +71,7 @@ class ModelForwards:
         direction: Direction,
         loss_mean: str,
         fused: Mapping[torch.nn.Module, Compute],
+        on_forward: Callable[[], Any],
         scores: bool = False,
     ) -> None:
         """loss_mean: whether a batch's loss is a mean over "tokens" or over "examples". fused:
@@ -89,7 +89,7 @@ class ModelForwards:
         self._point_runner = PointRunner(self.perturbed)
         # `find_objective` finds on the first batch how the model aligns its labels
         self.objective, self.scores = Objective("tokens" if scores else loss_mean), scores
-        self.on_forward: Callable[[], Any] | None = None
+        self.on_forward = on_forward
         self._modules = list(self.module.modules())
         self._signature = Signature(self.module)
         takes = inspect.signature(self.module.forward).parameters
@@ -113,8 +113,7 @@ class ModelForwards:
     def outputs(self, batch: Any) -> Any:
         """Return the model's outputs for a result of `inputs`, or for a batch that it accepts."""
         self.into_eval_mode()
-        if self.on_forward is not None:
-            self.on_forward()
+        self.on_forward()
         return call_model(self.deepspeed, self._signature.bind(batch))
 
     def into_eval_mode(self) -> None:

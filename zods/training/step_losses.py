@@ -39,6 +39,7 @@ def make_evaluator(
         run.direction,
         zo.averages,
         fused_norms.functions,
+        on_forward=run.watchdog.renew,
         scores=zo.objective != "loss",
     )
     return Evaluator(
