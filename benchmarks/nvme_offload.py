@@ -2,7 +2,7 @@
 
     python benchmarks/nvme_offload.py [--json FILE] [--markdown FILE] [--plot FILE]
 
-A decoder of 12 blocks of width 2,048 (0.62 B parameters, float32, random weights) is trained with and
+A decoder of 24 blocks of width 2,048 (1.23 B parameters, float32, random weights) is trained with and
 without a limit on the memory, which is below the model's size. The limit is a cgroup's, with the
 launcher, the ranks, and the page cache of the files that they read. A row is one run:
 
@@ -220,7 +220,7 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as name:  # /tmp may be in memory
         model = Path(name) / "model"
-        size = save_opt(model, *((1024, 1) if arguments.smoke else (2048, 12)), VOCABULARY)
+        size = save_opt(model, *((1024, 1) if arguments.smoke else (2048, 24)), VOCABULARY)
         limit = SMOKE_LIMIT if arguments.smoke else round(arguments.limit * size)
         for seed in range(arguments.seeds):
             for training, capped in runs:

@@ -2,10 +2,12 @@
 
     python benchmarks/training_memory.py [--json FILE] [--markdown FILE] [--plot FILE]
 
-Two ranks under the real launcher train a decoder of 6 blocks of width 512 with a vocabulary of
-8,192 (23.4 M parameters), in float32, with random weights that from_pretrained shards. Batches (of
-both ranks together) grow at one length, and lengths at one batch. A row is a method at one of these
-points:
+Two ranks under the real launcher train a decoder of 24 blocks of width 512 with a vocabulary of
+8,192 (80.0 M parameters), in float32, with random weights that from_pretrained shards. Batches (of
+both ranks together) grow at one length, and lengths at one batch. stage3_max_live_parameters and
+stage3_max_reuse_distance are a seventh of the parameters, as their default of 1e9 is of a model of
+7 B: with the default, each rank keeps the whole of so small a model gathered. A row is a method at
+one of these points:
 
 peak_bytes  the peak of the resident memory (VmHWM) of two steps, with a refresh of the anchor, less
             `process_bytes`, on the rank with the larger peak
@@ -14,8 +16,8 @@ process_bytes  the resident memory of that rank before the model is made; the me
 host_bytes  the part of the peak that is an anchor in host memory, which is not the memory of a GPU
 
 First-order steps are those of DeepSpeed's engine, with torch's SGD or AdamW. "checkpointing" is that of
-activations. The points of a zeroth-order step are evaluated one by one, as in the papers. glibc returns
-freed memory at once in all of them. Prints one JSON object.
+activations. The points of a zeroth-order step are evaluated one by one, as in the papers, but for
+"SVRG, stacked": all in one forward, as by default. glibc returns freed memory at once in all of them. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -53,8 +55,9 @@ from zods.comm.process import connect_ranks, end_process
 
 RANKS, VOCABULARY, STEPS = 2, 8192, 2
 ROWS = "rows.jsonl"
-BATCHES, LENGTH = (2, 8), 64
-LENGTHS, BATCH = (64, 256), 2
+WIDTH, BLOCKS = 512, 24
+BATCHES, LENGTH = (4, 8, 16), 128
+LENGTHS, BATCH = (64, 128, 256), 4
 POINTS = sorted({(n, LENGTH) for n in BATCHES} | {(BATCH, n) for n in LENGTHS})
 REPEATED = (BATCHES[0], LENGTH)  # the point with all seeds
 ZEROTH_ORDER: dict[str, dict[str, Any]] = {
@@ -63,6 +66,7 @@ ZEROTH_ORDER: dict[str, dict[str, Any]] = {
         f"SVRG, {place}": {"method": "mezo_svrg", "anchor": {"point": place, "gradient": place}}
         for place in ("terms", "nvme", "cpu", "device")
     },
+    "SVRG, stacked": {"method": "mezo_svrg", "evaluation": "stacked"},
 }
 # (optimizer, whether it trains LoRA adapters, whether activations are checkpointed)
 FIRST_ORDER: dict[str, tuple[str, bool, bool]] = {
@@ -117,7 +121,9 @@ def measured(
     method: str, batch: int, length: int, seed: int, model_folder: Path, rank: int
 ) -> dict[str, int]:
     """Train for STEPS steps. `peak_bytes` includes the process's own."""
-    width = json.loads((model_folder / "config.json").read_text())["hidden_size"]
+    shape = json.loads((model_folder / "config.json").read_text())
+    width = shape["hidden_size"]
+    gathered = (12 * shape["num_hidden_layers"] * width**2 + VOCABULARY * width) // 7
     config: dict[str, Any] = {
         "train_batch_size": batch,
         "zero_optimization": {  # as transformers' Trainer resolves "auto"
@@ -125,6 +131,8 @@ def measured(
             "reduce_bucket_size": width * width,
             "stage3_prefetch_bucket_size": width * width * 9 // 10,
             "stage3_param_persistence_threshold": 10 * width,
+            "stage3_max_live_parameters": gathered,
+            "stage3_max_reuse_distance": gathered,
         },
         "steps_per_print": 10**9,
     }
@@ -278,7 +286,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         save_opt(folder / "tiny", 32, 1, VOCABULARY)
-        save_opt(folder / "model", *((32, 1) if arguments.smoke else (512, 6)), VOCABULARY)
+        save_opt(folder / "model", *((32, 1) if arguments.smoke else (WIDTH, BLOCKS)), VOCABULARY)
         command = [*launcher(RANKS), __file__, "--folder", name]
         command += ["--cases", json.dumps([cases[run] for run in left])]
         try:

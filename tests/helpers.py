@@ -1,10 +1,13 @@
-"""Helpers of all tests: random tensors, their bits, damage to files, the texts of loggers."""
+"""Helpers of all tests: random tensors, their bits, damage to files, the texts of loggers, selections of cases."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Container, Hashable, Iterable
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -27,6 +30,28 @@ def flip(file: Path, position: int) -> None:
         byte = opened.read(1)[0]
         opened.seek(position)
         opened.write(bytes([byte ^ 1 << position % 8]))
+
+
+def sampled(cases: Iterable[Any], default: Container[Any]) -> list[Any]:
+    """Cases as parameters of a test. All but the default ones are marked slow."""
+    return [pytest.param(c, marks=[] if c in default else pytest.mark.slow) for c in cases]
+
+
+def asked_for(
+    request: pytest.FixtureRequest, argument: str, cases: Iterable[Hashable], default: Container
+) -> list[Any]:
+    """The default cases, and those that tests of this session and module have as an argument.
+
+    For a fixture that runs the cases of several tests at once.
+    """
+    asked = {
+        item.callspec.params[argument]
+        for item in request.session.items
+        if isinstance(item, pytest.Function)
+        and item.module.__name__ == request.module.__name__
+        and argument in getattr(getattr(item, "callspec", None), "params", {})
+    }
+    return [case for case in cases if case in default or case in asked]
 
 
 class LogTexts(logging.Handler):

@@ -42,7 +42,7 @@ COMPILERS = {name: os.environ.get(name) for name in ("CC", "CXX")}
 # Ranks are forked from a server that has only imported these modules. Importing them takes seconds.
 PRELOADED = [
     *("pytest", "torch", "torch._dynamo", "deepspeed", "peft", "zods"),
-    *("zods.finetune", "tests.distributed.models"),
+    *("zods.finetune", "tests.distributed.models", "tests.distributed.frozen_modules"),
 ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from itertools import cycle
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from tests.distributed.forms import POINTS, compare, engine_of
 from tests.distributed.models import stored_digest
 from tests.distributed.ranks import run_ranks
 from tests.distributed.zoo import ZOO, with_adapters, zoo_batch, zoo_model
+from tests.helpers import asked_for, sampled
 
 DIRECTIONS: dict[str, Any] = {
     "gaussian": "gaussian",
@@ -75,11 +77,27 @@ CASES = {
         ("gpt2", "gaussian", True, False),
     ],
 }
+# The others are slow: every model and every direction, but not each with each.
+DEFAULT = {
+    1: [
+        *(
+            (name, direction, False, False)
+            for name, direction in zip(ZOO, cycle(DIRECTIONS), strict=False)
+        ),
+        ("llama", "rank 1", True, False),
+        ("bert", "rank 3", False, True),
+    ],
+    2: [
+        *(("opt", "gaussian", False, False), ("bert", "rank 3", False, False)),
+        *(("t5", "rank 3", False, False), ("mamba", "gaussian", False, False)),
+        ("llama", "rank 1", True, False),
+    ],
+}
 
 
-def rank_of_cases(world_size: int) -> dict[tuple[str, str, bool, bool], Any]:
+def rank_of_cases(world_size: int, cases: list[tuple[str, str, bool, bool]]) -> dict[Any, Any]:
     found = {}
-    for name, direction, lora, bf16 in CASES[world_size]:
+    for name, direction, lora, bf16 in cases:
         make = functools.partial(with_adapters if lora else zoo_model, name)
         asked = [(BATCHES[kind](name), what) for kind, what in ASKED[world_size]]
         found[name, direction, lora, bf16] = evaluations(
@@ -89,13 +107,13 @@ def rank_of_cases(world_size: int) -> dict[tuple[str, str, bool, bool], Any]:
 
 
 @pytest.fixture(scope="module")
-def one_rank() -> list[dict[Any, Any]]:
-    return run_ranks(1, rank_of_cases, 1)
+def one_rank(request: pytest.FixtureRequest) -> list[dict[Any, Any]]:
+    return run_ranks(1, rank_of_cases, 1, asked_for(request, "case", CASES[1], DEFAULT[1]))
 
 
 @pytest.fixture(scope="module")
-def two_ranks() -> list[dict[Any, Any]]:
-    return run_ranks(2, rank_of_cases, 2)
+def two_ranks(request: pytest.FixtureRequest) -> list[dict[Any, Any]]:
+    return run_ranks(2, rank_of_cases, 2, asked_for(request, "case", CASES[2], DEFAULT[2]))
 
 
 def named(case: tuple[str, str, bool, bool]) -> str:
@@ -121,12 +139,12 @@ def check(ranks: list[dict[Any, Any]], case: tuple[str, str, bool, bool]) -> Non
             assert found.apart > 1e-4, f"{what}: {found}"
 
 
-@pytest.mark.parametrize("case", CASES[1], ids=named)
+@pytest.mark.parametrize("case", sampled(CASES[1], DEFAULT[1]), ids=named)
 def test_losses_of_several_points_at_once_are_those_of_separate_forwards(one_rank, case):
     check(one_rank, case)
 
 
-@pytest.mark.parametrize("case", CASES[2], ids=named)
+@pytest.mark.parametrize("case", sampled(CASES[2], DEFAULT[2]), ids=named)
 def test_losses_of_several_points_at_once_are_those_of_separate_forwards_on_two_ranks(
     two_ranks, case
 ):
