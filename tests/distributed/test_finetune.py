@@ -308,7 +308,7 @@ def test_a_head_for_another_number_of_classes_is_replaced_and_replayed(folder, t
     messages, _ = classify(folder, tmp_path / "run", tmp_path / "three")
     assert any("is for 3 classes, the data have 2: a new head is drawn" in m for m in messages)
     exported = exported_tensors(tmp_path / "run" / "model")
-    assert exported["score.weight"].shape == (2, 160)
+    assert exported["score.weight"].shape == (2, 32)
     log = str(tmp_path / "run" / "trajectory.log")
     replay(str(tmp_path / "three"), log, tmp_path / "replayed")
     assert all(

@@ -17,6 +17,7 @@ import zods
 from tests.distributed.gather_counter import GatherCounter
 from tests.distributed.models import configuration, train
 from tests.distributed.ranks import run_ranks
+from tests.helpers import asked_for, sampled
 from zods.forward.peak_memory import peak_memory
 from zods.params.zero3_adapter import on_nvme, release_gathered
 from zods.planning.memory import anchor_bytes, memory, nvme_buffers, weights_bytes
@@ -75,6 +76,14 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gpt2, low rank": ("gpt2", "cpu", svrg("cpu", "terms", **LOW_RANK)),
     "wide, nvme": ("wide", "nvme", svrg("nvme", "nvme")),
 }
+
+
+# The others are slow.
+DEFAULT = (
+    *("opt, lockstep", "opt, accumulation", "llama, low rank", "llama, cpu", "opt, svrg"),
+    "wide, nvme",
+)
+ONE_AND_TWO = [pytest.param(1, marks=pytest.mark.slow, id="1-rank"), pytest.param(2, id="2-ranks")]
 
 
 def data_of(
@@ -163,12 +172,13 @@ def rank_of_runs(
     return runs
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["1-rank", "2-ranks"])
+@pytest.fixture(scope="module", params=ONE_AND_TWO)
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    return run_ranks(request.param, rank_of_runs, tmp_path_factory.mktemp("nvme"), [*CASES])
+    names = asked_for(request, "name", CASES, DEFAULT)
+    return run_ranks(request.param, rank_of_runs, tmp_path_factory.mktemp("nvme"), names)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", sampled(CASES, DEFAULT))
 def test_planned_bytes_are_those_of_a_run(runs, name):
     for rank in runs:
         expected, found = rank[name]
@@ -200,13 +210,15 @@ PEAK_CASES: dict[str, dict[str, Any]] = {
     "svrg, cpu": svrg("cpu", "cpu"),
     "svrg, terms": {**svrg("terms", "terms", **LOW_RANK), "anchor_interval": 4},
 }
+PEAK_DEFAULT = ("low rank", "sequential, bf16", "svrg, cpu")
 
 
-def rank_of_peaks() -> dict[tuple[str, str], tuple[int, int]]:
+def rank_of_peaks(names: Sequence[str]) -> dict[tuple[str, str], tuple[int, int]]:
     """(planned, found) peak of a step's tensors in bytes, by model and case."""
     peaks, ranks = {}, torch.distributed.get_world_size()
     for kind, model_config in PEAK_MODELS.items():
-        for name, arguments in PEAK_CASES.items():
+        for name in names:
+            arguments = PEAK_CASES[name]
             config = configuration(PEAK_BATCH, **arguments)
             dtype = torch.bfloat16 if arguments.get("bf16") else torch.float32
             shape = model_shape(kind, model_config, dtype)
@@ -229,12 +241,13 @@ def rank_of_peaks() -> dict[tuple[str, str], tuple[int, int]]:
     return peaks
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["1-rank", "2-ranks"])
+@pytest.fixture(scope="module", params=ONE_AND_TWO)
 def peaks(request: pytest.FixtureRequest) -> Any:
-    return run_ranks(request.param, rank_of_peaks)[0]
+    names = asked_for(request, "name", PEAK_CASES, PEAK_DEFAULT)
+    return run_ranks(request.param, rank_of_peaks, names)[0]
 
 
-@pytest.mark.parametrize("name", PEAK_CASES)
+@pytest.mark.parametrize("name", sampled(PEAK_CASES, PEAK_DEFAULT))
 @pytest.mark.parametrize("kind", PEAK_MODELS)
 def test_the_planned_peak_of_a_step_is_within_a_tenth_of_a_runs(peaks, kind, name):
     expected, found = peaks[kind, name]

@@ -35,7 +35,7 @@ from tests.distributed.models import (
     wide_data,
 )
 from tests.distributed.ranks import run_ranks
-from tests.helpers import LogTexts
+from tests.helpers import LogTexts, asked_for, sampled
 from zods.training.resume import CHECKPOINTS, INITIAL, LOG_NAME
 from zods.trajectory.log import Log, read_log
 from zods.trajectory.records import Evaluation, Refresh, RunRecord
@@ -69,6 +69,11 @@ RUNS: dict[str, dict[str, Any]] = {
     "offloaded": kept("cpu", "cpu", offload="cpu", anneal=None),
     "offloaded to nvme": {**MEZO, "offload": "nvme", "bf16": True, "anneal": None},
 }
+# The others are slow: each of their settings is in one of these, or in a test of the setting.
+DEFAULT = (
+    *("mezo, micro-batches", "nvme, low rank", "point as terms, bf16", "measured step size"),
+    *("selected", "offloaded to nvme"),
+)
 WORLD_SIZE = 2
 # On other numbers of ranks these models have shards too small for NVMe.
 BARE = (
@@ -109,13 +114,13 @@ def close(engine: Any) -> None:
 # --- stopped, and started again -------------------------------------------------------------------
 
 
-def rank_of_runs(folder: Path) -> dict[str, Any]:
+def rank_of_runs(folder: Path, names: list[str]) -> dict[str, Any]:
     """Undisturbed runs with checkpoints.
 
     One checkpoint is written between two micro-batches.
     """
     found: dict[str, Any] = {}
-    for name in RUNS:
+    for name in names:
         engine = build(name, folder)
         engine.resume(folder / name)
         states, losses = {}, []
@@ -141,9 +146,11 @@ def rank_of_runs(folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("runs")
-    first, second = run_ranks(WORLD_SIZE, rank_of_runs, folder)
+def runs(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
+    folder, names = tmp_path_factory.mktemp("runs"), asked_for(request, "name", RUNS, DEFAULT)
+    first, second = run_ranks(WORLD_SIZE, rank_of_runs, folder, names)
     assert first == second
     return folder, first
 
@@ -235,7 +242,7 @@ def restarts(
     runs: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> list[dict[str, dict[str, Any]]]:
     folder, at = tmp_path_factory.mktemp("restarts"), {}
-    for name in RUNS:
+    for name in runs[1]:
         at[name] = {
             where: folder / name / where for where in stops_of(read_log(runs[0] / name / LOG_NAME))
         }
@@ -256,7 +263,7 @@ def restarts(
     return run_ranks(WORLD_SIZE, rank_of_restarts, folder, at)
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", sampled(RUNS, DEFAULT))
 def test_a_run_stopped_anywhere_ends_with_the_bits_and_the_log_of_the_undisturbed_one(
     runs, restarts, name
 ):
@@ -271,7 +278,7 @@ def test_a_run_stopped_anywhere_ends_with_the_bits_and_the_log_of_the_undisturbe
             assert written == log, where
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", sampled(RUNS, DEFAULT))
 def test_a_damaged_checkpoint_is_skipped_with_a_warning_and_an_older_one_or_the_log_is_used(
     restarts, name
 ):
@@ -323,7 +330,7 @@ def others(
     request: pytest.FixtureRequest, runs: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Any]:
     folder, at = tmp_path_factory.mktemp("others"), {}
-    for name in RUNS:
+    for name in runs[1]:
         if name in BARE:
             continue
         log = read_log(runs[0] / name / LOG_NAME)
@@ -336,7 +343,7 @@ def others(
     return ranks[0]
 
 
-@pytest.mark.parametrize("name", [name for name in RUNS if name not in BARE])
+@pytest.mark.parametrize("name", sampled([name for name in RUNS if name not in BARE], DEFAULT))
 def test_on_another_number_of_ranks_a_run_resumes_with_the_same_bits_and_ends_within_rounding(
     runs, others, name
 ):

@@ -33,7 +33,7 @@ from transformers import (
 import zods
 from tests.distributed.command_line import MODEL, labelled_rows, write_rows
 from tests.distributed.models import opt_data, sha256, state, tiny_opt, whole
-from tests.distributed.ranks import REPOSITORY, launch, run_ranks
+from tests.distributed.ranks import launch, run_ranks
 from zods.data.loader import TrainingLoader
 from zods.integrations.hf import PRIVATE, MicroBatches, ZOTrainer, ZOTrainingArguments
 
@@ -649,4 +649,3 @@ def test_a_script_like_run_clm_trains_a_language_model_with_one_import_changed(t
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "output")
     assert saved.num_parameters() == AutoModelForCausalLM.from_pretrained(MODEL).num_parameters()
     assert AutoConfig.from_pretrained(tmp_path / "output/checkpoint-2").vocab_size == 2048
-    assert REPOSITORY in MODEL.parents
