@@ -56,8 +56,8 @@ from zods.comm.process import connect_ranks, end_process
 RANKS, VOCABULARY, STEPS = 2, 8192, 2
 ROWS = "rows.jsonl"
 WIDTH, BLOCKS = 512, 24
-BATCHES, LENGTH = (4, 8, 16), 128
-LENGTHS, BATCH = (64, 128, 256), 4
+BATCHES, LENGTH = (8, 16), 128
+LENGTHS, BATCH = (128, 256), 8
 POINTS = sorted({(n, LENGTH) for n in BATCHES} | {(BATCH, n) for n in LENGTHS})
 REPEATED = (BATCHES[0], LENGTH)  # the point with all seeds
 ZEROTH_ORDER: dict[str, dict[str, Any]] = {
@@ -147,6 +147,7 @@ def measured(
             method, model, config, tokens, model_folder.parent, seed
         )
     micro = {key: value[rank * own :][:own] for key, value in rows.items()}
+    gc.collect()  # of what the load has left
     reset_peak()
     for _ in range(STEPS):
         step(micro)
@@ -259,6 +260,7 @@ def main() -> None:
     )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", type=int, default=3, help="at one point; one at the others")
+    parser.add_argument("--point", type=int, nargs=2, metavar=("BATCH", "LENGTH"), help="only this")
     parser.add_argument("--plot", type=Path, help="draw the peaks there")
     add_report_options(parser)
     add_smoke_option(parser)
@@ -270,7 +272,9 @@ def main() -> None:
     if arguments.cases is not None:
         rank_of_cases(arguments.cases, arguments.folder, arguments.folder / ROWS)
         return
-    points, seeds = (POINTS, arguments.seeds)
+    points, seeds = POINTS, arguments.seeds
+    if arguments.point:
+        points, seeds = [tuple(arguments.point)], 1
     if arguments.smoke:
         points, seeds, arguments.methods = [(2, 16)], 1, ["SVRG, terms", "SGD"]
     cases = {
