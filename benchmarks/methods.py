@@ -307,6 +307,29 @@ def variants(arguments: argparse.Namespace, task: str) -> Iterator[Run]:
             )
 
 
+def train_before(bench: Bench, arguments: argparse.Namespace) -> None:
+    """Train by the default of zods, so that all runs begin late in training."""
+    run = Run(
+        task=bench.name,
+        method="mezo",
+        examples_per_direction=1,
+        direction="low_rank",
+        normalize=True,
+        decay=True,
+        objective="loss",
+        batch=16,
+        interval=0,
+        lr=None,
+        seed=arguments.tuning_seed,
+        forwards=arguments.late,
+    )
+    engine, step = zeroth_order(run, bench)
+    for _ in range(run.num_steps(len(bench.train))):
+        step()
+    engine.close()
+    bench.base = {name: param.detach().clone() for name, param in bench.model.named_parameters()}
+
+
 def grid(run: Run) -> tuple[float, ...]:
     """The step sizes that are tried for a variant."""
     if run.method in FIRST_ORDER:
@@ -446,6 +469,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--points", type=int, default=8, help="measured points of a curve")
     parser.add_argument("--train_examples", type=int, default=1000)
     parser.add_argument("--held_out_examples", type=int, default=400)
+    parser.add_argument(
+        "--label_noise", type=float, default=0.0, help="share of training labels to permute"
+    )
+    parser.add_argument(
+        "--late",
+        type=int,
+        default=0,
+        help="forwards of the default of zods, with batch 16 and decay, before every run",
+    )
     parser.add_argument("--blocks", type=int, help="train the matrices of the last blocks only")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--study", action="store_true", help="measure gradient and curvature, too")
@@ -490,7 +522,10 @@ def main() -> None:
             num_held_out=arguments.held_out_examples,
             blocks=arguments.blocks,
             dtype=getattr(torch, arguments.dtype),
+            label_noise=arguments.label_noise,
         )
+        if arguments.late:
+            train_before(bench, arguments)
         make_rows(arguments, bench, report)
     print(table(report.rows), file=sys.stderr)
     if arguments.markdown is not None:
