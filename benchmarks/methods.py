@@ -5,7 +5,7 @@
 DATA has the folders sst2 (train.tsv, dev.tsv), trec and ag_news (train.jsonl, test.jsonl). The task
 quickstart needs neither --model nor --data. A task whose folder is missing is left out. All runs
 are made in this process, on one rank without sharding. An interrupted command continues from
---json.
+--json. --label_noise and --late are for the regime of many noisy labels, late in training.
 
 A variant is a method with each of --examples_per_direction, --direction and --normalize. For each
 variant, every step size of a grid is tried with one seed (rows of kind "grid"); the one with the
@@ -16,7 +16,8 @@ MeZO has 2 per example of its batch, one of MeZO-SVRG 4, a refresh 2 per trainin
 step of AdamW counts 3 per example, because its backward costs about 2.
 
 --study adds measurements of the gradient and of the curvature to each point of a run's curve (not
-of LoRA's), see `methods_study.py`. Prints one JSON object. --markdown and --picture write a table and curves.
+of LoRA's), see `methods_study.py`. Prints one JSON object. --markdown and --picture write tables
+(`methods_report.py`) and curves.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from common import (
     report_head,
     single_rank_engine,
 )
+from methods_report import FIRST_ORDER, forwards_per_example, picture, tables
 from methods_study import Study
 from methods_tasks import TASKS, Bench, load_bench
 
@@ -61,7 +63,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "adamw": {},
     "lora": {},
 }
-FIRST_ORDER = ("adamw", "lora")
 GRIDS = {
     "plain": (7.5e-4, 1.5e-3, 3e-3, 6e-3),
     "normalized": (1e-3, 2e-3, 4e-3, 8e-3),
@@ -131,11 +132,9 @@ class Run:
         return {**section, "lr": ZerothOrderConfig().lr if self.lr is None else self.lr}
 
     def forwards_of_step(self, step: int, num_train: int) -> int:
-        if self.method in FIRST_ORDER:
-            return 3 * self.batch
-        if not self.is_svrg:
-            return 2 * self.batch
-        return 4 * self.batch + (2 * num_train if step % self.interval == 0 else 0)
+        is_refresh = self.is_svrg and step % self.interval == 0
+        of_batch = forwards_per_example(self.method) * self.batch
+        return of_batch + (2 * num_train if is_refresh else 0)
 
     def num_steps(self, num_train: int) -> int:
         """The number of steps that the forwards allow, at least 1."""
@@ -307,6 +306,29 @@ def variants(arguments: argparse.Namespace, task: str) -> Iterator[Run]:
             )
 
 
+def train_before(bench: Bench, arguments: argparse.Namespace) -> None:
+    """Train by the default of zods, so that all runs begin late in training."""
+    run = Run(
+        task=bench.name,
+        method="mezo",
+        examples_per_direction=1,
+        direction="low_rank",
+        normalize=True,
+        decay=True,
+        objective="loss",
+        batch=16,
+        interval=0,
+        lr=None,
+        seed=arguments.tuning_seed,
+        forwards=arguments.late,
+    )
+    engine, step = zeroth_order(run, bench)
+    for _ in range(run.num_steps(len(bench.train))):
+        step()
+    engine.close()
+    bench.base = {name: param.detach().clone() for name, param in bench.model.named_parameters()}
+
+
 def grid(run: Run) -> tuple[float, ...]:
     """The step sizes that are tried for a variant."""
     if run.method in FIRST_ORDER:
@@ -341,73 +363,6 @@ def make_rows(arguments: argparse.Namespace, bench: Bench, report: Report) -> No
         if "tuned" in arguments.kinds:
             for seed in arguments.seeds:
                 row_of(replace(variant, lr=best["lr"], seed=seed), "tuned")
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """Means over seeds, with the smallest and largest training loss."""
-    columns = ("task", "variant", "kind", "lr", "seeds", "forwards", "seconds")
-    lines = [[*columns, "training loss", "held-out loss", "accuracy"]]
-    lines.append(["---"] * len(lines[0]))
-    for of_one in grouped(rows):
-        first = of_one[0]
-        losses = [row["train_loss"] for row in of_one]
-        if None in losses or any(row["diverged"] for row in of_one):
-            spread = "diverged"
-        else:
-            spread = f"{statistics.mean(losses):.3f} ({min(losses):.3f} to {max(losses):.3f})"
-        held_out = [row["held_out_loss"] or math.inf for row in of_one]
-        lines.append(
-            [
-                *(str(first[key]) for key in ("task", "variant", "kind")),
-                " ".join(sorted({f"{row['lr']:g}" for row in of_one if row["lr"] is not None})),
-                str(len(of_one)),
-                str(first["forwards"]),
-                f"{statistics.mean(row['seconds'] for row in of_one):.0f}",
-                spread,
-                f"{statistics.mean(held_out):.3f}",
-                f"{statistics.mean(row['accuracy'] for row in of_one):.3f}",
-            ]
-        )
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def grouped(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """The rows that differ by their seed only."""
-    groups: dict[tuple, list[dict[str, Any]]] = {}
-    for row in rows:
-        lr = "measured" if "lr_measured" in row else row["lr"]
-        key = (*(row[name] for name in ("task", "variant", "kind")), lr)
-        groups.setdefault(key, []).append(row)
-    return list(groups.values())
-
-
-def picture(rows: list[dict[str, Any]], path: Path) -> None:
-    """Training loss over forwards, a panel per task, the mean over seeds; without the grids."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    shown = [row for row in rows if row["kind"] != "grid"] or rows
-    tasks = list(dict.fromkeys(row["task"] for row in shown))
-    size = (6 * len(tasks), 4.5)
-    figure, axes = plt.subplots(1, len(tasks), figsize=size, layout="constrained", squeeze=False)
-    for axis, task in zip(axes[0], tasks, strict=True):
-        for of_one in grouped([row for row in shown if row["task"] == task]):
-            first = of_one[0]
-            curves = zip(*(row["curve"] for row in of_one), strict=False)
-            points = [
-                (point[0]["forwards"], statistics.mean(seed["train_loss"] for seed in point))
-                for point in curves
-                if all(seed["train_loss"] is not None for seed in point)
-            ]
-            label = f"{first['variant']}, {first['kind']}"
-            axis.plot(*zip(*points, strict=True), marker=".", label=label)
-        axis.set(title=task, xlabel="forwards of one example", ylabel="training loss")
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def size_of_group(text: str) -> int | str:
@@ -446,6 +401,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--points", type=int, default=8, help="measured points of a curve")
     parser.add_argument("--train_examples", type=int, default=1000)
     parser.add_argument("--held_out_examples", type=int, default=400)
+    parser.add_argument(
+        "--label_noise", type=float, default=0.0, help="share of training labels to permute"
+    )
+    parser.add_argument(
+        "--late",
+        type=int,
+        default=0,
+        help="forwards of the default of zods, with batch 16 and decay, before every run",
+    )
     parser.add_argument("--blocks", type=int, help="train the matrices of the last blocks only")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--study", action="store_true", help="measure gradient and curvature, too")
@@ -473,6 +437,7 @@ def main() -> None:
         arguments.methods, arguments.normalize = ["mezo", "svrg_auto", "adamw"], [True]
         arguments.forwards, arguments.points, arguments.interval = 160, 1, 2
         arguments.train_examples, arguments.held_out_examples = 32, 8
+        arguments.label_noise, arguments.late = 0.5, 32
         arguments.batch, arguments.blocks, arguments.examples_per_direction = [8], 1, [1]
         arguments.study, arguments.study_examples, arguments.kinds = True, 2, ["tuned"]
     report = Report(
@@ -490,11 +455,14 @@ def main() -> None:
             num_held_out=arguments.held_out_examples,
             blocks=arguments.blocks,
             dtype=getattr(torch, arguments.dtype),
+            label_noise=arguments.label_noise,
         )
+        if arguments.late:
+            train_before(bench, arguments)
         make_rows(arguments, bench, report)
-    print(table(report.rows), file=sys.stderr)
+    print(tables(report.rows), file=sys.stderr)
     if arguments.markdown is not None:
-        arguments.markdown.write_text(f"# Methods\n\n{table(report.rows)}")
+        arguments.markdown.write_text(f"# Methods\n\n{tables(report.rows)}")
     if arguments.picture is not None:
         picture(report.rows, arguments.picture)
     report.print_and_exit()

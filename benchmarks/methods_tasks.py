@@ -147,6 +147,16 @@ def _drawn(examples: list[Example], count: int) -> list[Example]:
     return random.Random(0).sample(examples, min(count, len(examples)))
 
 
+def permute_labels(examples: list[Example], share: float) -> None:
+    """Permute the labels of a random share of the examples, in place."""
+    rng = random.Random(0)
+    chosen = rng.sample(examples, round(share * len(examples)))
+    labels = [example["label"] for example in chosen]
+    rng.shuffle(labels)
+    for example, label in zip(chosen, labels, strict=True):
+        example["label"] = label
+
+
 Reader = Callable[[Any, int, int], list[list[Example]]]
 TASKS: dict[str, tuple[str, Reader]] = {
     "quickstart": ("{text}\nKind: {label}", quickstart),
@@ -165,11 +175,13 @@ def load_bench(
     num_held_out: int,
     blocks: int | None,
     dtype: torch.dtype,
+    label_noise: float = 0.0,
 ) -> Bench:
     """Load a task. "quickstart" has a model and data of its own; the others take
     `data`/name and the model in `model_folder`.
 
-    blocks: train only the matrices of the last `blocks` blocks; None: all parameters.
+    blocks: train only the matrices of the last `blocks` blocks; None: all parameters. label_noise:
+    the share of the training examples whose labels are permuted.
     """
     template, read = TASKS[name]
     folder = QUICKSTART / "model" if name == "quickstart" else model_folder
@@ -180,10 +192,9 @@ def load_bench(
         for block in model.model.layers[-blocks:]:
             for param in block.parameters():
                 param.requires_grad_(param.ndim == 2)
-    parts = [
-        datasets.Dataset.from_list(examples)
-        for examples in read(data and data / name, num_train, num_held_out)
-    ]
+    examples = read(data and data / name, num_train, num_held_out)
+    permute_labels(examples[0], label_noise)
+    parts = [datasets.Dataset.from_list(of_part) for of_part in examples]
     task = build_task(
         "prompted",
         tokenizer,

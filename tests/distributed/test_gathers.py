@@ -61,6 +61,10 @@ COUNTED: dict[str, tuple[str, str, str, dict[str, Any]]] = {
         f"low rank, {form}": ("opt", form, form, {"direction": "low_rank"})
         for form in ("stacked", "lockstep")
     },
+    "a direction per example": (
+        *("opt", "stacked", "stacked"),
+        {"direction": "low_rank", "examples_per_direction": 1},
+    ),
     "four directions, stacked": ("opt", "stacked", "stacked", {"num_directions": 4}),
     "llama": ("llama", "auto", "stacked", {}),
     "mixtral": ("mixtral", "auto", "stacked", {}),
