@@ -177,6 +177,10 @@ def rank_of_later_batches() -> dict[str, Any]:
         "penalty": said_by(
             engine_of(PenaltyForAWord()), [without_word(awkward.words(4, 6)), one_word, *later]
         ),
+        "penalty, one by one": said_by(
+            engine_of(PenaltyForAWord(), evaluation="sequential"),
+            [without_word(awkward.words(4, 6)), one_word, *later],
+        ),
         "weights": said_by(engine_of(ClassWeights()), [batch_of_class(0), *later]),
         "experts": said_by(engine_of(Experts()), later),
         "adaptive": said_by(engine_of(AsOftenAsNeeded()), later),
@@ -196,6 +200,13 @@ def test_a_term_of_the_loss_that_only_a_later_batch_has_is_reported_once(later):
     assert max(found["errors"]) < 1e-5
     (warning,) = [text for text in found["said"] if "from now on" in text]
     assert "on this batch the model's loss is" in warning
+
+
+def test_separate_forwards_have_a_term_of_the_loss_that_only_a_later_batch_has(later):
+    found = later["penalty, one by one"]
+    assert max(found["errors"]) < 1e-5
+    (warning,) = [text for text in found["said"] if "from now on" in text]
+    assert "with the model's own loss from now on: on this batch it is" in warning
 
 
 def test_a_term_of_the_loss_is_noticed_in_any_group_of_rows(later):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
 from tokenizers import Tokenizer, models
@@ -20,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 import zods
 from tests.distributed.generated_texts import (
     BATCH,
+    LENGTH,
     LOW_RANK,
     NEW,
     ONE,
@@ -172,6 +174,51 @@ def test_steps_on_generated_texts_agree_with_the_dense_reference(tmp_path, ranks
         assert "generation: with a cache of keys and values" in said
 
 
+# --- virtual tokens -------------------------------------------------------------------------------
+
+# a model for each way to count positions: learned, by the mask and by the cache; and rotary
+VIRTUAL = [(name, peft.PrefixTuningConfig) for name in ("opt", "gpt2", "llama")]
+VIRTUAL += [(name, peft.PromptTuningConfig) for name in ("gpt2", "llama")]
+
+
+def rank_of_virtual_tokens() -> list[tuple[float, float, str]]:
+    """Of each model: minus the mean score at the parameters, by a step and by transformers, and what
+    a step says.
+    """
+    logging.getLogger("zods").setLevel(logging.INFO)
+    found = []
+    for name, kind in VIRTUAL:
+        torch.manual_seed(1)
+        # of OPT and GPT-2 so many positions are learned
+        model = peft.get_peft_model(
+            zoo_model(name), kind(num_virtual_tokens=64 - LENGTH - NEW, task_type="CAUSAL_LM")
+        )
+        texts, score = LogTexts("zods.forward"), loss_of_texts(model.eval(), SECTION["objective"])
+        params = {key: p.detach().clone() for key, p in model.named_parameters()}
+        expected = score(params, batch_of(0))
+        section = {**SECTION, "eps": 1e-7, "lr": 0.0}
+        arguments = {"model": model, "tokenizer": word_tokenizer()}
+        engine = zods.initialize(config=configuration(BATCH, **section), **arguments)[0]
+        found.append((float(engine(batch_of(0))), expected, "; ".join(texts.texts)))
+        engine.close()
+        section["generate"] = {"max_new_tokens": NEW + 3}
+        engine = zods.initialize(config=configuration(BATCH, **section), **arguments)[0]
+        with pytest.raises(
+            ValueError, match=r"tokens after 53 virtual tokens and the model 64 pos"
+        ):
+            engine(batch_of(0))
+        engine.close()
+    return found
+
+
+def test_texts_after_virtual_tokens_are_those_of_transformers():
+    """peft passes its own virtual tokens in place of a cache, so that whole forwards are made."""
+    (found,) = run_ranks(1, rank_of_virtual_tokens)
+    for loss, expected, said in found:
+        assert loss == pytest.approx(expected)
+        assert "generation: without" in said
+
+
 # --- memory ---------------------------------------------------------------------------------------
 
 
@@ -265,6 +312,31 @@ def rank_of_mistakes() -> list[str]:
     with pytest.raises(ValueError, match=r".") as caught:
         engine(batch_of(0))
     return [*said, str(caught.value)]
+
+
+def rank_of_asked_stacks() -> tuple[list[str], list[float]]:
+    """The refusals of a model without a cache, and the losses of a model that fits a stack."""
+    engine, said = engine_of("without a cache", **ONE, evaluation="stacked"), []
+    for _ in range(2):  # also when the caller tries again
+        with pytest.raises(ValueError, match=r".") as caught:
+            engine(batch_of(0))
+        said.append(str(caught.value))
+    engine.close()
+    losses = []
+    for form in ("stacked", "sequential"):
+        engine = engine_of("opt", **ONE, evaluation=form)
+        losses.append(float(engine(batch_of(0))))
+        assert engine.evaluation == form
+        engine.close()
+    return said, losses
+
+
+def test_a_stack_that_is_asked_for_generates_the_texts_of_separate_forwards_or_is_refused():
+    ((said, losses),) = run_ranks(1, rank_of_asked_stacks)
+    for message in said:
+        assert message.startswith('zeroth_order.evaluation: "stacked" does not fit the generation')
+        assert message.endswith('Use "auto".')
+    assert losses[0] == pytest.approx(losses[1])
 
 
 def no_end() -> Tokenizer:

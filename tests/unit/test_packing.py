@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from itertools import chain, pairwise
+from types import SimpleNamespace
 
 import datasets
 import pytest
 import torch
-from tiny_tasks import TEXTS, make_task
+from tiny_tasks import TEXTS, make_task, make_tokenizer
 from torch.nn.functional import cross_entropy
 from transformers import (
     AutoModelForCausalLM,
@@ -18,8 +20,19 @@ from transformers import (
     Qwen3Config,
 )
 
+from zods.cli.data_options import DataArguments, TaskArguments
 from zods.cli.model_checks import check_packing
+from zods.cli.options import (
+    Arguments,
+    ModelArguments,
+    OverrideArguments,
+    RunArguments,
+    SelectionArguments,
+)
+from zods.cli.prepared_data import prepare_data
 from zods.cli.pretrained import Pretrained
+from zods.config.schema import ZerothOrderConfig
+from zods.config.selector_section import SelectorConfig
 from zods.tasks import PackedCollator, prepare_packed
 
 DOCUMENTS = datasets.Dataset.from_dict({"text": [*TEXTS, " ", *TEXTS]})
@@ -175,3 +188,41 @@ def test_a_model_that_does_not_keep_packed_examples_apart_is_refused(config, apa
     else:
         with pytest.raises(ValueError, match=rf"^--packing: m, of type {config.model_type} with"):
             check_packing(*arguments, batches)
+
+
+# --- beside a selector's target -------------------------------------------------------------------
+
+
+def prepared_beside_a_target(folder, rows):
+    """The packed rows, and the examples of the target, as the command line prepares them."""
+    for name in ("train", "target"):
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    selector = SelectorConfig(
+        candidates=4, strategy="target", target_file=str(folder / "target.jsonl")
+    )
+    arguments = Arguments(
+        ModelArguments(model="m", output_dir="unused"),
+        SelectionArguments(),
+        DataArguments(
+            train_file=str(folder / "train.jsonl"), validation_file=str(folder / "target.jsonl")
+        ),
+        TaskArguments(task="instruction", packing=True, max_length=LENGTH),
+        RunArguments(),
+        OverrideArguments(),
+    )
+    run = SimpleNamespace(
+        seed=0, selector=selector, zeroth_order=ZerothOrderConfig(selector=selector)
+    )
+    pretrained = Pretrained("m", MODELS["gpt2"], None)
+    return prepare_data(arguments, make_tokenizer("gpt2"), run, pretrained)
+
+
+def test_a_selectors_target_is_refused_beside_packed_examples(tmp_path):
+    with pytest.raises(ValueError, match=r"^--packing: a row of several .* the strategy target\.$"):
+        prepared_beside_a_target(tmp_path, list(ANSWERS))
+
+
+def test_packed_texts_have_a_target(tmp_path):
+    data = prepared_beside_a_target(tmp_path, list(DOCUMENTS) * 9)
+    assert {len(row["input_ids"]) for row in data.train} == {LENGTH}
+    assert len(data.target) > 0

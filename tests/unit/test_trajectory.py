@@ -43,6 +43,7 @@ CONFIGURED = RunRecord(0, SVRG, 8, 2, {"zero_stage": 3})
 RECORDS = [
     CONFIGURED,
     Evaluation(0, "stacked", 4),
+    Evaluation(0, "sequential", 2, from_logits=True),
     Refresh(0, 1e-6, (0.5,)),
     Step(0, 0.1 + 0.2, 1e-6, (-1.5,), (0, 1)),
     Step(1, None, 1e-6, (), (0, 2)),

@@ -75,7 +75,9 @@ class Recomputed:
             self._mask[self._rows, self._lengths] = 1
             self._lengths = self._lengths + 1
         found = self._outputs({"input_ids": self._ids, "attention_mask": self._mask})
-        return found["logits"][self._rows, self._lengths - 1]
+        # without the logits of virtual tokens, which prompt tuning puts before the sequences
+        logits = found["logits"][:, -self._ids.shape[1] :]
+        return logits[self._rows, self._lengths - 1]
 
 
 class Cached:

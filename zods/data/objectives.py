@@ -139,6 +139,8 @@ def scored_losses(outputs: Any, batch: Any, objective: Objective) -> tuple[Tenso
             f"{describe(outputs)} for {describe(batch)}"
         )
     assert objective.score is not None
+    if logits.ndim == 3:  # without those of virtual tokens, as of prompt tuning
+        logits = logits[:, -labels.shape[1] :]
     scores = objective.score(logits, batch, objective.shifted)
     return losses_of_scores(scores, batch, objective.shifted)
 
@@ -318,13 +320,15 @@ def sequence_log_likelihood(
     row.
 
     Args:
-        logits: (B, L, V), any floating dtype.
+        logits: (B, L, V), any floating dtype. Those of virtual tokens before the row's own, as prompt
+            tuning gives them, are left out.
         labels: (B, L), int64; -100 where a token is not scored. If shifted, a row's first label has
             no predecessor and is never scored.
 
     Returns:
         (B,) float64 sums of float32 log-probabilities, and (B,) int64 counts.
     """
+    logits = logits[:, -labels.shape[1] :]
     # (B, L)
     targets = functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX) if shifted else labels
     counted = targets != IGNORE_INDEX

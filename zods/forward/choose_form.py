@@ -32,7 +32,7 @@ from zods.forward.trial import failure_of
 
 logger = logging.getLogger(__name__)
 
-CHECK_EXAMPLES = 4  # examples on which forms are compared, if the batch can be cut
+CHECK_EXAMPLES = 4  # examples on which losses are compared, if the batch can be cut
 # largest error of a chaotic model's logits, as a multiple of the change that rounding makes; both
 # are a matter of chance
 MOST_ROUNDINGS = 5
@@ -97,6 +97,8 @@ class ChooseForm:
         if self._comm.sum_over_ranks([float(own_loss is not None)])[0]:
             own_loss = own_loss or "its loss is not the cross entropy of its logits on another rank"
             f.take_own_loss(batch)
+        else:
+            f.find_logits(outputs, batch)
         # scores of examples do not depend on the model's own loss
         if self._grouped and random is None and not (f.scores and f.objective.own):
             self._check_halves(batch, f.mean_of(outputs, batch))
@@ -234,7 +236,6 @@ class ChooseForm:
         stacked, points = self._forms.stacked, _points(CHECK_DISTANCE)
         with peak_memory(self._comm.device) as of_one:
             outputs = stacked.record(points[0], batch)
-        stacked.find_positions(points[0], batch, outputs)
         first, alone = logits_in(outputs), f.without_loss(batch)
         separate = [first, f.logits_at(points[1], alone)]
         copies = f.perturbed.scratch_bytes

@@ -23,7 +23,7 @@ from zods.data.loader import WholePass
 from zods.data.objectives import loss_count
 from zods.data.scores import Score
 from zods.data.text_scores import TextObjective
-from zods.forward.choose_form import ChooseForm
+from zods.forward.choose_form import CHECK_EXAMPLES, ChooseForm, first_examples
 from zods.forward.forms import Form, Forms, PointLosses
 from zods.forward.generated_scores import GeneratedScores
 from zods.forward.lockstep import NotInLockstep
@@ -77,7 +77,7 @@ class Evaluator:
         self._grouped, self._score = grouped, score
         self._scores = score is not None or texts is not None
         self._generated = None if texts is None else GeneratedScores(forwards, texts, budget, beat)
-        self._known: tuple[str, int] | None = None
+        self._known: tuple[str, int, bool] | None = None
         self.left_form = False
 
     @property
@@ -85,10 +85,16 @@ class Evaluator:
         """Name of the form of evaluation; None before the first batch, on which it is chosen."""
         return None if self._form is None else self._form.name
 
-    def adopt(self, known: tuple[str, int] | None) -> None:
+    @property
+    def from_logits(self) -> bool:
+        """Whether separate forwards give logits, of which losses are made. A stack always does."""
+        return self._form is not self._forms.stacked and self._forwards.from_logits
+
+    def adopt(self, known: tuple[str, int, bool] | None) -> None:
         """Use a form of evaluation that was chosen in an earlier run, under the same conditions.
 
-        known: (name of the form, points per forward); None: choose a form on the next batch.
+        known: (name of the form, points per forward, `from_logits`); None: choose a form on the next
+        batch.
         """
         self._known, self._form = known, None
 
@@ -119,19 +125,20 @@ class Evaluator:
         configuration asks for does not fit the model.
 
         points: None is the parameters as they are. Points with rows come in pairs, in sets that
-        cover the whole batch. batch: on the device. rechecks: compare the losses of a stack with a
-        separate forward, on all ranks together; see `_rechecked`.
+        cover the whole batch. batch: on the device. rechecks: compare the losses with those of the
+        model in a separate forward, on all ranks together; see `_rechecked`.
         """
         batch = self._forwards.without_cache(batch)
         self._forwards.perturbed.move_new_hooks()
         if self._form is None:
-            self._form = self._choose(without_references(batch))
+            chosen = self._choose(without_references(batch))
             if self._scores:
                 self._forwards.objective = replace(
                     self._forwards.objective, score=self._score, loss_mean="examples"
                 )
             if self._generated is not None:
-                self._form = self._generating(self._generated, self._form, batch)
+                chosen = self._generating(self._generated, chosen, batch)
+            self._form = chosen
         form = self._form
         at = [point for point in points if point is not None]
         if len(at) < max(len(points), 2):
@@ -147,6 +154,8 @@ class Evaluator:
             losses = self._losses_together(self._forms.sequential, at, batch)
         if rechecks and form is self._forms.stacked:
             return self._rechecked(losses, at, batch)
+        if rechecks and self.from_logits and not self._scores:
+            return self._with_own_loss(losses, form, at, batch)
         return losses
 
     def _losses_together(self, form: Form, points: Sequence[Point], batch: Any) -> PointLosses:
@@ -193,8 +202,10 @@ class Evaluator:
         with f.perturbed.observing():
             outputs = f.outputs(batch)
         f.find_objective(outputs, batch)
-        name, self.streams_per_forward = self._known
+        name, self.streams_per_forward, from_logits = self._known
         form = self._forms.named(name)
+        if from_logits or form is self._forms.stacked:
+            f.find_logits(outputs, batch)
         form.prepare(batch)
         return form
 
@@ -286,6 +297,28 @@ class Evaluator:
                 f"forward, {float(first):.6g} in a stack"
             )
         logger.warning("evaluation: %s from now on, no longer stacked: %s", form.name, reason)
+        return self._losses_together(form, points, batch)
+
+    def _with_own_loss(
+        self, losses: PointLosses, form: Form, points: Sequence[Point], batch: Any
+    ) -> PointLosses:
+        """Compare the model's own loss with that of its logits on a few rows, and return losses that
+        are right.
+
+        If they differ on any rank, the model computes its losses from now on. Collective.
+        """
+        f, few = self._forwards, first_examples(batch, CHECK_EXAMPLES)
+        own, of_logits = f.own_and_logits_loss(
+            f.outputs_at(replace(points[0], rows=None), few), few
+        )
+        (differ,) = self._comm.sum_over_ranks([float(not self._agree(own, of_logits))])
+        if not differ:
+            return losses
+        f.take_own_loss(batch)
+        logger.warning(
+            "evaluation: with the model's own loss from now on: on this batch it is %.6g, from the "
+            "logits %.6g", own, of_logits,
+        )  # fmt: skip
         return self._losses_together(form, points, batch)
 
     def _agree(self, a: torch.Tensor, b: torch.Tensor, rounding: float = 0.0) -> bool:

@@ -1,9 +1,11 @@
 """The forms of evaluation: how the losses of a batch at several points are computed.
 
     sequential   one forward after the other
-    stacked      one forward of a stack with the rows of all points; losses from the logits
+    stacked      one forward of a stack with the rows of all points
     lockstep     as many forwards as points, which wait for each other at every module
 
+Losses are computed from logits, and logits only where a label follows, if the model can do that and
+its own loss is the cross entropy of its logits (`ModelForwards.loss_by`). A stack needs such a loss.
 On models that fit the form, all give the same losses up to rounding. How a module runs in each form
 is in `zods.forward.module_runners`. `zods.forward.choose_form` chooses a form on the first batch,
 and the evaluator uses it.
@@ -18,12 +20,10 @@ import torch
 
 from zods.core.points import Point
 from zods.data.batch import call_model, num_examples, take_rows
-from zods.data.objectives import IGNORE_INDEX
-from zods.data.scores import SCORES
+from zods.data.labelled_positions import labelled_part
 from zods.forward.model_forwards import POSITIONS_OF_LOGITS, ModelForwards, logits_in
 from zods.forward.module_runners import LockstepRunner, StackRunner
 from zods.forward.stacked import NotStackable
-from zods.forward.trial import failure_of
 from zods.params.zero3_adapter import stop_nvme_prefetch
 
 # distance of the points at which forms are first compared; weights are commonly that large
@@ -72,17 +72,13 @@ class Sequential:
 
 
 class Stacked:
-    """One forward of a stack with the rows of all points.
-
-    Logits are computed only where a label follows, if the model can do that.
-    """
+    """One forward of a stack with the rows of all points."""
 
     name = "stacked"
 
     def __init__(self, forwards: ModelForwards) -> None:
         self._forwards = forwards
         self._runner = StackRunner(forwards.perturbed)
-        self._takes_positions = False  # see `find_positions`
 
     @property
     def nested(self) -> set[torch.nn.Module]:
@@ -90,42 +86,19 @@ class Stacked:
         return self._runner.nested
 
     def prepare(self, batch: Any) -> None:
-        point = Point(1, CHECK_DISTANCE)
-        self.find_positions(point, batch, self.record(point, batch))
+        self.record(Point(1, CHECK_DISTANCE), batch)
 
     def record(self, point: Point, batch: Any) -> Any:
         """Outputs of one forward without labels, from which the form learns to split a stack."""
         with self._runner.recording(point, num_examples(batch)):
             return self._forwards.outputs(self._forwards.without_loss(batch))
 
-    def find_positions(self, point: Point, batch: Any, outputs: Any) -> None:
-        """Find whether the model, given positions, returns its logits there.
-
-        outputs: of the batch at the point. All ranks make the same forward.
-        """
-        self._takes_positions = False
-        if not self._forwards.takes_positions:
-            return
-        whole = logits_in(outputs)
-        positions = torch.arange(0, whole.shape[1], 2, device=whole.device)
-        at_positions = {**self._forwards.without_loss(batch), POSITIONS_OF_LOGITS: positions}
-        try:
-            found = logits_in(self._forwards.outputs_at(point, at_positions)).float()
-        except Exception as error:  # a model may take a number of positions alone
-            failure_of(error, self._forwards.deepspeed)
-            return
-        expected = whole[:, positions].float()
-        tolerance = 1e-5 if whole.dtype == torch.float32 else 1e-2
-        self._takes_positions = found.shape == expected.shape and bool(
-            (found - expected).norm() <= tolerance * expected.norm()
-        )
-
     def losses(self, points: Sequence[Point], batch: Any) -> PointLosses:
         """The losses at the points.
 
         Raises NotStackable where the batch or a module cannot be stacked.
         """
-        positions = self._positions(batch)
+        positions = self._forwards.positions(batch)
         all_logits = self.logits(points, batch, positions)
         if positions is not None:
             batch = labelled_part(batch, positions)
@@ -138,17 +111,6 @@ class Stacked:
         return PointLosses(
             torch.stack([mean for mean, _ in losses]), rows if len(rows) == len(losses) else None
         )
-
-    def _positions(self, batch: Any) -> torch.Tensor | None:
-        """The positions (n,) of the logits that the loss of a batch needs; None for all.
-
-        A user's score may read other logits and entries of the batch.
-        """
-        objective = self._forwards.objective
-        reads_labelled = objective.score in (None, *SCORES.values())
-        if not self._takes_positions or not objective.shifted or not reads_labelled:
-            return None
-        return positions_before_labels(batch["labels"])
 
     def logits(
         self, points: Sequence[Point], batch: Any, positions: torch.Tensor | None = None
@@ -200,8 +162,7 @@ class Lockstep:
             # DeepSpeed's hooks on the whole model count forwards: they run once, in the first
             # stream
             call = forwards.deepspeed if k == 0 else forwards.module.forward
-            part = parts[points[k].rows]
-            return forwards.mean_of(call_model(call, part), part)
+            return forwards.loss_by(lambda inputs: call_model(call, inputs), parts[points[k].rows])
 
         return PointLosses(torch.stack(self._runner.run_all(points, loss)))
 
@@ -218,33 +179,6 @@ class Forms:
         """The form with a name, as the configuration and the log have it."""
         forms: tuple[Form, ...] = (self.sequential, self.stacked, self.lockstep)
         return {form.name: form for form in forms}[name]
-
-
-def positions_before_labels(labels: torch.Tensor) -> torch.Tensor | None:
-    """The positions at which some row's next label counts, and the last position, (n,) int64.
-
-    labels: (B, L), aligned so that position t predicts label t + 1. None where n would be L, and
-    for labels of another shape.
-
-    >>> positions_before_labels(torch.tensor([[-100, -100, 5, -100, -100], [-100, -100, 6, 7, -100]]))
-    tensor([1, 2, 4])
-    """
-    if labels.ndim != 2 or not labels.shape[1]:
-        return None
-    needed = torch.ones(labels.shape[1], dtype=torch.bool, device=labels.device)
-    needed[:-1] = (labels[:, 1:] != IGNORE_INDEX).any(0)
-    return None if needed.all() else needed.nonzero().squeeze(1)
-
-
-def labelled_part(batch: dict[str, Any], positions: torch.Tensor) -> dict[str, Any]:
-    """The batch with those labels (B, n) that logits (B, n, V) at `positions` predict.
-
-    Label j + 1 is the one after positions[j], as if the other positions did not exist. positions:
-    from `positions_before_labels`.
-    """
-    labels = torch.full_like(batch["labels"][:, positions], IGNORE_INDEX)
-    labels[:, 1:] = batch["labels"][:, positions[:-1] + 1]
-    return {**batch, "labels": labels}
 
 
 def _stack(value: Any, rows: Sequence[int], size: int) -> Any:

@@ -207,13 +207,17 @@ class GeneratedScores:
 
     def _check_positions(self, prompts: Prompts) -> None:
         """Raise ValueError where the model has too few positions for prompts and their texts."""
-        config = getattr(self._forwards.module, "config", None)
-        limit = getattr(config, "max_position_embeddings", None)
+        module = self._forwards.module
+        limit = getattr(getattr(module, "config", None), "max_position_embeddings", None)
+        # of prefix or prompt tuning by peft: they stand before the prompt
+        adapter = getattr(module, "active_peft_config", None)
+        virtual = getattr(adapter, "num_virtual_tokens", None) or 0
         length, new = prompts.input_ids.shape[1], self._objective.max_new_tokens
-        if limit is not None and length + new > limit:
+        if limit is not None and virtual + length + new > limit:
+            after = f" after {virtual} virtual tokens" if virtual else ""
             raise ValueError(
                 f"zeroth_order.generate.max_new_tokens: found {new}, but a prompt has {length} "
-                f"tokens and the model {limit} positions. Give fewer, or truncate the prompts."
+                f"tokens{after} and the model {limit} positions. Give fewer, or truncate the prompts."
             )
 
 

@@ -28,6 +28,7 @@ from zods.data.batch import (
     to_device,
     without_weights,
 )
+from zods.data.labelled_positions import labelled_part, positions_before_labels
 from zods.data.loss_probes import fits_cross_entropy, shift_probes
 from zods.data.objectives import (
     Objective,
@@ -40,10 +41,12 @@ from zods.data.objectives import (
     scored_losses,
     weights_of,
 )
+from zods.data.scores import SCORES
 from zods.forward.fused_norms import Compute
 from zods.forward.module_runners import PointRunner
 from zods.forward.perturbed_modules import PerturbedModules
 from zods.forward.stacked import NotStackable
+from zods.forward.trial import failure_of
 from zods.params.deferred_update import DeferredUpdate
 from zods.params.shards import ShardedParameters
 from zods.params.zero3_adapter import is_sharded
@@ -58,8 +61,9 @@ class ModelForwards:
     Every method that runs the model puts it into eval mode first.
 
     perturbed: the model's wrapped modules. objective: how a loss is computed from outputs.
-    arguments: names of the arguments that the model takes. takes_positions: whether the positions at
-    which it is to compute logits are among them. on_forward: called before each forward.
+    arguments: names of the arguments that the model takes. from_logits: whether losses are computed
+    from the logits of forwards without labels; takes_positions: whether such a forward computes
+    logits at given positions alone; see `find_logits`. on_forward: called before each forward.
     """
 
     def __init__(
@@ -97,7 +101,7 @@ class ModelForwards:
             "labels" in takes and takes["labels"].default is inspect.Parameter.empty
         )
         self.arguments = accepted_arguments(self.module)
-        self.takes_positions = POSITIONS_OF_LOGITS in self.arguments
+        self.from_logits = self.takes_positions = False
 
     def inputs(self, *args: Any, **kwargs: Any) -> dict[str, Any] | Inputs:
         """Return a batch on the device, in the form in which the model's forward takes it; see
@@ -175,7 +179,7 @@ class ModelForwards:
         Collective. Raises ValueError on all ranks if a mean over examples is wanted, because the
         model's loss cannot be separated by example. With scores its loss is not used.
         """
-        self.objective = replace(self.objective, own=True)
+        self.objective, self.from_logits = replace(self.objective, own=True), False
         if self.scores:
             return
         if isinstance(batch, dict) and WEIGHTS in batch:
@@ -188,6 +192,46 @@ class ModelForwards:
         largest = self.comm.max_over_ranks(size)
         if largest:
             raise ValueError(refusal_of_examples(int(largest)))
+
+    def find_logits(self, outputs: Any, batch: Any) -> None:
+        """Find whether the model gives its logits without labels, and at given positions alone.
+
+        The model's own loss over all logits is not computed then. In 16 bits it would take five
+        times their memory. Collective, with the same result on all ranks. outputs: of a batch with
+        labels, of whose logits the model's loss is the cross entropy.
+        """
+        self.from_logits = self.takes_positions = False
+        whole, inputs = logits_of(outputs), self.without_loss(batch)
+        if whole is None or "labels" in inputs:
+            return
+        if POSITIONS_OF_LOGITS in self.arguments and whole.ndim == 3:
+            positions = torch.arange(0, whole.shape[1], 2, device=whole.device)
+            at_positions = {**inputs, POSITIONS_OF_LOGITS: positions}
+            self.takes_positions = self._gives(whole[:, positions], at_positions)
+        self.from_logits = self.takes_positions or self._gives(whole, inputs)
+
+    def _gives(self, expected: torch.Tensor, inputs: dict[str, Any]) -> bool:
+        """Whether a forward gives the expected logits, up to rounding, on all ranks."""
+        differs, tolerance = True, 1e-5 if expected.dtype == torch.float32 else 1e-2
+        try:
+            found = logits_in(self.outputs(inputs))
+            if found.shape == expected.shape:
+                error = (found.float() - expected.float()).norm()
+                differs = not error <= tolerance * expected.float().norm()
+        except Exception as error:  # a model may take a number of positions alone, or need labels
+            failure_of(error, self.deepspeed)
+        return not self.comm.sum_over_ranks([float(differs)])[0]
+
+    def positions(self, batch: Any) -> torch.Tensor | None:
+        """The positions (n,) of the logits that the loss of a batch needs; None for all.
+
+        A user's score may read other logits and entries of the batch.
+        """
+        objective = self.objective
+        reads_labelled = objective.score in (None, *SCORES.values())
+        if not self.takes_positions or not objective.shifted or not reads_labelled:
+            return None
+        return positions_before_labels(batch["labels"])
 
     def own_and_logits_loss(self, outputs: Any, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the loss that the model returned, and the loss computed from its logits.
@@ -215,7 +259,18 @@ class ModelForwards:
     def loss_at(self, point: Point | None, batch: Any) -> torch.Tensor:
         """Return the mean loss of a point's rows; None: of all, at the parameters as they are."""
         part = take_rows(batch, None if point is None else point.rows)
-        return self.mean_of(self.outputs_at(point, part), part)
+        return self.loss_by(lambda inputs: self.outputs_at(point, inputs), part)
+
+    def loss_by(self, forward: Callable[[Any], Any], batch: Any) -> torch.Tensor:
+        """Return the mean loss of a batch. forward: maps the inputs of the model to its outputs."""
+        has_labels = isinstance(batch, dict) and isinstance(batch.get("labels"), torch.Tensor)
+        if not self.from_logits or not has_labels:
+            return self.mean_of(forward(batch), batch)
+        inputs, positions = self.without_loss(batch), self.positions(batch)
+        if positions is not None:
+            inputs = {**inputs, POSITIONS_OF_LOGITS: positions}
+            batch = labelled_part(batch, positions)
+        return self.losses_of_logits(logits_in(forward(inputs)), batch)[0]
 
     def logits_at(self, point: Point, batch: Any) -> torch.Tensor:
         """Return the logits at a point. Raises NotStackable if the outputs have none."""

@@ -53,8 +53,8 @@ def forward_peak(
 
     held: bytes that exist while each of `model.modules` runs, besides the tensors of its forward;
     none by default. on_gpu: whether the losses are computed on larger parts of the logits at a time,
-    as on a GPU. own_loss_rows: rows of which the model itself computes a loss at a time, on all their
-    logits at once. The batch has a padding mask, as a batch of examples of different lengths does.
+    as on a GPU. own_loss_rows: rows of another forward, in which the model itself computes a loss, on
+    all their logits at once. The batch has a padding mask, as a batch of examples of different lengths does.
     Raises ValueError where the model's forward needs the values of its tensors.
     """
     counter = FlopCounterMode(display=False)
@@ -74,9 +74,11 @@ def forward_peak(
         ) from error
     logits = outputs.logits
     chunk = _LOSS_CHUNK if on_gpu else _LOSS_CHUNK_ON_CPU
-    at_once = max(min(logits.numel(), chunk), own_loss_rows * logits[0].numel())
     copies = 1 if logits.dtype == torch.float32 else 2  # log-softmax, and float32 logits
-    of_losses = logits.nbytes + 4 * copies * at_once
+    of_losses = max(
+        logits.nbytes + 4 * copies * min(logits.numel(), chunk),
+        own_loss_rows * (logits[0].nbytes + 4 * copies * logits[0].numel()),
+    )
     flops = counter.get_total_flops() + attention.flops
     return ForwardPeak(max(peak.bytes, of_losses), logits.nbytes, flops)
 

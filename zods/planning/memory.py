@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from zods.forward.choose_form import CHECK_EXAMPLES
 from zods.forward.large_matrices import BLOCK_BYTES, MOST_ROWS, is_large
 from zods.forward.low_rank import product_of
 from zods.params.anchor_stores import ALIGNMENT
@@ -81,7 +82,7 @@ def _forward_bytes(setup: Setup, rows: int, held: tuple[int, ...] = ()) -> int:
         setup.length,
         held=held,
         on_gpu=setup.on_gpu,
-        own_loss_rows=0 if setup.form == "stacked" else setup.rows_of_point,
+        own_loss_rows=0 if setup.form == "stacked" else min(CHECK_EXAMPLES, setup.rows_of_point),
     ).bytes
 
 

@@ -197,8 +197,10 @@ def measure_answers(logits: Tensor, labels: Tensor) -> dict[str, tuple[float, fl
     share of labelled tokens predicted.
 
     Args:
-        logits: (B, L, V) of a causal LM. labels: (B, L), -100 where a token is not labelled.
+        logits: (B, L, V) of a causal LM; those of virtual tokens before a row's own are left out.
+        labels: (B, L), -100 where a token is not labelled.
     """
+    logits = logits[:, -labels.shape[1] :]
     log_likelihood, counts = sequence_log_likelihood(logits, labels)
     num_correct = (logits[:, :-1].argmax(-1) == labels[:, 1:]).sum(1)
     return {

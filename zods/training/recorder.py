@@ -53,7 +53,7 @@ class Recorder:
         self.step_size: StepSize | None = None
         self._run_is_recorded = False
         # form and number of streams, when they were last checked
-        self._evaluated: tuple[str, int] | None = None
+        self._evaluated: tuple[str, int, bool] | None = None
         replicas = config.zeroth_order.replicas
         self._code = code_in_use()
         # the leading replica makes the records that are not of a step
@@ -110,15 +110,17 @@ class Recorder:
         if changed:
             self._evaluation = None
 
-    def record_evaluation(self, step: int, form: str | None, streams: int) -> None:
+    def record_evaluation(
+        self, step: int, form: str | None, streams: int, from_logits: bool
+    ) -> None:
         """After a forward, record the form of evaluation if it differs from the last one."""
-        if self.follows or form is None or self._evaluated == (form, streams):
+        if self.follows or form is None or self._evaluated == (form, streams, from_logits):
             return
-        self._evaluated = (form, streams)
-        if self.chosen_evaluation() != (form, streams):
-            self.add(Evaluation(step, form, streams))
+        self._evaluated = (form, streams, from_logits)
+        if self.chosen_evaluation() != self._evaluated:
+            self.add(Evaluation(step, form, streams, from_logits))
 
-    def chosen_evaluation(self) -> tuple[str, int] | None:
+    def chosen_evaluation(self) -> tuple[str, int, bool] | None:
         """The form recorded last, if it was chosen under the same conditions."""
         if (
             self._evaluation is None
@@ -126,7 +128,8 @@ class Recorder:
             or self._run.describes() != self.run_record(0).describes()
         ):
             return None
-        return self._evaluation.form, self._evaluation.streams
+        chosen = self._evaluation
+        return chosen.form, chosen.streams, chosen.from_logits
 
     def run_record(self, step: int) -> RunRecord:
         about = {

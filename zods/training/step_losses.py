@@ -104,6 +104,7 @@ class StepLosses:
             self._run.state.global_steps,
             self._evaluator.evaluation,
             self._evaluator.streams_per_forward,
+            self._evaluator.from_logits,
         )
 
     def reduce(self, in_flight: StepInFlight, *, asked: bool) -> ReducedLosses:

@@ -194,8 +194,13 @@ def _of_this_version(section: dict[str, Any], batch: int, world_size: int) -> di
 
 
 def _evaluation(values: dict[str, Any]) -> Evaluation:
-    get = _Reader(values, "evaluation", ("form", "streams"))
-    return Evaluation(get.count("evaluation"), get("form", str), get.count("streams", 1))
+    get = _Reader(values, "evaluation", ("form", "streams", "from_logits"))
+    return Evaluation(
+        get.count("evaluation"),
+        get("form", str),
+        get.count("streams", 1),
+        get("from_logits", bool, False),
+    )
 
 
 STEP_SIZE_FIGURES = ("loss", "distance", "trace", "size", "share")

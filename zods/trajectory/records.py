@@ -160,14 +160,21 @@ class RunRecord:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The form of evaluation from a step on. form: see `Evaluator`. streams: points per forward."""
+    """The form of evaluation from a step on.
+
+    form: see `Evaluator`. streams: points per forward. from_logits: whether separate forwards give
+    logits, of which losses are made, and not the model's own loss. A stack always does, without this
+    entry; earlier versions never did.
+    """
 
     step: int
     form: str
     streams: int
+    from_logits: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        return {"evaluation": self.step, "form": self.form, "streams": self.streams}
+        made = {"from_logits": True} if self.from_logits else {}
+        return {"evaluation": self.step, "form": self.form, "streams": self.streams, **made}
 
 
 @dataclass(frozen=True)
