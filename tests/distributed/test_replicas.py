@@ -813,10 +813,11 @@ def test_a_step_sends_a_message_each_way_and_8_bytes_per_further_direction(direc
             for k, ranks in enumerate((1, 2))
         ]
     )
-    beat = 4 + 16 + 1
-    # length, HMAC, kind, tag, head, whether it ends, size of the members; five sums
-    fixed = 4 + 16 + 1 + 3 + 8 + 1 + 4 + 5 * 8
-    post, notice = fixed + 8 * directions, 4 + 16 + 1 + 4 + 8
+    beat = 1 + 16 + 1
+    # length, HMAC, kind, flags, tag, head; two sums and three counts
+    fixed = 1 + 16 + 1 + 1 + 4 + 4 + 2 * 8 + 3 * 2
+    is_long = 4 if directions > 1 else 0  # a message that is longer than 254 bytes
+    post, notice = fixed + is_long + 8 * directions, 1 + 16 + 1 + 4 + 4
     own, of_others = min(follower[0][2:-2]), min(leader[0][-4:-2])
     assert own <= post
     assert of_others <= post + notice
