@@ -6,18 +6,41 @@ do not depend on the launcher run the command line on ranks of `run_ranks`.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import zods.finetune
 from tests.distributed.ranks import REPOSITORY, options_of, run_ranks
 from tests.helpers import LogTexts
 from zods.cli.arguments import parse_arguments
+from zods.trajectory.log import read_log
 
 MODEL = REPOSITORY / "launch" / "quickstart" / "model"
+# The job that each launcher of launch/ starts, see `launched_options`
+LAUNCHED: dict[str, Any] = {
+    "train_batch_size": 8,
+    "zero_optimization": {"stage": 3},
+    "zeroth_order": {"lr": 1e-3, "evaluation": "stacked"},
+}
+LAUNCHED_STEPS = 20
+
+
+class Outcome(NamedTuple):
+    """What a run ended with: its steps, the head of its log, the SHA-256 of its exported weights."""
+
+    steps: int
+    head: str
+    weights: str
+
+
+def outcome(run: Path) -> Outcome:
+    log = read_log(run / "trajectory.log")
+    weights = (run / "model" / "model.safetensors").read_bytes()
+    return Outcome(log.num_steps, log.heads[-1], hashlib.sha256(weights).hexdigest())
 
 
 def labelled_rows() -> list[dict[str, Any]]:
@@ -49,6 +72,12 @@ def prompted_options(folder: Path, output: Path, **others: Any) -> list[str]:
         "max_length": 48,
     }
     return options_of(**{**options, **others})
+
+
+def launched_options(folder: Path, output: str, **others: Any) -> list[str]:
+    """Options of the job that each launcher starts; `folder` has the inputs for LAUNCHED."""
+    options = {"max_steps": LAUNCHED_STEPS, "held_out": 4, "save_model": True, **others}
+    return prompted_options(folder, folder / output, **options)
 
 
 def finetune_on_ranks(world_size: int, options: Sequence[Any]) -> list[list[str]]:
