@@ -52,7 +52,8 @@ from zods.trajectory.log import START, chained, text_of
 from zods.trajectory.records import Step
 
 DIRECTIONS, DIRECTIONS_OF_WORLDS = 16, (1, 2)
-VALUES = [0.5] * (DIRECTIONS + 2) + [8.0, 1.0, 8.0]  # as `LossExchange` sends them
+SUM = 0.7071  # of losses; of no number of replicas is the total whole, which would take fewer bytes
+VALUES = [SUM] * (DIRECTIONS + 2) + [8.0, 1.0, 8.0]  # as `LossExchange` sends them
 TOKEN = "of this benchmark alone"
 FRAME_BYTES = 1 + TAG_BYTES  # the length of a short message and its HMAC
 BATCH, RANKS_OF_WORLDS = 16, (1, 2)
@@ -184,7 +185,7 @@ def rank_of_replica(
         in_order=True,
     )
     own = BATCH // (2 * ranks)
-    sums = StepSums({0: [0.5] * directions}, 0.5, own, 0.5, 1, own)
+    sums = StepSums({0: [SUM] * directions}, SUM, own, SUM, 1, own)
     step, head, figures = 0, START, []
     port = int(address.rpartition(":")[2])
     if replicas.leads and rank == 0:
