@@ -111,7 +111,7 @@ def of_ranks(case: str, ranks: int, steps: int) -> dict[str, Any]:
 
 def of_replicas(replicas: int, steps: int) -> dict[str, Any]:
     """The figures of the leader, which sends most."""
-    row = measured(replicas, steps)
+    row = measured(replicas, steps, 0)
     return {"sends": row.pop("leader_sends"), **row}
 
 

@@ -32,8 +32,10 @@ class Counted(NamedTuple):
         }
 
 
-def counted() -> Counted:
-    """Add the counters of all open TCP connections of this process."""
+def counted(port: int | None = None, *, but: int | None = None) -> Counted:
+    """Add the counters of the open TCP connections of this process: all of them, those with this
+    port on either side, or all `but` those.
+    """
     sums = [0, 0, 0, 0]
     for name in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):  # no socket, or no TCP
@@ -41,6 +43,9 @@ def counted() -> Counted:
                 continue
             with socket.socket(fileno=os.dup(int(name))) as sock:
                 info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, INFO_BYTES)
+                ends = {end[1] for end in (sock.getsockname(), sock.getpeername())}
+            if (port is not None and port not in ends) or but in ends:
+                continue
             sent, received = struct.unpack_from("=2Q", info, BYTES_AT)
             packets_received, packets_sent = struct.unpack_from("=2I", info, SEGMENTS_AT)
             of_socket = (sent, received, packets_sent, packets_received)

@@ -83,12 +83,14 @@ if ! grep -qx "$extras" <<<"$installed"; then
   printf '%s\n%s\n' "$installed" "$extras" >.venv/zods-installed
 fi
 rm -f "$unfinished"
-# What the tests on several hosts need, in network namespaces. Without it, or without root, they are skipped.
+# What the tests on several hosts need, in network namespaces, and numactl for ranks that are bound to cores. Without it, or
+# without root, they are skipped.
 add_hosts() {
   local path="$PATH:/usr/sbin:/sbin" wanted=()
   PATH="$path" command -v ip >/dev/null || wanted+=(iproute2)
   command -v ssh >/dev/null || wanted+=(openssh-client)
   command -v pdsh >/dev/null || wanted+=(pdsh)
+  command -v numactl >/dev/null || wanted+=(numactl)
   PATH="$path:.venv/openssh/usr/sbin" sshd -V >/dev/null 2>&1 || [ $? -eq 1 ] || wanted+=(libwrap0) # sshd's own library
   if [ ${#wanted[@]} -gt 0 ]; then
     DEBIAN_FRONTEND=noninteractive flock /var/lib/apt sh -c 'apt-get update -qq && apt-get install -y -qq "$@"' - "${wanted[@]}"
@@ -101,7 +103,7 @@ add_hosts() {
   fi
 }
 if [ "$extras" = test ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-  add_hosts >/dev/null 2>&1 || say "the tests on several hosts are skipped: pdsh or sshd could not be had"
+  add_hosts >/dev/null 2>&1 || say "the tests on several hosts are skipped: pdsh, sshd or numactl could not be had"
 fi
 . .venv/bin/activate
 

@@ -15,7 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -24,6 +24,7 @@ import zods.finetune
 from tests.distributed.ranks import REPOSITORY, options_of, run_ranks
 from tests.helpers import LogTexts
 from zods.cli.arguments import parse_arguments
+from zods.trajectory.log import read_log
 
 QUICKSTART_MODEL = REPOSITORY / "launch" / "quickstart" / "model"
 
@@ -57,6 +58,27 @@ def _small_decoder() -> Path:
 
 
 MODEL = _small_decoder()
+# The job that each launcher of launch/ starts, see `launched_options`
+LAUNCHED: dict[str, Any] = {
+    "train_batch_size": 8,
+    "zero_optimization": {"stage": 3},
+    "zeroth_order": {"lr": 1e-3, "evaluation": "stacked"},
+}
+LAUNCHED_STEPS = 20
+
+
+class Outcome(NamedTuple):
+    """What a run ended with: its steps, the head of its log, the SHA-256 of its exported weights."""
+
+    steps: int
+    head: str
+    weights: str
+
+
+def outcome(run: Path) -> Outcome:
+    log = read_log(run / "trajectory.log")
+    weights = (run / "model" / "model.safetensors").read_bytes()
+    return Outcome(log.num_steps, log.heads[-1], hashlib.sha256(weights).hexdigest())
 
 
 def labelled_rows() -> list[dict[str, Any]]:
@@ -88,6 +110,12 @@ def prompted_options(folder: Path, output: Path, **others: Any) -> list[str]:
         "max_length": 48,
     }
     return options_of(**{**options, **others})
+
+
+def launched_options(folder: Path, output: str, **others: Any) -> list[str]:
+    """Options of the job that each launcher starts; `folder` has the inputs for LAUNCHED."""
+    options = {"max_steps": LAUNCHED_STEPS, "held_out": 4, "save_model": True, **others}
+    return prompted_options(folder, folder / output, **options)
 
 
 def finetune_on_ranks(world_size: int, options: Sequence[Any]) -> list[list[str]]:

@@ -11,12 +11,18 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from tests.distributed.command_line import prompted_options, write_inputs
+from tests.distributed.command_line import (
+    LAUNCHED,
+    LAUNCHED_STEPS,
+    Outcome,
+    launched_options,
+    outcome,
+    write_inputs,
+)
 from tests.distributed.hosts import Hosts, hosts
 from tests.distributed.ranks import (
     LIMIT,
@@ -27,28 +33,15 @@ from tests.distributed.ranks import (
     run_ranks,
 )
 from zods.comm.communicator import Communicator
-from zods.trajectory.log import read_log
 
-CONFIG: dict[str, Any] = {
-    "train_batch_size": 8,
-    "zero_optimization": {"stage": 3},
-    "zeroth_order": {"lr": 1e-3, "evaluation": "stacked"},
-}
-STEPS = 20
 LAUNCH = REPOSITORY / "launch"
 ENDLESS = 10**6  # steps of a job that is interrupted
-
-
-def job(folder: Path, output: str, **others: Any) -> list[str]:
-    return prompted_options(
-        folder, folder / output, **{"max_steps": STEPS, "held_out": 4, "save_model": True, **others}
-    )
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("job")
-    write_inputs(made, CONFIG)
+    write_inputs(made, LAUNCHED)
     return made
 
 
@@ -59,31 +52,30 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
         yield started
 
 
-def ended(folder: Path, output: str) -> tuple[str, bytes]:
-    """The head of a run's log, and its weights."""
-    log = read_log(folder / output / "trajectory.log")
-    assert log.num_steps == STEPS
-    return log.heads[-1], (folder / output / "model" / "model.safetensors").read_bytes()
+def ended(folder: Path, output: str) -> Outcome:
+    found = outcome(folder / output)
+    assert found.steps == LAUNCHED_STEPS
+    return found
 
 
-def by_torchrun(folder: Path, ranks: int) -> tuple[str, bytes]:
+def by_torchrun(folder: Path, ranks: int) -> Outcome:
     """What `torchrun` with some ranks on one host ends with."""
     with master_port() as port:
         command = ["bash", str(LAUNCH / "torchrun.sh"), "--nproc_per_node", str(ranks)]
-        command += ["--master_port", str(port), "--", *job(folder, f"torchrun{ranks}")]
+        command += ["--master_port", str(port), "--", *launched_options(folder, f"torchrun{ranks}")]
         code, output = run_command(command, REPOSITORY)
     assert code == 0, output[-4000:]
     return ended(folder, f"torchrun{ranks}")
 
 
 @pytest.fixture(scope="module")
-def on_one_host(folder: Path) -> tuple[str, bytes]:
+def on_one_host(folder: Path) -> Outcome:
     return by_torchrun(folder, 2)
 
 
-def by_hostfile(some: Hosts, folder: Path, output: str) -> tuple[str, bytes]:
+def by_hostfile(some: Hosts, folder: Path, output: str) -> Outcome:
     command = ["bash", "launch/deepspeed.sh", "--hostfile", str(some.folder / "hostfile"), "--"]
-    code, said = some.run(1, [*command, *job(folder, output)], ZODS_INTERFACE="eth0")
+    code, said = some.run(1, [*command, *launched_options(folder, output)], ZODS_INTERFACE="eth0")
     assert code == 0, said[-4000:]
     assert "node2: " in said
     return ended(folder, output)
@@ -106,11 +98,11 @@ def test_four_hosts_end_with_the_bits_of_one_host(folder, tmp_path):
 def test_mpirun_on_two_hosts_with_scalars_through_mpi_ends_with_the_bits_of_one_host(
     two, folder, on_one_host
 ):
-    section = {**CONFIG["zeroth_order"], "comm": "mpi"}
-    (folder / "mpi.json").write_text(json.dumps({**CONFIG, "zeroth_order": section}))
+    section = {**LAUNCHED["zeroth_order"], "comm": "mpi"}
+    (folder / "mpi.json").write_text(json.dumps({**LAUNCHED, "zeroth_order": section}))
     command = ["bash", "launch/mpirun.sh", "--allow-run-as-root", "-n", "2"]
     command += ["--host", "node1,node2", "--"]
-    command += job(folder, "mpirun", deepspeed_config=folder / "mpi.json")
+    command += launched_options(folder, "mpirun", deepspeed_config=folder / "mpi.json")
     code, output = two.run(1, command, ZODS_INTERFACE="eth0")
     assert code == 0, output[-4000:]
     assert ended(folder, "mpirun") == on_one_host
@@ -120,7 +112,7 @@ def test_mpirun_on_two_hosts_with_scalars_through_mpi_ends_with_the_bits_of_one_
 def test_ranks_that_are_bound_to_cores_end_with_the_same_bits(folder, on_one_host):
     with master_port() as port:
         command = ["bash", str(LAUNCH / "deepspeed.sh"), "--num_gpus", "2", "--bind_cores_to_rank"]
-        command += ["--master_port", str(port), "--", *job(folder, "bound")]
+        command += ["--master_port", str(port), "--", *launched_options(folder, "bound")]
         code, output = run_command(command, REPOSITORY)
     assert code == 0, output[-4000:]
     assert "numactl" in output
@@ -156,7 +148,7 @@ def test_a_wrong_hostfile_or_host_is_named_before_anything_is_started(two, folde
     if lines is not None:
         wrong.write_text(lines)
     command = ["bash", "launch/deepspeed.sh", "--hostfile", str(wrong), "--"]
-    code, output = two.run(1, [*command, *job(folder, "never")])
+    code, output = two.run(1, [*command, *launched_options(folder, "never")])
     assert code == 2
     assert said in output
     assert not (folder / "never").exists()
@@ -180,7 +172,7 @@ def test_a_host_that_is_cut_off_is_named_before_anything_is_started(two, folder)
     two.cut_off(2)
     try:
         command = ["bash", "launch/deepspeed.sh", "--hostfile", str(two.folder / "hostfile"), "--"]
-        code, output = two.run(1, [*command, *job(folder, "never")])
+        code, output = two.run(1, [*command, *launched_options(folder, "never")])
     finally:
         two.connect(2)
     assert code == 2
@@ -195,7 +187,7 @@ def started(folder: Path, output: str, launcher: list[str]) -> tuple[subprocess.
     """A run that has made a step: (its launcher's script, what it prints)."""
     log = folder / f"{output}.out"
     process = subprocess.Popen(
-        ["bash", *launcher, "--", *job(folder, output, max_steps=ENDLESS)],
+        ["bash", *launcher, "--", *launched_options(folder, output, max_steps=ENDLESS)],
         cwd=REPOSITORY,
         env=environment_of_ranks(),
         stdout=log.open("w"),
@@ -241,7 +233,9 @@ def test_a_run_whose_launcher_was_killed_does_not_count_as_finished(folder):
 
 def test_a_mistake_in_the_options_has_a_status_of_its_own(folder):
     command = ["bash", str(LAUNCH / "torchrun.sh"), "--nproc_per_node", "1", "--"]
-    code, output = run_command([*command, *job(folder, "wrong", max_steps=-1)], REPOSITORY)
+    code, output = run_command(
+        [*command, *launched_options(folder, "wrong", max_steps=-1)], REPOSITORY
+    )
     assert code == 2, output[-4000:]
 
 

@@ -155,16 +155,22 @@ def rank_of_changed_code(folder: Path) -> tuple[list[str], list[Any]]:
 
 def rank_in_another_image(folder: Path) -> list[str]:
     texts = LogTexts("zods.training.log_checks")
-    for image in ("zods-cpu:1", "zods-cpu:2"):
-        os.environ["ZODS_IMAGE"] = image
+    for image in (None, None, "zods-cpu:1", "zods-cpu:2", None):
+        os.environ.pop("ZODS_IMAGE", None)
+        if image is not None:
+            os.environ["ZODS_IMAGE"] = image
         recorder.code_in_use.cache_clear()
         logged(folder, tiny_opt())
     return texts.texts
 
 
-def test_a_restart_in_another_image_is_said(tmp_path):
-    ((text,),) = run_ranks(1, rank_in_another_image, tmp_path)
-    assert 'code.image: "zods-cpu:1" -> "zods-cpu:2"' in text
+def test_a_restart_in_another_image_or_without_it_is_said_in_one_line(tmp_path):
+    (texts,) = run_ranks(1, rank_in_another_image, tmp_path)
+    assert [text.partition("code.image: ")[2] for text in texts] == [
+        'null -> "zods-cpu:1"',
+        '"zods-cpu:1" -> "zods-cpu:2"',
+        '"zods-cpu:2" -> null',
+    ]
 
 
 def rank_of_a_changed_model_file(folder: Path) -> list[str]:

@@ -10,13 +10,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.command_line import prompted_options, write_inputs
+from tests.distributed.command_line import (
+    LAUNCHED,
+    LAUNCHED_STEPS,
+    launched_options,
+    outcome,
+    write_inputs,
+)
 from tests.distributed.hosts import PATH, Hosts, hosts
 from tests.distributed.ranks import LIMIT, REPOSITORY, master_port, run_command
 from zods.trajectory.log import read_log
 
 COMMANDS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel")
-STEPS, ENDLESS = 20, 10**6
+ENDLESS = 10**6
 # /dev/shm is each host's own
 SLURM = """\
 ClusterName=tests
@@ -107,9 +113,7 @@ class Slurm:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("job")
-    section = {"lr": 1e-3, "evaluation": "stacked"}
-    config = {"train_batch_size": 8, "zero_optimization": {"stage": 3}, "zeroth_order": section}
-    write_inputs(made, config)
+    write_inputs(made, LAUNCHED)
     return made
 
 
@@ -124,29 +128,24 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
         yield made
 
 
-def job(folder: Path, output: str, **others: object) -> list[str]:
-    return prompted_options(
-        folder, folder / output, **{"max_steps": STEPS, "held_out": 4, **others}
-    )
-
-
 def test_a_job_of_slurm_on_two_nodes_ends_with_the_bits_of_torchrun_on_one_host(slurm, folder):
     said = folder / "slurm.out"
-    status = slurm.status(slurm.submit(said, job(folder, "slurm")))
+    status = slurm.status(slurm.submit(said, launched_options(folder, "slurm")))
     assert status == 0, said.read_text()[-4000:]
     with master_port() as port:
         command = ["bash", str(REPOSITORY / "launch" / "torchrun.sh"), "--nproc_per_node", "2"]
-        command += ["--master_port", str(port), "--", *job(folder, "torchrun")]
+        command += ["--master_port", str(port), "--"]
+        command += launched_options(folder, "torchrun")
         code, output = run_command(command, REPOSITORY)
     assert code == 0, output[-4000:]
-    logs = [read_log(folder / name / "trajectory.log") for name in ("slurm", "torchrun")]
-    assert [log.num_steps for log in logs] == [STEPS, STEPS]
-    assert logs[0].heads[-1] == logs[1].heads[-1]
+    by_slurm, by_torchrun = (outcome(folder / name) for name in ("slurm", "torchrun"))
+    assert by_slurm == by_torchrun
+    assert by_slurm.steps == LAUNCHED_STEPS
 
 
 def test_a_job_that_slurm_stops_has_the_status_to_be_continued_and_continues(slurm, folder):
     said = folder / "stopped.out"
-    number = slurm.submit(said, job(folder, "stopped", max_steps=ENDLESS))
+    number = slurm.submit(said, launched_options(folder, "stopped", max_steps=ENDLESS))
     metrics = folder / "stopped" / "metrics.jsonl"
     deadline = time.monotonic() + LIMIT
     while not (metrics.exists() and '"train"' in metrics.read_text()):
@@ -156,7 +155,7 @@ def test_a_job_that_slurm_stops_has_the_status_to_be_continued_and_continues(slu
     assert slurm.status(number) == 75, said.read_text()[-4000:]
     made = read_log(folder / "stopped" / "trajectory.log").num_steps
     said = folder / "continued.out"
-    options = job(folder, "stopped", max_steps=made + 5, resume="auto")
+    options = launched_options(folder, "stopped", max_steps=made + 5, resume="auto")
     status = slurm.status(slurm.submit(said, options))
     assert status == 0, said.read_text()[-4000:]
     assert read_log(folder / "stopped" / "trajectory.log").num_steps == made + 5
@@ -164,6 +163,6 @@ def test_a_job_that_slurm_stops_has_the_status_to_be_continued_and_continues(slu
 
 def test_a_job_with_a_mistake_fails(slurm, folder):
     said = folder / "mistake.out"
-    status = slurm.status(slurm.submit(said, job(folder, "mistake", max_steps=-1)))
+    status = slurm.status(slurm.submit(said, launched_options(folder, "mistake", max_steps=-1)))
     assert status not in (0, 75)
     assert "max_steps" in said.read_text()

@@ -96,12 +96,12 @@ class Recorder:
 
 def test_messages_of_any_size_arrive_in_order(echo):
     channel = echo.client()
-    sizes = [0, 1, 3, 2**16 + 1, 2**20]
+    sizes = [0, 1, 254, 255, 2**16 + 1, 2**20]
     for size in sizes:
         assert answers(channel, bytes(size))
     channel.close()
-    # per message a length and a tag
-    assert channel.sent_bytes == len(b"hello") + sum(sizes) + (1 + len(sizes)) * (4 + 16)
+    # per message a length and a tag; a long message has 4 further bytes of length
+    assert channel.sent_bytes == len(b"hello") + sum(sizes) + (1 + len(sizes)) * (1 + 16) + 3 * 4
 
 
 def test_a_process_with_another_token_is_refused_and_learns_so(echo):
@@ -117,13 +117,28 @@ def test_a_server_with_another_token_is_refused():
     def pretend() -> None:
         sock, _ = listener.accept()
         sock.sendall(MAGIC + bytes(NONCE_BYTES))
-        sock.sendall(struct.pack("!I", 7) + bytes(16) + b"welcome")
+        sock.sendall(bytes([7]) + bytes(16) + b"welcome")
         sock.recv(1000)
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         threading.Thread(target=pretend, daemon=True).start()
         with pytest.raises(ConnectionError, match="without the run's token"):
             connect(listener.getsockname(), TOKEN, b"hello", seconds=10, silence=10)
+
+
+def test_an_end_of_another_version_is_told_by_both_sides(echo, caplog):
+    stranger = echo.stranger()
+    stranger.sendall(b"zods-1" + bytes(NONCE_BYTES))
+    assert is_cut_off(stranger)
+    assert "it has version '1' of the messages between replicas, this replica '2'" in caplog.text
+
+    with socket.create_server(("127.0.0.1", 0)) as older:
+        thread = threading.Thread(
+            target=lambda: older.accept()[0].sendall(b"zods-1" + bytes(NONCE_BYTES)), daemon=True
+        )
+        thread.start()
+        with pytest.raises(ConnectionError, match=r"has version '1' .* '2'\. Give all replicas"):
+            connect(older.getsockname(), TOKEN, b"hello", seconds=10, silence=10)
 
 
 def test_a_recorded_connection_cannot_be_repeated(echo):
@@ -150,7 +165,7 @@ def test_a_repeated_message_ends_the_connection_that_carries_it(echo):
     assert answers(echo.client())
 
 
-@pytest.mark.parametrize("position", [0, 4, 19, 20, 25])
+@pytest.mark.parametrize("position", [0, 1, 16, 17, 22])
 def test_an_altered_message_ends_the_connection(echo, position):
     def altered(data: bytes) -> bytes:
         if b"are you" not in data:
@@ -167,8 +182,12 @@ def test_an_altered_message_ends_the_connection(echo, position):
 NONSENSE = {
     "an HTTP request": b"GET / HTTP/1.1\r\nHost: store\r\n\r\n" + bytes(100),
     "zeros": bytes(10_000),
-    "a long first message": MAGIC + bytes(NONCE_BYTES) + struct.pack("!I", 2**31) + bytes(16),
-    "a first message without a tag": MAGIC + bytes(NONCE_BYTES) + struct.pack("!I", 2) + bytes(18),
+    "a long first message": MAGIC
+    + bytes(NONCE_BYTES)
+    + b"\xff"
+    + bytes(16)
+    + struct.pack("!I", 2**31),
+    "a first message without a tag": MAGIC + bytes(NONCE_BYTES) + b"\x02" + bytes(18),
 }
 
 

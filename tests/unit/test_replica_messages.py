@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
+from zods.comm import authenticated
 from zods.config.replicas_section import ReplicasConfig
 from zods.training import replica_leader
 from zods.training import replica_messages as messages
 from zods.training.replica_follower import Follower, Lost, Refused
 from zods.training.replica_leader import Leader
-from zods.training.replica_messages import Sums
+from zods.training.replica_messages import Member, Sums
 from zods.trajectory.log import START, chained
 
 TOKEN = b"a token of the tests"
@@ -141,6 +142,43 @@ def joined(world: World, index: int = 1, **others: Any) -> Replica:
     thread.join(30)
     assert replica.takes_part
     return replica
+
+
+SUMS = {
+    "a step's": (
+        Sums("123456", "0123456789abcdef", False, [0.1, -2.0, 8.0, 1.0, 8.0]),
+        10 + 16 + 6,
+    ),
+    "large counts": (Sums("0", START, True, [0.1, 2.0**32 - 1, 1.0]), 10 + 8 + 8),
+    "the largest step": (Sums(str(2**32 - 1), START, False, []), 10),
+    "a step beyond": (Sums(str(2**32), START, False, []), 6 + 4 + 10),
+    "a refresh's": (Sums("12, refresh", START, False, [0.5]), 6 + 4 + 11 + 8),
+    "no counts": (
+        Sums("7", START, False, [2.0**32, -1.0, float("inf"), float("nan"), -0.0, 0.5]),
+        10 + 6 * 8,
+    ),
+    "many counts": (Sums("7", START, False, [3.0] * 20), 10 + 5 * 8 + 15 * 2),
+    "of members": (Sums("7", START, False, [1.5], [Member(0, 2), Member(3, 1)]), 10 + 4 + 16 + 8),
+    "nothing": (Sums("7", START, True, [], []), 10 + 4 + 2),
+}
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_sums_arrive_with_the_same_bits_in_few_bytes(name):
+    sums, size = SUMS[name]
+    packed = sums.pack(messages.POST)
+    assert len(packed) == size
+    arrived = Sums.unpack(packed)
+    assert repr(arrived) == repr(sums._replace(head=sums.head[:8])), "repr tells -0.0 and NaN apart"
+
+
+def test_a_step_of_one_direction_takes_64_bytes_at_most_whatever_its_counts():
+    frame = 1 + authenticated.TAG_BYTES
+    for count, examples in ((8.0, 8.0), (2.0**32 - 1, 1e6), (8.3, 8.0)):
+        one = Sums("999999999", START, False, [0.1, 0.2, 0.3, count, 1.0, examples])
+        several = one._replace(values=[0.1] * 16 + one.values)
+        assert frame + len(one.pack(messages.POST)) <= 64
+        assert len(several.pack(messages.POST)) - len(one.pack(messages.POST)) == 16 * 8
 
 
 def test_a_request_before_the_leader_has_read_its_log_gets_the_whole_log(world):

@@ -29,8 +29,10 @@ logger = logging.getLogger(__name__)
 
 TOKEN_VARIABLE = "ZODS_REPLICA_TOKEN"
 LEAST_CHARACTERS = 16  # of a token: shorter ones can be guessed from recorded messages
-MAGIC = b"zods-1"
+PROGRAM = b"zods-"  # a connection begins with it and the version of the messages, one digit
+MAGIC = PROGRAM + b"2"
 NONCE_BYTES, TAG_BYTES = 32, 16
+LONG = 255  # in place of a message's length; its length then follows in 4 bytes
 MOST_BYTES = 2**24  # of a message
 MOST_HELLO_BYTES = 1024  # of the first message, whose sender is not known yet
 HANDSHAKE_SECONDS = 10.0
@@ -84,7 +86,9 @@ class Channel:
         with self._lock:
             tag = _tag(self._send_key, self._sent, message)
             self._sent += 1
-            frame = struct.pack("!I", len(message)) + tag + message
+            length = len(message)
+            long = b"" if length < LONG else struct.pack("!I", length)
+            frame = bytes([min(length, LONG)]) + tag + long + message
             self._sock.sendall(frame)
             self.sent_bytes += len(frame)
 
@@ -95,12 +99,14 @@ class Channel:
         the socket is for each part. Raises OSError where the connection is lost or silent, and
         where a message is not the other side's.
         """
-        head = _read(self._sock, 4 + TAG_BYTES, deadline)
-        (length,) = struct.unpack("!I", head[:4])
+        head = _read(self._sock, 1 + TAG_BYTES, deadline)
+        length = head[0]
+        if length == LONG:
+            (length,) = struct.unpack("!I", _read(self._sock, 4, deadline))
         if length > most:
             raise ConnectionError(f"a message of {length} bytes; the largest has {most}")
         message = _read(self._sock, length, deadline)
-        if not hmac.compare_digest(head[4:], _tag(self._receive_key, self._received, message)):
+        if not hmac.compare_digest(head[1:], _tag(self._receive_key, self._received, message)):
             raise ConnectionError("a message without the run's token")
         self._received += 1
         return message
@@ -133,6 +139,20 @@ def _prepare(sock: socket.socket) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
+def _check_version(greeting: bytes, who: str) -> None:
+    """Raise ConnectionError where a greeting is not of this version's messages."""
+    if not greeting.startswith(PROGRAM):
+        raise ConnectionError(f"{who} is no replica of zods")
+    if not greeting.startswith(MAGIC):
+        theirs, ours = (
+            text[len(PROGRAM) :][:1].decode(errors="replace") for text in (greeting, MAGIC)
+        )
+        raise ConnectionError(
+            f"{who} has version {theirs!r} of the messages between replicas, this replica "
+            f"{ours!r}. Give all replicas the same version of zods."
+        )
+
+
 def connect(
     address: tuple[str, int], token: bytes, hello: bytes, *, seconds: float, silence: float
 ) -> tuple[Channel, bytes]:
@@ -145,12 +165,11 @@ def connect(
     sock = socket.create_connection(address, timeout=seconds)
     try:
         _prepare(sock)
-        greeting = _read(sock, len(MAGIC) + NONCE_BYTES, deadline)
-        if not greeting.startswith(MAGIC):
-            raise ConnectionError("another program, or another version of zods, listens there")
         own = secrets.token_bytes(NONCE_BYTES)
-        channel = Channel(sock, token, greeting[len(MAGIC) :] + own, serves=False)
         sock.sendall(MAGIC + own)
+        greeting = _read(sock, len(MAGIC) + NONCE_BYTES, deadline)
+        _check_version(greeting, "the program that listens there")
+        channel = Channel(sock, token, greeting[len(MAGIC) :] + own, serves=False)
         channel.send(hello)
         try:
             answer = channel.receive(deadline=deadline)
@@ -231,8 +250,8 @@ class Server:
         try:
             channel, hello = self._handshake(sock)
         except OSError as error:
-            sock.close()
             self._refuse(host, str(error))
+            sock.close()
             return
         finally:
             with self._lock:
@@ -249,8 +268,7 @@ class Server:
         own = secrets.token_bytes(NONCE_BYTES)
         sock.sendall(MAGIC + own)
         answer = _read(sock, len(MAGIC) + NONCE_BYTES, deadline)
-        if not answer.startswith(MAGIC):
-            raise ConnectionError("it is no replica of this version of zods")
+        _check_version(answer, "it")
         channel = Channel(sock, self._token, own + answer[len(MAGIC) :], serves=True)
         hello = channel.receive(MOST_HELLO_BYTES, deadline)
         sock.settimeout(self._silence)

@@ -102,13 +102,13 @@ def in_total(phases: Mapping[str, float], overlaps: bool) -> StepTime:
 def replica_time(setup: Setup, replicas: Replicas) -> float:
     """Seconds that a step waits for the other replicas: two delays, and the leader's messages.
 
-    The leader sends a message to each of the others: 8 bytes for each sum, and about 100 beside
+    The leader sends two messages to each of the others: 8 bytes for each sum, and about 60 beside
     them. Source: `zods.training.replica_messages`; benchmarks/replica_exchange.py counts the bytes.
     """
     if replicas.number <= 1:
         return 0.0
-    sums = setup.pairs * setup.num_groups + 6
-    return 2 * replicas.delay + (replicas.number - 1) * (8 * sums + 100) / replicas.link
+    sums = setup.pairs * setup.num_groups + 2
+    return 2 * replicas.delay + (replicas.number - 1) * (8 * sums + 60) / replicas.link
 
 
 def refresh_time(setup: Setup, rates: Rates, phases: Mapping[str, float], examples: int) -> float:

@@ -138,6 +138,8 @@ def warn_of_other_code(log: Log, here: RunRecord) -> None:
 def _changes(there: RunRecord, here: RunRecord) -> list[str]:
     """Each setting that differs, as "key: old -> new"."""
     left_out = {f"zeroth_order.{key}": value for key, value in EARLIER.items()}
+    if there.code is not None:
+        left_out["code.image"] = None  # a run outside of an image records none
     old, new = (left_out | _flatten(record.to_json()) for record in (there, here))
     # a log of an earlier version lacks code, or parts of it, and updates
     lacks = ["code.", *(["updates."] if there.updates is None else [])]

@@ -101,7 +101,8 @@ class LossExchange:
         own = [sums.differences.get(group, nothing) for group in groups]
         own += [nothing] * (most - len(own))
         sent = [value for of_group in own for value in of_group]
-        sent += [sums.loss_sum, sums.count, sums.squares, sums.units, sums.examples]
+        # counts last: between replicas they take fewer bytes, see `zods.training.replica_messages`
+        sent += [sums.loss_sum, sums.squares, sums.count, sums.units, sums.examples]
         if self._replicas is not None:
             left = self._comm.sum_over_ranks([float(left_form)])[0] > 0
             total, should_stop = self._replicas.sum(sent, str(step), head, asked=asked, rows=rows)
@@ -128,7 +129,7 @@ class LossExchange:
         loss_sum = count = squares = units = examples = 0.0
         senders = self._groups_of_ranks[: len(received)]  # sums: all ranks as one
         for groups, of_rank in zip(senders, received, strict=True):
-            *values, loss_here, count_here, squares_here, units_here, examples_here = of_rank
+            *values, loss_here, squares_here, count_here, units_here, examples_here = of_rank
             loss_sum, count = loss_sum + loss_here, count + count_here
             squares, units = squares + squares_here, units + units_here
             examples += examples_here

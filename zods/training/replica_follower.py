@@ -200,7 +200,7 @@ class Follower:
                 noticed, after, text = messages.unpack_notice(message)
                 if noticed < number:
                     continue
-                if noticed == number and (text or after == head):
+                if noticed == number and (text or head.startswith(after)):
                     return text or None
                 self._ask(number, waits=False)
             self._check_not_over(message)
