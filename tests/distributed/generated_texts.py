@@ -5,7 +5,7 @@ Shared by the tests of training on generated texts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,15 @@ SECTION = {
 }
 LOW_RANK = {"direction": {"distribution": "low_rank", "rank": 2}}
 ONE = {**LOW_RANK, "examples_per_direction": 1}
+# an objective over candidates, for `data_of`
+WORDS = {
+    "method": "mezo",
+    "eps": 1e-2,
+    "lr": 1e-3,
+    "seed": 5,
+    "objective": "candidates",
+    **ONE,
+}
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
@@ -66,6 +75,32 @@ def rows_of(batch: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
 def examples(seed: int = 1000) -> list[dict[str, Tensor]]:
     batch = batch_of(seed)
     return [{key: value[i] for key, value in batch.items()} for i in range(BATCH)]
+
+
+def data_of(objective: str) -> list[dict[str, Any]]:
+    """24 examples of two sources; for candidates each has one labelled token of four."""
+    rows = [row for seed in range(1000, 1003) for row in examples(seed)]
+    generator = torch.Generator().manual_seed(3)
+    data = []
+    for k, row in enumerate(rows):
+        number = int(row["labels"].eq(-100).sum())
+        more = {"source": "ab"[k % 2], "length": LENGTH - k % 3}
+        if objective == "candidates":
+            words = torch.randperm(VOCABULARY - 3, generator=generator)[:4] + 3
+            ids = row["input_ids"].clone()
+            ids[number] = words[k % 4]
+            labels = torch.full_like(ids, -100)
+            labels[number] = ids[number]
+            data.append({**row, **more, "input_ids": ids, "labels": labels, "words": words})
+        else:
+            data.append({**row, **more})
+    return data
+
+
+def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    names = {"words": "candidate_tokens"}
+    keys = [key for key in rows[0] if key not in ("source", "length")]
+    return {names.get(key, key): torch.stack([row[key] for row in rows]) for key in keys}
 
 
 def loss_of_texts(model: Any, objective: str) -> Callable[[dict[str, Tensor], Any], float]:

@@ -280,7 +280,7 @@ def test_steps_agree_with_the_dense_reference(cases, folder, name):
 
 def test_a_rank_sends_8_bytes_for_each_of_its_directions_and_at_most_64_more(cases):
     for name in cases[0]:
-        keys = CASES[name][1]
+        model, keys = CASES[name]
         micro = BATCH // 2 // keys.get("accumulation", 1)
         groups_of_ranks = [
             {row // keys["examples_per_direction"] for row in range(BATCH) if row // micro % 2 == k}
@@ -288,7 +288,9 @@ def test_a_rank_sends_8_bytes_for_each_of_its_directions_and_at_most_64_more(cas
         ]
         groups = max(map(len, groups_of_ranks))  # a group that two ranks share is sent by both
         pairs = keys.get("num_directions", 1) * (2 if keys.get("method") == "mezo_svrg" else 1)
-        assert cases[0][name]["bytes"] <= 8 * pairs * groups + 64, name
+        # whether the ranks' forms failed is one number more
+        more = 72 if model == "t5" or "evaluation" in keys else 64
+        assert cases[0][name]["bytes"] <= 8 * pairs * groups + more, name
 
 
 # --- limit cases ------------------------------------------------------------------------------------

@@ -26,10 +26,11 @@ from tests.distributed.command_line import (
 )
 from tests.distributed.generated_texts import (
     BATCH,
-    LENGTH,
     ONE,
     SECTION,
-    examples,
+    WORDS,
+    collate,
+    data_of,
     loss_of_texts,
     word_tokenizer,
 )
@@ -42,14 +43,6 @@ from zods.integrations.hf import ZOTrainer, ZOTrainingArguments
 
 STEPS = 3
 TEXTS = {**SECTION, **ONE}
-WORDS = {
-    "method": "mezo",
-    "eps": 1e-2,
-    "lr": 1e-3,
-    "seed": 5,
-    "objective": "candidates",
-    **ONE,
-}
 SVRG = {"method": "mezo_svrg", "anchor_interval": 2, "anchor_directions": 2}
 SELECT = {"candidates": 12, "num_directions": 4}
 NVME = {"offload": "nvme"}
@@ -132,32 +125,6 @@ def model_of(name: str) -> nn.Module:
     if name == "prompt tuning":
         return virtual_tokens(peft.PromptTuningConfig)
     return OwnLoss().eval() if name == "own loss" else zoo_model(name)
-
-
-def data_of(objective: str) -> list[dict[str, Any]]:
-    """24 examples of two sources; for candidates each has one labelled token of four."""
-    rows = [row for seed in range(1000, 1003) for row in examples(seed)]
-    generator = torch.Generator().manual_seed(3)
-    data = []
-    for k, row in enumerate(rows):
-        number = int(row["labels"].eq(-100).sum())
-        more = {"source": "ab"[k % 2], "length": LENGTH - k % 3}
-        if objective == "candidates":
-            words = torch.randperm(VOCABULARY - 3, generator=generator)[:4] + 3
-            ids = row["input_ids"].clone()
-            ids[number] = words[k % 4]
-            labels = torch.full_like(ids, -100)
-            labels[number] = ids[number]
-            data.append({**row, **more, "input_ids": ids, "labels": labels, "words": words})
-        else:
-            data.append({**row, **more})
-    return data
-
-
-def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-    names = {"words": "candidate_tokens"}
-    keys = [key for key in rows[0] if key not in ("source", "length")]
-    return {names.get(key, key): torch.stack([row[key] for row in rows]) for key in keys}
 
 
 def engine_of(folder: Path, name: str, **others: Any) -> Any:

@@ -29,6 +29,7 @@ from tests.distributed.command_line import (
     refusals_on_ranks,
     write_inputs,
 )
+from tests.distributed.generated_texts import ONE, SECTION, WORDS, collate, data_of, word_tokenizer
 from tests.distributed.models import (
     OF_THE_PAPER,
     Tiny,
@@ -44,6 +45,7 @@ from tests.distributed.models import (
     wide_data,
 )
 from tests.distributed.ranks import LIMIT, at_once, free_port, launch, run_ranks
+from tests.distributed.zoo import zoo_model
 from tests.helpers import LogTexts
 from zods.comm.authenticated import TOKEN_VARIABLE
 from zods.comm.communicator import Communicator
@@ -81,7 +83,10 @@ RUNS: dict[str, dict[str, Any]] = {
         "examples_per_direction": 3,
         "selector": {"candidates": 20, "interval": 2, "features": "zo", "num_directions": 4},
     },
+    "texts": {**SECTION, **ONE},
+    "candidates": WORDS,
 }
+SLOW = ("mezo", "texts", "candidates")
 
 
 def store_address() -> str:
@@ -115,6 +120,14 @@ def touch_when_it_asks(engine: Any, path: Path) -> None:
 def build(name: str, replica: dict[str, Any] | None) -> Any:
     section = {**COMMON, **RUNS[name], "replicas": replica}
     config = configuration(12, **section)
+    if "objective" in section:
+        return zods.initialize(
+            model=zoo_model("opt"),
+            config=config,
+            training_data=data_of(section["objective"]),
+            collate_fn=collate,
+            tokenizer=word_tokenizer(),
+        )[0]
     selects = "selector" in section
     model, data = (tiny_opt(), opt_data(40)) if selects else (Tiny(), tiny_data(40))
     return zods.initialize(model=model, config=config, training_data=data)[0]
@@ -182,7 +195,9 @@ def rank_of_one(name: str, folder: Path) -> dict[str, Any]:
     return seen(engine)
 
 
-@pytest.mark.parametrize("name", [pytest.param("mezo", marks=pytest.mark.slow), *list(RUNS)[1:]])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in RUNS]
+)
 def test_a_replica_that_starts_late_joins_and_all_replicas_end_with_the_same_bits(name, tmp_path):
     store = store_address()
     leader, joiner = at_once(

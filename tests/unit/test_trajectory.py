@@ -358,7 +358,7 @@ def test_inspect_shows_the_run_and_single_records(tmp_path, capsys):
 def test_diff_names_the_first_difference(tmp_path, capsys):
     one = write(tmp_path / "one")
     other = write(
-        tmp_path / "other", [*RECORDS[:4], Step(1, 0.5, 1e-6, (2.0,), (0, 2)), RECORDS[5]]
+        tmp_path / "other", [*RECORDS[:5], Step(1, 0.5, 1e-6, (2.0,), (0, 2)), RECORDS[6]]
     )
     assert main(["diff", str(one), str(one)]) == 0
     assert capsys.readouterr().out == "the same\n"
@@ -377,12 +377,12 @@ def test_diff_names_the_first_difference(tmp_path, capsys):
 def test_merge_gives_the_longer_log_and_refuses_with_the_reason_what_does_not_commute(
     tmp_path, capsys
 ):
-    short, whole = write(tmp_path / "short", RECORDS[:4]), write(tmp_path / "whole")
+    short, whole = write(tmp_path / "short", RECORDS[:5]), write(tmp_path / "whole")
     for left, right in ((short, whole), (whole, short), (whole, whole)):
         assert main(["merge", str(left), str(right), "--out", str(tmp_path / "merged")]) == 0
         assert (tmp_path / "merged").read_bytes() == whole.read_bytes()
         (tmp_path / "merged").unlink()
-    other = read_log(write(tmp_path / "other", [*RECORDS[:4], Step(1, 0.5, 1e-6, (2.0,), (0, 2))]))
+    other = read_log(write(tmp_path / "other", [*RECORDS[:5], Step(1, 0.5, 1e-6, (2.0,), (0, 2))]))
     with pytest.raises(ValueError, match=r"have 1 steps in common.*rounds the weights to float32"):
         longer(other, read_log(whole))
     third = write(tmp_path / "third", header=Header("Other", HEADER.parameters))
