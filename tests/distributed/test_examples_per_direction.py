@@ -288,7 +288,7 @@ def test_a_rank_sends_8_bytes_for_each_of_its_directions_and_at_most_64_more(cas
         ]
         groups = max(map(len, groups_of_ranks))  # a group that two ranks share is sent by both
         pairs = keys.get("num_directions", 1) * (2 if keys.get("method") == "mezo_svrg" else 1)
-        # whether the ranks' forms failed is one number more
+        # without a stack the ranks also exchange how many forwards each of them makes
         more = 72 if model == "t5" or "evaluation" in keys else 64
         assert cases[0][name]["bytes"] <= 8 * pairs * groups + more, name
 
