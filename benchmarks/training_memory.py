@@ -248,6 +248,7 @@ def draw(table: list[dict[str, Any]], path: Path) -> None:
             axis.plot([row[along] for row in rows], sizes, style, label=method, markersize=4)
         axis.set(xlabel=along, title=f"{fixed} {at}", xscale="log")
         axis.set_xticks([row[along] for row in rows], [str(row[along]) for row in rows])
+        axis.minorticks_off()
     axes[0].set(ylabel="peak per rank without the process's own, MiB", ylim=(0, None))
     axes[1].legend(fontsize="x-small", ncols=2)
     figure.savefig(path, dpi=120)
