@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.distributed.ranks import ENVIRONMENT
+from tests.helpers import sampled
 
 REPOSITORY = Path(__file__).parents[2]
 FOLDER = REPOSITORY / "benchmarks"
@@ -157,10 +158,7 @@ def test_every_benchmark_is_in_the_readme():
 
 @pytest.mark.parametrize(
     "command",
-    [
-        pytest.param(command, marks=[] if command in DEFAULT else pytest.mark.slow)
-        for command in SMOKE
-    ],
+    sampled(SMOKE, DEFAULT),
 )
 def test_a_benchmark_runs_at_its_smallest_size_and_prints_the_promised_keys(
     command: str, tmp_path: Path

@@ -20,6 +20,7 @@ import zods.finetune
 from tests.distributed.command_line import MODEL, prompted_options, write_inputs, write_rows
 from tests.distributed.models import Tiny, configuration, tiny_data
 from tests.distributed.ranks import launch, options_of, run_command, run_ranks
+from tests.helpers import sampled
 from zods.cli.arguments import parse_arguments
 from zods.comm.communicator import Communicator, RankFailure
 from zods.comm.process import RANKS, SIZES, TORCH, connect_ranks
@@ -148,9 +149,7 @@ WAYS = {  # way: (what is said, exit code, exception of the traceback)
 DEFAULT = {"one rank, and the other waits for it"}
 
 
-@pytest.mark.parametrize(
-    "way", [pytest.param(way, marks=[] if way in DEFAULT else pytest.mark.slow) for way in WAYS]
-)
+@pytest.mark.parametrize("way", sampled(WAYS, DEFAULT))
 def test_a_failed_start_is_reported_in_one_line_by_one_rank(way):
     said, code, traceback = WAYS[way]
     returned, output = launch(SCRIPT, way)

@@ -37,6 +37,7 @@ from tests.distributed.generated_texts import (
 from tests.distributed.models import configuration, numpy_of, sha256, whole
 from tests.distributed.ranks import options_of, run_ranks
 from tests.distributed.zoo import VOCABULARY, zoo_model
+from tests.helpers import sampled
 from tests.published import CASES, write_files
 from zods.cli.run_folder import read_metrics
 from zods.integrations.hf import ZOTrainer, ZOTrainingArguments
@@ -72,9 +73,7 @@ CELLS: dict[str, tuple[dict[str, Any], str, dict[str, Any], dict[str, Any]]] = {
     "words, selector": (WORDS, "opt", {"selector": SELECT}, {}),
 }
 DEFAULT = ("texts, selector",)
-CELL_PARAMETERS = [
-    pytest.param(name, marks=[] if name in DEFAULT else [pytest.mark.slow]) for name in CELLS
-]
+CELL_PARAMETERS = sampled(CELLS, DEFAULT)
 
 
 class OwnLoss(nn.Module):
