@@ -4,10 +4,11 @@
 
 DATA has the folders sst2 (train.tsv and dev.tsv: `sentence<TAB>label`, without a header), trec and
 ag_news (train.jsonl, test.jsonl). A run is one launch of `zods.finetune` on one rank, with all
-parameters in fp32, and the prompt and label words that zods declares for the task. The default
-method has no setting but the batch and the number of steps. AdamW has one fixed step size. No
-setting is chosen by held-out data. Zero-shot is the evaluation before the first step. The held-out
-rows are drawn by the seed, so zero-shot differs between seeds, too.
+parameters in --dtype, and the prompt and label words that zods declares for the task. AdamW keeps a
+copy of the parameters in fp32. The default method has no setting but the batch and the number of
+steps. AdamW has one fixed step size. No setting is chosen by held-out data. Zero-shot is the
+evaluation before the first step. The held-out rows are drawn by the seed, so zero-shot differs
+between seeds, too.
 
 All runs of a seed are made before those of the next. An interrupted command continues from --json,
 and in the middle of a run of the default where --work is given.
@@ -94,6 +95,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=250, help="of the default")
     parser.add_argument("--adamw_steps", type=int, default=100)
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--max_length", type=int, default=64, help="tokens of an example")
     parser.add_argument("--held_out_examples", type=int, default=200)
     add_report_options(parser)
@@ -125,7 +127,7 @@ def run_name(task: str, method: str, seed: int, arguments: argparse.Namespace) -
     return (
         f"{task} {method} seed={seed} steps={steps_of(method, arguments)} batch={arguments.batch} "
         f"max_length={arguments.max_length} held_out={arguments.held_out_examples} "
-        f"model={arguments.model.name}"
+        f"model={arguments.model.name} dtype={arguments.dtype}"
     )
 
 
@@ -157,6 +159,7 @@ def measured(
         "lr": lr,
         "steps": steps,
         "batch": arguments.batch,
+        "dtype": arguments.dtype,
         "forwards": forwards,
         "seconds": round(sum(record["seconds"] for record in made), 1),
         "step_seconds": statistics.median(record["seconds"] for record in made),
@@ -171,7 +174,11 @@ def measured(
 
 def launch(task: str, method: str, seed: int, folder: Path, arguments: argparse.Namespace) -> None:
     """Make a run in `folder`/run through the launcher."""
-    config = {"train_batch_size": arguments.batch, "zero_optimization": {"stage": 0}}
+    config = {
+        "train_batch_size": arguments.batch,
+        "zero_optimization": {"stage": 0},
+        "bf16": {"enabled": arguments.dtype == "bfloat16"},
+    }
     (folder / "config.json").write_text(json.dumps(config))
     options = {
         "deepspeed_config": folder / "config.json",

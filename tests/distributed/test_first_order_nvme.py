@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def copies(folder: Path) -> list[Path]:
 
 # In a process of its own: DeepSpeed names the files by the number of parameters made before.
 def rank_of_loaders(folder: Path, sub_group_size: int) -> tuple[int, Any, list[str]]:
-    warnings = LogTexts("zods.training.first_order_checkpoint")
+    warnings = LogTexts("zods.training", logging.WARNING)
     engine = build(folder / "nvme", sub_group_size)
     try:
         engine.load_checkpoint(folder / "checkpoints")
