@@ -38,6 +38,7 @@ from common import add_smoke_option, launcher, machine, single_rank_engine, toke
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PretrainedConfig
 
 from zods.cli.run_folder import read_metrics
+from zods.planning.calibration import WARM_UP
 
 REPOSITORY = Path(__file__).parents[1]
 QUICKSTART = REPOSITORY / "launch" / "quickstart"
@@ -90,16 +91,16 @@ def engine_of(model: torch.nn.Module, batch: dict[str, torch.Tensor], **options:
     )
 
 
-def seconds(call: Callable[[], object]) -> float:
-    """The median time of a call, after one that is not timed."""
+def seconds(call: Callable[[], object], untimed: int = 1) -> float:
+    """The median time of a call, after some that are not timed."""
     times = []
-    for _ in range(ROUNDS + 1):
+    for _ in range(untimed + ROUNDS):
         began = time.perf_counter()
         call()
         if not IS_SMOKE:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - began)
-    return statistics.median(times[1:])
+    return statistics.median(times[untimed:])
 
 
 # --- parts ----------------------------------------------------------------------------------------
@@ -153,7 +154,7 @@ def step(name: str) -> dict[str, Any]:
     rows = []
     for direction, size in CASES:
         engine = engine_of(model, batch, direction=direction, examples_per_direction=size)
-        took = seconds(lambda engine=engine: engine.train_batch())
+        took = seconds(lambda engine=engine: engine.train_batch(), WARM_UP)
         row = {"direction": direction, "examples_per_direction": size, "step_s": took}
         rows.append({**row, "floor_s": floor, "ratio_to_floor": took / floor})
         engine.close()
@@ -177,7 +178,7 @@ def offload() -> dict[str, Any]:
             model = model_of("1.3b")
             engine = engine_of(model, batch, zero_optimization=keys, direction="low_rank")
             loss = engine.train_batch()
-            took = seconds(lambda engine=engine: engine.train_batch())
+            took = seconds(lambda engine=engine: engine.train_batch(), WARM_UP)
             rows.append({"offload": kind, "loss": loss, "step_s": took})
             engine.close()
             del engine, model

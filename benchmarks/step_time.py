@@ -9,7 +9,8 @@ published  MeZO's procedure (Malladi et al. 2023, algorithm 1), written from its
 stack      Not a step, but one bare forward over the doubled batch: the gain or loss that a stacked
            batch has on this machine.
 
-A ratio is the median over rounds of step / floor of the same round. "feeding" is the share of a
+A ratio is the median over rounds of step / floor of the same round. The first steps of an engine are
+not timed, because they choose and check the form of evaluation. "feeding" is the share of a
 step's time that is spent in the loader (`feeding_share.py`). Rows are printed on stderr as
 they are measured. The last line of the output is one JSON object. --quick measures only the rows of
 the README's table. --output writes the object, a table (.md) and a plot (.png). `zero3_step.py`
@@ -34,6 +35,7 @@ from feeding_share import rows_of as feeding_rows
 from kernel_speed import measure as measure_kernels
 
 from zods.core.estimators import Term, Update
+from zods.planning.calibration import WARM_UP
 
 
 class Case(NamedTuple):
@@ -194,7 +196,9 @@ def measured(case: Case, rounds: int, length: int) -> dict[str, Any]:
         for _ in range(case.num_forwards):
             bare(**batch)
 
-    step()  # not timed: builds kernels, chooses the form of evaluation, refreshes the anchor
+    # not timed: builds kernels, refreshes the anchor, chooses the form of evaluation and checks it
+    for _ in range(1 if engine is None else WARM_UP):
+        step()
     for k in range(case.anchor_age):
         engine.anchor.record(Update((Term(1000 + k, 1e-9),)))
     floor()
