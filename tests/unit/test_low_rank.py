@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import math
 import struct
+from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
@@ -199,12 +200,19 @@ def test_factors_added_to_an_output_are_the_module_with_the_perturbed_weight(for
     module, x = MODULES[form](), inputs(form)
     assert low_rank.product_of(module) == form
     direction, parameter = Direction("low_rank", rank), Named(tuple(module.weight.shape), 4)
-    left, right = direction.factors(parameter, [1, 2], [0.3, 0.2], range(parameter.shape[0]), "cpu")
+    rows = range(parameter.shape[0])
+    added = OutputPerturbations(
+        0.9,
+        direction.factors(parameter, [1], [0.3], rows, "cpu"),
+        direction.factor_stack(parameter, [2], [0.2], rows, "cpu"),
+        biases=None,
+        bias_drift=None,
+    )
     bias = getattr(module, "bias", None)
     if bias is not None:
         nn.init.normal_(bias)
     output = module(x)
-    low_rank.add_(output, *low_rank.projected(form, x, left, right, rank if mirrored else 0), 0.9)
+    added.add_each(output, x, form, [len(x)], [mirrored])
     weight = module.weight.clone()
     halves = []
     for half, last in zip(x.chunk(2), (0.2, -0.2 if mirrored else 0.2), strict=True):
@@ -223,8 +231,8 @@ def test_factors_added_to_an_output_are_the_module_with_the_perturbed_weight(for
 
 @pytest.mark.parametrize("mirrored", [False, True])
 @pytest.mark.parametrize("form", MODULES)
-def test_perturbations_of_several_pairs_are_the_same_together_as_one_by_one(form, mirrored):
-    """The sums are of the same numbers in another order."""
+def test_perturbations_of_several_pairs_are_the_same_together_each_and_one_by_one(form, mirrored):
+    """Together, the sums are of the same numbers in another order."""
     module, x = MODULES[form](), inputs(form)
     pairs = 2
     x = torch.cat([x, x.flip(0)])
@@ -240,13 +248,22 @@ def test_perturbations_of_several_pairs_are_the_same_together_as_one_by_one(form
         torch.randn(pairs, width, generator=generator),
         torch.randn(width, generator=generator),
     )
-    together, one_by_one = outputs.clone(), outputs.clone()
+    together, each, one_by_one = (outputs.clone() for _ in range(3))
     product = low_rank.product_of(module)
     added.add_together(together, x, product, pairs, mirrored)
+    added.add_each(each, x, product, [len(x) // pairs] * pairs, [mirrored] * pairs)
     for k, (out, part) in enumerate(zip(one_by_one.chunk(pairs), x.chunk(pairs), strict=True)):
-        added.add_one(k, out, part, product, mirrored)
+        of_pair = replace(
+            added,
+            factors=tuple(of_side[k : k + 1] for of_side in added.factors),
+            biases=added.biases[k : k + 1],
+        )
+        of_pair.add_each(out, part, product, [len(part)], [mirrored])
     assert not torch.allclose(outputs, together)
-    torch.testing.assert_close(together, one_by_one, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(together, each, rtol=1e-5, atol=1e-5)
+    if form == "embedding":  # the others' drift is a product of all rows at once
+        assert one_by_one.equal(each)
+    torch.testing.assert_close(one_by_one, each, rtol=1e-6, atol=1e-6)
 
 
 def test_a_subclass_with_another_forward_has_no_product():

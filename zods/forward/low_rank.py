@@ -2,19 +2,19 @@
 
     x (W + U V^T)^T = x W^T + (x V) U^T
 
-With low-rank directions the weights stay as they are, so one product x W^T serves all streams. V is
-multiplied in the dtype of x. Called by `zods.forward.matrix_forwards` and
-`zods.forward.module_runners`.
+With low-rank directions the weights stay as they are, so one product x W^T serves all streams.
+Called by `zods.forward.matrix_forwards` and `zods.forward.module_runners`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from zods import kernels
+from zods.kernels import grouped_products
 
 # shape of the weight: "linear" (out, in), "conv1d" (in, out), "embedding" (rows, out)
 MatrixProduct = Literal["linear", "conv1d", "embedding"]
@@ -36,18 +36,13 @@ def product_of(module: nn.Module) -> MatrixProduct | None:
 
 
 def projected(
-    product: MatrixProduct,
-    x: torch.Tensor,
-    left: torch.Tensor,
-    right: torch.Tensor,
-    mirrored: int,
+    product: MatrixProduct, x: torch.Tensor, left: torch.Tensor, right: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return two float32 matrices, (N, Q) and (Q, out), whose product is the output of the module
     for `x` if its weight is left @ right.
 
     x: (..., in), or indices (...) of an embedding, N of them. left: (rows of the weight, Q). right:
-    (Q, columns of the weight). Both are float32. mirrored: the number of the last of the Q terms
-    whose sign changes in the second half of `x` on dim 0.
+    (Q, columns of the weight). Both are float32. V is multiplied in the dtype of x.
     """
     if product == "embedding":
         inner = left[x.reshape(-1)]
@@ -55,12 +50,42 @@ def projected(
         inner = (
             x.reshape(-1, x.shape[-1]) @ (right.T if product == "linear" else left).to(x.dtype)
         ).float()
-    if mirrored:
-        inner[inner.shape[0] // 2 :, -mirrored:].neg_()
-    return inner, left.T if product == "linear" else right
+    return inner, left.T.contiguous() if product == "linear" else right
 
 
 def projected_each(
+    product: MatrixProduct,
+    x: torch.Tensor,
+    factors: tuple[torch.Tensor, torch.Tensor] | None,
+    biases: torch.Tensor | None,
+    bounds: Sequence[int],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `projected` for K groups of the N rows of `x` with factors and a bias of their own:
+    float32 tensors (N, Q) and (K, Q, out), Q = r and 1 more for the bias.
+
+    factors: (K, rows of the weight, r) and (K, r, columns of the weight). biases: (K, out). Either is
+    None where it is 0. bounds: group k has the rows from bounds[k] to bounds[k + 1] of N.
+    """
+    outer = [] if biases is None else [biases[:, None]]
+    rank = 0
+    if factors is not None:
+        left, right = factors
+        rank = left.shape[2]
+        outer.insert(0, left.transpose(1, 2) if product == "linear" else right)
+    inner = torch.ones(bounds[-1], rank + (biases is not None), device=x.device)
+    if factors is not None and product == "embedding":
+        groups = torch.arange(len(left), device=x.device).repeat_interleave(
+            torch.tensor(bounds, device=x.device).diff()
+        )
+        inner[:, :rank] = left[groups, x.reshape(-1)]
+    elif factors is not None:
+        factor = right if product == "linear" else left.transpose(1, 2)
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        grouped_products.project_(inner, rows, factor.contiguous(), bounds)
+    return inner, torch.cat(outer, 1)
+
+
+def projected_together(
     product: MatrixProduct, x: torch.Tensor, left: torch.Tensor, right: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return `projected` for K parts of `x` with factors of their own, (K, N, r) and (K, r, out).
@@ -75,18 +100,6 @@ def projected_each(
     factor = right.transpose(1, 2) if product == "linear" else left
     outer = left.transpose(1, 2) if product == "linear" else right
     return torch.bmm(parts, factor.to(x.dtype)).float(), outer
-
-
-def add_(output: torch.Tensor, inner: torch.Tensor, outer: torch.Tensor, scale: float) -> None:
-    """output <- scale * output + inner @ outer in one sweep, with sums in float32.
-
-    output: (..., out), contiguous.
-    """
-    sums = output if output.dtype in kernels.DTYPES else output.float()
-    factors = (inner.contiguous(), outer.contiguous())
-    kernels.combine_(sums, weight=sums, scale=scale, factors=factors, parameter=0, offset=0)
-    if sums is not output:
-        output.copy_(sums)
 
 
 def empty_output(module: Any, x: torch.Tensor) -> torch.Tensor | None:

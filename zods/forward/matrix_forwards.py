@@ -23,6 +23,7 @@ from zods.forward import low_rank
 from zods.forward.large_matrices import blocks
 from zods.forward.parameter_copies import Centers, Perturber
 from zods.forward.parameter_usage import Perturbable
+from zods.kernels import grouped_products
 
 Pair = tuple[int, ...]  # a stream and its mirror, or one stream
 
@@ -168,15 +169,15 @@ def _add_perturbations(
         bias_drift=None if bias is None else _bias_drift(direction, bias, held, start, scale),
     )
     rows_of_pairs = [(bounds[pair[0]], bounds[pair[-1] + 1]) for pair in pairs]
-    mirrored = {len(pair) > 1 for pair in pairs}
+    mirrored = [len(pair) > 1 for pair in pairs]
     sizes = {end - begin for begin, end in rows_of_pairs}
+    part = slice(rows_of_pairs[0][0], rows_of_pairs[-1][1])
     # On a CPU, a product with thin matrices is slower in a batch than alone, above all in bfloat16.
-    if device.type != "cpu" and len(mirrored) == len(sizes) == 1:
-        part = slice(rows_of_pairs[0][0], rows_of_pairs[-1][1])
-        added.add_together(output[part], x[part], product, len(pairs), *mirrored)
-        return
-    for k, (pair, (begin, end)) in enumerate(zip(pairs, rows_of_pairs, strict=True)):
-        added.add_one(k, output[begin:end], x[begin:end], product, len(pair) > 1)
+    if device.type != "cpu" and len(set(mirrored)) == len(sizes) == 1:
+        added.add_together(output[part], x[part], product, len(pairs), mirrored[0])
+    else:
+        number_of_rows = [end - begin for begin, end in rows_of_pairs]
+        added.add_each(output[part], x[part], product, number_of_rows, mirrored)
 
 
 @dataclass(frozen=True)
@@ -194,32 +195,40 @@ class OutputPerturbations:
     biases: torch.Tensor | None
     bias_drift: torch.Tensor | None
 
-    def add_one(
+    def add_each(
         self,
-        k: int,
         out: torch.Tensor,
         x: torch.Tensor,
         product: low_rank.MatrixProduct,
-        mirrored: bool,
+        rows: Sequence[int],
+        mirrored: Sequence[bool],
     ) -> None:
-        """Add to the outputs of pair k. mirrored: the second half is the mirror's."""
-        ones = torch.ones(out.numel() // out.shape[-1], 1, device=x.device)
-        matrices = []
+        """Add to the outputs of all pairs. rows, mirrored: the number of rows of each pair, and
+        whether the second half of them is the mirror's.
+        """
+        outputs = out.view(-1, out.shape[-1])
+        tokens = len(outputs) // len(x)  # of a row
+        bounds = [tokens * row for row in itertools.accumulate(rows, initial=0)]
+        common = []
         if self.drift is not None:
-            matrices.append(low_rank.projected(product, x, *self.drift, 0))
+            common.append(low_rank.projected(product, x, *self.drift))
         if self.bias_drift is not None:
-            matrices.append((ones, self.bias_drift[None]))
-        if self.factors is not None:
-            left, right = (of_side[k] for of_side in self.factors)
-            last = right.shape[0] if mirrored else 0
-            matrices.append(low_rank.projected(product, x, left, right, last))
-        if self.biases is not None:
-            signs = ones.clone()
-            if mirrored:
-                signs[len(ones) // 2 :] = -1.0
-            matrices.append((signs, self.biases[k][None]))
-        inner, outer = zip(*matrices, strict=True)
-        low_rank.add_(out, torch.cat(inner, 1), torch.cat(outer), self.scale)
+            ones = torch.ones(len(outputs), 1, device=x.device)
+            common.append((ones, self.bias_drift[None]))
+        inner, outer = low_rank.projected_each(product, x, self.factors, self.biases, bounds)
+        if any(mirrored):
+            halves = [
+                (sign, tokens * number // 2)
+                for number, two in zip(rows, mirrored, strict=True)
+                for sign in (1.0, -1.0 if two else 1.0)
+            ]
+            signs, lengths = (torch.tensor(of, device=x.device) for of in zip(*halves, strict=True))
+            inner *= signs.repeat_interleave(lengths)[:, None]
+        grouped_products.add_products_(
+            *(outputs, inner, outer, bounds),
+            scale=self.scale,
+            common=None if not common else _joined(common),
+        )
 
     def add_together(
         self,
@@ -237,7 +246,7 @@ class OutputPerturbations:
         ones = torch.ones(outputs.shape[1], 1, device=x.device)
         matrices = []
         if self.drift is not None:
-            inner, outer = low_rank.projected(product, x, *self.drift, 0)
+            inner, outer = low_rank.projected(product, x, *self.drift)
             matrices.append((inner.view(pairs, outputs.shape[1], -1), outer.expand(pairs, -1, -1)))
         if self.bias_drift is not None:
             matrices.append((ones.expand(pairs, -1, -1), self.bias_drift.expand(pairs, 1, -1)))
@@ -245,7 +254,7 @@ class OutputPerturbations:
         if mirrored:
             signs[len(ones) // 2 :] = -1.0
         if self.factors is not None:
-            inner, outer = low_rank.projected_each(product, x, *self.factors)
+            inner, outer = low_rank.projected_together(product, x, *self.factors)
             matrices.append((inner * signs, outer))
         if self.biases is not None:
             matrices.append((signs.expand(pairs, -1, -1), self.biases[:, None]))
@@ -253,6 +262,14 @@ class OutputPerturbations:
             torch.cat(side, 2 - k) for k, side in enumerate(zip(*matrices, strict=True))
         )
         outputs.baddbmm_(inner.to(out.dtype), outer.to(out.dtype), beta=self.scale)
+
+
+def _joined(
+    products: Sequence[tuple[torch.Tensor, torch.Tensor]],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two matrices whose product is the sum of the products."""
+    inner, outer = zip(*products, strict=True)
+    return torch.cat(inner, 1), torch.cat(outer)
 
 
 def _bias_drift(

@@ -1,5 +1,5 @@
-// combine_, replay_ and fingerprint for CPU tensors: the bits of reference.py, in one pass over
-// memory. reference.py documents the layouts of the streams and the meaning of every constant.
+// The kernels for CPU tensors. combine_, replay_ and fingerprint: the bits of reference.py, in one pass
+// over memory. reference.py documents the layouts of the streams and the meaning of every constant.
 //
 // The compiler vectorises this code. All loops work on rows of 16 lanes (AVX-512: one register;
 // AVX2: two; NEON: four). Only the 32 x 32 -> 64 bit products of Philox are written with intrinsics,
@@ -214,6 +214,25 @@ void make_noise(uint16_t* noise, uint64_t start, int first, int last, uint32_t p
   }
 }
 
+// acc[i] += sum_q scales[q] values[q * stride + i], one q after the other. Four q at a time, so that acc
+// is read and written once for them.
+inline void add_multiples(float* acc, const float* scales, const float* values, int64_t num, int64_t stride,
+                          int count) {
+  int64_t q = 0;
+  for (; q + 4 <= num; q += 4) {
+    const float s0 = scales[q], s1 = scales[q + 1], s2 = scales[q + 2], s3 = scales[q + 3];
+    const float *v0 = values + q * stride, *v1 = v0 + stride, *v2 = v1 + stride, *v3 = v2 + stride;
+#pragma omp simd
+    for (int i = 0; i < count; ++i) acc[i] = fma(s3, v3[i], fma(s2, v2[i], fma(s1, v1[i], fma(s0, v0[i], acc[i]))));
+  }
+  for (; q < num; ++q) {
+    const float scale = scales[q];
+    const float* one = values + q * stride;
+#pragma omp simd
+    for (int i = 0; i < count; ++i) acc[i] = fma(scale, one[i], acc[i]);
+  }
+}
+
 // acc[i] += sum_q left[row, q] right[q, column] for the element start + i of a matrix with
 // `num_columns` columns, for first <= i < last. Row 0 of `left` is the matrix's row `first_row`.
 void add_factors(float* acc, uint64_t start, int first, int last, const float* left, const float* right,
@@ -221,12 +240,7 @@ void add_factors(float* acc, uint64_t start, int first, int last, const float* l
   for (int i = first; i < last;) {
     const int64_t row = (start + i) / num_columns, column = (start + i) % num_columns;
     const int count = static_cast<int>(std::min<int64_t>(last - i, num_columns - column));
-    for (int q = 0; q < num_factors; ++q) {
-      const float scale = left[(row - first_row) * num_factors + q];
-      const float* values = right + q * num_columns + column;
-#pragma omp simd
-      for (int j = 0; j < count; ++j) acc[i + j] = fma(scale, values[j], acc[i + j]);
-    }
+    add_multiples(acc + i, left + (row - first_row) * num_factors, right + column, num_factors, num_columns, count);
     i += count;
   }
 }
@@ -428,6 +442,79 @@ void summed_excess(uintptr_t matrix_address, const std::vector<int64_t>& rows, i
   }
 }
 
+// A dot product in float32. Its bits depend on the two vectors alone.
+template <typename T>
+float dot(const T* x, const float* y, int64_t size) {
+  constexpr int kSums = 4 * kLanes;  // independent sums hide the latency of a multiply-add
+  alignas(64) float sums[kSums] = {};
+  int64_t i = 0;
+  for (; i + kSums <= size; i += kSums) {
+#pragma omp simd
+    for (int j = 0; j < kSums; ++j) sums[j] = fma(widen(x[i + j]), y[i + j], sums[j]);
+  }
+  for (int j = 0; i < size; ++i, ++j) sums[j] = fma(widen(x[i]), y[i], sums[j]);
+  for (int half = kSums / 2; half > 0; half /= 2)
+    for (int j = 0; j < half; ++j) sums[j] += sums[j + half];
+  return sums[0];
+}
+
+// Call work(group, first_row, stop_row) for this thread's share of the rows.
+template <typename Work>
+void for_rows(const std::vector<int64_t>& bounds, int num_threads, const Work& work) {
+  const int64_t num_rows = bounds.back();
+#pragma omp parallel for schedule(static) num_threads(num_threads)
+  for (int share = 0; share < num_threads; ++share) {
+    const int64_t begin = num_rows * share / num_threads, end = num_rows * (share + 1) / num_threads;
+    for (size_t group = 0; group + 1 < bounds.size(); ++group) {
+      const int64_t first = std::max(begin, bounds[group]), stop = std::min(end, bounds[group + 1]);
+      if (first < stop) work(group, first, stop);
+    }
+  }
+}
+
+// zods.kernels.grouped_products.project_
+template <typename T>
+void project(uintptr_t inner_address, uintptr_t x_address, uintptr_t factors_address,
+             const std::vector<int64_t>& bounds, int64_t num_inner, int64_t num_factors, int64_t num_columns,
+             int num_threads) {
+  auto* inner = reinterpret_cast<float*>(inner_address);
+  const auto* x = reinterpret_cast<const T*>(x_address);
+  const auto* factors = reinterpret_cast<const float*>(factors_address);
+  for_rows(bounds, num_threads, [&](size_t group, int64_t first, int64_t stop) {
+    for (int64_t row = first; row < stop; ++row)
+      for (int64_t q = 0; q < num_factors; ++q)
+        inner[row * num_inner + q] =
+            dot(x + row * num_columns, factors + (group * num_factors + q) * num_columns, num_columns);
+  });
+}
+
+// zods.kernels.grouped_products.add_products_
+template <typename T>
+void add_products(uintptr_t out_address, uintptr_t inner_address, uintptr_t outer_address,
+                  const std::vector<int64_t>& bounds, int64_t num_inner, uintptr_t common_inner_address,
+                  uintptr_t common_outer_address, int64_t num_common, float scale, int64_t num_columns,
+                  int num_threads) {
+  auto* out = reinterpret_cast<T*>(out_address);
+  const auto* inner = reinterpret_cast<const float*>(inner_address);
+  const auto* outer = reinterpret_cast<const float*>(outer_address);
+  const auto* common_inner = reinterpret_cast<const float*>(common_inner_address);
+  const auto* common_outer = reinterpret_cast<const float*>(common_outer_address);
+  for_rows(bounds, num_threads, [&](size_t group, int64_t first, int64_t stop) {
+    for (int64_t column = 0; column < num_columns; column += kTile) {
+      const int count = static_cast<int>(std::min<int64_t>(kTile, num_columns - column));
+      for (int64_t row = first; row < stop; ++row) {
+        alignas(64) float sum[kTile];
+        std::fill(sum, sum + count, 0.0f);
+        add_multiples(sum, common_inner + row * num_common, common_outer + column, num_common, num_columns, count);
+        add_multiples(sum, inner + row * num_inner, outer + group * num_inner * num_columns + column, num_inner,
+                      num_columns, count);
+        T* at = out + row * num_columns + column;
+        store<false>(at, sum, at, scale, nullptr, count);
+      }
+    }
+  });
+}
+
 }  // namespace
 
 // Arguments are addresses, not tensors: with torch's headers the first build would take a minute.
@@ -440,5 +527,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("fingerprint_2", &fingerprint<uint16_t>, pybind11::call_guard<pybind11::gil_scoped_release>());
   module.def("fingerprint_4", &fingerprint<uint32_t>, pybind11::call_guard<pybind11::gil_scoped_release>());
   module.def("fingerprint_8", &fingerprint<uint64_t>, pybind11::call_guard<pybind11::gil_scoped_release>());
+  module.def("project_float32", &project<float>, pybind11::call_guard<pybind11::gil_scoped_release>());
+  module.def("project_bfloat16", &project<uint16_t>, pybind11::call_guard<pybind11::gil_scoped_release>());
+  module.def("add_products_float32", &add_products<float>, pybind11::call_guard<pybind11::gil_scoped_release>());
+  module.def("add_products_bfloat16", &add_products<uint16_t>, pybind11::call_guard<pybind11::gil_scoped_release>());
   module.def("summed_excess", &summed_excess, pybind11::call_guard<pybind11::gil_scoped_release>());
 }
