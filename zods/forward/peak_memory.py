@@ -40,23 +40,31 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
         peak.bytes = torch.cuda.max_memory_allocated(device) - before
         peak.left = torch.cuda.memory_allocated(device) - before
         return
-    with _Watch(peak) as watch:
+    with AllocationWatch() as watch:
         yield peak
-    peak.left = watch.alive_bytes()
+    peak.bytes, peak.left = watch.bytes, watch.alive_bytes()
 
 
-class _Watch(TorchDispatchMode):
+class AllocationWatch(TorchDispatchMode):
     """Adds up the sizes of the tensors that operations make.
 
     Freed tensors are subtracted only when the sum would be a new peak. To look for them after each
     of a forward's thousands of operations would take longer than the forward.
+
+    bytes: the largest size of such tensors that were alive at once, since the start or `restart`.
     """
 
-    def __init__(self, peak: Peak) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._peak = peak
+        self.bytes = 0
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
         self._most = 0  # bytes of `_alive`: an upper bound, since some may be freed by now
+
+    def restart(self) -> int:
+        """Measure anew, from the tensors that are alive. Returns the peak until now."""
+        found, self.bytes = self.bytes, self.alive_bytes()
+        self._most = self.bytes
+        return found
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
@@ -79,9 +87,9 @@ class _Watch(TorchDispatchMode):
             return
         self._most += storage.nbytes() - (0 if known is None else known[1])
         self._alive[key] = (StorageWeakRef(storage), storage.nbytes())
-        if self._most > self._peak.bytes:
+        if self._most > self.bytes:
             self._most = self.alive_bytes()
-            self._peak.bytes = max(self._peak.bytes, self._most)
+            self.bytes = max(self.bytes, self._most)
 
     def alive_bytes(self) -> int:
         """Forget the tensors that were freed, and return the size of the others."""

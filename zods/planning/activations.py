@@ -9,7 +9,7 @@ kernel: its output and the padding mask in the dtype of the queries, without a m
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from zods.forward.peak_memory import peak_memory
+from zods.forward.peak_memory import AllocationWatch
 from zods.planning.model_shape import ModelShape
 
 # Elements of logits that the loss handles at a time; see `zods.data.objectives`.
@@ -39,30 +39,57 @@ class ForwardPeak(NamedTuple):
     flops: int
 
 
-@functools.cache
 def forward_peak(
     model: ModelShape,
     rows: int,
     length: int,
     *,
-    held: tuple[int, ...] = (),
+    held: Sequence[int] = (),
     on_gpu: bool = True,
     own_loss_rows: int = 0,
 ) -> ForwardPeak:
-    """Run a forward of (rows, length) tokens on fake tensors.
+    """Run a forward of (rows, length) tokens on fake tensors; once for all other arguments.
 
     held: bytes that exist while each of `model.modules` runs, besides the tensors of its forward;
     none by default. on_gpu: whether the losses are computed on larger parts of the logits at a time,
     as on a GPU. own_loss_rows: rows of another forward, in which the model itself computes a loss, on
-    all their logits at once. The batch has a padding mask, as a batch of examples of different lengths does.
+    all their logits at once. The batch has a padding mask, as a batch of examples of different
+    lengths does.
     Raises ValueError where the model's forward needs the values of its tensors.
     """
+    phases, logits, flops = _followed(model, rows, length)
+    most = max(size + sum(held[k] for k in running if k < len(held)) for size, running in phases)
+    chunk = _LOSS_CHUNK if on_gpu else _LOSS_CHUNK_ON_CPU
+    copies = 1 if logits.dtype == torch.float32 else 2  # log-softmax, and float32 logits
+    of_losses = max(
+        logits.nbytes + 4 * copies * min(logits.numel(), chunk),
+        own_loss_rows * (logits[0].nbytes + 4 * copies * logits[0].numel()),
+    )
+    return ForwardPeak(max(most, of_losses), logits.nbytes, flops)
+
+
+class _Followed(NamedTuple):
+    """A forward on fake tensors.
+
+    phases: (bytes, modules), the peak of the forward's own tensors between two calls or returns of
+    modules, and the indices in `ModelShape.modules` of those that run meanwhile. logits: a fake
+    tensor. flops: as in `ForwardPeak`.
+    """
+
+    phases: Sequence[tuple[int, tuple[int, ...]]]
+    logits: Tensor
+    flops: int
+
+
+@functools.cache
+def _followed(model: ModelShape, rows: int, length: int) -> _Followed:
     counter = FlopCounterMode(display=False)
     attention = FusedAttention()
+    phases: list[tuple[int, tuple[int, ...]]] = []
     try:
-        with model.mode, torch.no_grad(), attention, _holding(model, held), counter:
+        with model.mode, torch.no_grad(), attention, counter:
             ids = torch.zeros(rows, length, dtype=torch.long)
-            with peak_memory(torch.device("cpu")) as peak:
+            with AllocationWatch() as watch, _noting(model, watch, phases):
                 outputs = model.module(
                     input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
                 )
@@ -72,35 +99,32 @@ def forward_peak(
             f"--model {model.name}: its forward of {rows} x {length} tokens cannot be followed "
             f"without values: {first}"
         ) from error
-    logits = outputs.logits
-    chunk = _LOSS_CHUNK if on_gpu else _LOSS_CHUNK_ON_CPU
-    copies = 1 if logits.dtype == torch.float32 else 2  # log-softmax, and float32 logits
-    of_losses = max(
-        logits.nbytes + 4 * copies * min(logits.numel(), chunk),
-        own_loss_rows * (logits[0].nbytes + 4 * copies * logits[0].numel()),
-    )
-    flops = counter.get_total_flops() + attention.flops
-    return ForwardPeak(max(peak.bytes, of_losses), logits.nbytes, flops)
+    return _Followed(phases, outputs.logits, counter.get_total_flops() + attention.flops)
 
 
 @contextmanager
-def _holding(model: ModelShape, held: tuple[int, ...]) -> Iterator[None]:
-    """While one of the model's modules runs, hold as many bytes as `held` gives for it."""
-    buffers: dict[torch.nn.Module, Tensor] = {}
+def _noting(
+    model: ModelShape, watch: AllocationWatch, phases: list[tuple[int, tuple[int, ...]]]
+) -> Iterator[None]:
+    """Append to `phases`, as in `_Followed`, when a module is called and when it returns."""
+    running: list[int] = []
 
-    def hold(size: int, module: torch.nn.Module, _: Any) -> None:
-        buffers[module] = torch.empty(size, dtype=torch.uint8)
+    def call(index: int, *_: Any) -> None:
+        phases.append((watch.restart(), tuple(running)))
+        running.append(index)
 
-    def release(module: torch.nn.Module, _: Any, __: Any) -> None:
-        del buffers[module]
+    def end(index: int, *_: Any) -> None:
+        phases.append((watch.restart(), tuple(running)))
+        running.remove(index)
 
     hooks = []
-    for (module, _), size in zip(model.modules, held, strict=False):
-        hooks.append(module.register_forward_pre_hook(functools.partial(hold, size)))
-        hooks.append(module.register_forward_hook(release))
+    for index, (module, _) in enumerate(model.modules):
+        hooks.append(module.register_forward_pre_hook(functools.partial(call, index)))
+        hooks.append(module.register_forward_hook(functools.partial(end, index)))
     try:
         yield
     finally:
+        phases.append((watch.restart(), tuple(running)))
         for hook in hooks:
             hook.remove()
 

@@ -75,7 +75,7 @@ def memory(setup: Setup) -> dict[str, Bytes]:
     }
 
 
-def _forward_bytes(setup: Setup, rows: int, held: tuple[int, ...] = ()) -> int:
+def _forward_bytes(setup: Setup, rows: int, held: Sequence[int] = ()) -> int:
     return forward_peak(
         setup.model,
         rows,
