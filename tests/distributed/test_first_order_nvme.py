@@ -33,7 +33,7 @@ def build(nvme: Path, sub_group_size: int = 10**9) -> FirstOrderEngine:
         },
         "bf16": {"enabled": True},
         "aio": {"block_size": 4096},
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
         "steps_per_print": 10**9,
     }
     run = read_first_order_config(config, 1)

@@ -25,6 +25,7 @@ from tests.distributed.models import (
 )
 from tests.distributed.ranks import run_ranks
 from tests.distributed.zoo import with_adapters, zoo_batch, zoo_model
+from tests.helpers import asked_for, sampled
 from zods.trajectory.log import read_log
 from zods.trajectory.updates import History, replay_
 
@@ -73,13 +74,18 @@ COUNTED: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "mamba": ("mamba", "auto", "lockstep", {}),
     "mamba, svrg": ("mamba", "auto", "lockstep", SVRG),
 }
+DEFAULT = (
+    *("mezo, stacked", "mezo, sequential", "svrg, lockstep", "a direction per example"),
+    *("mixtral", "t5, adapters on frozen weights", "mamba"),
+)
 # the number of forwards in a step; 1 for all others
 FORWARDS = {"mezo, sequential": 2, "svrg, sequential": 4}
 
 
-def rank_of_counts() -> dict[str, tuple[str, list[float]]]:
+def rank_of_counts(names: list[str]) -> dict[str, tuple[str, list[float]]]:
     counter, found = GatherCounter(), {}
-    for name, (kind, form, _, arguments) in COUNTED.items():
+    for name in names:
+        kind, form, _, arguments = COUNTED[name]
         arguments = {"method": "mezo", "lr": 1e-3, "eps": 1e-2, "evaluation": form, **arguments}
         batch = zoo_batch(kind, 2, 8)
         data = [dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)] * 2
@@ -100,11 +106,11 @@ def rank_of_counts() -> dict[str, tuple[str, list[float]]]:
 
 
 @pytest.fixture(scope="module")
-def counts() -> list[dict[str, tuple[str, list[float]]]]:
-    return run_ranks(2, rank_of_counts)
+def counts(request: pytest.FixtureRequest) -> list[dict[str, tuple[str, list[float]]]]:
+    return run_ranks(2, rank_of_counts, asked_for(request, "name", COUNTED, DEFAULT))
 
 
-@pytest.mark.parametrize("name", COUNTED)
+@pytest.mark.parametrize("name", sampled(COUNTED, DEFAULT))
 def test_a_step_gathers_the_parameters_once_in_one_forward_of_all_points(counts, name):
     for rank in counts:
         form, ratios = rank[name]

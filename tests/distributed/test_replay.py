@@ -37,6 +37,7 @@ from tests.distributed.models import (
 )
 from tests.distributed.ranks import ENVIRONMENT, LIMIT, REPOSITORY, run_ranks
 from tests.distributed.zoo import ZOO, zoo_batch
+from tests.helpers import asked_for, sampled
 from tests.reference.replay import replayed
 from zods.cli.load_model import load_model, save_configuration
 from zods.cli.options import ModelArguments
@@ -177,6 +178,13 @@ RUNS: dict[str, tuple[int, str, dict[str, Any]]] = {
     "adapters and a head, bf16": (1, "bert with adapters", {"bf16": True, "direction": LOW_RANK}),
 }
 CONTINUES = {"goes on on three ranks": "before it goes on"}
+# those that other tests need, and one of each kind of direction, of storage and of offload
+DEFAULT = (
+    *("opt", "opt, shards", "bert, new head", "adapters", "warm-up from zero"),
+    *("a direction per example", "svrg, skipped, to nearest", "svrg, auto weight, terms"),
+    *("rademacher, bf16, to nearest", "groups of examples, normalized", "svrg, nvme"),
+    *("svrg, low rank, offloaded to nvme", "before it goes on", "goes on on three ranks"),
+)
 
 
 class Fragile(Tiny):
@@ -290,13 +298,14 @@ def save(engine: Any, path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of all runs, each in a folder with its name, and of their base models."""
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the runs, each in a folder with its name, and of their base models."""
     folder = tmp_path_factory.mktemp("runs")
     write_bases(folder / "bases")
+    asked = asked_for(request, "name", RUNS, DEFAULT)
     # A run that continues another run has more ranks than that run.
     for world_size in (1, 2, 3, 4):
-        names = [name for name, (ranks, *_) in RUNS.items() if ranks == world_size]
+        names = [name for name in asked if RUNS[name][0] == world_size]
         run_ranks(world_size, rank_of_runs, folder, names)
     return folder
 
@@ -332,7 +341,7 @@ def read(path: Path, kind: str) -> dict[str, Tensor]:
     return model.state_dict()
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", sampled(RUNS, DEFAULT))
 def test_the_weights_of_a_run_are_those_of_a_dense_replay_of_its_log(folder, name):
     log, base = read_log(folder / name / LOG_NAME), load_file(folder / name / "start.safetensors")
     if name not in CONTINUES:
@@ -346,7 +355,7 @@ def test_the_weights_of_a_run_are_those_of_a_dense_replay_of_its_log(folder, nam
     assert all(not end[key].equal(base[key]) for key in trained if base[key].numel() > 1)
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", sampled(RUNS, DEFAULT))
 def test_the_command_line_writes_the_weights_of_a_run_at_any_step(folder, name, tmp_path):
     kind, run = RUNS[name][1], folder / name
     command = [

@@ -222,10 +222,8 @@ VARIANTS: list[dict[str, Any]] = [
     {"lora": True},
     {"selector": {"features": "zo", "two_sided": False, "source_column": None, "num_clusters": 3}},
     {"selector": {"features": "paper", "metric": "l1"}},
-    {"selector": {"metric": "cosine", "weights": "cluster"}},
     {"selector": {"strategy": "mean_matching"}},
     {"selector": {"strategy": "target"}},
-    {"selector": {"warmup_steps": 2, "interval": 2}},
     {
         "method": "mezo_svrg",
         "anchor_interval": 2,
@@ -234,6 +232,8 @@ VARIANTS: list[dict[str, Any]] = [
     {"method": "mezo_svrg", "anchor_interval": 2, "spoilt": True},
 ]
 FURTHER: list[dict[str, Any]] = [
+    {"selector": {"metric": "cosine", "weights": "cluster"}},
+    {"selector": {"warmup_steps": 2, "interval": 2}},
     {"stage": 0},
     {"selector": {"features": "zo"}},
     {"selector": {"strategy": "stochastic_greedy"}},
@@ -414,7 +414,7 @@ def resume(steps: int, folder: Path, options: dict[str, Any], log: Path | None) 
         ({}, 3),
         pytest.param({"selector": {"features": "paper"}}, 3, marks=SLOW),
         pytest.param({"selector": {"interval": 3}}, 4, marks=SLOW),
-        ({"selector": {"warmup_steps": 4}}, 3),
+        pytest.param({"selector": {"warmup_steps": 4}}, 3, marks=SLOW),
         pytest.param({"selector": {"strategy": "target"}}, 3, marks=SLOW),
     ],
     ids=["exact", "paper", "interval", "warm-up", "target"],
@@ -749,7 +749,7 @@ def mistakes() -> list[str]:
     return messages
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=SLOW), 2])
 def test_mistakes_are_reported_on_all_ranks(world_size: int):
     wanted = [
         r"source_column: the training data has no column 'origin'; its columns are "
