@@ -6,6 +6,7 @@ AdamW on all parameters and on LoRA adapters, by DeepSpeed's engine on two ranks
 launcher, on a decoder with random weights. A row is a batch at a size of micro-batches:
 
 batch       "128"; "64 of 128", chosen by facility location on the default features; "64"
+blocks      of the decoder; what a selection costs beside a step falls with them
 micro_batch a rank's part of the batch as one micro-batch ("whole"), or micro-batches of 8
 
 peak_bytes is the peak of the resident memory (VmHWM) of the steps, less what was resident before the
@@ -40,25 +41,27 @@ from selection_models import BUDGET, CANDIDATES, chosen_by, decoder, first_order
 
 from zods.comm.process import connect_ranks, end_process
 
-RANKS, SMALL_MICRO, LENGTH, SHAPE = 2, 8, 64, (128, 6)
+RANKS, SMALL_MICRO, LENGTH, WIDTH = 2, 8, 64, 128
 ARMS: dict[str, tuple[int, dict[str, Any] | None]] = {
     "128": (CANDIDATES, None),
     "64 of 128": (BUDGET, chosen_by("greedy")),
     "64": (BUDGET, None),
 }
 COLUMNS = (
-    *("training", "batch", "micro_batch", "peak_bytes", "peak_ratio"),
+    *("blocks", "training", "batch", "micro_batch", "peak_bytes", "peak_ratio"),
     *("step_s", "selection_s", "time_ratio", "fastest", "slowest"),
 )
 
 
-def measured(lora: bool, arm: str, whole: bool, steps: int, data: Any, smoke: bool) -> dict:
-    """Train for `steps` steps and one before them. Collective."""
+def measured(lora: bool, arm: str, whole: bool, steps: int, data: Any, shape: tuple) -> dict:
+    """Train a model of a width and a number of blocks for `steps` steps and one before them.
+    Collective.
+    """
     task, rows, _ = data
     batch, selector = ARMS[arm]
     gc.collect()
     before = resident()
-    model = decoder(*((32, 2) if smoke else SHAPE), seed=0)
+    model = decoder(*shape, seed=0)
     if lora:
         import peft
 
@@ -83,6 +86,7 @@ def measured(lora: bool, arm: str, whole: bool, steps: int, data: Any, smoke: bo
     engine.close()
     engine.deepspeed.destroy()
     return {
+        "blocks": shape[1],
         "training": "LoRA + AdamW" if lora else "AdamW",
         "batch": arm,
         "micro_batch": "whole" if whole else str(SMALL_MICRO),
@@ -93,15 +97,16 @@ def measured(lora: bool, arm: str, whole: bool, steps: int, data: Any, smoke: bo
     }
 
 
-def rank_of_cases(file: Path, steps: int, smoke: bool) -> None:
+def rank_of_cases(file: Path, steps: int, blocks: int, smoke: bool) -> None:
     comm = connect_ranks()
     data = prepared(None, LENGTH)
     cases = [
         (lora, arm, whole) for lora in (False, True) for whole in (True, False) for arm in ARMS
     ]
     rows: list[dict[str, Any]] = []
+    shape = (32, 2) if smoke else (WIDTH, blocks)
     for lora, arm, whole in cases[:2] if smoke else [cases[1], *cases]:  # the first loads libraries
-        rows.append(measured(lora, arm, whole, steps, data, smoke))
+        rows.append(measured(lora, arm, whole, steps, data, shape))
         if comm.rank == 0:
             print(rows[-1], file=sys.stderr, flush=True)
             file.write_text(json.dumps(rows if smoke else rows[1:]))
@@ -146,6 +151,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--steps", type=int, default=3, help="timed steps of each row")
+    parser.add_argument("--blocks", type=int, default=24, help="of the decoder")
     parser.add_argument("--plot", type=Path, help="draw the ratios there")
     add_report_options(parser)
     add_smoke_option(parser)
@@ -153,7 +159,7 @@ def main() -> None:
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.rows is not None:
-        rank_of_cases(arguments.rows, arguments.steps, arguments.smoke)
+        rank_of_cases(arguments.rows, arguments.steps, arguments.blocks, arguments.smoke)
         end_process(0)
     report = Report(
         report_head("selection_zero3", arguments),
@@ -164,13 +170,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.json"
         command = [*launcher(RANKS), __file__, "--rows", str(file)]
+        command += ["--blocks", str(arguments.blocks)]
         command += (
             ["--smoke", "--steps", "1"] if arguments.smoke else ["--steps", str(arguments.steps)]
         )
         run_ranks(command)
         rows = json.loads(file.read_text())
     for row in with_ratios(rows):
-        report.add({"run": f"{row['training']}, {row['batch']}, {row['micro_batch']}", **row})
+        name = f"{row['blocks']} blocks, {row['training']}, {row['batch']}, {row['micro_batch']}"
+        report.add({"run": name, **row})
     if arguments.markdown is not None:
         text = "AdamW on ZeRO-3, two ranks, float32"
         arguments.markdown.write_text(report.markdown("Selection on ZeRO-3", text, COLUMNS))
