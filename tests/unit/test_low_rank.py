@@ -266,6 +266,28 @@ def test_perturbations_of_several_pairs_are_the_same_together_each_and_one_by_on
     torch.testing.assert_close(one_by_one, each, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("form", MODULES)
+def test_pairs_of_different_sizes_with_and_without_a_mirror_are_added_as_each_alone(form):
+    module, x = MODULES[form](), inputs(form)[:, :1]
+    x = torch.cat([x, x[:1]])  # one row of a stream, and two of each stream of a pair
+    rows_of_pairs, mirrored = [1, 4], [False, True]
+    parameter, direction = Named(tuple(module.weight.shape), 3), Direction("low_rank", 2)
+    factors = direction.factor_stack(
+        parameter, [5, 6], [0.3, 0.4], range(parameter.shape[0]), "cpu"
+    )
+    added = OutputPerturbations(1.0, None, factors, None, None)
+    output = module(x).detach()
+    begin, expected = 0, []
+    for k, (number, two) in enumerate(zip(rows_of_pairs, mirrored, strict=True)):
+        part = slice(begin, begin + number)
+        of_pair = replace(added, factors=tuple(of_side[k : k + 1] for of_side in factors))
+        expected.append(output[part].clone())
+        of_pair.add_each(expected[-1], x[part], form, [number], [two])
+        begin += number
+    added.add_each(output, x, form, rows_of_pairs, mirrored)
+    assert output.equal(torch.cat(expected))
+
+
 def test_a_subclass_with_another_forward_has_no_product():
     class Scaled(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:

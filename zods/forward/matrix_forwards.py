@@ -172,7 +172,7 @@ def _add_perturbations(
     mirrored = [len(pair) > 1 for pair in pairs]
     sizes = {end - begin for begin, end in rows_of_pairs}
     part = slice(rows_of_pairs[0][0], rows_of_pairs[-1][1])
-    # On a CPU, a product with thin matrices is slower in a batch than alone, above all in bfloat16.
+    # On a CPU, torch's product of thin matrices in a batch is slow, above all in bfloat16.
     if device.type != "cpu" and len(set(mirrored)) == len(sizes) == 1:
         added.add_together(output[part], x[part], product, len(pairs), mirrored[0])
     else:
@@ -207,7 +207,7 @@ class OutputPerturbations:
         whether the second half of them is the mirror's.
         """
         outputs = out.view(-1, out.shape[-1])
-        tokens = len(outputs) // len(x)  # of a row
+        tokens = len(outputs) // max(len(x), 1)  # of a row
         bounds = [tokens * row for row in itertools.accumulate(rows, initial=0)]
         common = []
         if self.drift is not None:
@@ -217,12 +217,12 @@ class OutputPerturbations:
             common.append((ones, self.bias_drift[None]))
         inner, outer = low_rank.projected_each(product, x, self.factors, self.biases, bounds)
         if any(mirrored):
-            halves = [
-                (sign, tokens * number // 2)
+            parts = [
+                (sign, tokens * number // (2 if two else 1))
                 for number, two in zip(rows, mirrored, strict=True)
-                for sign in (1.0, -1.0 if two else 1.0)
+                for sign in ((1.0, -1.0) if two else (1.0,))
             ]
-            signs, lengths = (torch.tensor(of, device=x.device) for of in zip(*halves, strict=True))
+            signs, lengths = (torch.tensor(of, device=x.device) for of in zip(*parts, strict=True))
             inner *= signs.repeat_interleave(lengths)[:, None]
         grouped_products.add_products_(
             *(outputs, inner, outer, bounds),
