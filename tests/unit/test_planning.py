@@ -86,6 +86,19 @@ def test_bytes_held_while_modules_run_count_at_the_time_of_the_activations(small
     assert 10**9 < forward_peak(small, 4, 32, held=tuple(held)).bytes < 10**9 + alone
 
 
+def test_modules_that_run_inside_one_another_hold_their_bytes_at_once():
+    shape = {"hidden_size": 16, "ffn_dim": 32, "vocab_size": 50}
+    config = OPTConfig(**shape, num_hidden_layers=1, num_attention_heads=2)
+    model = model_shape("opt", config, torch.float32)
+    outer = model.module.model.decoder.layers[0]
+    inner = (outer.fc1, outer.fc2)
+    of_outer = model.modules[0][1]  # as if the block owned parameters, too
+    nested = replace(model, modules=((outer, of_outer), *((m, of_outer) for m in inner)))
+    alone = forward_peak(nested, 2, 8).bytes
+    both = forward_peak(nested, 2, 8, held=(10**9, 10**8, 10**8)).bytes
+    assert 11 * 10**8 < both < 11 * 10**8 + alone, "fc1 and fc2 run one after the other"
+
+
 def test_low_rank_directions_need_no_copies_of_matrices(small):
     low_rank, gaussian = (
         copies_of_modules(setup, step_forwards(setup))

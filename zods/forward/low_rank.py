@@ -60,8 +60,9 @@ def projected_each(
     biases: torch.Tensor | None,
     bounds: Sequence[int],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return `projected` for K groups of the N rows of `x` with factors and a bias of their own:
-    float32 tensors (N, Q) and (K, Q, out), Q = r and 1 more for the bias.
+    """Return the matrices of `projected` for K groups of the N rows of `x` with factors and a bias
+    of their own: float32 tensors (N, Q) and (K, Q, out), Q = r and 1 more for the bias. V is
+    multiplied by `grouped_products.project_`.
 
     factors: (K, rows of the weight, r) and (K, r, columns of the weight). biases: (K, out). Either is
     None where it is 0. bounds: group k has the rows from bounds[k] to bounds[k + 1] of N.

@@ -217,13 +217,16 @@ class OutputPerturbations:
             common.append((ones, self.bias_drift[None]))
         inner, outer = low_rank.projected_each(product, x, self.factors, self.biases, bounds)
         if any(mirrored):
-            parts = [
-                (sign, tokens * number // (2 if two else 1))
-                for number, two in zip(rows, mirrored, strict=True)
-                for sign in ((1.0, -1.0) if two else (1.0,))
+            streams = [
+                (sign, tokens * rows_of_pair // (2 if has_mirror else 1))
+                for rows_of_pair, has_mirror in zip(rows, mirrored, strict=True)
+                for sign in ((1.0, -1.0) if has_mirror else (1.0,))
             ]
-            signs, lengths = (torch.tensor(of, device=x.device) for of in zip(*parts, strict=True))
-            inner *= signs.repeat_interleave(lengths)[:, None]
+            signs, lengths = zip(*streams, strict=True)
+            of_rows = torch.tensor(signs, device=x.device).repeat_interleave(
+                torch.tensor(lengths, device=x.device)
+            )
+            inner *= of_rows[:, None]
         grouped_products.add_products_(
             *(outputs, inner, outer, bounds),
             scale=self.scale,

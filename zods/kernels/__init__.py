@@ -3,6 +3,7 @@
 A term is (seed, coefficient). `reference.py` defines the elements z of a direction. `cpu.cpp`
 computes the same bits for CPU tensors, if a C++ compiler is available, and `gpu.py` for GPU
 tensors, if Triton is available. Called by `zods.core.directions`; fingerprints also by others.
+`grouped_products.py` is of the forwards.
 """
 
 import ctypes

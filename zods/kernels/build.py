@@ -59,7 +59,7 @@ def cpu_module() -> ModuleType | None:
     except Exception as error:  # any error: training can continue with the reference
         warnings.warn(
             f"zods: the C++ kernel could not be built ({error}). The PyTorch reference serves "
-            "instead: the same numbers, many times slower. A C++ compiler (g++ or clang++, or the "
+            "instead: the same directions, many times slower. A C++ compiler (g++ or clang++, or the "
             "one that CXX names) and ninja are needed.",
             RuntimeWarning,
             stacklevel=2,

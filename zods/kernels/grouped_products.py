@@ -3,7 +3,8 @@
 A low-rank direction changes a linear layer's output for x by c (x V) U^T, with V, U and c of each
 example or point: `project_` is x V, and `add_products_` adds the rest to the output. In torch each
 group would need some calls of its own, which take longer than the work: with a direction per example
-a layer has as many groups as the batch has examples. Called by `zods.forward.low_rank`.
+a layer has as many groups as the batch has examples. Called by `zods.forward.low_rank` and
+`zods.forward.matrix_forwards`.
 """
 
 from __future__ import annotations
@@ -19,14 +20,16 @@ from zods.kernels.checks import DTYPES, check_contiguous
 
 # Multiplications per thread: some 50 us of work, ten times the cost of waking a thread.
 _PRODUCTS_PER_THREAD = 2**17
+# With more factors torch's product is faster, also in several calls.
+_MOST_FACTORS = 4
 
 
 @torch.no_grad()
 def project_(inner: Tensor, x: Tensor, factors: Tensor, bounds: Sequence[int]) -> Tensor:
     """inner[i, q] = sum_j x[i, j] * factors[g, q, j] for the group g of row i, and q < Q.
 
-    The products and sums are float32 in the C++ kernel, and of x's dtype where there is none. In the
-    kernel a row's result depends on its own x and factors alone, not on the other rows.
+    Up to 4 factors are multiplied and summed in float32, more of them in the dtype of x. In the C++
+    kernel, which has up to 4, a row's result depends on its own x and factors alone.
 
     Args:
         inner: (N, Q or more), float32. Further columns are not changed.
@@ -42,12 +45,19 @@ def project_(inner: Tensor, x: Tensor, factors: Tensor, bounds: Sequence[int]) -
     """
     groups, number, columns = factors.shape
     _check({"inner": inner, "x": x, "factors": factors}, bounds, groups)
-    if len(x) != len(inner) or x.shape[1] != columns or inner.shape[1] < number:
-        raise ValueError(f"got inner {inner.shape}, x {x.shape}, factors {factors.shape}")
-    module = cpu_module() if x.device.type == "cpu" and x.dtype in DTYPES else None
+    rows = len(inner)
+    if x.shape != (rows, columns) or inner.ndim != 2 or inner.shape[1] < number:
+        raise ValueError(
+            f"x must be ({rows}, {columns}) and inner ({rows}, {number} or more) for factors "
+            f"{tuple(factors.shape)}, got x {tuple(x.shape)} and inner {tuple(inner.shape)}"
+        )
+    serves = x.device.type == "cpu" and x.dtype in DTYPES and number <= _MOST_FACTORS
+    module = cpu_module() if serves else None
     if module is None:
-        for g, (begin, end) in enumerate(itertools.pairwise(bounds)):
-            inner[begin:end, :number] = x[begin:end] @ factors[g].T.to(x.dtype)
+        dtype = torch.float32 if number <= _MOST_FACTORS else x.dtype
+        with torch.autocast(x.device.type, enabled=False):
+            for g, (begin, end) in enumerate(itertools.pairwise(bounds)):
+                inner[begin:end, :number] = x[begin:end].to(dtype) @ factors[g].T.to(dtype)
         return inner
     kernel = module.project_float32 if x.dtype == torch.float32 else module.project_bfloat16
     kernel(
@@ -92,21 +102,20 @@ def add_products_(
     )
     tensors = {"out": out, "inner": inner, "outer": outer}
     _check(tensors | {"common": common_inner, "common's outer": common_outer}, bounds, groups)
-    if (
-        inner.shape != (len(out), number)
-        or out.shape[1] != columns
-        or common_inner.shape != (len(out), len(common_outer))
-        or common_outer.shape[1] != columns
-    ):
+    rows, of_common = len(out), len(common_outer)
+    needed = [(rows, columns), (rows, number), (rows, of_common), (of_common, columns)]
+    given = [tuple(tensor.shape) for tensor in (out, inner, common_inner, common_outer)]
+    if given != needed:
         raise ValueError(
-            f"got out {out.shape}, inner {inner.shape}, outer {outer.shape}, common "
-            f"{common_inner.shape} and {common_outer.shape}"
+            f"out, inner and the two of common must be {needed} for outer {tuple(outer.shape)}, got "
+            f"{given}"
         )
     module = cpu_module() if out.device.type == "cpu" and out.dtype in DTYPES else None
     if module is None:
-        for g, (begin, end) in enumerate(itertools.pairwise(bounds)):
-            added = common_inner[begin:end] @ common_outer + inner[begin:end] @ outer[g]
-            out[begin:end] = added.add_(out[begin:end], alpha=scale)
+        with torch.autocast(out.device.type, enabled=False):
+            for g, (begin, end) in enumerate(itertools.pairwise(bounds)):
+                added = common_inner[begin:end] @ common_outer + inner[begin:end] @ outer[g]
+                out[begin:end] = added.add_(out[begin:end], alpha=scale)
         return out
     kernel = (
         module.add_products_float32 if out.dtype == torch.float32 else module.add_products_bfloat16

@@ -48,7 +48,10 @@ def forward_peak(
     on_gpu: bool = True,
     own_loss_rows: int = 0,
 ) -> ForwardPeak:
-    """Run a forward of (rows, length) tokens on fake tensors; once for all other arguments.
+    """The peak of a forward of (rows, length) tokens, found on fake tensors.
+
+    The forward runs once for a model, rows and length; the other arguments are applied to what was
+    recorded of it.
 
     held: bytes that exist while each of `model.modules` runs, besides the tensors of its forward;
     none by default. on_gpu: whether the losses are computed on larger parts of the logits at a time,
@@ -57,7 +60,7 @@ def forward_peak(
     lengths does.
     Raises ValueError where the model's forward needs the values of its tensors.
     """
-    phases, logits, flops = _followed(model, rows, length)
+    phases, logits, flops = _recorded_forward(model, rows, length)
     most = max(size + sum(held[k] for k in running if k < len(held)) for size, running in phases)
     chunk = _LOSS_CHUNK if on_gpu else _LOSS_CHUNK_ON_CPU
     copies = 1 if logits.dtype == torch.float32 else 2  # log-softmax, and float32 logits
@@ -68,7 +71,7 @@ def forward_peak(
     return ForwardPeak(max(most, of_losses), logits.nbytes, flops)
 
 
-class _Followed(NamedTuple):
+class _RecordedForward(NamedTuple):
     """A forward on fake tensors.
 
     phases: (bytes, modules), the peak of the forward's own tensors between two calls or returns of
@@ -82,14 +85,14 @@ class _Followed(NamedTuple):
 
 
 @functools.cache
-def _followed(model: ModelShape, rows: int, length: int) -> _Followed:
+def _recorded_forward(model: ModelShape, rows: int, length: int) -> _RecordedForward:
     counter = FlopCounterMode(display=False)
     attention = FusedAttention()
     phases: list[tuple[int, tuple[int, ...]]] = []
     try:
         with model.mode, torch.no_grad(), attention, counter:
             ids = torch.zeros(rows, length, dtype=torch.long)
-            with AllocationWatch() as watch, _noting(model, watch, phases):
+            with AllocationWatch() as watch, _recording_phases(model, watch, phases):
                 outputs = model.module(
                     input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
                 )
@@ -99,28 +102,28 @@ def _followed(model: ModelShape, rows: int, length: int) -> _Followed:
             f"--model {model.name}: its forward of {rows} x {length} tokens cannot be followed "
             f"without values: {first}"
         ) from error
-    return _Followed(phases, outputs.logits, counter.get_total_flops() + attention.flops)
+    return _RecordedForward(phases, outputs.logits, counter.get_total_flops() + attention.flops)
 
 
 @contextmanager
-def _noting(
+def _recording_phases(
     model: ModelShape, watch: AllocationWatch, phases: list[tuple[int, tuple[int, ...]]]
 ) -> Iterator[None]:
-    """Append to `phases`, as in `_Followed`, when a module is called and when it returns."""
+    """Append to `phases`, as in `_RecordedForward`, when a module is called and when it returns."""
     running: list[int] = []
 
-    def call(index: int, *_: Any) -> None:
+    def enter(index: int, *_: Any) -> None:
         phases.append((watch.restart(), tuple(running)))
         running.append(index)
 
-    def end(index: int, *_: Any) -> None:
+    def leave(index: int, *_: Any) -> None:
         phases.append((watch.restart(), tuple(running)))
         running.remove(index)
 
     hooks = []
     for index, (module, _) in enumerate(model.modules):
-        hooks.append(module.register_forward_pre_hook(functools.partial(call, index)))
-        hooks.append(module.register_forward_hook(functools.partial(end, index)))
+        hooks.append(module.register_forward_pre_hook(functools.partial(enter, index)))
+        hooks.append(module.register_forward_hook(functools.partial(leave, index)))
     try:
         yield
     finally:

@@ -249,8 +249,9 @@ def copies_of_modules(setup: Setup, forwards: StepForwards) -> list[int]:
     Copies exist for one module at a time: two of each parameter where points are stacked, one
     otherwise. Of a linear layer's weight of 64 MiB or more there are copies of 16 MiB, of an
     embedding as large the rows of the batch's tokens. A matrix with a stacked low-rank direction has
-    no copy, but factors: rank * (rows + columns) float32 numbers per pair of points, and per term
-    since the refresh where the anchor's point is kept as terms. A stored point is gathered whole for
+    no copy, but factors: rank * (rows + columns) float32 numbers per pair of points (and for a moment
+    some of them twice, which is neglected), and per term since the refresh where the anchor's point
+    is kept as terms. A stored point is gathered whole for
     the module. Source: `zods.forward.module_runners`, `matrix_forwards` and `large_matrices`.
     """
     return [_copies_of_module(setup, module, own, forwards) for module, own in setup.model.modules]
