@@ -18,7 +18,7 @@ from zods.training.first_order import FirstOrderEngine
 from zods.training.first_order_checkpoint import MANIFEST, OFFLOADED
 
 
-def build(nvme: Path, sub_group_size: int = 10**9) -> FirstOrderEngine:
+def build(nvme: Path, sub_group_size: int = 10**9, torch_adam: bool = True) -> FirstOrderEngine:
     shutil.rmtree(nvme, ignore_errors=True)
     nvme.mkdir()
     on_nvme = {"device": "nvme", "nvme_path": str(nvme)}
@@ -33,7 +33,7 @@ def build(nvme: Path, sub_group_size: int = 10**9) -> FirstOrderEngine:
         },
         "bf16": {"enabled": True},
         "aio": {"block_size": 4096},
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": torch_adam}},
         "steps_per_print": 10**9,
     }
     run = read_first_order_config(config, 1)
@@ -55,8 +55,8 @@ def weights(engine: FirstOrderEngine) -> list[list[float]]:
     return found
 
 
-def rank_of_savers(folder: Path, sub_group_size: int) -> tuple[Any, int]:
-    engine = build(folder / "nvme", sub_group_size)
+def rank_of_savers(folder: Path, sub_group_size: int, torch_adam: bool = True) -> tuple[Any, int]:
+    engine = build(folder / "nvme", sub_group_size, torch_adam)
     saved = []
     for _ in range(2):
         engine.train_batch()
@@ -74,9 +74,11 @@ def copies(folder: Path) -> list[Path]:
 
 
 # In a process of its own: DeepSpeed names the files by the number of parameters made before.
-def rank_of_loaders(folder: Path, sub_group_size: int) -> tuple[int, Any, list[str]]:
+def rank_of_loaders(
+    folder: Path, sub_group_size: int, torch_adam: bool = True
+) -> tuple[int, Any, list[str]]:
     warnings = LogTexts("zods.training", logging.WARNING)
-    engine = build(folder / "nvme", sub_group_size)
+    engine = build(folder / "nvme", sub_group_size, torch_adam)
     try:
         engine.load_checkpoint(folder / "checkpoints")
     except ValueError as error:
@@ -84,13 +86,15 @@ def rank_of_loaders(folder: Path, sub_group_size: int) -> tuple[int, Any, list[s
     return engine.global_steps, weights(engine), list(warnings.texts)
 
 
-def test_a_damaged_file_of_optimizer_states_is_not_loaded(tmp_path):
-    ((saved, num_copies),) = run_ranks(1, rank_of_savers, tmp_path, 10**9)
+# DeepSpeed compiles its own optimizer for a CPU, which takes a minute.
+@pytest.mark.parametrize("torch_adam", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_a_damaged_file_of_optimizer_states_is_not_loaded(tmp_path, torch_adam):
+    ((saved, num_copies),) = run_ranks(1, rank_of_savers, tmp_path, 10**9, torch_adam)
     assert num_copies > 0
-    assert run_ranks(1, rank_of_loaders, tmp_path, 10**9) == [(2, saved[1], [])]
+    assert run_ranks(1, rank_of_loaders, tmp_path, 10**9, torch_adam) == [(2, saved[1], [])]
     damaged = copies(tmp_path)[-1]
     flip(damaged, damaged.stat().st_size // 2)
-    ((step, loaded, (said,)),) = run_ranks(1, rank_of_loaders, tmp_path, 10**9)
+    ((step, loaded, (said,)),) = run_ranks(1, rank_of_loaders, tmp_path, 10**9, torch_adam)
     assert (step, loaded) == (1, saved[0]), "an older checkpoint is used"
     assert str(damaged) in said
     assert "damaged" in said

@@ -50,7 +50,7 @@ def projected(
         inner = (
             x.reshape(-1, x.shape[-1]) @ (right.T if product == "linear" else left).to(x.dtype)
         ).float()
-    return inner, left.T.contiguous() if product == "linear" else right
+    return inner, left.T if product == "linear" else right
 
 
 def projected_each(
