@@ -119,9 +119,9 @@ def test_a_fused_norm_has_the_outputs_of_its_module_at_a_point_and_at_the_parame
     module = with_random_weights(kind(WIDTH), dtype)
     plain = copy.deepcopy(module)
     modules = fused_modules(module)
+    unfused = fused_modules(plain, asked=False)
     calls.clear()
     x = torch.randn(4, 3, WIDTH, generator=torch.Generator().manual_seed(1)).to(dtype)
-    unfused = fused_modules(plain, asked=False)
     tolerance = 4 * torch.finfo(dtype).eps
     for point in (None, Point(5, 0.1), Point(5, -0.1)):
         found, expected = output_at(modules, module, x, point), output_at(unfused, plain, x, point)
@@ -257,4 +257,4 @@ def test_apex_computes_layer_norms_and_rms_norms_in_a_model(packages, monkeypatc
     assert taken == [*layer_norms, model[1], model[2]]  # torch's RMSNorm without eps is left alone
     assert len(layer_norms) == 3
     for module in taken:
-        assert fused_norms._is_same(module, functions[module], CPU)
+        assert fused_norms.is_same(module, functions[module], CPU)

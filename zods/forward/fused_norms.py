@@ -66,7 +66,7 @@ def find_fused_norms(
     functions = {}
     for module in model.modules():
         compute = _function_for(module, apex)
-        if compute is not None and _is_same(module, compute, device):
+        if compute is not None and is_same(module, compute, device):
             functions[module] = compute
     if functions:
         logger.info("fused_norm: %s's functions compute %d norms", library, len(functions))
@@ -99,13 +99,13 @@ def run_fused(module: Any, compute: Compute, original: Callable, *args: Any, **k
     """Compute a module's output by its fused function, or by its own forward for a call that the
     function was not compared for.
     """
-    if len(args) == 1 and not kwargs and _was_compared(module, args[0]):
+    if len(args) == 1 and not kwargs and was_compared(module, args[0]):
         return compute(module, args[0])
     return original(*args, **kwargs)
 
 
-def _was_compared(module: Any, x: Any) -> bool:
-    """Whether an input is of a kind that `_is_same` compares: no gradients, no mixed dtypes."""
+def was_compared(module: Any, x: Any) -> bool:
+    """Whether an input is of a kind that `is_same` compares: no gradients, no mixed dtypes."""
     if not isinstance(x, Tensor) or torch.is_grad_enabled():
         return False
     own_dtype = x.dtype == module.weight.dtype and x.dtype in DTYPES
@@ -125,27 +125,30 @@ def _function_for(module: Any, apex: Any | None) -> Compute | None:
         layer_norm = apex.fused_layer_norm_affine
         return lambda m, x: layer_norm(x, m.weight, m.bias, m.weight.shape, m.eps)
     named = kind.__name__.endswith(("RMSNorm", "T5LayerNorm"))
-    known = named and own == {"weight"} and isinstance(_eps(module), float)
+    known = named and own == {"weight"} and isinstance(eps_of(module), float)
     if not known or (kind is nn.RMSNorm and apex is None):
         return None
     if apex is not None:
         rms_norm = apex.fused_rms_norm_affine
-        return lambda m, x: rms_norm(x, m.weight, m.weight.shape, _eps(m))
-    return lambda m, x: functional.rms_norm(x, m.weight.shape, m.weight, _eps(m))
+        return lambda m, x: rms_norm(x, m.weight, m.weight.shape, eps_of(m))
+    return lambda m, x: functional.rms_norm(x, m.weight.shape, m.weight, eps_of(m))
 
 
-def _eps(module: Any) -> Any:
+def eps_of(module: Any) -> Any:
     """The eps of a norm, under its name in torch or in transformers."""
     return getattr(module, "variance_epsilon", getattr(module, "eps", None))
 
 
 @torch.no_grad()
-def _is_same(module: Any, compute: Compute, device: torch.device) -> bool:
-    """Whether a fused function gives the outputs of a module's forward, within rounding.
+def is_same(
+    module: Any, compute: Compute, device: torch.device, *, weights_of_rows: bool = False
+) -> bool:
+    """Whether a function gives the outputs of a module's forward, within rounding.
 
     A shallow copy of the module with random weights is compared, because a sharded module has no
     weights. They tell (1 + weight) from weight; a row with a mean square near eps tells where eps
-    is added.
+    is added. weights_of_rows: the function is called once with other weights for each row, the
+    forward once per row.
     """
     probe = copy.copy(module)
     generator = torch.Generator().manual_seed(0)
@@ -154,20 +157,39 @@ def _is_same(module: Any, compute: Compute, device: torch.device) -> bool:
         for name, param in module._parameters.items()
         if param is not None
     }
-    x = 0.5 + torch.randn(3, *shapes["weight"], generator=generator)
-    x[1] *= math.sqrt(_eps(module))
-    values = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    rows = 3
+    x = 0.5 + torch.randn(rows, 2, *shapes["weight"], generator=generator)
+    x[1] *= math.sqrt(eps_of(module))
+    sets = [
+        {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+        for _ in range(rows if weights_of_rows else 1)
+    ]
     for dtype in DTYPES:
-        vars(probe)["_parameters"] = {
-            name: nn.Parameter(value.to(device, dtype), requires_grad=False)
-            for name, value in values.items()
-        }
         given = x.to(device, dtype)
         try:
-            own, fused = type(module).forward(probe, given), compute(probe, given)
+            own = []
+            for part, values in zip(given.chunk(len(sets)), sets, strict=True):
+                _place(probe, values, device, dtype)
+                own.append(type(module).forward(probe, part))
+            if weights_of_rows:
+                stacks = {name: torch.stack([v[name] for v in sets])[:, None] for name in shapes}
+                _place(probe, stacks, device, dtype)
+            fused = compute(probe, given)
         except Exception:  # a forward may do anything, and the function may refuse a size
             return False
-        tolerance = 8 * torch.finfo(dtype).eps
-        if own.dtype != fused.dtype or not torch.allclose(own, fused, tolerance, tolerance):
+        expected, tolerance = torch.cat(own), 8 * torch.finfo(dtype).eps
+        if expected.dtype != fused.dtype or not torch.allclose(
+            expected, fused, tolerance, tolerance
+        ):
             return False
     return True
+
+
+def _place(
+    module: Any, values: dict[str, Tensor], device: torch.device, dtype: torch.dtype
+) -> None:
+    """Give a shallow copy of a module parameters of its own."""
+    vars(module)["_parameters"] = dict.fromkeys(module._parameters) | {
+        name: nn.Parameter(value.to(device, dtype), requires_grad=False)
+        for name, value in values.items()
+    }

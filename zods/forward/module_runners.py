@@ -25,6 +25,7 @@ import torch
 
 from zods.core.points import Point
 from zods.forward import low_rank
+from zods.forward.fused_norms import was_compared
 from zods.forward.large_matrices import large_weight, perturbed_rows
 from zods.forward.lockstep import LockstepScheduler
 from zods.forward.matrix_forwards import Pair, multiply_in_blocks, plain_product, run_low_rank
@@ -250,7 +251,8 @@ class StackRunner(_Runner):
         """Run a module for all streams of a stack."""
         self._are_equal = False
         with self._modules.loaded(module):
-            streams, carries = self._stacking.split(module, (args, kwargs))
+            arguments = self._stacking.carried(module, (args, kwargs))
+            carries = any(arguments.carry)
             product = self._product(module, args, kwargs) if carries else None
             if product is not None and self._perturber.direction.distribution == "low_rank":
                 held = {p.param: p for p in self._modules.gathered(module)}
@@ -258,12 +260,41 @@ class StackRunner(_Runner):
                 return run_low_rank(
                     self._perturber, module, held, product, original, args[0], self._pairs, rows
                 )
+            if carries and self._is_row_norm(module, args, kwargs):
+                return self._run_norm(module, args[0])
+            streams = self._stacking.split(arguments)
             if product == "linear":
                 output = low_rank.empty_output(module, args[0])
                 if output is not None:
                     self._write_linear(module, [args[0] for (args, _) in streams], output)
                     return output
             return self._stacking.join(module, self._outputs(module, original, streams), carries)
+
+    def _is_row_norm(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
+        """Whether a call of a module is that of a norm which takes a weight for each row."""
+        if module not in self._modules.row_norms or self._modules.has_hooks(module):
+            return False
+        own = {id(p) for p in module._parameters.values()}
+        used = self._modules.gathered(module)
+        return (
+            len(args) == 1
+            and not kwargs
+            and was_compared(module, args[0])
+            and all(id(p.param) in own and p.ordinal not in self._perturber.in_place for p in used)
+        )
+
+    def _run_norm(self, module: Any, x: torch.Tensor) -> torch.Tensor:
+        """Run a norm once, with each stream's weights for the stream's rows."""
+        rows = torch.tensor(self._stacking.rows_of_streams(len(x)), device=x.device)
+        shape = (len(x), *[1] * (x.ndim - 2), x.shape[-1])
+        centers: Centers = {}
+        copies = [
+            (p, self._perturber.values_of_streams(p, self._pairs, centers))
+            for p in self._modules.gathered(module)
+        ]
+        of_rows = [(p, values.repeat_interleave(rows, 0).view(shape)) for p, values in copies]
+        with self._perturber.placed(of_rows):
+            return self._modules.row_norms[module](module, x)
 
     def _outputs(
         self, module: torch.nn.Module, original: Callable, streams: Sequence[Arguments]

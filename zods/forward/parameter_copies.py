@@ -7,6 +7,7 @@ module needs, and when.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -64,6 +65,39 @@ class Perturber:
                 for of_stream, tensor in zip(copies, made, strict=True):
                     of_stream.append((parameter, tensor))
         return copies
+
+    def values_of_streams(
+        self, parameter: Perturbable, pairs: Sequence[tuple[int, ...]], centers: Centers
+    ) -> torch.Tensor:
+        """A parameter's values at the points of all streams, (streams, numel), in its dtype.
+
+        For a parameter without factors.
+        """
+        stored = parameter.param.data
+        seeds = [self.points[pair[0]].seed for pair in pairs]
+        lengths = torch.tensor([len(pair) for pair in pairs], device=stored.device)
+        z = self.direction.stack(parameter, seeds, stored.device).repeat_interleave(lengths, 0)
+        coefficients = torch.tensor([p.coefficient for p in self.points], device=stored.device)
+        starts = []
+        for _, of_center in itertools.groupby(self.points, key=lambda point: point.center):
+            points = list(of_center)
+            start = self._start(parameter, self.center(parameter, stored, points[0], centers))
+            starts.append(start.view(1, -1).expand(len(points), -1))
+        return torch.addcmul(torch.cat(starts), z, coefficients[:, None]).to(stored.dtype)
+
+    def _start(self, parameter: Perturbable, center: Center) -> torch.Tensor:
+        """A parameter's value at a center, in float32."""
+        weight = center.weight.float()
+        if center.scale == 1.0 and not center.seeds:
+            return weight
+        return self.direction.combine_(
+            torch.empty_like(weight),
+            parameter,
+            weight=weight,
+            scale=center.scale,
+            seeds=center.seeds,
+            coefficients=center.coefficients,
+        )
 
     def perturb_(
         self,

@@ -24,6 +24,7 @@ from zods.core.points import Point
 from zods.forward.fused_norms import Compute, run_fused
 from zods.forward.parameter_copies import Perturber
 from zods.forward.parameter_usage import Observer, Perturbable
+from zods.forward.row_norms import find_row_norms
 from zods.forward.wrapping import WrappedForward, is_users
 
 
@@ -67,7 +68,8 @@ class PerturbedModules:
     everything inside a leaf module with the leaf. What runs there may differ from stream to stream
     (experts), so a stack is split at the leaf, and streams in lockstep wait only there. branches:
     see `zods.forward.parameter_usage.Observer`. frozen_blocks: the blocks (entries of a ModuleList)
-    without perturbed parameters, as below the adapters of the last blocks.
+    without perturbed parameters, as below the adapters of the last blocks. row_norms: functions
+    that compute norms with other weights for each row, see `zods.forward.row_norms`.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class PerturbedModules:
         }
         self.held: dict[torch.nn.Module, list[Perturbable]] = {}
         self.branches: set[str] = set()
+        self.row_norms = find_row_norms(module)
         self._deferred, self._fused = deferred, fused or {}
         self._runner: ModuleRunner | None = None  # None: the parameters as they are
         self._wrapped: dict[torch.nn.Module, WrappedForward] = {}

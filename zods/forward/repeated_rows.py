@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from zods.forward.stacked import Arguments, NotStackable
+from zods.forward.stacked import Arguments, Carried, NotStackable
 
 # of arguments that a call cannot change
 _VALUES = (torch.Tensor, type(None), bool, int, float, str, torch.dtype, torch.device)
@@ -37,12 +37,11 @@ class RepeatedRows:
                 self.first.append(index)
             self._copy_of.append(places[row])
 
-    def once(self, arguments: tuple[list[Any], TreeSpec, list[bool]]) -> Arguments:
+    def once(self, arguments: Carried) -> Arguments:
         """The arguments of a call, with the first copy of each row.
 
-        arguments: as `Stacking.carried` returns them. Raises NotStackable where an argument has
-        several rows for each row of the batch, or where an argument may be changed by the call,
-        such as a cache.
+        Raises NotStackable where an argument has several rows for each row of the batch, or where
+        an argument may be changed by the call, such as a cache.
         """
         leaves, spec, carry = arguments
         carried = [leaf for leaf, carries in zip(leaves, carry, strict=True) if carries]

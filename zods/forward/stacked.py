@@ -14,12 +14,22 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 Arguments = tuple[tuple, dict[str, Any]]
+
+
+class Carried(NamedTuple):
+    """The arguments of a call as a flat list, how to unflatten it, and which of them carry the
+    batch.
+    """
+
+    leaves: list[Any]
+    spec: TreeSpec
+    carry: list[bool]
 
 
 class NotStackable(RuntimeError):
@@ -60,14 +70,10 @@ class Stacking:
         """Record a call in a forward of one batch."""
         self._recorded[module].append([_size(leaf) for leaf in tree_flatten(arguments)[0]])
 
-    def split(self, module: torch.nn.Module, arguments: Arguments) -> tuple[list[Arguments], bool]:
-        """Return the arguments of each stream, and whether any of them carries the batch.
-
-        Raises NotStackable where the stack cannot be split.
-        """
-        leaves, spec, carry = self.carried(module, arguments)
+    def split(self, arguments: Carried) -> list[Arguments]:
+        """Return the arguments of each stream."""
         streams: list[list[Any]] = [[] for _ in self._sizes]
-        for leaf, carries in zip(leaves, carry, strict=True):
+        for leaf, carries in zip(arguments.leaves, arguments.carry, strict=True):
             parts = (
                 leaf.split(self.rows_of_streams(leaf.shape[0]))
                 if carries
@@ -75,15 +81,12 @@ class Stacking:
             )
             for stream, part in zip(streams, parts, strict=True):
                 stream.append(part)
-        return [tree_unflatten(stream, spec) for stream in streams], any(carry)
+        return [tree_unflatten(stream, arguments.spec) for stream in streams]
 
-    def carried(
-        self, module: torch.nn.Module, arguments: Arguments
-    ) -> tuple[list[Any], TreeSpec, list[bool]]:
-        """Return the arguments as a flat list, how to unflatten it, and which of them carry the
-        batch.
+    def carried(self, module: torch.nn.Module, arguments: Arguments) -> Carried:
+        """Find the arguments of a call that carry the batch. To be called once for each call.
 
-        Raises NotStackable where that is not known.
+        Raises NotStackable where that is not known, or where the stack cannot be split.
         """
         leaves, spec = tree_flatten(arguments)
         call = self._num_calls[module]
@@ -105,7 +108,7 @@ class Stacking:
                     f"{self._names[module]} is given {_size(leaf)} rows of {num_examples} "
                     "examples: which of them belong to which point is not known"
                 )
-        return leaves, spec, found
+        return Carried(leaves, spec, found)
 
     def _learn(self, module: torch.nn.Module, call: int, leaves: list[Any]) -> None:
         recorded = self._recorded[module]
