@@ -10,6 +10,7 @@ Called by `zods.forward.module_runners`.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -222,11 +223,7 @@ class OutputPerturbations:
                 for rows_of_pair, has_mirror in zip(rows, mirrored, strict=True)
                 for sign in ((1.0, -1.0) if has_mirror else (1.0,))
             ]
-            signs, lengths = zip(*streams, strict=True)
-            of_rows = torch.tensor(signs, device=x.device).repeat_interleave(
-                torch.tensor(lengths, device=x.device)
-            )
-            inner *= of_rows[:, None]
+            inner *= _signs_of_rows(tuple(streams), x.device)
         grouped_products.add_products_(
             *(outputs, inner, outer, bounds),
             scale=self.scale,
@@ -265,6 +262,14 @@ class OutputPerturbations:
             torch.cat(side, 2 - k) for k, side in enumerate(zip(*matrices, strict=True))
         )
         outputs.baddbmm_(inner.to(out.dtype), outer.to(out.dtype), beta=self.scale)
+
+
+@functools.lru_cache(maxsize=8)  # in a forward, most modules have the same streams
+def _signs_of_rows(streams: tuple[tuple[float, int], ...], device: torch.device) -> torch.Tensor:
+    """Each stream's sign for each of its rows, (rows, 1). streams: (sign, number of rows) of each."""
+    signs, lengths = (torch.tensor(side, device=device) for side in zip(*streams, strict=True))
+    rows = sum(length for _, length in streams)
+    return signs.repeat_interleave(lengths, output_size=rows)[:, None]
 
 
 def _joined(

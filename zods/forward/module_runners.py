@@ -285,14 +285,15 @@ class StackRunner(_Runner):
 
     def _run_norm(self, module: Any, x: torch.Tensor) -> torch.Tensor:
         """Run a norm once, with each stream's weights for the stream's rows."""
-        rows = torch.tensor(self._stacking.rows_of_streams(len(x)), device=x.device)
         shape = (len(x), *[1] * (x.ndim - 2), x.shape[-1])
         centers: Centers = {}
-        copies = [
-            (p, self._perturber.values_of_streams(p, self._pairs, centers))
-            for p in self._modules.gathered(module)
-        ]
-        of_rows = [(p, values.repeat_interleave(rows, 0).view(shape)) for p, values in copies]
+        of_rows = []
+        for parameter in self._modules.gathered(module):
+            values = self._perturber.values_of_streams(parameter, self._pairs, centers)
+            if len(values) < len(x):
+                rows = torch.tensor(self._stacking.rows_of_streams(len(x)), device=x.device)
+                values = values.repeat_interleave(rows, 0, output_size=len(x))
+            of_rows.append((parameter, values.view(shape)))
         with self._perturber.placed(of_rows):
             return self._modules.row_norms[module](module, x)
 

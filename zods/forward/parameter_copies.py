@@ -76,7 +76,8 @@ class Perturber:
         stored = parameter.param.data
         seeds = [self.points[pair[0]].seed for pair in pairs]
         lengths = torch.tensor([len(pair) for pair in pairs], device=stored.device)
-        z = self.direction.stack(parameter, seeds, stored.device).repeat_interleave(lengths, 0)
+        z = self.direction.stack(parameter, seeds, stored.device)
+        z = z.repeat_interleave(lengths, 0, output_size=len(self.points))
         coefficients = torch.tensor([p.coefficient for p in self.points], device=stored.device)
         starts = []
         for _, of_center in itertools.groupby(self.points, key=lambda point: point.center):
