@@ -20,6 +20,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from zods.core.ordered_sum import ordered_sum
+
 DECAY = 0.9  # of the means, per step
 
 
@@ -43,7 +45,7 @@ def products(coefficients: Sequence[float], anchor_coefficients: Sequence[float]
     AnchorWeight(ca=3.0, aa=2.0)
     """
     pairs = list(zip(coefficients, anchor_coefficients, strict=True))
-    return AnchorWeight(sum(c * a for c, a in pairs), sum(a * a for _, a in pairs))
+    return AnchorWeight(ordered_sum(c * a for c, a in pairs), ordered_sum(a * a for _, a in pairs))
 
 
 def record_products(state: AnchorWeight, step: AnchorWeight) -> AnchorWeight:

@@ -44,6 +44,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from zods.core.ordered_sum import ordered_sum
+
 DECAY = 0.998  # of the sums, per step: N varies slowly, and one step says little of it
 TYPICAL = 32.0  # noise scale for which measurements are weighted; 2 to 100 were seen
 # Advice is given where it promises at least so much less noise, or so many fewer forwards.
@@ -91,11 +93,11 @@ def measure(
     degrees = (spread.units - len(sums)) * directions
     if degrees <= 0:
         return NoiseScale()
-    between = sum(
+    between = ordered_sum(
         s * s / size for of_group, size in zip(sums, sizes, strict=True) for s in of_group
     )
     variance = (spread.squares - between) / degrees
-    drawn = sum(1.0 - _share(size, population) for size in sizes) * directions
+    drawn = ordered_sum(1.0 - _share(size, population) for size in sizes) * directions
     signal = (between - drawn * variance) / (sum(sizes) * directions)
     number = len(sums) * directions
     found = NoiseScale(number * variance, number * signal)

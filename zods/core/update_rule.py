@@ -14,6 +14,7 @@ from zods.core import estimators
 from zods.core.anchor_weight import AnchorWeight, products
 from zods.core.directions import derive_seed
 from zods.core.estimators import Term, Update
+from zods.core.ordered_sum import ordered_sum
 
 
 class StepSettings(Protocol):
@@ -120,7 +121,7 @@ class StepRule:
             terms = estimators.spsa(seeds, coefficients)
         return Estimate(
             _finite(self._rounded(terms)),
-            sum(coefficients) / len(coefficients),
+            ordered_sum(coefficients) / len(coefficients),
             products(coefficients, anchor_coefficients) if self.config.is_svrg else AnchorWeight(),
         )
 

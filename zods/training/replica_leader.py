@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 
 from zods.comm.authenticated import Channel, Server
 from zods.config.replicas_section import ReplicasConfig
+from zods.core.ordered_sum import ordered_sum
 from zods.training import replica_messages as messages
 from zods.training.replica_messages import Member, Sums
 from zods.trajectory.log import START, chained
@@ -362,4 +363,4 @@ def _post(peer: Peer) -> Sums:
 
 def _added(sums: Sequence[Sequence[float]]) -> list[float]:
     """Add in the order of the members, so that a repetition gives the same bits."""
-    return [sum(values) for values in zip(*sums, strict=True)]
+    return [ordered_sum(values) for values in zip(*sums, strict=True)]
