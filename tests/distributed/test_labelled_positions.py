@@ -8,76 +8,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.distributed.answer_models import (
+    CAUSAL,
+    LENGTH,
+    NUM_POSITIONS,
+    IgnoresPositions,
+    TakesANumber,
+    TakesTheFirst,
+    prompted_batch,
+)
 from tests.distributed.forms import POINTS, compare, engine_of
 from tests.distributed.ranks import run_ranks
-from tests.distributed.zoo import CLASSIFIERS, ZOO, with_adapters, zoo_batch, zoo_model
+from tests.distributed.zoo import with_adapters, zoo_batch, zoo_model
 from zods.data.batch import CANDIDATES
 from zods.data.scores import accuracy
-
-CAUSAL = [name for name in ZOO if name not in (*CLASSIFIERS, "t5", "bert, masked", "mamba")]
-LENGTH = 12
-# the labels of the rows end at 12, 9, 10 and 12 tokens, and there are two of each row
-ENDS = (12, 9, 10, 12)
-POSITIONS = [6, 7, 8, 9, 10, 11]  # before a label, and the last one
-
-
-def prompted_batch(name: str, weighted: bool = False) -> dict[str, Tensor]:
-    """Four rows padded on the right, of which the last two tokens have labels."""
-    batch = zoo_batch(name, length=LENGTH)
-    positions, ends = torch.arange(LENGTH), torch.tensor(ENDS)[:, None]
-    batch["attention_mask"] = (positions < ends).long()
-    is_answer = (positions < ends) & (positions >= ends - 2)
-    batch["labels"] = batch["input_ids"].where(is_answer, -100)
-    weights = {"example_weights": torch.tensor([1.0, 0.0, 2.0, 0.5])} if weighted else {}
-    return {**batch, **weights}
-
-
-class IgnoresPositions(nn.Module):
-    """A model that takes positions, and returns all logits."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = zoo_model("llama")
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        labels: Tensor | None = None,
-        logits_to_keep: Any = 0,
-    ) -> Any:
-        return self.inner(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
-
-
-class TakesTheFirst(IgnoresPositions):
-    """A model that returns as many logits as it is given positions, but others."""
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        labels: Tensor | None = None,
-        logits_to_keep: Any = 0,
-    ) -> Any:
-        outputs = self.inner(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
-        if isinstance(logits_to_keep, Tensor):
-            outputs.logits = outputs.logits[:, : len(logits_to_keep)]
-        return outputs
-
-
-class TakesANumber(IgnoresPositions):
-    """A model that takes the number of the last positions alone."""
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        labels: Tensor | None = None,
-        logits_to_keep: Any = 0,
-    ) -> Any:
-        if not isinstance(logits_to_keep, int):
-            raise TypeError("logits_to_keep is no number")
-        return self.inner(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
 
 
 @torch.no_grad()
@@ -142,13 +86,13 @@ def one_rank() -> dict[str, Any]:
 def test_logits_are_only_where_a_label_follows_and_give_the_losses_of_whole_forwards(
     one_rank: dict[str, Any], name: str
 ):
-    check(one_rank[name], len(POSITIONS), name if name in FORMS else "stacked")
+    check(one_rank[name], NUM_POSITIONS, name if name in FORMS else "stacked")
 
 
 def test_sharded_parameters_and_gaussian_directions_give_the_same():
     for rank in run_ranks(2, rank_of_models, ["opt"], "gaussian"):
         for name in ("opt", *OTHERS):
-            check(rank[name], len(POSITIONS), name if name in FORMS else "stacked")
+            check(rank[name], NUM_POSITIONS, name if name in FORMS else "stacked")
 
 
 def rank_of_models_without_positions() -> dict[str, list[Any]]:

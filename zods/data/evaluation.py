@@ -19,6 +19,11 @@ from zods.data.generation import Decoding, NextLogits, Outputs, Prompts, Recompu
 from zods.data.objectives import sequence_log_likelihood
 
 
+def whole_logits(outputs: Outputs, inputs: dict[str, Any], labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The logits of all positions, and the labels."""
+    return outputs(inputs)["logits"], labels
+
+
 @dataclass(frozen=True)
 class Forwards:
     """The forwards of a model on this rank.
@@ -28,12 +33,17 @@ class Forwards:
         micro_batch: largest number of sequences of a forward.
         largest: maps a number to the largest of the numbers of all ranks; collective.
         next_logits: how generation computes logits, for `outputs` and prompts.
+        labelled_logits: how logits are computed for labels, for `outputs`, inputs and labels; see
+            `zods.forward.labelled_logits.LabelledLogits`.
     """
 
     outputs: Outputs
     micro_batch: int
     largest: Callable[[int], int] = int
     next_logits: Callable[[Outputs, Prompts], NextLogits] = Recomputed
+    labelled_logits: Callable[[Outputs, dict[str, Any], Tensor], tuple[Tensor, Tensor]] = (
+        whole_logits
+    )
 
 
 class SeveralForwards(ABC):
@@ -71,15 +81,13 @@ class Candidates(SeveralForwards):
             part = slice(start, start + size) if start < total else slice(size)
             mask = self.attention_mask[part]
             length = int(mask.sum(1).max())
-            outputs = forwards.outputs(
-                {
-                    "input_ids": self.input_ids[part, :length],
-                    "attention_mask": mask[:, :length],
-                }
-            )
+            inputs = {
+                "input_ids": self.input_ids[part, :length],
+                "attention_mask": mask[:, :length],
+            }
+            found = forwards.labelled_logits(forwards.outputs, inputs, self.labels[part, :length])
             if start < total:
-                labels = self.labels[part, :length]
-                scored.append(sequence_log_likelihood(outputs["logits"], labels))
+                scored.append(sequence_log_likelihood(*found))
         log_likelihood, num_tokens = (torch.cat(column) for column in zip(*scored, strict=True))
         return {"log_likelihood": log_likelihood, "num_tokens": num_tokens}
 

@@ -1,7 +1,7 @@
 """The positions of a batch at which a causal language model's logits count.
 
 A model that computes logits at these positions alone makes no logits that its loss leaves out. Called
-by the forms of evaluation (`zods.forward`).
+by the forms of evaluation and by evaluations of candidates (`zods.forward`).
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ from typing import Any
 import torch
 
 from zods.data.scores import IGNORE_INDEX
+
+# argument of a causal language model's forward in transformers: positions (n,) of logits (B, n, V)
+POSITIONS_OF_LOGITS = "logits_to_keep"
 
 
 def positions_before_labels(labels: torch.Tensor) -> torch.Tensor | None:

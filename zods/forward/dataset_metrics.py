@@ -18,6 +18,7 @@ from zods.data.loader import WholePass
 from zods.data.loss_probes import other_labels
 from zods.data.objectives import batch_loss, logits_of
 from zods.forward.cached_generation import NextTokens
+from zods.forward.labelled_logits import LabelledLogits
 
 Measure = Callable[[Any, Any, Any], dict[str, tuple[float, float]]]
 
@@ -32,19 +33,21 @@ def measure_whole(
     comm: Communicator,
     micro_batch: int,
     next_tokens: NextTokens,
+    labelled_logits: LabelledLogits,
 ) -> dict[str, float]:
     """Compute means of metrics over a whole dataset and all ranks, every example counted once.
 
     Collective: all ranks call it together. outputs_of: maps model inputs to the model's outputs.
     collate_fn: maps rows to (model inputs, targets). The inputs may be a `SeveralForwards`, on all
     ranks. measure: maps (outputs, inputs, targets) to {name: (sum, count)}. micro_batch: most
-    sequences per forward and rank. next_tokens: computes logits for inputs that generate text.
+    sequences per forward and rank. next_tokens, labelled_logits: compute logits for inputs that
+    generate text, and for candidates.
     """
 
     def largest(number: int) -> int:
         return int(comm.max_over_ranks(number))
 
-    forwards = Forwards(outputs_of, micro_batch, largest, next_tokens)
+    forwards = Forwards(outputs_of, micro_batch, largest, next_tokens, labelled_logits)
     totals: dict[str, list[float]] = {}
     rounds = WholePass(dataset, micro_batch, comm.rank, comm.world_size, collate_fn)
     for batch, _, counted in rounds:

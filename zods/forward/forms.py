@@ -20,8 +20,8 @@ import torch
 
 from zods.core.points import Point
 from zods.data.batch import call_model, num_examples, take_rows
-from zods.data.labelled_positions import labelled_part
-from zods.forward.model_forwards import POSITIONS_OF_LOGITS, ModelForwards, logits_in
+from zods.data.labelled_positions import POSITIONS_OF_LOGITS, labelled_part
+from zods.forward.model_forwards import ModelForwards, logits_in
 from zods.forward.module_runners import LockstepRunner, StackRunner
 from zods.forward.stacked import NotStackable
 from zods.params.zero3_adapter import stop_nvme_prefetch

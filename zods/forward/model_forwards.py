@@ -28,7 +28,11 @@ from zods.data.batch import (
     to_device,
     without_weights,
 )
-from zods.data.labelled_positions import labelled_part, positions_before_labels
+from zods.data.labelled_positions import (
+    POSITIONS_OF_LOGITS,
+    labelled_part,
+    positions_before_labels,
+)
 from zods.data.loss_probes import fits_cross_entropy, shift_probes
 from zods.data.objectives import (
     Objective,
@@ -43,16 +47,13 @@ from zods.data.objectives import (
 )
 from zods.data.scores import SCORES
 from zods.forward.fused_norms import Compute
+from zods.forward.labelled_logits import LogitsTrial
 from zods.forward.module_runners import PointRunner
 from zods.forward.perturbed_modules import PerturbedModules
 from zods.forward.stacked import NotStackable
-from zods.forward.trial import failure_of
 from zods.params.deferred_update import DeferredUpdate
 from zods.params.shards import ShardedParameters
 from zods.params.zero3_adapter import is_sharded
-
-# argument of a causal language model's forward in transformers: positions (n,) of logits (B, n, V)
-POSITIONS_OF_LOGITS = "logits_to_keep"
 
 
 class ModelForwards:
@@ -204,23 +205,9 @@ class ModelForwards:
         whole, inputs = logits_of(outputs), self.without_loss(batch)
         if whole is None or "labels" in inputs:
             return
-        if POSITIONS_OF_LOGITS in self.arguments and whole.ndim == 3:
-            positions = torch.arange(0, whole.shape[1], 2, device=whole.device)
-            at_positions = {**inputs, POSITIONS_OF_LOGITS: positions}
-            self.takes_positions = self._gives(whole[:, positions], at_positions)
-        self.from_logits = self.takes_positions or self._gives(whole, inputs)
-
-    def _gives(self, expected: torch.Tensor, inputs: dict[str, Any]) -> bool:
-        """Whether a forward gives the expected logits, up to rounding, on all ranks."""
-        differs, tolerance = True, 1e-5 if expected.dtype == torch.float32 else 1e-2
-        try:
-            found = logits_in(self.outputs(inputs))
-            if found.shape == expected.shape:
-                error = (found.float() - expected.float()).norm()
-                differs = not error <= tolerance * expected.float().norm()
-        except Exception as error:  # a model may take a number of positions alone, or need labels
-            failure_of(error, self.deepspeed)
-        return not self.comm.sum_over_ranks([float(differs)])[0]
+        trial = LogitsTrial(self.deepspeed, self.comm)
+        self.takes_positions = trial.takes_positions(whole, self.outputs, inputs)
+        self.from_logits = self.takes_positions or trial.gives(whole, self.outputs, inputs)
 
     def positions(self, batch: Any) -> torch.Tensor | None:
         """The positions (n,) of the logits that the loss of a batch needs; None for all.

@@ -20,6 +20,7 @@ from zods.core.update_rule import StepRule
 from zods.data.text_scores import TextObjective
 from zods.forward.cached_generation import NextTokens
 from zods.forward.fused_norms import FusedNorms
+from zods.forward.labelled_logits import LabelledLogits
 from zods.params.zero3_adapter import remove_hooks
 from zods.selection.loaders import SelectingLoader
 from zods.training import checkpoint, resume
@@ -97,6 +98,7 @@ class ZerothOrderEngine(EngineInterface):
         )
         self._reporter = StepReporter(self.monitor, zo, run.comm)
         self._next_tokens = NextTokens(run.deepspeed, run.comm)
+        self._labelled_logits = LabelledLogits(run.deepspeed, run.comm)
         self._is_closed = False
         self._is_logged = False  # whether `resume` was called
         self._in_flight: StepInFlight | None = None

@@ -23,6 +23,7 @@ from zods.core.annealing import Annealing
 from zods.forward.cached_generation import NextTokens
 from zods.forward.dataset_metrics import Measure, measure_whole
 from zods.forward.evaluator import Evaluator
+from zods.forward.labelled_logits import LabelledLogits
 from zods.params.zero3_adapter import bytes_of, is_sharded
 from zods.training import checkpoint
 from zods.training.export import save_16bit_model, save_pretrained, whole_state
@@ -55,6 +56,7 @@ class EngineInterface:
     _in_flight: StepInFlight | None
     _evaluator: Evaluator
     _next_tokens: NextTokens
+    _labelled_logits: LabelledLogits
     _watchdog: Watchdog
 
     def flush(self) -> None:
@@ -217,6 +219,7 @@ class EngineInterface:
                 comm=self.comm,
                 micro_batch=self.train_micro_batch_size_per_gpu(),
                 next_tokens=self._next_tokens,
+                labelled_logits=self._labelled_logits,
             )
 
     @contextlib.contextmanager

@@ -26,6 +26,7 @@ from zods.data.loader import TrainingLoader
 from zods.data.objectives import Objective, loss_count
 from zods.forward.cached_generation import NextTokens
 from zods.forward.dataset_metrics import Measure, check_own_loss, measure_whole
+from zods.forward.labelled_logits import LabelledLogits
 from zods.params.swap_files import check_reads
 from zods.params.zero3_adapter import bytes_of, optimizer_is_partly_on_nvme
 from zods.selection.loaders import SelectingLoader, weighted_loss
@@ -109,6 +110,7 @@ class FirstOrderEngine:
         if self._partly_on_nvme and self.comm.rank == 0:
             logger.warning("%s. This run cannot be resumed. Give device cpu.", PARTLY_ON_NVME)
         self._next_tokens = NextTokens(self.deepspeed, self.comm)
+        self._labelled_logits = LabelledLogits(self.deepspeed, self.comm)
         with self.comm.same_on_all_ranks():
             loader = self._make_loader(dataset, collate_fn, target_data)
         self.training_dataloader = loader
@@ -255,6 +257,7 @@ class FirstOrderEngine:
                     comm=self.comm,
                     micro_batch=micro_batch,
                     next_tokens=self._next_tokens,
+                    labelled_logits=self._labelled_logits,
                 )
         except StopRequested:
             self.should_stop = True
