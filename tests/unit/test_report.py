@@ -96,6 +96,13 @@ def test_several_runs_are_compared_by_the_settings_in_which_they_differ(tmp_path
     ]
 
 
+def test_runs_of_the_same_settings_have_no_table_of_differences(tmp_path: Path):
+    runs = [make_run(tmp_path / name) for name in ("a", "b")]
+    page = tmp_path / "both.html"
+    assert main([*map(str, runs), "--out", str(page)]) == 0
+    assert "Settings that differ" not in text_of(page)
+
+
 def test_the_page_loads_nothing_and_escapes_what_files_hold(tmp_path: Path):
     hostile = "<script>alert(1)</script>\"'&"
     run = make_run(
@@ -153,11 +160,14 @@ def test_values_that_are_no_finite_numbers_are_left_out():
     assert (steps.tolist(), values.tolist()) == ([7.0], [2.0])
 
 
-def test_a_page_of_a_long_run_is_smaller_than_5_mb(tmp_path: Path):
+@pytest.mark.parametrize(
+    "num_steps", [3 * MOST_BINS, pytest.param(100_000, marks=pytest.mark.slow)]
+)
+def test_a_page_of_a_long_run_is_smaller_than_5_mb(tmp_path: Path, num_steps: int):
     """The number of steps does not matter any more above MOST_BINS."""
     run = make_run(
         tmp_path / "run",
-        num_steps=3 * MOST_BINS,
+        num_steps=num_steps,
         projected_grad=1.0,
         rms=1.0,
         sources={"a": 1, "b": 3},

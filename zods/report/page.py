@@ -57,8 +57,9 @@ def page(runs: Sequence[Run], refresh: float | None = None) -> str:
         f"<h1>{escape(names) if len(runs) == 1 else f'{len(runs)} runs'}</h1>\n"
     )
     parts += ["<h2>Figures</h2>\n", _table(runs, figures(runs))]
-    if len(runs) > 1:
-        parts += ["<h2>Settings that differ</h2>\n", _table(runs, differing(rows))]
+    others = differing(rows)
+    if len(runs) > 1 and others:
+        parts += ["<h2>Settings that differ</h2>\n", _table(runs, others)]
     parts.append('<h2>Over the steps</h2>\n<div class="panels">\n')
     for panel in panels(runs):
         image = base64.b64encode(draw(panel, "svg")).decode()
