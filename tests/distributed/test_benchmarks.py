@@ -117,6 +117,7 @@ SMOKE: dict[str, tuple[set[str], set[str]]] = {
         set(),
         {"place", "parameters", "peak_rss_bytes", "added_bytes_per_parameter"},
     ),
+    "variance.py": ({"commit"}, {"name", "part"}),
     "trajectory.py --part log": ({"log"}, set()),
     "trajectory.py --part whole replay": ({"whole", "replay"}, set()),
     "trajectory.py --part restart": ({"restart"}, set()),

@@ -38,7 +38,7 @@ from tests.distributed.models import (
     whole,
 )
 from tests.distributed.ranks import run_ranks
-from tests.helpers import flip
+from tests.helpers import asked_for, flip, sampled
 from zods.core.estimators import Term, Update
 from zods.training.checkpoint_files import newest_checkpoints
 
@@ -59,7 +59,15 @@ RUNS: dict[str, dict[str, Any]] = {
         "anchor_weight": "auto",
     },
     "stage 0": {"stage": 0, "anchor": {"point": "device", "gradient": "cpu"}},
+    "direction per example": {
+        "anchor": {"point": "cpu", "gradient": "terms"},
+        "anchor_directions": 2,
+        "anchor_weight": "auto",
+        "direction": {"distribution": "low_rank", "rank": 2},
+        "examples_per_direction": 1,
+    },
 }
+DEFAULT = tuple(name for name in RUNS if name != "direction per example")  # the others are slow
 
 
 def build(name: str, folder: Path, **changed: Any) -> Any:
@@ -87,9 +95,9 @@ def apply_given(engine: Any) -> str:
     return sha256(whole(engine))
 
 
-def rank_of_savers(folder: Path) -> dict[str, Any]:
+def rank_of_savers(folder: Path, names: list[str]) -> dict[str, Any]:
     found = {}
-    for name in RUNS:
+    for name in names:
         engine = build(name, folder)
         for _ in range(7):
             engine.train_batch()
@@ -106,9 +114,9 @@ def rank_of_savers(folder: Path) -> dict[str, Any]:
     return found
 
 
-def rank_of_resumers(folder: Path) -> dict[str, Any]:
+def rank_of_resumers(folder: Path, names: list[str]) -> dict[str, Any]:
     found = {}
-    for name in RUNS:
+    for name in names:
         engine = build(name, folder)
         engine.train_batch()  # a step that the loaded checkpoint has to undo
         _, client = engine.load_checkpoint(folder / name)
@@ -123,9 +131,12 @@ def rank_of_resumers(folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+def saved(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("checkpoints")
-    first, second = run_ranks(2, rank_of_savers, folder)
+    names = asked_for(request, "name", RUNS, DEFAULT)
+    first, second = run_ranks(2, rank_of_savers, folder, names)
     assert first == second
     return folder, first
 
@@ -138,12 +149,12 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
     ],
 )
 def resumed(request: pytest.FixtureRequest, saved: Any) -> tuple[int, dict[str, Any]]:
-    ranks = run_ranks(request.param, rank_of_resumers, saved[0])
+    ranks = run_ranks(request.param, rank_of_resumers, saved[0], list(saved[1]))
     assert all(rank == ranks[0] for rank in ranks)
     return request.param, ranks[0]
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", sampled(RUNS, DEFAULT))
 def test_a_checkpoint_of_two_ranks_restores_the_whole_state_on_one_two_and_three(
     saved, resumed, name
 ):
@@ -155,19 +166,19 @@ def test_a_checkpoint_of_two_ranks_restores_the_whole_state_on_one_two_and_three
         assert after["loaded"][key] == value, key
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", sampled(RUNS, DEFAULT))
 def test_given_scalars_after_a_resume_leave_the_same_bits_on_any_number_of_ranks(
     saved, resumed, name
 ):
     assert resumed[1][name]["given"] == saved[1][name]["given"]
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", sampled(RUNS, DEFAULT))
 def test_the_next_batches_after_a_resume_are_the_same_examples(saved, resumed, name):
     assert resumed[1][name]["ahead"] == saved[1][name]["ahead"]
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", sampled(RUNS, DEFAULT))
 def test_a_resumed_run_goes_on_as_the_undisturbed_one(saved, resumed, name):
     """On the same number of ranks the results have the same bits.
 

@@ -71,8 +71,10 @@ def rank_of_replica(
         engine.resume(folder / f"{index} {cell}")
         while engine.global_steps < STEPS:
             if engine.global_steps == 1 and index == 0:
-                leader = engine.replicas._leader
-                while not (leader._taking_part or any(p.wants_to_join for p in leader._peers)):
+                leader = engine.replicas._leader  # on rank 0; the others wait for it in the step
+                while leader and not (
+                    leader._taking_part or any(p.wants_to_join for p in leader._peers)
+                ):
                     time.sleep(0.01)
             engine.train_batch()
         assert len(engine.replicas.members) == 2
@@ -94,6 +96,22 @@ def test_weights_do_not_depend_on_whether_replicas_divide_the_batch(
         ]
     )
     assert all(of_rank == undivided[0] for of_ranks in replicas for of_rank in of_ranks)
+
+
+@pytest.mark.slow
+def test_two_replicas_of_two_ranks_end_with_the_weights_of_one_world_of_four(tmp_path: Path):
+    """All ranks of both replicas have the bits of the world that takes the same global batches."""
+    cells: list[Cell] = [("mezo", 1), ("mezo, low rank", 4)]
+    stores = [f"127.0.0.1:{free_port()}" for _ in cells]
+    world, *replicas = at_once(
+        [
+            (4, rank_of_division, (cells, {})),
+            *((2, rank_of_replica, (cells, stores, tmp_path, k)) for k in range(2)),
+        ]
+    )
+    start = sha256(dict(RowByRow().named_parameters()))
+    assert len({start, *world[0].values()}) == 1 + len(cells)
+    assert all(of_rank == world[0] for of_world in [world, *replicas] for of_rank in of_world)
 
 
 class RowByRowOnDrive(RowByRow):

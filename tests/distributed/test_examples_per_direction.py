@@ -72,7 +72,9 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[..., dict[str, Tensor]
 # (model, keys of the section) by name
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{
-        f"{name}, low rank, 1": (name, {**LOW_RANK, "examples_per_direction": 1}) for name in MODELS
+        f"{name}, low rank, {size}": (name, {**LOW_RANK, "examples_per_direction": size})
+        for size in (1, 4, "all")
+        for name in MODELS
     },
     **{
         f"{name}, gaussian, 3": (name, {"examples_per_direction": 3})
@@ -129,7 +131,13 @@ DEFAULT = {
 
 def steps_of(name: str) -> int:
     """Twenty steps of each model and method, fewer of the other cases."""
-    return 20 if "low rank, 1" in name or "svrg" in name else 6
+    return 20 if "low rank" in name or "svrg" in name else 6
+
+
+def group_size(name: str) -> int:
+    """The number of examples that share a direction in a case."""
+    size = CASES[name][1]["examples_per_direction"]
+    return BATCH if size == "all" else size
 
 
 def batch_of(model: str, step: int) -> dict[str, Tensor]:
@@ -266,7 +274,7 @@ def test_steps_agree_with_the_dense_reference(cases, folder, name):
         r for r in read_log(folder / name / LOG_NAME).records if isinstance(r, (Step, Refresh))
     ]
     keys = CASES[name][1]
-    number = -(-BATCH // keys["examples_per_direction"]) * keys.get("num_directions", 1)
+    number = -(-BATCH // group_size(name)) * keys.get("num_directions", 1)
     number *= 1 if keys.get("share_direction", True) else 2
     of_steps = [len(r.coefficients) for r in records if isinstance(r, Step)]
     assert of_steps == [number] * steps_of(name)
@@ -283,13 +291,13 @@ def test_a_rank_sends_8_bytes_for_each_of_its_directions_and_at_most_64_more(cas
         model, keys = CASES[name]
         micro = BATCH // 2 // keys.get("accumulation", 1)
         groups_of_ranks = [
-            {row // keys["examples_per_direction"] for row in range(BATCH) if row // micro % 2 == k}
+            {row // group_size(name) for row in range(BATCH) if row // micro % 2 == k}
             for k in range(2)
         ]
         groups = max(map(len, groups_of_ranks))  # a group that two ranks share is sent by both
         pairs = keys.get("num_directions", 1) * (2 if keys.get("method") == "mezo_svrg" else 1)
         # without a stack the ranks also exchange how many forwards each of them makes
-        more = 72 if model == "t5" or "evaluation" in keys else 64
+        more = 72 if model in ("t5", "mamba") or "evaluation" in keys else 64
         assert cases[0][name]["bytes"] <= 8 * pairs * groups + more, name
 
 

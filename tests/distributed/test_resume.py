@@ -61,6 +61,14 @@ RUNS: dict[str, dict[str, Any]] = {
     "terms, decay": kept("terms", "terms", weight_decay=0.2, num_directions=2),
     "point as terms, bf16": kept("terms", "cpu", bf16=True, direction=LOW_RANK),
     "normalized": kept("terms", "cpu", normalize=True, anchor_directions=2, anchor_weight="auto"),
+    "direction per example": kept(
+        "terms",
+        "terms",
+        direction=LOW_RANK,
+        examples_per_direction=1,
+        anchor_weight="auto",
+        anchor_directions=2,
+    ),
     "measured step size": kept(
         "terms", "cpu", normalize=True, lr="auto", top={"scheduler": WARMUP_OF_AUTO}
     ),

@@ -2,7 +2,6 @@
 the annealing rule.
 """
 
-import itertools
 import math
 import random
 from collections.abc import Iterable
@@ -13,14 +12,17 @@ from torch import Tensor
 from torch.nn import functional
 
 from tests.reference.dense import DenseReference, loss_of_module, named_parameters_of
-from zods.config.schema import parse_section
-from zods.core.anchor_weight import AnchorWeight, record_products
+from tests.reference.variance import (
+    BATCH,
+    NUM_EXAMPLES,
+    NUM_PARAMETERS,
+    LogisticRegression,
+    errors_at_equal_forwards,
+    errors_of_refresh,
+)
 from zods.core.annealing import WINDOW, Annealing, back_off, end_epoch, record_loss
 from zods.core.directions import derive_seed
 from zods.core.estimators import Term, descend, projected_grads, spsa, svrg
-from zods.core.example_groups import part_starts
-from zods.core.update_rule import StepRule
-from zods.data.order import anchor_order
 from zods.kernels import DISTRIBUTIONS, direction
 
 D = 50
@@ -290,42 +292,7 @@ def test_dense_mezo_descends():
 
 # --- the table of variances ---
 
-NUM_PARAMETERS, NUM_EXAMPLES, BATCH, DRAWS, ANCHOR_DIRECTIONS = 2000, 512, 64, 600, 16
-EPSILON = 1e-3
-
-
-class LogisticRegression:
-    """Mean of log(1 + exp(-y x.theta)), at many points theta + eps z at once.
-
-    Its gradient is known exactly.
-    """
-
-    def __init__(self) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.x = torch.randn(NUM_EXAMPLES, NUM_PARAMETERS, generator=generator, dtype=torch.float64)
-        truth = (
-            torch.randn(NUM_PARAMETERS, generator=generator, dtype=torch.float64)
-            * 2
-            / NUM_PARAMETERS**0.5
-        )
-        chance = torch.rand(NUM_EXAMPLES, generator=generator, dtype=torch.float64)
-        # the labels' signs
-        self.x *= torch.where(chance < torch.sigmoid(self.x @ truth), 1.0, -1.0)[:, None]
-
-    def grad(self, theta: Tensor) -> Tensor:
-        return -(torch.sigmoid(-(self.x @ theta)) @ self.x) / NUM_EXAMPLES
-
-    @staticmethod
-    def projected(x_dot_theta: Tensor, x_dot_z: Tensor, examples: Tensor | None) -> list[float]:
-        """projected_grads at theta for each direction, over all examples or over `examples`.
-
-        x_dot_theta: (examples,). x_dot_z: (directions, examples). examples: (1, batch), indices.
-        """
-        losses = []
-        for sign in (1, -1):
-            each = functional.softplus(-(x_dot_theta + sign * EPSILON * x_dot_z))
-            losses.append((each if examples is None else each.gather(1, examples)).mean(1).tolist())
-        return projected_grads([a - b for a, b in zip(*losses, strict=True)], EPSILON)
+DRAWS, ANCHOR_DIRECTIONS = 600, 16
 
 
 def mean_squared_errors() -> dict[str, float]:
@@ -392,87 +359,11 @@ def test_split_directions_of_a_refresh_add_the_noise_of_their_examples(number):
     gradients over the squared norm of their mean: 465 here, where labels are noisy, so that more
     than one direction gains little. On prompted language models N is 2 to 8.
     """
-    problem = LogisticRegression()
-    theta = torch.zeros(NUM_PARAMETERS, dtype=torch.float64)
-    gradients = -torch.sigmoid(-(problem.x @ theta))[:, None] * problem.x
-    grad, at_theta = gradients.mean(0), problem.x @ theta
-    noise = (gradients - grad).square().sum(1).mean() / grad.square().sum()
-    svrg = {"method": "mezo_svrg", "direction": "gaussian", "examples_per_direction": "all"}
-    rule = StepRule(parse_section({**svrg, "eps": EPSILON, "anchor_directions": number}))
-    error = 0.0
-    for draw in range(100):
-        seeds = rule.seeds("anchor", draw, number)
-        directions = torch.stack([z(seed, NUM_PARAMETERS) for seed in seeds])
-        order = anchor_order(NUM_EXAMPLES, examples=None, shuffled=True, seed=draw)
-        bounds = [*part_starts(NUM_EXAMPLES, number), NUM_EXAMPLES]
-        parts = [order[start:stop] for start, stop in itertools.pairwise(bounds)]
-        differences = []
-        for of_part, part in zip(directions, parts, strict=True):
-            plus, minus = (
-                functional.softplus(-(at_theta + sign * EPSILON * (problem.x @ of_part)))[part]
-                for sign in (1, -1)
-            )
-            differences.append(float((plus - minus).sum()) / NUM_EXAMPLES)
-        terms = rule.estimate_at_anchor(seeds, differences)
-        assert [term.seed for term in terms] == seeds
-        weights = torch.tensor([term.coefficient for term in terms], dtype=torch.float64)
-        error += float((weights @ directions - grad).square().sum() / grad.square().sum()) / 100
-    expected = NUM_PARAMETERS * (1 / number + float(noise) / NUM_EXAMPLES)
-    assert error == pytest.approx(expected, rel=0.2)
-
-
-def errors_of_per_example_svrg(descents: int, walk: int) -> dict[str, float]:
-    """The mean of |estimate - gradient|^2 / |gradient|^2, `walk` steps after a refresh.
-
-    The anchor is the point after `descents` steps of gradient descent from 0. MeZO-SVRG has a
-    direction per example of a batch of 64, 64 anchor directions on the whole set and the measured
-    weight. MeZO has one direction for twice the examples, which are as many forwards.
-    """
-    problem, draws, lr = LogisticRegression(), 60, 0.003
-    anchor = torch.zeros(NUM_PARAMETERS, dtype=torch.float64)
-    for _ in range(descents):
-        anchor = anchor - problem.grad(anchor)
-    svrg = {"method": "mezo_svrg", "direction": "gaussian", "examples_per_direction": 1}
-    rule = StepRule(parse_section({**svrg, "eps": EPSILON}))
-    generator = torch.Generator().manual_seed(1)
-
-    def differences(at: Tensor, rows: Tensor, directions: Tensor) -> Tensor:
-        """L_i(at + eps z_i) - L_i(at - eps z_i) of the examples `rows`, (rows,)."""
-        x = problem.x[rows]
-        moved = EPSILON * (x * directions).sum(1)
-        return functional.softplus(-(x @ at + moved)) - functional.softplus(-(x @ at - moved))
-
-    def dense_of(terms: tuple[Term, ...]) -> Tensor:
-        coefficients = torch.tensor([term.coefficient for term in terms], dtype=torch.float64)
-        return coefficients @ torch.stack([z(term.seed, NUM_PARAMETERS) for term in terms])
-
-    def anchor_gradient(draw: int) -> Tensor:
-        seeds = [derive_seed(0, "anchor", draw, k) for k in range(64)]
-        directions = torch.stack([z(seed, NUM_PARAMETERS) for seed in seeds])
-        grads = problem.projected(problem.x @ anchor, directions @ problem.x.T, None)
-        return dense_of(tuple(spsa(seeds, grads)))
-
-    theta, state, errors = anchor, AnchorWeight(), {"mezo": 0.0, "svrg": 0.0}
-    g = anchor_gradient(0)
-    for draw in range(walk + draws):
-        rows = torch.randperm(NUM_EXAMPLES, generator=generator)[: 2 * BATCH]
-        seeds = [rule.step_seeds(draw, group)[0][0] for group in range(BATCH)]
-        directions = torch.stack([z(seed, NUM_PARAMETERS) for seed in seeds])
-        pairs = [differences(at, rows[:BATCH], directions) for at in (theta, anchor)]
-        found = rule.estimate(draw, torch.stack(pairs, 1).tolist(), state.value)
-        estimate = dense_of(found.terms) + state.value * g
-        state = record_products(state, found.products)
-        if draw < walk:
-            theta = theta - lr * estimate
-            continue
-        grad = problem.grad(theta)
-        errors["svrg"] += float((estimate - grad).square().sum() / grad.square().sum()) / draws
-        g = anchor_gradient(draw)
-        one = z(derive_seed(0, "step", draw), NUM_PARAMETERS)
-        mean = float(differences(theta, rows, one.expand(2 * BATCH, -1)).mean())
-        estimate = projected_grads([mean], EPSILON)[0] * one
-        errors["mezo"] += float((estimate - grad).square().sum() / grad.square().sum()) / draws
-    return errors
+    found = errors_of_refresh(number, draws=100)
+    assert found["noise"] == pytest.approx(465, abs=1)
+    assert found["whole passes"] == pytest.approx(NUM_PARAMETERS / number, rel=0.2)
+    expected = NUM_PARAMETERS * (1 / number + found["noise"] / NUM_EXAMPLES)
+    assert found["one pass"] == pytest.approx(expected, rel=0.2)
 
 
 @pytest.mark.parametrize(("descents", "times"), [(0, 5), (300, 100)], ids=["far", "near"])
@@ -480,9 +371,9 @@ def test_svrg_with_a_direction_per_example_has_a_fraction_of_the_error_of_mezo(d
     """20 steps after a refresh, at equal forwards. Seen: 6,758 and 754 far from the optimum, 9,892
     and 31 near it. The error of 64 anchor directions alone is 2,000 / 64 = 31.
     """
-    errors = errors_of_per_example_svrg(descents, walk=20)
-    assert errors["svrg"] * times <= errors["mezo"]
-    assert errors["svrg"] >= 0.8 * NUM_PARAMETERS / 64
+    errors = errors_at_equal_forwards(descents)
+    assert errors["svrg, per example"] * times <= errors["mezo"]
+    assert errors["svrg, per example"] >= 0.8 * NUM_PARAMETERS / 64
 
 
 # --- annealing ---
