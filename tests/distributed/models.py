@@ -308,6 +308,7 @@ def state(engine: Any) -> dict[str, Any]:
         "lr": engine.get_lr(),
         "scheduler": engine.lr_scheduler and engine.lr_scheduler.state_dict(),
         "annealing": engine.annealing,
+        "anchor weight": engine.run.state.anchor_weight,
         **selected,
     }
 
