@@ -123,6 +123,16 @@ def finetune_on_ranks(world_size: int, options: Sequence[Any]) -> list[list[str]
     return run_ranks(world_size, _rank_of_command_line, list(map(str, options)))
 
 
+def finetune_in_turn(world_size: int, runs: Sequence[Sequence[Any]]) -> list[list[list[str]]]:
+    """Run the command line with each of these options in turn, in one launch of forked ranks.
+
+    Returns the messages of each run, by rank.
+    """
+    return run_ranks(
+        world_size, _rank_of_runs_in_turn, [list(map(str, options)) for options in runs]
+    )
+
+
 def refusals_on_ranks(world_size: int, options: Sequence[Any]) -> list[str]:
     """Start the command line, which has to refuse its input: the error of each rank."""
     return run_ranks(world_size, _rank_of_refused_command_line, list(map(str, options)))
@@ -136,6 +146,10 @@ def _rank_of_command_line(options: list[str]) -> list[str]:
     zods.finetune.finetune(arguments, *run)
     run[0].close()
     return messages.texts
+
+
+def _rank_of_runs_in_turn(runs: list[list[str]]) -> list[list[str]]:
+    return [_rank_of_command_line(options) for options in runs]
 
 
 def _rank_of_refused_command_line(options: list[str]) -> str:

@@ -127,3 +127,11 @@ def loss_of_texts(model: Any, objective: str) -> Callable[[dict[str, Tensor], An
         return -float(score(texts, batch.get("example_references", answers)).mean())
 
     return loss
+
+
+def opens_with_reference(texts: list[str], references: list[list[str]]) -> Tensor:
+    """1 where a text begins with one of its references, 0 elsewhere."""
+    found = [
+        text.startswith(tuple(of_text)) for text, of_text in zip(texts, references, strict=True)
+    ]
+    return torch.tensor(found, dtype=torch.float64)

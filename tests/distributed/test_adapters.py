@@ -19,7 +19,7 @@ from tests.distributed.command_line import (
 )
 from tests.distributed.models import configuration, opt_data
 from tests.distributed.ranks import options_of, run_ranks
-from tests.distributed.zoo import zoo_model
+from tests.distributed.zoo import VOCABULARY, zoo_model
 from tests.helpers import asked_for, sampled
 from zods.cli.run_folder import read_metrics
 
@@ -173,3 +173,149 @@ def test_an_adapter_that_would_leave_a_new_head_untrained_is_refused(tmp_path):
     )
     (found,) = refusals_on_ranks(1, options)
     assert "TRAINABLE_TOKENS trains no module as a whole, but score.weight " in found
+
+
+# --- resized embeddings ---------------------------------------------------------------------------
+
+NEW_TOKENS = 4
+# (keys of the adapter, whether the head is the embedding) by model
+RESIZED: dict[str, tuple[dict[str, Any], bool]] = {
+    "llama": ({"modules_to_save": ["embed_tokens", "lm_head"]}, False),
+    "opt": ({"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, True),
+}
+
+
+def resized(name: str, seed: int) -> Any:
+    """A model with rows for new tokens, drawn by the seed."""
+    model = zoo_model(name)
+    torch.manual_seed(seed)
+    model.resize_token_embeddings(VOCABULARY + NEW_TOKENS)
+    return model
+
+
+def data_with_new_tokens() -> list[dict[str, torch.Tensor]]:
+    """Rows of which every second token is a new one."""
+    rows = []
+    for row in data_of():
+        ids = row["input_ids"].clone()
+        ids[::2] = VOCABULARY + ids[::2] % NEW_TOKENS
+        rows.append({**row, "input_ids": ids, "labels": ids})
+    return rows
+
+
+def rank_of_resized(name: str, stage: int, folder: Path) -> dict[str, Any]:
+    keys, _ = RESIZED[name]
+    base = resized(name, 1)
+    before = base.get_input_embeddings().weight.detach().clone()
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, **keys, **CAUSAL))
+    data = data_with_new_tokens()
+    batch = {key: torch.stack([row[key] for row in data[:2]]) for key in data[0]}
+    section = {"direction": "low_rank", "examples_per_direction": 1, "normalize": True}
+    config = configuration(4, stage=stage, method="mezo", **{**section, "lr": 1e-2})
+    engine = zods.initialize(model=model, config=config, training_data=data)[0]
+    losses = [engine.train_batch() for _ in range(STEPS)]
+    engine.save_pretrained(folder)
+    engine.eval()
+    logits = engine(batch).logits.float()
+    # other rows for the new tokens, which are to be replaced by those of the folder
+    loaded = peft.PeftModel.from_pretrained(resized(name, 2), folder).eval()
+    with torch.no_grad():
+        again = loaded(**batch).logits
+    rows = loaded.get_input_embeddings().weight.detach()
+    return {
+        "losses": losses,
+        "logits": float((logits - again).abs().max()),
+        "moved": float((rows - before)[VOCABULARY:].abs().max()),
+        "tied": loaded.get_output_embeddings().weight.data_ptr() == rows.data_ptr(),
+        "files": sorted(path.name for path in folder.iterdir()),
+    }
+
+
+@pytest.mark.slow  # an adapter that saves its embeddings is among the default kinds
+@pytest.mark.parametrize("name", RESIZED)
+def test_an_adapter_with_resized_embeddings_is_trained_and_loaded_with_the_same_outputs(
+    name: str, tmp_path: Path
+) -> None:
+    (whole,) = run_ranks(1, rank_of_resized, name, 0, tmp_path / "whole")
+    sharded, _ = run_ranks(2, rank_of_resized, name, 3, tmp_path / "sharded")
+    assert sharded["losses"] == pytest.approx(whole["losses"], rel=1e-4)
+    assert len(set(whole["losses"])) == STEPS
+    for found in (whole, sharded):
+        assert found["logits"] < 1e-5
+        assert found["moved"] > 1e-4, "the rows of new tokens are trained"
+        assert found["tied"] == RESIZED[name][1]
+        assert {"adapter_config.json", "adapter_model.safetensors"} <= set(found["files"])
+        assert not any(file.startswith("model") for file in found["files"])
+
+
+# --- quantised weights ----------------------------------------------------------------------------
+
+
+class Int8Linear(torch.nn.Linear):
+    """A linear layer with frozen integers as weights, and a scale for each row."""
+
+    def __init__(self, of: torch.nn.Linear, dtype: torch.dtype) -> None:
+        super().__init__(of.in_features, of.out_features, bias=False)
+        scale = of.weight.detach().abs().amax(1, keepdim=True) / 127
+        weight = (of.weight.detach() / scale).round().to(dtype)
+        self.weight = torch.nn.Parameter(weight, requires_grad=False)
+        self.scale = torch.nn.Parameter(scale, requires_grad=False)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        weight = self.weight.to(input.dtype) * self.scale.to(input.dtype)
+        return torch.nn.functional.linear(input, weight)
+
+
+def quantised(dtype: torch.dtype) -> Any:
+    """A decoder whose attention and MLP keep integers as weights, in this dtype."""
+    model = zoo_model("llama")
+    for parent in list(model.model.layers.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, torch.nn.Linear):
+                setattr(parent, name, Int8Linear(child, dtype))
+    return model
+
+
+def rank_of_quantised(stage: int, dtype: torch.dtype, folder: Path) -> dict[str, Any]:
+    torch.manual_seed(0)
+    model = peft.get_peft_model(quantised(dtype), KINDS["LoRA"])
+    data = data_of()
+    batch = {key: torch.stack([row[key] for row in data[:2]]) for key in data[0]}
+    section = {"direction": "low_rank", "examples_per_direction": 1, "normalize": True}
+    config = configuration(4, stage=stage, method="mezo", **{**section, "lr": 1e-2})
+    engine = zods.initialize(model=model, config=config, training_data=data)[0]
+    losses = [engine.train_batch() for _ in range(STEPS)]
+    engine.save_pretrained(folder)
+    engine.eval()
+    logits = engine(batch).logits.float()
+    after = {name: value.cpu() for name, value in engine.state_dict().items()}
+    loaded = peft.PeftModel.from_pretrained(quantised(dtype), folder).eval()
+    with torch.no_grad():
+        again = loaded(**batch).logits
+    expected = loaded.state_dict()
+    return {
+        "losses": losses,
+        "logits": float((logits - again).abs().max()),
+        "int8": sum(value.dtype == torch.int8 for value in after.values()),
+        "kept": all(
+            torch.equal(value, expected[name])
+            for name, value in after.items()
+            if value.dtype == torch.int8
+        ),
+    }
+
+
+@pytest.mark.slow  # frozen float weights are among the default kinds
+def test_lora_on_frozen_int8_weights_makes_the_steps_of_the_same_integers_in_floats(
+    tmp_path: Path,
+) -> None:
+    (floats,) = run_ranks(1, rank_of_quantised, 0, torch.float32, tmp_path / "floats")
+    (whole,) = run_ranks(1, rank_of_quantised, 0, torch.int8, tmp_path / "whole")
+    sharded = run_ranks(2, rank_of_quantised, 3, torch.int8, tmp_path / "sharded")[0]
+    assert floats["int8"] == 0
+    assert len(set(floats["losses"])) == STEPS
+    for found in (whole, sharded):
+        assert found["losses"] == pytest.approx(floats["losses"], rel=1e-6)
+        assert found["int8"] == 14, "seven layers in each of two blocks"
+        assert found["kept"]
+        assert found["logits"] < 1e-5

@@ -409,6 +409,32 @@ def test_an_adapter_is_trained_resumed_and_saved_as_a_folder_of_peft(tmp_path: P
     peft.PeftModel.from_pretrained(tiny_opt(), tmp_path / "saved")
 
 
+# --- reports --------------------------------------------------------------------------------------
+
+
+def rank_of_reports(folder: Path) -> list[dict[str, float]]:
+    """The log history of a trainer that reports to tensorboard."""
+    config = CASES["stage 3, bf16, SVRG"][1]
+    args = arguments(folder, config, report_to="tensorboard", eval_strategy="steps", eval_steps=4)
+    trainer = trainer_of(args, eval_dataset=opt_data(6))
+    trainer.train()
+    return trainer.state.log_history
+
+
+@pytest.mark.slow  # the logs themselves are compared by default
+def test_tensorboard_gets_every_logged_quantity_of_every_step(tmp_path: Path):
+    reading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    history = run_ranks(2, rank_of_reports, tmp_path)[0]
+    (events,) = tmp_path.rglob("events.out.tfevents.*")  # rank 0 alone writes
+    written = reading.EventAccumulator(str(events)).Reload()
+    for key in ("loss", "learning_rate", "projected_grad", "eval_loss"):
+        tag = f"eval/{key.removeprefix('eval_')}" if key.startswith("eval_") else f"train/{key}"
+        expected = [(row["step"], numpy.float32(row[key])) for row in history if key in row]
+        assert len(expected) == (2 if key == "eval_loss" else STEPS)
+        found = written.Scalars(tag)
+        assert [(event.step, numpy.float32(event.value)) for event in found] == expected, key
+
+
 # --- the arguments --------------------------------------------------------------------------------
 
 
