@@ -4,11 +4,12 @@
 # BASE needs Python 3.11 or newer and apt. Name it by digest (debian@sha256:...) for builds that can be repeated.
 ARG BASE=debian:12-slim
 FROM ${BASE}
+# The host keys of ssh are removed: everybody who has the image would know them. `ssh-keygen -A` makes new ones.
 # The compiler stays: kernels are built for the processor that they run on, at their first use.
 RUN apt-get update && apt-get install -y --no-install-recommends \
       python3 python3-dev python3-venv g++ git ca-certificates libaio-dev numactl \
       openssh-server openssh-client pdsh iproute2 \
-    && rm -rf /var/lib/apt/lists/* && mkdir -p /run/sshd
+    && apt-get clean && rm -rf /var/lib/apt/lists/* /etc/ssh/ssh_host_* && mkdir -p /run/sshd
 WORKDIR /zods
 COPY constraints.txt pyproject.toml setup.py README.md LICENSE ./
 COPY zods zods
