@@ -230,3 +230,10 @@ def hosts(count: int, folder: Path) -> Iterator[Hosts]:
         yield made
     finally:
         made.close()
+
+
+def by_mpirun(two: Hosts, options: list[str]) -> tuple[int, str]:
+    """Start zods.finetune with a rank on each of two hosts: (exit status, output)."""
+    command = ["bash", "launch/mpirun.sh", "--allow-run-as-root", "-n", "2"]
+    command += ["--host", "node1,node2", "--", *options]
+    return two.run(1, command, ZODS_INTERFACE="eth0")

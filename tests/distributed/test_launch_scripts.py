@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from tests.distributed.command_line import (
     outcome,
     write_inputs,
 )
-from tests.distributed.hosts import Hosts, hosts
+from tests.distributed.hosts import Hosts, by_mpirun, hosts
 from tests.distributed.ranks import (
     LIMIT,
     REPOSITORY,
@@ -33,6 +34,7 @@ from tests.distributed.ranks import (
     run_ranks,
 )
 from zods.comm.communicator import Communicator
+from zods.trajectory.log import read_log
 
 LAUNCH = REPOSITORY / "launch"
 ENDLESS = 10**6  # steps of a job that is interrupted
@@ -58,19 +60,22 @@ def ended(folder: Path, output: str) -> Outcome:
     return found
 
 
-def by_torchrun(folder: Path, ranks: int) -> Outcome:
+def by_torchrun(folder: Path, ranks: int, output: str, **options: Any) -> Outcome:
     """What `torchrun` with some ranks on one host ends with."""
     with master_port() as port:
         command = ["bash", str(LAUNCH / "torchrun.sh"), "--nproc_per_node", str(ranks)]
-        command += ["--master_port", str(port), "--", *launched_options(folder, f"torchrun{ranks}")]
-        code, output = run_command(command, REPOSITORY)
-    assert code == 0, output[-4000:]
-    return ended(folder, f"torchrun{ranks}")
+        command += ["--master_port", str(port), "--"]
+        command += launched_options(folder, output, **options)
+        code, said = run_command(command, REPOSITORY)
+    assert code == 0, said[-4000:]
+    return outcome(folder / output)
 
 
 @pytest.fixture(scope="module")
 def on_one_host(folder: Path) -> Outcome:
-    return by_torchrun(folder, 2)
+    found = by_torchrun(folder, 2, "torchrun2")
+    assert found.steps == LAUNCHED_STEPS
+    return found
 
 
 def by_hostfile(some: Hosts, folder: Path, output: str) -> Outcome:
@@ -92,20 +97,18 @@ def test_four_hosts_end_with_the_bits_of_one_host(folder, tmp_path):
     with hosts(4, tmp_path / "shared") as four:
         names = (f"node{number}" for number in range(1, 5))
         (four.folder / "hostfile").write_text("".join(f"{name} slots=1\n" for name in names))
-        assert by_hostfile(four, folder, "four") == by_torchrun(folder, 4)
+        assert by_hostfile(four, folder, "four") == by_torchrun(folder, 4, "torchrun4")
 
 
-def test_mpirun_on_two_hosts_with_scalars_through_mpi_ends_with_the_bits_of_one_host(
-    two, folder, on_one_host
-):
-    section = {**LAUNCHED["zeroth_order"], "comm": "mpi"}
+@pytest.mark.parametrize("channel", ["mpi", pytest.param("torch", marks=pytest.mark.slow)])
+def test_mpirun_on_two_hosts_ends_with_the_bits_of_one_host(channel, two, folder, on_one_host):
+    """The ranks' scalars travel through MPI, or through torch.distributed, the default."""
+    section = {**LAUNCHED["zeroth_order"], **({"comm": "mpi"} if channel == "mpi" else {})}
     (folder / "mpi.json").write_text(json.dumps({**LAUNCHED, "zeroth_order": section}))
-    command = ["bash", "launch/mpirun.sh", "--allow-run-as-root", "-n", "2"]
-    command += ["--host", "node1,node2", "--"]
-    command += launched_options(folder, "mpirun", deepspeed_config=folder / "mpi.json")
-    code, output = two.run(1, command, ZODS_INTERFACE="eth0")
-    assert code == 0, output[-4000:]
-    assert ended(folder, "mpirun") == on_one_host
+    options = launched_options(folder, channel, deepspeed_config=folder / "mpi.json")
+    code, said = by_mpirun(two, options)
+    assert code == 0, said[-4000:]
+    assert ended(folder, channel) == on_one_host
 
 
 @pytest.mark.skipif(shutil.which("numactl") is None, reason="--bind_cores_to_rank needs numactl")
@@ -154,20 +157,6 @@ def test_a_wrong_hostfile_or_host_is_named_before_anything_is_started(two, folde
     assert not (folder / "never").exists()
 
 
-def test_a_host_with_other_files_of_zods_is_named(two, tmp_path):
-    """The second host sees an older file in the place of one of zods's."""
-    other = tmp_path / "other.py"
-    other.write_text("# an older version\n")
-    name = "zods/core/step_size.py"
-    assert two.run(2, ["mount", "--bind", str(other), str(REPOSITORY / name)])[0] == 0
-    try:
-        code, output = two.run(1, ["python", "-m", "zods.cli.hosts", str(two.folder / "hostfile")])
-    finally:
-        assert two.run(2, ["umount", str(REPOSITORY / name)])[0] == 0
-    assert code == 2
-    assert re.search(r"error: node2: zods's files is \w+, but \w+ on node1\. Install", output)
-
-
 def test_a_host_that_is_cut_off_is_named_before_anything_is_started(two, folder):
     two.cut_off(2)
     try:
@@ -180,7 +169,71 @@ def test_a_host_that_is_cut_off_is_named_before_anything_is_started(two, folder)
     assert not (folder / "never").exists()
 
 
+# --- a link that breaks ------------------------------------------------------------------------------
+
+CUT_STEPS = 200  # that take longer than it takes to notice the third
+HANG = 5.0  # seconds
+ENDS_WITHIN = HANG + 30.0  # seconds: the roll call, and what a busy machine adds
+GIVEN_UP_WITHIN = 180.0  # seconds: ssh gives a silent host up after 120
+
+
+def ranks_of(run: Path) -> list[int]:
+    """The processes of a run's ranks, on all hosts."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # ended meanwhile
+            words = path.read_text(errors="replace").split("\0")
+            if "zods.finetune" in words and str(run) in words and "--local_rank=0" in words:
+                found.append(int(path.parent.name))
+    return found
+
+
+@pytest.mark.slow
+def test_a_link_cut_during_a_run_ends_every_rank_and_the_resumed_run_has_the_same_bits(two, folder):
+    """The launcher and rank 0 are on node1; node2 is cut off, and stays so until the launcher ends."""
+    section = {**LAUNCHED["zeroth_order"], "hang_timeout": HANG}
+    (folder / "hang.json").write_text(json.dumps({**LAUNCHED, "zeroth_order": section}))
+    options = {"max_steps": CUT_STEPS, "deepspeed_config": folder / "hang.json"}
+    undisturbed = by_torchrun(folder, 2, "uncut", **options)
+    launcher = ["bash", "launch/deepspeed.sh", "--hostfile", str(two.folder / "hostfile"), "--"]
+    run, log = folder / "cut", folder / "cut.out"
+    command = [*launcher, *launched_options(folder, "cut", **options)]
+    with log.open("w") as said:
+        process = two.popen(1, command, said, ZODS_INTERFACE="eth0")
+    try:
+        waits_for_step(process, run, log, 3)
+        assert len(ranks_of(run)) == 2
+        two.cut_off(2)
+        cut_at = time.monotonic()
+        while left := ranks_of(run):
+            assert time.monotonic() < cut_at + ENDS_WITHIN, (left, log.read_text()[-4000:])
+            time.sleep(0.2)
+        assert process.wait(GIVEN_UP_WITHIN) == 75, log.read_text()[-4000:]
+    finally:
+        two.connect(2)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert log.read_text().count("zods: rank 1 does not answer") == 1
+    made = read_log(run / "trajectory.log").num_steps
+    assert made == (run / "metrics.jsonl").read_text().count('"train"') < CUT_STEPS
+
+    command = [*launcher, *launched_options(folder, "cut", resume="auto", **options)]
+    code, output = two.run(1, command, ZODS_INTERFACE="eth0")
+    assert code == 0, output[-4000:]
+    assert outcome(run) == undisturbed
+
+
 # --- exit statuses ------------------------------------------------------------------------------------
+
+
+def waits_for_step(process: subprocess.Popen, run: Path, log: Path, step: int) -> None:
+    """Wait until a run has made so many steps. log: what its launcher prints."""
+    metrics = run / "metrics.jsonl"
+    deadline = time.monotonic() + LIMIT
+    while not metrics.exists() or metrics.read_text().count('"train"') < step:
+        assert time.monotonic() < deadline, log.read_text()[-4000:]
+        assert process.poll() is None, log.read_text()[-4000:]
+        time.sleep(0.1)
 
 
 def started(folder: Path, output: str, launcher: list[str]) -> tuple[subprocess.Popen, Path]:
@@ -194,12 +247,7 @@ def started(folder: Path, output: str, launcher: list[str]) -> tuple[subprocess.
         stderr=subprocess.STDOUT,
         start_new_session=True,
     )
-    metrics = folder / output / "metrics.jsonl"
-    deadline = time.monotonic() + LIMIT
-    while not (metrics.exists() and '"train"' in metrics.read_text()):
-        assert time.monotonic() < deadline, log.read_text()[-4000:]
-        assert process.poll() is None, log.read_text()[-4000:]
-        time.sleep(0.1)
+    waits_for_step(process, folder / output, log, 1)
     return process, log
 
 

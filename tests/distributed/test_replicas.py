@@ -240,19 +240,25 @@ def rank_of_two_lives(name: str, folder: Path, store: str) -> list[dict[str, Any
     return [first, second]
 
 
-def test_a_replica_that_dies_is_left_out_and_ends_with_the_same_bits_after_a_restart(tmp_path):
+DEATHS = ["svrg", pytest.param("svrg as terms, bf16", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("name", DEATHS)
+def test_a_replica_that_dies_is_left_out_and_ends_with_the_same_bits_after_a_restart(
+    name, tmp_path
+):
     results: list[Any] = []
     pauses = {5: "ready", 10: "back"}
 
     def leader() -> None:
-        results.extend(run_ranks(1, rank_of_leader, "svrg", tmp_path, store, pauses))
+        results.extend(run_ranks(1, rank_of_leader, name, tmp_path, store, pauses))
 
     store = store_address()
     thread = threading.Thread(target=leader)
     thread.start()
     with pytest.raises(pytest.fail.Exception, match="exit code -9"):
-        run_ranks(1, rank_of_one_that_dies, "svrg", tmp_path, store, 8)
-    (again,) = run_ranks(1, rank_of_joiner, "svrg", tmp_path, store, 3, STEPS, "back")
+        run_ranks(1, rank_of_one_that_dies, name, tmp_path, store, 8)
+    (again,) = run_ranks(1, rank_of_joiner, name, tmp_path, store, 3, STEPS, "back")
     thread.join()
     (found,) = results
     assert found["counts"][8:10] == [1, 1], "the others went on"
@@ -415,8 +421,8 @@ def test_a_straggler_is_left_out_and_catches_up_without_a_restart(name, tmp_path
     assert counts.index(2) < len(counts) - 1 - counts[::-1].index(1), "it was there before"
 
 
-def rank_of_leader_that_dies(folder: Path, store: str) -> None:
-    engine = build("svrg", {"store": store})
+def rank_of_leader_that_dies(folder: Path, store: str, name: str) -> None:
+    engine = build(name, {"store": store})
     engine.resume(folder / "log")
     (folder / "begun").touch()
     while len(engine.replicas.members) == 1:
@@ -425,9 +431,9 @@ def rank_of_leader_that_dies(folder: Path, store: str) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def leader_dies(folder: Path, store: str) -> None:
+def leader_dies(folder: Path, store: str, name: str = "svrg") -> None:
     with pytest.raises(pytest.fail.Exception, match="exit code -9"):
-        run_ranks(1, rank_of_leader_that_dies, folder, store)
+        run_ranks(1, rank_of_leader_that_dies, folder, store, name)
 
 
 def refusal_of_a_replica(folder: Path, store: str, seconds: float, match: str) -> str:
@@ -473,9 +479,9 @@ def touch_when_it_is_back(engine: Any, path: Path) -> None:
     path.touch()
 
 
-def rank_that_outlives_the_leader(folder: Path, store: str) -> dict[str, Any]:
+def rank_that_outlives_the_leader(name: str, folder: Path, store: str) -> dict[str, Any]:
     waits_for(folder / "begun")
-    engine = build("svrg", {"store": store, "index": 1, "leader_timeout": LIMIT})
+    engine = build(name, {"store": store, "index": 1, "leader_timeout": LIMIT})
     engine.resume(folder / "none")
     if torch.distributed.get_rank() == 0:
         threading.Thread(target=touch_when_it_is_back, args=(engine, folder / "ready")).start()
@@ -487,16 +493,19 @@ def rank_that_outlives_the_leader(folder: Path, store: str) -> dict[str, Any]:
     return found
 
 
-def test_the_others_survive_a_leader_that_is_killed_and_started_again(tmp_path):
+@pytest.mark.parametrize("name", DEATHS)
+def test_the_others_survive_a_leader_that_is_killed_and_started_again(name, tmp_path):
     store, found = store_address(), []
     thread = threading.Thread(
-        target=lambda: found.extend(run_ranks(2, rank_that_outlives_the_leader, tmp_path, store))
+        target=lambda: found.extend(
+            run_ranks(2, rank_that_outlives_the_leader, name, tmp_path, store)
+        )
     )
     thread.start()
-    leader_dies(tmp_path, store)
+    leader_dies(tmp_path, store, name)
     before = read_log(tmp_path / "log" / "trajectory.log").num_steps
     # it goes on alone for some steps, and pauses until the other is there again
-    leader = run_ranks(1, rank_of_leader, "svrg", tmp_path, store, {before + 2: "ready"})
+    leader = run_ranks(1, rank_of_leader, name, tmp_path, store, {before + 2: "ready"})
     thread.join()
     assert {rank["weights"] for rank in [*leader, *found]} == {leader[0]["weights"]}
     assert {rank["head"] for rank in [*leader, *found]} == {leader[0]["head"]}

@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, NoReturn
 
 from zods.comm.communicator import Communicator
+from zods.comm.process import write_exit_status
 from zods.comm.stop_request import EXIT_CODE
 from zods.comm.store import Board
 
@@ -34,9 +35,9 @@ ANSWER_SECONDS = 4.0  # for a rank to answer a call; it looks for one every LOOK
 VERDICT_SECONDS = 3.0  # for the rank that reports to write the message
 LINGER_SECONDS = 1.5  # between the verdict and the process's end, for the others to read it
 STORE_SECONDS = 5.0  # time for the store to take this rank's answer
-WRITE_SECONDS = 2.0  # time for a write to standard output or error
+WRITE_SECONDS = 2.0  # time for a write to standard output or error, or of the exit status
 SLOWEST_DISK = 10e6  # bytes per second that a rank can write, at least
-ROLL_CALL_SECONDS = ANSWER_SECONDS + VERDICT_SECONDS + LINGER_SECONDS + 2 * WRITE_SECONDS
+ROLL_CALL_SECONDS = ANSWER_SECONDS + VERDICT_SECONDS + LINGER_SECONDS + 3 * WRITE_SECONDS
 
 AGAIN = "The run stops here; start it again with the same command to go on."
 
@@ -358,6 +359,7 @@ def _end(text: str = "") -> NoReturn:
     """
     if text:
         _say(text)
+    _within(WRITE_SECONDS, write_exit_status, EXIT_CODE)
     _within(WRITE_SECONDS, sys.stdout.flush)
     # no other thread gets the interpreter's lock within that interval
     sys.setswitchinterval(2 * LINGER_SECONDS)

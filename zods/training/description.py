@@ -8,8 +8,6 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import torch
-
 from zods.kernels import fingerprint
 from zods.params.zero3_adapter import is_sharded, release_gathered
 from zods.training.rank_agreement import describe_data
@@ -71,10 +69,11 @@ def num_digested(header: Header | None) -> int | None:
     return int(number) if digest and number.isdigit() else None
 
 
-def configuration_of(module: torch.nn.Module) -> dict[str, Any] | None:
+def configuration_of(module: Any) -> dict[str, Any] | None:
     """The configuration of a model of transformers, and of its adapters of PEFT, as JSON.
 
     None for other models. Keys that do not change what the model computes are left out.
+    module: the model, or another object with its `config`.
     """
     config = getattr(module, "config", None)
     if not hasattr(config, "to_dict"):
