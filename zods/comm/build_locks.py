@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-import time
+import tempfile
 from pathlib import Path
 
 from torch.utils import cpp_extension
@@ -58,10 +58,16 @@ def stale_locks() -> list[Path]:
     return [lock for lock, process in holders().items() if process is None]
 
 
+def age(lock: Path) -> float:
+    """Seconds since `lock` was taken, by the clock of its file system, which other machines share."""
+    with tempfile.NamedTemporaryFile(dir=lock.parent) as now:
+        return os.fstat(now.fileno()).st_mtime - lock.stat().st_mtime
+
+
 if __name__ == "__main__":
     for stale in stale_locks():
         with contextlib.suppress(FileNotFoundError):
             # a younger one may be of another machine that shares the folder
-            if time.time() - stale.stat().st_mtime > SECONDS:
+            if age(stale) > SECONDS:
                 print(f"zods: removing {stale}, the lock of a killed build", file=sys.stderr)
                 stale.unlink()
