@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 import torch
 
+import zods
 import zods.finetune
 from tests.distributed.command_line import MODEL, prompted_options, write_inputs, write_rows
-from tests.distributed.models import Tiny, configuration, tiny_data
+from tests.distributed.models import Tiny, configuration, tiny_data, tiny_opt
 from tests.distributed.ranks import launch, options_of, run_command, run_ranks
 from tests.helpers import sampled
 from zods.cli.arguments import parse_arguments
@@ -232,6 +233,19 @@ def rank_of_other_weights(folder: Path) -> str:
     with pytest.raises(RuntimeError, match=r".") as error:
         zods.finetune.start(arguments)
     return str(error.value)
+
+
+def rank_of_another_configuration() -> str:
+    model = tiny_opt()
+    model.config.dropout = 0.1 * torch.distributed.get_rank()
+    with pytest.raises(RuntimeError, match=r".") as error:
+        zods.initialize(model=model, config=configuration(8, method="mezo"))
+    return str(error.value)
+
+
+def test_models_that_differ_in_their_configuration_alone_are_refused():
+    for said in run_ranks(2, rank_of_another_configuration):
+        assert said.startswith("rank 1: the model's configuration")
 
 
 def test_other_base_weights_on_one_rank_are_refused_before_they_are_loaded(tmp_path):
