@@ -42,9 +42,16 @@ def metadata_of(package: str) -> Path:
     return Path(next(file for file in files if file.name == "METADATA").locate())
 
 
-def version_zero(package: str, folder: Path) -> Path:
+def other_version(package: str) -> str:
+    """A version that other packages accept, too."""
+    major, minor, *_ = importlib.metadata.version(package).split(".")
+    return f"{major}.{minor}.99"
+
+
+def metadata_of_other_version(package: str, folder: Path) -> Path:
     """A copy of the package's metadata with another version."""
-    text, count = re.subn(r"(?m)^Version: .*$", "Version: 0.0.1", metadata_of(package).read_text())
+    version, text = f"Version: {other_version(package)}", metadata_of(package).read_text()
+    text, count = re.subn(r"(?m)^Version: .*$", version, text)
     assert count == 1
     copy = folder / f"{package}-metadata"
     copy.write_text(text)
@@ -69,12 +76,14 @@ def test_a_host_with_other_files_of_zods_is_named(two, tmp_path):
 
 @pytest.mark.parametrize("package", ["torch", pytest.param("deepspeed", marks=pytest.mark.slow)])
 def test_a_host_with_another_version_of_a_package_is_named(package, two, tmp_path):
-    with seen_by_node2(two, metadata_of(package), version_zero(package, tmp_path)):
+    other = metadata_of_other_version(package, tmp_path)
+    with seen_by_node2(two, metadata_of(package), other):
         code, output = check_of_hosts(two)
     here = importlib.metadata.version(package)
     assert code == 2
     assert output.splitlines() == [
-        f"zods: error: node2: {package} is 0.0.1, but {here} on node1. Install the same."
+        f"zods: error: node2: {package} is {other_version(package)}, but {here} on node1. "
+        "Install the same."
     ]
 
 
@@ -119,7 +128,7 @@ def test_a_rank_whose_host_has_something_else_is_named_before_the_model_is_loade
     elif what == "model configuration":
         path, content = of_model, changed_json(of_model, other, hidden_act="gelu")
     else:
-        path, content = metadata_of(what), version_zero(what, tmp_path)
+        path, content = metadata_of(what), metadata_of_other_version(what, tmp_path)
     with seen_by_node2(two, path, content):
         code, output = by_mpirun(two, launched_options(tmp_path, "run", model=model))
     lines = [line for line in output.splitlines() if "zods.finetune: error: " in line]
