@@ -65,7 +65,7 @@ from zods.config.schema import ZerothOrderConfig
 from zods.params.swap_files import in_own_folder
 from zods.training import first_order_checkpoint
 from zods.training.checkpoint_files import latest_tag
-from zods.training.description import configuration_of
+from zods.training.description import check_configurations
 from zods.training.engine import ZerothOrderEngine
 from zods.training.first_order import FirstOrderEngine
 from zods.training.host_memory import return_freed_memory
@@ -151,9 +151,7 @@ def start(
             weight_files_digest(checked.pretrained),
             f"a file of weights in {checked.pretrained.base}",
         )
-        comm.check_agreement(
-            repr(configuration_of(checked.pretrained)).encode(), "the model's configuration"
-        )
+        check_configurations(comm, checked.pretrained)
         run, folder, fork, data = checked.run, checked.folder, checked.fork, checked.data
         task = data.task
         if run.zero_stage == 3:

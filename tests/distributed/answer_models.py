@@ -73,3 +73,19 @@ class TakesANumber(IgnoresPositions):
         if not isinstance(logits_to_keep, int):
             raise TypeError("logits_to_keep is no number")
         return self.inner(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+
+
+class RefusesAtTheEnd(IgnoresPositions):
+    """A model that refuses positions when its parameters have been gathered."""
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor | None = None,
+        logits_to_keep: Any = 0,
+    ) -> Any:
+        outputs = self.inner(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+        if isinstance(logits_to_keep, Tensor):
+            raise TypeError("logits_to_keep is a tensor")
+        return outputs

@@ -16,6 +16,7 @@ from tests.distributed.answer_models import (
     LENGTH,
     NUM_POSITIONS,
     IgnoresPositions,
+    RefusesAtTheEnd,
     TakesANumber,
     TakesTheFirst,
     prompted_batch,
@@ -24,6 +25,7 @@ from tests.distributed.forms import engine_of
 from tests.distributed.models import collate, opt_data
 from tests.distributed.ranks import run_ranks
 from tests.distributed.zoo import with_adapters, zoo_model
+from tests.helpers import asked_for, sampled
 from zods.config.deepspeed_json import read_first_order_config
 from zods.data.evaluation import Candidates, Forwards
 from zods.training.first_order import FirstOrderEngine
@@ -44,7 +46,11 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "ignores positions": (IgnoresPositions, LENGTH),
     "takes the first": (TakesTheFirst, LENGTH),
     "takes a number": (TakesANumber, LENGTH),
+    "refuses at the end": (RefusesAtTheEnd, LENGTH),
 }
+
+# The others are slow.
+DEFAULT = ("llama", "LoRA", "virtual tokens", "takes the first", "takes a number")
 
 
 def collated(rows: list[int]) -> tuple[Candidates, Tensor]:
@@ -107,11 +113,11 @@ def check(found: dict[str, Any], width: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def one_rank() -> dict[str, Any]:
-    return run_ranks(1, rank_of_models, list(MODELS))[0]
+def one_rank(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return run_ranks(1, rank_of_models, asked_for(request, "name", MODELS, DEFAULT))[0]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", sampled(MODELS, DEFAULT))
 def test_candidates_have_the_scores_of_whole_logits(one_rank, name):
     check(one_rank[name], MODELS[name][1])
 
@@ -121,6 +127,8 @@ def test_first_order_training_evaluates_alike():
 
 
 def test_sharded_parameters_give_the_same():
-    for rank in run_ranks(2, rank_of_models, ["opt", "LoRA", "ignores positions"]):
+    for rank in run_ranks(
+        2, rank_of_models, ["opt", "LoRA", "ignores positions", "refuses at the end"]
+    ):
         for name, found in rank.items():
             check(found, MODELS[name][1])

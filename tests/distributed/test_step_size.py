@@ -42,7 +42,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "selector": {**DEFAULT, "selector": {"candidates": 16, "strategy": "random"}},
     "cpu": {**DEFAULT, "normalize": True, "offload": "cpu"},
 }
-DEFAULT_SETTINGS = ("default", "not normalized", "svrg")
+DEFAULT_SETTINGS = ("default", "not normalized")
 
 
 def build(**given: Any) -> Any:

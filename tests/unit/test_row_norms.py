@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
+from transformers.models.cohere.modeling_cohere import CohereLayerNorm
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
@@ -73,11 +75,30 @@ ROW_NORMS: dict[str, Callable[[], nn.Module]] = {
         for kind in (LlamaRMSNorm, Olmo2RMSNorm, Gemma3RMSNorm, T5LayerNorm, NoSquareNorm)
     },
 }
+
+
+class TupleNorm(LlamaRMSNorm):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return super().forward(x), x
+
+
+class ChannelsFirstNorm(LlamaRMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight[:, None, None] * x
+
+
+class OneWeightNorm(LlamaRMSNorm):
+    def __init__(self, width: int) -> None:
+        super().__init__(1)
+
+
 OTHERS: dict[str, Callable[[], nn.Module]] = {
     **{
         kind.__name__: functools.partial(kind, WIDTH)
-        for kind in (OverTheBatchNorm, GatedRMSNorm, WeightsSummedNorm, CountingNorm)
+        for kind in (OverTheBatchNorm, GatedRMSNorm, WeightsSummedNorm, CountingNorm, TupleNorm)
     },
+    "channels first": lambda: ChannelsFirstNorm(WIDTH),
+    "weights of heads": lambda: CohereLayerNorm((2, WIDTH)),
     "group norm": lambda: nn.GroupNorm(2, WIDTH),
     "batch norm": lambda: nn.BatchNorm1d(WIDTH),
     "layer norm without parameters": lambda: nn.LayerNorm(WIDTH, elementwise_affine=False),
@@ -197,7 +218,42 @@ def test_a_module_that_computes_something_else_is_left_alone(name):
         assert torch.equal(buffer, buffers[key])
 
 
-@pytest.mark.parametrize("case", ["hook", "autocast", "another dtype"])
+def test_several_rows_of_an_example_have_the_weights_of_its_stream():
+    """As in a model that flattens the tokens of all rows."""
+    module, x = made(ROW_NORMS["layer norm"]), rows_of((4, WIDTH))
+    points = [*pair(5, 0.2), *pair(6, 0.2)]
+    modules = perturbed_forward(module, observe=False)
+    stack = StackRunner(modules)
+    with torch.no_grad(), modules.observing():
+        module(x)
+    with torch.no_grad(), stack.recording(points[0], 2):
+        module(x)
+    with torch.no_grad(), stack.at(points, [range(2)] * 4):
+        found = module(x.repeat(4, 1)).chunk(4)
+    for point, output in zip(points, found, strict=True):
+        torch.testing.assert_close(output, output_at(modules, module, x, point))
+
+
+def test_a_frozen_weight_is_the_same_for_all_rows_and_centers_may_alternate():
+    module, x = made(ROW_NORMS["layer norm"]), rows_of((3, WIDTH))
+    module.weight.requires_grad = False
+    elsewhere = drifted(module.bias.data.clone())
+    points = [*pair(5, 0.2), *pair(6, 0.2, center=elsewhere), *pair(7, 0.2)]
+    found = stacked(module, points, x)
+    modules = perturbed_forward(module, observe=False)
+    for point, output in zip(points, found, strict=True):
+        torch.testing.assert_close(output, output_at(modules, module, x, point))
+
+
+def test_a_norm_of_one_weight_for_all_features_runs_once_for_each_stream():
+    module, x = made(lambda: OneWeightNorm(WIDTH)), rows_of((3, WIDTH))
+    found = stacked(module, pair(5, 0.2), x)
+    modules = perturbed_forward(module, observe=False)
+    for point, output in zip(pair(5, 0.2), found, strict=True):
+        assert torch.equal(output, output_at(modules, module, x, point))
+
+
+@pytest.mark.parametrize("case", ["hook", "autocast", "another dtype", "derivatives"])
 def test_other_calls_run_the_module_once_for_each_stream(case, monkeypatch):
     module, x = made(ROW_NORMS["LlamaRMSNorm"]), rows_of((3, WIDTH))
     calls = called(module, monkeypatch)
@@ -205,7 +261,8 @@ def test_other_calls_run_the_module_once_for_each_stream(case, monkeypatch):
         module.register_forward_hook(lambda m, args, output: 2 * output)
     if case == "another dtype":
         x = x.bfloat16()
-    with torch.autocast("cpu", enabled=case == "autocast"):
+    level = torch.autograd.forward_ad.dual_level() if case == "derivatives" else nullcontext()
+    with torch.autocast("cpu", enabled=case == "autocast"), level:
         found = stacked(module, pair(5, 0.2), x)
         modules = perturbed_forward(module, observe=False)
         with torch.no_grad(), modules.observing():

@@ -66,7 +66,8 @@ def age(lock: Path) -> float:
 
 if __name__ == "__main__":
     for stale in stale_locks():
-        with contextlib.suppress(FileNotFoundError):
+        # released meanwhile, or another user's
+        with contextlib.suppress(FileNotFoundError, PermissionError):
             # a younger one may be of another machine that shares the folder
             if age(stale) > SECONDS:
                 print(f"zods: removing {stale}, the lock of a killed build", file=sys.stderr)

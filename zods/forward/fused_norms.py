@@ -5,7 +5,8 @@ and writes the activations. A fused function reads and writes them once. The mod
 parameters stay: a fused function is given the parameters that its module has at the call, which may
 be gathered or perturbed ones.
 
-`zods.initialize` finds the functions, and `zods.forward.perturbed_modules` runs them.
+`zods.initialize` finds the functions, and `zods.forward.perturbed_modules` runs them. The comparison
+of a function with a module's forward serves `zods.forward.row_norms`, too.
 """
 
 from __future__ import annotations
@@ -105,8 +106,11 @@ def run_fused(module: Any, compute: Compute, original: Callable, *args: Any, **k
 
 
 def was_compared(module: Any, x: Any) -> bool:
-    """Whether an input is of a kind that `is_same` compares: no gradients, no mixed dtypes."""
-    if not isinstance(x, Tensor) or torch.is_grad_enabled():
+    """Whether an input is of a kind that `is_same` compares: no gradients, no forward-mode
+    derivatives (a model's own jvp), no mixed dtypes.
+    """
+    derivatives = torch.is_grad_enabled() or torch.autograd.forward_ad._current_level >= 0
+    if not isinstance(x, Tensor) or derivatives:
         return False
     own_dtype = x.dtype == module.weight.dtype and x.dtype in DTYPES
     return own_dtype and not torch.is_autocast_enabled(x.device.type)
@@ -174,13 +178,12 @@ def is_same(
             if weights_of_rows:
                 stacks = {name: torch.stack([v[name] for v in sets])[:, None] for name in shapes}
                 _place(probe, stacks, device, dtype)
-            fused = compute(probe, given)
+            expected, found = torch.cat(own), compute(probe, given)
+            tolerance = 8 * torch.finfo(dtype).eps
+            same = expected.dtype == found.dtype and expected.shape == found.shape
+            if not same or not torch.allclose(expected, found, tolerance, tolerance):
+                return False
         except Exception:  # a forward may do anything, and the function may refuse a size
-            return False
-        expected, tolerance = torch.cat(own), 8 * torch.finfo(dtype).eps
-        if expected.dtype != fused.dtype or not torch.allclose(
-            expected, fused, tolerance, tolerance
-        ):
             return False
     return True
 

@@ -75,13 +75,16 @@ class LabelledLogits:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return logits (B, n, V), and the labels (B, n) of these positions.
 
-        outputs: maps the inputs of a forward to the model's outputs. labels: (B, L), aligned so
+        outputs: maps the inputs of a forward to the model's outputs. inputs: tensors with a row for
+        each sequence. labels: (B, L), aligned so
         that position t predicts label t + 1; so are the returned ones. The first call compares the
         two ways.
         """
         if self._takes_positions is None:
-            whole = outputs(inputs)["logits"]
-            self._takes_positions = self._trial.takes_positions(whole, outputs, inputs)
+            # one row, so that the logits of two forwards take little memory
+            row = {key: value[:1] for key, value in inputs.items()}
+            whole = outputs(row)["logits"]
+            self._takes_positions = self._trial.takes_positions(whole, outputs, row)
         positions = positions_before_labels(labels) if self._takes_positions else None
         if positions is None:
             return outputs(inputs)["logits"], labels

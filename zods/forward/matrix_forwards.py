@@ -267,7 +267,8 @@ class OutputPerturbations:
 @functools.lru_cache(maxsize=8)  # in a forward, most modules have the same streams
 def _signs_of_rows(streams: tuple[tuple[float, int], ...], device: torch.device) -> torch.Tensor:
     """Each stream's sign for each of its rows, (rows, 1). streams: (sign, number of rows) of each."""
-    signs, lengths = (torch.tensor(side, device=device) for side in zip(*streams, strict=True))
+    signs = torch.tensor([sign for sign, _ in streams], dtype=torch.float32, device=device)
+    lengths = torch.tensor([length for _, length in streams], device=device)
     rows = sum(length for _, length in streams)
     return signs.repeat_interleave(lengths, output_size=rows)[:, None]
 

@@ -29,7 +29,7 @@ from zods.forward.fused_norms import was_compared
 from zods.forward.large_matrices import large_weight, perturbed_rows
 from zods.forward.lockstep import LockstepScheduler
 from zods.forward.matrix_forwards import Pair, multiply_in_blocks, plain_product, run_low_rank
-from zods.forward.parameter_copies import Centers
+from zods.forward.parameter_copies import Centers, constant
 from zods.forward.perturbed_modules import PerturbedModules
 from zods.forward.repeated_rows import RepeatedRows
 from zods.forward.stacked import Arguments, NotStackable, Stacking
@@ -281,6 +281,7 @@ class StackRunner(_Runner):
             and not kwargs
             and was_compared(module, args[0])
             and all(id(p.param) in own and p.ordinal not in self._perturber.in_place for p in used)
+            and all(p.shape == args[0].shape[-1:] for p in used)
         )
 
     def _run_norm(self, module: Any, x: torch.Tensor) -> torch.Tensor:
@@ -291,7 +292,9 @@ class StackRunner(_Runner):
         for parameter in self._modules.gathered(module):
             values = self._perturber.values_of_streams(parameter, self._pairs, centers)
             if len(values) < len(x):
-                rows = torch.tensor(self._stacking.rows_of_streams(len(x)), device=x.device)
+                rows = constant(
+                    tuple(self._stacking.rows_of_streams(len(x))), torch.int64, x.device
+                )
                 values = values.repeat_interleave(rows, 0, output_size=len(x))
             of_rows.append((parameter, values.view(shape)))
         with self._perturber.placed(of_rows):

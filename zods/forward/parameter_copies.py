@@ -7,6 +7,7 @@ module needs, and when.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -23,6 +24,12 @@ from zods.forward.parameter_usage import Perturbable
 # `center`, ordinal of the parameter).
 Centers = dict[Any, Center]
 Copies = list[tuple[Perturbable, torch.Tensor]]  # for one stream
+
+
+@functools.lru_cache(maxsize=32)  # in a forward, all modules need the same ones
+def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A tensor of a few numbers, which is not to be changed. To make one on a GPU is to wait for it."""
+    return torch.tensor(values, dtype=dtype, device=device)
 
 
 class _InPlace(NamedTuple):
@@ -75,10 +82,12 @@ class Perturber:
         """
         stored = parameter.param.data
         seeds = [self.points[pair[0]].seed for pair in pairs]
-        lengths = torch.tensor([len(pair) for pair in pairs], device=stored.device)
+        lengths = constant(tuple(len(pair) for pair in pairs), torch.int64, stored.device)
         z = self.direction.stack(parameter, seeds, stored.device)
         z = z.repeat_interleave(lengths, 0, output_size=len(self.points))
-        coefficients = torch.tensor([p.coefficient for p in self.points], device=stored.device)
+        coefficients = constant(
+            tuple(p.coefficient for p in self.points), torch.float32, stored.device
+        )
         starts = []
         for _, of_center in itertools.groupby(self.points, key=lambda point: point.center):
             points = list(of_center)

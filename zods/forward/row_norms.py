@@ -25,8 +25,8 @@ def find_row_norms(model: nn.Module) -> dict[nn.Module, Compute]:
 
     Returns, by module, the function that computes its output. It takes the module and the input,
     (rows, ..., features), and the module's parameters may be (rows, 1, ..., features). A module is
-    taken if its class is one of torch's norms, or has a name that ends in "Norm", and a function
-    gives its outputs within rounding.
+    taken if the name of its class ends in "Norm", its parameters are vectors, and a function gives
+    its outputs within rounding.
     """
     functions = {}
     for module in model.modules():
@@ -39,11 +39,13 @@ def find_row_norms(model: nn.Module) -> dict[nn.Module, Compute]:
 
 
 def _candidates(module: Any) -> list[Compute]:
-    """Functions that may compute a module's output, the best one first."""
+    """Functions that may compute a module's output, the faster one first."""
     kind = type(module)
-    own = {name for name, param in module._parameters.items() if param is not None}
+    own = {name: p for name, p in module._parameters.items() if p is not None}
     has_others = module._buffers or module._modules or "forward" in vars(module)
-    if has_others or "weight" not in own or own - {"weight", "bias"}:
+    if has_others or "weight" not in own or own.keys() - {"weight", "bias"}:
+        return []
+    if any(len(getattr(param, "ds_shape", param.shape)) != 1 for param in own.values()):
         return []
     if not kind.__name__.endswith("Norm") or not isinstance(eps_of(module), float):
         return []

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from zods.comm.communicator import Communicator
 from zods.kernels import fingerprint
 from zods.params.zero3_adapter import is_sharded, release_gathered
 from zods.training.rank_agreement import describe_data
@@ -88,5 +89,25 @@ def configuration_of(module: Any) -> dict[str, Any] | None:
     return json.loads(json.dumps(whole, sort_keys=True, default=_as_json))
 
 
+def check_configurations(comm: Communicator, module: Any) -> None:
+    """Raise Disagreement, on all ranks, where a rank's model has another configuration.
+
+    Collective. module: as of `configuration_of`.
+    """
+    with comm.same_on_all_ranks():
+        configuration = _compared(configuration_of(module))
+    comm.check_agreement(json.dumps(configuration).encode(), "the model's configuration")
+
+
+def _compared(settings: Any) -> Any:
+    """Settings without the keys of NOT_COMPARED, those of inner models included."""
+    if not isinstance(settings, dict):
+        return settings
+    return {key: _compared(of) for key, of in settings.items() if key not in NOT_COMPARED}
+
+
 def _as_json(value: Any) -> Any:
-    return sorted(value, key=str) if isinstance(value, (set, frozenset)) else str(value)
+    if isinstance(value, (set, frozenset)):
+        return sorted(value, key=str)
+    # the text of a function has its address, which differs between processes
+    return getattr(value, "__qualname__", None) or str(value)

@@ -37,7 +37,7 @@ from zods.selection.loaders import SelectingLoader
 from zods.selection.selector import NEEDS
 from zods.selection.sub_batches import SubBatches, check_target_data
 from zods.selection.target_matrix import find_target
-from zods.training.description import configuration_of
+from zods.training.description import check_configurations
 from zods.training.engine import ZerothOrderEngine
 from zods.training.host_memory import return_freed_memory
 from zods.training.model_setup import (
@@ -117,7 +117,7 @@ def initialize(
     watchdog = Watchdog(comm, run.zeroth_order.hang_timeout)
     watchdog.beat("the start, comparison and sharding of the model", run.zeroth_order.load_timeout)
     check_ranks_agree(comm, run, model, code, training_loader)
-    comm.check_agreement(repr(configuration_of(model)).encode(), "the model's configuration")
+    check_configurations(comm, model)
     engine = _sharded(run, model, comm)
     check_reads(list(engine.module.parameters()))
     parameters = ShardedParameters(engine.module, rank=comm.rank, model_parameters=wanted)
