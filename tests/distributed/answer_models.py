@@ -41,51 +41,39 @@ class IgnoresPositions(nn.Module):
         labels: Tensor | None = None,
         logits_to_keep: Any = 0,
     ) -> Any:
-        return self.inner(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+        self.before(logits_to_keep)
+        outputs = self.inner(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+        return self.after(outputs, logits_to_keep)
+
+    def before(self, positions: Any) -> None:
+        """Look at the positions before the forward of the inner model."""
+
+    def after(self, outputs: Any, positions: Any) -> Any:
+        """Return the outputs for the positions."""
+        return outputs
 
 
 class TakesTheFirst(IgnoresPositions):
     """A model that returns as many logits as it is given positions, but others."""
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        labels: Tensor | None = None,
-        logits_to_keep: Any = 0,
-    ) -> Any:
-        outputs = self.inner(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
-        if isinstance(logits_to_keep, Tensor):
-            outputs.logits = outputs.logits[:, : len(logits_to_keep)]
+    def after(self, outputs: Any, positions: Any) -> Any:
+        if isinstance(positions, Tensor):
+            outputs.logits = outputs.logits[:, : len(positions)]
         return outputs
 
 
 class TakesANumber(IgnoresPositions):
     """A model that takes the number of the last positions alone."""
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        labels: Tensor | None = None,
-        logits_to_keep: Any = 0,
-    ) -> Any:
-        if not isinstance(logits_to_keep, int):
+    def before(self, positions: Any) -> None:
+        if not isinstance(positions, int):
             raise TypeError("logits_to_keep is no number")
-        return self.inner(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
 
 
 class RefusesAtTheEnd(IgnoresPositions):
     """A model that refuses positions when its parameters have been gathered."""
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        labels: Tensor | None = None,
-        logits_to_keep: Any = 0,
-    ) -> Any:
-        outputs = self.inner(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
-        if isinstance(logits_to_keep, Tensor):
+    def after(self, outputs: Any, positions: Any) -> Any:
+        if isinstance(positions, Tensor):
             raise TypeError("logits_to_keep is a tensor")
         return outputs

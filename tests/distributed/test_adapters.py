@@ -203,12 +203,8 @@ def data_with_new_tokens() -> list[dict[str, torch.Tensor]]:
     return rows
 
 
-def rank_of_resized(name: str, stage: int, folder: Path) -> dict[str, Any]:
-    keys, _ = RESIZED[name]
-    base = resized(name, 1)
-    before = base.get_input_embeddings().weight.detach().clone()
-    model = peft.get_peft_model(base, peft.LoraConfig(r=2, **keys, **CAUSAL))
-    data = data_with_new_tokens()
+def trained(model: Any, data: Any, stage: int, folder: Path) -> tuple[Any, ...]:
+    """Make some steps, and save the adapter: (engine, a batch, losses, logits of the batch)."""
     batch = {key: torch.stack([row[key] for row in data[:2]]) for key in data[0]}
     section = {"direction": "low_rank", "examples_per_direction": 1, "normalize": True}
     config = configuration(4, stage=stage, method="mezo", **{**section, "lr": 1e-2})
@@ -216,7 +212,16 @@ def rank_of_resized(name: str, stage: int, folder: Path) -> dict[str, Any]:
     losses = [engine.train_batch() for _ in range(STEPS)]
     engine.save_pretrained(folder)
     engine.eval()
-    logits = engine(batch).logits.float()
+    return engine, batch, losses, engine(batch).logits.float()
+
+
+def rank_of_resized(name: str, stage: int, folder: Path) -> dict[str, Any]:
+    keys, _ = RESIZED[name]
+    base = resized(name, 1)
+    before = base.get_input_embeddings().weight.detach().clone()
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, **keys, **CAUSAL))
+    data = data_with_new_tokens()
+    _, batch, losses, logits = trained(model, data, stage, folder)
     # other rows for the new tokens, which are to be replaced by those of the folder
     loaded = peft.PeftModel.from_pretrained(resized(name, 2), folder).eval()
     with torch.no_grad():
@@ -280,14 +285,7 @@ def rank_of_quantised(stage: int, dtype: torch.dtype, folder: Path) -> dict[str,
     torch.manual_seed(0)
     model = peft.get_peft_model(quantised(dtype), KINDS["LoRA"])
     data = data_of()
-    batch = {key: torch.stack([row[key] for row in data[:2]]) for key in data[0]}
-    section = {"direction": "low_rank", "examples_per_direction": 1, "normalize": True}
-    config = configuration(4, stage=stage, method="mezo", **{**section, "lr": 1e-2})
-    engine = zods.initialize(model=model, config=config, training_data=data)[0]
-    losses = [engine.train_batch() for _ in range(STEPS)]
-    engine.save_pretrained(folder)
-    engine.eval()
-    logits = engine(batch).logits.float()
+    engine, batch, losses, logits = trained(model, data, stage, folder)
     after = {name: value.cpu() for name, value in engine.state_dict().items()}
     loaded = peft.PeftModel.from_pretrained(quantised(dtype), folder).eval()
     with torch.no_grad():
