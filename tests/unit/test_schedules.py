@@ -75,7 +75,7 @@ def step_sizes(name: str, lr: float, **params) -> list[float]:
 @pytest.mark.parametrize(
     "name", [name for name in classes() if name not in (*OBJECTS, *WITH_ARGUMENT)]
 )
-@pytest.mark.filterwarnings("ignore:Detected call of:UserWarning")
+@pytest.mark.filterwarnings("error:Detected call of")
 def test_every_schedule_scales_with_lr(name):
     sizes = step_sizes(name, 0.25)
     assert step_sizes(name, 0.5) == pytest.approx([2 * size for size in sizes]), (

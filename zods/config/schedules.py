@@ -254,6 +254,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     def __init__(self, params: Sequence[torch.nn.Parameter], lr: float) -> None:
         super().__init__(params, {"lr": lr})
+        # else torch's schedulers (torch 2.13) warn that step() was not called before theirs
+        self._opt_called = True
 
     def step(self, closure: Any = None) -> Any:
         raise RuntimeError("ZerothOrderOptimizer holds the step size only; call engine.step().")
