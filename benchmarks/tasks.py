@@ -6,14 +6,15 @@ DATA has the folders sst2 (train.tsv and dev.tsv: `sentence<TAB>label`, without 
 ag_news (train.jsonl, test.jsonl). A run is one launch of `zods.finetune` on one rank, with all
 parameters in --dtype, and the prompt and label words that zods declares for the task. AdamW keeps a
 copy of the parameters in fp32. The default method has no setting but the batch and the number of
-steps. AdamW has one fixed step size. No setting is chosen by held-out data. Zero-shot is the
+steps; "candidates" is the default with the cross entropy over the label words as objective, as MeZO has
+it for classification. AdamW has one fixed step size. No setting is chosen by held-out data. Zero-shot is the
 evaluation before the first step. The held-out rows are drawn by the seed, so zero-shot differs
 between seeds, too.
 
 All runs of a seed are made before those of the next. An interrupted command continues from --json,
-and in the middle of a run of the default where --work is given.
+and in the middle of a zeroth-order run where --work is given.
 
-A forward is that of one example. A step of the default has 2 per example of its batch, and the
+A forward is that of one example. A zeroth-order step has 2 per example of its batch, and the
 measurement of its step size is counted. A step of AdamW counts 3 per example, because its backward
 costs about 2. Seconds are those of the steps, with that measurement. Prints one JSON object.
 """
@@ -54,6 +55,7 @@ TASKS: dict[str, dict[str, str]] = {
 # AdamW's step size is the middle of the grid of `methods.py`.
 METHODS: dict[str, dict[str, Any]] = {
     "default": {},
+    "candidates": {"objective": "candidates"},
     "adamw": {"optimizer": "adamw", "lr": 3e-5},
 }
 SMOKE_MODEL = Path(__file__).parents[1] / "launch" / "quickstart" / "model"
@@ -92,7 +94,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--steps", type=int, default=250, help="of the default")
+    parser.add_argument("--steps", type=int, default=250, help="of zeroth-order runs")
     parser.add_argument("--adamw_steps", type=int, default=100)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
@@ -147,7 +149,7 @@ def measured(
     losses = [record["loss"] for record in made]
     steps, lr = summary["steps"], METHODS[method].get("lr")
     forwards = (3 if method == "adamw" else 2) * arguments.batch * steps
-    if method == "default":
+    if method != "adamw":
         found = measured_step_size(folder / "run")
         lr = found.lr
         forwards += measuring_forwards(found, ZerothOrderConfig().eps)

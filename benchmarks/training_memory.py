@@ -17,7 +17,8 @@ host_bytes  the part of the peak that is an anchor in host memory, which is not 
 
 First-order steps are those of DeepSpeed's engine, with torch's SGD or AdamW. "checkpointing" is that of
 activations. The points of a zeroth-order step are evaluated one by one, as in the papers, but for
-"SVRG, stacked": all in one forward, as by default. glibc returns freed memory at once in all of them. Prints one JSON object.
+"SVRG, stacked": all in one forward, as by default, with the anchor as terms. glibc returns freed memory at
+once in all of them. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -66,7 +67,11 @@ ZEROTH_ORDER: dict[str, dict[str, Any]] = {
         f"SVRG, {place}": {"method": "mezo_svrg", "anchor": {"point": place, "gradient": place}}
         for place in ("terms", "nvme", "cpu", "device")
     },
-    "SVRG, stacked": {"method": "mezo_svrg", "evaluation": "stacked"},
+    "SVRG, stacked": {
+        "method": "mezo_svrg",
+        "evaluation": "stacked",
+        "anchor": {"point": "terms", "gradient": "terms"},
+    },
 }
 # (optimizer, whether it trains LoRA adapters, whether activations are checkpointed)
 FIRST_ORDER: dict[str, tuple[str, bool, bool]] = {

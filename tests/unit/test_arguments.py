@@ -11,6 +11,7 @@ from tests.disks import within
 from zods.cli.arguments import merged_config, parse_arguments
 from zods.cli.option_values import NumberOrAuto, NumberOrName
 from zods.cli.options import BATCH_OVERRIDES, OverrideArguments
+from zods.config.deepspeed_json import read_config, read_first_order_config
 from zods.config.schema import ZerothOrderConfig
 
 REQUIRED = ["--model", "m", "--output_dir", "o", "--train_file", "t"]
@@ -147,6 +148,31 @@ def test_weights_and_the_column_of_their_sources_make_a_mixture(tmp_path):
     assert merged(tmp_path, {}, *own)["mixture"]["source_column"] == "source"
     with pytest.raises(ValueError, match=r"--mixture_weights: given without --source_column"):
         merged(tmp_path, {}, *REQUIRED, *weights)
+
+
+@pytest.mark.parametrize(
+    ("written", "words", "scheduled"),
+    [
+        ({}, [], True),
+        ({"zeroth_order": {"lr": "auto"}}, [], True),
+        ({"zeroth_order": {"lr": 1e-3}}, ["--lr", "auto"], True),
+        ({}, ["--lr", "1e-3"], False),
+        ({"zeroth_order": {"lr": 1e-3}}, [], False),
+        ({"scheduler": None}, [], False),
+        ({}, ["--optimizer", "adamw", "--lr", "1e-3"], False),
+    ],
+)
+def test_a_measured_step_size_decays_where_no_schedule_is_written(
+    written, words, scheduled, tmp_path
+):
+    path = write(tmp_path, "config.json", {"train_batch_size": 4, **written})
+    config = merged_config(parse_arguments(["--deepspeed", str(path), *REQUIRED, *words]))
+    assert (config.get("scheduler") is not None) == scheduled
+    # the run's configuration is accepted, with the step sizes of a run of 100 steps
+    read = read_first_order_config if "optimizer" in config else read_config
+    resolved = read(config, 1, total_steps=100).deepspeed.get("scheduler")
+    if scheduled:
+        assert resolved["params"]["total_num_steps"] == 100
 
 
 def test_options_of_the_loader_hold_with_an_optimizer_too(tmp_path):

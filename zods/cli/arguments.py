@@ -43,6 +43,13 @@ KEPT_WITH_OPTIMIZER = (
     *("seed", "selector", "loss_mean"),
     *("group_by_length", "mixture", "dataloader_num_workers"),
 )
+# Parameters of WarmupDecayLR: from lr to 0 over the run
+DECAY = {
+    "warmup_min_lr": 0,
+    "warmup_max_lr": "auto",
+    "warmup_num_steps": 1,
+    "total_num_steps": "auto",
+}
 USAGE = (
     "%(prog)s --deepspeed_config FILE --model NAME (--task NAME | --train_file FILE | "
     "--dataset_name NAME) --output_dir FOLDER [options]"
@@ -368,7 +375,10 @@ def _short(value: Any) -> str:
 
 
 def merged_config(arguments: Arguments) -> dict[str, Any]:
-    """Merge the options that override keys into the DeepSpeed JSON."""
+    """Merge the options that override keys into the DeepSpeed JSON.
+
+    A measured step size is one for the start, so it decays where the JSON has no schedule.
+    """
     model, selection = arguments.model, arguments.selection
     config = load_json(model.deepspeed_config)
     section = config.get(SECTION, {})
@@ -399,6 +409,8 @@ def merged_config(arguments: Arguments) -> dict[str, Any]:
     if selector:
         given["selector"] = {**written, **selector}
     config[SECTION] = {**section, **given}
+    if model.optimizer is None and config[SECTION].get("lr", "auto") == "auto":
+        config.setdefault("scheduler", {"type": "WarmupDecayLR", "params": dict(DECAY)})
     batch = arguments.overrides.batch()
     if selection.select is not None:
         micro = config.get("train_micro_batch_size_per_gpu")
