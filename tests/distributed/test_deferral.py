@@ -46,7 +46,7 @@ RUNS: dict[str, dict[str, Any]] = {
     },
 }
 # The others are slow: a reader does not depend on how the points are evaluated.
-DEFAULT = {"rademacher, decay, bfloat16", "in lockstep", KEPT, "svrg, terms"}
+DEFAULT = {"rademacher, decay, bfloat16", KEPT, "svrg, terms"}
 
 
 def build(offload: str, folder: Path, zero: dict[str, Any] | None = None, **arguments: Any) -> Any:

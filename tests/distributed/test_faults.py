@@ -1,6 +1,6 @@
 """The fault matrix (`tests/distributed/matrix.py`).
 
-By default two cells run: a kill and a signal.
+By default one cell runs. Signals are also in test_stop_requests.py.
 """
 
 from __future__ import annotations
@@ -13,10 +13,7 @@ import pytest
 from tests.distributed.fault_runs import run_cell
 from tests.distributed.matrix import CELLS, Cell, End
 
-DEFAULT = {
-    "kill -9, in the middle of application, rank 1",
-    "SIGTERM, in a step, launch.py",
-}
+DEFAULT = {"kill -9, in the middle of application, rank 1"}
 
 
 @pytest.fixture(scope="module")

@@ -75,7 +75,7 @@ RANKS = {"llama, f1": 1}  # the others have 2
 # each form, with and without a cache, by both kinds of direction, and what ranks share unevenly
 DEFAULT = (
     *("opt, 1", "adapters, 1", "mamba, no cache", "without a cache, uneven", "gpt2, gaussian"),
-    *("opt, svrg", "opt, two at a time", "opt, lockstep, uneven", "llama, f1"),
+    *("opt, svrg", "opt, lockstep, uneven", "llama, f1"),
 )
 
 

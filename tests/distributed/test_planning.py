@@ -80,7 +80,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 # The others are slow.
 DEFAULT = (
-    *("opt, lockstep", "opt, accumulation", "llama, low rank", "llama, cpu", "opt, svrg"),
+    *("opt, accumulation", "llama, low rank", "llama, cpu", "opt, svrg"),
     "wide, nvme",
 )
 ONE_AND_TWO = [pytest.param(1, marks=pytest.mark.slow, id="1-rank"), pytest.param(2, id="2-ranks")]
@@ -211,7 +211,7 @@ PEAK_CASES: dict[str, dict[str, Any]] = {
     "svrg, cpu": svrg("cpu", "cpu"),
     "svrg, terms": {**svrg("terms", "terms", **LOW_RANK), "anchor_interval": 4},
 }
-PEAK_DEFAULT = ("low rank", "sequential, bf16", "svrg, cpu")
+PEAK_DEFAULT = ("low rank", "svrg, cpu")
 
 
 def rank_of_peaks(names: Sequence[str]) -> dict[tuple[str, str], tuple[int, int]]:

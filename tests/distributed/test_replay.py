@@ -182,7 +182,7 @@ CONTINUES = {"goes on on three ranks": "before it goes on"}
 DEFAULT = (
     *("opt", "opt, shards", "bert, new head", "adapters", "warm-up from zero"),
     *("a direction per example", "svrg, skipped, to nearest", "svrg, auto weight, terms"),
-    *("rademacher, bf16, to nearest", "groups of examples, normalized", "svrg, nvme"),
+    *("rademacher, bf16, to nearest", "groups of examples, normalized"),
     *("svrg, low rank, offloaded to nvme", "before it goes on", "goes on on three ranks"),
 )
 
@@ -706,7 +706,7 @@ def test_the_weights_at_a_step_do_not_depend_on_what_the_log_holds_after_it(
         assert same(load_file(tmp_path / str(count) / "model.safetensors"), states[6])
 
 
-@pytest.mark.parametrize("mask", [1, 0x80, 0xFF])
+@pytest.mark.parametrize("mask", sampled([1, 0x80, 0xFF], [1]))
 def test_a_log_with_any_byte_changed_is_an_error_or_ends_before_its_last_record(
     small, mask, capsys
 ):

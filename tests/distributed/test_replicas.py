@@ -293,6 +293,7 @@ def rank_of_one_that_waits(folder: Path, store: str) -> None:
     engine.resume(folder / "none")
 
 
+@pytest.mark.slow
 def test_a_replica_that_waits_for_a_stopped_leader_ends_with_a_message(tmp_path):
     store, found = store_address(), []
     thread = threading.Thread(

@@ -411,7 +411,7 @@ def resume(steps: int, folder: Path, options: dict[str, Any], log: Path | None) 
 @pytest.mark.parametrize(
     ("options", "save_at"),
     [
-        ({}, 3),
+        pytest.param({}, 3, marks=SLOW),
         pytest.param({"selector": {"features": "paper"}}, 3, marks=SLOW),
         pytest.param({"selector": {"interval": 3}}, 4, marks=SLOW),
         pytest.param({"selector": {"warmup_steps": 4}}, 3, marks=SLOW),

@@ -392,7 +392,9 @@ def rank_of_stopped_run(options: list[str], where: str) -> None:
 @pytest.mark.parametrize(
     ("where", "timeouts"),
     [
-        ("checkpoint", {"hang_timeout": 10, "load_timeout": 300}),
+        pytest.param(
+            *("checkpoint", {"hang_timeout": 10, "load_timeout": 300}), marks=pytest.mark.slow
+        ),
         pytest.param(
             *("load_model", {"hang_timeout": 300, "load_timeout": 20}), marks=pytest.mark.slow
         ),

@@ -244,12 +244,12 @@ def test_a_proposal_is_a_valid_configuration_that_fits(options, offload, micro_b
 
 
 def test_a_cluster_that_is_too_small_is_told_the_smallest_change(capsys):
-    assert main(["--model", "70b", "--gpus", "1", "--gpu-memory", "80GB", "--offload", "none"]) == 2
+    assert main(["--model", "7b", "--gpus", "1", "--gpu-memory", "8GB", "--offload", "none"]) == 2
     error = capsys.readouterr().err
     assert "no configuration of 1 nodes of 1 GPUs fits" in error
-    needed = re.search(r"--gpu-memory (\d+)GB instead of 80GB", error)
+    needed = re.search(r"--gpu-memory (\d+)GB instead of 8GB", error)
     assert needed is not None
-    enough = f"--model 70b --gpus 1 --gpu-memory {needed[1]}GB --offload none"
+    enough = f"--model 7b --gpus 1 --gpu-memory {needed[1]}GB --offload none"
     assert planned_by(capsys, *enough.split())["fits"]
 
 

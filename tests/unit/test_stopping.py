@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.ranks import REPOSITORY, environment_of_ranks, master_port
+from zods.comm import process
 from zods.comm.stop_request import StopRequest
 
 SCRIPT = REPOSITORY / "tests" / "distributed" / "scripts" / "stopping.py"
@@ -168,3 +170,12 @@ def test_the_first_reason_is_kept():
     stop.request("the budget is spent")
     stop.request("another")
     assert stop.reason == "the budget is spent"
+
+
+def test_the_first_exit_status_of_a_process_is_kept(monkeypatch, tmp_path):
+    monkeypatch.setenv("ZODS_EXIT_FILE", str(tmp_path / "status"))
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(process, "_exit_status", threading.Lock())
+    process.write_exit_status(75)
+    process.write_exit_status(1)
+    assert (tmp_path / "status").read_text() == "75\n"
