@@ -26,6 +26,7 @@ SMOKE: dict[str, tuple[set[str], set[str]]] = {
         {"arguments", "kernels", "feeding"},
         {"method", "dtype", "evaluation", "ratio_to_floor", "step_s", "floor_s"},
     ),
+    "frozen_blocks.py": ({"commit"}, {"run", "points", "ratio", "bound", "adapters_s", "whole_s"}),
     "zero3_step.py": (
         set(),
         {
@@ -132,7 +133,7 @@ SMOKE: dict[str, tuple[set[str], set[str]]] = {
 }
 DEFAULT = {"step_time.py", "kernel_speed.py", "trajectory.py --part log"}  # the others take minutes
 # their figures are in benchmarks/results only
-NOT_IN_THE_README = {"selection.py --part scaling"}
+NOT_IN_THE_README = {"selection.py --part scaling", "frozen_blocks.py"}
 
 
 def readme_commands() -> set[str]:
