@@ -296,8 +296,13 @@ def _check_same_course(
             )
     if wanted.scheduler and (saved["scheduler"] is None) != (run.lr_scheduler is None):
         raise ValueError(
-            f"checkpoint {folder}: made {'without' if saved['scheduler'] is None else 'with'} a "
-            "scheduler."
+            f"checkpoint {folder}: made "
+            + (
+                'without a scheduler, but this run has one. Set "scheduler": null in the DeepSpeed '
+                "JSON; zods.finetune has a schedule by default where the step size is measured."
+                if saved["scheduler"] is None
+                else 'with a scheduler, but this run has none. Add its section "scheduler".'
+            )
         )
     if wanted.scheduler and run.lr_scheduler is not None:
         measured = [values["lr"] == "auto" for values in (there, here)]
