@@ -1,12 +1,12 @@
-"""Measure a step of LoRA on the last quarter of the blocks over a step of the whole model.
+"""Measure the time of a step of LoRA on the last quarter of the blocks over one of the whole model.
 
     python benchmarks/frozen_blocks.py [--json FILE] [--markdown FILE]
 
-OPT-125M's shape with random weights in float32, low-rank directions, one process, a batch of 16 prompts of
-12 to 38 tokens with one label each, which follows the prompt. Steps of the adapters and of the whole model
+OPT-125M's shape with random weights in float32, low-rank directions, one process, a batch of 16 rows of
+12 to 38 tokens, of which the last one is the label. Steps of the adapters and of the whole model
 take turns. Steps that check the form of evaluation are left out. A row is a kind of step:
 
-points   at which a step evaluates the loss; the blocks below the first adapter run once for all of them
+points   the number of points of a step; the blocks below the first adapter run once for all of them
 ratio    median over rounds of the processor time of the adapters' step over that of the whole model's
 bound    the share of the multiplications of the forwards that is left: (9 + 3 P + P h s) / (12 P + P h s) of
          P points, with h the output layer over one block (5.4) and s the share of the padded positions at
@@ -66,7 +66,7 @@ def prompts(vocab_size: int) -> dict[str, torch.Tensor]:
 
 
 def bound_of(points: int) -> float:
-    """The share of the multiplications that is left, see the module."""
+    """The share of the multiplications of a step's forwards that is left with frozen blocks."""
     ends = {int(end) for end in torch.linspace(SHORTEST, LONGEST, ROWS).long()}
     head = points * HEAD_OVER_BLOCK * len(ends) / LONGEST
     return (9 + 3 * points + head) / (12 * points + head)
@@ -91,7 +91,7 @@ def measured(name: str, rounds: int, smoke: bool) -> dict[str, Any]:
         engine.step()
         return time.process_time() - began
 
-    for _ in range(WARM_UP):
+    for _ in range(WARM_UP + 4):  # step 8 checks the form of evaluation, too
         for engine in engines:
             seconds(engine)
     times = [[seconds(engine) for engine in engines] for _ in range(rounds)]

@@ -1,4 +1,4 @@
-"""Compare the default method with zero-shot and with AdamW on prompted tasks, through the launcher.
+"""Compare zeroth-order training with zero-shot and with AdamW on prompted tasks, through the launcher.
 
     python benchmarks/tasks.py --model SMOLLM2 --data DATA --json FILE.json
 
@@ -114,7 +114,7 @@ def make_smaller(arguments: argparse.Namespace, data: Path) -> None:
     """Change the arguments to those of the smallest size, and write its data into a new folder."""
     arguments.model, arguments.data = SMOKE_MODEL, data
     arguments.tasks, arguments.seeds = ["sst2"], [1]
-    # without "candidates": its tokenizer makes several tokens of a label word
+    # without "candidates": the smoke model's tokenizer makes several tokens of a label word
     arguments.methods = ["default", "adamw"]
     arguments.steps, arguments.adamw_steps, arguments.batch = 2, 2, 4
     (data / "sst2").mkdir(parents=True)
@@ -204,7 +204,7 @@ def launch(task: str, method: str, seed: int, folder: Path, arguments: argparse.
 
 
 def measured_step_size(run: Path) -> StepSize:
-    """The step size that a run of the default measured before its first step."""
+    """The step size that a zeroth-order run measured before its first step."""
     records = read_log(run / "trajectory.log").records
     return next(record for record in records if isinstance(record, StepSize))
 

@@ -1,4 +1,4 @@
-"""`ZOTrainerMixin` before trl's SFTTrainer."""
+"""Steps of trl's SFTTrainer with `ZOTrainerMixin`."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def sft_trainer(folder: Path, rows: list[dict[str, Any]], **others: Any) -> Trai
 
 def rank_of_same_steps(folder: Path, form: str) -> list[Any]:
     """The states after the steps of a Trainer, of a resumed one, and of a loop over its examples."""
-    # "wrapped" keeps one example per row; other strategies make one row of a whole batch
+    # "wrapped" keeps a row per packed sequence; the other strategies flatten a batch into one row
     packing = {"packing": form == "text", "packing_strategy": "wrapped"}
     states = []
     for resumed in (None, str(folder / "checkpoint-2")):

@@ -6,12 +6,14 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import pytest
+import torch
 
 from tests.disks import within
 from zods.cli.arguments import merged_config, parse_arguments
 from zods.cli.option_values import NumberOrAuto, NumberOrName
 from zods.cli.options import BATCH_OVERRIDES, OverrideArguments
 from zods.config.deepspeed_json import read_config
+from zods.config.schedules import ZerothOrderOptimizer, build_scheduler
 from zods.config.schema import ZerothOrderConfig
 
 REQUIRED = ["--model", "m", "--output_dir", "o", "--train_file", "t"]
@@ -159,6 +161,7 @@ def test_weights_and_the_column_of_their_sources_make_a_mixture(tmp_path):
         ({}, ["--lr", "1e-3"], False),
         ({"zeroth_order": {"lr": 1e-3}}, [], False),
         ({"scheduler": None}, [], False),
+        ({"zeroth_order": {"anneal": {"alpha": 2.0, "threshold": 0.1}}}, [], False),
         ({}, ["--optimizer", "adamw", "--lr", "1e-3"], False),
     ],
 )
@@ -170,10 +173,18 @@ def test_a_measured_step_size_decays_where_no_schedule_is_written(
     if "optimizer" in config:
         assert "scheduler" not in config
         return
-    resolved = read_config(config, 1, total_steps=100).scheduler
-    assert (resolved is not None) == scheduled
-    if scheduled:
-        assert resolved["params"]["total_num_steps"] == 100
+    read = read_config(config, 1, total_steps=10)
+    assert read_config(read.to_dict(), 1).scheduler == read.scheduler, "null stays null"
+    assert (read.scheduler is not None) == scheduled
+    if not scheduled:
+        return
+    optimizer = ZerothOrderOptimizer([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = build_scheduler(read.scheduler, optimizer)
+    sizes = []
+    for _ in range(10):
+        sizes.append(optimizer.param_groups[0]["lr"])
+        scheduler.step()
+    assert sizes == pytest.approx([1, 1, 1, *(k / 8 for k in range(7, 0, -1))])
 
 
 def test_options_of_the_loader_hold_with_an_optimizer_too(tmp_path):

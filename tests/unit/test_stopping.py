@@ -172,10 +172,11 @@ def test_the_first_reason_is_kept():
     assert stop.reason == "the budget is spent"
 
 
-def test_the_first_exit_status_of_a_process_is_kept(monkeypatch, tmp_path):
+@pytest.mark.parametrize("codes", [(75, 1), (1, 75), (1, 75, 2)])
+def test_the_status_to_be_continued_is_kept(monkeypatch, tmp_path, codes):
     monkeypatch.setenv("ZODS_EXIT_FILE", str(tmp_path / "status"))
     monkeypatch.setenv("RANK", "0")
-    monkeypatch.setattr(process, "_exit_status", threading.Lock())
-    process.write_exit_status(75)
-    process.write_exit_status(1)
+    monkeypatch.setattr(process, "_status_is_written", threading.Lock())
+    for code in codes:
+        process.write_exit_status(code)
     assert (tmp_path / "status").read_text() == "75\n"

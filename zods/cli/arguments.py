@@ -43,8 +43,10 @@ KEPT_WITH_OPTIMIZER = (
     *("seed", "selector", "loss_mean"),
     *("group_by_length", "mixture", "dataloader_num_workers"),
 )
-# Parameters of WarmupDecayLR: from lr to 0 over the run
+# Parameters of WarmupDecayLR: from lr to 0 over the run. With last_batch_iteration the first step has
+# lr; without it, DeepSpeed 0.19.8 gives the first two steps a step size of 0.
 DECAY = {
+    "last_batch_iteration": 0,
     "warmup_min_lr": 0,
     "warmup_max_lr": "auto",
     "warmup_num_steps": 1,
@@ -377,7 +379,8 @@ def _short(value: Any) -> str:
 def merged_config(arguments: Arguments) -> dict[str, Any]:
     """Merge the options that override keys into the DeepSpeed JSON.
 
-    A measured step size is one for the start, so it decays where the JSON has no schedule.
+    Where lr is "auto", and the JSON has neither "scheduler" nor "anneal", a linear decay is added: the
+    step size is measured at the start only, and the curvature grows.
     """
     model, selection = arguments.model, arguments.selection
     config = load_json(model.deepspeed_config)
@@ -409,7 +412,8 @@ def merged_config(arguments: Arguments) -> dict[str, Any]:
     if selector:
         given["selector"] = {**written, **selector}
     config[SECTION] = {**section, **given}
-    if model.optimizer is None and config[SECTION].get("lr", "auto") == "auto":
+    measured = config[SECTION].get("lr", "auto") == "auto"
+    if model.optimizer is None and measured and config[SECTION].get("anneal") is None:
         config.setdefault("scheduler", {"type": "WarmupDecayLR", "params": dict(DECAY)})
     batch = arguments.overrides.batch()
     if selection.select is not None:

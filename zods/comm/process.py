@@ -38,7 +38,7 @@ from zods.comm.store import Board
 
 logger = logging.getLogger(__name__)
 
-_exit_status = threading.Lock()  # held by the writer of the status
+_status_is_written = threading.Lock()  # acquired once, never released
 TORCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # set for processes that mpirun (Open MPI, MPICH and Intel MPI, MVAPICH) or srun started, but not in
 # a batch script itself
@@ -215,14 +215,12 @@ def write_exit_status(code: int) -> None:
     """On rank 0, write the status of this process's end to the file ZODS_EXIT_FILE, if the
     environment has one.
 
-    The scripts in launch/ set it, because not every launcher returns the status of a rank. A process
-    writes once: where the watchdog ends it, the main thread may fail before it has ended.
+    The scripts in launch/ set it, because not every launcher returns the status of a rank. The status
+    to be continued is kept: where the watchdog ends the process, the main thread may fail meanwhile.
     """
-    if (
-        environment_rank() == 0
-        and "ZODS_EXIT_FILE" in os.environ
-        and _exit_status.acquire(blocking=False)
-    ):
+    first = _status_is_written.acquire(blocking=False)
+    wanted = first or code == EXIT_CODE
+    if environment_rank() == 0 and "ZODS_EXIT_FILE" in os.environ and wanted:
         with contextlib.suppress(OSError):
             Path(os.environ["ZODS_EXIT_FILE"]).write_text(f"{code}\n")
 

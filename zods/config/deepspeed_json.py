@@ -71,9 +71,7 @@ class RunConfig:
         return self.zeroth_order.selector
 
     def to_dict(self) -> dict[str, Any]:
-        whole = dict(self.deepspeed)
-        if self.scheduler is not None:
-            whole["scheduler"] = self.scheduler
+        whole = {**self.deepspeed, "scheduler": self.scheduler}
         section = self.zeroth_order.to_dict()
         if not self.zeroth_order.is_svrg:
             section = {key: value for key, value in section.items() if key not in SVRG_ONLY}
@@ -306,7 +304,9 @@ def read_first_order_config(
         )
     params = optimizer.get("params", {}) if isinstance(optimizer, Mapping) else {}
     lr = params.get("lr") if isinstance(params, Mapping) else None
-    if "scheduler" in whole and isinstance(lr, (int, float)):
+    if whole.get("scheduler") is None:
+        whole.pop("scheduler", None)  # DeepSpeed refuses null
+    elif isinstance(lr, (int, float)):
         bare = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=lr)
         whole["scheduler"], wrong = resolve_scheduler(
             whole["scheduler"], lr, "optimizer.params.lr", bare, total_steps

@@ -147,7 +147,7 @@ def _unresolved_autos(params: Mapping[str, Any]) -> Iterator[str]:
         "whose --max_steps or --num_epochs settle it.",
         "total_steps": "give a number, or use zods.finetune, "
         "whose --max_steps or --num_epochs settle it.",
-        "warmup_num_steps": "give a number, 1 for no warm-up.",
+        "warmup_num_steps": "give a number.",
     }
     for key in [key for key, value in params.items() if value == "auto"]:
         way = ways.get(key, "give a value, or leave the key out.")
