@@ -111,6 +111,7 @@ def test_mpirun_on_two_hosts_ends_with_the_bits_of_one_host(channel, two, folder
     assert ended(folder, channel) == on_one_host
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("numactl") is None, reason="--bind_cores_to_rank needs numactl")
 def test_ranks_that_are_bound_to_cores_end_with_the_same_bits(folder, on_one_host):
     with master_port() as port:
@@ -251,6 +252,7 @@ def started(folder: Path, output: str, launcher: list[str]) -> tuple[subprocess.
     return process, log
 
 
+@pytest.mark.slow
 def test_a_run_under_torchrun_that_is_stopped_returns_the_status_to_be_continued(folder):
     with master_port() as port:
         launcher = [str(LAUNCH / "torchrun.sh"), "--nproc_per_node", "2"]
@@ -264,6 +266,7 @@ def test_a_run_under_torchrun_that_is_stopped_returns_the_status_to_be_continued
     assert "--resume auto" in log.read_text()
 
 
+@pytest.mark.slow
 def test_a_run_whose_launcher_was_killed_does_not_count_as_finished(folder):
     with master_port() as port:
         launcher = [str(LAUNCH / "deepspeed.sh"), "--num_gpus", "2", "--master_port", str(port)]

@@ -82,7 +82,13 @@ def rank_of_peaks(stage: int, names: list[str]) -> dict[str, tuple[int, int, int
     return found
 
 
-@pytest.fixture(scope="module", params=[(1, 0), (2, 3)], ids=["stage-0", "stage-3-on-2-ranks"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param((1, 0), id="stage-0", marks=pytest.mark.slow),
+        pytest.param((2, 3), id="stage-3-on-2-ranks"),
+    ],
+)
 def peaks(request: pytest.FixtureRequest) -> list[dict[str, tuple[int, int, int]]]:
     ranks, stage = request.param
     return run_ranks(ranks, rank_of_peaks, stage, asked_for(request, "name", RUNS, DEFAULT))

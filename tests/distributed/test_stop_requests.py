@@ -135,7 +135,8 @@ def test_a_pass_that_sigterm_ends_leaves_no_trace_and_the_next_start_repeats_it(
     check_pass(folder, options(folder, f"{where}-{step}"), where, step)
 
 
-@pytest.mark.parametrize("step", [2, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [2, 0])
 def test_an_evaluation_of_first_order_training_that_sigterm_ends_is_repeated(tmp_path, step: int):
     write_inputs(tmp_path, {"train_batch_size": 8, "zero_optimization": {"stage": 3}})
     run_ranks(2, rank_of_run, [*options(tmp_path, "undisturbed"), *FIRST_ORDER], None, 0)
