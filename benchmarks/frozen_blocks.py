@@ -49,7 +49,6 @@ KINDS: dict[str, tuple[int, dict[str, Any]]] = {
             "anchor": {"point": "terms", "gradient": "terms"},
         },
     ),
-    "MeZO, four directions": (8, {"num_directions": 4}),
 }
 
 

@@ -120,7 +120,7 @@ def test_a_step_gathers_the_parameters_once_in_one_forward_of_all_points(counts,
 
 # --- what is applied ------------------------------------------------------------------------------
 
-STEPS = 6
+STEPS = 10
 COMMON = {"eps": 1e-2, "lr": 1e-3, "seed": 7}
 
 
