@@ -133,7 +133,7 @@ SMOKE: dict[str, tuple[set[str], set[str]]] = {
 }
 DEFAULT = {"step_time.py", "kernel_speed.py", "trajectory.py --part log"}  # the others take minutes
 # their figures are in benchmarks/results only
-NOT_IN_THE_README = {"selection.py --part scaling", "frozen_blocks.py"}
+NOT_IN_THE_README = {"selection.py --part scaling"}
 
 
 def readme_commands() -> set[str]:

@@ -79,8 +79,8 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 # The others are slow: each of their settings is in one of these, or in a test of the setting.
 DEFAULT = (
-    *("mezo, micro-batches", "nvme, low rank", "measured step size", "selected"),
-    *("device", "offloaded to nvme"),
+    *("mezo, micro-batches", "nvme, low rank", "point as terms, bf16", "measured step size"),
+    *("device", "selected", "offloaded to nvme"),
 )
 WORLD_SIZE = 2
 # On other numbers of ranks these models have shards too small for NVMe.
