@@ -97,6 +97,11 @@ def token_batch(batch_size: int, length: int, vocab_size: int = 50272) -> dict[s
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
 
 
+def examples_of(batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    """The examples of a batch, as training data."""
+    return [{key: value[i] for key, value in batch.items()} for i in range(len(batch["labels"]))]
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -164,9 +169,7 @@ def single_rank_engine(
         **ds,
     }
     if data is None:
-        num_rows = 2 * config["train_batch_size"]
-        rows = token_batch(num_rows, 64)
-        data = [{key: value[i] for key, value in rows.items()} for i in range(num_rows)]
+        data = examples_of(token_batch(2 * config["train_batch_size"], 64))
     return zods.initialize(
         model=model,
         training_data=data,

@@ -27,6 +27,7 @@ from common import (
     Report,
     add_report_options,
     add_smoke_option,
+    examples_of,
     opt_125m,
     report_head,
     single_rank_engine,
@@ -37,6 +38,7 @@ from step_time import adapted
 from zods.planning.calibration import WARM_UP
 
 ROWS, SHORTEST, LONGEST = 16, 12, 38
+LENGTHS = torch.linspace(SHORTEST, LONGEST, ROWS).long()  # of the rows, in tokens
 HEAD_OVER_BLOCK = 5.4  # 77 MFLOP per token over 14.3
 KINDS: dict[str, tuple[int, dict[str, Any]]] = {
     "MeZO": (2, {}),
@@ -56,18 +58,17 @@ def prompts(vocab_size: int) -> dict[str, torch.Tensor]:
     """A batch (ROWS, LONGEST), padded on the right, with one label at the end of each row."""
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(4, vocab_size, (ROWS, LONGEST), generator=generator)
-    lengths = torch.linspace(SHORTEST, LONGEST, ROWS).long()
-    mask = (torch.arange(LONGEST) < lengths[:, None]).long()
+    mask = (torch.arange(LONGEST) < LENGTHS[:, None]).long()
     labels = torch.full_like(tokens, -100)
-    ends = (torch.arange(ROWS), lengths - 1)
+    ends = (torch.arange(ROWS), LENGTHS - 1)
     labels[ends] = tokens[ends]
     return {"input_ids": tokens * mask + (1 - mask), "attention_mask": mask, "labels": labels}
 
 
 def bound_of(points: int) -> float:
     """The share of the multiplications of a step's forwards that is left with frozen blocks."""
-    ends = {int(end) for end in torch.linspace(SHORTEST, LONGEST, ROWS).long()}
-    head = points * HEAD_OVER_BLOCK * len(ends) / LONGEST
+    positions = len(LENGTHS.unique())  # at which logits are computed
+    head = points * HEAD_OVER_BLOCK * positions / LONGEST
     return (9 + 3 * points + head) / (12 * points + head)
 
 
@@ -81,7 +82,7 @@ def measured(name: str, rounds: int, smoke: bool) -> dict[str, Any]:
         model = tiny_opt() if smoke else opt_125m()
         if adapters:
             model = adapted(model, -(-model.config.num_hidden_layers // 4))
-        data = [{key: value[i] for key, value in batch.items()} for i in range(ROWS)]
+        data = examples_of(batch)
         engines.append(single_rank_engine(model, section, data=data, train_batch_size=ROWS))
 
     def seconds(engine: Any) -> float:

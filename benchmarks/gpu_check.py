@@ -34,7 +34,14 @@ IS_SMOKE = "--smoke" in sys.argv
 os.environ["DS_ACCELERATOR"] = "cpu" if IS_SMOKE else "cuda"  # read when DeepSpeed is imported
 
 import torch
-from common import add_smoke_option, launcher, machine, single_rank_engine, token_batch
+from common import (
+    add_smoke_option,
+    examples_of,
+    launcher,
+    machine,
+    single_rank_engine,
+    token_batch,
+)
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PretrainedConfig
 
 from zods.cli.run_folder import read_metrics
@@ -79,7 +86,7 @@ def engine_of(model: torch.nn.Module, batch: dict[str, torch.Tensor], **options:
     """A MeZO engine. options: zero_optimization, and keys of the section "zeroth_order"."""
     zero = options.pop("zero_optimization", {"stage": 0})
     size = len(batch["labels"])
-    data = [{key: value[i] for key, value in batch.items()} for i in range(size)]
+    data = examples_of(batch)
     section = {"method": "mezo", "lr": 1e-9, "evaluation": "stacked", **options}
     return single_rank_engine(
         model,

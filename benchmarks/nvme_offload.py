@@ -34,6 +34,7 @@ from common import (
     Report,
     add_report_options,
     add_smoke_option,
+    examples_of,
     launcher,
     load_sharded,
     report_head,
@@ -89,7 +90,7 @@ def zods_rank(model: Path, steps: int, seed: int) -> dict[str, Any]:
     module = load_sharded(model, config, BATCH // RANKS)
     section = {"method": "mezo", "evaluation": "stacked", "lr": 1e-4, "seed": seed}
     rows = token_batch(BATCH, LENGTH, VOCABULARY)
-    tokens = [{key: value[i] for key, value in rows.items()} for i in range(BATCH)]
+    tokens = examples_of(rows)
     engine = zods.initialize(
         model=module.eval(), config={**config, "zeroth_order": section}, training_data=tokens
     )[0]

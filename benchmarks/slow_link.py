@@ -43,6 +43,7 @@ from common import (
     Report,
     add_report_options,
     add_smoke_option,
+    examples_of,
     opt_125m,
     report_head,
     single_rank_engine,
@@ -152,8 +153,7 @@ def work(arguments: argparse.Namespace) -> None:
 def replicas(
     model: Any, index: int, count: int, training: str
 ) -> tuple[Callable[[], Any], Callable[[], None]]:
-    rows = token_batch(64 * BATCH, LENGTH)
-    data = [{key: value[i] for key, value in rows.items()} for i in range(64 * BATCH)]
+    data = examples_of(token_batch(64 * BATCH, LENGTH))
     engine = single_rank_engine(
         model,
         {

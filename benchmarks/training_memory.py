@@ -41,6 +41,7 @@ from common import (
     Report,
     add_report_options,
     add_smoke_option,
+    examples_of,
     launcher,
     load_sharded,
     report_head,
@@ -147,7 +148,7 @@ def measured(
     if method in FIRST_ORDER:
         step, close, host_bytes = first_order(method, model, config)
     else:
-        tokens = [{key: value[i] for key, value in rows.items()} for i in range(batch)]
+        tokens = examples_of(rows)
         step, close, host_bytes = zeroth_order(
             method, model, config, tokens, model_folder.parent, seed
         )
