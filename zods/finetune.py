@@ -19,8 +19,9 @@ from typing import Any
 from deepspeed.accelerator import get_accelerator
 
 import zods
-from zods.cli.arguments import merged_config, parse_arguments
+from zods.cli.arguments import parse_arguments
 from zods.cli.load_model import load_model, save_configuration, save_tokenizer
+from zods.cli.merged_config import merged_config
 from zods.cli.model_checks import check_causal, check_packing
 from zods.cli.options import Arguments, RunArguments
 from zods.cli.plots import plot_curves

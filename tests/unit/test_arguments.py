@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from tests.disks import within
-from zods.cli.arguments import merged_config, parse_arguments
+from zods.cli.arguments import parse_arguments
+from zods.cli.merged_config import merged_config
 from zods.cli.option_values import NumberOrAuto, NumberOrName
 from zods.cli.options import BATCH_OVERRIDES, OverrideArguments
 from zods.config.deepspeed_json import read_config
