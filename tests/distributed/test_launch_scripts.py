@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils import cpp_extension
 
 from tests.distributed.command_line import (
     LAUNCHED,
@@ -86,10 +87,19 @@ def by_hostfile(some: Hosts, folder: Path, output: str) -> Outcome:
     return ended(folder, output)
 
 
+def built_operators() -> dict[Path, int]:
+    """The libraries that torch's extension loader has built, with the times of their builds."""
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
+    return {path: path.stat().st_mtime_ns for path in Path(root).glob("*/*.so")}
+
+
 def test_deepspeed_on_the_hosts_of_a_hostfile_ends_with_the_bits_of_one_host(
     two, folder, on_one_host
 ):
+    """Nothing is compiled again: another ninja in the PATH of a login would do that."""
+    before = built_operators()
     assert by_hostfile(two, folder, "hostfile") == on_one_host
+    assert built_operators() == before
 
 
 @pytest.mark.slow

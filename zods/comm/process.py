@@ -12,6 +12,7 @@ import contextlib
 import importlib.util
 import logging
 import os
+import shutil
 import socket
 import sys
 import threading
@@ -70,6 +71,7 @@ def connect_ranks(
         _prepare_environment()
     if environment_rank() == 0 or os.environ.get("LOCAL_RANK") == "0":  # one rank of each machine
         report_stale_locks()
+    _prefer_own_ninja()
     try:
         deepspeed.init_distributed(
             get_accelerator().communication_backend_name(),
@@ -89,6 +91,19 @@ def connect_ranks(
     if comm.device.type == "cpu":
         _unlink_shared_memory(comm)
     return comm
+
+
+def _prefer_own_ninja() -> None:
+    """Let torch's extension loader find the ninja of this Python's environment first.
+
+    The PATH of a rank that was started over ssh is that of a login. Another version of ninja there
+    takes DeepSpeed's operators for outdated, because it hashes commands in another way, and compiles
+    them again.
+    """
+    own = Path(sys.executable).parent
+    found = shutil.which("ninja")
+    if (own / "ninja").exists() and (found is None or Path(found).parent != own):
+        os.environ["PATH"] = os.pathsep.join([str(own), os.environ.get("PATH", os.defpath)])
 
 
 def _unlink_shared_memory(comm: Communicator) -> None:
