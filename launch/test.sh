@@ -12,6 +12,6 @@ esac
 ruff check . >&2
 ruff format --check . >&2
 mypy >&2
-# Two processes: a test with two ranks leaves a core idle for much of its time. The order of the files
-# puts the many short unit tests last, so that both processes end together.
-python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "${tier[@]}" "$@"
+# Three processes: many tests wait, for a timeout or a rank. The order of the files puts the many short
+# unit tests last, so that the processes end together.
+python -m pytest -n 3 --dist loadfile --no-loadscope-reorder "${tier[@]}" "$@"

@@ -43,6 +43,7 @@ COMPILERS = {name: os.environ.get(name) for name in ("CC", "CXX")}
 PRELOADED = [
     *("pytest", "torch", "torch._dynamo", "deepspeed", "peft", "zods"),
     *("zods.finetune", "tests.distributed.models", "tests.distributed.frozen_modules"),
+    "deepspeed.runtime.zero.muon.original_muon",  # imports torch._inductor, for a first-order engine
 ]
 
 
