@@ -55,7 +55,7 @@ def save_opt(folder: Path, width: int, blocks: int, vocab_size: int) -> int:
         num_hidden_layers=blocks,
         ffn_dim=4 * width,
         num_attention_heads=width // 32,
-        max_position_embeddings=256,
+        max_position_embeddings=512,
         dropout=0.0,
         use_cache=False,
     )
