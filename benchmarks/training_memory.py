@@ -58,8 +58,8 @@ from zods.comm.process import connect_ranks, end_process
 RANKS, VOCABULARY, STEPS = 2, 8192, 2
 ROWS = "rows.jsonl"
 WIDTH, BLOCKS = 512, 24
-BATCHES, LENGTH = (8, 16, 32), 128
-LENGTHS, BATCH = (128, 256, 512), 8
+BATCHES, LENGTH = (8, 16), 128
+LENGTHS, BATCH = (128, 256), 8
 POINTS = sorted({(n, LENGTH) for n in BATCHES} | {(BATCH, n) for n in LENGTHS})
 REPEATED = (BATCHES[0], LENGTH)  # the point with all seeds
 ZEROTH_ORDER: dict[str, dict[str, Any]] = {
