@@ -256,7 +256,7 @@ def draw(table: list[dict[str, Any]], path: Path) -> None:
         axis.set_xticks([row[along] for row in rows], [str(row[along]) for row in rows])
         axis.minorticks_off()
     axes[0].set(ylabel="peak per rank without the process's own, MiB", ylim=(0, None))
-    axes[1].legend(fontsize="x-small", ncols=2)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
