@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,6 +36,7 @@ from tests.distributed.ranks import (
     run_ranks,
 )
 from zods.comm.communicator import Communicator
+from zods.comm.process import connect_ranks
 from zods.trajectory.log import read_log
 
 LAUNCH = REPOSITORY / "launch"
@@ -100,6 +102,17 @@ def test_deepspeed_on_the_hosts_of_a_hostfile_ends_with_the_bits_of_one_host(
     before = time_of_build()
     assert by_hostfile(two, folder, "hostfile") == on_one_host
     assert time_of_build() == before
+
+
+def rank_with_the_path_of_a_login() -> str | None:
+    os.environ["PATH"] = os.defpath
+    connect_ranks()
+    return shutil.which("ninja")
+
+
+def test_a_rank_with_the_path_of_a_login_finds_the_ninja_of_its_environment():
+    own = Path(sys.executable).with_name("ninja")
+    assert run_ranks(1, rank_with_the_path_of_a_login) == [str(own)]
 
 
 @pytest.mark.slow

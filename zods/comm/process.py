@@ -100,10 +100,9 @@ def _prefer_own_ninja() -> None:
     takes DeepSpeed's operators for outdated, because it hashes commands in another way, and compiles
     them again.
     """
-    own = Path(sys.executable).parent
-    found = shutil.which("ninja")
-    if (own / "ninja").exists() and (found is None or Path(found).parent != own):
-        os.environ["PATH"] = os.pathsep.join([str(own), os.environ.get("PATH", os.defpath)])
+    own = Path(sys.executable).with_name("ninja")
+    if own.exists() and shutil.which("ninja") != str(own):
+        os.environ["PATH"] = os.pathsep.join([str(own.parent), os.environ.get("PATH", os.defpath)])
 
 
 def _unlink_shared_memory(comm: Communicator) -> None:
